@@ -1,0 +1,1 @@
+"""GenRec: generative sequential recommendation, trained at any scale."""

@@ -1,0 +1,1 @@
+"""The fused operations of GenRec and their specifications in plain torch."""

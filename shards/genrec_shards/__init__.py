@@ -1,0 +1,1 @@
+"""From raw interactions to sequences, shards and the order of samples."""
