@@ -1,5 +1,9 @@
 # The two commands of the README: `make demo` and `make test`. Both make `.venv` first; nothing else is needed but Python.
-PYTHON ?= python3
+#   PYTHON=/path/to/python3.12   the Python to build on; by default the first of 3.11 or 3.12 that is found
+#   LOCK=                        do not hold the environment to the tested versions (for a platform that lacks one of them)
+PYTHON ?=
+LOCK ?= requirements.lock
+EXTRAS ?= zero,tune,dev
 BIN := .venv/bin
 STAMP := .venv/.made
 
@@ -7,12 +11,27 @@ STAMP := .venv/.made
 
 env: $(STAMP)
 
-# The stamp holds the environment until a dependency changes.
+# The stamp holds the environment until a dependency changes. `ensurepip` is asked for because Debian ships Python without it.
+# pip retries a connection by itself, but not a download that breaks off: hence the loop.
 $(STAMP): pyproject.toml requirements.lock
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + ": make env PYTHON=python3.12") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable '.[zero,tune,dev]'
+	@chosen=; \
+	for candidate in $(or $(PYTHON),python3 python3.12 python3.11 python3.13); do \
+	  if "$$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < $(if $(PYTHON),(4,),(3, 14)))' 2>/dev/null; \
+	  then chosen=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$chosen" ]; then \
+	  echo "Python 3.11 or 3.12 with venv is needed, none of these is one: $(or $(PYTHON),python3 python3.12 python3.11 python3.13); install it or name it: make env PYTHON=/path/to/python3.12" >&2; exit 1; \
+	fi; \
+	version='import sys; print(sys.version_info[:2])'; \
+	if [ -e .venv ] && [ "$$($(BIN)/python -c "$$version" 2>/dev/null)" != "$$("$$chosen" -c "$$version")" ]; then rm -rf .venv; fi; \
+	echo "making .venv with $$("$$chosen" --version): about 3 GB and some minutes"; \
+	"$$chosen" -m venv .venv
+	@$(BIN)/python -m pip install --quiet --upgrade pip || echo "pip stays at the version Python came with"
+	@for wait in 5 20 0; do \
+	  $(BIN)/python -m pip install --quiet --retries 8 --timeout 60 $(if $(LOCK),--constraint $(LOCK)) --editable '.[$(EXTRAS)]' && exit 0; \
+	  if [ $$wait -gt 0 ]; then echo "pip failed, trying again in $$wait s" >&2; sleep $$wait; fi; \
+	done; \
+	echo "the packages could not be installed: read pip's lines above; where a tested version does not exist for this platform: make env LOCK=" >&2; exit 1
 	@touch $(STAMP)
 
 demo: env
@@ -29,9 +48,12 @@ test: check
 slow: env
 	$(BIN)/python -m pytest -m slow
 
-# Writes down the versions of this environment as the tested ones.
+# Writes down the versions of this environment as the tested ones: without local labels (`+cpu`), which other machines'
+# indexes do not know, and without packages that came from a file.
 lock: env
-	$(BIN)/python -m pip freeze --exclude-editable | grep -vi '^\(pip\|setuptools\|wheel\)==' > requirements.lock
+	$(BIN)/python -m pip freeze --exclude-editable | grep -vi -e '^\(pip\|setuptools\|wheel\)==' -e ' @ ' | sed 's/+[A-Za-z0-9.]*$$//' > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+	@touch $(STAMP)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
