@@ -32,8 +32,8 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_directory(path: str | Path, overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
     """Yield a new temporary directory beside `path` that takes the name `path` when the block ends well.
 
-    `overwrite=False` refuses a `path` that exists (an empty directory is fine). With `overwrite=True` the old directory is
-    moved aside and removed only after the new one bears the name; `marker` names a file or folder it must hold, so
+    `overwrite=False` refuses a `path` that exists (an empty directory is fine). With `overwrite=True` the old directory
+    is moved aside and removed only after the new one bears the name; `marker` names a file or folder it must hold, so
     that a slip of the pen cannot delete somebody's home. Raises ValueError for both refusals, before the block runs.
     """
     path = Path(path)
@@ -64,7 +64,7 @@ def _refuse_existing(path: Path, overwrite: bool, marker: str | None) -> None:
 
 
 def _take_name(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`; two renames where a full directory stood, since POSIX has no swap that is portable."""
+    """Rename `temporary` to `path`; two renames where a full directory stood, since POSIX has no swap of two names."""
     if not path.exists():
         os.rename(temporary, path)
         _fsync(path.parent)

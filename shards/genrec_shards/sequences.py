@@ -1,0 +1,229 @@
+"""Users' item sequences as one flat array with offsets, read from and written to the `sequences` format."""
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from genrec_shards.atomic import atomic_file
+
+# U users, N items of the catalogue, total interactions.
+
+Split = Literal["validation", "test"]
+TrainedThrough = Literal["n-2", "n-1"]
+
+MINIMUM_LENGTH = 3
+GZIP_MAGIC = b"\x1f\x8b"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class DataError(ValueError):
+    """Something in a user's data that she can mend; the message is one line: place, value, remedy."""
+
+
+@dataclass(frozen=True, eq=False)
+class SplitView:
+    """One split of all users, no copy: user u's history is `items[starts[u]:ends[u]]`, her target `targets[u]`."""
+
+    split: Split
+    items: np.ndarray
+    """int32[total], the sequences' own array."""
+    starts: np.ndarray
+    """int64[U]"""
+    ends: np.ndarray
+    """int64[U], exclusive."""
+    targets: np.ndarray
+    """int32[U], item rows."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """All users' items in time order, and the ids behind the rows."""
+
+    items: np.ndarray
+    """int32[total], item rows, user after user, oldest first."""
+    offsets: np.ndarray
+    """int64[U+1]: user u's items are `items[offsets[u]:offsets[u + 1]]`."""
+    user_ids: list[str]
+    """Index = user row, in the order of the file."""
+    item_ids: list[str]
+    """Index = item row, in sorted order."""
+
+    @property
+    def num_users(self) -> int:
+        return len(self.user_ids)
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    @property
+    def num_interactions(self) -> int:
+        return len(self.items)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64[U], items a user."""
+        return np.diff(self.offsets)
+
+    def sequences_hash(self) -> str:
+        """sha256 (hex) of offsets, items and both lists of ids in a form that no platform changes."""
+        digest = hashlib.sha256(b"genrec sequences 1\n")
+        digest.update(np.ascontiguousarray(self.offsets, dtype="<i8").data)
+        digest.update(np.ascontiguousarray(self.items, dtype="<i4").data)
+        update_with_strings(digest, self.user_ids)
+        update_with_strings(digest, self.item_ids)
+        return digest.hexdigest()
+
+    def history_and_target(self, split: Split) -> SplitView:
+        """Leave-one-out: validation asks for t_{n-1} after t_1..t_{n-2}, test for t_n after t_1..t_{n-1}."""
+        if split not in ("validation", "test"):
+            raise ValueError(f"split is {split!r}: choose validation or test")
+        ends = self.offsets[1:] - (2 if split == "validation" else 1)
+        return SplitView(split, self.items, self.offsets[:-1], ends, self.items[ends])
+
+    def training_ends(self, trained_through: TrainedThrough = "n-2") -> np.ndarray:
+        """int64[U], exclusive: user u's training part is `items[offsets[u]:training_ends[u]]`."""
+        return self.offsets[1:] - num_held_out(trained_through)
+
+
+def num_held_out(trained_through: TrainedThrough) -> int:
+    """How many items at the end of each sequence training must not touch."""
+    if trained_through not in ("n-2", "n-1"):
+        raise ValueError(f"trained_through is {trained_through!r}: choose n-2 or n-1")
+    return 2 if trained_through == "n-2" else 1
+
+
+def sequences_from_ids(user_ids: Sequence[str], lengths: Sequence[int] | np.ndarray, ids: Sequence[str]) -> Sequences:
+    """Give rows to ids: users keep their order, items are sorted (by number if all are whole, else by code point).
+
+    `lengths`: items a user, [U]; `ids`: the item ids of all users one after another, [total].
+    """
+    item_ids = sort_ids(set(ids))
+    row_of = {item: row for row, item in enumerate(item_ids)}
+    items = np.fromiter(map(row_of.__getitem__, ids), dtype=np.int32, count=len(ids))
+    offsets = np.zeros(len(user_ids) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    assert offsets[-1] == len(items)
+    return Sequences(items, offsets, list(user_ids), item_ids)
+
+
+def sort_ids(ids: Iterable[str]) -> list[str]:
+    """In numeric order when all ids are whole numbers, otherwise by code point."""
+    ids = list(ids)
+    if not all(item.isascii() and item.isdigit() for item in ids):
+        return sorted(ids)
+    # The length of the digits and then the digits are the numeric order, and int() refuses more than 4,300 digits.
+    return sorted(ids, key=lambda item: (len(digits := item.lstrip("0")), digits, item))
+
+
+def update_with_strings(digest: "hashlib._Hash", strings: Sequence[str]) -> None:
+    """Feed strings to a hash so that no two lists look alike: how many, each one's length, then their bytes."""
+    encoded = [string.encode() for string in strings]
+    lengths = np.fromiter(map(len, encoded), dtype="<i8", count=len(encoded))
+    digest.update(len(encoded).to_bytes(8, "little"))
+    digest.update(lengths.data)
+    digest.update(b"".join(encoded))
+
+
+def read_sequences(path: str | Path) -> Sequences:
+    """Read `user item item ...`, one user a line, oldest item first, plain or gzipped (told by the content).
+
+    Words are separated by spaces or tabs, blank lines are skipped. Raises DataError, one line with file and line, for a
+    file that is missing, empty, binary, not UTF-8 or cut off, for fewer than 3 items and for a user who comes twice.
+    """
+    path = Path(path)
+    user_ids: list[str] = []
+    lengths: list[int] = []
+    ids: list[str] = []
+    line_of: dict[str, int] = {}
+    for number, line in enumerate(_text(path).split(b"\n"), start=1):
+        words = line.split()
+        if not words:
+            continue
+        user = words[0].decode()
+        _check_line(path, number, user, len(words) - 1, line_of)
+        line_of[user] = number
+        user_ids.append(user)
+        lengths.append(len(words) - 1)
+        # One decode a line costs a third of one decode a word; \n cannot be inside a word.
+        ids.extend(b"\n".join(words[1:]).decode().split("\n"))
+    if not user_ids:
+        raise DataError(f"{path}: empty: expected one user a line, `user item item ...`")
+    return sequences_from_ids(user_ids, lengths, ids)
+
+
+def write_sequences(sequences: Sequences, path: str | Path) -> None:
+    """Write the `sequences` format, gzipped when the name ends in .gz; the same sequences give the same bytes.
+
+    Raises DataError for an id that is empty or holds white space, which the format cannot carry.
+    """
+    path = Path(path)
+    for kind, ids in (("user", sequences.user_ids), ("item", sequences.item_ids)):
+        unfit = next((item for item in ids if len(item.encode().split()) != 1 or item != item.strip(" \t\r\n")), None)
+        if unfit is not None:
+            raise DataError(f"{path}: {kind} id {_shortened(unfit)} is empty or holds white space: rename it")
+    words = np.array(sequences.item_ids, dtype=object)[sequences.items].tolist()
+    bounds = zip(sequences.offsets[:-1].tolist(), sequences.offsets[1:].tolist(), strict=True)
+    lines = [
+        " ".join([user, *words[start:end]])
+        for user, (start, end) in zip(sequences.user_ids, bounds, strict=True)
+    ]  # fmt: skip
+    data = ("\n".join(lines) + "\n").encode()
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(gzip.compress(data, mtime=0) if path.name.endswith(".gz") else data)
+
+
+def _text(path: Path) -> bytes:
+    """The file's bytes, unpacked and known to be UTF-8 text."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file: check the path") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path and its rights") from None
+    if data.startswith(GZIP_MAGIC):
+        data = _unpacked(path, data)
+    data = data.removeprefix(BYTE_ORDER_MARK)
+    if (position := data.find(b"\0")) >= 0:
+        raise DataError(f"{path}:{_line_at(data, position)}: binary (a zero byte): expected text, plain or gzipped")
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        line = _line_at(data, error.start)
+        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}): save it as UTF-8 text") from None
+    return data
+
+
+def _unpacked(path: Path, data: bytes) -> bytes:
+    try:
+        return gzip.decompress(data)
+    except EOFError:
+        raise DataError(f"{path}: the gzip stream is cut off: download or copy the file again") from None
+    except (zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: the gzip stream is damaged ({error}): download or copy the file again") from None
+
+
+def _line_at(data: bytes, position: int) -> int:
+    return data.count(b"\n", 0, position) + 1
+
+
+def _check_line(path: Path, number: int, user: str, num_items: int, line_of: dict[str, int]) -> None:
+    if num_items < MINIMUM_LENGTH:
+        raise DataError(
+            f"{path}:{number}: user {_shortened(user)} has {num_items} item{'s' * (num_items != 1)}, at least "
+            f"{MINIMUM_LENGTH} are needed (training, validation, test): remove the line or add items"
+        )
+    if user in line_of:
+        raise DataError(
+            f"{path}:{number}: user {_shortened(user)} came before in line {line_of[user]}: join the two lines"
+        )
+
+
+def _shortened(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")
