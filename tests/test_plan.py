@@ -1,0 +1,206 @@
+"""The plan: every sample once an epoch, the same steps at every world size, any step without a replay."""
+
+import pickle
+import time
+
+import numpy as np
+import pytest
+from genrec_shards.plan import Plan, StepSamples, keyed_uniform, split_among_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+LENGTHS = np.random.default_rng(0).integers(3, 12, 500)
+PARTS = ("sample_ids", "user_rows", "target_positions", "training_lengths", "is_padding")
+
+
+def make_plan(lengths=LENGTHS, users_per_record=16, space="every-prefix", batch_size=37, seed=1, **more) -> Plan:
+    return Plan(lengths, users_per_record, space=space, batch_size=batch_size, seed=seed, **more)
+
+
+def expected_samples(lengths, space: str, held_out: int) -> list[tuple[int, int, int]]:
+    """(sample id, user row, target position), one by one, from the definition."""
+    samples, flat = [], 0
+    for user, length in enumerate(lengths):
+        training_length = length - held_out
+        if space == "user" and training_length >= 1:
+            samples.append((user, user, -1))
+        if space == "last" and training_length >= 2:
+            samples.append((user, user, training_length - 1))
+        if space == "every-prefix":
+            samples += [(flat + position, user, position) for position in range(1, training_length)]
+        flat += int(length)
+    return samples
+
+
+def rows(samples: StepSamples) -> list[tuple[int, int, int]]:
+    return list(
+        zip(samples.sample_ids.tolist(), samples.user_rows.tolist(), samples.target_positions.tolist(), strict=True)
+    )
+
+
+def epoch_of(plan: Plan, epoch: int) -> list[StepSamples]:
+    return [plan.step(epoch, step) for step in range(plan.steps_per_epoch)]
+
+
+def same(first: StepSamples, second: StepSamples) -> bool:
+    return all(np.array_equal(getattr(first, part), getattr(second, part)) for part in PARTS)
+
+
+@given(
+    lengths=st.lists(st.integers(3, 9), min_size=1, max_size=60),
+    users_per_record=st.integers(1, 9),
+    batch_size=st.integers(1, 50),
+    window_records=st.integers(1, 5),
+    space=st.sampled_from(["user", "last", "every-prefix"]),
+    trained_through=st.sampled_from(["n-2", "n-1"]),
+    seed=st.integers(0, 2**40),
+)
+@settings(max_examples=120, deadline=None)
+def test_an_epoch_holds_every_sample_exactly_once(
+    lengths, users_per_record, batch_size, window_records, space, trained_through, seed
+):
+    held_out = 2 if trained_through == "n-2" else 1
+    expected = expected_samples(lengths, space, held_out)
+    settings_of_plan = {
+        "users_per_record": users_per_record,
+        "space": space,
+        "batch_size": batch_size,
+        "window_records": window_records,
+        "seed": seed,
+    }
+    if not expected:
+        with pytest.raises(ValueError, match="no sample"):
+            make_plan(lengths, trained_through=trained_through, **settings_of_plan)
+        return
+    plan = make_plan(lengths, trained_through=trained_through, **settings_of_plan)
+    steps = epoch_of(plan, 3)
+    assert sorted(row for step in steps for row in rows(step)) == sorted(expected)
+    assert plan.num_samples == len(expected)
+    assert [len(step) for step in steps[:-1]] == [batch_size] * (len(steps) - 1)
+    assert 1 <= len(steps[-1]) <= batch_size
+    assert plan.users_without_samples == len(lengths) - len({user for _, user, _ in expected})
+    for step in steps:
+        assert np.array_equal(step.training_lengths, np.array(lengths)[step.user_rows] - held_out)
+        assert (step.target_positions < step.training_lengths).all()
+        assert not step.is_padding.any()
+
+
+def test_dtypes_of_a_step():
+    for space in ("user", "last", "every-prefix"):
+        step = make_plan(space=space).step(0, 0)
+        assert [getattr(step, part).dtype for part in PARTS] == [np.int64, np.int64, np.int32, np.int32, bool]
+
+
+@pytest.mark.parametrize("space", ["user", "last", "every-prefix"])
+def test_ranks_see_the_dataset_once_in_equal_steps(space):
+    plan = make_plan(space=space)
+    expected = sorted(expected_samples(LENGTHS, space, 2))
+    for world_size in (1, 2, 3, 4, 8):
+        seen = []
+        for step in epoch_of(plan, 0):
+            parts = [split_among_ranks(step, rank, world_size) for rank in range(world_size)]
+            assert {len(part) for part in parts} == {-(-len(step) // world_size)}
+            real = [row for part in parts for row in rows(part[~part.is_padding])]
+            assert real == rows(step)  # contiguous parts: the very same order at every world size
+            seen += real
+        assert sorted(seen) == expected
+
+
+def test_a_step_smaller_than_the_world_is_padded():
+    step = make_plan(batch_size=3).step(0, 0)
+    parts = [split_among_ranks(step, rank, 8) for rank in range(8)]
+    assert [part.is_padding.tolist() for part in parts] == [[False]] * 3 + [[True]] * 5
+    assert {int(part.sample_ids[0]) for part in parts} == set(step.sample_ids.tolist())
+    with pytest.raises(ValueError, match="rank 8 of 8"):
+        split_among_ranks(step, 8, 8)
+
+
+def test_epochs_and_seeds_differ_and_are_well_mixed():
+    plan = make_plan()
+    orders = [np.concatenate([step.sample_ids for step in epoch_of(plan, epoch)]) for epoch in (0, 1)]
+    orders.append(np.concatenate([step.sample_ids for step in epoch_of(make_plan(seed=2), 0)]))
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        assert (orders[first] == orders[second]).mean() < 0.02
+        assert abs(np.corrcoef(orders[first], orders[second])[0, 1]) < 0.1
+    assert len(set(plan.step(0, 0).user_rows.tolist())) > 25
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 0.999)), min_size=1, max_size=8))
+@settings(max_examples=30, deadline=None)
+def test_any_step_without_a_replay(jumps):
+    plan, walked = make_plan(window_records=4), make_plan(window_records=4)
+    for epoch, share in jumps:
+        step = int(share * plan.steps_per_epoch)
+        fresh = make_plan(window_records=4).step(epoch, step)
+        assert same(plan.step(epoch, step), fresh)
+        assert same(epoch_of(walked, epoch)[step], fresh)
+
+
+def test_a_plan_travels_to_another_process():
+    plan = make_plan()
+    plan.step(0, 3)
+    assert same(pickle.loads(pickle.dumps(plan)).step(1, 5), plan.step(1, 5))
+
+
+def test_windows_keep_a_step_within_few_records():
+    plan = make_plan(np.full(20_000, 8), users_per_record=100, window_records=10, batch_size=64)
+    records = [len(set((plan.step(0, step).user_rows // 100).tolist())) for step in range(0, 500, 50)]
+    assert max(records) <= 20
+    assert min(records) >= 8
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"space": "all"}, {"batch_size": 0}, {"users_per_record": 0}, {"trained_through": "n"}, {"window_records": 0}],
+)
+def test_wrong_settings_are_named(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong.values()))}"):
+        make_plan(**wrong)
+
+
+def test_steps_outside_the_epoch_are_refused():
+    plan = make_plan()
+    for step in (-1, plan.steps_per_epoch):
+        with pytest.raises(ValueError, match=f"step {step}"):
+            plan.step(0, step)
+
+
+def test_a_window_costs_milliseconds_and_the_end_no_more_than_the_beginning():
+    plan = make_plan(np.full(1024 * 64 * 4, 9), users_per_record=1024, batch_size=512)
+    times = []
+    for epoch in range(3):
+        for step in (0, int(plan.steps_per_epoch * 0.9)):
+            started = time.perf_counter()
+            plan.step(epoch, step)
+            times.append(time.perf_counter() - started)
+    assert min(times) < 0.2
+    assert min(times[1::2]) < 3 * min(times[::2]) + 0.02
+
+
+def test_keyed_uniform_is_a_function_of_its_key_alone():
+    ids = np.arange(1000, dtype=np.int64)
+    whole = keyed_uniform(5, 2, ids, 0)
+    shuffled = np.random.default_rng(0).permutation(ids)
+    assert np.array_equal(keyed_uniform(5, 2, shuffled, 0), whole[shuffled])
+    assert np.array_equal(keyed_uniform(5, 2, ids[7:8], 0), whole[7:8])
+    # Frozen values: a change here breaks every resume of an older run.
+    assert keyed_uniform(0, 0, np.array([0, 1, 2**40]), 0).tolist() == FROZEN
+
+
+FROZEN = [0.4700622449899797, 0.1304593093080142, 0.573568917393873]
+
+
+def test_keyed_uniform_is_uniform_and_independent_across_keys():
+    ids = np.arange(100_000, dtype=np.int64)
+    base = keyed_uniform(0, 0, ids, 0)
+    assert base.min() >= 0
+    assert base.max() < 1
+    others = [keyed_uniform(0, 0, ids, 1), keyed_uniform(0, 1, ids, 0), keyed_uniform(1, 0, ids, 0), np.roll(base, 1)]
+    for values in [base, *others]:
+        counts = np.histogram(values, bins=100, range=(0, 1))[0]
+        assert ((counts - 1000.0) ** 2 / 1000).sum() < 160  # chi-square, 99 degrees of freedom: 1 in 10,000
+    for values in others:
+        joint = np.histogram2d(base, values, bins=10, range=((0, 1), (0, 1)))[0]
+        assert ((joint - 1000) ** 2 / 1000).sum() < 160
+    low_bits = (base * 2**53).astype(np.int64) & 255
+    assert ((np.bincount(low_bits, minlength=256) - 390.625) ** 2 / 390.625).sum() < 350
