@@ -1,0 +1,193 @@
+"""Reading shards: any record in one read, any users' sequences in any order."""
+
+import io
+import os
+import tarfile
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from genrec_shards.manifest import Manifest, RecordEntry, ShardEntry, load_manifest, verify_manifest
+from genrec_shards.sequences import DataError
+
+# U users, R records, B users asked for.
+
+_MEMBERS = ("users", "offsets", "items")
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """The sequences of a few consecutive users."""
+
+    first_user: int
+    users: np.ndarray
+    """int32[u], user rows."""
+    offsets: np.ndarray
+    """int32[u+1], into `items`."""
+    items: np.ndarray
+    """int32[total], item rows, oldest first."""
+
+
+class ShardReader:
+    """Random access to a shard directory; it can be pickled, and used after a fork.
+
+    `verify` compares every tar with the manifest before the first record is read. Members are decoded here, by name and
+    type, and nothing in them is ever run. `cache_records` decoded records are kept, the longest unused goes first.
+    """
+
+    def __init__(self, path: str | Path, verify: bool = True, cache_records: int = 256) -> None:
+        """Raises DataError, one line naming the file, for whatever does not agree with the manifest."""
+        self.path = Path(path)
+        self.manifest: Manifest = load_manifest(self.path)
+        self.lengths: np.ndarray = _load_lengths(self.path / "lengths.npy", self.manifest)  # int32[U], items a user
+        if verify:
+            verify_manifest(self.path, self.manifest)
+        self._cache_records = max(cache_records, 1)
+        self._places = [(s, r) for s, shard in enumerate(self.manifest.shards) for r in range(len(shard.records))]
+        self._open()
+
+    @property
+    def num_records(self) -> int:
+        return len(self._places)
+
+    def record(self, index: int) -> Record:
+        """Record number `index` of the directory. Raises DataError naming shard and record if it is damaged."""
+        if not 0 <= index < len(self._places):
+            raise ValueError(f"record {index} of {len(self._places)} in {self.path}: count from 0")
+        with self._lock:
+            if index in self._cache:
+                self._cache.move_to_end(index)
+                return self._cache[index]
+        record = self._read(index)
+        with self._lock:
+            self._cache[index] = record
+            while len(self._cache) > self._cache_records:
+                self._cache.popitem(last=False)
+        return record
+
+    def gather(self, user_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The whole sequences of these users, in this order, repeats allowed.
+
+        `user_rows`: int64[B]. Returns items int32[total] and offsets int64[B+1]. Each record is visited once.
+        """
+        user_rows = np.asarray(user_rows, dtype=np.int64)
+        if len(user_rows) and not (user_rows.min() >= 0 and user_rows.max() < self.manifest.users):
+            raise ValueError(f"user row outside 0..{self.manifest.users - 1} asked of {self.path}")
+        offsets = np.concatenate([[0], np.cumsum(self.lengths[user_rows], dtype=np.int64)])
+        items = np.empty(offsets[-1], dtype=np.int32)
+        record_of = user_rows // self.manifest.users_per_record
+        by_record = np.argsort(record_of, kind="stable")
+        bounds = np.flatnonzero(np.diff(record_of[by_record], prepend=-1, append=-1))
+        for start, end in pairwise(bounds.tolist()):
+            places = by_record[start:end]
+            record = self.record(int(record_of[places[0]]))
+            local = user_rows[places] - record.first_user
+            lengths = self.lengths[user_rows[places]]
+            items[_ranges(offsets[places], lengths)] = record.items[_ranges(record.offsets[local], lengths)]
+        return items, offsets
+
+    def close(self) -> None:
+        """Close the tars; the next read opens them again."""
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptors"):
+            self.close()
+
+    def __getstate__(self) -> dict[str, object]:
+        dropped = ("_descriptors", "_cache", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in dropped}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+    def _open(self) -> None:
+        """What belongs to one process: nothing is opened before the first read."""
+        self._descriptors: dict[int, int] = {}
+        self._cache: OrderedDict[int, Record] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def _read(self, index: int) -> Record:
+        shard_number, record_number = self._places[index]
+        shard = self.manifest.shards[shard_number]
+        entry = shard.records[record_number]
+        place = f"{self.path / shard.name}: record {index}"
+        data = self._bytes(shard_number, shard, entry, place)
+        record = Record(entry.first_user, *_decoded(data, f"{index:08d}", place))
+        self._check(record, entry, place)
+        return record
+
+    def _bytes(self, shard_number: int, shard: ShardEntry, entry: RecordEntry, place: str) -> bytes:
+        with self._lock:
+            if shard_number not in self._descriptors:
+                try:
+                    self._descriptors[shard_number] = os.open(self.path / shard.name, os.O_RDONLY)
+                except OSError as error:
+                    raise DataError(f"{place}: cannot be opened ({error.strerror}): copy it or shard again") from None
+        # pread has no file position, so a forked child and its parent may share the descriptor.
+        data = os.pread(self._descriptors[shard_number], entry.bytes, entry.offset)
+        if len(data) != entry.bytes:
+            raise DataError(f"{place}: {len(data)} bytes, expected {entry.bytes}: the tar is cut off, shard again")
+        return data
+
+    def _check(self, record: Record, entry: RecordEntry, place: str) -> None:
+        """Lengths must agree with lengths.npy, because gather() lays out its answer by them."""
+        users = np.arange(entry.first_user, entry.first_user + entry.users)
+        if not np.array_equal(record.users, users):
+            raise DataError(f"{place}: holds other users than the manifest says: shard again")
+        if len(record.offsets) != entry.users + 1 or record.offsets[0] != 0:
+            raise DataError(f"{place}: offsets do not fit {entry.users} users: shard again")
+        if not np.array_equal(np.diff(record.offsets), self.lengths[users]) or record.offsets[-1] != len(record.items):
+            raise DataError(f"{place}: lengths differ from lengths.npy: shard again")
+        if len(record.items) and not (record.items.min() >= 0 and record.items.max() < self.manifest.items):
+            raise DataError(f"{place}: an item row is outside 0..{self.manifest.items - 1}: shard again")
+
+
+def _decoded(data: bytes, key: str, place: str) -> list[np.ndarray]:
+    """The arrays users, offsets, items. Only these three members, as int32 arrays, are accepted."""
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
+            members = {member.name: tar.extractfile(member).read() for member in tar if member.isreg()}  # type: ignore[union-attr]
+    except tarfile.TarError as error:
+        raise DataError(f"{place}: not a readable tar ({error}): shard again") from None
+    expected = [f"{key}.{name}.npy" for name in _MEMBERS]
+    if sorted(members) != sorted(expected):
+        raise DataError(f"{place}: members {', '.join(sorted(members))}; expected {', '.join(expected)}: shard again")
+    return [_array(members[name], f"{place}: {name}") for name in expected]
+
+
+def _array(data: bytes, place: str) -> np.ndarray:
+    try:
+        values = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{place}: not a plain array ({str(error).splitlines()[0]}): shard again") from None
+    if not isinstance(values, np.ndarray) or values.dtype != np.dtype("<i4") or values.ndim != 1:
+        kind = f"{getattr(values, 'dtype', type(values).__name__)} of {getattr(values, 'ndim', 0)} dimensions"
+        raise DataError(f"{place}: {kind}, expected little-endian int32 of one dimension: shard again")
+    return values.astype(np.int32, copy=False)
+
+
+def _load_lengths(path: Path, manifest: Manifest) -> np.ndarray:
+    try:
+        lengths = _array(path.read_bytes(), str(path))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): copy it or shard again") from None
+    if len(lengths) != manifest.users or lengths.sum(dtype=np.int64) != manifest.interactions:
+        raise DataError(
+            f"{path}: {lengths.sum(dtype=np.int64)} interactions of {len(lengths)} users, the manifest says "
+            f"{manifest.interactions} of {manifest.users}: shard again"
+        )
+    return lengths
+
+
+def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64: starts[0], starts[0] + 1, ..., then starts[1], ...; as many of each as `lengths` says."""
+    lengths = lengths.astype(np.int64)
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

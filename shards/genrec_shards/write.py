@@ -1,0 +1,88 @@
+"""Shards: sequences packed into webdataset tars, byte for byte the same from the same input."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from genrec_shards.atomic import atomic_directory
+from genrec_shards.manifest import FORMAT_VERSION, Manifest, RecordEntry, ShardEntry, file_sha256, write_manifest
+from genrec_shards.prepare import Dataset
+from genrec_shards.sequences import Sequences
+
+
+def write_shards(
+    dataset: Dataset,
+    out: str | Path,
+    *,
+    users_per_shard: int = 8192,
+    users_per_record: int = 1024,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write `shard-000000.tar` ..., `lengths.npy` and `manifest.json` into `out`, complete or not at all.
+
+    `users_per_shard` is a multiple of `users_per_record`: the record of a user is found by division.
+    Raises ValueError for sizes that are not, and for an `out` that exists.
+    """
+    if users_per_record < 1 or users_per_shard < 1 or users_per_shard % users_per_record:
+        raise ValueError(
+            f"users_per_shard {users_per_shard} is no multiple of users_per_record {users_per_record}: "
+            f"choose for example {max(users_per_record, 1) * 8}"
+        )
+    sequences = dataset.sequences
+    with atomic_directory(out, overwrite, marker="manifest.json") as folder:
+        shards: list[ShardEntry] = []
+        for first_user in range(0, sequences.num_users, users_per_shard):
+            end_user = min(first_user + users_per_shard, sequences.num_users)
+            path = folder / f"shard-{len(shards):06d}.tar"
+            shards.append(_write_shard(sequences, path, first_user, end_user, users_per_record))
+        np.save(folder / "lengths.npy", sequences.lengths.astype("<i4"), allow_pickle=False)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            users=sequences.num_users,
+            items=sequences.num_items,
+            interactions=sequences.num_interactions,
+            sequences_hash=dataset.info.sequences_hash,
+            users_per_record=users_per_record,
+            shards=tuple(shards),
+        )
+        write_manifest(manifest, folder)
+    return manifest
+
+
+def _write_shard(sequences: Sequences, path: Path, first_user: int, end_user: int, users_per_record: int) -> ShardEntry:
+    # Imported here alone: a machine that only reads shards needs no webdataset.
+    import webdataset as wds
+
+    records = []
+    with path.open("wb") as file:
+        # Time and owner are fixed, or the same sequences would give other bytes tomorrow.
+        writer = wds.TarWriter(file, encoder=False, mtime=0, user="genrec", group="genrec", compress=False)
+        for start, end in _ranges(first_user, end_user, users_per_record):
+            offset = writer.tarstream.offset
+            writer.write({"__key__": f"{start // users_per_record:08d}", **_members(sequences, start, end)})
+            records.append(RecordEntry(offset, writer.tarstream.offset - offset, start, end - start))
+        writer.close()
+    return ShardEntry(path.name, path.stat().st_size, file_sha256(path), end_user - first_user, tuple(records))
+
+
+def _ranges(first: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + size, end)) for start in range(first, end, size))
+
+
+def _members(sequences: Sequences, start: int, end: int) -> dict[str, bytes]:
+    """The three members of the record of users start..end-1."""
+    offsets = sequences.offsets[start : end + 1]
+    return {
+        "users.npy": _npy(np.arange(start, end)),
+        "offsets.npy": _npy(offsets - offsets[0]),
+        "items.npy": _npy(sequences.items[offsets[0] : offsets[-1]]),
+    }
+
+
+def _npy(values: np.ndarray) -> bytes:
+    assert len(values) == 0 or values.max() < 1 << 31
+    buffer = io.BytesIO()
+    np.save(buffer, values.astype("<i4"), allow_pickle=False)
+    return buffer.getvalue()

@@ -1,0 +1,80 @@
+"""Complete or absent: what a failure leaves behind, and what may be overwritten."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from genrec_shards.atomic import atomic_directory, atomic_file
+
+
+def fail_half_way(path) -> None:
+    path.write_text("half")
+    raise OSError("disk full")
+
+
+def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    for text in ("one", "two"):
+        with atomic_file(path) as temporary:
+            assert temporary.name.startswith(".")
+            assert f".{os.getpid()}." in temporary.name
+            temporary.write_text(text)
+            assert not path.exists() or path.read_text() == "one"
+        assert path.read_text() == text
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_failed_block_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(OSError, match="disk full"), atomic_file(path) as temporary:
+        fail_half_way(temporary)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+    assert path.read_text() == "old"
+
+
+def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "out"
+    with pytest.raises(OSError, match="disk full"), atomic_directory(path) as temporary:
+        fail_half_way(temporary / "x")
+    assert list(tmp_path.iterdir()) == []
+    path.mkdir()  # an empty directory is nobody's work
+    with atomic_directory(path) as temporary:
+        (temporary / "deep").mkdir()
+        (temporary / "deep" / "x").write_text("whole")
+        assert list(path.iterdir()) == []
+    assert (path / "deep" / "x").read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_overwriting_asks_for_the_flag_and_for_the_marker(tmp_path):
+    path = tmp_path / "out"
+    with atomic_directory(path) as temporary:
+        (temporary / "marker").write_text("1")
+    for arguments, message in (({}, "--overwrite"), ({"overwrite": True, "marker": "other"}, "not ours")):
+        with pytest.raises(ValueError, match=message), atomic_directory(path, **arguments):
+            raise AssertionError("the block must not run")
+    with pytest.raises(RuntimeError), atomic_directory(path, overwrite=True, marker="marker"):
+        raise RuntimeError
+    assert (path / "marker").read_text() == "1"
+    with atomic_directory(path, overwrite=True, marker="marker") as temporary:
+        (temporary / "marker").write_text("2")
+    assert (path / "marker").read_text() == "2"
+    assert list(tmp_path.iterdir()) == [path]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="not a directory"), atomic_directory(tmp_path / "file", overwrite=True):
+        raise AssertionError("the block must not run")
+
+
+def test_a_kill_leaves_nothing_under_the_final_name(tmp_path):
+    program = (
+        "import os, signal, sys; from genrec_shards.atomic import atomic_directory\n"
+        "with atomic_directory(sys.argv[1]) as t:\n"
+        "    (t / 'x').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], check=False)
+    assert result.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    assert all(p.name.startswith(".out.") for p in tmp_path.iterdir())

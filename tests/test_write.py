@@ -1,0 +1,109 @@
+"""Shards: the same bytes from the same sequences, little more than the raw numbers, readable by plain webdataset."""
+
+import hashlib
+import io
+import json
+
+import numpy as np
+import pytest
+from genrec_shards.prepare import Dataset, prepare
+from genrec_shards.sequences import sequences_from_ids, write_sequences
+from genrec_shards.write import write_shards
+
+
+def make_dataset(folder, num_users=150, num_items=40, seed=0) -> Dataset:
+    rng = np.random.default_rng(seed)
+    lengths = 3 + rng.geometric(0.15, num_users)
+    ids = [str(item) for item in rng.integers(0, num_items, lengths.sum())]
+    log = sequences_from_ids([f"u{user}" for user in range(num_users)], lengths, ids)
+    write_sequences(log, folder / "log.txt")
+    return prepare(folder / "log.txt", folder / "data")
+
+
+def digests(folder) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_two_writings_are_byte_equal(tmp_path):
+    dataset = make_dataset(tmp_path)
+    for name in ("a", "b"):
+        write_shards(dataset, tmp_path / name, users_per_shard=64, users_per_record=16)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert sorted(digests(tmp_path / "a")) == [
+        "lengths.npy",
+        "manifest.json",
+        "shard-000000.tar",
+        "shard-000001.tar",
+        "shard-000002.tar",
+    ]
+
+
+def test_the_manifest_is_as_documented(tmp_path):
+    dataset = make_dataset(tmp_path)
+    manifest = write_shards(dataset, tmp_path / "shards", users_per_shard=64, users_per_record=16)
+    stored = json.loads((tmp_path / "shards" / "manifest.json").read_text())
+    assert set(stored) == {
+        *("format_version", "users", "items", "interactions", "sequences_hash", "users_per_record", "shards"),
+    }
+    assert set(stored["shards"][0]) == {"name", "bytes", "sha256", "users", "records"}
+    assert set(stored["shards"][0]["records"][0]) == {"offset", "bytes", "first_user", "users"}
+    assert [shard["users"] for shard in stored["shards"]] == [64, 64, 22]
+    assert [record["first_user"] for shard in stored["shards"] for record in shard["records"]] == list(
+        range(0, 150, 16)
+    )
+    assert stored["sequences_hash"] == dataset.info.sequences_hash
+    assert (manifest.users, manifest.items, manifest.interactions) == (150, 40, dataset.sequences.num_interactions)
+    for shard in stored["shards"]:
+        data = (tmp_path / "shards" / shard["name"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
+    lengths = np.load(tmp_path / "shards" / "lengths.npy", allow_pickle=False)
+    assert lengths.dtype == np.dtype("<i4")
+    assert np.array_equal(lengths, dataset.sequences.lengths)
+
+
+def test_plain_webdataset_reads_every_record(tmp_path):
+    import webdataset as wds
+
+    sequences = (dataset := make_dataset(tmp_path)).sequences
+    write_shards(dataset, tmp_path / "shards", users_per_shard=64, users_per_record=16)
+    tars = sorted(str(path) for path in (tmp_path / "shards").glob("*.tar"))
+    users, items, keys = [], [], []
+    for sample in wds.WebDataset(tars, shardshuffle=False):
+        record = {
+            name: np.load(io.BytesIO(sample[f"{name}.npy"]), allow_pickle=False)
+            for name in ("users", "offsets", "items")
+        }
+        assert all(values.dtype == np.dtype("<i4") for values in record.values())
+        for place, user in enumerate(record["users"]):
+            own = record["items"][record["offsets"][place] : record["offsets"][place + 1]]
+            assert np.array_equal(own, sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]])
+        keys.append(sample["__key__"])
+        users += record["users"].tolist()
+        items += record["items"].tolist()
+    assert keys == [f"{record:08d}" for record in range(10)]
+    assert users == list(range(150))
+    assert items == sequences.items.tolist()
+
+
+def test_size_is_at_most_a_fifth_above_the_raw_numbers(tmp_path):
+    dataset = make_dataset(tmp_path, num_users=22_000, num_items=12_000)
+    manifest = write_shards(dataset, tmp_path / "shards")
+    raw = 4 * (manifest.interactions + 2 * manifest.users)  # items, an offset and a user row each
+    everything = sum(path.stat().st_size for path in (tmp_path / "shards").iterdir())
+    assert sum(shard.bytes for shard in manifest.shards) <= 1.2 * raw
+    assert everything <= 1.2 * raw
+
+
+def test_wrong_sizes_and_existing_outputs_are_refused(tmp_path):
+    dataset = make_dataset(tmp_path)
+    for sizes in ((100, 16), (0, 16), (16, 0), (16, 32)):
+        with pytest.raises(ValueError, match="multiple"):
+            write_shards(dataset, tmp_path / "shards", users_per_shard=sizes[0], users_per_record=sizes[1])
+    assert not (tmp_path / "shards").exists()
+    write_shards(dataset, tmp_path / "shards")
+    with pytest.raises(ValueError, match="--overwrite"):
+        write_shards(dataset, tmp_path / "shards")
+    write_shards(dataset, tmp_path / "shards", users_per_shard=16, users_per_record=16, overwrite=True)
+    assert len(list((tmp_path / "shards").glob("*.tar"))) == 10
+    with pytest.raises(ValueError, match="not ours"):
+        write_shards(dataset, tmp_path / "data", overwrite=True)
