@@ -7,7 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from genrec_shards.sequences import DataError, read_sequences, sequences_from_ids, sort_ids, write_sequences
+from genrec_shards.sequences import (
+    DataError,
+    flat_ranges,
+    read_sequences,
+    sequences_from_ids,
+    sort_ids,
+    write_sequences,
+)
 
 TEXT = "u2 10 9 100\nu1 9 10 9 7\n"
 
@@ -138,3 +145,9 @@ def test_beauty_and_sports_match_the_papers_table_2():
     assert (beauty.num_users, beauty.num_items, beauty.num_interactions) == (22_363, 12_101, 198_502)
     sports = read_sequences(folder / "Sports_and_Outdoors.txt.gz")
     assert (sports.num_users, sports.num_items, sports.num_interactions) == (35_598, 18_357, 296_337)
+
+
+def test_flat_ranges_lay_stretches_end_to_end():
+    indices = flat_ranges(np.array([5, 0, 9, 2]), np.array([2, 0, 3, 1]))
+    assert indices.tolist() == [5, 6, 9, 10, 11, 2]
+    assert flat_ranges(np.zeros(0, np.int64), np.zeros(0, np.int64)).tolist() == []

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from genrec_shards.manifest import Manifest, RecordEntry, ShardEntry, load_manifest, verify_manifest
-from genrec_shards.sequences import DataError
+from genrec_shards.sequences import DataError, flat_ranges
 
 # U users, R records, B users asked for.
 
@@ -87,7 +87,7 @@ class ShardReader:
             record = self.record(int(record_of[places[0]]))
             local = user_rows[places] - record.first_user
             lengths = self.lengths[user_rows[places]]
-            items[_ranges(offsets[places], lengths)] = record.items[_ranges(record.offsets[local], lengths)]
+            items[flat_ranges(offsets[places], lengths)] = record.items[flat_ranges(record.offsets[local], lengths)]
         return items, offsets
 
     def close(self) -> None:
@@ -184,10 +184,3 @@ def _load_lengths(path: Path, manifest: Manifest) -> np.ndarray:
             f"{manifest.interactions} of {manifest.users}: shard again"
         )
     return lengths
-
-
-def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """int64: starts[0], starts[0] + 1, ..., then starts[1], ...; as many of each as `lengths` says."""
-    lengths = lengths.astype(np.int64)
-    ends = np.cumsum(lengths)
-    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)

@@ -99,6 +99,16 @@ def num_held_out(trained_through: TrainedThrough) -> int:
     return 2 if trained_through == "n-2" else 1
 
 
+def flat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """int64[lengths.sum()]: starts[0], starts[0] + 1, ..., then starts[1], ...; of each as many as `lengths` says.
+
+    The index that picks many stretches out of one flat array at once.
+    """
+    ends = np.cumsum(lengths, dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
+
+
 def sequences_from_ids(user_ids: Sequence[str], lengths: Sequence[int] | np.ndarray, ids: Sequence[str]) -> Sequences:
     """Give rows to ids: users keep their order, items are sorted (by number if all are whole, else by code point).
 

@@ -1,0 +1,170 @@
+"""The demo's catalogue: exact conditionals, an oracle that is a ceiling, pairs needed to reach it."""
+
+import time
+
+import numpy as np
+import pytest
+from genrec_shards.sequences import Sequences, flat_ranges, read_sequences, sequences_from_ids, write_sequences
+from genrec_shards.synthetic import make_process
+
+
+@pytest.fixture(scope="module")
+def process():
+    return make_process()
+
+
+@pytest.fixture(scope="module")
+def sequences(process) -> Sequences:
+    return process.sample(6000, 8, 20)
+
+
+def numbers_of(sequences: Sequences) -> np.ndarray:
+    """The process's item numbers of all interactions."""
+    return np.array([int(item) - 1 for item in sequences.item_ids])[sequences.items]
+
+
+def hit_rate(lists: np.ndarray, targets: np.ndarray, k: int) -> float:
+    return float((lists[:, :k] == targets[:, None]).any(axis=1).mean())
+
+
+def ndcg(lists: np.ndarray, targets: np.ndarray, k: int) -> float:
+    return float(((lists[:, :k] == targets[:, None]) / np.log2(np.arange(k) + 2)).sum(axis=1).mean())
+
+
+def test_shape_of_the_sample(process, sequences):
+    assert (sequences.num_users, process.num_items) == (6000, 1024)
+    assert sequences.num_items >= 1000
+    assert (sequences.lengths.min(), sequences.lengths.max()) == (8, 20)
+    assert abs(sequences.lengths.mean() - 14) < 0.2
+
+
+def test_the_seeds_decide_and_nothing_else():
+    def hash_of(seed: int, sample_seed: int = 0) -> str:
+        return make_process(64, 8, seed=seed).sample(50, 3, 6, seed=sample_seed).sequences_hash()
+
+    assert hash_of(0) == hash_of(0)
+    assert len({hash_of(0), hash_of(1), hash_of(0, 1), hash_of(1, 1)}) == 4
+
+
+def test_nobody_takes_an_item_twice(sequences):
+    users = np.repeat(np.arange(sequences.num_users), sequences.lengths)
+    pairs = users * sequences.num_items + sequences.items
+    assert len(np.unique(pairs)) == sequences.num_interactions
+
+
+def test_ids_tell_nothing_of_the_groups(process):
+    assert np.abs(np.corrcoef(np.arange(process.num_items), process.group_of)[0, 1]) < 0.1
+    neighbours = (process.group_of[1:] == process.group_of[:-1]).mean()
+    assert neighbours < 0.08  # 1/32 by chance
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 20])
+def test_probabilities_sum_to_one_over_what_is_new(process, length):
+    history = np.random.default_rng(length).permutation(process.num_items)[:length]
+    probabilities = process.next_item_probabilities(history)
+    assert probabilities.shape == (process.num_items,)
+    assert abs(probabilities.sum() - 1) < 1e-12
+    assert (probabilities[history] == 0).all()
+    assert (np.delete(probabilities, history) > 0).all()
+
+
+def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
+    """In units of its standard deviation above its mean; cells with few cases are joined."""
+    order = np.argsort(-expected)
+    large = expected[order] >= 5
+    observed, expected = observed[order], expected[order]
+    observed = np.append(observed[large], observed[~large].sum())
+    expected = np.append(expected[large], expected[~large].sum())
+    cells = expected > 0
+    statistic = ((observed[cells] - expected[cells]) ** 2 / expected[cells]).sum()
+    freedom = cells.sum() - 1
+    return float((statistic - freedom) / np.sqrt(2 * freedom))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 9])
+def test_frequencies_agree_with_the_exact_conditionals(length):
+    """The last of `length` items against its distribution given the others, by item and by place in the ranking."""
+    process = make_process(64, 8, seed=3, num_classes=3)
+    num_users, size = 6000, max(length, 3)
+    items = numbers_of(process.sample(num_users, size, size)).reshape(num_users, size)
+    probabilities = np.stack([process.next_item_probabilities(row[: length - 1]) for row in items])
+    targets = items[:, length - 1]
+    by_item = chi_square(np.bincount(targets, minlength=64), probabilities.sum(axis=0))
+    ranking = np.argsort(-probabilities, axis=1, kind="stable")
+    ranks = np.argmax(ranking == targets[:, None], axis=1)
+    by_rank = chi_square(np.bincount(ranks, minlength=64), np.sort(probabilities, axis=1)[:, ::-1].sum(axis=0))
+    assert abs(by_item) < 5
+    assert abs(by_rank) < 5
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_the_oracle_is_the_ranking_by_exact_probability(process, split):
+    few = process.sample(200, 3, 9, seed=5)
+    view, numbers = few.history_and_target(split), np.array([int(item) - 1 for item in few.item_ids])
+    lists = process.oracle_lists(few, split)
+    assert (lists.shape, lists.dtype) == ((200, 20), np.int32)
+    for user in range(few.num_users):
+        history = few.items[view.starts[user] : view.ends[user]]
+        exact = process.next_item_probabilities(numbers[history])[numbers]
+        exact[history] = -1
+        assert np.allclose(exact[lists[user]], -np.sort(-exact)[:20], rtol=1e-12, atol=0)
+        assert not set(lists[user]) & set(history)
+        assert len(set(lists[user])) == 20
+
+
+def test_the_oracles_hit_rate_is_the_mass_of_its_list_and_a_counter_stays_far_below(process, sequences):
+    view = sequences.history_and_target("test")
+    started = time.perf_counter()
+    lists = process.oracle_lists(sequences, "test")
+    assert time.perf_counter() - started < 5
+    numbers = np.array([int(item) - 1 for item in sequences.item_ids])
+    users = np.arange(0, 6000, 4)
+    mass = [
+        process.next_item_probabilities(numbers[sequences.items[view.starts[u] : view.ends[u]]])[
+            numbers[lists[u, :10]]
+        ].sum()
+        for u in users
+    ]
+    ceiling = hit_rate(lists, view.targets, 10)
+    assert abs(hit_rate(lists[users], view.targets[users], 10) - np.mean(mass)) < 4 * 0.5 / np.sqrt(len(users))
+    assert 0.6 < ceiling < 0.8
+    counter = hit_rate(bigram_lists(sequences), view.targets, 10)
+    print(f"oracle HR@10 {ceiling:.4f} NDCG@10 {ndcg(lists, view.targets, 10):.4f}, bigram HR@10 {counter:.4f}")
+    assert 0.2 < counter < 0.65 * ceiling
+
+
+def bigram_lists(sequences: Sequences) -> np.ndarray:
+    """int[U, 10]: what followed the last item most often in the training parts, history excluded."""
+    in_training = np.zeros(sequences.num_interactions, dtype=bool)
+    in_training[flat_ranges(sequences.offsets[:-1], sequences.lengths - 2)] = True
+    users = np.repeat(np.arange(sequences.num_users), sequences.lengths)
+    follows = in_training[1:] & (users[1:] == users[:-1])
+    counts = np.zeros((sequences.num_items, sequences.num_items))
+    np.add.at(counts, (sequences.items[:-1][follows], sequences.items[1:][follows]), 1)
+    view = sequences.history_and_target("test")
+    scores = counts[view.items[view.ends - 1]]
+    lengths = view.ends - view.starts
+    scores[np.repeat(np.arange(len(lengths)), lengths), view.items[flat_ranges(view.starts, lengths)]] = -1
+    return np.argsort(-scores, axis=1, kind="stable")[:, :10]
+
+
+def test_the_oracle_knows_sequences_that_went_through_a_file(process, sequences, tmp_path):
+    write_sequences(sequences, tmp_path / "log.txt.gz")
+    again = read_sequences(tmp_path / "log.txt.gz")
+    assert again.sequences_hash() == sequences.sequences_hash()
+    few = process.sample(30, 3, 5)  # most of the catalogue is missing: rows are not the process's numbers
+    write_sequences(few, tmp_path / "few.txt")
+    lists = process.oracle_lists(read_sequences(tmp_path / "few.txt"), "test")
+    assert lists.max() < few.num_items
+    foreign = sequences_from_ids(["u"], [3], ["1", "2", "x"])
+    with pytest.raises(ValueError, match="item 'x' is none of"):
+        process.oracle_lists(foreign, "test")
+
+
+def test_wrong_settings_are_refused(process):
+    for settings in ((100, 32, {}), (64, 8, {"num_classes": 9}), (64, 8, {"rule_probability": 0.95})):
+        with pytest.raises(ValueError, match=r"items|shares"):
+            make_process(settings[0], settings[1], **settings[2])
+    for lengths in ((2, 5), (6, 5), (3, 600)):
+        with pytest.raises(ValueError, match="lengths"):
+            process.sample(10, *lengths)
