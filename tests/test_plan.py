@@ -115,6 +115,18 @@ def test_a_step_smaller_than_the_world_is_padded():
         split_among_ranks(step, 8, 8)
 
 
+def test_the_order_itself_is_frozen():
+    """A change here breaks every resume of an older run."""
+    plan = make_plan(np.arange(100) % 5 + 3, users_per_record=8, batch_size=6, window_records=4)
+    assert plan.step(1, 2).sample_ids.tolist() == [497, 484, 271, 429, 414, 65]
+
+
+def test_each_epoch_brings_other_records_together():
+    plan = make_plan(window_records=4, batch_size=100)
+    first_windows = [frozenset((plan.step(epoch, 0).user_rows // 16).tolist()) for epoch in range(4)]
+    assert len(set(first_windows)) == 4
+
+
 def test_epochs_and_seeds_differ_and_are_well_mixed():
     plan = make_plan()
     orders = [np.concatenate([step.sample_ids for step in epoch_of(plan, epoch)]) for epoch in (0, 1)]

@@ -107,9 +107,7 @@ def test_strange_ids_survive_a_round_trip(tmp_path):
         again = read_sequences(tmp_path / name)
         assert again.sequences_hash() == sequences.sequences_hash()
         assert (again.user_ids, again.item_ids) == (sequences.user_ids, sequences.item_ids)
-    first = (tmp_path / "out.txt.gz").read_bytes()
-    write_sequences(sequences, tmp_path / "out.txt.gz")
-    assert (tmp_path / "out.txt.gz").read_bytes() == first
+    assert (tmp_path / "out.txt.gz").read_bytes()[4:8] == bytes(4)  # no time stamp: the same bytes tomorrow
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
