@@ -1,0 +1,106 @@
+"""What a run directory tells about its run: recipe, events, status, audit and metrics, as far as they are there."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import yaml
+
+
+@dataclass
+class Journal:
+    """What a run directory holds; whatever is missing is empty."""
+
+    path: Path
+    recipe_text: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    status: dict[str, Any] = field(default_factory=dict)
+    audit: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [line for line in self.events if line.get("event") == event]
+
+    def stage(self, event: str, stage: str) -> list[dict[str, Any]]:
+        """Events of a stage by step. A resumed run writes some steps twice: the later ones are the ones it kept."""
+        found = {
+            line["step"]: line for line in self.of(event) if line.get("stage") == stage and is_number(line.get("step"))
+        }
+        return [found[step] for step in sorted(found)]
+
+
+def read_journal(path: Path) -> Journal:
+    """Read whatever is there; what cannot be read goes to `notes`.
+
+    Raises ValueError for a directory that no command of ours wrote.
+    """
+    wanted = ["recipe.yaml", "events.jsonl", "status.json", "metrics-validation.json", "metrics-test.json"]
+    if not any((path / name).is_file() for name in wanted):
+        raise ValueError(
+            f"{path}: none of {', '.join(wanted)} is in it: give a directory of genrec train or genrec baseline"
+        )
+    run = Journal(path)
+    if (path / "recipe.yaml").is_file():
+        run.recipe_text = (path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+        run.recipe = _read_yaml(run.recipe_text, run.notes)
+    run.events = _read_events(path / "events.jsonl", run.notes)
+    run.status = _read_object(path / "status.json", run.notes)
+    run.audit = _read_object(path / "audit.json", run.notes)
+    if not run.audit and run.recipe.get("data"):
+        run.audit = _read_object(Path(str(run.recipe["data"])) / "audit.json", run.notes)
+    for split in ("test", "validation"):
+        if found := _read_object(path / f"metrics-{split}.json", run.notes):
+            run.metrics[split] = found
+    return run
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """A finite number: what a chart or a table can show."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_events(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """All lines that are JSON objects; a killed run can leave its last line torn, which is counted, not hidden."""
+    if not path.is_file():
+        return []
+    events, torn = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            event = json.loads(line) if line.strip() else None
+        except ValueError:
+            torn += 1
+            continue
+        if isinstance(event, dict):
+            events.append(event)
+    if torn:
+        notes.append(f"events.jsonl: {torn} torn line{'s' if torn > 1 else ''} skipped")
+    return events
+
+
+def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.name}: {error}")
+        return {}
+    if not isinstance(found, dict):
+        notes.append(f"{path.name}: not a JSON object")
+        return {}
+    return found
+
+
+def _read_yaml(text: str, notes: list[str]) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        notes.append(f"recipe.yaml: {' '.join(str(error).split())}")
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,317 @@
+"""One page a run, `report.html`: what was trained, how it went, and the honest comparison; opens without a network."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from html import escape
+from importlib import resources
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from genrec_shards.atomic import atomic_file
+
+from genrec_dist.chart import Dot, Line, dot_chart, line_chart, score, smooth
+from genrec_dist.journal import Journal, is_number, read_journal
+
+METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
+NAMES = {
+    "genrec": "GenRec",
+    "knn": "co-occurrence kNN",
+    "popularity": "popularity",
+    "counting": "counting rule",
+    "repeat": "recent items again",
+    "ceiling": "oracle ceiling",
+}
+PROTOCOL = {
+    "numbering": "how items got the digits of their codes",
+    "ties": "order of items that share a timestamp",
+    "split": "which interactions are held out",
+    "trained_through": "last position the model may learn from",
+    "exclude_history": "whether items of the history are left out of the lists",
+    "beam": "candidates kept at each step of decoding",
+    "decode": "softmax over the whole vocabulary, or over the trie's tokens",
+    "users": "whose lists are scored",
+}
+STAGES = ("pretrain", "finetune")
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `report.html` into a directory of `genrec train` or `genrec baseline` and return its path.
+
+    Missing files leave their parts out; what could not be read is said on the page.
+    Raises ValueError if the directory holds nothing that a run writes.
+    """
+    run = read_journal(Path(run_dir))
+    page = _page(run)
+    target = run.path / "report.html"
+    with atomic_file(target) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    return target
+
+
+def headline(metrics: dict[str, Any], key: str = "NDCG@10") -> str:
+    """The comparison in plain words, as text; it claims no difference that the interval does not carry."""
+    ours, name = metrics.get(key), _name(metrics.get("system", "genrec"))
+    if not is_number(ours):
+        return f"{name} has no {key} in its metrics."
+    sentence = f"{name} reaches {key} {score(ours)} on {metrics.get('split', 'an unnamed split')}"
+    interval = _interval(metrics, key)
+    sentence += f" (95 % interval {score(interval[0])} to {score(interval[1])})" if interval else ""
+    beside = metrics.get("beside") or {}
+    knn = (beside.get("knn") or {}).get(key)
+    if metrics.get("system") != "knn" and is_number(knn):
+        sentence += f"; co-occurrence kNN, which learns nothing but counts, reaches {score(knn)}: "
+        if knn > 0:
+            gap = (ours - knn) / knn
+            sentence += f"{name} is {_percent(abs(gap))} {'above' if gap >= 0 else 'below'} it"
+        else:
+            sentence += f"{name} is above it" if ours > 0 else "neither finds anything"
+        if interval and interval[0] <= knn <= interval[1]:
+            sentence += ", a gap that the interval does not tell from none"
+    sentence += "."
+    ceiling = (beside.get("ceiling") or {}).get(key)
+    if is_number(ceiling) and ceiling > 0:
+        sentence += f" The oracle's ceiling is {score(ceiling)}; {name} reaches {_percent(ours / ceiling)} of it."
+    return sentence
+
+
+def _page(run: Journal) -> str:
+    sections = [
+        _header(run),
+        _comparison(run),
+        _curves(run),
+        *(_table(metrics) for metrics in run.metrics.values()),
+        _protocol(run),
+        _audit(run),
+        _throughput(run),
+        _notes(run),
+        _recipe(run),
+    ]
+    style = (resources.files("genrec_dist") / "report.css").read_text(encoding="utf-8")
+    # The policy forbids the page to load anything, whatever a name in it may say.
+    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(run.path.resolve().name)} · GenRec</title><style>{style}</style></head>\n<body><main>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _header(run: Journal) -> str:
+    start = (run.of("start") or [{}])[-1]
+    first, last = (run.of("start") or [{}])[0], (run.events or [{}])[-1]
+    measured = next(iter(run.metrics.values()), {})
+    status = run.status.get("status") or (run.of("end") or [{}])[-1].get("status") or "no status written"
+    facts: list[tuple[str, Any]] = [("status", status)]
+    if run.status.get("reason"):
+        facts.append(("reason", run.status["reason"]))
+    if is_number(first.get("time")):
+        facts.append(("started", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(first["time"]))))
+        if is_number(last.get("time")):
+            facts.append(("from first to last event", _duration(last["time"] - first["time"])))
+    if len(run.of("start")) > 1:
+        facts.append(("resumed", f"{len(run.of('start')) - 1} ×"))
+    if run.recipe.get("data"):
+        facts.append(("data", run.recipe["data"]))
+    if is_number(start.get("parameters")):
+        facts.append(("parameters", f"{start['parameters']:,}"))
+    facts.append(("code", start.get("git") or measured.get("git") or "not in a checkout"))
+    versions = start.get("versions") or measured.get("versions") or {}
+    if versions.get("torch"):
+        facts.append(("torch", versions["torch"]))
+    name = _text(run.path.resolve().name)
+    return f'<header><p class="kicker">GenRec run</p><h1>{name}</h1>{_definitions(facts, "facts")}</header>'
+
+
+def _comparison(run: Journal) -> str:
+    if not run.metrics:
+        how = "<code>genrec evaluate RUN --split test</code>"
+        return f'<section><p class="lead">Not evaluated yet: {how} adds the comparison.</p></section>'
+    metrics = next(iter(run.metrics.values()))
+    charts = []
+    for key in ("NDCG@10", "HR@10"):
+        dots = [
+            Dot(_name(system), row[key], _interval(row, key), ours=index == 0)
+            for index, (system, row) in enumerate(_systems(metrics))
+            if is_number(row.get(key))
+        ]
+        if dots:
+            charts.append(dot_chart(f"{key}, {metrics.get('split', '')}", dots))
+    return (
+        f'<section><p class="lead">{_text(headline(metrics))}</p><div class="charts">{"".join(charts)}</div></section>'
+    )
+
+
+def _curves(run: Journal) -> str:
+    charts, losses, scores = [], [], []
+    for color, stage in enumerate(STAGES):
+        xs, ys = _series(run.stage("step", stage), "loss")
+        losses.append(Line(stage, xs, ys, color, faint=True))
+        losses.append(Line(stage, xs, smooth(ys, len(ys) / 25), color))
+        losses.append(
+            Line(
+                f"{stage}, validation", *_series(run.stage("validation", stage), "loss"), color, dots=True, dashed=True
+            )
+        )
+        for offset, key in enumerate(("NDCG@10", "HR@10")):
+            xs, ys = _series(run.stage("validation", stage), key)
+            name = key if stage == "finetune" else f"{key}, {stage}"
+            scores.append(Line(name, xs, ys, offset if stage == "finetune" else offset + 2, dots=True))
+    if any(len(line.xs) for line in losses):
+        charts.append(line_chart("Loss", "step", losses))
+    if any(len(line.xs) for line in scores):
+        charts.append(line_chart("Validation", "step", scores, from_zero=True))
+    if not charts:
+        return ""
+    users = {count for line in run.of("validation") if is_number(count := line.get("users"))}
+    told = f" Validation: {', '.join(f'{count:,}' for count in sorted(users))} users." if users else ""
+    return (
+        f'<section><h2>Training</h2><div class="charts">{"".join(charts)}</div>'
+        f'<p class="small">Faint: as logged; strong: exponential average over a 25th of the curve.{told}</p></section>'
+    )
+
+
+def _table(metrics: dict[str, Any]) -> str:
+    rows = []
+    for index, (system, row) in enumerate(_systems(metrics)):
+        cells = []
+        for key in METRICS:
+            value, interval = row.get(key), _interval(row, key)
+            bounds = f"<small>{score(interval[0])}–<wbr>{score(interval[1])}</small>" if interval else ""
+            cells.append(f"<td>{score(value if is_number(value) else None)}{bounds}</td>")
+        rows.append(
+            f'<tr{" class=ours" if index == 0 else ""}><th scope="row">{_text(_name(system))}</th>{"".join(cells)}</tr>'
+        )
+    users = f", {metrics['users']:,} users" if is_number(metrics.get("users")) else ""
+    more = [
+        f"{key} {score(metrics[key])}" for key in ("HR@1", "HR@20", "NDCG@20", "MRR@20") if is_number(metrics.get(key))
+    ]
+    more += [
+        f"{key.replace('_', ' ')} {_percent(metrics[key])}"
+        for key in ("invalid_rate", "duplicate_rate")
+        if is_number(metrics.get(key))
+    ]
+    if is_number(metrics.get("users_per_second")):
+        more.append(f"{metrics['users_per_second']:,.0f} users/s")
+    return (
+        f"<section><h2>Metrics on {_text(metrics.get('split', ''))}{users}</h2>"
+        f"{_grid(('system', *METRICS), rows)}"
+        f'<p class="small">Small figures: 95 % bootstrap interval over users. {_text("; ".join(more))}</p></section>'
+    )
+
+
+def _protocol(run: Journal) -> str:
+    protocol = next(iter(run.metrics.values()), {}).get("protocol")
+    if not isinstance(protocol, dict) or not protocol:
+        return ""
+    rows = "".join(
+        f"<div><dt>{_text(key.replace('_', ' '))}</dt><dd><b>{_text(_plain(value))}</b>"
+        + (f"<small>{PROTOCOL[key]}</small>" if key in PROTOCOL else "")
+        + "</dd></div>"
+        for key, value in protocol.items()
+    )
+    return f'<section><h2>Protocol</h2><dl class="protocol">{rows}</dl></section>'
+
+
+def _audit(run: Journal) -> str:
+    sentence = run.audit.get("sentence")
+    if not isinstance(sentence, str):
+        return ""
+    return f"<section><h2>Audit of the data</h2><blockquote>{_text(sentence)}</blockquote></section>"
+
+
+def _throughput(run: Journal) -> str:
+    rows = []
+    for stage in STAGES:
+        steps = run.stage("step", stage)
+        if not steps:
+            continue
+        cells = [
+            _figure(steps, "tokens_per_second", median, "{:,.0f}"),
+            _figure(steps, "samples_per_second", median, "{:,.0f}"),
+            _figure(steps, "padding_share", fmean, "{:.1%}"),
+            _figure(steps, "data_wait_share", fmean, "{:.1%}"),
+        ]
+        rows.append(f'<tr><th scope="row">{stage}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+    if not rows:
+        return ""
+    return (
+        f"<section><h2>Throughput</h2>{_grid(('stage', 'tokens/s', 'samples/s', 'padding', 'waiting for data'), rows)}"
+        '<p class="small">Rates count real tokens and are medians of the logged steps; shares are means.</p></section>'
+    )
+
+
+def _notes(run: Journal) -> str:
+    items = "".join(f"<li>{_text(note)}</li>" for note in run.notes)
+    return f"<section><h2>Could not be read</h2><ul>{items}</ul></section>" if items else ""
+
+
+def _recipe(run: Journal) -> str:
+    return f"<details><summary>Recipe</summary><pre>{_text(run.recipe_text)}</pre></details>" if run.recipe_text else ""
+
+
+def _systems(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The run's own system first, then those beside it, best NDCG@10 first."""
+    beside = [(name, row) for name, row in (metrics.get("beside") or {}).items() if isinstance(row, dict)]
+    beside.sort(key=lambda pair: -pair[1]["NDCG@10"] if is_number(pair[1].get("NDCG@10")) else 0.0)
+    own = str(metrics.get("system", "genrec"))
+    return [(own, metrics), *((name, row) for name, row in beside if name != own)]
+
+
+def _interval(row: dict[str, Any], key: str) -> tuple[float, float] | None:
+    bounds = (row.get("ci95") or {}).get(key)
+    if isinstance(bounds, list) and len(bounds) == 2 and all(is_number(bound) for bound in bounds):
+        return bounds[0], bounds[1]
+    return None
+
+
+def _series(events: Iterable[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
+    points = [(event["step"], event[key]) for event in events if is_number(event.get(key))]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _figure(events: list[dict[str, Any]], key: str, reduce: Any, form: str) -> str:
+    values = _series(events, key)[1]
+    return form.format(reduce(values)).replace("%", " %") if values else "–"
+
+
+def _grid(columns: Iterable[str], rows: Iterable[str]) -> str:
+    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _definitions(pairs: list[tuple[str, Any]], kind: str) -> str:
+    rows = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in pairs)
+    return f'<dl class="{kind}">{rows}</dl>'
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item:,}" if is_number(item) else f"{key} {item}" for key, item in value.items())
+    return "not known" if value is None else str(value)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %")
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _name(system: Any) -> str:
+    return NAMES.get(str(system), str(system))
+
+
+def _text(value: Any) -> str:
+    """The one door through which anything from a file reaches the page."""
+    return escape(str(value), quote=True)
