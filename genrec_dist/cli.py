@@ -1,0 +1,377 @@
+"""The command line: `genrec COMMAND ...`, each command a thin door to a function."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+app = typer.Typer(
+    name="genrec",
+    help="Train GenRec, a generative sequential recommender: exact, honest, fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+out = Console()
+
+Split = Literal["validation", "test"]
+YesNo = Literal["auto", "yes", "no"]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `genrec train`.")]
+DataArgument = Annotated[Path, typer.Argument(metavar="DATA", help="Directory of `genrec prepare`.")]
+DataOption = Annotated[Path | None, typer.Option("--data", help="Data directory; default: the one the run was trained on.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+ExcludeOption = Annotated[
+    YesNo, typer.Option("--exclude-history", help="Leave out items of the history; auto: where no target repeats.")
+]
+
+# Modules are imported inside the commands: `genrec --help` must not wait for torch.
+
+
+@app.command()
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory of the demo run.")] = Path("runs/demo"),
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value of the demo recipe.")] = None,
+) -> None:
+    """The whole path on a synthetic catalogue whose ceiling is known.
+
+    Example: genrec demo --out runs/demo
+    """
+    from genrec_dist.demo import run_demo
+
+    out.print(run_demo(out_dir, overrides or [], out))
+
+
+@app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The log; gz or not.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Data directory to write.")],
+    format_: Annotated[str, typer.Option("--format", help="sequences: `user item item ...` a line, oldest first.")] = "sequences",
+    numbering: Annotated[str, typer.Option(help="random, given or train-order.")] = "random",
+    seed: Annotated[int, typer.Option(help="Seed of the numbering.")] = 0,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Turn a log into sequences with leak-free codes, and audit it.
+
+    Example: genrec prepare Beauty.txt.gz --out data/beauty --numbering random
+    """
+    from genrec_shards.atomic import atomic_file
+    from genrec_shards.prepare import prepare as run_prepare
+
+    from genrec_dist.audit import audit
+
+    dataset = run_prepare(
+        source, out_dir, format=format_, numbering=numbering, seed=seed, overwrite=overwrite  # type: ignore[arg-type]
+    )  # fmt: skip
+    found = audit(dataset.sequences, dataset.numbering.item_codes)
+    with atomic_file(Path(out_dir) / "audit.json") as temporary:
+        temporary.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
+    sequences = dataset.sequences
+    out.print(
+        f"{out_dir}: {sequences.num_users:,} users, {sequences.num_items:,} items, "
+        f"{sequences.num_interactions:,} interactions, numbering {numbering}",
+        highlight=False,
+    )
+    out.print(found.sentence(), style="yellow" if found.leaks else "", highlight=False)
+
+
+@app.command()
+def shard(
+    data: DataArgument,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Shard directory; default: DATA/shards.")] = None,
+    users_per_shard: Annotated[int, typer.Option(help="Users a tar.")] = 8192,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Pack sequences into webdataset tars with a manifest.
+
+    Example: genrec shard data/beauty
+    """
+    from genrec_shards.prepare import load_dataset
+    from genrec_shards.write import write_shards
+
+    target = out_dir or data / "shards"
+    manifest = write_shards(load_dataset(data), target, users_per_shard=users_per_shard, overwrite=overwrite)
+    size = sum(tar.bytes for tar in manifest.shards)
+    out.print(f"{target}: {len(manifest.shards)} tars, {manifest.users:,} users, {size:,} bytes", highlight=False)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")] = None,
+    resume: Annotated[str | None, typer.Option(help="latest, or a checkpoint directory.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+) -> None:
+    """Pretrain and finetune by a recipe; under accelerate launch or torchrun on several processes.
+
+    Example: genrec train tiny --set data=data/beauty --set run=runs/beauty
+    """
+    from genrec_dist.recipe import load_recipe
+    from genrec_dist.report import write_report
+    from genrec_dist.train import train as run_train
+    from genrec_dist.workshop import describe
+
+    resolved = load_recipe(recipe, overrides)
+    if dry_run:
+        out.print_json(data=describe(resolved))
+        return
+    path = run_train(resolved, resume)
+    if _rank() == 0:
+        write_report(path)
+        out.print(f"{path}: finished; next: genrec evaluate {path} --split test", highlight=False)
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    split: Annotated[Split, typer.Option(help="Which items are the targets.")] = "test",
+    beam: Annotated[int, typer.Option(help="Width of the beam.", min=1)] = 20,
+    exclude_history: ExcludeOption = "auto",
+    batch_size: Annotated[int, typer.Option(help="Users decoded at once.", min=1)] = 256,
+    data: DataOption = None,
+) -> None:
+    """Decode every user once, score, and set the baselines beside it.
+
+    Example: genrec evaluate runs/beauty --split test
+    """
+    from genrec_shards.prepare import load_dataset
+
+    from genrec_dist.evaluate import Decoding
+    from genrec_dist.evaluate import evaluate as run_evaluate
+    from genrec_dist.recipe import load_recipe
+    from genrec_dist.report import write_report
+    from genrec_dist.results import format_table
+    from genrec_dist.run import load_run
+
+    recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+    dataset = load_dataset(data or _data_of(run))
+    with _processes() as device:
+        loaded = load_run(run, device)
+        decoding = Decoding(
+            beam=beam, batch_size=batch_size, exclude_history=_exclude(exclude_history, loaded.model.config.exclude_history)
+        )
+        with _progress(f"evaluate {split}", dataset.sequences.num_users) as advance:
+            metrics = run_evaluate(
+                loaded,
+                dataset,
+                split,
+                decoding=decoding,
+                trained_through=recipe.trained_through if recipe else "n-2",
+                recipe=recipe.as_dict() if recipe else None,
+                rank=_rank(),
+                world_size=_world_size(),
+                on_batch=advance,
+            )
+    if metrics is not None:
+        out.print(format_table([metrics]))
+        out.print(f"{write_report(run)}", highlight=False)
+
+
+@app.command()
+def recommend(
+    run: RunArgument,
+    history: Annotated[str | None, typer.Option(help="Item ids, oldest first, separated by commas.")] = None,
+    user: Annotated[str | None, typer.Option(help="A user's id; with --history: whose history it is.")] = None,
+    file: Annotated[Path | None, typer.Option(help='JSON lines {"history": [...], "user": ...}.')] = None,
+    all_users: Annotated[bool, typer.Option("--all-users", help="All users of the data; needs --out.")] = False,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Directory for --all-users.")] = None,
+    top: Annotated[int, typer.Option(help="Length of the lists.", min=1)] = 20,
+    beam: Annotated[int, typer.Option(help="Width of the beam.", min=1)] = 20,
+    exclude_history: ExcludeOption = "auto",
+    data: DataOption = None,
+) -> None:
+    """What will this user take next? JSON lines in your own item ids.
+
+    Example: genrec recommend runs/beauty --history 83,104,105
+    """
+    from genrec_shards.prepare import load_dataset
+
+    from genrec_dist.evaluate import Decoding
+    from genrec_dist.recommend import Recommender, Request, read_requests, recommend_all, user_request
+
+    if sum([history is not None or user is not None, file is not None, all_users]) != 1:
+        raise click.UsageError("give one of --history/--user, --file, --all-users")
+    if all_users and out_dir is None:
+        raise click.UsageError("--all-users needs --out DIR")
+    with _processes() as device:
+        recommender = Recommender.load(run, device, beam=beam)
+        recommender.exclude_history = _exclude(exclude_history, recommender.exclude_history)
+        if all_users:
+            assert out_dir is not None
+            dataset = load_dataset(data or _data_of(run))
+            decoding = Decoding(beam=beam, top=top, exclude_history=recommender.exclude_history)
+            with _progress("recommend", dataset.sequences.num_users) as advance:
+                path = recommend_all(
+                    recommender.run, dataset, out_dir, decoding,
+                    rank=_rank(), world_size=_world_size(), on_batch=advance,
+                )  # fmt: skip
+            if path is not None:
+                out.print(f"{path}", highlight=False)
+            return
+        if file is not None:
+            requests = list(read_requests(file))
+        elif history is not None:
+            requests = [Request([item for item in history.split(",") if item], user)]
+        else:
+            assert user is not None
+            requests = [user_request(load_dataset(data or _data_of(run)), recommender.run, user)]
+        for start in range(0, len(requests), 256):
+            for answer in recommender.recommend(requests[start : start + 256], k=top):
+                if answer.unknown_items:
+                    typer.echo(f"not in the catalogue, skipped: {', '.join(answer.unknown_items)}", err=True)
+                typer.echo(answer.as_json())
+
+
+@app.command()
+def baseline(
+    name: Annotated[Literal["popularity", "counting", "repeat", "knn"], typer.Argument(help="Which rule.")],
+    data: DataArgument,
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory for metrics and lists.")],
+    split: Annotated[Split, typer.Option(help="Which items are the targets.")] = "test",
+    trained_through: Annotated[Literal["n-2", "n-1"], typer.Option(help="Last position it may learn.")] = "n-2",
+    exclude_history: ExcludeOption = "auto",
+) -> None:
+    """The same metrics from the same evaluator for a rule that learns little or nothing.
+
+    Example: genrec baseline knn data/beauty --out runs/beauty-knn
+    """
+    from genrec_shards.prepare import load_dataset
+
+    from genrec_dist.audit import exclude_history_default
+    from genrec_dist.results import format_table, run_baseline
+
+    dataset = load_dataset(data)
+    excluded = _exclude(exclude_history, exclude_history_default(dataset.sequences))
+    metrics = run_baseline(
+        name, dataset, split, out_dir, trained_through=trained_through, exclude_history=excluded
+    )
+    out.print(format_table([metrics]))
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write `report.html` of a run; it opens without a network.
+
+    Example: genrec report runs/beauty
+    """
+    from genrec_dist.report import write_report
+
+    if not run.is_dir():
+        raise ValueError(f"{run}: no such run directory")
+    out.print(f"{write_report(run)}", highlight=False)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """What is installed, what works, what is missing and how to get it.
+
+    Example: genrec doctor
+    """
+    from genrec_dist import doctor as examination
+
+    findings = examination.examine()
+    if as_json:
+        typer.echo(examination.as_json(findings))
+    else:
+        out.print(examination.render(findings))
+    if not examination.healthy(findings):
+        raise typer.Exit(1)
+
+
+def _data_of(run: Path) -> Path:
+    from genrec_dist.recipe import load_recipe
+
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"{run}: no recipe.yaml in it; is it a directory of `genrec train`?")
+    return Path(load_recipe(run / "recipe.yaml").data)
+
+
+def _exclude(choice: YesNo, default: bool) -> bool:
+    return default if choice == "auto" else choice == "yes"
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class _processes:
+    """The device of this process; under a launcher also the process group, which is left in good order at the end."""
+
+    def __enter__(self) -> Any:
+        from genrec_dist.evaluate import best_device
+
+        if _world_size() == 1:
+            return best_device()
+        from accelerate import PartialState
+
+        return PartialState().device
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if _world_size() > 1 and error is None:
+            import torch.distributed as dist
+
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+class _progress:
+    """A bar on standard error of rank 0, so that standard output holds results alone."""
+
+    def __init__(self, what: str, total: int):
+        console = Console(stderr=True)
+        self.bar = Progress(console=console, disable=_rank() != 0 or not console.is_terminal)
+        # Other ranks advance unseen at the same pace.
+        self.task = self.bar.add_task(what, total=-(-total // _world_size()))
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+        return lambda users: self.bar.advance(self.task, users)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.bar.stop()
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run one command and give its exit code: 0 ok, 1 failure, 2 usage, 130 and 143 after signals."""
+    from genrec_dist.stop import Stopped
+
+    try:
+        app(arguments, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except Stopped as stop:
+        typer.echo(f"genrec: {stop}; continue with --resume latest", err=True)
+        return 128 + stop.number
+    except (ValueError, OSError) as error:
+        typer.echo(f"genrec: {_one_line(error)}", err=True)
+        return 1
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer runs once, before workers fork
+    sys.exit(run_command(sys.argv[1:]))
+
+

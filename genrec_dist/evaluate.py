@@ -1,0 +1,170 @@
+"""Distributed beam evaluation: each user's top list exactly once, whatever the number of ranks."""
+
+# U users, N list
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from genrec_shards.prepare import Dataset
+from genrec_shards.sequences import Split, SplitView
+
+from genrec_dist.batch import Layout, encode_histories, ragged
+from genrec_dist.beam import TopItems, TrieSearcher
+from genrec_dist.results import Protocol, write_results
+from genrec_dist.run import LoadedRun, load_run
+
+TOP = 20
+"""Length of the lists that are written and scored."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How lists are made; the same for validation, evaluation and requests."""
+
+    beam: int = 20
+    top: int = TOP
+    exclude_history: bool = True
+    batch_size: int = 256
+
+
+def rank_users(
+    searcher: TrieSearcher,
+    layout: Layout,
+    view: SplitView,
+    user_rows_U: np.ndarray,
+    decoding: Decoding,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    on_batch: Callable[[int], None] | None = None,
+) -> TopItems:
+    """Top items of these users after their histories, in the given order, the same on every rank.
+
+    Batches are cut first, then dealt to ranks, so the lists do not depend on the number of ranks.
+    """
+    # Like lengths share a batch: short histories do not pay for long ones.
+    order = np.argsort((view.ends - view.starts)[user_rows_U], kind="stable")
+    chunks = [order[start : start + decoding.batch_size] for start in range(0, len(order), decoding.batch_size)]
+    mine: list[tuple[np.ndarray, TopItems]] = []
+    for chunk in chunks[rank::world_size]:
+        mine.append((chunk, _rank_chunk(searcher, layout, view, user_rows_U[chunk], decoding)))
+        if on_batch is not None:
+            on_batch(len(chunk))
+    return _assemble(_gather(mine, world_size), len(user_rows_U), decoding.top)
+
+
+def _rank_chunk(
+    searcher: TrieSearcher, layout: Layout, view: SplitView, user_rows_B: np.ndarray, decoding: Decoding
+) -> TopItems:
+    lengths_B = (view.ends - view.starts)[user_rows_B]
+    flat, offsets = ragged(view.starts[user_rows_B], lengths_B)
+    items = view.items[flat]
+    encoder = encode_histories(items, offsets, user_rows_B, layout).to(searcher.device)
+    # The whole history is excluded, also what the model's input had no room for.
+    excluded = (np.repeat(np.arange(len(user_rows_B)), lengths_B), items) if decoding.exclude_history else None
+    return searcher.search(encoder, beam=decoding.beam, top=decoding.top, excluded=excluded)
+
+
+def _gather(mine: list[tuple[np.ndarray, TopItems]], world_size: int) -> list[tuple[np.ndarray, TopItems]]:
+    if world_size == 1:
+        return mine
+    everyone: list[Any] = [None] * world_size
+    dist.all_gather_object(everyone, mine)
+    return [chunk for theirs in everyone for chunk in theirs]
+
+
+def _assemble(chunks: list[tuple[np.ndarray, TopItems]], num_users: int, top: int) -> TopItems:
+    items_UN = np.full((num_users, top), -1, np.int32)
+    scores_UN = np.full((num_users, top), -np.inf, np.float32)
+    seen_U = np.zeros(num_users, np.int64)
+    for places, lists in chunks:
+        items_UN[places], scores_UN[places] = lists.items, lists.scores
+        seen_U[places] += 1
+    if (seen_U != 1).any():
+        raise RuntimeError(f"{(seen_U != 1).sum()} of {num_users} users were not ranked exactly once")
+    return TopItems(items_UN, scores_UN)
+
+
+def sample_users(num_users: int, sample: int, seed: int) -> np.ndarray:
+    """int64 rows of a seeded sample of users, ascending; all of them where the sample is 0 or not smaller."""
+    if sample == 0 or sample >= num_users:
+        return np.arange(num_users)
+    return np.sort(np.random.Generator(np.random.Philox(key=[seed, 0x56A1])).choice(num_users, sample, replace=False))
+
+
+def evaluate(
+    run: LoadedRun | str,
+    dataset: Dataset,
+    split: Split,
+    *,
+    decoding: Decoding | None = None,
+    trained_through: str = "n-2",
+    exclude_history: bool | None = None,
+    recipe: dict[str, Any] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    on_batch: Callable[[int], None] | None = None,
+) -> dict[str, Any] | None:
+    """Decode, gather, score and write `metrics-SPLIT.json` and `top20-SPLIT.parquet` into the run directory.
+
+    Returns the metrics on rank 0, None elsewhere. Raises ValueError if the run speaks another numbering.
+    """
+    loaded = load_run(run) if isinstance(run, str) else run
+    check_numbering(loaded, dataset)
+    decoding = decoding or Decoding()
+    view = dataset.sequences.history_and_target(split)
+    users_U = np.arange(dataset.sequences.num_users)
+    start = time.perf_counter()
+    lists = rank_users(
+        loaded.searcher, loaded.layout, view, users_U, decoding, rank=rank, world_size=world_size, on_batch=on_batch
+    )
+    seconds = time.perf_counter() - start
+    if rank != 0:
+        return None
+    protocol = Protocol.of(
+        dataset,
+        trained_through=trained_through,
+        exclude_history=decoding.exclude_history,
+        beam=decoding.beam,
+        decode="exact",
+    )
+    return write_results(
+        loaded.path,
+        system="genrec",
+        split=split,
+        dataset=dataset,
+        user_rows=users_U,
+        lists_UN=lists.items,
+        scores_UN=lists.scores,
+        protocol=protocol,
+        seconds=seconds,
+        recipe=recipe,
+    )
+
+
+def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
+    expected = run.model.config.numbering_hash
+    found = dataset.numbering.numbering_hash()
+    if expected != found:
+        raise ValueError(
+            f"{run.path} speaks numbering {expected[:12]}, {dataset.path} has {found[:12]}: "
+            "give --data the directory the run was trained on"
+        )
+
+
+def process_group() -> tuple[int, int]:
+    """(rank, world size) of a launched run, (0, 1) alone."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def best_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")

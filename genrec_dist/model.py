@@ -1,0 +1,317 @@
+"""GenRec: a BART encoder-decoder whose encoder adds user and item id embeddings to tokens and positions."""
+
+# B users, R decoder rows, L input tokens, T target tokens, D width, V vocabulary
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from genrec_kernels.reference import embedding_sum
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BartConfig, BartForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+
+from genrec_dist.batch import IGNORED, EncoderInput
+from genrec_dist.recipe import Model
+
+POSITION_OFFSET = 2
+"""BART's learned positions start at row 2 of their table."""
+
+
+class GenRecConfig(BartConfig):
+    """BART's configuration and the id tables.
+
+    num_users, num_items: rows of the tables without the zero row; 0 leaves a table out. id_dropout: dropout of the id
+    terms alone. encoder_positions: "from-start" (BART) or "from-end". max_input_tokens: where the text is cut.
+    numbering_hash: the numbering this model speaks. exclude_history: whether its lists leave out the history by default.
+    """
+
+    model_type = "genrec"
+
+    num_users: int = 0
+    num_items: int = 0
+    id_dropout: float = 0.0
+    encoder_positions: str = "from-start"
+    num_masks: int = 1
+    max_input_tokens: int = 512
+    numbering_hash: str = ""
+    exclude_history: bool = True
+
+
+class IdEmbedding(nn.Embedding):
+    """An id table whose row 0 is zero and stays zero."""
+
+    def __init__(self, num_ids: int, width: int):
+        super().__init__(num_ids + 1, width, padding_idx=0)
+
+
+class GenRecForConditionalGeneration(BartForConditionalGeneration):
+    """BART with equation (2) of the paper as its input; loads plain BART weights, the id tables then start fresh.
+
+    `forward` takes Hugging Face's names, so `generate`, `save_pretrained` and `from_pretrained` work.
+    """
+
+    config_class = GenRecConfig
+    config: GenRecConfig
+
+    def __init__(self, config: GenRecConfig):
+        super().__init__(config)
+        self.user_embedding = IdEmbedding(config.num_users, config.d_model) if config.num_users else None
+        self.item_embedding = IdEmbedding(config.num_items, config.d_model) if config.num_items else None
+        self.post_init()
+
+    def embed(self, encoder: EncoderInput) -> Tensor:
+        """The embedding sum before BART's layer norm, float [B, L, D]."""
+        bart = self.model.encoder
+        return embedding_sum(
+            encoder.input_ids,
+            encoder.position_ids + POSITION_OFFSET,
+            encoder.user_rows,
+            encoder.item_rows,
+            bart.embed_tokens.weight,
+            bart.embed_positions.weight,
+            self.user_embedding.weight if self.user_embedding is not None else None,
+            self.item_embedding.weight if self.item_embedding is not None else None,
+            scale=bart.embed_tokens.embed_scale,
+            id_dropout=self.config.id_dropout,
+            training=self.training,
+            pad_token_id=self.config.pad_token_id,
+        )
+
+    def encode(self, encoder: EncoderInput) -> Tensor:
+        """Encoder states, float [B, L, D]."""
+        bart = self.model.encoder
+        hidden_BLD = bart.layernorm_embedding(self.embed(encoder))
+        hidden_BLD = F.dropout(hidden_BLD, bart.dropout, self.training)
+        bias_B11L = attention_bias(encoder.attention_mask[:, None, None], hidden_BLD)
+        for layer in bart.layers:
+            hidden_BLD = layer(hidden_BLD, bias_B11L)
+        return hidden_BLD
+
+    def decode(self, decoder_input_ids_RT: Tensor, memory_RLD: Tensor, memory_mask_RL: Tensor) -> Tensor:
+        """Decoder states of whole target sequences, float [R, T, D].
+
+        Rows are padded on the right, so causality alone keeps padding out of sight.
+        """
+        bart = self.model.decoder
+        hidden_RTD = bart.embed_tokens(decoder_input_ids_RT) + bart.embed_positions(decoder_input_ids_RT)
+        hidden_RTD = F.dropout(bart.layernorm_embedding(hidden_RTD), bart.dropout, self.training)
+        num_tokens = decoder_input_ids_RT.shape[1]
+        causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=hidden_RTD.device).tril()
+        causal_11TT = attention_bias(causal_TT[None, None], hidden_RTD)
+        memory_bias_R11L = attention_bias(memory_mask_RL[:, None, None], hidden_RTD)
+        for layer in bart.layers:
+            hidden_RTD = layer(
+                hidden_RTD,
+                causal_11TT,
+                memory_RLD,
+                encoder_attention_mask=memory_bias_R11L,
+                use_cache=False,
+            )
+        return hidden_RTD
+
+    def target_logits(
+        self, encoder: EncoderInput, encoder_row_R: Tensor, decoder_input_ids_RT: Tensor, labels_RT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(logits float [n, V], labels int64 [n]) of the label tokens alone: padding never reaches the head."""
+        memory_BLD = self.encode(encoder)
+        mask_BL = encoder.attention_mask
+        if not _is_identity(encoder_row_R, len(memory_BLD)):
+            memory_BLD, mask_BL = memory_BLD[encoder_row_R], mask_BL[encoder_row_R]
+        hidden_RTD = self.decode(decoder_input_ids_RT, memory_BLD, mask_BL)
+        learned_RT = labels_RT != IGNORED
+        return self.lm_head(hidden_RTD[learned_RT]), labels_RT[learned_RT]
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        user_rows: Tensor | None = None,
+        item_rows: Tensor | None = None,
+        encoder_row: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        **generation: Any,
+    ) -> Any:
+        """With `labels`: (logits [n, V], labels [n]) of the label tokens. Without: Hugging Face's decoder output.
+
+        All integer arrays are [B, L] (encoder) or [R, T] (decoder); `encoder_row` [R] defaults to one row a sample.
+        """
+        if labels is None:
+            if encoder_outputs is None:
+                encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows)
+                encoder_outputs = BaseModelOutput(last_hidden_state=self.encode(encoder))
+            output: Seq2SeqLMOutput = super().forward(
+                attention_mask=attention_mask,
+                decoder_input_ids=decoder_input_ids,
+                encoder_outputs=encoder_outputs,
+                **generation,
+            )
+            return output
+        encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows)
+        if encoder_row is None:
+            encoder_row = torch.arange(len(encoder.input_ids), device=encoder.input_ids.device)
+        assert decoder_input_ids is not None
+        return self.target_logits(encoder, encoder_row, decoder_input_ids, labels)
+
+    def encoder_input(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        user_rows: Tensor | None = None,
+        item_rows: Tensor | None = None,
+    ) -> EncoderInput:
+        """Fill in what a caller with plain Hugging Face inputs leaves out, and check the ranges of ids on CPU.
+
+        Raises ValueError for input longer than the positions or ids outside their tables.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids is missing")
+        zeros = torch.zeros_like(input_ids)
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.pad_token_id
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        encoder = EncoderInput(
+            input_ids,
+            attention_mask.bool(),
+            position_ids,
+            zeros if user_rows is None else user_rows,
+            zeros if item_rows is None else item_rows,
+        )
+        if input_ids.shape[1] > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{input_ids.shape[1]} input tokens, {self.config.max_position_embeddings} positions: lower model.max_tokens"
+            )
+        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device; batches are checked when made
+            check_ranges(encoder, self.config)
+        return encoder
+
+
+def check_ranges(encoder: EncoderInput, config: GenRecConfig) -> None:
+    """Raise ValueError naming the table if an index lies outside it."""
+    limits = [
+        ("token", encoder.input_ids, config.vocab_size),
+        ("position", encoder.position_ids, config.max_position_embeddings),
+        ("user", encoder.user_rows, config.num_users + 1 if config.num_users else None),
+        ("item", encoder.item_rows, config.num_items + 1 if config.num_items else None),
+    ]
+    for name, values, limit in limits:
+        if limit is None or not values.numel():
+            continue
+        low, high = (int(value) for value in torch.aminmax(values))
+        if low < 0 or high >= limit:
+            bad = low if low < 0 else high
+            raise ValueError(f"{name} id {bad} is outside its table of {limit} rows: prepare and shard again")
+
+
+def attention_bias(seen: Tensor, hidden: Tensor) -> Tensor:
+    """0 where `seen` is True, -inf elsewhere, in the precision attention scores will have."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return torch.zeros(seen.shape, dtype=dtype, device=hidden.device).masked_fill_(~seen, float("-inf"))
+
+
+def choose_attention(model: GenRecForConditionalGeneration, precision: str) -> None:
+    """Pick the attention that is fast here; the results agree up to rounding.
+
+    On CPU the backward of torch's fused attention takes 7 times as long in bf16 as plain matrix products do at 40 tokens
+    (docs/log.md, 2026-11-21); in fp32 and on a GPU the fused one wins.
+    """
+    plain = model.device.type == "cpu" and precision == "bf16"
+    model.set_attn_implementation("eager" if plain else "sdpa")
+
+
+def _is_identity(rows_R: Tensor, num_rows: int) -> bool:
+    # Decoder rows are numbered by sample, ascending: as many rows as samples means one each.
+    return len(rows_R) == num_rows
+
+
+def make_config(
+    model: Model, *, vocab_size: int, num_users: int, num_items: int, num_masks: int, special: dict[str, int]
+) -> GenRecConfig:
+    """Configuration of a model from scratch. `special`: bos, pad, eos and mask token ids."""
+    return GenRecConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=model.max_tokens,
+        d_model=model.d_model,
+        encoder_layers=model.encoder_layers,
+        decoder_layers=model.decoder_layers,
+        encoder_attention_heads=model.heads,
+        decoder_attention_heads=model.heads,
+        encoder_ffn_dim=model.ffn,
+        decoder_ffn_dim=model.ffn,
+        scale_embedding=model.scale_embedding,
+        init_std=model.init_std,
+        **_common(model, num_users, num_items, num_masks, special),
+    )
+
+
+def _common(model: Model, num_users: int, num_items: int, num_masks: int, special: dict[str, int]) -> dict[str, Any]:
+    return {
+        "dropout": model.dropout,
+        "attention_dropout": model.attention_dropout,
+        "activation_dropout": model.activation_dropout,
+        "num_users": num_users if model.user_ids else 0,
+        "num_items": num_items if model.item_ids else 0,
+        "id_dropout": model.embedding_dropout,
+        "encoder_positions": model.positions,
+        "num_masks": num_masks,
+        "max_input_tokens": model.max_tokens,
+        "bos_token_id": special["bos"],
+        "pad_token_id": special["pad"],
+        "eos_token_id": special["eos"],
+        # The decoder is told which mask it fills (docs/decisions/0004).
+        "decoder_start_token_id": special["mask"],
+        "forced_eos_token_id": None,
+    }
+
+
+def build_model(
+    model: Model, *, vocab_size: int, num_users: int, num_items: int, num_masks: int, special: dict[str, int]
+) -> GenRecForConditionalGeneration:
+    """A fresh model, or BART's weights with fresh id tables where the recipe names a backbone.
+
+    Raises ValueError naming the backbone and the ways out if it cannot be loaded or does not fit.
+    """
+    if model.backbone is None:
+        config = make_config(
+            model,
+            vocab_size=vocab_size,
+            num_users=num_users,
+            num_items=num_items,
+            num_masks=num_masks,
+            special=special,
+        )
+        return GenRecForConditionalGeneration(config)
+    return _from_backbone(model, vocab_size, _common(model, num_users, num_items, num_masks, special))
+
+
+def _from_backbone(model: Model, vocab_size: int, common: dict[str, Any]) -> GenRecForConditionalGeneration:
+    assert model.backbone is not None
+    try:
+        bart = BartConfig.from_pretrained(model.backbone)
+    except OSError:
+        raise ValueError(
+            f"model.backbone {model.backbone}: neither a directory with BART weights nor reachable on the hub; "
+            "download it beforehand and give its directory, or set model.backbone to null to start from scratch"
+        ) from None
+    if bart.model_type != "bart":
+        raise ValueError(f"model.backbone {model.backbone}: it is a {bart.model_type} model, only BART fits")
+    if bart.max_position_embeddings < model.max_tokens:
+        raise ValueError(
+            f"model.max_tokens {model.max_tokens}: {model.backbone} has {bart.max_position_embeddings} positions"
+        )
+    shape = {key: value for key, value in bart.to_dict().items() if key not in ("model_type", "architectures")}
+    shape.pop("transformers_version", None)
+    config = GenRecConfig(**{**shape, **common})
+    network = GenRecForConditionalGeneration.from_pretrained(model.backbone, config=config, dtype=torch.float32)
+    if vocab_size > config.vocab_size:
+        network.resize_token_embeddings(vocab_size)
+    network.tie_weights()
+    return network

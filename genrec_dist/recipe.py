@@ -1,0 +1,295 @@
+"""The recipe: every knob of a run, typed, once; unknown keys are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Model:
+    d_model: int = 128
+    """Width of every layer."""
+    encoder_layers: int = 2
+    decoder_layers: int = 2
+    heads: int = 4
+    """Attention heads of encoder and decoder."""
+    ffn: int = 512
+    """Width of the feed-forward layers."""
+    backbone: str | None = None
+    """Name or directory of BART weights to start from; they then set the shape above. null: from scratch."""
+    max_tokens: int = 512
+    """Longest encoder input in sub-words; whole oldest items are dropped beyond it."""
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    embedding_dropout: float = 0.0
+    """Dropout of the id embeddings alone, before they are summed with the rest."""
+    user_ids: bool = True
+    """Put the user's word in the text and its id in the sum. Off: items only."""
+    item_ids: bool = True
+    """Add the item's id embedding to each of its sub-words (the paper's IDEMB)."""
+    positions: Literal["from-start", "from-end"] = "from-start"
+    """Count encoder positions from <s> (BART, the paper) or back from </s>, so that an item's position is its age."""
+    scale_embedding: bool = False
+    """Multiply token embeddings by sqrt(d_model) (BART: no)."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights, id tables included."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    tokenizer: str | None = None
+    """Name or directory of a Hugging Face fast tokenizer. null: the backbone's, or a byte-level BPE trained on the item words."""
+    vocab_size: int = 1024
+    """Size of the BPE that is trained when no tokenizer is named; large enough, each item becomes one token."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    strategy: Literal["single", "last-biased", "recency", "span", "multi"] = "single"
+    """Which items of the training part become the target of a pretraining sample."""
+    p: float = 0.5
+    """last-biased: probability of the last item. recency: ratio of the geometric law, 0 < p <= 1, larger is more recent."""
+    k: int = 4
+    """span: longest span. multi: number of targets."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    epochs: int = 0
+    """Passes over the stage's samples; 0 skips the stage."""
+    batch_size: int = 256
+    """Samples of a step over all ranks."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_fraction: float = 0.05
+    """Share of the stage's steps with rising learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """What follows the warm-up, down to zero at the stage's end."""
+    targets: Literal["mask", "last", "every-prefix"] = "last"
+    """mask: the strategy below chooses inside the training part. last, every-prefix: [MASK] after the history."""
+    mask: Mask = field(default_factory=Mask)
+    """Read when targets is mask."""
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    decay: Literal["all", "matrices", "none"] = "matrices"
+    """What is decayed: everything (the paper's code), all but biases, norms and id tables, or nothing."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    average: float = 0.0
+    """Decay of the running average of the weights that is validated and kept as `best`; 0 keeps the weights themselves."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    users: int = 2000
+    """Users of the seeded sample that is decoded after each epoch of finetuning; 0: all."""
+    beam: int = 20
+    every_epochs: int = 1
+    patience: int = 3
+    """Stop after this many validations without a better NDCG@10; 0 never stops."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run, from data to `best/`. Topology (processes, ZeRO stage) is not here: it belongs to the launch file."""
+
+    data: str
+    """Directory of `genrec prepare`."""
+    run: str
+    """Directory of the run."""
+    shards: str | None = None
+    """Directory of `genrec shard`. null: `shards/` inside the data directory."""
+    seed: int = 0
+    trained_through: Literal["n-2", "n-1"] = "n-2"
+    """Last position the model may learn; n-1 is the refit that also learns the validation item."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    micro_batch_tokens: int = 8192
+    """Encoder tokens, padding included, that a rank takes through the model at once; a step accumulates as many
+    micro-batches of samples of like length as its share needs."""
+    workers: int = 1
+    """Processes a rank that prepare batches ahead; 0 prepares them in the training process."""
+    log_every: int = 10
+    """Steps between two `step` events."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; one is also written at the end of each epoch."""
+    keep_checkpoints: int = 2
+    model: Model = field(default_factory=Model)
+    tokens: Tokens = field(default_factory=Tokens)
+    pretrain: Stage = field(default_factory=lambda: Stage(targets="mask"))
+    finetune: Stage = field(default_factory=Stage)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    validation: Validation = field(default_factory=Validation)
+
+    @property
+    def num_masks(self) -> int:
+        """Mask tokens the tokenizer needs: `multi` numbers its targets."""
+        masks = [stage.mask.k for stage in (self.pretrain, self.finetune) if _numbers_masks(stage)]
+        return max(masks, default=1)
+
+    @property
+    def shards_dir(self) -> Path:
+        return Path(self.shards) if self.shards else Path(self.data) / "shards"
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _numbers_masks(stage: Stage) -> bool:
+    return stage.epochs > 0 and stage.targets == "mask" and stage.mask.strategy == "multi"
+
+
+def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe from a YAML file, or by name from those shipped with the package.
+
+    `overrides` are `dotted.key=value` strings (`--set`), the value in YAML.
+    Raises ValueError naming the file and the key for anything that does not fit.
+    """
+    path = _find(source)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of keys to values")
+    for override in overrides or []:
+        _set(values, override)
+    recipe: Recipe = _build(Recipe, values, f"{path}", "")
+    check_recipe(recipe, str(path))
+    return recipe
+
+
+def _find(source: str | Path) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = Path(str(resources.files("genrec_dist") / "recipes"))
+    named = shipped / f"{source}.yaml"
+    if named.is_file():
+        return named
+    names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
+    raise ValueError(f"{source}: no such recipe file; shipped recipes: {names}")
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"--set {override}: write it as dotted.key=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"--set {override}: {parent} is a value, not a section")
+    values[last] = yaml.safe_load(text)
+
+
+def _build(kind: Any, value: Any, source: str, key: str) -> Any:
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build_section(kind, value, source, key)
+    origin = get_origin(kind)
+    if origin is Literal:
+        if value in get_args(kind):
+            return value
+        raise ValueError(f"{source}: {key}: {value!r} is none of {', '.join(map(str, get_args(kind)))}")
+    if origin in (types.UnionType, Union):
+        if value is None and type(None) in get_args(kind):
+            return None
+        inner = next(part for part in get_args(kind) if part is not type(None))
+        return _build(inner, value, source, key)
+    if origin is tuple:
+        parts = get_args(kind)
+        if not isinstance(value, list | tuple) or len(value) != len(parts):
+            raise ValueError(f"{source}: {key}: {value!r} is not a list of {len(parts)} values")
+        return tuple(_build(part, item, source, key) for part, item in zip(parts, value, strict=True))
+    return _scalar(kind, value, source, key)
+
+
+def _scalar(kind: type, value: Any, source: str, key: str) -> Any:
+    if kind is float and isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-3 as text
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{source}: {key}: {value!r} is not a number") from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{source}: {key}: {value!r} is not of type {kind.__name__}")
+    return value
+
+
+def _build_section(kind: type, value: Any, source: str, key: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{source}: {key or 'recipe'}: {value!r} is not a section")
+    hints = get_type_hints(kind)
+    unknown = sorted(set(map(str, value)) - set(hints))
+    if unknown:
+        where = f"{key}." if key else ""
+        raise ValueError(f"{source}: unknown key {where}{unknown[0]}; known here: {', '.join(hints)}")
+    prefix = f"{key}." if key else ""
+    built = {name: _build(hints[name], item, source, f"{prefix}{name}") for name, item in value.items()}
+    defaults = {f.name: f for f in dataclasses.fields(kind)}
+    missing = [
+        name
+        for name, f in defaults.items()
+        if name not in built and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ValueError(f"{source}: {prefix}{missing[0]} is missing; add it or pass --set {prefix}{missing[0]}=VALUE")
+    if kind is Recipe and "pretrain" in value:
+        # A pretraining section that names no targets means the mask strategy, as in the paper.
+        if "targets" not in value["pretrain"]:
+            built["pretrain"] = dataclasses.replace(built["pretrain"], targets="mask")
+    return kind(**built)
+
+
+def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
+    """Refuse values that no run can have. Raises ValueError naming the key."""
+    rules = [
+        ("pretrain.epochs", recipe.pretrain.epochs >= 0),
+        ("finetune.epochs", recipe.finetune.epochs >= 0),
+        ("pretrain.batch_size", recipe.pretrain.batch_size >= 1),
+        ("finetune.batch_size", recipe.finetune.batch_size >= 1),
+        ("micro_batch_tokens", recipe.micro_batch_tokens >= recipe.model.max_tokens),
+        ("pretrain.learning_rate", recipe.pretrain.learning_rate > 0),
+        ("finetune.learning_rate", recipe.finetune.learning_rate > 0),
+        ("pretrain.warmup_fraction", 0 <= recipe.pretrain.warmup_fraction <= 1),
+        ("finetune.warmup_fraction", 0 <= recipe.finetune.warmup_fraction <= 1),
+        ("pretrain.mask.p", 0 < recipe.pretrain.mask.p <= 1),
+        ("finetune.mask.p", 0 < recipe.finetune.mask.p <= 1),
+        ("pretrain.mask.k", recipe.pretrain.mask.k >= 1),
+        ("finetune.mask.k", recipe.finetune.mask.k >= 1),
+        ("model.d_model", recipe.model.d_model % recipe.model.heads == 0),
+        ("model.max_tokens", recipe.model.max_tokens >= 16),
+        ("workers", recipe.workers >= 0),
+        ("keep_checkpoints", recipe.keep_checkpoints >= 1),
+        ("checkpoint_every", recipe.checkpoint_every >= 1),
+        ("log_every", recipe.log_every >= 1),
+        ("validation.beam", recipe.validation.beam >= 1),
+        ("validation.every_epochs", recipe.validation.every_epochs >= 1),
+        ("optimizer.average", 0 <= recipe.optimizer.average < 1),
+    ]
+    for key, holds in rules:
+        if not holds:
+            raise ValueError(f"{source}: {key} is out of range")
+    if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
+        raise ValueError(f"{source}: pretrain.epochs and finetune.epochs are both 0: nothing to train")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
+    values = recipe.as_dict()
+    values["optimizer"]["betas"] = list(values["optimizer"]["betas"])
+    return yaml.safe_dump(values, sort_keys=False)

@@ -1,0 +1,96 @@
+"""A trained run, loaded: model, words, trie and the user's own ids."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from genrec_dist.batch import Layout
+from genrec_dist.beam import TrieSearcher
+from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
+from genrec_dist.tokens import WordTable, build_words
+from genrec_dist.trie import build_trie
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Ids and codes by row."""
+
+    item_ids: list[str]
+    item_codes: list[str]
+    user_ids: list[str]
+    user_codes: list[str]
+
+    @cached_property
+    def item_row(self) -> dict[str, int]:
+        return {id_: row for row, id_ in enumerate(self.item_ids)}
+
+    @cached_property
+    def user_row(self) -> dict[str, int]:
+        return {id_: row for row, id_ in enumerate(self.user_ids)}
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    path: Path
+    model: GenRecForConditionalGeneration
+    tokenizer: PreTrainedTokenizerFast
+    words: WordTable
+    layout: Layout
+    searcher: TrieSearcher
+    catalogue: Catalogue
+
+
+def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
+    """The encoder's input as this model was built to read it."""
+    return Layout(
+        words=words,
+        pad_token=config.pad_token_id,
+        max_tokens=config.max_input_tokens,
+        user_ids=config.num_users > 0,
+        positions=config.encoder_positions,  # type: ignore[arg-type]
+    )
+
+
+def make_searcher(model: GenRecForConditionalGeneration, words: WordTable, device: torch.device) -> TrieSearcher:
+    return TrieSearcher(model, build_trie(*words.tokens_of_items()), device)
+
+
+def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
+    """Load `best/` of a run directory for decoding. Raises ValueError naming what is missing."""
+    path = Path(run)
+    best = path / "best"
+    if not (best / "config.json").is_file():
+        raise ValueError(f"{path}: no best/ in it: {_state_of(path)}")
+    model = GenRecForConditionalGeneration.from_pretrained(best, dtype=torch.float32).to(device).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(best)
+    catalogue = _read_catalogue(best)
+    words = build_words(tokenizer, catalogue.item_codes, catalogue.user_codes, model.config.num_masks)
+    layout = make_layout(words, model.config)
+    searcher = make_searcher(model, words, torch.device(device))
+    return LoadedRun(path, model, tokenizer, words, layout, searcher, catalogue)
+
+
+def _read_catalogue(best: Path) -> Catalogue:
+    items = pq.read_table(best / "items.parquet", columns=["id", "code"])
+    users = pq.read_table(best / "users.parquet", columns=["id", "code"])
+    return Catalogue(
+        items.column("id").to_pylist(),
+        items.column("code").to_pylist(),
+        users.column("id").to_pylist(),
+        users.column("code").to_pylist(),
+    )
+
+
+def _state_of(path: Path) -> str:
+    try:
+        status = json.loads((path / "status.json").read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, KeyError):
+        return "is it a directory of `genrec train`?"
+    return f"the run's status is {status!r}; it has not finished an epoch of finetuning yet"

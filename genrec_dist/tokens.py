@@ -1,0 +1,190 @@
+"""Words and their sub-words: tokenizer, and the table `word -> token ids` that batches gather from."""
+
+# W words, N items, U users
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+BOS_WORD, EOS_WORD, FIRST_MASK_WORD = 0, 1, 2
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+
+
+def item_text(code: str) -> str:
+    """An item's word; the leading space belongs to its first sub-word, as in BART's tokenizer."""
+    return f" item_{code}"
+
+
+def user_text(code: str) -> str:
+    return f" user_{code}"
+
+
+@dataclass(frozen=True)
+class WordTable:
+    """Token ids of every word: `<s>`, `</s>`, the masks, the items by row, the users by row."""
+
+    tokens: np.ndarray
+    """int32 [total], the words' token ids one after another."""
+    offsets: np.ndarray
+    """int64 [W + 1]."""
+    num_masks: int
+    num_items: int
+    num_users: int
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [W], sub-words a word."""
+        return np.diff(self.offsets)
+
+    @property
+    def first_item_word(self) -> int:
+        return FIRST_MASK_WORD + self.num_masks
+
+    @property
+    def first_user_word(self) -> int:
+        return self.first_item_word + self.num_items
+
+    def item_words(self, rows: np.ndarray) -> np.ndarray:
+        """Words of item rows, which are range-checked. Raises ValueError naming the row."""
+        _check_rows(rows, self.num_items, "item")
+        return rows.astype(np.int64) + self.first_item_word
+
+    def user_words(self, rows: np.ndarray) -> np.ndarray:
+        _check_rows(rows, self.num_users, "user")
+        return rows.astype(np.int64) + self.first_user_word
+
+    def item_rows_of_words(self, words: np.ndarray) -> np.ndarray:
+        """Rows of the item id table (row + 1) for words, 0 for words that are no items."""
+        rows = words - self.first_item_word
+        return np.where((rows >= 0) & (rows < self.num_items), rows + 1, 0)
+
+    def user_rows_of_words(self, words: np.ndarray) -> np.ndarray:
+        rows = words - self.first_user_word
+        return np.where(rows >= 0, rows + 1, 0)
+
+    def tokens_of_items(self) -> tuple[np.ndarray, np.ndarray]:
+        """(tokens int32 [total], offsets int64 [N + 1]) of the items alone, by row."""
+        offsets = self.offsets[self.first_item_word : self.first_user_word + 1]
+        return self.tokens[offsets[0] : offsets[-1]], offsets - offsets[0]
+
+    @property
+    def longest_item(self) -> int:
+        return int(self.lengths[self.first_item_word : self.first_user_word].max())
+
+    @property
+    def longest_user(self) -> int:
+        return int(self.lengths[self.first_user_word :].max(initial=0))
+
+
+def _check_rows(rows: np.ndarray, num_rows: int, kind: str) -> None:
+    if rows.size and (rows.min() < 0 or rows.max() >= num_rows):
+        bad = rows[(rows < 0) | (rows >= num_rows)][0]
+        raise ValueError(f"{kind} row {bad} is outside the table of {num_rows} {kind}s: prepare and shard again")
+
+
+def train_tokenizer(item_codes: Sequence[str], vocab_size: int, num_masks: int = 1) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over each item's word once; what it learns depends on the catalogue's codes alone.
+
+    A word is never split before BPE sees it, so with a large enough vocabulary each item is one token.
+    """
+    specials = SPECIAL_TOKENS + [f"<mask_{j}>" for j in range(1, num_masks)]
+    smallest = len(specials) + 256
+    if vocab_size < smallest:
+        raise ValueError(f"tokens.vocab_size {vocab_size}: at least {smallest} are needed for bytes and special tokens")
+    tokenizer = Tokenizer(models.BPE(unk_token=None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r" ?[^ ]+"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=0,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_words_to_learn(item_codes), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        additional_special_tokens=specials[len(SPECIAL_TOKENS) :],
+    )
+
+
+def _words_to_learn(item_codes: Sequence[str]) -> Iterator[str]:
+    # A user's digits are spelled with the pieces of item codes; only the stem is new, as frequent as the items'.
+    for code in item_codes:
+        yield item_text(code)
+        yield user_text("")
+
+
+def load_tokenizer(name: str | Path, num_masks: int = 1) -> PreTrainedTokenizerFast:
+    """A Hugging Face fast tokenizer by name or directory, with the numbered masks it lacks."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name), use_fast=True)
+    except OSError:
+        raise ValueError(
+            f"tokens.tokenizer {name}: neither a directory nor reachable on the hub; "
+            "download it beforehand and give its directory, or set tokens.tokenizer to null to train one"
+        ) from None
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokens.tokenizer {name}: not a fast tokenizer")
+    for role in ("bos_token", "pad_token", "eos_token", "mask_token"):
+        if getattr(tokenizer, role) is None:
+            raise ValueError(f"tokens.tokenizer {name}: it has no {role}")
+    missing = [f"<mask_{j}>" for j in range(1, num_masks)]
+    known = tokenizer.get_vocab()
+    tokenizer.add_special_tokens({"additional_special_tokens": [t for t in missing if t not in known]})
+    return tokenizer
+
+
+def mask_tokens(tokenizer: PreTrainedTokenizerFast, num_masks: int) -> list[int]:
+    """Token ids of `<mask>`, `<mask_1>`, ... Raises ValueError if the tokenizer lacks one."""
+    vocabulary = tokenizer.get_vocab()
+    names = [f"<mask_{j}>" for j in range(1, num_masks)]
+    for name in names:
+        if name not in vocabulary:
+            raise ValueError(f"the tokenizer has no {name}: it was made for fewer than {num_masks} masks")
+    return [int(tokenizer.mask_token_id), *(vocabulary[name] for name in names)]
+
+
+def count_masks(tokenizer: PreTrainedTokenizerFast) -> int:
+    """How many numbered masks a saved tokenizer holds, `<mask>` included."""
+    vocabulary = tokenizer.get_vocab()
+    count = 1
+    while f"<mask_{count}>" in vocabulary:
+        count += 1
+    return count
+
+
+def build_words(
+    tokenizer: PreTrainedTokenizerFast, item_codes: Sequence[str], user_codes: Sequence[str], num_masks: int = 1
+) -> WordTable:
+    """The word table: one pass of the (Rust) tokenizer over each word, then arrays only.
+
+    Raises ValueError if two items have the same sub-words or a word has none.
+    """
+    texts = [item_text(code) for code in item_codes] + [user_text(code) for code in user_codes]
+    encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    specials = [[tokenizer.bos_token_id], [tokenizer.eos_token_id]] + [[t] for t in mask_tokens(tokenizer, num_masks)]
+    token_lists = specials + [encoding.ids for encoding in encoded]
+    lengths = np.fromiter((len(ids) for ids in token_lists), np.int64, len(token_lists))
+    if not lengths.all():
+        word = texts[int(np.flatnonzero(lengths == 0)[0]) - len(specials)]
+        raise ValueError(f"the tokenizer gives no token for the word {word!r}")
+    tokens = np.concatenate([np.asarray(ids, np.int32) for ids in token_lists])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return WordTable(tokens, offsets, num_masks, len(item_codes), len(user_codes))

@@ -1,0 +1,441 @@
+"""Training: pretrain, then finetune, from one recipe; one loop that reads top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType
+from genrec_shards.atomic import atomic_file
+from genrec_shards.keyed import mixed_key
+from genrec_shards.sequences import SplitView
+from torch.utils.data import DataLoader
+
+from genrec_dist.audit import exclude_history_default
+from genrec_dist.batch import Batch, Layout, encode_histories, ragged, target_batch
+from genrec_dist.checkpoint import (
+    Progress,
+    State,
+    find_checkpoint,
+    load_checkpoint,
+    save_best,
+    save_checkpoint,
+    write_status,
+)
+from genrec_dist.evaluate import Decoding, rank_users, sample_users
+from genrec_dist.events import EventLog, git_commit, versions
+from genrec_dist.loss import target_loss
+from genrec_dist.metrics import metrics_from_histogram, rank_histogram, target_ranks
+from genrec_dist.model import GenRecForConditionalGeneration, choose_attention
+from genrec_dist.optim import AveragedWeights, build_optimizer, learning_rate
+from genrec_dist.progress import Meter, TrainingDisplay
+from genrec_dist.recipe import Recipe, dump_recipe
+from genrec_dist.run import make_searcher
+from genrec_dist.stop import NotFinite, Stopped
+from genrec_dist.workshop import StageSteps, StepBatches, Workshop, open_workshop, stage_of
+
+
+def train(recipe: Recipe, resume: str | None = None) -> Path:
+    """Train by a recipe and return its run directory.
+
+    `resume`: "latest" or a checkpoint directory. Raises ValueError for input that does not fit, NotFinite with the step
+    for a loss that is no number, Stopped after a signal, when the checkpoint is written.
+    """
+    accelerator = make_accelerator(recipe)
+    run = Path(recipe.run)
+    if resume is None and (run / "events.jsonl").exists():
+        raise ValueError(f"{run}: a run is there already: continue it with --resume latest, or set another run directory")
+    workshop, model = open_workshop(recipe)
+    model.config.exclude_history = exclude_history_default(workshop.dataset.sequences)
+    checkpoint = find_checkpoint(run, resume) if resume else None
+    loop = Loop(workshop, model, accelerator)
+    if checkpoint is not None:
+        loop.progress = load_checkpoint(checkpoint, loop.state())
+    if accelerator.is_main_process:
+        run.mkdir(parents=True, exist_ok=True)
+        with atomic_file(run / "recipe.yaml") as temporary:
+            temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+        _copy_audit(workshop)
+    with _status_of(loop), _signals(loop):
+        loop.start(str(checkpoint) if checkpoint else None)
+        loop.run()
+    return run
+
+
+def _copy_audit(workshop: Workshop) -> None:
+    source = workshop.dataset.path / "audit.json"
+    if source.is_file():
+        with atomic_file(workshop.run / "audit.json") as temporary:
+            temporary.write_bytes(source.read_bytes())
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Accelerate's state for this recipe; topology comes from the launcher."""
+    precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
+    if recipe.precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("precision fp16 needs a GPU: use bf16 or fp32 here")
+    accelerator = Accelerator(mixed_precision=precision)
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(f"{accelerator.distributed_type}: not supported yet; launch with DDP (launch/README.md)")
+    return accelerator
+
+
+class Loop:
+    """The loop and what it carries from step to step."""
+
+    def __init__(self, workshop: Workshop, model: GenRecForConditionalGeneration, accelerator: Accelerator):
+        self.workshop, self.recipe, self.accelerator = workshop, workshop.recipe, accelerator
+        self.model = model.to(accelerator.device)
+        choose_attention(self.model, self.recipe.precision)
+        self.optimizer = build_optimizer(self.model, self.recipe.optimizer)
+        self.average = (
+            AveragedWeights(self.model.parameters(), self.recipe.optimizer.average)
+            if self.recipe.optimizer.average
+            else None
+        )
+        self.prepared, self.prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
+        self.progress = Progress()
+        self.searcher: TrieSearcher = make_searcher(self.model, workshop.words, accelerator.device)
+        self.stop_signal = 0
+        self.log = EventLog(workshop.run, active=False)
+        self.unchecked: list[tuple[int, torch.Tensor]] = []
+
+    def state(self) -> State:
+        return State(self.model, self.optimizer, self.average, self.progress, self.workshop.identity)
+
+    @property
+    def end_step(self) -> int:
+        return self.workshop.stages[-1].end_step
+
+    def start(self, resumed_from: str | None) -> None:
+        self.log = EventLog(self.workshop.run, active=self.accelerator.is_main_process)
+        self.log.write(
+            "start",
+            recipe=self.recipe.as_dict(),
+            git=git_commit(),
+            versions=versions(),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            resumed_from=resumed_from,
+            processes=self.accelerator.num_processes,
+            distributed_type=str(self.accelerator.distributed_type),
+            samples={s.name: s.plan.num_samples for s in self.workshop.stages},
+            users_without_samples={s.name: s.plan.users_without_samples for s in self.workshop.stages},
+        )
+        self.write_status("running")
+
+    def batches(self) -> Iterator[tuple[int, list[Batch]]]:
+        """(global step, micro-batches) from where the run stands."""
+        data = StepBatches(
+            self.workshop.stages,
+            self.workshop.reader,
+            self.workshop.layout,
+            self.recipe,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        steps = range(self.progress.step, self.end_step)
+        loader = DataLoader(
+            data,
+            sampler=steps,  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=self.recipe.workers,
+            prefetch_factor=4 if self.recipe.workers else None,
+            worker_init_fn=_quiet_worker,
+        )
+        yield from zip(steps, loader, strict=True)
+
+    def run(self) -> None:
+        """The training loop."""
+        started = time.monotonic()
+        display = TrainingDisplay(
+            self.workshop.stages, self.progress.step, active=self.accelerator.is_main_process
+        )
+        meter = Meter()
+        batches = self.batches()
+        with display, contextlib.closing(batches):  # type: ignore[type-var]
+            while self.progress.step < self.end_step and self.progress.stage_ended_early < 0:
+                with meter.waiting():
+                    step, micro_batches = next(batches)
+                here = stage_of(self.workshop.stages, step)
+                rate = learning_rate(here.stage, step - here.first_step, here.num_steps)
+                loss, norm, stop = self.take_step(step, micro_batches, rate, here.stage.label_smoothing, meter)
+                self.progress.step = step + 1
+                display.advance(here.name, step + 1)
+
+                at_end = here.ends_epoch(step)
+                if step % self.recipe.log_every == 0 or at_end:
+                    self.check_finite()
+                    fields = meter.read(self.accelerator.num_processes)
+                    self.log.write(
+                        "step",
+                        stage=here.name,
+                        epoch=here.locate(step)[0],
+                        step=step,
+                        loss=float(loss),
+                        learning_rate=rate,
+                        gradient_norm=float(norm),
+                        **fields,
+                    )
+                    display.show(loss=float(loss), tokens_per_second=fields["tokens_per_second"])
+                if at_end and self.validates(here, step):
+                    scores = self.validate(here, step)
+                    display.show_validation(here.name, here.locate(step)[0], scores)
+                    meter.restart()
+                if stop or at_end or self.progress.step % self.recipe.checkpoint_every == 0:
+                    self.save()
+                    meter.restart()
+                if stop:
+                    raise Stopped(stop)
+        self.finish(time.monotonic() - started)
+
+    def take_step(
+        self, step: int, micro_batches: list[Batch], rate: float, label_smoothing: float, meter: Meter
+    ) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """One optimiser step: (loss a target token over all ranks, gradient norm, signal that asks to stop or 0)."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # Dropout is a function of the step too: a resumed run draws what the unbroken one draws.
+        torch.manual_seed(mixed_key(self.recipe.seed, 0xD209, step, self.accelerator.process_index) >> 1)
+        target_tokens, stop = self.agree(sum(batch.num_target_tokens for batch in micro_batches))
+        self.prepared.train()
+        loss = torch.zeros((), device=self.accelerator.device)
+        for number, batch in enumerate(micro_batches):
+            last = number == len(micro_batches) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared):
+                on_device = batch.to(self.accelerator.device)
+                logits_nV, labels_n = self.prepared(
+                    **vars(on_device.encoder),
+                    encoder_row=on_device.encoder_row,
+                    decoder_input_ids=on_device.decoder_input_ids,
+                    labels=on_device.labels,
+                )
+                part = target_loss(logits_nV, labels_n, target_tokens, label_smoothing)
+                # DDP averages gradients over ranks; the loss is a sum over them.
+                self.accelerator.backward(part * self.accelerator.num_processes)
+                loss = loss + part.detach()
+            meter.count(batch)
+        norm = self.clip()
+        self.prepared_optimizer.step()
+        self.prepared_optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(step)
+        if self.accelerator.num_processes > 1:
+            dist.all_reduce(loss)
+        self.unchecked.append((step, loss))
+        return loss, norm, stop
+
+    def agree(self, target_tokens: int) -> tuple[int, int]:
+        """Target tokens of the step over all ranks, and the signal any rank has caught: all stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return target_tokens, self.stop_signal
+        counts = torch.tensor([target_tokens, 0, 0], device=self.accelerator.device)
+        if self.stop_signal:
+            counts[1 if self.stop_signal == signal.SIGTERM else 2] = 1
+        dist.all_reduce(counts)
+        total, terminated, interrupted = counts.tolist()
+        return total, int(signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0)
+
+    def clip(self) -> torch.Tensor:
+        largest = self.recipe.optimizer.clip or math.inf
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self.prepared.parameters(), largest)
+        return norm
+
+    def check_finite(self) -> None:
+        """Raise NotFinite naming the first bad step. Losses are looked at together, so that no step waits for a device."""
+        for step, loss in self.unchecked:
+            if not math.isfinite(float(loss)):
+                raise NotFinite(
+                    f"the loss is {float(loss)} at step {step}: nothing was saved since; "
+                    "lower learning_rate, raise warmup_fraction or set optimizer.clip"
+                )
+        self.unchecked.clear()
+
+    def validates(self, here: StageSteps, step: int) -> bool:
+        if here is not self.workshop.stages[-1]:
+            return False
+        epoch = here.locate(step)[0]
+        return (epoch + 1) % self.recipe.validation.every_epochs == 0 or epoch == here.stage.epochs - 1
+
+    def validate(self, here: StageSteps, step: int) -> dict[str, float]:
+        """Decode a seeded sample of users on validation, keep the best model, and see whether patience is over."""
+        start = time.perf_counter()
+        scores = self.score_validation()
+        gained = scores["NDCG@10"] > self.progress.best_ndcg
+        self.log.write(
+            "validation",
+            stage=here.name,
+            epoch=here.locate(step)[0],
+            step=step,
+            users=self.validation_users().size,
+            seconds=time.perf_counter() - start,
+            **scores,
+        )
+        if gained:
+            self.progress.best_step, self.progress.best_ndcg = step, scores["NDCG@10"]
+            self.progress.validations_without_gain = 0
+        else:
+            self.progress.validations_without_gain += 1
+            if 0 < self.recipe.validation.patience <= self.progress.validations_without_gain:
+                self.progress.stage_ended_early = self.workshop.stages.index(here)
+        return scores
+
+    def score_validation(self) -> dict[str, float]:
+        """Loss and metrics; with a running average of the weights, it is the average that is scored and kept."""
+        self.model.eval()
+        with self.averaged():
+            with self.accelerator.autocast(), torch.inference_mode():
+                loss = self.validation_loss()
+                view = self.workshop.dataset.sequences.history_and_target("validation")
+                users_U = self.validation_users()
+                lists = rank_users(
+                    self.searcher,
+                    self.workshop.layout,
+                    view,
+                    users_U,
+                    Decoding(beam=self.recipe.validation.beam, exclude_history=self.model.config.exclude_history),
+                    rank=self.accelerator.process_index,
+                    world_size=self.accelerator.num_processes,
+                )
+            metrics = metrics_from_histogram(rank_histogram(target_ranks(lists.items, view.targets[users_U])))
+            if metrics["NDCG@10"] > self.progress.best_ndcg and self.accelerator.is_main_process:
+                self.check_finite()
+                workshop = self.workshop
+                save_best(workshop.run, self.model, workshop.tokenizer, workshop.dataset.path, self.progress.step - 1)
+        return {"loss": loss, **{key: metrics[key] for key in ("HR@5", "HR@10", "NDCG@5", "NDCG@10")}}
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        if self.average is None:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
+            self.average.swap()
+
+    def validation_users(self) -> np.ndarray:
+        return sample_users(self.workshop.words.num_users, self.recipe.validation.users, self.recipe.seed)
+
+    def validation_loss(self) -> float:
+        """Cross-entropy a target token of the validation items of at most 1,000 of the sampled users."""
+        view = self.workshop.dataset.sequences.history_and_target("validation")
+        users_B = self.validation_users()[:1000]
+        total = tokens = 0.0
+        for start in range(0, len(users_B), 250):
+            part = users_B[start : start + 250]
+            batch = _validation_batch(view, part, self.workshop.layout).to(self.accelerator.device)
+            logits, labels = self.model.target_logits(
+                batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
+            )
+            total += float(target_loss(logits, labels, 1))
+            tokens += batch.num_target_tokens
+        return total / tokens
+
+    def save(self) -> None:
+        """Write a checkpoint; its bytes are on the disk before an older one goes."""
+        self.check_finite()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            path = save_checkpoint(self.workshop.run, self.state(), self.recipe.keep_checkpoints)
+            self.log.write("checkpoint", step=self.progress.step, path=str(path.relative_to(self.workshop.run)))
+            self.write_status("running")
+        self.accelerator.wait_for_everyone()
+
+    def finish(self, seconds: float) -> None:
+        self.check_finite()
+        self.log.write(
+            "end",
+            status="finished",
+            seconds=seconds,
+            step=self.progress.step,
+            best_step=self.progress.best_step,
+            **{"best_NDCG@10": self.progress.best_ndcg},
+        )
+        self.write_status("finished", seconds=round(seconds, 1))
+
+    def write_status(self, status: str, **facts: Any) -> None:
+        if self.accelerator.is_main_process:
+            write_status(
+                self.workshop.run,
+                status,
+                step=self.progress.step,
+                of=self.end_step,
+                best_step=self.progress.best_step,
+                **facts,
+            )
+
+
+def _validation_batch(view: SplitView, users_B: np.ndarray, layout: Layout) -> Batch:
+    flat, offsets = ragged(view.starts[users_B], (view.ends - view.starts)[users_B])
+    encoder = encode_histories(view.items[flat], offsets, users_B, layout)
+    return target_batch(encoder, view.targets[users_B], layout)
+
+
+def _quiet_worker(_: int) -> None:
+    # The trainer decides when to stop; a worker that catches its signals would only die noisily.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _signals(loop: Loop) -> Iterator[None]:
+    """SIGTERM and SIGINT ask for a checkpoint and an end; a second SIGINT ends at once."""
+
+    def note(number: int, _: Any) -> None:
+        if loop.stop_signal and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        loop.stop_signal = number
+
+    try:
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError:  # not in the main thread: whoever runs us there handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _status_of(loop: Loop) -> Iterator[None]:
+    """Whatever ends the run, `status.json` says it."""
+    try:
+        yield
+    except Stopped as stop:
+        loop.log.write("end", status="stopped", step=loop.progress.step, signal=stop.number)
+        loop.write_status("stopped", reason=str(stop), resume="--resume latest")
+        raise
+    except BaseException as error:
+        loop.log.write("end", status="failed", step=loop.progress.step, error=str(error))
+        loop.write_status("failed", reason=f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        loop.log.close()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m genrec_dist.train RECIPE [--set a.b=c ...] [--resume latest|PATH]`, for accelerate launch and torchrun."""
+    from genrec_dist.cli import run_command
+
+    return run_command(["train", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+if __name__ == "__main__":
+    code = main()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(code) if code else sys.exit(0)

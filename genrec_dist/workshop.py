@@ -1,0 +1,199 @@
+"""Everything a run is made of before its first step: data, tokenizer, words, plans and a fresh model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from genrec_shards.keyed import mixed_key
+from genrec_shards.plan import Plan, Space, split_among_ranks
+from genrec_shards.prepare import Dataset, load_dataset
+from genrec_shards.read import ShardReader
+from torch.utils.data import Dataset as TorchDataset
+
+from genrec_dist.batch import Batch, Layout, make_batches
+from genrec_dist.loss import target_loss
+from genrec_dist.model import GenRecForConditionalGeneration, build_model
+from genrec_dist.recipe import Recipe, Stage
+from genrec_dist.run import make_layout
+from genrec_dist.tokens import WordTable, build_words, load_tokenizer, mask_tokens, train_tokenizer
+
+
+@dataclass(frozen=True)
+class StageSteps:
+    """A stage's place in the run's line of global steps."""
+
+    name: str
+    stage: Stage
+    plan: Plan
+    first_step: int
+    first_epoch: int
+
+    @property
+    def num_steps(self) -> int:
+        return self.plan.steps_per_epoch * self.stage.epochs
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step + self.num_steps
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch of the stage, step of the epoch) of a global step."""
+        return divmod(step - self.first_step, self.plan.steps_per_epoch)
+
+    def ends_epoch(self, step: int) -> bool:
+        return self.locate(step)[1] == self.plan.steps_per_epoch - 1
+
+
+class StepBatches(TorchDataset[list[Batch]]):
+    """Global step -> this rank's micro-batches. A map, so that loading ahead and resuming need no state."""
+
+    def __init__(
+        self, stages: list[StageSteps], reader: ShardReader, layout: Layout, recipe: Recipe, rank: int, world: int
+    ):
+        self.stages, self.reader, self.layout, self.recipe = stages, reader, layout, recipe
+        self.rank, self.world = rank, world
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        here = stage_of(self.stages, step)
+        epoch, step_of_epoch = here.locate(step)
+        samples = split_among_ranks(
+            here.plan.step(here.first_epoch + epoch, step_of_epoch), self.rank, self.world
+        )
+        return make_batches(
+            samples,
+            self.reader,
+            self.layout,
+            mask=here.stage.mask if here.stage.targets == "mask" else None,
+            seed=self.recipe.seed,
+            epoch=here.first_epoch + epoch,
+            micro_batch_tokens=self.recipe.micro_batch_tokens,
+        )
+
+
+def stage_of(stages: list[StageSteps], step: int) -> StageSteps:
+    return next(stage for stage in stages if step < stage.end_step)
+
+
+def plan_stages(recipe: Recipe, reader: ShardReader) -> list[StageSteps]:
+    """The stages that have epochs, one behind the other. Epochs are numbered through, so no two stages share an order."""
+    stages: list[StageSteps] = []
+    first_step = first_epoch = 0
+    for name, stage in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune)):
+        if stage.epochs == 0:
+            continue
+        space: Space = "user" if stage.targets == "mask" else stage.targets
+        plan = Plan(
+            reader.lengths,
+            reader.manifest.users_per_record,
+            space=space,
+            batch_size=stage.batch_size,
+            seed=recipe.seed,
+            trained_through=recipe.trained_through,
+        )
+        if plan.num_samples == 0:
+            raise ValueError(f"{name}: no user has a sample for targets {stage.targets!r}")
+        stages.append(StageSteps(name, stage, plan, first_step, first_epoch))
+        first_step, first_epoch = stages[-1].end_step, first_epoch + stage.epochs
+    return stages
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Everything a run is made of, before its first step."""
+
+    recipe: Recipe
+    run: Path
+    dataset: Dataset
+    reader: ShardReader
+    tokenizer: Any
+    words: WordTable
+    layout: Layout
+    stages: list[StageSteps]
+    identity: dict[str, str]
+
+
+def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGeneration]:
+    """Data, tokenizer, words, plans and a model with fresh weights (a function of the seed)."""
+    dataset = load_dataset(recipe.data)
+    reader = ShardReader(recipe.shards_dir)
+    if reader.manifest.sequences_hash != dataset.sequences.sequences_hash():
+        raise ValueError(f"{recipe.shards_dir}: made from other sequences than {recipe.data}: run `genrec shard` again")
+    tokenizer = _tokenizer(recipe, dataset)
+    codes = dataset.numbering
+    words = build_words(tokenizer, codes.item_codes, codes.user_codes, recipe.num_masks)
+    torch.manual_seed(mixed_key(recipe.seed, 0x1217) >> 1)
+    model = build_model(
+        recipe.model,
+        vocab_size=len(tokenizer),
+        num_users=words.num_users,
+        num_items=words.num_items,
+        num_masks=recipe.num_masks,
+        special={
+            "bos": tokenizer.bos_token_id,
+            "pad": tokenizer.pad_token_id,
+            "eos": tokenizer.eos_token_id,
+            "mask": mask_tokens(tokenizer, 1)[0],
+        },
+    )
+    model.config.numbering_hash = codes.numbering_hash()
+    layout = make_layout(words, model.config)
+    identity = {
+        "sequences": dataset.sequences.sequences_hash(),
+        "numbering": codes.numbering_hash(),
+        "recipe": _recipe_hash(recipe),
+    }
+    stages = plan_stages(recipe, reader)
+    return Workshop(recipe, Path(recipe.run), dataset, reader, tokenizer, words, layout, stages, identity), model
+
+
+def _tokenizer(recipe: Recipe, dataset: Dataset) -> Any:
+    name = recipe.tokens.tokenizer or recipe.model.backbone
+    if name is None:
+        return train_tokenizer(dataset.numbering.item_codes, recipe.tokens.vocab_size, recipe.num_masks)
+    return load_tokenizer(name, recipe.num_masks)
+
+
+def _recipe_hash(recipe: Recipe) -> str:
+    """What must not change between a checkpoint and its resume; paths and the cut into micro-batches may."""
+    values = recipe.as_dict()
+    for key in (
+        "data", "run", "shards", "micro_batch_tokens", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
+    ):  # fmt: skip
+        del values[key]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """What a run would do (`--dry-run`): sizes and steps, one batch through the model, nothing written."""
+    workshop, model = open_workshop(recipe)
+    batches = StepBatches(workshop.stages, workshop.reader, workshop.layout, recipe, 0, 1)[0]
+    with torch.inference_mode():
+        first = batches[-1]
+        logits, labels = model.target_logits(
+            first.encoder, first.encoder_row, first.decoder_input_ids, first.labels
+        )
+        loss = float(target_loss(logits, labels, first.num_target_tokens))
+    return {
+        "users": workshop.words.num_users,
+        "items": workshop.words.num_items,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": model.config.vocab_size,
+        "tokens an item": float(np.diff(workshop.words.tokens_of_items()[1]).mean()),
+        "first loss": loss,
+        "stages": {
+            s.name: {
+                "samples": s.plan.num_samples,
+                "users without a sample": s.plan.users_without_samples,
+                "steps an epoch": s.plan.steps_per_epoch,
+                "epochs": s.stage.epochs,
+                "first batch": list(batches[-1].encoder.input_ids.shape),
+            }
+            for s in workshop.stages
+        },
+    }
