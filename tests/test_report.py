@@ -15,7 +15,7 @@ from genrec_dist.chart import Dot, Line, dot_chart, line_chart, score, smooth, t
 from genrec_dist.report import headline, write_report
 
 EVIL = "</title><script>alert(1)</script>\"'&"
-VOID = {"meta", "br", "hr", "link", "img", "input"}
+VOID = {"meta", "br", "hr", "link", "img", "input", "wbr"}
 
 
 def rows(**values: float) -> dict[str, float]:

@@ -1,0 +1,209 @@
+"""What is installed, what works, what is missing, and the exact command that gets it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import platform
+import re
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+from rich.text import Text
+
+State = Literal["ok", "absent", "untested", "broken"]
+
+REQUIRED = (
+    "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "scipy", "pyarrow", "PyYAML", "rich",
+    "typer", "tensorboard", "webdataset",
+)  # fmt: skip
+# What each optional package is for, and the extra that brings it.
+OPTIONAL = {
+    "deepspeed": ("ZeRO", "zero"),
+    "triton": ("GPU kernels", "gpu"),
+    "ray": ("sweeps", "tune"),
+    "optuna": ("sweeps", "tune"),
+    "torchmetrics": ("a test's second opinion", "dev"),
+    "pytest": ("tests", "dev"),
+    "ruff": ("checks", "dev"),
+    "mypy": ("checks", "dev"),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination. `required` and `broken` together make the machine unfit; `remedy` is a command."""
+
+    what: str
+    state: State
+    detail: str
+    remedy: str = ""
+    required: bool = True
+
+
+def examine() -> list[Finding]:
+    """Look at the machine, the packages and what really works; takes seconds and leaves nothing behind."""
+    tested = locked_versions()
+    return [
+        _python(),
+        Finding(
+            "platform", "ok", f"{platform.system()} {platform.machine()}, glibc {platform.libc_ver()[1] or 'none'}"
+        ),
+        Finding("processor", "ok", f"{_cores()} cores for this process"),
+        Finding("memory", "ok", _memory()),
+        *(_package(name, tested) for name in REQUIRED),
+        *(_package(name, tested, *uses) for name, uses in OPTIONAL.items()),
+        _attempt("torch computes", _torch_computes, "make env"),
+        _attempt("bf16 on this CPU", _cpu_bf16, "", required=False),
+        _attempt("GPU", _gpu, "", required=False),
+        _attempt("processes (gloo)", _gloo, "install a torch build with torch.distributed", required=False),
+        _attempt("tar in a temporary directory", _tar_round_trip, f"free or set TMPDIR (now {tempfile.gettempdir()})"),
+        _attempt("writing here", _writes_here, f"cd to a directory you may write to (now {Path.cwd()})"),
+    ]
+
+
+def healthy(findings: list[Finding]) -> bool:
+    """Whether nothing required is broken."""
+    return not any(finding.required and finding.state == "broken" for finding in findings)
+
+
+def as_json(findings: list[Finding]) -> str:
+    """`{"healthy": bool, "findings": [{what, state, detail, remedy, required}, ...]}`."""
+    return json.dumps({"healthy": healthy(findings), "findings": [asdict(finding) for finding in findings]}, indent=1)
+
+
+def render(findings: list[Finding]) -> Table:
+    """The findings as a table for a terminal."""
+    styles = {"ok": "green", "absent": "dim", "untested": "yellow", "broken": "bold red"}
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("", "state", "found", "to get it"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        state = Text(finding.state, style=styles[finding.state])
+        # Text, not str: a path with brackets is not markup.
+        table.add_row(Text(finding.what), state, Text(finding.detail), Text(finding.remedy))
+    verdict = "everything required works" if healthy(findings) else "something required is broken"
+    table.caption, table.caption_justify = verdict, "left"
+    return table
+
+
+def locked_versions(lock: Path | None = None) -> dict[str, str]:
+    """Versions of `requirements.lock` by lower-case name; empty where there is no checkout."""
+    lock = lock or Path(__file__).resolve().parent.parent / "requirements.lock"
+    if not lock.is_file():
+        return {}
+    pins = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", lock.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {name.lower(): version for name, version in pins}
+
+
+def _python() -> Finding:
+    version = platform.python_version()
+    return Finding("Python", "ok" if sys.version_info < (3, 13) else "untested", f"{version} at {sys.prefix}")
+
+
+def _package(name: str, tested: dict[str, str], use: str = "", extra: str = "") -> Finding:
+    """Its version from its metadata: importing deepspeed or ray would take seconds and start things."""
+    required = not extra
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        remedy = f"pip install {name}" if required else f"pip install 'genrec-dist[{extra}]'"
+        return Finding(name, "broken" if required else "absent", f"for {use}" if use else "", remedy, required)
+    wanted = tested.get(name.lower())
+    # A local label (2.13.0+cpu) names a build of the same version.
+    if wanted is None or version.split("+")[0] == wanted.split("+")[0]:
+        return Finding(name, "ok", version, required=required)
+    return Finding(name, "untested", f"{version}; tested: {wanted}", f"pip install '{name}=={wanted}'", required)
+
+
+def _attempt(what: str, check: Callable[[], tuple[State, str]], remedy: str, required: bool = True) -> Finding:
+    try:
+        state, detail = check()
+    except Exception as error:  # whatever fails is the finding
+        return Finding(what, "broken", " ".join(f"{type(error).__name__}: {error}".split()), remedy, required)
+    return Finding(what, state, detail, "" if state == "ok" else remedy, required)
+
+
+def _torch_computes() -> tuple[State, str]:
+    torch = importlib.import_module("torch")
+    ones = torch.ones(64, 64)
+    if (ones @ ones).sum().item() != 64.0**3:
+        raise ArithmeticError("a product of ones is wrong")
+    return "ok", f"fp32, {torch.get_num_threads()} threads"
+
+
+def _cpu_bf16() -> tuple[State, str]:
+    torch = importlib.import_module("torch")
+    ones = torch.ones(64, 64, dtype=torch.bfloat16)
+    if (ones @ ones)[0, 0].item() != 64.0:
+        raise ArithmeticError("a bf16 product of ones is wrong")
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: None)()
+    return "ok", f"right; AMX {'not known' if amx is None else 'yes' if amx else 'no'}"
+
+
+def _gpu() -> tuple[State, str]:
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        return "absent", f"none that this torch sees (built for CUDA {torch.version.cuda or 'no'})"
+    names = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        names.append(f"{properties.name} {properties.total_memory / 2**30:.0f} GiB")
+    ones = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
+    if (ones @ ones)[0, 0].item() != 64.0:
+        raise ArithmeticError("a bf16 product of ones is wrong on the GPU")
+    return "ok", ", ".join(names)
+
+
+def _gloo() -> tuple[State, str]:
+    distributed = importlib.import_module("torch.distributed")
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        return "absent", "this torch was built without gloo"
+    # A group of one, met in a file: opens no port that another process could mistake for its own.
+    with tempfile.TemporaryDirectory() as directory:
+        store = distributed.FileStore(str(Path(directory) / "store"), 1)
+        store.set("greeting", "hello")
+        if store.get("greeting") != b"hello":
+            raise OSError("a key set in the store came back changed")
+    return "ok", "available, its file store works"
+
+
+def _tar_round_trip() -> tuple[State, str]:
+    with tempfile.TemporaryDirectory() as directory:
+        path, member = Path(directory) / "shard.tar", Path(directory) / "00000000.items.npy"
+        member.write_bytes(bytes(range(256)))
+        with tarfile.open(path, "w") as tar:
+            tar.add(member, member.name)
+        with tarfile.open(path) as tar:
+            found = tar.extractfile(member.name)
+            if found is None or found.read() != bytes(range(256)):
+                raise OSError("what was written is not what is read")
+    return "ok", f"written and read in {tempfile.gettempdir()}"
+
+
+def _writes_here() -> tuple[State, str]:
+    with tempfile.TemporaryFile(dir=Path.cwd()) as file:
+        file.write(b"x")
+        file.flush()
+        os.fsync(file.fileno())
+    return "ok", str(Path.cwd())
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _memory() -> str:
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return "not known"
+    return f"{total / 2**30:.1f} GiB"
