@@ -1,0 +1,148 @@
+"""Co-occurrence kNN: what was taken near the items of the history, near in time counting more."""
+
+# U users, I items, B users of a batch, M most candidates of one user in it, N list
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.sparse as sp
+from genrec_shards.sequences import Sequences, Split, TrainedThrough
+
+from genrec_dist.baseline.history import Histories, histories
+from genrec_dist.baseline.lists import Lists, empty_lists, tie_order
+from genrec_dist.baseline.training import training_part
+from genrec_dist.metrics import TOP
+
+_LOW_32 = np.uint64(0xFFFFFFFF)
+
+
+@dataclass(frozen=True)
+class KnnSettings:
+    """How neighbours are counted; one set of defaults for all data sets."""
+
+    window: int = 6
+    """How many steps apart two items of one training part may stand to count as a pair."""
+    forward: float = 1.0
+    """Weight of a pair from the earlier item to the later one, divided by their distance in steps."""
+    backward: float = 0.5
+    """The same from the later item to the earlier one."""
+    decay: float = 0.7
+    """Weight of the history's items: decay^age, age 0 being the last item."""
+    recent: int = 10
+    """How many items at the end of the history are asked for their neighbours."""
+    smoothing: float = 1.0
+    """Added to both masses before the root, so that a rare item with one lucky pair does not outweigh everything."""
+    batch_size: int = 1024
+    """Users scored at once; it changes memory, not results."""
+
+
+def recommend(
+    sequences: Sequences,
+    split: Split,
+    *,
+    exclude_history: bool,
+    trained_through: TrainedThrough = "n-2",
+    users: np.ndarray | None = None,
+    top: int = TOP,
+    settings: KnnSettings | None = None,
+) -> Lists:
+    """Top lists of these user rows (None: all) by the summed neighbour weights of their recent items.
+
+    Only items with a positive score are listed, so lists can be short. Scores are summed in float64 and compared in
+    float32, where sums of equal terms in another order are equal; ties are listed in `tie_order`.
+    Raises ValueError if training saw the split's targets.
+    """
+    settings = settings or KnnSettings()
+    by_chance = tie_order(sequences.num_items)
+    # Columns stand in tie order from here on: of two equal scores the lower column goes first.
+    weights_II = neighbour_weights(sequences, split, trained_through, settings)[:, by_chance].tocsr()
+    past = histories(sequences, split, users)
+    lists = empty_lists(past.num_users, top)
+    for start, scores_BI in _score_batches(past, weights_II, settings):
+        if exclude_history:
+            scores_BI = _without_history(scores_BI, past, start, by_chance)
+        columns_BN, values_BN = _top(scores_BI, top)
+        rows = slice(start, start + len(values_BN))
+        width = values_BN.shape[1]
+        lists.items_UN[rows, :width] = np.where(values_BN > 0, by_chance[columns_BN], -1)
+        lists.scores_UN[rows, :width] = np.where(values_BN > 0, values_BN, -np.inf)
+    return lists
+
+
+def neighbour_weights(
+    sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings
+) -> sp.csr_matrix:
+    """float64[I, I], row = item of the history, column = candidate: pairs(x, y) / sqrt((out(x) + s) (in(y) + s)).
+
+    pairs(x, y) sums forward/d where y follows x by d steps in a training part, and backward/d where it precedes it.
+    Mass: out(x) is x's row sum, in(y) is y's column sum, both of pairs; s is the smoothing, 1.
+    """
+    pairs_II = _pairs(sequences, split, trained_through, settings)
+    out_I = np.asarray(pairs_II.sum(axis=1)).ravel()
+    in_I = np.asarray(pairs_II.sum(axis=0)).ravel()
+    scaled = sp.diags(_inverse_root(out_I + settings.smoothing)) @ pairs_II
+    return (scaled @ sp.diags(_inverse_root(in_I + settings.smoothing))).tocsr()
+
+
+def _pairs(sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings) -> sp.csr_matrix:
+    items, users = training_part(sequences, split, trained_through)
+    shape = (sequences.num_items, sequences.num_items)
+    total = sp.csr_matrix(shape, dtype=np.float64)
+    for distance in range(1, settings.window + 1):
+        together = users[:-distance] == users[distance:]
+        earlier, later = items[:-distance][together], items[distance:][together]
+        forward = np.full(len(earlier), settings.forward / distance)
+        backward = np.full(len(earlier), settings.backward / distance)
+        rows, columns = np.concatenate([earlier, later]), np.concatenate([later, earlier])
+        total = total + sp.csr_matrix((np.concatenate([forward, backward]), (rows, columns)), shape=shape)
+    return total
+
+
+def _inverse_root(mass_I: np.ndarray) -> np.ndarray:
+    return np.divide(1, np.sqrt(mass_I), out=np.zeros_like(mass_I), where=mass_I > 0)
+
+
+def _score_batches(
+    past: Histories, weights_II: sp.csr_matrix, settings: KnnSettings
+) -> Iterator[tuple[int, sp.csr_matrix]]:
+    """(first user, float64[B, I]) of one batch of users after the other."""
+    ages = np.repeat(past.offsets[1:], np.diff(past.offsets)) - 1 - np.arange(len(past.items))
+    recent = ages < settings.recent
+    entries = (settings.decay ** ages[recent], (past.users[recent], past.items[recent]))
+    history_UI = sp.csr_matrix(entries, shape=(past.num_users, past.num_items))
+    for start in range(0, past.num_users, settings.batch_size):
+        yield start, history_UI[start : start + settings.batch_size] @ weights_II
+
+
+def _without_history(scores_BI: sp.csr_matrix, past: Histories, start: int, by_chance: np.ndarray) -> sp.csr_matrix:
+    """The whole history scores zero, also what is too old to be asked."""
+    column_of = np.empty(len(by_chance), dtype=np.int64)
+    column_of[by_chance] = np.arange(len(by_chance))
+    first, last = past.offsets[start], past.offsets[start + scores_BI.shape[0]]
+    entries = np.ones(last - first), (past.users[first:last] - start, column_of[past.items[first:last]])
+    taken_BI = sp.csr_matrix(entries, shape=scores_BI.shape)
+    taken_BI.data[:] = 1.0  # an item taken twice would be subtracted twice
+    return scores_BI - scores_BI.multiply(taken_BI)
+
+
+def _top(scores_BI: sp.csr_matrix, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """Columns int64[B, n] and values float32[B, n] of the best, n = min(top, M); value 0 where there is no candidate.
+
+    Score and column are packed into one 64-bit word (bits of a positive float32 rise with its value), so that a
+    partition of plain words obeys the tie rule, which argpartition would not.
+    """
+    scores_BI = scores_BI.tocsr()
+    lengths_B = np.diff(scores_BI.indptr)
+    bits = scores_BI.data.astype(np.float32).view(np.uint32).astype(np.uint64)
+    words = np.where(scores_BI.data > 0, (bits << np.uint64(32)) | (_LOW_32 - scores_BI.indices.astype(np.uint64)), 0)
+    words_BM = np.zeros((len(lengths_B), max(int(lengths_B.max(initial=0)), 1)), dtype=np.uint64)
+    words_BM[np.arange(words_BM.shape[1]) < lengths_B[:, None]] = words
+    if words_BM.shape[1] > top:
+        words_BM = np.partition(words_BM, words_BM.shape[1] - top, axis=1)[:, -top:]
+    best_BN = np.sort(words_BM, axis=1)[:, ::-1]
+    values_BN = (best_BN >> np.uint64(32)).astype(np.uint32).view(np.float32)
+    columns_BN = np.where(best_BN > 0, _LOW_32 - (best_BN & _LOW_32), 0).astype(np.int64)
+    return columns_BN, values_BN

@@ -1,0 +1,46 @@
+"""Top lists of a rule: item rows and scores, best first."""
+
+# U users, C candidates, N list
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from genrec_shards.keyed import keyed_permutation
+
+from genrec_dist.metrics import EMPTY
+
+_TIE_STREAM = 0x71E5
+
+
+class Lists(NamedTuple):
+    items_UN: np.ndarray
+    """int32[U, N], item rows, -1 after the end of a short list."""
+    scores_UN: np.ndarray
+    """float32[U, N], falling; -inf where the list is empty."""
+
+
+def empty_lists(num_users: int, top: int) -> Lists:
+    return Lists(np.full((num_users, top), EMPTY, np.int32), np.full((num_users, top), -np.inf, np.float32))
+
+
+def first_candidates(candidates_UC: np.ndarray, allowed_UC: np.ndarray, top: int) -> Lists:
+    """The first `top` allowed candidates of each row in their order; the score is 1 / place, the rule has no other."""
+    lists = empty_lists(len(candidates_UC), top)
+    places_UC = np.cumsum(allowed_UC, axis=1) - 1
+    users, columns = np.nonzero(allowed_UC & (places_UC < top))
+    places = places_UC[users, columns]
+    lists.items_UN[users, places] = candidates_UC[users, columns]
+    lists.scores_UN[users, places] = 1 / (places + 1)
+    return lists
+
+
+def tie_order(num_items: int) -> np.ndarray:
+    """int64[num_items]: item rows in the order in which items of one score are listed.
+
+    A fixed random order, a function of the catalogue's size alone. Rows follow the items' own ids, which may tell when
+    an item was first taken, and the order of a sort may favour whatever came first; this order knows neither the ids
+    nor any interaction, so on average it neither helps nor harms a target.
+    """
+    return keyed_permutation(num_items, _TIE_STREAM)

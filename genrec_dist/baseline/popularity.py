@@ -1,0 +1,48 @@
+"""Popularity: the items taken most often in the training parts, the same for everybody."""
+
+# U users, N list
+
+from __future__ import annotations
+
+import numpy as np
+from genrec_shards.sequences import Sequences, Split, TrainedThrough
+
+from genrec_dist.baseline.history import Histories, histories
+from genrec_dist.baseline.lists import Lists, empty_lists, tie_order
+from genrec_dist.baseline.training import training_part
+from genrec_dist.metrics import TOP
+
+
+def recommend(
+    sequences: Sequences,
+    split: Split,
+    *,
+    exclude_history: bool,
+    trained_through: TrainedThrough = "n-2",
+    users: np.ndarray | None = None,
+    top: int = TOP,
+) -> Lists:
+    """Top lists of these user rows (None: all); the score is the number of training interactions.
+
+    Every item has a score; equal ones are listed in `tie_order`. Raises ValueError if training saw the split's targets.
+    """
+    counts = np.bincount(training_part(sequences, split, trained_through).items, minlength=sequences.num_items)
+    by_chance = tie_order(sequences.num_items)
+    order = by_chance[np.argsort(-counts[by_chance], kind="stable")]
+    return _first_allowed(order, counts, histories(sequences, split, users), exclude_history, top)
+
+
+def _first_allowed(order: np.ndarray, counts: np.ndarray, past: Histories, exclude_history: bool, top: int) -> Lists:
+    """Walk down the order once and give each item to everybody who may have it and still has room."""
+    lists = empty_lists(past.num_users, top)
+    filled_U = np.zeros(past.num_users, dtype=np.int64)
+    waiting = np.arange(past.num_users)
+    for item in order:
+        takers = waiting[~past.holds(waiting, item)] if exclude_history else waiting
+        lists.items_UN[takers, filled_U[takers]] = item
+        lists.scores_UN[takers, filled_U[takers]] = counts[item]
+        filled_U[takers] += 1
+        waiting = waiting[filled_U[waiting] < top]
+        if not len(waiting):
+            break
+    return lists

@@ -1,0 +1,44 @@
+"""Repeat: the user's own recent items again."""
+
+# U users, N list
+
+from __future__ import annotations
+
+import numpy as np
+from genrec_shards.sequences import Sequences, Split, TrainedThrough
+
+from genrec_dist.baseline.history import histories
+from genrec_dist.baseline.lists import Lists, empty_lists
+from genrec_dist.baseline.training import check_trained_through
+from genrec_dist.metrics import TOP
+
+
+def recommend(
+    sequences: Sequences,
+    split: Split,
+    *,
+    exclude_history: bool = False,
+    trained_through: TrainedThrough = "n-2",
+    users: np.ndarray | None = None,
+    top: int = TOP,
+) -> Lists:
+    """The distinct items of the history, the most recently taken first; short lists stay short. The score is 1 / place.
+
+    `exclude_history` does not apply: the lists are the history. What the rule knows is the history alone, so
+    `trained_through` changes nothing; it is checked as everywhere.
+    """
+    check_trained_through(split, trained_through)
+    past = histories(sequences, split, users)
+    # Newest first over all users at once; unique keeps the first place of each (user, item), which is the latest one.
+    users_newest, items_newest = past.users[::-1], past.items[::-1]
+    _, latest = np.unique(users_newest * past.num_items + items_newest, return_index=True)
+    latest.sort()
+    takers, items = users_newest[latest], items_newest[latest]
+    distinct_U = np.bincount(takers, minlength=past.num_users)
+    # Users come from the last to the first, so the block of user u begins after those of all later users.
+    begins_U = np.cumsum(distinct_U[::-1])[::-1] - distinct_U
+    places = np.arange(len(takers)) - begins_U[takers]
+    lists, kept = empty_lists(past.num_users, top), places < top
+    lists.items_UN[takers[kept], places[kept]] = items[kept]
+    lists.scores_UN[takers[kept], places[kept]] = 1 / (places[kept] + 1)
+    return lists

@@ -1,0 +1,266 @@
+"""Each rule against a plain loop, no look at held-out items, and the known figures on real data."""
+
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from genrec_shards.sequences import Sequences, read_sequences, sequences_from_ids
+
+from genrec_dist import baseline
+from genrec_dist.baseline import counting, knn, popularity, repeat
+from genrec_dist.baseline.history import histories
+from genrec_dist.baseline.lists import tie_order
+from genrec_dist.metrics import metrics_from_histogram, rank_histogram, target_ranks
+
+SPLITS = ("validation", "test")
+TRAININGS = [("validation", "n-2", 2), ("test", "n-2", 2), ("test", "n-1", 1)]
+"""Split, trained_through, and how many items at the end of a sequence training must not touch."""
+
+
+def random_sequences(num_users: int = 40, num_items: int = 60, seed: int = 0) -> Sequences:
+    """Skewed popularity, repeated items, lengths 3 to 30; ids are whole numbers, some above 64."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(3, 31, num_users)
+    draws = (num_items * rng.random(lengths.sum()) ** 2).astype(int) + 10
+    return sequences_from_ids([f"u{user}" for user in range(num_users)], lengths, [str(item) for item in draws])
+
+
+def changed(sequences: Sequences, last: int, seed: int = 5) -> Sequences:
+    """The same catalogue, but other items in the last `last` places of each sequence."""
+    items = sequences.items.copy()
+    rng = np.random.default_rng(seed)
+    for back in range(1, last + 1):
+        items[sequences.offsets[1:] - back] = rng.integers(0, sequences.num_items, sequences.num_users)
+    return Sequences(items, sequences.offsets, sequences.user_ids, sequences.item_ids)
+
+
+def past_of(sequences: Sequences, user: int, split: str) -> list[int]:
+    view = sequences.history_and_target(split)
+    return view.items[view.starts[user] : view.ends[user]].tolist()
+
+
+def filled(row: np.ndarray) -> list[int]:
+    return row[row >= 0].tolist()
+
+
+def counting_by_loop(past: list[int], codes: list[int], top: int = 20) -> list[int]:
+    row_of = {code: row for row, code in enumerate(codes)}
+    taken = [codes[row] for row in past]
+    listed = []
+    for d in range(1, 14):
+        for base in (taken[-1], max(taken)):
+            if base + d in row_of and base + d not in taken and base + d not in listed:
+                listed.append(base + d)
+    return [row_of[code] for code in listed[:top]]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_counting_equals_the_rule_in_a_loop(split):
+    sequences = random_sequences()
+    codes = np.random.default_rng(1).permutation(sequences.num_items) + 1
+    lists = counting.recommend(sequences, split, codes=[str(code) for code in codes])
+    for user in range(sequences.num_users):
+        assert filled(lists.items_UN[user]) == counting_by_loop(past_of(sequences, user, split), codes.tolist())
+    assert (lists.items_UN == -1).any()
+
+
+def test_counting_passes_over_numbers_that_no_item_bears():
+    sequences = sequences_from_ids(["u"], [3], ["10", "14", "30"])  # history 10, 14; rows 0, 1, 2
+    assert counting.recommend(sequences, "test", codes=["10", "14", "30"]).items_UN[0, 0] == -1
+    assert counting.recommend(sequences, "test", codes=["10", "14", "27"]).items_UN[0].tolist() == [2] + [-1] * 19
+
+
+@pytest.mark.parametrize("codes", [["1", "2", "x3"], ["1", "01", "2"], ["1", "2", "-3"], ["1", "2", "9" * 30]])
+def test_counting_refuses_codes_that_are_not_distinct_whole_numbers(codes):
+    sequences = sequences_from_ids(["u"], [3], ["a", "b", "c"])
+    assert counting.whole_numbers(codes) is None
+    with pytest.raises(ValueError, match="distinct whole numbers"):
+        counting.recommend(sequences, "test", codes=codes)
+    assert baseline.beside(sequences, codes, "test", exclude_history=True)["counting"] is None
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_repeat_equals_a_loop(split):
+    sequences = random_sequences()
+    lists = repeat.recommend(sequences, split)
+    for user in range(sequences.num_users):
+        newest_first = list(dict.fromkeys(reversed(past_of(sequences, user, split))))
+        assert filled(lists.items_UN[user]) == newest_first[:20]
+    assert max(len(filled(row)) for row in lists.items_UN) == 20
+    assert lists.scores_UN[0, :2].tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("exclude", [True, False])
+@pytest.mark.parametrize(("split", "through", "held_out"), TRAININGS)
+def test_popularity_equals_a_loop(exclude, split, through, held_out):
+    sequences = random_sequences()
+    counts = np.zeros(sequences.num_items, int)
+    for user in range(sequences.num_users):
+        np.add.at(counts, sequences.items[sequences.offsets[user] : sequences.offsets[user + 1] - held_out], 1)
+    place = np.argsort(tie_order(sequences.num_items))
+    order = sorted(range(sequences.num_items), key=lambda item: (-counts[item], place[item]))
+    lists = popularity.recommend(sequences, split, exclude_history=exclude, trained_through=through)
+    for user in range(sequences.num_users):
+        past = set(past_of(sequences, user, split)) if exclude else set()
+        expected = [item for item in order if item not in past][:20]
+        assert lists.items_UN[user].tolist() == expected
+        assert lists.scores_UN[user].tolist() == counts[expected].tolist()
+
+
+def knn_by_loop(sequences: Sequences, split: str, held_out: int, exclude: bool, user: int) -> list[int]:
+    pairs: dict[tuple[int, int], float] = defaultdict(float)
+    for someone in range(sequences.num_users):
+        part = sequences.items[sequences.offsets[someone] : sequences.offsets[someone + 1] - held_out].tolist()
+        for later in range(len(part)):
+            for earlier in range(max(0, later - 6), later):
+                pairs[part[earlier], part[later]] += 1 / (later - earlier)
+                pairs[part[later], part[earlier]] += 0.5 / (later - earlier)
+    out, in_ = defaultdict(float), defaultdict(float)
+    for (x, y), weight in pairs.items():
+        out[x] += weight
+        in_[y] += weight
+    past = past_of(sequences, user, split)
+    scores: dict[int, float] = defaultdict(float)
+    for age, x in enumerate(past[::-1][:10]):
+        for (other, y), weight in pairs.items():
+            if other == x:
+                scores[y] += 0.7**age * weight / np.sqrt((out[x] + 1) * (in_[y] + 1))
+    place = np.argsort(tie_order(sequences.num_items))
+    free = [item for item in scores if not (exclude and item in past)]
+    return sorted(free, key=lambda item: (-np.float32(scores[item]), place[item]))[:20]
+
+
+@pytest.mark.parametrize("exclude", [True, False])
+@pytest.mark.parametrize(("split", "through", "held_out"), TRAININGS)
+def test_knn_equals_a_loop(exclude, split, through, held_out):
+    sequences = random_sequences(num_users=30, num_items=50)
+    lists = knn.recommend(
+        sequences, split, exclude_history=exclude, trained_through=through, settings=knn.KnnSettings(batch_size=7)
+    )
+    for user in range(sequences.num_users):
+        expected = knn_by_loop(sequences, split, held_out, exclude, user)
+        assert filled(lists.items_UN[user]) == expected
+    assert (np.diff(lists.scores_UN, axis=1)[np.isfinite(lists.scores_UN[:, 1:])] <= 0).all()
+
+
+def test_equal_scores_follow_the_tie_rule():
+    # Everybody took h, then one of 40 others, once each: all 40 have one and the same score after h.
+    others = [f"x{number:02}" for number in range(40)]
+    ids = [item for other in others for item in ("h", other, "p", "q")] + ["h", "p", "q"]
+    sequences = sequences_from_ids([f"u{user}" for user in range(41)], [4] * 40 + [3], ids)
+    tied = [item for item in tie_order(sequences.num_items).tolist() if sequences.item_ids[item].startswith("x")]
+    for lists in (
+        knn.recommend(sequences, "validation", exclude_history=True),
+        popularity.recommend(sequences, "validation", exclude_history=True),
+    ):
+        assert lists.items_UN[40].tolist() == tied[:20]
+    assert tied != sorted(tied)
+
+
+@pytest.mark.parametrize("name", ["popularity", "knn"])
+@pytest.mark.parametrize(
+    ("split", "through", "last"), [("validation", "n-2", 2), ("test", "n-2", 1), ("test", "n-1", 1)]
+)
+def test_held_out_items_change_no_list(name, split, through, last):
+    """Not even other users' ones: whatever stands after the history leaves scores and lists as they are."""
+    sequences = random_sequences()
+    lists, others = (
+        baseline.recommend(name, data, data.item_ids, split, exclude_history=True, trained_through=through)
+        for data in (sequences, changed(sequences, last))
+    )
+    assert np.array_equal(lists.items_UN, others.items_UN)
+    assert np.array_equal(lists.scores_UN, others.scores_UN)
+
+
+def test_n_2_does_not_learn_from_validation_targets():
+    sequences = random_sequences()
+    other = changed(sequences, 2)
+    for data in (sequences, other):
+        data.items[data.offsets[1:] - 1] = 0
+    settings = knn.KnnSettings()
+    weights = [knn.neighbour_weights(data, "test", "n-2", settings) for data in (sequences, other)]
+    assert abs(weights[0] - weights[1]).sum() == 0
+    weights = [knn.neighbour_weights(data, "test", "n-1", settings) for data in (sequences, other)]
+    assert abs(weights[0] - weights[1]).sum() > 0
+
+
+@pytest.mark.parametrize("name", list(baseline.BASELINES))
+def test_chosen_users_get_the_lists_that_all_users_get(name):
+    sequences = random_sequences()
+    rows = np.array([17, 3, 39, 4])
+    some, everybody = (
+        baseline.recommend(name, sequences, sequences.item_ids, "test", exclude_history=True, users=users)
+        for users in (rows, None)
+    )
+    assert np.array_equal(some.items_UN, everybody.items_UN[rows])
+    assert np.array_equal(some.scores_UN, everybody.scores_UN[rows])
+
+
+@pytest.mark.parametrize("name", list(baseline.BASELINES))
+def test_training_that_saw_the_targets_is_refused(name):
+    sequences = random_sequences()
+    with pytest.raises(ValueError, match="n-1 has seen the validation targets"):
+        baseline.recommend(
+            name, sequences, sequences.item_ids, "validation", exclude_history=True, trained_through="n-1"
+        )
+
+
+def test_unknown_name_is_refused():
+    sequences = random_sequences()
+    with pytest.raises(ValueError, match="'bpr': choose one of popularity"):
+        baseline.recommend("bpr", sequences, sequences.item_ids, "test", exclude_history=True)
+
+
+def test_beside_scores_exactly_these_users():
+    sequences = random_sequences()
+    rows = np.array([5, 8, 13, 21, 34])
+    beside = baseline.beside(sequences, sequences.item_ids, "test", exclude_history=False, users=rows)
+    assert list(beside) == ["counting", "popularity", "knn"]
+    targets = sequences.history_and_target("test").targets
+    for name, metrics in beside.items():
+        lists = baseline.recommend(name, sequences, sequences.item_ids, "test", exclude_history=False)
+        expected = metrics_from_histogram(rank_histogram(target_ranks(lists.items_UN[rows], targets[rows])))
+        assert {key: metrics[key] for key in expected} == expected
+        assert metrics["ci95"]["HR@20"][0] <= metrics["HR@20"] <= metrics["ci95"]["HR@20"][1]
+
+
+def test_histories_hold_what_they_hold():
+    sequences = random_sequences()
+    past = histories(sequences, "test", np.array([7, 2]))
+    held = past.holds(np.arange(2)[:, None], np.arange(sequences.num_items)[None])
+    for place, user in enumerate((7, 2)):
+        assert set(np.flatnonzero(held[place]).tolist()) == set(past_of(sequences, user, "test"))
+
+
+def real(name: str) -> Sequences:
+    path = Path(os.environ.get("GENREC_DATA", "data")) / f"{name}.txt.gz"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: set GENREC_DATA to the folder of the real data sets")
+    return read_sequences(path)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "through", "expected"),
+    [
+        ("Beauty", "n-2", [0.0566, 0.0421, 0.0789, 0.0493]),
+        ("Beauty", "n-1", [0.0663, 0.0487, 0.0880, 0.0557]),
+        ("Sports_and_Outdoors", "n-2", [0.0265, 0.0190, 0.0376, 0.0225]),
+    ],
+)
+def test_knn_figures_on_real_data(name, through, expected):
+    sequences = real(name)
+    lists = knn.recommend(sequences, "test", exclude_history=True, trained_through=through)
+    targets = sequences.history_and_target("test").targets
+    metrics = metrics_from_histogram(rank_histogram(target_ranks(lists.items_UN, targets)))
+    assert [metrics[key] for key in ("HR@5", "NDCG@5", "HR@10", "NDCG@10")] == pytest.approx(expected, abs=6e-5)
+
+
+@pytest.mark.data
+def test_popularity_figure_on_beauty():
+    sequences = real("Beauty")
+    lists = popularity.recommend(sequences, "test", exclude_history=True)
+    ranks = target_ranks(lists.items_UN, sequences.history_and_target("test").targets)
+    assert metrics_from_histogram(rank_histogram(ranks))["HR@10"] == pytest.approx(0.0115, abs=1e-4)
