@@ -1,0 +1,127 @@
+"""What the audit says of small data whose answer is known, and of the real data sets."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from genrec_shards.numbering import number
+from genrec_shards.sequences import Sequences, read_sequences, sequences_from_ids
+
+from genrec_dist.audit import audit, exclude_history_default
+
+
+def fresh_items(num_users: int = 300) -> Sequences:
+    """Numbered by first appearance, and every second user's last item is new to the corpus: the leak in its pure form."""
+    rng = np.random.default_rng(0)
+    ids: list[str] = []
+    newest = 5
+    for user in range(num_users):
+        old = rng.choice(newest, 4, replace=False) + 1
+        newest += user % 2
+        ids += [str(item) for item in old[:3]] + [str(newest if user % 2 else old[3])]
+    return sequences_from_ids([str(user) for user in range(num_users)], [4] * num_users, ids)
+
+
+def test_first_appearance_leaks_and_a_random_numbering_does_not():
+    sequences = fresh_items()
+    found = audit(sequences, sequences.item_ids)
+    assert found.leaks
+    score = f"{found.counting['test']['HR@5']:.4f}".removeprefix("0")
+    assert found.sentence() == (
+        f"a rule that learns nothing scores HR@5 {score} with these ids; use --numbering random"
+    )
+    found = audit(sequences, number(sequences, "random", seed=0).item_codes)
+    assert not found.leaks
+    assert "finds no leak" in found.sentence()
+    assert "lower bound" in found.sentence()
+
+
+def test_a_handful_of_users_raises_no_alarm():
+    lengths, ids = [3, 3, 3], ["1", "2", "3", "9", "5", "7", "8", "4", "6"]
+    found = audit(sequences_from_ids(["a", "b", "c"], lengths, ids), [str(code) for code in range(1, 10)])
+    assert found.counting["test"]["HR@5"] > 0
+    assert not found.leaks
+
+
+def test_shares_by_hand():
+    # a: test repeats 1; b: validation repeats 4, test 5 unseen; c: test 6 unseen; d: nothing of the kind.
+    ids = [*("1", "2", "3", "1"), *("4", "1", "4", "5"), *("2", "4", "6"), *("1", "4", "2")]
+    sequences = sequences_from_ids(["a", "b", "c", "d"], [4, 4, 3, 3], ids)
+    found = audit(sequences, sequences.item_ids)
+    assert found.repeated_targets == {"validation": 0.25, "test": 0.25}
+    # Training parts: 1 2, 4 1, 2, 1. Validation targets 3 4 4 4, test targets 1 5 6 2.
+    assert found.unseen_targets == {"validation": 0.25, "test": 0.5}
+    assert (found.users, found.items) == (4, 6)
+    assert (found.tied_users, found.tied_held_out) == (None, None)
+
+
+def test_ties_are_counted_within_users():
+    sequences = sequences_from_ids(["a", "b", "c"], [3, 4, 3], list("1234512345"))
+    timestamps = np.array([*(1, 2, 3), *(3, 3, 4, 5), *(5, 6, 6)])
+    found = audit(sequences, sequences.item_ids, timestamps)
+    assert found.tied_users == pytest.approx(2 / 3)
+    assert found.tied_held_out == pytest.approx(1 / 3)
+
+
+def test_history_is_excluded_by_default_only_where_no_target_repeats():
+    assert exclude_history_default(fresh_items())
+    assert not exclude_history_default(sequences_from_ids(["a", "b"], [3, 3], list("121345")))  # test target
+    assert not exclude_history_default(sequences_from_ids(["a", "b"], [3, 3], list("112345")))  # validation target
+    assert exclude_history_default(sequences_from_ids(["a", "b"], [4, 3], list("1123456")))  # training part only
+
+
+def test_words_as_codes_are_said_to_be_beyond_the_rule():
+    sequences = sequences_from_ids(["a"], [3], ["x", "y", "z"])
+    found = audit(sequences, ["x", "y", "z"])
+    assert found.counting is None
+    assert not found.leaks
+    assert "does not apply" in found.sentence()
+
+
+def test_as_dict_is_json_and_holds_the_sentence():
+    sequences = fresh_items()
+    found = audit(sequences, sequences.item_ids)
+    text = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+    assert text["sentence"] == found.sentence()
+    assert text["leaks"] is True
+    assert text["tied_users"] is None
+    assert set(text["counting"]) == set(text["popularity"]) == {"validation", "test"}
+
+
+def test_wrong_lengths_are_refused():
+    sequences = fresh_items()
+    with pytest.raises(ValueError, match="2 item codes for"):
+        audit(sequences, ["1", "2"])
+    with pytest.raises(ValueError, match="3 timestamps for"):
+        audit(sequences, sequences.item_ids, np.arange(3))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("Beauty", (22363, 12101), [0.0530, 0.0424, 0.0549, 0.0430]),
+        ("Sports_and_Outdoors", (35598, 18357), [0.0461, 0.0365, 0.0475, 0.0370]),
+    ],
+)
+def test_real_data(name, size, expected):
+    path = Path(os.environ.get("GENREC_DATA", "data")) / f"{name}.txt.gz"
+    if not path.is_file():
+        pytest.skip(f"{path} is not there: set GENREC_DATA to the folder of the real data sets")
+    sequences = read_sequences(path)
+    start = time.perf_counter()
+    found = audit(sequences, number(sequences, "given", seed=0).item_codes)
+    assert time.perf_counter() - start < 10  # 0.5 s alone; room for a busy machine
+    metrics = found.counting["test"]
+    assert (found.users, found.items) == size
+    assert [metrics[key] for key in ("HR@5", "NDCG@5", "HR@10", "NDCG@10")] == pytest.approx(expected, abs=6e-5)
+    assert found.leaks
+    assert f"HR@5 {expected[0]:.4f}".replace("0.", ".") in found.sentence()
+    assert found.repeated_targets == {"validation": 0.0, "test": 0.0}
+    found = audit(sequences, number(sequences, "random", seed=0).item_codes)
+    assert max(found.counting["test"][key] for key in ("HR@5", "NDCG@5", "HR@10", "NDCG@10")) < 0.002
+    assert not found.leaks
+    assert not audit(sequences, number(sequences, "train-order", seed=0).item_codes).leaks
