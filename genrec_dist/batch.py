@@ -199,9 +199,7 @@ def apply_mask(
     counts_B = (positions_BK >= 0).sum(axis=1)
     kept_B = np.diff(offsets) - np.maximum(counts_B - 1, 0)
     rows = np.arange(len(starts_B))
-    return MaskedSamples(
-        inner[keep], _offsets(kept_B), rows, np.zeros_like(rows), target_items, _offsets(counts_B)
-    )
+    return MaskedSamples(inner[keep], _offsets(kept_B), rows, np.zeros_like(rows), target_items, _offsets(counts_B))
 
 
 def collate(masked: MaskedSamples, user_rows_B: np.ndarray, is_padding_B: np.ndarray, layout: Layout) -> Batch:

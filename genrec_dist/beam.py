@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.models.bart.modeling_bart import BartAttention
 
 from genrec_dist.batch import EncoderInput
 from genrec_dist.model import GenRecForConditionalGeneration
@@ -33,8 +34,10 @@ class DecoderState:
         self.model = model
         self.mask_B11L = memory_mask_BL[:, None, None]
         self.cross = [
-            (_heads(layer.encoder_attn, layer.encoder_attn.k_proj(memory_BLD)),
-             _heads(layer.encoder_attn, layer.encoder_attn.v_proj(memory_BLD)))
+            (
+                _heads(layer.encoder_attn, layer.encoder_attn.k_proj(memory_BLD)),
+                _heads(layer.encoder_attn, layer.encoder_attn.v_proj(memory_BLD)),
+            )
             for layer in model.model.decoder.layers
         ]
         self.own: list[tuple[Tensor, Tensor] | None] = [None] * len(self.cross)
@@ -62,7 +65,7 @@ class DecoderState:
             keys, values = (_take_beams(cached, parent_BK) for cached in pair)
             self.own[number] = (keys, values)
 
-    def _attend_self(self, attention: torch.nn.Module, hidden_BKD: Tensor, number: int) -> Tensor:
+    def _attend_self(self, attention: BartAttention, hidden_BKD: Tensor, number: int) -> Tensor:
         # Each beam attends to its own past alone, so beams join the batch: [B * K, H, tokens, D / H].
         shape = hidden_BKD.shape
         rows = hidden_BKD.reshape(-1, 1, shape[-1])
@@ -77,17 +80,15 @@ class DecoderState:
         mixed = F.scaled_dot_product_attention(query, key, value, scale=attention.scaling)
         return attention.out_proj(mixed.transpose(1, 2).reshape(shape))
 
-    def _attend_memory(self, attention: torch.nn.Module, hidden_BKD: Tensor, number: int) -> Tensor:
+    def _attend_memory(self, attention: BartAttention, hidden_BKD: Tensor, number: int) -> Tensor:
         # All beams of a user are query rows over the user's one set of keys and values.
         key, value = self.cross[number]
         query = _heads(attention, attention.q_proj(hidden_BKD))
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=self.mask_B11L, scale=attention.scaling
-        )
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask_B11L, scale=attention.scaling)
         return attention.out_proj(mixed.transpose(1, 2).reshape(hidden_BKD.shape))
 
 
-def _heads(attention: torch.nn.Module, states: Tensor) -> Tensor:
+def _heads(attention: BartAttention, states: Tensor) -> Tensor:
     """[B, L, D] -> [B, H, L, D / H]."""
     return states.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
 
@@ -152,7 +153,9 @@ class TrieSearcher:
             tokens_BK = self.token[nodes_BK].clamp(min=0)
         return self._lists(found_scores_BN, found_items_BN, top)
 
-    def _dead(self, num_users: int, excluded: tuple[np.ndarray, np.ndarray] | None) -> tuple[Tensor | None, Tensor | None]:
+    def _dead(
+        self, num_users: int, excluded: tuple[np.ndarray, np.ndarray] | None
+    ) -> tuple[Tensor | None, Tensor | None]:
         if excluded is None:
             return None, None
         dead_end_BM, dead_node_BM = pruned(self.trie, num_users, *excluded)

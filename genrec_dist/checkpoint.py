@@ -98,7 +98,9 @@ def load_checkpoint(path: Path, state: State) -> Progress:
         raise ValueError(f"{path}: format {facts.get('format_version')}, this version reads {FORMAT_VERSION}")
     for key, value in state.identity.items():
         if facts["identity"].get(key) != value:
-            raise ValueError(f"{path}: its {key} is not this run's: it was trained on other data or with another recipe")
+            raise ValueError(
+                f"{path}: its {key} is not this run's: it was trained on other data or with another recipe"
+            )
     names = _parameter_names(state.model)
     try:
         _copy_into(names, load_file(path / "model.safetensors"))

@@ -28,7 +28,9 @@ Split = Literal["validation", "test"]
 YesNo = Literal["auto", "yes", "no"]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `genrec train`.")]
 DataArgument = Annotated[Path, typer.Argument(metavar="DATA", help="Directory of `genrec prepare`.")]
-DataOption = Annotated[Path | None, typer.Option("--data", help="Data directory; default: the one the run was trained on.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Data directory; default: the one the run was trained on.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 ExcludeOption = Annotated[
     YesNo, typer.Option("--exclude-history", help="Leave out items of the history; auto: where no target repeats.")
@@ -55,7 +57,9 @@ def demo(
 def prepare(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The log; gz or not.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Data directory to write.")],
-    format_: Annotated[str, typer.Option("--format", help="sequences: `user item item ...` a line, oldest first.")] = "sequences",
+    format_: Annotated[
+        str, typer.Option("--format", help="sequences: `user item item ...` a line, oldest first.")
+    ] = "sequences",
     numbering: Annotated[str, typer.Option(help="random, given or train-order.")] = "random",
     seed: Annotated[int, typer.Option(help="Seed of the numbering.")] = 0,
     overwrite: OverwriteOption = False,
@@ -157,7 +161,9 @@ def evaluate(
     with _processes() as device:
         loaded = load_run(run, device)
         decoding = Decoding(
-            beam=beam, batch_size=batch_size, exclude_history=_exclude(exclude_history, loaded.model.config.exclude_history)
+            beam=beam,
+            batch_size=batch_size,
+            exclude_history=_exclude(exclude_history, loaded.model.config.exclude_history),
         )
         with _progress(f"evaluate {split}", dataset.sequences.num_users) as advance:
             metrics = run_evaluate(
@@ -251,9 +257,7 @@ def baseline(
 
     dataset = load_dataset(data)
     excluded = _exclude(exclude_history, exclude_history_default(dataset.sequences))
-    metrics = run_baseline(
-        name, dataset, split, out_dir, trained_through=trained_through, exclude_history=excluded
-    )
+    metrics = run_baseline(name, dataset, split, out_dir, trained_through=trained_through, exclude_history=excluded)
     out.print(format_table([metrics]))
 
 
@@ -373,5 +377,3 @@ def _one_line(error: Exception) -> str:
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer runs once, before workers fork
     sys.exit(run_command(sys.argv[1:]))
-
-

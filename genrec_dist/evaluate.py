@@ -13,12 +13,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from genrec_shards.prepare import Dataset
-from genrec_shards.sequences import Split, SplitView
+from genrec_shards.sequences import Split, SplitView, TrainedThrough
 
 from genrec_dist.batch import Layout, encode_histories, ragged
 from genrec_dist.beam import TopItems, TrieSearcher
 from genrec_dist.results import Protocol, write_results
-from genrec_dist.run import LoadedRun, load_run
+from genrec_dist.run import LoadedRun
 
 TOP = 20
 """Length of the lists that are written and scored."""
@@ -92,21 +92,13 @@ def _assemble(chunks: list[tuple[np.ndarray, TopItems]], num_users: int, top: in
     return TopItems(items_UN, scores_UN)
 
 
-def sample_users(num_users: int, sample: int, seed: int) -> np.ndarray:
-    """int64 rows of a seeded sample of users, ascending; all of them where the sample is 0 or not smaller."""
-    if sample == 0 or sample >= num_users:
-        return np.arange(num_users)
-    return np.sort(np.random.Generator(np.random.Philox(key=[seed, 0x56A1])).choice(num_users, sample, replace=False))
-
-
 def evaluate(
-    run: LoadedRun | str,
+    run: LoadedRun,
     dataset: Dataset,
     split: Split,
     *,
-    decoding: Decoding | None = None,
-    trained_through: str = "n-2",
-    exclude_history: bool | None = None,
+    decoding: Decoding,
+    trained_through: TrainedThrough = "n-2",
     recipe: dict[str, Any] | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -116,14 +108,12 @@ def evaluate(
 
     Returns the metrics on rank 0, None elsewhere. Raises ValueError if the run speaks another numbering.
     """
-    loaded = load_run(run) if isinstance(run, str) else run
-    check_numbering(loaded, dataset)
-    decoding = decoding or Decoding()
+    check_numbering(run, dataset)
     view = dataset.sequences.history_and_target(split)
     users_U = np.arange(dataset.sequences.num_users)
     start = time.perf_counter()
     lists = rank_users(
-        loaded.searcher, loaded.layout, view, users_U, decoding, rank=rank, world_size=world_size, on_batch=on_batch
+        run.searcher, run.layout, view, users_U, decoding, rank=rank, world_size=world_size, on_batch=on_batch
     )
     seconds = time.perf_counter() - start
     if rank != 0:
@@ -136,7 +126,7 @@ def evaluate(
         decode="exact",
     )
     return write_results(
-        loaded.path,
+        run.path,
         system="genrec",
         split=split,
         dataset=dataset,

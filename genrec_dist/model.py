@@ -124,7 +124,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         learned_RT = labels_RT != IGNORED
         return self.lm_head(hidden_RTD[learned_RT]), labels_RT[learned_RT]
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -188,7 +188,9 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             raise ValueError(
                 f"{input_ids.shape[1]} input tokens, {self.config.max_position_embeddings} positions: lower model.max_tokens"
             )
-        if input_ids.device.type == "cpu":  # elsewhere the check would wait for the device; batches are checked when made
+        if (
+            input_ids.device.type == "cpu"
+        ):  # elsewhere the check would wait for the device; batches are checked when made
             check_ranges(encoder, self.config)
         return encoder
 

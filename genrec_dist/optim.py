@@ -13,7 +13,8 @@ from genrec_dist.recipe import Optimizer, Stage
 
 def build_optimizer(model: nn.Module, optimizer: Optimizer) -> torch.optim.AdamW:
     """AdamW over all parameters in two groups, decayed and not; the learning rate is set at every step."""
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if _is_decayed(name, parameter, optimizer) else spared).append(parameter)
     groups = [

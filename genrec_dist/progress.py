@@ -36,7 +36,11 @@ class TrainingDisplay:
         self.stages = {stage.name: stage for stage in stages}
         self.tasks: dict[str, TaskID] = {
             stage.name: self.progress.add_task(
-                stage.name, total=stage.num_steps, completed=_clip(step - stage.first_step, stage), start=False, facts=""
+                stage.name,
+                total=stage.num_steps,
+                completed=_clip(step - stage.first_step, stage),
+                start=False,
+                facts="",
             )
             for stage in stages
         }

@@ -248,10 +248,9 @@ def _build_section(kind: type, value: Any, source: str, key: str) -> Any:
     ]
     if missing:
         raise ValueError(f"{source}: {prefix}{missing[0]} is missing; add it or pass --set {prefix}{missing[0]}=VALUE")
-    if kind is Recipe and "pretrain" in value:
+    if kind is Recipe and "targets" not in value.get("pretrain", {"targets": ""}):
         # A pretraining section that names no targets means the mask strategy, as in the paper.
-        if "targets" not in value["pretrain"]:
-            built["pretrain"] = dataclasses.replace(built["pretrain"], targets="mask")
+        built["pretrain"] = dataclasses.replace(built["pretrain"], targets="mask")
     return kind(**built)
 
 

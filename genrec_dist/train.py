@@ -32,7 +32,7 @@ from genrec_dist.checkpoint import (
     save_checkpoint,
     write_status,
 )
-from genrec_dist.evaluate import Decoding, rank_users, sample_users
+from genrec_dist.evaluate import Decoding, rank_users
 from genrec_dist.events import EventLog, git_commit, versions
 from genrec_dist.loss import target_loss
 from genrec_dist.metrics import metrics_from_histogram, rank_histogram, target_ranks
@@ -40,6 +40,7 @@ from genrec_dist.model import GenRecForConditionalGeneration, choose_attention
 from genrec_dist.optim import AveragedWeights, build_optimizer, learning_rate
 from genrec_dist.progress import Meter, TrainingDisplay
 from genrec_dist.recipe import Recipe, dump_recipe
+from genrec_dist.results import sample_users
 from genrec_dist.run import make_searcher
 from genrec_dist.stop import NotFinite, Stopped
 from genrec_dist.workshop import StageSteps, StepBatches, Workshop, open_workshop, stage_of
@@ -54,7 +55,9 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
     accelerator = make_accelerator(recipe)
     run = Path(recipe.run)
     if resume is None and (run / "events.jsonl").exists():
-        raise ValueError(f"{run}: a run is there already: continue it with --resume latest, or set another run directory")
+        raise ValueError(
+            f"{run}: a run is there already: continue it with --resume latest, or set another run directory"
+        )
     workshop, model = open_workshop(recipe)
     model.config.exclude_history = exclude_history_default(workshop.dataset.sequences)
     checkpoint = find_checkpoint(run, resume) if resume else None
@@ -105,7 +108,7 @@ class Loop:
         )
         self.prepared, self.prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
         self.progress = Progress()
-        self.searcher: TrieSearcher = make_searcher(self.model, workshop.words, accelerator.device)
+        self.searcher = make_searcher(self.model, workshop.words, accelerator.device)
         self.stop_signal = 0
         self.log = EventLog(workshop.run, active=False)
         self.unchecked: list[tuple[int, torch.Tensor]] = []
@@ -146,7 +149,7 @@ class Loop:
         steps = range(self.progress.step, self.end_step)
         loader = DataLoader(
             data,
-            sampler=steps,  # type: ignore[arg-type]
+            sampler=steps,
             batch_size=None,
             num_workers=self.recipe.workers,
             prefetch_factor=4 if self.recipe.workers else None,
@@ -157,9 +160,7 @@ class Loop:
     def run(self) -> None:
         """The training loop."""
         started = time.monotonic()
-        display = TrainingDisplay(
-            self.workshop.stages, self.progress.step, active=self.accelerator.is_main_process
-        )
+        display = TrainingDisplay(self.workshop.stages, self.progress.step, active=self.accelerator.is_main_process)
         meter = Meter()
         batches = self.batches()
         with display, contextlib.closing(batches):  # type: ignore[type-var]

@@ -62,9 +62,7 @@ class StepBatches(TorchDataset[list[Batch]]):
     def __getitem__(self, step: int) -> list[Batch]:
         here = stage_of(self.stages, step)
         epoch, step_of_epoch = here.locate(step)
-        samples = split_among_ranks(
-            here.plan.step(here.first_epoch + epoch, step_of_epoch), self.rank, self.world
-        )
+        samples = split_among_ranks(here.plan.step(here.first_epoch + epoch, step_of_epoch), self.rank, self.world)
         return make_batches(
             samples,
             self.reader,
@@ -175,9 +173,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     batches = StepBatches(workshop.stages, workshop.reader, workshop.layout, recipe, 0, 1)[0]
     with torch.inference_mode():
         first = batches[-1]
-        logits, labels = model.target_logits(
-            first.encoder, first.encoder_row, first.decoder_input_ids, first.labels
-        )
+        logits, labels = model.target_logits(first.encoder, first.encoder_row, first.decoder_input_ids, first.labels)
         loss = float(target_loss(logits, labels, first.num_target_tokens))
     return {
         "users": workshop.words.num_users,

@@ -124,7 +124,7 @@ def _without_history(scores_BI: sp.csr_matrix, past: Histories, start: int, by_c
     first, last = past.offsets[start], past.offsets[start + scores_BI.shape[0]]
     entries = np.ones(last - first), (past.users[first:last] - start, column_of[past.items[first:last]])
     taken_BI = sp.csr_matrix(entries, shape=scores_BI.shape)
-    taken_BI.data[:] = 1.0  # an item taken twice would be subtracted twice
+    # An item taken twice is subtracted twice; what is not positive is no candidate.
     return scores_BI - scores_BI.multiply(taken_BI)
 
 
