@@ -40,9 +40,10 @@ def test_first_appearance_leaks_and_a_random_numbering_does_not():
 
 
 def test_a_handful_of_users_raises_no_alarm():
-    lengths, ids = [3, 3, 3], ["1", "2", "3", "9", "5", "7", "8", "4", "6"]
-    found = audit(sequences_from_ids(["a", "b", "c"], lengths, ids), [str(code) for code in range(1, 10)])
-    assert found.counting["test"]["HR@5"] > 0
+    ids = [*("1", "2", "3"), *("9", "5", "40"), *("8", "4", "55"), *(str(item) for item in range(6, 61))]
+    found = audit(sequences_from_ids(["a", "b", "c", "d"], [3, 3, 3, 55], ids), [str(code) for code in range(1, 61)])
+    assert found.counting["test"]["HR@5"] == 0.5
+    assert found.popularity["test"]["HR@5"] == 0.25
     assert not found.leaks
 
 
@@ -59,11 +60,12 @@ def test_shares_by_hand():
 
 
 def test_ties_are_counted_within_users():
-    sequences = sequences_from_ids(["a", "b", "c"], [3, 4, 3], list("1234512345"))
-    timestamps = np.array([*(1, 2, 3), *(3, 3, 4, 5), *(5, 6, 6)])
+    sequences = sequences_from_ids(["a", "b", "c", "d"], [3, 4, 3, 4], list("12345123451234"))
+    # b and d begin at the time at which the user before them ends: no tie of theirs.
+    timestamps = np.array([*(1, 2, 3), *(3, 4, 5, 6), *(7, 8, 8), *(8, 9, 9, 10)])
     found = audit(sequences, sequences.item_ids, timestamps)
-    assert found.tied_users == pytest.approx(2 / 3)
-    assert found.tied_held_out == pytest.approx(1 / 3)
+    assert found.tied_users == 0.5
+    assert found.tied_held_out == 0.25
 
 
 def test_history_is_excluded_by_default_only_where_no_target_repeats():

@@ -187,6 +187,8 @@ def test_protocol_of_a_baseline_says_what_it_does(tmp_path, dataset, name, told)
     assert report["protocol"]["exclude_history"] is told
     assert (report["protocol"]["beam"], report["protocol"]["decode"], report["recipe"]) == (None, None, None)
     assert report["duplicate_rate"] == report["invalid_rate"] == 0.0
+    kept = run_baseline(name, dataset, "test", tmp_path, exclude_history=False)["protocol"]["exclude_history"]
+    assert kept is {"counting": True, "repeat": None}.get(name, False)
     if name != "repeat":
         assert report["HR@10"] == report["beside"][name]["HR@10"]
 
@@ -195,6 +197,7 @@ def test_sampled_users_are_a_function_of_the_seed():
     assert np.array_equal(sample_users(1000, 50, 1), sample_users(1000, 50, 1))
     assert not np.array_equal(sample_users(1000, 50, 1), sample_users(1000, 50, 2))
     assert len(set(sample_users(1000, 50, 1).tolist())) == 50
+    assert sample_users(1000, 5, 0).tolist() == [236, 345, 416, 774, 952]  # elsewhere and in years to come
     assert np.array_equal(sample_users(10, 0, 1), np.arange(10))
 
 
