@@ -384,9 +384,9 @@ def _validation_batch(view: SplitView, users_B: np.ndarray, layout: Layout) -> B
 
 
 def _quiet_worker(_: int) -> None:
-    # The trainer decides when to stop; a worker that catches its signals would only die noisily.
+    # Launchers and terminals signal the whole group; the trainer alone decides when its workers stop.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
