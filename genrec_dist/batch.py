@@ -21,6 +21,9 @@ from genrec_dist.tokens import BOS_WORD, EOS_WORD, FIRST_MASK_WORD, WordTable
 IGNORED = -100
 """Label of positions that are not in the loss."""
 
+WORTH_A_CUT = 512
+"""Padding tokens that cost about as much as one more micro-batch (two CPU cores, width 128: docs/log.md, 2026-11-21)."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -32,14 +35,21 @@ class Layout:
     user_ids: bool
     positions: Literal["from-start", "from-end"]
 
+    def __post_init__(self) -> None:
+        if self.sure_items < 1:
+            raise ValueError(
+                f"model.max_tokens {self.max_tokens}: too few for the longest user and item, {self._user_tokens} and "
+                f"{self.words.longest_item} sub-words, between <s> and </s>: raise it or train a larger vocabulary"
+            )
+
     @property
     def sure_items(self) -> int:
         """Items that fit whatever their length; pretraining targets are drawn among these most recent ones."""
-        user_tokens = self.words.longest_user if self.user_ids else 0
-        count = (self.max_tokens - 2 - user_tokens) // self.words.longest_item
-        if count < 1:
-            raise ValueError(f"model.max_tokens {self.max_tokens} holds no item of {self.words.longest_item} sub-words")
-        return count
+        return (self.max_tokens - 2 - self._user_tokens) // self.words.longest_item
+
+    @property
+    def _user_tokens(self) -> int:
+        return self.words.longest_user if self.user_ids else 0
 
 
 @dataclass(frozen=True)
@@ -125,39 +135,56 @@ def make_batches(
     tokens, padding included (one sample at least).
     """
     items, offsets = source.gather(samples.user_rows)
+    starts_B = offsets[:-1]
     if mask is None:
-        lengths_B = samples.target_positions.astype(np.int64)
-        targets = Targets(lengths_B[:, None], together=False)
+        # The target of a finetuning sample stands behind its history: it is read, then shown as [MASK].
+        ends_B = starts_B + samples.target_positions + 1
+        targets = Targets(samples.target_positions.astype(np.int64)[:, None], together=False)
     else:
-        lengths_B = samples.training_lengths.astype(np.int64)
+        ends_B = starts_B + samples.training_lengths
         targets = choose_targets(samples, layout, mask, seed, epoch)
-    tokens_B = _token_lengths(items, offsets[:-1], lengths_B, samples.user_rows, layout)
+    tokens_B = _token_lengths(items, starts_B, ends_B, samples.user_rows, targets, layout)
     batches = []
     for part in cut(tokens_B, micro_batch_tokens):
-        # The target of a finetuning sample stands behind its history: it is read, then shown as [MASK].
-        ends_b = offsets[part] + np.maximum(lengths_B[part], targets.positions_BK[part].max(axis=1) + 1)
-        masked = apply_mask(items, offsets[part], ends_b, targets.positions_BK[part], targets.together, layout.words)
+        positions_bK = targets.positions_BK[part]
+        masked = apply_mask(items, starts_B[part], ends_B[part], positions_bK, targets.together, layout.words)
         batches.append(collate(masked, samples.user_rows[part], samples.is_padding[part], layout))
     return batches
 
 
 def _token_lengths(
-    items: np.ndarray, starts_B: np.ndarray, lengths_B: np.ndarray, user_rows_B: np.ndarray, layout: Layout
+    items: np.ndarray,
+    starts_B: np.ndarray,
+    ends_B: np.ndarray,
+    user_rows_B: np.ndarray,
+    targets: Targets,
+    layout: Layout,
 ) -> np.ndarray:
-    """int64 [B], encoder tokens a sample is expected to have; a guide for cutting, exact but for its masks."""
+    """int64 [B], encoder tokens of each sample; too long ones count as full.
+
+    A target counts as its mask: were it counted as itself, its length would choose the samples it is padded beside.
+    """
     words = layout.words
     item_tokens = words.lengths[words.item_words(items)]
-    ends = np.concatenate([[0], np.cumsum(item_tokens)])
+    before = _offsets(item_tokens)
     user_tokens_B = words.lengths[words.user_words(user_rows_B)] if layout.user_ids else 0
-    return np.minimum(ends[starts_B + lengths_B] - ends[starts_B] + user_tokens_B + 3, layout.max_tokens)
+    sample_T, column_T = np.nonzero(targets.positions_BK >= 0)
+    target_tokens_T = item_tokens[starts_B[sample_T] + targets.positions_BK[sample_T, column_T]]
+    mask_tokens_T = (column_T == 0) | (not targets.together)
+    hidden_B = np.bincount(sample_T, target_tokens_T - mask_tokens_T, len(starts_B)).astype(np.int64)
+    return np.minimum(before[ends_B] - before[starts_B] - hidden_B + user_tokens_B + 2, layout.max_tokens)
 
 
 def cut(tokens_B: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
-    """Samples by descending length, cut where the padded rectangle would exceed the budget: [indices, ...]."""
+    """Samples by descending length as [indices, ...]: cut where the padded rectangle would exceed the budget, or where
+    its padding would cost more than another micro-batch does."""
     order = np.argsort(-tokens_B, kind="stable")
+    lengths = tokens_B[order]
     parts, start = [], 0
     while start < len(order):
-        size = max(1, micro_batch_tokens // int(tokens_B[order[start]]))
+        longest = int(lengths[start])
+        fitting = lengths[start : start + max(1, micro_batch_tokens // longest)]
+        size = max(1, int(np.searchsorted(np.cumsum(longest - fitting), WORTH_A_CUT, side="right")))
         parts.append(order[start : start + size])
         start += size
     return parts
@@ -187,6 +214,7 @@ def apply_mask(
     flat, offsets = ragged(starts_B, ends_B - starts_B)
     inner = words.item_words(items[flat])
     sample_T, column_T = np.nonzero(positions_BK >= 0)
+    assert together or column_T.max(initial=0) < words.num_masks
     places_T = offsets[sample_T] + positions_BK[sample_T, column_T]
     target_items = items[flat[places_T]]
     if not together:
@@ -286,7 +314,7 @@ def _pad_sentences(sentences: np.ndarray, offsets: np.ndarray, layout: Layout) -
     flat, token_offsets = ragged(words.offsets[sentences], words.lengths[sentences])
     ends = token_offsets[offsets]
     lengths_B = np.diff(ends)
-    mask_BL = np.arange(lengths_B.max()) < lengths_B[:, None]
+    mask_BL = np.arange(lengths_B.max(initial=0)) < lengths_B[:, None]
     repeated = np.repeat(sentences, words.lengths[sentences])
 
     def padded(values: np.ndarray, fill: int) -> Tensor:

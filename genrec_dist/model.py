@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from genrec_kernels.reference import embedding_sum
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from genrec_dist.batch import IGNORED, EncoderInput
@@ -145,6 +146,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             if encoder_outputs is None:
                 encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows)
                 encoder_outputs = BaseModelOutput(last_hidden_state=self.encode(encoder))
+                attention_mask = encoder.attention_mask
             output: Seq2SeqLMOutput = super().forward(
                 attention_mask=attention_mask,
                 decoder_input_ids=decoder_input_ids,
@@ -157,6 +159,24 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             encoder_row = torch.arange(len(encoder.input_ids), device=encoder.input_ids.device)
         assert decoder_input_ids is not None
         return self.target_logits(encoder, encoder_row, decoder_input_ids, labels)
+
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        user_rows: Tensor | None = None,
+        item_rows: Tensor | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
+        **generation: Any,
+    ) -> Any:
+        """Hugging Face's `generate` behind our encoder; left to itself it would call BART's, which knows no ids."""
+        if encoder_outputs is None:
+            encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows)
+            with torch.no_grad():
+                encoder_outputs = BaseModelOutput(last_hidden_state=self.encode(encoder))
+            attention_mask = encoder.attention_mask
+        return super().generate(encoder_outputs=encoder_outputs, attention_mask=attention_mask, **generation)
 
     def encoder_input(
         self,
@@ -176,7 +196,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+            position_ids = positions(attention_mask, self.config.encoder_positions)
         encoder = EncoderInput(
             input_ids,
             attention_mask.bool(),
@@ -188,11 +208,18 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             raise ValueError(
                 f"{input_ids.shape[1]} input tokens, {self.config.max_position_embeddings} positions: lower model.max_tokens"
             )
-        if (
-            input_ids.device.type == "cpu"
-        ):  # elsewhere the check would wait for the device; batches are checked when made
+        # Elsewhere the check would wait for the device; batches are checked when made.
+        if input_ids.device.type == "cpu":
             check_ranges(encoder, self.config)
         return encoder
+
+
+def positions(attention_mask_BL: Tensor, counted: str) -> Tensor:
+    """int64 [B, L], places from <s> ("from-start") or back from </s> ("from-end") in rows padded on the right."""
+    columns_BL = torch.arange(attention_mask_BL.shape[1], device=attention_mask_BL.device).expand_as(attention_mask_BL)
+    if counted == "from-start":
+        return columns_BL
+    return (attention_mask_BL.sum(1, keepdim=True) - 1 - columns_BL).clamp(min=0)
 
 
 def check_ranges(encoder: EncoderInput, config: GenRecConfig) -> None:
@@ -297,23 +324,30 @@ def build_model(
 def _from_backbone(model: Model, vocab_size: int, common: dict[str, Any]) -> GenRecForConditionalGeneration:
     assert model.backbone is not None
     try:
-        bart = BartConfig.from_pretrained(model.backbone)
-    except OSError:
+        config = _backbone_config(model, common)
+        network = GenRecForConditionalGeneration.from_pretrained(model.backbone, config=config, dtype=torch.float32)
+    except (OSError, SafetensorError):
         raise ValueError(
             f"model.backbone {model.backbone}: neither a directory with BART weights nor reachable on the hub; "
             "download it beforehand and give its directory, or set model.backbone to null to start from scratch"
         ) from None
+    if vocab_size > config.vocab_size:
+        network.resize_token_embeddings(vocab_size)
+    network.tie_weights()
+    # Our head has no bias (published BART weights hold zeros), and decoding starts with the mask.
+    network.final_logits_bias.zero_()
+    network.generation_config = GenerationConfig.from_model_config(network.config)
+    return network
+
+
+def _backbone_config(model: Model, common: dict[str, Any]) -> GenRecConfig:
+    bart = BartConfig.from_pretrained(model.backbone)
     if bart.model_type != "bart":
         raise ValueError(f"model.backbone {model.backbone}: it is a {bart.model_type} model, only BART fits")
     if bart.max_position_embeddings < model.max_tokens:
         raise ValueError(
             f"model.max_tokens {model.max_tokens}: {model.backbone} has {bart.max_position_embeddings} positions"
         )
-    shape = {key: value for key, value in bart.to_dict().items() if key not in ("model_type", "architectures")}
-    shape.pop("transformers_version", None)
-    config = GenRecConfig(**{**shape, **common})
-    network = GenRecForConditionalGeneration.from_pretrained(model.backbone, config=config, dtype=torch.float32)
-    if vocab_size > config.vocab_size:
-        network.resize_token_embeddings(vocab_size)
-    network.tie_weights()
-    return network
+    left_out = ("model_type", "architectures", "transformers_version")
+    shape = {key: value for key, value in bart.to_dict().items() if key not in left_out}
+    return GenRecConfig(**{**shape, **common})

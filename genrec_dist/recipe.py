@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import types
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -193,7 +196,10 @@ def _set(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise ValueError(f"--set {override}: {parent} is a value, not a section")
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {override}: {text} is not YAML: put quotes around it") from None
 
 
 def _build(kind: Any, value: Any, source: str, key: str) -> Any:
@@ -255,36 +261,68 @@ def _build_section(kind: type, value: Any, source: str, key: str) -> Any:
 
 
 def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
-    """Refuse values that no run can have. Raises ValueError naming the key."""
-    rules = [
-        ("pretrain.epochs", recipe.pretrain.epochs >= 0),
-        ("finetune.epochs", recipe.finetune.epochs >= 0),
-        ("pretrain.batch_size", recipe.pretrain.batch_size >= 1),
-        ("finetune.batch_size", recipe.finetune.batch_size >= 1),
-        ("micro_batch_tokens", recipe.micro_batch_tokens >= recipe.model.max_tokens),
-        ("pretrain.learning_rate", recipe.pretrain.learning_rate > 0),
-        ("finetune.learning_rate", recipe.finetune.learning_rate > 0),
-        ("pretrain.warmup_fraction", 0 <= recipe.pretrain.warmup_fraction <= 1),
-        ("finetune.warmup_fraction", 0 <= recipe.finetune.warmup_fraction <= 1),
-        ("pretrain.mask.p", 0 < recipe.pretrain.mask.p <= 1),
-        ("finetune.mask.p", 0 < recipe.finetune.mask.p <= 1),
-        ("pretrain.mask.k", recipe.pretrain.mask.k >= 1),
-        ("finetune.mask.k", recipe.finetune.mask.k >= 1),
-        ("model.d_model", recipe.model.d_model % recipe.model.heads == 0),
-        ("model.max_tokens", recipe.model.max_tokens >= 16),
-        ("workers", recipe.workers >= 0),
-        ("keep_checkpoints", recipe.keep_checkpoints >= 1),
-        ("checkpoint_every", recipe.checkpoint_every >= 1),
-        ("log_every", recipe.log_every >= 1),
-        ("validation.beam", recipe.validation.beam >= 1),
-        ("validation.every_epochs", recipe.validation.every_epochs >= 1),
-        ("optimizer.average", 0 <= recipe.optimizer.average < 1),
-    ]
-    for key, holds in rules:
-        if not holds:
-            raise ValueError(f"{source}: {key} is out of range")
+    """Refuse values that no run can have. Raises ValueError naming the key, its value and what it may be."""
+    for key, (text, holds) in LIMITS.items():
+        value = _value_of(recipe, key)
+        if not all(holds(one) for one in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError(f"{source}: {key} is {value}: it has to be {text}")
+    model = recipe.model
+    if model.d_model % model.heads:
+        raise ValueError(f"{source}: model.d_model {model.d_model} is no multiple of model.heads {model.heads}")
+    if recipe.micro_batch_tokens < model.max_tokens:
+        raise ValueError(
+            f"{source}: micro_batch_tokens {recipe.micro_batch_tokens} is below model.max_tokens {model.max_tokens}: "
+            "one sample has to fit"
+        )
     if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
         raise ValueError(f"{source}: pretrain.epochs and finetune.epochs are both 0: nothing to train")
+
+
+def _value_of(recipe: Recipe, key: str) -> Any:
+    return functools.reduce(getattr, key.split("."), recipe)
+
+
+Limit = tuple[str, Callable[[Any], bool]]
+
+# A comparison with NaN is False: these refuse it too.
+_POSITIVE: Limit = ("above 0", lambda value: 0 < value < math.inf)
+_NOT_NEGATIVE: Limit = ("0 or above", lambda value: 0 <= value < math.inf)
+_AT_LEAST_1: Limit = ("1 or above", lambda value: value >= 1)
+_SHARE: Limit = ("from 0 to 1", lambda value: 0 <= value <= 1)
+_BELOW_1: Limit = ("0 or above and below 1", lambda value: 0 <= value < 1)
+
+_STAGE_LIMITS: dict[str, Limit] = {
+    "epochs": _NOT_NEGATIVE,
+    "batch_size": _AT_LEAST_1,
+    "learning_rate": _POSITIVE,
+    "warmup_fraction": _SHARE,
+    "label_smoothing": _BELOW_1,
+    "mask.p": ("above 0 and at most 1", lambda value: 0 < value <= 1),
+    "mask.k": _AT_LEAST_1,
+}
+
+LIMITS: dict[str, Limit] = {
+    "micro_batch_tokens": _AT_LEAST_1,
+    "workers": _NOT_NEGATIVE,
+    "log_every": _AT_LEAST_1,
+    "checkpoint_every": _AT_LEAST_1,
+    "keep_checkpoints": _AT_LEAST_1,
+    **{f"model.{name}": _AT_LEAST_1 for name in ("d_model", "encoder_layers", "decoder_layers", "heads", "ffn")},
+    "model.max_tokens": ("16 or above", lambda value: value >= 16),
+    **{f"model.{name}dropout": _BELOW_1 for name in ("", "attention_", "activation_", "embedding_")},
+    "model.init_std": _POSITIVE,
+    **{f"{stage}.{name}": limit for stage in ("pretrain", "finetune") for name, limit in _STAGE_LIMITS.items()},
+    "optimizer.betas": _BELOW_1,
+    "optimizer.eps": _POSITIVE,
+    "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.clip": _NOT_NEGATIVE,
+    "optimizer.average": _BELOW_1,
+    "validation.users": _NOT_NEGATIVE,
+    "validation.beam": _AT_LEAST_1,
+    "validation.every_epochs": _AT_LEAST_1,
+    "validation.patience": _NOT_NEGATIVE,
+}
+"""Dotted key -> what it has to be, in words and as a test."""
 
 
 def dump_recipe(recipe: Recipe) -> str:

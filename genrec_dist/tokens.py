@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ class WordTable:
     num_items: int
     num_users: int
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """int64 [W], sub-words a word."""
         return np.diff(self.offsets)
@@ -73,11 +74,11 @@ class WordTable:
         offsets = self.offsets[self.first_item_word : self.first_user_word + 1]
         return self.tokens[offsets[0] : offsets[-1]], offsets - offsets[0]
 
-    @property
+    @cached_property
     def longest_item(self) -> int:
         return int(self.lengths[self.first_item_word : self.first_user_word].max())
 
-    @property
+    @cached_property
     def longest_user(self) -> int:
         return int(self.lengths[self.first_user_word :].max(initial=0))
 
@@ -132,23 +133,36 @@ def _words_to_learn(item_codes: Sequence[str]) -> Iterator[str]:
 
 
 def load_tokenizer(name: str | Path, num_masks: int = 1) -> PreTrainedTokenizerFast:
-    """A Hugging Face fast tokenizer by name or directory, with the numbered masks it lacks."""
+    """A Hugging Face fast tokenizer by name or directory, with the numbered masks it lacks.
+
+    Raises ValueError naming it and the ways out if it cannot be loaded or does not fit.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), use_fast=True)
-    except OSError:
+    except (OSError, ValueError):
         raise ValueError(
-            f"tokens.tokenizer {name}: neither a directory nor reachable on the hub; "
+            f"tokens.tokenizer {name}: neither a directory with a tokenizer nor reachable on the hub; "
             "download it beforehand and give its directory, or set tokens.tokenizer to null to train one"
         ) from None
+    _check_tokenizer(tokenizer, name)
+    # Some tokenizers are saved with these on; a word must come out as it is.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    known = tokenizer.get_vocab()
+    missing = [f"<mask_{j}>" for j in range(1, num_masks) if f"<mask_{j}>" not in known]
+    tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
+    return tokenizer
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str | Path) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokens.tokenizer {name}: not a fast tokenizer")
     for role in ("bos_token", "pad_token", "eos_token", "mask_token"):
         if getattr(tokenizer, role) is None:
             raise ValueError(f"tokens.tokenizer {name}: it has no {role}")
-    missing = [f"<mask_{j}>" for j in range(1, num_masks)]
-    known = tokenizer.get_vocab()
-    tokenizer.add_special_tokens({"additional_special_tokens": [t for t in missing if t not in known]})
-    return tokenizer
+    # Hugging Face makes an empty tokenizer of a directory that holds a model and no vocabulary.
+    if not tokenizer.backend_tokenizer.encode(item_text("0"), add_special_tokens=False).ids:
+        raise ValueError(f"tokens.tokenizer {name}: no vocabulary in it; save the tokenizer beside the model")
 
 
 def mask_tokens(tokenizer: PreTrainedTokenizerFast, num_masks: int) -> list[int]:
@@ -175,7 +189,7 @@ def build_words(
 ) -> WordTable:
     """The word table: one pass of the (Rust) tokenizer over each word, then arrays only.
 
-    Raises ValueError if two items have the same sub-words or a word has none.
+    Raises ValueError if a word has no sub-words; `build_trie` refuses two items with the same ones.
     """
     texts = [item_text(code) for code in item_codes] + [user_text(code) for code in user_codes]
     encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)

@@ -1,0 +1,478 @@
+"""Batches: no held-out item in any array, no input that the target moves, and the text they stand for."""
+
+from dataclasses import fields, replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from genrec_shards.plan import Plan, StepSamples, split_among_ranks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genrec_dist.batch import (
+    IGNORED,
+    WORTH_A_CUT,
+    Batch,
+    EncoderInput,
+    Layout,
+    choose_targets,
+    cut,
+    encode_histories,
+    make_batches,
+    target_batch,
+)
+from genrec_dist.loss import target_loss
+from genrec_dist.mask import STRATEGIES
+from genrec_dist.model import build_model
+from genrec_dist.recipe import Mask, Model
+from genrec_dist.tokens import build_words, item_text, mask_tokens, train_tokenizer, user_text
+
+NUM_MASKS = 4
+# The letter z occurs in the words of held-out items alone, so that a leaking sub-word is known by its letters.
+TRAINING_CODES = [str(code) for code in (1, 12, 123, 2, 27, 7, 99, 1000, 12101, 5, 50, 555, 40404, 8, 81)]
+MARKER_CODES = [f"z{code}" for code in range(100, 200)]
+CODES = TRAINING_CODES + MARKER_CODES
+USER_CODES = [str(code) for code in (3, 33, 22363, 4, 17, 171, 9, 90, 909, 31, 64, 6464, 2, 22, 222, 1, 11, 111, 5, 55)]
+TOKENIZER = train_tokenizer(CODES, 300, NUM_MASKS)
+WORDS = build_words(TOKENIZER, CODES, USER_CODES, NUM_MASKS)
+PAD = TOKENIZER.pad_token_id
+MASKS = [Mask(name, k=NUM_MASKS) for name in sorted(STRATEGIES)]
+SPACES = ["user", "last", "every-prefix"]
+WHOLE = 10**6
+
+
+def layout(max_tokens=512, user_ids=True, positions="from-start") -> Layout:
+    return Layout(WORDS, PAD, max_tokens, user_ids, positions)
+
+
+TIGHT = WORDS.longest_user + 2 + 2 * WORDS.longest_item
+
+
+class Lists:
+    """Sequences held as lists."""
+
+    def __init__(self, sequences: list[list[int]]):
+        self.sequences = sequences
+
+    def gather(self, user_rows):
+        rows = [self.sequences[user] for user in user_rows]
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+        return np.array([item for row in rows for item in row], np.int32), offsets
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row) for row in self.sequences])
+
+
+def marked_sequences(trained_through="n-2", seed=0) -> Lists:
+    """Sequences whose held-out items are markers that occur nowhere else."""
+    rng = np.random.default_rng(seed)
+    held_out = 2 if trained_through == "n-2" else 1
+    markers = iter(range(len(TRAINING_CODES), len(CODES)))
+    training = [rng.integers(0, len(TRAINING_CODES), rng.integers(1, 14)).tolist() for _ in USER_CODES]
+    return Lists([row + [next(markers) for _ in range(held_out)] for row in training])
+
+
+def whole_step(source: Lists, space: str, trained_through="n-2", epoch=0) -> StepSamples:
+    plan = Plan(
+        source.lengths, 4, space=space, batch_size=1000, seed=1, trained_through=trained_through, window_records=2
+    )
+    return plan.step(epoch, 0)
+
+
+def batches_of(samples, source, where=None, mask=None, epoch=0, budget=WHOLE) -> list[Batch]:
+    return make_batches(samples, source, where or layout(), mask=mask, seed=3, epoch=epoch, micro_batch_tokens=budget)
+
+
+def cases():
+    return [pytest.param("user", mask, id=mask.strategy) for mask in MASKS] + [
+        pytest.param(space, None, id=space) for space in SPACES[1:]
+    ]
+
+
+def arrays(part) -> dict[str, torch.Tensor]:
+    return {f.name: value for f in fields(part) if isinstance(value := getattr(part, f.name), torch.Tensor)}
+
+
+# --- No leak -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained_through", ["n-2", "n-1"])
+@pytest.mark.parametrize("max_tokens", [512, TIGHT])
+@pytest.mark.parametrize(("space", "mask"), cases())
+def test_no_held_out_item_is_seen_or_learned(space, mask, max_tokens, trained_through):
+    source = marked_sequences(trained_through)
+    marker_rows = set(range(len(TRAINING_CODES) + 1, len(CODES) + 1))
+    marker_tokens = {token for name, token in TOKENIZER.get_vocab().items() if "z" in name}
+    learned = set()
+    for epoch in range(4):
+        samples = whole_step(source, space, trained_through, epoch)
+        for batch in batches_of(samples, source, layout(max_tokens), mask, epoch, budget=300):
+            assert not marker_rows & set(batch.encoder.item_rows.unique().tolist())
+            for tokens in (batch.encoder.input_ids, batch.decoder_input_ids, batch.labels):
+                assert not marker_tokens & set(tokens.unique().tolist())
+            learned |= set(batch.labels.unique().tolist())
+    assert len(learned) > 5
+
+
+def test_the_markers_would_be_seen_if_they_were_training_items():
+    source = marked_sequences("n-2")
+    marker_tokens = {token for name, token in TOKENIZER.get_vocab().items() if "z" in name}
+    learned = {
+        token
+        for batch in batches_of(whole_step(source, "last", "n-1"), source)
+        for token in batch.labels.unique().tolist()
+    }
+    assert marker_tokens & learned
+
+
+@pytest.mark.parametrize("where", [layout(), layout(TIGHT), layout(user_ids=False)], ids=["wide", "tight", "no-user"])
+@pytest.mark.parametrize(("space", "mask"), cases())
+def test_another_target_of_any_length_moves_no_input(space, mask, where):
+    source = marked_sequences()
+    samples = whole_step(source, space)
+    shortest = int(np.argmin(WORDS.lengths[WORDS.item_words(np.arange(15))]))
+    longest = int(np.argmax(WORDS.lengths[WORDS.item_words(np.arange(15))]))
+    assert np.diff(WORDS.lengths[WORDS.item_words(np.array([shortest, longest]))]) >= 2
+    positions = samples.target_positions[:, None]
+    if mask is not None:
+        positions = choose_targets(samples, where, mask, 3, 0).positions_BK
+    for index in range(len(samples)):
+        user, alone = int(samples.user_rows[index]), samples[index : index + 1]
+        seen = []
+        for item in (shortest, longest):
+            changed = Lists([list(row) for row in source.sequences])
+            for position in positions[index][positions[index] >= 0]:
+                changed.sequences[user][position] = item
+            (batch,) = batches_of(alone, changed, where, mask)
+            seen.append(batch)
+        first, second = seen
+        for name, value in arrays(first.encoder).items():
+            assert torch.equal(value, getattr(second.encoder, name)), name
+        assert torch.equal(first.encoder_row, second.encoder_row)
+        assert torch.equal(first.decoder_input_ids[:, 0], second.decoder_input_ids[:, 0])
+        assert first.labels.shape[1] < second.labels.shape[1]
+
+
+@pytest.mark.parametrize("where", [layout(), layout(TIGHT)], ids=["wide", "tight"])
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.strategy)
+def test_other_targets_of_a_whole_step_move_neither_inputs_nor_the_cut(mask, where):
+    source = marked_sequences()
+    samples = whole_step(source, "user")
+    positions = choose_targets(samples, where, mask, 3, 0).positions_BK
+    changed = Lists([list(row) for row in source.sequences])
+    rng = np.random.default_rng(5)
+    for user, row in zip(samples.user_rows, positions, strict=True):
+        for position in row[row >= 0]:
+            changed.sequences[user][position] = int(rng.integers(len(TRAINING_CODES)))
+    before, after = (batches_of(samples, which, where, mask, budget=150) for which in (source, changed))
+    assert len(before) == len(after) > 1
+    for first, second in zip(before, after, strict=True):
+        for name, value in arrays(first.encoder).items():
+            assert torch.equal(value, getattr(second.encoder, name)), name
+        assert torch.equal(first.encoder_row, second.encoder_row)
+
+
+# --- Against the text, sentence by sentence --------------------------------------------------------------------------
+
+
+def sentence(user: int | None, words: list, where: Layout) -> tuple:
+    """(input ids, positions, user rows, item rows) of one row; `words` are item rows and mask names, oldest first."""
+    lengths = {word: len(_ids(_text(word))) for word in words}
+    user_ids = _ids(user_text(USER_CODES[user])) if user is not None else []
+    while 2 + len(user_ids) + sum(lengths[word] for word in words) > where.max_tokens:
+        words = words[1:]
+    text = "<s>" + (user_text(USER_CODES[user]) if user is not None else "") + "".join(map(_text, words)) + "</s>"
+    ids = _ids(text)
+    item_rows = [0] + [0] * len(user_ids)
+    for word in words:
+        item_rows += [word + 1 if isinstance(word, int) else 0] * lengths[word]
+    positions = list(range(len(ids)))
+    if where.positions == "from-end":
+        positions = positions[::-1]
+    user_rows = [0] + [0 if user is None else user + 1] * len(user_ids) + [0] * (len(ids) - 1 - len(user_ids))
+    return tuple(ids), tuple(positions), tuple(user_rows), (*item_rows, 0)
+
+
+def _text(word) -> str:
+    return item_text(CODES[word]) if isinstance(word, int) else word
+
+
+def _ids(text: str) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False)
+
+
+def decoder_row(mask_name: str, items: list[int]) -> tuple:
+    labels = _ids("".join(item_text(CODES[item]) for item in items) + "</s>")
+    return tuple(_ids(mask_name) + labels[:-1]), tuple(labels)
+
+
+def mask_name(number: int) -> str:
+    return f"<mask_{number}>" if number else "<mask>"
+
+
+def expected_sample(samples, index: int, source: Lists, where: Layout, mask: Mask | None) -> tuple:
+    """One sample in plain Python: its sentence, and its decoder rows."""
+    user = int(samples.user_rows[index])
+    training = source.sequences[user][: samples.training_lengths[index]]
+    shown_user = user if where.user_ids else None
+    if mask is None:
+        position = int(samples.target_positions[index])
+        words = [*training[:position], "<mask>"]
+        return sentence(shown_user, words, where), (decoder_row("<mask>", [training[position]]),)
+    chosen = choose_targets(samples[index : index + 1], where, mask, 3, 0).positions_BK[0]
+    places = [int(place) for place in chosen if place >= 0]
+    if mask.strategy == "span":
+        words = [*training[: places[0]], "<mask>", *training[places[-1] + 1 :]]
+        return sentence(shown_user, words, where), (decoder_row("<mask>", [training[p] for p in places]),)
+    words = [mask_name(places.index(p)) if p in places else training[p] for p in range(len(training))]
+    rows = tuple(decoder_row(mask_name(number), [training[p]]) for number, p in enumerate(places))
+    return sentence(shown_user, words, where), rows
+
+
+def read_back(batches: list[Batch]) -> list[tuple]:
+    """What each sample of the batches is, padding taken off."""
+    found = []
+    for batch in batches:
+        encoder = batch.encoder
+        for row in range(len(encoder.input_ids)):
+            length = int(encoder.attention_mask[row].sum())
+            assert encoder.attention_mask[row, :length].all()
+            parts = (encoder.input_ids, encoder.position_ids, encoder.user_rows, encoder.item_rows)
+            assert (encoder.input_ids[row, length:] == PAD).all()
+            assert not any(part[row, length:].any() for part in parts[1:])
+            decoded = tuple(_decoder_row(batch, int(r)) for r in torch.nonzero(batch.encoder_row == row)[:, 0])
+            found.append((tuple(tuple(part[row, :length].tolist()) for part in parts), decoded))
+    return found
+
+
+def _decoder_row(batch: Batch, row: int) -> tuple:
+    length = int((batch.labels[row] != IGNORED).sum())
+    assert (batch.labels[row, length:] == IGNORED).all()
+    assert batch.labels[row, length - 1] == TOKENIZER.eos_token_id
+    return tuple(batch.decoder_input_ids[row, :length].tolist()), tuple(batch.labels[row, :length].tolist())
+
+
+@given(
+    space=st.sampled_from(SPACES),
+    mask=st.sampled_from(MASKS),
+    max_tokens=st.sampled_from([TIGHT, TIGHT + 5, 60, 512]),
+    user_ids=st.booleans(),
+    positions=st.sampled_from(["from-start", "from-end"]),
+    budget=st.sampled_from([1, 100, 400, WHOLE]),
+    seed=st.integers(0, 50),
+)
+@settings(max_examples=60, deadline=None)
+def test_batches_hold_the_tokenised_text_of_each_sample(space, mask, max_tokens, user_ids, positions, budget, seed):
+    source = marked_sequences(seed=seed)
+    samples = whole_step(source, space)
+    where = layout(max_tokens, user_ids, positions)
+    used = mask if space == "user" else None
+    expected = [expected_sample(samples, index, source, where, used) for index in range(len(samples))]
+    batches = batches_of(samples, source, where, used, budget=budget)
+    assert sorted(read_back(batches)) == sorted(expected)
+    for batch in batches:
+        num_rows, num_columns = batch.encoder.input_ids.shape
+        assert num_rows == 1 or num_rows * num_columns <= budget
+        assert int(batch.encoder.attention_mask.sum(1).max()) == num_columns
+        assert batch.num_tokens == int(batch.encoder.attention_mask.sum()) + batch.num_target_tokens
+        assert batch.num_slots == batch.encoder.input_ids.numel() + batch.labels.numel()
+    assert sum(batch.num_samples for batch in batches) == len(samples)
+
+
+def test_truncation_drops_whole_oldest_items_and_keeps_user_and_mask():
+    source = Lists([[8, 12, 8, 12, 8, 12, 0, 100, 101]])
+    samples = whole_step(source, "last")
+    (batch,) = batches_of(samples, source, layout(TIGHT))
+    text = TOKENIZER.decode(batch.encoder.input_ids[0])
+    assert text.startswith("<s> user_3 item_")
+    assert text.endswith("<mask></s>")
+    kept = text.removeprefix("<s> user_3").removesuffix("<mask></s>").split()
+    assert kept == [f"item_{CODES[item]}" for item in [8, 12, 8, 12, 8, 12]][-len(kept) :]
+    assert 1 <= len(kept) < 6
+    assert batch.encoder.input_ids.shape[1] <= TIGHT
+
+
+@given(
+    histories=st.lists(st.lists(st.integers(0, len(CODES) - 1), max_size=9), min_size=1, max_size=6),
+    users=st.lists(st.integers(-1, len(USER_CODES) - 1), min_size=6, max_size=6),
+    max_tokens=st.sampled_from([TIGHT, 512]),
+    user_ids=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_histories_to_decode_are_written_as_finetuning_writes_them(histories, users, max_tokens, user_ids):
+    where = layout(max_tokens, user_ids)
+    users = users[: len(histories)]
+    items, offsets = Lists(histories).gather(range(len(histories)))
+    encoder = encode_histories(items, offsets, np.array(users), where)
+    known = [user if user >= 0 and user_ids else None for user in users]
+    expected = [(sentence(user, [*row, "<mask>"], where), ()) for user, row in zip(known, histories, strict=True)]
+    batch = Batch(encoder, torch.zeros(0), torch.zeros(0), torch.zeros(0), 0, 0, 0, 0)
+    assert read_back([batch]) == expected
+    asked = target_batch(encoder, np.arange(len(histories)), where)
+    assert [rows for _, rows in read_back([asked])] == [(decoder_row("<mask>", [i]),) for i in range(len(histories))]
+    assert asked.num_samples == len(histories)
+
+
+def test_an_unknown_user_has_no_word_and_no_id():
+    items, offsets = Lists([[0, 1], [0, 1]]).gather([0, 1])
+    encoder = encode_histories(items, offsets, np.array([-1, 4]), layout())
+    assert TOKENIZER.decode(encoder.input_ids[0][encoder.attention_mask[0]]) == "<s> item_1 item_12<mask></s>"
+    assert TOKENIZER.decode(encoder.input_ids[1]) == "<s> user_17 item_1 item_12<mask></s>"
+    assert encoder.user_rows[0].unique().tolist() == [0]
+    assert encoder.user_rows[1].unique().tolist() == [0, 5]
+
+
+def test_no_history_at_all_leaves_the_mask():
+    encoder = encode_histories(np.zeros(0, np.int32), np.zeros(3, np.int64), np.array([-1, 0]), layout())
+    assert TOKENIZER.decode(encoder.input_ids[0][encoder.attention_mask[0]]) == "<s><mask></s>"
+    assert TOKENIZER.decode(encoder.input_ids[1]) == "<s> user_3<mask></s>"
+    nobody = encode_histories(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64), layout())
+    assert len(nobody.input_ids) == 0
+
+
+def test_an_item_outside_the_catalogue_is_named():
+    with pytest.raises(ValueError, match=f"item row {len(CODES)} is outside the table"):
+        encode_histories(np.array([len(CODES)]), np.array([0, 1]), np.array([0]), layout())
+    with pytest.raises(ValueError, match="user row 20 is outside the table"):
+        encode_histories(np.array([0]), np.array([0, 1]), np.array([20]), layout())
+
+
+# --- Micro-batches ---------------------------------------------------------------------------------------------------
+
+
+@given(tokens=st.lists(st.integers(1, 500), min_size=1, max_size=200), budget=st.integers(1, 5000))
+def test_a_cut_keeps_each_sample_once_and_within_the_budget(tokens, budget):
+    tokens_B = np.array(tokens)
+    parts = cut(tokens_B, budget)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(tokens)))
+    for part in parts:
+        assert len(part) == 1 or _is_worth_one(tokens_B[part], budget)
+    # One more sample would not have been worth it, so no part is smaller than it needs to be.
+    for part, following in pairwise(parts):
+        assert tokens_B[part].min() >= tokens_B[following].max()
+        assert not _is_worth_one(tokens_B[[*part, following[0]]], budget)
+
+
+def _is_worth_one(tokens_b: np.ndarray, budget: int) -> bool:
+    rectangle = len(tokens_b) * tokens_b.max()
+    return rectangle <= budget and rectangle - tokens_b.sum() <= WORTH_A_CUT
+
+
+@pytest.mark.parametrize(("space", "mask"), cases())
+def test_padding_samples_have_no_label_and_are_not_counted(space, mask):
+    source = marked_sequences()
+    samples = whole_step(source, space)
+    samples = samples[: len(samples) - (len(samples) % 3 == 0)]
+    whole = batches_of(samples, source, mask=mask)
+    parts = [batches_of(split_among_ranks(samples, rank, 3), source, mask=mask) for rank in range(3)]
+    shared = [batch for part in parts for batch in part]
+    for count in ("num_samples", "num_target_tokens", "num_tokens"):
+        assert sum(getattr(b, count) for b in shared) == sum(getattr(b, count) for b in whole), count
+    assert sum(len(b.encoder.input_ids) for b in shared) > len(samples)
+    for batch in shared:
+        assert int((batch.labels != IGNORED).sum()) == batch.num_target_tokens
+    labelled = _without_unlabelled(shared)
+    assert sorted(labelled) == sorted(read_back(whole))
+
+
+def _without_unlabelled(batches: list[Batch]) -> list[tuple]:
+    kept = []
+    for batch in batches:
+        labelled = (batch.labels != IGNORED).any(dim=1)
+        rows = torch.isin(torch.arange(len(batch.encoder.input_ids)), batch.encoder_row[labelled])
+        encoder = EncoderInput(**{name: value[rows] for name, value in arrays(batch.encoder).items()})
+        renumbered = (torch.cumsum(rows, 0) - 1)[batch.encoder_row[labelled]]
+        kept.append(
+            replace(
+                batch,
+                encoder=encoder,
+                encoder_row=renumbered,
+                decoder_input_ids=batch.decoder_input_ids[labelled],
+                labels=batch.labels[labelled],
+            )
+        )
+    return read_back([batch for batch in kept if len(batch.labels)])
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    special = {
+        "bos": TOKENIZER.bos_token_id, "pad": PAD, "eos": TOKENIZER.eos_token_id, "mask": mask_tokens(TOKENIZER, 1)[0],
+    }  # fmt: skip
+    shape = Model(d_model=16, encoder_layers=1, decoder_layers=1, heads=2, ffn=32, max_tokens=128, init_std=0.2)
+    return build_model(
+        shape,
+        vocab_size=len(TOKENIZER),
+        num_users=WORDS.num_users,
+        num_items=WORDS.num_items,
+        num_masks=NUM_MASKS,
+        special=special,
+    ).eval()
+
+
+def loss_and_gradient(model, batches: list[Batch]) -> tuple[float, torch.Tensor]:
+    total = sum(batch.num_target_tokens for batch in batches)
+    model.zero_grad()
+    value = 0.0
+    for batch in batches:
+        logits, labels = model.target_logits(batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels)
+        loss = target_loss(logits, labels, total)
+        loss.backward()
+        value += loss.item()
+    return value, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize(("space", "mask"), cases())
+def test_how_a_step_is_cut_changes_neither_loss_nor_gradient(model, space, mask):
+    source = marked_sequences()
+    samples = whole_step(source, space)[:40]
+    loss, gradient = loss_and_gradient(model, batches_of(samples, source, layout(128), mask))
+    for budget in (150, 1):
+        batches = batches_of(samples, source, layout(128), mask, budget=budget)
+        assert len(batches) > 1
+        other_loss, other_gradient = loss_and_gradient(model, batches)
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert (other_gradient - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.strategy)
+def test_how_a_step_is_split_among_ranks_changes_no_mask(mask):
+    source = marked_sequences()
+    samples = whole_step(source, "user")
+    whole = read_back(batches_of(samples, source, mask=mask))
+    halves = [split_among_ranks(samples, rank, 2) for rank in range(2)]
+    assert not any(half.is_padding.any() for half in halves)
+    shared = [sample for half in halves for sample in read_back(batches_of(half, source, mask=mask))]
+    assert sorted(shared) == sorted(whole)
+    assert sorted(read_back(batches_of(samples, source, mask=mask, epoch=1))) != sorted(whole)
+
+
+def test_a_batch_moves_whole():
+    source = marked_sequences()
+    (batch,) = batches_of(whole_step(source, "last"), source)
+    moved = batch.to(torch.device("meta"))
+    assert all(value.device.type == "meta" for part in (moved, moved.encoder) for value in arrays(part).values())
+    assert moved.num_samples == batch.num_samples
+
+
+# --- Layouts that cannot be ------------------------------------------------------------------------------------------
+
+
+def test_room_for_less_than_one_item_is_refused():
+    needed = WORDS.longest_user + 2 + WORDS.longest_item
+    assert layout(needed).sure_items == 1
+    assert layout(needed + WORDS.longest_item - 1).sure_items == 1
+    assert layout(needed - WORDS.longest_user, user_ids=False).sure_items == 1
+    with pytest.raises(ValueError, match=f"model.max_tokens {needed - 1}: too few"):
+        layout(needed - 1)
+
+
+def test_more_masks_than_the_words_have_are_no_items_by_accident():
+    words = build_words(TOKENIZER, CODES, USER_CODES, 1)
+    source = Lists([[1, 2, 3, 4, 5, 6, 7, 8, 100, 101]])
+    where = Layout(words, PAD, 512, True, "from-start")
+    with pytest.raises(AssertionError):
+        batches_of(whole_step(source, "user"), source, where, Mask("multi", k=4))
