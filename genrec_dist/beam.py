@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from transformers.models.bart.modeling_bart import BartAttention
 
 from genrec_dist.batch import EncoderInput
 from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.trie import Trie, pruned
+from genrec_dist.trie import Pruned, Trie, pruned
 
 NOTHING = float("-inf")
 
@@ -126,75 +127,74 @@ class TrieSearcher:
         """The best `top` items a user by log-probability under the full softmax.
 
         `excluded`: (user index in the batch, item row) pairs that must not be listed. A beam narrower than `top` is widened
-        to it. Ties go to the smaller node, that is to the smaller token ids.
+        to it. Equal scores go to the smaller node: the item of fewer sub-words, then the smaller token ids.
         """
         beam = max(beam, top)
         memory_BLD = self.model.encode(encoder)
         state = DecoderState(self.model, memory_BLD, encoder.attention_mask)
-        num_users = len(memory_BLD)
-        dead_end_BM, dead_node_BM = self._dead(num_users, excluded)
-        nodes_BK = torch.zeros(num_users, 1, dtype=torch.long, device=self.device)
-        scores_BK = torch.zeros(num_users, 1, device=self.device, dtype=self.model.dtype)
+        lost = _Lost(self, pruned(self.trie, *excluded)) if excluded is not None else None
+        nodes_BK = torch.zeros(len(memory_BLD), 1, dtype=torch.long, device=self.device)
+        scores_BK = torch.zeros(nodes_BK.shape, device=self.device, dtype=self.model.dtype)
         tokens_BK = torch.full_like(nodes_BK, self.model.config.decoder_start_token_id)
-        found_scores_BN = scores_BK.new_full((num_users, 0), NOTHING)
-        found_items_BN = nodes_BK.new_full((num_users, 0), -1)
+        found_scores_BN, found_nodes_BN = scores_BK[:, :0], nodes_BK[:, :0]
         for level in range(self.trie.depth + 1):
-            logprobs_BKV = self._logprobs(state.step(tokens_BK))
-            ends_BK = self._end_scores(logprobs_BKV, scores_BK, nodes_BK, dead_end_BM)
-            found_scores_BN, found_items_BN = _best(
-                torch.cat([found_scores_BN, ends_BK], 1), torch.cat([found_items_BN, self.end_item[nodes_BK]], 1), top
-            )
+            logits_BKV, norm_BK1 = self._logits(state.step(tokens_BK))
+            ends_BK = scores_BK + (logits_BKV[..., self.model.config.eos_token_id] - norm_BK1[..., 0])
+            ends_BK = self._close_ends(ends_BK, nodes_BK, lost)
+            found_scores_BN = torch.cat([found_scores_BN, ends_BK], 1)
+            found_nodes_BN = torch.cat([found_nodes_BN, nodes_BK], 1)
+            found_scores_BN, places_BN = _best(found_scores_BN, found_nodes_BN, top)
+            found_nodes_BN = found_nodes_BN.gather(1, places_BN)
             if level == self.trie.depth:
                 break
-            scores_BK, nodes_BK, parent_BK = self._grow(
-                logprobs_BKV, scores_BK, nodes_BK, dead_node_BM, self.fans[level], beam
-            )
-            state.reorder(parent_BK)
+            scores_BK, nodes_BK, parent_BK = self._grow(logits_BKV, norm_BK1, scores_BK, nodes_BK, lost, level, beam)
+            num_open = _num_open(scores_BK, found_scores_BN, top)
+            if num_open == 0:
+                break
+            scores_BK, nodes_BK = scores_BK[:, :num_open], nodes_BK[:, :num_open]
+            state.reorder(parent_BK[:, :num_open])
             tokens_BK = self.token[nodes_BK].clamp(min=0)
-        return self._lists(found_scores_BN, found_items_BN, top)
+        return self._lists(found_scores_BN, self.end_item[found_nodes_BN], top)
 
-    def _dead(
-        self, num_users: int, excluded: tuple[np.ndarray, np.ndarray] | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        if excluded is None:
-            return None, None
-        dead_end_BM, dead_node_BM = pruned(self.trie, num_users, *excluded)
-        return self._move(dead_end_BM), self._move(dead_node_BM)
+    def _logits(self, hidden_BKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [B, K, V] and the softmax's log-normaliser [B, K, 1]; only the few logits that are read get normalised."""
+        logits_BKV = self.model.lm_head(hidden_BKD).to(self.model.dtype)
+        return logits_BKV, logits_BKV.logsumexp(-1, keepdim=True)
 
-    def _logprobs(self, hidden_BKD: Tensor) -> Tensor:
-        logits_BKV = self.model.lm_head(hidden_BKD)
-        return logits_BKV.to(self.model.dtype).log_softmax(-1)
-
-    def _end_scores(
-        self, logprobs_BKV: Tensor, scores_BK: Tensor, nodes_BK: Tensor, dead_end_BM: Tensor | None
-    ) -> Tensor:
-        """Scores of the items that end at the beams' nodes, -inf where none does."""
-        ends_BK = scores_BK + logprobs_BKV[..., self.model.config.eos_token_id]
-        closed_BK = self.end_item[nodes_BK] < 0
-        if dead_end_BM is not None:
-            closed_BK = closed_BK | dead_end_BM.gather(1, nodes_BK)
-        return ends_BK.masked_fill(closed_BK, NOTHING)
+    def _close_ends(self, ends_BK: Tensor, nodes_BK: Tensor, lost: _Lost | None) -> Tensor:
+        """-inf where no item ends at a beam's node, or an excluded one."""
+        ends_BK = ends_BK.masked_fill(self.end_item[nodes_BK] < 0, NOTHING)
+        if lost is not None:
+            pair, beam = (nodes_BK[lost.end_users] == lost.end_nodes[:, None]).nonzero(as_tuple=True)
+            ends_BK[lost.end_users[pair], beam] = NOTHING
+        return ends_BK
 
     def _grow(
         self,
-        logprobs_BKV: Tensor,
+        logits_BKV: Tensor,
+        norm_BK1: Tensor,
         scores_BK: Tensor,
         nodes_BK: Tensor,
-        dead_node_BM: Tensor | None,
-        fan: int,
+        lost: _Lost | None,
+        level: int,
         beam: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The best `beam` children of all beams: (scores, nodes, parent beams), each [B, K']."""
-        columns_C = torch.arange(fan, device=self.device)
+        """The best `beam` children of all beams: (scores, nodes, parent beams), each [B, K'].
+
+        A place without a child stands at the root with a score of -inf, which no token can raise again.
+        """
+        columns_C = torch.arange(self.fans[level], device=self.device)
         exists_BKC = columns_C < self.num_children[nodes_BK][..., None]
         children_BKC = torch.where(exists_BKC, self.first_child[nodes_BK][..., None] + columns_C, 0)
-        gained_BKC = logprobs_BKV.gather(2, self.token[children_BKC].clamp(min=0))
-        closed_BKC = ~exists_BKC
-        if dead_node_BM is not None:
-            closed_BKC = closed_BKC | dead_node_BM.gather(1, children_BKC.flatten(1)).view_as(children_BKC)
-        reached_BKC = (scores_BK[..., None] + gained_BKC).masked_fill(closed_BKC, NOTHING)
-        scores_BX, places_BX = reached_BKC.flatten(1).topk(min(beam, reached_BKC[0].numel()))
-        return scores_BX, children_BKC.flatten(1).gather(1, places_BX), places_BX // fan
+        gained_BKC = logits_BKV.gather(2, self.token[children_BKC].clamp(min=0)) - norm_BK1
+        reached_BKC = (scores_BK[..., None] + gained_BKC).masked_fill(~exists_BKC, NOTHING)
+        if lost is not None:
+            users, nodes, parents = lost.dead_at(level + 1)
+            pair, number = (nodes_BK[users] == parents[:, None]).nonzero(as_tuple=True)
+            reached_BKC[users[pair], number, (nodes - self.first_child[parents])[pair]] = NOTHING
+        children_BX = children_BKC.flatten(1)
+        scores_BX, places_BX = _best(reached_BKC.flatten(1), children_BX, beam)
+        return scores_BX, children_BX.gather(1, places_BX), places_BX // len(columns_C)
 
     def _lists(self, scores_BN: Tensor, items_BN: Tensor, top: int) -> TopItems:
         items_BN = items_BN.masked_fill(scores_BN == NOTHING, -1)
@@ -205,6 +205,45 @@ class TrieSearcher:
         return TopItems(items_BN.cpu().numpy().astype(np.int32), scores_BN.float().cpu().numpy())
 
 
-def _best(scores_BN: Tensor, items_BN: Tensor, top: int) -> tuple[Tensor, Tensor]:
-    kept_scores, places = scores_BN.topk(min(top, scores_BN.shape[1]))
-    return kept_scores, items_BN.gather(1, places)
+class _Lost:
+    """What exclusion takes, on the searcher's device, by level."""
+
+    def __init__(self, searcher: TrieSearcher, pairs: Pruned):
+        self.end_users, self.end_nodes = searcher._move(pairs.end_users), searcher._move(pairs.end_nodes)
+        self.dead = []
+        for first, last in pairwise(searcher.trie.level_offsets):
+            here = (pairs.dead_nodes >= first) & (pairs.dead_nodes < last)
+            users, nodes = pairs.dead_users[here], pairs.dead_nodes[here]
+            self.dead.append(tuple(searcher._move(part) for part in (users, nodes, searcher.trie.parent[nodes])))
+
+    def dead_at(self, level: int) -> tuple[Tensor, ...]:
+        """(users, nodes, the nodes' parents) of the dead nodes of a level."""
+        return self.dead[level]
+
+
+def _num_open(scores_BK: Tensor, found_scores_BN: Tensor, top: int) -> int:
+    """Beams, best first, that can still change some user's list: scores only fall, and a tie goes to what is found."""
+    full = found_scores_BN.shape[1] == top
+    open_BK = scores_BK > (found_scores_BN[:, -1:] if full else NOTHING)
+    return int(open_BK.sum(dim=1).max())
+
+
+def _best(scores_BX: Tensor, nodes_BX: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(scores, places) of the `count` highest scores a row, equal ones by smaller node.
+
+    `topk` leaves open which of equal scores it takes. One place more than asked for tells whether that matters at the
+    edge; only then all places are sorted.
+    """
+    count = min(count, scores_BX.shape[1])
+    kept, places = scores_BX.topk(min(count + 1, scores_BX.shape[1]))
+    if kept.shape[1] > count:
+        tied = (kept[:, -1] == kept[:, -2]) & (kept[:, -1] > NOTHING)
+        if tied.any():
+            places = torch.arange(scores_BX.shape[1], device=places.device).expand_as(scores_BX)
+            kept = scores_BX
+        else:
+            kept, places = kept[:, :count], places[:, :count]
+    by_node = nodes_BX.gather(1, places).argsort(dim=1, stable=True)
+    by_score = kept.gather(1, by_node).argsort(dim=1, descending=True, stable=True)
+    order = by_node.gather(1, by_score)[:, :count]
+    return kept.gather(1, order), places.gather(1, order)

@@ -86,41 +86,48 @@ def _end_items(node_of_item: np.ndarray, num_nodes: int) -> np.ndarray:
     clash = np.flatnonzero(end_item[node_of_item] != items)
     if len(clash):
         other = end_item[node_of_item[clash[0]]]
-        raise ValueError(f"items {clash[0]} and {other} have the same sub-words: give them distinct codes")
+        raise ValueError(
+            f"item rows {clash[0]} and {other} (items.parquet) have the same sub-words: "
+            "prepare with another numbering or choose another tokenizer"
+        )
     return end_item
 
 
-def pruned(trie: Trie, num_users: int, user_index: np.ndarray, items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What excluding items takes from each user's trie: (dead_end, dead_node), both bool [num_users, M].
+@dataclass(frozen=True)
+class Pruned:
+    """What excluding items takes from the tries of a batch of users: pairs (user, node), ascending, each once.
 
-    `dead_end` marks nodes whose item is excluded, `dead_node` those below which no item is left, so that a beam never walks
-    into an empty branch and the list stays full. `user_index` and `items` name the excluded pairs; repeats are fine.
+    Pairs and not a table of users times nodes: a user loses some dozens of nodes, a catalogue has millions.
     """
-    dead_end_UM = np.zeros((num_users, trie.num_nodes), bool)
-    dead_end_UM[user_index, trie.item_node[items]] = True
-    dead_node_UM = np.zeros((num_users, trie.num_nodes), bool)
-    users, nodes = np.nonzero(dead_end_UM)
-    has_end = trie.end_item >= 0
-    # A node dies when its own item is excluded (or absent) and all of its children are dead: leaves first, then upwards.
+
+    end_users: np.ndarray
+    """int64 [E], users of the closed ends."""
+    end_nodes: np.ndarray
+    """int64 [E], nodes whose item is excluded."""
+    dead_users: np.ndarray
+    """int64 [X], users of the dead nodes."""
+    dead_nodes: np.ndarray
+    """int64 [X], nodes below which no item is left, so that a beam never walks into an empty branch."""
+
+
+def pruned(trie: Trie, user_index: np.ndarray, items: np.ndarray) -> Pruned:
+    """Exclude the pairs (user_index int64 [P], items int [P]); repeats are fine.
+
+    Leaves first, then upwards: a node dies when its own item is excluded or absent and all of its children are dead.
+    """
+    num_nodes = trie.num_nodes
+    ends = np.unique(np.asarray(user_index, np.int64) * num_nodes + trie.item_node[items])
+    level_of_ends = np.searchsorted(trie.level_offsets, ends % num_nodes, side="right") - 1
+    dead_of_levels = []
+    childless = np.empty(0, np.int64)  # pairs of this level whose children are all dead
     for level in range(trie.depth, 0, -1):
-        first, last = trie.level_offsets[level], trie.level_offsets[level + 1]
-        here = (nodes >= first) & (nodes < last)
-        level_users, level_nodes = users[here], nodes[here]
-        own = ~has_end[level_nodes] | dead_end_UM[level_users, level_nodes]
-        candidates_U, candidates_M = level_users[own], level_nodes[own]
-        alive = _has_live_child(trie, dead_node_UM, candidates_U, candidates_M)
-        dying_U, dying_M = candidates_U[~alive], candidates_M[~alive]
-        dead_node_UM[dying_U, dying_M] = True
-        above = np.unique(np.stack([dying_U, trie.parent[dying_M]], axis=1), axis=0)
-        users = np.concatenate([users[~here], above[:, 0]])
-        nodes = np.concatenate([nodes[~here], above[:, 1]])
-    return dead_end_UM, dead_node_UM
-
-
-def _has_live_child(trie: Trie, dead_node_UM: np.ndarray, users: np.ndarray, nodes: np.ndarray) -> np.ndarray:
-    counts = trie.num_children[nodes]
-    owner = np.repeat(np.arange(len(nodes)), counts)
-    within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-    children = trie.first_child[nodes][owner] + within
-    live = ~dead_node_UM[users[owner], children]
-    return np.bincount(owner[live], minlength=len(nodes)) > 0
+        closed = ends[level_of_ends == level]
+        leaves = closed[trie.num_children[closed % num_nodes] == 0]
+        endless = childless[trie.end_item[childless % num_nodes] < 0]
+        dead = np.concatenate([leaves, endless, np.intersect1d(childless, closed, assume_unique=True)])
+        dead_of_levels.append(dead)
+        users, nodes = np.divmod(dead, num_nodes)
+        parents, lost = np.unique(users * num_nodes + trie.parent[nodes], return_counts=True)
+        childless = parents[lost == trie.num_children[parents % num_nodes]]
+    dead = np.sort(np.concatenate([np.empty(0, np.int64), *dead_of_levels]))
+    return Pruned(*np.divmod(ends, num_nodes), *np.divmod(dead, num_nodes))

@@ -1,0 +1,371 @@
+"""The beam against brute force over the whole catalogue, and against Hugging Face's own constrained search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from genrec_dist.batch import EncoderInput, Layout, encode_histories
+from genrec_dist.beam import DecoderState, TrieSearcher, _best
+from genrec_dist.model import GenRecForConditionalGeneration, build_model
+from genrec_dist.recipe import Model
+from genrec_dist.tokens import WordTable
+from genrec_dist.trie import build_trie
+
+BOS, PAD, EOS, MASK, FIRST = 0, 1, 2, 4, 5
+ALPHABET = 4
+MOST_ITEMS, NUM_USERS = 60, 6
+Word = tuple[int, ...]
+History = list[int]
+
+PREFIXES: list[Word] = [(5,), (5, 6), (5, 6, 6), (6,), (5, 6, 6, 6), (7, 7), (7, 7, 8, 8)]
+catalogues = st.lists(
+    st.lists(st.integers(FIRST, FIRST + ALPHABET - 1), min_size=1, max_size=4).map(tuple),
+    min_size=2,
+    max_size=MOST_ITEMS,
+    unique=True,
+)
+
+
+@cache
+def sharp_model(vocabulary: int = FIRST + ALPHABET, num_items: int = MOST_ITEMS) -> GenRecForConditionalGeneration:
+    """Random weights, large enough that scores lie far apart, in float64."""
+    torch.manual_seed(3)
+    shape = Model(d_model=16, encoder_layers=1, decoder_layers=2, heads=2, ffn=32, max_tokens=64, init_std=0.4)
+    model = build_model(
+        shape,
+        vocab_size=vocabulary,
+        num_users=NUM_USERS,
+        num_items=num_items,
+        num_masks=1,
+        special={"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK},
+    )
+    return model.double().eval()
+
+
+@dataclass
+class World:
+    """A catalogue with a model that can speak it."""
+
+    items: list[Word]
+    model: GenRecForConditionalGeneration
+
+    def __post_init__(self) -> None:
+        users = [(FIRST, FIRST)] * NUM_USERS
+        words: list[Word] = [(BOS,), (EOS,), (MASK,), *self.items, *users]
+        tokens = np.array([token for word in words for token in word], np.int32)
+        table = WordTable(tokens, np.cumsum([0, *map(len, words)]), 1, len(self.items), NUM_USERS)
+        self.layout = Layout(table, PAD, max_tokens=64, user_ids=True, positions="from-start")
+        self.searcher = TrieSearcher(self.model, build_trie(*table.tokens_of_items()))
+
+    def encoder(self, histories: list[History], users: list[int] | None = None) -> EncoderInput:
+        items = np.array([item for history in histories for item in history], np.int32)
+        rows = np.arange(len(histories)) % NUM_USERS if users is None else np.array(users)
+        return encode_histories(items, np.cumsum([0, *map(len, histories)]), rows, self.layout)
+
+    def search(
+        self, histories: list[History], *, exclude: bool = False, users: list[int] | None = None, **sizes: int
+    ) -> list[list[tuple[int, float]]]:
+        """(item, score) lists, checked for their form: distinct, sorted, -1 and -inf only at the end."""
+        index = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+        excluded = (index, np.array([item for history in histories for item in history], np.int32))
+        found = self.searcher.search(
+            self.encoder(histories, users), excluded=excluded if exclude else None, **sizes
+        )  # fmt: skip
+        assert found.items.shape == found.scores.shape == (len(histories), sizes["top"])
+        assert found.items.dtype == np.int32
+        assert found.scores.dtype == np.float32
+        assert not np.isnan(found.scores).any()
+        assert ((found.items >= 0) == np.isfinite(found.scores)).all()
+        lists = []
+        for items, scores in zip(found.items.tolist(), found.scores.tolist(), strict=True):
+            count = sum(item >= 0 for item in items)
+            assert items[count:] == [-1] * (len(items) - count)
+            assert len(set(items[:count])) == count
+            assert max(items) < len(self.items)
+            assert scores == sorted(scores, reverse=True)
+            lists.append(list(zip(items[:count], scores[:count], strict=True)))
+        return lists
+
+    @torch.inference_mode()
+    def brute_force(self, histories: list[History]) -> np.ndarray:
+        """float64 [B, N]: log-probability of each item's tokens and `</s>`, by whole sequences through `decode`."""
+        encoder = self.encoder(histories)
+        memory = self.model.encode(encoder)
+        longest = max(map(len, self.items)) + 1
+        inputs = torch.tensor([[MASK, *item, *[PAD] * (longest - 1 - len(item))] for item in self.items])
+        labels = torch.tensor([[*item, EOS, *[-1] * (longest - 1 - len(item))] for item in self.items])
+        scores = []
+        for row in range(len(histories)):
+            copies = len(self.items)
+            hidden = self.model.decode(
+                inputs, memory[row].expand(copies, -1, -1), encoder.attention_mask[row].expand(copies, -1)
+            )
+            logprobs = self.model.lm_head(hidden).log_softmax(-1)
+            gained = logprobs.gather(2, labels.clamp(min=0)[..., None])[..., 0]
+            scores.append(gained.masked_fill(labels < 0, 0.0).sum(1))
+        return torch.stack(scores).numpy()
+
+    @property
+    def widest_level(self) -> int:
+        return int(np.diff(self.searcher.trie.level_offsets).max())
+
+
+def best_first(scores_N: np.ndarray, without: History) -> list[int]:
+    return [int(item) for item in np.argsort(-scores_N, kind="stable") if item not in without]
+
+
+def assert_equals_brute_force(world: World, histories: list[History], exclude: bool) -> None:
+    top = len(world.items)
+    truth_BN = world.brute_force(histories)
+    lists = world.search(histories, beam=world.widest_level, top=top, exclude=exclude)
+    for history, found, truth_N in zip(histories, lists, truth_BN, strict=True):
+        assert [item for item, _ in found] == best_first(truth_N, history if exclude else [])
+        np.testing.assert_allclose([score for _, score in found], [truth_N[item] for item, _ in found], rtol=1e-6)
+
+
+histories_of = st.lists(st.lists(st.integers(0, 10**6), max_size=8), min_size=1, max_size=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(catalogues, histories_of, st.booleans())
+@example(PREFIXES, [[0, 3], [], [1, 1, 2]], True)
+@example(PREFIXES, [list(range(7)), [6]], True)
+def test_a_wide_beam_equals_brute_force(items: list[Word], draws: list[History], exclude: bool) -> None:
+    """Every item, in order, with its score; shorter lists where the history is excluded."""
+    histories = [[draw % len(items) for draw in history] for history in draws]
+    assert_equals_brute_force(World(items, sharp_model()), histories, exclude)
+
+
+@settings(max_examples=40, deadline=None)
+@given(catalogues, histories_of, st.integers(1, 8), st.integers(1, 8), st.booleans())
+def test_a_narrow_beam_lists_valid_items_in_full(
+    items: list[Word], draws: list[History], beam: int, top: int, exclude: bool
+) -> None:
+    """Scores are those of brute force; as long as asked for wherever no dead end can eat a beam."""
+    world = World(items, sharp_model())
+    histories = [[draw % len(items) for draw in history] for history in draws]
+    truth_BN = world.brute_force(histories)
+    lists = world.search(histories, beam=beam, top=top, exclude=exclude)
+    for history, found, truth_N in zip(histories, lists, truth_BN, strict=True):
+        left = len(items) - (len(set(history)) if exclude else 0)
+        assert len(found) == min(top, left)
+        assert not exclude or not {item for item, _ in found} & set(history)
+        np.testing.assert_allclose([score for _, score in found], [truth_N[item] for item, _ in found], rtol=1e-6)
+
+
+def all_pairs() -> list[Word]:
+    """56 items: `a b` and `a b c` of the alphabet, many of them prefixes of others."""
+    letters = range(FIRST, FIRST + ALPHABET)
+    return [(a, b) for a in letters for b in letters] + [
+        (a, b, c) for a in letters for b in letters for c in letters if (a + b + c) % 8 < 5
+    ]
+
+
+def test_more_asked_for_than_there_is_gives_all_then_nothing() -> None:
+    world = World(PREFIXES, sharp_model())
+    (found,) = world.search([[0]], beam=3, top=20)
+    assert sorted(item for item, _ in found) == list(range(len(PREFIXES)))
+
+
+@pytest.mark.parametrize("beam", [20, 64])
+def test_a_user_who_has_all_but_three_gets_these_three(beam: int) -> None:
+    world = World(all_pairs(), sharp_model())
+    left = {4, 17, 38}
+    history = [item for item in range(len(world.items)) if item not in left]
+    truth_BN = world.brute_force([history, [1]])
+    lists = world.search([history, [1]], beam=beam, top=20, exclude=True)
+    assert [item for item, _ in lists[0]] == best_first(truth_BN[0], history)
+    assert {item for item, _ in lists[0]} == left
+    assert len(lists[1]) == 20
+
+
+def test_a_user_who_has_everything_gets_an_empty_list() -> None:
+    """Alone and beside others, whose lists she must not change: her beams stand at the root with -inf for good."""
+    world = World(all_pairs(), sharp_model())
+    everything = list(range(len(world.items)))
+    assert world.search([everything], beam=20, top=20, exclude=True) == [[]]
+    both = world.search([everything, [3, 5]], beam=20, top=20, exclude=True)
+    alone = world.search([[3, 5]], beam=20, top=20, exclude=True, users=[1])
+    assert both[0] == []
+    assert [item for item, _ in both[1]] == [item for item, _ in alone[0]]
+    assert len(both[1]) == 20
+
+
+def test_the_incremental_decoder_equals_whole_sequences() -> None:
+    """Keys and values step by step, through a reordering of beams, to 1e-10."""
+    model, generator = sharp_model(), torch.Generator().manual_seed(0)
+    world = World(all_pairs(), model)
+    encoder = world.encoder([[0, 1, 2], [3], []])
+    num_users, num_beams, steps = 3, 4, 5
+    with torch.inference_mode():
+        memory = model.encode(encoder)
+        state = DecoderState(model, memory, encoder.attention_mask)
+        past = torch.full((num_users, 1, 1), MASK)
+        for _ in range(steps):
+            hidden = state.step(past[..., -1])
+            whole = whole_sequences(model, past, memory, encoder.attention_mask)
+            assert (hidden - whole[:, :, -1]).abs().max() < 1e-10
+            parents = torch.randint(past.shape[1], (num_users, num_beams), generator=generator)
+            tokens = torch.randint(FIRST, FIRST + ALPHABET, (num_users, num_beams, 1), generator=generator)
+            state.reorder(parents)
+            past = torch.cat([past[torch.arange(num_users)[:, None], parents], tokens], dim=2)
+
+
+def whole_sequences(model: GenRecForConditionalGeneration, past_BKT: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+    num_beams = past_BKT.shape[1]
+    rows = past_BKT.flatten(0, 1)
+    hidden = model.decode(rows, memory.repeat_interleave(num_beams, 0), mask.repeat_interleave(num_beams, 0))
+    return hidden.unflatten(0, past_BKT.shape[:2])
+
+
+@pytest.fixture(scope="module")
+def large_world() -> World:
+    """300 items of 2 or 3 sub-words behind a common prefix, as words have, some prefixes of others."""
+    rng = np.random.default_rng(0)
+    stem, letters = FIRST, range(FIRST + 1, FIRST + 25)
+    pairs = [(stem, a, b) for a in letters for b in letters]
+    chosen = [pairs[i] for i in rng.permutation(len(pairs))[:180]]
+    longer = [(*chosen[i], FIRST + 1 + int(rng.integers(24))) for i in range(120)]
+    return World(chosen + longer, sharp_model(FIRST + 25, 300))
+
+
+def random_histories(world: World, count: int) -> list[History]:
+    rng = np.random.default_rng(5)
+    return [rng.permutation(len(world.items))[: rng.integers(0, 9)].tolist() for _ in range(count)]
+
+
+def test_hugging_face_finds_the_same_lists() -> None:
+    """Items of one length: the two searches have the same rules, so all 20 agree, in order."""
+    letters = range(FIRST + 1, FIRST + 25)
+    pairs = [(FIRST, a, b) for a in letters for b in letters if (7 * a + 3 * b) % 5 < 2]
+    world = World(pairs, sharp_model(FIRST + 25, 300))
+    histories = random_histories(world, 50)
+    lists = world.search(histories, beam=20, top=20)
+    for (items, scores), found in zip(hugging_face(world, histories, 20), lists, strict=True):
+        assert len(items) == 20
+        assert items == [item for item, _ in found]
+        np.testing.assert_allclose(scores, [score for _, score in found], rtol=1e-6)
+
+
+def test_what_hugging_face_finds_is_in_our_list_and_what_it_misses_scores_higher(large_world: World) -> None:
+    """Items of several lengths: `generate` drops an end that stands below `num_beams` other candidates of its step, ours
+    keeps it. So ours holds its items in its order, and between them only items whose true score belongs there."""
+    histories = random_histories(large_world, 50)
+    truth_BN = large_world.brute_force(histories)
+    lists = large_world.search(histories, beam=20, top=20)
+    for (items, scores), found, truth_N in zip(hugging_face(large_world, histories, 20), lists, truth_BN, strict=True):
+        assert len(items) >= 15
+        np.testing.assert_allclose(scores, truth_N[items], rtol=1e-6)
+        ours = [item for item, _ in found]
+        assert ours == sorted(ours, key=lambda item: -truth_N[item])
+        assert [item for item in ours if item in items] == items[: sum(truth_N[items] >= truth_N[ours[-1]])]
+
+
+def hugging_face(world: World, histories: list[History], beam: int) -> list[tuple[list[int], list[float]]]:
+    """(items, scores) a user as `generate` gives them, up to the first that is no item."""
+    after: dict[Word, list[int]] = {}
+    for item in world.items:
+        whole = (*item, EOS)
+        for n, token in enumerate(whole):
+            after.setdefault(whole[:n], []).append(token)
+    row_of = {item: row for row, item in enumerate(world.items)}
+    encoder = world.encoder(histories)
+    with torch.inference_mode():
+        output = world.model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=world.model.encode(encoder)),
+            attention_mask=encoder.attention_mask.long(),
+            prefix_allowed_tokens_fn=lambda _, ids: after.get(tuple(ids[1:].tolist()), [EOS]),
+            decoder_start_token_id=MASK,
+            num_beams=beam,
+            num_return_sequences=beam,
+            length_penalty=0.0,
+            early_stopping="never",
+            forced_bos_token_id=None,
+            forced_eos_token_id=None,
+            max_new_tokens=max(map(len, world.items)) + 2,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+    users = []
+    for row in range(len(histories)):
+        items, scores = [], []
+        for place in range(row * beam, (row + 1) * beam):
+            tokens = tuple(t for t in output.sequences[place].tolist()[1:] if t not in (EOS, PAD))
+            if tokens not in row_of or float(output.sequences_scores[place]) < -1e8:
+                break
+            items.append(row_of[tokens])
+            scores.append(float(output.sequences_scores[place]))
+        users.append((items, scores))
+    return users
+
+
+def test_excluded_items_are_replaced_by_the_next_best(large_world: World) -> None:
+    """The first 20 of the plain list become the history: the pruned search is full without them."""
+    plain = large_world.search([[]], beam=300, top=20, users=[0])
+    history = [item for item, _ in plain[0]]
+    truth_BN = large_world.brute_force([history])
+    (found,) = large_world.search([history], beam=300, top=20, exclude=True)
+    assert [item for item, _ in found] == best_first(truth_BN[0], history)[:20]
+    (narrow,) = large_world.search([history], beam=20, top=20, exclude=True)
+    assert len(narrow) == 20
+    assert not {item for item, _ in narrow} & set(history)
+
+
+def test_company_and_padding_change_nothing(large_world: World) -> None:
+    histories = random_histories(large_world, 12)
+    together = large_world.search(histories, beam=20, top=20, exclude=True)
+    backwards = large_world.search(
+        histories[::-1], beam=20, top=20, exclude=True, users=[n % NUM_USERS for n in range(12)][::-1]
+    )
+    assert [[item for item, _ in found] for found in backwards[::-1]] == [[i for i, _ in found] for found in together]
+    for number, history in enumerate(histories):
+        (alone,) = large_world.search([history], beam=20, top=20, exclude=True, users=[number % NUM_USERS])
+        assert [item for item, _ in alone] == [item for item, _ in together[number]]
+        np.testing.assert_allclose([s for _, s in alone], [s for _, s in together[number]], rtol=1e-6)
+
+
+def test_a_beam_narrower_than_the_list_is_widened(large_world: World) -> None:
+    assert large_world.search([[1]], beam=1, top=20) == large_world.search([[1]], beam=20, top=20)
+
+
+def test_equal_scores_go_to_the_smaller_node() -> None:
+    """A model without weights gives every token the same probability: only the rule orders items of one length."""
+    model = build_model(
+        Model(d_model=16, encoder_layers=1, decoder_layers=1, heads=2, ffn=32, max_tokens=64),
+        vocab_size=FIRST + ALPHABET,
+        num_users=NUM_USERS,
+        num_items=MOST_ITEMS,
+        num_masks=1,
+        special={"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK},
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    world = World(all_pairs()[::-1], model.double().eval())
+    expected = sorted(range(len(world.items)), key=lambda row: (len(world.items[row]), world.items[row]))
+    for beam in (20, 64):
+        (found,) = world.search([[0]], beam=beam, top=20)
+        assert [item for item, _ in found] == expected[:20]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.sampled_from([0.0, -1.0, -2.0, float("-inf")]), min_size=1, max_size=30), st.integers(1, 8), st.data()
+)
+def test_the_best_are_a_sort_by_score_then_node(scores: list[float], count: int, data: st.DataObject) -> None:
+    nodes = data.draw(st.permutations(range(len(scores))))
+    kept, places = _best(torch.tensor([scores]), torch.tensor([nodes]), count)
+    order = sorted(range(len(scores)), key=lambda place: (-scores[place], nodes[place]))[:count]
+    finite = [place for place in order if scores[place] > float("-inf")]
+    assert places[0].tolist()[: len(finite)] == finite
+    assert kept[0].tolist() == [scores[place] for place in order]
