@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import Progress
@@ -23,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 out = Console()
+# typer brings its own click or the real one, by its version: only these two bases are public in both.
+UsageError: Any = typer.BadParameter.__base__
+ClickException: Any = UsageError.__base__
 
 Split = Literal["validation", "test"]
 YesNo = Literal["auto", "yes", "no"]
@@ -35,6 +38,12 @@ OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an e
 ExcludeOption = Annotated[
     YesNo, typer.Option("--exclude-history", help="Leave out items of the history; auto: where no target repeats.")
 ]
+
+
+def say(text: str, style: str = "") -> None:
+    """A line as it is: a path is neither broken at the terminal's width nor taken for markup."""
+    out.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+
 
 # Modules are imported inside the commands: `genrec --help` must not wait for torch.
 
@@ -80,12 +89,11 @@ def prepare(
     with atomic_file(Path(out_dir) / "audit.json") as temporary:
         temporary.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
     sequences = dataset.sequences
-    out.print(
+    say(
         f"{out_dir}: {sequences.num_users:,} users, {sequences.num_items:,} items, "
-        f"{sequences.num_interactions:,} interactions, numbering {numbering}",
-        highlight=False,
+        f"{sequences.num_interactions:,} interactions, numbering {numbering}"
     )
-    out.print(found.sentence(), style="yellow" if found.leaks else "", highlight=False)
+    say(found.sentence(), style="yellow" if found.leaks else "")
 
 
 @app.command()
@@ -105,7 +113,7 @@ def shard(
     target = out_dir or data / "shards"
     manifest = write_shards(load_dataset(data), target, users_per_shard=users_per_shard, overwrite=overwrite)
     size = sum(tar.bytes for tar in manifest.shards)
-    out.print(f"{target}: {len(manifest.shards)} tars, {manifest.users:,} users, {size:,} bytes", highlight=False)
+    say(f"{target}: {len(manifest.shards)} tars, {manifest.users:,} users, {size:,} bytes")
 
 
 @app.command()
@@ -131,7 +139,7 @@ def train(
     path = run_train(resolved, resume)
     if _rank() == 0:
         write_report(path)
-        out.print(f"{path}: finished; next: genrec evaluate {path} --split test", highlight=False)
+        say(f"{path}: finished; next: genrec evaluate {path} --split test")
 
 
 @app.command()
@@ -179,7 +187,7 @@ def evaluate(
             )
     if metrics is not None:
         out.print(format_table([metrics]))
-        out.print(f"{write_report(run)}", highlight=False)
+        say(str(write_report(run)))
 
 
 @app.command()
@@ -205,9 +213,9 @@ def recommend(
     from genrec_dist.recommend import Recommender, Request, read_requests, recommend_all, user_request
 
     if sum([history is not None or user is not None, file is not None, all_users]) != 1:
-        raise click.UsageError("give one of --history/--user, --file, --all-users")
+        raise UsageError("give one of --history/--user, --file, --all-users")
     if all_users and out_dir is None:
-        raise click.UsageError("--all-users needs --out DIR")
+        raise UsageError("--all-users needs --out DIR")
     with _processes() as device:
         recommender = Recommender.load(run, device, beam=beam)
         recommender.exclude_history = _exclude(exclude_history, recommender.exclude_history)
@@ -221,20 +229,19 @@ def recommend(
                     rank=_rank(), world_size=_world_size(), on_batch=advance,
                 )  # fmt: skip
             if path is not None:
-                out.print(f"{path}", highlight=False)
+                say(str(path))
             return
         if file is not None:
             requests = list(read_requests(file))
         elif history is not None:
-            requests = [Request([item for item in history.split(",") if item], user)]
+            requests = [Request([item.strip() for item in history.split(",") if item.strip()], user)]
         else:
             assert user is not None
             requests = [user_request(load_dataset(data or _data_of(run)), recommender.run, user)]
-        for start in range(0, len(requests), 256):
-            for answer in recommender.recommend(requests[start : start + 256], k=top):
-                if answer.unknown_items:
-                    typer.echo(f"not in the catalogue, skipped: {', '.join(answer.unknown_items)}", err=True)
-                typer.echo(answer.as_json())
+        for answer in recommender.answers(requests, k=top):
+            if answer.unknown_items:
+                typer.echo(f"not in the catalogue, skipped: {', '.join(answer.unknown_items)}", err=True)
+            typer.echo(answer.as_json())
 
 
 @app.command()
@@ -271,7 +278,7 @@ def report(run: RunArgument) -> None:
 
     if not run.is_dir():
         raise ValueError(f"{run}: no such run directory")
-    out.print(f"{write_report(run)}", highlight=False)
+    say(str(write_report(run)))
 
 
 @app.command()
@@ -353,27 +360,56 @@ def run_command(arguments: list[str]) -> int:
     from genrec_dist.stop import Stopped
 
     try:
-        app(arguments, standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+        # A typer.Exit comes back as its code, everything else that ends well as None.
+        code = app(arguments or ["--help"], prog_name="genrec", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except ClickException as error:
+        where = error.ctx.command_path if getattr(error, "ctx", None) else "genrec"
+        typer.echo(f"genrec: {_one_line(error.format_message())}; see {where} --help", err=True)
+        return int(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    except typer.Exit as exit_:
-        return exit_.exit_code
     except Stopped as stop:
         typer.echo(f"genrec: {stop}; continue with --resume latest", err=True)
         return 128 + stop.number
     except (ValueError, OSError) as error:
-        typer.echo(f"genrec: {_one_line(error)}", err=True)
+        typer.echo(f"genrec: {_one_line(_told(error))}", err=True)
         return 1
-    return 0
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _told(error: ValueError | OSError) -> str:
+    """An error's own words; those of the operating system with the file and a way out."""
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.errno is None:  # numpy says in words how much of an array it could not write
+        return f"{error}: make room or choose another output"
+    reason = os.strerror(error.errno).lower()
+    place = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{place}{reason}: make room or choose another output"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{place}{reason}: change its rights or choose another place"
+    return f"{place}{reason}: check the path"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer runs once, before workers fork
-    sys.exit(run_command(sys.argv[1:]))
+    code = run_command(sys.argv[1:])
+    if code and _world_size() > 1:
+        # A process group that waits for its peers would keep this rank, and with it the others, from ending.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
+
+
+if __name__ == "__main__":
+    main()

@@ -76,7 +76,11 @@ def _gather(mine: list[tuple[np.ndarray, TopItems]], world_size: int) -> list[tu
     if world_size == 1:
         return mine
     everyone: list[Any] = [None] * world_size
-    dist.all_gather_object(everyone, mine)
+    try:
+        dist.all_gather_object(everyone, mine)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"another rank has gone ({reason}): its own message says why, nothing was written") from None
     return [chunk for theirs in everyone for chunk in theirs]
 
 
@@ -140,6 +144,7 @@ def evaluate(
 
 
 def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
+    """Raise ValueError if the run was trained on other codes, or on equal codes that stand for other ids."""
     expected = run.model.config.numbering_hash
     found = dataset.numbering.numbering_hash()
     if expected != found:
@@ -147,6 +152,17 @@ def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
             f"{run.path} speaks numbering {expected[:12]}, {dataset.path} has {found[:12]}: "
             "give --data the directory the run was trained on"
         )
+    # Codes are 1..N of a seeded order: two catalogues of equal size share them.
+    for kind, ours, theirs in (
+        ("item", run.catalogue.item_ids, dataset.sequences.item_ids),
+        ("user", run.catalogue.user_ids, dataset.sequences.user_ids),
+    ):
+        if ours != theirs:
+            mine, other = next(pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1])
+            raise ValueError(
+                f"{run.path} knows {kind} {mine!r} where {dataset.path} has {other!r}: "
+                "give --data the directory the run was trained on"
+            )
 
 
 def process_group() -> tuple[int, int]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from genrec_shards.sequences import SplitView
 from genrec_dist.batch import encode_histories
 from genrec_dist.evaluate import TOP, Decoding, check_numbering, rank_users
 from genrec_dist.run import LoadedRun, load_run
+
+REQUESTS_AT_ONCE = 256
+_SCHEMA = pa.schema([("user", pa.string()), ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))])
 
 
 @dataclass(frozen=True)
@@ -63,9 +66,15 @@ class Recommender:
 
     def recommend(self, requests: Sequence[Request | Sequence[str]], k: int = TOP) -> list[Recommendation]:
         """The `k` best items for each request (a Request, or just a history of item ids)."""
-        if not requests:
-            return []
-        asked = [r if isinstance(r, Request) else Request(history=list(r)) for r in requests]
+        return list(self.answers(requests, k))
+
+    def answers(self, requests: Sequence[Request | Sequence[str]], k: int = TOP) -> Iterator[Recommendation]:
+        """As `recommend`, each answer as soon as its batch is decoded."""
+        for start in range(0, len(requests), REQUESTS_AT_ONCE):
+            some = requests[start : start + REQUESTS_AT_ONCE]
+            yield from self._batch([r if isinstance(r, Request) else Request(history=list(r)) for r in some], k)
+
+    def _batch(self, asked: list[Request], k: int) -> list[Recommendation]:
         rows, unknown = zip(*(self._rows(request.history) for request in asked), strict=True)
         users_B = np.array([self._user_row(request.user) for request in asked], np.int64)
         lengths_B = np.array([len(history) for history in rows])
@@ -98,10 +107,13 @@ class Recommender:
 def read_requests(path: str | Path) -> Iterator[Request]:
     """Requests from JSON lines `{"history": [...], "user": ...}`. Raises ValueError naming file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text ({error})") from None
-    for number, line in enumerate(lines, 1):
+        raise ValueError(f"{path}: cannot be read as text ({error}): give JSON lines in UTF-8") from None
+    # Not splitlines(): a JSON string may hold U+2028 and its like as they are.
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield _parse_request(line, f"{path}:{number}")
 
@@ -114,11 +126,15 @@ def _parse_request(line: str, place: str) -> Request:
     if not isinstance(fields, dict) or not isinstance(fields.get("history"), list):
         raise ValueError(f'{place}: not a request; write {{"history": ["item", ...], "user": "optional"}}')
     user = fields.get("user")
+    for value in (*fields["history"], *([] if user is None else [user])):
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise ValueError(f"{place}: {json.dumps(value)} is not an id: write ids as strings")
     return Request([str(item) for item in fields["history"]], None if user is None else str(user))
 
 
 def user_request(dataset: Dataset, run: LoadedRun, user: str) -> Request:
     """A known user's whole sequence as a request. Raises ValueError for a user the data lacks."""
+    check_numbering(run, dataset)
     row = run.catalogue.user_row.get(user)
     if row is None:
         raise ValueError(f"user {user!r} is not in {dataset.path}; give her items with --history")
@@ -135,7 +151,7 @@ def recommend_all(
     *,
     rank: int = 0,
     world_size: int = 1,
-    on_batch: Any = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Path | None:
     """Lists for all users after their whole sequences: `OUT/top20.parquet` (user, items, scores), each user once."""
     check_numbering(run, dataset)
@@ -154,7 +170,8 @@ def recommend_all(
             "user": sequences.user_ids,
             "items": [ids[row[row >= 0]].tolist() for row in lists.items],
             "scores": [scores[row >= 0].tolist() for row, scores in zip(lists.items, lists.scores, strict=True)],
-        }
+        },
+        schema=_SCHEMA,
     )
     path = Path(out) / f"top{decoding.top}.parquet"
     with atomic_file(path) as temporary:

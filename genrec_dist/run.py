@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from genrec_dist.batch import Layout
 from genrec_dist.beam import TrieSearcher
@@ -68,9 +69,14 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
     best = path / "best"
     if not (best / "config.json").is_file():
         raise ValueError(f"{path}: no best/ in it: {_state_of(path)}")
-    model = GenRecForConditionalGeneration.from_pretrained(best, dtype=torch.float32).to(device).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(best)
-    catalogue = _read_catalogue(best)
+    logging.disable_progress_bar()  # of transformers: a bar for a file that loads in a second
+    try:
+        model = GenRecForConditionalGeneration.from_pretrained(best, dtype=torch.float32).to(device).eval()
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(best)
+        catalogue = _read_catalogue(best)
+    except Exception as error:  # four libraries, each with errors of its own
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"{best}: damaged or incomplete ({reason}): copy it again, or train again") from None
     words = build_words(tokenizer, catalogue.item_codes, catalogue.user_codes, model.config.num_masks)
     layout = make_layout(words, model.config)
     searcher = make_searcher(model, words, torch.device(device))

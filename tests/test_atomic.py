@@ -78,3 +78,13 @@ def test_a_kill_leaves_nothing_under_the_final_name(tmp_path):
     assert result.returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert all(p.name.startswith(".out.") for p in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", [atomic_file, atomic_directory])
+def test_an_error_of_the_system_names_what_was_to_be_written(tmp_path, make):
+    for error in (OSError(28, "No space left"), OSError("8 requested and 3 written")):
+        with pytest.raises(OSError, match=f"{tmp_path}/out"), make(tmp_path / "out"):
+            raise error
+        assert str(tmp_path / "out") in str(error)
+    with pytest.raises(OSError, match="elsewhere"), make(tmp_path / "out"):
+        raise OSError(2, "No such file", "elsewhere")

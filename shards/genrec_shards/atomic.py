@@ -22,8 +22,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         yield temporary
         _fsync(temporary)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        _name_place(error, temporary, path)
         raise
     _fsync(path.parent)
 
@@ -40,13 +41,14 @@ def atomic_directory(path: str | Path, overwrite: bool = False, marker: str | No
     _refuse_existing(path, overwrite, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_sibling(path, "tmp")
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         yield temporary
         _fsync_tree(temporary)
         _take_name(temporary, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _name_place(error, temporary, path)
         raise
 
 
@@ -78,6 +80,16 @@ def _take_name(temporary: Path, path: Path) -> None:
         raise
     _fsync(path.parent)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _name_place(error: BaseException, temporary: Path, path: Path) -> None:
+    """Let an error of the system name what was to be written: a full disk names no file, others the temporary one."""
+    if not isinstance(error, OSError) or not str(error.filename or temporary).startswith(str(temporary)):
+        return
+    if error.errno is None:  # numpy's short writes: words alone, which str() would drop beside a file name
+        error.args = (f"{path}: {error}",)
+    else:
+        error.filename = str(path)
 
 
 def _temporary_sibling(path: Path, ending: str) -> Path:

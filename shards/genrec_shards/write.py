@@ -1,5 +1,6 @@
 """Shards: sequences packed into webdataset tars, byte for byte the same from the same input."""
 
+import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,14 +57,14 @@ def _write_shard(sequences: Sequences, path: Path, first_user: int, end_user: in
     import webdataset as wds
 
     records = []
-    with path.open("wb") as file:
-        # Time and owner are fixed, or the same sequences would give other bytes tomorrow.
-        writer = wds.TarWriter(file, encoder=False, mtime=0, user="genrec", group="genrec", compress=False)
+    # Time and owner are fixed, or the same sequences would give other bytes tomorrow.
+    fixed = {"encoder": False, "mtime": 0, "user": "genrec", "group": "genrec", "compress": False}
+    # The writer is closed before its file also where a disk is full, or it would complain when it is collected.
+    with path.open("wb") as file, contextlib.closing(wds.TarWriter(file, **fixed)) as writer:
         for start, end in _ranges(first_user, end_user, users_per_record):
             offset = writer.tarstream.offset
             writer.write({"__key__": f"{start // users_per_record:08d}", **_members(sequences, start, end)})
             records.append(RecordEntry(offset, writer.tarstream.offset - offset, start, end - start))
-        writer.close()
     return ShardEntry(path.name, path.stat().st_size, file_sha256(path), end_user - first_user, tuple(records))
 
 

@@ -1,0 +1,55 @@
+"""A data directory and a trained run, made once through the real commands."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from genrec_shards.prepare import prepare
+from genrec_shards.write import write_shards
+from two_ranks import environment
+
+NUM_USERS, NUM_ITEMS = 120, 64
+
+TINY_RECIPE = """
+workers: 0
+log_every: 1
+micro_batch_tokens: 2048
+model: {d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 32, max_tokens: 64, init_std: 0.3}
+tokens: {vocab_size: 285}
+pretrain: {epochs: 1, batch_size: 40}
+finetune: {epochs: 1, batch_size: 40, learning_rate: 3.0e-3}
+validation: {users: 50, patience: 0}
+"""
+
+
+def tiny_log() -> str:
+    """120 users of 4 to 24 of 64 items, none twice; ids that are no numbers, so that a row cannot pass for an id."""
+    dice = random.Random(7)
+    items = [f"B{dice.randrange(10**6):06d}" for _ in range(NUM_ITEMS)]
+    lines = [" ".join([f"user-{n}", *dice.sample(items, dice.randint(4, 24))]) for n in range(NUM_USERS - 1)]
+    return "\n".join([*lines, " ".join([f"user-{NUM_USERS - 1}", *items])]) + "\n"
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prepared and sharded data directory; the last user has all items. Read only."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "log.txt").write_text(tiny_log(), encoding="utf-8")
+    dataset = prepare(folder / "log.txt", folder / "data", numbering="random")
+    write_shards(dataset, folder / "data" / "shards", users_per_shard=64, users_per_record=32)
+    return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data: Path) -> Path:
+    """A run of a few steps, trained in a process of its own. Copy it before writing into it."""
+    run, recipe = tiny_data.parent / "run", tiny_data.parent / "recipe.yaml"
+    recipe.write_text(f"data: {tiny_data}\nrun: {run}\n{TINY_RECIPE}", encoding="utf-8")
+    command = [sys.executable, "-m", "genrec_dist.train", str(recipe)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return run

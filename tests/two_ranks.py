@@ -1,0 +1,54 @@
+"""Starts real gloo ranks on this machine and gives back what each of them said."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Ranks:
+    returncode: int
+    """torchrun's own: 1 whatever a rank returned."""
+    stdout: list[str]
+    """Index = rank."""
+    stderr: list[str]
+    launcher: str
+    """What torchrun itself wrote on standard error."""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment, for a child on one thread of a CPU that takes itself for no rank."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return kept | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | more
+
+
+def run_ranks(arguments: list[str | Path], logs: Path, num_ranks: int = 2, timeout: float = 120) -> Ranks:
+    """Run a script (`[path, argument, ...]`) or a module (`["-m", name, argument, ...]`) on `num_ranks` ranks.
+
+    `logs`: a directory for their outputs. A run that outlives `timeout` seconds is killed and fails the test.
+    """
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks),
+        "--master_addr", "127.0.0.1", "--master_port", str(_free_port()),
+        "--log_dir", str(logs), "--redirects", "3", *map(str, arguments),
+    ]  # fmt: skip
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+    outputs = {
+        stream: [_text(logs, f"{rank}/{stream}.log") for rank in range(num_ranks)] for stream in ("stdout", "stderr")
+    }
+    return Ranks(done.returncode, outputs["stdout"], outputs["stderr"], done.stderr)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _text(logs: Path, name: str) -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(logs.glob(f"**/{name}")))
