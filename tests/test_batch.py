@@ -251,6 +251,10 @@ def _decoder_row(batch: Batch, row: int) -> tuple:
     length = int((batch.labels[row] != IGNORED).sum())
     assert (batch.labels[row, length:] == IGNORED).all()
     assert batch.labels[row, length - 1] == TOKENIZER.eos_token_id
+    assert (batch.decoder_input_ids[row] >= 0).all()
+    # The mask that the row fills stands in the sentence: truncation never takes it.
+    sentence_ids = batch.encoder.input_ids[batch.encoder_row[row]]
+    assert (sentence_ids == batch.decoder_input_ids[row, 0]).sum() == 1
     return tuple(batch.decoder_input_ids[row, :length].tolist()), tuple(batch.labels[row, :length].tolist())
 
 
