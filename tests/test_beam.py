@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from genrec_dist.batch import EncoderInput, Layout, encode_histories
-from genrec_dist.beam import DecoderState, TrieSearcher, _best
+from genrec_dist.beam import DecoderState, TrieSearcher, _best, _num_open
 from genrec_dist.model import GenRecForConditionalGeneration, build_model
 from genrec_dist.recipe import Model
 from genrec_dist.tokens import WordTable
@@ -368,3 +368,14 @@ def test_the_best_are_a_sort_by_score_then_node(scores: list[float], count: int,
     finite = [place for place in order if scores[place] > float("-inf")]
     assert places[0].tolist()[: len(finite)] == finite
     assert kept[0].tolist() == [scores[place] for place in order]
+
+
+def test_beams_are_dropped_only_where_no_user_can_gain() -> None:
+    beams = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-1.0, -5.0, -5.0, -6.0]])
+    assert _num_open(beams, torch.tensor([[-0.5, -2.9], [-0.5, -4.0]]), top=2) == 2
+    assert _num_open(beams, torch.tensor([[-0.5, -2.9], [-0.5, -5.5]]), top=2) == 3
+    assert _num_open(beams, torch.tensor([[-0.1, -3.0], [-0.1, -1.0]]), top=2) == 2  # a tie goes to what is found
+    assert _num_open(beams, torch.tensor([[-0.1, -1.0], [-0.1, -1.0]]), top=2) == 0
+    assert _num_open(beams, torch.tensor([[-0.1, -1.0], [-0.1, -1.0]]), top=3) == 4  # a list with room takes any
+    assert _num_open(beams, torch.full((2, 2), -torch.inf), top=2) == 4
+    assert _num_open(torch.full((2, 4), -torch.inf), torch.full((2, 2), -torch.inf), top=2) == 0
