@@ -21,8 +21,8 @@ from genrec_dist.tokens import BOS_WORD, EOS_WORD, FIRST_MASK_WORD, WordTable
 IGNORED = -100
 """Label of positions that are not in the loss."""
 
-WORTH_A_CUT = 512
-"""Padding tokens that cost about as much as one more micro-batch (two CPU cores, width 128: docs/log.md, 2026-11-21)."""
+WORTH_A_CUT = 4096
+"""Padding tokens that cost more than one more micro-batch (two CPU cores, width 128: docs/log.md, 2026-11-21)."""
 
 
 @dataclass(frozen=True)

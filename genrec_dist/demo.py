@@ -26,6 +26,8 @@ from genrec_dist.run import load_run
 from genrec_dist.train import train
 
 USERS, SHORTEST, LONGEST = 6000, 8, 20
+SHARE_OF_CEILING = 0.75
+"""Share of the oracle's NDCG@10 that the demo promises, and a test asserts."""
 MARKER = "demo.json"
 """Shows that a directory is a demo's and may be replaced."""
 

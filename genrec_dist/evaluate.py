@@ -16,6 +16,7 @@ from genrec_shards.prepare import Dataset
 from genrec_shards.sequences import Split, SplitView, TrainedThrough
 
 from genrec_dist.batch import Layout, encode_histories, ragged
+from genrec_dist.baseline.training import check_trained_through
 from genrec_dist.beam import TopItems, TrieSearcher
 from genrec_dist.results import Protocol, write_results
 from genrec_dist.run import LoadedRun
@@ -113,6 +114,7 @@ def evaluate(
     Returns the metrics on rank 0, None elsewhere. Raises ValueError if the run speaks another numbering.
     """
     check_numbering(run, dataset)
+    check_trained_through(split, trained_through)
     view = dataset.sequences.history_and_target(split)
     users_U = np.arange(dataset.sequences.num_users)
     start = time.perf_counter()

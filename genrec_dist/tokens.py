@@ -189,7 +189,8 @@ def build_words(
 ) -> WordTable:
     """The word table: one pass of the (Rust) tokenizer over each word, then arrays only.
 
-    Raises ValueError if a word has no sub-words; `build_trie` refuses two items with the same ones.
+    Raises ValueError if a word has no sub-words or spells a special token; `build_trie` refuses two items with the same
+    sub-words.
     """
     texts = [item_text(code) for code in item_codes] + [user_text(code) for code in user_codes]
     encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -201,4 +202,8 @@ def build_words(
         raise ValueError(f"the tokenizer gives no token for the word {word!r}")
     tokens = np.concatenate([np.asarray(ids, np.int32) for ids in token_lists])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
+    spelled = np.flatnonzero(np.isin(tokens[len(specials) :], tokenizer.all_special_ids))
+    if spelled.size:
+        word = texts[int(np.searchsorted(offsets, spelled[0] + len(specials), side="right")) - 1 - len(specials)]
+        raise ValueError(f"the word {word!r} contains a special token: rename that id or prepare with --numbering random")
     return WordTable(tokens, offsets, num_masks, len(item_codes), len(user_codes))

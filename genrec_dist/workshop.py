@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,8 @@ class Workshop:
 def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGeneration]:
     """Data, tokenizer, words, plans and a model with fresh weights (a function of the seed)."""
     dataset = load_dataset(recipe.data)
-    reader = ShardReader(recipe.shards_dir)
+    # One process a node reads every byte to check it; the others trust what it found.
+    reader = ShardReader(recipe.shards_dir, verify=os.environ.get("LOCAL_RANK", "0") == "0")
     if reader.manifest.sequences_hash != dataset.sequences.sequences_hash():
         raise ValueError(f"{recipe.shards_dir}: made from other sequences than {recipe.data}: run `genrec shard` again")
     tokenizer = _tokenizer(recipe, dataset)
@@ -128,7 +130,8 @@ def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGenerat
     torch.manual_seed(mixed_key(recipe.seed, 0x1217) >> 1)
     model = build_model(
         recipe.model,
-        vocab_size=len(tokenizer),
+        # A tokenizer can have holes in its ids.
+        vocab_size=max(len(tokenizer), int(words.tokens.max()) + 1),
         num_users=words.num_users,
         num_items=words.num_items,
         num_masks=recipe.num_masks,

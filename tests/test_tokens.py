@@ -309,3 +309,10 @@ def test_a_tokenizer_is_the_one_transformers_loads(tmp_path):
     trained = train_tokenizer(ITEM_CODES, 300)
     trained.save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).encode(" item_12") == trained.encode(" item_12")
+
+
+@pytest.mark.parametrize("code", ["a</s>b", "<mask>", "12<s>"])
+def test_an_id_that_spells_a_special_token_is_named(code):
+    tokenizer = train_tokenizer(ITEM_CODES, 400)
+    with pytest.raises(ValueError, match=f"item_{code}.*special token"):
+        build_words(tokenizer, [*ITEM_CODES, code], USER_CODES)
