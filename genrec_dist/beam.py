@@ -158,7 +158,9 @@ class TrieSearcher:
 
     def _logits(self, hidden_BKD: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [B, K, V] and the softmax's log-normaliser [B, K, 1]; only the few logits that are read get normalised."""
-        logits_BKV = self.model.lm_head(hidden_BKD).to(self.model.dtype)
+        # Under autocast the head alone stays exact: rounded logits would tie by the hundred.
+        with torch.autocast(self.device.type, enabled=False):
+            logits_BKV = self.model.lm_head(hidden_BKD.to(self.model.dtype))
         return logits_BKV, logits_BKV.logsumexp(-1, keepdim=True)
 
     def _close_ends(self, ends_BK: Tensor, nodes_BK: Tensor, lost: _Lost | None) -> Tensor:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.optim import AveragedWeights
@@ -146,6 +147,7 @@ def save_best(
 ) -> Path:
     """Write `best/`: what `from_pretrained` loads, and the catalogue that turns rows into the user's own ids."""
     path = run / "best"
+    logging.disable_progress_bar()  # of transformers: a bar for a file that is written in a moment
     with atomic_directory(path, overwrite=True) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

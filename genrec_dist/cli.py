@@ -59,7 +59,7 @@ def demo(
     """
     from genrec_dist.demo import run_demo
 
-    out.print(run_demo(out_dir, overrides or [], out))
+    run_demo(out_dir, overrides or [], out)
 
 
 @app.command()

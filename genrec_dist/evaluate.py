@@ -15,8 +15,8 @@ import torch.distributed as dist
 from genrec_shards.prepare import Dataset
 from genrec_shards.sequences import Split, SplitView, TrainedThrough
 
-from genrec_dist.batch import Layout, encode_histories, ragged
 from genrec_dist.baseline.training import check_trained_through
+from genrec_dist.batch import Layout, encode_histories, ragged
 from genrec_dist.beam import TopItems, TrieSearcher
 from genrec_dist.results import Protocol, write_results
 from genrec_dist.run import LoadedRun

@@ -205,5 +205,7 @@ def build_words(
     spelled = np.flatnonzero(np.isin(tokens[len(specials) :], tokenizer.all_special_ids))
     if spelled.size:
         word = texts[int(np.searchsorted(offsets, spelled[0] + len(specials), side="right")) - 1 - len(specials)]
-        raise ValueError(f"the word {word!r} contains a special token: rename that id or prepare with --numbering random")
+        raise ValueError(
+            f"the word {word!r} contains a special token: rename that id or prepare with --numbering random"
+        )
     return WordTable(tokens, offsets, num_masks, len(item_codes), len(user_codes))

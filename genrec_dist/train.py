@@ -87,6 +87,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision fp16 needs a GPU: use bf16 or fp32 here")
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find anyway, and warn of
     accelerator = Accelerator(mixed_precision=precision)
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(f"{accelerator.distributed_type}: not supported yet; launch with DDP (launch/README.md)")
@@ -111,7 +113,7 @@ class Loop:
         self.searcher = make_searcher(self.model, workshop.words, accelerator.device)
         self.stop_signal = 0
         self.log = EventLog(workshop.run, active=False)
-        self.unchecked: list[tuple[int, torch.Tensor]] = []
+        self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     def state(self) -> State:
         return State(self.model, self.optimizer, self.average, self.progress, self.workshop.identity)
@@ -232,7 +234,7 @@ class Loop:
             self.average.update(step)
         if self.accelerator.num_processes > 1:
             dist.all_reduce(loss)
-        self.unchecked.append((step, loss))
+        self.unchecked.append((step, loss, norm))
         return loss, norm, stop
 
     def agree(self, target_tokens: int) -> tuple[int, int]:
@@ -252,13 +254,16 @@ class Loop:
         return norm
 
     def check_finite(self) -> None:
-        """Raise NotFinite naming the first bad step. Losses are looked at together, so that no step waits for a device."""
-        for step, loss in self.unchecked:
-            if not math.isfinite(float(loss)):
-                raise NotFinite(
-                    f"the loss is {float(loss)} at step {step}: nothing was saved since; "
-                    "lower learning_rate, raise warmup_fraction or set optimizer.clip"
-                )
+        """Raise NotFinite naming the first bad step. Steps are looked at together, so that none waits for a device."""
+        for step, loss, norm in self.unchecked:
+            # fp16 overflows now and then by design: its scaler skips those steps.
+            gradient = 0.0 if self.recipe.precision == "fp16" else float(norm)
+            for what, value in (("loss", float(loss)), ("gradient norm", gradient)):
+                if not math.isfinite(value):
+                    raise NotFinite(
+                        f"the {what} is {value} at step {step}: nothing was saved since; "
+                        "lower learning_rate, raise warmup_fraction or set optimizer.clip"
+                    )
         self.unchecked.clear()
 
     def validates(self, here: StageSteps, step: int) -> bool:

@@ -199,6 +199,21 @@ def test_nan_names_the_step_and_saves_nothing(recipe: Recipe, monkeypatch: pytes
         assert all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
 
 
+def test_a_gradient_that_is_no_number_saves_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finite loss can have an infinite gradient; the weights it spoils must not reach a checkpoint."""
+    real = Loop.take_step
+
+    def poisoned(self: Loop, step: int, *rest: object) -> object:
+        if step == 7:
+            self.model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+        return real(self, step, *rest)
+
+    monkeypatch.setattr(Loop, "take_step", poisoned)
+    with pytest.raises(NotFinite, match="gradient norm is (nan|inf) at step 7"):
+        train(replace(recipe, checkpoint_every=4))
+    assert [path.name for path in list_checkpoints(Path(recipe.run))][-1] <= "step-00000007"
+
+
 def test_an_existing_run_is_not_overwritten(recipe: Recipe) -> None:
     train(recipe)
     with pytest.raises(ValueError, match="--resume latest"):
