@@ -209,7 +209,7 @@ def test_a_gradient_that_is_no_number_saves_nothing(recipe: Recipe, monkeypatch:
         return real(self, step, *rest)
 
     monkeypatch.setattr(Loop, "take_step", poisoned)
-    with pytest.raises(NotFinite, match="gradient norm is (nan|inf) at step 7"):
+    with pytest.raises(NotFinite, match=r"gradient norm is (nan|inf) at step 7"):
         train(replace(recipe, checkpoint_every=4))
     assert [path.name for path in list_checkpoints(Path(recipe.run))][-1] <= "step-00000007"
 
