@@ -16,8 +16,10 @@ from genrec_shards.prepare import Dataset
 from genrec_shards.sequences import Split, SplitView, TrainedThrough
 
 from genrec_dist.baseline.training import check_trained_through
-from genrec_dist.batch import Layout, encode_histories, ragged
+from genrec_dist.batch import Layout, encode_histories, ragged, target_batch
 from genrec_dist.beam import TopItems, TrieSearcher
+from genrec_dist.loss import target_loss
+from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.results import Protocol, write_results
 from genrec_dist.run import LoadedRun
 
@@ -95,6 +97,23 @@ def _assemble(chunks: list[tuple[np.ndarray, TopItems]], num_users: int, top: in
     if (seen_U != 1).any():
         raise RuntimeError(f"{(seen_U != 1).sum()} of {num_users} users were not ranked exactly once")
     return TopItems(items_UN, scores_UN)
+
+
+@torch.inference_mode()
+def history_loss(
+    model: GenRecForConditionalGeneration, layout: Layout, view: SplitView, user_rows_U: np.ndarray
+) -> float:
+    """Cross-entropy a target token of these users' targets, the model as it stands."""
+    total = tokens = 0.0
+    for start in range(0, len(user_rows_U), 250):
+        users_B = user_rows_U[start : start + 250]
+        flat, offsets = ragged(view.starts[users_B], (view.ends - view.starts)[users_B])
+        encoder = encode_histories(view.items[flat], offsets, users_B, layout)
+        batch = target_batch(encoder, view.targets[users_B], layout).to(model.device)
+        logits, labels = model.target_logits(batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels)
+        total += float(target_loss(logits, labels, 1))
+        tokens += batch.num_target_tokens
+    return total / tokens
 
 
 def evaluate(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from types import FrameType, TracebackType
+from typing import Any
 
 
 class Stopped(Exception):
@@ -15,3 +17,35 @@ class Stopped(Exception):
 
 class NotFinite(ValueError):
     """The loss became NaN or infinite."""
+
+
+class StopRequest:
+    """Notes SIGTERM and SIGINT while it is entered, so that the run can save first; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        try:
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread: whoever runs us there handles signals
+            self._before = {}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+
+def ignore_signals(_: int) -> None:
+    """For workers that prepare batches: launchers and terminals signal the whole group, the trainer alone ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

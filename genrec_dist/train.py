@@ -18,11 +18,10 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 from genrec_shards.atomic import atomic_file
 from genrec_shards.keyed import mixed_key
-from genrec_shards.sequences import SplitView
 from torch.utils.data import DataLoader
 
 from genrec_dist.audit import exclude_history_default
-from genrec_dist.batch import Batch, Layout, encode_histories, ragged, target_batch
+from genrec_dist.batch import Batch
 from genrec_dist.checkpoint import (
     Progress,
     State,
@@ -32,7 +31,7 @@ from genrec_dist.checkpoint import (
     save_checkpoint,
     write_status,
 )
-from genrec_dist.evaluate import Decoding, rank_users
+from genrec_dist.evaluate import Decoding, history_loss, rank_users
 from genrec_dist.events import EventLog, git_commit, versions
 from genrec_dist.loss import target_loss
 from genrec_dist.metrics import metrics_from_histogram, rank_histogram, target_ranks
@@ -42,7 +41,7 @@ from genrec_dist.progress import Meter, TrainingDisplay
 from genrec_dist.recipe import Recipe, dump_recipe
 from genrec_dist.results import sample_users
 from genrec_dist.run import make_searcher
-from genrec_dist.stop import NotFinite, Stopped
+from genrec_dist.stop import NotFinite, Stopped, StopRequest, ignore_signals
 from genrec_dist.workshop import StageSteps, StepBatches, Workshop, open_workshop, stage_of
 
 
@@ -69,7 +68,7 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
         with atomic_file(run / "recipe.yaml") as temporary:
             temporary.write_text(dump_recipe(recipe), encoding="utf-8")
         _copy_audit(workshop)
-    with _status_of(loop), _signals(loop):
+    with _status_of(loop), loop.stop:
         loop.start(str(checkpoint) if checkpoint else None)
         loop.run()
     return run
@@ -111,7 +110,7 @@ class Loop:
         self.prepared, self.prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
         self.progress = Progress()
         self.searcher = make_searcher(self.model, workshop.words, accelerator.device)
-        self.stop_signal = 0
+        self.stop = StopRequest()
         self.log = EventLog(workshop.run, active=False)
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
@@ -155,7 +154,7 @@ class Loop:
             batch_size=None,
             num_workers=self.recipe.workers,
             prefetch_factor=4 if self.recipe.workers else None,
-            worker_init_fn=_quiet_worker,
+            worker_init_fn=ignore_signals,
         )
         yield from zip(steps, loader, strict=True)
 
@@ -240,10 +239,10 @@ class Loop:
     def agree(self, target_tokens: int) -> tuple[int, int]:
         """Target tokens of the step over all ranks, and the signal any rank has caught: all stop at the same step."""
         if self.accelerator.num_processes == 1:
-            return target_tokens, self.stop_signal
+            return target_tokens, self.stop.number
         counts = torch.tensor([target_tokens, 0, 0], device=self.accelerator.device)
-        if self.stop_signal:
-            counts[1 if self.stop_signal == signal.SIGTERM else 2] = 1
+        if self.stop.number:
+            counts[1 if self.stop.number == signal.SIGTERM else 2] = 1
         dist.all_reduce(counts)
         total, terminated, interrupted = counts.tolist()
         return total, int(signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0)
@@ -300,9 +299,10 @@ class Loop:
         self.model.eval()
         with self.averaged():
             with self.accelerator.autocast(), torch.inference_mode():
-                loss = self.validation_loss()
                 view = self.workshop.dataset.sequences.history_and_target("validation")
                 users_U = self.validation_users()
+                # Under a thousand users the loss is steady enough for a curve.
+                loss = history_loss(self.model, self.workshop.layout, view, users_U[:1000])
                 lists = rank_users(
                     self.searcher,
                     self.workshop.layout,
@@ -332,21 +332,6 @@ class Loop:
 
     def validation_users(self) -> np.ndarray:
         return sample_users(self.workshop.words.num_users, self.recipe.validation.users, self.recipe.seed)
-
-    def validation_loss(self) -> float:
-        """Cross-entropy a target token of the validation items of at most 1,000 of the sampled users."""
-        view = self.workshop.dataset.sequences.history_and_target("validation")
-        users_B = self.validation_users()[:1000]
-        total = tokens = 0.0
-        for start in range(0, len(users_B), 250):
-            part = users_B[start : start + 250]
-            batch = _validation_batch(view, part, self.workshop.layout).to(self.accelerator.device)
-            logits, labels = self.model.target_logits(
-                batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
-            )
-            total += float(target_loss(logits, labels, 1))
-            tokens += batch.num_target_tokens
-        return total / tokens
 
     def save(self) -> None:
         """Write a checkpoint; its bytes are on the disk before an older one goes."""
@@ -380,39 +365,6 @@ class Loop:
                 best_step=self.progress.best_step,
                 **facts,
             )
-
-
-def _validation_batch(view: SplitView, users_B: np.ndarray, layout: Layout) -> Batch:
-    flat, offsets = ragged(view.starts[users_B], (view.ends - view.starts)[users_B])
-    encoder = encode_histories(view.items[flat], offsets, users_B, layout)
-    return target_batch(encoder, view.targets[users_B], layout)
-
-
-def _quiet_worker(_: int) -> None:
-    # Launchers and terminals signal the whole group; the trainer alone decides when its workers stop.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@contextlib.contextmanager
-def _signals(loop: Loop) -> Iterator[None]:
-    """SIGTERM and SIGINT ask for a checkpoint and an end; a second SIGINT ends at once."""
-
-    def note(number: int, _: Any) -> None:
-        if loop.stop_signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        loop.stop_signal = number
-
-    try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError:  # not in the main thread: whoever runs us there handles signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
