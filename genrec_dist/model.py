@@ -249,8 +249,8 @@ def attention_bias(seen: Tensor, hidden: Tensor) -> Tensor:
 def choose_attention(model: GenRecForConditionalGeneration, precision: str) -> None:
     """Pick the attention that is fast here; the results agree up to rounding.
 
-    On CPU the backward of torch's fused attention takes 7 times as long in bf16 as plain matrix products do at 40 tokens
-    (docs/log.md, 2026-11-21); in fp32 and on a GPU the fused one wins.
+    On CPU the backward of torch's fused attention takes 4 times as long in bf16 as plain matrix products do at 40 tokens
+    (docs/log.md, 2026-11-21), in fp32 it is the faster one. On a GPU the fused one is taken, unmeasured so far.
     """
     plain = model.device.type == "cpu" and precision == "bf16"
     model.set_attn_implementation("eager" if plain else "sdpa")
