@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import numpy as np
+from genrec_shards.atomic import atomic_file
+from genrec_shards.prepare import Dataset
 from genrec_shards.sequences import Sequences, Split
 
 from genrec_dist.baseline import counting, popularity
@@ -97,6 +100,14 @@ def audit(sequences: Sequences, codes: list[str], timestamps: np.ndarray | None 
         tied_users=None if timestamps is None else _tied_users(sequences, timestamps),
         tied_held_out=None if timestamps is None else _tied_held_out(sequences, timestamps),
     )
+
+
+def write_audit(dataset: Dataset) -> Audit:
+    """Examine a prepared data directory and leave `audit.json` in it."""
+    found = audit(dataset.sequences, dataset.numbering.item_codes)
+    with atomic_file(dataset.path / "audit.json") as temporary:
+        temporary.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
+    return found
 
 
 def exclude_history_default(sequences: Sequences) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from genrec_shards.keyed import keyed_uniform
 from genrec_shards.plan import StepSamples
+from genrec_shards.sequences import flat_ranges
 from torch import Tensor
 
 from genrec_dist.mask import STRATEGIES, Targets
@@ -357,5 +358,4 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 def ragged(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Flat indices of the pieces [start, start + length), and the pieces' offsets."""
-    offsets = _offsets(lengths)
-    return np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], lengths), offsets
+    return flat_ranges(starts, lengths), _offsets(lengths)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import sys
@@ -77,17 +76,14 @@ def prepare(
 
     Example: genrec prepare Beauty.txt.gz --out data/beauty --numbering random
     """
-    from genrec_shards.atomic import atomic_file
     from genrec_shards.prepare import prepare as run_prepare
 
-    from genrec_dist.audit import audit
+    from genrec_dist.audit import write_audit
 
     dataset = run_prepare(
         source, out_dir, format=format_, numbering=numbering, seed=seed, overwrite=overwrite  # type: ignore[arg-type]
     )  # fmt: skip
-    found = audit(dataset.sequences, dataset.numbering.item_codes)
-    with atomic_file(Path(out_dir) / "audit.json") as temporary:
-        temporary.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
+    found = write_audit(dataset)
     sequences = dataset.sequences
     say(
         f"{out_dir}: {sequences.num_users:,} users, {sequences.num_items:,} items, "

@@ -15,7 +15,7 @@ from genrec_shards.write import write_shards
 from rich.console import Console
 from rich.table import Table
 
-from genrec_dist.audit import audit
+from genrec_dist.audit import write_audit
 from genrec_dist.evaluate import Decoding, best_device, evaluate
 from genrec_dist.metrics import bootstrap_ci95, metrics_from_histogram, rank_histogram, target_ranks
 from genrec_dist.recipe import load_recipe
@@ -65,9 +65,7 @@ def _make_data(process: Process, out: Path) -> Dataset:
     source = out / "sequences.txt.gz"
     write_sequences(process.sample(USERS, SHORTEST, LONGEST), source)
     dataset = prepare(source, out / "data", numbering="random")
-    found = audit(dataset.sequences, dataset.numbering.item_codes)
-    with atomic_file(out / "data" / "audit.json") as temporary:
-        temporary.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
+    write_audit(dataset)
     # Small tars, so that the demo really reads from several.
     write_shards(dataset, out / "data" / "shards", users_per_shard=2048)
     return dataset
