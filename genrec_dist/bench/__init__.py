@@ -1,0 +1,1 @@
+"""Measurements against named peers: one file a claim, started by `genrec bench`."""
