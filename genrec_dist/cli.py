@@ -334,6 +334,11 @@ class _processes:
             dist.destroy_process_group()
 
 
+bench = typer.Typer(help="Measure a claim beside a named peer, the two in turn.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the table, with hardware and versions.")]
+
+
 class _progress:
     """A bar on standard error of rank 0, so that standard output holds results alone."""
 
