@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from genrec_shards.keyed import keyed_uniform
+from genrec_shards.keyed import keyed_bits, keyed_uniform
 from genrec_shards.plan import StepSamples
 from genrec_shards.sequences import flat_ranges
 from torch import Tensor
@@ -97,6 +97,39 @@ class Batch:
         return Batch(**values)
 
 
+@dataclass(frozen=True)
+class RankStep:
+    """One rank's share of a step."""
+
+    micro_batches: list[Batch]
+    samples_digest: int
+    """int64, the wrapping sum of hashes of (sample id, its targets), padding left out: ranks add theirs up, and two runs that
+    agree in it took the same samples with the same masks, whatever the number of ranks."""
+    num_samples: int
+    """Samples that count."""
+    num_padding: int
+    """Repeated samples that only even out the ranks."""
+
+    @property
+    def num_target_tokens(self) -> int:
+        return sum(batch.num_target_tokens for batch in self.micro_batches)
+
+
+def idle_batch(batch: Batch) -> Batch:
+    """One sample that teaches nothing: a rank that has run out of micro-batches goes through the layers with it."""
+    one = EncoderInput(*(getattr(batch.encoder, name)[-1:] for name in EncoderInput.__dataclass_fields__))
+    return Batch(
+        encoder=one,
+        encoder_row=torch.zeros(1, dtype=torch.long),
+        decoder_input_ids=batch.decoder_input_ids[-1:],
+        labels=torch.full_like(batch.labels[-1:], IGNORED),
+        num_samples=0,
+        num_target_tokens=0,
+        num_tokens=0,
+        num_slots=one.input_ids.numel() + batch.labels.shape[1],
+    )
+
+
 class SequenceSource(Protocol):
     def gather(self, user_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(items int32 [total], offsets int64 [B + 1]) of these users' whole sequences."""
@@ -120,7 +153,7 @@ class MaskedSamples:
     """int64 [R + 1]."""
 
 
-def make_batches(
+def make_step(
     samples: StepSamples,
     source: SequenceSource,
     layout: Layout,
@@ -129,8 +162,8 @@ def make_batches(
     seed: int,
     epoch: int,
     micro_batch_tokens: int,
-) -> list[Batch]:
-    """This rank's share of a step as micro-batches of samples of like length (the sum over a step has no order).
+) -> RankStep:
+    """A rank's samples of a step as micro-batches of samples of like length (the sum over a step has no order).
 
     `mask` is the strategy, or None for [MASK] after the history. A micro-batch holds at most `micro_batch_tokens` encoder
     tokens, padding included (one sample at least).
@@ -150,7 +183,16 @@ def make_batches(
         positions_bK = targets.positions_BK[part]
         masked = apply_mask(items, starts_B[part], ends_B[part], positions_bK, targets.together, layout.words)
         batches.append(collate(masked, samples.user_rows[part], samples.is_padding[part], layout))
-    return batches
+    num_padding = int(samples.is_padding.sum())
+    return RankStep(batches, digest(samples, targets), len(samples) - num_padding, num_padding)
+
+
+def digest(samples: StepSamples, targets: Targets) -> int:
+    """`RankStep.samples_digest` of samples and the targets chosen for them."""
+    hashes_B = keyed_bits(0, samples.sample_ids)
+    for column, positions_B in enumerate(targets.positions_BK.T):
+        hashes_B ^= keyed_bits(column + 1, positions_B ^ samples.sample_ids)
+    return int(hashes_B[~samples.is_padding].sum(dtype=np.uint64).astype(np.int64))
 
 
 def _token_lengths(

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -111,6 +112,12 @@ class TrieSearcher:
         self.num_children = self._move(trie.num_children)
         self.end_item = self._move(trie.end_item.astype(np.int64))
         self.fans = [trie.widest_fan(level) for level in range(trie.depth + 1)]
+
+    def of(self, model: GenRecForConditionalGeneration) -> TrieSearcher:
+        """The same trie, decoded with another model of the same words."""
+        other = copy.copy(self)
+        other.model = model
+        return other
 
     def _move(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

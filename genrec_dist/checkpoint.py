@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from genrec_shards.atomic import atomic_directory, atomic_file
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from genrec_shards.manifest import file_sha256
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from genrec_dist.engine import Engine, Fragment
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.optim import AveragedWeights
+from genrec_dist.ranks import Ranks
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -40,8 +45,7 @@ class Progress:
 class State:
     """What a checkpoint stores."""
 
-    model: GenRecForConditionalGeneration
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     average: AveragedWeights | None
     progress: Progress
     identity: dict[str, str]
@@ -52,25 +56,76 @@ def checkpoint_dir(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def save_checkpoint(run: Path, state: State, keep: int) -> Path:
-    """Write `checkpoints/step-N/` whole under a temporary name, give it its own, and only then drop the oldest."""
+def save_checkpoint(run: Path, state: State, keep: int, ranks: Ranks) -> Path:
+    """Write `checkpoints/step-N/` whole under a temporary name, give it its own, and only then drop the oldest.
+
+    Collective. Each rank writes the stretches of weights and moments it owns, so nothing is gathered, and any number of ranks
+    at any ZeRO stage can read them. If one rank cannot write, all raise and nothing is left.
+    """
     path = checkpoint_dir(run, state.progress.step)
-    names = _parameter_names(state.model)
-    with atomic_directory(path, overwrite=True) as folder:
-        save_file({name: p.detach().contiguous() for name, p in names.items()}, folder / "model.safetensors")
-        save_file(_optimizer_tensors(state.optimizer, names), folder / "optimizer.safetensors")
-        if state.average is not None:
-            values = dict(zip(names, state.average.values, strict=True))
-            save_file({name: value.contiguous() for name, value in values.items()}, folder / "average.safetensors")
-        facts = {
-            "format_version": FORMAT_VERSION,
-            "progress": dataclasses.asdict(state.progress),
-            "identity": state.identity,
-        }
-        (folder / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+    with contextlib.ExitStack() as stack:
+        folder = ranks.text_of_main(
+            ranks.together(
+                lambda: str(stack.enter_context(atomic_directory(path, overwrite=True))) if ranks.is_main else ""
+            )
+        )
+        written = ranks.texts(ranks.together(lambda: _write_rank(Path(folder), state, ranks)))
+        ranks.together(lambda: _write_facts(Path(folder), state, list(filter(None, written)), ranks))
+        ranks.together(stack.close)  # the directory takes its name
+    if ranks.is_main:
+        for old in list_checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
     return path
+
+
+def _write_rank(folder: Path, state: State, ranks: Ranks) -> str:
+    """Write this rank's file and give its line of `state.json`, or nothing if others hold all that it holds."""
+    if not state.engine.fragments:
+        return ""
+    path = folder / f"rank-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
+    held = sorted({fragment.master for fragment in state.engine.fragments})
+    tensors = {
+        f"{kind}.{master}": values[master].detach().reshape(-1).contiguous()
+        for kind, values in _kinds(state).items()
+        for master in held
+    }
+    table = [dataclasses.astuple(fragment) for fragment in state.engine.fragments]
+    save_file(tensors, path, metadata={"fragments": json.dumps(table)})
+    return json.dumps({"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
+
+
+def _kinds(state: State) -> dict[str, list[Tensor]]:
+    """What is stored of each master: its values, the optimiser's moments, the running average."""
+    engine = state.engine
+    kinds = {"weight": engine.masters}
+    moments = engine.optimizer.state.get(engine.masters[0], {})
+    for key in moments:
+        if key != "step":
+            kinds[key] = [engine.optimizer.state[master][key] for master in engine.masters]
+    if state.average is not None:
+        kinds["average"] = state.average.values
+    return kinds
+
+
+def _write_facts(folder: Path, state: State, lines: list[str], ranks: Ranks) -> None:
+    if not ranks.is_main:
+        return
+    files = [json.loads(line) for line in lines]
+    for file in files:
+        path = folder / file["name"]
+        if not path.is_file() or path.stat().st_size != file["bytes"]:
+            raise ValueError(
+                f"{path}: written by its rank, not seen by rank 0: the run has to lie where all nodes see it"
+            )
+    moments = state.engine.optimizer.state.get(state.engine.masters[0], {})
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "progress": dataclasses.asdict(state.progress),
+        "identity": state.identity,
+        "optimizer_step": int(moments["step"]) if "step" in moments else 0,
+        "files": files,
+    }
+    (folder / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -92,54 +147,115 @@ def find_checkpoint(run: Path, resume: str) -> Path:
     return found[-1]
 
 
-def load_checkpoint(path: Path, state: State) -> Progress:
-    """Fill model, optimiser and average from a checkpoint. Raises ValueError if it belongs to other data or another recipe."""
-    facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if facts.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {facts.get('format_version')}, this version reads {FORMAT_VERSION}")
-    for key, value in state.identity.items():
+@dataclass(frozen=True)
+class _Piece:
+    """A fragment of a parameter in a file."""
+
+    file: str
+    fragment: Fragment
+
+
+class Checkpoint:
+    """A checkpoint that all ranks have found whole, open for reading."""
+
+    def __init__(self, path: Path, identity: dict[str, str], ranks: Ranks):
+        """Collective; ranks share the reading that the check takes. Raises ValueError, on all ranks, if it is damaged or
+        belongs to other data or another recipe."""
+        self.path = path
+        self.facts: dict[str, Any] = ranks.together(lambda: _read_facts(path, identity))
+        ranks.together(lambda: self._check_files(self.facts["files"][ranks.rank :: ranks.size]))
+        self.pieces: dict[str, list[_Piece]] = ranks.together(self._index)
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(**self.facts["progress"])
+
+    def _check_files(self, files: list[dict[str, Any]]) -> None:
+        for file in files:
+            path = self.path / file["name"]
+            if not path.is_file() or path.stat().st_size != file["bytes"] or file_sha256(path) != file["sha256"]:
+                raise ValueError(f"{path}: damaged or missing; resume from an older checkpoint")
+
+    def _index(self) -> dict[str, list[_Piece]]:
+        pieces: dict[str, list[_Piece]] = {}
+        for file in self.facts["files"]:
+            with safe_open(self.path / file["name"], "pt") as tensors:
+                for values in json.loads(tensors.metadata()["fragments"]):
+                    piece = _Piece(file["name"], Fragment(*values))
+                    pieces.setdefault(piece.fragment.name, []).append(piece)
+        return pieces
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """float32 [numel] of a flattened parameter from `start` on, whoever wrote it. Raises ValueError for a gap."""
+        values = torch.empty(numel)
+        found = 0
+        for piece in self.pieces.get(name, []):
+            part = piece.fragment
+            low, high = max(start, part.start), min(start + numel, part.start + part.numel)
+            if low >= high:
+                continue
+            with safe_open(self.path / piece.file, "pt") as tensors:
+                at = part.offset + low - part.start
+                values[low - start : high - start] = tensors.get_slice(f"{kind}.{part.master}")[at : at + high - low]
+            found += high - low
+        if found != numel:
+            raise ValueError(
+                f"{self.path}: {found} of {numel} values of {name} ({kind}) in it: another model's, or damaged"
+            )
+        return values
+
+    def weights(self, kind: str = "weight") -> dict[str, Tensor]:
+        """Each parameter whole and flat, by name: what a checkpoint of any number of ranks holds."""
+        lengths = {name: max(p.fragment.start + p.fragment.numel for p in parts) for name, parts in self.pieces.items()}
+        return {name: self.read(kind, name, 0, length) for name, length in lengths.items()}
+
+    @torch.no_grad()
+    def fill_model(self, model: torch.nn.Module) -> None:
+        """Before an engine is made of it: low-precision copies are then rounded from the right values."""
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.read("weight", name, 0, parameter.numel()).view_as(parameter))
+
+    @torch.no_grad()
+    def restore(self, state: State) -> Progress:
+        """Fill masters, moments and average of an engine whose model was filled before."""
+        engine, step = state.engine, self.facts["optimizer_step"]
+        kinds = {"weight": engine.masters}
+        if step > 0:
+            for master in engine.masters:
+                engine.optimizer.state[master] = {
+                    "step": torch.tensor(float(step), device=master.device),
+                    **{key: torch.zeros_like(master, requires_grad=False) for key in _MOMENTS},
+                }
+            kinds |= {key: [engine.optimizer.state[m][key] for m in engine.masters] for key in _MOMENTS}
+        if state.average is not None:
+            kinds["average"] = state.average.values
+        # Where ranks hold the same, one writes and all read.
+        for fragment in engine.fragments_read:
+            for kind, values in kinds.items():
+                flat = values[fragment.master].detach().view(-1)
+                flat[fragment.offset : fragment.offset + fragment.numel] = self.read(
+                    kind, fragment.name, fragment.start, fragment.numel
+                ).to(flat.device)
+        return self.progress
+
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def _read_facts(path: Path, identity: dict[str, str]) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        version = facts.get("format_version")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path / 'state.json'}: damaged ({error}); resume from an older checkpoint") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format {version}, this version reads {FORMAT_VERSION}: start without --resume")
+    for key, value in identity.items():
         if facts["identity"].get(key) != value:
             raise ValueError(
                 f"{path}: its {key} is not this run's: it was trained on other data or with another recipe"
             )
-    names = _parameter_names(state.model)
-    try:
-        _copy_into(names, load_file(path / "model.safetensors"))
-        _load_optimizer(state.optimizer, names, load_file(path / "optimizer.safetensors"))
-        if state.average is not None:
-            _copy_into(dict(zip(names, state.average.values, strict=True)), load_file(path / "average.safetensors"))
-    except (OSError, KeyError, SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path}: damaged ({error}); resume from an older one") from None
-    return Progress(**facts["progress"])
-
-
-def _parameter_names(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Each parameter once, tied weights under their first name."""
-    return dict(model.named_parameters())
-
-
-@torch.no_grad()
-def _copy_into(targets: dict[str, Tensor] | dict[str, torch.nn.Parameter], tensors: dict[str, Tensor]) -> None:
-    for name, target in targets.items():
-        target.copy_(tensors[name])
-
-
-def _optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[str, torch.nn.Parameter]) -> dict[str, Tensor]:
-    tensors = {}
-    for name, parameter in names.items():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{name}|{key}"] = value.detach().contiguous()
-    return tensors
-
-
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, names: dict[str, torch.nn.Parameter], tensors: dict[str, Tensor]
-) -> None:
-    for full_name, tensor in tensors.items():
-        name, key = full_name.rsplit("|", 1)
-        parameter = names[name]
-        on_device = tensor if key == "step" and parameter.device.type == "cpu" else tensor.to(parameter.device)
-        optimizer.state[parameter][key] = on_device
+    return facts
 
 
 def save_best(

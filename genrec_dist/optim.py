@@ -53,7 +53,7 @@ def learning_rate(stage: Stage, step: int, num_steps: int) -> float:
 class AveragedWeights:
     """An exponential running average of parameters, with the bias of its start removed by a growing decay."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], decay: float):
+    def __init__(self, parameters: Iterable[Tensor], decay: float):
         self.parameters = list(parameters)
         self.decay = decay
         self.values = [parameter.detach().clone() for parameter in self.parameters]

@@ -9,35 +9,38 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from genrec_shards.atomic import atomic_file
 from genrec_shards.keyed import mixed_key
 from torch.utils.data import DataLoader
 
 from genrec_dist.audit import exclude_history_default
-from genrec_dist.batch import Batch
+from genrec_dist.batch import Batch, RankStep, idle_batch
 from genrec_dist.checkpoint import (
+    Checkpoint,
     Progress,
     State,
     find_checkpoint,
-    load_checkpoint,
     save_best,
     save_checkpoint,
     write_status,
 )
+from genrec_dist.engine import make_accelerator, make_engine
 from genrec_dist.evaluate import Decoding, history_loss, rank_users
 from genrec_dist.events import EventLog, git_commit, versions
 from genrec_dist.loss import target_loss
 from genrec_dist.metrics import metrics_from_histogram, rank_histogram, target_ranks
-from genrec_dist.model import GenRecForConditionalGeneration, choose_attention
-from genrec_dist.optim import AveragedWeights, build_optimizer, learning_rate
+from genrec_dist.model import GenRecForConditionalGeneration
+from genrec_dist.optim import AveragedWeights, learning_rate
 from genrec_dist.progress import Meter, TrainingDisplay
+from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Recipe, dump_recipe
 from genrec_dist.results import sample_users
 from genrec_dist.run import make_searcher
@@ -57,21 +60,30 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
         raise ValueError(
             f"{run}: a run is there already: continue it with --resume latest, or set another run directory"
         )
-    workshop, model = open_workshop(recipe)
+    ranks = Ranks()
+    workshop, model = ranks.together(lambda: open_workshop(recipe))
     model.config.exclude_history = exclude_history_default(workshop.dataset.sequences)
-    checkpoint = find_checkpoint(run, resume) if resume else None
-    loop = Loop(workshop, model, accelerator)
+    checkpoint = _checkpoint(run, resume, workshop, ranks) if resume else None
     if checkpoint is not None:
-        loop.progress = load_checkpoint(checkpoint, loop.state())
+        checkpoint.fill_model(model)
+    loop = Loop(workshop, model, accelerator, ranks)
+    if checkpoint is not None:
+        loop.progress = checkpoint.restore(loop.state())
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         with atomic_file(run / "recipe.yaml") as temporary:
             temporary.write_text(dump_recipe(recipe), encoding="utf-8")
         _copy_audit(workshop)
     with _status_of(loop), loop.stop:
-        loop.start(str(checkpoint) if checkpoint else None)
+        loop.start(str(checkpoint.path) if checkpoint else None)
         loop.run()
     return run
+
+
+def _checkpoint(run: Path, resume: str, workshop: Workshop, ranks: Ranks) -> Checkpoint:
+    # Only one rank looks for the latest: a directory may show up on other nodes a moment later.
+    found = ranks.together(lambda: str(find_checkpoint(run, resume)) if ranks.is_main else "")
+    return Checkpoint(Path(ranks.text_of_main(found)), workshop.identity, ranks)
 
 
 def _copy_audit(workshop: Workshop) -> None:
@@ -81,33 +93,41 @@ def _copy_audit(workshop: Workshop) -> None:
             temporary.write_bytes(source.read_bytes())
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate's state for this recipe; topology comes from the launcher."""
-    precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
-    if recipe.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision fp16 needs a GPU: use bf16 or fp32 here")
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find anyway, and warn of
-    accelerator = Accelerator(mixed_precision=precision)
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(f"{accelerator.distributed_type}: not supported yet; launch with DDP (launch/README.md)")
-    return accelerator
+@dataclass(frozen=True)
+class Agreed:
+    """What the ranks know of a step together."""
+
+    target_tokens: int
+    samples: int
+    padding_samples: int
+    samples_digest: str
+    """64 bits in hex: the same for the same samples with the same masks, on any number of ranks."""
+    micro_steps: int
+    """Most micro-batches that a rank has."""
+    stop: int
+    """Signal that any rank has caught, or 0."""
 
 
 class Loop:
     """The loop and what it carries from step to step."""
 
-    def __init__(self, workshop: Workshop, model: GenRecForConditionalGeneration, accelerator: Accelerator):
+    def __init__(
+        self,
+        workshop: Workshop,
+        model: GenRecForConditionalGeneration,
+        accelerator: Accelerator,
+        ranks: Ranks | None = None,
+    ):
         self.workshop, self.recipe, self.accelerator = workshop, workshop.recipe, accelerator
-        self.model = model.to(accelerator.device)
-        choose_attention(self.model, self.recipe.precision)
-        self.optimizer = build_optimizer(self.model, self.recipe.optimizer)
+        self.ranks = ranks or Ranks()
+        self.model = model
+        self.num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes most of them away
+        self.engine = make_engine(model, self.recipe, accelerator)
         self.average = (
-            AveragedWeights(self.model.parameters(), self.recipe.optimizer.average)
+            AveragedWeights(self.engine.masters, self.recipe.optimizer.average)
             if self.recipe.optimizer.average
             else None
         )
-        self.prepared, self.prepared_optimizer = accelerator.prepare(self.model, self.optimizer)
         self.progress = Progress()
         self.searcher = make_searcher(self.model, workshop.words, accelerator.device)
         self.stop = StopRequest()
@@ -115,37 +135,38 @@ class Loop:
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     def state(self) -> State:
-        return State(self.model, self.optimizer, self.average, self.progress, self.workshop.identity)
+        return State(self.engine, self.average, self.progress, self.workshop.identity)
 
     @property
     def end_step(self) -> int:
         return self.workshop.stages[-1].end_step
 
     def start(self, resumed_from: str | None) -> None:
-        self.log = EventLog(self.workshop.run, active=self.accelerator.is_main_process)
+        self.log = EventLog(self.workshop.run, active=self.ranks.is_main)
         self.log.write(
             "start",
             recipe=self.recipe.as_dict(),
             git=git_commit(),
             versions=versions(),
-            parameters=sum(p.numel() for p in self.model.parameters()),
+            parameters=self.num_parameters,
             resumed_from=resumed_from,
-            processes=self.accelerator.num_processes,
+            processes=self.ranks.size,
             distributed_type=str(self.accelerator.distributed_type),
+            zero_stage=self.accelerator.deepspeed_plugin.zero_stage if self.accelerator.deepspeed_plugin else None,
             samples={s.name: s.plan.num_samples for s in self.workshop.stages},
             users_without_samples={s.name: s.plan.users_without_samples for s in self.workshop.stages},
         )
         self.write_status("running")
 
-    def batches(self) -> Iterator[tuple[int, list[Batch]]]:
-        """(global step, micro-batches) from where the run stands."""
+    def batches(self) -> Iterator[tuple[int, RankStep]]:
+        """(global step, this rank's share of it) from where the run stands."""
         data = StepBatches(
             self.workshop.stages,
             self.workshop.reader,
             self.workshop.layout,
             self.recipe,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
+            self.ranks.rank,
+            self.ranks.size,
         )
         steps = range(self.progress.step, self.end_step)
         loader = DataLoader(
@@ -161,23 +182,24 @@ class Loop:
     def run(self) -> None:
         """The training loop."""
         started = time.monotonic()
-        display = TrainingDisplay(self.workshop.stages, self.progress.step, active=self.accelerator.is_main_process)
+        display = TrainingDisplay(self.workshop.stages, self.progress.step, active=self.ranks.is_main)
         meter = Meter()
         batches = self.batches()
         with display, contextlib.closing(batches):  # type: ignore[type-var]
             while self.progress.step < self.end_step and self.progress.stage_ended_early < 0:
                 with meter.waiting():
-                    step, micro_batches = next(batches)
+                    step, share = next(batches)
                 here = stage_of(self.workshop.stages, step)
                 rate = learning_rate(here.stage, step - here.first_step, here.num_steps)
-                loss, norm, stop = self.take_step(step, micro_batches, rate, here.stage.label_smoothing, meter)
+                agreed = self.agree(share)
+                loss, norm = self.take_step(step, share, agreed, rate, here.stage.label_smoothing, meter)
                 self.progress.step = step + 1
                 display.advance(here.name, step + 1)
 
                 at_end = here.ends_epoch(step)
                 if step % self.recipe.log_every == 0 or at_end:
                     self.check_finite()
-                    fields = meter.read(self.accelerator.num_processes)
+                    fields = meter.read(self.ranks.size)
                     self.log.write(
                         "step",
                         stage=here.name,
@@ -186,6 +208,9 @@ class Loop:
                         loss=float(loss),
                         learning_rate=rate,
                         gradient_norm=float(norm),
+                        samples=agreed.samples,
+                        padding_samples=agreed.padding_samples,
+                        samples_digest=agreed.samples_digest,
                         **fields,
                     )
                     display.show(loss=float(loss), tokens_per_second=fields["tokens_per_second"])
@@ -193,64 +218,62 @@ class Loop:
                     scores = self.validate(here, step)
                     display.show_validation(here.name, here.locate(step)[0], scores)
                     meter.restart()
-                if stop or at_end or self.progress.step % self.recipe.checkpoint_every == 0:
+                if agreed.stop or at_end or self.progress.step % self.recipe.checkpoint_every == 0:
                     self.save()
                     meter.restart()
-                if stop:
-                    raise Stopped(stop)
+                if agreed.stop:
+                    raise Stopped(agreed.stop)
         self.finish(time.monotonic() - started)
 
     def take_step(
-        self, step: int, micro_batches: list[Batch], rate: float, label_smoothing: float, meter: Meter
-    ) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """One optimiser step: (loss a target token over all ranks, gradient norm, signal that asks to stop or 0)."""
-        for group in self.optimizer.param_groups:
+        self, step: int, share: RankStep, agreed: Agreed, rate: float, label_smoothing: float, meter: Meter
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimiser step: (loss a target token over all ranks, gradient norm)."""
+        for group in self.engine.optimizer.param_groups:
             group["lr"] = rate
         # Dropout is a function of the step too: a resumed run draws what the unbroken one draws.
-        torch.manual_seed(mixed_key(self.recipe.seed, 0xD209, step, self.accelerator.process_index) >> 1)
-        target_tokens, stop = self.agree(sum(batch.num_target_tokens for batch in micro_batches))
-        self.prepared.train()
+        torch.manual_seed(mixed_key(self.recipe.seed, 0xD209, step, self.ranks.rank) >> 1)
+        micro_batches = self.micro_batches(share, agreed)
         loss = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(micro_batches):
-            last = number == len(micro_batches) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared):
-                on_device = batch.to(self.accelerator.device)
-                logits_nV, labels_n = self.prepared(
-                    **vars(on_device.encoder),
-                    encoder_row=on_device.encoder_row,
-                    decoder_input_ids=on_device.decoder_input_ids,
-                    labels=on_device.labels,
-                )
-                part = target_loss(logits_nV, labels_n, target_tokens, label_smoothing)
-                # DDP averages gradients over ranks; the loss is a sum over them.
-                self.accelerator.backward(part * self.accelerator.num_processes)
-                loss = loss + part.detach()
+            with self.engine.micro_step(last=number == len(micro_batches) - 1):
+                logits_nV, labels_n = self.engine.logits(batch.to(self.accelerator.device))
+                part = target_loss(logits_nV, labels_n, agreed.target_tokens, label_smoothing)
+                self.engine.backward(part)
+            loss = loss + part.detach()
             meter.count(batch)
-        norm = self.clip()
-        self.prepared_optimizer.step()
-        self.prepared_optimizer.zero_grad(set_to_none=True)
+        norm = self.engine.step()
         if self.average is not None:
             self.average.update(step)
-        if self.accelerator.num_processes > 1:
+        if self.ranks.size > 1:
             dist.all_reduce(loss)
         self.unchecked.append((step, loss, norm))
-        return loss, norm, stop
+        return loss, norm
 
-    def agree(self, target_tokens: int) -> tuple[int, int]:
-        """Target tokens of the step over all ranks, and the signal any rank has caught: all stop at the same step."""
-        if self.accelerator.num_processes == 1:
-            return target_tokens, self.stop.number
-        counts = torch.tensor([target_tokens, 0, 0], device=self.accelerator.device)
-        if self.stop.number:
-            counts[1 if self.stop.number == signal.SIGTERM else 2] = 1
-        dist.all_reduce(counts)
-        total, terminated, interrupted = counts.tolist()
-        return total, int(signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0)
+    def micro_batches(self, share: RankStep, agreed: Agreed) -> list[Batch]:
+        """The share's micro-batches; where ranks must take equally many, with idle ones before them."""
+        missing = agreed.micro_steps - len(share.micro_batches) if self.engine.needs_equal_micro_steps else 0
+        return [idle_batch(share.micro_batches[-1])] * missing + share.micro_batches
 
-    def clip(self) -> torch.Tensor:
-        largest = self.recipe.optimizer.clip or math.inf
-        norm: torch.Tensor = self.accelerator.clip_grad_norm_(self.prepared.parameters(), largest)
-        return norm
+    def agree(self, share: RankStep) -> Agreed:
+        """What all ranks have to know of the step before it: they divide by the same tokens and stop at the same step."""
+        mine = [
+            share.num_target_tokens,
+            share.num_samples,
+            share.num_padding,
+            share.samples_digest,
+            len(share.micro_batches),
+            self.stop.number,
+        ]
+        tokens, samples, padding, digests, micro_steps, stops = zip(*self.ranks.exchange(mine), strict=True)
+        return Agreed(
+            target_tokens=sum(tokens),
+            samples=sum(samples),
+            padding_samples=sum(padding),
+            samples_digest=f"{sum(digests) % 2**64:016x}",
+            micro_steps=max(micro_steps),
+            stop=signal.SIGTERM if signal.SIGTERM in stops else max(stops),
+        )
 
     def check_finite(self) -> None:
         """Raise NotFinite naming the first bad step. Steps are looked at together, so that none waits for a device."""
@@ -296,27 +319,25 @@ class Loop:
 
     def score_validation(self) -> dict[str, float]:
         """Loss and metrics; with a running average of the weights, it is the average that is scored and kept."""
-        self.model.eval()
-        with self.averaged():
-            with self.accelerator.autocast(), torch.inference_mode():
-                view = self.workshop.dataset.sequences.history_and_target("validation")
-                users_U = self.validation_users()
-                # Under a thousand users the loss is steady enough for a curve.
-                loss = history_loss(self.model, self.workshop.layout, view, users_U[:1000])
-                lists = rank_users(
-                    self.searcher,
-                    self.workshop.layout,
-                    view,
-                    users_U,
-                    Decoding(beam=self.recipe.validation.beam, exclude_history=self.model.config.exclude_history),
-                    rank=self.accelerator.process_index,
-                    world_size=self.accelerator.num_processes,
-                )
+        view = self.workshop.dataset.sequences.history_and_target("validation")
+        users_U = self.validation_users()
+        with self.averaged(), self.engine.whole() as model, torch.inference_mode():
+            # Under a thousand users the loss is steady enough for a curve.
+            loss = history_loss(model, self.workshop.layout, view, users_U[:1000])
+            lists = rank_users(
+                self.searcher.of(model),
+                self.workshop.layout,
+                view,
+                users_U,
+                Decoding(beam=self.recipe.validation.beam, exclude_history=model.config.exclude_history),
+                rank=self.ranks.rank,
+                world_size=self.ranks.size,
+            )
             metrics = metrics_from_histogram(rank_histogram(target_ranks(lists.items, view.targets[users_U])))
-            if metrics["NDCG@10"] > self.progress.best_ndcg and self.accelerator.is_main_process:
+            if metrics["NDCG@10"] > self.progress.best_ndcg and self.ranks.is_main:
                 self.check_finite()
                 workshop = self.workshop
-                save_best(workshop.run, self.model, workshop.tokenizer, workshop.dataset.path, self.progress.step - 1)
+                save_best(workshop.run, model, workshop.tokenizer, workshop.dataset.path, self.progress.step - 1)
         return {"loss": loss, **{key: metrics[key] for key in ("HR@5", "HR@10", "NDCG@5", "NDCG@10")}}
 
     @contextlib.contextmanager
@@ -336,12 +357,9 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint; its bytes are on the disk before an older one goes."""
         self.check_finite()
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            path = save_checkpoint(self.workshop.run, self.state(), self.recipe.keep_checkpoints)
-            self.log.write("checkpoint", step=self.progress.step, path=str(path.relative_to(self.workshop.run)))
-            self.write_status("running")
-        self.accelerator.wait_for_everyone()
+        path = save_checkpoint(self.workshop.run, self.state(), self.recipe.keep_checkpoints, self.ranks)
+        self.log.write("checkpoint", step=self.progress.step, path=str(path.relative_to(self.workshop.run)))
+        self.write_status("running")
 
     def finish(self, seconds: float) -> None:
         self.check_finite()
@@ -356,7 +374,7 @@ class Loop:
         self.write_status("finished", seconds=round(seconds, 1))
 
     def write_status(self, status: str, **facts: Any) -> None:
-        if self.accelerator.is_main_process:
+        if self.ranks.is_main:
             write_status(
                 self.workshop.run,
                 status,

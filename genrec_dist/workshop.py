@@ -17,7 +17,7 @@ from genrec_shards.prepare import Dataset, load_dataset
 from genrec_shards.read import ShardReader
 from torch.utils.data import Dataset as TorchDataset
 
-from genrec_dist.batch import Batch, Layout, make_batches
+from genrec_dist.batch import Layout, RankStep, make_step
 from genrec_dist.loss import target_loss
 from genrec_dist.model import GenRecForConditionalGeneration, build_model
 from genrec_dist.recipe import Recipe, Stage
@@ -51,8 +51,8 @@ class StageSteps:
         return self.locate(step)[1] == self.plan.steps_per_epoch - 1
 
 
-class StepBatches(TorchDataset[list[Batch]]):
-    """Global step -> this rank's micro-batches. A map, so that loading ahead and resuming need no state."""
+class StepBatches(TorchDataset[RankStep]):
+    """Global step -> this rank's share of it. A map, so that loading ahead and resuming need no state."""
 
     def __init__(
         self, stages: list[StageSteps], reader: ShardReader, layout: Layout, recipe: Recipe, rank: int, world: int
@@ -60,11 +60,11 @@ class StepBatches(TorchDataset[list[Batch]]):
         self.stages, self.reader, self.layout, self.recipe = stages, reader, layout, recipe
         self.rank, self.world = rank, world
 
-    def __getitem__(self, step: int) -> list[Batch]:
+    def __getitem__(self, step: int) -> RankStep:
         here = stage_of(self.stages, step)
         epoch, step_of_epoch = here.locate(step)
         samples = split_among_ranks(here.plan.step(here.first_epoch + epoch, step_of_epoch), self.rank, self.world)
-        return make_batches(
+        return make_step(
             samples,
             self.reader,
             self.layout,
@@ -173,7 +173,7 @@ def _recipe_hash(recipe: Recipe) -> str:
 def describe(recipe: Recipe) -> dict[str, Any]:
     """What a run would do (`--dry-run`): sizes and steps, one batch through the model, nothing written."""
     workshop, model = open_workshop(recipe)
-    batches = StepBatches(workshop.stages, workshop.reader, workshop.layout, recipe, 0, 1)[0]
+    batches = StepBatches(workshop.stages, workshop.reader, workshop.layout, recipe, 0, 1)[0].micro_batches
     with torch.inference_mode():
         first = batches[-1]
         logits, labels = model.target_logits(first.encoder, first.encoder_row, first.decoder_input_ids, first.labels)

@@ -19,7 +19,7 @@ from genrec_dist.batch import (
     choose_targets,
     cut,
     encode_histories,
-    make_batches,
+    make_step,
     target_batch,
 )
 from genrec_dist.loss import target_loss
@@ -82,7 +82,8 @@ def whole_step(source: Lists, space: str, trained_through="n-2", epoch=0) -> Ste
 
 
 def batches_of(samples, source, where=None, mask=None, epoch=0, budget=WHOLE) -> list[Batch]:
-    return make_batches(samples, source, where or layout(), mask=mask, seed=3, epoch=epoch, micro_batch_tokens=budget)
+    step = make_step(samples, source, where or layout(), mask=mask, seed=3, epoch=epoch, micro_batch_tokens=budget)
+    return step.micro_batches
 
 
 def cases():

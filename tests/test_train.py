@@ -20,15 +20,16 @@ from genrec_shards.prepare import load_dataset, prepare
 from genrec_shards.sequences import write_sequences
 from genrec_shards.synthetic import make_process
 from genrec_shards.write import write_shards
-from safetensors.torch import load_file
 
-from genrec_dist.batch import Batch
-from genrec_dist.checkpoint import list_checkpoints
+from genrec_dist.batch import RankStep
+from genrec_dist.checkpoint import Checkpoint, list_checkpoints
+from genrec_dist.engine import make_accelerator
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.progress import Meter
 from genrec_dist.recipe import Recipe, dump_recipe, load_recipe
 from genrec_dist.stop import NotFinite
-from genrec_dist.train import Loop, make_accelerator, train
+from genrec_dist.ranks import Ranks
+from genrec_dist.train import Loop, train
 from genrec_dist.workshop import StepBatches, describe, open_workshop, plan_stages
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -73,7 +74,7 @@ def status(run: Path) -> dict:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(list_checkpoints(run)[-1] / "model.safetensors")
+    return Checkpoint(list_checkpoints(run)[-1], {}, Ranks()).weights()
 
 
 def start(recipe: Recipe, folder: Path, *more: str) -> subprocess.Popen:
@@ -196,7 +197,7 @@ def test_nan_names_the_step_and_saves_nothing(recipe: Recipe, monkeypatch: pytes
     named = int(str(caught.value).split("at step ")[1].split(":")[0])
     assert all(int(path.name.removeprefix("step-")) <= named for path in list_checkpoints(run))
     for path in list_checkpoints(run):
-        assert all(tensor.isfinite().all() for tensor in load_file(path / "model.safetensors").values())
+        assert all(tensor.isfinite().all() for tensor in Checkpoint(path, {}, Ranks()).weights().values())
 
 
 def test_a_gradient_that_is_no_number_saves_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,23 +276,27 @@ def test_stages_follow_each_other_and_share_no_epoch(recipe: Recipe) -> None:
     assert second.ends_epoch(second.end_step - 1)
 
 
-def gradients(loop: Loop, batches: list[Batch]) -> list[torch.Tensor]:
-    loop.model.eval()
+def gradients(loop: Loop, share: RankStep) -> list[torch.Tensor]:
     kept = []
-    loop.clip = lambda: kept.extend(p.grad.clone() for p in loop.model.parameters()) or torch.zeros(())  # type: ignore[method-assign]
-    loop.prepared.train = lambda: None
-    loop.take_step(0, batches, 0.0, 0.0, Meter())
+    step = loop.engine.step
+
+    def kept_and_stepped() -> torch.Tensor:
+        kept.extend(p.grad.clone() for p in loop.model.parameters())
+        return step()
+
+    loop.engine.step = kept_and_stepped  # type: ignore[method-assign]
+    loop.take_step(0, share, loop.agree(share), 0.0, 0.0, Meter())
     return kept
 
 
 def test_gradients_do_not_depend_on_the_cut_into_micro_batches(recipe: Recipe) -> None:
     found = []
     for tokens in (64, 100_000):
-        cut = replace(recipe, micro_batch_tokens=tokens)
+        cut = replace(recipe, micro_batch_tokens=tokens, model=replace(recipe.model, dropout=0.0))
         workshop, model = open_workshop(cut)
         data = StepBatches(workshop.stages, workshop.reader, workshop.layout, cut, 0, 1)
         found.append(gradients(Loop(workshop, model, make_accelerator(cut)), data[0]))
-        assert (len(data[0]) > 1) == (tokens == 64)
+        assert (len(data[0].micro_batches) > 1) == (tokens == 64)
     for one, many in zip(*found, strict=True):
         assert torch.allclose(one, many, atol=1e-6, rtol=1e-4)
 
