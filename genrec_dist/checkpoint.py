@@ -211,22 +211,22 @@ class Checkpoint:
 
     @torch.no_grad()
     def fill_model(self, model: torch.nn.Module) -> None:
-        """Before an engine is made of it: low-precision copies are then rounded from the right values."""
+        """Before an engine is made of it, which then rounds or spreads the right values."""
         for name, parameter in model.named_parameters():
             parameter.copy_(self.read("weight", name, 0, parameter.numel()).view_as(parameter))
 
     @torch.no_grad()
     def restore(self, state: State) -> Progress:
-        """Fill masters, moments and average of an engine whose model was filled before."""
+        """Fill moments and average of an engine that was made of a filled model."""
         engine, step = state.engine, self.facts["optimizer_step"]
-        kinds = {"weight": engine.masters}
+        kinds: dict[str, list[Tensor]] = {}
         if step > 0:
             for master in engine.masters:
                 engine.optimizer.state[master] = {
                     "step": torch.tensor(float(step), device=master.device),
                     **{key: torch.zeros_like(master, requires_grad=False) for key in _MOMENTS},
                 }
-            kinds |= {key: [engine.optimizer.state[m][key] for m in engine.masters] for key in _MOMENTS}
+            kinds = {key: [engine.optimizer.state[m][key] for m in engine.masters] for key in _MOMENTS}
         if state.average is not None:
             kinds["average"] = state.average.values
         # Where ranks hold the same, one writes and all read.

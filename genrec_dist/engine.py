@@ -185,6 +185,7 @@ class Spread:
     def __init__(self, model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator):
         self.model, self.recipe, self.accelerator = model, recipe, accelerator
         ours = build_optimizer(model, recipe.optimizer)
+        exact = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
         self.engine, _ = accelerator.prepare(model, ours)
         self.stage = self.engine.zero_optimization_stage()
         # Float32 at stage 0 alone has no wrapper that keeps masters: the parameters are stepped themselves.
@@ -196,6 +197,15 @@ class Spread:
         self.masters = self._masters()
         self.fragments_read = self._fragments()
         self.fragments = self.fragments_read if self.stage or accelerator.is_main_process else []
+        self._fill_masters(exact)
+
+    @torch.no_grad()
+    def _fill_masters(self, exact: dict[str, Tensor]) -> None:
+        """DeepSpeed makes its float32 masters of weights that it has rounded to bf16 before; a resume would drift."""
+        for fragment in self.fragments_read:
+            values = exact[fragment.name].view(-1)[fragment.start : fragment.start + fragment.numel]
+            master = self.masters[fragment.master].view(-1)
+            master[fragment.offset : fragment.offset + fragment.numel] = values.to(master.device)
 
     def _masters(self) -> list[Tensor]:
         wrapper = self.engine.optimizer

@@ -26,9 +26,9 @@ from genrec_dist.checkpoint import Checkpoint, list_checkpoints
 from genrec_dist.engine import make_accelerator
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.progress import Meter
+from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Recipe, dump_recipe, load_recipe
 from genrec_dist.stop import NotFinite
-from genrec_dist.ranks import Ranks
 from genrec_dist.train import Loop, train
 from genrec_dist.workshop import StepBatches, describe, open_workshop, plan_stages
 

@@ -27,17 +27,30 @@ def environment(**more: str) -> dict[str, str]:
     return kept | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | more
 
 
-def run_ranks(arguments: list[str | Path], logs: Path, num_ranks: int = 2, timeout: float = 120) -> Ranks:
+def deepspeed_environment(**more: str) -> dict[str, str]:
+    """As `environment`, for ranks on a CPU under DeepSpeed: accelerate's CPU switch would turn it off without a word."""
+    kept = environment(DS_ACCELERATOR="cpu", **more)
+    del kept["ACCELERATE_USE_CPU"]
+    return kept
+
+
+def run_ranks(
+    arguments: list[str | Path],
+    logs: Path,
+    num_ranks: int = 2,
+    timeout: float = 120,
+    env: dict[str, str] | None = None,
+) -> Ranks:
     """Run a script (`[path, argument, ...]`) or a module (`["-m", name, argument, ...]`) on `num_ranks` ranks.
 
-    `logs`: a directory for their outputs. A run that outlives `timeout` seconds is killed and fails the test.
+    `env`: the ranks' whole environment, default `environment()`. `logs`: a directory for their outputs. A run that outlives `timeout` seconds is killed and fails the test.
     """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks),
         "--master_addr", "127.0.0.1", "--master_port", str(_free_port()),
         "--log_dir", str(logs), "--redirects", "3", *map(str, arguments),
     ]  # fmt: skip
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(command, env=env or environment(), capture_output=True, text=True, timeout=timeout)
     outputs = {
         stream: [_text(logs, f"{rank}/{stream}.log") for rank in range(num_ranks)] for stream in ("stdout", "stderr")
     }

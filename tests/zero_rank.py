@@ -1,0 +1,93 @@
+"""One rank of tests/test_zero.py: works through a list of jobs, each with accelerate's state made anew.
+
+`zero_rank.py JOBS.json`: a list of {"name", "stage" (null: no DeepSpeed), "recipe" (path), "job": "steps" | "train", ...}.
+Each job leaves NAME.json (rank 0) beside the list: losses, facts, or the errors of all ranks.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from safetensors.torch import save_file
+
+import genrec_dist.engine
+from genrec_dist.engine import Spread, make_accelerator
+from genrec_dist.optim import build_optimizer
+from genrec_dist.progress import Meter
+from genrec_dist.ranks import Ranks
+from genrec_dist.recipe import load_recipe
+from genrec_dist.train import Loop, train
+from genrec_dist.workshop import StepBatches, open_workshop
+
+
+def main(path: Path) -> None:
+    for job in json.loads(path.read_text()):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = str(job["stage"] is not None).lower()
+        os.environ["ACCELERATE_USE_CPU"] = str(job["stage"] is None).lower()
+        os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(job["stage"])
+        try:
+            facts = {"steps": steps, "train": train_run}[job["job"]](job, path.parent)
+        except ValueError as error:
+            facts = {"error": str(error)}
+        ranks = Ranks()
+        facts["errors"] = ranks.texts(facts.get("error", ""))
+        if ranks.is_main:
+            (path.parent / f"{job['name']}.json").write_text(json.dumps(facts))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Some steps of a run by an optimiser of the test's choice; the weights before and after are kept."""
+    recipe = load_recipe(job["recipe"], job.get("set", []))
+    if job["optimizer"] == "sgd":
+        genrec_dist.engine.build_optimizer = lambda model, _: torch.optim.SGD(model.parameters(), lr=0.0)
+    accelerator = make_accelerator(recipe)
+    workshop, model = open_workshop(recipe)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    loop = Loop(workshop, model, accelerator)
+    genrec_dist.engine.build_optimizer = build_optimizer
+    if job.get("leave_out") == loop.ranks.rank:
+        backward = loop.engine.backward
+        loop.engine.backward = lambda loss: backward(loss * 0.0)
+    data = StepBatches(
+        workshop.stages, workshop.reader, workshop.layout, recipe, loop.ranks.rank, loop.ranks.size
+    )  # fmt: skip
+    losses, digests, idle = [], [], 0
+    for step in range(job["steps"]):
+        share = data[step]
+        agreed = loop.agree(share)
+        idle += len(loop.micro_batches(share, agreed)) - len(share.micro_batches)
+        loss, _ = loop.take_step(step, share, agreed, job["rate"], 0.0, Meter())
+        losses.append(float(loss))
+        digests.append(agreed.samples_digest)
+    with loop.engine.whole() as whole:
+        after = {name: p.detach().float().clone() for name, p in whole.named_parameters()}
+    if loop.ranks.is_main:
+        save_file({name: after[name] - before[name] for name in after}, folder / f"{job['name']}.safetensors")
+    return {
+        "losses": losses,
+        "digests": digests,
+        "idle": sum(row[0] for row in loop.ranks.exchange([idle])),
+        "distributed_type": accelerator.distributed_type.value,
+        "stage": loop.engine.engine.zero_optimization_stage() if isinstance(loop.engine, Spread) else None,
+        "processes": accelerator.num_processes,
+    }
+
+
+def train_run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    recipe = load_recipe(job["recipe"], job.get("set", []))
+    return {"run": str(train(recipe, resume=job.get("resume")))}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
