@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, Protocol
 
@@ -109,6 +109,9 @@ class RankStep:
     """Samples that count."""
     num_padding: int
     """Repeated samples that only even out the ranks."""
+    id_rows: dict[str, Tensor] = field(default_factory=dict)
+    """`user`, `item` -> int64 [u], the step's distinct table rows, ascending, where id tables live outside the model; the
+    micro-batches then hold places among them."""
 
     @property
     def num_target_tokens(self) -> int:

@@ -24,6 +24,7 @@ from genrec_dist.engine import Engine, Fragment
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.optim import AveragedWeights
 from genrec_dist.ranks import Ranks
+from genrec_dist.tables import IdTables
 
 FORMAT_VERSION = 2
 
@@ -47,6 +48,7 @@ class State:
 
     engine: Engine
     average: AveragedWeights | None
+    tables: IdTables
     progress: Progress
     identity: dict[str, str]
     """Hashes of sequences, numbering and recipe that a resume must meet again."""
@@ -70,7 +72,7 @@ def save_checkpoint(run: Path, state: State, keep: int, ranks: Ranks) -> Path:
             )
         )
         written = ranks.texts(ranks.together(lambda: _write_rank(Path(folder), state, ranks)))
-        ranks.together(lambda: _write_facts(Path(folder), state, list(filter(None, written)), ranks))
+        ranks.together(lambda: _write_facts(Path(folder), state, written, ranks))
         ranks.together(stack.close)  # the directory takes its name
     if ranks.is_main:
         for old in list_checkpoints(run)[:-keep]:
@@ -79,9 +81,16 @@ def save_checkpoint(run: Path, state: State, keep: int, ranks: Ranks) -> Path:
 
 
 def _write_rank(folder: Path, state: State, ranks: Ranks) -> str:
-    """Write this rank's file and give its line of `state.json`, or nothing if others hold all that it holds."""
-    if not state.engine.fragments:
-        return ""
+    """Write this rank's files and give their lines of `state.json`; none if others hold all that it holds."""
+    files = state.tables.save(folder)
+    if state.engine.fragments:
+        files.append(_write_fragments(folder, state, ranks))
+    return json.dumps(
+        [{"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files]
+    )
+
+
+def _write_fragments(folder: Path, state: State, ranks: Ranks) -> Path:
     path = folder / f"rank-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
     held = sorted({fragment.master for fragment in state.engine.fragments})
     tensors = {
@@ -91,7 +100,7 @@ def _write_rank(folder: Path, state: State, ranks: Ranks) -> str:
     }
     table = [dataclasses.astuple(fragment) for fragment in state.engine.fragments]
     save_file(tensors, path, metadata={"fragments": json.dumps(table)})
-    return json.dumps({"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)})
+    return path
 
 
 def _kinds(state: State) -> dict[str, list[Tensor]]:
@@ -110,7 +119,7 @@ def _kinds(state: State) -> dict[str, list[Tensor]]:
 def _write_facts(folder: Path, state: State, lines: list[str], ranks: Ranks) -> None:
     if not ranks.is_main:
         return
-    files = [json.loads(line) for line in lines]
+    files = [file for line in lines for file in json.loads(line)]
     for file in files:
         path = folder / file["name"]
         if not path.is_file() or path.stat().st_size != file["bytes"]:
@@ -179,6 +188,8 @@ class Checkpoint:
     def _index(self) -> dict[str, list[_Piece]]:
         pieces: dict[str, list[_Piece]] = {}
         for file in self.facts["files"]:
+            if not file["name"].startswith("rank-"):
+                continue
             with safe_open(self.path / file["name"], "pt") as tensors:
                 for values in json.loads(tensors.metadata()["fragments"]):
                     piece = _Piece(file["name"], Fragment(*values))
@@ -217,7 +228,8 @@ class Checkpoint:
 
     @torch.no_grad()
     def restore(self, state: State) -> Progress:
-        """Fill moments and average of an engine that was made of a filled model."""
+        """Fill moments and average of an engine that was made of a filled model, and the id tables outside it."""
+        state.tables.load(self.path)
         engine, step = state.engine, self.facts["optimizer_step"]
         kinds: dict[str, list[Tensor]] = {}
         if step > 0:

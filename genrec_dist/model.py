@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from genrec_dist.batch import IGNORED, EncoderInput
@@ -27,6 +28,8 @@ class GenRecConfig(BartConfig):
     num_users, num_items: rows of the tables without the zero row; 0 leaves a table out. id_dropout: dropout of the id
     terms alone. encoder_positions: "from-start" (BART) or "from-end". max_input_tokens: where the text is cut.
     numbering_hash: the numbering this model speaks. exclude_history: whether its lists leave out the history by default.
+    id_dim: width of the id tables, then projected to d_model; 0: d_model, no projection. ids_outside: the tables live
+    outside the model (`tables.py`), which sees the rows of a step alone; never so in what is saved as `best`.
     """
 
     model_type = "genrec"
@@ -39,6 +42,8 @@ class GenRecConfig(BartConfig):
     max_input_tokens: int = 512
     numbering_hash: str = ""
     exclude_history: bool = True
+    id_dim: int = 0
+    ids_outside: bool = False
 
 
 class IdEmbedding(nn.Embedding):
@@ -46,6 +51,31 @@ class IdEmbedding(nn.Embedding):
 
     def __init__(self, num_ids: int, width: int):
         super().__init__(num_ids + 1, width, padding_idx=0)
+
+    def places(self, rows_BL: Tensor) -> Tensor:
+        """Where in `weight` these rows lie."""
+        return rows_BL
+
+
+class FetchedRows(nn.Module):
+    """The rows of an id table that a step or an evaluation touches, put here from outside; no parameter."""
+
+    weight: Tensor
+    """float32 [u + 1, width]: the zero row and the fetched ones."""
+    rows: Tensor | None = None
+    """int64 [u], ascending: which rows they are. None: the batch's numbers are places already."""
+
+    def places(self, rows_BL: Tensor) -> Tensor:
+        if self.rows is None:
+            return rows_BL
+        return torch.where(rows_BL > 0, torch.searchsorted(self.rows, rows_BL - 1) + 1, 0)
+
+
+class IdProjection(nn.Linear):
+    """From the width of a factorised id table to the model's; keeps the scale of what goes through."""
+
+    def __init__(self, id_dim: int, width: int):
+        super().__init__(id_dim, width, bias=False)
 
 
 class GenRecForConditionalGeneration(BartForConditionalGeneration):
@@ -59,26 +89,36 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
 
     def __init__(self, config: GenRecConfig):
         super().__init__(config)
-        self.user_embedding = IdEmbedding(config.num_users, config.d_model) if config.num_users else None
-        self.item_embedding = IdEmbedding(config.num_items, config.d_model) if config.num_items else None
+        self.user_embedding, self.user_projection = _id_table(config, config.num_users)
+        self.item_embedding, self.item_projection = _id_table(config, config.num_items)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, IdProjection):
+            init.normal_(module.weight, std=module.in_features**-0.5)
 
     def embed(self, encoder: EncoderInput) -> Tensor:
         """The embedding sum before BART's layer norm, float [B, L, D]."""
         bart = self.model.encoder
+        tokens = bart.embed_tokens.weight
+        users, items = self.user_embedding, self.item_embedding
         return embedding_sum(
             encoder.input_ids,
             encoder.position_ids + POSITION_OFFSET,
-            encoder.user_rows,
-            encoder.item_rows,
-            bart.embed_tokens.weight,
+            encoder.user_rows if users is None else users.places(encoder.user_rows),
+            encoder.item_rows if items is None else items.places(encoder.item_rows),
+            tokens,
             bart.embed_positions.weight,
-            self.user_embedding.weight if self.user_embedding is not None else None,
-            self.item_embedding.weight if self.item_embedding is not None else None,
+            # Fetched rows are float32, the layers may not be.
+            None if users is None else users.weight.to(tokens.dtype),
+            None if items is None else items.weight.to(tokens.dtype),
             scale=bart.embed_tokens.embed_scale,
             id_dropout=self.config.id_dropout,
             training=self.training,
             pad_token_id=self.config.pad_token_id,
+            user_projection=None if self.user_projection is None else self.user_projection.weight,
+            item_projection=None if self.item_projection is None else self.item_projection.weight,
         )
 
     def encode(self, encoder: EncoderInput) -> Tensor:
@@ -214,6 +254,14 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         return encoder
 
 
+def _id_table(config: GenRecConfig, num_ids: int) -> tuple[IdEmbedding | FetchedRows | None, IdProjection | None]:
+    if num_ids == 0:
+        return None, None
+    width = config.id_dim or config.d_model
+    table = FetchedRows() if config.ids_outside else IdEmbedding(num_ids, width)
+    return table, IdProjection(width, config.d_model) if width != config.d_model else None
+
+
 def positions(attention_mask_BL: Tensor, counted: str) -> Tensor:
     """int64 [B, L], places from <s> ("from-start") or back from </s> ("from-end") in rows padded on the right."""
     columns_BL = torch.arange(attention_mask_BL.shape[1], device=attention_mask_BL.device).expand_as(attention_mask_BL)
@@ -262,9 +310,16 @@ def _is_identity(rows_R: Tensor, num_rows: int) -> bool:
 
 
 def make_config(
-    model: Model, *, vocab_size: int, num_users: int, num_items: int, num_masks: int, special: dict[str, int]
+    model: Model,
+    *,
+    vocab_size: int,
+    num_users: int,
+    num_items: int,
+    num_masks: int,
+    special: dict[str, int],
+    ids_outside: bool = False,
 ) -> GenRecConfig:
-    """Configuration of a model from scratch. `special`: bos, pad, eos and mask token ids."""
+    """Configuration of a model from scratch. `special`: bos, pad, eos and mask token ids; `ids_outside`: see GenRecConfig."""
     return GenRecConfig(
         vocab_size=vocab_size,
         max_position_embeddings=model.max_tokens,
@@ -277,11 +332,13 @@ def make_config(
         decoder_ffn_dim=model.ffn,
         scale_embedding=model.scale_embedding,
         init_std=model.init_std,
-        **_common(model, num_users, num_items, num_masks, special),
+        **_common(model, num_users, num_items, num_masks, special, ids_outside),
     )
 
 
-def _common(model: Model, num_users: int, num_items: int, num_masks: int, special: dict[str, int]) -> dict[str, Any]:
+def _common(
+    model: Model, num_users: int, num_items: int, num_masks: int, special: dict[str, int], ids_outside: bool
+) -> dict[str, Any]:
     return {
         "dropout": model.dropout,
         "attention_dropout": model.attention_dropout,
@@ -289,6 +346,8 @@ def _common(model: Model, num_users: int, num_items: int, num_masks: int, specia
         "num_users": num_users if model.user_ids else 0,
         "num_items": num_items if model.item_ids else 0,
         "id_dropout": model.embedding_dropout,
+        "id_dim": model.id_dim,
+        "ids_outside": ids_outside,
         "encoder_positions": model.positions,
         "num_masks": num_masks,
         "max_input_tokens": model.max_tokens,
@@ -302,7 +361,14 @@ def _common(model: Model, num_users: int, num_items: int, num_masks: int, specia
 
 
 def build_model(
-    model: Model, *, vocab_size: int, num_users: int, num_items: int, num_masks: int, special: dict[str, int]
+    model: Model,
+    *,
+    vocab_size: int,
+    num_users: int,
+    num_items: int,
+    num_masks: int,
+    special: dict[str, int],
+    ids_outside: bool = False,
 ) -> GenRecForConditionalGeneration:
     """A fresh model, or BART's weights with fresh id tables where the recipe names a backbone.
 
@@ -316,9 +382,10 @@ def build_model(
             num_items=num_items,
             num_masks=num_masks,
             special=special,
+            ids_outside=ids_outside,
         )
         return GenRecForConditionalGeneration(config)
-    return _from_backbone(model, vocab_size, _common(model, num_users, num_items, num_masks, special))
+    return _from_backbone(model, vocab_size, _common(model, num_users, num_items, num_masks, special, ids_outside))
 
 
 def _from_backbone(model: Model, vocab_size: int, common: dict[str, Any]) -> GenRecForConditionalGeneration:

@@ -37,17 +37,17 @@ def _is_decayed(name: str, parameter: Tensor, optimizer: Optimizer) -> bool:
     return parameter.ndim >= 2 and "user_embedding" not in name and "item_embedding" not in name
 
 
-def learning_rate(stage: Stage, step: int, num_steps: int) -> float:
-    """Learning rate of a step (0-based) of a stage with `num_steps` steps: linear warm-up, then the schedule."""
+def peak_share(stage: Stage, step: int, num_steps: int) -> float:
+    """Share of the peak learning rate at a step (0-based) of a stage with `num_steps` steps: linear warm-up, then its law."""
     warmup = math.ceil(stage.warmup_fraction * num_steps)
     if step < warmup:
-        return stage.learning_rate * (step + 1) / warmup
+        return (step + 1) / warmup
     if stage.schedule == "constant":
-        return stage.learning_rate
+        return 1.0
     progress = (step - warmup) / max(num_steps - warmup, 1)
     if stage.schedule == "cosine":
-        return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-    return stage.learning_rate * (1 - progress)
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - progress
 
 
 class AveragedWeights:

@@ -38,6 +38,8 @@ class Model:
     """Put the user's word in the text and its id in the sum. Off: items only."""
     item_ids: bool = True
     """Add the item's id embedding to each of its sub-words (the paper's IDEMB)."""
+    id_dim: int = 0
+    """Width of the id tables, projected to d_model where it differs; 0: d_model, as in the paper. Many ids: 64."""
     positions: Literal["from-start", "from-end"] = "from-start"
     """Count encoder positions from <s> (BART, the paper) or back from </s>, so that an item's position is its age."""
     scale_embedding: bool = False
@@ -92,8 +94,14 @@ class Optimizer:
     """What is decayed: everything (the paper's code), all but biases, norms and id tables, or nothing."""
     clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
+    id_tables: Literal["dense", "row-adagrad"] = "dense"
+    """Where the id tables live. dense: parameters among the others. row-adagrad: outside autograd and ZeRO, rows sharded over
+    the ranks, of which a step fetches, learns (row-wise Adagrad) and sends only those it touches: for millions of ids."""
+    id_learning_rate: float = 0.05
+    """Peak learning rate of row-adagrad; it follows the stage's schedule. Such tables are neither decayed nor clipped."""
     average: float = 0.0
-    """Decay of the running average of the weights that is validated and kept as `best`; 0 keeps the weights themselves."""
+    """Decay of the running average of the weights that is validated and kept as `best`; 0 keeps the weights themselves.
+    Id tables of row-adagrad are kept as they are."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +152,11 @@ class Recipe:
         return max(masks, default=1)
 
     @property
-    def shards_dir(self) -> Path:
-        return Path(self.shards) if self.shards else Path(self.data) / "shards"
+    def shards_dir(self) -> Path | str:
+        """A directory, or an URL as it was given."""
+        if self.shards is None:
+            return Path(self.data) / "shards"
+        return self.shards if "://" in self.shards else Path(self.shards)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -274,6 +285,8 @@ def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
             f"{source}: micro_batch_tokens {recipe.micro_batch_tokens} is below model.max_tokens {model.max_tokens}: "
             "one sample has to fit"
         )
+    if recipe.optimizer.id_tables != "dense" and recipe.optimizer.decay == "all":
+        raise ValueError(f"{source}: optimizer.decay all: row-adagrad decays no ids; set it to matrices or none")
     if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
         raise ValueError(f"{source}: pretrain.epochs and finetune.epochs are both 0: nothing to train")
 
@@ -311,10 +324,12 @@ LIMITS: dict[str, Limit] = {
     "model.max_tokens": ("16 or above", lambda value: value >= 16),
     **{f"model.{name}dropout": _BELOW_1 for name in ("", "attention_", "activation_", "embedding_")},
     "model.init_std": _POSITIVE,
+    "model.id_dim": _NOT_NEGATIVE,
     **{f"{stage}.{name}": limit for stage in ("pretrain", "finetune") for name, limit in _STAGE_LIMITS.items()},
     "optimizer.betas": _BELOW_1,
     "optimizer.eps": _POSITIVE,
     "optimizer.weight_decay": _NOT_NEGATIVE,
+    "optimizer.id_learning_rate": _POSITIVE,
     "optimizer.clip": _NOT_NEGATIVE,
     "optimizer.average": _BELOW_1,
     "validation.users": _NOT_NEGATIVE,

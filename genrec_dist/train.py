@@ -38,13 +38,14 @@ from genrec_dist.events import EventLog, git_commit, versions
 from genrec_dist.loss import target_loss
 from genrec_dist.metrics import metrics_from_histogram, rank_histogram, target_ranks
 from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.optim import AveragedWeights, learning_rate
+from genrec_dist.optim import AveragedWeights, peak_share
 from genrec_dist.progress import Meter, TrainingDisplay
 from genrec_dist.ranks import Ranks
-from genrec_dist.recipe import Recipe, dump_recipe
+from genrec_dist.recipe import Recipe, Stage, dump_recipe
 from genrec_dist.results import sample_users
 from genrec_dist.run import make_searcher
 from genrec_dist.stop import NotFinite, Stopped, StopRequest, ignore_signals
+from genrec_dist.tables import IdTables
 from genrec_dist.workshop import StageSteps, StepBatches, Workshop, open_workshop, stage_of
 
 
@@ -123,6 +124,7 @@ class Loop:
         self.model = model
         self.num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes most of them away
         self.engine = make_engine(model, self.recipe, accelerator)
+        self.tables = IdTables(model.config, self.recipe.seed, self.ranks, accelerator.device)
         self.average = (
             AveragedWeights(self.engine.masters, self.recipe.optimizer.average)
             if self.recipe.optimizer.average
@@ -135,7 +137,7 @@ class Loop:
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     def state(self) -> State:
-        return State(self.engine, self.average, self.progress, self.workshop.identity)
+        return State(self.engine, self.average, self.tables, self.progress, self.workshop.identity)
 
     @property
     def end_step(self) -> int:
@@ -148,7 +150,7 @@ class Loop:
             recipe=self.recipe.as_dict(),
             git=git_commit(),
             versions=versions(),
-            parameters=self.num_parameters,
+            parameters=self.num_parameters + self.tables.num_parameters,
             resumed_from=resumed_from,
             processes=self.ranks.size,
             distributed_type=str(self.accelerator.distributed_type),
@@ -167,6 +169,7 @@ class Loop:
             self.recipe,
             self.ranks.rank,
             self.ranks.size,
+            self.model.config if self.model.config.ids_outside else None,
         )
         steps = range(self.progress.step, self.end_step)
         loader = DataLoader(
@@ -190,9 +193,9 @@ class Loop:
                 with meter.waiting():
                     step, share = next(batches)
                 here = stage_of(self.workshop.stages, step)
-                rate = learning_rate(here.stage, step - here.first_step, here.num_steps)
+                share_of_peak = peak_share(here.stage, step - here.first_step, here.num_steps)
                 agreed = self.agree(share)
-                loss, norm = self.take_step(step, share, agreed, rate, here.stage.label_smoothing, meter)
+                loss, norm = self.take_step(step, share, agreed, here.stage, share_of_peak, meter)
                 self.progress.step = step + 1
                 display.advance(here.name, step + 1)
 
@@ -206,7 +209,7 @@ class Loop:
                         epoch=here.locate(step)[0],
                         step=step,
                         loss=float(loss),
-                        learning_rate=rate,
+                        learning_rate=here.stage.learning_rate * share_of_peak,
                         gradient_norm=float(norm),
                         samples=agreed.samples,
                         padding_samples=agreed.padding_samples,
@@ -226,23 +229,25 @@ class Loop:
         self.finish(time.monotonic() - started)
 
     def take_step(
-        self, step: int, share: RankStep, agreed: Agreed, rate: float, label_smoothing: float, meter: Meter
+        self, step: int, share: RankStep, agreed: Agreed, stage: Stage, share_of_peak: float, meter: Meter
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimiser step: (loss a target token over all ranks, gradient norm)."""
         for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = stage.learning_rate * share_of_peak
         # Dropout is a function of the step too: a resumed run draws what the unbroken one draws.
         torch.manual_seed(mixed_key(self.recipe.seed, 0xD209, step, self.ranks.rank) >> 1)
         micro_batches = self.micro_batches(share, agreed)
+        self.tables.attach(self.model, share)
         loss = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(micro_batches):
             with self.engine.micro_step(last=number == len(micro_batches) - 1):
                 logits_nV, labels_n = self.engine.logits(batch.to(self.accelerator.device))
-                part = target_loss(logits_nV, labels_n, agreed.target_tokens, label_smoothing)
+                part = target_loss(logits_nV, labels_n, agreed.target_tokens, stage.label_smoothing)
                 self.engine.backward(part)
             loss = loss + part.detach()
             meter.count(batch)
         norm = self.engine.step()
+        self.tables.learn(self.recipe.optimizer.id_learning_rate * share_of_peak)
         if self.average is not None:
             self.average.update(step)
         if self.ranks.size > 1:
@@ -321,7 +326,12 @@ class Loop:
         """Loss and metrics; with a running average of the weights, it is the average that is scored and kept."""
         view = self.workshop.dataset.sequences.history_and_target("validation")
         users_U = self.validation_users()
-        with self.averaged(), self.engine.whole() as model, torch.inference_mode():
+        with (
+            self.averaged(),
+            self.engine.whole() as model,
+            self.tables.serving(model, view, users_U),
+            torch.inference_mode(),
+        ):
             # Under a thousand users the loss is steady enough for a curve.
             loss = history_loss(model, self.workshop.layout, view, users_U[:1000])
             lists = rank_users(
@@ -334,11 +344,16 @@ class Loop:
                 world_size=self.ranks.size,
             )
             metrics = metrics_from_histogram(rank_histogram(target_ranks(lists.items, view.targets[users_U])))
-            if metrics["NDCG@10"] > self.progress.best_ndcg and self.ranks.is_main:
-                self.check_finite()
-                workshop = self.workshop
-                save_best(workshop.run, model, workshop.tokenizer, workshop.dataset.path, self.progress.step - 1)
+            if metrics["NDCG@10"] > self.progress.best_ndcg:
+                self.save_best(model)
         return {"loss": loss, **{key: metrics[key] for key in ("HR@5", "HR@10", "NDCG@5", "NDCG@10")}}
+
+    def save_best(self, model: GenRecForConditionalGeneration) -> None:
+        self.check_finite()
+        complete = self.tables.whole(model)
+        if complete is not None:
+            run, tokenizer, data = self.workshop.run, self.workshop.tokenizer, self.workshop.dataset.path
+            save_best(run, complete, tokenizer, data, self.progress.step - 1)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

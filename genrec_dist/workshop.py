@@ -19,9 +19,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 from genrec_dist.batch import Layout, RankStep, make_step
 from genrec_dist.loss import target_loss
-from genrec_dist.model import GenRecForConditionalGeneration, build_model
+from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration, build_model
+from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Recipe, Stage
 from genrec_dist.run import make_layout
+from genrec_dist.tables import IdTables, plan_ids
 from genrec_dist.tokens import WordTable, build_words, load_tokenizer, mask_tokens, train_tokenizer
 
 
@@ -55,16 +57,24 @@ class StepBatches(TorchDataset[RankStep]):
     """Global step -> this rank's share of it. A map, so that loading ahead and resuming need no state."""
 
     def __init__(
-        self, stages: list[StageSteps], reader: ShardReader, layout: Layout, recipe: Recipe, rank: int, world: int
+        self,
+        stages: list[StageSteps],
+        reader: ShardReader,
+        layout: Layout,
+        recipe: Recipe,
+        rank: int,
+        world: int,
+        ids_outside: GenRecConfig | None = None,
     ):
+        """`ids_outside`: the model's configuration where its id tables live outside it."""
         self.stages, self.reader, self.layout, self.recipe = stages, reader, layout, recipe
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.ids_outside = rank, world, ids_outside
 
     def __getitem__(self, step: int) -> RankStep:
         here = stage_of(self.stages, step)
         epoch, step_of_epoch = here.locate(step)
         samples = split_among_ranks(here.plan.step(here.first_epoch + epoch, step_of_epoch), self.rank, self.world)
-        return make_step(
+        share = make_step(
             samples,
             self.reader,
             self.layout,
@@ -73,6 +83,7 @@ class StepBatches(TorchDataset[RankStep]):
             epoch=here.first_epoch + epoch,
             micro_batch_tokens=self.recipe.micro_batch_tokens,
         )
+        return share if self.ids_outside is None else plan_ids(share, self.ids_outside)
 
 
 def stage_of(stages: list[StageSteps], step: int) -> StageSteps:
@@ -141,6 +152,7 @@ def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGenerat
             "eos": tokenizer.eos_token_id,
             "mask": mask_tokens(tokenizer, 1)[0],
         },
+        ids_outside=recipe.optimizer.id_tables != "dense",
     )
     model.config.numbering_hash = codes.numbering_hash()
     layout = make_layout(words, model.config)
@@ -173,7 +185,11 @@ def _recipe_hash(recipe: Recipe) -> str:
 def describe(recipe: Recipe) -> dict[str, Any]:
     """What a run would do (`--dry-run`): sizes and steps, one batch through the model, nothing written."""
     workshop, model = open_workshop(recipe)
-    batches = StepBatches(workshop.stages, workshop.reader, workshop.layout, recipe, 0, 1)[0].micro_batches
+    outside = model.config if model.config.ids_outside else None
+    share = StepBatches(workshop.stages, workshop.reader, workshop.layout, recipe, 0, 1, outside)[0]
+    tables = IdTables(model.config, recipe.seed, Ranks(), model.device)
+    tables.attach(model, share)
+    batches = share.micro_batches
     with torch.inference_mode():
         first = batches[-1]
         logits, labels = model.target_logits(first.encoder, first.encoder_row, first.decoder_input_ids, first.labels)
@@ -181,7 +197,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     return {
         "users": workshop.words.num_users,
         "items": workshop.words.num_items,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters()) + tables.num_parameters,
         "vocabulary": model.config.vocab_size,
         "tokens an item": float(np.diff(workshop.words.tokens_of_items()[1]).mean()),
         "first loss": loss,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from genrec_dist.model import build_model
-from genrec_dist.optim import AveragedWeights, build_optimizer, learning_rate
+from genrec_dist.optim import AveragedWeights, build_optimizer, peak_share
 from genrec_dist.recipe import Model, Optimizer, Stage
 
 SPECIAL = {"bos": 0, "pad": 1, "eos": 2, "mask": 4}
@@ -49,7 +49,7 @@ def test_the_recipe_reaches_adamw(model):
 
 def rates(num_steps: int, **knobs) -> list[float]:
     stage = Stage(learning_rate=2.0, **knobs)
-    return [learning_rate(stage, step, num_steps) for step in range(num_steps)]
+    return [stage.learning_rate * peak_share(stage, step, num_steps) for step in range(num_steps)]
 
 
 def test_the_warm_up_rises_evenly_to_the_peak_over_its_share_of_steps():

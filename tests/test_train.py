@@ -285,7 +285,7 @@ def gradients(loop: Loop, share: RankStep) -> list[torch.Tensor]:
         return step()
 
     loop.engine.step = kept_and_stepped  # type: ignore[method-assign]
-    loop.take_step(0, share, loop.agree(share), 0.0, 0.0, Meter())
+    loop.take_step(0, share, loop.agree(share), loop.recipe.pretrain, 0.0, Meter())
     return kept
 
 

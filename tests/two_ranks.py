@@ -43,7 +43,8 @@ def run_ranks(
 ) -> Ranks:
     """Run a script (`[path, argument, ...]`) or a module (`["-m", name, argument, ...]`) on `num_ranks` ranks.
 
-    `env`: the ranks' whole environment, default `environment()`. `logs`: a directory for their outputs. A run that outlives `timeout` seconds is killed and fails the test.
+    `env`: the ranks' whole environment, default `environment()`. `logs`: a directory for their outputs. A run that outlives
+    `timeout` seconds is killed and fails the test.
     """
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         share = data[step]
         agreed = loop.agree(share)
         idle += len(loop.micro_batches(share, agreed)) - len(share.micro_batches)
-        loss, _ = loop.take_step(step, share, agreed, job["rate"], 0.0, Meter())
+        stage = replace(recipe.finetune, learning_rate=job["rate"])
+        loss, _ = loop.take_step(step, share, agreed, stage, 1.0, Meter())
         losses.append(float(loss))
         digests.append(agreed.samples_digest)
     with loop.engine.whole() as whole:
