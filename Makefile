@@ -42,10 +42,10 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The tests, those of real ZeRO engines, then the demo as its user runs it, its table judged.
+# The tests, those of real ranks at length, then the demo as its user runs it, its table judged.
 test: check
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m zero
+	$(BIN)/python -m pytest -m ranks
 	$(BIN)/python -m pytest -m demo
 
 slow: env

@@ -18,6 +18,7 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
+from genrec_dist import topology
 from genrec_dist.batch import Batch
 from genrec_dist.model import GenRecForConditionalGeneration, choose_attention
 from genrec_dist.optim import build_optimizer
@@ -95,6 +96,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if accelerator.distributed_type not in SUPPORTED:
         names = ", ".join(str(kind.value) for kind in SUPPORTED)
         raise ValueError(f"{accelerator.distributed_type.value}: not supported; launch with one of {names}")
+    topology.check(accelerator, recipe.precision)
     return accelerator
 
 

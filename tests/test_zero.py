@@ -23,7 +23,7 @@ from genrec_dist.checkpoint import Checkpoint, list_checkpoints
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.ranks import Ranks
 
-pytestmark = [pytest.mark.dist, pytest.mark.zero]
+pytestmark = [pytest.mark.dist, pytest.mark.ranks]
 
 STAGES = (0, 1, 2, 3)
 SEEN_FP32, SEEN_BF16 = 2e-4, 1.5

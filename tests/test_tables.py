@@ -1,0 +1,134 @@
+"""Id tables outside the model: the same numbers as tables within, only touched rows changed, a plain model as `best`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from genrec_dist.batch import RankStep
+from genrec_dist.checkpoint import list_checkpoints
+from genrec_dist.engine import make_accelerator
+from genrec_dist.model import GenRecForConditionalGeneration
+from genrec_dist.progress import Meter
+from genrec_dist.ranks import Ranks
+from genrec_dist.recipe import Recipe, load_recipe
+from genrec_dist.run import load_run
+from genrec_dist.tables import IdTables, plan_ids
+from genrec_dist.train import Loop, train
+from genrec_dist.workshop import StepBatches, open_workshop
+
+RECIPE = """
+data: {data}
+run: {run}
+micro_batch_tokens: 256
+workers: 0
+log_every: 1
+checkpoint_every: 4
+keep_checkpoints: 99
+model: {{d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 16, max_tokens: 64, id_dim: {id_dim}, init_std: 0.1}}
+tokens: {{vocab_size: 300}}
+finetune: {{epochs: 2, batch_size: 40, targets: every-prefix}}
+optimizer: {{id_tables: row-adagrad}}
+validation: {{users: 30, patience: 0}}
+"""
+
+
+@pytest.fixture(params=[0, 6])
+def recipe(request: pytest.FixtureRequest, tiny_data: Path, tmp_path: Path) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(data=tiny_data, run=tmp_path / "run", id_dim=request.param))
+    return load_recipe(path)
+
+
+def first_step(recipe: Recipe) -> tuple[GenRecForConditionalGeneration, RankStep, RankStep]:
+    """A model, and its first step with ids as table rows and as places."""
+    workshop, model = open_workshop(recipe)
+    rows = StepBatches(workshop.stages, workshop.reader, workshop.layout, recipe, 0, 1)[0]
+    return model.eval(), rows, plan_ids(rows, model.config)
+
+
+def with_tables(
+    recipe: Recipe, model: GenRecForConditionalGeneration, tables: IdTables
+) -> GenRecForConditionalGeneration:
+    inside = tables.whole(model)
+    assert inside is not None
+    assert isinstance(inside.item_embedding, torch.nn.Embedding)
+    return inside
+
+
+def test_rows_from_outside_are_read_and_learned_as_rows_within(recipe: Recipe) -> None:
+    model, rows, places = first_step(recipe)
+    assert len(rows.micro_batches) > 1
+    tables = IdTables(model.config, recipe.seed, Ranks(), model.device)
+    inside = with_tables(recipe, model, tables)
+    tables.attach(model, places)
+    for here, there in zip(places.micro_batches, rows.micro_batches, strict=True):
+        logits = []
+        for which, batch in ((model, here), (inside, there)):
+            found, labels = which.target_logits(batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels)
+            torch.nn.functional.cross_entropy(found, labels, reduction="sum").backward()
+            logits.append(found)
+        assert torch.equal(*logits)
+    for kind, embedding in (("user", inside.user_embedding), ("item", inside.item_embedding)):
+        gradient, leaf = embedding.weight.grad, tables.leaves[kind]
+        assert torch.allclose(gradient[places.id_rows[kind] + 1], leaf.grad[1:], atol=1e-6)
+        touched = torch.zeros(len(gradient), dtype=torch.bool)
+        touched[places.id_rows[kind] + 1] = True
+        assert not gradient[~touched].any()
+        assert not leaf.grad[0].any()
+
+
+def test_a_step_changes_touched_rows_alone(recipe: Recipe) -> None:
+    workshop, model = open_workshop(recipe)
+    loop = Loop(workshop, model, make_accelerator(recipe))
+    before = {kind: table.full().clone() for kind, table in loop.tables.tables.items()}
+    step, share = next(loop.batches())
+    loop.take_step(step, share, loop.agree(share), recipe.finetune, 1.0, Meter())
+    for kind, table in loop.tables.tables.items():
+        changed = (table.full() != before[kind]).any(dim=1)
+        assert torch.equal(torch.nonzero(changed).flatten(), share.id_rows[kind])
+
+
+def test_a_run_leaves_a_plain_model(recipe: Recipe) -> None:
+    run = train(recipe)
+    loaded = load_run(run)
+    config = loaded.model.config
+    assert not config.ids_outside
+    width = recipe.model.id_dim or recipe.model.d_model
+    assert loaded.model.item_embedding.weight.shape == (config.num_items + 1, width)
+    assert not loaded.model.item_embedding.weight[0].any()
+    names = {path.name for path in list_checkpoints(run)[-1].iterdir()}
+    assert {"ids-user-00000-of-00001.safetensors", "ids-item-00000-of-00001.safetensors"} < names
+
+
+def test_a_resume_goes_on_to_the_bit(recipe: Recipe) -> None:
+    run = train(recipe)
+    last = list_checkpoints(run)[-1]
+    whole = {path.name: path.read_bytes() for path in last.glob("*.safetensors")}
+    (run / "events.jsonl").unlink()
+    train(recipe, resume=str(list_checkpoints(run)[1]))
+    for name, content in whole.items():
+        assert (last / name).read_bytes() == content, name
+
+
+def test_rows_learn_what_dense_tables_learn(recipe: Recipe, tmp_path: Path) -> None:
+    longer = replace(recipe, finetune=replace(recipe.finetune, epochs=8))
+    dense = replace(longer, run=str(tmp_path / "dense"), optimizer=replace(recipe.optimizer, id_tables="dense"))
+    losses = []
+    for one in (longer, dense):
+        events = (train(one) / "events.jsonl").read_text().splitlines()
+        losses.append(
+            [float(line.split('"loss": ')[1].split(",")[0]) for line in events if '"step"' in line and '"loss"' in line]
+        )
+    assert np.mean(losses[0][-5:]) < np.mean(losses[0][:5])
+    assert np.mean(losses[0][-5:]) == pytest.approx(np.mean(losses[1][-5:]), rel=0.1)
+
+
+def test_decay_of_everything_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    with pytest.raises(ValueError, match=r"optimizer\.decay all: row-adagrad decays no ids"):
+        load_recipe(path, ["optimizer.decay=all"])
