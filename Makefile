@@ -3,7 +3,7 @@
 #   LOCK=                        do not hold the environment to the tested versions (for a platform that lacks one of them)
 PYTHON ?=
 LOCK ?= requirements.lock
-EXTRAS ?= zero,tune,dev
+EXTRAS ?= zero,tune,remote,dev
 BIN := .venv/bin
 STAMP := .venv/.made
 
