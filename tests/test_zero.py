@@ -64,6 +64,9 @@ class Results:
         return Checkpoint(list_checkpoints(self.folder / run)[-1], {}, Ranks()).weights(kind)
 
 
+ROWS = ("optimizer.id_tables=row-adagrad", "model.id_dim=8")
+
+
 def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
     """SGD in both precisions at all stages, AdamW in float32, and a rank whose gradient is left out."""
     common = {"recipe": str(folder / "recipe.yaml"), "job": "steps", "steps": 10}
@@ -122,6 +125,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     (folder / "recipe.yaml").write_text(RECIPE.format(data=folder / "data", folder=folder))
     first = [a_run(folder, f"whole-{stage}", stage) for stage in (2, 3)]
     first.append(a_run(folder, "whole-bf16", 2, "precision=bf16"))
+    first += [a_run(folder, f"rows-{stage}", stage, *ROWS) for stage in (None, 2, 3)]
     launch(some_steps(folder, 2) + first, folder, 2)
     for name, source in (
         ("three-to-three", "whole-3"), ("two-to-two", "whole-2"), ("three-to-one", "whole-3"), ("three-to-ddp", "whole-3"),
@@ -142,6 +146,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     alone = [
         a_run(folder, "three-to-plain", None, resume="latest"),
         a_run(folder, "three-to-alone", 3, resume="latest"),
+        a_run(folder, "rows-alone", None, *ROWS),
     ]
     launch(some_steps(folder, 1) + alone, folder, 1)
     return Results(folder)
@@ -251,6 +256,23 @@ def test_no_rank_loads_a_torn_checkpoint(results: Results) -> None:
     errors = results.facts("torn")["errors"]
     assert len(errors) == 2
     assert all("rank-00001-of-00002.safetensors: damaged or missing; resume from an older" in error for error in errors)
+
+
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_id_tables_stay_outside_and_learn_the_same(results: Results, stage: int | None) -> None:
+    """Tables outside autograd and ZeRO: two ranks come to the rows of one process, at any stage."""
+    alone, together = (
+        GenRecForConditionalGeneration.from_pretrained(results.folder / run / "best")
+        for run in ("rows-alone", f"rows-{stage}")
+    )
+    for name in ("user_embedding", "item_embedding"):
+        one, two = (getattr(model, name).weight for model in (alone, together))
+        assert one.shape[1] == 8
+        assert torch.allclose(one, two, atol=2e-4)
+    losses = [[event["loss"] for event in results.steps(run)] for run in ("rows-alone", f"rows-{stage}")]
+    assert np.allclose(*losses, rtol=1e-3)
+    files = {path.name for path in list_checkpoints(results.folder / f"rows-{stage}")[-1].iterdir()}
+    assert {f"ids-{kind}-{rank:05d}-of-00002.safetensors" for kind in ("user", "item") for rank in (0, 1)} <= files
 
 
 @pytest.mark.parametrize("run", ["whole-2", "whole-3", "whole-bf16"])

@@ -1,0 +1,110 @@
+"""A run that loses its ranks to SIGKILL goes on with another number of them, on the very same samples."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from genrec_shards.prepare import prepare
+from genrec_shards.sequences import write_sequences
+from genrec_shards.synthetic import make_process
+from genrec_shards.write import write_shards
+from two_ranks import environment, run_ranks
+
+from genrec_dist.checkpoint import Checkpoint, list_checkpoints
+from genrec_dist.model import GenRecForConditionalGeneration
+from genrec_dist.ranks import Ranks
+
+pytestmark = [pytest.mark.dist, pytest.mark.ranks]
+
+RECIPE = """
+data: {data}
+run: {run}
+micro_batch_tokens: 256
+workers: 1
+log_every: 1
+checkpoint_every: 4
+model: {{d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 16, max_tokens: 64, dropout: 0.0, id_dim: 8}}
+tokens: {{vocab_size: 300}}
+pretrain: {{epochs: 2, batch_size: 13, mask: {{strategy: multi, k: 2}}}}
+finetune: {{epochs: 3, batch_size: 17, targets: every-prefix}}
+optimizer: {{id_tables: row-adagrad, average: 0.9, eps: 1.0e-4}}
+validation: {{users: 30, patience: 0}}
+"""
+
+
+def recipe(folder: Path, name: str) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(RECIPE.format(data=folder / "data", run=folder / name))
+    return path
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "step"]
+
+
+def killed(path: Path, run: Path, after: int) -> None:
+    """Two ranks, all of whose processes get SIGKILL once this step is logged."""
+    started = subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+            "-m", "genrec_dist.train", str(path),
+        ],
+        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    log, deadline = run / "events.jsonl", time.monotonic() + 300
+    while not log.exists() or f'"step": {after},' not in log.read_text():
+        assert started.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(started.pid, signal.SIGKILL)
+    started.wait()
+
+
+def weights(run: Path, kind: str) -> dict[str, torch.Tensor]:
+    return Checkpoint(list_checkpoints(run)[-1], {}, Ranks()).weights(kind)
+
+
+def test_two_ranks_are_lost_and_three_go_on(tmp_path: Path) -> None:
+    write_sequences(make_process(num_items=64, num_groups=8).sample(90, 5, 9), tmp_path / "log.txt")
+    dataset = prepare(tmp_path / "log.txt", tmp_path / "data")
+    # Fewer shards than ranks.
+    write_shards(dataset, tmp_path / "data" / "shards", users_per_shard=64, users_per_record=16)
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert subprocess.run(
+        [sys.executable, "-m", "genrec_dist.train", str(recipe(tmp_path, "unbroken"))],
+        env=environment(), capture_output=True, timeout=300,
+    ).returncode == 0  # fmt: skip
+    last = steps(unbroken)[-1]["step"]
+    killed(recipe(tmp_path, "broken"), broken, after=random.Random().randrange(5, last - 3))
+    done = run_ranks(
+        ["-m", "genrec_dist.train", tmp_path / "broken.yaml", "--resume", "latest"], tmp_path / "logs", 3, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[0]
+
+    # Steps between the last checkpoint and the kill were taken twice, by two ranks and by three.
+    taken = [[event for event in steps(broken) if event["step"] == step] for step in range(last + 1)]
+    expected = steps(unbroken)
+    assert all(taken)
+    for step, events in enumerate(taken):
+        assert {event["samples_digest"] for event in events} == {expected[step]["samples_digest"]}
+        assert {event["samples"] for event in events} == {expected[step]["samples"]}
+        assert np.allclose([event["loss"] for event in events], expected[step]["loss"], rtol=1e-3)
+    for kind in ("weight", "average"):
+        one, two = weights(unbroken, kind), weights(broken, kind)
+        assert all(torch.allclose(one[name], two[name], atol=5e-4) for name in one)
+    items = [GenRecForConditionalGeneration.from_pretrained(run / "best").item_embedding for run in (unbroken, broken)]
+    assert torch.allclose(items[0].weight, items[1].weight, atol=5e-4)
+    status = json.loads((broken / "status.json").read_text())
+    assert status["status"] == "finished"
