@@ -112,7 +112,8 @@ def test_a_used_reader_works_in_another_process(made, method):
     assert queue.get(timeout=60) == [item for user in users for item in sequence_of(made, user)]
     process.join()
     copy = pickle.loads(pickle.dumps(reader))
-    assert not {"_cache", "_descriptors"} & set(reader.__getstate__())  # handles mean nothing elsewhere
+    assert not {"_cache", "_lock"} & set(reader.__getstate__())  # handles mean nothing elsewhere
+    assert "_descriptors" not in reader._store.__getstate__()
     check_gather(copy, made, users)
 
 
@@ -165,13 +166,17 @@ def flip(path, position: int) -> None:
         (lambda s: (s / "manifest.json").unlink(), "manifest.json: no such file"),
         (lambda s: (s / "manifest.json").write_text("{"), "not a manifest"),
         (lambda s: (s / "manifest.json").write_text("[1]"), "not a manifest"),
-        (lambda s: change_manifest(s, lambda m: m.update(format_version=2)), "format_version 2"),
+        (lambda s: change_manifest(s, lambda m: m.update(format_version=1)), "format_version 1, .* 2: shard again"),
+        (lambda s: change_manifest(s, lambda m: m.update(interactions=7)), "lengths.npy: .* interactions of 150 users"),
+        (lambda s: change_manifest(s, lambda m: m["shards"][0]["records"][0].update(offset=-1)), "no whole number"),
+        (lambda s: change_manifest(s, lambda m: m["shards"][0]["records"][0].update(bytes="9")), "no whole number"),
+        (lambda s: change_manifest(s, lambda m: m["shards"][0]["records"][3].update(offset=10**9)), "behind the end"),
         (lambda s: change_manifest(s, lambda m: m.update(users=151)), "expected|follow"),
         (lambda s: change_manifest(s, lambda m: m["shards"].pop()), "records of 128 users, 150 expected"),
         (lambda s: change_manifest(s, lambda m: m["shards"][0].update(users=63)), "does not hold its 63 users"),
         (lambda s: change_manifest(s, lambda m: m["shards"][0]["records"].reverse()), "follow"),
         (lambda s: change_manifest(s, lambda m: m["shards"][0].update(name="../data/x.tar")), "leads out"),
-        (lambda s: flip(s / "lengths.npy", 200), "lengths.npy: .* interactions of 150 users"),
+        (lambda s: flip(s / "lengths.npy", 200), "lengths.npy: sha256 .* expected .* shard again"),
         (lambda s: (s / "lengths.npy").unlink(), "lengths.npy: cannot be read"),
     ],
 )
@@ -179,7 +184,7 @@ def test_damage_is_found_before_the_first_record(shards, damage, message):
     damage(shards)
     with pytest.raises(DataError, match=message) as caught:
         ShardReader(shards)
-    assert str(shards) in str(caught.value) or "leads out" in message
+    assert str(shards) in str(caught.value) or message in ("leads out", "behind the end")
     assert "\n" not in str(caught.value)
 
 
@@ -205,7 +210,8 @@ def replace_record(shards, change) -> None:
     rest = path.read_bytes()
     path.write_bytes(rest + buffer.getvalue()[:size])
     shard = reader.manifest.shards[0]
-    entry = dataclasses.replace(shard.records[0], offset=len(rest), bytes=size)
+    sha256 = hashlib.sha256(buffer.getvalue()[:size]).hexdigest()
+    entry = dataclasses.replace(shard.records[0], offset=len(rest), bytes=size, sha256=sha256)
 
     def update(fields):
         fields["shards"][0]["records"][0] = dataclasses.asdict(entry)

@@ -3,6 +3,8 @@
 import hashlib
 import io
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -43,10 +45,12 @@ def test_the_manifest_is_as_documented(tmp_path):
     manifest = write_shards(dataset, tmp_path / "shards", users_per_shard=64, users_per_record=16)
     stored = json.loads((tmp_path / "shards" / "manifest.json").read_text())
     assert set(stored) == {
-        *("format_version", "users", "items", "interactions", "sequences_hash", "users_per_record", "shards"),
+        *("format_version", "users", "items", "interactions", "sequences_hash", "users_per_record", "lengths_sha256"),
+        "shards",
     }
+    assert stored["format_version"] == 2
     assert set(stored["shards"][0]) == {"name", "bytes", "sha256", "users", "records"}
-    assert set(stored["shards"][0]["records"][0]) == {"offset", "bytes", "first_user", "users"}
+    assert set(stored["shards"][0]["records"][0]) == {"offset", "bytes", "first_user", "users", "sha256"}
     assert [shard["users"] for shard in stored["shards"]] == [64, 64, 22]
     assert [record["first_user"] for shard in stored["shards"] for record in shard["records"]] == list(
         range(0, 150, 16)
@@ -56,6 +60,10 @@ def test_the_manifest_is_as_documented(tmp_path):
     for shard in stored["shards"]:
         data = (tmp_path / "shards" / shard["name"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
+        for record in shard["records"]:
+            part = data[record["offset"] : record["offset"] + record["bytes"]]
+            assert hashlib.sha256(part).hexdigest() == record["sha256"]
+    assert hashlib.sha256((tmp_path / "shards" / "lengths.npy").read_bytes()).hexdigest() == stored["lengths_sha256"]
     lengths = np.load(tmp_path / "shards" / "lengths.npy", allow_pickle=False)
     assert lengths.dtype == np.dtype("<i4")
     assert np.array_equal(lengths, dataset.sequences.lengths)
@@ -107,3 +115,28 @@ def test_wrong_sizes_and_existing_outputs_are_refused(tmp_path):
     assert len(list((tmp_path / "shards").glob("*.tar"))) == 10
     with pytest.raises(ValueError, match="not ours"):
         write_shards(dataset, tmp_path / "data", overwrite=True)
+
+
+def test_what_killed_writers_left_is_swept_after_a_day(tmp_path):
+    dataset = make_dataset(tmp_path)
+    old, young, running, aside = (
+        tmp_path / name
+        for name in (
+            ".shards.123.0123abcd.tmp",
+            ".shards.124.0123abcd.tmp",
+            ".shards.125.0123abcd.tmp",
+            ".shards.126.0123abcd.old",
+        )
+    )
+    foreign = tmp_path / ".shards-of-mine.123.0123abcd.tmp"
+    yesterday = time.time() - 25 * 3600
+    for folder in (old, young, running, aside, foreign):
+        folder.mkdir()
+        (folder / "shard-000000.tar").write_bytes(b"half")
+    os.utime(running / "shard-000000.tar")  # its directory was last changed when this file was made
+    for path in (old / "shard-000000.tar", old, running, aside / "shard-000000.tar", aside, foreign):
+        os.utime(path, (yesterday, yesterday))
+    os.utime(foreign / "shard-000000.tar", (yesterday, yesterday))
+    write_shards(dataset, tmp_path / "shards")
+    assert not old.exists()
+    assert all(path.exists() for path in (young, running, aside, foreign))

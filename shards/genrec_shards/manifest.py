@@ -9,7 +9,8 @@ from typing import Any
 
 from genrec_shards.sequences import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+MANIFEST, LENGTHS = "manifest.json", "lengths.npy"
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,8 @@ class RecordEntry:
     bytes: int
     first_user: int
     users: int
+    sha256: str
+    """Of these bytes: a record that comes over a network, or out of a cache, is checked by itself."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Manifest:
     interactions: int
     sequences_hash: str
     users_per_record: int
+    lengths_sha256: str
+    """Of `lengths.npy`."""
     shards: tuple[ShardEntry, ...]
 
     @property
@@ -54,25 +59,32 @@ class Manifest:
 def write_manifest(manifest: Manifest, directory: str | Path) -> None:
     """Write `manifest.json` into a directory that is still under its temporary name."""
     text = json.dumps(dataclasses.asdict(manifest), indent=1)
-    (Path(directory) / "manifest.json").write_text(text + "\n", encoding="utf-8")
+    (Path(directory) / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def load_manifest(directory: str | Path) -> Manifest:
     """Read and check `manifest.json`. Raises DataError for one that is missing, damaged or of another version."""
-    path = Path(directory) / "manifest.json"
+    path = Path(directory) / MANIFEST
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        version = fields["format_version"]
-        if version != FORMAT_VERSION:
-            raise DataError(f"{path}: format_version {version}, this program reads {FORMAT_VERSION}: shard again")
-        manifest = Manifest(**{**fields, "shards": tuple(map(_shard_entry, fields["shards"]))})
-        _check_totals(path, manifest)
+        data = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: give a directory made by `genrec shard`") from None
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a manifest of this program ({error}): shard again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the path and its rights") from None
+    return parse_manifest(data, str(path))
+
+
+def parse_manifest(data: bytes, place: str) -> Manifest:
+    """The manifest in these bytes, checked. Raises DataError naming `place`, the file or address they came from."""
+    try:
+        fields = json.loads(data.decode("utf-8"))
+        version = fields["format_version"]
+        if version != FORMAT_VERSION:
+            raise DataError(f"{place}: format_version {version}, this program reads {FORMAT_VERSION}: shard again")
+        manifest = Manifest(**{**fields, "shards": tuple(map(_shard_entry, fields["shards"]))})
+        _check_totals(place, manifest)
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DataError(f"{place}: not a manifest of this program ({error}): shard again") from None
     return manifest
 
 
@@ -102,19 +114,26 @@ def _shard_entry(fields: dict[str, Any]) -> ShardEntry:
     name = fields["name"]
     if Path(name).name != name or name in ("", ".", ".."):
         raise DataError(f"shard name {name!r} in the manifest leads out of its directory: shard again")
-    return ShardEntry(**{**fields, "records": tuple(RecordEntry(**record) for record in fields["records"])})
+    shard = ShardEntry(**{**fields, "records": tuple(RecordEntry(**record) for record in fields["records"])})
+    for record in shard.records:
+        numbers = (shard.bytes, record.offset, record.bytes, record.first_user, record.users)
+        if not all(type(number) is int and number >= 0 for number in numbers):
+            raise TypeError(f"{name}: a size or place is no whole number")
+        if record.offset + record.bytes > shard.bytes:
+            raise DataError(f"{name}: a record lies behind the end of its tar, says the manifest: shard again")
+    return shard
 
 
-def _check_totals(path: Path, manifest: Manifest) -> None:
+def _check_totals(place: str, manifest: Manifest) -> None:
     """Records must tile the users, because a user's record is found by division."""
     next_user = 0
     for record in (record for shard in manifest.shards for record in shard.records):
         expected = min(manifest.users_per_record, manifest.users - next_user)
         if (record.first_user, record.users) != (next_user, expected):
-            raise DataError(f"{path}: the record at user {next_user} does not follow on: shard again")
+            raise DataError(f"{place}: the record at user {next_user} does not follow on: shard again")
         next_user += record.users
     if next_user != manifest.users:
-        raise DataError(f"{path}: records of {next_user} users, {manifest.users} expected: shard again")
+        raise DataError(f"{place}: records of {next_user} users, {manifest.users} expected: shard again")
     for shard in manifest.shards:
         if sum(record.users for record in shard.records) != shard.users:
-            raise DataError(f"{path}: {shard.name} does not hold its {shard.users} users: shard again")
+            raise DataError(f"{place}: {shard.name} does not hold its {shard.users} users: shard again")

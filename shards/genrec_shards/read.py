@@ -1,18 +1,20 @@
 """Reading shards: any record in one read, any users' sequences in any order."""
 
 import io
-import os
 import tarfile
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from genrec_shards.manifest import Manifest, RecordEntry, ShardEntry, load_manifest, verify_manifest
+from genrec_shards.manifest import LENGTHS, Manifest, RecordEntry
+from genrec_shards.remote import Patience
 from genrec_shards.sequences import DataError, flat_ranges
+from genrec_shards.store import Traffic, open_store
 
 # U users, R records, B users asked for.
 
@@ -33,22 +35,44 @@ class Record:
 
 
 class ShardReader:
-    """Random access to a shard directory; it can be pickled, and used after a fork.
+    """Random access to a shard directory, here or at an address; it can be pickled, and used after a fork.
 
-    `verify` compares every tar with the manifest before the first record is read. Members are decoded here, by name and
-    type, and nothing in them is ever run. `cache_records` decoded records are kept, the longest unused goes first.
+    `path`: a directory, or `https://`, `s3://` or (on this machine) `http://` text. `verify` compares every tar of a directory
+    with the manifest before the first record is read; records of an address are compared one by one as they come. Members are
+    decoded here, by name and type, and nothing in them is ever run. `cache_records` decoded records are kept, the longest
+    unused goes first. `cache_dir`, `cache_bytes`: the disk cache of remote records that all processes of a node share, see
+    `NodeCache` for the defaults. `patience`: how long a server may fail.
     """
 
-    def __init__(self, path: str | Path, verify: bool = True, cache_records: int = 256) -> None:
-        """Raises DataError, one line naming the file, for whatever does not agree with the manifest."""
-        self.path = Path(path)
-        self.manifest: Manifest = load_manifest(self.path)
-        self.lengths: np.ndarray = _load_lengths(self.path / "lengths.npy", self.manifest)  # int32[U], items a user
+    def __init__(
+        self,
+        path: str | Path,
+        verify: bool = True,
+        cache_records: int = 256,
+        *,
+        cache_dir: str | Path | None = None,
+        cache_bytes: int | None = None,
+        patience: Patience | None = None,
+    ) -> None:
+        """Raises DataError, one line naming the file, for whatever does not agree with the manifest.
+
+        Raises ValueError for an address that is not allowed and for a cache directory that cannot be made.
+        """
+        self._store = open_store(path, cache_dir, cache_bytes, patience or Patience())
+        self.manifest: Manifest = self._store.manifest
+        self.lengths: np.ndarray = _lengths(
+            self._store.lengths(), self._store.place(LENGTHS), self.manifest
+        )  # int32[U]
         if verify:
-            verify_manifest(self.path, self.manifest)
+            self._store.verify()
         self._cache_records = max(cache_records, 1)
         self._places = [(s, r) for s, shard in enumerate(self.manifest.shards) for r in range(len(shard.records))]
         self._open()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What this process's reader has asked of a server so far."""
+        return self._store.traffic
 
     @property
     def num_records(self) -> int:
@@ -57,7 +81,7 @@ class ShardReader:
     def record(self, index: int) -> Record:
         """Record number `index` of the directory. Raises DataError naming shard and record if it is damaged."""
         if not 0 <= index < len(self._places):
-            raise ValueError(f"record {index} of {len(self._places)} in {self.path}: count from 0")
+            raise ValueError(f"record {index} of {len(self._places)} in {self._store.place('')}: count from 0")
         with self._lock:
             if index in self._cache:
                 self._cache.move_to_end(index)
@@ -76,15 +100,17 @@ class ShardReader:
         """
         user_rows = np.asarray(user_rows, dtype=np.int64)
         if len(user_rows) and not (user_rows.min() >= 0 and user_rows.max() < self.manifest.users):
-            raise ValueError(f"user row outside 0..{self.manifest.users - 1} asked of {self.path}")
+            raise ValueError(f"user row outside 0..{self.manifest.users - 1} asked of {self._store.place('')}")
         offsets = np.concatenate([[0], np.cumsum(self.lengths[user_rows], dtype=np.int64)])
         items = np.empty(offsets[-1], dtype=np.int32)
         record_of = user_rows // self.manifest.users_per_record
         by_record = np.argsort(record_of, kind="stable")
         bounds = np.flatnonzero(np.diff(record_of[by_record], prepend=-1, append=-1))
+        ahead = self._fetch_ahead(record_of[by_record[bounds[:-1]]].tolist())
         for start, end in pairwise(bounds.tolist()):
             places = by_record[start:end]
-            record = self.record(int(record_of[places[0]]))
+            index = int(record_of[places[0]])
+            record = ahead.get(index) or self.record(index)
             local = user_rows[places] - record.first_user
             lengths = self.lengths[user_rows[places]]
             items[flat_ranges(offsets[places], lengths)] = record.items[flat_ranges(record.offsets[local], lengths)]
@@ -92,15 +118,10 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the tars; the next read opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptors"):
-            self.close()
+        self._store.close()
 
     def __getstate__(self) -> dict[str, object]:
-        dropped = ("_descriptors", "_cache", "_lock")
+        dropped = ("_cache", "_lock")
         return {name: value for name, value in self.__dict__.items() if name not in dropped}
 
     def __setstate__(self, state: dict[str, object]) -> None:
@@ -108,33 +129,31 @@ class ShardReader:
         self._open()
 
     def _open(self) -> None:
-        """What belongs to one process: nothing is opened before the first read."""
-        self._descriptors: dict[int, int] = {}
+        """What belongs to one process."""
         self._cache: OrderedDict[int, Record] = OrderedDict()
         self._lock = threading.Lock()
+
+    def _fetch_ahead(self, indices: list[int]) -> dict[int, Record]:
+        """The records that are not at hand, side by side; nothing where a store gains nothing by it."""
+        with self._lock:
+            missing = [index for index in indices if index not in self._cache]
+        if self._store.at_once == 1 or len(missing) < 2:
+            return {}
+        pool = ThreadPoolExecutor(self._store.at_once)
+        try:
+            return dict(zip(missing, pool.map(self.record, missing), strict=True))
+        finally:
+            # After an error nobody wants the rest, and each of them would be as patient.
+            pool.shutdown(cancel_futures=True)
 
     def _read(self, index: int) -> Record:
         shard_number, record_number = self._places[index]
         shard = self.manifest.shards[shard_number]
         entry = shard.records[record_number]
-        place = f"{self.path / shard.name}: record {index}"
-        data = self._bytes(shard_number, shard, entry, place)
-        record = Record(entry.first_user, *_decoded(data, f"{index:08d}", place))
+        place = f"{self._store.place(shard.name)}: record {index}"
+        record = Record(entry.first_user, *_decoded(self._store.record(shard, entry, index), f"{index:08d}", place))
         self._check(record, entry, place)
         return record
-
-    def _bytes(self, shard_number: int, shard: ShardEntry, entry: RecordEntry, place: str) -> bytes:
-        with self._lock:
-            if shard_number not in self._descriptors:
-                try:
-                    self._descriptors[shard_number] = os.open(self.path / shard.name, os.O_RDONLY)
-                except OSError as error:
-                    raise DataError(f"{place}: cannot be opened ({error.strerror}): copy it or shard again") from None
-        # pread has no file position, so a forked child and its parent may share the descriptor.
-        data = os.pread(self._descriptors[shard_number], entry.bytes, entry.offset)
-        if len(data) != entry.bytes:
-            raise DataError(f"{place}: {len(data)} bytes, expected {entry.bytes}: the tar is cut off, shard again")
-        return data
 
     def _check(self, record: Record, entry: RecordEntry, place: str) -> None:
         """Lengths must agree with lengths.npy, because gather() lays out its answer by them."""
@@ -173,14 +192,11 @@ def _array(data: bytes, place: str) -> np.ndarray:
     return values.astype(np.int32, copy=False)
 
 
-def _load_lengths(path: Path, manifest: Manifest) -> np.ndarray:
-    try:
-        lengths = _array(path.read_bytes(), str(path))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): copy it or shard again") from None
+def _lengths(data: bytes, place: str, manifest: Manifest) -> np.ndarray:
+    lengths = _array(data, place)
     if len(lengths) != manifest.users or lengths.sum(dtype=np.int64) != manifest.interactions:
         raise DataError(
-            f"{path}: {lengths.sum(dtype=np.int64)} interactions of {len(lengths)} users, the manifest says "
+            f"{place}: {lengths.sum(dtype=np.int64)} interactions of {len(lengths)} users, the manifest says "
             f"{manifest.interactions} of {manifest.users}: shard again"
         )
     return lengths

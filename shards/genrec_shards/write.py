@@ -1,16 +1,32 @@
 """Shards: sequences packed into webdataset tars, byte for byte the same from the same input."""
 
 import contextlib
+import hashlib
 import io
+import re
+import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from genrec_shards.atomic import atomic_directory
-from genrec_shards.manifest import FORMAT_VERSION, Manifest, RecordEntry, ShardEntry, file_sha256, write_manifest
+from genrec_shards.manifest import (
+    FORMAT_VERSION,
+    LENGTHS,
+    MANIFEST,
+    Manifest,
+    RecordEntry,
+    ShardEntry,
+    file_sha256,
+    write_manifest,
+)
 from genrec_shards.prepare import Dataset
 from genrec_shards.sequences import Sequences
+
+_STALE_SECONDS = 24 * 3600
 
 
 def write_shards(
@@ -24,7 +40,8 @@ def write_shards(
     """Write `shard-000000.tar` ..., `lengths.npy` and `manifest.json` into `out`, complete or not at all.
 
     `users_per_shard` is a multiple of `users_per_record`: the record of a user is found by division.
-    Raises ValueError for sizes that are not, and for an `out` that exists.
+    Raises ValueError for sizes that are not, and for an `out` that exists. What a killed writer of the same `out` left
+    behind more than a day ago is removed.
     """
     if users_per_record < 1 or users_per_shard < 1 or users_per_shard % users_per_record:
         raise ValueError(
@@ -32,13 +49,15 @@ def write_shards(
             f"choose for example {max(users_per_record, 1) * 8}"
         )
     sequences = dataset.sequences
-    with atomic_directory(out, overwrite, marker="manifest.json") as folder:
+    _sweep_stale(Path(out))
+    with atomic_directory(out, overwrite, marker=MANIFEST) as folder:
         shards: list[ShardEntry] = []
         for first_user in range(0, sequences.num_users, users_per_shard):
             end_user = min(first_user + users_per_shard, sequences.num_users)
             path = folder / f"shard-{len(shards):06d}.tar"
             shards.append(_write_shard(sequences, path, first_user, end_user, users_per_record))
-        np.save(folder / "lengths.npy", sequences.lengths.astype("<i4"), allow_pickle=False)
+        lengths = _npy(sequences.lengths)
+        (folder / LENGTHS).write_bytes(lengths)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             users=sequences.num_users,
@@ -46,17 +65,34 @@ def write_shards(
             interactions=sequences.num_interactions,
             sequences_hash=dataset.info.sequences_hash,
             users_per_record=users_per_record,
+            lengths_sha256=hashlib.sha256(lengths).hexdigest(),
             shards=tuple(shards),
         )
         write_manifest(manifest, folder)
     return manifest
 
 
+def _sweep_stale(out: Path) -> None:
+    """Remove temporary directories of writers of `out` that were killed: nothing in them was touched for a day.
+
+    A directory put aside (`.old`) stays: it can be the only copy there is.
+    """
+    ours = re.compile(re.escape(f".{out.name}.") + r"\d+\.[0-9a-f]{8}\.tmp")
+    for folder in out.parent.glob(".*.tmp"):
+        if not ours.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
+            continue
+        # Another process may sweep the same place.
+        with contextlib.suppress(FileNotFoundError):
+            newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - newest > _STALE_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def _write_shard(sequences: Sequences, path: Path, first_user: int, end_user: int, users_per_record: int) -> ShardEntry:
     # Imported here alone: a machine that only reads shards needs no webdataset.
     import webdataset as wds
 
-    records = []
+    places = []
     # Time and owner are fixed, or the same sequences would give other bytes tomorrow.
     fixed = {"encoder": False, "mtime": 0, "user": "genrec", "group": "genrec", "compress": False}
     # The writer is closed before its file also where a disk is full, or it would complain when it is collected.
@@ -64,8 +100,15 @@ def _write_shard(sequences: Sequences, path: Path, first_user: int, end_user: in
         for start, end in _ranges(first_user, end_user, users_per_record):
             offset = writer.tarstream.offset
             writer.write({"__key__": f"{start // users_per_record:08d}", **_members(sequences, start, end)})
-            records.append(RecordEntry(offset, writer.tarstream.offset - offset, start, end - start))
-    return ShardEntry(path.name, path.stat().st_size, file_sha256(path), end_user - first_user, tuple(records))
+            places.append((offset, writer.tarstream.offset - offset, start, end - start))
+    with path.open("rb") as tar:
+        records = tuple(RecordEntry(*place, sha256=_part_sha256(tar, *place[:2])) for place in places)
+    return ShardEntry(path.name, path.stat().st_size, file_sha256(path), end_user - first_user, records)
+
+
+def _part_sha256(file: BinaryIO, offset: int, size: int) -> str:
+    file.seek(offset)
+    return hashlib.sha256(file.read(size)).hexdigest()
 
 
 def _ranges(first: int, end: int, size: int) -> Iterator[tuple[int, int]]:
