@@ -278,6 +278,35 @@ def report(run: RunArgument) -> None:
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs the run is spread over.", min=1)] = 1,
+    memory: Annotated[float, typer.Option(help="GiB of one GPU.")] = 24.0,
+    users: Annotated[int | None, typer.Option(help="Users, in place of the recipe's data; with --items.")] = None,
+    items: Annotated[int | None, typer.Option(help="Items, in place of the recipe's data; with --users.")] = None,
+    launch: Annotated[Path, typer.Option(help="Directory of zero0.json ...: their buckets count.")] = Path("launch"),
+    card: Annotated[str | None, typer.Option(help="Its published peak gives the time, e.g. 'RTX 3090'.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s a GPU really reaches, for the time.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write it all to this file.")] = None,
+) -> None:
+    """Bytes a GPU under DDP and ZeRO 0 to 3, the largest micro-batch that fits, the time, and what to take.
+
+    Example: genrec plan paper-base --gpus 1 --memory 24 --users 22363 --items 12101
+    """
+    from genrec_dist import forecast
+    from genrec_dist.recipe import load_recipe
+
+    found = forecast.forecast(
+        load_recipe(recipe, overrides), gpus=gpus, memory_gib=memory, users=users, items=items,
+        zero_files=launch if launch.is_dir() else None, card=card, tflops=tflops,
+    )  # fmt: skip
+    if json_ is not None:
+        forecast.write_json(found, json_)
+    out.print(forecast.render(found))
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
     """What is installed, what works, what is missing and how to get it.
 
@@ -337,6 +366,21 @@ class _processes:
 bench = typer.Typer(help="Measure a claim beside a named peer, the two in turn.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the table, with hardware and versions.")]
+
+
+@bench.command("rows")
+def bench_rows(json_path: JsonOption = None) -> None:
+    """Id tables of 10^5 to 10^7 rows, beside SparseAdam and dense AdamW, on one thread; bytes on the wire of two ranks.
+
+    Example: genrec bench rows --json rows.json
+    """
+    from genrec_dist.bench.measure import format_claims, write_table
+    from genrec_dist.bench.rows import bench_rows as run_bench
+
+    claims, table = run_bench()
+    say(format_claims(claims))
+    if json_path is not None:
+        write_table(table, json_path)
 
 
 class _progress:
