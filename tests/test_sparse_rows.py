@@ -293,6 +293,28 @@ def test_a_saved_table_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert whole.data_ptr() != back.values.data_ptr()
 
 
+def save_by_hand(table: RowTable, folder: Path, num_ranks: int) -> None:
+    """The files that so many ranks write, from their description: blocks in turn, and the table's sizes as metadata."""
+    for rank in range(num_ranks):
+        facts = {"num_rows": table.num_rows, "dim": table.dim, "block": BLOCK, "rank": rank, "world_size": num_ranks}
+        parts = {"values": table.values, "squares": table.squares}
+        save_file(
+            {name: torch.cat(tensor.split(BLOCK)[rank::num_ranks]) for name, tensor in parts.items()},
+            folder / f"items-{rank:05d}-of-{num_ranks:05d}.safetensors",
+            metadata={"rows": json.dumps(facts)},
+        )
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4, 7])
+def test_files_of_any_number_of_ranks_make_one_table(num_ranks: int, tmp_path: Path) -> None:
+    table = trained_alone(2)
+    save_by_hand(table, tmp_path, num_ranks)
+    back = table_of(init_std=0)
+    back.load(tmp_path, "items")
+    assert torch.equal(back.values, table.values)
+    assert torch.equal(back.squares, table.squares)
+
+
 def test_files_that_do_not_make_the_table_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}: holds no items-00000-of-00001"):
         table_of().load(tmp_path, "items")
@@ -332,16 +354,19 @@ class Found:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
-    """Two ranks, then three; each loads what one process saved, the three also what the two saved."""
+    """Two ranks, then three; each loads what one process and what four saved, the three also what the two saved."""
     base = tmp_path_factory.mktemp("rows")
     alone = base / "alone"
     alone.mkdir()
     trained_alone(2).save(alone, "items")
-    results = {}
+    four = base / "four"
+    four.mkdir()
+    save_by_hand(trained_alone(2), four, 4)
+    results: dict[int, Found] = {}
     for num_ranks in (2, 3):
         out = base / str(num_ranks)
         out.mkdir()
-        saved = [alone, *(result.folder for result in results.values())]
+        saved = [alone, four, *(result.folder for result in results.values())]
         ranks = run_ranks([SCRIPT, out, *saved], base / f"logs-{num_ranks}", num_ranks)
         assert ranks.returncode == 0, ranks.stderr
         results[num_ranks] = Found(out, num_ranks)
@@ -403,8 +428,8 @@ class TestRanks:
         alone = trained_alone(num_ranks)
         assert torch.equal(back.values, alone.values)
         assert torch.equal(back.squares, alone.squares)
-        # And what one process, or two, saved comes back at this number of ranks, squares too.
-        for number, of in enumerate([1, 2][: num_ranks - 1]):
+        # And what one, four or two processes saved comes back at this number of ranks, squares too.
+        for number, of in enumerate([1, 4, 2][:num_ranks]):
             source = trained_alone(2)
             assert torch.equal(found[num_ranks].table(f"loaded-{number}"), source.values), of
             again = table_of(init_std=0)
