@@ -187,7 +187,8 @@ class Spread:
     def __init__(self, model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator):
         self.model, self.recipe, self.accelerator = model, recipe, accelerator
         ours = build_optimizer(model, recipe.optimizer)
-        exact = {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+        low = recipe.precision != "fp32"
+        exact = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if low}
         self.engine, _ = accelerator.prepare(model, ours)
         self.stage = self.engine.zero_optimization_stage()
         # Float32 at stage 0 alone has no wrapper that keeps masters: the parameters are stepped themselves.
@@ -199,7 +200,8 @@ class Spread:
         self.masters = self._masters()
         self.fragments_read = self._fragments()
         self.fragments = self.fragments_read if self.stage or accelerator.is_main_process else []
-        self._fill_masters(exact)
+        if low:
+            self._fill_masters(exact)
 
     @torch.no_grad()
     def _fill_masters(self, exact: dict[str, Tensor]) -> None:

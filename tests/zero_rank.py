@@ -76,8 +76,10 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         after = {name: p.detach().float().clone() for name, p in whole.named_parameters()}
     if loop.ranks.is_main:
         save_file({name: after[name] - before[name] for name in after}, folder / f"{job['name']}.safetensors")
+    moments = loop.engine.optimizer.state.get(loop.engine.masters[0], {})
     return {
         "losses": losses,
+        "optimizer_step": int(moments["step"]) if "step" in moments else None,
         "digests": digests,
         "idle": sum(row[0] for row in loop.ranks.exchange([idle])),
         "distributed_type": accelerator.distributed_type.value,
