@@ -176,6 +176,10 @@ def flip(path, position: int) -> None:
         (lambda s: change_manifest(s, lambda m: m["shards"][0].update(users=63)), "does not hold its 63 users"),
         (lambda s: change_manifest(s, lambda m: m["shards"][0]["records"].reverse()), "follow"),
         (lambda s: change_manifest(s, lambda m: m["shards"][0].update(name="../data/x.tar")), "leads out"),
+        *(
+            (lambda s, name=name: change_manifest(s, lambda m: m["shards"][0].update(name=name)), "leads out")
+            for name in ("..", "", "a/b.tar", "pipe:touch canary", "%2e%2e%2fx.tar", "x.tar?versionId=1")
+        ),
         (lambda s: flip(s / "lengths.npy", 200), "lengths.npy: sha256 .* expected .* shard again"),
         (lambda s: (s / "lengths.npy").unlink(), "lengths.npy: cannot be read"),
     ],

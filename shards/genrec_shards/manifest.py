@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from genrec_shards.sequences import DataError
 
 FORMAT_VERSION = 2
 MANIFEST, LENGTHS = "manifest.json", "lengths.npy"
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,8 @@ def file_sha256(path: Path) -> str:
 
 def _shard_entry(fields: dict[str, Any]) -> ShardEntry:
     name = fields["name"]
-    if Path(name).name != name or name in ("", ".", ".."):
+    # It becomes a file's name here and a part of an address elsewhere.
+    if not _NAME.fullmatch(name):
         raise DataError(f"shard name {name!r} in the manifest leads out of its directory: shard again")
     shard = ShardEntry(**{**fields, "records": tuple(RecordEntry(**record) for record in fields["records"])})
     for record in shard.records:

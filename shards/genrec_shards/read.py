@@ -81,7 +81,7 @@ class ShardReader:
     def record(self, index: int) -> Record:
         """Record number `index` of the directory. Raises DataError naming shard and record if it is damaged."""
         if not 0 <= index < len(self._places):
-            raise ValueError(f"record {index} of {len(self._places)} in {self._store.place('')}: count from 0")
+            raise ValueError(f"record {index} of {len(self._places)} in {self._store.address}: count from 0")
         with self._lock:
             if index in self._cache:
                 self._cache.move_to_end(index)
@@ -100,7 +100,7 @@ class ShardReader:
         """
         user_rows = np.asarray(user_rows, dtype=np.int64)
         if len(user_rows) and not (user_rows.min() >= 0 and user_rows.max() < self.manifest.users):
-            raise ValueError(f"user row outside 0..{self.manifest.users - 1} asked of {self._store.place('')}")
+            raise ValueError(f"user row outside 0..{self.manifest.users - 1} asked of {self._store.address}")
         offsets = np.concatenate([[0], np.cumsum(self.lengths[user_rows], dtype=np.int64)])
         items = np.empty(offsets[-1], dtype=np.int32)
         record_of = user_rows // self.manifest.users_per_record

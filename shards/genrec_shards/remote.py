@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -53,7 +54,7 @@ class _Unfit(Exception):
 
 def is_address(path: str | Path) -> bool:
     """Whether this is meant as an address, allowed or not. A directory of such a name is written `./name`."""
-    return _SCHEME.match(str(path)) is not None
+    return _SCHEME.match(str(path)) is not None or "://" in str(path)
 
 
 def check_address(text: str) -> str:
@@ -152,7 +153,7 @@ class RemoteFiles:
             path, more = f"{self.address.removeprefix('s3://')}/{name}", {}
         else:
             path, more = f"{self.address}/{name}", {"timeout": _aiohttp_timeout(self.patience.stall)}
-        data: bytes = sync(client.loop, client._cat_file, path, start=start, end=end, timeout=seconds, **more)
+        data: bytes = sync(client.loop, partial(client._cat_file, path, start=start, end=end, **more), timeout=seconds)
         return data
 
 
@@ -165,8 +166,9 @@ def _check(data: bytes, part: tuple[int, int] | None, sha256: str | None) -> Non
 
 
 def _without_secrets(text: str) -> str:
-    """For messages: without a query, which may be a signature, and without whatever may be a password."""
-    return re.sub(r"//.*@", "//***@", text.split("?")[0], flags=re.DOTALL)
+    """For messages: without a query, which may be a signature, without whatever may be a password, and on one line."""
+    shown = re.sub(r"//.*@", "//***@", text.split("?")[0], flags=re.DOTALL)
+    return "".join(letter if letter.isprintable() else "?" for letter in shown)
 
 
 # Clients by (scheme, seconds a server may stall), shared by all readers of a process.
