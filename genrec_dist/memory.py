@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from genrec_kernels.sparse_rows import BLOCK
 from torch import nn
 
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration, make_config
@@ -33,7 +34,6 @@ _BART_BASE = {"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "heads":
 _BART_LARGE = {"d_model": 1024, "encoder_layers": 12, "decoder_layers": 12, "heads": 16, "ffn": 4096}
 _KNOWN_BACKBONES = {"facebook/bart-base": _BART_BASE, "facebook/bart-large": _BART_LARGE}
 _BART_VOCABULARY, _BART_POSITIONS = 50265, 1024
-_ID_TABLES = ("user_embedding.weight", "item_embedding.weight")
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Sizes:
     """Elements of each dense parameter, by optimiser group, in the optimiser's order."""
     matmul: int
     """Elements of the weights of linear layers, the tied head's included: what autocast casts."""
-    id_rows: int
-    """Rows of both id tables, zero rows included."""
+    id_tables: tuple[int, ...]
+    """Rows of each id table."""
     id_dim: int
     """Width of an id row."""
-    sharded_ids: bool
-    """Whether the tables lie outside the dense parameters, their rows spread over the ranks."""
+    ids_outside: bool
+    """Whether the tables lie outside the dense parameters, their rows spread over the ranks (row-adagrad)."""
 
     @property
     def dense(self) -> int:
@@ -57,8 +57,13 @@ class Sizes:
         return sum(map(sum, self.groups))
 
     @property
+    def ids(self) -> int:
+        """Elements of the id tables, whether they are among the dense parameters or not."""
+        return sum(self.id_tables) * self.id_dim
+
+    @property
     def parameters(self) -> int:
-        return self.dense + (self.id_rows * self.id_dim if self.sharded_ids else 0)
+        return self.dense + (self.ids if self.ids_outside else 0)
 
     @property
     def largest(self) -> int:
@@ -75,6 +80,10 @@ class ZeroSettings:
     """Stage 3: parameters of at most so many elements stay whole."""
     max_live_parameters: int = 1_000_000_000
     """Stage 3: elements that may be whole at once."""
+    max_reuse_distance: int = 1_000_000_000
+    """Stage 3: a parameter stays whole if it is used again before so many others."""
+    prefetch_bucket_size: int = 50_000_000
+    """Stage 3: elements fetched ahead."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +101,11 @@ class State:
     average: int
     """The running average of the weights."""
     id_rows: int
-    """Sharded id tables with their state, and the rows of a step with their gradients."""
+    """Id tables outside the parameters: this rank's rows with their state, and those of a step with their gradients."""
     buffers: int
     """Copies for communication: bucket buffers, and stage 3's gathered weights."""
     step_extra: int
-    """Copies the optimiser's step makes beside all of the above; no activations lie beside them."""
+    """Copies made when the backward is through, to sum gradients over ranks or to step; no activations lie beside them."""
     validation_extra: int
     """The whole float32 model that DeepSpeed's ranks decode with; no gradients or activations lie beside it."""
     host: int
@@ -165,6 +174,7 @@ def build_config(recipe: Recipe, users: int, items: int, vocabulary: int | None 
         num_items=items,
         num_masks=recipe.num_masks,
         special=special,
+        ids_outside=recipe.optimizer.id_tables == "row-adagrad",
     )
     config.max_position_embeddings = positions
     return config
@@ -195,21 +205,18 @@ def measure_sizes(recipe: Recipe, config: GenRecConfig) -> Sizes:
     """Exact sizes, of a model built without memory."""
     with torch.device("meta"):
         model = GenRecForConditionalGeneration(config)
-    named = dict(model.named_parameters())
-    tables = [named[name] for name in _ID_TABLES if name in named]
-    sharded = getattr(recipe.optimizer, "id_tables", "dense") == "row-adagrad"
-    outside = {id(table) for table in tables} if sharded else set()
+    outside = config.ids_outside
+    tables = [rows for rows in (config.num_users, config.num_items) if rows]
     groups = [
-        tuple(p.numel() for p in group["params"] if id(p) not in outside)
-        for group in build_optimizer(model, recipe.optimizer).param_groups
+        tuple(p.numel() for p in group["params"]) for group in build_optimizer(model, recipe.optimizer).param_groups
     ]
     linear = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)]
     return Sizes(
-        groups=tuple(group for group in groups if group),
+        groups=tuple(groups),
         matmul=sum(linear),
-        id_rows=sum(table.shape[0] for table in tables),
-        id_dim=tables[0].shape[1] if tables else 0,
-        sharded_ids=sharded,
+        id_tables=tuple(rows if outside else rows + 1 for rows in tables),
+        id_dim=config.id_dim or config.d_model,
+        ids_outside=outside,
     )
 
 
@@ -230,6 +237,8 @@ def read_settings(folder: Path | None, method: Method) -> ZeroSettings:
         found.get("overlap_comm") is True,
         number("stage3_param_persistence_threshold", default.persistence_threshold),
         number("stage3_max_live_parameters", default.max_live_parameters),
+        number("stage3_max_reuse_distance", default.max_reuse_distance),
+        number("stage3_prefetch_bucket_size", default.prefetch_bucket_size),
     )
 
 
@@ -245,14 +254,15 @@ def state_bytes(
 ) -> State:
     """Bytes of the fullest rank of `world_size` under AdamW.
 
-    `step_id_rows`: distinct id rows a rank's share of a step touches, where the tables are sharded.
+    `step_id_rows`: distinct id rows a rank's share of a step touches; read where the tables lie outside the parameters.
     """
     settings = settings or ZeroSettings()
     masters_of = {"ddp": 0, "zero0": 4 * sizes.dense if bf16 else 0}
-    part = _largest_part(sizes, method, world_size)
+    parts = _parts(sizes, method, world_size)
+    part = sum(parts)
     state = {
         "weights": 0, "masters": masters_of.get(method, 4 * part), "moments": 8 * part, "gradients": 0,
-        "average": 4 * part if average else 0, "id_rows": _sharded_ids(sizes, world_size, step_id_rows),
+        "average": 4 * part if average else 0, "id_rows": _ids_outside(sizes, world_size, step_id_rows),
         "buffers": 0, "step_extra": 0, "validation_extra": 0 if method == "ddp" else 4 * sizes.dense, "host": 0,
     }  # fmt: skip
     if method == "ddp":
@@ -260,31 +270,32 @@ def state_bytes(
     elif method == "zero0":
         state |= _zero0(sizes, bf16)
     elif method == "zero1":
-        state |= _zero1(sizes, bf16, part, settings)
+        state |= _zero1(sizes, bf16, parts, settings)
     elif method in ("zero2", "zero2_offload"):
-        state |= _zero2(sizes, bf16, part, settings, world_size)
+        state |= _zero2(sizes, bf16, parts, settings, world_size)
     else:
-        state |= _zero3(sizes, bf16, part, settings)
+        state |= _zero3(sizes, bf16, parts, settings, world_size)
     if method.endswith("_offload"):
         _offload(state, sizes, bf16, part, method)
     return State(**state)
 
 
-def _largest_part(sizes: Sizes, method: Method, world_size: int) -> int:
-    """Elements a rank steps."""
+def _parts(sizes: Sizes, method: Method, world_size: int) -> list[int]:
+    """Elements a rank steps, by optimiser group."""
     if method in ("ddp", "zero0"):
-        return sizes.dense
+        return [sum(group) for group in sizes.groups]
     if method.startswith("zero3"):  # cuts each parameter
-        return sum(-(-numel // world_size) for group in sizes.groups for numel in group)
+        return [sum(-(-numel // world_size) for numel in group) for group in sizes.groups]
     # Stages 1 and 2 cut each group as a whole, aligned to two elements a rank.
-    return sum(2 * -(-sum(group) // (2 * world_size)) for group in sizes.groups)
+    return [2 * -(-sum(group) // (2 * world_size)) for group in sizes.groups]
 
 
-def _sharded_ids(sizes: Sizes, world_size: int, step_id_rows: int) -> int:
-    if not sizes.sharded_ids:
+def _ids_outside(sizes: Sizes, world_size: int, step_id_rows: int) -> int:
+    if not sizes.ids_outside:
         return 0
-    held = -(-sizes.id_rows // world_size) * (4 * sizes.id_dim + 4)
-    return held + 2 * 4 * min(step_id_rows, sizes.id_rows) * sizes.id_dim
+    held = sum(BLOCK * -(-rows // (BLOCK * world_size)) for rows in sizes.id_tables)
+    step = min(step_id_rows, sum(sizes.id_tables))
+    return held * (4 * sizes.id_dim + 4) + 2 * 4 * step * sizes.id_dim
 
 
 def _ddp(sizes: Sizes, world_size: int) -> dict[str, int]:
@@ -302,48 +313,55 @@ def _zero0(sizes: Sizes, bf16: bool) -> dict[str, int]:
     }
 
 
-def _zero1(sizes: Sizes, bf16: bool, part: int, settings: ZeroSettings) -> dict[str, int]:
+def _zero1(sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings) -> dict[str, int]:
     if bf16:
-        # DeepSpeed's BF16_Optimizer keeps the whole float32 gradient beside the bfloat16 one.
+        # DeepSpeed's BF16_Optimizer keeps the whole float32 gradient beside the bfloat16 one. It is summed over ranks in a
+        # bfloat16 copy, of a float32 copy where there are several groups.
         return {
             "weights": 2 * sizes.dense,
             "gradients": (4 + 2) * sizes.dense,
-            "step_extra": 4 * min(sizes.dense, ALLREDUCE_ELEMENTS),
+            "step_extra": (6 if len(sizes.groups) > 1 else 2) * min(sizes.dense, ALLREDUCE_ELEMENTS),
         }
     return {
         "weights": 4 * sizes.dense,
         "gradients": 4 * sizes.dense,
         "buffers": 4 * _buckets(settings),
-        "step_extra": 4 * part,
+        "step_extra": _norm_and_flat(parts, min(sizes.largest, max(parts))),
     }
 
 
-def _zero2(sizes: Sizes, bf16: bool, part: int, settings: ZeroSettings, world_size: int) -> dict[str, int]:
+def _zero2(sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings, world_size: int) -> dict[str, int]:
     each = 2 if bf16 else 4
     return {
         "weights": each * sizes.dense,
         # In float32 DeepSpeed keeps whole each parameter that reaches into the partition.
-        "gradients": 4 * part if bf16 else 4 * _reaching_in(sizes, world_size),
+        "gradients": 4 * sum(parts) if bf16 else 4 * _reaching_in(sizes, world_size),
         "buffers": each * _buckets(settings),
-        "step_extra": 0 if bf16 else 4 * part,
+        "step_extra": _norm_and_flat(parts, min(sizes.largest, max(parts))),
     }
 
 
-def _zero3(sizes: Sizes, bf16: bool, part: int, settings: ZeroSettings) -> dict[str, int]:
+def _zero3(sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings, world_size: int) -> dict[str, int]:
     each = 2 if bf16 else 4
     small = sum(n for group in sizes.groups for n in group if n <= settings.persistence_threshold)
     return {
-        "weights": each * (part + small),
-        "gradients": 4 * part,
+        "weights": each * (sum(parts) + small),
+        "gradients": 4 * sum(parts),
         "buffers": each * (settings.reduce_bucket_size + gathered_elements(sizes, settings)),
-        "step_extra": 4 * part,
+        "step_extra": _norm_and_flat(parts, -(-sizes.largest // world_size)),
     }
+
+
+def _norm_and_flat(parts: list[int], largest_piece: int) -> int:
+    """The norm is taken of float64 copies, one parameter at a time; then each group's gradient is put in one piece."""
+    return max(8 * largest_piece, 4 * max(parts))
 
 
 def gathered_elements(sizes: Sizes, settings: ZeroSettings) -> int:
     """Stage 3: elements that stand whole between forward and backward, beside the small ones that always do."""
     large = sum(n for group in sizes.groups for n in group if n > settings.persistence_threshold)
-    return min(large, max(settings.max_live_parameters, sizes.largest))
+    kept = min(settings.max_live_parameters, settings.max_reuse_distance + settings.prefetch_bucket_size)
+    return min(large, kept + sizes.largest)
 
 
 def _buckets(settings: ZeroSettings) -> int:
@@ -372,7 +390,7 @@ def _offload(state: dict[str, int], sizes: Sizes, bf16: bool, part: int, method:
     each = 2 if bf16 else 4
     largest = each * sizes.largest
     host = state["masters"] + state["moments"] + state["average"] + 4 * part  # and the masters' gradients
-    state |= {"masters": 0, "moments": 0, "average": 0, "step_extra": 0}
+    state |= {"masters": 0, "moments": 0, "average": 0, "step_extra": 0}  # the step is taken on the host
     if method == "zero2_offload":
         host += each * part + largest  # a partition on its way to the GPU; a gradient on its way from it
         state["buffers"] += largest
@@ -434,8 +452,7 @@ class _TokenBytes:
         width = self.config.d_model
         tables = (self.config.num_users > 0) + (self.config.num_items > 0)
         ids = tables * width * self._mask(self.config.id_dropout, self.residual)
-        id_dim = getattr(self.config, "id_dim", 0)
-        projected = tables * id_dim * self.linear if id_dim else 0
+        projected = tables * self.config.id_dim * self.linear if self.config.id_dim not in (0, width) else 0
         return self._embedding() + ids + projected + 2 * 8
 
     def decoder_embedding(self) -> int:

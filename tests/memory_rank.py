@@ -6,10 +6,12 @@ MEASURED.json beside it: per job the kind of its optimiser and, by rank, bytes b
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from genrec_dist.batch import Batch, EncoderInput
 from genrec_dist.engine import Replicated, Spread, make_accelerator, make_engine
@@ -74,7 +78,11 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
                 del logits, labels, loss
             if step == 1:
                 note(gathered=whole - bytes_in(weights(engine.model)), **classify(engine, average, buckets, earlier))
-        engine.step()
+        there = [storage for _, storage in storages()] if step == 1 else []
+        with LiveBytes(there) if step == 1 else contextlib.nullcontext() as live:
+            engine.step()
+        if live is not None:
+            note(step_extra=live.most)
         average.update(step)
     wrapper = engine.engine.optimizer if isinstance(engine, Spread) else engine.optimizer
     facts = {
@@ -188,6 +196,35 @@ def communication_buffers(engine: Any) -> Iterator[torch.Tensor]:
         yield from bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer]
     if hasattr(wrapper, "temp_grad_buffer_for_gpu_offload"):
         yield wrapper.temp_grad_buffer_for_gpu_offload  # type: ignore[union-attr]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of storages made while it is on, as they come and go."""
+
+    def __init__(self, earlier: Iterable[torch.UntypedStorage]):
+        """`earlier`: what was there before; it is held, so that nothing new takes its place."""
+        super().__init__()
+        self.earlier = {storage._cdata: storage for storage in earlier}
+        self.now = self.most = 0
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        return output
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self.earlier and key not in self.sizes and storage.nbytes():
+            self.sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.forget, key)
+
+    def forget(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
 
 
 if __name__ == "__main__":
