@@ -53,7 +53,7 @@ def test_every_claim_is_made_and_follows_from_its_numbers(tmp_path) -> None:
     claims, table = bench_rows(SMALL)
     write_table(table, tmp_path / "rows.json")
     back = json.loads((tmp_path / "rows.json").read_text())
-    assert len(claims) == len(back["claims"]) == 4 + 4 + 1 + 2
+    assert len(claims) == len(back["claims"]) == 4 + 8 + 1 + 2
     assert len({claim.id for claim in claims}) == len(claims)
     for claim in claims:
         bound = float(claim.goal.split()[1].removesuffix("x"))
