@@ -348,7 +348,8 @@ def _duration(config: GenRecConfig, samples: Samples, gpus: int, tflops: float, 
 
 def advise(plan: Forecast) -> list[str]:
     """What to do, in whole sentences."""
-    fitting = [fit for method in _BY_COST for fit in plan.fits if fit.method == method and fit.fits(plan.limit)]
+    methods = _BY_COST if plan.recipe.precision != "fp16" else _BY_COST[:1]  # training refuses fp16 under DeepSpeed
+    fitting = [fit for method in methods for fit in plan.fits if fit.method == method and fit.fits(plan.limit)]
     ddp = plan.fits[0]
     lines = []
     if ddp in fitting:

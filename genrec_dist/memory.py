@@ -78,12 +78,6 @@ class ZeroSettings:
     overlap_comm: bool = False
     persistence_threshold: int = 100_000
     """Stage 3: parameters of at most so many elements stay whole."""
-    max_live_parameters: int = 1_000_000_000
-    """Stage 3: elements that may be whole at once."""
-    max_reuse_distance: int = 1_000_000_000
-    """Stage 3: a parameter stays whole if it is used again before so many others."""
-    prefetch_bucket_size: int = 50_000_000
-    """Stage 3: elements fetched ahead."""
 
 
 @dataclass(frozen=True)
@@ -236,9 +230,6 @@ def read_settings(folder: Path | None, method: Method) -> ZeroSettings:
         number("reduce_bucket_size", default.reduce_bucket_size),
         found.get("overlap_comm") is True,
         number("stage3_param_persistence_threshold", default.persistence_threshold),
-        number("stage3_max_live_parameters", default.max_live_parameters),
-        number("stage3_max_reuse_distance", default.max_reuse_distance),
-        number("stage3_prefetch_bucket_size", default.prefetch_bucket_size),
     )
 
 
@@ -358,10 +349,12 @@ def _norm_and_flat(parts: list[int], largest_piece: int) -> int:
 
 
 def gathered_elements(sizes: Sizes, settings: ZeroSettings) -> int:
-    """Stage 3: elements that stand whole between forward and backward, beside the small ones that always do."""
-    large = sum(n for group in sizes.groups for n in group if n > settings.persistence_threshold)
-    kept = min(settings.max_live_parameters, settings.max_reuse_distance + settings.prefetch_bucket_size)
-    return min(large, kept + sizes.largest)
+    """Stage 3: elements that stand whole between forward and backward, beside the small ones that always do.
+
+    All of them: DeepSpeed's `stage3_max_live_parameters` releases none (measured), and `stage3_max_reuse_distance` only layers, not
+    the embeddings, which the model reads directly.
+    """
+    return sum(n for group in sizes.groups for n in group if n > settings.persistence_threshold)
 
 
 def _buckets(settings: ZeroSettings) -> int:
