@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -257,6 +259,7 @@ class Cluster:
         self.folder = folder
         shutil.copytree(LAUNCH, folder / "launch")
         (folder / "bin").mkdir()
+        self.jobs: list[subprocess.Popen[str]] = []
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
             self.stub(name, text)
 
@@ -274,9 +277,12 @@ class Cluster:
         }
         env = deepspeed_environment(PATH=f"{self.folder / 'bin'}:{os.environ['PATH']}:{BIN}", **slurm | more)
         command = ["bash", f"launch/slurm/{file}", *map(str, arguments)]
-        return subprocess.Popen(
-            command, env=env, cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        pipe = subprocess.PIPE
+        job = subprocess.Popen(
+            command, env=env, cwd=self.folder, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
+        self.jobs.append(job)
+        return job
 
     def calls(self, name: str) -> list[str]:
         path = self.folder / f"{name}.calls"
@@ -284,8 +290,13 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> Cluster:
-    return Cluster(tmp_path)
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    yield cluster
+    for job in cluster.jobs:  # a test that failed leaves no trainer behind that waits for a signal
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+        job.wait(timeout=30)
 
 
 def ended(job: subprocess.Popen[str]) -> tuple[int, str]:

@@ -118,7 +118,8 @@ def test_reading_a_launch_leaves_logging_alone() -> None:
         "import logging; from pathlib import Path; from genrec_dist.topology import Launch, asked; "
         "list(asked({}, Launch(['--cpu', 't.py'], Path()))); print(logging.root.handlers)"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
+    env = environment(ACCELERATE_ENABLE_RICH="true")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert (done.stdout, done.stderr) == ("[]\n", "")
     assert not logging.getLogger("accelerate.commands.launch").disabled
 
