@@ -363,8 +363,13 @@ class _processes:
             dist.destroy_process_group()
 
 
-bench = typer.Typer(help="Measure a claim beside a named peer, the two in turn.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
+bench = typer.Typer(no_args_is_help=True)
+app.add_typer(
+    bench,
+    name="bench",
+    short_help="Measure a claim beside a named peer, the two in turn.",
+    help="Measure a claim beside a named peer, the two in turn.\n\nExample: genrec bench stream --json stream.json",
+)
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the table, with hardware and versions.")]
 
 

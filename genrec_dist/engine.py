@@ -88,8 +88,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find anyway, and warn of
     plugin = _deepspeed_plugin(recipe)
-    # Left to itself, DeepSpeed would look for a collective library of its own to use on a CPU.
-    gloo = [InitProcessGroupKwargs(backend="gloo")] if plugin is not None and not on_gpu else None
+    gloo = [_gloo_for_deepspeed()] if plugin is not None and not on_gpu else None
     accelerator = Accelerator(mixed_precision=precision, deepspeed_plugin=plugin, kwargs_handlers=gloo)
     # Otherwise from_pretrained would spread a backbone that is still to be read and given its id tables.
     unset_hf_deepspeed_config()
@@ -98,6 +97,15 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         raise ValueError(f"{accelerator.distributed_type.value}: not supported; launch with one of {names}")
     topology.check(accelerator, recipe.precision)
     return accelerator
+
+
+def _gloo_for_deepspeed() -> InitProcessGroupKwargs:
+    """Plain gloo. Left to itself, DeepSpeed would look for a collective library of its own on a CPU, and at each start compile
+    one for ranks of a node, behind a lock that a killed run leaves to all later ones."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return InitProcessGroupKwargs(backend="gloo")
 
 
 def _deepspeed_plugin(recipe: Recipe) -> DeepSpeedPlugin | None:
