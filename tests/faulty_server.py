@@ -41,7 +41,7 @@ def serving(folder: Path, context: ssl.SSLContext | None = None) -> Iterator[Fau
     """A server of `folder` on a free port of 127.0.0.1; over https with a `context`."""
     state = FaultyServer(folder)
     handler = type("Handler", (_Handler,), {"state": state})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     if context is not None:
         server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
@@ -55,6 +55,11 @@ def serving(folder: Path, context: ssl.SSLContext | None = None) -> Iterator[Fau
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that has gone is no news."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -80,7 +85,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, whole: bytes, asked: str | None, fault: str | None) -> None:
         status, body, more = 200, whole, {}
         if asked and fault != "ignore Range":
-            start, end = (int(number) for number in re.fullmatch(r"bytes=(\d+)-(\d+)", asked).groups())
+            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
+            start, end = int(first), int(last or len(whole) - 1)
             status, body = 206, whole[start : end + 1]
             shift = fault == "other range"
             more = {"Content-Range": f"bytes {start + shift}-{end + shift}/{len(whole)}"}

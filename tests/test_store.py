@@ -1,5 +1,6 @@
 """Shards behind an address: exact, one record at a time, patient with servers that fail, deaf to addresses that are no data."""
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -327,13 +328,15 @@ def test_a_pickle_from_a_server_is_refused_and_never_run(made, tmp_path, member)
 
 
 def gathered(reader: ShardReader, users: np.ndarray, queue) -> None:
+    gc.collect()
     queue.put(reader.gather(users)[0].tolist())
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_used_reader_works_in_another_process_and_still_in_its_own(made, server, method):
-    """A forked child must leave its parent's connections alone."""
-    reader, local = open_remote(server, cache_bytes=0, cache_records=1), ShardReader(made.path.parent / "shards")
+    """A forked child must leave its parent's connections alone: closed there, they fall silent here."""
+    once = Patience(attempts=1, stall=20, deadline=60)
+    reader, local = open_remote(server, once, cache_bytes=0, cache_records=1), ShardReader(made.path.parent / "shards")
     context = multiprocessing.get_context(method)
     for turn in range(3):
         users = np.arange(turn, NUM_USERS, 7)
@@ -381,18 +384,21 @@ def test_a_local_directory_needs_no_package_for_remote_ones(made, monkeypatch):
 
 @pytest.fixture
 def s3(monkeypatch):
-    """An S3 server on loopback with a bucket called `bucket`."""
+    """An S3 server on loopback."""
     from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr("genrec_shards.remote._clients", {})  # made for this endpoint
+    use_endpoint(monkeypatch, "http://{}:{}".format(*server.get_host_and_port()))
     yield server
     server.stop()
+
+
+def use_endpoint(monkeypatch, url: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr("genrec_shards.remote._clients", {})  # which were made for another endpoint
 
 
 def test_shards_come_from_s3(made, s3):
@@ -420,6 +426,32 @@ def test_shards_come_from_s3(made, s3):
     s3.stop()
     with pytest.raises(DataError, match=r"s3://bucket/some/shards/manifest.json: .* \(3 attempts"):
         ShardReader("s3://bucket/some/shards", patience=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("500", "s3://shards/shard-000001.tar: record 4: "),
+        ("stall half-way", "stalls"),
+        ("truncate", "breaks off"),
+        ("wrong bytes", "sha256"),
+        ("ignore Range", "bytes came, expected"),
+        ("403", "credentials"),
+    ],
+)
+def test_s3_is_asked_as_patiently_and_no_more(made, server, monkeypatch, fault, message):
+    """A read of S3 is an HTTP GET of /bucket/key, so the server that fails can stand for it."""
+    use_endpoint(monkeypatch, server.url)
+    reader = ShardReader("s3://shards", patience=Patience(attempts=3, first_wait=0.02, stall=0.5, deadline=60))
+    fail(server, fault, "shard-000001.tar", times=2)
+    if fault != "403":
+        check_everyone(reader, made)
+        server.requests.clear()
+    fail(server, fault, "shard-000001.tar")
+    with pytest.raises(DataError, match=message) as caught:
+        ShardReader("s3://shards", patience=reader._store.files.patience, cache_bytes=0).record(4)
+    assert "\n" not in str(caught.value)
+    assert len(server.of("shard-000001.tar")) == (1 if fault == "403" else 3)
 
 
 def test_an_endpoint_on_another_machine_must_be_https(monkeypatch):

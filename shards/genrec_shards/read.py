@@ -139,12 +139,9 @@ class ShardReader:
             missing = [index for index in indices if index not in self._cache]
         if self._store.at_once == 1 or len(missing) < 2:
             return {}
-        pool = ThreadPoolExecutor(self._store.at_once)
-        try:
+        # The first error cancels what has not begun, or each of the rest would be as patient.
+        with ThreadPoolExecutor(self._store.at_once) as pool:
             return dict(zip(missing, pool.map(self.record, missing), strict=True))
-        finally:
-            # After an error nobody wants the rest, and each of them would be as patient.
-            pool.shutdown(cancel_futures=True)
 
     def _read(self, index: int) -> Record:
         shard_number, record_number = self._places[index]

@@ -150,6 +150,8 @@ class RemoteFiles:
         client = _client(self.scheme, self.patience.stall)
         start, end = part or (None, None)
         if self.scheme == "s3":
+            # s3fs asks for the size of a whole file first, but not of one from 0 on.
+            start = start or 0
             path, more = f"{self.address.removeprefix('s3://')}/{name}", {}
         else:
             path, more = f"{self.address}/{name}", {"timeout": _aiohttp_timeout(self.patience.stall)}
@@ -286,13 +288,14 @@ def _packages(scheme: str) -> None:
 
 def _errors(scheme: str) -> tuple[type[BaseException], ...]:
     """What a request can raise because of a server or a network; mistakes of ours are not among them."""
-    if scheme == "s3":
-        from botocore.exceptions import BotoCoreError, HTTPClientError
-
-        return OSError, asyncio.TimeoutError, _Unfit, BotoCoreError, HTTPClientError
     import aiohttp
 
-    return OSError, asyncio.TimeoutError, _Unfit, aiohttp.ClientError
+    errors = OSError, asyncio.TimeoutError, _Unfit, aiohttp.ClientError
+    if scheme != "s3":
+        return errors
+    from botocore.exceptions import BotoCoreError, HTTPClientError
+
+    return *errors, BotoCoreError, HTTPClientError
 
 
 def _told(error: BaseException, patience: Patience) -> tuple[str, bool]:
