@@ -426,7 +426,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
-    if dist.is_available() and dist.is_initialized():
+    launched = dist.is_available() and dist.is_initialized()
+    if launched:
         dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(code) if code else sys.exit(0)
+    sys.stderr.flush()
+    # Threads of collectives can outlive their groups; the interpreter's end would then abort a run that has ended well.
+    os._exit(code) if launched or code else sys.exit(0)

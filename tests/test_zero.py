@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,6 +228,48 @@ def test_adamw_follows_the_same_curve(results: Results, stage: int | None) -> No
     alone, together = results.facts("adamw-None-1"), results.facts(f"adamw-{stage}-2")
     assert np.allclose(alone["losses"], together["losses"], rtol=2e-4)
     assert alone["losses"][-1] < 0.9 * alone["losses"][0]
+
+
+COLUMNS = (
+    "engine", "fp32: 2 ranks against 1", "fp32: against a plain process", "bf16: 2 ranks against 1", "bf16: shared embedding",
+    "bf16: against a plain process",
+)  # fmt: skip
+HEAD = ("| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS))
+
+
+def parity_table(results: Results) -> list[str]:
+    """Lines of the table in docs/scale.md."""
+    lines = []
+    for stage in (None, *STAGES):
+        figures = [
+            max(difference(results, f"{precision}-{one}-1", f"{precision}-{stage}-2").values())
+            for precision in ("fp32", "bf16")
+            for one in (stage, None)
+        ]
+        shared = difference(results, f"bf16-{stage}-1", f"bf16-{stage}-2")["model.shared.weight"]
+        figures.insert(3, shared)
+        name = "DDP" if stage is None else f"ZeRO {stage}"
+        lines.append(f"| {name} | " + " | ".join(f"{figure:.1e}" for figure in figures) + " |")
+    return [*HEAD, *lines]
+
+
+def test_the_docs_show_the_table(results: Results) -> None:
+    """GENREC_WRITE_DOCS=1 writes it; otherwise what stands there has to keep the bounds and be of today's kind."""
+    page = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
+    before, rest = page.read_text().split("<!-- parity:begin -->\n")
+    shown, after = rest.split("<!-- parity:end -->")
+    table = parity_table(results)
+    if os.environ.get("GENREC_WRITE_DOCS"):
+        shown = "\n".join(table) + "\n"
+        page.write_text(f"{before}<!-- parity:begin -->\n{shown}<!-- parity:end -->{after}")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines()]
+    today = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    assert cells[0] == today[0]
+    assert [row[0] for row in cells[2:]] == [row[0] for row in today[2:]]
+    for row, now in zip(cells[2:], today[2:], strict=True):
+        assert max(map(float, row[1:3])) <= SEEN_FP32
+        # Another machine sums in another order, and not by another order of magnitude.
+        assert all(abs(math.log10(float(one) / float(two))) < 1.5 for one, two in zip(row[1:], now[1:], strict=True))
 
 
 @pytest.mark.parametrize("name", [*(f"adamw-{stage}-2" for stage in (None, *STAGES)), "adamw-bf16-0", "adamw-bf16-2"])

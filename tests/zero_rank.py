@@ -45,6 +45,9 @@ def main(path: Path) -> None:
             (path.parent / f"{job['name']}.json").write_text(json.dumps(facts))
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # as genrec_dist.train does, and for the same reason
 
 
 def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
