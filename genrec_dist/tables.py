@@ -73,8 +73,8 @@ class IdTables:
     def attach(self, model: GenRecForConditionalGeneration, step: RankStep) -> None:
         """Fetch a step's rows and put them where its micro-batches look for them. Collective."""
         for kind, table in self.tables.items():
-            self.leaves[kind] = _leaf(table.fetch(step.id_rows[kind]))
-            _place_of(model, kind).weight = self.leaves[kind].requires_grad_()
+            self.leaves[kind] = table.fetch(step.id_rows[kind], zero_row=True).requires_grad_()
+            _place_of(model, kind).weight = self.leaves[kind]
             _place_of(model, kind).rows = None
 
     def learn(self, learning_rate: float) -> None:
@@ -93,7 +93,7 @@ class IdTables:
         for kind, table in self.tables.items():
             rows_u = torch.from_numpy(np.unique(wanted[kind]).astype(np.int64))
             place = _place_of(model, kind)
-            place.weight, place.rows = _leaf(table.fetch(rows_u)), rows_u.to(self.device)
+            place.weight, place.rows = table.fetch(rows_u, zero_row=True), rows_u.to(self.device)
         yield
 
     def whole(self, model: GenRecForConditionalGeneration) -> GenRecForConditionalGeneration | None:
@@ -106,7 +106,7 @@ class IdTables:
         config = GenRecConfig(**{**model.config.to_dict(), "ids_outside": False})
         with torch.device("meta"):
             complete = GenRecForConditionalGeneration(config)
-        tables = {name: _leaf(table) for name, table in rows.items() if table is not None}
+        tables = {name: _with_zero_row(table) for name, table in rows.items() if table is not None}
         inside = {name: value.detach().cpu() for name, value in model.state_dict().items()}
         complete.load_state_dict({**inside, **tables}, assign=True)
         complete.tie_weights()
@@ -126,8 +126,8 @@ class IdTables:
             table.load(folder, f"ids-{kind}")
 
 
-def _leaf(rows_uD: Tensor) -> Tensor:
-    """With the zero row before them, at which all places without an id point."""
+def _with_zero_row(rows_uD: Tensor) -> Tensor:
+    """The zero row before them, at which all places without an id point."""
     return torch.cat([rows_uD.new_zeros(1, rows_uD.shape[1]), rows_uD])
 
 
