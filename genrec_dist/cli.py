@@ -388,6 +388,26 @@ def bench_rows(json_path: JsonOption = None) -> None:
         write_table(table, json_path)
 
 
+@bench.command("stream")
+def bench_stream(
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Decode speed and bytes beside one JSON a sample; a late resume; waiting in a tiny run; bytes over a network.
+
+    Example: genrec bench stream --data data/beauty --json stream.json
+    """
+    from genrec_dist.bench.measure import format_claims, write_table
+    from genrec_dist.bench.stream import bench_stream as run_bench
+
+    claims, table = run_bench(data)
+    say(format_claims(claims))
+    if json_path is not None:
+        write_table(table, json_path)
+
+
 class _progress:
     """A bar on standard error of rank 0, so that standard output holds results alone."""
 
