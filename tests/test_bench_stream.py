@@ -65,14 +65,14 @@ def test_every_claim_is_made_of_what_was_measured(measured: tuple[list[Claim], d
 def test_a_node_fetches_once_what_its_cache_holds(measured: tuple[list[Claim], dict[str, Any]]) -> None:
     """However many ranks; without a cache each rank fetches for itself, in each epoch."""
     fetched = {name: case["amplification"] for name, case in measured[1]["network"]["cases"].items()}
-    beside = 0.12  # manifest and lengths beside these tiny records
+    beside = 0.1  # each rank asks for the manifest
     for ranks in (1, 2):
         assert fetched[f"{ranks} ranks, cache larger than the data"] == pytest.approx([1, 0], abs=beside * ranks)
         first, second = fetched[f"{ranks} ranks, cache a quarter of the data"]
-        assert 1 <= first < 1 + beside * ranks
+        assert 0.9 <= first < 1 + beside * ranks  # the end of a tar is never asked for
         assert 0.2 < second <= 1
         first, second = fetched[f"{ranks} ranks, cache none"]
-        assert 0.9 * ranks <= first < ranks * (1 + beside)  # a rank can miss a record that holds ten users
+        assert 0.8 * ranks <= first < ranks * (1 + beside)  # a rank can miss a record that holds ten users
         assert 0.2 * ranks < second <= ranks
 
 
