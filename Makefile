@@ -6,6 +6,9 @@ LOCK ?= requirements.lock
 EXTRAS ?= zero,tune,remote,dev
 BIN := .venv/bin
 STAMP := .venv/.made
+# Test files side by side. One thread a process: threads that wait for others of another process spin, and take ten times as long.
+PROCESSES ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: env demo test check slow lock clean
 
@@ -44,12 +47,12 @@ check: env
 
 # The tests, those of real ranks at length, then the demo as its user runs it, its table judged.
 test: check
-	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest -m ranks
+	$(PYTEST) -n $(PROCESSES) --dist loadfile
+	$(PYTEST) -m ranks
 	$(BIN)/python -m pytest -m demo
 
 slow: env
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # Writes down the versions of this environment as the tested ones: without local labels (`+cpu`), which other machines'
 # indexes do not know, and without packages that came from a file.
