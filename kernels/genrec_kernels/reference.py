@@ -28,8 +28,8 @@ def embedding_sum(
     """X = EMB(S) * scale + PosEMB + UIDEMB + TIDEMB, float [B, L, D] (GenRec, equation 2).
 
     All indices are integer [B, L]; tables are [rows, D]; a table that is None adds nothing. Row 0 of the id tables is the
-    zero row and never learns. An id table may be factorised: [rows, F] with a projection [D, F]. `id_dropout` drops entries of the id terms alone. Indices must be in range: the caller
-    checks them where batches are made.
+    zero row and never learns. An id table may be factorised: [rows, F] with a projection [D, F]. `id_dropout` drops entries
+    of the id terms alone. Indices must be in range: the caller checks them where batches are made.
     """
     embedded = F.embedding(token_ids_BL, token_table, padding_idx=pad_token_id)
     if scale != 1.0:
