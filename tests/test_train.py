@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from genrec_dist.progress import Meter
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Recipe, dump_recipe, load_recipe
 from genrec_dist.stop import NotFinite
-from genrec_dist.train import Loop, train
+from genrec_dist.train import Loop, ahead, train
 from genrec_dist.workshop import StepBatches, describe, open_workshop, plan_stages
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
@@ -331,3 +332,24 @@ def test_two_ranks_train_what_one_trains(recipe: Recipe, tmp_path: Path) -> None
     losses = [[event["loss"] for event in events(tmp_path / run, "step")] for run in ("alone", "two")]
     assert np.allclose(*losses, rtol=1e-3)
     assert len(events(tmp_path / "two", "step")) == len(events(tmp_path / "alone", "step"))
+
+
+def test_the_next_batch_is_received_while_this_one_is_worked_on() -> None:
+    asked = []
+
+    def source() -> Iterator[int]:
+        for number in range(1, 4):
+            asked.append(number)
+            yield number
+        raise ValueError("the shard is damaged")
+
+    batches = ahead(source())
+    assert next(batches) == 1
+    deadline = time.monotonic() + 60
+    while asked != [1, 2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    assert [next(batches), next(batches)] == [2, 3]
+    with pytest.raises(ValueError, match="damaged"):
+        next(batches)
+    assert list(ahead([[], [5]])) == [[], [5]]
