@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from genrec_shards.atomic import atomic_file
 from genrec_shards.keyed import mixed_key
+from genrec_shards.sequences import DataError
 from torch.utils.data import DataLoader
 
 from genrec_dist.audit import exclude_history_default
@@ -184,7 +185,18 @@ class Loop:
             prefetch_factor=4 if self.recipe.workers else None,
             worker_init_fn=ignore_signals,
         )
-        yield from zip(steps, ahead(loader) if self.recipe.workers else loader, strict=True)
+        source = iter(loader)
+        shares = ahead(source) if self.recipe.workers else source
+        try:
+            yield from zip(steps, shares, strict=True)
+        except DataError as error:
+            # A worker's error comes with its traceback for a message; the last line is what it said.
+            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+        finally:
+            # Workers ignore signals: while an error keeps this generator alive, nobody else would end them.
+            if self.recipe.workers:
+                shares.close()  # type: ignore[attr-defined]
+                source._shutdown_workers()  # type: ignore[attr-defined]
 
     def run(self) -> None:
         """The training loop."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -167,3 +169,26 @@ def seen_from(fields: dict) -> Seen:
         for user, history, targets in fields["samples"]
     ]
     return Seen(**{**fields, "samples": samples})
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_server_that_fails_in_the_middle_ends_the_run_in_one_line(
+    workshop: Workshop, tmp_path: Path, workers: int
+) -> None:
+    """Also where a worker reads: it must neither keep the run from ending nor show its traceback."""
+    with serving(shards_of(workshop, 7).parent) as server:
+        server.fault = lambda path, number: "404" if path.endswith("shard-000003.tar") else None
+        shards, run = f"{server.url}/7-tars", tmp_path / "run"
+        (tmp_path / "recipe.yaml").write_text(
+            dump_recipe(replace(workshop.recipe, shards=shards, run=str(run), workers=workers))
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "genrec_dist.cli", "train", str(tmp_path / "recipe.yaml")],
+            env=environment(GENREC_CACHE=str(tmp_path / "cache")), capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("genrec:")]
+    assert line.startswith(f"genrec: {shards}/shard-000003.tar: record ")
+    assert "no such file on the server" in line
+    assert "Traceback" not in done.stderr
+    assert json.loads((run / "status.json").read_text())["status"] == "failed"
