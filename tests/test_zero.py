@@ -93,6 +93,18 @@ def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
             {**common, "name": f"adamw-bf16-{stage}", "stage": stage, "optimizer": "adamw", "rate": 3e-3, "set": bf16}
             for stage in (0, 2)
         ]
+        jobs += [
+            {
+                **sgd,
+                "name": f"spoiled-{precision}-{stage}",
+                "stage": stage,
+                "steps": 1,
+                "spoil": True,
+                "set": [f"precision={precision}"],
+            }
+            for stage in STAGES
+            for precision in ("fp32", "bf16")
+        ]
         for precision in ("fp32", "bf16"):
             sets = [f"precision={precision}", "optimizer.clip=0.0"]
             jobs.append({**sgd, "name": f"lost-{precision}", "stage": 2, "set": sets, "leave_out": 1})
@@ -276,6 +288,15 @@ def test_the_docs_show_the_table(results: Results) -> None:
 def test_adamw_counts_the_steps_there_were(results: Results, name: str) -> None:
     """DeepSpeed makes room for moments by a step without gradients; counted, it would bend the first real ones."""
     assert results.facts(name)["optimizer_step"] == 10
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_gradient_that_is_not_finite_ends_the_run(results: Results, stage: int, precision: str) -> None:
+    """DeepSpeed would skip the step, and with it the samples, without a word; the loss itself is finite here."""
+    errors = results.facts(f"spoiled-{precision}-{stage}")["errors"]
+    assert len(errors) == 2
+    assert all("the gradient norm is" in error and "at step 0: nothing was saved since" in error for error in errors)
 
 
 def test_every_rank_and_stage_takes_the_same_samples(results: Results) -> None:

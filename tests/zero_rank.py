@@ -63,6 +63,9 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     if job.get("leave_out") == loop.ranks.rank:
         backward = loop.engine.backward
         loop.engine.backward = lambda loss: backward(loss * 0.0)
+    if job.get("spoil"):
+        spoiled = loop.engine.backward
+        loop.engine.backward = lambda loss: spoiled(loss * float("inf"))
     data = StepBatches(
         workshop.stages, workshop.reader, workshop.layout, recipe, loop.ranks.rank, loop.ranks.size
     )  # fmt: skip
@@ -75,6 +78,7 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         loss, _ = loop.take_step(step, share, agreed, stage, 1.0, Meter())
         losses.append(float(loss))
         digests.append(agreed.samples_digest)
+    loop.check_finite()
     with loop.engine.whole() as whole:
         after = {name: p.detach().float().clone() for name, p in whole.named_parameters()}
     if loop.ranks.is_main:
