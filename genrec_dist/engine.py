@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -114,6 +115,10 @@ def _deepspeed_plugin(recipe: Recipe) -> DeepSpeedPlugin | None:
         return None
     if AcceleratorState._shared_state and AcceleratorState().deepspeed_plugin is not None:
         return None  # a second loop of one process, as in tests: the state stands
+    if find_spec("deepspeed") is None:
+        raise ValueError(
+            "DeepSpeed was asked for and is not installed: pip install 'genrec-dist[zero]', or launch with DDP"
+        )
     if recipe.precision == "fp16":
         raise ValueError("precision fp16 under DeepSpeed: not supported, its loss scale is in no checkpoint; use bf16")
     plugin = DeepSpeedPlugin()

@@ -353,3 +353,12 @@ def test_the_next_batch_is_received_while_this_one_is_worked_on() -> None:
     with pytest.raises(ValueError, match="damaged"):
         next(batches)
     assert list(ahead([[], [5]])) == [[], [5]]
+
+
+def test_deepspeed_that_is_asked_for_and_missing_is_named(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # what the import system takes for "not installed"
+    with pytest.raises(
+        ValueError, match=r"DeepSpeed was asked for and is not installed: pip install 'genrec-dist\[zero\]'"
+    ):
+        make_accelerator(recipe)
