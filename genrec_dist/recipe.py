@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from genrec_shards.remote import is_address
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class Recipe:
         """A directory, or an URL as it was given."""
         if self.shards is None:
             return Path(self.data) / "shards"
-        return self.shards if "://" in self.shards else Path(self.shards)
+        return self.shards if is_address(self.shards) else Path(self.shards)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -114,11 +114,8 @@ class IdTables:
         return complete.eval()
 
     def save(self, folder: Path) -> list[Path]:
-        """Write this rank's rows into a checkpoint's folder; the files, named."""
-        before = set(folder.iterdir())
-        for kind, table in self.tables.items():
-            table.save(folder, f"ids-{kind}")
-        return sorted(path for path in set(folder.iterdir()) - before if f"-{self.ranks.rank:05d}-of-" in path.name)
+        """Write this rank's rows into a checkpoint's folder; the files written."""
+        return [table.save(folder, f"ids-{kind}") for kind, table in self.tables.items()]
 
     def load(self, folder: Path) -> None:
         """Read this rank's rows from a checkpoint of any number of ranks. Raises ValueError naming a file that does not fit."""

@@ -193,18 +193,16 @@ class RowTable:
             gradient_nD = _summed(gradient_nD, exchange.owned, exchange.owed)
         self._adagrad(exchange.owned, gradient_nD, learning_rate, eps, scale)
 
-    def save(self, folder: Path, name: str) -> None:
-        """Write this rank's rows to `folder/NAME-RANK-of-RANKS.safetensors`. Not collective.
+    def save(self, folder: Path, name: str) -> Path:
+        """Write this rank's rows to `folder/NAME-RANK-of-RANKS.safetensors`, which is returned. Not collective.
 
         Not atomic either: the folder is the caller's to rename when all ranks are done.
         """
         self._check_process()
         tensors = {"values": self.values, "squares": self.squares}
-        save_file(
-            tensors,
-            folder / _file_name(name, self.rank, self.world_size),
-            metadata=self._facts(self.rank, self.world_size),
-        )
+        path = folder / _file_name(name, self.rank, self.world_size)
+        save_file(tensors, path, metadata=self._facts(self.rank, self.world_size))
+        return path
 
     def load(self, folder: Path, name: str) -> None:
         """Read this rank's rows from files that any number of ranks saved. Not collective.
