@@ -25,6 +25,8 @@ from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.optim import AveragedWeights
 from genrec_dist.ranks import Ranks
 from genrec_dist.tables import IdTables
+from genrec_dist.tokens import WordTable
+from genrec_dist.trie import TRIE_FILE, Trie, hash_of_words, save_trie
 
 FORMAT_VERSION = 2
 
@@ -271,9 +273,16 @@ def _read_facts(path: Path, identity: dict[str, str]) -> dict[str, Any]:
 
 
 def save_best(
-    run: Path, model: GenRecForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, data: Path, step: int
+    run: Path,
+    model: GenRecForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    words: WordTable,
+    trie: Trie,
+    data: Path,
+    step: int,
 ) -> Path:
-    """Write `best/`: what `from_pretrained` loads, and the catalogue that turns rows into the user's own ids."""
+    """Write `best/`: what `from_pretrained` loads, the trie of the words, and the catalogue that turns rows into the user's own
+    ids."""
     path = run / "best"
     logging.disable_progress_bar()  # of transformers: a bar for a file that is written in a moment
     with atomic_directory(path, overwrite=True) as folder:
@@ -281,6 +290,8 @@ def save_best(
         tokenizer.save_pretrained(folder)
         for name in ("items.parquet", "users.parquet"):
             shutil.copyfile(data / name, folder / name)
+        words_hash = hash_of_words(*words.tokens_of_items())
+        save_trie(trie, folder / TRIE_FILE, numbering_hash=model.config.numbering_hash, words_hash=words_hash)
         (folder / "step.json").write_text(json.dumps({"step": step}), encoding="utf-8")
     return path
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -16,7 +17,7 @@ from genrec_dist.batch import Layout
 from genrec_dist.beam import TrieSearcher
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.tokens import WordTable, build_words
-from genrec_dist.trie import build_trie
+from genrec_dist.trie import TRIE_FILE, Trie, build_trie, hash_of_words, load_trie, restrict
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,20 @@ def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
     )
 
 
-def make_searcher(model: GenRecForConditionalGeneration, words: WordTable, device: torch.device) -> TrieSearcher:
-    return TrieSearcher(model, build_trie(*words.tokens_of_items()), device)
+def make_searcher(
+    model: GenRecForConditionalGeneration,
+    words: WordTable,
+    device: torch.device | str,
+    *,
+    items: np.ndarray | None = None,
+) -> TrieSearcher:
+    """A searcher over all items, or over these rows alone. Raises ValueError if none is left or a row is no item's."""
+    trie = build_trie(*words.tokens_of_items())
+    return TrieSearcher(model, trie if items is None else restrict(trie, items), device)
 
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
-    """Load `best/` of a run directory for decoding. Raises ValueError naming what is missing."""
+    """Load `best/` of a run directory for decoding. Raises ValueError naming what is missing, damaged or of another numbering."""
     path = Path(run)
     best = path / "best"
     if not (best / "config.json").is_file():
@@ -79,8 +88,17 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
         raise ValueError(f"{best}: damaged or incomplete ({reason}): copy it again, or train again") from None
     words = build_words(tokenizer, catalogue.item_codes, catalogue.user_codes, model.config.num_masks)
     layout = make_layout(words, model.config)
-    searcher = make_searcher(model, words, torch.device(device))
+    searcher = TrieSearcher(model, _trie_of(best, words, model.config), torch.device(device))
     return LoadedRun(path, model, tokenizer, words, layout, searcher, catalogue)
+
+
+def _trie_of(best: Path, words: WordTable, config: GenRecConfig) -> Trie:
+    """The trie beside the model, or a new one for a run that was saved without."""
+    arrays = words.tokens_of_items()
+    path = best / TRIE_FILE
+    if not path.is_file():
+        return build_trie(*arrays)
+    return load_trie(path, numbering_hash=config.numbering_hash, words_hash=hash_of_words(*arrays))
 
 
 def _read_catalogue(best: Path) -> Catalogue:

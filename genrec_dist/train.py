@@ -368,8 +368,8 @@ class Loop:
         self.check_finite()
         complete = self.tables.whole(model)
         if complete is not None:
-            run, tokenizer, data = self.workshop.run, self.workshop.tokenizer, self.workshop.dataset.path
-            save_best(run, complete, tokenizer, data, self.progress.step - 1)
+            shop, trie = self.workshop, self.searcher.trie
+            save_best(shop.run, complete, shop.tokenizer, shop.words, trie, shop.dataset.path, self.progress.step - 1)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
