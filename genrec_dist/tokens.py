@@ -209,3 +209,18 @@ def build_words(
             f"the word {word!r} contains a special token: rename that id or prepare with --numbering random"
         )
     return WordTable(tokens, offsets, num_masks, len(item_codes), len(user_codes))
+
+
+class ItemTexts:
+    """Reads generated token strings as items: by their whole text, which must be an item's word to the letter."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, item_codes: Sequence[str]):
+        self.tokenizer = tokenizer
+        self.row_of = {item_text(code): row for row, code in enumerate(item_codes)}
+
+    def rows(self, token_lists: Sequence[Sequence[int]]) -> np.ndarray:
+        """int32 [n], the item whose word these tokens spell, however they cut it; -2 where there is none."""
+        texts = self.tokenizer.backend_tokenizer.decode_batch(
+            [list(tokens) for tokens in token_lists], skip_special_tokens=False
+        )
+        return np.fromiter((self.row_of.get(text, -2) for text in texts), np.int32, len(texts))

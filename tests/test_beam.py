@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from genrec_dist.batch import EncoderInput, Layout, encode_histories
-from genrec_dist.beam import DecoderState, TrieSearcher, _best, _num_open
+from genrec_dist.beam import TrieSearcher, _num_open, best_of, best_static
+from genrec_dist.decoder import DecoderState
 from genrec_dist.model import GenRecForConditionalGeneration, build_model
 from genrec_dist.recipe import Model
 from genrec_dist.tokens import WordTable
@@ -199,31 +200,44 @@ def test_a_user_who_has_everything_gets_an_empty_list() -> None:
     assert len(both[1]) == 20
 
 
-def test_the_incremental_decoder_equals_whole_sequences() -> None:
-    """Keys and values step by step, through a reordering of beams, to 1e-10."""
+@pytest.mark.parametrize("prefix", [[MASK], [MASK, 6, 5]])
+def test_the_incremental_decoder_equals_whole_sequences(prefix: list[int]) -> None:
+    """Keys and values step by step, behind a shared prefix and through a reordering of beams, to 1e-10."""
     model, generator = sharp_model(), torch.Generator().manual_seed(0)
     world = World(all_pairs(), model)
     encoder = world.encoder([[0, 1, 2], [3], []])
-    num_users, num_beams, steps = 3, 4, 5
+    num_users, num_beams, steps = 3, 4, 4
     with torch.inference_mode():
         memory = model.encode(encoder)
         state = DecoderState(model, memory, encoder.attention_mask)
-        past = torch.full((num_users, 1, 1), MASK)
+        past = torch.tensor(prefix).expand(num_users, 1, -1)
+        hidden = state.start(torch.tensor(prefix))
+        assert (hidden - causal_states(model, past[:, 0], memory, encoder.attention_mask)).abs().max() < 1e-10
         for _ in range(steps):
-            hidden = state.step(past[..., -1])
-            whole = whole_sequences(model, past, memory, encoder.attention_mask)
-            assert (hidden - whole[:, :, -1]).abs().max() < 1e-10
             parents = torch.randint(past.shape[1], (num_users, num_beams), generator=generator)
             tokens = torch.randint(FIRST, FIRST + ALPHABET, (num_users, num_beams, 1), generator=generator)
-            state.reorder(parents)
             past = torch.cat([past[torch.arange(num_users)[:, None], parents], tokens], dim=2)
+            before = [pair and pair[0].clone() for pair in state.own]
+            other = state.fork(parents)
+            state.follow(parents)
+            hidden = state.step(tokens[..., 0])
+            rows = past.flatten(0, 1)
+            whole = causal_states(
+                model,
+                rows,
+                memory.repeat_interleave(num_beams, 0),
+                encoder.attention_mask.repeat_interleave(num_beams, 0),
+            )
+            assert (hidden - whole[:, -1].unflatten(0, (num_users, num_beams))).abs().max() < 1e-10
+            assert torch.equal(other.step(tokens[..., 0]), hidden)
+            assert all(
+                (then is None) or then.shape[3] + 1 == now[0].shape[3]
+                for then, now in zip(before, state.own, strict=True)
+            )
 
 
-def whole_sequences(model: GenRecForConditionalGeneration, past_BKT: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-    num_beams = past_BKT.shape[1]
-    rows = past_BKT.flatten(0, 1)
-    hidden = model.decode(rows, memory.repeat_interleave(num_beams, 0), mask.repeat_interleave(num_beams, 0))
-    return hidden.unflatten(0, past_BKT.shape[:2])
+def causal_states(model: GenRecForConditionalGeneration, rows_RT: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
+    return model.decode(rows_RT, memory, mask)
 
 
 @pytest.fixture(scope="module")
@@ -363,11 +377,13 @@ def test_equal_scores_go_to_the_smaller_node() -> None:
 )
 def test_the_best_are_a_sort_by_score_then_node(scores: list[float], count: int, data: st.DataObject) -> None:
     nodes = data.draw(st.permutations(range(len(scores))))
-    kept, places = _best(torch.tensor([scores]), torch.tensor([nodes]), count)
     order = sorted(range(len(scores)), key=lambda place: (-scores[place], nodes[place]))[:count]
     finite = [place for place in order if scores[place] > float("-inf")]
-    assert places[0].tolist()[: len(finite)] == finite
-    assert kept[0].tolist() == [scores[place] for place in order]
+    for best in (best_of, best_static):
+        kept, kept_nodes, places = best(torch.tensor([scores]), torch.tensor([nodes]), count)
+        assert places[0].tolist()[: len(finite)] == finite
+        assert kept_nodes[0].tolist()[: len(finite)] == [nodes[place] for place in finite]
+        assert kept[0].tolist() == [scores[place] for place in order]
 
 
 def test_beams_are_dropped_only_where_no_user_can_gain() -> None:

@@ -1,0 +1,66 @@
+"""The output head of a search: logits where a trie looks, and the softmax's normaliser without keeping its logits."""
+
+# B users, K beams, R rows, D width, V tokens of the softmax
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**19, 2**26
+"""Logits that exist at one time: on a CPU they stay in its cache between the product and the sum (docs/log.md)."""
+SAFE_LOGIT = 75.0
+"""Sums of e^x do not overflow float32 where no |x| exceeds this, whatever the vocabulary below 10^5."""
+
+
+class Softmax:
+    """log sum exp of the logits of rows over a set of tokens: all of the vocabulary, or those of a trie."""
+
+    def __init__(self, weight_VD: Tensor, eos_column: int):
+        """`eos_column`: which row of the weights is `</s>`'s."""
+        self.weight_VD = weight_VD
+        self.eos_column = eos_column
+        self.longest = float(weight_VD.norm(dim=1).max())
+
+    def log_normaliser(self, hidden_BKD: Tensor, eos_logit_BK: Tensor) -> Tensor:
+        """float [B, K], in the weights' type. The logit of `</s>` is taken as given: behind a whole item it is nearly all of the
+        sum, and computed twice in two orders it would not cancel to the last digit."""
+        rows_RD, eos_logit_R = hidden_BKD.flatten(0, -2), eos_logit_BK.flatten()
+        on_cpu = rows_RD.device.type == "cpu"
+        # Never fewer than make a product run at full speed.
+        columns = max(1024, (CPU_LOGITS_AT_ONCE if on_cpu else GPU_LOGITS_AT_ONCE) // len(rows_RD))
+        # To look at a value is free on a CPU, and elsewhere a wait.
+        if on_cpu and not torch.compiler.is_compiling() and self._bounded(rows_RD):
+            total_R = self._sum_of_exponentials(rows_RD, eos_logit_R, columns).log_().to(rows_RD.dtype)
+        else:
+            parts = [part_RV.logsumexp(-1) for part_RV in self._parts(rows_RD, eos_logit_R, columns)]
+            total_R = parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
+        return total_R.unflatten(0, hidden_BKD.shape[:-1])
+
+    def _bounded(self, rows_RD: Tensor) -> bool:
+        """By Cauchy and Schwarz no logit is larger than the product of the longest row and the longest weight."""
+        return float(rows_RD.norm(dim=1).max()) * self.longest <= SAFE_LOGIT
+
+    def _sum_of_exponentials(self, rows_RD: Tensor, eos_logit_R: Tensor, columns: int) -> Tensor:
+        """float64 [R], without the pass that looks for the largest logit."""
+        total_R = rows_RD.new_zeros(len(rows_RD), dtype=torch.float64)
+        for part_RV in self._parts(rows_RD, eos_logit_R, columns):
+            total_R += part_RV.exp_().sum(-1)
+        return total_R
+
+    def _parts(self, rows_RD: Tensor, eos_logit_R: Tensor, columns: int) -> Iterator[Tensor]:
+        """The logits [R, <= columns], part after part; on a CPU in one buffer that is written again and again."""
+        reused = rows_RD.device.type == "cpu" and not torch.compiler.is_compiling()
+        buffer = rows_RD.new_empty(len(rows_RD) * min(columns, len(self.weight_VD))) if reused else None
+        for first in range(0, len(self.weight_VD), columns):
+            weight_VD = self.weight_VD[first : first + columns]
+            if buffer is None:
+                part_RV = rows_RD @ weight_VD.T
+            else:
+                part_RV = buffer[: len(rows_RD) * len(weight_VD)].view(len(rows_RD), len(weight_VD))
+                torch.mm(rows_RD, weight_VD.T, out=part_RV)
+            if first <= self.eos_column < first + columns:
+                part_RV[:, self.eos_column - first] = eos_logit_R
+            yield part_RV
