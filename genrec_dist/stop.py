@@ -15,6 +15,15 @@ class Stopped(Exception):
         self.number = number
 
 
+class Terminated(BaseException):
+    """SIGTERM reached a command that has nothing to save: it tidies up on its way out."""
+
+
+def terminate(number: int, frame: FrameType | None) -> None:
+    """A signal handler. Left to itself SIGTERM ends a process at once, and what it was writing stays behind."""
+    raise Terminated
+
+
 class NotFinite(ValueError):
     """The loss became NaN or infinite."""
 

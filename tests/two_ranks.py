@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,37 @@ def run_ranks(
         stream: [_text(logs, f"{rank}/{stream}.log") for rank in range(num_ranks)] for stream in ("stdout", "stderr")
     }
     return Ranks(done.returncode, outputs["stdout"], outputs["stderr"], done.stderr)
+
+
+def start_each(
+    arguments: list[str | Path],
+    logs: Path,
+    num_ranks: int,
+    timeout: float = 120,
+    env: dict[str, str] | None = None,
+) -> list[subprocess.CompletedProcess[str]]:
+    """As `run_ranks`, each rank started by itself as srun does: no agent ends the others when one is gone. Index = rank."""
+    logs.mkdir(parents=True, exist_ok=True)
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(num_ranks)}
+    command = [sys.executable, *map(str, arguments)]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for rank in range(num_ranks):
+            with open(logs / f"{rank}.out", "wb") as out, open(logs / f"{rank}.err", "wb") as err:
+                own = (env or environment()) | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                processes.append(subprocess.Popen(command, env=own, stdout=out, stderr=err))
+        deadline = time.monotonic() + timeout
+        codes = [process.wait(timeout=max(0.1, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [
+        subprocess.CompletedProcess(
+            command, code, (logs / f"{rank}.out").read_text(), (logs / f"{rank}.err").read_text()
+        )
+        for rank, code in enumerate(codes)
+    ]
 
 
 def _free_port() -> int:
