@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 TOP = 20
-"""Length of the lists that are scored and written."""
+"""How far down a list is scored; no list is asked to be shorter."""
 
 EMPTY = -1
 """A place of a list that holds nothing; only at the end of a list."""
@@ -41,6 +43,21 @@ def target_ranks(lists_UN: np.ndarray, targets_U: np.ndarray) -> np.ndarray:
     return np.where(hits_UN.any(axis=1), hits_UN.argmax(axis=1) + 1, 0).astype(np.int32)
 
 
+def pessimistic_ranks(ranks_U: np.ndarray, scores_UN: np.ndarray, tied_beyond_U: np.ndarray) -> np.ndarray:
+    """int32[U]: the ranks with every item that ties with the target above it; 0 where a tie goes on beyond the list.
+
+    For systems that score all items. Among equal scores a list's order is chance; counting the worst one, a system that
+    cannot tell items apart gains nothing by it, and its score needs no seed. `scores_UN` falls along each list, -inf where
+    it is empty; `tied_beyond_U`: has an item without a place the score of the last one listed?
+    """
+    listed_U = ranks_U > 0
+    scores_U1 = np.take_along_axis(scores_UN, np.maximum(ranks_U, 1)[:, None] - 1, axis=1)
+    last_U = (scores_UN >= scores_U1).sum(axis=1)
+    filled_U = np.isfinite(scores_UN).sum(axis=1)
+    reaches_beyond_U = tied_beyond_U & (last_U == filled_U)
+    return np.where(listed_U & ~reaches_beyond_U, last_U, 0).astype(np.int32)
+
+
 def rank_histogram(ranks: np.ndarray, N: int = TOP) -> np.ndarray:
     """int64[N+1]: how many users have their target at each rank; index 0 = absent, or below place N.
 
@@ -59,28 +76,44 @@ def metrics_from_histogram(hist: np.ndarray) -> dict[str, float]:
     return {name: float(weights @ hist / num_users) for name, weights in WEIGHTS.items()}
 
 
-def bootstrap_ci95(hist: np.ndarray, resamples: int = 2000, seed: int = 0) -> dict[str, list[float]]:
-    """[low, high] of each metric: the 2.5th and 97.5th percentile over resamples of the users.
+def bootstrap_ci95(
+    hist: np.ndarray, resamples: int = 2000, seed: int = 0, names: Iterable[str] = tuple(WEIGHTS)
+) -> dict[str, list[float]]:
+    """[low, high] of each metric named: the 2.5th and 97.5th percentile over resamples of the users.
 
     A metric sees a user through her rank alone. Drawing U users with replacement and counting their ranks is by
     definition one multinomial draw of U from the observed shares, so R draws of 21 numbers do what R draws of U users
     would, at a cost that does not grow with U.
     """
     num_users = _num_users(hist)
+    chosen = {name: WEIGHTS[name] for name in names}
     draws_RN = np.random.default_rng(seed).multinomial(num_users, hist / num_users, size=resamples)
-    bounds = {name: np.percentile(draws_RN @ weights / num_users, [2.5, 97.5]) for name, weights in WEIGHTS.items()}
+    bounds = {name: np.percentile(draws_RN @ weights / num_users, [2.5, 97.5]) for name, weights in chosen.items()}
     return {name: [float(low), float(high)] for name, (low, high) in bounds.items()}
 
 
 def list_faults(lists_UN: np.ndarray, num_items: int) -> dict[str, float]:
     """`invalid_rate` and `duplicate_rate`: shares of the filled places that hold no item, or one listed above."""
+    return fault_rates(fault_counts(lists_UN, num_items))
+
+
+def fault_counts(lists_UN: np.ndarray, num_items: int) -> np.ndarray:
+    """int64[3]: filled places, those that hold no item, those whose item is listed above. Counts of users add up."""
     filled_UN = lists_UN != EMPTY
-    valid_UN = (lists_UN >= 0) & (lists_UN < num_items)
-    total = max(int(filled_UN.sum()), 1)
-    return {
-        "invalid_rate": float((filled_UN & ~valid_UN).sum() / total),
-        "duplicate_rate": float((listed_above(lists_UN) & valid_UN).sum() / total),
-    }
+    valid_UN = is_item(lists_UN, num_items)
+    repeated_UN = listed_above(lists_UN) & valid_UN
+    return np.array([filled_UN.sum(), (filled_UN & ~valid_UN).sum(), repeated_UN.sum()], dtype=np.int64)
+
+
+def fault_rates(counts: np.ndarray) -> dict[str, float]:
+    """The shares that `list_faults` gives, out of what `fault_counts` counted."""
+    total = max(int(counts[0]), 1)
+    return {"invalid_rate": float(counts[1] / total), "duplicate_rate": float(counts[2] / total)}
+
+
+def is_item(lists_UN: np.ndarray, num_items: int) -> np.ndarray:
+    """bool[U, N]: does the place hold an item row of the catalogue?"""
+    return (lists_UN >= 0) & (lists_UN < num_items)
 
 
 def listed_above(lists_UN: np.ndarray) -> np.ndarray:

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -17,23 +19,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from genrec_shards.atomic import atomic_file
 from genrec_shards.keyed import keyed_permutation
+from genrec_shards.manifest import MANIFEST, load_manifest
 from genrec_shards.prepare import Dataset
-from genrec_shards.sequences import Sequences, Split, TrainedThrough
+from genrec_shards.sequences import DataError, Sequences, Split, TrainedThrough
 from rich.table import Table
 
 from genrec_dist import baseline
 from genrec_dist.audit import exclude_history_default
-from genrec_dist.baseline.history import Histories, histories
-from genrec_dist.metrics import (
-    EMPTY,
-    TOP,
-    as_written,
-    bootstrap_ci95,
-    list_faults,
-    metrics_from_histogram,
-    rank_histogram,
-    target_ranks,
-)
+from genrec_dist.baseline.history import Histories, histories, windows
+from genrec_dist.baseline.training import check_trained_through, training_counts
+from genrec_dist.metrics import EMPTY, TOP, as_written, is_item, pessimistic_ranks, target_ranks
+from genrec_dist.tally import Tally
 
 USERS_PER_ROW_GROUP = 65_536
 COLUMNS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
@@ -44,6 +40,7 @@ _SCHEMA = pa.schema(
         ("target", pa.string()),
         ("items", pa.list_(pa.string())),
         ("scores", pa.list_(pa.float32())),
+        ("rank", pa.int32()),
     ]
 )
 
@@ -95,6 +92,204 @@ def sample_users(num_users: int, sample: int, seed: int) -> np.ndarray:
     return np.sort(keyed_permutation(num_users, seed, _SAMPLE_STREAM)[:sample])
 
 
+class ResultsWriter:
+    """Takes top lists window by window and leaves `top{N}-SPLIT.parquet` and `metrics-SPLIT.json`, or nothing.
+
+        with ResultsWriter(run, system="genrec", split="test", ...) as writer:
+            for window in windows:
+                writer.add(window.user_rows, window.items, window.scores)
+            metrics = writer.finish(seconds)
+
+    Lists are checked as they come, counted into whole numbers and written a row group at a time: memory does not grow
+    with the users, and the bytes do not depend on how the lists were cut into windows. Both files get their names when
+    `finish` has ended well; leaving the block without it leaves nothing behind.
+    """
+
+    def __init__(
+        self,
+        out_dir: str | Path,
+        *,
+        system: str,
+        split: Split,
+        dataset: Dataset,
+        protocol: Protocol,
+        recipe: dict[str, Any] | None,
+        top: int = TOP,
+    ):
+        """`top`: length of the lists, at least 20; metrics are those of the first 20 places.
+
+        Raises ValueError for a split that training has seen, and where the shards beside the data are made from other
+        sequences.
+        """
+        check_trained_through(split, protocol.trained_through)
+        if top < TOP:
+            raise ValueError(f"lists of {top} items: metrics need {TOP}, give top {TOP} or more")
+        _check_shards(dataset)
+        self.out, self.system, self.split, self.top = Path(out_dir), system, split, top
+        self.dataset, self.protocol, self.recipe = dataset, protocol, recipe
+        self.expected = expected_users(dataset.sequences.num_users, protocol)
+        self.tally = Tally(training_counts(dataset.sequences, protocol.trained_through))
+        self._item_ids = pa.array(dataset.sequences.item_ids, pa.string())
+        self._seen = 0
+        self._group = _RowGroup(min(USERS_PER_ROW_GROUP, len(self.expected)), top)
+        self._files = contextlib.ExitStack()
+
+    def __enter__(self) -> ResultsWriter:
+        # The inner name appears first: a metrics file never stands without the lists it was computed from.
+        self._metrics_file = self._files.enter_context(atomic_file(self.out / f"metrics-{self.split}.json"))
+        lists_file = self._files.enter_context(atomic_file(self.out / lists_name(self.split, self.top)))
+        self._writer = self._files.enter_context(pq.ParquetWriter(lists_file, _SCHEMA, compression="zstd"))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:  # after `finish` there is nothing left to undo
+            error = _Abandoned()
+        self._files.__exit__(type(error), error, error.__traceback__)
+
+    def add(
+        self, user_rows: np.ndarray, items: np.ndarray, scores: np.ndarray, *, tied_beyond: np.ndarray | None = None
+    ) -> None:
+        """Take the lists of the next users, int64[n] ascending and behind all added before.
+
+        `items` int[n, N] item rows, best first, -1 after the end of a short list, -2 for a text that is no item; `scores`
+        float32[n, N]. `tied_beyond` bool[n], of a system that scores all items, says where the tie of the last listed
+        item goes on beyond the list; ties then rank pessimistically. Raises ValueError if a user is missing, comes twice
+        or was not asked for, or if lists and protocol contradict each other.
+        """
+        self._check_users(user_rows)
+        shape = (len(user_rows), self.top)
+        if items.shape != shape or scores.shape != shape:
+            raise ValueError(f"lists {items.shape} and scores {scores.shape}, expected {shape}: fill up with -1")
+        start = 0
+        while start < len(user_rows):
+            part = slice(start, start + self._group.room)
+            beyond = None if tied_beyond is None else tied_beyond[part]
+            self._take(user_rows[part], items[part], scores[part], beyond)
+            start = part.stop
+        self._seen += len(user_rows)
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Set the baselines beside the lists, give both files their names and return what the JSON file holds.
+
+        `seconds`: what making the lists took. Raises ValueError if a user has no list.
+        """
+        if self._seen < len(self.expected):
+            raise ValueError(_no_list(self.expected[self._seen], len(self.expected)))
+        self._flush()
+        num_users = len(self.expected)
+        assert self.tally.num_users == num_users
+        scores = self.tally.metrics()
+        ci95, breakdown = scores.pop("ci95"), scores.pop("breakdown")
+        report = {
+            "system": self.system,
+            "split": self.split,
+            "users": num_users,
+            **scores,
+            **self.tally.fault_rates(),
+            "ci95": ci95,
+            "breakdown": breakdown,
+            "protocol": asdict(self.protocol),
+            "top": self.top,
+            "beside": _beside(self.dataset, self.split, self.protocol, self.expected),
+            "users_per_second": num_users / seconds if seconds > 0 else None,
+            "seconds": seconds,
+            "recipe": self.recipe,
+            **_provenance(),
+        }
+        text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        self._metrics_file.write_text(text, encoding="utf-8")
+        self._files.close()
+        return report
+
+    def _take(self, rows: np.ndarray, items: np.ndarray, scores: np.ndarray, tied_beyond: np.ndarray | None) -> None:
+        past = histories(self.dataset.sequences, self.split, rows)
+        _check_lists(items, scores, past, self.dataset.sequences, rows, self.protocol)
+        ranks = target_ranks(items, past.targets_U)
+        if tied_beyond is not None:
+            ranks = pessimistic_ranks(ranks, scores, tied_beyond)
+        self._group.append(rows, past, items, scores, ranks)
+        if not self._group.room:
+            self._flush()
+
+    def _flush(self) -> None:
+        group = self._group
+        if group.filled:
+            lists_UN, targets_U = group.items_UN[: group.filled], group.targets_U[: group.filled]
+            self.tally.add(lists_UN, group.ranks_U[: group.filled], targets_U, group.lengths_U[: group.filled])
+            self._writer.write_table(group.table(self.dataset.sequences.user_ids, self._item_ids))
+            group.filled = 0
+
+    def _check_users(self, user_rows: np.ndarray) -> None:
+        """Are these the users whose turn it is?"""
+        place = self._seen
+        wanted = np.asarray(self.expected[place : place + len(user_rows)], dtype=np.int64)
+        same = user_rows[: len(wanted)] == wanted
+        if same.all() and len(wanted) == len(user_rows):
+            return
+        at = int(same.argmin()) if not same.all() else len(wanted)
+        row, before = int(user_rows[at]), self.expected[place + at - 1] if place + at else -1
+        count = len(self.expected)
+        if row == before:
+            raise ValueError(f"user row {row} comes twice ({count} users are asked for): evaluate each user once")
+        if row < before:
+            raise ValueError(f"user row {row} comes after row {before}: add users in ascending order, each once")
+        if at < len(wanted) and row > wanted[at]:
+            raise ValueError(_no_list(wanted[at], count))
+        raise ValueError(f"user row {row} was not asked for ({count} users are): evaluate each user once")
+
+
+class _Abandoned(Exception):
+    """Tells open files that their writer was left without `finish`."""
+
+
+class _RowGroup:
+    """Lists that wait for their row group to be full."""
+
+    def __init__(self, size: int, top: int):
+        self.filled = 0
+        self.rows_U = np.empty(size, np.int64)
+        self.targets_U = np.empty(size, np.int32)
+        self.lengths_U = np.empty(size, np.int64)
+        self.ranks_U = np.empty(size, np.int32)
+        self.items_UN = np.empty((size, top), np.int32)
+        self.scores_UN = np.empty((size, top), np.float32)
+
+    @property
+    def room(self) -> int:
+        return len(self.rows_U) - self.filled
+
+    def append(
+        self, rows: np.ndarray, past: Histories, items: np.ndarray, scores: np.ndarray, ranks: np.ndarray
+    ) -> None:
+        part = slice(self.filled, self.filled + len(rows))
+        self.rows_U[part], self.targets_U[part], self.lengths_U[part] = rows, past.targets_U, past.lengths_U
+        self.ranks_U[part], self.items_UN[part], self.scores_UN[part] = ranks, items, scores
+        self.filled = part.stop
+
+    def table(self, user_ids: list[str], item_ids: pa.Array) -> pa.Table:
+        """The rows of the file: ids instead of rows, lists without their empty places, null for a text without item."""
+        part = slice(0, self.filled)
+        filled_UN = self.items_UN[part] != EMPTY
+        offsets = pa.array(np.concatenate([[0], filled_UN.sum(axis=1).cumsum()]), pa.int32())
+        columns = [
+            pa.array([user_ids[row] for row in self.rows_U[part]], pa.string()),
+            item_ids.take(pa.array(self.targets_U[part])),
+            pa.ListArray.from_arrays(
+                offsets, item_ids.take(_rows_or_null(self.items_UN[part][filled_UN], len(item_ids)))
+            ),
+            pa.ListArray.from_arrays(offsets, pa.array(self.scores_UN[part][filled_UN], pa.float32())),
+            pa.array(self.ranks_U[part], pa.int32()),
+        ]
+        return pa.table(columns, schema=_SCHEMA)
+
+
+def lists_name(split: str, top: int) -> str:
+    """The file that holds the lists: top20-test.parquet."""
+    return f"top{top}-{split}.parquet"
+
+
 def write_results(
     out_dir: str | Path,
     *,
@@ -108,42 +303,14 @@ def write_results(
     seconds: float,
     recipe: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Score the lists, set the baselines beside them, write `top20-SPLIT.parquet` and `metrics-SPLIT.json`.
-
-    `user_rows` int64[U] in any order; `lists_UN` int[U, 20] item rows, best first, -1 after the end of a short list, -2
-    for a text that is no item; `scores_UN` float32[U, 20]. `seconds`: what making the lists took. Returns what the
-    JSON file holds. Raises ValueError, with nothing written, if a user is missing, comes twice or was not asked for, or
-    if lists and protocol contradict each other.
-    """
-    sequences = dataset.sequences
-    _check_users(sequences, user_rows, protocol)
-    order = np.argsort(user_rows)  # one order of users, so that equal lists give equal bytes
-    rows, lists_UN, scores_UN = user_rows[order], lists_UN[order], scores_UN[order]
-    past = histories(sequences, split, rows)
-    _check_lists(lists_UN, scores_UN, past, sequences, rows, protocol)
-    hist = rank_histogram(target_ranks(lists_UN, past.targets_U))
-    assert hist.sum() == len(rows)
-    report = {
-        "system": system,
-        "split": split,
-        "users": len(rows),
-        **metrics_from_histogram(hist),
-        **list_faults(lists_UN, sequences.num_items),
-        "ci95": bootstrap_ci95(hist),
-        "protocol": asdict(protocol),
-        "beside": _beside(dataset, split, protocol, rows),
-        "users_per_second": len(rows) / seconds if seconds > 0 else None,
-        "seconds": seconds,
-        "recipe": recipe,
-        **_provenance(),
-    }
-    # The inner name appears first: a metrics file never stands without the lists it was computed from.
-    out = Path(out_dir)
-    with atomic_file(out / f"metrics-{split}.json") as metrics_file, atomic_file(out / f"top20-{split}.parquet") as top:
-        text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        metrics_file.write_text(text, encoding="utf-8")
-        _write_lists(top, sequences, rows, past.targets_U, lists_UN, scores_UN)
-    return report
+    """`ResultsWriter` for lists that lie in memory as a whole: `user_rows` int64[U] in any order, the rest as in `add`."""
+    order = np.argsort(user_rows, kind="stable")
+    with ResultsWriter(
+        out_dir, system=system, split=split, dataset=dataset, protocol=protocol, recipe=recipe, top=lists_UN.shape[1]
+    ) as writer:
+        for part in windows(order):
+            writer.add(user_rows[part], lists_UN[part], scores_UN[part])
+        return writer.finish(seconds)
 
 
 def run_baseline(
@@ -164,24 +331,21 @@ def run_baseline(
         exclude_history = exclude_history_default(dataset.sequences)
     told = {"counting": True, "repeat": None}.get(name, exclude_history)
     protocol = Protocol.of(dataset, exclude_history=told, trained_through=trained_through, users=users)
-    rows = _expected_users(dataset.sequences.num_users, protocol)
     start = time.perf_counter()
-    lists = baseline.recommend(
+    rule = baseline.fit(
         name, dataset.sequences, dataset.numbering.item_codes, split,
-        exclude_history=exclude_history, trained_through=trained_through, users=rows,
+        exclude_history=exclude_history, trained_through=trained_through,
     )  # fmt: skip
-    return write_results(
-        out_dir,
-        system=name,
-        split=split,
-        dataset=dataset,
-        user_rows=rows,
-        lists_UN=lists.items_UN,
-        scores_UN=lists.scores_UN,
-        protocol=protocol,
-        seconds=time.perf_counter() - start,
-        recipe=None,
-    )
+    seconds = time.perf_counter() - start
+    with ResultsWriter(
+        out_dir, system=name, split=split, dataset=dataset, protocol=protocol, recipe=None
+    ) as writer:  # fmt: skip
+        for rows in windows(writer.expected):
+            start = time.perf_counter()
+            lists = rule(rows)
+            seconds += time.perf_counter() - start
+            writer.add(rows, lists.items_UN, lists.scores_UN, tied_beyond=lists.tied_beyond_U)
+        return writer.finish(seconds)
 
 
 def format_table(rows: Iterable[Mapping[str, Any]]) -> Table:
@@ -208,26 +372,30 @@ def _beside_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**scores, "system": name} for name, scores in beside.items() if scores and name != metrics.get("system")]
 
 
-def _expected_users(num_users: int, protocol: Protocol) -> np.ndarray:
+def expected_users(num_users: int, protocol: Protocol) -> np.ndarray | range:
+    """The user rows that the protocol asks for, ascending. Raises ValueError where it does not say which."""
     if isinstance(protocol.users, dict):
         return sample_users(num_users, protocol.users["sample"], protocol.users["seed"])
     if protocol.users != "all":
         raise ValueError(f'protocol.users is {protocol.users!r}: give all or {{"sample": n, "seed": s}}')
-    return np.arange(num_users)
+    return range(num_users)
 
 
-def _check_users(sequences: Sequences, user_rows: np.ndarray, protocol: Protocol) -> None:
-    expected = _expected_users(sequences.num_users, protocol)
-    rows, counts = np.unique(user_rows, return_counts=True)
-    for text, wrong in (
-        ("comes twice", rows[counts > 1]),
-        ("has no list", np.setdiff1d(expected, rows)),
-        ("was not asked for", np.setdiff1d(rows, expected)),
-    ):
-        if len(wrong):
-            raise ValueError(
-                f"user row {wrong[0]} {text} ({len(wrong)} such of {len(expected)}): evaluate each user once"
-            )
+def _no_list(row: int, count: int) -> str:
+    return f"user row {row} has no list ({count} users are asked for): evaluate each user once"
+
+
+def _check_shards(dataset: Dataset) -> None:
+    """Shards that lie in the data directory were made from its sequences, or the run was trained on others."""
+    folder = dataset.path / "shards"
+    if not (folder / MANIFEST).is_file():
+        return
+    manifest, sequences = load_manifest(folder), dataset.sequences
+    if manifest.users != sequences.num_users or manifest.sequences_hash != dataset.info.sequences_hash:
+        raise DataError(
+            f"{folder / MANIFEST}: made from other sequences ({manifest.users:,} users) than {dataset.path} holds "
+            f"({sequences.num_users:,} users): run `genrec shard` again"
+        )
 
 
 def _check_lists(
@@ -238,9 +406,6 @@ def _check_lists(
     rows: np.ndarray,
     protocol: Protocol,
 ) -> None:
-    shape = (past.num_users, TOP)
-    if lists_UN.shape != shape or scores_UN.shape != shape:
-        raise ValueError(f"lists {lists_UN.shape} and scores {scores_UN.shape}, expected {shape}: fill up with -1")
     filled_UN = lists_UN != EMPTY
     if (filled_UN[:, 1:] & ~filled_UN[:, :-1]).any():
         raise ValueError(
@@ -253,7 +418,7 @@ def _check_lists(
 
 
 def _check_history_is_out(lists_UN: np.ndarray, past: Histories, sequences: Sequences, rows: np.ndarray) -> None:
-    listed_UN = (lists_UN >= 0) & (lists_UN < sequences.num_items)
+    listed_UN = is_item(lists_UN, sequences.num_items)
     taken_UN = listed_UN & past.holds(np.arange(past.num_users)[:, None], np.where(listed_UN, lists_UN, 0))
     if taken_UN.any():
         user, place = np.argwhere(taken_UN)[0]
@@ -261,7 +426,7 @@ def _check_history_is_out(lists_UN: np.ndarray, past: Histories, sequences: Sequ
         raise ValueError(f"user {owner!r} has item {item!r} of her history listed, but exclude_history is on")
 
 
-def _beside(dataset: Dataset, split: Split, protocol: Protocol, rows: np.ndarray) -> dict[str, Any]:
+def _beside(dataset: Dataset, split: Split, protocol: Protocol, rows: np.ndarray | range) -> dict[str, Any]:
     exclude_history = protocol.exclude_history
     if exclude_history is None:
         exclude_history = exclude_history_default(dataset.sequences)
@@ -282,31 +447,6 @@ def _provenance() -> dict[str, Any]:
     return {"git": git_commit(), "versions": {"python": platform.python_version(), **versions()}}
 
 
-def _write_lists(
-    path: Path,
-    sequences: Sequences,
-    rows: np.ndarray,
-    targets_U: np.ndarray,
-    lists_UN: np.ndarray,
-    scores_UN: np.ndarray,
-) -> None:
-    """Row groups of a fixed size and no time stamp: equal lists give equal bytes."""
-    user_ids, item_ids = pa.array(sequences.user_ids, pa.string()), pa.array(sequences.item_ids, pa.string())
-    with pq.ParquetWriter(path, _SCHEMA, compression="zstd") as writer:
-        for start in range(0, len(rows), USERS_PER_ROW_GROUP):
-            part = slice(start, start + USERS_PER_ROW_GROUP)
-            filled_UN = lists_UN[part] != EMPTY
-            offsets = pa.array(np.concatenate([[0], filled_UN.sum(axis=1).cumsum()]), pa.int32())
-            listed = lists_UN[part][filled_UN]
-            columns = [
-                user_ids.take(pa.array(rows[part])),
-                item_ids.take(pa.array(targets_U[part])),
-                pa.ListArray.from_arrays(offsets, item_ids.take(_rows_or_null(listed, sequences.num_items))),
-                pa.ListArray.from_arrays(offsets, pa.array(scores_UN[part][filled_UN], pa.float32())),
-            ]
-            writer.write_table(pa.table(columns, schema=_SCHEMA))
-
-
 def _rows_or_null(listed: np.ndarray, num_items: int) -> pa.Array:
     """A text that is no item keeps its place in the file as null."""
-    return pa.array(listed, pa.int64(), mask=(listed < 0) | (listed >= num_items))
+    return pa.array(listed, pa.int32(), mask=~is_item(listed, num_items))

@@ -2,20 +2,26 @@
 
 import io
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from genrec_shards.prepare import prepare
+from genrec_shards.numbering import number
+from genrec_shards.prepare import Dataset, prepare
+from genrec_shards.sequences import DataError, Sequences
+from genrec_shards.write import write_shards
 from rich.console import Console
 
 from genrec_dist import baseline
-from genrec_dist.metrics import bootstrap_ci95, metrics_from_histogram, rank_histogram
-from genrec_dist.results import Protocol, format_table, run_baseline, sample_users, write_results
+from genrec_dist.metrics import bootstrap_ci95, metrics_from_histogram, rank_histogram, target_ranks
+from genrec_dist.results import Protocol, ResultsWriter, format_table, run_baseline, sample_users, write_results
 
 FIELDS = {
     *("system", "split", "users", "HR@1", "HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR@20"),
+    *("coverage@10", "coverage@20", "popularity@10", "gini@10", "breakdown", "top"),
     *("invalid_rate", "duplicate_rate", "ci95", "protocol", "beside", "users_per_second", "seconds", "recipe"),
     *("git", "versions"),
 }
@@ -73,8 +79,9 @@ def test_metrics_can_be_computed_again_from_the_lists(tmp_path, dataset, lists):
     report = write(tmp_path, dataset, lists)
     rows = pq.read_table(tmp_path / "top20-test.parquet").to_pylist()
     assert [row["user"] for row in rows] == [f"user-{user}" for user in range(50)]
-    assert rows[0].keys() == {"user", "target", "items", "scores"}
+    assert rows[0].keys() == {"user", "target", "items", "scores", "rank"}
     ranks = [row["items"].index(row["target"]) + 1 if row["target"] in row["items"] else 0 for row in rows]
+    assert [row["rank"] for row in rows] == ranks
     hist = rank_histogram(np.array(ranks))
     assert hist[1:].sum() > 0
     for name, value in metrics_from_histogram(hist).items():
@@ -124,6 +131,137 @@ def test_short_lists_are_shorter_in_the_file_and_texts_without_item_are_null(tmp
     assert report["invalid_rate"] == 1 / (50 * 20 - 17)
 
 
+def cut_into(dataset, lists, out, edges):
+    """The files of these lists, added in parts that end at the edges."""
+    protocol = Protocol.of(dataset, exclude_history=True)
+    options = {"system": "x", "split": "test", "dataset": dataset, "protocol": protocol, "recipe": None}
+    with ResultsWriter(out, **options, top=lists.items_UN.shape[1]) as writer:
+        for first, last in zip([0, *edges], [*edges, len(lists.items_UN)], strict=True):
+            rows = np.arange(first, last)
+            writer.add(rows, lists.items_UN[first:last], lists.scores_UN[first:last])
+        writer.finish(2.0)
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def test_bytes_do_not_depend_on_how_the_lists_were_cut(tmp_path, dataset, lists, monkeypatch):
+    monkeypatch.setattr("genrec_dist.results.USERS_PER_ROW_GROUP", 16)
+    whole = cut_into(dataset, lists, tmp_path / "whole", [])
+    for place, edges in enumerate(([16, 32, 48], [1, 2, 3, 30], [0, 0, 17, 17, 49], list(range(1, 50)))):
+        assert cut_into(dataset, lists, tmp_path / str(place), edges) == whole
+    file = pq.ParquetFile(tmp_path / "whole" / "top20-test.parquet")
+    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [16, 16, 16, 2]
+
+
+def test_lists_longer_than_twenty_are_kept_whole_and_scored_at_twenty(tmp_path, dataset):
+    targets = dataset.sequences.history_and_target("test").targets
+    longer = baseline.popularity.recommend(dataset.sequences, "test", exclude_history=True, top=30)
+    assert cut_into(dataset, longer, tmp_path, []).keys() == {"top30-test.parquet", "metrics-test.json"}
+    rows = pq.read_table(tmp_path / "top30-test.parquet").to_pylist()
+    ranks = target_ranks(longer.items_UN, targets)
+    assert [len(row["items"]) for row in rows] == [30] * 50
+    assert [row["rank"] for row in rows] == ranks.tolist()
+    assert ((ranks > 20) & (ranks <= 30)).any()
+    report = json.loads((tmp_path / "metrics-test.json").read_text())
+    assert report["top"] == 30
+    assert report["HR@20"] == ((ranks > 0) & (ranks <= 20)).mean()
+    assert report["coverage@20"] == len(np.unique(longer.items_UN[:, :20])) / dataset.sequences.num_items
+
+
+def test_leaving_without_finish_leaves_nothing_behind(tmp_path, dataset, lists):
+    protocol = Protocol.of(dataset, exclude_history=True)
+    options = {"system": "x", "split": "test", "dataset": dataset, "protocol": protocol, "recipe": None}
+    with ResultsWriter(tmp_path, **options) as writer:
+        writer.add(np.arange(50), lists.items_UN, lists.scores_UN)
+    assert not list(tmp_path.iterdir())
+    with ResultsWriter(tmp_path, **options) as writer:
+        writer.add(np.arange(30), lists.items_UN[:30], lists.scores_UN[:30])
+        with pytest.raises(ValueError, match="user row 30 has no list"):
+            writer.finish(1.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_users_are_checked_as_they_come(tmp_path, dataset, lists):
+    def add(rows, users=None):
+        protocol = Protocol.of(dataset, exclude_history=True, users=users or "all")
+        options = {"system": "x", "split": "test", "dataset": dataset, "protocol": protocol, "recipe": None}
+        with ResultsWriter(tmp_path, **options) as writer:
+            for part in rows:
+                writer.add(np.array(part), lists.items_UN[part], lists.scores_UN[part])
+
+    sampled = sample_users(50, 10, 0).tolist()
+    assert sampled[0] > 0
+    for message, rows, users in (
+        ("user row 2 has no list", [[0, 1], [3, 4]], None),
+        ("user row 1 comes twice", [[0, 1], [1, 2]], None),
+        ("user row 1 comes twice", [[0, 1, 1]], None),
+        ("user row 0 comes after row 2", [[0, 1, 2], [0]], None),
+        ("user row 0 was not asked for", [[0]], {"sample": 10, "seed": 0}),
+        (f"user row {sampled[1]} has no list", [sampled[:1], sampled[2:]], {"sample": 10, "seed": 0}),
+        ("user row 49 comes twice", [list(range(50)), [49]], None),
+    ):
+        with pytest.raises(ValueError, match=message):
+            add(rows, users)
+    protocol = Protocol.of(dataset, exclude_history=False)
+    zeros = np.zeros((51, 20), np.int32)
+    options = {"system": "x", "split": "test", "dataset": dataset, "protocol": protocol, "recipe": None}
+    with ResultsWriter(tmp_path, **options) as writer, pytest.raises(ValueError, match="row 50 was not asked for"):
+        writer.add(np.arange(51), zeros, zeros.astype(np.float32))
+    assert not list(tmp_path.iterdir())
+
+
+def test_shards_made_from_other_sequences_are_refused(tmp_path, dataset, lists):
+    log = (dataset.path.parent / "log.txt").read_text()
+    (tmp_path / "log.txt").write_text(log)
+    here = prepare(tmp_path / "log.txt", tmp_path / "data", numbering="random")
+    write_shards(here, here.path / "shards")
+    write(tmp_path / "out", here, lists)
+    manifest = here.path / "shards" / "manifest.json"
+    good = manifest.read_text()
+    manifest.write_text(good.replace(here.info.sequences_hash, "0" * 64))
+    with pytest.raises(DataError, match=r"shards/manifest\.json: made from other sequences \(50 users\)"):
+        write(tmp_path / "again", here, lists)
+    (tmp_path / "few.txt").write_text("\n".join(log.split("\n")[:20]))
+    few = prepare(tmp_path / "few.txt", tmp_path / "few", numbering="random")
+    (here.path / "shards").rename(few.path / "shards")
+    (few.path / "shards" / "manifest.json").write_text(good)
+    with pytest.raises(DataError, match=r"\(50 users\) than .*few holds \(20 users\): run `genrec shard` again"):
+        run_baseline("popularity", few, "test", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def synthetic_users(folder, num_users, num_items=50):
+    rng = np.random.default_rng(0)
+    offsets = np.arange(num_users + 1, dtype=np.int64) * 5
+    items = rng.integers(0, num_items, 5 * num_users).astype(np.int32)
+    names = [str(user) for user in range(num_users)], [str(item) for item in range(num_items)]
+    sequences = Sequences(items, offsets, *names)
+    (folder / "log.txt").write_text("u 1 2 3")
+    info = prepare(folder / "log.txt", folder / f"data{num_users}", overwrite=True).info
+    return Dataset(folder / f"data{num_users}", sequences, number(sequences, "random", 0), info)
+
+
+def test_memory_does_not_grow_with_the_users(tmp_path, monkeypatch):
+    """Windows of 256 users, 1,000 and 8,000 of them, baselines beside: the peak above the data set is one window's."""
+    for where in ("results.USERS_PER_ROW_GROUP", "baseline.history.WINDOW"):
+        monkeypatch.setattr(f"genrec_dist.{where}", 256)
+    lists_UN = np.tile(np.arange(20, dtype=np.int32), (256, 1))
+    scores_UN = np.tile(np.arange(20, 0, -1, dtype=np.float32), (256, 1))
+    peaks = []
+    for num_users in (1_000, 1_000, 8_000):  # the first one warms up
+        dataset = synthetic_users(tmp_path, num_users)
+        options = {"system": "x", "split": "test", "recipe": None, "dataset": dataset}
+        tracemalloc.start()
+        with ResultsWriter(tmp_path, **options, protocol=Protocol.of(dataset, exclude_history=False)) as writer:
+            for first in range(0, num_users, 256):
+                rows = np.arange(first, min(num_users, first + 256))
+                writer.add(rows, lists_UN[: len(rows)], scores_UN[: len(rows)])
+            writer.finish(1.0)
+        # What a row of a row group says of itself in the footer is a few hundred bytes; lists would be 160 a user.
+        peaks.append(tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes())
+        tracemalloc.stop()
+    assert peaks[2] < 1.2 * peaks[1], peaks
+
+
 def without(lists, user):
     return np.delete(np.arange(50), user), np.delete(lists.items_UN, user, 0), np.delete(lists.scores_UN, user, 0)
 
@@ -135,8 +273,12 @@ def test_each_user_must_stand_exactly_once(tmp_path, dataset, lists):
         write(tmp_path, dataset, lists, **few)
     twice = np.arange(50)
     twice[4] = 9
-    with pytest.raises(ValueError, match="user row 9 comes twice"):
+    with pytest.raises(ValueError, match="user row 4 has no list"):
         write(tmp_path, dataset, lists, user_rows=twice)
+    twice = np.array([*range(50), 9])
+    more = {"lists_UN": lists.items_UN[twice], "scores_UN": lists.scores_UN[twice]}
+    with pytest.raises(ValueError, match="user row 9 comes twice"):
+        write(tmp_path, dataset, lists, user_rows=twice, **more)
     sampled = Protocol.of(dataset, exclude_history=True, users={"sample": 10, "seed": 0})
     with pytest.raises(ValueError, match="was not asked for"):
         write(tmp_path, dataset, lists, protocol=sampled)
@@ -157,7 +299,9 @@ def test_lists_that_contradict_the_protocol_are_refused(tmp_path, dataset, lists
 
 
 def test_malformed_lists_are_refused(tmp_path, dataset, lists):
-    with pytest.raises(ValueError, match=r"\(50, 10\)"):
+    with pytest.raises(ValueError, match=r"scores \(50, 10\), expected \(50, 20\)"):
+        write(tmp_path, dataset, lists, scores_UN=lists.scores_UN[:, :10])
+    with pytest.raises(ValueError, match="lists of 10 items: metrics need 20"):
         write(tmp_path, dataset, lists, lists_UN=lists.items_UN[:, :10], scores_UN=lists.scores_UN[:, :10])
     gap_UN = lists.items_UN.copy()
     gap_UN[2, 5] = -1
@@ -170,11 +314,10 @@ def test_malformed_lists_are_refused(tmp_path, dataset, lists):
 
 
 def test_a_failure_leaves_neither_file(tmp_path, dataset, lists, monkeypatch):
-    def torn(path, *rest):
-        path.write_bytes(b"half")
+    def torn(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("genrec_dist.results._write_lists", torn)
+    monkeypatch.setattr("genrec_dist.results.pq.ParquetWriter.write_table", torn)
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path, dataset, lists)
     assert not list(tmp_path.iterdir())

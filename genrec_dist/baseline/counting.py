@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from genrec_shards.sequences import Sequences, Split, TrainedThrough
 
 from genrec_dist.baseline.history import Histories, histories
-from genrec_dist.baseline.lists import Lists, first_candidates
+from genrec_dist.baseline.lists import Lists, Rule, first_candidates
 from genrec_dist.baseline.training import check_trained_through
 from genrec_dist.metrics import EMPTY, TOP, listed_above
 
@@ -29,6 +31,20 @@ def recommend(
     users: np.ndarray | None = None,
     top: int = TOP,
 ) -> Lists:
+    """Top lists of these user rows (None: all), as `fit` says."""
+    rule = fit(sequences, split, codes=codes, exclude_history=exclude_history, trained_through=trained_through, top=top)
+    return rule(np.arange(sequences.num_users) if users is None else users)
+
+
+def fit(
+    sequences: Sequences,
+    split: Split,
+    *,
+    codes: list[str],
+    exclude_history: bool = True,
+    trained_through: TrainedThrough = "n-2",
+    top: int = TOP,
+) -> Rule:
     """For d = 1..13, for base in (last item, largest item of the history): candidate base + d, in this order.
 
     Listed: candidates that are an item, not in the history and not yet listed. `codes` are the items' numbers by row.
@@ -40,6 +56,10 @@ def recommend(
     numbers = whole_numbers(codes)
     if numbers is None:
         raise ValueError(f"the counting rule needs distinct whole numbers as item codes, not {_odd_one(codes)}")
+    return partial(_lists, sequences, split, numbers, top)
+
+
+def _lists(sequences: Sequences, split: Split, numbers: np.ndarray, top: int, users: np.ndarray) -> Lists:
     past = histories(sequences, split, users)
     candidates_UC = _candidates(past, numbers)
     allowed_UC = ~listed_above(candidates_UC)

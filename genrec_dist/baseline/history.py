@@ -4,11 +4,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from genrec_shards.sequences import Sequences, Split, flat_ranges
+
+WINDOW = 65_536
+"""Users looked at together, so that memory does not grow with their number."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +32,11 @@ class Histories:
     def num_users(self) -> int:
         return len(self.targets_U)
 
+    @property
+    def lengths_U(self) -> np.ndarray:
+        """int64[U], items of each history."""
+        return np.diff(self.offsets)
+
     @cached_property
     def users(self) -> np.ndarray:
         """int64[total], whose item it is: 0..U-1."""
@@ -45,12 +54,30 @@ class Histories:
 
 
 def histories(sequences: Sequences, split: Split, users: np.ndarray | None = None) -> Histories:
-    """Histories of these user rows (int64[U], None: all), in their order."""
-    view = sequences.history_and_target(split)
-    rows = np.arange(sequences.num_users) if users is None else np.asarray(users, dtype=np.int64)
-    lengths = (view.ends - view.starts)[rows]
-    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    """Histories of these user rows (int64[U], None: all), in their order; it costs what these users have."""
+    chosen = sequences if users is None else _of_users(sequences, np.asarray(users, dtype=np.int64))
+    view = chosen.history_and_target(split)
+    lengths = view.ends - view.starts
     return Histories(
-        view.items[flat_ranges(view.starts[rows], lengths)], offsets, view.targets[rows], sequences.num_items
+        view.items[flat_ranges(view.starts, lengths)], _offsets(lengths), view.targets, sequences.num_items
     )
+
+
+def windows(users: np.ndarray | range, size: int | None = None) -> Iterator[np.ndarray]:
+    """int64 user rows, `size` at a time (None: WINDOW): whoever looks at all users holds few of them at once."""
+    size = size or WINDOW
+    for start in range(0, len(users), size):
+        yield np.asarray(users[start : start + size], dtype=np.int64)
+
+
+def _of_users(sequences: Sequences, rows: np.ndarray) -> Sequences:
+    starts = sequences.offsets[rows]
+    lengths = sequences.offsets[rows + 1] - starts
+    items = sequences.items[flat_ranges(starts, lengths)]
+    return Sequences(items, _offsets(lengths), [sequences.user_ids[row] for row in rows], sequences.item_ids)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets

@@ -6,14 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import scipy.sparse as sp
 from genrec_shards.sequences import Sequences, Split, TrainedThrough
 
 from genrec_dist.baseline.history import Histories, histories
-from genrec_dist.baseline.lists import Lists, empty_lists, tie_order
-from genrec_dist.baseline.training import training_part
+from genrec_dist.baseline.lists import Lists, Rule, empty_lists, tie_order, without_last
+from genrec_dist.baseline.training import TrainingPart, check_trained_through, training_windows
 from genrec_dist.metrics import TOP
 
 _LOW_32 = np.uint64(0xFFFFFFFF)
@@ -49,7 +50,23 @@ def recommend(
     top: int = TOP,
     settings: KnnSettings | None = None,
 ) -> Lists:
-    """Top lists of these user rows (None: all) by the summed neighbour weights of their recent items.
+    """Top lists of these user rows (None: all), as `fit` says."""
+    rule = fit(
+        sequences, split, exclude_history=exclude_history, trained_through=trained_through, top=top, settings=settings
+    )
+    return rule(np.arange(sequences.num_users) if users is None else users)
+
+
+def fit(
+    sequences: Sequences,
+    split: Split,
+    *,
+    exclude_history: bool,
+    trained_through: TrainedThrough = "n-2",
+    top: int = TOP,
+    settings: KnnSettings | None = None,
+) -> Rule:
+    """The rule of these training parts: lists by the summed neighbour weights of the user's recent items.
 
     Only items with a positive score are listed, so lists can be short. Scores are summed in float64 and compared in
     float32, where sums of equal terms in another order are equal; ties are listed in `tie_order`.
@@ -59,17 +76,30 @@ def recommend(
     by_chance = tie_order(sequences.num_items)
     # Columns stand in tie order from here on: of two equal scores the lower column goes first.
     weights_II = neighbour_weights(sequences, split, trained_through, settings)[:, by_chance].tocsr()
+    return partial(_lists, sequences, split, weights_II, by_chance, exclude_history, top, settings)
+
+
+def _lists(
+    sequences: Sequences,
+    split: Split,
+    weights_II: sp.csr_matrix,
+    by_chance: np.ndarray,
+    exclude_history: bool,
+    top: int,
+    settings: KnnSettings,
+    users: np.ndarray,
+) -> Lists:
     past = histories(sequences, split, users)
-    lists = empty_lists(past.num_users, top)
+    lists = empty_lists(past.num_users, top + 1)
     for start, scores_BI in _score_batches(past, weights_II, settings):
         if exclude_history:
             scores_BI = _without_history(scores_BI, past, start, by_chance)
-        columns_BN, values_BN = _top(scores_BI, top)
+        columns_BN, values_BN = _top(scores_BI, top + 1)
         rows = slice(start, start + len(values_BN))
         width = values_BN.shape[1]
         lists.items_UN[rows, :width] = np.where(values_BN > 0, by_chance[columns_BN], -1)
         lists.scores_UN[rows, :width] = np.where(values_BN > 0, values_BN, -np.inf)
-    return lists
+    return without_last(lists)
 
 
 def neighbour_weights(
@@ -88,17 +118,21 @@ def neighbour_weights(
 
 
 def _pairs(sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings) -> sp.csr_matrix:
-    items, users = training_part(sequences, split, trained_through)
-    shape = (sequences.num_items, sequences.num_items)
-    total = sp.csr_matrix(shape, dtype=np.float64)
-    for distance in range(1, settings.window + 1):
-        together = users[:-distance] == users[distance:]
-        earlier, later = items[:-distance][together], items[distance:][together]
-        forward = np.full(len(earlier), settings.forward / distance)
-        backward = np.full(len(earlier), settings.backward / distance)
-        rows, columns = np.concatenate([earlier, later]), np.concatenate([later, earlier])
-        total = total + sp.csr_matrix((np.concatenate([forward, backward]), (rows, columns)), shape=shape)
+    check_trained_through(split, trained_through)
+    total = sp.csr_matrix((sequences.num_items, sequences.num_items), dtype=np.float64)
+    for part in training_windows(sequences, trained_through):
+        for distance in range(1, settings.window + 1):
+            total = total + _pairs_at(distance, part, total.shape, settings)
     return total
+
+
+def _pairs_at(distance: int, part: TrainingPart, shape: tuple[int, int], settings: KnnSettings) -> sp.csr_matrix:
+    together = part.users[:-distance] == part.users[distance:]
+    earlier, later = part.items[:-distance][together], part.items[distance:][together]
+    forward = np.full(len(earlier), settings.forward / distance)
+    backward = np.full(len(earlier), settings.backward / distance)
+    rows, columns = np.concatenate([earlier, later]), np.concatenate([later, earlier])
+    return sp.csr_matrix((np.concatenate([forward, backward]), (rows, columns)), shape=shape)
 
 
 def _inverse_root(mass_I: np.ndarray) -> np.ndarray:

@@ -1,15 +1,16 @@
-"""Top lists of a rule: item rows and scores, best first."""
+"""Top lists of a rule: item rows and scores, best first, and where its ties end."""
 
 # U users, C candidates, N list
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 from genrec_shards.keyed import keyed_permutation
 
-from genrec_dist.metrics import EMPTY
+from genrec_dist.metrics import EMPTY, pessimistic_ranks, target_ranks
 
 _TIE_STREAM = 0x71E5
 
@@ -19,6 +20,21 @@ class Lists(NamedTuple):
     """int32[U, N], item rows, -1 after the end of a short list."""
     scores_UN: np.ndarray
     """float32[U, N], falling; -inf where the list is empty."""
+    tied_beyond_U: np.ndarray | None = None
+    """bool[U], of a rule that scores items: has an item without a place the score of the last one listed?
+
+    None: the scores are places, and no two are equal."""
+
+    def ranks(self, targets_U: np.ndarray) -> np.ndarray:
+        """int32[U], 1 = first, 0 = not listed: where items tie with the target, all of them count as above it."""
+        ranks_U = target_ranks(self.items_UN, targets_U)
+        if self.tied_beyond_U is None:
+            return ranks_U
+        return pessimistic_ranks(ranks_U, self.scores_UN, self.tied_beyond_U)
+
+
+Rule = Callable[[np.ndarray], Lists]
+"""A rule that has learned what it learns: user rows int64[U] -> their lists."""
 
 
 def empty_lists(num_users: int, top: int) -> Lists:
@@ -36,11 +52,19 @@ def first_candidates(candidates_UC: np.ndarray, allowed_UC: np.ndarray, top: int
     return lists
 
 
+def without_last(longer: Lists) -> Lists:
+    """Lists one shorter; the place that goes tells whether a tie goes on beyond the end."""
+    items_UN, scores_UN = longer.items_UN, longer.scores_UN
+    beyond_U = (items_UN[:, -1] != EMPTY) & (scores_UN[:, -1] == scores_UN[:, -2])
+    return Lists(items_UN[:, :-1], scores_UN[:, :-1], beyond_U)
+
+
 def tie_order(num_items: int) -> np.ndarray:
     """int64[num_items]: item rows in the order in which items of one score are listed.
 
     A fixed random order, a function of the catalogue's size alone. Rows follow the items' own ids, which may tell when
     an item was first taken, and the order of a sort may favour whatever came first; this order knows neither the ids
-    nor any interaction, so on average it neither helps nor harms a target.
+    nor any interaction, so no rule is the better for it. What a target's rank is does not depend on it either:
+    `Lists.ranks`.
     """
     return keyed_permutation(num_items, _TIE_STREAM)

@@ -4,12 +4,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from genrec_shards.sequences import Sequences, Split, TrainedThrough
 
 from genrec_dist.baseline.history import Histories, histories
-from genrec_dist.baseline.lists import Lists, empty_lists, tie_order
-from genrec_dist.baseline.training import training_part
+from genrec_dist.baseline.lists import Lists, Rule, empty_lists, tie_order, without_last
+from genrec_dist.baseline.training import check_trained_through, training_counts
 from genrec_dist.metrics import TOP
 
 
@@ -22,14 +24,41 @@ def recommend(
     users: np.ndarray | None = None,
     top: int = TOP,
 ) -> Lists:
-    """Top lists of these user rows (None: all); the score is the number of training interactions.
+    """Top lists of these user rows (None: all), as `fit` says."""
+    rule = fit(sequences, split, exclude_history=exclude_history, trained_through=trained_through, top=top)
+    return rule(np.arange(sequences.num_users) if users is None else users)
+
+
+def fit(
+    sequences: Sequences,
+    split: Split,
+    *,
+    exclude_history: bool,
+    trained_through: TrainedThrough = "n-2",
+    top: int = TOP,
+) -> Rule:
+    """The rule of these training parts; the score is the number of training interactions.
 
     Every item has a score; equal ones are listed in `tie_order`. Raises ValueError if training saw the split's targets.
     """
-    counts = np.bincount(training_part(sequences, split, trained_through).items, minlength=sequences.num_items)
+    check_trained_through(split, trained_through)
+    counts = training_counts(sequences, trained_through)
     by_chance = tie_order(sequences.num_items)
     order = by_chance[np.argsort(-counts[by_chance], kind="stable")]
-    return _first_allowed(order, counts, histories(sequences, split, users), exclude_history, top)
+    return partial(_lists, sequences, split, order, counts, exclude_history, top)
+
+
+def _lists(
+    sequences: Sequences,
+    split: Split,
+    order: np.ndarray,
+    counts: np.ndarray,
+    exclude_history: bool,
+    top: int,
+    users: np.ndarray,
+) -> Lists:
+    past = histories(sequences, split, users)
+    return without_last(_first_allowed(order, counts, past, exclude_history, top + 1))
 
 
 def _first_allowed(order: np.ndarray, counts: np.ndarray, past: Histories, exclude_history: bool, top: int) -> Lists:

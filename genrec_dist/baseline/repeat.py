@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from genrec_shards.sequences import Sequences, Split, TrainedThrough
 
 from genrec_dist.baseline.history import histories
-from genrec_dist.baseline.lists import Lists, empty_lists
+from genrec_dist.baseline.lists import Lists, Rule, empty_lists
 from genrec_dist.baseline.training import check_trained_through
 from genrec_dist.metrics import TOP
 
@@ -22,12 +24,29 @@ def recommend(
     users: np.ndarray | None = None,
     top: int = TOP,
 ) -> Lists:
+    """Top lists of these user rows (None: all), as `fit` says."""
+    rule = fit(sequences, split, exclude_history=exclude_history, trained_through=trained_through, top=top)
+    return rule(np.arange(sequences.num_users) if users is None else users)
+
+
+def fit(
+    sequences: Sequences,
+    split: Split,
+    *,
+    exclude_history: bool = False,
+    trained_through: TrainedThrough = "n-2",
+    top: int = TOP,
+) -> Rule:
     """The distinct items of the history, the most recently taken first; short lists stay short. The score is 1 / place.
 
     `exclude_history` does not apply: the lists are the history. What the rule knows is the history alone, so
     `trained_through` changes nothing; it is checked as everywhere.
     """
     check_trained_through(split, trained_through)
+    return partial(_lists, sequences, split, top)
+
+
+def _lists(sequences: Sequences, split: Split, top: int, users: np.ndarray) -> Lists:
     past = histories(sequences, split, users)
     # Newest first over all users at once; unique keeps the first place of each (user, item), which is the latest one.
     users_newest, items_newest = past.users[::-1], past.items[::-1]

@@ -1,11 +1,16 @@
 """The interactions that a rule may count."""
 
+# I items
+
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from genrec_shards.sequences import Sequences, Split, TrainedThrough
+from genrec_shards.sequences import Sequences, Split, TrainedThrough, flat_ranges, num_held_out
+
+from genrec_dist.baseline.history import windows
 
 
 class TrainingPart(NamedTuple):
@@ -26,6 +31,24 @@ def check_trained_through(split: Split, trained_through: TrainedThrough) -> None
 def training_part(sequences: Sequences, split: Split, trained_through: TrainedThrough) -> TrainingPart:
     """t_1..t_{n-2} of all users, or t_1..t_{n-1}; other splits' users and targets are never left out."""
     check_trained_through(split, trained_through)
-    users = np.repeat(np.arange(sequences.num_users), sequences.lengths)
-    inside = np.arange(sequences.num_interactions) < sequences.training_ends(trained_through)[users]
-    return TrainingPart(sequences.items[inside], users[inside])
+    return _part(sequences, np.arange(sequences.num_users), trained_through)
+
+
+def training_windows(sequences: Sequences, trained_through: TrainedThrough) -> Iterator[TrainingPart]:
+    """The training part of all users, a window of users after the other."""
+    for rows in windows(range(sequences.num_users)):
+        yield _part(sequences, rows, trained_through)
+
+
+def training_counts(sequences: Sequences, trained_through: TrainedThrough) -> np.ndarray:
+    """int64[I]: how often each item was taken in the training parts."""
+    counts_I = np.zeros(sequences.num_items, dtype=np.int64)
+    for part in training_windows(sequences, trained_through):
+        counts_I += np.bincount(part.items, minlength=len(counts_I))
+    return counts_I
+
+
+def _part(sequences: Sequences, rows: np.ndarray, trained_through: TrainedThrough) -> TrainingPart:
+    starts = sequences.offsets[rows]
+    lengths = sequences.offsets[rows + 1] - num_held_out(trained_through) - starts
+    return TrainingPart(sequences.items[flat_ranges(starts, lengths)], np.repeat(rows, lengths))
