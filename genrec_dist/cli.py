@@ -408,6 +408,31 @@ def bench_stream(
         write_table(table, json_path)
 
 
+@bench.command("beam")
+def bench_beam(
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="A run trained on --data: also evaluating it beside an epoch.")
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Decoding beside Hugging Face's `generate`, lists compared, at two model shapes; the trie of 10^6 items.
+
+    Example: genrec bench beam --data data/beauty --run runs/tiny --json beam.json
+    """
+    from genrec_dist.bench.beam import bench_beam as run_bench
+    from genrec_dist.bench.beam import format_curves
+    from genrec_dist.bench.measure import format_claims, write_table
+
+    claims, table = run_bench(data, run)
+    say(format_claims(claims))
+    say(format_curves(table))
+    if json_path is not None:
+        write_table(table, json_path)
+
+
 class _progress:
     """A bar on standard error of rank 0, so that standard output holds results alone."""
 

@@ -38,10 +38,13 @@ class Claim:
     holds: bool
 
 
-def in_turn(rivals: Mapping[str, Callable[[], object]], repeats: int = REPEATS) -> dict[str, list[float]]:
-    """Seconds of each rival, `repeats` of each, taken in turn so that a slow minute meets all of them; one round to warm up."""
+def in_turn(
+    rivals: Mapping[str, Callable[[], object]], repeats: int = REPEATS, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Seconds of each rival, `repeats` of each, taken in turn so that a slow minute meets all of them, behind a
+    round to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for turn in range(repeats + 1):
+    for turn in range(0 if warm_up else 1, repeats + 1):
         for name, run in rivals.items():
             start = time.perf_counter()
             run()

@@ -1,0 +1,658 @@
+"""Decoding: our beam beside Hugging Face's `generate` and the plain loop, the trie's cost, and evaluating beside an epoch."""
+
+# B users, K beams, L input tokens, V vocabulary, N list, R decoder rows
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from genrec_shards.prepare import load_dataset
+from genrec_shards.sequences import Sequences
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import BaseModelOutput
+
+from genrec_dist import beam as beam_module
+from genrec_dist.batch import EncoderInput, Layout, encode_histories, ragged
+from genrec_dist.beam import TopItems, TrieSearcher
+from genrec_dist.bench.measure import Claim, in_turn, median, table
+from genrec_dist.bench.plain_beam import PlainSearcher
+from genrec_dist.model import GenRecForConditionalGeneration, build_model
+from genrec_dist.recipe import Model
+from genrec_dist.tokens import WordTable
+from genrec_dist.trie import Trie, build_trie, hash_of_words, load_trie, restrict, save_trie
+
+VOCABULARY = 50_265
+"""BART's, with its special tokens in their places."""
+BOS, PAD, EOS, MASK = 0, 1, 2, 50_264
+FIRST_PIECE = 4
+MOST_TOKENS = 512
+
+GENERATE = "generate + prefix_allowed_tokens_fn"
+TENSOR_MASK = "generate + tensor mask"
+PLAIN = "plain loop"
+SAME = 1e-5
+"""Scores nearer than this may change places between two ways of adding up the same float32 numbers."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model that is decoded with, and for how many users at once."""
+
+    name: str
+    d_model: int
+    layers: int
+    """Of the encoder and of the decoder."""
+    heads: int
+    ffn: int
+    batches: tuple[int, ...]
+    headline: int
+    """The batch whose ratios are claimed."""
+    exact_goal: float
+    compact_goal: float | None
+
+    @property
+    def init_std(self) -> float:
+        """Large enough that the scores of a list lie well apart: logits of a standard deviation of 2."""
+        return 2 / self.d_model**0.5
+
+
+SMALL = Shape("d128 2+2", 128, 2, 4, 512, (1, 8, 32, 128), 32, 10, 80)
+BART_BASE = Shape("BART-base 6+6", 768, 6, 12, 3072, (1, 4, 12), 12, 5, 6)
+ON_GPU = (
+    replace(SMALL, batches=(1, 32, 128, 512, 2048), exact_goal=30, compact_goal=None),
+    replace(BART_BASE, batches=(1, 32, 128, 512), headline=32, exact_goal=30, compact_goal=None),
+)
+BEST_BATCH_GOAL = 5.0
+
+
+def _shapes() -> tuple[Shape, ...]:
+    return ON_GPU if torch.cuda.is_available() else (SMALL, BART_BASE)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured; smaller ones are for tests."""
+
+    shapes: tuple[Shape, ...] = field(default_factory=_shapes)
+    items: int = 12_101
+    users: int = 22_363
+    """Of the synthetic histories that stand in where no data is given: those of Beauty."""
+    beam: int = 20
+    repeats: int = 5
+    """Of each rival at the headline batches."""
+    repeats_elsewhere: int = 1
+    """At the other batches, of the two that go through `generate`; the others have `repeats`."""
+    trie_items: int = 1_000_000
+
+
+def bench_beam(
+    data: Path | None = None, run: Path | None = None, sizes: Sizes | None = None
+) -> tuple[list[Claim], dict[str, Any]]:
+    """All of it. `data`: a directory of `genrec prepare` whose histories are decoded, or None for synthetic ones; with `run`,
+    trained on it, also what evaluating takes beside an epoch.
+
+    Raises AssertionError if two rivals that must agree give different lists.
+    """
+    if run is not None and data is None:
+        raise ValueError("--run: give --data too, the directory the run was trained on")
+    sizes = sizes or Sizes()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    users = users_of(load_dataset(data).sequences, sizes.items) if data else make_users(sizes.users, sizes.items)
+    claims: list[Claim] = []
+    shapes: dict[str, Any] = {}
+    for shape in sizes.shapes:
+        world = World(shape, users, sizes.items, device)
+        found, shapes[shape.name] = measure_shape(world, sizes)
+        claims += found
+    found, trie = measure_trie(sizes.trie_items)
+    claims += found
+    evaluating: dict[str, Any] = {}
+    if run is not None and data is not None:
+        found, evaluating = evaluate_share(run, data)
+        claims += found
+    lengths = np.diff(users.offsets)
+    described = {
+        "source": data.name if data else "synthetic",
+        "users": len(lengths),
+        "items": sizes.items,
+        "items a history": {"mean": float(lengths.mean()), "longest": int(lengths.max())},
+    }
+    more = {"sizes": _plain(sizes), "data": described, "shapes": shapes, "trie": trie, "evaluating": evaluating}
+    return claims, table("beam", claims, **more)
+
+
+def _plain(sizes: Sizes) -> dict[str, Any]:
+    return {**vars(sizes), "shapes": [{**vars(shape), "init_std": shape.init_std} for shape in sizes.shapes]}
+
+
+# The words, the users and the model.
+
+
+@dataclass(frozen=True)
+class Users:
+    """Histories by user row: items int32 [total] rows, offsets int64 [U + 1]."""
+
+    items: np.ndarray
+    offsets: np.ndarray
+
+
+def users_of(sequences: Sequences, num_items: int) -> Users:
+    """The test histories. Raises ValueError for a catalogue of another size than the one that is spelled."""
+    if sequences.num_items > num_items:
+        raise ValueError(
+            f"{sequences.num_items} items in the data, {num_items} in the benchmark: give Beauty's size or less"
+        )
+    view = sequences.history_and_target("test")
+    flat, offsets = ragged(view.starts, view.ends - view.starts)
+    return Users(view.items[flat], offsets)
+
+
+def make_users(num_users: int, num_items: int, seed: int = 0) -> Users:
+    """Histories of 4 items and more, 8 in the mean; the popularity of rank r falls as 1 / r."""
+    dice = np.random.default_rng(seed)
+    lengths = 3 + dice.geometric(1 / 5, num_users)
+    items = np.exp(dice.random(lengths.sum()) * np.log(num_items)).astype(np.int32) - 1
+    return Users(items, np.concatenate([[0], np.cumsum(lengths)]))
+
+
+def spell(codes: np.ndarray, stem: tuple[int, int], pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32 [total], offsets int64 [N + 1]) of ` item_CODE` as BART's tokenizer cuts it: ` item`, `_`, then the code's
+    digits in groups of three from the right. Codes int64 [N], 1 to 999,999,999; pieces [1100]: tokens of `1` to `999`, then of
+    `000` to `099`, which stand behind another group alone."""
+    num_groups = 1 + (codes >= 1000) + (codes >= 1_000_000)
+    columns, present = [np.full(len(codes), token) for token in stem], [np.ones(len(codes), bool)] * 2
+    for place in (2, 1, 0):
+        group = codes // 1000**place % 1000
+        leads = num_groups == place + 1
+        columns.append(pieces[np.where(leads | (group >= 100), group, 1000 + group)])
+        present.append(num_groups > place)
+    kept = np.stack(present, axis=1)
+    return np.stack(columns, axis=1)[kept].astype(np.int32), np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
+
+
+def make_words(num_items: int, num_users: int, seed: int = 0) -> WordTable:
+    """Items and users with codes in a random order, spelled with tokens scattered over the vocabulary."""
+    dice = np.random.default_rng(seed)
+    tokens = dice.permutation(np.arange(FIRST_PIECE, MASK))[:1103]
+    item, user, bar = (int(token) for token in tokens[:3])
+    pieces = tokens[3:]
+    parts = [
+        (np.array([BOS, EOS, MASK], np.int32), np.arange(4)),
+        spell(dice.permutation(num_items) + 1, (item, bar), pieces),
+        spell(dice.permutation(num_users) + 1, (user, bar), pieces),
+    ]
+    lengths = np.concatenate([np.diff(offsets) for _, offsets in parts])
+    return WordTable(
+        np.concatenate([tokens for tokens, _ in parts]),
+        np.concatenate([[0], np.cumsum(lengths)]),
+        num_masks=1,
+        num_items=num_items,
+        num_users=num_users,
+    )
+
+
+class World:
+    """A model with random weights, a catalogue, and users to decode."""
+
+    def __init__(self, shape: Shape, users: Users, num_items: int, device: torch.device):
+        self.shape, self.users, self.device = shape, users, device
+        num_users = len(users.offsets) - 1
+        self.words = make_words(num_items, num_users)
+        self.layout = Layout(self.words, PAD, max_tokens=MOST_TOKENS, user_ids=True, positions="from-start")
+        self.trie = build_trie(*self.words.tokens_of_items())
+        self.model = make_model(shape, self.words).to(device)
+        self.searcher = TrieSearcher(self.model, self.trie, device)
+        self.order = np.random.default_rng(1).permutation(num_users)
+
+    def batch(self, size: int) -> tuple[EncoderInput, tuple[np.ndarray, np.ndarray]]:
+        """(encoder input padded to its longest history, (user index, item row) pairs of the histories) of random users."""
+        rows_B = np.resize(self.order, size)
+        lengths_B = np.diff(self.users.offsets)[rows_B]
+        flat, offsets = ragged(self.users.offsets[rows_B], lengths_B)
+        items = self.users.items[flat]
+        encoder = encode_histories(items, offsets, rows_B, self.layout).to(self.device)
+        return encoder, (np.repeat(np.arange(size), lengths_B), items)
+
+
+def make_model(shape: Shape, words: WordTable) -> GenRecForConditionalGeneration:
+    torch.manual_seed(0)
+    recipe = Model(
+        d_model=shape.d_model,
+        encoder_layers=shape.layers,
+        decoder_layers=shape.layers,
+        heads=shape.heads,
+        ffn=shape.ffn,
+        max_tokens=MOST_TOKENS,
+        init_std=shape.init_std,
+    )
+    model = build_model(
+        recipe,
+        vocab_size=VOCABULARY,
+        num_users=words.num_users,
+        num_items=words.num_items,
+        num_masks=1,
+        special={"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK},
+    )
+    return model.eval()
+
+
+# The peers.
+
+
+def allowed_tokens(words: WordTable) -> dict[tuple[int, ...], list[int]]:
+    """What may follow a prefix, as users of `prefix_allowed_tokens_fn` write it: a dict of tuples."""
+    tokens, offsets = words.tokens_of_items()
+    after: dict[tuple[int, ...], dict[int, None]] = {}
+    for start, end in pairwise(offsets):
+        whole = (*tokens[start:end].tolist(), EOS)
+        for length, token in enumerate(whole):
+            after.setdefault(whole[:length], {})[token] = None
+    return {prefix: list(tokens) for prefix, tokens in after.items()}
+
+
+class TensorMask(LogitsProcessor):
+    """The same constraint from the trie's arrays, all beams at once: a peer that has only the mask in common with us."""
+
+    def __init__(self, trie: Trie, device: torch.device):
+        def move(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        self.span = int(trie.token.max()) + 1
+        # Nodes lie in the order of (parent, token), so the pairs are sorted as they are.
+        self.keys = move(trie.parent[1:] * self.span + trie.token[1:])
+        self.token, self.end_item = move(trie.token.astype(np.int64)), move(trie.end_item)
+        self.first_child, self.num_children = move(trie.first_child), move(trie.num_children)
+
+    def __call__(self, input_ids_RT: Tensor, scores_RV: Tensor) -> Tensor:
+        nodes_R = torch.zeros(len(input_ids_RT), dtype=torch.long, device=input_ids_RT.device)
+        for tokens_R in input_ids_RT[:, 1:].T:
+            wanted_R = nodes_R * self.span + tokens_R.clamp(max=self.span)
+            places_R = torch.searchsorted(self.keys, wanted_R).clamp(max=len(self.keys) - 1)
+            nodes_R = torch.where((self.keys[places_R] == wanted_R) & (nodes_R >= 0), places_R + 1, -1)
+        inside_R = nodes_R >= 0
+        fans_R = self.num_children[nodes_R].where(inside_R, 0)
+        rows_X = torch.repeat_interleave(fans_R)
+        before_R = fans_R.cumsum(0) - fans_R
+        columns_X = torch.arange(len(rows_X), device=rows_X.device) - before_R[rows_X]
+        tokens_X = self.token[self.first_child[nodes_R[rows_X]] + columns_X]
+        masked_RV = torch.full_like(scores_RV, -torch.inf)
+        masked_RV[rows_X, tokens_X] = scores_RV[rows_X, tokens_X]
+        ends_R = ~inside_R | (self.end_item[nodes_R] >= 0)
+        masked_RV[ends_R, EOS] = scores_RV[ends_R, EOS]
+        return masked_RV
+
+
+Rival = Callable[[], Any]
+
+
+def make_rivals(world: World, encoder: EncoderInput, beam: int) -> dict[str, Rival]:
+    """Each decodes this batch; those that `generate` give its output, the others TopItems."""
+    after = allowed_tokens(world.words)
+    mask = LogitsProcessorList([TensorMask(world.trie, world.device)])
+    plain = PlainSearcher(world.model, world.trie, world.device)
+    search = partial(world.searcher.search, encoder, beam=beam, top=beam)
+
+    @torch.inference_mode()
+    def generate(**constraint: Any) -> Any:
+        return world.model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=world.model.encode(encoder)),
+            attention_mask=encoder.attention_mask.long(),
+            decoder_start_token_id=MASK,
+            num_beams=beam,
+            num_return_sequences=beam,
+            length_penalty=0.0,
+            early_stopping="never",
+            forced_bos_token_id=None,
+            forced_eos_token_id=None,
+            max_new_tokens=world.trie.depth + 2,
+            do_sample=False,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **constraint,
+        )
+
+    rivals: dict[str, Rival] = {
+        "exact": search,
+        "compact": partial(search, mode="compact"),
+        PLAIN: partial(plain.search, encoder, beam=beam, top=beam),
+        TENSOR_MASK: partial(generate, logits_processor=mask),
+        GENERATE: partial(generate, prefix_allowed_tokens_fn=lambda _, ids: after.get(tuple(ids[1:].tolist()), [EOS])),
+    }
+    return {name: partial(_finished, run, world.device) for name, run in rivals.items()}
+
+
+def _finished(run: Rival, device: torch.device) -> Any:
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result
+
+
+def generated_lists(output: Any, words: WordTable, num_users: int) -> TopItems:
+    """A user's list up to the first sequence that is no item: where fewer than all beams have ended, `generate` gives such."""
+    tokens, offsets = words.tokens_of_items()
+    row_of = {tuple(tokens[start:end].tolist()): row for row, (start, end) in enumerate(pairwise(offsets))}
+    sequences, scores_BN = output.sequences.tolist(), output.sequences_scores.view(num_users, -1).cpu().numpy()
+    items_BN = np.full(scores_BN.shape, -1, np.int32)
+    for place, sequence in enumerate(sequences):
+        word = tuple(token for token in sequence[1:] if token not in (EOS, PAD))
+        user, rank = divmod(place, scores_BN.shape[1])
+        if EOS in sequence[1:] and scores_BN[user, rank] > -1e8:
+            items_BN[user, rank] = row_of.get(word, -1)
+    gone_BN = np.logical_or.accumulate(items_BN < 0, axis=1)
+    return TopItems(np.where(gone_BN, -1, items_BN), np.where(gone_BN, -np.inf, scores_BN).astype(np.float32))
+
+
+def compare_lists(ours: TopItems, theirs: TopItems) -> dict[str, Any]:
+    """Where two searches with the same rules differ. Raises AssertionError unless scores there are all but equal."""
+    differ_BN = ours.items != theirs.items
+    both_BN = np.isfinite(ours.scores) & np.isfinite(theirs.scores)
+    apart_BN = np.abs(np.where(both_BN, ours.scores - theirs.scores, 0.0))
+    wrong_BN = differ_BN & (~both_BN | (apart_BN >= SAME))
+    if wrong_BN.any():
+        user, rank = (int(values[0]) for values in np.nonzero(wrong_BN))
+        raise AssertionError(
+            f"user {user} of the batch, rank {rank}: item {ours.items[user, rank]} at {ours.scores[user, rank]:.7g}, "
+            f"not {theirs.items[user, rank]} at {theirs.scores[user, rank]:.7g}"
+        )
+    return {
+        "items compared": int((theirs.items >= 0).sum()),
+        "items that differ": int(differ_BN.sum()),
+        "largest difference of scores": float(apart_BN.max(initial=0.0)),
+    }
+
+
+# Measuring a shape.
+
+
+def measure_shape(world: World, sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
+    """Batch curves of all rivals, their lists compared first, and the share of the trie at the headline batch."""
+    shape = world.shape
+    curve: dict[str, Any] = {}
+    for size in shape.batches:
+        curve[str(size)] = measure_batch(world, size, sizes)
+    at_headline = curve[str(shape.headline)]
+    share, trie = measure_trie_share(world, shape.headline, sizes)
+    claims = _speed_claims(shape, curve)
+    claims.append(
+        Claim(
+            f"trie, {shape.name}, batch {shape.headline}", "the whole search", trie["seconds in the trie"],
+            trie["seconds"], "s a batch", share, "<= 0.01", share <= 0.01,
+        )
+    )  # fmt: skip
+    work = flop_a_user(shape, np.asarray(at_headline["tokens a user"]), sizes.beam, world.trie)
+    rate = product_rate(world.device)
+    best = {name: max(point["users a second"][name] for point in curve.values()) for name in ("exact", "compact")}
+    bound = {name: rate / work[name] for name in best}
+    more = {
+        "parameters": sum(parameter.numel() for parameter in world.model.parameters()),
+        "trie": {"nodes": world.trie.num_nodes, "tokens": len(np.unique(world.trie.token[1:]))},
+        "batches": curve,
+        "trie share": trie,
+        "work": {
+            "formula": FLOP_FORMULA,
+            "FLOP a user": work,
+            "FLOP a second of a float32 product here": rate,
+            "users a second at that rate": bound,
+            "best users a second": best,
+            "share reached": {name: best[name] / bound[name] for name in best},
+        },
+    }
+    return claims, more
+
+
+def measure_batch(world: World, size: int, sizes: Sizes) -> dict[str, Any]:
+    """Seconds of each rival at one batch; each runs once before, and those lists are compared."""
+    encoder, _ = world.batch(size)
+    rivals = make_rivals(world, encoder, sizes.beam)
+    search = partial(world.searcher.search, encoder, beam=sizes.beam, top=sizes.beam)
+    theirs = {name: generated_lists(rivals[name](), world.words, size) for name in (GENERATE, TENSOR_MASK)}
+    # `generate` drops an end that ranks below `num_beams` among its step's candidates; ours does so when asked.
+    ranked, kept = search(ends="ranked"), search()
+    compared = {name: compare_lists(_cut(ranked, lists), lists) for name, lists in theirs.items()}
+    compared[PLAIN] = compare_lists(kept, rivals[PLAIN]())
+    gaps_BN = -np.diff(kept.scores, axis=1)
+    rivals["compact"]()
+    at_headline = size == world.shape.headline
+    slow = {} if at_headline else {name: rivals.pop(name) for name in theirs}
+    seconds = {
+        **in_turn(rivals, sizes.repeats, warm_up=False),
+        **in_turn(slow, sizes.repeats_elsewhere, warm_up=False),
+    }
+    return {
+        "seconds": seconds,
+        "users a second": {name: size / median(values) for name, values in seconds.items()},
+        "tokens a user": encoder.attention_mask.sum(1).tolist(),
+        "padded to": encoder.input_ids.shape[1],
+        "lists compared with exact": compared,
+        "items that generate does not list": {name: int((lists.items < 0).sum()) for name, lists in theirs.items()},
+        "gap between neighbours of a list": {
+            "median": float(np.median(gaps_BN)),
+            "smallest": float(gaps_BN.min(initial=np.inf)),
+        },
+    }
+
+
+def _cut(ours: TopItems, theirs: TopItems) -> TopItems:
+    """Ours as far as theirs go: `generate` can end with fewer items than there are."""
+    gone_BN = theirs.items < 0
+    return TopItems(np.where(gone_BN, -1, ours.items), np.where(gone_BN, -np.inf, ours.scores))
+
+
+def _speed_claims(shape: Shape, curve: dict[str, Any]) -> list[Claim]:
+    at_headline = {name: median(values) for name, values in curve[str(shape.headline)]["seconds"].items()}
+    where = f"{shape.name}, batch {shape.headline}"
+    claims = []
+    for mode, goal in (("exact", shape.exact_goal), ("compact", shape.compact_goal)):
+        if goal is None:
+            continue
+        ours, theirs = at_headline[mode], at_headline[GENERATE]
+        ratio = theirs / ours
+        claims.append(
+            Claim(f"{mode}, {where}", GENERATE, ours, theirs, "s a batch", ratio, f">= {goal:g}x", ratio >= goal)
+        )
+    if torch.cuda.is_available():
+        ours, theirs = (max(point["users a second"][name] for point in curve.values()) for name in ("exact", GENERATE))
+        ratio, goal = ours / theirs, BEST_BATCH_GOAL
+        name = f"exact, {shape.name}, each at its best batch"
+        claims.append(Claim(name, GENERATE, ours, theirs, "users/s", ratio, f">= {goal:g}x", ratio >= goal))
+    return claims
+
+
+FLOP_FORMULA = (
+    "2 (L E (4 D^2 + 2 D F) + 2 E L^2 D + 2 L E D^2 + R (E (6 D^2 + 2 D F + 2 L D) + V D)): L input tokens of a user, E layers "
+    "of the encoder and of the decoder each, D width, F feed-forward width, V tokens of the softmax, R decoder rows (the mask "
+    "and the shared prefix once, then the beam a sub-word); no padding, no attention of the decoder to its own few tokens"
+)
+
+
+def flop_a_user(shape: Shape, tokens_B: np.ndarray, beam: int, trie: Trie) -> dict[str, float]:
+    """Floating-point operations that decoding a user of this batch takes, by mode (FLOP_FORMULA)."""
+    length, squared = float(tokens_B.mean()), float((tokens_B.astype(float) ** 2).mean())
+    width, ffn, layers = shape.d_model, shape.ffn, shape.layers
+    widths = np.minimum(np.diff(trie.level_offsets), beam)
+    rows = float(widths.sum())  # a level's nodes are each taken in once: the root's is the mask
+    encoder = length * layers * (4 * width**2 + 2 * width * ffn) + 2 * layers * squared * width
+    cross = 2 * length * layers * width**2
+    row = layers * (6 * width**2 + 2 * width * ffn + 2 * length * width)
+    vocabulary = {"exact": VOCABULARY, "compact": len(np.unique(trie.token[1:])) + 1}
+    return {mode: 2 * (encoder + cross + rows * (row + size * width)) for mode, size in vocabulary.items()}
+
+
+def product_rate(device: torch.device) -> float:
+    """FLOP/s of a square float32 product, the best of five."""
+    side = 8192 if device.type == "cuda" else 1536
+    left, right = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
+    seconds = in_turn({"product": partial(_finished, partial(torch.mm, left, right), device)}, 5)["product"]
+    return 2 * side**3 / min(seconds)
+
+
+# The trie.
+
+
+TRIE_FUNCTIONS = ("_lost", "_ended", "_children")
+"""Of `beam.py`: pruning, ends of items, children and their masks, with the sums of scores that go along."""
+
+
+def measure_trie_share(world: World, size: int, sizes: Sizes) -> tuple[float, dict[str, Any]]:
+    """(share, measurements) of the trie in a search that excludes the histories: medians over repeats."""
+    encoder, excluded = world.batch(size)
+    search = partial(world.searcher.search, encoder, beam=sizes.beam, top=sizes.beam, excluded=excluded)
+    search()
+    shares, inside, whole = [], [], []
+    for _ in range(sizes.repeats):
+        with _timed_trie(world.device) as clock:
+            start = time.perf_counter()
+            _finished(search, world.device)
+            whole.append(time.perf_counter() - start)
+        inside.append(sum(clock.values()))
+        shares.append(inside[-1] / whole[-1])
+    more = {"seconds in the trie": median(inside), "seconds": median(whole), "by function": clock, "shares": shares}
+    return median(shares), more
+
+
+@contextlib.contextmanager
+def _timed_trie(device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds in each of the search's functions that read the trie; on a GPU each waits for the device before and after."""
+    clock = dict.fromkeys(TRIE_FUNCTIONS, 0.0)
+    originals = {name: getattr(beam_module, name) for name in TRIE_FUNCTIONS}
+
+    def timed(name: str, *arguments: Any, **options: Any) -> Any:
+        _finished(int, device)
+        start = time.perf_counter()
+        result = _finished(partial(originals[name], *arguments, **options), device)
+        clock[name] += time.perf_counter() - start
+        return result
+
+    try:
+        for name in TRIE_FUNCTIONS:
+            setattr(beam_module, name, partial(timed, name))
+        yield clock
+    finally:
+        for name, function in originals.items():
+            setattr(beam_module, name, function)
+
+
+def measure_trie(num_items: int) -> tuple[list[Claim], dict[str, Any]]:
+    """Building, saving, loading and restricting a trie of random codes of up to 7 digits; medians of three."""
+    dice = np.random.default_rng(0)
+    most = max(10 * num_items, 2) - 1
+    words = spell(dice.permutation(most)[:num_items] + 1, (0, 1), np.arange(2, 1102))
+    keep = dice.permutation(num_items)[: max(num_items // 2, 1)]
+    trie, words_hash = build_trie(*words), hash_of_words(*words)
+    identity = {"numbering_hash": "0" * 64, "words_hash": words_hash}
+    with tempfile.TemporaryDirectory(prefix="genrec-bench-") as name:
+        path = Path(name) / "trie.safetensors"
+        save = partial(save_trie, trie, path, **identity)
+        save()
+        # As a run is loaded: the words are hashed to see whether the trie is theirs.
+        rivals: dict[str, Rival] = {
+            "build": partial(build_trie, *words),
+            "save": save,
+            "hash words and load": lambda: (hash_of_words(*words), load_trie(path, **identity)),
+            "restrict to half": partial(restrict, trie, keep),
+        }
+        seconds = {name: median(values) for name, values in in_turn(rivals, 3).items()}
+        file_bytes = path.stat().st_size
+    limit = 30.0
+    ratio = seconds["build"] / limit
+    claim = Claim(
+        f"trie of {num_items:,} items", "30 s", seconds["build"], limit, "s to build", ratio, "<= 1x", ratio <= 1
+    )
+    more = {
+        "items": num_items,
+        "sub-words": len(words[0]),
+        "nodes": trie.num_nodes,
+        "bytes": trie.num_bytes,
+        "bytes a node and an item": [sum(a.itemsize for n, a in trie.arrays().items() if n not in _BY_ITEM), 8],
+        "file bytes": file_bytes,
+        "seconds": seconds,
+    }
+    return [claim], more
+
+
+_BY_ITEM = ("item_node", "level_offsets")
+
+
+# Evaluating beside an epoch.
+
+
+def evaluate_share(run: Path, data: Path) -> tuple[list[Claim], dict[str, Any]]:
+    """`genrec evaluate` of the whole test set, files and baselines left to a directory of its own, beside an epoch of the run.
+
+    Raises ValueError if the run has logged no whole epoch.
+    """
+    from genrec_dist.evaluate import Decoding, best_device, evaluate
+    from genrec_dist.run import load_run
+
+    epochs = epoch_seconds(run / "events.jsonl")
+    loaded, dataset = load_run(run, best_device()), load_dataset(data)
+    decoding = Decoding(exclude_history=loaded.model.config.exclude_history)
+    with tempfile.TemporaryDirectory(prefix="genrec-bench-") as name:
+        start = time.perf_counter()
+        metrics = evaluate(replace(loaded, path=Path(name)), dataset, "test", decoding=decoding)
+        whole = time.perf_counter() - start
+    assert metrics is not None
+    epoch = median(epochs)
+    share = whole / epoch
+    claim = Claim(
+        f"evaluating {run.name}", "an epoch of its training", whole, epoch, "s", share, "<= 0.1", share <= 0.1
+    )
+    more = {
+        "seconds": whole,
+        "seconds of decoding": metrics["seconds"],
+        "users": metrics["users"],
+        "seconds an epoch": epochs,
+        "beam": decoding.beam,
+        "batch": decoding.batch_size,
+    }
+    return [claim], more
+
+
+def epoch_seconds(events: Path) -> list[float]:
+    """Seconds of the steps of each whole finetuning epoch, from the first to the last that is logged, scaled to all of its steps:
+    what lies between epochs, validation and the like, is left out. Raises ValueError if there is none."""
+    lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
+    found: list[float] = []
+    steps: list[dict[str, Any]] = []
+    first = 0
+    for event in map(json.loads, lines):
+        if event["event"] == "step":
+            if steps and (event["stage"], event["epoch"]) != (steps[0]["stage"], steps[0]["epoch"]):
+                first, steps = steps[-1]["step"] + 1, []
+            steps.append(event)
+        elif event["event"] == "validation" and len(steps) > 1:
+            taken = steps[-1]["time"] - steps[0]["time"]
+            found.append(taken * (steps[-1]["step"] + 1 - first) / (steps[-1]["step"] - steps[0]["step"]))
+        elif event["event"] == "start":
+            steps = []  # after a resume the times have a gap
+    if not found:
+        raise ValueError(f"{events}: no epoch of finetuning with steps in it: train with a smaller log_every")
+    return found
+
+
+def format_curves(table: dict[str, Any]) -> str:
+    """Users a second by shape and batch, as a plain table."""
+    rows: list[tuple[str, ...]] = []
+    for name, shape in table["shapes"].items():
+        for size, point in shape["batches"].items():
+            rates = point["users a second"]
+            if not rows:
+                rows.append(("users/s", "batch", *rates))
+            rows.append((name, size, *(f"{rates[rival]:,.4g}" for rival in rows[0][2:])))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
