@@ -1,60 +1,32 @@
-"""Beam search without a trie, as the paper decodes: whatever text comes out, read by the numbering."""
+"""Beam search without a trie, as the paper decodes: whatever token strings come out."""
 
-# B users, K beams, V vocabulary, T tokens generated, N list
+# B users, K beams, L input tokens, D width, V vocabulary, T tokens generated, N list
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from genrec_dist.decoder import DecoderState
-from genrec_dist.metrics import EMPTY, INVALID
-
-if TYPE_CHECKING:
-    from genrec_dist.batch import EncoderInput
-    from genrec_dist.beam import TopItems, TrieSearcher
-
-NOTHING = float("-inf")
+from genrec_dist.model import GenRecForConditionalGeneration
+from genrec_dist.trie_walk import NOTHING
 
 
-def search_freely(
-    searcher: TrieSearcher,
-    encoder: EncoderInput,
+def generate_freely(
+    model: GenRecForConditionalGeneration,
+    memory_BLD: Tensor,
+    mask_BL: Tensor,
     *,
+    longest: int,
     beam: int,
     top: int,
-    excluded: tuple[np.ndarray, np.ndarray] | None,
-) -> TopItems:
-    """The best `top` token strings a user, each ended by `</s>`, and what they say.
-
-    A string that is no item's word keeps its place as -2, an item that two strings spell stands twice: the rates of both
-    are what this mode is asked for. Excluded items are struck out, and the list becomes shorter. Strings longer than the
-    longest item have no `</s>` in time and are not listed. Raises ValueError for a searcher that cannot read texts.
-    """
-    from genrec_dist.beam import TopItems, encode_by_length
-
-    if searcher.texts is None:
-        raise ValueError("decode mode free needs the run's tokenizer: load the run with load_run")
-    memory_BLD = encode_by_length(searcher.model, encoder)
-    scores_BN, tokens_BNT, lengths_BN = _generate(searcher, memory_BLD, encoder.attention_mask, beam, top)
-    items = np.full(scores_BN.shape, EMPTY, np.int32)
-    listed = scores_BN > NOTHING
-    strings = [tokens[:length] for tokens, length in zip(tokens_BNT[listed], lengths_BN[listed], strict=True)]
-    items[listed] = searcher.texts.rows(strings)
-    assert INVALID == -2
-    return _without_excluded(TopItems(items, scores_BN), excluded)
-
-
-def _generate(
-    searcher: TrieSearcher, memory_BLD: Tensor, mask_BL: Tensor, beam: int, top: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(scores float32 [B, N], tokens [B, N, T], their numbers [B, N]), best first."""
-    model, device = searcher.model, searcher.device
-    eos, num_users = model.config.eos_token_id, len(memory_BLD)
-    longest = searcher.levels.depth
+    """The best `top` token strings a user: scores float32 [B, N] best first, tokens [B, N, T], their numbers [B, N].
+
+    A string has at most `longest` tokens before its `</s>`, which is in its score and not in its tokens.
+    """
+    device, num_users, eos = memory_BLD.device, len(memory_BLD), model.config.eos_token_id
     state = DecoderState(model, memory_BLD, mask_BL)
     start = torch.full((1,), model.config.decoder_start_token_id, dtype=torch.long, device=device)
     hidden_BKD = state.start(start)
@@ -91,17 +63,3 @@ def _generate(
 
 def _rows(strings_BXT: Tensor, places_BN: Tensor) -> Tensor:
     return strings_BXT.gather(1, places_BN[..., None].expand(-1, -1, strings_BXT.shape[-1]))
-
-
-def _without_excluded(lists: TopItems, excluded: tuple[np.ndarray, np.ndarray] | None) -> TopItems:
-    """Lists closed up where an excluded item stood."""
-    if excluded is None:
-        return lists
-    users, items = (np.asarray(column, np.int64) for column in excluded)
-    span = max(int(items.max(initial=0)), int(lists.items.max(initial=0))) + 1
-    keys = np.arange(len(lists.items))[:, None] * span + lists.items
-    struck = np.isin(keys, users * span + items) & (lists.items >= 0)
-    order = np.argsort(struck, axis=1, kind="stable")
-    closed = np.take_along_axis(np.where(struck, EMPTY, lists.items), order, 1)
-    scores = np.take_along_axis(np.where(struck, np.float32(NOTHING), lists.scores), order, 1)
-    return type(lists)(closed, scores)

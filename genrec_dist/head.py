@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**19, 2**26
 """Logits that exist at one time: on a CPU they stay in its cache between the product and the sum (docs/log.md)."""
@@ -64,3 +66,36 @@ class Softmax:
             if first <= self.eos_column < first + columns:
                 part_RV[:, self.eos_column - first] = eos_logit_R
             yield part_RV
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What a search multiplies decoder states with."""
+
+    levels: list[Tensor]
+    """[1 + V_l, D] a level of the trie: `</s>` and the tokens that can follow there."""
+    softmax: Softmax
+    """Whose normaliser makes them probabilities."""
+
+
+def make_heads(weight_VD: Tensor, eos: int, tokens: Sequence[Tensor]) -> tuple[Heads, Heads]:
+    """With the softmax over all rows of the head, and with the one over `</s>` and the tokens of all levels alone.
+
+    `tokens`: int64 [V_l] a level.
+    """
+    spoken = [F.pad(level, (1, 0), value=eos) for level in tokens]
+    levels, used = [weight_VD[level] for level in spoken], torch.cat(spoken).unique()
+    return (
+        Heads(levels, Softmax(weight_VD, eos)),
+        Heads(levels, Softmax(weight_VD[used], int(torch.searchsorted(used, eos)))),
+    )
+
+
+def log_probabilities(heads: Heads, level: int, hidden_BKD: Tensor) -> Tensor:
+    """[B, K, 1 + V_l], fresh, of `</s>` and the tokens of a level. Under autocast the head alone stays exact: rounded logits
+    would tie by the hundred."""
+    weight_VD = heads.levels[level]
+    with torch.autocast(hidden_BKD.device.type, enabled=False):
+        hidden_BKD = hidden_BKD.to(weight_VD.dtype)
+        logits_BKV = hidden_BKD @ weight_VD.T
+        return logits_BKV.sub_(heads.softmax.log_normaliser(hidden_BKD, logits_BKV[..., 0])[..., None])

@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from genrec_dist.batch import EncoderInput, Layout, encode_histories
-from genrec_dist.beam import TrieSearcher, _num_open, best_of, best_static
+from genrec_dist.beam import TrieSearcher
 from genrec_dist.decoder import DecoderState
 from genrec_dist.model import GenRecForConditionalGeneration, build_model
 from genrec_dist.recipe import Model
 from genrec_dist.tokens import WordTable
 from genrec_dist.trie import build_trie
+from genrec_dist.trie_walk import best_of, best_static, num_open_beams
 
 BOS, PAD, EOS, MASK, FIRST = 0, 1, 2, 4, 5
 ALPHABET = 4
@@ -388,10 +389,10 @@ def test_the_best_are_a_sort_by_score_then_node(scores: list[float], count: int,
 
 def test_beams_are_dropped_only_where_no_user_can_gain() -> None:
     beams = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-1.0, -5.0, -5.0, -6.0]])
-    assert _num_open(beams, torch.tensor([[-0.5, -2.9], [-0.5, -4.0]]), top=2) == 2
-    assert _num_open(beams, torch.tensor([[-0.5, -2.9], [-0.5, -5.5]]), top=2) == 3
-    assert _num_open(beams, torch.tensor([[-0.1, -3.0], [-0.1, -1.0]]), top=2) == 2  # a tie goes to what is found
-    assert _num_open(beams, torch.tensor([[-0.1, -1.0], [-0.1, -1.0]]), top=2) == 0
-    assert _num_open(beams, torch.tensor([[-0.1, -1.0], [-0.1, -1.0]]), top=3) == 4  # a list with room takes any
-    assert _num_open(beams, torch.full((2, 2), -torch.inf), top=2) == 4
-    assert _num_open(torch.full((2, 4), -torch.inf), torch.full((2, 2), -torch.inf), top=2) == 0
+    assert num_open_beams(beams, torch.tensor([[-0.5, -2.9], [-0.5, -4.0]]), top=2) == 2
+    assert num_open_beams(beams, torch.tensor([[-0.5, -2.9], [-0.5, -5.5]]), top=2) == 3
+    assert num_open_beams(beams, torch.tensor([[-0.1, -3.0], [-0.1, -1.0]]), top=2) == 2  # a tie goes to what is found
+    assert num_open_beams(beams, torch.tensor([[-0.1, -1.0], [-0.1, -1.0]]), top=2) == 0
+    assert num_open_beams(beams, torch.tensor([[-0.1, -1.0], [-0.1, -1.0]]), top=3) == 4  # a list with room takes any
+    assert num_open_beams(beams, torch.full((2, 2), -torch.inf), top=2) == 4
+    assert num_open_beams(torch.full((2, 4), -torch.inf), torch.full((2, 2), -torch.inf), top=2) == 0
