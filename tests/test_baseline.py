@@ -12,7 +12,9 @@ from genrec_dist import baseline
 from genrec_dist.baseline import counting, knn, popularity, repeat
 from genrec_dist.baseline.history import histories
 from genrec_dist.baseline.lists import tie_order
-from genrec_dist.metrics import metrics_from_histogram, rank_histogram, target_ranks
+from genrec_dist.baseline.training import training_counts
+from genrec_dist.metrics import metrics_from_histogram, rank_histogram
+from genrec_dist.tally import Tally
 
 SPLITS = ("validation", "test")
 TRAININGS = [("validation", "n-2", 2), ("test", "n-2", 2), ("test", "n-1", 1)]
@@ -156,7 +158,68 @@ def test_equal_scores_follow_the_tie_rule():
         popularity.recommend(sequences, "validation", exclude_history=True),
     ):
         assert lists.items_UN[40].tolist() == tied[:20]
+        # 40 tie and 20 of them are listed: whichever the target is, 39 count as above it.
+        assert lists.ranks(np.full(41, tied[3], np.int32))[40] == 0
     assert tied != sorted(tied)
+
+
+@pytest.mark.parametrize("exclude", [True, False])
+@pytest.mark.parametrize("rule", [popularity, knn])
+def test_all_items_that_tie_with_a_target_rank_above_it(rule, exclude):
+    """Against scores of the whole catalogue: a target's rank is the number of items that score as high or higher."""
+    # Everybody begins with 0, and few numbers of pairs occur after it: many scores are equal.
+    rng = np.random.default_rng(3)
+    draws = [str(item) for user in range(150) for item in (0, *rng.integers(1, 70, 2))]
+    sequences = sequences_from_ids([f"u{user}" for user in range(150)], [3] * 150, draws)
+    everything, listed = (
+        rule.recommend(sequences, "test", exclude_history=exclude, trained_through="n-1", top=top)
+        for top in (sequences.num_items, 20)
+    )
+    assert not everything.tied_beyond_U.any()
+    tied = beyond = 0
+    for place in range(sequences.num_items):
+        targets = everything.items_UN[:, place]
+        known = targets >= 0
+        scores = np.take_along_axis(everything.scores_UN, np.full((150, 1), place), axis=1)
+        worst = (everything.scores_UN >= scores).sum(axis=1)
+        expected = np.where(known & (worst <= 20), worst, 0)
+        assert listed.ranks(np.where(known, targets, 0))[known].tolist() == expected[known].tolist()
+        tied += (known & (expected > place + 1)).sum()
+        beyond += (known & (place < 20) & (expected == 0)).sum()
+    assert tied > 100
+    assert beyond > 100
+
+
+@pytest.mark.parametrize("rule", [counting, repeat])
+def test_rules_whose_scores_are_places_have_no_ties(rule):
+    sequences = random_sequences()
+    more = {"codes": sequences.item_ids} if rule is counting else {}
+    lists = rule.recommend(sequences, "test", **more)
+    assert lists.tied_beyond_U is None
+    first = np.where(lists.items_UN[:, 0] >= 0, lists.items_UN[:, 0], 0)
+    assert lists.ranks(first).tolist() == (lists.items_UN[:, 0] >= 0).astype(int).tolist()
+
+
+@pytest.mark.parametrize("name", list(baseline.BASELINES))
+def test_windows_of_users_change_no_list(name, monkeypatch):
+    sequences = random_sequences()
+    asked = (name, sequences, sequences.item_ids, "test")
+    whole = baseline.recommend(*asked, exclude_history=True)
+    monkeypatch.setattr("genrec_dist.baseline.history.WINDOW", 7)
+    rule = baseline.fit(*asked, exclude_history=True)
+    parts = [rule(np.arange(first, min(40, first + 9))) for first in range(0, 40, 9)]
+    for place in range(2 if whole.tied_beyond_U is None else 3):
+        assert np.array_equal(np.concatenate([part[place] for part in parts]), whole[place])
+
+
+@pytest.mark.parametrize(("through", "held_out"), [("n-2", 2), ("n-1", 1)])
+def test_training_counts_equal_a_loop(through, held_out, monkeypatch):
+    monkeypatch.setattr("genrec_dist.baseline.history.WINDOW", 7)
+    sequences = random_sequences()
+    expected = np.zeros(sequences.num_items, int)
+    for user in range(sequences.num_users):
+        np.add.at(expected, sequences.items[sequences.offsets[user] : sequences.offsets[user + 1] - held_out], 1)
+    assert training_counts(sequences, through).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("name", ["popularity", "knn"])
@@ -218,11 +281,12 @@ def test_beside_scores_exactly_these_users():
     rows = np.array([5, 8, 13, 21, 34])
     beside = baseline.beside(sequences, sequences.item_ids, "test", exclude_history=False, users=rows)
     assert list(beside) == ["counting", "popularity", "knn"]
-    targets = sequences.history_and_target("test").targets
+    past = histories(sequences, "test", rows)
     for name, metrics in beside.items():
-        lists = baseline.recommend(name, sequences, sequences.item_ids, "test", exclude_history=False)
-        expected = metrics_from_histogram(rank_histogram(target_ranks(lists.items_UN[rows], targets[rows])))
-        assert {key: metrics[key] for key in expected} == expected
+        lists = baseline.recommend(name, sequences, sequences.item_ids, "test", exclude_history=False, users=rows)
+        tally = Tally(training_counts(sequences, "n-2"))
+        tally.add(lists.items_UN, lists.ranks(past.targets_U), past.targets_U, past.lengths_U)
+        assert metrics == tally.metrics()
         assert metrics["ci95"]["HR@20"][0] <= metrics["HR@20"] <= metrics["ci95"]["HR@20"][1]
 
 
@@ -254,7 +318,7 @@ def test_knn_figures_on_real_data(name, through, expected):
     sequences = real(name)
     lists = knn.recommend(sequences, "test", exclude_history=True, trained_through=through)
     targets = sequences.history_and_target("test").targets
-    metrics = metrics_from_histogram(rank_histogram(target_ranks(lists.items_UN, targets)))
+    metrics = metrics_from_histogram(rank_histogram(lists.ranks(targets)))
     assert [metrics[key] for key in ("HR@5", "NDCG@5", "HR@10", "NDCG@10")] == pytest.approx(expected, abs=6e-5)
 
 
@@ -262,5 +326,6 @@ def test_knn_figures_on_real_data(name, through, expected):
 def test_popularity_figure_on_beauty():
     sequences = real("Beauty")
     lists = popularity.recommend(sequences, "test", exclude_history=True)
-    ranks = target_ranks(lists.items_UN, sequences.history_and_target("test").targets)
-    assert metrics_from_histogram(rank_histogram(ranks))["HR@10"] == pytest.approx(0.0115, abs=1e-4)
+    ranks = lists.ranks(sequences.history_and_target("test").targets)
+    metrics = metrics_from_histogram(rank_histogram(ranks))
+    assert [metrics["HR@5"], metrics["HR@10"]] == pytest.approx([0.00675, 0.01096], abs=1e-5)

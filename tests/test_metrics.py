@@ -18,6 +18,7 @@ from genrec_dist.metrics import (
     list_faults,
     listed_above,
     metrics_from_histogram,
+    pessimistic_ranks,
     rank_histogram,
     target_ranks,
 )
@@ -144,3 +145,17 @@ def test_errors_name_the_value():
 
 def test_figures_as_the_field_writes_them():
     assert [as_written(value) for value in (0.0566, 0.0, 1.0, None)] == [".0566", ".0000", "1.0000", "–"]
+
+
+def test_ties_rank_pessimistically():
+    lists_UN = np.array([[4, 2, 7, 1]] * 3 + [[4, 2, EMPTY, EMPTY]] * 2, dtype=np.int32)
+    scores_UN = np.array([[3, 2, 2, 1]] * 2 + [[3, 2, 2, 2]] + [[2, 2, -np.inf, -np.inf]] * 2, dtype=np.float32)
+    beyond_U = np.array([False, True, True, False, True])
+    for target, expected in ((4, [1, 1, 1, 2, 0]), (2, [3, 3, 0, 2, 0]), (1, [4, 0, 0, 0, 0]), (9, [0] * 5)):
+        ranks = target_ranks(lists_UN, np.full(5, target))
+        assert pessimistic_ranks(ranks, scores_UN, beyond_U).tolist() == expected, target
+
+
+def test_bootstrap_of_some_metrics_is_that_of_all():
+    hist = rank_histogram(np.array([0, 1, 2, 3, 0, 9]))
+    assert bootstrap_ci95(hist, names=["NDCG@10"]) == {"NDCG@10": bootstrap_ci95(hist)["NDCG@10"]}
