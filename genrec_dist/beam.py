@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from genrec_dist.batch import EncoderInput
 from genrec_dist.free_beam import generate_freely
-from genrec_dist.head import Heads, make_heads
+from genrec_dist.head import make_heads
 from genrec_dist.metrics import EMPTY
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.score_all import score_all
@@ -63,7 +63,6 @@ class TrieSearcher:
         self.static = self.device.type == "cuda" if static is None else static
         self.levels = Levels(trie, self.device)
         self.item_node = torch.from_numpy(trie.item_node).to(self.device)
-        self.end_item = torch.from_numpy(trie.end_item.astype(np.int64)).to(self.device)
         self._walk = walk
         self._take(model)
 
@@ -82,6 +81,10 @@ class TrieSearcher:
 
     def _take(self, model: GenRecForConditionalGeneration) -> None:
         self.model = model
+        if self.static and model.lm_head.weight.dtype != torch.float32:
+            raise ValueError(
+                f"a search in static shapes scores in float32, the model's weights are {model.lm_head.weight.dtype}"
+            )
         weight_VD, eos = model.lm_head.weight.detach(), model.config.eos_token_id
         exact, compact = make_heads(weight_VD, eos, self.levels.tokens)
         self.heads = {"exact": exact, "compact": compact}
@@ -122,7 +125,7 @@ class TrieSearcher:
             self.model, self.levels, self.heads[mode], memory_BLD, encoder.attention_mask, lost,
             beam=beam, top=top, ends=ends, static=self.static,
         )  # fmt: skip
-        return _as_lists(scores_BN[:num_users], self.end_item[nodes_BN[:num_users]], top)
+        return _as_lists(scores_BN[:num_users], self.levels.end_item[nodes_BN[:num_users]], top)
 
     def _search_all(self, encoder: EncoderInput, top: int, excluded: tuple[np.ndarray, np.ndarray] | None) -> TopItems:
         memory_BLD = encode_by_length(self.model, encoder)

@@ -23,6 +23,8 @@ Ends = Literal["kept", "ranked"]
 `beam` best candidates of its step, continuations included, as Hugging Face's `generate` has it."""
 
 NOTHING = float("-inf")
+FEWEST_PAIRS = 256
+"""What a static search pads the exclusions of a level to at least."""
 
 
 class Levels:
@@ -33,16 +35,18 @@ class Levels:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         self.depth = trie.depth
-        self.token = move(trie.token.astype(np.int64).clip(min=0))
-        self.first_child = move(trie.first_child)
-        self.num_children = move(trie.num_children)
-        self.ends_here = move(trie.end_item >= 0)
+        self.nowhere = trie.num_nodes
+        """A node that is none: where a beam stands that has no child to go to. Nothing ends or continues there."""
+        self.token = move(np.append(trie.token.astype(np.int64).clip(min=0), 0))
+        self.first_child = move(np.append(trie.first_child, 0))
+        self.num_children = move(np.append(trie.num_children, 0))
+        self.end_item = move(np.append(trie.end_item.astype(np.int64), -1))
         self.fans = [trie.widest_fan(level) for level in range(trie.depth + 1)]
         self.num_nodes = np.diff(trie.level_offsets).tolist()
         self.first_nodes = trie.level_offsets[:-1].tolist()
         self.tokens: list[Tensor] = []
         """int64 [V_l], distinct tokens below the nodes of each level, ascending."""
-        column = np.zeros(trie.num_nodes, np.int64)
+        column = np.zeros(trie.num_nodes + 1, np.int64)
         for first, last in [*pairwise(trie.level_offsets[1:]), (trie.num_nodes, trie.num_nodes)]:
             tokens, columns = np.unique(trie.token[first:last], return_inverse=True)
             self.tokens.append(move(tokens.astype(np.int64)))
@@ -78,8 +82,8 @@ def lost_on(trie: Trie, pairs: Pruned, device: torch.device, padded: bool) -> Lo
         return users[here], nodes[here]
 
     def move(*columns: np.ndarray) -> tuple[Tensor, ...]:
-        # A pair of padding names a parent that is nowhere.
-        size = 1 << max(len(columns[0]) - 1, 0).bit_length() if padded else len(columns[0])
+        # Padded to few sizes; a pair of padding names a node that no beam stands at.
+        size = max(FEWEST_PAIRS, 1 << (len(columns[0]) - 1).bit_length()) if padded else len(columns[0])
         filled = [np.full(size, fill, np.int64) for fill in (0, -1, 0)[: len(columns)]]
         for whole, column in zip(filled, columns, strict=True):
             whole[: len(column)] = column
@@ -156,7 +160,7 @@ def _prefix_score(states_BPD: Tensor, levels: Levels, heads: Heads) -> Tensor:
 
 def _ended(ends_BK: Tensor, nodes_BK: Tensor, levels: Levels, lost: Lost | None, level: int, static: bool) -> Tensor:
     """-inf where no item ends at a beam's node, or an excluded one."""
-    ends_BK = ends_BK.masked_fill(~levels.ends_here[nodes_BK], NOTHING)
+    ends_BK = ends_BK.masked_fill(levels.end_item[nodes_BK] < 0, NOTHING)
     if lost is None:
         return ends_BK
     users_X, nodes_X = lost.ends[level]
@@ -174,7 +178,7 @@ def _children(
 ) -> tuple[Tensor, Tensor]:
     """(scores, nodes) of the children of all beams, [B, K * C]; `scores_BKV` are used up.
 
-    A place without a child stands at the root with a score of -inf, which no token can raise again.
+    A place without a child stands nowhere with a score of -inf, which no token can raise again.
     """
     fan = levels.fans[level]
     if levels.num_nodes[level] == 1:
@@ -185,7 +189,7 @@ def _children(
     else:
         columns_C = torch.arange(fan, device=nodes_BK.device)
         exists_BKC = columns_C < levels.num_children[nodes_BK][..., None]
-        children_BKC = (levels.first_child[nodes_BK][..., None] + columns_C).where(exists_BKC, 0)
+        children_BKC = (levels.first_child[nodes_BK][..., None] + columns_C).where(exists_BKC, levels.nowhere)
         reached_BKC = scores_BKV.gather(2, levels.column[children_BKC].flatten(2)).masked_fill_(~exists_BKC, NOTHING)
     if lost is not None:
         users_X, parents_X, places_X = lost.dead[level + 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ class World:
         return encode_histories(items, np.cumsum([0, *map(len, histories)]), rows, self.layout)
 
     def search(
-        self, histories: list[History], *, exclude: bool = False, users: list[int] | None = None, **sizes: int
+        self, histories: list[History], *, exclude: bool = False, users: list[int] | None = None, **sizes: Any
     ) -> list[list[tuple[int, float]]]:
         """(item, score) lists, checked for their form: distinct, sorted, -1 and -inf only at the end."""
         index = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
