@@ -265,6 +265,29 @@ def baseline(
 
 
 @app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run or a baseline's output; or a folder of seeds.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="What it is compared with.")],
+    split: Annotated[Split, typer.Option(help="Whose lists.")] = "test",
+    resamples: Annotated[int, typer.Option(help="Of the bootstrap.", min=100)] = 10_000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write it all to this file.")] = None,
+) -> None:
+    """Is one better than the other? Paired bootstrap over users, and over seeds where there are several.
+
+    Example: genrec compare runs/beauty runs/beauty-knn
+    """
+    from genrec_dist.compare import compare as run_compare
+    from genrec_dist.compare import conclusion, render, write_json
+
+    found = run_compare(run_a, run_b, split=split, resamples=resamples, seed=seed)
+    if json_path is not None:
+        write_json(found, json_path)
+    out.print(render(found))
+    say(conclusion(found))
+
+
+@app.command()
 def report(run: RunArgument) -> None:
     """Write `report.html` of a run; it opens without a network.
 
