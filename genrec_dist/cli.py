@@ -39,6 +39,15 @@ ExcludeOption = Annotated[
 ]
 
 
+DecodeOption = Annotated[
+    Literal["exact", "compact", "free", "all"],
+    typer.Option(
+        "--decode",
+        help="exact: the model's softmax; compact: over the items' tokens alone; free: no trie; all: every item scored.",
+    ),
+]
+
+
 def say(text: str, style: str = "") -> None:
     """A line as it is: a path is neither broken at the terminal's width nor taken for markup."""
     out.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
@@ -142,12 +151,14 @@ def train(
 def evaluate(
     run: RunArgument,
     split: Annotated[Split, typer.Option(help="Which items are the targets.")] = "test",
-    beam: Annotated[int, typer.Option(help="Width of the beam.", min=1)] = 20,
+    beam: Annotated[int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)] = 20,
+    top: Annotated[int, typer.Option(help="Length of the lists; metrics need 20.")] = 20,
+    decode: DecodeOption = "exact",
     exclude_history: ExcludeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Users decoded at once.", min=1)] = 256,
     data: DataOption = None,
 ) -> None:
-    """Decode every user once, score, and set the baselines beside it.
+    """Decode every user once, score, and set the baselines beside it; under accelerate launch or torchrun on several processes.
 
     Example: genrec evaluate runs/beauty --split test
     """
@@ -155,17 +166,23 @@ def evaluate(
 
     from genrec_dist.evaluate import Decoding
     from genrec_dist.evaluate import evaluate as run_evaluate
+    from genrec_dist.metrics import TOP
+    from genrec_dist.ranks import Ranks
     from genrec_dist.recipe import load_recipe
     from genrec_dist.report import write_report
     from genrec_dist.results import format_table
     from genrec_dist.run import load_run
 
+    if top < TOP:
+        raise UsageError(f"--top {top}: metrics look at {TOP} places, give --top {TOP} or more")
     recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
     dataset = load_dataset(data or _data_of(run))
     with _processes() as device:
         loaded = load_run(run, device)
         decoding = Decoding(
             beam=beam,
+            top=top,
+            mode=decode,
             batch_size=batch_size,
             exclude_history=_exclude(exclude_history, loaded.model.config.exclude_history),
         )
@@ -177,8 +194,7 @@ def evaluate(
                 decoding=decoding,
                 trained_through=recipe.trained_through if recipe else "n-2",
                 recipe=recipe.as_dict() if recipe else None,
-                rank=_rank(),
-                world_size=_world_size(),
+                ranks=Ranks(),
                 on_batch=advance,
             )
     if metrics is not None:
@@ -367,23 +383,28 @@ def _world_size() -> int:
 
 
 class _processes:
-    """The device of this process; under a launcher also the process group, which is left in good order at the end."""
+    """The device of this process; under a launcher also the process group, which is left in good order at the end.
+
+    Only decoding happens within, so neither accelerate nor DeepSpeed is asked, whatever the launcher has set for them.
+    """
 
     def __enter__(self) -> Any:
         from genrec_dist.evaluate import best_device
+        from genrec_dist.ranks import join
+        from genrec_dist.stop import terminate
 
-        if _world_size() == 1:
-            return best_device()
-        from accelerate import PartialState
-
-        return PartialState().device
+        # A launcher sends it to all ranks when one is gone.
+        self.before = signal.signal(signal.SIGTERM, terminate)
+        if _world_size() > 1:
+            join()
+        return best_device()
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if _world_size() > 1 and error is None:
-            import torch.distributed as dist
+        from genrec_dist.ranks import leave
 
-            dist.barrier()
-            dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, self.before)
+        if _world_size() > 1 and error is None:
+            leave()
 
 
 bench = typer.Typer(no_args_is_help=True)
@@ -462,8 +483,7 @@ class _progress:
     def __init__(self, what: str, total: int):
         console = Console(stderr=True)
         self.bar = Progress(console=console, disable=_rank() != 0 or not console.is_terminal)
-        # Other ranks advance unseen at the same pace.
-        self.task = self.bar.add_task(what, total=-(-total // _world_size()))
+        self.task = self.bar.add_task(what, total=total)
 
     def __enter__(self) -> Any:
         self.bar.start()
@@ -475,7 +495,7 @@ class _progress:
 
 def run_command(arguments: list[str]) -> int:
     """Run one command and give its exit code: 0 ok, 1 failure, 2 usage, 130 and 143 after signals."""
-    from genrec_dist.stop import Stopped
+    from genrec_dist.stop import Stopped, Terminated
 
     try:
         # A typer.Exit comes back as its code, everything else that ends well as None.
@@ -487,6 +507,9 @@ def run_command(arguments: list[str]) -> int:
         return int(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
+    except Terminated:
+        typer.echo("genrec: ended by SIGTERM", err=True)
+        return 128 + signal.SIGTERM
     except Stopped as stop:
         typer.echo(f"genrec: {stop}; continue with --resume latest", err=True)
         return 128 + stop.number

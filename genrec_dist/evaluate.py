@@ -1,30 +1,34 @@
-"""Distributed beam evaluation: each user's top list exactly once, whatever the number of ranks."""
+"""Distributed beam evaluation: each user's top list exactly once, the same whatever the number of ranks."""
 
-# U users, N list
+# U users, B users of a batch, N list
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from genrec_shards.prepare import Dataset
 from genrec_shards.sequences import Split, SplitView, TrainedThrough
 
-from genrec_dist.baseline.training import check_trained_through
 from genrec_dist.batch import Layout, encode_histories, ragged, target_batch
-from genrec_dist.beam import TopItems, TrieSearcher
+from genrec_dist.beam import Mode, TopItems, TrieSearcher
 from genrec_dist.loss import target_loss
+from genrec_dist.metrics import EMPTY, TOP, rank_histogram, target_ranks
 from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.results import Protocol, write_results
+from genrec_dist.ranks import Ranks
+from genrec_dist.results import Protocol, ResultsWriter
 from genrec_dist.run import LoadedRun
 
-TOP = 20
-"""Length of the lists that are written and scored."""
+WINDOW = 65_536
+"""Users whose lists rank 0 holds at a time."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,138 @@ class Decoding:
     """How lists are made; the same for validation, evaluation and requests."""
 
     beam: int = 20
+    """A beam narrower than `top` is widened to it."""
     top: int = TOP
+    mode: Mode = "exact"
     exclude_history: bool = True
     batch_size: int = 256
+
+
+@dataclass(frozen=True)
+class Window:
+    """The lists of some users, on rank 0; of none on the others."""
+
+    user_rows: np.ndarray
+    """int64 [U]."""
+    items: np.ndarray
+    """int32 [U, N] item rows as in `TopItems`."""
+    scores: np.ndarray
+    """float32 [U, N]."""
+
+
+def rank_windows(
+    searcher: TrieSearcher,
+    layout: Layout,
+    view: SplitView,
+    user_rows_U: np.ndarray,
+    decoding: Decoding,
+    ranks: Ranks,
+    on_batch: Callable[[int], None] | None = None,
+    *,
+    window: int = WINDOW,
+) -> Iterator[Window]:
+    """Top items of these users after their histories, window by window in the given order. Collective.
+
+    What shares a batch is a function of users, histories, batch size and `window` alone; batches are dealt to the ranks in turn,
+    so no list depends on the number of ranks. All ranks get equally many windows. `on_batch` hears, on each rank, how many users
+    all ranks together have done since. Raises on all ranks where one fails. What may fail in between, such as writing, belongs
+    into `Ranks.together`, or the others would not hear of it.
+    """
+    times_seen = np.zeros(len(view.starts) if ranks.is_main else 0, np.uint8)
+    for start in range(0, len(user_rows_U), window):
+        rows_U = user_rows_U[start : start + window]
+        lists = _WindowLists(rows_U if ranks.is_main else rows_U[:0], decoding.top)
+        _rank_window(searcher, layout, view, rows_U, decoding, ranks, lists, on_batch)
+        ranks.together(partial(check_once, lists.times_seen_U))
+        np.add.at(times_seen, lists.rows_U, 1)
+        yield Window(lists.rows_U, lists.items_UN, lists.scores_UN)
+    ranks.together(lambda: check_once(times_seen[user_rows_U]) if ranks.is_main else None)
+
+
+def _rank_window(
+    searcher: TrieSearcher,
+    layout: Layout,
+    view: SplitView,
+    rows_U: np.ndarray,
+    decoding: Decoding,
+    ranks: Ranks,
+    lists: _WindowLists,
+    on_batch: Callable[[int], None] | None,
+) -> None:
+    """Decode a window's users, this rank its share of the batches, and fill rank 0's `lists`."""
+    batches = cut_batches((view.ends - view.starts)[rows_U], decoding.batch_size)
+    for first in range(0, len(batches), ranks.size):
+        here = batches[first : first + ranks.size]
+        # A rank whose turn does not come sends a batch of nobody.
+        places_B = here[ranks.rank] if ranks.rank < len(here) else np.empty(0, np.int64)
+        parcel, error = _parcel(min(decoding.batch_size, len(rows_U)), decoding.top), None
+        try:
+            if len(places_B):
+                _pack(parcel, places_B, rank_batch(searcher, layout, view, rows_U[places_B], decoding))
+        except Exception as raised:
+            error = raised
+        for theirs in ranks.gather(torch.from_numpy(parcel), error):
+            lists.take(theirs.numpy())
+        if on_batch is not None:
+            on_batch(sum(map(len, here)))
+
+
+class _WindowLists:
+    """A window's lists as they come in."""
+
+    def __init__(self, rows_U: np.ndarray, top: int):
+        self.rows_U = rows_U.astype(np.int64)
+        self.items_UN = np.full((len(rows_U), top), EMPTY, np.int32)
+        self.scores_UN = np.full((len(rows_U), top), -np.inf, np.float32)
+        self.times_seen_U = np.zeros(len(rows_U), np.int64)
+
+    def take(self, parcel: np.ndarray) -> None:
+        places_B, items_BN, scores_BN = _unpack(parcel)
+        self.items_UN[places_B], self.scores_UN[places_B] = items_BN, scores_BN
+        np.add.at(self.times_seen_U, places_B, 1)
+
+
+def check_once(times_seen_U: np.ndarray) -> None:
+    """Raise RuntimeError unless each user was seen once."""
+    wrong = int((times_seen_U != 1).sum())
+    if wrong:
+        raise RuntimeError(f"{wrong} of {len(times_seen_U)} users were not ranked exactly once")
+
+
+def _parcel(batch_size: int, top: int) -> np.ndarray:
+    """int32 [B, 1 + 2 N], of one size for all ranks: place in the window or -1, items, the bits of the scores."""
+    return np.full((batch_size, 1 + 2 * top), -1, np.int32)
+
+
+def _pack(parcel: np.ndarray, places_B: np.ndarray, lists: TopItems) -> None:
+    scores_BN = np.ascontiguousarray(lists.scores, np.float32).view(np.int32)
+    parcel[: len(places_B)] = np.concatenate([places_B[:, None], lists.items, scores_BN], axis=1)
+
+
+def _unpack(parcel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(places [B], items [B, N], scores [B, N]) of those who are in it."""
+    filled = parcel[parcel[:, 0] >= 0]
+    items_BN, scores_BN = np.split(filled[:, 1:], 2, axis=1)
+    return filled[:, 0], items_BN, np.ascontiguousarray(scores_BN).view(np.float32)
+
+
+def cut_batches(lengths_U: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Places of users, batch by batch: like lengths share a batch, so that short histories do not pay for long ones."""
+    order = np.argsort(lengths_U, kind="stable")
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def rank_batch(
+    searcher: TrieSearcher, layout: Layout, view: SplitView, user_rows_B: np.ndarray, decoding: Decoding
+) -> TopItems:
+    """Top items of the users of one batch."""
+    lengths_B = (view.ends - view.starts)[user_rows_B]
+    flat, offsets = ragged(view.starts[user_rows_B], lengths_B)
+    items = view.items[flat]
+    encoder = encode_histories(items, offsets, user_rows_B, layout).to(searcher.device)
+    # The whole history is excluded, also what the model's input had no room for.
+    excluded = (np.repeat(np.arange(len(user_rows_B)), lengths_B), items) if decoding.exclude_history else None
+    return searcher.search(encoder, beam=decoding.beam, top=decoding.top, mode=decoding.mode, excluded=excluded)
 
 
 def rank_users(
@@ -48,72 +181,72 @@ def rank_users(
     world_size: int = 1,
     on_batch: Callable[[int], None] | None = None,
 ) -> TopItems:
-    """Top items of these users after their histories, in the given order, the same on every rank.
-
-    Batches are cut first, then dealt to ranks, so the lists do not depend on the number of ranks.
-    """
-    # Like lengths share a batch: short histories do not pay for long ones.
-    order = np.argsort((view.ends - view.starts)[user_rows_U], kind="stable")
-    chunks = [order[start : start + decoding.batch_size] for start in range(0, len(order), decoding.batch_size)]
-    mine: list[tuple[np.ndarray, TopItems]] = []
-    for chunk in chunks[rank::world_size]:
-        mine.append((chunk, _rank_chunk(searcher, layout, view, user_rows_U[chunk], decoding)))
-        if on_batch is not None:
-            on_batch(len(chunk))
-    return _assemble(_gather(mine, world_size), len(user_rows_U), decoding.top)
+    """Top items of these users after their histories, in the given order, all in memory."""
+    windows = list(rank_windows(searcher, layout, view, user_rows_U, decoding, Ranks(), on_batch))
+    return TopItems(np.concatenate([w.items for w in windows]), np.concatenate([w.scores for w in windows]))
 
 
-def _rank_chunk(
-    searcher: TrieSearcher, layout: Layout, view: SplitView, user_rows_B: np.ndarray, decoding: Decoding
-) -> TopItems:
-    lengths_B = (view.ends - view.starts)[user_rows_B]
-    flat, offsets = ragged(view.starts[user_rows_B], lengths_B)
-    items = view.items[flat]
-    encoder = encode_histories(items, offsets, user_rows_B, layout).to(searcher.device)
-    # The whole history is excluded, also what the model's input had no room for.
-    excluded = (np.repeat(np.arange(len(user_rows_B)), lengths_B), items) if decoding.exclude_history else None
-    return searcher.search(encoder, beam=decoding.beam, top=decoding.top, excluded=excluded)
+def target_histogram(
+    searcher: TrieSearcher,
+    layout: Layout,
+    view: SplitView,
+    user_rows_U: np.ndarray,
+    decoding: Decoding,
+    ranks: Ranks,
+) -> np.ndarray:
+    """int64 [21], as `rank_histogram`, of these users' targets; the ranks share the batches, and no list travels. Collective."""
 
+    def mine() -> np.ndarray:
+        counts = np.zeros(TOP + 1, np.int64)
+        for places_B in cut_batches((view.ends - view.starts)[user_rows_U], decoding.batch_size)[
+            ranks.rank :: ranks.size
+        ]:
+            rows_B = user_rows_U[places_B]
+            lists = rank_batch(searcher, layout, view, rows_B, decoding)
+            counts += rank_histogram(target_ranks(lists.items, view.targets[rows_B]))
+        return counts
 
-def _gather(mine: list[tuple[np.ndarray, TopItems]], world_size: int) -> list[tuple[np.ndarray, TopItems]]:
-    if world_size == 1:
-        return mine
-    everyone: list[Any] = [None] * world_size
-    try:
-        dist.all_gather_object(everyone, mine)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"another rank has gone ({reason}): its own message says why, nothing was written") from None
-    return [chunk for theirs in everyone for chunk in theirs]
-
-
-def _assemble(chunks: list[tuple[np.ndarray, TopItems]], num_users: int, top: int) -> TopItems:
-    items_UN = np.full((num_users, top), -1, np.int32)
-    scores_UN = np.full((num_users, top), -np.inf, np.float32)
-    seen_U = np.zeros(num_users, np.int64)
-    for places, lists in chunks:
-        items_UN[places], scores_UN[places] = lists.items, lists.scores
-        seen_U[places] += 1
-    if (seen_U != 1).any():
-        raise RuntimeError(f"{(seen_U != 1).sum()} of {num_users} users were not ranked exactly once")
-    return TopItems(items_UN, scores_UN)
+    total: np.ndarray = np.sum(ranks.exchange(ranks.together(mine).tolist()), axis=0)
+    assert total.sum() == len(user_rows_U)
+    return total
 
 
 @torch.inference_mode()
 def history_loss(
-    model: GenRecForConditionalGeneration, layout: Layout, view: SplitView, user_rows_U: np.ndarray
+    model: GenRecForConditionalGeneration,
+    layout: Layout,
+    view: SplitView,
+    user_rows_U: np.ndarray,
+    ranks: Ranks,
+    batch_size: int = 250,
 ) -> float:
-    """Cross-entropy a target token of these users' targets, the model as it stands."""
-    total = tokens = 0.0
-    for start in range(0, len(user_rows_U), 250):
-        users_B = user_rows_U[start : start + 250]
-        flat, offsets = ragged(view.starts[users_B], (view.ends - view.starts)[users_B])
-        encoder = encode_histories(view.items[flat], offsets, users_B, layout)
-        batch = target_batch(encoder, view.targets[users_B], layout).to(model.device)
-        logits, labels = model.target_logits(batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels)
-        total += float(target_loss(logits, labels, 1))
-        tokens += batch.num_target_tokens
-    return total / tokens
+    """Cross-entropy a target token of these users' targets, the model as it stands. Collective.
+
+    The ranks share the batches, and the sum of their sums is exact before it is rounded: the same for any number of ranks.
+    """
+    batches = [user_rows_U[start : start + batch_size] for start in range(0, len(user_rows_U), batch_size)]
+
+    def mine() -> list[tuple[float, int]]:
+        return [_batch_loss(model, layout, view, users_B) for users_B in batches[ranks.rank :: ranks.size]]
+
+    sums = ranks.together(mine)
+    sums += [(0.0, 0)] * (-(-len(batches) // ranks.size) - len(sums))
+    losses, tokens = zip(*sums, strict=True)
+    bits = np.array(losses, np.float64).view(np.int64)
+    everyone = np.array(ranks.exchange([*bits.tolist(), *tokens]), np.int64).reshape(ranks.size, 2, -1)
+    total = math.fsum(np.ascontiguousarray(everyone[:, 0]).view(np.float64).flatten())
+    return total / int(everyone[:, 1].sum())
+
+
+def _batch_loss(
+    model: GenRecForConditionalGeneration, layout: Layout, view: SplitView, users_B: np.ndarray
+) -> tuple[float, int]:
+    """(sum of the cross-entropies, target tokens) of one batch."""
+    flat, offsets = ragged(view.starts[users_B], (view.ends - view.starts)[users_B])
+    encoder = encode_histories(view.items[flat], offsets, users_B, layout)
+    batch = target_batch(encoder, view.targets[users_B], layout).to(model.device)
+    logits, labels = model.target_logits(batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels)
+    return float(target_loss(logits, labels, 1)), batch.num_target_tokens
 
 
 def evaluate(
@@ -124,44 +257,46 @@ def evaluate(
     decoding: Decoding,
     trained_through: TrainedThrough = "n-2",
     recipe: dict[str, Any] | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    ranks: Ranks | None = None,
     on_batch: Callable[[int], None] | None = None,
+    window: int = WINDOW,
 ) -> dict[str, Any] | None:
-    """Decode, gather, score and write `metrics-SPLIT.json` and `top20-SPLIT.parquet` into the run directory.
+    """Decode, score and write `metrics-SPLIT.json` and `topN-SPLIT.parquet` into the run directory, window by window. Collective.
 
-    Returns the metrics on rank 0, None elsewhere. Raises ValueError if the run speaks another numbering.
+    Returns the metrics on rank 0, None elsewhere. Raises ValueError if the run speaks another numbering; an error of one rank on
+    all of them, and then nothing is written.
     """
-    check_numbering(run, dataset)
-    check_trained_through(split, trained_through)
+    ranks = ranks or Ranks()
     view = dataset.sequences.history_and_target(split)
     users_U = np.arange(dataset.sequences.num_users)
-    start = time.perf_counter()
-    lists = rank_users(
-        run.searcher, run.layout, view, users_U, decoding, rank=rank, world_size=world_size, on_batch=on_batch
-    )
-    seconds = time.perf_counter() - start
-    if rank != 0:
-        return None
     protocol = Protocol.of(
         dataset,
         trained_through=trained_through,
         exclude_history=decoding.exclude_history,
         beam=decoding.beam,
-        decode="exact",
+        decode=decoding.mode,
     )
-    return write_results(
-        run.path,
-        system="genrec",
-        split=split,
-        dataset=dataset,
-        user_rows=users_U,
-        lists_UN=lists.items,
-        scores_UN=lists.scores,
-        protocol=protocol,
-        seconds=seconds,
-        recipe=recipe,
-    )
+
+    def opened() -> ResultsWriter | None:
+        check_numbering(run, dataset)
+        if not ranks.is_main:
+            return None
+        writer = ResultsWriter(
+            run.path, system="genrec", split=split, dataset=dataset, protocol=protocol, recipe=recipe, top=decoding.top
+        )
+        return files.enter_context(writer)
+
+    def add(found: Window) -> None:
+        if writer is not None:
+            writer.add(found.user_rows, found.items, found.scores)
+
+    with contextlib.ExitStack() as files:
+        writer = ranks.together(opened)
+        start = time.perf_counter()
+        for found in rank_windows(run.searcher, run.layout, view, users_U, decoding, ranks, on_batch, window=window):
+            ranks.together(partial(add, found))
+        seconds = time.perf_counter() - start
+        return ranks.together(lambda: None if writer is None else writer.finish(seconds))
 
 
 def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
@@ -186,12 +321,10 @@ def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
             )
 
 
-def process_group() -> tuple[int, int]:
-    """(rank, world size) of a launched run, (0, 1) alone."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 def best_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """This process's GPU, or the CPU where there is none or the launcher wants it."""
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+        return torch.device("cpu")
+    # A launcher either shows each process one GPU, or all of them.
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", torch.cuda.current_device())

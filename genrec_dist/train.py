@@ -35,10 +35,10 @@ from genrec_dist.checkpoint import (
     write_status,
 )
 from genrec_dist.engine import make_accelerator, make_engine
-from genrec_dist.evaluate import Decoding, history_loss, rank_users
+from genrec_dist.evaluate import Decoding, history_loss, target_histogram
 from genrec_dist.events import EventLog, git_commit, versions
 from genrec_dist.loss import target_loss
-from genrec_dist.metrics import metrics_from_histogram, rank_histogram, target_ranks
+from genrec_dist.metrics import metrics_from_histogram
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.optim import AveragedWeights, peak_share
 from genrec_dist.progress import Meter, TrainingDisplay
@@ -349,17 +349,11 @@ class Loop:
             torch.inference_mode(),
         ):
             # Under a thousand users the loss is steady enough for a curve.
-            loss = history_loss(model, self.workshop.layout, view, users_U[:1000])
-            lists = rank_users(
-                self.searcher.of(model),
-                self.workshop.layout,
-                view,
-                users_U,
-                Decoding(beam=self.recipe.validation.beam, exclude_history=model.config.exclude_history),
-                rank=self.ranks.rank,
-                world_size=self.ranks.size,
-            )
-            metrics = metrics_from_histogram(rank_histogram(target_ranks(lists.items, view.targets[users_U])))
+            loss = history_loss(model, self.workshop.layout, view, users_U[:1000], self.ranks)
+            decoding = Decoding(beam=self.recipe.validation.beam, exclude_history=model.config.exclude_history)
+            searcher = self.searcher.of(model)
+            counts = target_histogram(searcher, self.workshop.layout, view, users_U, decoding, self.ranks)
+            metrics = metrics_from_histogram(counts)
             if metrics["NDCG@10"] > self.progress.best_ndcg:
                 self.save_best(model)
         return {"loss": loss, **{key: metrics[key] for key in ("HR@5", "HR@10", "NDCG@5", "NDCG@10")}}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,30 +15,50 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from evaluate_rank import WAYS, every_way
 from genrec_shards.prepare import load_dataset, prepare
-from two_ranks import environment, run_ranks
+from two_ranks import deepspeed_environment, environment, run_ranks, start_each
 
-from genrec_dist import evaluate as evaluation
-from genrec_dist.beam import TopItems
-from genrec_dist.evaluate import Decoding, _assemble, check_numbering, evaluate, rank_users
+from genrec_dist.evaluate import (
+    Decoding,
+    check_numbering,
+    cut_batches,
+    evaluate,
+    history_loss,
+    rank_users,
+    rank_windows,
+    target_histogram,
+)
+from genrec_dist.metrics import rank_histogram, target_ranks
+from genrec_dist.ranks import Ranks
 from genrec_dist.run import LoadedRun, load_run, make_searcher
 
-OUTPUTS = ("metrics-test.json", "top20-test.parquet")
-FAILING_RANK = """
-import os
+SCRIPT = Path(__file__).parent / "evaluate_rank.py"
+SPOILED = """
+import os, resource, signal, sys
 import genrec_dist.evaluate as evaluation
 from genrec_dist.cli import main
 
-decode = evaluation._rank_chunk
+who, how = int(sys.argv.pop(1)), sys.argv.pop(1)
+decode, decoded = evaluation.rank_batch, 0
 
-def fail(*arguments):
-    if os.environ["RANK"] == "1":
+def spoiled(*arguments):
+    global decoded
+    decoded += 1
+    if decoded == 2 and how == "decoding":
         raise ValueError("user row 7 is outside the table of 5 users: prepare and shard again")
+    if decoded == 2 and how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
     return decode(*arguments)
 
-evaluation._rank_chunk = fail
+if os.environ["RANK"] == str(who):
+    evaluation.rank_batch = spoiled
+    if how == "full-disk":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, resource.RLIM_INFINITY))
 main()
 """
+"""`genrec evaluate` of which one rank has something happen to it in its second batch, or a disk with room for 2,048 bytes."""
 
 
 @pytest.fixture(scope="module")
@@ -92,29 +114,73 @@ def test_the_whole_history_is_left_out_also_where_the_input_is_cut(loaded: Loade
     assert any(set(again.items[u]) & set(view.items[view.starts[u] : view.ends[u]]) for u in range(119))
 
 
-def test_ranks_share_the_batches_and_no_user_is_left_out(
-    loaded: LoadedRun, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three ranks one after another: what each would send adds up to what one finds."""
-    view, users = load_dataset(tiny_data).sequences.history_and_target("test"), np.arange(120)
-    decoding = Decoding(batch_size=25)
-    alone = rank_users(loaded.searcher, loaded.layout, view, users, decoding)
-    sent: list[tuple[np.ndarray, TopItems]] = []
-    monkeypatch.setattr(evaluation, "_gather", lambda mine, world_size: sent.extend(mine))
-    monkeypatch.setattr(evaluation, "_assemble", lambda *_: None)
-    for rank in range(3):
-        rank_users(loaded.searcher, loaded.layout, view, users, decoding, rank=rank, world_size=3)
-    assert len(sent) == 5
-    together = _assemble(sent, 120, 20)
-    assert (together.items == alone.items).all()
-    assert (together.scores == alone.scores).all()
+def test_windows_come_in_order_and_none_is_larger(loaded: LoadedRun, tiny_data: Path) -> None:
+    view = load_dataset(tiny_data).sequences.history_and_target("test")
+    users = np.random.default_rng(0).permutation(120)[:100]
+    windows = list(
+        rank_windows(loaded.searcher, loaded.layout, view, users, Decoding(batch_size=16), Ranks(), window=30)
+    )
+    assert [len(window.user_rows) for window in windows] == [30, 30, 30, 10]
+    assert np.concatenate([window.user_rows for window in windows]).tolist() == users.tolist()
+    assert {(window.items.dtype.name, window.scores.dtype.name) for window in windows} == {("int32", "float32")}
+    whole = rank_users(loaded.searcher, loaded.layout, view, users, Decoding())
+    assert (np.concatenate([window.items for window in windows]) == whole.items).all()
 
 
-@pytest.mark.parametrize("places", [[0, 1, 1], [0, 1]])
-def test_a_user_twice_or_never_is_an_error(places: list[int]) -> None:
-    chunk = TopItems(np.zeros((len(places), 20), np.int32), np.zeros((len(places), 20), np.float32))
-    with pytest.raises(RuntimeError, match="of 3 users were not ranked exactly once"):
-        _assemble([(np.array(places), chunk)], 3, 20)
+def test_like_lengths_share_a_batch_and_everybody_is_in_one() -> None:
+    lengths = np.array([5, 1, 9, 1, 5, 2, 7])
+    batches = cut_batches(lengths, 3)
+    assert [lengths[batch].tolist() for batch in batches] == [[1, 1, 2], [5, 5, 7], [9]]
+    assert np.concatenate(batches).tolist() == [1, 3, 5, 0, 4, 6, 2]  # equal lengths in the users' order
+
+
+class Forgetful(Ranks):
+    """As if parcels on their way had been lost, or had come twice: what no check of sizes could tell."""
+
+    def __init__(self, times: list[int]):
+        super().__init__()
+        self.times = iter(times)
+
+    def gather(self, mine: torch.Tensor, error: Exception | None = None) -> list[torch.Tensor]:
+        return super().gather(mine, error) * next(self.times)
+
+
+@pytest.mark.parametrize("times", [[1, 0, 1], [1, 1, 2]])
+def test_a_user_twice_or_never_is_an_error(loaded: LoadedRun, tiny_data: Path, times: list[int]) -> None:
+    view = load_dataset(tiny_data).sequences.history_and_target("test")
+    windows = rank_windows(
+        loaded.searcher, loaded.layout, view, np.arange(45), Decoding(batch_size=15), Forgetful(times)
+    )
+    with pytest.raises(RuntimeError, match="15 of 45 users were not ranked exactly once"):
+        list(windows)
+
+
+def test_a_user_asked_for_twice_is_an_error(loaded: LoadedRun, tiny_data: Path) -> None:
+    view, users = load_dataset(tiny_data).sequences.history_and_target("test"), np.array([3, 4, 5, 3])
+    with pytest.raises(RuntimeError, match="2 of 4 users were not ranked exactly once"):
+        list(rank_windows(loaded.searcher, loaded.layout, view, users, Decoding(), Ranks(), window=2))
+
+
+def test_the_histogram_is_that_of_the_lists(loaded: LoadedRun, tiny_data: Path) -> None:
+    view, users = load_dataset(tiny_data).sequences.history_and_target("validation"), np.arange(5, 115)
+    lists = rank_users(loaded.searcher, loaded.layout, view, users, Decoding())
+    expected = rank_histogram(target_ranks(lists.items, view.targets[users]))
+    counts = target_histogram(loaded.searcher, loaded.layout, view, users, Decoding(batch_size=32), Ranks())
+    assert counts.tolist() == expected.tolist()
+    assert counts.sum() == 110
+
+
+def test_the_loss_does_not_depend_on_the_batches(loaded: LoadedRun, tiny_data: Path) -> None:
+    view, users = load_dataset(tiny_data).sequences.history_and_target("validation"), np.arange(110)
+    losses = [history_loss(loaded.model, loaded.layout, view, users, Ranks(), batch_size=size) for size in (250, 30, 1)]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+    assert 0 < losses[0] < 10
+
+
+def test_lists_shorter_than_metrics_look_at_are_refused(loaded: LoadedRun, tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="metrics need 20"):
+        evaluate(replace(loaded, path=tmp_path), load_dataset(tiny_data), "test", decoding=Decoding(top=10))
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluate_writes_every_user_once_in_order(loaded: LoadedRun, tiny_data: Path, tmp_path: Path) -> None:
@@ -172,17 +238,117 @@ def test_one_and_two_ranks_write_the_same_bytes(tiny_run: Path, tmp_path: Path) 
     assert without_times(one) == without_times(two)
 
 
+@pytest.fixture(scope="module")
+def alone(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes, every way."""
+    out = tmp_path_factory.mktemp("alone")
+    every_way(load_run(tiny_run), load_dataset(tiny_data), out, Ranks())
+    return out
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.ranks
+def test_any_number_of_ranks_writes_the_same_bytes(
+    alone: Path, tiny_run: Path, tiny_data: Path, tmp_path: Path, num_ranks: int
+) -> None:
+    done = start_each([SCRIPT, tiny_run, tiny_data, tmp_path / "out"], tmp_path / "logs", num_ranks)
+    assert [rank.returncode for rank in done] == [0] * num_ranks, done
+    out = tmp_path / "out"
+    for name, (decoding, _) in WAYS.items():
+        lists = f"top{decoding.top}-test.parquet"
+        assert sorted(path.name for path in (out / name).iterdir()) == ["metrics-test.json", lists]
+        assert (out / name / lists).read_bytes() == (alone / name / lists).read_bytes()
+        assert without_times(out / name) == without_times(alone / name)
+    expected = (alone / "validation-0.json").read_text()
+    assert [(out / f"validation-{rank}.json").read_text() for rank in range(num_ranks)] == [expected] * num_ranks
+
+
+@pytest.mark.dist
+@pytest.mark.ranks
+def test_under_the_launcher_of_zero_3_the_bytes_are_the_same(tiny_run: Path, tmp_path: Path) -> None:
+    """Whoever trained with a launch file evaluates with it."""
+    one, two = copy_of(tiny_run, tmp_path / "1"), copy_of(tiny_run, tmp_path / "2")
+    command = ["-m", "genrec_dist.cli", "evaluate", "--batch-size", "25"]
+    subprocess.run([sys.executable, *command, one], env=environment(), check=True, timeout=120, capture_output=True)
+    launch = Path(__file__).parent.parent / "launch"
+    files = ["--config_file", launch / "cpu_two_ranks_zero.yaml", "--deepspeed_config_file", launch / "zero3.json"]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    done = subprocess.run(
+        [Path(sys.executable).parent / "accelerate", "launch", *files, "--main_process_port", port, *command, two],
+        env=deepspeed_environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report.html") == 1
+    assert (one / "top20-test.parquet").read_bytes() == (two / "top20-test.parquet").read_bytes()
+    assert without_times(one) == without_times(two)
+
+
+def spoiled(run: Path, folder: Path, who: int, how: str, agent: bool = False) -> tuple[list[str], list[str]]:
+    """(what each rank says in lines of its own, new files in the run directory) of three ranks one of which is spoiled."""
+    copy = copy_of(run, folder / "run")
+    before = {path.name for path in copy.iterdir()}
+    (folder / "spoiled.py").write_text(SPOILED)
+    command = [folder / "spoiled.py", str(who), how, "evaluate", copy, "--batch-size", "10"]
+    start = time.monotonic()
+    if agent:
+        done = run_ranks(command, folder / "logs", 3)
+        assert done.returncode != 0
+        said = done.stderr
+    else:
+        each = start_each(command, folder / "logs", 3)
+        assert [rank.returncode for rank in each] == [
+            -signal.SIGKILL if rank == who and how == "killed" else 1 for rank in range(3)
+        ]
+        said = [rank.stderr for rank in each]
+    assert time.monotonic() - start < 100  # not the half hour after which gloo gives up
+    assert not any("Traceback" in text for text in said), said
+    lines = ["\n".join(line for line in text.splitlines() if line.startswith("genrec: ")) for text in said]
+    return lines, sorted({path.name for path in copy.iterdir()} - before)
+
+
 @pytest.mark.dist
 def test_a_rank_that_fails_stops_the_others_and_leaves_no_file(tiny_run: Path, tmp_path: Path) -> None:
-    run = copy_of(tiny_run, tmp_path / "run")
-    before = sorted(path.name for path in run.iterdir())
-    script = tmp_path / "failing.py"
-    script.write_text(FAILING_RANK)
-    start = time.monotonic()
-    done = run_ranks([script, "evaluate", run, "--batch-size", "25"], tmp_path / "logs")
-    assert time.monotonic() - start < 60  # not the half hour after which gloo gives up
-    assert done.returncode != 0
-    said = [line for line in done.stderr[1].splitlines() if line.startswith("genrec: ")]
-    assert said == ["genrec: user row 7 is outside the table of 5 users: prepare and shard again"]
-    assert not any("Traceback" in text for text in done.stderr), done.stderr
-    assert sorted(path.name for path in run.iterdir()) == before
+    said, new = spoiled(tiny_run, tmp_path, who=1, how="decoding")
+    reason = "user row 7 is outside the table of 5 users: prepare and shard again"
+    assert said == [f"genrec: rank 1: {reason}", f"genrec: {reason}", f"genrec: rank 1: {reason}"]
+    assert not new
+
+
+@pytest.mark.dist
+def test_a_full_disk_of_rank_0_stops_the_others_and_leaves_no_file(tiny_run: Path, tmp_path: Path) -> None:
+    said, new = spoiled(tiny_run, tmp_path, who=0, how="full-disk")
+    assert "top20-test.parquet: file too large: make room or choose another output" in said[0]
+    assert said[1] == said[2]
+    assert said[1].startswith("genrec: rank 0: ")
+    assert "File too large" in said[1]
+    assert not new
+
+
+@pytest.mark.dist
+@pytest.mark.ranks
+def test_a_rank_that_is_killed_is_named_and_leaves_no_file(tiny_run: Path, tmp_path: Path) -> None:
+    said, new = spoiled(tiny_run, tmp_path, who=1, how="killed")
+    assert said[0].startswith("genrec: rank 1 has gone (")
+    assert said[1] == ""
+    assert said[2] == said[0]
+    assert not new
+
+
+@pytest.mark.dist
+@pytest.mark.ranks
+def test_rank_0_killed_is_named_and_leaves_no_result(tiny_run: Path, tmp_path: Path) -> None:
+    said, new = spoiled(tiny_run, tmp_path, who=0, how="killed")
+    assert said[0] == ""
+    assert all(text.startswith("genrec: rank 0 has gone (") for text in said[1:])
+    assert all(name.startswith(".") for name in new)  # hidden and under no final name: nobody is left to remove them
+
+
+@pytest.mark.dist
+@pytest.mark.ranks
+def test_an_agent_that_ends_the_others_makes_them_tidy_up(tiny_run: Path, tmp_path: Path) -> None:
+    """torchrun sends SIGTERM, which would end rank 0 at once and leave its half-written files."""
+    _, new = spoiled(tiny_run, tmp_path, who=1, how="killed", agent=True)
+    assert not new
