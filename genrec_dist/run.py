@@ -16,7 +16,7 @@ from transformers.utils import logging
 from genrec_dist.batch import Layout
 from genrec_dist.beam import TrieSearcher
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
-from genrec_dist.tokens import WordTable, build_words
+from genrec_dist.tokens import ItemTexts, WordTable, build_words
 from genrec_dist.trie import TRIE_FILE, Trie, build_trie, hash_of_words, load_trie, restrict
 
 
@@ -66,10 +66,12 @@ def make_searcher(
     device: torch.device | str,
     *,
     items: np.ndarray | None = None,
+    texts: ItemTexts | None = None,
 ) -> TrieSearcher:
-    """A searcher over all items, or over these rows alone. Raises ValueError if none is left or a row is no item's."""
+    """A searcher over all items, or over these rows alone; `texts` for mode `free`. Raises ValueError if no item is left or a row
+    is no item's."""
     trie = build_trie(*words.tokens_of_items())
-    return TrieSearcher(model, trie if items is None else restrict(trie, items), device)
+    return TrieSearcher(model, trie if items is None else restrict(trie, items), device, texts=texts)
 
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
@@ -88,7 +90,8 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
         raise ValueError(f"{best}: damaged or incomplete ({reason}): copy it again, or train again") from None
     words = build_words(tokenizer, catalogue.item_codes, catalogue.user_codes, model.config.num_masks)
     layout = make_layout(words, model.config)
-    searcher = TrieSearcher(model, _trie_of(best, words, model.config), torch.device(device))
+    texts = ItemTexts(tokenizer, catalogue.item_codes)
+    searcher = TrieSearcher(model, _trie_of(best, words, model.config), device, texts=texts)
     return LoadedRun(path, model, tokenizer, words, layout, searcher, catalogue)
 
 

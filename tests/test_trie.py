@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -282,6 +283,16 @@ def test_a_run_with_the_wrong_trie_is_refused(run: Path, saved: Path) -> None:
         load_run(run)
     path.unlink()
     load_run(run)
+
+
+def test_a_loaded_searcher_reads_texts(tiny_run: Path) -> None:
+    """What mode `free` needs: every item's sub-words are that item's text."""
+    loaded = load_run(tiny_run)
+    tokens, offsets = loaded.words.tokens_of_items()
+    spelled = [tokens[start:end].tolist() for start, end in pairwise(offsets)]
+    texts = loaded.searcher.texts
+    assert texts is not None
+    assert texts.rows(spelled).tolist() == list(range(loaded.words.num_items))
 
 
 def test_a_searcher_over_some_items(tiny_run: Path) -> None:
