@@ -207,41 +207,54 @@ def recommend(
     run: RunArgument,
     history: Annotated[str | None, typer.Option(help="Item ids, oldest first, separated by commas.")] = None,
     user: Annotated[str | None, typer.Option(help="A user's id; with --history: whose history it is.")] = None,
-    file: Annotated[Path | None, typer.Option(help='JSON lines {"history": [...], "user": ...}.')] = None,
+    file: Annotated[
+        Path | None, typer.Option(help='JSON lines {"history": [...], "user": ..., "block": [...]}.')
+    ] = None,
     all_users: Annotated[bool, typer.Option("--all-users", help="All users of the data; needs --out.")] = False,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Directory for --all-users.")] = None,
     top: Annotated[int, typer.Option(help="Length of the lists.", min=1)] = 20,
-    beam: Annotated[int, typer.Option(help="Width of the beam.", min=1)] = 20,
+    beam: Annotated[int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)] = 20,
+    decode: DecodeOption = "exact",
     exclude_history: ExcludeOption = "auto",
+    allow: Annotated[Path | None, typer.Option(help="File of item ids, one a line: list these alone.")] = None,
+    block: Annotated[Path | None, typer.Option(help="File of item ids, one a line: never list these.")] = None,
     data: DataOption = None,
 ) -> None:
     """What will this user take next? JSON lines in your own item ids.
+
+    Scores are natural log-probabilities of the items' texts under the softmax of --decode; equal ones are listed by fewer
+    sub-words, then smaller token ids. Under --decode free, texts that are no item are left out and counted.
 
     Example: genrec recommend runs/beauty --history 83,104,105
     """
     from genrec_shards.prepare import load_dataset
 
-    from genrec_dist.evaluate import Decoding
-    from genrec_dist.recommend import Recommender, Request, read_requests, recommend_all, user_request
+    from genrec_dist.all_users import recommend_all
+    from genrec_dist.choice import read_ids
+    from genrec_dist.ranks import Ranks
+    from genrec_dist.recommend import Recommender, Request, read_requests, user_request
 
     if sum([history is not None or user is not None, file is not None, all_users]) != 1:
         raise UsageError("give one of --history/--user, --file, --all-users")
     if all_users and out_dir is None:
         raise UsageError("--all-users needs --out DIR")
     with _processes() as device:
-        recommender = Recommender.load(run, device, beam=beam)
-        recommender.exclude_history = _exclude(exclude_history, recommender.exclude_history)
+        recommender = Recommender.load(
+            run, device, beam=beam, mode=decode,
+            exclude_history=None if exclude_history == "auto" else exclude_history == "yes",
+            allow=None if allow is None else read_ids(allow), block=None if block is None else read_ids(block),
+        )  # fmt: skip
+        if _rank() == 0:
+            _tell_unknown(allow, recommender.choice.unknown_allow)
+            _tell_unknown(block, recommender.choice.unknown_block)
         if all_users:
             assert out_dir is not None
             dataset = load_dataset(data or _data_of(run))
-            decoding = Decoding(beam=beam, top=top, exclude_history=recommender.exclude_history)
             with _progress("recommend", dataset.sequences.num_users) as advance:
-                path = recommend_all(
-                    recommender.run, dataset, out_dir, decoding,
-                    rank=_rank(), world_size=_world_size(), on_batch=advance,
-                )  # fmt: skip
+                path = recommend_all(recommender, dataset, out_dir, top=top, ranks=Ranks(), on_batch=advance)
             if path is not None:
-                say(str(path))
+                num_items = len(recommender.choice.rows)
+                say(f"{path}: {dataset.sequences.num_users:,} users, {num_items:,} items to choose from")
             return
         if file is not None:
             requests = list(read_requests(file))
@@ -254,6 +267,13 @@ def recommend(
             if answer.unknown_items:
                 typer.echo(f"not in the catalogue, skipped: {', '.join(answer.unknown_items)}", err=True)
             typer.echo(answer.as_json())
+
+
+def _tell_unknown(file: Path | None, ids: list[str]) -> None:
+    from genrec_dist.choice import name_some
+
+    if ids:
+        typer.echo(f"{file}: {len(ids):,} ids are not in the catalogue, skipped: {name_some(ids)}", err=True)
 
 
 @app.command()
@@ -394,7 +414,7 @@ class _processes:
         from genrec_dist.stop import terminate
 
         # A launcher sends it to all ranks when one is gone.
-        self.before = signal.signal(signal.SIGTERM, terminate)
+        self.before = signal.getsignal(signal.SIGTERM)
         if _world_size() > 1:
             join()
         return best_device()

@@ -1,29 +1,31 @@
-"""Top lists for one history, one user, a file of histories or all users, in the user's own item ids."""
+"""Top lists for one history, one user or a file of histories, in the user's own item ids."""
 
 # B requests, N list
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
-from genrec_shards.atomic import atomic_file
 from genrec_shards.prepare import Dataset
-from genrec_shards.sequences import SplitView
 
 from genrec_dist.batch import encode_histories
-from genrec_dist.evaluate import TOP, Decoding, check_numbering, rank_users
+from genrec_dist.beam import Mode, TopItems, TrieSearcher
+from genrec_dist.callers import Callers
+from genrec_dist.choice import Choice, choose_items, rows_of
+from genrec_dist.evaluate import check_numbering
+from genrec_dist.metrics import TOP
 from genrec_dist.run import LoadedRun, load_run
+from genrec_dist.tokens import ItemTexts
+from genrec_dist.trie import restrict
 
 REQUESTS_AT_ONCE = 256
-_SCHEMA = pa.schema([("user", pa.string()), ("items", pa.list_(pa.string())), ("scores", pa.list_(pa.float32()))])
+"""Requests that are decoded in one batch, of one caller or of many."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Request:
     """Item ids, oldest first; may be empty."""
     user: str | None = None
     """A user's id; unknown or None: the model sees the history alone."""
+    block: Sequence[str] = ()
+    """Item ids that this answer must not list. Ids to allow are a recommender's: they make a trie of their own."""
 
 
 @dataclass(frozen=True)
@@ -40,72 +44,213 @@ class Recommendation:
     items: list[str]
     """Item ids, best first."""
     scores: list[float]
-    """Log-probabilities."""
+    """Natural log-probabilities of the items' texts under the mode's own softmax."""
     unknown_items: list[str]
     """Ids of the history that the catalogue lacks; they were skipped."""
+    invalid: int | None = None
+    """Texts among the best k that are no item, left out of the list; None in modes that give items alone."""
+    duplicates: int | None = None
+    """Texts among the best k that spell an item listed before, left out of the list; None as above."""
 
     def as_json(self) -> str:
         fields: dict[str, Any] = {} if self.user is None else {"user": self.user}
         fields |= {"items": self.items, "scores": [round(score, 6) for score in self.scores]}
         if self.unknown_items:
             fields["unknown_items"] = self.unknown_items
+        if self.invalid is not None:
+            fields |= {"invalid": self.invalid, "duplicates": self.duplicates}
         return json.dumps(fields, ensure_ascii=False)
 
 
-class Recommender:
-    """A loaded run that answers requests."""
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a call, its ids read as rows, a request an entry."""
 
-    def __init__(self, run: LoadedRun, *, beam: int = TOP, exclude_history: bool | None = None):
+    histories: list[np.ndarray]
+    excluded: list[np.ndarray]
+    """Rows that must not be listed."""
+    user_rows: list[int]
+    top: int
+
+    def __len__(self) -> int:
+        return len(self.user_rows)
+
+
+class Recommender:
+    """A loaded run that answers requests, those of many threads at once too.
+
+    Calls that come while a batch is decoded share the next one (`callers.py`); a lone call is decoded at once. What else is
+    in a batch moves scores by float rounding, about 1e-6, so items whose scores are that close can change places.
+    """
+
+    def __init__(
+        self,
+        run: LoadedRun,
+        *,
+        beam: int = 20,
+        mode: Mode = "exact",
+        exclude_history: bool | None = None,
+        allow: Iterable[str] | None = None,
+        block: Iterable[str] | None = None,
+    ):
+        """`exclude_history`: None asks the run. `allow`, `block`: item ids; None allows all and blocks none.
+
+        Raises ValueError if no item is left.
+        """
         self.run = run
         self.beam = beam
+        self.mode = mode
         self.exclude_history = run.model.config.exclude_history if exclude_history is None else exclude_history
+        self.choice = choose_items(run.catalogue, allow, block)
+        self.searcher = _make_searcher(run, self.choice, mode)
+        self._callers: Callers[_Piece, TopItems] = Callers(self._decode, REQUESTS_AT_ONCE)
 
     @classmethod
-    def load(cls, run: str | Path, device: torch.device | str = "cpu", **options: Any) -> Recommender:
-        return cls(load_run(run, device), **options)
+    def load(
+        cls,
+        run: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        beam: int = 20,
+        mode: Mode = "exact",
+        exclude_history: bool | None = None,
+        allow: Iterable[str] | None = None,
+        block: Iterable[str] | None = None,
+    ) -> Recommender:
+        """From a run directory; the options are those of `Recommender`."""
+        loaded = load_run(run, device)
+        return cls(loaded, beam=beam, mode=mode, exclude_history=exclude_history, allow=allow, block=block)
 
     def recommend(self, requests: Sequence[Request | Sequence[str]], k: int = TOP) -> list[Recommendation]:
-        """The `k` best items for each request (a Request, or just a history of item ids)."""
+        """The `k` best items for each request (a Request, or just a history of item ids).
+
+        `k` may be smaller or larger than the beam, which is widened to it. Scores are natural log-probabilities under the
+        mode's own softmax; of equal ones the smaller node of the trie comes first: fewer sub-words, then smaller token ids.
+        Raises ValueError for what is no request, in the thread that asked alone.
+        """
         return list(self.answers(requests, k))
 
     def answers(self, requests: Sequence[Request | Sequence[str]], k: int = TOP) -> Iterator[Recommendation]:
         """As `recommend`, each answer as soon as its batch is decoded."""
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise ValueError(f"k is {k!r}: give a whole number of at least 1")
+        if isinstance(requests, str | Request) or not isinstance(requests, Sequence):
+            raise ValueError(f"{requests!r} is not a list of requests: write them as a list")
         for start in range(0, len(requests), REQUESTS_AT_ONCE):
-            some = requests[start : start + REQUESTS_AT_ONCE]
-            yield from self._batch([r if isinstance(r, Request) else Request(history=list(r)) for r in some], k)
+            yield from self._answer(requests[start : start + REQUESTS_AT_ONCE], k)
 
-    def _batch(self, asked: list[Request], k: int) -> list[Recommendation]:
-        rows, unknown = zip(*(self._rows(request.history) for request in asked), strict=True)
-        users_B = np.array([self._user_row(request.user) for request in asked], np.int64)
-        lengths_B = np.array([len(history) for history in rows])
-        items = np.concatenate([*rows, np.empty(0, np.int32)]).astype(np.int32)
-        offsets = np.concatenate([[0], np.cumsum(lengths_B)]).astype(np.int64)
-        encoder = encode_histories(items, offsets, users_B, self.run.layout).to(self.run.searcher.device)
-        excluded = (np.repeat(np.arange(len(asked)), lengths_B), items) if self.exclude_history else None
-        lists = self.run.searcher.search(encoder, beam=self.beam, top=k, excluded=excluded)
-        return [
-            self._recommendation(request, lists.items[i], lists.scores[i], unknown[i])
-            for i, request in enumerate(asked)
-        ]
+    def _answer(self, requests: Sequence[Request | Sequence[str]], k: int) -> list[Recommendation]:
+        asked = [request if isinstance(request, Request) else Request(request) for request in requests]
+        read = [rows_of(self.run.catalogue, request.history) for request in asked]
+        histories, unknown = [rows for rows, _ in read], [ids for _, ids in read]
+        piece = _Piece(
+            histories,
+            [self._excluded(request, rows) for request, rows in zip(asked, histories, strict=True)],
+            [self._user_row(request.user) for request in asked],
+            k,
+        )
+        lists = self._callers.ask(piece, self._kind(k), len(piece))
+        shown = Shown.of(lists, self.choice, self.mode)
+        return [self._recommendation(i, asked[i], unknown[i], lists, shown) for i in range(len(asked))]
 
-    def _rows(self, history: Sequence[str]) -> tuple[np.ndarray, list[str]]:
-        row_of = self.run.catalogue.item_row
-        known = [row_of[item] for item in history if item in row_of]
-        return np.array(known, np.int32), [item for item in history if item not in row_of]
+    def _kind(self, k: int) -> Hashable:
+        """What calls must share to be decoded in one batch, each list cut out of the longest: the beam, if the mode has one."""
+        if self.mode == "all":
+            return None
+        # What `free` strikes out of a list is not filled up, so a longer one does not begin with a shorter one.
+        return max(self.beam, k), k if self.mode == "free" else None
+
+    def _excluded(self, request: Request, history: np.ndarray) -> np.ndarray:
+        blocked, _ = rows_of(self.run.catalogue, request.block)
+        return np.concatenate([history, blocked]) if self.exclude_history else blocked
 
     def _user_row(self, user: str | None) -> int:
+        if user is not None and not isinstance(user, str):
+            raise ValueError(f"{user!r} is not a user's id: write ids as strings")
         return -1 if user is None else self.run.catalogue.user_row.get(user, -1)
 
+    def _decode(self, pieces: list[_Piece]) -> list[TopItems]:
+        """Pieces of one kind in one batch, decoded as long as the longest list asked for."""
+        items, offsets = _joined([rows for piece in pieces for rows in piece.histories])
+        users_B = np.array([row for piece in pieces for row in piece.user_rows], np.int64)
+        encoder = encode_histories(items, offsets, users_B, self.run.layout).to(self.searcher.device)
+        rows, row_offsets = _joined([rows for piece in pieces for rows in piece.excluded])
+        pairs = (np.repeat(np.arange(len(users_B)), np.diff(row_offsets)), rows)
+        lists = self.searcher.search(
+            encoder,
+            beam=self.beam,
+            top=max(piece.top for piece in pieces),
+            mode=self.mode,
+            excluded=pairs if len(rows) else None,
+        )
+        ends = np.cumsum([len(piece) for piece in pieces])
+        return [
+            TopItems(*(values_BN[end - len(piece) : end, : piece.top] for values_BN in (lists.items, lists.scores)))
+            for piece, end in zip(pieces, ends, strict=True)
+        ]
+
     def _recommendation(
-        self, request: Request, items_N: np.ndarray, scores_N: np.ndarray, unknown: list[str]
+        self, place: int, request: Request, unknown: list[str], lists: TopItems, shown: Shown
     ) -> Recommendation:
-        listed = items_N >= 0
-        ids = [self.run.catalogue.item_ids[item] for item in items_N[listed]]
-        return Recommendation(request.user, ids, scores_N[listed].tolist(), unknown)
+        keep_N = shown.keep_BN[place]
+        return Recommendation(
+            request.user,
+            [self.run.catalogue.item_ids[item] for item in lists.items[place][keep_N]],
+            lists.scores[place][keep_N].tolist(),
+            unknown,
+            *(None if counts_B is None else int(counts_B[place]) for counts_B in (shown.invalid_B, shown.duplicates_B)),
+        )
+
+
+def _make_searcher(run: LoadedRun, choice: Choice, mode: Mode) -> TrieSearcher:
+    """The run's own, or one over a part of its items."""
+    whole = run.searcher
+    if mode == "free":
+        # It walks no trie; what must not be listed is left out of the finished lists.
+        texts = whole.texts or ItemTexts(run.tokenizer, run.catalogue.item_codes)
+        return TrieSearcher(run.model, whole.trie, whole.device, texts=texts)
+    if choice.is_all:
+        return whole
+    part = TrieSearcher(run.model, restrict(whole.trie, choice.rows), whole.device)
+    # An item's score is the same whatever else may be listed: `compact` stays a softmax over the whole catalogue's tokens.
+    part.heads = {name: replace(heads, softmax=whole.heads[name].softmax) for name, heads in part.heads.items()}
+    return part
+
+
+def _joined(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 rows one after another, int64 offsets)."""
+    lengths = [len(part) for part in rows]
+    return np.concatenate([np.empty(0, np.int32), *rows]), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What of decoded lists goes into answers."""
+
+    keep_BN: np.ndarray
+    """bool."""
+    invalid_B: np.ndarray | None
+    """int64, texts that are no item; None where none can be."""
+    duplicates_B: np.ndarray | None
+    """int64, texts that spell an item listed before."""
+
+    @classmethod
+    def of(cls, lists: TopItems, choice: Choice, mode: Mode) -> Shown:
+        """Only `free` gives texts that are no item, spells an item twice, or names one that must not be listed."""
+        listed_BN = lists.items >= 0
+        if mode != "free":
+            return cls(listed_BN, None, None)
+        order_BN = lists.items.argsort(axis=1, kind="stable")
+        sorted_BN = np.take_along_axis(lists.items, order_BN, 1)
+        again_BN = np.zeros_like(listed_BN)
+        np.put_along_axis(again_BN, order_BN[:, 1:], sorted_BN[:, 1:] == sorted_BN[:, :-1], 1)
+        again_BN &= listed_BN
+        allowed_BN = choice.allowed_I[lists.items.clip(min=0)]
+        return cls(listed_BN & ~again_BN & allowed_BN, (lists.items == -2).sum(1), again_BN.sum(1))
 
 
 def read_requests(path: str | Path) -> Iterator[Request]:
-    """Requests from JSON lines `{"history": [...], "user": ...}`. Raises ValueError naming file and line."""
+    """Requests from JSON lines `{"history": [...], "user": ..., "block": [...]}`. Raises ValueError naming file and line."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -125,11 +270,13 @@ def _parse_request(line: str, place: str) -> Request:
         fields = None
     if not isinstance(fields, dict) or not isinstance(fields.get("history"), list):
         raise ValueError(f'{place}: not a request; write {{"history": ["item", ...], "user": "optional"}}')
-    user = fields.get("user")
-    for value in (*fields["history"], *([] if user is None else [user])):
+    user, block = fields.get("user"), fields.get("block", [])
+    if not isinstance(block, list):
+        raise ValueError(f'{place}: "block" is {json.dumps(block)}: write a list of item ids')
+    for value in (*fields["history"], *block, *([] if user is None else [user])):
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise ValueError(f"{place}: {json.dumps(value)} is not an id: write ids as strings")
-    return Request([str(item) for item in fields["history"]], None if user is None else str(user))
+    return Request(list(map(str, fields["history"])), None if user is None else str(user), list(map(str, block)))
 
 
 def user_request(dataset: Dataset, run: LoadedRun, user: str) -> Request:
@@ -141,39 +288,3 @@ def user_request(dataset: Dataset, run: LoadedRun, user: str) -> Request:
     sequences = dataset.sequences
     items = sequences.items[sequences.offsets[row] : sequences.offsets[row + 1]]
     return Request([sequences.item_ids[item] for item in items], user)
-
-
-def recommend_all(
-    run: LoadedRun,
-    dataset: Dataset,
-    out: str | Path,
-    decoding: Decoding,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    on_batch: Callable[[int], None] | None = None,
-) -> Path | None:
-    """Lists for all users after their whole sequences: `OUT/top20.parquet` (user, items, scores), each user once."""
-    check_numbering(run, dataset)
-    sequences = dataset.sequences
-    nothing = np.full(sequences.num_users, -1, np.int32)
-    view = SplitView("test", sequences.items, sequences.offsets[:-1], sequences.offsets[1:], nothing)
-    users_U = np.arange(sequences.num_users)
-    lists = rank_users(
-        run.searcher, run.layout, view, users_U, decoding, rank=rank, world_size=world_size, on_batch=on_batch
-    )
-    if rank != 0:
-        return None
-    ids = np.array(sequences.item_ids, object)
-    table = pa.table(
-        {
-            "user": sequences.user_ids,
-            "items": [ids[row[row >= 0]].tolist() for row in lists.items],
-            "scores": [scores[row >= 0].tolist() for row, scores in zip(lists.items, lists.scores, strict=True)],
-        },
-        schema=_SCHEMA,
-    )
-    path = Path(out) / f"top{decoding.top}.parquet"
-    with atomic_file(path) as temporary:
-        pq.write_table(table, temporary)
-    return path

@@ -1,22 +1,31 @@
-"""Own ids in, own ids out: single requests, files, unknown users and items, all users."""
+"""Own ids in, own ids out: single requests and files, unknown users and items, chosen items, modes, many threads."""
 
 from __future__ import annotations
 
 import json
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 import pytest
 from genrec_shards.prepare import Dataset, load_dataset, prepare
 from hypothesis import given
 from hypothesis import strategies as st
 
 from genrec_dist import recommend as recommendation
-from genrec_dist.evaluate import Decoding
-from genrec_dist.recommend import Recommendation, Recommender, Request, read_requests, recommend_all, user_request
+from genrec_dist.beam import Mode, TopItems
+from genrec_dist.choice import Choice, choose_items, name_some, read_ids
+from genrec_dist.cli import run_command
+from genrec_dist.recommend import Recommendation, Recommender, Request, Shown, read_requests, user_request
 from genrec_dist.run import load_run, make_searcher
+
+PATIENCE = 60
+"""Seconds after which a thread counts as stranded."""
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +127,6 @@ def test_a_user_of_other_data_is_refused(recommender: Recommender, dataset: Data
     other = prepare(log, tmp_path / "data", numbering="random", seed=1)
     with pytest.raises(ValueError, match="give --data the directory the run was trained on"):
         user_request(other, recommender.run, "user-3")
-    with pytest.raises(ValueError, match="give --data the directory the run was trained on"):
-        recommend_all(recommender.run, other, tmp_path / "out", Decoding())
-    assert not (tmp_path / "out").exists()
 
 
 @given(st.text(), st.lists(st.text()), st.lists(st.floats(-100, 0)))
@@ -137,14 +143,20 @@ def test_an_answer_is_one_line_of_json(user: str, ids: list[str], scores: list[f
 def test_requests_are_read_from_json_lines(tmp_path: Path) -> None:
     file = tmp_path / "requests.jsonl"
     file.write_bytes(
-        '\ufeff{"history": ["a", 7]}\n\n{"history": [], "user": "u"}\r\n{"history": ["x\u2028y"], "user": 5}'.encode()
+        '\ufeff{"history": ["a", 7], "block": ["b", 8]}\n\n{"history": [], "user": "u"}\r\n'
+        '{"history": ["x\u2028y"], "user": 5}'.encode()
     )
-    assert list(read_requests(file)) == [Request(["a", "7"]), Request([], "u"), Request(["x\u2028y"], "5")]
+    assert list(read_requests(file)) == [
+        Request(["a", "7"], None, ["b", "8"]),
+        Request([], "u", []),
+        Request(["x\u2028y"], "5", []),
+    ]
 
 
 @pytest.mark.parametrize(
     "line", ["not json", "[1, 2]", '{"user": "u"}', '{"history": "a,b"}', '{"history": [["a"]]}', '{"history": [null]}',
-             '{"history": [1.5]}', '{"history": [true]}', '{"history": [], "user": {}}', '{"history": ["a"]'],
+             '{"history": [1.5]}', '{"history": [], "block": "a"}', '{"history": [], "block": [null]}',
+             '{"history": [true]}', '{"history": [], "user": {}}', '{"history": ["a"]'],
 )  # fmt: skip
 def test_a_bad_request_is_named_by_file_and_line(tmp_path: Path, line: str) -> None:
     file = tmp_path / "requests.jsonl"
@@ -163,32 +175,303 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
             list(read_requests(tmp_path / name))
 
 
-def test_all_users_get_one_row_each(recommender: Recommender, dataset: Dataset, tmp_path: Path) -> None:
-    path = recommend_all(recommender.run, dataset, tmp_path, Decoding(top=10, batch_size=50))
-    assert path == tmp_path / "top10.parquet"
-    table = pq.read_table(path)
-    assert table.column("user").to_pylist() == dataset.sequences.user_ids
-    assert table.schema.field("items").type == pa.list_(pa.string())
-    assert table.schema.field("scores").type == pa.list_(pa.float32())
-    lists = table.column("items").to_pylist()
-    assert [len(row) for row in lists] == [10] * 119 + [0]
-    assert list(map(len, table.column("scores").to_pylist())) == list(map(len, lists))
-    # The same as asking for one user after her whole sequence.
-    (answer,) = recommender.recommend([user_request(dataset, recommender.run, "user-17")], k=10)
-    assert lists[17] == answer.items
+# What is asked wrongly
 
 
-def test_one_table_also_where_nobody_has_anything_left(
-    recommender: Recommender, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("requests", "k", "words"),
+    [
+        ("abc", 20, "'abc' is not a list of requests"),
+        (Request([]), 20, "is not a list of requests"),
+        (["abc"], 20, "'abc' is not a list of ids: write ids as a list of strings"),
+        ([7], 20, "7 is not a list of ids"),
+        ([[7]], 20, "7 is not an id: write ids as strings"),
+        ([[None]], 20, "None is not an id"),
+        ([Request([], 7)], 20, "7 is not a user's id"),  # type: ignore[arg-type]
+        ([Request([], None, "abc")], 20, "'abc' is not a list of ids"),
+        ([[]], 0, "k is 0: give a whole number of at least 1"),
+        ([[]], 2.5, "k is 2.5"),
+        ([[]], True, "k is True"),
+    ],
+)
+def test_what_is_no_request_is_named(recommender: Recommender, requests: Any, k: Any, words: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        recommender.recommend(requests, k)
+    assert words in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+# Which items may be listed
+
+
+@pytest.mark.parametrize("mode", ["exact", "compact", "all"])
+def test_items_to_allow_and_to_block(recommender: Recommender, dataset: Dataset, mode: Mode) -> None:
+    """The rest of the whole list, in its order and with its scores."""
+    ids, histories = dataset.sequences.item_ids, [history_of(dataset, 3), [], history_of(dataset, 17)]
+    whole = Recommender(recommender.run, mode=mode).recommend(histories, k=64)
+    allow, block = ids[5:40], ids[30:64:2]
+    for options in ({"allow": allow}, {"block": block}, {"allow": allow, "block": block}):
+        may = set(options.get("allow", ids)) - set(options.get("block", ()))
+        answers = Recommender(recommender.run, mode=mode, **options).recommend(histories, k=64)  # type: ignore[arg-type]
+        for answer, every in zip(answers, whole, strict=True):
+            kept = [place for place, item in enumerate(every.items) if item in may]
+            assert 10 < len(kept) < 64
+            assert answer.items == [every.items[place] for place in kept]
+            assert answer.scores == pytest.approx([every.scores[place] for place in kept], rel=1e-6)
+    short = Recommender(recommender.run, mode=mode, allow=allow).recommend(histories, k=7)
+    assert [len(answer.items) for answer in short] == [7, 7, 7]
+
+
+def test_a_request_blocks_for_itself_alone(recommender: Recommender, dataset: Dataset) -> None:
+    history = history_of(dataset, 3)
+    (every,) = recommender.recommend([history], k=50)
+    block = [*every.items[:5], "nothing we sell"]
+    answers = recommender.recommend([Request(history), Request(history, block=block), Request(history)])
+    assert answers[0].items == answers[2].items == every.items[:20]
+    assert answers[1].items == every.items[5:25]
+    also_history = Recommender(recommender.run, exclude_history=False).recommend([Request(history, block=history)], 50)
+    assert also_history[0].items == every.items
+
+
+def test_ids_that_the_catalogue_lacks_are_counted(recommender: Recommender, dataset: Dataset) -> None:
+    ids = dataset.sequences.item_ids
+    chosen = Recommender(recommender.run, allow=["x", *ids[:9], "y", ids[0]], block=["z", ids[4]]).choice
+    assert chosen.rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert (chosen.unknown_allow, chosen.unknown_block) == (["x", "y"], ["z"])
+    assert name_some(list("abc")) == "a, b, c"
+    assert name_some(list("abcde")) == "a, b, c and 2 more"
+
+
+@pytest.mark.parametrize("which", ["unknown", "none", "both", "all"])
+def test_no_item_left_is_refused_in_one_line(recommender: Recommender, which: str) -> None:
+    catalogue = recommender.run.catalogue
+    allow, block = {
+        "unknown": (["x", "y", "x2", "x3"], None),
+        "none": ([], None),
+        "both": (catalogue.item_ids[:3], catalogue.item_ids[:4]),
+        "all": (None, catalogue.item_ids),
+    }[which]
+    with pytest.raises(ValueError, match=r"no item is left to list: .*; allow more or block fewer") as refusal:
+        choose_items(catalogue, allow, block)
+    assert "\n" not in str(refusal.value)
+    assert ("x, y, x2 and 1 more" in str(refusal.value)) == (which == "unknown")
+    with pytest.raises(ValueError, match="'abc' is not a list of ids"):
+        choose_items(catalogue, allow="abc")
+
+
+def test_ids_are_read_a_line_each(tmp_path: Path) -> None:
+    (tmp_path / "ids").write_bytes("\ufeffa\r\n\n  b c \n7\n\n".encode())
+    assert read_ids(tmp_path / "ids") == ["a", "b c", "7"]
+    (tmp_path / "empty").write_text("\n \n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name in ("empty", "binary", "absent", "."):
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            read_ids(tmp_path / name)
+
+
+def test_the_command_takes_files_of_items_and_a_mode(
+    tiny_run: Path, recommender: Recommender, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Columns of empty lists keep their types."""
-    rank_users = recommendation.rank_users
+    ids = recommender.run.catalogue.item_ids
+    allow, block = tmp_path / "allow", tmp_path / "block"
+    allow.write_text("\n".join([*ids[:9], "x", "", "y", "z", "w"]))
+    block.write_text(ids[4])
+    chosen = ["--allow", str(allow), "--block", str(block)]
+    assert run_command(["recommend", str(tiny_run), "--history", "", *chosen, "--decode", "all", "--beam", "3"]) == 0
+    said = capfd.readouterr()
+    assert set(json.loads(said.out)["items"]) == {*ids[:4], *ids[5:9]}
+    assert said.err == f"{allow}: 4 ids are not in the catalogue, skipped: x, y, z and 1 more\n"
+    assert run_command(["recommend", str(tiny_run), "--all-users", "--out", str(tmp_path), *chosen, "--top", "4"]) == 0
+    said = capfd.readouterr()
+    assert said.out == f"{tmp_path / 'top4.parquet'}: 120 users, 8 items to choose from\n"
+    assert run_command(["recommend", str(tiny_run), "--history", "", "--decode", "free", "--top", "30"]) == 0
+    answer = json.loads(capfd.readouterr().out)
+    assert len(answer["items"]) + answer["invalid"] + answer["duplicates"] == 30
+    block.write_text("\n".join(ids))
+    assert run_command(["recommend", str(tiny_run), "--history", "", *chosen]) == 1
+    assert "genrec: no item is left to list: 9 known ids allowed" in capfd.readouterr().err
 
-    def empty(*arguments: object, **options: object) -> object:
-        lists = rank_users(*arguments, **options)  # type: ignore[arg-type]
-        lists.items[:] = -1
-        return lists
 
-    monkeypatch.setattr(recommendation, "rank_users", empty)
-    path = recommend_all(recommender.run, dataset, tmp_path, Decoding())
-    assert pq.read_table(path).schema.field("items").type == pa.list_(pa.string())
+# Modes
+
+
+def test_all_finds_what_a_wide_beam_finds(recommender: Recommender, dataset: Dataset) -> None:
+    history = history_of(dataset, 3)
+    (wide,) = Recommender(recommender.run, beam=200).recommend([history])
+    (every,) = Recommender(recommender.run, mode="all").recommend([history])
+    assert wide.items == every.items
+    assert wide.scores == pytest.approx(every.scores, rel=1e-6)
+    assert wide.invalid is wide.duplicates is None
+    assert "invalid" not in wide.as_json()
+
+
+def test_free_leaves_out_what_is_no_item_and_counts_it(recommender: Recommender, dataset: Dataset) -> None:
+    history = history_of(dataset, 3)
+    freely = Recommender(recommender.run, mode="free", exclude_history=False)
+    answers = freely.recommend([history, []], k=30)
+    for answer in answers:
+        assert answer.invalid is not None
+        assert answer.duplicates is not None
+        assert len(set(answer.items)) == len(answer.items) == 30 - answer.invalid - answer.duplicates
+        assert json.loads(answer.as_json())["invalid"] == answer.invalid
+    assert sum(answer.invalid or 0 for answer in answers) > 0
+    seen = [item for answer in answers for item in answer.items]
+    assert seen
+    # Neither a blocked item nor one of the history, and no other in its place.
+    blocking = Recommender(recommender.run, mode="free", exclude_history=True, block=seen[:1])
+    for answer, before in zip(blocking.recommend([history, []], k=30), answers, strict=True):
+        assert answer.items == [
+            item for item in before.items if item != seen[0] and (before is answers[1] or item not in history)
+        ]
+
+
+def test_what_is_shown_of_free_lists() -> None:
+    items = np.array([[3, -2, 3, 0, -2], [1, 2, 1, 1, -1], [-1, -1, -1, -1, -1]], np.int32)
+    choice = Choice(np.array([False, True, True, True]), [], [])
+    shown = Shown.of(TopItems(items, np.zeros(items.shape, np.float32)), choice, "free")
+    assert shown.keep_BN.tolist() == [
+        [True, False, False, False, False],
+        [True, True, False, False, False],
+        [False] * 5,
+    ]
+    assert shown.invalid_B is not None
+    assert shown.duplicates_B is not None
+    assert (shown.invalid_B.tolist(), shown.duplicates_B.tolist()) == ([2, 0, 0], [1, 2, 0])
+
+
+# Many threads
+
+
+class Watched:
+    """A recommender whose decoding is counted, can be held, and can fail once."""
+
+    def __init__(self, run: Any, monkeypatch: pytest.MonkeyPatch, **options: Any):
+        self.recommender = Recommender(run, **options)
+        self.sizes: list[int] = []
+        self.begun, self.held = threading.Event(), threading.Event()
+        self.held.set()
+        self.failing: list[BaseException] = []
+        search = self.recommender.searcher.search
+
+        def watched(encoder: Any, **options: Any) -> TopItems:
+            self.sizes.append(len(encoder.input_ids))
+            self.begun.set()
+            assert self.held.wait(PATIENCE)
+            if self.failing and len(self.sizes) > 1:
+                raise self.failing.pop()
+            return search(encoder, **options)
+
+        monkeypatch.setattr(self.recommender.searcher, "search", watched)
+
+    def with_all_waiting(self, calls: list[Callable[[], Any]]) -> list[Any]:
+        """Results or errors: the first call is decoded, and held, until all the others wait."""
+        self.held.clear()
+        with ThreadPoolExecutor(len(calls)) as pool:
+            futures = [pool.submit(calls[0])]
+            assert self.begun.wait(PATIENCE)
+            gate = threading.Barrier(len(calls) - 1)
+
+            def after_the_others(call: Callable[[], Any]) -> Any:
+                gate.wait(PATIENCE)
+                return call()
+
+            futures += [pool.submit(after_the_others, call) for call in calls[1:]]
+            rest = threading.Event()
+            while len(self.recommender._callers._waiting) + sum(future.done() for future in futures) < len(calls) - 1:
+                rest.wait(0.001)
+            self.held.set()
+            return [future.exception(PATIENCE) or future.result() for future in futures]
+
+
+def test_answers_of_many_threads_are_those_given_alone(recommender: Recommender, dataset: Dataset) -> None:
+    """8 threads, 400 calls of several lengths and sizes, some of them wrong."""
+    histories = [history_of(dataset, user) for user in range(60)] + [[]]
+    alone = [recommender.recommend([history], 50)[0] for history in histories]
+    narrow = [recommender.recommend([history], 20)[0] for history in histories]
+
+    def one_thread(seed: int) -> None:
+        dice = random.Random(seed)
+        for _ in range(50):
+            if dice.random() < 0.1:
+                with pytest.raises(ValueError, match="is not an id"):
+                    recommender.recommend([[f"{seed}", 7]])  # type: ignore[list-item]
+            k, places = dice.choice([1, 5, 20, 50]), dice.choices(range(len(histories)), k=dice.choice([1, 1, 1, 3]))
+            answers = recommender.recommend([histories[place] for place in places], k)
+            for place, answer in zip(places, answers, strict=True):
+                expected = (alone if k == 50 else narrow)[place]
+                assert answer.items == expected.items[:k]
+                assert answer.scores == pytest.approx(expected.scores[:k], rel=1e-6)
+
+    with ThreadPoolExecutor(8) as pool:
+        for future in [pool.submit(one_thread, seed) for seed in range(8)]:
+            future.result(PATIENCE)
+
+
+def test_calls_that_wait_share_a_batch_if_they_take_one_beam(
+    recommender: Recommender, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    histories = [history_of(dataset, user) for user in range(8)]
+    lengths = [20, 20, 5, 30, 1, 20, 30, 7]
+    expected = [recommender.recommend([history], k)[0].items for history, k in zip(histories, lengths, strict=True)]
+    watched = Watched(recommender.run, monkeypatch)
+    ask = watched.recommender.recommend
+    found = watched.with_all_waiting(
+        [lambda h=h, k=k: ask([h], k)[0].items for h, k in zip(histories, lengths, strict=True)]  # type: ignore[misc]
+    )
+    assert found == expected
+    assert watched.sizes[0] == 1
+    assert sorted(watched.sizes[1:]) == [2, 5]
+
+
+@pytest.mark.parametrize(("mode", "batches"), [("all", [4]), ("free", [1, 1, 2])])
+def test_what_shares_a_batch_in_other_modes(
+    recommender: Recommender, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, mode: Mode, batches: list[int]
+) -> None:
+    """`all` has no beam; in `free` a longer list does not begin with a shorter one."""
+    history, lengths = history_of(dataset, 3), [20, 5, 20, 30, 5]
+    alone = Recommender(recommender.run, mode=mode)
+    expected = [alone.recommend([history], k)[0].items for k in lengths]
+    watched = Watched(recommender.run, monkeypatch, mode=mode)
+    ask = watched.recommender.recommend
+    found = watched.with_all_waiting([lambda k=k: ask([history], k)[0].items for k in lengths])  # type: ignore[misc]
+    assert found == expected
+    assert sorted(watched.sizes[1:]) == batches
+
+
+def test_an_error_in_a_request_reaches_its_own_caller_alone(
+    recommender: Recommender, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = history_of(dataset, 3)
+    watched = Watched(recommender.run, monkeypatch)
+    ask = watched.recommender.recommend
+    good, bad = lambda: ask([history])[0].items, lambda: ask([history, [7]])  # type: ignore[list-item]
+    first, *shared, refused = watched.with_all_waiting([good, good, good, bad])
+    assert first == shared[0] == shared[1] == recommender.recommend([history])[0].items
+    assert isinstance(refused, ValueError)
+    assert watched.sizes == [1, 2, 1]  # the last one is this test's own question
+
+
+def test_an_error_of_decoding_reaches_all_callers_of_the_batch_and_the_next_call_works(
+    recommender: Recommender, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = history_of(dataset, 3)
+    watched = Watched(recommender.run, monkeypatch)
+    watched.failing.append(RuntimeError("out of memory"))
+    call = lambda: watched.recommender.recommend([history])[0].items  # noqa: E731
+    first, *others = watched.with_all_waiting([call] * 5)
+    assert [str(error) for error in others] == ["out of memory"] * 4
+    assert watched.sizes == [1, 4]
+    assert call() == first
+
+
+def test_an_interrupted_thread_leaves_its_batch_to_the_others(
+    recommender: Recommender, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = history_of(dataset, 3)
+    watched = Watched(recommender.run, monkeypatch)
+    watched.failing.append(KeyboardInterrupt())
+    call = lambda: watched.recommender.recommend([history])[0].items  # noqa: E731
+    first, *others = watched.with_all_waiting([call] * 5)
+    assert sum(isinstance(other, KeyboardInterrupt) for other in others) == 1
+    assert [other for other in others if not isinstance(other, KeyboardInterrupt)] == [first] * 3
+    assert watched.sizes == [1, 4, 3]
