@@ -31,9 +31,16 @@ PROTOCOL = {
     "trained_through": "last position the model may learn from",
     "exclude_history": "whether items of the history are left out of the lists",
     "beam": "candidates kept at each step of decoding",
-    "decode": "softmax over the whole vocabulary, or over the trie's tokens",
+    "decode": "exact: softmax over the whole vocabulary; compact: over the trie's tokens; free: no trie; all: every item scored",
     "users": "whose lists are scored",
 }
+BREADTH = {
+    "coverage@10": ("in some list of 10", "share of the catalogue that stands in at least one list"),
+    "coverage@20": ("in some list of 20", ""),
+    "popularity@10": ("popularity", "training count of a listed item over that of a target, in the mean; 1: no bias"),
+    "gini@10": ("Gini", "0: every item is listed equally often; near 1: a few items fill the lists"),
+}
+BREAKDOWN = {"history_length": "items in the history", "target_popularity": "times the target was taken in training"}
 STAGES = ("pretrain", "finetune")
 
 
@@ -82,7 +89,7 @@ def _page(run: Journal) -> str:
         _header(run),
         _comparison(run),
         _curves(run),
-        *(_table(metrics) for metrics in run.metrics.values()),
+        *(part(metrics) for metrics in run.metrics.values() for part in (_table, _breadth)),
         _protocol(run),
         _audit(run),
         _throughput(run),
@@ -179,14 +186,7 @@ def _curves(run: Journal) -> str:
 def _table(metrics: dict[str, Any]) -> str:
     rows = []
     for index, (system, row) in enumerate(_systems(metrics)):
-        cells = []
-        for key in METRICS:
-            value, interval = row.get(key), _interval(row, key)
-            bounds = f"<small>{score(interval[0])}–<wbr>{score(interval[1])}</small>" if interval else ""
-            cells.append(f"<td>{score(value if is_number(value) else None)}{bounds}</td>")
-        rows.append(
-            f'<tr{" class=ours" if index == 0 else ""}><th scope="row">{_text(_name(system))}</th>{"".join(cells)}</tr>'
-        )
+        rows.append(_row(_name(system), [_with_interval(row, key) for key in METRICS], ours=index == 0))
     users = f", {metrics['users']:,} users" if is_number(metrics.get("users")) else ""
     more = [
         f"{key} {score(metrics[key])}" for key in ("HR@1", "HR@20", "NDCG@20", "MRR@20") if is_number(metrics.get(key))
@@ -198,11 +198,65 @@ def _table(metrics: dict[str, Any]) -> str:
     ]
     if is_number(metrics.get("users_per_second")):
         more.append(f"{metrics['users_per_second']:,.0f} users/s")
+    if is_number(metrics.get("top")):
+        more.append(f"lists: top{metrics['top']}-{metrics.get('split', '')}.parquet")
     return (
         f"<section><h2>Metrics on {_text(metrics.get('split', ''))}{users}</h2>"
         f"{_grid(('system', *METRICS), rows)}"
         f'<p class="small">Small figures: 95 % bootstrap interval over users. {_text("; ".join(more))}</p></section>'
     )
+
+
+def _breadth(metrics: dict[str, Any]) -> str:
+    """What the lists show of the catalogue, and for whom and for what they are right."""
+    parts = [part for part in (_catalogue(metrics), _breakdown(metrics)) if part]
+    if not parts:
+        return ""
+    return f"<section><h2>Breadth of the lists on {_text(metrics.get('split', ''))}</h2>{''.join(parts)}</section>"
+
+
+def _catalogue(metrics: dict[str, Any]) -> str:
+    systems = [(name, row) for name, row in _systems(metrics) if any(is_number(row.get(key)) for key in BREADTH)]
+    if not systems:
+        return ""
+    rows = [
+        _row(_name(name), [_breadth_cell(key, row.get(key)) for key in BREADTH], name == systems[0][0])
+        for name, row in systems
+    ]
+    told = "; ".join(f"{name}: {meaning}" for name, meaning in BREADTH.values() if meaning)
+    return f'{_grid(("system", *(name for name, _ in BREADTH.values())), rows)}<p class="small">{_text(told)}.</p>'
+
+
+def _breadth_cell(key: str, value: Any) -> str:
+    if not is_number(value):
+        return "–"
+    return (
+        _percent(value) if key.startswith("coverage") else f"{value:.3f}" if key.startswith("gini") else f"{value:.2f}"
+    )
+
+
+def _breakdown(metrics: dict[str, Any]) -> str:
+    """A table a dimension: the run's own scores by bucket, and those of kNN in the same bucket."""
+    tables = []
+    for dimension, meaning in BREAKDOWN.items():
+        ours, knn = _buckets(metrics, dimension), _buckets((metrics.get("beside") or {}).get("knn"), dimension)
+        with_knn = bool(knn) and metrics.get("system") != "knn"
+        rows = []
+        for name, bucket in ours.items():
+            cells = [f"{bucket['users']:,}" if is_number(bucket.get("users")) else "–"]
+            cells += [_with_interval(bucket, key) for key in ("HR@10", "NDCG@10")]
+            cells += [_with_interval(knn.get(name, {}), "NDCG@10")] * with_knn
+            rows.append(_row(name, cells))
+        if rows:
+            columns = (meaning, "users", "HR@10", "NDCG@10", *["kNN's NDCG@10"] * with_knn)
+            tables.append(f'<div class="narrow">{_grid(columns, rows)}</div>')
+    return f'<div class="pair">{"".join(tables)}</div>' if tables else ""
+
+
+def _buckets(metrics: Any, dimension: str) -> dict[str, dict[str, Any]]:
+    found = (metrics.get("breakdown") or {}) if isinstance(metrics, dict) else {}
+    buckets = found.get(dimension) if isinstance(found, dict) else None
+    return {name: row for name, row in buckets.items() if isinstance(row, dict)} if isinstance(buckets, dict) else {}
 
 
 def _protocol(run: Journal) -> str:
@@ -283,6 +337,18 @@ def _figure(events: list[dict[str, Any]], key: str, reduce: Any, form: str) -> s
 def _grid(columns: Iterable[str], rows: Iterable[str]) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in columns)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def _row(name: str, cells: Iterable[str], ours: bool = False) -> str:
+    inside = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<tr{" class=ours" if ours else ""}><th scope="row">{_text(name)}</th>{inside}</tr>'
+
+
+def _with_interval(row: dict[str, Any], key: str) -> str:
+    """A score, and its interval in small figures below."""
+    value, interval = row.get(key), _interval(row, key)
+    bounds = f"<small>{score(interval[0])}–<wbr>{score(interval[1])}</small>" if interval else ""
+    return f"{score(value if is_number(value) else None)}{bounds}"
 
 
 def _definitions(pairs: list[tuple[str, Any]], kind: str) -> str:

@@ -60,6 +60,26 @@ def metrics_of(split: str) -> dict:
     }
 
 
+def broad_metrics(split: str = "test") -> dict:
+    """With what lists show of the catalogue and the breakdown, also of kNN; one bucket has no users."""
+
+    def buckets(*names: str) -> dict:
+        full = {
+            "users": 1234,
+            "HR@10": 0.0712,
+            "NDCG@10": 0.0433,
+            "ci95": {"HR@10": [0.06, 0.08], "NDCG@10": [0.03, 0.05]},
+        }
+        return {**dict.fromkeys(names, full), "51+": {"users": 0, "HR@10": None, "NDCG@10": None, "ci95": {}}}
+
+    metrics = metrics_of(split)
+    told = {"coverage@10": 0.312, "coverage@20": 0.456, "popularity@10": 2.34, "gini@10": 0.8125}
+    more = {**told, "breakdown": {"history_length": buckets("1-2", "3-5"), "target_popularity": buckets("0", "1-4")}}
+    metrics["beside"]["knn"] = {**metrics["beside"]["knn"], **more, "coverage@10": 0.996}
+    metrics["beside"]["knn"]["breakdown"] = {"history_length": {"1-2": {"NDCG@10": 0.0987}}}
+    return {**metrics, **more, "top": 50}
+
+
 def events_of(stages: tuple[str, ...]) -> list[dict]:
     dice, now, step = random.Random(0), 1_790_000_000.0, 0
     events = [
@@ -151,6 +171,30 @@ def test_full_run_says_everything(tmp_path: Path) -> None:
     assert len(list(run.glob(".*"))) == 0
 
 
+def test_breadth_and_breakdown_are_tables(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", splits=())
+    (run / "metrics-test.json").write_text(json.dumps(broad_metrics()))
+    text = read(write_report(run)).text
+    for words in (
+        "Breadth of the lists on test", "GenRec 31.2 % 45.6 % 2.34 0.812", "co-occurrence kNN 99.6 % 45.6 % 2.34",
+        "items in the history users HR@10 NDCG@10 kNN's NDCG@10", "times the target was taken in training",
+        "3-5 1,234 .0712 .0600– .0800 .0433 .0300– .0500 –", "1-2 1,234 .0712 .0600– .0800 .0433 .0300– .0500 .0987",
+        "51+ 0 – – –", "lists: top50-test.parquet",
+    ):  # fmt: skip
+        assert words in text, words
+
+
+@pytest.mark.parametrize(
+    "broken", [[], {"history_length": []}, {"history_length": {"1-2": 3}}, {"history_length": {"1-2": {}}}]
+)
+def test_a_breakdown_of_another_shape_breaks_no_page(tmp_path: Path, broken: object) -> None:
+    run = make_run(tmp_path / "run", splits=())
+    metrics = {**broad_metrics(), "breakdown": broken, "coverage@10": "much"}
+    metrics["beside"] = {"knn": {"breakdown": broken}}
+    (run / "metrics-test.json").write_text(json.dumps(metrics))
+    assert "Metrics on test" in read(write_report(run)).text
+
+
 def test_the_run_s_own_audit_comes_first(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (tmp_path / "data").mkdir()
@@ -162,7 +206,9 @@ def test_the_run_s_own_audit_comes_first(tmp_path: Path) -> None:
 
 
 def test_nothing_from_outside(tmp_path: Path) -> None:
-    path = write_report(make_run(tmp_path / "run"))
+    run = make_run(tmp_path / "run", splits=())
+    (run / "metrics-test.json").write_text(json.dumps(broad_metrics()))
+    path = write_report(run)
     source = path.read_text()
     assert "http://" not in source
     assert "https://" not in source
@@ -181,6 +227,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     metrics.update(system=EVIL, split=EVIL, git=EVIL, versions={"torch": EVIL})
     metrics["protocol"] = {EVIL: EVIL, "users": {EVIL: EVIL}}
     metrics["beside"][EVIL] = metrics["beside"]["knn"]
+    metrics |= {"coverage@10": 0.5, "top": 20, "breakdown": {"history_length": {EVIL: {"users": EVIL, "HR@10": EVIL}}}}
     (run / "metrics-test.json").write_text(json.dumps(metrics))
     (run / "audit.json").write_text(json.dumps({"sentence": EVIL}))
     (run / "recipe.yaml").write_text(f"data: {json.dumps(EVIL)}\n")
