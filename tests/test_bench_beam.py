@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,17 @@ def test_the_catalogue_is_that_of_beauty_in_barts_sub_words() -> None:
     assert len(np.unique(trie.token[1:])) + 2 == 1103
     assert trie.depth == 4
     assert words.tokens.max() == MASK
+
+
+def test_a_batch_is_neither_a_short_nor_a_long_one(world: World) -> None:
+    lengths = np.diff(world.words.offsets)[world.words.item_words(world.users.items)]
+    tokens = [int(lengths[start:end].sum()) for start, end in pairwise(world.users.offsets)]
+    dice = np.random.default_rng(7)
+    longest = np.sort([max(tokens[user] for user in dice.permutation(80)[:4]) for _ in range(400)])
+    rows = world.typical_users(4)
+    assert longest[100] <= max(tokens[user] for user in rows) <= longest[300]
+    assert len(set(rows)) == 4
+    assert world.typical_users(4).tolist() == rows.tolist()
 
 
 def test_the_tensor_mask_allows_what_the_dict_allows(world: World) -> None:
@@ -224,7 +236,7 @@ def test_histories_of_data_are_decoded(tiny_data: Path) -> None:
     world = World(TINY, users, 1300, CPU)
     encoder, (index, items) = world.batch(200)  # more than there are users: they come again
     assert len(encoder.input_ids) == 200
-    assert np.bincount(index).tolist() == (np.diff(users.offsets)[np.resize(world.order, 200)]).tolist()
+    assert np.bincount(index).tolist() == np.diff(users.offsets)[world.typical_users(200)].tolist()
     assert items.max() < 64
     assert encoder.attention_mask.sum(1).max() == encoder.input_ids.shape[1]
     with pytest.raises(ValueError, match="64 items in the data, 10 in the benchmark"):
