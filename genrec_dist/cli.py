@@ -414,7 +414,7 @@ class _processes:
         from genrec_dist.stop import terminate
 
         # A launcher sends it to all ranks when one is gone.
-        self.before = signal.getsignal(signal.SIGTERM)
+        self.before = signal.signal(signal.SIGTERM, terminate)
         if _world_size() > 1:
             join()
         return best_device()
@@ -493,6 +493,31 @@ def bench_beam(
     claims, table = run_bench(data, run)
     say(format_claims(claims))
     say(format_curves(table))
+    if json_path is not None:
+        write_table(table, json_path)
+
+
+@bench.command("latency")
+def bench_latency(
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run directory; default: random weights in the shape of tiny.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """p50, p95 and p99 of one caller and of 8 at once, one history a call, beside a lock round each call.
+
+    Example: genrec bench latency --run runs/beauty --data data/beauty --json latency.json
+    """
+    from genrec_dist.bench.latency import bench_latency as run_bench
+    from genrec_dist.bench.latency import format_latencies
+    from genrec_dist.bench.measure import format_claims, write_table
+
+    claims, table = run_bench(run, data)
+    say(format_latencies(table["measured"]))
+    say(format_claims(claims))
     if json_path is not None:
         write_table(table, json_path)
 

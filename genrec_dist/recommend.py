@@ -21,7 +21,6 @@ from genrec_dist.choice import Choice, choose_items, rows_of
 from genrec_dist.evaluate import check_numbering
 from genrec_dist.metrics import TOP
 from genrec_dist.run import LoadedRun, load_run
-from genrec_dist.tokens import ItemTexts
 from genrec_dist.trie import restrict
 
 REQUESTS_AT_ONCE = 256
@@ -205,11 +204,8 @@ class Recommender:
 def _make_searcher(run: LoadedRun, choice: Choice, mode: Mode) -> TrieSearcher:
     """The run's own, or one over a part of its items."""
     whole = run.searcher
-    if mode == "free":
-        # It walks no trie; what must not be listed is left out of the finished lists.
-        texts = whole.texts or ItemTexts(run.tokenizer, run.catalogue.item_codes)
-        return TrieSearcher(run.model, whole.trie, whole.device, texts=texts)
-    if choice.is_all:
+    # `free` walks no trie: what must not be listed is left out of its finished lists.
+    if choice.is_all or mode == "free":
         return whole
     part = TrieSearcher(run.model, restrict(whole.trie, choice.rows), whole.device)
     # An item's score is the same whatever else may be listed: `compact` stays a softmax over the whole catalogue's tokens.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from genrec_shards.prepare import Dataset, load_dataset, prepare
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ def recommender(tiny_run: Path) -> Recommender:
     """In float64, so that the order of lists does not hang on rounding."""
     run = load_run(tiny_run)
     model = run.model.double()
-    searcher = make_searcher(model, run.words, "cpu")  # type: ignore[arg-type]
+    searcher = make_searcher(model, run.words, "cpu", texts=run.searcher.texts)
     return Recommender(replace(run, model=model, searcher=searcher))
 
 
@@ -383,6 +384,16 @@ class Watched:
             return [future.exception(PATIENCE) or future.result() for future in futures]
 
 
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Callers that each bring their own pool of torch's threads would wait for one another most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_torch_thread")
 def test_answers_of_many_threads_are_those_given_alone(recommender: Recommender, dataset: Dataset) -> None:
     """8 threads, 400 calls of several lengths and sizes, some of them wrong."""
     histories = [history_of(dataset, user) for user in range(60)] + [[]]

@@ -1,0 +1,121 @@
+"""The benchmark of latency on small sizes: every caller asks for its share, and every claim is made of what was measured."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from genrec_shards.prepare import load_dataset
+
+from genrec_dist.bench.latency import (
+    LOCKED,
+    SHARED,
+    Sizes,
+    bench_latency,
+    check_same,
+    claims_of,
+    format_latencies,
+    histories_of,
+    one_round,
+    random_run,
+    summary,
+)
+from genrec_dist.bench.measure import Claim, format_claims, write_table
+from genrec_dist.bench.stream import make_data
+from genrec_dist.recommend import Recommendation, Recommender
+
+SMALL = Sizes(users=100, items=50, callers=3, calls=12, rounds=2, threads=(1,))
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[list[Claim], dict[str, Any]]:
+    before = torch.get_num_threads()
+    found = bench_latency(sizes=SMALL)
+    assert torch.get_num_threads() == before
+    return found
+
+
+def test_every_claim_is_made_of_what_was_measured(measured: tuple[list[Claim], dict[str, Any]], tmp_path: Path) -> None:
+    claims, table = measured
+    rows = {(row["way"], row["callers"]): row for row in table["measured"]}
+    assert set(rows) == {(way, callers) for way in (SHARED, LOCKED) for callers in (1, 3)}
+    for row in rows.values():
+        assert row["calls"] == 24
+        assert 0 < row["p50 ms"] <= row["p95 ms"] <= row["p99 ms"]
+        assert row["calls/s"] == pytest.approx(12 / np.median(row["seconds a round"]))
+    lone, slow, fast = claims
+    assert lone.ratio == rows[SHARED, 1]["p50 ms"] / rows[LOCKED, 1]["p50 ms"]
+    assert slow.ratio == rows[LOCKED, 3]["p95 ms"] / rows[SHARED, 3]["p95 ms"]
+    assert fast.ratio == rows[SHARED, 3]["calls/s"] / rows[LOCKED, 3]["calls/s"]
+    assert lone.holds == (lone.ratio <= 1.05)
+    write_table(table, tmp_path / "latency.json")
+    assert json.loads((tmp_path / "latency.json").read_text())["data"]["items"] == table["data"]["items"] > 40
+    assert "lock" in format_claims(claims)
+    assert len(format_latencies(table["measured"]).splitlines()) == 5
+
+
+def test_a_claim_fails_where_the_lock_is_better() -> None:
+    def row(way: str, callers: int, latency: float) -> dict[str, Any]:
+        return summary(way, callers, 1, [latency] * 10, [latency * 10] * 2)
+
+    rows = [row(SHARED, 1, 0.2), row(LOCKED, 1, 0.1), row(SHARED, 8, 0.4), row(LOCKED, 8, 0.3)]
+    claims = claims_of(rows, Sizes(threads=(1,)))
+    assert [claim.holds for claim in claims] == [False] * 3
+    assert [claim.ratio for claim in claims] == pytest.approx([2, 0.75, 0.75])
+
+
+def test_each_caller_is_a_thread_and_asks_for_every_history_of_its_own() -> None:
+    asked: list[tuple[int, str]] = []
+    together = threading.Barrier(4)
+
+    def way(history: Sequence[str]) -> None:
+        asked.append((threading.get_ident(), history[0]))
+        together.wait(60)  # only if all four ask at the same time
+        time.sleep(0.01)
+
+    with ThreadPoolExecutor(4) as pool:
+        seconds, each = one_round(pool, 4, way, [[str(number)] for number in range(12)])
+    assert len(each) == 12
+    assert min(each) >= 0.01
+    assert seconds >= 0.03
+    assert sorted(int(history) for _, history in asked) == list(range(12))
+    by_thread = {thread: sorted(int(h) % 4 for t, h in asked if t == thread) for thread, _ in asked}
+    assert sorted(by_thread.values()) == [[number] * 3 for number in range(4)]
+
+
+def test_other_lists_in_a_batch_are_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = make_data(tmp_path / "made", 60, 40)
+    run = random_run(dataset)
+    recommender, histories = Recommender(run), histories_of(dataset, run.catalogue)
+    assert sorted(map(len, histories)) == sorted(dataset.sequences.lengths.tolist())
+    check_same(recommender, histories[:10])
+    answer = recommender.recommend
+
+    def other_in_a_batch(requests: Any, k: int = 20) -> list[Recommendation]:
+        return answer(requests[::-1], k)
+
+    monkeypatch.setattr(recommender, "recommend", other_in_a_batch)
+    with pytest.raises(AssertionError):
+        check_same(recommender, histories[:10])
+
+
+def test_a_real_run_is_measured_on_its_own_data_alone(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    claims, table = bench_latency(tiny_run, tiny_data, SMALL)
+    assert len(claims) == 3
+    assert table["data"]["items"] == 64
+    assert table["data"]["histories"] == tiny_data.name
+    made = make_data(tmp_path / "made", 60, 40)
+    with pytest.raises(ValueError, match="give --data the directory the run was trained on"):
+        bench_latency(tiny_run, made.path, SMALL)
+    # Histories of no data of its own: drawn from the run's items.
+    run = Recommender.load(tiny_run).run
+    synthetic = histories_of(load_dataset(made.path), run.catalogue)
+    assert {item for history in synthetic for item in history} <= set(run.catalogue.item_ids)
