@@ -12,7 +12,7 @@ from genrec_shards.prepare import Dataset
 from genrec_shards.sequences import Sequences, Split
 
 from genrec_dist.baseline import counting, popularity
-from genrec_dist.baseline.history import histories
+from genrec_dist.baseline.history import histories, windows
 from genrec_dist.baseline.lists import Lists
 from genrec_dist.baseline.training import training_part
 from genrec_dist.metrics import as_written, bootstrap_ci95, metrics_from_histogram, rank_histogram, target_ranks
@@ -119,8 +119,11 @@ def repeated_targets(sequences: Sequences) -> dict[str, float]:
     """Share of targets that are in the user's own history, by split."""
     shares = {}
     for split in get_args(Split):
-        past = histories(sequences, split)
-        shares[split] = float(past.holds(np.arange(past.num_users), past.targets_U).mean())
+        repeated = 0
+        for rows in windows(range(sequences.num_users)):
+            past = histories(sequences, split, rows)
+            repeated += int(past.holds(np.arange(past.num_users), past.targets_U).sum())
+        shares[split] = repeated / sequences.num_users
     return shares
 
 
