@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -15,6 +16,12 @@ CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**19, 2**26
 """Logits that exist at one time: on a CPU they stay in its cache between the product and the sum (docs/log.md)."""
 SAFE_LOGIT = 75.0
 """Sums of e^x do not overflow float32 where no |x| exceeds this, whatever the vocabulary below 10^5."""
+BFLOAT16_ROUNDING = 3.1 * 2**-9
+"""Bound of a logit's error in bfloat16, as a share of |row| |weight|: both factors and the product are rounded, each by at most
+2^-9 of itself."""
+NEGLIGIBLE = 1e-5
+"""Error of a log-probability that float32 itself makes between two orders of summing."""
+FEWEST_ROWS, COLUMNS_OF_BFLOAT16, PROBED = 256, 512, 32
 
 
 class Softmax:
@@ -40,6 +47,54 @@ class Softmax:
             parts = [part_RV.logsumexp(-1) for part_RV in self._parts(rows_RD, eos_logit_R, columns)]
             total_R = parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
         return total_R.unflatten(0, hidden_BKD.shape[:-1])
+
+    def log_normaliser_behind_items(self, hidden_BKD: Tensor, eos_logit_BK: Tensor) -> Tensor:
+        """The same for rows behind whole items, where `</s>` has nearly all of the probability: what the other tokens have
+        together is so little that it need not be known to the last digit, and matrix units for bfloat16 are several times faster.
+
+        With S the others' sum over e^(logit of `</s>`), log p(`</s>`) = -log(1 + S) moves by less than what S does. Rows
+        for which the worst case of rounding exceeds `NEGLIGIBLE` are computed in full.
+        """
+        rows_RD, eos_logit_R = hidden_BKD.flatten(0, -2), eos_logit_BK.flatten()
+        error_R = torch.expm1(BFLOAT16_ROUNDING * self.longest * rows_RD.norm(dim=1))
+        if not self._worth_bfloat16(rows_RD, eos_logit_R, error_R):
+            return self.log_normaliser(hidden_BKD, eos_logit_BK)
+        others_R = self._sum_of_others_in_bfloat16(rows_RD) * torch.exp(-eos_logit_R.double())
+        total_R = (eos_logit_R + torch.log1p(others_R)).to(rows_RD.dtype)
+        doubtful = (others_R * error_R > NEGLIGIBLE).nonzero()[:, 0]
+        if len(doubtful):
+            total_R[doubtful] = self.log_normaliser(rows_RD[doubtful], eos_logit_R[doubtful])
+        return total_R.unflatten(0, hidden_BKD.shape[:-1])
+
+    def _worth_bfloat16(self, rows_RD: Tensor, eos_logit_R: Tensor, error_R: Tensor) -> bool:
+        """On a CPU with units for it, where few rows look doubtful."""
+        if len(rows_RD) < FEWEST_ROWS or rows_RD.dtype != torch.float32 or not _has_bfloat16_units(rows_RD.device.type):
+            return False
+        if not self._bounded(rows_RD):
+            return False
+        some = slice(None, None, len(rows_RD) // PROBED)
+        logprob_R = eos_logit_R[some] - self.log_normaliser(rows_RD[some], eos_logit_R[some])
+        return bool((torch.expm1(-logprob_R) * error_R[some] < NEGLIGIBLE).float().mean() > 0.75)
+
+    def _sum_of_others_in_bfloat16(self, rows_RD: Tensor) -> Tensor:
+        """float64 [R], sum of e^logit over all tokens but `</s>`."""
+        total_R = rows_RD.new_zeros(len(rows_RD), dtype=torch.float64)
+        rows_RD = rows_RD.bfloat16()
+        rounded = rows_RD.new_empty(len(rows_RD) * COLUMNS_OF_BFLOAT16)
+        wide = torch.empty_like(rounded, dtype=torch.float32)
+        for first in range(0, len(self.weight_VD), COLUMNS_OF_BFLOAT16):
+            weight_VD = self._weight_in_bfloat16[first : first + COLUMNS_OF_BFLOAT16]
+            size = len(rows_RD) * len(weight_VD)
+            torch.mm(rows_RD, weight_VD.T, out=rounded[:size].view(len(rows_RD), -1))
+            part_RV = wide[:size].copy_(rounded[:size]).view(len(rows_RD), -1)
+            if first <= self.eos_column < first + COLUMNS_OF_BFLOAT16:
+                part_RV[:, self.eos_column - first] = -torch.inf
+            total_R += part_RV.exp_().sum(-1)
+        return total_R
+
+    @cached_property
+    def _weight_in_bfloat16(self) -> Tensor:
+        return self.weight_VD.bfloat16()
 
     def _bounded(self, rows_RD: Tensor) -> bool:
         """By Cauchy and Schwarz no logit is larger than the product of the longest row and the longest weight."""
@@ -68,6 +123,11 @@ class Softmax:
             yield part_RV
 
 
+@cache
+def _has_bfloat16_units(device: str) -> bool:
+    return device == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
 @dataclass(frozen=True)
 class Heads:
     """What a search multiplies decoder states with."""
@@ -94,8 +154,12 @@ def make_heads(weight_VD: Tensor, eos: int, tokens: Sequence[Tensor]) -> tuple[H
 def log_probabilities(heads: Heads, level: int, hidden_BKD: Tensor) -> Tensor:
     """[B, K, 1 + V_l], fresh, of `</s>` and the tokens of a level. Under autocast the head alone stays exact: rounded logits
     would tie by the hundred."""
+    softmax = heads.softmax
+    # Where no token can follow, all rows stand behind whole items.
+    behind_items = level == len(heads.levels) - 1 and not torch.compiler.is_compiling()
+    normalise = softmax.log_normaliser_behind_items if behind_items else softmax.log_normaliser
     weight_VD = heads.levels[level]
     with torch.autocast(hidden_BKD.device.type, enabled=False):
         hidden_BKD = hidden_BKD.to(weight_VD.dtype)
         logits_BKV = hidden_BKD @ weight_VD.T
-        return logits_BKV.sub_(heads.softmax.log_normaliser(hidden_BKD, logits_BKV[..., 0])[..., None])
+        return logits_BKV.sub_(normalise(hidden_BKD, logits_BKV[..., 0])[..., None])

@@ -251,6 +251,52 @@ def test_the_normaliser_is_that_of_the_whole_softmax(
     assert (other > expected).all()  # the logit of </s> is the one that was given
 
 
+def rows_behind_items(shares: list[float]) -> tuple[Softmax, torch.Tensor]:
+    """A head of 3,000 tokens and rows [R, 1, D] after which all tokens but `</s>` together have these shares of probability."""
+    torch.manual_seed(1)
+    weight = 0.3 * torch.randn(3000, 32)
+    softmax = Softmax(weight, 2)
+    base = torch.randn(len(shares), 32)
+    direction = weight[2] / weight[2].norm() ** 2
+    hidden = base
+    for _ in range(60):  # raise the logit of </s> until the others have what they shall
+        logits = hidden.double() @ weight.double().T
+        others = logits.index_fill(1, torch.tensor([2]), -torch.inf).logsumexp(1)
+        wanted = others - torch.tensor(shares).double().log()
+        hidden = hidden + 0.5 * (wanted - logits[:, 2]).float()[:, None] * direction
+    return softmax, hidden[:, None]
+
+
+@pytest.mark.parametrize("doubtful", [0, 20, 300])
+def test_behind_items_bfloat16_moves_no_score(doubtful: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows where `</s>` is certain go through bfloat16, others through float32; all come out as float32 has them."""
+    monkeypatch.setattr(head, "_has_bfloat16_units", lambda device: True)
+    rng = np.random.default_rng(0)
+    shares = rng.permutation([1e-6] * (320 - doubtful) + [0.3] * doubtful).tolist()
+    softmax, hidden = rows_behind_items(shares)
+    eos = hidden @ softmax.weight_VD[2]
+    expected = (hidden.double() @ softmax.weight_VD.double().T).logsumexp(-1)
+    found_shares = -torch.expm1((hidden.double() @ softmax.weight_VD[2].double()) - expected)[:, 0]
+    np.testing.assert_allclose(found_shares, np.array(shares) / (1 + np.array(shares)), rtol=0.05)
+    rough: list[int] = []
+    in_bfloat16, in_full = softmax._sum_of_others_in_bfloat16, softmax.log_normaliser
+    full: list[int] = []
+    monkeypatch.setattr(
+        softmax, "_sum_of_others_in_bfloat16", lambda rows: rough.append(len(rows)) or in_bfloat16(rows)
+    )
+    monkeypatch.setattr(softmax, "log_normaliser", lambda rows, eos: full.append(len(rows)) or in_full(rows, eos))
+    found = softmax.log_normaliser_behind_items(hidden, eos)
+    torch.testing.assert_close(found.double(), expected, rtol=3e-7, atol=0)
+    if doubtful == 300:
+        assert rough == []  # a look at a few rows tells that it is not worth it
+    else:
+        assert rough == [320]
+        assert full[1:] == ([doubtful] if doubtful else [])
+    unchecked = (eos + torch.log1p(in_bfloat16(hidden[:, 0])[:, None] * (-eos.double()).exp())).float()
+    if doubtful:
+        assert (unchecked - expected).abs().max() > 1e-4  # what the check keeps out
+
+
 # Shapes.
 
 

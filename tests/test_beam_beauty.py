@@ -1,0 +1,177 @@
+"""A thousand users of Beauty, a trained model, several sub-words an item: our lists and those of Hugging Face's `generate`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from genrec_shards.prepare import Dataset, load_dataset, prepare
+from genrec_shards.write import write_shards
+from transformers.modeling_outputs import BaseModelOutput
+from two_ranks import environment
+
+from genrec_dist.batch import EncoderInput, encode_histories, ragged
+from genrec_dist.beam import TopItems
+from genrec_dist.recipe import load_recipe
+from genrec_dist.run import LoadedRun, load_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.data, pytest.mark.timeout(3000)]
+
+NUM_USERS, BEAM, BATCH = 1000, 20, 50
+CLOSE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
+    """The run that GENREC_RUN names, or `tiny` for three short epochs, with so few sub-words that items have one to three and
+    many begin alike."""
+    if "GENREC_RUN" in os.environ:
+        return load_run(os.environ["GENREC_RUN"])
+    source = Path(os.environ.get("GENREC_DATA", "data")) / "Beauty.txt.gz"
+    if not source.is_file():
+        pytest.skip(f"{source} is not there: set GENREC_DATA to the folder of the real data sets")
+    folder = tmp_path_factory.mktemp("beauty")
+    write_shards(prepare(source, folder / "data", numbering="random"), folder / "data" / "shards")
+    settings = {
+        "data": folder / "data",
+        "run": folder / "run",
+        "tokens.vocab_size": 1024,
+        "model.init_std": 0.1,
+        "finetune.targets": "last",
+        "finetune.epochs": 3,
+        "validation.users": 1000,
+    }
+    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "genrec_dist.cli", "train", "tiny", *overrides]
+    subprocess.run(command, env=environment(OMP_NUM_THREADS="2"), check=True, timeout=2400, stdout=subprocess.DEVNULL)
+    return load_run(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def dataset(run: LoadedRun) -> Dataset:
+    return load_dataset(load_recipe(run.path / "recipe.yaml").data)
+
+
+def encoder_of(run: LoadedRun, dataset: Dataset, users: np.ndarray) -> EncoderInput:
+    view = dataset.sequences.history_and_target("test")
+    flat, offsets = ragged(view.starts[users], (view.ends - view.starts)[users])
+    return encode_histories(view.items[flat], offsets, users, run.layout)
+
+
+@torch.inference_mode()
+def hugging_face(run: LoadedRun, encoder: EncoderInput) -> list[tuple[list[int], list[float]]]:
+    """(items, scores) a user, best first, as `generate` gives them with a trie in `prefix_allowed_tokens_fn`."""
+    tokens, offsets = run.words.tokens_of_items()
+    items = [tuple(tokens[start:end].tolist()) for start, end in pairwise(offsets.tolist())]
+    eos, pad, start = (getattr(run.model.config, f"{name}_token_id") for name in ("eos", "pad", "decoder_start"))
+    after: dict[tuple[int, ...], list[int]] = {}
+    for node in range(1, run.searcher.trie.num_nodes):
+        path = _path(run, node)
+        after.setdefault(path[:-1], []).append(path[-1])
+    for item in items:
+        after.setdefault(item, []).append(eos)
+    row_of = {item: row for row, item in enumerate(items)}
+    output = run.model.generate(
+        encoder_outputs=BaseModelOutput(last_hidden_state=run.model.encode(encoder)),
+        attention_mask=encoder.attention_mask.long(),
+        prefix_allowed_tokens_fn=lambda _, ids: after.get(tuple(ids[1:].tolist()), [eos]),
+        decoder_start_token_id=start,
+        num_beams=BEAM,
+        num_return_sequences=BEAM,
+        length_penalty=0.0,
+        early_stopping="never",
+        forced_bos_token_id=None,
+        forced_eos_token_id=None,
+        max_new_tokens=run.searcher.trie.depth + 2,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    strings = output.sequences.view(-1, BEAM, output.sequences.shape[1])[:, :, 1:].tolist()
+    scores = output.sequences_scores.view(-1, BEAM).tolist()
+    lists = []
+    for user_strings, user_scores in zip(strings, scores, strict=True):
+        read = [tuple(token for token in string if token not in (eos, pad)) for string in user_strings]
+        valid = [n for n, string in enumerate(read) if string in row_of and user_scores[n] > -1e8]
+        lists.append(([row_of[read[n]] for n in valid], [user_scores[n] for n in valid]))
+    return lists
+
+
+def _path(run: LoadedRun, node: int) -> tuple[int, ...]:
+    trie, path = run.searcher.trie, []
+    while node:
+        path.append(int(trie.token[node]))
+        node = int(trie.parent[node])
+    return tuple(reversed(path))
+
+
+def lists_of_both(
+    run: LoadedRun, dataset: Dataset, ends: str
+) -> list[tuple[tuple[list[int], list[float]], tuple[list[int], list[float]]]]:
+    both = []
+    for start in range(0, NUM_USERS, BATCH):
+        encoder = encoder_of(run, dataset, np.arange(start, start + BATCH))
+        ours = run.searcher.search(encoder, beam=BEAM, top=BEAM, ends=ends)  # type: ignore[arg-type]
+        assert_valid(ours, len(run.catalogue.item_ids))
+        for number, theirs in enumerate(hugging_face(run, encoder)):
+            both.append((theirs, (ours.items[number].tolist(), ours.scores[number].tolist())))
+    return both
+
+
+def assert_valid(lists: TopItems, num_items: int) -> None:
+    """0 invalid, 0 duplicates, and full."""
+    assert lists.items.min() >= 0
+    assert lists.items.max() < num_items
+    assert all(len(set(row)) == BEAM for row in lists.items.tolist())
+
+
+@pytest.fixture(scope="module")
+def in_float64(run: LoadedRun) -> LoadedRun:
+    model = load_run(run.path).model.double()
+    return replace(run, model=model, searcher=run.searcher.of(model))
+
+
+def test_items_have_several_lengths_and_common_beginnings(run: LoadedRun) -> None:
+    trie = run.searcher.trie
+    assert trie.depth >= 2
+    assert ((trie.num_children > 0) & (trie.end_item >= 0)).any()
+
+
+def test_in_float64_every_list_is_theirs_by_their_rule_for_ends(in_float64: LoadedRun, dataset: Dataset) -> None:
+    """Hugging Face's valid results are the head of our list, in order, for each of the users."""
+    for (theirs, their_scores), (ours, our_scores) in lists_of_both(in_float64, dataset, "ranked"):
+        assert len(theirs) >= BEAM - 5
+        assert ours[: len(theirs)] == theirs
+        np.testing.assert_allclose(our_scores[: len(theirs)], their_scores, rtol=1e-6)
+
+
+def test_in_float64_our_own_rule_only_adds_items_that_score_higher(in_float64: LoadedRun, dataset: Dataset) -> None:
+    """By our rule an end is never dropped: their items are in our lists in their order, except for those that an item they
+    dropped pushes out at the end."""
+    added = 0
+    for (theirs, _), (ours, _) in lists_of_both(in_float64, dataset, "kept"):
+        shared = [item for item in ours if item in theirs]
+        assert shared == theirs[: len(shared)]
+        assert len(ours) == BEAM
+        added += len(ours) - len(shared)
+    print(f"{added} of {NUM_USERS * BEAM} places hold an item that `generate` dropped")
+
+
+def test_in_float32_lists_differ_only_where_scores_are_close(run: LoadedRun, dataset: Dataset) -> None:
+    differences = []
+    for user, ((theirs, their_scores), (ours, our_scores)) in enumerate(lists_of_both(run, dataset, "ranked")):
+        their_score_of = dict(zip(theirs, their_scores, strict=True))
+        for place, (item, other) in enumerate(zip(theirs, ours, strict=False)):
+            if item != other:
+                gap = abs(their_scores[place] - our_scores[place])
+                differences.append((user, place, item, other, gap))
+                assert gap < CLOSE, differences[-1]
+                assert other not in their_score_of or abs(their_score_of[other] - their_scores[place]) < CLOSE
+    print(f"{len(differences)} places differ in float32:", *differences, sep="\n")
