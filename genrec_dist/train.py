@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 from genrec_dist.audit import exclude_history_default
 from genrec_dist.batch import Batch, RankStep, idle_batch
+from genrec_dist.beam import TrieSearcher
 from genrec_dist.checkpoint import (
     Checkpoint,
     Progress,
@@ -45,9 +46,9 @@ from genrec_dist.progress import Meter, TrainingDisplay
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Recipe, Stage, dump_recipe
 from genrec_dist.results import sample_users
-from genrec_dist.run import make_searcher
 from genrec_dist.stop import NotFinite, Stopped, StopRequest, ignore_signals
 from genrec_dist.tables import IdTables
+from genrec_dist.trie import build_trie
 from genrec_dist.workshop import StageSteps, StepBatches, Workshop, open_workshop, stage_of
 
 
@@ -136,7 +137,7 @@ class Loop:
             else None
         )
         self.progress = Progress()
-        self.searcher = make_searcher(self.model, workshop.words, accelerator.device)
+        self.trie = build_trie(*workshop.words.tokens_of_items())
         self.stop = StopRequest()
         self.log = EventLog(workshop.run, active=False)
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
@@ -351,7 +352,8 @@ class Loop:
             # Under a thousand users the loss is steady enough for a curve.
             loss = history_loss(model, self.workshop.layout, view, users_U[:1000], self.ranks)
             decoding = Decoding(beam=self.recipe.validation.beam, exclude_history=model.config.exclude_history)
-            searcher = self.searcher.of(model)
+            # Made anew each time: a searcher holds rows of the weights, and amid ZeRO-3 a model has none of its own.
+            searcher = TrieSearcher(model, self.trie, self.accelerator.device)
             counts = target_histogram(searcher, self.workshop.layout, view, users_U, decoding, self.ranks)
             metrics = metrics_from_histogram(counts)
             if metrics["NDCG@10"] > self.progress.best_ndcg:
@@ -362,8 +364,8 @@ class Loop:
         self.check_finite()
         complete = self.tables.whole(model)
         if complete is not None:
-            shop, trie = self.workshop, self.searcher.trie
-            save_best(shop.run, complete, shop.tokenizer, shop.words, trie, shop.dataset.path, self.progress.step - 1)
+            shop, step = self.workshop, self.progress.step - 1
+            save_best(shop.run, complete, shop.tokenizer, shop.words, self.trie, shop.dataset.path, step)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -19,10 +19,15 @@ from genrec_shards.synthetic import make_process
 from genrec_shards.write import write_shards
 from safetensors.torch import load_file
 from two_ranks import deepspeed_environment, run_ranks
+from zero_rank import LISTS_WINDOW
 
 from genrec_dist.checkpoint import Checkpoint, list_checkpoints
+from genrec_dist.evaluate import Decoding, history_loss, rank_windows, target_histogram
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.ranks import Ranks
+from genrec_dist.recipe import load_recipe
+from genrec_dist.run import make_searcher
+from genrec_dist.workshop import open_workshop
 
 pytestmark = [pytest.mark.dist, pytest.mark.ranks]
 
@@ -78,6 +83,7 @@ def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
             "name": f"{precision}-{stage}-{world}",
             "stage": stage,
             "set": [f"precision={precision}", "optimizer.clip=0.0"],
+            "lists": stage == 3 and world == 2,
         }
         for precision in ("fp32", "bf16")
         for stage in (None, *STAGES)
@@ -348,6 +354,26 @@ def test_id_tables_stay_outside_and_learn_the_same(results: Results, stage: int 
     assert np.allclose(*losses, rtol=1e-3)
     files = {path.name for path in list_checkpoints(results.folder / f"rows-{stage}")[-1].iterdir()}
     assert {f"ids-{kind}-{rank:05d}-of-00002.safetensors" for kind in ("user", "item") for rank in (0, 1)} <= files
+
+
+def test_lists_amid_a_zero_3_run_are_those_of_one_process(results: Results) -> None:
+    """Decoding is each rank's own affair: unequal numbers of batches hang nobody, and one process finds the same lists."""
+    facts = results.facts("fp32-3-2")
+    shop, _ = open_workshop(load_recipe(results.folder / "recipe.yaml"))
+    model = GenRecForConditionalGeneration.from_pretrained(results.folder / "fp32-3-2").eval()
+    searcher = make_searcher(model, shop.words, torch.device("cpu"))
+    view, users = shop.dataset.sequences.history_and_target("validation"), np.arange(90)
+    windows = list(
+        rank_windows(searcher, shop.layout, view, users, Decoding(batch_size=16), Ranks(), window=LISTS_WINDOW)
+    )
+    assert [window.user_rows.tolist() for window in windows] == facts["users"]
+    assert [window.items.tolist() for window in windows] == facts["items"]
+    for window, theirs in zip(windows, facts["scores"], strict=True):
+        assert np.allclose(window.scores, theirs, rtol=1e-5)
+    counts = target_histogram(searcher, shop.layout, view, users, Decoding(batch_size=16), Ranks())
+    assert counts.tolist() == facts["counts"]
+    loss = history_loss(model, shop.layout, view, users, Ranks(), batch_size=16)
+    assert loss == pytest.approx(facts["validation_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("run", ["whole-2", "whole-3", "whole-bf16"])

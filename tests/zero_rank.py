@@ -13,19 +13,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 
 import genrec_dist.engine
+from genrec_dist.beam import TrieSearcher
 from genrec_dist.engine import Spread, make_accelerator
+from genrec_dist.evaluate import Decoding, history_loss, rank_windows, target_histogram
+from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.optim import build_optimizer
 from genrec_dist.progress import Meter
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import load_recipe
 from genrec_dist.train import Loop, train
 from genrec_dist.workshop import StepBatches, open_workshop
+
+LISTS_WINDOW = 70
+"""Users a window of the lists: five batches and two, on two ranks."""
 
 
 def main(path: Path) -> None:
@@ -82,6 +89,7 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     loop.check_finite()
     with loop.engine.whole() as whole:
         after = {name: p.detach().float().clone() for name, p in whole.named_parameters()}
+        found = lists(loop, whole, folder / job["name"]) if job.get("lists") else {}
     if loop.ranks.is_main:
         save_file({name: after[name] - before[name] for name in after}, folder / f"{job['name']}.safetensors")
     moments = loop.engine.optimizer.state.get(loop.engine.masters[0], {})
@@ -93,6 +101,27 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "distributed_type": accelerator.distributed_type.value,
         "stage": loop.engine.engine.zero_optimization_stage() if isinstance(loop.engine, Spread) else None,
         "processes": accelerator.num_processes,
+        **found,
+    }
+
+
+def lists(loop: Loop, whole: GenRecForConditionalGeneration, folder: Path) -> dict[str, Any]:
+    """Lists, histogram and loss of 90 users in windows and batches that do not divide; the weights go to `folder`."""
+    shop, view = loop.workshop, loop.workshop.dataset.sequences.history_and_target("validation")
+    users, searcher = np.arange(90), TrieSearcher(whole, loop.trie)
+    windows = list(
+        rank_windows(searcher, shop.layout, view, users, Decoding(batch_size=16), loop.ranks, window=LISTS_WINDOW)
+    )
+    counts = target_histogram(searcher, shop.layout, view, users, Decoding(batch_size=16), loop.ranks)
+    loss = history_loss(whole, shop.layout, view, users, loop.ranks, batch_size=16)
+    if loop.ranks.is_main:
+        whole.save_pretrained(folder)
+    return {
+        "users": [window.user_rows.tolist() for window in windows],
+        "items": [window.items.tolist() for window in windows],
+        "scores": [window.scores.tolist() for window in windows],
+        "counts": counts.tolist(),
+        "validation_loss": loss,
     }
 
 
