@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from background import PATIENCE, spawn
 from genrec_shards.prepare import Dataset, load_dataset, prepare
 from hypothesis import given
 from hypothesis import strategies as st
@@ -24,9 +25,6 @@ from genrec_dist.choice import Choice, choose_items, name_some, read_ids
 from genrec_dist.cli import run_command
 from genrec_dist.recommend import Recommendation, Recommender, Request, Shown, read_requests, user_request
 from genrec_dist.run import load_run, make_searcher
-
-PATIENCE = 60
-"""Seconds after which a thread counts as stranded."""
 
 
 @pytest.fixture(scope="module")
@@ -367,21 +365,19 @@ class Watched:
     def with_all_waiting(self, calls: list[Callable[[], Any]]) -> list[Any]:
         """Results or errors: the first call is decoded, and held, until all the others wait."""
         self.held.clear()
-        with ThreadPoolExecutor(len(calls)) as pool:
-            futures = [pool.submit(calls[0])]
-            assert self.begun.wait(PATIENCE)
-            gate = threading.Barrier(len(calls) - 1)
+        futures = [spawn(calls[0])]
+        assert self.begun.wait(PATIENCE)
+        gate = threading.Barrier(len(calls) - 1)
 
-            def after_the_others(call: Callable[[], Any]) -> Any:
-                gate.wait(PATIENCE)
-                return call()
+        def with_the_others(call: Callable[[], Any]) -> Any:
+            gate.wait(PATIENCE)
+            return call()
 
-            futures += [pool.submit(after_the_others, call) for call in calls[1:]]
-            rest = threading.Event()
-            while len(self.recommender._callers._waiting) + sum(future.done() for future in futures) < len(calls) - 1:
-                rest.wait(0.001)
-            self.held.set()
-            return [future.exception(PATIENCE) or future.result() for future in futures]
+        futures += [spawn(with_the_others, call) for call in calls[1:]]
+        while len(self.recommender._callers._waiting) + sum(future.done() for future in futures) < len(calls) - 1:
+            time.sleep(0.001)
+        self.held.set()
+        return [future.exception(PATIENCE) or future.result() for future in futures]
 
 
 @pytest.fixture
@@ -413,9 +409,8 @@ def test_answers_of_many_threads_are_those_given_alone(recommender: Recommender,
                 assert answer.items == expected.items[:k]
                 assert answer.scores == pytest.approx(expected.scores[:k], rel=1e-6)
 
-    with ThreadPoolExecutor(8) as pool:
-        for future in [pool.submit(one_thread, seed) for seed in range(8)]:
-            future.result(PATIENCE)
+    for future in [spawn(one_thread, seed) for seed in range(8)]:
+        future.result(PATIENCE)
 
 
 def test_calls_that_wait_share_a_batch_if_they_take_one_beam(
