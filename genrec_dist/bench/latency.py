@@ -62,7 +62,9 @@ def bench_latency(
     sizes = sizes or Sizes()
     with tempfile.TemporaryDirectory(prefix="genrec-bench-") as folder:
         made = load_dataset(data) if data else make_data(Path(folder) / "made", sizes.users, sizes.items)
-    loaded = load_run(run, best_device()) if run else random_run(made)
+    # Not every item of a synthetic catalogue has been taken by somebody.
+    item_ids = made.sequences.item_ids if data else [str(item) for item in range(sizes.items)]
+    loaded = load_run(run, best_device()) if run else random_run(item_ids)
     if run and data:
         check_numbering(loaded, made)
     recommender = Recommender(loaded)
@@ -86,31 +88,20 @@ def bench_latency(
     return claims, table("latency", claims, sizes=vars(sizes), data=described, measured=measured)
 
 
-def random_run(dataset: Dataset) -> LoadedRun:
-    """`tiny` before its first step, on this data."""
-    recipe, codes, device = load_recipe("tiny"), dataset.numbering, best_device()
-    tokenizer = train_tokenizer(codes.item_codes, recipe.tokens.vocab_size)
-    words = build_words(tokenizer, codes.item_codes, codes.user_codes)
+def random_run(item_ids: list[str]) -> LoadedRun:
+    """`tiny` before its first step, over items whose codes are their places."""
+    recipe, device = load_recipe("tiny"), best_device()
+    codes = [str(place) for place in range(1, len(item_ids) + 1)]
+    tokenizer = train_tokenizer(codes, recipe.tokens.vocab_size)
+    words = build_words(tokenizer, codes, [])
+    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad", "eos", "mask")}
     torch.manual_seed(0)
-    special = {
-        "bos": tokenizer.bos_token_id,
-        "pad": tokenizer.pad_token_id,
-        "eos": tokenizer.eos_token_id,
-        "mask": tokenizer.mask_token_id,
-    }
     model = build_model(
-        recipe.model,
-        vocab_size=len(tokenizer),
-        num_users=words.num_users,
-        num_items=words.num_items,
-        num_masks=1,
-        special=special,
+        recipe.model, vocab_size=len(tokenizer), num_users=0, num_items=len(item_ids), num_masks=1, special=special
     )
     model = model.to(device).eval()
-    sequences = dataset.sequences
-    catalogue = Catalogue(sequences.item_ids, codes.item_codes, sequences.user_ids, codes.user_codes)
     layout, searcher = make_layout(words, model.config), make_searcher(model, words, device)
-    return LoadedRun(dataset.path, model, tokenizer, words, layout, searcher, catalogue)
+    return LoadedRun(Path("random"), model, tokenizer, words, layout, searcher, Catalogue(item_ids, codes, [], []))
 
 
 def histories_of(dataset: Dataset, catalogue: Catalogue) -> list[list[str]]:
