@@ -167,23 +167,13 @@ def rank_batch(
     encoder = encode_histories(items, offsets, user_rows_B, layout).to(searcher.device)
     # The whole history is excluded, also what the model's input had no room for.
     excluded = (np.repeat(np.arange(len(user_rows_B)), lengths_B), items) if decoding.exclude_history else None
-    return searcher.search(encoder, beam=decoding.beam, top=decoding.top, mode=decoding.mode, excluded=excluded)
-
-
-def rank_users(
-    searcher: TrieSearcher,
-    layout: Layout,
-    view: SplitView,
-    user_rows_U: np.ndarray,
-    decoding: Decoding,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    on_batch: Callable[[int], None] | None = None,
-) -> TopItems:
-    """Top items of these users after their histories, in the given order, all in memory."""
-    windows = list(rank_windows(searcher, layout, view, user_rows_U, decoding, Ranks(), on_batch))
-    return TopItems(np.concatenate([w.items for w in windows]), np.concatenate([w.scores for w in windows]))
+    try:
+        return searcher.search(encoder, beam=decoding.beam, top=decoding.top, mode=decoding.mode, excluded=excluded)
+    except torch.OutOfMemoryError:
+        raise ValueError(
+            f"{len(user_rows_B)} users at once, beam {decoding.beam}, do not fit into the memory of {searcher.device}: "
+            "lower --batch-size"
+        ) from None
 
 
 def target_histogram(
@@ -196,11 +186,11 @@ def target_histogram(
 ) -> np.ndarray:
     """int64 [21], as `rank_histogram`, of these users' targets; the ranks share the batches, and no list travels. Collective."""
 
+    batches = cut_batches((view.ends - view.starts)[user_rows_U], decoding.batch_size)
+
     def mine() -> np.ndarray:
         counts = np.zeros(TOP + 1, np.int64)
-        for places_B in cut_batches((view.ends - view.starts)[user_rows_U], decoding.batch_size)[
-            ranks.rank :: ranks.size
-        ]:
+        for places_B in batches[ranks.rank :: ranks.size]:
             rows_B = user_rows_U[places_B]
             lists = rank_batch(searcher, layout, view, rows_B, decoding)
             counts += rank_histogram(target_ranks(lists.items, view.targets[rows_B]))
@@ -277,8 +267,12 @@ def evaluate(
         decode=decoding.mode,
     )
 
+    alike = ranks.texts(f"{dataset.info.sequences_hash} {decoding}")
+
     def opened() -> ResultsWriter | None:
         check_numbering(run, dataset)
+        if alike[ranks.rank] != alike[0]:
+            raise ValueError("not the data or the options of rank 0: start all ranks with one command and equal data")
         if not ranks.is_main:
             return None
         writer = ResultsWriter(

@@ -44,7 +44,14 @@ def every_way(loaded: LoadedRun, dataset: Dataset, out: Path, ranks: Ranks) -> N
 
 def main(run: str, data: str, out: Path) -> None:
     join()
-    every_way(load_run(run), load_dataset(data), out, Ranks())
+    loaded, dataset, ranks = load_run(run), load_dataset(data), Ranks()
+    every_way(loaded, dataset, out, ranks)
+    try:  # as if each rank had been started with other options
+        evaluate(
+            replace(loaded, path=out / "unlike"), dataset, "test", decoding=Decoding(beam=20 + ranks.rank), ranks=ranks
+        )
+    except ValueError as error:
+        (out / f"unlike-{ranks.rank}.txt").write_text(str(error))
     leave()
 
 

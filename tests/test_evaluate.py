@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +18,18 @@ import pytest
 import torch
 from evaluate_rank import WAYS, every_way
 from genrec_shards.prepare import load_dataset, prepare
+from genrec_shards.sequences import SplitView
 from two_ranks import deepspeed_environment, environment, run_ranks, start_each
 
+from genrec_dist.beam import Mode
+from genrec_dist.cli import run_command
 from genrec_dist.evaluate import (
     Decoding,
+    Window,
     check_numbering,
     cut_batches,
     evaluate,
     history_loss,
-    rank_users,
     rank_windows,
     target_histogram,
 )
@@ -74,7 +78,7 @@ def loaded(tiny_run: Path) -> LoadedRun:
     """In float64, so that the order of lists does not hang on rounding."""
     run = load_run(tiny_run)
     model = run.model.double()
-    return replace(run, model=model, searcher=make_searcher(model, run.words, "cpu"))  # type: ignore[arg-type]
+    return replace(run, model=model, searcher=make_searcher(model, run.words, "cpu", texts=run.searcher.texts))
 
 
 def copy_of(run: Path, target: Path) -> Path:
@@ -85,7 +89,20 @@ def without_times(path: Path) -> dict:
     metrics = json.loads((path / "metrics-test.json").read_text())
     assert metrics.pop("seconds") > 0
     assert metrics.pop("users_per_second") > 0
+    metrics.pop("git")  # somebody may commit while the tests run
     return metrics
+
+
+def rank_users(
+    loaded: LoadedRun,
+    view: SplitView,
+    users: np.ndarray,
+    decoding: Decoding,
+    on_batch: Callable[[int], None] | None = None,
+) -> Window:
+    """All lists in one window."""
+    (window,) = rank_windows(loaded.searcher, loaded.layout, view, users, decoding, Ranks(), on_batch)
+    return window
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
@@ -93,11 +110,9 @@ def test_lists_do_not_depend_on_the_batch_size(loaded: LoadedRun, tiny_data: Pat
     sequences = load_dataset(tiny_data).sequences
     view = sequences.history_and_target("test")
     users = np.random.default_rng(0).permutation(sequences.num_users)
-    expected = rank_users(loaded.searcher, loaded.layout, view, np.arange(120), Decoding(batch_size=32))
+    expected = rank_users(loaded, view, np.arange(120), Decoding(batch_size=32))
     done: list[int] = []
-    found = rank_users(
-        loaded.searcher, loaded.layout, view, users, Decoding(batch_size=batch_size), on_batch=done.append
-    )
+    found = rank_users(loaded, view, users, Decoding(batch_size=batch_size), done.append)
     assert (found.items == expected.items[users]).all()
     finite = np.isfinite(found.scores)
     np.testing.assert_allclose(found.scores[finite], expected.scores[users][finite], rtol=1e-6)
@@ -109,7 +124,7 @@ def test_the_whole_history_is_left_out_also_where_the_input_is_cut(loaded: Loade
     """The last user has all 64 items: her input holds some of them, her list the one that is left."""
     sequences = load_dataset(tiny_data).sequences
     view = sequences.history_and_target("test")
-    lists = rank_users(loaded.searcher, loaded.layout, view, np.arange(120), Decoding())
+    lists = rank_users(loaded, view, np.arange(120), Decoding())
     assert lists.items[119].tolist() == [view.targets[119], *[-1] * 19]
     for user in range(119):
         history = set(view.items[view.starts[user] : view.ends[user]].tolist())
@@ -117,7 +132,7 @@ def test_the_whole_history_is_left_out_also_where_the_input_is_cut(loaded: Loade
         assert len(set(listed)) == 20
         assert min(listed) >= 0
         assert not history & set(listed)
-    again = rank_users(loaded.searcher, loaded.layout, view, np.arange(120), Decoding(exclude_history=False))
+    again = rank_users(loaded, view, np.arange(120), Decoding(exclude_history=False))
     assert (again.items >= 0).all()
     assert any(set(again.items[u]) & set(view.items[view.starts[u] : view.ends[u]]) for u in range(119))
 
@@ -131,7 +146,7 @@ def test_windows_come_in_order_and_none_is_larger(loaded: LoadedRun, tiny_data: 
     assert [len(window.user_rows) for window in windows] == [30, 30, 30, 10]
     assert np.concatenate([window.user_rows for window in windows]).tolist() == users.tolist()
     assert {(window.items.dtype.name, window.scores.dtype.name) for window in windows} == {("int32", "float32")}
-    whole = rank_users(loaded.searcher, loaded.layout, view, users, Decoding())
+    whole = rank_users(loaded, view, users, Decoding())
     assert (np.concatenate([window.items for window in windows]) == whole.items).all()
 
 
@@ -171,7 +186,7 @@ def test_a_user_asked_for_twice_is_an_error(loaded: LoadedRun, tiny_data: Path) 
 
 def test_the_histogram_is_that_of_the_lists(loaded: LoadedRun, tiny_data: Path) -> None:
     view, users = load_dataset(tiny_data).sequences.history_and_target("validation"), np.arange(5, 115)
-    lists = rank_users(loaded.searcher, loaded.layout, view, users, Decoding())
+    lists = rank_users(loaded, view, users, Decoding())
     expected = rank_histogram(target_ranks(lists.items, view.targets[users]))
     counts = target_histogram(loaded.searcher, loaded.layout, view, users, Decoding(batch_size=32), Ranks())
     assert counts.tolist() == expected.tolist()
@@ -246,6 +261,39 @@ def test_one_and_two_ranks_write_the_same_bytes(tiny_run: Path, tmp_path: Path) 
     assert without_times(one) == without_times(two)
 
 
+@pytest.mark.parametrize("mode", ["compact", "free", "all"])
+def test_the_protocol_names_the_mode(loaded: LoadedRun, tiny_data: Path, tmp_path: Path, mode: Mode) -> None:
+    decoding = Decoding(mode=mode, top=25, batch_size=50)
+    metrics = evaluate(replace(loaded, path=tmp_path), load_dataset(tiny_data), "validation", decoding=decoding)
+    assert metrics is not None
+    assert metrics["protocol"]["decode"] == mode
+    assert (metrics["invalid_rate"] > 0) == (mode == "free")
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics-validation.json", "top25-validation.parquet"}
+
+
+class Overfull:
+    """A device whose memory is full."""
+
+    device = torch.device("cpu")
+
+    def search(self, *_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def test_memory_that_is_full_names_the_way_out(loaded: LoadedRun, tiny_data: Path, tmp_path: Path) -> None:
+    run = replace(loaded, path=tmp_path, searcher=Overfull())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"32 users at once, beam 20, do not fit .* lower --batch-size"):
+        evaluate(run, load_dataset(tiny_data), "test", decoding=Decoding(batch_size=32))
+    assert not list(tmp_path.iterdir())
+
+
+def test_short_lists_are_a_mistake_in_the_command(tiny_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["evaluate", str(tiny_run), "--top", "10"]) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("genrec: --top 10: metrics look at 20 places, give --top 20 or more")
+    assert said.count("\n") == 1
+
+
 @pytest.fixture(scope="module")
 def alone(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process writes, every way."""
@@ -268,6 +316,10 @@ def test_any_number_of_ranks_writes_the_same_bytes(
         assert sorted(path.name for path in (out / name).iterdir()) == ["metrics-test.json", lists]
         assert (out / name / lists).read_bytes() == (alone / name / lists).read_bytes()
         assert without_times(out / name) == without_times(alone / name)
+    unlike = [(out / f"unlike-{rank}.txt").read_text() for rank in range(num_ranks)]
+    assert all("not the data or the options of rank 0" in text for text in unlike)
+    assert unlike[0].startswith("rank 1: ")
+    assert not (out / "unlike").exists() or not list((out / "unlike").iterdir())
     expected = (alone / "validation-0.json").read_text()
     assert [(out / f"validation-{rank}.json").read_text() for rank in range(num_ranks)] == [expected] * num_ranks
 
