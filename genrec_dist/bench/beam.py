@@ -18,60 +18,25 @@ from typing import Any
 import numpy as np
 import torch
 from genrec_shards.prepare import load_dataset
-from genrec_shards.sequences import Sequences
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
 from genrec_dist import beam as beam_module
 from genrec_dist import trie_walk
-from genrec_dist.batch import EncoderInput, Layout, encode_histories, ragged
-from genrec_dist.beam import TopItems, TrieSearcher
+from genrec_dist.batch import EncoderInput
+from genrec_dist.beam import TopItems
+from genrec_dist.bench.beam_world import EOS, MASK, PAD, VOCABULARY, Shape, World, make_users, spell, users_of
 from genrec_dist.bench.measure import Claim, in_turn, median, table
 from genrec_dist.bench.plain_beam import PlainSearcher
-from genrec_dist.model import GenRecForConditionalGeneration, build_model
-from genrec_dist.recipe import Model
 from genrec_dist.tokens import WordTable
 from genrec_dist.trie import Trie, build_trie, hash_of_words, load_trie, restrict, save_trie
-
-VOCABULARY = 50_265
-"""BART's, with its special tokens in their places."""
-BOS, PAD, EOS, MASK = 0, 1, 2, 50_264
-FIRST_PIECE = 4
-MOST_TOKENS = 512
-
-STEM = 2
-"""Node behind ` item` and `_`."""
-BRANCH_LOGIT = 10.0
-"""By how much the logits of tokens below which items lie are raised: all beams then live to the last step."""
 
 GENERATE = "generate + prefix_allowed_tokens_fn"
 TENSOR_MASK = "generate + tensor mask"
 PLAIN = "plain loop"
 SAME = 1e-5
 """Scores nearer than this may change places between two ways of adding up the same float32 numbers."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model that is decoded with, and for how many users at once."""
-
-    name: str
-    d_model: int
-    layers: int
-    """Of the encoder and of the decoder."""
-    heads: int
-    ffn: int
-    batches: tuple[int, ...]
-    headline: int
-    """The batch whose ratios are claimed."""
-    exact_goal: float
-    compact_goal: float | None
-
-    @property
-    def init_std(self) -> float:
-        """Large enough that the scores of a list lie well apart: logits of a standard deviation of 2."""
-        return 2 / self.d_model**0.5
 
 
 SMALL = Shape("d128 2+2", 128, 2, 4, 512, (1, 8, 32, 128), 32, 10, 80)
@@ -140,142 +105,7 @@ def bench_beam(
 
 
 def _plain(sizes: Sizes) -> dict[str, Any]:
-    return {**vars(sizes), "shapes": [{**vars(shape), "init_std": shape.init_std} for shape in sizes.shapes]}
-
-
-# The words, the users and the model.
-
-
-@dataclass(frozen=True)
-class Users:
-    """Histories by user row: items int32 [total] rows, offsets int64 [U + 1]."""
-
-    items: np.ndarray
-    offsets: np.ndarray
-
-
-def users_of(sequences: Sequences, num_items: int) -> Users:
-    """The test histories. Raises ValueError for a catalogue of another size than the one that is spelled."""
-    if sequences.num_items > num_items:
-        raise ValueError(
-            f"{sequences.num_items} items in the data, {num_items} in the benchmark: give Beauty's size or less"
-        )
-    view = sequences.history_and_target("test")
-    flat, offsets = ragged(view.starts, view.ends - view.starts)
-    return Users(view.items[flat], offsets)
-
-
-def make_users(num_users: int, num_items: int, seed: int = 0) -> Users:
-    """Histories of 4 items and more, 8 in the mean; the popularity of rank r falls as 1 / r."""
-    dice = np.random.default_rng(seed)
-    lengths = 3 + dice.geometric(1 / 5, num_users)
-    items = np.exp(dice.random(lengths.sum()) * np.log(num_items)).astype(np.int32) - 1
-    return Users(items, np.concatenate([[0], np.cumsum(lengths)]))
-
-
-def spell(codes: np.ndarray, stem: tuple[int, int], pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [total], offsets int64 [N + 1]) of ` item_CODE` as BART's tokenizer cuts it: ` item`, `_`, then the code's
-    digits in groups of three from the right. Codes int64 [N], 1 to 999,999,999; pieces [1100]: tokens of `1` to `999`, then of
-    `000` to `099`, which stand behind another group alone."""
-    num_groups = 1 + (codes >= 1000) + (codes >= 1_000_000)
-    columns, present = [np.full(len(codes), token) for token in stem], [np.ones(len(codes), bool)] * 2
-    for place in (2, 1, 0):
-        group = codes // 1000**place % 1000
-        leads = num_groups == place + 1
-        columns.append(pieces[np.where(leads | (group >= 100), group, 1000 + group)])
-        present.append(num_groups > place)
-    kept = np.stack(present, axis=1)
-    return np.stack(columns, axis=1)[kept].astype(np.int32), np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
-
-
-def make_words(num_items: int, num_users: int, seed: int = 0) -> WordTable:
-    """Items and users with codes in a random order, spelled with tokens scattered over the vocabulary."""
-    dice = np.random.default_rng(seed)
-    tokens = dice.permutation(np.arange(FIRST_PIECE, MASK))[:1103]
-    item, user, bar = (int(token) for token in tokens[:3])
-    pieces = tokens[3:]
-    parts = [
-        (np.array([BOS, EOS, MASK], np.int32), np.arange(4)),
-        spell(dice.permutation(num_items) + 1, (item, bar), pieces),
-        spell(dice.permutation(num_users) + 1, (user, bar), pieces),
-    ]
-    lengths = np.concatenate([np.diff(offsets) for _, offsets in parts])
-    return WordTable(
-        np.concatenate([tokens for tokens, _ in parts]),
-        np.concatenate([[0], np.cumsum(lengths)]),
-        num_masks=1,
-        num_items=num_items,
-        num_users=num_users,
-    )
-
-
-class World:
-    """A model with random weights, a catalogue, and users to decode."""
-
-    def __init__(self, shape: Shape, users: Users, num_items: int, device: torch.device):
-        self.shape, self.users, self.device = shape, users, device
-        num_users = len(users.offsets) - 1
-        self.words = make_words(num_items, num_users)
-        self.layout = Layout(self.words, PAD, max_tokens=MOST_TOKENS, user_ids=True, positions="from-start")
-        self.trie = build_trie(*self.words.tokens_of_items())
-        self.model = make_model(shape, self.words).to(device)
-        item_tokens = self.words.lengths[self.words.item_words(users.items)]
-        self.tokens_U = np.add.reduceat(item_tokens, users.offsets[:-1])
-        """Sub-words of each history."""
-        self._favour_branches()
-        self.searcher = TrieSearcher(self.model, self.trie, device)
-
-    def batch(self, size: int) -> tuple[EncoderInput, tuple[np.ndarray, np.ndarray]]:
-        """(encoder input padded to its longest history, (user index, item row) pairs of the histories) of typical users."""
-        rows_B = self.typical_users(size)
-        lengths_B = np.diff(self.users.offsets)[rows_B]
-        flat, offsets = ragged(self.users.offsets[rows_B], lengths_B)
-        items = self.users.items[flat]
-        encoder = encode_histories(items, offsets, rows_B, self.layout).to(self.device)
-        return encoder, (np.repeat(np.arange(size), lengths_B), items)
-
-    def typical_users(self, size: int) -> np.ndarray:
-        """User rows int64 [B] of that one of 101 random batches whose padding is the median: a batch of a dozen can be padded to
-        40 sub-words or to 180, as chance has it, and `generate` suffers most from the longer one."""
-        dice = np.random.default_rng(size)
-        num_users = len(self.tokens_U)
-        draws = [dice.choice(num_users, size, replace=size > num_users) for _ in range(101)]
-        return draws[np.argsort([self.tokens_U[rows_B].max() for rows_B in draws], kind="stable")[50]]
-
-    @torch.no_grad()
-    def _favour_branches(self) -> None:
-        """Let the tokens below which items lie be likely where they may stand. 12 of 999 first groups lead to eleven twelfths of
-        Beauty's items, and a trained model knows it; by plain random weights the beams would spread over the others and be gone
-        before the last step, which would flatter a search that drops them."""
-        children = np.flatnonzero(self.trie.parent == STEM)
-        branches = torch.from_numpy(self.trie.token[children[self.trie.num_children[children] > 0]]).to(self.device)
-        encoder, _ = self.batch(64)
-        stem = torch.tensor([MASK, *self.trie.token[1 : STEM + 1]], device=self.device)
-        states_BTD = self.model.decode(stem.expand(64, -1), self.model.encode(encoder), encoder.attention_mask)
-        common_D = states_BTD[:, -1].mean(0)
-        self.model.lm_head.weight[branches.long()] += BRANCH_LOGIT * common_D / common_D.square().sum()
-
-
-def make_model(shape: Shape, words: WordTable) -> GenRecForConditionalGeneration:
-    torch.manual_seed(0)
-    recipe = Model(
-        d_model=shape.d_model,
-        encoder_layers=shape.layers,
-        decoder_layers=shape.layers,
-        heads=shape.heads,
-        ffn=shape.ffn,
-        max_tokens=MOST_TOKENS,
-        init_std=shape.init_std,
-    )
-    model = build_model(
-        recipe,
-        vocab_size=VOCABULARY,
-        num_users=words.num_users,
-        num_items=words.num_items,
-        num_masks=1,
-        special={"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK},
-    )
-    return model.eval()
+    return {**vars(sizes), "shapes": [vars(shape) for shape in sizes.shapes]}
 
 
 # The peers.
