@@ -130,8 +130,9 @@ class Ranks:
         notes = [_frame(_WELL, mine)] if error is None else [_frame(self.rank, mine), _bytes(f"{error}")]
         shared = mine.new_empty(self.size, *mine.shape) if share else mine.new_empty(0)
         answer, failure = _frame(_WELL, shared), _bytes("")
-        lost = next(filter(None, (_lost(self._post(dist.isend, note, 0)) for note in notes)), "")
-        lost = lost or _lost(self._post(dist.irecv, answer, 0))
+        # Gloo sends at once to whoever waits already, and asks first otherwise: that would be two more hops.
+        coming = self._post(dist.irecv, answer, 0)
+        lost = next(filter(None, (_lost(self._post(dist.isend, note, 0)) for note in notes)), "") or _lost(coming)
         if not lost and _mark(answer) != _WELL:
             lost = _lost(self._post(dist.irecv, failure, 0))
         return list(_content(answer).view(shared.dtype).view(shared.shape)), _gone(0, lost) if lost else _text(failure)
