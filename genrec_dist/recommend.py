@@ -8,7 +8,7 @@ import json
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -80,6 +80,9 @@ class Recommender:
 
     Calls that come while a batch is decoded share the next one (`callers.py`); a lone call is decoded at once. What else is
     in a batch moves scores by float rounding, about 1e-6, so items whose scores are that close can change places.
+
+    On a CPU, `torch.set_num_threads(1)` gives the shortest latency for small models: the callers' threads would each bring a
+    pool of torch's (docs/log.md).
     """
 
     def __init__(
@@ -96,6 +99,10 @@ class Recommender:
 
         Raises ValueError if no item is left.
         """
+        if mode not in get_args(Mode):
+            raise ValueError(f"decode mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
+        if beam < 1:
+            raise ValueError(f"beam {beam}: give a whole number of at least 1")
         self.run = run
         self.beam = beam
         self.mode = mode

@@ -28,7 +28,9 @@ def recommender(tiny_run: Path) -> Recommender:
     """In float64, so that the order of lists does not hang on rounding."""
     run = load_run(tiny_run)
     model = run.model.double()
-    return Recommender(replace(run, model=model, searcher=make_searcher(model, run.words, "cpu", texts=run.searcher.texts)))
+    return Recommender(
+        replace(run, model=model, searcher=make_searcher(model, run.words, "cpu", texts=run.searcher.texts))
+    )
 
 
 @pytest.fixture(scope="module")

@@ -200,6 +200,13 @@ def test_what_is_no_request_is_named(recommender: Recommender, requests: Any, k:
     assert "\n" not in str(refusal.value)
 
 
+def test_an_unknown_mode_and_no_beam_are_refused(recommender: Recommender) -> None:
+    with pytest.raises(ValueError, match="decode mode 'fast': choose one of exact, compact, free, all"):
+        Recommender(recommender.run, mode="fast")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="beam 0: give"):
+        Recommender(recommender.run, beam=0)
+
+
 # Which items may be listed
 
 
