@@ -135,6 +135,10 @@ def test_lists_may_differ_only_where_scores_are_all_but_equal() -> None:
     found = compare_lists(ours, swapped)
     assert found["items that differ"] == 2
     assert found["items compared"] == 3
+    shifted = compare_lists(ours, TopItems(swapped.items, scores + np.float32(1e-4)))
+    assert shifted["largest common shift of a user's scores"] == pytest.approx(1e-4, rel=0.01)
+    with pytest.raises(AssertionError, match="rank 0"):
+        compare_lists(ours, TopItems(ours.items, scores + np.float32(1e-3)))
     with pytest.raises(AssertionError, match="user 0 of the batch, rank 0: item 4 at -1, not 5 at -2"):
         compare_lists(ours, TopItems(np.array([[5, 4, 6]], np.int32), np.array([[-2, -1, -2.000004]], np.float32)))
     short = TopItems(np.array([[4, 5, -1]], np.int32), np.array([[-1, -2, -np.inf]], np.float32))

@@ -37,6 +37,8 @@ TENSOR_MASK = "generate + tensor mask"
 PLAIN = "plain loop"
 SAME = 1e-5
 """Scores nearer than this may change places between two ways of adding up the same float32 numbers."""
+SHIFTED = 2e-4
+"""What rounding may make of all scores of a list together."""
 
 
 SMALL = Shape("d128 2+2", 128, 2, 4, 512, (1, 8, 32, 128), 32, 10, 80)
@@ -216,12 +218,18 @@ def generated_lists(output: Any, words: WordTable, num_users: int) -> TopItems:
 
 
 def compare_lists(ours: TopItems, theirs: TopItems) -> dict[str, Any]:
-    """Where two searches with the same rules differ. Raises AssertionError unless scores there are all but equal."""
+    """Where two searches with the same rules differ. Raises AssertionError unless the items there tie to `SAME`.
+
+    What all scores of a user's list differ by is taken off first: where one of 50,265 tokens has nearly all of the probability,
+    torch's float32 `log_softmax`, which `generate` adds up, stands some 1e-5 above the true value, for all items alike.
+    """
     differ_BN = ours.items != theirs.items
     both_BN = np.isfinite(ours.scores) & np.isfinite(theirs.scores)
-    apart_BN = np.zeros(ours.scores.shape)
-    apart_BN[both_BN] = np.abs(ours.scores[both_BN] - theirs.scores[both_BN])
-    wrong_BN = differ_BN & (~both_BN | (apart_BN >= SAME))
+    apart_BN = np.full(ours.scores.shape, np.nan)
+    apart_BN[both_BN] = theirs.scores[both_BN].astype(np.float64) - ours.scores[both_BN]
+    shift_B1 = np.array([[np.median(row[~np.isnan(row)]) if (~np.isnan(row)).any() else 0.0] for row in apart_BN])
+    beside_BN = np.abs(apart_BN - shift_B1)
+    wrong_BN = (differ_BN & ~(beside_BN < SAME)) | (np.abs(shift_B1) > SHIFTED)
     if wrong_BN.any():
         user, rank = (int(values[0]) for values in np.nonzero(wrong_BN))
         raise AssertionError(
@@ -231,7 +239,8 @@ def compare_lists(ours: TopItems, theirs: TopItems) -> dict[str, Any]:
     return {
         "items compared": int((theirs.items >= 0).sum()),
         "items that differ": int(differ_BN.sum()),
-        "largest difference of scores": float(apart_BN.max(initial=0.0)),
+        "largest common shift of a user's scores": float(np.abs(shift_B1).max()),
+        "largest difference beside it": float(beside_BN[both_BN].max(initial=0.0)),
     }
 
 
