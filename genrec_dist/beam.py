@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -20,7 +20,7 @@ from genrec_dist.metrics import EMPTY
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.score_all import score_all
 from genrec_dist.tokens import ItemTexts
-from genrec_dist.trie import Trie, pruned
+from genrec_dist.trie import Trie, pruned, restrict
 from genrec_dist.trie_walk import NOTHING, Ends, Levels, best_of, lost_on, walk
 
 Mode = Literal["exact", "compact", "free", "all"]
@@ -57,13 +57,11 @@ class TrieSearcher:
     ):
         """`texts` reads what mode `free` generates. `static`: shapes that depend on sizes alone and no wait for the device
         between the encoder and the lists; None: on a GPU."""
-        self.trie = trie
         self.device = torch.device(device)
         self.texts = texts
         self.static = self.device.type == "cuda" if static is None else static
-        self.levels = Levels(trie, self.device)
-        self.item_node = torch.from_numpy(trie.item_node).to(self.device)
         self._walk = walk
+        self._walk_on(trie)
         self._take(model)
 
     def of(self, model: GenRecForConditionalGeneration) -> TrieSearcher:
@@ -72,12 +70,27 @@ class TrieSearcher:
         other._take(model)
         return other
 
+    def among(self, item_rows: np.ndarray) -> TrieSearcher:
+        """The search among these items alone. An item's score is the same whatever else may be listed: `compact` stays a softmax
+        over the whole catalogue's tokens, and `free`, which walks no trie, stays what it is. Raises ValueError if no item is left
+        or a row is no item's."""
+        other = copy.copy(self)
+        other._walk_on(restrict(self.trie, item_rows))
+        other._take(self.model)
+        other.heads = {mode: replace(part, softmax=self.heads[mode].softmax) for mode, part in other.heads.items()}
+        return other
+
     def compiled(self, **options: object) -> TrieSearcher:
         """The same searcher with static shapes, its walk one `torch.compile`d graph for each shape of batch."""
         other = copy.copy(self)
         other.static = True
         other._walk = torch.compile(walk, fullgraph=True, dynamic=False, **options)  # type: ignore[call-overload]
         return other
+
+    def _walk_on(self, trie: Trie) -> None:
+        self.trie = trie
+        self.levels = Levels(trie, self.device)
+        self.item_node = torch.from_numpy(trie.item_node).to(self.device)
 
     def _take(self, model: GenRecForConditionalGeneration) -> None:
         self.model = model

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +21,6 @@ from genrec_dist.choice import Choice, choose_items, rows_of
 from genrec_dist.evaluate import check_numbering
 from genrec_dist.metrics import TOP
 from genrec_dist.run import LoadedRun, load_run
-from genrec_dist.trie import restrict
 
 REQUESTS_AT_ONCE = 256
 """Requests that are decoded in one batch, of one caller or of many."""
@@ -210,14 +209,8 @@ class Recommender:
 
 def _make_searcher(run: LoadedRun, choice: Choice, mode: Mode) -> TrieSearcher:
     """The run's own, or one over a part of its items."""
-    whole = run.searcher
     # `free` walks no trie: what must not be listed is left out of its finished lists.
-    if choice.is_all or mode == "free":
-        return whole
-    part = TrieSearcher(run.model, restrict(whole.trie, choice.rows), whole.device)
-    # An item's score is the same whatever else may be listed: `compact` stays a softmax over the whole catalogue's tokens.
-    part.heads = {name: replace(heads, softmax=whole.heads[name].softmax) for name, heads in part.heads.items()}
-    return part
+    return run.searcher if choice.is_all or mode == "free" else run.searcher.among(choice.rows)
 
 
 def _joined(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ from genrec_dist.batch import Layout
 from genrec_dist.beam import TrieSearcher
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.tokens import ItemTexts, WordTable, build_words
-from genrec_dist.trie import TRIE_FILE, Trie, build_trie, hash_of_words, load_trie, restrict
+from genrec_dist.trie import TRIE_FILE, Trie, build_trie, hash_of_words, load_trie
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def make_searcher(
     """A searcher over all items, or over these rows alone; `texts` for mode `free`. Raises ValueError if no item is left or a row
     is no item's."""
     trie = build_trie(*words.tokens_of_items())
-    return TrieSearcher(model, trie if items is None else restrict(trie, items), device, texts=texts)
+    searcher = TrieSearcher(model, trie, device, texts=texts)
+    return searcher if items is None else searcher.among(items)
 
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
