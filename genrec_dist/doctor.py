@@ -28,7 +28,7 @@ REQUIRED = (
 # What each optional package is for, and the extra that brings it.
 OPTIONAL = {
     "deepspeed": ("ZeRO", "zero"),
-    "triton": ("GPU kernels", "gpu"),
+    "triton": ("GPU kernels", "kernels"),
     "ray": ("sweeps", "tune"),
     "optuna": ("sweeps", "tune"),
     "torchmetrics": ("a test's second opinion", "dev"),
