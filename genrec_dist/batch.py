@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from genrec_kernels import SumPlan
 from genrec_shards.keyed import keyed_bits, keyed_uniform
 from genrec_shards.plan import StepSamples
 from genrec_shards.sequences import flat_ranges
@@ -89,11 +90,13 @@ class Batch:
     """Real tokens of encoder and decoder."""
     num_slots: int
     """Tokens with padding: B x L + R x T."""
+    plan: SumPlan | None = None
+    """For the backward of the embedding kernel, where that is used."""
 
     def to(self, device: torch.device) -> Batch:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        for name in ("encoder", "encoder_row", "decoder_input_ids", "labels"):
-            values[name] = values[name].to(device)
+        for name in ("encoder", "encoder_row", "decoder_input_ids", "labels", "plan"):
+            values[name] = None if values[name] is None else values[name].to(device)
         return Batch(**values)
 
 
