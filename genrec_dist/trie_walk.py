@@ -23,6 +23,8 @@ Ends = Literal["kept", "ranked"]
 `beam` best candidates of its step, continuations included, as Hugging Face's `generate` has it."""
 
 NOTHING = float("-inf")
+MOST_BEAMS = 1024
+"""Up to so many beams a static search knows how many children they can have; for more it makes room for a whole level."""
 FEWEST_PAIRS = 256
 """What a static search pads the exclusions of a level to at least."""
 
@@ -41,7 +43,11 @@ class Levels:
         self.first_child = move(np.append(trie.first_child, 0))
         self.num_children = move(np.append(trie.num_children, 0))
         self.end_item = move(np.append(trie.end_item.astype(np.int64), -1))
-        self.fans = [trie.widest_fan(level) for level in range(trie.depth + 1)]
+        self.families = [
+            np.cumsum(-np.sort(-trie.num_children[first:last]))[:MOST_BEAMS].tolist()
+            for first, last in pairwise(trie.level_offsets)
+        ]
+        """Children that so many different nodes of a level (one, two, ...) can have together, by level."""
         self.num_nodes = np.diff(trie.level_offsets).tolist()
         self.first_nodes = trie.level_offsets[:-1].tolist()
         self.tokens: list[Tensor] = []
@@ -56,6 +62,11 @@ class Levels:
         self.num_forced = _num_forced(trie)
         self.prefix = self.token[1 : self.num_forced + 1]
         """int64, the tokens that all items begin with."""
+
+    def most_children(self, level: int, num_beams: int) -> int:
+        """Children that so many different nodes of a level can have together."""
+        families = self.families[level]
+        return families[num_beams - 1] if num_beams <= len(families) else self.num_nodes[level + 1]
 
 
 def _num_forced(trie: Trie) -> int:
@@ -127,7 +138,7 @@ def walk(
         reached_BKV = log_probabilities(heads, level, hidden_BKD).add_(scores_BK[..., None])
         ends_BK = _ended(reached_BKV[..., 0], nodes_BK, levels, lost, level, static)
         if level < levels.depth:
-            reached_BX, children_BX = _children(reached_BKV, nodes_BK, levels, lost, level, static)
+            reached_BX, children_BX, beams_BX = _children(reached_BKV, nodes_BK, levels, lost, level, static)
             if ends == "ranked":
                 candidates_BX = torch.cat([reached_BX, ends_BK], 1)
                 least_B1 = candidates_BX.topk(min(beam, candidates_BX.shape[1])).values[:, -1:]
@@ -138,7 +149,7 @@ def walk(
         if level == levels.depth:
             break
         scores_BK, nodes_BK, places_BK = best(reached_BX, children_BX, beam)
-        parent_BK = places_BK // levels.fans[level]
+        parent_BK = beams_BX.gather(1, places_BK)
         if not static:
             num_open = num_open_beams(scores_BK, found_scores_BN, top)
             if num_open == 0:
@@ -165,51 +176,52 @@ def _ended(ends_BK: Tensor, nodes_BK: Tensor, levels: Levels, lost: Lost | None,
         return ends_BK
     users_X, nodes_X = lost.ends[level]
     match_XK = nodes_BK[users_X] == nodes_X[:, None]
-    return _without(ends_BK[..., None], users_X, match_XK, torch.zeros_like(users_X), static)[..., 0]
+    beams_K = torch.arange(nodes_BK.shape[1], device=nodes_BK.device)
+    return _without(ends_BK, users_X, match_XK, beams_K.expand_as(match_XK), static)
 
 
 def _children(
-    scores_BKV: Tensor,
-    nodes_BK: Tensor,
-    levels: Levels,
-    lost: Lost | None,
-    level: int,
-    static: bool,
-) -> tuple[Tensor, Tensor]:
-    """(scores, nodes) of the children of all beams, [B, K * C]; `scores_BKV` are used up.
+    scores_BKV: Tensor, nodes_BK: Tensor, levels: Levels, lost: Lost | None, level: int, static: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores, nodes, parent beams) [B, X] of the children of a user's beams, one beam's after another's; `scores_BKV` are used up.
 
-    A place without a child stands nowhere with a score of -inf, which no token can raise again.
+    A place behind the last child stands nowhere with a score of -inf, which no token can raise again.
     """
-    fan = levels.fans[level]
     if levels.num_nodes[level] == 1:
         # All users stand at one node, whose children are all of the next level, in the order of its logits.
-        reached_BKC = scores_BKV[..., 1:]
+        reached_BX = scores_BKV[:, 0, 1:]
         first = levels.first_nodes[level + 1]
-        children_BKC = torch.arange(first, first + fan, device=nodes_BK.device).expand_as(reached_BKC)
+        children_BX = torch.arange(first, first + reached_BX.shape[1], device=nodes_BK.device).expand_as(reached_BX)
+        beams_BX, starts_BK = torch.zeros_like(children_BX), torch.zeros_like(nodes_BK)
     else:
-        columns_C = torch.arange(fan, device=nodes_BK.device)
-        exists_BKC = columns_C < levels.num_children[nodes_BK][..., None]
-        children_BKC = (levels.first_child[nodes_BK][..., None] + columns_C).where(exists_BKC, levels.nowhere)
-        reached_BKC = scores_BKV.gather(2, levels.column[children_BKC].flatten(2)).masked_fill_(~exists_BKC, NOTHING)
+        counts_BK = levels.num_children[nodes_BK]
+        ends_BK = counts_BK.cumsum(1)
+        starts_BK = ends_BK - counts_BK
+        most = levels.most_children(level, nodes_BK.shape[1]) if static else int(ends_BK[:, -1].max())
+        places_BX = torch.arange(most, device=nodes_BK.device).expand(len(nodes_BK), -1).contiguous()
+        beams_BX = torch.searchsorted(ends_BK, places_BX, right=True).clamp_(max=nodes_BK.shape[1] - 1)
+        exists_BX = places_BX < ends_BK[:, -1:]
+        children_BX = (levels.first_child[nodes_BK] - starts_BK).gather(1, beams_BX) + places_BX
+        children_BX = children_BX.where(exists_BX, levels.nowhere)
+        columns_BX = beams_BX * scores_BKV.shape[2] + levels.column[children_BX]
+        reached_BX = scores_BKV.flatten(1).gather(1, columns_BX).masked_fill_(~exists_BX, NOTHING)
     if lost is not None:
         users_X, parents_X, places_X = lost.dead[level + 1]
         match_XK = nodes_BK[users_X] == parents_X[:, None]
-        reached_BKC = _without(reached_BKC, users_X, match_XK, places_X, static)
-    return reached_BKC.flatten(1), children_BKC.flatten(1)
+        reached_BX = _without(reached_BX, users_X, match_XK, starts_BK[users_X] + places_X[:, None], static)
+    return reached_BX, children_BX, beams_BX
 
 
-def _without(scores_BKC: Tensor, users_X: Tensor, match_XK: Tensor, places_X: Tensor, static: bool) -> Tensor:
-    """-inf at the child `places_X` of the beam that a pair meets, in place where it may be."""
+def _without(scores_BX: Tensor, users_X: Tensor, match_XK: Tensor, places_XK: Tensor, static: bool) -> Tensor:
+    """-inf at the place [X, K] in a user's row of the beam that a pair meets, in the tensor itself where it may be."""
     if not static:
         pair, beam = match_XK.nonzero(as_tuple=True)
-        scores_BKC[users_X[pair], beam, places_X[pair]] = NOTHING
-        return scores_BKC
+        scores_BX[users_X[pair], places_XK[pair, beam]] = NOTHING
+        return scores_BX
     # A pair that meets no beam writes into a spare place.
-    num_beams, fan = scores_BKC.shape[1:]
-    beams_K = torch.arange(num_beams, device=scores_BKC.device)
-    index_XK = ((users_X[:, None] * num_beams + beams_K) * fan + places_X[:, None]).where(match_XK, scores_BKC.numel())
-    spare = F.pad(scores_BKC.flatten(), (0, 1)).index_fill_(0, index_XK.flatten(), NOTHING)
-    return spare[:-1].view(scores_BKC.shape)
+    index_XK = (users_X[:, None] * scores_BX.shape[1] + places_XK).where(match_XK, scores_BX.numel())
+    spare = F.pad(scores_BX.flatten(), (0, 1)).index_fill_(0, index_XK.flatten(), NOTHING)
+    return spare[:-1].view(scores_BX.shape)
 
 
 def num_open_beams(scores_BK: Tensor, found_scores_BN: Tensor, top: int) -> int:
