@@ -21,7 +21,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from genrec_dist import topology
 from genrec_dist.batch import Batch
-from genrec_dist.model import GenRecForConditionalGeneration, choose_attention
+from genrec_dist.model import GenRecForConditionalGeneration, choose_attention, choose_loss
 from genrec_dist.optim import build_optimizer
 from genrec_dist.recipe import Recipe
 
@@ -63,8 +63,8 @@ class Engine(Protocol):
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch; at the last one of a step the ranks' gradients meet."""
 
-    def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(logits [n, V], labels [n]) of a micro-batch on the device, in training mode."""
+    def loss(self, batch: Batch, label_smoothing: float) -> Tensor:
+        """The summed cross-entropy of a micro-batch on the device, in training mode: a float32 scalar."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a share of the step's loss, which is a sum over micro-batches and ranks."""
@@ -148,6 +148,7 @@ def _deepspeed_plugin(recipe: Recipe) -> DeepSpeedPlugin | None:
 def make_engine(model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator) -> Engine:
     """Put a model on its device and under its optimiser; under DeepSpeed, spread it. Collective."""
     choose_attention(model.to(accelerator.device), recipe.precision)
+    choose_loss(model, recipe.head)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return Spread(model, recipe, accelerator)
     return Replicated(model, recipe, accelerator)
@@ -171,9 +172,9 @@ class Replicated:
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared)
 
-    def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Batch, label_smoothing: float) -> Tensor:
         self.prepared.train()
-        return _logits(self.prepared, batch)
+        return _loss(self.prepared, batch, label_smoothing)
 
     def backward(self, loss: Tensor) -> None:
         # DDP averages gradients over ranks; the loss is a sum over them.
@@ -272,9 +273,9 @@ class Spread:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         yield
 
-    def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss(self, batch: Batch, label_smoothing: float) -> Tensor:
         self.engine.train()
-        return _logits(self.engine, batch)
+        return _loss(self.engine, batch, label_smoothing)
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed, too, averages over ranks what is a sum here.
@@ -319,11 +320,12 @@ class Spread:
         return model.eval()
 
 
-def _logits(prepared: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    logits_nV, labels_n = prepared(
+def _loss(prepared: Any, batch: Batch, label_smoothing: float) -> Tensor:
+    summed: Tensor = prepared(
         **vars(batch.encoder),
         encoder_row=batch.encoder_row,
         decoder_input_ids=batch.decoder_input_ids,
         labels=batch.labels,
+        label_smoothing=label_smoothing,
     )
-    return logits_nV, labels_n
+    return summed

@@ -288,7 +288,9 @@ def _fit(
             for length in each.quantiles
         )
         compute = compute_of(method, bf16)
-        return state.peak(max(activation_bytes(config, sizes, batch, compute).total for batch in batches))
+        return state.peak(
+            max(activation_bytes(config, sizes, batch, compute, head=recipe.head).total for batch in batches)
+        )
 
     return Fit(
         method, state, peak(recipe.micro_batch_tokens, True), _largest(lambda tokens: peak(tokens, False) <= limit)

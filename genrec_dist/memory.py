@@ -18,9 +18,10 @@ import torch
 from genrec_kernels.sparse_rows import BLOCK
 from torch import nn
 
+from genrec_dist.loss import chunk_rows
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration, make_config
 from genrec_dist.optim import build_optimizer
-from genrec_dist.recipe import Recipe
+from genrec_dist.recipe import HeadLoss, Recipe
 
 Method = Literal["ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -140,7 +141,7 @@ class Activations:
     encoder: int
     """Of that, what still lies there when the decoder's backward is through."""
     logits: int
-    """Logits and their gradients where the backward begins."""
+    """Logits and their gradients, or chunks of them, beside it where the backward begins."""
     in_flight: int
     """Gradients of the shared embedding that are added up, after the decoder's backward."""
 
@@ -398,23 +399,31 @@ def _offload(state: dict[str, int], sizes: Sizes, bf16: bool, part: int, method:
 
 
 def activation_bytes(
-    config: GenRecConfig, sizes: Sizes, batch: MicroBatch, compute: Compute, *, mask_bytes: int | None = 1
+    config: GenRecConfig,
+    sizes: Sizes,
+    batch: MicroBatch,
+    compute: Compute,
+    *,
+    mask_bytes: int | None = 1,
+    head: HeadLoss = "full",
 ) -> Activations:
     """What a micro-batch adds, with torch's fused attention.
 
     `mask_bytes` an element that dropout keeps of what it dropped: 1 on a GPU; None: as on a CPU, an element of the input.
-    Attention dropout and ragged shapes are left out: B x L and R x T rectangles.
+    Attention dropout and ragged shapes are left out: B x L and R x T rectangles. `head` liger is taken to hold what chunked does.
     """
     linear = 4 if compute == "fp32" else 2
     residual = 2 if compute == "bf16" else 4
     rows = batch.samples * batch.rows_a_sample
     inputs, targets = batch.samples * batch.input_tokens, rows * batch.target_tokens
     per_token = _TokenBytes(config, linear, residual, compute == "autocast", mask_bytes)
+    device = torch.device("cpu" if mask_bytes is None else "cuda")
+    loss = _loss_bytes(config, targets, head, compute, device)
     encoder = inputs * (per_token.encoder_embedding() + config.encoder_layers * per_token.encoder_layer())
     decoder = (
         targets * (per_token.decoder_embedding() + config.decoder_layers * per_token.decoder_layer())
         + rows * batch.input_tokens * config.decoder_layers * per_token.memory()
-        + targets * config.vocab_size * 4
+        + loss.saved
     )
     if compute == "autocast":  # the weights, cast
         in_encoder = config.encoder_layers * (4 * config.d_model**2 + 2 * config.d_model * config.encoder_ffn_dim)
@@ -422,12 +431,39 @@ def activation_bytes(
         decoder += 2 * (sizes.matmul - in_encoder)
     elif batch.rows_a_sample > 1:  # the encoder's output, repeated; autocast saves its casts alone
         decoder += rows * batch.input_tokens * config.d_model * residual
-    # The logits, and the gradients of the loss by the softmax's logarithms and by the logits.
-    logits = targets * config.vocab_size * (linear + 4 + 4)
     # The head's gradient of the shared embedding waits for the decoder's; their sum is a third.
     shared = config.vocab_size * config.d_model
     in_flight = residual * max(3 * shared, shared + sizes.largest)
-    return Activations(encoder + decoder, encoder, logits, in_flight)
+    return Activations(encoder + decoder, encoder, loss.beside, in_flight)
+
+
+@dataclass(frozen=True)
+class _LossBytes:
+    """Of the cross-entropy over the head's logits."""
+
+    saved: int
+    """Between forward and backward; beyond what a full head saves of its weight and input, or less."""
+    beside: int
+    """Beside all that is saved, at their most."""
+
+
+def _loss_bytes(
+    config: GenRecConfig, targets: int, head: HeadLoss, compute: Compute, device: torch.device
+) -> _LossBytes:
+    tokens, width = config.vocab_size, config.d_model
+    if head == "full":
+        # The softmax's logarithms; the gradients of the loss by them and by the logits.
+        return _LossBytes(targets * tokens * 4, targets * tokens * (4 + 4))
+    rows = min(targets, chunk_rows(tokens, width, device))
+    gradients = 4 * (tokens + targets) * width
+    # A full head saves its input, and under autocast its weight, cast; this one the gradients of both, in float32.
+    spared = {"fp32": 4 * targets, "autocast": 2 * (targets + tokens), "bf16": 2 * targets}[compute] * width
+    # A chunk of logits; in 16 bits also its rounded copy, a product of the weight's size, and under autocast the weight, cast.
+    chunk = rows * tokens * (4 if compute == "fp32" else 6)
+    chunk += {"fp32": 0, "autocast": 4, "bf16": 2}[compute] * tokens * width
+    # On the way back the gradients are scaled, and where the weights have 16 bits rounded.
+    passed_on = gradients + (gradients // 2 if compute == "bf16" else 0)
+    return _LossBytes(gradients - spared, max(chunk, passed_on))
 
 
 @dataclass(frozen=True)

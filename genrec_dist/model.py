@@ -16,7 +16,8 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from genrec_dist.batch import IGNORED, EncoderInput
-from genrec_dist.recipe import Model
+from genrec_dist.loss import check_head, head_loss
+from genrec_dist.recipe import HeadLoss, Model
 
 POSITION_OFFSET = 2
 """BART's learned positions start at row 2 of their table."""
@@ -86,6 +87,8 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
 
     config_class = GenRecConfig
     config: GenRecConfig
+    loss_by: HeadLoss = "full"
+    """How `forward` computes the loss."""
 
     def __init__(self, config: GenRecConfig):
         super().__init__(config)
@@ -157,13 +160,20 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         self, encoder: EncoderInput, encoder_row_R: Tensor, decoder_input_ids_RT: Tensor, labels_RT: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(logits float [n, V], labels int64 [n]) of the label tokens alone: padding never reaches the head."""
+        hidden_nD, labels_n = self.target_states(encoder, encoder_row_R, decoder_input_ids_RT, labels_RT)
+        return self.lm_head(hidden_nD), labels_n
+
+    def target_states(
+        self, encoder: EncoderInput, encoder_row_R: Tensor, decoder_input_ids_RT: Tensor, labels_RT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(decoder states float [n, D], labels int64 [n]) of the label tokens alone."""
         memory_BLD = self.encode(encoder)
         mask_BL = encoder.attention_mask
         if not _is_identity(encoder_row_R, len(memory_BLD)):
             memory_BLD, mask_BL = memory_BLD[encoder_row_R], mask_BL[encoder_row_R]
         hidden_RTD = self.decode(decoder_input_ids_RT, memory_BLD, mask_BL)
         learned_RT = labels_RT != IGNORED
-        return self.lm_head(hidden_RTD[learned_RT]), labels_RT[learned_RT]
+        return hidden_RTD[learned_RT], labels_RT[learned_RT]
 
     def forward(
         self,
@@ -175,10 +185,12 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         encoder_row: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        label_smoothing: float = 0.0,
         encoder_outputs: BaseModelOutput | None = None,
         **generation: Any,
     ) -> Any:
-        """With `labels`: (logits [n, V], labels [n]) of the label tokens. Without: Hugging Face's decoder output.
+        """With `labels`: the summed cross-entropy of the label tokens, a float32 scalar; in here because under ZeRO-3 the head's
+        weight is whole in here alone. Without: Hugging Face's decoder output.
 
         All integer arrays are [B, L] (encoder) or [R, T] (decoder); `encoder_row` [R] defaults to one row a sample.
         """
@@ -198,7 +210,8 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         if encoder_row is None:
             encoder_row = torch.arange(len(encoder.input_ids), device=encoder.input_ids.device)
         assert decoder_input_ids is not None
-        return self.target_logits(encoder, encoder_row, decoder_input_ids, labels)
+        hidden_nD, labels_n = self.target_states(encoder, encoder_row, decoder_input_ids, labels)
+        return head_loss(hidden_nD, self.lm_head.weight, labels_n, label_smoothing, self.loss_by)
 
     def generate(
         self,
@@ -302,6 +315,12 @@ def choose_attention(model: GenRecForConditionalGeneration, precision: str) -> N
     """
     plain = model.device.type == "cpu" and precision == "bf16"
     model.set_attn_implementation("eager" if plain else "sdpa")
+
+
+def choose_loss(model: GenRecForConditionalGeneration, how: HeadLoss) -> None:
+    """Let `forward` compute the loss in this way. Raises ValueError where the model's device or the installation lacks it."""
+    check_head(how, model.device)
+    model.loss_by = how
 
 
 def _is_identity(rows_R: Tensor, num_rows: int) -> bool:

@@ -15,6 +15,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 from genrec_shards.remote import is_address
 
+HeadLoss = Literal["full", "chunked", "liger"]
+"""How the loss of the output head is computed."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -132,6 +135,9 @@ class Recipe:
     micro_batch_tokens: int = 8192
     """Encoder tokens, padding included, that a rank takes through the model at once; a step accumulates as many
     micro-batches of samples of like length as its share needs."""
+    head: HeadLoss = "full"
+    """full: the logits of a micro-batch's target tokens over the whole vocabulary lie there at once, with their gradients.
+    chunked: some rows of them at a time, for long targets and large vocabularies. liger: as chunked, by Liger-Kernel on a GPU."""
     workers: int = 1
     """Processes a rank that prepare batches ahead; 0 prepares them in the training process."""
     log_every: int = 10

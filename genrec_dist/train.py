@@ -38,7 +38,6 @@ from genrec_dist.checkpoint import (
 from genrec_dist.engine import make_accelerator, make_engine
 from genrec_dist.evaluate import Decoding, history_loss, target_histogram
 from genrec_dist.events import EventLog, git_commit, versions
-from genrec_dist.loss import target_loss
 from genrec_dist.metrics import metrics_from_histogram
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.optim import AveragedWeights, peak_share
@@ -258,8 +257,9 @@ class Loop:
         loss = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(micro_batches):
             with self.engine.micro_step(last=number == len(micro_batches) - 1):
-                logits_nV, labels_n = self.engine.logits(batch.to(self.accelerator.device))
-                part = target_loss(logits_nV, labels_n, agreed.target_tokens, stage.label_smoothing)
+                summed = self.engine.loss(batch.to(self.accelerator.device), stage.label_smoothing)
+                # By the step's tokens, not the micro-batch's: the gradient does not depend on how the step is cut.
+                part = summed / max(agreed.target_tokens, 1)
                 self.engine.backward(part)
             loss = loss + part.detach()
             meter.count(batch)

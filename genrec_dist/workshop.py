@@ -173,10 +173,11 @@ def _tokenizer(recipe: Recipe, dataset: Dataset) -> Any:
 
 
 def _recipe_hash(recipe: Recipe) -> str:
-    """What must not change between a checkpoint and its resume; paths and the cut into micro-batches may."""
+    """What must not change between a checkpoint and its resume; paths, the cut into micro-batches and the loss's way may."""
     values = recipe.as_dict()
     for key in (
-        "data", "run", "shards", "micro_batch_tokens", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
+        "data", "run", "shards", "micro_batch_tokens", "head", "workers", "log_every", "checkpoint_every",
+        "keep_checkpoints",
     ):  # fmt: skip
         del values[key]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 
 from genrec_dist.batch import Batch, EncoderInput
 from genrec_dist.engine import Replicated, Spread, make_accelerator, make_engine
-from genrec_dist.loss import target_loss
 from genrec_dist.memory import build_config
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.optim import AveragedWeights
@@ -71,11 +70,10 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             group["lr"] = 1e-3
         for number in range(2):
             with engine.micro_step(last=number == 1):
-                logits, labels = engine.logits(batch())
-                loss = target_loss(logits, labels, 64)
+                loss = engine.loss(batch(), 0.0) / 64
                 whole = bytes_in(weights(engine.model))
                 engine.backward(loss)
-                del logits, labels, loss
+                del loss
             if step == 1:
                 note(gathered=whole - bytes_in(weights(engine.model)), **classify(engine, average, buckets, earlier))
         there = [storage for _, storage in storages()] if step == 1 else []

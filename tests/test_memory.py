@@ -16,7 +16,6 @@ from memory_rank import LiveBytes
 from torch.utils.flop_counter import FlopCounterMode
 from two_ranks import run_ranks
 
-from genrec_dist.loss import target_loss
 from genrec_dist.memory import (
     METHODS,
     Compute,
@@ -31,8 +30,8 @@ from genrec_dist.memory import (
     state_bytes,
     step_flops,
 )
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.recipe import load_recipe
+from genrec_dist.model import GenRecForConditionalGeneration, choose_loss
+from genrec_dist.recipe import HeadLoss, load_recipe
 
 # 4.2 million parameters, so that paddings and scalars are small beside them.
 RECIPE = """
@@ -153,12 +152,12 @@ def model_on_cpu(compute: Compute, *overrides: str) -> tuple[GenRecForConditiona
 def micro_batch_loss(
     model: GenRecForConditionalGeneration, batch: MicroBatch, compute: Compute
 ) -> Iterator[torch.Tensor]:
-    """The loss; the logits are held beside it, as the training loop holds them."""
+    """The loss of a target token."""
     tokens, inputs = model.config.vocab_size, (batch.samples, batch.input_tokens)
     rows = batch.samples * batch.rows_a_sample
     labels = torch.randint(5, tokens, (rows, batch.target_tokens))
     with torch.autocast("cpu", torch.bfloat16, enabled=compute == "autocast"):
-        logits, flat = model(
+        summed = model(
             input_ids=torch.randint(5, tokens, inputs),
             attention_mask=torch.ones(inputs, dtype=torch.bool),
             position_ids=torch.arange(batch.input_tokens).expand(inputs).contiguous(),
@@ -168,8 +167,7 @@ def micro_batch_loss(
             decoder_input_ids=labels,
             labels=labels,
         )
-    yield target_loss(logits, flat, labels.numel())
-    assert logits.shape == (labels.numel(), tokens)
+    yield summed / labels.numel()
 
 
 def saved_bytes(model: GenRecForConditionalGeneration, batch: MicroBatch, compute: Compute) -> int:
@@ -201,21 +199,27 @@ def test_saved_activations_are_the_measured_ones(
     model, sizes = model_on_cpu(
         compute, *LAYERS, *(f"model.{name}={p}" for name, p in zip(names, dropouts, strict=True))
     )
-    found = saved_bytes(model, batch, compute)
-    foretold = activation_bytes(model.config, sizes, batch, compute, mask_bytes=None).saved
-    assert foretold == pytest.approx(found, rel=0.02)
+    for head in ("full", "chunked"):
+        choose_loss(model, head)
+        found = saved_bytes(model, batch, compute)
+        foretold = activation_bytes(model.config, sizes, batch, compute, mask_bytes=None, head=head).saved
+        assert foretold == pytest.approx(found, rel=0.02), head
 
 
 # Long inputs, a head that is most of it, and so little input that the embedding's gradients are most of it.
 PEAKS = [(1000, MicroBatch(16, 60, 5)), (8000, MicroBatch(8, 100, 6)), (20000, MicroBatch(32, 20, 6))]
 
 
+@pytest.mark.parametrize("head", ["full", "chunked"])
 @pytest.mark.parametrize(("vocabulary", "batch"), PEAKS, ids=str)
 @pytest.mark.parametrize("compute", get_args(Compute))
-def test_the_peak_of_a_micro_batch_is_the_measured_one(vocabulary: int, batch: MicroBatch, compute: Compute) -> None:
+def test_the_peak_of_a_micro_batch_is_the_measured_one(
+    vocabulary: int, batch: MicroBatch, compute: Compute, head: HeadLoss
+) -> None:
     model, sizes = model_on_cpu(
         compute, "model.encoder_layers=3", "model.decoder_layers=3", "model.ffn=512", f"tokens.vocab_size={vocabulary}"
     )
+    choose_loss(model, head)
     with micro_batch_loss(model, batch, compute) as loss:
         loss.backward()  # from here on the gradients are there
     tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None] + list(model.buffers())
@@ -224,7 +228,7 @@ def test_the_peak_of_a_micro_batch_is_the_measured_one(vocabulary: int, batch: M
         micro_batch_loss(model, batch, compute) as loss,
     ):
         loss.backward()
-    foretold = activation_bytes(model.config, sizes, batch, compute, mask_bytes=None).total
+    foretold = activation_bytes(model.config, sizes, batch, compute, mask_bytes=None, head=head).total
     assert foretold == pytest.approx(live.most, rel=0.1)
 
 

@@ -179,16 +179,16 @@ def test_a_signal_saves_and_says_so(recipe: Recipe, tmp_path: Path, number: int,
 
 
 def test_nan_names_the_step_and_saves_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    import genrec_dist.train as module
+    import genrec_dist.model as module
 
-    real, calls = module.target_loss, []
+    real, calls = module.head_loss, []
 
     def poisoned(*arguments: object) -> torch.Tensor:
         calls.append(1)
         loss = real(*arguments)
         return loss * math.nan if len(calls) > 12 else loss
 
-    monkeypatch.setattr(module, "target_loss", poisoned)
+    monkeypatch.setattr(module, "head_loss", poisoned)
     lazy = replace(recipe, log_every=1000, checkpoint_every=10_000)
     with pytest.raises(NotFinite, match=r"nan at step \d+") as caught:
         train(lazy)

@@ -89,6 +89,16 @@ def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
         for stage in (None, *STAGES)
     ]
     jobs += [
+        {
+            **sgd,
+            "name": f"chunked-{stage}-{world}",
+            "stage": stage,
+            "set": ["head=chunked", "precision=fp32", "optimizer.clip=0.0"],
+        }
+        for stage in (None, 2, 3)
+        if world == 2
+    ]
+    jobs += [
         {**common, "name": f"adamw-{stage}-{world}", "stage": stage, "optimizer": "adamw", "rate": 3e-3}
         for stage in (None, *STAGES)
         if stage is None or world == 2
@@ -208,6 +218,13 @@ def test_fp32_steps_on_two_ranks_are_those_of_one(results: Results, stage: int) 
     # And those of a plain process that knows no DeepSpeed.
     plain = difference(results, "fp32-None-1", f"fp32-{stage}-2")
     assert max(plain.values()) <= SEEN_FP32, max(plain.items(), key=lambda pair: pair[1])
+
+
+@pytest.mark.parametrize("stage", [None, 2, 3])
+def test_a_chunked_loss_takes_the_same_steps(results: Results, stage: int | None) -> None:
+    """At stage 3 the tied weight, which it multiplies with itself, is whole in the model's forward alone."""
+    worst = difference(results, "fp32-None-1", f"chunked-{stage}-2")
+    assert max(worst.values()) <= SEEN_FP32, max(worst.items(), key=lambda pair: pair[1])
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec_dist.bench.measure import Claim, in_turn, median, table
-from genrec_dist.loss import target_loss
 from genrec_dist.model import FetchedRows, build_model, choose_attention
 from genrec_dist.optim import build_optimizer
 from genrec_dist.recipe import Optimizer, load_recipe
@@ -128,8 +127,7 @@ class TrainingStep:
         leaf = table.fetch(rows_u, zero_row=True).requires_grad_()
         self.fetched.weight = leaf
         with torch.autocast("cpu", torch.bfloat16):
-            logits, labels = self.model(item_rows=places_BL, **self.inputs)
-            loss = target_loss(logits, labels, labels.numel())
+            loss = self.model(item_rows=places_BL, **self.inputs) / self.inputs["labels"].numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
