@@ -25,7 +25,8 @@ class Trie:
     The children of node m are `first_child[m] .. first_child[m] + num_children[m] - 1`. An item ends at a node: the end of
     item (`</s>`) is a child like any other, kept in `end_item` because there is at most one a node.
 
-    32 bytes a node and 8 an item, in memory and in a file: 57 MB for 10^6 items of BART's sub-words (1.5 nodes an item).
+    32 bytes a node and 8 an item, in memory and in a file: 40 MB for 10^6 codes of up to 7 digits in BART's sub-words, which have
+    1.01 nodes an item.
     """
 
     token: np.ndarray

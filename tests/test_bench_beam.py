@@ -144,6 +144,10 @@ def test_lists_may_differ_only_where_scores_are_all_but_equal() -> None:
     short = TopItems(np.array([[4, 5, -1]], np.int32), np.array([[-1, -2, -np.inf]], np.float32))
     with pytest.raises(AssertionError, match="rank 2: item 6"):
         compare_lists(ours, short)
+    other = compare_lists(ours, TopItems(np.array([[4, 5, 9]], np.int32), scores))  # another last item, as good
+    assert other["items that differ"] == 1
+    with pytest.raises(AssertionError, match="rank 2: item 6"):
+        compare_lists(ours, TopItems(np.array([[4, 5, 9]], np.int32), scores - np.float32([0, 0, 1e-3])))
 
 
 @pytest.fixture(scope="module")

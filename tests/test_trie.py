@@ -306,9 +306,8 @@ def test_a_searcher_over_some_items(tiny_run: Path) -> None:
 def test_a_million_items_build_in_seconds() -> None:
     """Prints, asserts only what is built: time is the machine's."""
     dice = np.random.default_rng(0)
-    codes = [str(code) for code in dice.choice(9_999_999, 1_000_000, replace=False) + 1]
-    # As BART spells ` item_1234567`: two sub-words, then chunks of up to three digits, each chunk a sub-word of its own.
-    chunks = [[code[at : at + 3] for at in range(0, len(code), 3)] for code in codes]
+    # As BART spells ` item_1234567`: two sub-words, then `1`, `234` and `567`, each a sub-word of its own.
+    chunks = [f"{code:,}".split(",") for code in dice.choice(9_999_999, 1_000_000, replace=False) + 1]
     number = {chunk: 7 + n for n, chunk in enumerate(sorted({chunk for item in chunks for chunk in item}))}
     tokens, offsets = ragged([(5, 6, *(number[chunk] for chunk in item)) for item in chunks])
     start = time.perf_counter()
