@@ -198,12 +198,15 @@ def _children(
         ends_BK = counts_BK.cumsum(1)
         starts_BK = ends_BK - counts_BK
         most = levels.most_children(level, nodes_BK.shape[1]) if static else int(ends_BK[:, -1].max())
-        places_BX = torch.arange(most, device=nodes_BK.device).expand(len(nodes_BK), -1).contiguous()
-        beams_BX = torch.searchsorted(ends_BK, places_BX, right=True).clamp_(max=nodes_BK.shape[1] - 1)
-        exists_BX = places_BX < ends_BK[:, -1:]
-        children_BX = (levels.first_child[nodes_BK] - starts_BK).gather(1, beams_BX) + places_BX
-        children_BX = children_BX.where(exists_BX, levels.nowhere)
-        columns_BX = beams_BX * scores_BKV.shape[2] + levels.column[children_BX]
+        places_X = torch.arange(most, device=nodes_BK.device)
+        exists_BX = places_X < ends_BK[:, -1:]
+        # A place belongs to the beam whose number is that of the beams that end before it.
+        beams_BX = torch.zeros(len(nodes_BK), most + 1, dtype=torch.long, device=nodes_BK.device)
+        beams_BX = beams_BX.scatter_add_(1, ends_BK, torch.ones_like(ends_BK))[:, :-1].cumsum(1)
+        beams_BX.clamp_(max=nodes_BK.shape[1] - 1)
+        children_BX = (levels.first_child[nodes_BK] - starts_BK).gather(1, beams_BX).add_(places_X)
+        children_BX.masked_fill_(~exists_BX, levels.nowhere)
+        columns_BX = levels.column[children_BX].add_(beams_BX, alpha=scores_BKV.shape[2])
         reached_BX = scores_BKV.flatten(1).gather(1, columns_BX).masked_fill_(~exists_BX, NOTHING)
     if lost is not None:
         users_X, parents_X, places_X = lost.dead[level + 1]
