@@ -327,5 +327,6 @@ def _loss(prepared: Any, batch: Batch, label_smoothing: float) -> Tensor:
         decoder_input_ids=batch.decoder_input_ids,
         labels=batch.labels,
         label_smoothing=label_smoothing,
+        plan=batch.plan,
     )
     return summed

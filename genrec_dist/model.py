@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from genrec_kernels.reference import embedding_sum
+from genrec_kernels import SumPlan, embedding_sum
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -101,33 +101,38 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         if isinstance(module, IdProjection):
             init.normal_(module.weight, std=module.in_features**-0.5)
 
-    def embed(self, encoder: EncoderInput) -> Tensor:
-        """The embedding sum before BART's layer norm, float [B, L, D]."""
+    def embed(self, encoder: EncoderInput, plan: SumPlan | None = None, *, normed: bool = False) -> Tensor:
+        """The embedding sum before BART's layer norm, float [B, L, D]; `normed`: behind it. `plan`: the batch's."""
         bart = self.model.encoder
+        norm = bart.layernorm_embedding
         tokens = bart.embed_tokens.weight
         users, items = self.user_embedding, self.item_embedding
         return embedding_sum(
             encoder.input_ids,
-            encoder.position_ids + POSITION_OFFSET,
+            encoder.position_ids,
             encoder.user_rows if users is None else users.places(encoder.user_rows),
             encoder.item_rows if items is None else items.places(encoder.item_rows),
             tokens,
             bart.embed_positions.weight,
-            # Fetched rows are float32, the layers may not be.
-            None if users is None else users.weight.to(tokens.dtype),
-            None if items is None else items.weight.to(tokens.dtype),
+            None if users is None else users.weight,
+            None if items is None else items.weight,
+            position_offset=POSITION_OFFSET,
             scale=bart.embed_tokens.embed_scale,
             id_dropout=self.config.id_dropout,
             training=self.training,
             pad_token_id=self.config.pad_token_id,
             user_projection=None if self.user_projection is None else self.user_projection.weight,
             item_projection=None if self.item_projection is None else self.item_projection.weight,
+            norm_weight=norm.weight if normed else None,
+            norm_bias=norm.bias if normed else None,
+            norm_eps=norm.eps,
+            plan=plan,
         )
 
-    def encode(self, encoder: EncoderInput) -> Tensor:
-        """Encoder states, float [B, L, D]."""
+    def encode(self, encoder: EncoderInput, plan: SumPlan | None = None) -> Tensor:
+        """Encoder states, float [B, L, D]. `plan`: for the backward of the embedding kernel (`Batch.plan`)."""
         bart = self.model.encoder
-        hidden_BLD = bart.layernorm_embedding(self.embed(encoder))
+        hidden_BLD = self.embed(encoder, plan, normed=True)
         hidden_BLD = F.dropout(hidden_BLD, bart.dropout, self.training)
         bias_B11L = attention_bias(encoder.attention_mask[:, None, None], hidden_BLD)
         for layer in bart.layers:
@@ -164,10 +169,15 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         return self.lm_head(hidden_nD), labels_n
 
     def target_states(
-        self, encoder: EncoderInput, encoder_row_R: Tensor, decoder_input_ids_RT: Tensor, labels_RT: Tensor
+        self,
+        encoder: EncoderInput,
+        encoder_row_R: Tensor,
+        decoder_input_ids_RT: Tensor,
+        labels_RT: Tensor,
+        plan: SumPlan | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(decoder states float [n, D], labels int64 [n]) of the label tokens alone."""
-        memory_BLD = self.encode(encoder)
+        memory_BLD = self.encode(encoder, plan)
         mask_BL = encoder.attention_mask
         if not _is_identity(encoder_row_R, len(memory_BLD)):
             memory_BLD, mask_BL = memory_BLD[encoder_row_R], mask_BL[encoder_row_R]
@@ -186,6 +196,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         decoder_input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         label_smoothing: float = 0.0,
+        plan: SumPlan | None = None,
         encoder_outputs: BaseModelOutput | None = None,
         **generation: Any,
     ) -> Any:
@@ -210,7 +221,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         if encoder_row is None:
             encoder_row = torch.arange(len(encoder.input_ids), device=encoder.input_ids.device)
         assert decoder_input_ids is not None
-        hidden_nD, labels_n = self.target_states(encoder, encoder_row, decoder_input_ids, labels)
+        hidden_nD, labels_n = self.target_states(encoder, encoder_row, decoder_input_ids, labels, plan)
         return head_loss(hidden_nD, self.lm_head.weight, labels_n, label_smoothing, self.loss_by)
 
     def generate(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from genrec_kernels import wants_plan
 from genrec_shards.atomic import atomic_file
 from genrec_shards.keyed import mixed_key
 from genrec_shards.sequences import DataError
@@ -175,6 +176,7 @@ class Loop:
             self.ranks.rank,
             self.ranks.size,
             self.model.config if self.model.config.ids_outside else None,
+            self.model.config if wants_plan(self.accelerator.device.type) else None,
         )
         steps = range(self.progress.step, self.end_step)
         loader = DataLoader(

@@ -23,6 +23,7 @@ from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration, buil
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Recipe, Stage
 from genrec_dist.run import make_layout
+from genrec_dist.sums import plan_sums
 from genrec_dist.tables import IdTables, plan_ids
 from genrec_dist.tokens import WordTable, build_words, load_tokenizer, mask_tokens, train_tokenizer
 
@@ -65,10 +66,11 @@ class StepBatches(TorchDataset[RankStep]):
         rank: int,
         world: int,
         ids_outside: GenRecConfig | None = None,
+        sums: GenRecConfig | None = None,
     ):
-        """`ids_outside`: the model's configuration where its id tables live outside it."""
+        """`ids_outside`, `sums`: the model's configuration where its id tables live outside it, where its sum takes plans."""
         self.stages, self.reader, self.layout, self.recipe = stages, reader, layout, recipe
-        self.rank, self.world, self.ids_outside = rank, world, ids_outside
+        self.rank, self.world, self.ids_outside, self.sums = rank, world, ids_outside, sums
 
     def __getitem__(self, step: int) -> RankStep:
         here = stage_of(self.stages, step)
@@ -83,7 +85,9 @@ class StepBatches(TorchDataset[RankStep]):
             epoch=here.first_epoch + epoch,
             micro_batch_tokens=self.recipe.micro_batch_tokens,
         )
-        return share if self.ids_outside is None else plan_ids(share, self.ids_outside)
+        if self.ids_outside is not None:
+            share = plan_ids(share, self.ids_outside)
+        return share if self.sums is None else plan_sums(share, self.sums)
 
 
 def stage_of(stages: list[StageSteps], step: int) -> StageSteps:
@@ -176,8 +180,7 @@ def _recipe_hash(recipe: Recipe) -> str:
     """What must not change between a checkpoint and its resume; paths, the cut into micro-batches and the loss's way may."""
     values = recipe.as_dict()
     for key in (
-        "data", "run", "shards", "micro_batch_tokens", "head", "workers", "log_every", "checkpoint_every",
-        "keep_checkpoints",
+        "data", "run", "shards", "micro_batch_tokens", "head", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
     ):  # fmt: skip
         del values[key]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

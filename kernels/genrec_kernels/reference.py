@@ -119,7 +119,7 @@ class _InBlocks(torch.autograd.Function):
             out_kD += torch.index_select(position_table, 0, positions_n[block], out=term_kD)
             for rows_n, table in terms:
                 _add_rows(out_kD, rows_n[block], table, term_kD)
-        return out_nD.view(*token_ids.shape, -1)
+        return out_nD.view(*token_ids.shape, out_nD.shape[1])
 
     @staticmethod
     @once_differentiable
