@@ -98,7 +98,7 @@ class TrieSearcher:
             raise ValueError(
                 f"a search in static shapes scores in float32, the model's weights are {model.lm_head.weight.dtype}"
             )
-        weight_VD, eos = model.lm_head.weight.detach(), model.config.eos_token_id
+        weight_VD, eos = model.head_weight.detach(), model.config.eos_token_id
         exact, compact = make_heads(weight_VD, eos, self.levels.tokens)
         self.heads = {"exact": exact, "compact": compact}
 

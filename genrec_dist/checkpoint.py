@@ -25,7 +25,7 @@ from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.optim import AveragedWeights
 from genrec_dist.ranks import Ranks
 from genrec_dist.tables import IdTables
-from genrec_dist.tokens import WordTable
+from genrec_dist.tokens import VOCABULARY_FILE, WordTable
 from genrec_dist.trie import TRIE_FILE, Trie, hash_of_words, save_trie
 
 FORMAT_VERSION = 2
@@ -53,7 +53,7 @@ class State:
     tables: IdTables
     progress: Progress
     identity: dict[str, str]
-    """Hashes of sequences, numbering and recipe that a resume must meet again."""
+    """Hashes of sequences, numbering, recipe and vocabulary that a resume must meet again."""
 
 
 def checkpoint_dir(run: Path, step: int) -> Path:
@@ -288,6 +288,8 @@ def save_best(
     with atomic_directory(path, overwrite=True) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        if words.vocabulary is not None:
+            words.vocabulary.save(folder / VOCABULARY_FILE)
         for name in ("items.parquet", "users.parquet"):
             shutil.copyfile(data / name, folder / name)
         words_hash = hash_of_words(*words.tokens_of_items())

@@ -34,7 +34,7 @@ from genrec_dist.memory import (
 )
 from genrec_dist.model import GenRecConfig
 from genrec_dist.recipe import Recipe, Stage
-from genrec_dist.tokens import WordTable, build_words, load_tokenizer, train_tokenizer
+from genrec_dist.tokens import WordTable, build_words, load_tokenizer, train_tokenizer, trim
 
 GIB = 2**30
 RESERVE_GIB = 1.5
@@ -98,7 +98,7 @@ class Catalogue:
     items: int
     items_a_user: np.ndarray
     words: WordTable | None
-    """None: the tokenizer is not at hand."""
+    """None: the tokenizer is not at hand; a vocabulary to be trimmed is then counted whole."""
     vocabulary: int | None
     source: str
 
@@ -168,7 +168,9 @@ def forecast(
     if memory_gib <= RESERVE_GIB:
         raise ValueError(f"--memory {memory_gib:g}: {RESERVE_GIB} GiB of it are kept free; give more")
     catalogue = read_catalogue(recipe, users, items)
-    config = build_config(recipe, catalogue.users, catalogue.items, catalogue.vocabulary)
+    trimmed = catalogue.words.vocabulary if catalogue.words is not None else None
+    spoken = trimmed.num_spoken if trimmed is not None else 0
+    config = build_config(recipe, catalogue.users, catalogue.items, catalogue.vocabulary, spoken)
     sizes = measure_sizes(recipe, config)
     samples = stage_samples(recipe, catalogue)
     limit = usable_bytes(memory_gib)
@@ -212,6 +214,10 @@ def _words(recipe: Recipe, dataset: Dataset) -> tuple[WordTable | None, int | No
     else:
         return None, None
     words = build_words(tokenizer, codes.item_codes, codes.user_codes, recipe.num_masks)
+    if recipe.tokens.trim:
+        words = trim(words, tokenizer.pad_token_id)
+        assert words.vocabulary is not None
+        return words, words.vocabulary.size
     vocabulary = max(len(tokenizer), int(words.tokens.max()) + 1)
     return words, vocabulary if recipe.model.backbone is None else None
 

@@ -30,7 +30,7 @@ def generate_freely(
     state = DecoderState(model, memory_BLD, mask_BL)
     start = torch.full((1,), model.config.decoder_start_token_id, dtype=torch.long, device=device)
     hidden_BKD = state.start(start)
-    weight_VD = model.lm_head.weight
+    weight_VD = model.head_weight
     scores_BK = torch.zeros(num_users, 1, dtype=weight_VD.dtype, device=device)
     past_BKT = torch.zeros(num_users, 1, longest, dtype=torch.long, device=device)
     found_BN = scores_BK[:, :0]

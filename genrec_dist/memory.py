@@ -150,8 +150,11 @@ class Activations:
         return max(self.saved + self.logits, self.encoder + self.in_flight)
 
 
-def build_config(recipe: Recipe, users: int, items: int, vocabulary: int | None = None) -> GenRecConfig:
-    """The model's configuration without weights or network. `vocabulary`: tokens; None: the backbone's or the recipe's.
+def build_config(
+    recipe: Recipe, users: int, items: int, vocabulary: int | None = None, spoken: int = 0
+) -> GenRecConfig:
+    """The model's configuration without weights or network. `vocabulary`: tokens; None: the backbone's or the recipe's. `spoken`:
+    those of them that a trimmed vocabulary speaks.
 
     Raises ValueError for a backbone that is neither BART-base, BART-large nor a directory with a BART config.json.
     """
@@ -172,6 +175,7 @@ def build_config(recipe: Recipe, users: int, items: int, vocabulary: int | None 
         ids_outside=recipe.optimizer.id_tables == "row-adagrad",
     )
     config.max_position_embeddings = positions
+    config.spoken_tokens = spoken
     return config
 
 
@@ -450,7 +454,7 @@ class _LossBytes:
 def _loss_bytes(
     config: GenRecConfig, targets: int, head: HeadLoss, compute: Compute, device: torch.device
 ) -> _LossBytes:
-    tokens, width = config.vocab_size, config.d_model
+    tokens, width = config.spoken_tokens or config.vocab_size, config.d_model
     if head == "full":
         # The softmax's logarithms; the gradients of the loss by them and by the logits.
         return _LossBytes(targets * tokens * 4, targets * tokens * (4 + 4))
@@ -543,6 +547,6 @@ def step_flops(config: GenRecConfig, batch: MicroBatch) -> float:
         inputs * config.encoder_layers * encoder
         + targets * config.decoder_layers * decoder
         + rows * batch.input_tokens * config.decoder_layers * 2 * 2 * width**2
-        + targets * 2 * width * config.vocab_size
+        + targets * 2 * width * (config.spoken_tokens or config.vocab_size)
     )
     return 3.0 * forward

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import numpy as np
 import torch
 from genrec_kernels import SumPlan, embedding_sum
 from safetensors import SafetensorError
@@ -18,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from genrec_dist.batch import IGNORED, EncoderInput
 from genrec_dist.loss import check_head, head_loss
 from genrec_dist.recipe import HeadLoss, Model
+from genrec_dist.tokens import Vocabulary
 
 POSITION_OFFSET = 2
 """BART's learned positions start at row 2 of their table."""
@@ -30,7 +33,8 @@ class GenRecConfig(BartConfig):
     terms alone. encoder_positions: "from-start" (BART) or "from-end". max_input_tokens: where the text is cut.
     numbering_hash: the numbering this model speaks. exclude_history: whether its lists leave out the history by default.
     id_dim: width of the id tables, then projected to d_model; 0: d_model, no projection. ids_outside: the tables live
-    outside the model (`tables.py`), which sees the rows of a step alone; never so in what is saved as `best`.
+    outside the model (`tables.py`), which sees the rows of a step alone; never so in what is saved as `best`. spoken_tokens: the
+    first so many tokens share the probability, the others are read alone (a trimmed vocabulary, `vocabulary_hash`); 0: all.
     """
 
     model_type = "genrec"
@@ -45,6 +49,8 @@ class GenRecConfig(BartConfig):
     exclude_history: bool = True
     id_dim: int = 0
     ids_outside: bool = False
+    spoken_tokens: int = 0
+    vocabulary_hash: str = ""
 
 
 class IdEmbedding(nn.Embedding):
@@ -94,6 +100,9 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         super().__init__(config)
         self.user_embedding, self.user_projection = _id_table(config, config.num_users)
         self.item_embedding, self.item_projection = _id_table(config, config.num_items)
+        if config.spoken_tokens:
+            # Hugging Face's `generate` adds this to the logits.
+            self.final_logits_bias[:, config.spoken_tokens :] = float("-inf")
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -161,12 +170,18 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             )
         return hidden_RTD
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's rows of the tokens that can be spoken, [V, D] or, of a trimmed vocabulary, its first `spoken_tokens`."""
+        weight_VD: Tensor = self.lm_head.weight
+        return weight_VD[: self.config.spoken_tokens] if self.config.spoken_tokens else weight_VD
+
     def target_logits(
         self, encoder: EncoderInput, encoder_row_R: Tensor, decoder_input_ids_RT: Tensor, labels_RT: Tensor
     ) -> tuple[Tensor, Tensor]:
         """(logits float [n, V], labels int64 [n]) of the label tokens alone: padding never reaches the head."""
         hidden_nD, labels_n = self.target_states(encoder, encoder_row_R, decoder_input_ids_RT, labels_RT)
-        return self.lm_head(hidden_nD), labels_n
+        return F.linear(hidden_nD, self.head_weight), labels_n
 
     def target_states(
         self,
@@ -222,7 +237,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             encoder_row = torch.arange(len(encoder.input_ids), device=encoder.input_ids.device)
         assert decoder_input_ids is not None
         hidden_nD, labels_n = self.target_states(encoder, encoder_row, decoder_input_ids, labels, plan)
-        return head_loss(hidden_nD, self.lm_head.weight, labels_n, label_smoothing, self.loss_by)
+        return head_loss(hidden_nD, self.head_weight, labels_n, label_smoothing, self.loss_by)
 
     def generate(
         self,
@@ -387,6 +402,7 @@ def _common(
         # The decoder is told which mask it fills (docs/decisions/0004).
         "decoder_start_token_id": special["mask"],
         "forced_eos_token_id": None,
+        "forced_bos_token_id": None,
     }
 
 
@@ -399,29 +415,42 @@ def build_model(
     num_masks: int,
     special: dict[str, int],
     ids_outside: bool = False,
+    vocabulary: Vocabulary | None = None,
 ) -> GenRecForConditionalGeneration:
     """A fresh model, or BART's weights with fresh id tables where the recipe names a backbone.
 
+    `vocab_size`, `special`: in ids of the tokenizer. `vocabulary`: keep its tokens alone, in its order.
+
     Raises ValueError naming the backbone and the ways out if it cannot be loaded or does not fit.
     """
+    if vocabulary is not None:
+        special = dict(zip(special, vocabulary.numbers(np.array(list(special.values()))).tolist(), strict=True))
     if model.backbone is None:
         config = make_config(
             model,
-            vocab_size=vocab_size,
+            vocab_size=vocab_size if vocabulary is None else vocabulary.size,
             num_users=num_users,
             num_items=num_items,
             num_masks=num_masks,
             special=special,
             ids_outside=ids_outside,
         )
+        if vocabulary is not None:
+            config.spoken_tokens, config.vocabulary_hash = vocabulary.num_spoken, vocabulary.hash()
         return GenRecForConditionalGeneration(config)
-    return _from_backbone(model, vocab_size, _common(model, num_users, num_items, num_masks, special, ids_outside))
+    common = _common(model, num_users, num_items, num_masks, special, ids_outside)
+    return _from_backbone(model, vocab_size, common, vocabulary)
 
 
-def _from_backbone(model: Model, vocab_size: int, common: dict[str, Any]) -> GenRecForConditionalGeneration:
+def _from_backbone(
+    model: Model, vocab_size: int, common: dict[str, Any], vocabulary: Vocabulary | None
+) -> GenRecForConditionalGeneration:
     assert model.backbone is not None
+    special = {key: value for key, value in common.items() if key.endswith("_token_id")}
     try:
-        config = _backbone_config(model, common)
+        # Until the rows are picked, the backbone's own special tokens hold.
+        ours = common if vocabulary is None else {key: common[key] for key in common.keys() - special.keys()}
+        config = _backbone_config(model, ours)
         network = GenRecForConditionalGeneration.from_pretrained(model.backbone, config=config, dtype=torch.float32)
     except (OSError, SafetensorError):
         raise ValueError(
@@ -433,8 +462,33 @@ def _from_backbone(model: Model, vocab_size: int, common: dict[str, Any]) -> Gen
     network.tie_weights()
     # Our head has no bias (published BART weights hold zeros), and decoding starts with the mask.
     network.final_logits_bias.zero_()
+    if vocabulary is not None:
+        network = _trimmed(network, vocabulary, special)
     network.generation_config = GenerationConfig.from_model_config(network.config)
     return network
+
+
+def _trimmed(
+    network: GenRecForConditionalGeneration, vocabulary: Vocabulary, special: dict[str, Any]
+) -> GenRecForConditionalGeneration:
+    """The same weights with the embedding's rows of these tokens alone. `special`: the configuration's ids, in its numbers."""
+    config = copy.deepcopy(network.config)
+    kept = {"vocab_size": vocabulary.size, "spoken_tokens": vocabulary.num_spoken, "vocabulary_hash": vocabulary.hash()}
+    config.update({**special, **kept})
+    weights = network.state_dict()
+    embedding_VD = weights["model.shared.weight"]
+    rows_VD = embedding_VD[torch.from_numpy(vocabulary.tokens)]
+    for name, values in weights.items():
+        if values.data_ptr() == embedding_VD.data_ptr():  # encoder, decoder and head share it
+            weights[name] = rows_VD
+    bias_1V = weights["final_logits_bias"].new_zeros(1, vocabulary.size)
+    bias_1V[:, vocabulary.num_spoken :] = float("-inf")
+    weights["final_logits_bias"] = bias_1V
+    with torch.device("meta"):
+        trimmed = GenRecForConditionalGeneration(config)
+    trimmed.load_state_dict(weights, assign=True)
+    trimmed.tie_weights()
+    return trimmed.train(network.training)
 
 
 def _backbone_config(model: Model, common: dict[str, Any]) -> GenRecConfig:

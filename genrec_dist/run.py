@@ -16,7 +16,7 @@ from transformers.utils import logging
 from genrec_dist.batch import Layout
 from genrec_dist.beam import TrieSearcher
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
-from genrec_dist.tokens import ItemTexts, WordTable, build_words
+from genrec_dist.tokens import VOCABULARY_FILE, ItemTexts, WordTable, build_words, load_vocabulary, trim
 from genrec_dist.trie import TRIE_FILE, Trie, build_trie, hash_of_words, load_trie
 
 
@@ -90,8 +90,11 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"{best}: damaged or incomplete ({reason}): copy it again, or train again") from None
     words = build_words(tokenizer, catalogue.item_codes, catalogue.user_codes, model.config.num_masks)
+    if model.config.spoken_tokens:
+        vocabulary = load_vocabulary(best / VOCABULARY_FILE, model.config.vocabulary_hash)
+        words = trim(words, tokenizer.pad_token_id, vocabulary)
     layout = make_layout(words, model.config)
-    texts = ItemTexts(tokenizer, catalogue.item_codes)
+    texts = ItemTexts(tokenizer, catalogue.item_codes, words.vocabulary)
     searcher = TrieSearcher(model, _trie_of(best, words, model.config), device, texts=texts)
     return LoadedRun(path, model, tokenizer, words, layout, searcher, catalogue)
 

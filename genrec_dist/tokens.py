@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +18,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 BOS_WORD, EOS_WORD, FIRST_MASK_WORD = 0, 1, 2
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+VOCABULARY_FILE = "vocabulary.json"
+"""Name of a trimmed vocabulary beside its model."""
+VOCABULARY_FORMAT = 1
 
 
 def item_text(code: str) -> str:
@@ -24,6 +30,58 @@ def item_text(code: str) -> str:
 
 def user_text(code: str) -> str:
     return f" user_{code}"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens that a trimmed model has rows for, by its own numbers: first what it can speak, then what it only reads."""
+
+    tokens: np.ndarray
+    """int64 [V], the tokenizer's id of each number; ascending among the spoken ones, and among the others."""
+    num_spoken: int
+    """Tokens of items and `</s>`."""
+
+    @property
+    def size(self) -> int:
+        return len(self.tokens)
+
+    def numbers(self, tokens: np.ndarray) -> np.ndarray:
+        """int32, the model's numbers of a tokenizer's ids. Raises ValueError naming one that was not kept."""
+        order = np.argsort(self.tokens)
+        places = np.searchsorted(self.tokens[order], tokens).clip(max=self.size - 1)
+        lost = np.flatnonzero(self.tokens[order][places] != tokens)
+        if lost.size:
+            raise ValueError(
+                f"token {tokens[lost[0]]} of the tokenizer has no row in the model's trimmed vocabulary: "
+                "give the tokenizer and the catalogue the model was trained with"
+            )
+        return order[places].astype(np.int32)
+
+    def hash(self) -> str:
+        """sha256 (hex)."""
+        digest = hashlib.sha256(f"genrec vocabulary {VOCABULARY_FORMAT} {self.num_spoken}\n".encode())
+        digest.update(np.ascontiguousarray(self.tokens, "<i8").data)
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        facts = {"format_version": VOCABULARY_FORMAT, "num_spoken": self.num_spoken, "tokens": self.tokens.tolist()}
+        Path(path).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def load_vocabulary(path: str | Path, expected_hash: str) -> Vocabulary:
+    """What `Vocabulary.save` wrote. Raises ValueError naming the file if it is missing, damaged or another model's."""
+    try:
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+        vocabulary = Vocabulary(np.array(facts["tokens"], np.int64), int(facts["num_spoken"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path}: missing or damaged ({type(error).__name__}): copy the run again, or train again"
+        ) from None
+    if vocabulary.hash() != expected_hash:
+        raise ValueError(
+            f"{path}: not the vocabulary of the model beside it, or damaged: copy the run again, or train again"
+        )
+    return vocabulary
 
 
 @dataclass(frozen=True)
@@ -37,6 +95,8 @@ class WordTable:
     num_masks: int
     num_items: int
     num_users: int
+    vocabulary: Vocabulary | None = None
+    """The token ids are numbers of this trimmed vocabulary; None: the tokenizer's own."""
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -211,15 +271,34 @@ def build_words(
     return WordTable(tokens, offsets, num_masks, len(item_codes), len(user_codes))
 
 
+def trim(words: WordTable, pad_token: int, vocabulary: Vocabulary | None = None) -> WordTable:
+    """The same words in numbers of a trimmed vocabulary: the one given, or that of exactly these words and `<pad>`.
+
+    `pad_token`: the tokenizer's. Raises ValueError if a word has a token that the given vocabulary lacks.
+    """
+    assert words.vocabulary is None
+    if vocabulary is None:
+        eos = words.tokens[words.offsets[EOS_WORD] : words.offsets[EOS_WORD + 1]]
+        spoken = np.union1d(words.tokens_of_items()[0], eos)
+        read = np.setdiff1d(np.append(words.tokens, pad_token), spoken)
+        vocabulary = Vocabulary(np.concatenate([spoken, read]).astype(np.int64), len(spoken))
+    return dataclasses.replace(words, tokens=vocabulary.numbers(words.tokens), vocabulary=vocabulary)
+
+
 class ItemTexts:
     """Reads generated token strings as items: by their whole text, which must be an item's word to the letter."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, item_codes: Sequence[str]):
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, item_codes: Sequence[str], vocabulary: Vocabulary | None = None
+    ):
+        """`vocabulary`: the trimmed one whose numbers are generated."""
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
         self.row_of = {item_text(code): row for row, code in enumerate(item_codes)}
 
     def rows(self, token_lists: Sequence[Sequence[int]]) -> np.ndarray:
         """int32 [n], the item whose word these tokens spell, however they cut it; -2 where there is none."""
+        if self.vocabulary is not None:
+            token_lists = [self.vocabulary.tokens[np.asarray(numbers, np.int64)].tolist() for numbers in token_lists]
         texts = self.tokenizer.backend_tokenizer.decode_batch(
             [list(tokens) for tokens in token_lists], skip_special_tokens=False
         )

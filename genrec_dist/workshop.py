@@ -25,7 +25,7 @@ from genrec_dist.recipe import Recipe, Stage
 from genrec_dist.run import make_layout
 from genrec_dist.sums import plan_sums
 from genrec_dist.tables import IdTables, plan_ids
-from genrec_dist.tokens import WordTable, build_words, load_tokenizer, mask_tokens, train_tokenizer
+from genrec_dist.tokens import WordTable, build_words, load_tokenizer, mask_tokens, train_tokenizer, trim
 
 
 @dataclass(frozen=True)
@@ -142,21 +142,26 @@ def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGenerat
     tokenizer = _tokenizer(recipe, dataset)
     codes = dataset.numbering
     words = build_words(tokenizer, codes.item_codes, codes.user_codes, recipe.num_masks)
+    # A tokenizer can have holes in its ids.
+    vocab_size = max(len(tokenizer), int(words.tokens.max()) + 1)
+    special = {
+        "bos": tokenizer.bos_token_id,
+        "pad": tokenizer.pad_token_id,
+        "eos": tokenizer.eos_token_id,
+        "mask": mask_tokens(tokenizer, 1)[0],
+    }
+    if recipe.tokens.trim:
+        words = trim(words, tokenizer.pad_token_id)
     torch.manual_seed(mixed_key(recipe.seed, 0x1217) >> 1)
     model = build_model(
         recipe.model,
-        # A tokenizer can have holes in its ids.
-        vocab_size=max(len(tokenizer), int(words.tokens.max()) + 1),
+        vocab_size=vocab_size,
         num_users=words.num_users,
         num_items=words.num_items,
         num_masks=recipe.num_masks,
-        special={
-            "bos": tokenizer.bos_token_id,
-            "pad": tokenizer.pad_token_id,
-            "eos": tokenizer.eos_token_id,
-            "mask": mask_tokens(tokenizer, 1)[0],
-        },
+        special=special,
         ids_outside=recipe.optimizer.id_tables != "dense",
+        vocabulary=words.vocabulary,
     )
     model.config.numbering_hash = codes.numbering_hash()
     layout = make_layout(words, model.config)
@@ -164,6 +169,7 @@ def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGenerat
         "sequences": dataset.sequences.sequences_hash(),
         "numbering": codes.numbering_hash(),
         "recipe": _recipe_hash(recipe),
+        "vocabulary": "whole" if words.vocabulary is None else words.vocabulary.hash(),
     }
     stages = plan_stages(recipe, reader)
     return Workshop(recipe, Path(recipe.run), dataset, reader, tokenizer, words, layout, stages, identity), model
