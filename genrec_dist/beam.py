@@ -149,7 +149,7 @@ class TrieSearcher:
             users, items = (torch.from_numpy(np.asarray(column, np.int64)).to(self.device) for column in excluded)
             scores_BN[users, items] = NOTHING
         # The tie rule goes by the node at which an item ends, as in the walk.
-        best_BN, _, rows_BN = best_of(scores_BN, self.item_node.expand_as(scores_BN), top)
+        best_BN, _, rows_BN = best_of(scores_BN, lambda rows_BN: self.item_node[rows_BN], top)
         return _as_lists(best_BN, rows_BN, top)
 
     def _search_freely(

@@ -19,11 +19,26 @@ class DecoderState:
     arXiv 2105.04779). Shapes depend on sizes alone and nothing waits for the device: a search can be captured in a graph.
     """
 
-    def __init__(self, model: GenRecForConditionalGeneration, memory_BLD: Tensor, memory_mask_BL: Tensor):
+    def __init__(
+        self,
+        model: GenRecForConditionalGeneration,
+        memory_BLD: Tensor,
+        memory_mask_BL: Tensor,
+        *,
+        static: bool = False,
+    ):
+        """`static`: project padding too, whose number is a value; otherwise the encoder's real tokens alone."""
         self.model = model
         self.mask_B11L = memory_mask_BL[:, None, None]
         layers = model.model.decoder.layers
-        self.cross = [_keys_and_values(layer.encoder_attn, memory_BLD) for layer in layers]
+        real_n = None if static else memory_mask_BL.flatten().nonzero()[:, 0]
+        if real_n is None or len(real_n) == memory_mask_BL.numel():
+            self.cross = [_keys_and_values(layer.encoder_attn, memory_BLD) for layer in layers]
+        else:
+            memory_nD = memory_BLD.flatten(0, 1)[real_n]
+            self.cross = [
+                _keys_and_values_of(layer.encoder_attn, memory_nD, real_n, memory_BLD.shape) for layer in layers
+            ]
         self.prefix: list[tuple[Tensor, Tensor]] = []
         """[B, H, P, D / H] a layer."""
         self.own: list[tuple[Tensor, Tensor] | None] = [None] * len(layers)
@@ -95,11 +110,10 @@ class DecoderState:
         if past is not None:
             keys, values = torch.cat([past[0], keys], 3), torch.cat([past[1], values], 3)
         self.own[number] = (keys, values)
-        query_BKHd = query_BKHd * attention.scaling
         prefix_keys, prefix_values = self.prefix[number]
         on_prefix = (query_BKHd.transpose(1, 2) @ prefix_keys.transpose(2, 3)).transpose(1, 2)
         on_own = (query_BKHd[:, :, :, None] * keys).sum(-1)
-        weights = torch.cat([on_prefix, on_own], -1).softmax(-1)
+        weights = torch.cat([on_prefix, on_own], -1).mul_(attention.scaling).softmax(-1)
         num_prefix = prefix_keys.shape[2]
         from_prefix = (weights[..., :num_prefix].transpose(1, 2) @ prefix_values).transpose(1, 2)
         from_own = (weights[..., num_prefix:, None] * values).sum(3)
@@ -108,6 +122,17 @@ class DecoderState:
 
 def _keys_and_values(attention: BartAttention, states_BLD: Tensor) -> tuple[Tensor, Tensor]:
     return _heads(attention, attention.k_proj(states_BLD)), _heads(attention, attention.v_proj(states_BLD))
+
+
+def _keys_and_values_of(
+    attention: BartAttention, states_nD: Tensor, places_n: Tensor, shape: torch.Size
+) -> tuple[Tensor, Tensor]:
+    """As `_keys_and_values` of [B, L, D], zeros at all places but these."""
+    spread = [
+        states_nD.new_zeros(shape).flatten(0, 1).index_copy_(0, places_n, projected).view(shape)
+        for projected in (attention.k_proj(states_nD), attention.v_proj(states_nD))
+    ]
+    return _heads(attention, spread[0]), _heads(attention, spread[1])
 
 
 def _heads(attention: BartAttention, states: Tensor) -> Tensor:

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -22,7 +24,15 @@ Ends = Literal["kept", "ranked"]
 """What becomes of an item that ends at a beam. kept: it is a candidate for the list. ranked: only if it stands among the
 `beam` best candidates of its step, continuations included, as Hugging Face's `generate` has it."""
 
+PlacesTo = Callable[[Tensor], Tensor]
+"""From places [B, n] among a user's candidates to what stands there."""
+Children = tuple[Tensor, PlacesTo, PlacesTo, Callable[[Tensor, Tensor, Tensor], Tensor]]
+"""Scores [B, X]; nodes and parent beams at places; places [X, K] of (users, parents, nodes) for every beam the user might have."""
+
 NOTHING = float("-inf")
+TABLE_ENTRIES, TABLE_WIDTH = 2**22, 1024
+"""A level has a table of parents and tokens up to this size (nine bytes an entry) and while its rows are short; otherwise children
+are found by their numbers."""
 MOST_BEAMS = 1024
 """Up to so many beams a static search knows how many children they can have; for more it makes room for a whole level."""
 FEWEST_PAIRS = 256
@@ -48,6 +58,7 @@ class Levels:
             for first, last in pairwise(trie.level_offsets)
         ]
         """Children that so many different nodes of a level (one, two, ...) can have together, by level."""
+        self.has_ends = [bool((trie.end_item[first:last] >= 0).any()) for first, last in pairwise(trie.level_offsets)]
         self.num_nodes = np.diff(trie.level_offsets).tolist()
         self.first_nodes = trie.level_offsets[:-1].tolist()
         self.tokens: list[Tensor] = []
@@ -59,9 +70,30 @@ class Levels:
             column[first:last] = columns + 1
         self.column = move(column)
         """int64 [M], where a node's token stands in the logits of the level above, behind `</s>` at 0."""
+        self._make_tables(trie, column, move)
         self.num_forced = _num_forced(trie)
         self.prefix = self.token[1 : self.num_forced + 1]
         """int64, the tokens that all items begin with."""
+
+    def _make_tables(self, trie: Trie, column: np.ndarray, move: Callable[[np.ndarray], Tensor]) -> None:
+        """Which token leads to which child, by parent with children: row 0 has none and is everybody else's."""
+        row = np.zeros(trie.num_nodes + 1, np.int64)
+        self.child_tables: list[Tensor | None] = []
+        """int64 [1 + parents, V_l] a level: the child behind a token, `nowhere` if there is none."""
+        for level, (first, last) in enumerate(pairwise(trie.level_offsets)):
+            parents = first + np.flatnonzero(trie.num_children[first:last])
+            row[parents] = 1 + np.arange(len(parents))
+            shape = (1 + len(parents), len(self.tokens[level]))
+            if shape[0] * shape[1] > TABLE_ENTRIES or shape[1] > TABLE_WIDTH:
+                self.child_tables.append(None)
+                continue
+            table = np.full(shape, self.nowhere, np.int64)
+            children = np.arange(*trie.level_offsets[level + 1 : level + 3]) if shape[1] else np.empty(0, np.int64)
+            table[row[trie.parent[children]], column[children] - 1] = children
+            self.child_tables.append(move(table))
+        self.absent_tables = [None if table is None else table == self.nowhere for table in self.child_tables]
+        self.row = move(row)
+        """int64 [M + 1], a node's row in its level's table."""
 
     def most_children(self, level: int, num_beams: int) -> int:
         """Children that so many different nodes of a level can have together."""
@@ -84,7 +116,7 @@ class Lost:
     ends: list[tuple[Tensor, Tensor]]
     """(users, nodes) int64 [X] where the item of a node with children is excluded."""
     dead: list[tuple[Tensor, Tensor, Tensor]]
-    """(users, parents, places among the parent's children) int64 [X] of the nodes below which nothing is left."""
+    """(users, parents, nodes) int64 [X] of the nodes below which nothing is left."""
 
 
 def lost_on(trie: Trie, pairs: Pruned, device: torch.device, padded: bool) -> Lost:
@@ -106,8 +138,7 @@ def lost_on(trie: Trie, pairs: Pruned, device: torch.device, padded: bool) -> Lo
     for first, last in pairwise(trie.level_offsets):
         ends.append(move(*at_level(end_users, end_nodes, first, last)))
         users, nodes = at_level(pairs.dead_users, pairs.dead_nodes, first, last)
-        parents = trie.parent[nodes]
-        dead.append(move(users, parents, nodes - trie.first_child[parents]))
+        dead.append(move(users, trie.parent[nodes], nodes))
     return Lost(ends, dead)  # type: ignore[arg-type]
 
 
@@ -127,7 +158,7 @@ def walk(
     """(scores, nodes) of the best `top` items a user, [B, N]. With `static` the same operators in the same shapes for all users."""
     best = best_static if static else best_of
     num_users, device = len(memory_BLD), memory_BLD.device
-    state = DecoderState(model, memory_BLD, mask_BL)
+    state = DecoderState(model, memory_BLD, mask_BL, static=static)
     mask_token = torch.full((1,), model.config.decoder_start_token_id, dtype=torch.long, device=device)
     states_BPD = state.start(torch.cat([mask_token, levels.prefix]))
     hidden_BKD = states_BPD[:, -1:]
@@ -138,18 +169,19 @@ def walk(
         reached_BKV = log_probabilities(heads, level, hidden_BKD).add_(scores_BK[..., None])
         ends_BK = _ended(reached_BKV[..., 0], nodes_BK, levels, lost, level, static)
         if level < levels.depth:
-            reached_BX, children_BX, beams_BX = _children(reached_BKV, nodes_BK, levels, lost, level, static)
+            reached_BX, child_at, beam_at = _children(reached_BKV, nodes_BK, levels, lost, level, static)
             if ends == "ranked":
                 candidates_BX = torch.cat([reached_BX, ends_BK], 1)
                 least_B1 = candidates_BX.topk(min(beam, candidates_BX.shape[1])).values[:, -1:]
                 ends_BK = ends_BK.masked_fill(ends_BK < least_B1, NOTHING)
+        candidates_BX = torch.cat([found_nodes_BN, nodes_BK], 1)
         found_scores_BN, found_nodes_BN, _ = best(
-            torch.cat([found_scores_BN, ends_BK], 1), torch.cat([found_nodes_BN, nodes_BK], 1), top
+            torch.cat([found_scores_BN, ends_BK], 1), partial(candidates_BX.gather, 1), top
         )
         if level == levels.depth:
             break
-        scores_BK, nodes_BK, places_BK = best(reached_BX, children_BX, beam)
-        parent_BK = beams_BX.gather(1, places_BK)
+        scores_BK, nodes_BK, places_BK = best(reached_BX, child_at, beam)
+        parent_BK = beam_at(places_BK)
         if not static:
             num_open = num_open_beams(scores_BK, found_scores_BN, top)
             if num_open == 0:
@@ -171,8 +203,10 @@ def _prefix_score(states_BPD: Tensor, levels: Levels, heads: Heads) -> Tensor:
 
 def _ended(ends_BK: Tensor, nodes_BK: Tensor, levels: Levels, lost: Lost | None, level: int, static: bool) -> Tensor:
     """-inf where no item ends at a beam's node, or an excluded one."""
+    if not levels.has_ends[level]:
+        return torch.full_like(ends_BK, NOTHING)
     ends_BK = ends_BK.masked_fill(levels.end_item[nodes_BK] < 0, NOTHING)
-    if lost is None:
+    if lost is None or not len(lost.ends[level][0]):
         return ends_BK
     users_X, nodes_X = lost.ends[level]
     match_XK = nodes_BK[users_X] == nodes_X[:, None]
@@ -182,37 +216,72 @@ def _ended(ends_BK: Tensor, nodes_BK: Tensor, levels: Levels, lost: Lost | None,
 
 def _children(
     scores_BKV: Tensor, nodes_BK: Tensor, levels: Levels, lost: Lost | None, level: int, static: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(scores, nodes, parent beams) [B, X] of the children of a user's beams, one beam's after another's; `scores_BKV` are used up.
+) -> tuple[Tensor, PlacesTo, PlacesTo]:
+    """Scores [B, X] of the children of a user's beams, and what stands at given places [B, n] of them: nodes, parent beams.
 
-    A place behind the last child stands nowhere with a score of -inf, which no token can raise again.
+    A place without a child stands nowhere with a score of -inf, which no token can raise again.
     """
+    absent_RV, table_RV = levels.absent_tables[level], levels.child_tables[level]
     if levels.num_nodes[level] == 1:
-        # All users stand at one node, whose children are all of the next level, in the order of its logits.
-        reached_BX = scores_BKV[:, 0, 1:]
-        first = levels.first_nodes[level + 1]
-        children_BX = torch.arange(first, first + reached_BX.shape[1], device=nodes_BK.device).expand_as(reached_BX)
-        beams_BX, starts_BK = torch.zeros_like(children_BX), torch.zeros_like(nodes_BK)
+        reached_BX, child_at, beam_at, place_of = _of_one_node(scores_BKV, levels, level)
+    elif absent_RV is not None and table_RV is not None:
+        reached_BX, child_at, beam_at, place_of = _by_table(
+            scores_BKV, levels.row[nodes_BK], absent_RV, table_RV, levels
+        )
     else:
-        counts_BK = levels.num_children[nodes_BK]
-        ends_BK = counts_BK.cumsum(1)
-        starts_BK = ends_BK - counts_BK
-        most = levels.most_children(level, nodes_BK.shape[1]) if static else int(ends_BK[:, -1].max())
-        places_X = torch.arange(most, device=nodes_BK.device)
-        exists_BX = places_X < ends_BK[:, -1:]
-        # A place belongs to the beam whose number is that of the beams that end before it.
-        beams_BX = torch.zeros(len(nodes_BK), most + 1, dtype=torch.long, device=nodes_BK.device)
-        beams_BX = beams_BX.scatter_add_(1, ends_BK, torch.ones_like(ends_BK))[:, :-1].cumsum(1)
-        beams_BX.clamp_(max=nodes_BK.shape[1] - 1)
-        children_BX = (levels.first_child[nodes_BK] - starts_BK).gather(1, beams_BX).add_(places_X)
-        children_BX.masked_fill_(~exists_BX, levels.nowhere)
-        columns_BX = levels.column[children_BX].add_(beams_BX, alpha=scores_BKV.shape[2])
-        reached_BX = scores_BKV.flatten(1).gather(1, columns_BX).masked_fill_(~exists_BX, NOTHING)
+        reached_BX, child_at, beam_at, place_of = _by_number(scores_BKV, nodes_BK, levels, level, static)
     if lost is not None:
-        users_X, parents_X, places_X = lost.dead[level + 1]
+        users_X, parents_X, dead_X = lost.dead[level + 1]
         match_XK = nodes_BK[users_X] == parents_X[:, None]
-        reached_BX = _without(reached_BX, users_X, match_XK, starts_BK[users_X] + places_X[:, None], static)
-    return reached_BX, children_BX, beams_BX
+        reached_BX = _without(reached_BX, users_X, match_XK, place_of(users_X, parents_X, dead_X), static)
+    return reached_BX, child_at, beam_at
+
+
+def _of_one_node(scores_BKV: Tensor, levels: Levels, level: int) -> Children:
+    """All users stand at one node, whose children are all of the next level, in the order of its logits."""
+    first = levels.first_nodes[level + 1]
+    return (
+        scores_BKV[:, 0, 1:],
+        lambda places_BN: places_BN + first,
+        torch.zeros_like,
+        lambda users_X, parents_X, nodes_X: (nodes_X - first)[:, None],
+    )
+
+
+def _by_table(scores_BKV: Tensor, rows_BK: Tensor, absent_RV: Tensor, table_RV: Tensor, levels: Levels) -> Children:
+    """Every token of the level a candidate of every beam, -inf where it leads nowhere."""
+    width = table_RV.shape[1]
+    reached_BKV = scores_BKV[..., 1:].masked_fill(absent_RV[rows_BK], NOTHING)
+    beams_K = torch.arange(rows_BK.shape[1], device=rows_BK.device)
+    return (
+        reached_BKV.flatten(1),
+        lambda places_BN: table_RV[rows_BK.gather(1, places_BN // width), places_BN % width],
+        lambda places_BN: places_BN // width,
+        lambda users_X, parents_X, nodes_X: beams_K * width + (levels.column[nodes_X] - 1)[:, None],
+    )
+
+
+def _by_number(scores_BKV: Tensor, nodes_BK: Tensor, levels: Levels, level: int, static: bool) -> Children:
+    """The children of one beam after those of another: siblings are numbered one after another."""
+    counts_BK = levels.num_children[nodes_BK]
+    ends_BK = counts_BK.cumsum(1)
+    starts_BK = ends_BK - counts_BK
+    most = levels.most_children(level, nodes_BK.shape[1]) if static else int(ends_BK[:, -1].max())
+    places_X = torch.arange(most, device=nodes_BK.device)
+    exists_BX = places_X < ends_BK[:, -1:]
+    # A place belongs to the beam whose number is that of the beams that end before it.
+    beams_BX = torch.zeros(len(nodes_BK), most + 1, dtype=torch.long, device=nodes_BK.device)
+    beams_BX = beams_BX.scatter_add_(1, ends_BK, torch.ones_like(ends_BK))[:, :-1].cumsum(1)
+    beams_BX.clamp_(max=nodes_BK.shape[1] - 1)
+    children_BX = (levels.first_child[nodes_BK] - starts_BK).gather(1, beams_BX).add_(places_X)
+    children_BX.masked_fill_(~exists_BX, levels.nowhere)
+    columns_BX = levels.column[children_BX].add_(beams_BX, alpha=scores_BKV.shape[2])
+    return (
+        scores_BKV.flatten(1).gather(1, columns_BX).masked_fill_(~exists_BX, NOTHING),
+        partial(children_BX.gather, 1),
+        partial(beams_BX.gather, 1),
+        lambda users_X, parents_X, nodes_X: starts_BK[users_X] + (nodes_X - levels.first_child[parents_X])[:, None],
+    )
 
 
 def _without(scores_BX: Tensor, users_X: Tensor, match_XK: Tensor, places_XK: Tensor, static: bool) -> Tensor:
@@ -234,7 +303,7 @@ def num_open_beams(scores_BK: Tensor, found_scores_BN: Tensor, top: int) -> int:
     return int(open_BK.sum(dim=1).max())
 
 
-def best_of(scores_BX: Tensor, nodes_BX: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def best_of(scores_BX: Tensor, node_at: PlacesTo, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """(scores, nodes, places) [B, count] of the highest scores a row, equal ones by smaller node.
 
     `topk` leaves open which of equal scores it takes. One place more than asked for tells whether that matters at the
@@ -245,23 +314,27 @@ def best_of(scores_BX: Tensor, nodes_BX: Tensor, count: int) -> tuple[Tensor, Te
     if kept.shape[1] > count:
         tied = (kept[:, -1] == kept[:, -2]) & (kept[:, -1] > NOTHING)
         if tied.any():
-            places = torch.arange(scores_BX.shape[1], device=places.device).expand_as(scores_BX)
-            kept = scores_BX
+            kept, places = scores_BX, _all_places(scores_BX)
         else:
             kept, places = kept[:, :count], places[:, :count]
-    by_node = nodes_BX.gather(1, places).argsort(dim=1, stable=True)
+    nodes = node_at(places)
+    by_node = nodes.argsort(dim=1, stable=True)
     by_score = kept.gather(1, by_node).argsort(dim=1, descending=True, stable=True)
     order = by_node.gather(1, by_score)[:, :count]
-    places = places.gather(1, order)
-    return kept.gather(1, order), nodes_BX.gather(1, places), places
+    return kept.gather(1, order), nodes.gather(1, order), places.gather(1, order)
 
 
-def best_static(scores_BX: Tensor, nodes_BX: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def best_static(scores_BX: Tensor, node_at: PlacesTo, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `best_of`, without looking at a value: a float32 score and its node are one whole number, and no two are equal."""
     assert scores_BX.dtype == torch.float32, "a float64 score leaves no room for its node"
     count = min(count, scores_BX.shape[1])
     bits = (scores_BX + 0.0).view(torch.int32)  # no negative zero
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    nodes_BX = node_at(_all_places(scores_BX))
     words = (ordered.long() << 32) | (0xFFFFFFFF - nodes_BX)
     places = words.topk(count).indices
     return scores_BX.gather(1, places), nodes_BX.gather(1, places), places
+
+
+def _all_places(scores_BX: Tensor) -> Tensor:
+    return torch.arange(scores_BX.shape[1], device=scores_BX.device).expand(scores_BX.shape)

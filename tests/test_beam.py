@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
+from genrec_dist import trie_walk
 from genrec_dist.batch import EncoderInput, Layout, encode_histories
 from genrec_dist.beam import TrieSearcher
 from genrec_dist.decoder import DecoderState
@@ -138,22 +139,29 @@ histories_of = st.lists(st.lists(st.integers(0, 10**6), max_size=8), min_size=1,
 
 
 @settings(max_examples=40, deadline=None)
-@given(catalogues, histories_of, st.booleans(), st.sampled_from([1, 2, 3, 5, 10, MOST_ITEMS]))
-@example(PREFIXES, [[0, 3], [], [1, 1, 2]], True, 7)
-@example(PREFIXES, [list(range(7)), [6]], True, 7)
-def test_a_wide_beam_equals_brute_force(items: list[Word], draws: list[History], exclude: bool, top: int) -> None:
-    """The best items or all of them, in order, with their scores; shorter lists where the history is excluded."""
+@given(catalogues, histories_of, st.booleans(), st.sampled_from([1, 2, 3, 5, 10, MOST_ITEMS]), st.booleans())
+@example(PREFIXES, [[0, 3], [], [1, 1, 2]], True, 7, True)
+@example(PREFIXES, [list(range(7)), [6]], True, 7, False)
+def test_a_wide_beam_equals_brute_force(
+    items: list[Word], draws: list[History], exclude: bool, top: int, by_table: bool
+) -> None:
+    """The best items or all of them, in order, with their scores; shorter lists where the history is excluded. Children are found
+    by a table or by their numbers."""
     histories = [[draw % len(items) for draw in history] for history in draws]
-    assert_equals_brute_force(World(items, sharp_model()), histories, exclude, top)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trie_walk, "TABLE_ENTRIES", 2**22 if by_table else 0)
+        assert_equals_brute_force(World(items, sharp_model()), histories, exclude, top)
 
 
 @settings(max_examples=40, deadline=None)
-@given(catalogues, histories_of, st.integers(1, 8), st.integers(1, 8), st.booleans())
+@given(catalogues, histories_of, st.integers(1, 8), st.integers(1, 8), st.booleans(), st.booleans())
 def test_a_narrow_beam_lists_valid_items_in_full(
-    items: list[Word], draws: list[History], beam: int, top: int, exclude: bool
+    items: list[Word], draws: list[History], beam: int, top: int, exclude: bool, by_table: bool
 ) -> None:
     """Scores are those of brute force; as long as asked for wherever no dead end can eat a beam."""
-    world = World(items, sharp_model())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trie_walk, "TABLE_ENTRIES", 2**22 if by_table else 0)
+        world = World(items, sharp_model())
     histories = [[draw % len(items) for draw in history] for history in draws]
     truth_BN = world.brute_force(histories)
     lists = world.search(histories, beam=beam, top=top, exclude=exclude)
@@ -382,7 +390,7 @@ def test_the_best_are_a_sort_by_score_then_node(scores: list[float], count: int,
     order = sorted(range(len(scores)), key=lambda place: (-scores[place], nodes[place]))[:count]
     finite = [place for place in order if scores[place] > float("-inf")]
     for best in (best_of, best_static):
-        kept, kept_nodes, places = best(torch.tensor([scores]), torch.tensor([nodes]), count)
+        kept, kept_nodes, places = best(torch.tensor([scores]), lambda places: torch.tensor(nodes)[places], count)
         assert places[0].tolist()[: len(finite)] == finite
         assert kept_nodes[0].tolist()[: len(finite)] == [nodes[place] for place in finite]
         assert kept[0].tolist() == [scores[place] for place in order]

@@ -30,7 +30,7 @@ from test_beam import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genrec_dist import head, score_all
+from genrec_dist import head, score_all, trie_walk
 from genrec_dist.beam import TrieSearcher, encode_by_length, in_static_shape
 from genrec_dist.head import Softmax
 from genrec_dist.tokens import ItemTexts, item_text, train_tokenizer
@@ -357,12 +357,14 @@ def static_walk(world: World, searcher: TrieSearcher, histories: list[History], 
     return seen
 
 
+@pytest.mark.parametrize("table_entries", [0, 2**22])
 def test_a_static_search_is_the_same_operators_in_the_same_shapes_for_all_users(
-    monkeypatch: pytest.MonkeyPatch,
+    table_entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a CUDA graph asks for: no value of a tensor decides anything. The dynamic search does look at values."""
     world = World(all_pairs(), sharp_model())
     monkeypatch.setattr(Softmax, "_bounded", lambda *_: False)  # of the CPU alone
+    monkeypatch.setattr(trie_walk, "TABLE_ENTRIES", table_entries)
     searcher = in_float32(world, static=True)
     first = static_walk(world, searcher, [[0, 1, 2], [5], [7, 7]], beam=20, top=20)
     second = static_walk(world, searcher, [[9], [40, 41], [3, 4]], beam=20, top=20)
@@ -373,17 +375,20 @@ def test_a_static_search_is_the_same_operators_in_the_same_shapes_for_all_users(
 
 
 @settings(max_examples=25, deadline=None)
-@given(catalogues, histories_of, st.integers(1, 8), st.integers(1, 8), st.booleans())
-@example(PREFIXES, [[0, 3], [], [1, 1, 2], list(range(7))], 3, 7, True)
+@given(catalogues, histories_of, st.integers(1, 8), st.integers(1, 8), st.booleans(), st.booleans())
+@example(PREFIXES, [[0, 3], [], [1, 1, 2], list(range(7))], 3, 7, True, True)
+@example(PREFIXES, [[0, 3], [], [1, 1, 2], list(range(7))], 3, 7, True, False)
 def test_a_static_search_finds_what_a_dynamic_one_does(
-    items: list[Word], draws: list[History], beam: int, top: int, exclude: bool
+    items: list[Word], draws: list[History], beam: int, top: int, exclude: bool, by_table: bool
 ) -> None:
     histories = [[draw % len(items) for draw in history] for history in draws]
     world = World(items, sharp_model())
     excluded = pairs_of(histories) if exclude else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trie_walk, "TABLE_ENTRIES", 2**22 if by_table else 0)
+        searchers = [in_float32(world, static=static) for static in (True, False)]
     static, dynamic = (
-        in_float32(world, static=static).search(world.encoder(histories), beam=beam, top=top, excluded=excluded)
-        for static in (True, False)
+        searcher.search(world.encoder(histories), beam=beam, top=top, excluded=excluded) for searcher in searchers
     )
     assert (static.items == dynamic.items).all()
     np.testing.assert_allclose(static.scores, dynamic.scores, rtol=1e-5, atol=1e-5)
