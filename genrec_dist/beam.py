@@ -28,8 +28,9 @@ Mode = Literal["exact", "compact", "free", "all"]
 `</s>` alone, another and cheaper normaliser. free: no trie, as the paper decodes; what is generated may be no item.
 all: every item scored, the oracle of `exact`."""
 
-USERS_ENCODED_AT_ONCE = 8
-"""Rows of like length that an encoder pass on a CPU takes at least."""
+USERS_ENCODED_AT_ONCE, LENGTHS_ENCODED_AT_ONCE = 4, 1.5
+"""An encoder pass on a CPU takes at least so many users, and more while the longest has at most so many times the tokens of the
+shortest (docs/log.md, 2026-11-21)."""
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,10 @@ def encode_by_length(model: GenRecForConditionalGeneration, encoder: EncoderInpu
 
 
 def _groups(order_B: Tensor, lengths: list[int]) -> list[Tensor]:
-    """Rows by ascending length, cut where the longest of a group is a quarter longer than its shortest."""
+    """Rows by ascending length, cut where the next one is too long for a group that is large enough."""
     groups, start = [], 0
     for place, length in enumerate(lengths):
-        if place - start >= USERS_ENCODED_AT_ONCE and length > 1.25 * lengths[start]:
+        if place - start >= USERS_ENCODED_AT_ONCE and length > LENGTHS_ENCODED_AT_ONCE * lengths[start]:
             groups.append(order_B[start:place])
             start = place
     return [*groups, order_B[start:]]

@@ -155,7 +155,7 @@ def evaluate(
     top: Annotated[int, typer.Option(help="Length of the lists; metrics need 20.")] = 20,
     decode: DecodeOption = "exact",
     exclude_history: ExcludeOption = "auto",
-    batch_size: Annotated[int, typer.Option(help="Users decoded at once.", min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(help="Users decoded at once.", min=1)] = 512,
     data: DataOption = None,
 ) -> None:
     """Decode every user once, score, and set the baselines beside it; under accelerate launch or torchrun on several processes.

@@ -40,7 +40,7 @@ class Decoding:
     top: int = TOP
     mode: Mode = "exact"
     exclude_history: bool = True
-    batch_size: int = 256
+    batch_size: int = 512
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,13 @@ from genrec_dist.bench.beam import (
     allowed_tokens,
     bench_beam,
     compare_lists,
-    epoch_seconds,
     evaluate_share,
     flop_a_user,
     format_curves,
     make_rivals,
     measure_trie,
     measure_trie_share,
+    steps_of_an_epoch,
 )
 from genrec_dist.bench.beam_world import EOS, MASK, VOCABULARY, Shape, World, make_users, make_words, spell, users_of
 from genrec_dist.bench.measure import Claim, format_claims, write_table
@@ -262,13 +263,22 @@ def test_rivals_ask_for_no_scores_while_they_are_timed(world: World) -> None:
 # Beside an epoch.
 
 
+@pytest.mark.dist
 def test_evaluating_is_set_beside_an_epoch(tiny_run: Path, tiny_data: Path) -> None:
+    """A real training in a process of its own, watched for some steps and ended."""
     files = sorted(path.name for path in tiny_run.iterdir())
-    (claim,), more = evaluate_share(tiny_run, tiny_data)
+    (claim,), more = evaluate_share(
+        tiny_run, tiny_data, replace(SMALL, watched_steps=6, repeats_of_evaluating=1, oracle_users=30)
+    )
     assert more["users"] == 120
-    assert 0 < more["seconds of decoding"] <= claim.ours == more["seconds"]
-    assert claim.theirs == np.median(more["seconds an epoch"]) > 0
+    assert more["seconds with baselines, intervals and files"][0] > more["seconds of decoding"][0] == claim.ours > 0
+    assert claim.theirs == more["seconds an epoch"][0] > 0
     assert claim.ratio == pytest.approx(claim.ours / claim.theirs)
+    error = more["search error"]
+    assert error["users"] == 30
+    # 64 items: a beam of 50 comes near to all of them, and never above what scoring all of them ranks first.
+    assert error["beam 50"]["missed"] <= error["beam 20"]["missed"] < 1
+    assert error["beam 20"]["NDCG@10 lost"] == pytest.approx(error["all"]["NDCG@10"] - error["beam 20"]["NDCG@10"])
     assert sorted(path.name for path in tiny_run.iterdir()) == files
 
 
@@ -281,24 +291,15 @@ def step(number: int, time: float, epoch: int, stage: str = "finetune") -> dict[
     return {"event": "step", "step": number, "time": time, "epoch": epoch, "stage": stage}
 
 
-def test_an_epoch_is_its_steps_without_what_lies_between(tmp_path: Path) -> None:
-    start, validation = {"event": "start", "time": 0.0}, {"event": "validation", "time": 0.0}
-    lines = [
-        start, step(0, 100, 0, "pretrain"), step(9, 110, 0, "pretrain"), {"event": "checkpoint", "time": 111.0},
-        # Steps 10 to 29, logged from the second on: 36 s for 18 of 20 steps.
-        step(11, 202, 0), step(20, 220, 0), step(29, 238, 0), validation,
-        # Steps 30 to 49, stopped and resumed at 40: only what came after counts, 9 steps of 20 in 27 s.
-        step(30, 1000, 1), step(39, 1020, 1), start, step(40, 5000, 1), step(49, 5027, 1), validation,
-        # Resumed at the beginning of an epoch.
-        start, step(50, 9000, 2), step(69, 9019, 2), validation,
-        # Not whole.
-        step(70, 9900, 3), step(75, 9950, 3),
-    ]  # fmt: skip
-    assert epoch_seconds(write_events(tmp_path / "events.jsonl", lines)) == pytest.approx([40, 60, 20])
-    with pytest.raises(ValueError, match=r"events\.jsonl: no epoch of finetuning"):
-        epoch_seconds(write_events(tmp_path / "events.jsonl", lines[:3]))
-    with pytest.raises(ValueError, match="no epoch of finetuning"):
-        epoch_seconds(tmp_path / "none" / "events.jsonl")
+def test_an_epoch_has_the_steps_up_to_its_validation(tmp_path: Path) -> None:
+    pretrained = [{"event": "start"}, step(0, 100, 0, "pretrain"), step(9, 110, 0, "pretrain")]
+    validated = {"event": "validation", "step": 29, "epoch": 0, "stage": "finetune"}
+    first = [step(10, 200, 0), step(20, 220, 0), {"event": "start"}, step(21, 900, 0), validated, step(30, 1000, 1)]
+    assert steps_of_an_epoch(write_events(tmp_path / "events.jsonl", pretrained + first)) == 20
+    with pytest.raises(ValueError, match=r"events\.jsonl: no finished epoch of finetuning"):
+        steps_of_an_epoch(write_events(tmp_path / "events.jsonl", pretrained + first[:4]))
+    with pytest.raises(ValueError, match="no finished epoch of finetuning"):
+        steps_of_an_epoch(tmp_path / "none" / "events.jsonl")
 
 
 def test_a_run_needs_its_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
