@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -15,6 +16,9 @@ from genrec_kernels.plan import SumPlan
 
 _BLOCK = 1 << 17
 """Numbers of the result that a CPU finishes before it goes on: half a megabyte of float32, which stays in its cache."""
+
+_LARGE = 1 << 23
+"""Numbers from which a table's gradient is memory fresh from the system at each step: malloc keeps no 32 MB back."""
 
 
 def embedding_sum(
@@ -131,11 +135,23 @@ class _InBlocks(torch.autograd.Function):
                 continue
             scaled_BLD = gradient_BLD * ctx.scale if number == 0 and ctx.scale != 1.0 else gradient_BLD
             num_rows, dtype = table
-            grad = torch.ops.aten.embedding_dense_backward(
-                scaled_BLD.contiguous(), rows, num_rows, -1 if silent is None else silent, False
-            )
-            grads.append(grad.to(dtype))
+            grads.append(_row_sums(scaled_BLD, rows, num_rows, silent).to(dtype))
         return (None,) * 4 + tuple(grads) + (None,) * 3
+
+
+def _row_sums(gradient_BLD: Tensor, rows: Tensor, num_rows: int, silent: int | None) -> Tensor:
+    """[num_rows, D], each row's gradients added in the order of their places; nothing in row `silent`."""
+    width = gradient_BLD.shape[-1]
+    if gradient_BLD.dtype not in (torch.float32, torch.float64) or num_rows * width < _LARGE:
+        return torch.ops.aten.embedding_dense_backward(
+            gradient_BLD.contiguous(), rows, num_rows, -1 if silent is None else silent, False
+        )
+    # Zeros as the system hands them out: what a batch does not touch of a large table is not written once more.
+    zeros = np.zeros((num_rows, width), np.float32 if gradient_BLD.dtype == torch.float32 else np.float64)
+    grad = torch.from_numpy(zeros).index_add_(0, rows.reshape(-1), gradient_BLD.reshape(-1, width))
+    if silent is not None:
+        grad[silent] = 0
+    return grad
 
 
 def _add_rows(out_kD: Tensor, rows_k: Tensor, table: Tensor, room_kD: Tensor) -> None:
