@@ -33,7 +33,7 @@ from genrec_dist.memory import (
     step_flops,
 )
 from genrec_dist.model import GenRecConfig
-from genrec_dist.recipe import Recipe, Stage
+from genrec_dist.recipe import HeadLoss, Recipe, Stage
 from genrec_dist.tokens import WordTable, build_words, load_tokenizer, train_tokenizer, trim
 
 GIB = 2**30
@@ -277,6 +277,7 @@ def _fit(
     zero_files: Path | None,
 ) -> Fit:
     bf16 = recipe.precision != "fp32"
+    head: HeadLoss = "full" if recipe.head == "auto" else recipe.head  # what `auto` means on a GPU
     state = state_bytes(
         sizes,
         method,
@@ -294,9 +295,7 @@ def _fit(
             for length in each.quantiles
         )
         compute = compute_of(method, bf16)
-        return state.peak(
-            max(activation_bytes(config, sizes, batch, compute, head=recipe.head).total for batch in batches)
-        )
+        return state.peak(max(activation_bytes(config, sizes, batch, compute, head=head).total for batch in batches))
 
     return Fit(
         method, state, peak(recipe.micro_batch_tokens, True), _largest(lambda tokens: peak(tokens, False) <= limit)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -47,16 +47,19 @@ def head_loss(
     return total
 
 
-def check_head(how: HeadLoss, device: torch.device) -> None:
-    """Raise ValueError for a way that this machine has not."""
+def resolve_head(how: HeadLoss | Literal["auto"], device: torch.device) -> HeadLoss:
+    """What `auto` means on a device. Raises ValueError for a way that this machine has not."""
+    if how == "auto":
+        return "chunked" if device.type == "cpu" else "full"
     if how != "liger":
-        return
+        return how
     if device.type != "cuda":
         raise ValueError(f"head liger: its kernels run on a GPU and this run is on {device.type}: set head to chunked")
     if find_spec("liger_kernel") is None:
         raise ValueError(
             "head liger: liger-kernel is not installed: pip install 'genrec-dist[liger]', or set head to chunked"
         )
+    return how
 
 
 class ChunkedLoss(torch.autograd.Function):

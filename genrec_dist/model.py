@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from genrec_dist.batch import IGNORED, EncoderInput
-from genrec_dist.loss import check_head, head_loss
+from genrec_dist.loss import head_loss, resolve_head
 from genrec_dist.recipe import HeadLoss, Model
 from genrec_dist.tokens import Vocabulary
 
@@ -343,10 +343,9 @@ def choose_attention(model: GenRecForConditionalGeneration, precision: str) -> N
     model.set_attn_implementation("eager" if plain else "sdpa")
 
 
-def choose_loss(model: GenRecForConditionalGeneration, how: HeadLoss) -> None:
+def choose_loss(model: GenRecForConditionalGeneration, how: HeadLoss | Literal["auto"]) -> None:
     """Let `forward` compute the loss in this way. Raises ValueError where the model's device or the installation lacks it."""
-    check_head(how, model.device)
-    model.loss_by = how
+    model.loss_by = resolve_head(how, model.device)
 
 
 def _is_identity(rows_R: Tensor, num_rows: int) -> bool:

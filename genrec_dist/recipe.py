@@ -16,7 +16,7 @@ import yaml
 from genrec_shards.remote import is_address
 
 HeadLoss = Literal["full", "chunked", "liger"]
-"""How the loss of the output head is computed."""
+"""How the loss of the output head is computed: see `Recipe.head`."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,10 @@ class Recipe:
     micro_batch_tokens: int = 8192
     """Encoder tokens, padding included, that a rank takes through the model at once; a step accumulates as many
     micro-batches of samples of like length as its share needs."""
-    head: HeadLoss = "full"
-    """full: the logits of a micro-batch's target tokens over the whole vocabulary lie there at once, with their gradients.
-    chunked: some rows of them at a time, for long targets and large vocabularies. liger: as chunked, by Liger-Kernel on a GPU."""
+    head: Literal["auto", HeadLoss] = "auto"
+    """How the loss of the output head is computed. full: with the logits of all target tokens of a micro-batch over the whole
+    vocabulary at once, and their gradients. chunked: some rows of them at a time. liger: so, too, by Liger-Kernel on a GPU.
+    auto: chunked on a CPU, where it is the faster one as well (docs/log.md), full elsewhere until it is measured there."""
     workers: int = 1
     """Processes a rank that prepare batches ahead; 0 prepares them in the training process."""
     log_every: int = 10

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from genrec_dist import loss as module
 from genrec_dist.engine import make_accelerator
-from genrec_dist.loss import ChunkedLoss, check_head, chunk_rows, head_loss
+from genrec_dist.loss import ChunkedLoss, chunk_rows, head_loss, resolve_head
 from genrec_dist.model import choose_loss
 from genrec_dist.progress import Meter
 from genrec_dist.recipe import HeadLoss, load_recipe
@@ -169,11 +169,17 @@ def test_liger_is_refused_where_it_cannot_run() -> None:
     with pytest.raises(
         ValueError, match=r"^head liger: its kernels run on a GPU and this run is on cpu: set head to chunked$"
     ):
-        check_head("liger", torch.device("cpu"))
+        resolve_head("liger", torch.device("cpu"))
     model, _ = model_on_cpu("fp32")
     with pytest.raises(ValueError, match="head liger"):
         choose_loss(model, "liger")
-    check_head("full", torch.device("cpu"))
+
+
+def test_what_auto_means() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert (resolve_head("auto", cpu), resolve_head("auto", gpu)) == ("chunked", "full")
+    assert (resolve_head("full", cpu), resolve_head("chunked", gpu)) == ("full", "chunked")
+    assert load_recipe("tiny").head == "auto"
 
 
 def test_a_run_learns_the_same_by_either(tiny_data: Path, tmp_path: Path) -> None:
