@@ -129,7 +129,8 @@ def _keys_and_values_of(
 ) -> tuple[Tensor, Tensor]:
     """As `_keys_and_values` of [B, L, D], zeros at all places but these."""
     spread = [
-        states_nD.new_zeros(shape).flatten(0, 1).index_copy_(0, places_n, projected).view(shape)
+        # Under autocast the projection's type is not that of what it projects.
+        projected.new_zeros(shape).flatten(0, 1).index_copy_(0, places_n, projected).view(shape)
         for projected in (attention.k_proj(states_nD), attention.v_proj(states_nD))
     ]
     return _heads(attention, spread[0]), _heads(attention, spread[1])

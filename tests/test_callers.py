@@ -131,6 +131,15 @@ def test_an_interrupted_leader_leaves_its_batch_to_the_others() -> None:
     assert work.batches == [[0], [2, 3, 4, 5]]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A test run in the background of a shell inherits an ignored SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("leads", [True, False])
 def test_control_c_ends_the_call_of_the_main_thread_alone(leads: bool) -> None:
     """A real signal, while the main thread works for all, or waits for another to."""

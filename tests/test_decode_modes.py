@@ -424,3 +424,14 @@ def test_float64_has_no_static_search() -> None:
     world = World(PREFIXES, sharp_model())
     with pytest.raises(ValueError, match=r"scores in float32, the model's weights are torch.float64"):
         TrieSearcher(world.model, world.searcher.trie, static=True)
+
+
+def test_under_autocast_a_padded_batch_is_searched_too() -> None:
+    """As validation in a bf16 run does: histories of several lengths, projections in bfloat16, scores near those of float32."""
+    world = World(all_pairs(), sharp_model())
+    searcher, encoder = in_float32(world), world.encoder([[0], [1, 2, 3, 4, 5], [7, 8]])
+    plain = searcher.search(encoder, beam=64, top=20)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = searcher.search(encoder, beam=64, top=20)
+    assert (rough.items >= 0).all()
+    np.testing.assert_allclose(rough.scores, plain.scores, atol=1.0)
