@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from genrec_dist.bench.doors import bench
+
 app = typer.Typer(
     name="genrec",
     help="Train GenRec, a generative sequential recommender: exact, honest, fast.",
@@ -427,99 +429,12 @@ class _processes:
             leave()
 
 
-bench = typer.Typer(no_args_is_help=True)
 app.add_typer(
     bench,
     name="bench",
     short_help="Measure a claim beside a named peer, the two in turn.",
     help="Measure a claim beside a named peer, the two in turn.\n\nExample: genrec bench stream --json stream.json",
 )
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the table, with hardware and versions.")]
-
-
-@bench.command("rows")
-def bench_rows(json_path: JsonOption = None) -> None:
-    """Id tables of 10^5 to 10^7 rows, beside SparseAdam and dense AdamW, on one thread; bytes on the wire of two ranks.
-
-    Example: genrec bench rows --json rows.json
-    """
-    from genrec_dist.bench.measure import format_claims, write_table
-    from genrec_dist.bench.rows import bench_rows as run_bench
-
-    claims, table = run_bench()
-    say(format_claims(claims))
-    if json_path is not None:
-        write_table(table, json_path)
-
-
-@bench.command("stream")
-def bench_stream(
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
-    ] = None,
-    json_path: JsonOption = None,
-) -> None:
-    """Decode speed and bytes beside one JSON a sample; a late resume; waiting in a tiny run; bytes over a network.
-
-    Example: genrec bench stream --data data/beauty --json stream.json
-    """
-    from genrec_dist.bench.measure import format_claims, write_table
-    from genrec_dist.bench.stream import bench_stream as run_bench
-
-    claims, table = run_bench(data)
-    say(format_claims(claims))
-    if json_path is not None:
-        write_table(table, json_path)
-
-
-@bench.command("beam")
-def bench_beam(
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
-    ] = None,
-    run: Annotated[
-        Path | None, typer.Option("--run", help="A run trained on --data: also evaluating it beside an epoch.")
-    ] = None,
-    json_path: JsonOption = None,
-) -> None:
-    """Decoding beside Hugging Face's `generate`, lists compared, at two model shapes; the trie of 10^6 items.
-
-    Example: genrec bench beam --data data/beauty --run runs/tiny --json beam.json
-    """
-    from genrec_dist.bench.beam import bench_beam as run_bench
-    from genrec_dist.bench.beam import format_curves
-    from genrec_dist.bench.measure import format_claims, write_table
-
-    claims, table = run_bench(data, run)
-    say(format_claims(claims))
-    say(format_curves(table))
-    if json_path is not None:
-        write_table(table, json_path)
-
-
-@bench.command("latency")
-def bench_latency(
-    run: Annotated[
-        Path | None, typer.Option("--run", help="Run directory; default: random weights in the shape of tiny.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
-    ] = None,
-    json_path: JsonOption = None,
-) -> None:
-    """p50, p95 and p99 of one caller and of 8 at once, one history a call, beside a lock round each call.
-
-    Example: genrec bench latency --run runs/beauty --data data/beauty --json latency.json
-    """
-    from genrec_dist.bench.latency import bench_latency as run_bench
-    from genrec_dist.bench.latency import format_latencies
-    from genrec_dist.bench.measure import format_claims, write_table
-
-    claims, table = run_bench(run, data)
-    say(format_latencies(table["measured"]))
-    say(format_claims(claims))
-    if json_path is not None:
-        write_table(table, json_path)
 
 
 class _progress:

@@ -290,29 +290,6 @@ def lists_name(split: str, top: int) -> str:
     return f"top{top}-{split}.parquet"
 
 
-def write_results(
-    out_dir: str | Path,
-    *,
-    system: str,
-    split: Split,
-    dataset: Dataset,
-    user_rows: np.ndarray,
-    lists_UN: np.ndarray,
-    scores_UN: np.ndarray,
-    protocol: Protocol,
-    seconds: float,
-    recipe: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """`ResultsWriter` for lists that lie in memory as a whole: `user_rows` int64[U] in any order, the rest as in `add`."""
-    order = np.argsort(user_rows, kind="stable")
-    with ResultsWriter(
-        out_dir, system=system, split=split, dataset=dataset, protocol=protocol, recipe=recipe, top=lists_UN.shape[1]
-    ) as writer:
-        for part in windows(order):
-            writer.add(user_rows[part], lists_UN[part], scores_UN[part])
-        return writer.finish(seconds)
-
-
 def run_baseline(
     name: str,
     dataset: Dataset,
@@ -349,7 +326,7 @@ def run_baseline(
 
 
 def format_table(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """A closing table out of metrics (what `write_results` returns, or {"system": ..., "HR@5": ...}).
+    """A closing table out of metrics (what `ResultsWriter.finish` returns, or {"system": ..., "HR@5": ...}).
 
     Each row is followed by the baselines that stand beside it, unless the table has them already; figures as .0566,
     a dash where one is missing.

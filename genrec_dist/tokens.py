@@ -292,8 +292,11 @@ class ItemTexts:
         self, tokenizer: PreTrainedTokenizerFast, item_codes: Sequence[str], vocabulary: Vocabulary | None = None
     ):
         """`vocabulary`: the trimmed one whose numbers are generated."""
-        self.tokenizer, self.vocabulary = tokenizer, vocabulary
-        self.row_of = {item_text(code): row for row, code in enumerate(item_codes)}
+        self.tokenizer, self.item_codes, self.vocabulary = tokenizer, item_codes, vocabulary
+
+    @cached_property
+    def row_of(self) -> dict[str, int]:
+        return {item_text(code): row for row, code in enumerate(self.item_codes)}
 
     def rows(self, token_lists: Sequence[Sequence[int]]) -> np.ndarray:
         """int32 [n], the item whose word these tokens spell, however they cut it; -2 where there is none."""

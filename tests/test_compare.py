@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from genrec_shards.prepare import Dataset, prepare
+from result_files import write_results
 
 from genrec_dist.compare import (
     METRICS,
@@ -19,7 +20,7 @@ from genrec_dist.compare import (
     training_variance,
 )
 from genrec_dist.metrics import WEIGHTS
-from genrec_dist.results import Protocol, run_baseline, write_results
+from genrec_dist.results import Protocol, run_baseline
 
 
 def simulated(

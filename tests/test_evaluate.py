@@ -346,14 +346,14 @@ def test_under_the_launcher_of_zero_3_the_bytes_are_the_same(tiny_run: Path, tmp
     assert without_times(one) == without_times(two)
 
 
-def spoiled(run: Path, folder: Path, who: int, how: str, agent: bool = False) -> tuple[list[str], list[str]]:
+def spoiled(run: Path, folder: Path, who: int, how: str, launcher: bool = False) -> tuple[list[str], list[str]]:
     """(what each rank says in lines of its own, new files in the run directory) of three ranks one of which is spoiled."""
     copy = copy_of(run, folder / "run")
     before = {path.name for path in copy.iterdir()}
     (folder / "spoiled.py").write_text(SPOILED)
     command = [folder / "spoiled.py", str(who), how, "evaluate", copy, "--batch-size", "10"]
     # Far below the half hour after which gloo gives up.
-    if agent:
+    if launcher:
         done = run_ranks(command, folder / "logs", 3, timeout=300)
         assert done.returncode != 0
         said = done.stderr
@@ -407,8 +407,8 @@ def test_rank_0_killed_is_named_and_leaves_no_result(tiny_run: Path, tmp_path: P
 
 @pytest.mark.dist
 @pytest.mark.ranks
-def test_an_agent_that_ends_the_others_makes_them_tidy_up(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_launcher_that_ends_the_others_makes_them_tidy_up(tiny_run: Path, tmp_path: Path) -> None:
     """torchrun sends SIGTERM, which would end rank 0 at once and leave its half-written files."""
-    said, new = spoiled(tiny_run, tmp_path, who=1, how="killed-while-others-decode", agent=True)
+    said, new = spoiled(tiny_run, tmp_path, who=1, how="killed-while-others-decode", launcher=True)
     assert said == ["genrec: ended by SIGTERM", "", "genrec: ended by SIGTERM"]
     assert not new

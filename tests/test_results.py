@@ -13,11 +13,12 @@ from genrec_shards.numbering import number
 from genrec_shards.prepare import Dataset, prepare
 from genrec_shards.sequences import DataError, Sequences
 from genrec_shards.write import write_shards
+from result_files import write_results
 from rich.console import Console
 
 from genrec_dist import baseline
 from genrec_dist.metrics import bootstrap_ci95, metrics_from_histogram, rank_histogram, target_ranks
-from genrec_dist.results import Protocol, ResultsWriter, format_table, run_baseline, sample_users, write_results
+from genrec_dist.results import Protocol, ResultsWriter, format_table, run_baseline, sample_users
 
 FIELDS = {
     *("system", "split", "users", "HR@1", "HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR@20"),

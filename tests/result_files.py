@@ -1,0 +1,34 @@
+"""Result files of lists that a test has in memory as a whole."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from genrec_shards.prepare import Dataset
+from genrec_shards.sequences import Split
+
+from genrec_dist.baseline.history import windows
+from genrec_dist.results import Protocol, ResultsWriter
+
+
+def write_results(
+    out_dir: str | Path,
+    *,
+    system: str,
+    split: Split,
+    dataset: Dataset,
+    user_rows: np.ndarray,
+    lists_UN: np.ndarray,
+    scores_UN: np.ndarray,
+    protocol: Protocol,
+    seconds: float,
+    recipe: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """`ResultsWriter` for lists that lie in memory as a whole: `user_rows` int64[U] in any order, the rest as in `add`."""
+    order = np.argsort(user_rows, kind="stable")
+    with ResultsWriter(
+        out_dir, system=system, split=split, dataset=dataset, protocol=protocol, recipe=recipe, top=lists_UN.shape[1]
+    ) as writer:
+        for part in windows(order):
+            writer.add(user_rows[part], lists_UN[part], scores_UN[part])
+        return writer.finish(seconds)
