@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from html import escape
-from importlib import resources
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -14,6 +12,7 @@ from genrec_shards.atomic import atomic_file
 
 from genrec_dist.chart import Dot, Line, dot_chart, line_chart, score, smooth
 from genrec_dist.journal import Journal, is_number, read_journal
+from genrec_dist.page import definitions, duration, grid, page, percent, text
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 NAMES = {
@@ -51,10 +50,10 @@ def write_report(run_dir: str | Path) -> Path:
     Raises ValueError if the directory holds nothing that a run writes.
     """
     run = read_journal(Path(run_dir))
-    page = _page(run)
+    source = _page_of(run)
     target = run.path / "report.html"
     with atomic_file(target) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(source, encoding="utf-8")
     return target
 
 
@@ -72,7 +71,7 @@ def headline(metrics: dict[str, Any], key: str = "NDCG@10") -> str:
         sentence += f"; co-occurrence kNN, which learns nothing but counts, reaches {score(knn)}: "
         if knn > 0:
             gap = (ours - knn) / knn
-            sentence += f"{name} is {_percent(abs(gap))} {'above' if gap >= 0 else 'below'} it"
+            sentence += f"{name} is {percent(abs(gap))} {'above' if gap >= 0 else 'below'} it"
         else:
             sentence += f"{name} is above it" if ours > 0 else "neither finds anything"
         if interval and interval[0] <= knn <= interval[1]:
@@ -80,11 +79,11 @@ def headline(metrics: dict[str, Any], key: str = "NDCG@10") -> str:
     sentence += "."
     ceiling = (beside.get("ceiling") or {}).get(key)
     if is_number(ceiling) and ceiling > 0:
-        sentence += f" The oracle's ceiling is {score(ceiling)}; {name} reaches {_percent(ours / ceiling)} of it."
+        sentence += f" The oracle's ceiling is {score(ceiling)}; {name} reaches {percent(ours / ceiling)} of it."
     return sentence
 
 
-def _page(run: Journal) -> str:
+def _page_of(run: Journal) -> str:
     sections = [
         _header(run),
         _comparison(run),
@@ -96,17 +95,7 @@ def _page(run: Journal) -> str:
         _notes(run),
         _recipe(run),
     ]
-    style = (resources.files("genrec_dist") / "report.css").read_text(encoding="utf-8")
-    # The policy forbids the page to load anything, whatever a name in it may say.
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(run.path.resolve().name)} · GenRec</title><style>{style}</style></head>\n<body><main>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main></body></html>\n"
-    )
+    return page(run.path.resolve().name, sections)
 
 
 def _header(run: Journal) -> str:
@@ -120,7 +109,7 @@ def _header(run: Journal) -> str:
     if is_number(first.get("time")):
         facts.append(("started", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(first["time"]))))
         if is_number(last.get("time")):
-            facts.append(("from first to last event", _duration(last["time"] - first["time"])))
+            facts.append(("from first to last event", duration(last["time"] - first["time"])))
     if len(run.of("start")) > 1:
         facts.append(("resumed", f"{len(run.of('start')) - 1} ×"))
     if run.recipe.get("data"):
@@ -131,8 +120,8 @@ def _header(run: Journal) -> str:
     versions = start.get("versions") or measured.get("versions") or {}
     if versions.get("torch"):
         facts.append(("torch", versions["torch"]))
-    name = _text(run.path.resolve().name)
-    return f'<header><p class="kicker">GenRec run</p><h1>{name}</h1>{_definitions(facts, "facts")}</header>'
+    name = text(run.path.resolve().name)
+    return f'<header><p class="kicker">GenRec run</p><h1>{name}</h1>{definitions(facts, "facts")}</header>'
 
 
 def _comparison(run: Journal) -> str:
@@ -150,7 +139,7 @@ def _comparison(run: Journal) -> str:
         if dots:
             charts.append(dot_chart(f"{key}, {metrics.get('split', '')}", dots))
     return (
-        f'<section><p class="lead">{_text(headline(metrics))}</p><div class="charts">{"".join(charts)}</div></section>'
+        f'<section><p class="lead">{text(headline(metrics))}</p><div class="charts">{"".join(charts)}</div></section>'
     )
 
 
@@ -192,7 +181,7 @@ def _table(metrics: dict[str, Any]) -> str:
         f"{key} {score(metrics[key])}" for key in ("HR@1", "HR@20", "NDCG@20", "MRR@20") if is_number(metrics.get(key))
     ]
     more += [
-        f"{key.replace('_', ' ')} {_percent(metrics[key])}"
+        f"{key.replace('_', ' ')} {percent(metrics[key])}"
         for key in ("invalid_rate", "duplicate_rate")
         if is_number(metrics.get(key))
     ]
@@ -201,9 +190,9 @@ def _table(metrics: dict[str, Any]) -> str:
     if is_number(metrics.get("top")):
         more.append(f"lists: top{metrics['top']}-{metrics.get('split', '')}.parquet")
     return (
-        f"<section><h2>Metrics on {_text(metrics.get('split', ''))}{users}</h2>"
-        f"{_grid(('system', *METRICS), rows)}"
-        f'<p class="small">Small figures: 95 % bootstrap interval over users. {_text("; ".join(more))}</p></section>'
+        f"<section><h2>Metrics on {text(metrics.get('split', ''))}{users}</h2>"
+        f"{grid(('system', *METRICS), rows)}"
+        f'<p class="small">Small figures: 95 % bootstrap interval over users. {text("; ".join(more))}</p></section>'
     )
 
 
@@ -212,7 +201,7 @@ def _breadth(metrics: dict[str, Any]) -> str:
     parts = [part for part in (_catalogue(metrics), _breakdown(metrics)) if part]
     if not parts:
         return ""
-    return f"<section><h2>Breadth of the lists on {_text(metrics.get('split', ''))}</h2>{''.join(parts)}</section>"
+    return f"<section><h2>Breadth of the lists on {text(metrics.get('split', ''))}</h2>{''.join(parts)}</section>"
 
 
 def _catalogue(metrics: dict[str, Any]) -> str:
@@ -224,14 +213,14 @@ def _catalogue(metrics: dict[str, Any]) -> str:
         for name, row in systems
     ]
     told = "; ".join(f"{name}: {meaning}" for name, meaning in BREADTH.values() if meaning)
-    return f'{_grid(("system", *(name for name, _ in BREADTH.values())), rows)}<p class="small">{_text(told)}.</p>'
+    return f'{grid(("system", *(name for name, _ in BREADTH.values())), rows)}<p class="small">{text(told)}.</p>'
 
 
 def _breadth_cell(key: str, value: Any) -> str:
     if not is_number(value):
         return "–"
     return (
-        _percent(value) if key.startswith("coverage") else f"{value:.3f}" if key.startswith("gini") else f"{value:.2f}"
+        percent(value) if key.startswith("coverage") else f"{value:.3f}" if key.startswith("gini") else f"{value:.2f}"
     )
 
 
@@ -249,7 +238,7 @@ def _breakdown(metrics: dict[str, Any]) -> str:
             rows.append(_row(name, cells))
         if rows:
             columns = (meaning, "users", "HR@10", "NDCG@10", *["kNN's NDCG@10"] * with_knn)
-            tables.append(f'<div class="narrow">{_grid(columns, rows)}</div>')
+            tables.append(f'<div class="narrow">{grid(columns, rows)}</div>')
     return f'<div class="pair">{"".join(tables)}</div>' if tables else ""
 
 
@@ -264,7 +253,7 @@ def _protocol(run: Journal) -> str:
     if not isinstance(protocol, dict) or not protocol:
         return ""
     rows = "".join(
-        f"<div><dt>{_text(key.replace('_', ' '))}</dt><dd><b>{_text(_plain(value))}</b>"
+        f"<div><dt>{text(key.replace('_', ' '))}</dt><dd><b>{text(_plain(value))}</b>"
         + (f"<small>{PROTOCOL[key]}</small>" if key in PROTOCOL else "")
         + "</dd></div>"
         for key, value in protocol.items()
@@ -276,7 +265,7 @@ def _audit(run: Journal) -> str:
     sentence = run.audit.get("sentence")
     if not isinstance(sentence, str):
         return ""
-    return f"<section><h2>Audit of the data</h2><blockquote>{_text(sentence)}</blockquote></section>"
+    return f"<section><h2>Audit of the data</h2><blockquote>{text(sentence)}</blockquote></section>"
 
 
 def _throughput(run: Journal) -> str:
@@ -295,18 +284,18 @@ def _throughput(run: Journal) -> str:
     if not rows:
         return ""
     return (
-        f"<section><h2>Throughput</h2>{_grid(('stage', 'tokens/s', 'samples/s', 'padding', 'waiting for data'), rows)}"
+        f"<section><h2>Throughput</h2>{grid(('stage', 'tokens/s', 'samples/s', 'padding', 'waiting for data'), rows)}"
         '<p class="small">Rates count real tokens and are medians of the logged steps; shares are means.</p></section>'
     )
 
 
 def _notes(run: Journal) -> str:
-    items = "".join(f"<li>{_text(note)}</li>" for note in run.notes)
+    items = "".join(f"<li>{text(note)}</li>" for note in run.notes)
     return f"<section><h2>Could not be read</h2><ul>{items}</ul></section>" if items else ""
 
 
 def _recipe(run: Journal) -> str:
-    return f"<details><summary>Recipe</summary><pre>{_text(run.recipe_text)}</pre></details>" if run.recipe_text else ""
+    return f"<details><summary>Recipe</summary><pre>{text(run.recipe_text)}</pre></details>" if run.recipe_text else ""
 
 
 def _systems(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -334,14 +323,9 @@ def _figure(events: list[dict[str, Any]], key: str, reduce: Any, form: str) -> s
     return form.format(reduce(values)).replace("%", " %") if values else "–"
 
 
-def _grid(columns: Iterable[str], rows: Iterable[str]) -> str:
-    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
 def _row(name: str, cells: Iterable[str], ours: bool = False) -> str:
     inside = "".join(f"<td>{cell}</td>" for cell in cells)
-    return f'<tr{" class=ours" if ours else ""}><th scope="row">{_text(name)}</th>{inside}</tr>'
+    return f'<tr{" class=ours" if ours else ""}><th scope="row">{text(name)}</th>{inside}</tr>'
 
 
 def _with_interval(row: dict[str, Any], key: str) -> str:
@@ -349,11 +333,6 @@ def _with_interval(row: dict[str, Any], key: str) -> str:
     value, interval = row.get(key), _interval(row, key)
     bounds = f"<small>{score(interval[0])}–<wbr>{score(interval[1])}</small>" if interval else ""
     return f"{score(value if is_number(value) else None)}{bounds}"
-
-
-def _definitions(pairs: list[tuple[str, Any]], kind: str) -> str:
-    rows = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in pairs)
-    return f'<dl class="{kind}">{rows}</dl>'
 
 
 def _plain(value: Any) -> str:
@@ -364,20 +343,5 @@ def _plain(value: Any) -> str:
     return "not known" if value is None else str(value)
 
 
-def _percent(share: float) -> str:
-    return f"{share:.1%}".replace("%", " %")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def _name(system: Any) -> str:
     return NAMES.get(str(system), str(system))
-
-
-def _text(value: Any) -> str:
-    """The one door through which anything from a file reaches the page."""
-    return escape(str(value), quote=True)
