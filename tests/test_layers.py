@@ -14,8 +14,10 @@ ROOMS = {
     "genrec_shards": (ROOT / "shards" / "genrec_shards", set()),
     "genrec_kernels": (ROOT / "kernels" / "genrec_kernels", set()),
     "genrec_dist": (ROOT / "genrec_dist", {"genrec_shards", "genrec_kernels"}),
-    "genrec_tuning": (ROOT / "tuning" / "genrec_tuning", {"genrec_dist"}),
+    "genrec_tuning": (ROOT / "tuning" / "genrec_tuning", {"genrec_dist", "genrec_shards"}),
 }
+# The door alone opens the room behind it: `genrec tune` imports it inside the command.
+DOORS = {"genrec_dist/cli.py": {"genrec_tuning"}}
 OURS = set(ROOMS)
 FOLDERS = {"kernels", "shards", "tuning"}
 # A training machine may have none of these, so nothing that trains or evaluates may need them to be imported.
@@ -95,7 +97,7 @@ def test_the_rooms_are_where_the_design_says() -> None:
 def test_imports_flow_one_way(package: str) -> None:
     folder, allowed = ROOMS[package]
     for path in folder.rglob("*.py"):
-        foreign = imported(ast.walk(tree_of(path))) & OURS - {package}
+        foreign = imported(ast.walk(tree_of(path))) & OURS - {package} - DOORS.get(name_of(path), set())
         assert foreign <= allowed, f"{name_of(path)} imports {', '.join(sorted(foreign - allowed))}"
 
 
