@@ -181,14 +181,15 @@ class Folder:
     def place(self, name: str) -> str:
         return posixpath.join(self.path, name)
 
-    def write(self, name: str, text: str) -> None:
+    def write(self, name: str, content: str | bytes) -> None:
         """A whole file or none: renamed where the file system can, put in one request elsewhere (as object stores do)."""
+        content = content.encode("utf-8") if isinstance(content, str) else content
         if self.is_local:
             with atomic_file(self.place(name)) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+                temporary.write_bytes(content)
         else:
             self.files.makedirs(posixpath.dirname(self.place(name)), exist_ok=True)
-            self.files.pipe_file(self.place(name), text.encode())
+            self.files.pipe_file(self.place(name), content)
 
     def read(self, name: str) -> str:
         """Raises FileNotFoundError."""
