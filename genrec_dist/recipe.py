@@ -142,6 +142,10 @@ class Recipe:
     """How the loss of the output head is computed. full: with the logits of all target tokens of a micro-batch over the whole
     vocabulary at once, and their gradients. chunked: some rows of them at a time. liger: so, too, by Liger-Kernel on a GPU.
     auto: chunked on a CPU, where it is the faster one as well (docs/log.md), full elsewhere until it is measured there."""
+    packing: Literal["auto", "packed", "padded"] = "auto"
+    """How the sequences of a micro-batch lie in memory. packed: one behind another, no padding; on a GPU attention then takes torch's
+    kernel for ragged sequences. padded: side by side, to the longest one. auto: packed on a CPU, where it is measured
+    (docs/speed.md), padded elsewhere until it is measured there. Losses and gradients are the same to rounding."""
     workers: int = 1
     """Processes a rank that prepare batches ahead; 0 prepares them in the training process."""
     log_every: int = 10
@@ -190,10 +194,18 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping of keys to values")
+    return recipe_from(values, overrides, str(path))
+
+
+def recipe_from(values: dict[str, Any], overrides: list[str] | None = None, source: str = "recipe") -> Recipe:
+    """A recipe of nested keys and values, as YAML has them; `overrides` change `values`.
+
+    Raises ValueError naming `source` and the key for anything that does not fit.
+    """
     for override in overrides or []:
         _set(values, override)
-    recipe: Recipe = _build(Recipe, values, f"{path}", "")
-    check_recipe(recipe, str(path))
+    recipe: Recipe = _build(Recipe, values, source, "")
+    check_recipe(recipe, source)
     return recipe
 
 

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +40,7 @@ from genrec_dist.engine import make_accelerator, make_engine
 from genrec_dist.evaluate import Decoding, history_loss, target_histogram
 from genrec_dist.events import EventLog, git_commit, versions
 from genrec_dist.metrics import metrics_from_histogram
-from genrec_dist.model import GenRecForConditionalGeneration
+from genrec_dist.model import GenRecForConditionalGeneration, choose_packing
 from genrec_dist.optim import AveragedWeights, peak_share
 from genrec_dist.progress import Meter, TrainingDisplay
 from genrec_dist.ranks import Ranks
@@ -52,11 +52,28 @@ from genrec_dist.trie import build_trie
 from genrec_dist.workshop import StageSteps, StepBatches, Workshop, open_workshop, stage_of
 
 
-def train(recipe: Recipe, resume: str | None = None) -> Path:
+@dataclass(frozen=True)
+class EpochReport:
+    """An epoch that is over: validated, and in a checkpoint that a run can go on from."""
+
+    epoch: int
+    """Of the last stage, counted from 1."""
+    epochs: int
+    """That the stage has."""
+    step: int
+    """Global step it follows."""
+    scores: dict[str, float]
+    """`loss`, `HR@5`, `HR@10`, `NDCG@5`, `NDCG@10` on validation."""
+    last: bool
+    """Training is at its end, be it for want of patience."""
+
+
+def train(recipe: Recipe, resume: str | None = None, on_epoch: Callable[[EpochReport], None] | None = None) -> Path:
     """Train by a recipe and return its run directory.
 
-    `resume`: "latest" or a checkpoint directory. Raises ValueError for input that does not fit, NotFinite with the step
-    for a loss that is no number, Stopped after a signal, when the checkpoint is written.
+    `resume`: "latest" or a checkpoint directory. `on_epoch` is called on rank 0 after each validated epoch, when the epoch's
+    checkpoint is written: what it is told can be resumed from. Raises ValueError for input that does not fit, NotFinite with
+    the step for a loss that is no number, Stopped after a signal, when the checkpoint is written.
     """
     accelerator = make_accelerator(recipe)
     run = Path(recipe.run)
@@ -80,7 +97,7 @@ def train(recipe: Recipe, resume: str | None = None) -> Path:
         _copy_audit(workshop)
     with _status_of(loop), loop.stop:
         loop.start(str(checkpoint.path) if checkpoint else None)
-        loop.run()
+        loop.run(on_epoch)
     return run
 
 
@@ -177,6 +194,7 @@ class Loop:
             self.ranks.size,
             self.model.config if self.model.config.ids_outside else None,
             self.model.config if wants_plan(self.accelerator.device.type) else None,
+            choose_packing(self.recipe.packing, self.accelerator.device),
         )
         steps = range(self.progress.step, self.end_step)
         loader = DataLoader(
@@ -200,7 +218,7 @@ class Loop:
                 shares.close()  # type: ignore[attr-defined]
                 source._shutdown_workers()  # type: ignore[attr-defined]
 
-    def run(self) -> None:
+    def run(self, on_epoch: Callable[[EpochReport], None] | None = None) -> None:
         """The training loop."""
         started = time.monotonic()
         display = TrainingDisplay(self.workshop.stages, self.progress.step, active=self.ranks.is_main)
@@ -218,6 +236,7 @@ class Loop:
                 display.advance(here.name, step + 1)
 
                 at_end = here.ends_epoch(step)
+                scores = None
                 if step % self.recipe.log_every == 0 or at_end:
                     self.check_finite()
                     fields = meter.read(self.ranks.size)
@@ -241,6 +260,9 @@ class Loop:
                     meter.restart()
                 if agreed.stop or at_end or self.progress.step % self.recipe.checkpoint_every == 0:
                     self.save()
+                    meter.restart()
+                if scores is not None and on_epoch is not None and self.ranks.is_main:
+                    on_epoch(self.report(here, step, scores))
                     meter.restart()
                 if agreed.stop:
                     raise Stopped(agreed.stop)
@@ -340,6 +362,10 @@ class Loop:
             if 0 < self.recipe.validation.patience <= self.progress.validations_without_gain:
                 self.progress.stage_ended_early = self.workshop.stages.index(here)
         return scores
+
+    def report(self, here: StageSteps, step: int, scores: dict[str, float]) -> EpochReport:
+        last = self.progress.step >= self.end_step or self.progress.stage_ended_early >= 0
+        return EpochReport(here.locate(step)[0] + 1, here.stage.epochs, step, scores, last)
 
     def score_validation(self) -> dict[str, float]:
         """Loss and metrics; with a running average of the weights, it is the average that is scored and kept."""
