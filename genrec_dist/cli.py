@@ -368,6 +368,39 @@ def plan(
 
 
 @app.command()
+def tune(
+    space: Annotated[str | None, typer.Argument(metavar="SPACE", help="A space file; --finish needs none.")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory of the sweep.")] = Path("runs/sweep"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that is there.")] = False,
+    finish: Annotated[bool, typer.Option("--finish", help="The finals of a sweep, and its only look at test.")] = False,
+    against_base: Annotated[bool, typer.Option("--against-base", help="With --finish: the base recipe too.")] = False,
+    budget_hours: Annotated[float | None, typer.Option(help="End in good order after so many hours.", min=0)] = None,
+    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; default: one on this machine.")] = None,
+    storage: Annotated[str | None, typer.Option(help="An address that fsspec knows; the sweep lies there.")] = None,
+    trials: Annotated[int | None, typer.Option(help="In place of the space file's.", min=1)] = None,
+) -> None:
+    """Search a space of recipes by validation; with --finish rerun its best three with three seeds and look at test once.
+
+    Example: genrec tune tuning/spaces/beauty.yaml --out runs/beauty-sweep
+    """
+    from genrec_tuning.finish import finish_sweep
+    from genrec_tuning.space import load_space
+    from genrec_tuning.sweep import run_sweep, told
+
+    if finish:
+        ended = finish_sweep(
+            out_dir, against_base=against_base, budget_hours=budget_hours, address=address, storage=storage
+        )
+        say(told(ended, str(out_dir)))
+        return
+    if space is None or against_base:
+        raise UsageError("give a space file" if space is None else "--against-base belongs to --finish")
+    found = load_space(space, trials)
+    sweep = run_sweep(found, out_dir, resume=resume, budget_hours=budget_hours, address=address, storage=storage)
+    say(told(sweep, str(out_dir)))
+
+
+@app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
     """What is installed, what works, what is missing and how to get it.
 
@@ -471,7 +504,7 @@ def run_command(arguments: list[str]) -> int:
         typer.echo("genrec: ended by SIGTERM", err=True)
         return 128 + signal.SIGTERM
     except Stopped as stop:
-        typer.echo(f"genrec: {stop}; continue with --resume latest", err=True)
+        typer.echo(f"genrec: {stop}; continue with {stop.remedy}", err=True)
         return 128 + stop.number
     except (ValueError, OSError) as error:
         typer.echo(f"genrec: {_one_line(_told(error))}", err=True)

@@ -8,11 +8,11 @@ from typing import Any
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; its checkpoint is written."""
+    """A signal asked the run to stop; what it can go on from is written."""
 
-    def __init__(self, number: int):
-        super().__init__(f"stopped by {signal.Signals(number).name}, checkpoint written")
-        self.number = number
+    def __init__(self, number: int, saved: str = "checkpoint written", remedy: str = "--resume latest"):
+        super().__init__(f"stopped by {signal.Signals(number).name}, {saved}")
+        self.number, self.remedy = number, remedy
 
 
 class Terminated(BaseException):
