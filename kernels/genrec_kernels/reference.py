@@ -4,9 +4,9 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from genrec_kernels.plan import SumPlan
 
-_BLOCK = 1 << 17
-"""Numbers of the result that a CPU finishes before it goes on: half a megabyte of float32, which stays in its cache."""
+_BLOCK = 1 << 16
+"""Numbers of the result that a CPU finishes before it goes on: a quarter of a megabyte of float32, which stays in its cache."""
 
 _LARGE = 1 << 23
 """Numbers from which a table's gradient is memory fresh from the system at each step: malloc keeps no 32 MB back."""
@@ -104,25 +104,21 @@ class _InBlocks(torch.autograd.Function):
         ctx.tables = [None if table is None else (len(table), table.dtype) for table in tables]
         ctx.silent = (pad_token_id, None, 0, 0)
         ctx.scale = scale
-        tokens_n, positions_n, *id_rows = (rows.reshape(-1) for rows in ids)
-        out_nD = token_table.new_empty(len(tokens_n), token_table.shape[1])
+        # Fetched rows are float32, the layers may not be.
         terms = [
-            (rows_n, table.to(token_table.dtype))
-            for rows_n, table in zip(id_rows, tables[2:], strict=True)
+            (rows.reshape(-1), table.to(token_table.dtype))
+            for rows, table in zip(ids, tables, strict=True)
             if table is not None
         ]
-        size = max(1, _BLOCK // token_table.shape[1] * torch.get_num_threads())
-        room_kD = torch.empty_like(out_nD[:size])
-        for start in range(0, len(out_nD), size):
-            block = slice(start, start + size)
-            out_kD = out_nD[block]
-            term_kD = room_kD[: len(out_kD)]
-            torch.index_select(token_table, 0, tokens_n[block], out=out_kD)
-            if scale != 1.0:
-                out_kD *= scale
-            out_kD += torch.index_select(position_table, 0, positions_n[block], out=term_kD)
-            for rows_n, table in terms:
-                _add_rows(out_kD, rows_n[block], table, term_kD)
+        out_nD = token_table.new_empty(token_ids.numel(), token_table.shape[1])
+        seldom = [number for number, (rows_n, _) in enumerate(terms) if number > 1 and _is_seldom(rows_n != 0)]
+        _add_up(out_nD, [term for number, term in enumerate(terms) if number not in seldom], scale)
+        if seldom:
+            # The places of users, where they have tokens of their own: all of their terms once more, in the same order.
+            places = torch.stack([terms[number][0] != 0 for number in seldom]).any(0).nonzero().view(-1)
+            rows_pD = out_nD.new_empty(len(places), out_nD.shape[1])
+            _add_up(rows_pD, [(rows_n[places], table) for rows_n, table in terms], scale)
+            out_nD.index_copy_(0, places, rows_pD)
         return out_nD.view(*token_ids.shape, out_nD.shape[1])
 
     @staticmethod
@@ -139,25 +135,48 @@ class _InBlocks(torch.autograd.Function):
         return (None,) * 4 + tuple(grads) + (None,) * 3
 
 
+def _add_up(out_nD: Tensor, terms: list[tuple[Tensor, Tensor]], scale: float) -> None:
+    """Sum the rows of the terms, (ids [n], table), into `out_nD` from left to right, the first one times `scale`."""
+    size = max(1, _BLOCK // out_nD.shape[1] * torch.get_num_threads())
+    room_kD = torch.empty_like(out_nD[:size])
+    (first_n, first_table), *others = terms
+    for start in range(0, len(out_nD), size):
+        block = slice(start, start + size)
+        out_kD = out_nD[block]
+        torch.index_select(first_table, 0, first_n[block], out=out_kD)
+        if scale != 1.0:
+            out_kD *= scale
+        for rows_n, table in others:
+            out_kD += torch.index_select(table, 0, rows_n[block], out=room_kD[: len(out_kD)])
+
+
 def _row_sums(gradient_BLD: Tensor, rows: Tensor, num_rows: int, silent: int | None) -> Tensor:
     """[num_rows, D], each row's gradients added in the order of their places; nothing in row `silent`."""
-    width = gradient_BLD.shape[-1]
-    if gradient_BLD.dtype not in (torch.float32, torch.float64) or num_rows * width < _LARGE:
+    if gradient_BLD.dtype not in (torch.float32, torch.float64):
         return torch.ops.aten.embedding_dense_backward(
             gradient_BLD.contiguous(), rows, num_rows, -1 if silent is None else silent, False
         )
-    # Zeros as the system hands them out: what a batch does not touch of a large table is not written once more.
-    zeros = np.zeros((num_rows, width), np.float32 if gradient_BLD.dtype == torch.float32 else np.float64)
-    grad = torch.from_numpy(zeros).index_add_(0, rows.reshape(-1), gradient_BLD.reshape(-1, width))
+    gradient_nD, rows_n = gradient_BLD.reshape(-1, gradient_BLD.shape[-1]), rows.reshape(-1)
+    if silent is not None and _is_seldom(loud_n := rows_n != silent):
+        places = loud_n.nonzero().view(-1)
+        gradient_nD, rows_n = gradient_nD[places], rows_n[places]
+    # In this order too: it sorts the places by row, stably, and adds a row's one by one.
+    grad = _zeros(num_rows, gradient_nD.shape[1], gradient_nD.dtype).index_add_(0, rows_n, gradient_nD)
     if silent is not None:
         grad[silent] = 0
     return grad
 
 
-def _add_rows(out_kD: Tensor, rows_k: Tensor, table: Tensor, room_kD: Tensor) -> None:
-    """Add the rows of an id table. Places with row 0 are left out where they are most, as a user's are."""
-    places = rows_k.nonzero().view(-1)
-    if 4 * len(places) >= len(rows_k):
-        out_kD += torch.index_select(table, 0, rows_k, out=room_kD)
-    elif len(places):
-        out_kD.index_add_(0, places, table.index_select(0, rows_k.index_select(0, places)))
+def _is_seldom(mask_n: Tensor) -> bool:
+    """Whether so few places count that going for them alone is less work than going through all."""
+    return 4 * int(mask_n.count_nonzero()) < len(mask_n)
+
+
+def _zeros(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Zeros for a table's gradient; of a large table as the system hands them out, so that what a batch does not touch is not
+    written once more. Small pages: large ones would be cleared whole, and the system may have to make room for them first."""
+    count = num_rows * width
+    if count < _LARGE:
+        return torch.zeros(num_rows, width, dtype=dtype)
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(num_rows, width)
