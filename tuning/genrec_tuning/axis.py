@@ -43,11 +43,23 @@ class Axis:
         """(share of the way, label) of each tick that lies on the axis."""
         if self.kind == "choice":
             return [(self.at(choice), choice) for choice in self.choices]
-        if self.low == self.high:
+        if math.isclose(self.low, self.high, rel_tol=1e-9):
             return [(0.5, written(self.low))]
-        marks = _log_ticks(self.low, self.high, wanted) if self.kind == "log" else ticks(self.low, self.high, wanted)
+        marks = _log_ticks(self.low, self.high, wanted) if self.kind == "log" else []
+        inside = marks or self._round_ones(wanted)
+        # Ticks that lie close together need more digits to differ.
+        digits = next((n for n in range(3, 17) if len({written(mark, n) for mark in inside}) == len(inside)), 17)
+        return [(self.at(mark), written(mark, digits)) for mark in inside]
+
+    def _round_ones(self, wanted: int) -> list[float]:
+        """Round numbers on the axis, at least two of them."""
         slack = 1e-6
-        return [(self.at(mark), written(mark)) for mark in marks if -slack <= self.at(mark) <= 1 + slack]
+        inside = [
+            mark for mark in sorted({*ticks(self.low, self.high, wanted)}) if -slack <= self.at(mark) <= 1 + slack
+        ]
+        if len(inside) > 1 or wanted > 100:
+            return inside if len(inside) > 1 else [self.low, self.high]
+        return self._round_ones(2 * wanted)
 
 
 def score_axis(name: str, values: Iterable[float], padded: bool = True) -> Axis:
@@ -72,8 +84,8 @@ def axes_of(space: Mapping[str, Any], trials: Sequence[Mapping[str, Value]]) -> 
     return [_axis(key, rules, [values[key] for values in trials if key in values]) for key, rules in found.items()]
 
 
-def written(value: Value) -> str:
-    """A value as a person would write it into a recipe: 3e-4, 0.05, 12, true, last-biased."""
+def written(value: Value, digits: int = 3) -> str:
+    """A value as a person would write it into a recipe: 3e-4, 0.05, 12, true, last-biased. `digits` count in fractions."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, str | int):
@@ -81,9 +93,9 @@ def written(value: Value) -> str:
     if not math.isfinite(value):
         return str(value)
     if value == 0 or 0.01 <= abs(value) < 1e5:
-        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
-    digits, _, power = f"{value:.2e}".partition("e")
-    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+        return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+    mantissa, _, power = f"{value:.{digits - 1}e}".partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(power)}"
 
 
 def _walk(space: Any, found: dict[str, list[tuple[str, Any]]]) -> None:
@@ -118,7 +130,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _log_ticks(low: float, high: float, wanted: int) -> list[float]:
-    """Powers of ten, and between them 2 and 5, 3, or all digits, as many as are about `wanted`."""
+    """Powers of ten, and between them 2 and 5, 3, or all digits, as many as are about `wanted`; none for less than two."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     sets = [(1,), (1, 3), (1, 2, 5), (1, 2, 3, 5), tuple(range(1, 10))]
     inside = [
@@ -127,7 +139,7 @@ def _log_ticks(low: float, high: float, wanted: int) -> list[float]:
     ]
     best = min(inside, key=lambda marks: abs(len(marks) - wanted))
     if len(best) < 2:
-        return [mark for mark in ticks(low, high, wanted) if low <= mark <= high]
+        return []
     stride = -(-len(best) // (2 * wanted))
     return best[::stride]
 

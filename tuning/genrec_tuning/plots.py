@@ -12,7 +12,7 @@ from genrec_tuning.axis import Axis
 
 GROUPS = 6
 """Colours and shapes that are told apart; a seventh group takes the first ones again."""
-LEFT, RIGHT, TOP, BOTTOM = 62, 18, 18, 50
+RIGHT, TOP, BOTTOM = 18, 18, 50
 
 
 @dataclass(frozen=True)
@@ -56,28 +56,33 @@ class Frame:
     def floor(self) -> float:
         return self.height - BOTTOM
 
+    @property
+    def left(self) -> float:
+        """Room for the longest label of y, and for its title, also in the larger type of a narrow page."""
+        return 28 + 9.6 * max((len(label) for _, label in self.y.ticks(5)), default=0)
+
     def place(self, x: float, y: float) -> tuple[float, float]:
         return (
-            LEFT + self.x.at(x) * (self.width - LEFT - RIGHT),
+            self.left + self.x.at(x) * (self.width - self.left - RIGHT),
             self.floor - self.y.at(y) * (self.floor - TOP),
         )
 
     def drawn(self, only_whole: bool = False) -> str:
         """Grid, ticks and labels; `only_whole` leaves out ticks of x between whole numbers."""
-        right, parts = self.width - RIGHT, []
+        left, right, parts = self.left, self.width - RIGHT, []
         for share, label in self.y.ticks(5):
             y = self.floor - share * (self.floor - TOP)
-            parts.append(f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text(label)}</text>')
+            parts.append(f'<line class="grid" x1="{left:.1f}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+            parts.append(f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{text(label)}</text>')
         for share, label in self.x.ticks(6):
             if only_whole and (not label.isdigit() or label == "0"):
                 continue
-            x = LEFT + share * (right - LEFT)
+            x = left + share * (right - left)
             parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{self.floor}" y2="{self.floor + 5}"/>')
             parts.append(f'<text x="{x:.1f}" y="{self.floor + 20}" text-anchor="middle">{text(label)}</text>')
-        parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{self.floor}" y2="{self.floor}"/>')
-        middle, half = (LEFT + right) / 2, (TOP + self.floor) / 2
-        parts.append(f'<text x="{middle}" y="{self.height - 8}" text-anchor="middle">{text(self.x_label)}</text>')
+        parts.append(f'<line class="axis" x1="{left:.1f}" x2="{right}" y1="{self.floor}" y2="{self.floor}"/>')
+        middle, half = (left + right) / 2, (TOP + self.floor) / 2
+        parts.append(f'<text x="{middle:.1f}" y="{self.height - 8}" text-anchor="middle">{text(self.x_label)}</text>')
         turned = f'transform="translate(13 {half:.1f}) rotate(-90)" text-anchor="middle"'
         return "".join(parts) + f"<text {turned}>{text(self.y_label)}</text>"
 
@@ -122,10 +127,11 @@ def scatter(title: str, frame: Frame, points: Sequence[Point], keys: str) -> str
 
 def strips(title: str, axis: Axis, groups: Sequence[str], points: Sequence[Point], x_label: str) -> str:
     """One row a group: its trials by score, their median as a bar, how many they are."""
-    left, right, row, top = 116.0, 462.0, 52.0, 10.0
+    # Half of the last tick's label reaches beyond the axis.
+    left, right, row, top = 128.0, 474 - 3.7 * max(len(label) for _, label in axis.ticks(4)), 52.0, 10.0
     height = top + row * len(groups) + BOTTOM
     floor, parts = height - BOTTOM, []
-    for share, label in axis.ticks(5):
+    for share, label in axis.ticks(4):
         x = left + share * (right - left)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{floor}"/>')
         parts.append(f'<text x="{x:.1f}" y="{floor + 20}" text-anchor="middle">{text(label)}</text>')
@@ -227,7 +233,7 @@ def _apart(places: Sequence[float], near: float = 11.0) -> list[float]:
     return shifts
 
 
-def _short(name: str, most: int = 13) -> str:
+def _short(name: str, most: int = 12) -> str:
     return text(name) if len(name) <= most else f"{text(name[: most - 1])}…<title>{text(name)}</title>"
 
 

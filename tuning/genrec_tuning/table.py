@@ -84,7 +84,7 @@ def drawn(sweep: Sweep, rows: int) -> Group:
     for name in ("trial", "status"):
         table.add_column(name, no_wrap=True)
     for key in shown:
-        table.add_column(key.rpartition(".")[2], no_wrap=True, max_width=14)
+        table.add_column(Text(key.rpartition(".")[2]), no_wrap=True, max_width=14)
     for name in ("epoch", "NDCG@10", "best", "loss", "tokens/s", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     best = best_trial(sweep)
