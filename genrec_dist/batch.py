@@ -1,11 +1,12 @@
 """From samples to the tensors of one step: mask, truncate, gather tokens, pad."""
 
-# B samples, R decoder rows, L input tokens, T target tokens
+# B samples, R decoder rows, L input tokens, T target tokens; packed: n input tokens, m target tokens
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from typing import Literal, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from genrec_shards.sequences import flat_ranges
 from torch import Tensor
 
 from genrec_dist.mask import STRATEGIES, Targets
+from genrec_dist.packing import Packing, filled_size, spans_of
 from genrec_dist.recipe import Mask
 from genrec_dist.tokens import BOS_WORD, EOS_WORD, FIRST_MASK_WORD, WordTable
 
@@ -56,10 +58,12 @@ class Layout:
 
 @dataclass(frozen=True)
 class EncoderInput:
+    """Sentences side by side, padded to the longest; or, where a `Packing` says where each lies, one behind another: [n]."""
+
     input_ids: Tensor
     """int64 [B, L]."""
     attention_mask: Tensor
-    """bool [B, L], False on padding."""
+    """bool [B, L], False on padding; [n] and True where packed."""
     position_ids: Tensor
     """int64 [B, L]."""
     user_rows: Tensor
@@ -80,22 +84,24 @@ class Batch:
     encoder_row: Tensor
     """int64 [R], the encoder row each decoder row attends to."""
     decoder_input_ids: Tensor
-    """int64 [R, T], first the mask to fill."""
+    """int64 [R, T], first the mask to fill; [m] where packed."""
     labels: Tensor
-    """int64 [R, T], IGNORED on padding."""
+    """int64 [R, T], IGNORED on padding; [m] where packed."""
     num_samples: int
     """Samples that count; padding samples do not."""
     num_target_tokens: int
     num_tokens: int
     """Real tokens of encoder and decoder."""
     num_slots: int
-    """Tokens with padding: B x L + R x T."""
+    """Tokens with padding: B x L + R x T, or n + m."""
     plan: SumPlan | None = None
     """For the backward of the embedding kernel, where that is used."""
+    packing: Packing | None = None
+    """Where the sequences lie in packed arrays; None: the arrays are padded."""
 
     def to(self, device: torch.device) -> Batch:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        for name in ("encoder", "encoder_row", "decoder_input_ids", "labels", "plan"):
+        for name in ("encoder", "encoder_row", "decoder_input_ids", "labels", "plan", "packing"):
             values[name] = None if values[name] is None else values[name].to(device)
         return Batch(**values)
 
@@ -123,16 +129,22 @@ class RankStep:
 
 def idle_batch(batch: Batch) -> Batch:
     """One sample that teaches nothing: a rank that has run out of micro-batches goes through the layers with it."""
-    one = EncoderInput(*(getattr(batch.encoder, name)[-1:] for name in EncoderInput.__dataclass_fields__))
+    if batch.packing is None:
+        tokens, targets, packing = slice(-1, None), slice(-1, None), None
+    else:
+        tokens, targets, packing = batch.packing.last()
+    one = EncoderInput(*(getattr(batch.encoder, name)[tokens] for name in EncoderInput.__dataclass_fields__))
+    labels = torch.full_like(batch.labels[targets], IGNORED)
     return Batch(
         encoder=one,
         encoder_row=torch.zeros(1, dtype=torch.long),
-        decoder_input_ids=batch.decoder_input_ids[-1:],
-        labels=torch.full_like(batch.labels[-1:], IGNORED),
+        decoder_input_ids=batch.decoder_input_ids[targets],
+        labels=labels,
         num_samples=0,
         num_target_tokens=0,
         num_tokens=0,
-        num_slots=one.input_ids.numel() + batch.labels.shape[1],
+        num_slots=one.input_ids.numel() + labels.numel(),
+        packing=packing,
     )
 
 
@@ -168,11 +180,12 @@ def make_step(
     seed: int,
     epoch: int,
     micro_batch_tokens: int,
+    packed: bool = False,
 ) -> RankStep:
     """A rank's samples of a step as micro-batches of samples of like length (the sum over a step has no order).
 
     `mask` is the strategy, or None for [MASK] after the history. A micro-batch holds at most `micro_batch_tokens` encoder
-    tokens, padding included (one sample at least).
+    tokens, padding included (one sample at least); `packed`: there is none.
     """
     items, offsets = source.gather(samples.user_rows)
     starts_B = offsets[:-1]
@@ -185,10 +198,10 @@ def make_step(
         targets = choose_targets(samples, layout, mask, seed, epoch)
     tokens_B = _token_lengths(items, starts_B, ends_B, samples.user_rows, targets, layout)
     batches = []
-    for part in cut(tokens_B, micro_batch_tokens):
+    for part in (cut_packed if packed else cut)(tokens_B, micro_batch_tokens):
         positions_bK = targets.positions_BK[part]
         masked = apply_mask(items, starts_B[part], ends_B[part], positions_bK, targets.together, layout.words)
-        batches.append(collate(masked, samples.user_rows[part], samples.is_padding[part], layout))
+        batches.append(collate(masked, samples.user_rows[part], samples.is_padding[part], layout, packed))
     num_padding = int(samples.is_padding.sum())
     return RankStep(batches, digest(samples, targets), len(samples) - num_padding, num_padding)
 
@@ -239,6 +252,20 @@ def cut(tokens_B: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
     return parts
 
 
+def cut_packed(tokens_B: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
+    """The same without padding: as few parts as the budget allows, of nearly equal numbers of tokens."""
+    order = np.argsort(-tokens_B, kind="stable")
+    ends = np.cumsum(tokens_B[order])
+    parts = 1
+    while True:
+        firsts = np.searchsorted(ends, np.arange(1, parts) * (int(ends[-1]) / parts), side="left")
+        cuts = np.unique(np.concatenate([[0], firsts, [len(order)]]))
+        sizes = np.diff(np.concatenate([[0], ends])[cuts])
+        if np.all((sizes <= micro_batch_tokens) | (np.diff(cuts) == 1)):
+            return [order[first:last] for first, last in pairwise(cuts)]
+        parts += 1
+
+
 def choose_targets(samples: StepSamples, layout: Layout, mask: Mask, seed: int, epoch: int) -> Targets:
     """Targets inside the training parts, among the most recent items that are sure to fit."""
     lengths_B = samples.training_lengths.astype(np.int64)
@@ -279,10 +306,12 @@ def apply_mask(
     return MaskedSamples(inner[keep], _offsets(kept_B), rows, np.zeros_like(rows), target_items, _offsets(counts_B))
 
 
-def collate(masked: MaskedSamples, user_rows_B: np.ndarray, is_padding_B: np.ndarray, layout: Layout) -> Batch:
-    """Gather tokens and pad. Padding samples keep their place and lose their labels."""
-    encoder = encode(masked.words, masked.offsets, user_rows_B, layout)
-    return _with_targets(encoder, masked, is_padding_B, layout)
+def collate(
+    masked: MaskedSamples, user_rows_B: np.ndarray, is_padding_B: np.ndarray, layout: Layout, packed: bool = False
+) -> Batch:
+    """Gather tokens and pad, or pack. Padding samples keep their place and lose their labels."""
+    text = _write(masked.words, masked.offsets, user_rows_B, layout)
+    return _with_targets(text, masked, is_padding_B, layout, packed)
 
 
 def target_batch(encoder: EncoderInput, target_items_B: np.ndarray, layout: Layout) -> Batch:
@@ -296,23 +325,70 @@ def target_batch(encoder: EncoderInput, target_items_B: np.ndarray, layout: Layo
         target_items=target_items_B,
         target_offsets=np.arange(len(rows_B) + 1),
     )
-    return _with_targets(encoder, masked, np.zeros(len(rows_B), bool), layout)
-
-
-def _with_targets(encoder: EncoderInput, masked: MaskedSamples, is_padding_B: np.ndarray, layout: Layout) -> Batch:
-    labels_RT, decoder_RT = _decoder_rows(masked, layout)
-    labels_RT[is_padding_B[masked.row_sample]] = IGNORED
+    labels_RT, decoder_RT, _ = _decoder_rows(masked, layout)
     num_target_tokens = int((labels_RT != IGNORED).sum())
-    encoder_tokens = int(encoder.attention_mask[torch.from_numpy(~is_padding_B)].sum())
+    return Batch(
+        encoder=encoder,
+        encoder_row=torch.from_numpy(rows_B),
+        decoder_input_ids=torch.from_numpy(decoder_RT),
+        labels=torch.from_numpy(labels_RT),
+        num_samples=len(rows_B),
+        num_target_tokens=num_target_tokens,
+        num_tokens=int(encoder.attention_mask.sum()) + num_target_tokens,
+        num_slots=encoder.input_ids.numel() + labels_RT.size,
+    )
+
+
+def _with_targets(text: Text, masked: MaskedSamples, is_padding_B: np.ndarray, layout: Layout, packed: bool) -> Batch:
+    labels_RT, decoder_RT, lengths_R = _decoder_rows(masked, layout)
+    of_padding_R = is_padding_B[masked.row_sample]
+    labels_RT[of_padding_R] = IGNORED
+    num_target_tokens = int(lengths_R[~of_padding_R].sum())
+    counts = {
+        "num_samples": int((~is_padding_B).sum()),
+        "num_target_tokens": num_target_tokens,
+        "num_tokens": int(text.lengths_B[~is_padding_B].sum()) + num_target_tokens,
+    }
+    if packed:
+        return _packed(text, labels_RT, decoder_RT, lengths_R, masked.row_sample, counts, layout.pad_token)
+    encoder = text.padded(layout.pad_token)
     return Batch(
         encoder=encoder,
         encoder_row=torch.from_numpy(masked.row_sample),
         decoder_input_ids=torch.from_numpy(decoder_RT),
         labels=torch.from_numpy(labels_RT),
-        num_samples=int((~is_padding_B).sum()),
-        num_target_tokens=num_target_tokens,
-        num_tokens=encoder_tokens + num_target_tokens,
         num_slots=encoder.input_ids.numel() + labels_RT.size,
+        **counts,
+    )
+
+
+def _packed(
+    text: Text,
+    labels_RT: np.ndarray,
+    decoder_RT: np.ndarray,
+    lengths_R: np.ndarray,
+    row_sample_R: np.ndarray,
+    counts: dict[str, int],
+    pad_token: int,
+) -> Batch:
+    """A packed micro-batch, filled up to one of few numbers of tokens by a last sample that teaches nothing."""
+    text = text.filled(pad_token)
+    real_RT = np.arange(labels_RT.shape[1]) < lengths_R[:, None]
+    missing = filled_size(int(lengths_R.sum())) - int(lengths_R.sum())
+    rows = spans_of(np.append(lengths_R, missing))
+    lengths_B = np.bincount(np.append(row_sample_R, len(text.lengths_B) - 1), rows.lengths, len(text.lengths_B))
+    positions_m = np.append(real_RT.nonzero()[1], np.zeros(missing, np.int64))
+    labels_m = np.append(labels_RT[real_RT], np.full(missing, IGNORED))
+    return Batch(
+        encoder=text.packed(),
+        encoder_row=torch.from_numpy(row_sample_R),
+        decoder_input_ids=torch.from_numpy(np.append(decoder_RT[real_RT], np.full(missing, pad_token))),
+        labels=torch.from_numpy(labels_m),
+        num_slots=len(text.tokens_n) + len(labels_m),
+        packing=Packing(
+            spans_of(text.lengths_B), spans_of(lengths_B.astype(np.int64)), rows, torch.from_numpy(positions_m)
+        ),
+        **counts,
     )
 
 
@@ -328,8 +404,64 @@ def encode_histories(items: np.ndarray, offsets: np.ndarray, user_rows_B: np.nda
     return encode(inner, _offsets(lengths_B + 1), user_rows_B, layout)
 
 
+@dataclass(frozen=True)
+class Text:
+    """Encoder sentences one behind another."""
+
+    tokens_n: np.ndarray
+    """int64 [n], as are the other three."""
+    positions_n: np.ndarray
+    users_n: np.ndarray
+    items_n: np.ndarray
+    lengths_B: np.ndarray
+    """int64 [B], tokens a sentence."""
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths_B.max(initial=0))
+
+    def filled(self, pad_token: int) -> Text:
+        """With a last sentence of padding, at least one token, so that few numbers of tokens occur."""
+        missing = filled_size(len(self.tokens_n) + 1) - len(self.tokens_n)
+        zeros = np.zeros(missing, np.int64)
+        return Text(
+            tokens_n=np.append(self.tokens_n, zeros + pad_token),
+            positions_n=np.append(self.positions_n, zeros),
+            users_n=np.append(self.users_n, zeros),
+            items_n=np.append(self.items_n, zeros),
+            lengths_B=np.append(self.lengths_B, missing),
+        )
+
+    def packed(self) -> EncoderInput:
+        tokens, positions, users, items = map(
+            torch.from_numpy, (self.tokens_n, self.positions_n, self.users_n, self.items_n)
+        )
+        return EncoderInput(tokens, torch.ones(1, dtype=torch.bool).expand(len(tokens)), positions, users, items)
+
+    def padded(self, pad_token: int) -> EncoderInput:
+        mask_BL = np.arange(self.longest) < self.lengths_B[:, None]
+
+        def pad(values_n: np.ndarray, fill: int) -> Tensor:
+            array_BL = np.full(mask_BL.shape, fill, np.int64)
+            array_BL[mask_BL] = values_n
+            return torch.from_numpy(array_BL)
+
+        return EncoderInput(
+            input_ids=pad(self.tokens_n, pad_token),
+            attention_mask=torch.from_numpy(mask_BL),
+            position_ids=pad(self.positions_n, 0),
+            user_rows=pad(self.users_n, 0),
+            item_rows=pad(self.items_n, 0),
+        )
+
+
 def encode(inner: np.ndarray, offsets: np.ndarray, user_rows_B: np.ndarray, layout: Layout) -> EncoderInput:
     """`<s> user item ... </s>` as padded arrays; too long: whole oldest words go, the user stays."""
+    return _write(inner, offsets, user_rows_B, layout).padded(layout.pad_token)
+
+
+def _write(inner: np.ndarray, offsets: np.ndarray, user_rows_B: np.ndarray, layout: Layout) -> Text:
+    """`<s> user item ... </s>`, cut to length."""
     words = layout.words
     known_B = (user_rows_B >= 0) if layout.user_ids else np.zeros(len(user_rows_B), bool)
     user_words_B = np.full(len(user_rows_B), BOS_WORD)
@@ -344,7 +476,7 @@ def encode(inner: np.ndarray, offsets: np.ndarray, user_rows_B: np.ndarray, layo
     sentences[first_B[known_B] + 1] = user_words_B[known_B]
     sentences[ragged(first_B + 1 + known_B, lengths_B)[0]] = inner
     sentences[sentence_offsets[1:] - 1] = EOS_WORD
-    return _pad_sentences(sentences, sentence_offsets, layout)
+    return _spell(sentences, sentence_offsets, layout)
 
 
 def _truncate(
@@ -358,33 +490,27 @@ def _truncate(
     return inner[keep_W], np.bincount(sample_W[keep_W], minlength=len(budget_B))
 
 
-def _pad_sentences(sentences: np.ndarray, offsets: np.ndarray, layout: Layout) -> EncoderInput:
+def _spell(sentences: np.ndarray, offsets: np.ndarray, layout: Layout) -> Text:
+    """The tokens of words [W]; sentence b is the words from `offsets[b]` on."""
     words = layout.words
     flat, token_offsets = ragged(words.offsets[sentences], words.lengths[sentences])
     ends = token_offsets[offsets]
     lengths_B = np.diff(ends)
-    mask_BL = np.arange(lengths_B.max(initial=0)) < lengths_B[:, None]
-    repeated = np.repeat(sentences, words.lengths[sentences])
-
-    def padded(values: np.ndarray, fill: int) -> Tensor:
-        array_BL = np.full(mask_BL.shape, fill, np.int64)
-        array_BL[mask_BL] = values
-        return torch.from_numpy(array_BL)
-
-    positions = np.arange(len(flat)) - np.repeat(ends[:-1], lengths_B)
+    positions_n = np.arange(len(flat)) - np.repeat(ends[:-1], lengths_B)
     if layout.positions == "from-end":
-        positions = np.repeat(lengths_B, lengths_B) - 1 - positions
-    return EncoderInput(
-        input_ids=padded(words.tokens[flat], layout.pad_token),
-        attention_mask=torch.from_numpy(mask_BL),
-        position_ids=padded(positions, 0),
-        user_rows=padded(words.user_rows_of_words(repeated), 0),
-        item_rows=padded(words.item_rows_of_words(repeated), 0),
+        positions_n = np.repeat(lengths_B, lengths_B) - 1 - positions_n
+    repeated = np.repeat(sentences, words.lengths[sentences])
+    return Text(
+        tokens_n=words.tokens[flat].astype(np.int64),
+        positions_n=positions_n,
+        users_n=words.user_rows_of_words(repeated),
+        items_n=words.item_rows_of_words(repeated),
+        lengths_B=lengths_B,
     )
 
 
-def _decoder_rows(masked: MaskedSamples, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """(labels, decoder inputs), int64 [R, T]: items' tokens and `</s>`; the same behind the mask to fill."""
+def _decoder_rows(masked: MaskedSamples, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(labels, decoder inputs, tokens a row), int64 [R, T] and [R]: items' tokens and `</s>`; the same behind the mask to fill."""
     words = layout.words
     item_words = words.item_words(masked.target_items)
     item_tokens = words.lengths[item_words]
@@ -397,7 +523,7 @@ def _decoder_rows(masked: MaskedSamples, layout: Layout) -> tuple[np.ndarray, np
     decoder_RT = np.empty_like(labels_RT)
     decoder_RT[:, 0] = words.tokens[words.offsets[FIRST_MASK_WORD + masked.row_mask]]
     decoder_RT[:, 1:] = np.where(labels_RT[:, :-1] == IGNORED, layout.pad_token, labels_RT[:, :-1])
-    return labels_RT, decoder_RT
+    return labels_RT, decoder_RT, lengths_R + 1
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

@@ -328,5 +328,6 @@ def _loss(prepared: Any, batch: Batch, label_smoothing: float) -> Tensor:
         labels=batch.labels,
         label_smoothing=label_smoothing,
         plan=batch.plan,
+        packing=batch.packing,
     )
     return summed

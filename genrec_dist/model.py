@@ -18,7 +18,10 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from genrec_dist.batch import IGNORED, EncoderInput
+from genrec_dist.dropout import drop
+from genrec_dist.layers import decoder_layer, encoder_layer, lowered
 from genrec_dist.loss import head_loss, resolve_head
+from genrec_dist.packing import Packing
 from genrec_dist.recipe import HeadLoss, Model
 from genrec_dist.tokens import Vocabulary
 
@@ -200,6 +203,22 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         learned_RT = labels_RT != IGNORED
         return hidden_RTD[learned_RT], labels_RT[learned_RT]
 
+    def packed_states(
+        self, encoder: EncoderInput, packing: Packing, decoder_input_ids_m: Tensor, plan: SumPlan | None = None
+    ) -> Tensor:
+        """Decoder states of packed targets behind packed encoder tokens, float [m, D]: `encode` and `decode` in one."""
+        bart = self.model
+        hidden_nD = drop(self.embed(encoder, plan, normed=True), bart.encoder.dropout, self.training)
+        for layer in bart.encoder.layers:
+            hidden_nD = encoder_layer(layer, hidden_nD, packing)
+        memory_nD = lowered(hidden_nD)
+        hidden_mD = bart.decoder.embed_tokens(decoder_input_ids_m)
+        hidden_mD = hidden_mD + bart.decoder.embed_positions(None, position_ids=packing.positions_m)[0]
+        hidden_mD = drop(bart.decoder.layernorm_embedding(hidden_mD), bart.decoder.dropout, self.training)
+        for layer in bart.decoder.layers:
+            hidden_mD = decoder_layer(layer, hidden_mD, memory_nD, packing)
+        return hidden_mD
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -212,13 +231,15 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         labels: Tensor | None = None,
         label_smoothing: float = 0.0,
         plan: SumPlan | None = None,
+        packing: Packing | None = None,
         encoder_outputs: BaseModelOutput | None = None,
         **generation: Any,
     ) -> Any:
         """With `labels`: the summed cross-entropy of the label tokens, a float32 scalar; in here because under ZeRO-3 the head's
         weight is whole in here alone. Without: Hugging Face's decoder output.
 
-        All integer arrays are [B, L] (encoder) or [R, T] (decoder); `encoder_row` [R] defaults to one row a sample.
+        All integer arrays are [B, L] (encoder) or [R, T] (decoder); `encoder_row` [R] defaults to one row a sample. With
+        `packing` they are [n] and [m] and it says which rows attend to what.
         """
         if labels is None:
             if encoder_outputs is None:
@@ -233,6 +254,11 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             )
             return output
         encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows)
+        if packing is not None:
+            assert decoder_input_ids is not None
+            hidden_mD = self.packed_states(encoder, packing, decoder_input_ids, plan)
+            learned_m = labels != IGNORED
+            return head_loss(hidden_mD[learned_m], self.head_weight, labels[learned_m], label_smoothing, self.loss_by)
         if encoder_row is None:
             encoder_row = torch.arange(len(encoder.input_ids), device=encoder.input_ids.device)
         assert decoder_input_ids is not None
@@ -283,7 +309,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             zeros if user_rows is None else user_rows,
             zeros if item_rows is None else item_rows,
         )
-        if input_ids.shape[1] > self.config.max_position_embeddings:
+        if input_ids.dim() == 2 and input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
                 f"{input_ids.shape[1]} input tokens, {self.config.max_position_embeddings} positions: lower model.max_tokens"
             )
@@ -341,6 +367,11 @@ def choose_attention(model: GenRecForConditionalGeneration, precision: str) -> N
     """
     plain = model.device.type == "cpu" and precision == "bf16"
     model.set_attn_implementation("eager" if plain else "sdpa")
+
+
+def choose_packing(how: Literal["auto", "packed", "padded"], device: torch.device) -> bool:
+    """Whether training batches for this device are packed."""
+    return device.type == "cpu" if how == "auto" else how == "packed"
 
 
 def choose_loss(model: GenRecForConditionalGeneration, how: HeadLoss | Literal["auto"]) -> None:

@@ -143,8 +143,8 @@ class Recipe:
     vocabulary at once, and their gradients. chunked: some rows of them at a time. liger: so, too, by Liger-Kernel on a GPU.
     auto: chunked on a CPU, where it is the faster one as well (docs/log.md), full elsewhere until it is measured there."""
     packing: Literal["auto", "packed", "padded"] = "auto"
-    """How the sequences of a micro-batch lie in memory. packed: one behind another, no padding; on a GPU attention then takes torch's
-    kernel for ragged sequences. padded: side by side, to the longest one. auto: packed on a CPU, where it is measured
+    """How the sequences of a micro-batch lie in memory. packed: one behind another, no padding; on a GPU attention then takes
+    torch's kernel for ragged sequences. padded: side by side, to the longest one. auto: packed on a CPU, where it is measured
     (docs/speed.md), padded elsewhere until it is measured there. Losses and gradients are the same to rounding."""
     workers: int = 1
     """Processes a rank that prepare batches ahead; 0 prepares them in the training process."""

@@ -67,10 +67,11 @@ class StepBatches(TorchDataset[RankStep]):
         world: int,
         ids_outside: GenRecConfig | None = None,
         sums: GenRecConfig | None = None,
+        packed: bool = False,
     ):
         """`ids_outside`, `sums`: the model's configuration where its id tables live outside it, where its sum takes plans."""
         self.stages, self.reader, self.layout, self.recipe = stages, reader, layout, recipe
-        self.rank, self.world, self.ids_outside, self.sums = rank, world, ids_outside, sums
+        self.rank, self.world, self.ids_outside, self.sums, self.packed = rank, world, ids_outside, sums, packed
 
     def __getitem__(self, step: int) -> RankStep:
         here = stage_of(self.stages, step)
@@ -84,6 +85,7 @@ class StepBatches(TorchDataset[RankStep]):
             seed=self.recipe.seed,
             epoch=here.first_epoch + epoch,
             micro_batch_tokens=self.recipe.micro_batch_tokens,
+            packed=self.packed,
         )
         if self.ids_outside is not None:
             share = plan_ids(share, self.ids_outside)
@@ -186,7 +188,8 @@ def _recipe_hash(recipe: Recipe) -> str:
     """What must not change between a checkpoint and its resume; paths, the cut into micro-batches and the loss's way may."""
     values = recipe.as_dict()
     for key in (
-        "data", "run", "shards", "micro_batch_tokens", "head", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
+        "data", "run", "shards", "micro_batch_tokens", "head", "packing",
+        "workers", "log_every", "checkpoint_every", "keep_checkpoints",
     ):  # fmt: skip
         del values[key]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -18,11 +18,12 @@ from genrec_dist.batch import (
     Layout,
     choose_targets,
     cut,
+    cut_packed,
     encode_histories,
+    idle_batch,
     make_step,
     target_batch,
 )
-from genrec_dist.loss import target_loss
 from genrec_dist.mask import STRATEGIES
 from genrec_dist.model import build_model
 from genrec_dist.recipe import Mask, Model
@@ -81,9 +82,27 @@ def whole_step(source: Lists, space: str, trained_through="n-2", epoch=0) -> Ste
     return plan.step(epoch, 0)
 
 
-def batches_of(samples, source, where=None, mask=None, epoch=0, budget=WHOLE) -> list[Batch]:
-    step = make_step(samples, source, where or layout(), mask=mask, seed=3, epoch=epoch, micro_batch_tokens=budget)
-    return step.micro_batches
+def batches_of(samples, source, where=None, mask=None, epoch=0, budget=WHOLE, packed=False) -> list[Batch]:
+    return make_step(
+        samples, source, where or layout(), mask=mask, seed=3, epoch=epoch, micro_batch_tokens=budget, packed=packed
+    ).micro_batches
+
+
+def unpacked(batch: Batch) -> Batch:
+    """A packed batch with its sequences side by side, without the sample that fills it up."""
+    packing = batch.packing
+
+    def rows(values: torch.Tensor, spans, fill: int) -> torch.Tensor:
+        parts = values.split(spans.lengths.tolist())[:-1]
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
+
+    fills = {"input_ids": PAD, "attention_mask": False, "position_ids": 0, "user_rows": 0, "item_rows": 0}
+    encoder = EncoderInput(
+        **{name: rows(getattr(batch.encoder, name), packing.encoder, fill) for name, fill in fills.items()}
+    )
+    labels = rows(batch.labels, packing.rows, IGNORED)
+    decoder_input_ids = rows(batch.decoder_input_ids, packing.rows, PAD)
+    return replace(batch, encoder=encoder, labels=labels, decoder_input_ids=decoder_input_ids, packing=None)
 
 
 def cases():
@@ -156,9 +175,10 @@ def test_another_target_of_any_length_moves_no_input(space, mask, where):
         assert first.labels.shape[1] < second.labels.shape[1]
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("where", [layout(), layout(TIGHT)], ids=["wide", "tight"])
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.strategy)
-def test_other_targets_of_a_whole_step_move_neither_inputs_nor_the_cut(mask, where):
+def test_other_targets_of_a_whole_step_move_neither_inputs_nor_the_cut(mask, where, packed):
     source = marked_sequences()
     samples = whole_step(source, "user")
     positions = choose_targets(samples, where, mask, 3, 0).positions_BK
@@ -167,7 +187,7 @@ def test_other_targets_of_a_whole_step_move_neither_inputs_nor_the_cut(mask, whe
     for user, row in zip(samples.user_rows, positions, strict=True):
         for position in row[row >= 0]:
             changed.sequences[user][position] = int(rng.integers(len(TRAINING_CODES)))
-    before, after = (batches_of(samples, which, where, mask, budget=150) for which in (source, changed))
+    before, after = (batches_of(samples, which, where, mask, budget=150, packed=packed) for which in (source, changed))
     assert len(before) == len(after) > 1
     for first, second in zip(before, after, strict=True):
         for name, value in arrays(first.encoder).items():
@@ -365,6 +385,44 @@ def _is_worth_one(tokens_b: np.ndarray, budget: int) -> bool:
     return rectangle <= budget and rectangle - tokens_b.sum() <= WORTH_A_CUT
 
 
+@given(tokens=st.lists(st.integers(1, 500), min_size=1, max_size=200), budget=st.integers(1, 5000))
+def test_a_packed_cut_is_as_few_parts_as_the_budget_allows_and_even(tokens, budget):
+    tokens_B = np.array(tokens)
+    parts = cut_packed(tokens_B, budget)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(tokens)))
+    sizes = [int(tokens_B[part].sum()) for part in parts]
+    assert all(size <= budget or len(part) == 1 for size, part in zip(sizes, parts, strict=True))
+    for part, following in pairwise(parts):
+        assert tokens_B[part].min() >= tokens_B[following].max()
+    if max(tokens) <= budget // 8:
+        assert len(parts) <= -(-sum(tokens) * 8 // (budget * 7))
+        assert max(sizes) - min(sizes) <= 2 * max(tokens)
+
+
+@pytest.mark.parametrize("budget", [WHOLE, 150])
+@pytest.mark.parametrize(("space", "mask"), cases())
+def test_a_packed_batch_holds_what_a_padded_one_holds(space, mask, budget):
+    source = marked_sequences()
+    samples = split_among_ranks(whole_step(source, space), 1, 3)
+    padded = batches_of(samples, source, layout(90), mask)
+    packed = batches_of(samples, source, layout(90), mask, budget=budget, packed=True)
+    side_by_side = [unpacked(batch) for batch in packed]
+    assert sorted(_without_unlabelled(side_by_side)) == sorted(_without_unlabelled(padded))
+    for batch in side_by_side:
+        pad = batch.encoder.input_ids == PAD
+        assert torch.equal(pad, ~batch.encoder.attention_mask)
+    for count in ("num_samples", "num_target_tokens", "num_tokens"):
+        assert sum(getattr(b, count) for b in packed) == sum(getattr(b, count) for b in padded), count
+    for batch in packed:
+        assert batch.num_slots == len(batch.encoder.input_ids) + len(batch.labels)
+        # What fills it up carries no id and asks for nothing.
+        filler = slice(int(batch.packing.encoder.offsets[-2]), None)
+        assert set(batch.encoder.input_ids[filler].tolist()) == {PAD}
+        assert not batch.encoder.user_rows[filler].any()
+        assert not batch.encoder.item_rows[filler].any()
+        assert (batch.labels[int(batch.packing.rows.offsets[-2]) :] == IGNORED).all()
+
+
 @pytest.mark.parametrize(("space", "mask"), cases())
 def test_padding_samples_have_no_label_and_are_not_counted(space, mask):
     source = marked_sequences()
@@ -418,13 +476,23 @@ def model():
     ).eval()
 
 
+def engine_loss(model, batch: Batch) -> torch.Tensor:
+    """The summed loss as the engines ask for it."""
+    return model(
+        **vars(batch.encoder),
+        encoder_row=batch.encoder_row,
+        decoder_input_ids=batch.decoder_input_ids,
+        labels=batch.labels,
+        packing=batch.packing,
+    )
+
+
 def loss_and_gradient(model, batches: list[Batch]) -> tuple[float, torch.Tensor]:
     total = sum(batch.num_target_tokens for batch in batches)
     model.zero_grad()
     value = 0.0
     for batch in batches:
-        logits, labels = model.target_logits(batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels)
-        loss = target_loss(logits, labels, total)
+        loss = engine_loss(model, batch) / total
         loss.backward()
         value += loss.item()
     return value, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
@@ -441,6 +509,37 @@ def test_how_a_step_is_cut_changes_neither_loss_nor_gradient(model, space, mask)
         other_loss, other_gradient = loss_and_gradient(model, batches)
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert (other_gradient - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("padding_samples", [False, True])
+@pytest.mark.parametrize("head", ["full", "chunked"])
+@pytest.mark.parametrize(("space", "mask"), cases())
+def test_packing_changes_neither_loss_nor_gradient(model, space, mask, head, padding_samples, monkeypatch):
+    """To 1e-5 in float32, all parameters: also where rows share an encoded sequence and where sequences are cut short."""
+    monkeypatch.setattr(model, "loss_by", head)
+    source = marked_sequences()
+    samples = whole_step(source, space)[:60]
+    if padding_samples:
+        samples = split_among_ranks(samples[:38], 6, 7)
+        assert samples.is_padding.any()
+    loss, gradient = loss_and_gradient(model, batches_of(samples, source, layout(90), mask))
+    for budget in (WHOLE, 150):
+        batches = batches_of(samples, source, layout(90), mask, budget=budget, packed=True)
+        other_loss, other_gradient = loss_and_gradient(model, batches)
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert (other_gradient - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_an_idle_packed_batch_goes_through_the_layers_and_teaches_nothing(model):
+    source = marked_sequences()
+    batches = batches_of(whole_step(source, "user"), source, mask=Mask("multi", k=NUM_MASKS), packed=True)
+    idle = idle_batch(batches[-1])
+    model.zero_grad()
+    engine_loss(model, idle).backward()
+    touched = [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(touched) == len(list(model.parameters()))
+    assert not any(gradient.any() for gradient in touched)
+    assert (idle.num_samples, idle.num_tokens, idle.num_target_tokens) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.strategy)

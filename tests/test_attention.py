@@ -1,0 +1,146 @@
+"""Attention over packed sequences, against attention written out sequence by sequence in float64."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from genrec_dist.attention import LONG_ON_CPU, ByRectangles, attend
+from genrec_dist.packing import Attended, filled_size, spans_of
+
+HEADS, WIDTH, SCALE = 2, 4, 0.5
+
+
+def drawn(lengths: list[int], seed: int, dtype=torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(sum(lengths), HEADS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def by_hand(query, key, value, attended: Attended) -> torch.Tensor:
+    """One sequence after another."""
+    out = []
+    parts = (tensor.split(spans.lengths.tolist()) for tensor, spans in (
+        (query, attended.queries), (key, attended.keys), (value, attended.keys),
+    ))  # fmt: skip
+    for q, k, v in zip(*parts, strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q, k) * SCALE
+        if attended.causal:
+            scores = scores.masked_fill(~torch.ones(scores.shape[1:], dtype=torch.bool).tril(), float("-inf"))
+        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+    return torch.cat(out)
+
+
+def compared(attended: Attended, dtype=torch.float64) -> float:
+    """Largest difference of result and gradients to those written out."""
+    lengths = attended.queries.lengths.tolist(), attended.keys.lengths.tolist(), attended.keys.lengths.tolist()
+    inputs = [drawn(each, seed, dtype).requires_grad_() for seed, each in enumerate(lengths)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    grad = drawn(lengths[0], 9)
+    got, wanted = attend(*inputs, attended, SCALE), by_hand(*exact, attended)
+    got.backward(grad.to(dtype))
+    wanted.backward(grad)
+    pairs = [(got, wanted), *((a.grad, b.grad) for a, b in zip(inputs, exact, strict=True))]
+    return max(float((a.detach().double() - b.detach()).abs().max()) for a, b in pairs if a.numel())
+
+
+LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=30)
+
+
+@given(lengths=LENGTHS, data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_it_is_attention_within_each_sequence(lengths, data):
+    keys = spans_of(np.array(sorted(lengths, reverse=True)))
+    asked = data.draw(st.lists(st.integers(0, 5), min_size=len(lengths), max_size=len(lengths)))
+    rows = spans_of(np.array([length for length in asked if length] or [1]))
+    assert compared(Attended(keys, keys)) < 1e-12
+    assert compared(Attended(spans_of(np.array(asked)), keys)) < 1e-12
+    assert compared(Attended(rows, rows, causal=True, by_length=False)) < 1e-12
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_its_gradient_is_that_of_its_function(causal):
+    spans = spans_of(np.array([5, 4, 4, 2, 1]))
+    attended = Attended(spans, spans, causal=causal, by_length=not causal)
+    inputs = [drawn(spans.lengths.tolist(), seed).requires_grad_() for seed in range(3)]
+    assert torch.autograd.gradcheck(lambda *qkv: ByRectangles.apply(*qkv, attended, SCALE, 0.0), inputs)
+
+
+@pytest.mark.parametrize("longest", [LONG_ON_CPU // 4, LONG_ON_CPU + 7], ids=["short", "long"])
+def test_in_bfloat16_it_errs_by_bfloat16(longest):
+    spans = spans_of(np.array([longest, longest - 3, 9, 9, 1]))
+    assert compared(Attended(spans, spans), torch.bfloat16) < 0.05
+    assert compared(Attended(spans_of(np.array([3, 1, 2, 0, 5])), spans), torch.bfloat16) < 0.05
+
+
+def test_no_sequence_sees_another():
+    """NaN in one sequence stays there."""
+    lengths = [9, 8, 8, 3, 3, 1]
+    spans = spans_of(np.array(lengths))
+    inputs = [drawn(lengths, seed) for seed in range(3)]
+    for tensor in inputs:
+        tensor[9:17] = float("nan")
+    for tensor in inputs:
+        tensor.requires_grad_()
+    out = attend(*inputs, Attended(spans, spans), SCALE)
+    bad = torch.zeros(len(out), dtype=torch.bool)
+    bad[9:17] = True
+    assert out[bad].isnan().all()
+    assert not out[~bad].isnan().any()
+    out.sum().backward()
+    assert not any(tensor.grad[~bad].isnan().any() for tensor in inputs)
+
+
+def test_dropout_of_weights_keeps_their_mean_and_its_gradient():
+    spans = spans_of(np.array([6] * 4000))
+    attended = Attended(spans, spans)
+    inputs = [drawn([24000], seed).requires_grad_() for seed in range(3)]
+    torch.manual_seed(0)
+    out = attend(*inputs, attended, SCALE, 0.25)
+    whole = attend(*inputs, attended, SCALE)
+    assert not torch.equal(out, whole)
+    assert (out - whole).mean().abs() < 0.005
+    # In the values it is linear: the gradient is the very weights, kept ones scaled up.
+    torch.manual_seed(0)
+    again = attend(inputs[0], inputs[1], inputs[2] + 1, attended, SCALE, 0.25)
+    torch.manual_seed(0)
+    (grad,) = torch.autograd.grad(attend(*inputs, attended, SCALE, 0.25).sum(), inputs[2])
+    assert float((again - out).sum()) == pytest.approx(float(grad.sum()), rel=1e-6)
+    # Both heads drop for themselves, and where all of a query's keys go it gets nothing.
+    assert torch.autograd.gradcheck(
+        _seeded(spans_of(np.array([3, 2]))), [drawn([5], s).requires_grad_() for s in range(3)]
+    )
+
+
+def _seeded(spans):
+    def function(*qkv):
+        torch.manual_seed(3)
+        return ByRectangles.apply(*qkv, Attended(spans, spans), SCALE, 0.5)
+
+    return function
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=400))
+@settings(max_examples=60, deadline=None)
+def test_groups_hold_each_sequence_once_with_little_padding(lengths):
+    spans = spans_of(np.array(sorted(lengths, reverse=True)))
+    groups = Attended(spans, spans).groups
+    assert [group.keys.first for group in groups] == np.cumsum([0, *(group.keys.number for group in groups)])[
+        :-1
+    ].tolist()
+    assert sum(group.size for group in groups) == len(lengths)
+    assert sum(group.keys.number for group in groups) == sum(lengths)
+    for group in groups:
+        rectangle = group.size * group.keys.longest
+        assert rectangle - group.keys.number <= 0.25 * rectangle
+
+
+@given(num_tokens=st.integers(1, 10**6))
+def test_sizes_to_fill_up_to_are_few_and_near(num_tokens):
+    size = filled_size(num_tokens)
+    assert num_tokens <= size <= max(num_tokens * (1 + 1 / 32), num_tokens + 7)
+    assert filled_size(size) == size
+
+
+def test_an_octave_has_32_sizes():
+    assert len({filled_size(number) for number in range(2**12 + 1, 2**13 + 1)}) <= 33
