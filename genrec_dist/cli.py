@@ -383,7 +383,7 @@ def tune(
 
     Example: genrec tune tuning/spaces/beauty.yaml --out runs/beauty-sweep
     """
-    from genrec_tuning.finish import finish_sweep
+    from genrec_tuning.finish import finish_sweep, outcome
     from genrec_tuning.space import load_space
     from genrec_tuning.sweep import run_sweep, told
 
@@ -391,7 +391,7 @@ def tune(
         ended = finish_sweep(
             out_dir, against_base=against_base, budget_hours=budget_hours, address=address, storage=storage
         )
-        say(told(ended, str(out_dir)))
+        say(outcome(ended))
         return
     if space is None or against_base:
         raise UsageError("give a space file" if space is None else "--against-base belongs to --finish")
