@@ -94,3 +94,25 @@ def bench_latency(
     typer.echo(format_claims(claims))
     if json_path is not None:
         write_table(table, json_path)
+
+
+@bench.command("kernels")
+def bench_kernels(
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """The embedding sum and its gradients beside eager torch, torch.compile and atomics; on a CPU its plain-torch twin.
+
+    Example: genrec bench kernels --data data/beauty --json kernels.json
+    """
+    from genrec_dist.bench.kernels import bench_kernels as run_bench
+    from genrec_dist.bench.kernels import format_shares
+    from genrec_dist.bench.measure import format_claims, write_table
+
+    claims, table = run_bench(data)
+    typer.echo(format_claims(claims))
+    typer.echo(format_shares(table))
+    if json_path is not None:
+        write_table(table, json_path)
