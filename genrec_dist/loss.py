@@ -94,8 +94,8 @@ class ChunkedLoss(torch.autograd.Function):
             weight = weight_VD.to(dtype)
             # Written again and again: fresh memory of this size costs as much as what is done to it.
             products = torch.empty(rows, len(weight), dtype=dtype, device=weight.device)
-            rows_exact = rows if weight.device.type != "cpu" else min(rows, max(1, LOGITS_IN_CORE // len(weight)))
-            room = torch.empty(rows_exact, len(weight), dtype=exact, device=weight.device)
+            rows_exact = exact_rows(rows, len(weight), weight.device)
+            room = products if dtype == exact else products.new_empty(rows_exact, len(weight), dtype=exact)
             for hidden_cD, labels_c, grad_cD in zip(
                 hidden_nD.to(dtype).split(rows),
                 labels_n.split(rows),
@@ -132,6 +132,11 @@ def chunk_rows(num_tokens: int, width: int, device: torch.device) -> int:
         return max(1, GPU_LOGITS_AT_ONCE // num_tokens)
     # Each chunk adds to the whole gradient of the weight: with fewer rows than that is wide, this is most of the work.
     return max(1, min(CPU_LOGITS_AT_ONCE // num_tokens, max(2 * width, LOGITS_IN_CACHE // num_tokens)))
+
+
+def exact_rows(rows: int, num_tokens: int, device: torch.device) -> int:
+    """Of a chunk's rows, those that are gone over in float32 at one time."""
+    return rows if device.type != "cpu" else min(rows, max(1, LOGITS_IN_CORE // num_tokens))
 
 
 def _loss_and_gradient_(logits_cV: Tensor, labels_c: Tensor, label_smoothing: float) -> Tensor:

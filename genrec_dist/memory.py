@@ -18,7 +18,7 @@ import torch
 from genrec_kernels.sparse_rows import BLOCK
 from torch import nn
 
-from genrec_dist.loss import chunk_rows
+from genrec_dist.loss import chunk_rows, exact_rows
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration, make_config
 from genrec_dist.optim import build_optimizer
 from genrec_dist.recipe import HeadLoss, Recipe
@@ -462,8 +462,8 @@ def _loss_bytes(
     gradients = 4 * (tokens + targets) * width
     # A full head saves its input, and under autocast its weight, cast; this one the gradients of both, in float32.
     spared = {"fp32": 4 * targets, "autocast": 2 * (targets + tokens), "bf16": 2 * targets}[compute] * width
-    # A chunk of logits; in 16 bits also its rounded copy, a product of the weight's size, and under autocast the weight, cast.
-    chunk = rows * tokens * (4 if compute == "fp32" else 6)
+    # A chunk of logits; in 16 bits also those in float32, a product of the weight's size, and under autocast the weight, cast.
+    chunk = rows * tokens * 4 if compute == "fp32" else (2 * rows + 4 * exact_rows(rows, tokens, device)) * tokens
     chunk += {"fp32": 0, "autocast": 4, "bf16": 2}[compute] * tokens * width
     # On the way back the gradients are scaled, and where the weights have 16 bits rounded.
     passed_on = gradients + (gradients // 2 if compute == "bf16" else 0)
