@@ -1,72 +1,84 @@
-"""What Ray tells of trials while they run, passed on to whoever keeps the record; and when Ray is to end them all."""
+"""Ray's side of a sweep: what it tells of trials while they run, when it is to end them all, and how it is set going."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+from ray import tune
 from ray.exceptions import RayActorError
-from ray.tune import Callback, Stopper
+from ray.tune import Callback, Stopper, TuneConfig
 
-from genrec_tuning.trial import Job
-
-
-class Listener(Protocol):
-    """Who keeps the record; `id_`: of the job that a trial carries."""
-
-    def started(self, job: Job) -> None: ...
-
-    def reported(self, id_: str, result: dict[str, Any]) -> None: ...
-
-    def died(self, id_: str, reason: str) -> None: ...
-
-    def failed(self, id_: str, reason: str) -> None: ...
-
-    def completed(self, id_: str) -> None: ...
+from genrec_tuning.space import Resources
+from genrec_tuning.trial import Job, run_trial
+from genrec_tuning.watch import Ending, Watch
 
 
-class Ends(Protocol):
-    @property
-    def reason(self) -> str | None: ...
+def run_trials(
+    watch: Watch, config: TuneConfig, jobs: dict[str, Any], resources: Resources, retries: int, directory: Path
+) -> None:
+    """Let Ray run the trials that `jobs` (its `param_space`) or the searcher of `config` asks for; `directory` holds its files."""
+    config.trial_dirname_creator = _folder_name
+    tuner = tune.Tuner(
+        tune.with_resources(run_trial, {"cpu": resources.cpu, "gpu": resources.gpu}),
+        param_space=jobs,
+        tune_config=config,
+        run_config=tune.RunConfig(
+            # A name of its own each time. Nothing is restored from it, so it may be torn.
+            name=f"session-{time.time_ns()}",
+            storage_path=str(directory.absolute()),
+            failure_config=tune.FailureConfig(max_failures=retries),
+            callbacks=[News(watch)],
+            stop=WhenOver(watch.ending),
+            verbose=0,
+        ),
+    )
+    with _quiet():
+        tuner.fit()
 
 
 class News(Callback):
-    """Ray's callback. It is told nothing back, and of Ray's own files it needs none."""
+    """Ray's callback: it passes on, and keeps nothing."""
 
-    def __init__(self, listener: Listener | None = None):
-        self.listener = listener
+    def __init__(self, watch: Watch | None = None):
+        self.watch = watch
 
     def __reduce__(self) -> tuple[type[News], tuple[()]]:
         """Ray stores it beside its experiment, from which a sweep is never restored."""
         return News, ()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self.listener:
-            self.listener.started(Job(**trial.config["job"]))
+        if self.watch:
+            self.watch.started(Job(**trial.config["job"]))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if self.listener:
-            self.listener.reported(_id(trial), result)
+        if self.watch:
+            self.watch.reported(_id(trial), result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self.listener:
-            self.listener.died(_id(trial), _reason(trial))
+        if self.watch:
+            self.watch.died(_id(trial), _reason(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self.listener:
-            self.listener.failed(_id(trial), _reason(trial))
+        if self.watch:
+            self.watch.failed(_id(trial), _reason(trial))
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self.listener:
-            self.listener.completed(_id(trial))
+        if self.watch:
+            self.watch.completed(_id(trial))
 
 
 class WhenOver(Stopper):
     """Ends all trials when the sweep is to end; no single one."""
 
-    def __init__(self, ends: Ends | None = None):
-        self.ends = ends
+    def __init__(self, ending: Ending | None = None):
+        self.ending = ending
 
     def __reduce__(self) -> tuple[type[WhenOver], tuple[()]]:
         return WhenOver, ()
@@ -75,7 +87,12 @@ class WhenOver(Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self.ends is not None and self.ends.reason is not None
+        return self.ending is not None and self.ending.reason is not None
+
+
+def _folder_name(trial: Any) -> str:
+    """Of Ray's folder: its own names hold the values, and can be longer than a file's name may be."""
+    return f"{_id(trial).replace('/', '-')}-{trial.trial_id}"
 
 
 def _id(trial: Any) -> str:
@@ -89,3 +106,15 @@ def _reason(trial: Any) -> str:
         return "its process died"
     lines = str(error).strip().splitlines() if error else []
     return lines[-1] if lines else "unknown"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Ray's warnings about what the record says better (which trials failed, and why) stay out of the table."""
+    logger = logging.getLogger("ray.tune")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
