@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import time
 
 import numpy as np
@@ -91,6 +92,18 @@ def test_plain_webdataset_reads_every_record(tmp_path):
     assert keys == [f"{record:08d}" for record in range(10)]
     assert users == list(range(150))
     assert items == sequences.items.tolist()
+
+
+def test_without_webdataset_the_tars_are_the_same_to_the_byte(tmp_path, monkeypatch):
+    dataset = make_dataset(tmp_path)
+    write_shards(dataset, tmp_path / "with", users_per_shard=64, users_per_record=16)
+    monkeypatch.setitem(sys.modules, "webdataset", None)  # as if it were not installed
+    write_shards(dataset, tmp_path / "without", users_per_shard=64, users_per_record=16)
+    names = sorted(path.name for path in (tmp_path / "with").iterdir())
+    assert len([name for name in names if name.endswith(".tar")]) == 3
+    assert names == sorted(path.name for path in (tmp_path / "without").iterdir())
+    for name in names:
+        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
 
 
 def test_size_is_at_most_a_fifth_above_the_raw_numbers(tmp_path):

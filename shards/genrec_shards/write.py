@@ -5,10 +5,11 @@ import hashlib
 import io
 import re
 import shutil
+import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -89,14 +90,9 @@ def _sweep_stale(out: Path) -> None:
 
 
 def _write_shard(sequences: Sequences, path: Path, first_user: int, end_user: int, users_per_record: int) -> ShardEntry:
-    # Imported here alone: a machine that only reads shards needs no webdataset.
-    import webdataset as wds
-
     places = []
-    # Time and owner are fixed, or the same sequences would give other bytes tomorrow.
-    fixed = {"encoder": False, "mtime": 0, "user": "genrec", "group": "genrec", "compress": False}
     # The writer is closed before its file also where a disk is full, or it would complain when it is collected.
-    with path.open("wb") as file, contextlib.closing(wds.TarWriter(file, **fixed)) as writer:
+    with path.open("wb") as file, contextlib.closing(_tar_writer(file)) as writer:
         for start, end in _ranges(first_user, end_user, users_per_record):
             offset = writer.tarstream.offset
             writer.write({"__key__": f"{start // users_per_record:08d}", **_members(sequences, start, end)})
@@ -104,6 +100,36 @@ def _write_shard(sequences: Sequences, path: Path, first_user: int, end_user: in
     with path.open("rb") as tar:
         records = tuple(RecordEntry(*place, sha256=_part_sha256(tar, *place[:2])) for place in places)
     return ShardEntry(path.name, path.stat().st_size, file_sha256(path), end_user - first_user, records)
+
+
+# Time and owner are fixed, or the same sequences would give other bytes tomorrow.
+_OWNER, _MODE = "genrec", 0o444
+
+
+def _tar_writer(file: BinaryIO) -> Any:
+    # Imported here alone: a machine that only reads shards needs no webdataset.
+    try:
+        import webdataset as wds
+    except ModuleNotFoundError:
+        return _PlainTarWriter(file)
+    return wds.TarWriter(file, encoder=False, mtime=0, user=_OWNER, group=_OWNER, mode=_MODE, compress=False)
+
+
+class _PlainTarWriter:
+    """To the byte what webdataset's writer makes of records, for machines that do not have it."""
+
+    def __init__(self, file: BinaryIO):
+        self.tarstream = tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name in sorted(record.keys() - {"__key__"}):
+            member = tarfile.TarInfo(f"{record['__key__']}.{name}")
+            member.size, member.mode = len(record[name]), _MODE
+            member.uname = member.gname = _OWNER
+            self.tarstream.addfile(member, io.BytesIO(record[name]))
+
+    def close(self) -> None:
+        self.tarstream.close()
 
 
 def _part_sha256(file: BinaryIO, offset: int, size: int) -> str:
