@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 import time
@@ -24,7 +25,7 @@ from genrec_shards.write import write_shards
 from torch import Tensor
 from torch.nn import functional as F
 
-from genrec_dist.batch import Layout, RankStep, encode_histories, ragged
+from genrec_dist.batch import Batch, Layout, RankStep, encode_histories, ragged
 from genrec_dist.bench.beam_world import MOST_TOKENS, PAD, VOCABULARY, Users, make_users, make_words, users_of
 from genrec_dist.bench.measure import Claim, in_turn, median, table
 from genrec_dist.bench.rows import draw_ids
@@ -37,6 +38,7 @@ from genrec_dist.train import Loop
 from genrec_dist.workshop import open_workshop, stage_of
 
 OURS, EAGER, COMPILED, CLONE = "ours", "eager", "torch.compile", "clone() of the same bytes"
+GROWTH, STEPS = "growth", "steps"
 ATOMICS, ATOMICS_FP32 = "atomics", "atomics in float32"
 RATE = 0.05
 BASE_SHAPE = (
@@ -101,6 +103,8 @@ class Sizes:
     """Distinct rows of a step."""
     steps: tuple[StepShape, ...] = field(default_factory=_steps)
     step_repeats: int = field(default_factory=lambda: 20 if _on_gpu() else 7)
+    seconds: float = math.inf
+    """What would begin later than this is left out, and the table says so."""
 
 
 def bench_kernels(data: Path | None = None, sizes: Sizes | None = None) -> tuple[list[Claim], dict[str, Any]]:
@@ -116,22 +120,41 @@ def bench_kernels(data: Path | None = None, sizes: Sizes | None = None) -> tuple
         torch.set_num_threads(1)
     try:
         users = _users(data, sizes)
-        claims: list[Claim] = []
-        sums: dict[str, Any] = {}
-        for shape in sizes.shapes:
-            for tokens in sizes.tokens:
-                for norm in (False, True) if tokens == sizes.tokens[0] else (False,):
-                    found, measured = measure_sum(users, shape, tokens, norm, sizes, device)
-                    claims += found
-                    sums[_name(shape, tokens, norm)] = measured
-        found, growth = measure_growth(sizes, device)
-        claims += found
-        steps = measure_steps(data, sizes, device)
+        parts: dict[str, Callable[[], Measured]] = {}
+        for number, tokens in enumerate(sizes.tokens):
+            for shape in sizes.shapes:
+                for norm in (False,) if number else (False, True):
+                    parts[_name(shape, tokens, norm)] = partial(measure_sum, users, shape, tokens, norm, sizes, device)
+            if not number:
+                parts[GROWTH] = partial(measure_growth, sizes, device)
+                parts[STEPS] = partial(measure_steps, data, sizes, device)
+        found, left_out = _measure(parts, sizes.seconds)
     finally:
         torch.set_num_threads(threads)
-    described = {"source": data.name if data else "synthetic", "users": len(users.offsets) - 1}
-    more = {"data": described, "sums": sums, "growth": growth, "steps": steps, "repeats": sizes.repeats}
+    claims = [claim for claims, _ in found.values() for claim in claims]
+    measured = {name: more for name, (_, more) in found.items()}
+    more = {
+        "data": {"source": data.name if data else "synthetic", "users": len(users.offsets) - 1},
+        "growth": measured.pop(GROWTH, {}),
+        "steps": measured.pop(STEPS, {}),
+        "sums": measured,
+        "left out": left_out,
+        "repeats": sizes.repeats,
+    }
     return claims, table("kernels", claims, **more)
+
+
+Measured = tuple[list[Claim], dict[str, Any]]
+
+
+def _measure(parts: Mapping[str, Callable[[], Measured]], seconds: float) -> tuple[dict[str, Measured], list[str]]:
+    """(what was measured, the names of what would have begun too late)."""
+    found: dict[str, Measured] = {}
+    end = time.monotonic() + seconds
+    for name, part in parts.items():
+        if time.monotonic() < end:
+            found[name] = part()
+    return found, [name for name in parts if name not in found]
 
 
 def _name(shape: Shape, tokens: int, norm: bool) -> str:
@@ -516,7 +539,7 @@ def measure_growth(sizes: Sizes, device: torch.device) -> tuple[list[Claim], dic
 # Beside a training step.
 
 
-def measure_steps(data: Path | None, sizes: Sizes, device: torch.device) -> dict[str, Any]:
+def measure_steps(data: Path | None, sizes: Sizes, device: torch.device) -> Measured:
     """Training steps by what `genrec train` runs, with the kernel and without where there is one, and what the sum and its
     gradients take of them on the steps' own ids."""
     with tempfile.TemporaryDirectory(prefix="genrec-bench-") as name:
@@ -530,7 +553,7 @@ def measure_steps(data: Path | None, sizes: Sizes, device: torch.device) -> dict
         for number, shape in enumerate(sizes.steps):
             where = (f"data={prepared}", f"shards={folder / 'shards'}", f"run={folder / str(number)}", "workers=0")
             found[shape.name] = measure_step(load_recipe("tiny", [*where, *shape.overrides]), sizes, device)
-        return found
+        return [], found
 
 
 def measure_step(recipe: Recipe, sizes: Sizes, device: torch.device) -> dict[str, Any]:
@@ -580,13 +603,23 @@ def _take_step(loop: Loop, way: str, device: torch.device, numbered: tuple[int, 
     try:
         step, share = numbered
         here = stage_of(loop.workshop.stages, step)
-        loop.take_step(step, share, loop.agree(share), here.stage, 1.0, Meter())
+        loop.take_step(step, share, loop.agree(share), here.stage, 1.0, _NoMeter())
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     finally:
         del os.environ["GENREC_KERNELS"]
         if before is not None:
             os.environ["GENREC_KERNELS"] = before
+
+
+class _NoMeter(Meter):
+    """Rates are measured here already."""
+
+    def __init__(self) -> None:
+        pass
+
+    def count(self, batch: Batch) -> None:
+        pass
 
 
 def format_shares(table: Mapping[str, Any]) -> str:

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# Everything this checkout can say about a GPU, within eight minutes and without a network: launch/gpu_check.sh [--cpu OUT]
+# GPU tests, then benchmarks of the kernels, of decoding, of latency and of training; nothing has to be installed. Tables with
+# the card's name and the commit go to benchmarks/results. A step that fails or runs out of time does not stop the others.
+# --cpu OUT: the same steps at tiny sizes on the CPU, to try the script; tables go to OUT.
+# PYTHON: the interpreter, default python3. GENREC_WHEELS: a folder of wheels to use besides. GENREC_COMMIT: the commit's name,
+# where the checkout came without its history. GPU_CHECK_SECONDS: the time for all, default 470.
+# Exit code: 0 all done, 1 a step failed, 2 there is no GPU.
+set -uo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root" || exit 1
+python=${PYTHON:-python3}
+small=() out="$root/benchmarks/results"
+case "${1:-}" in
+  "") ;;
+  --cpu) small=(--small) out=${2:?usage: launch/gpu_check.sh [--cpu OUT]} ;;
+  *) echo "usage: launch/gpu_check.sh [--cpu OUT]" >&2; exit 2 ;;
+esac
+work=$(mktemp -d) || exit 1
+trap 'rm -rf "$work"' EXIT
+deadline=$((SECONDS + ${GPU_CHECK_SECONDS:-470}))
+
+export PYTHONPATH="$root:$root/kernels:$root/shards:$root/tuning${PYTHONPATH:+:$PYTHONPATH}"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=1
+if [ -n "${GENREC_WHEELS:-}" ]; then
+  "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/site" "$GENREC_WHEELS"/*.whl || exit 1
+  PYTHONPATH="$PYTHONPATH:$work/site"
+fi
+if [ ${#small[@]} -gt 0 ]; then
+  export CUDA_VISIBLE_DEVICES="" ACCELERATE_USE_CPU=true OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; then
+  echo "launch/gpu_check.sh: no NVIDIA GPU for $python and its torch here (PYTHON=... names another); --cpu OUT tries the script without one" >&2
+  exit 2
+fi
+
+failed=0
+step() { # NAME BUDGET COMMAND...
+  local name=$1 budget=$2 start=$SECONDS code
+  shift 2
+  local left=$((deadline - SECONDS))
+  if [ "$left" -lt "$budget" ]; then budget=$((left > 1 ? left : 1)); fi
+  timeout -k 5 "$budget" "$@" > "$work/$name.log" 2>&1
+  code=$?
+  printf '%s\t%s\t%s\t%s\n' "$name" "$code" "$((SECONDS - start))" "$budget" >> "$work/status"
+  case $code in
+    0) echo "$name: done in $((SECONDS - start)) s" ;;
+    124 | 137) echo "$name: ran out of its $budget s"; failed=1 ;;
+    *) echo "$name: failed with exit code $code"; tail -n 5 "$work/$name.log" | sed 's/^/  /'; failed=1 ;;
+  esac
+}
+measure() { step "$1" "$2" "$python" -m genrec_dist.bench.gpu_check "$1" --out "$out" ${small[@]+"${small[@]}"}; }
+
+measure facts 40
+if ! "$python" -c 'import pytest' 2> /dev/null; then
+  echo "tests: left out, pytest is not installed"
+  printf 'tests\tleft-out\t0\t0\n' >> "$work/status"
+elif [ ${#small[@]} -gt 0 ]; then
+  TRITON_INTERPRET=1 step tests 100 "$python" -m pytest -q -p no:cacheprovider -k packed tests/test_kernel_embedding.py
+else
+  several=()
+  if "$python" -c 'import xdist' 2> /dev/null; then several=(-n 4); fi
+  # shellcheck disable=SC2046
+  step tests 110 "$python" -m pytest -q -p no:cacheprovider ${several[@]+"${several[@]}"} -m gpu $(grep -l 'mark\.gpu' tests/test_*.py)
+fi
+measure kernels 130
+measure beam 80
+measure train-tiny 40
+measure train-base 60
+measure latency 40
+# Nothing is measured here, so it may take what was kept back.
+deadline=$((SECONDS + 20))
+step summary 20 "$python" -m genrec_dist.bench.gpu_check summary --out "$out" --status "$work/status" --logs "$work"
+tail -n 1 "$work/summary.log"
+exit "$failed"
