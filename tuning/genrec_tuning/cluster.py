@@ -8,10 +8,10 @@ import os
 import secrets
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 from genrec_tuning.space import Resources
 
+LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 80 << 20
 """About the least that Ray takes: trials exchange a few numbers an epoch, their data lie in shards."""
 
@@ -25,18 +25,24 @@ def connected(address: str | None, resources: Resources) -> Iterator[None]:
     _set_environment(own=address is None)
     import ray
 
-    before = signal.getsignal(signal.SIGTERM)
     try:
-        _start(address)
-        try:
-            check_fits(resources, [node["Resources"] for node in ray.nodes() if node["Alive"]])
-            yield
-        finally:
-            ray.shutdown()
+        with _kept_handler(signal.SIGTERM):
+            _start(address)
+        check_fits(resources, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        yield
     finally:
-        # Ray puts a handler of its own in its place.
-        with contextlib.suppress(ValueError):
-            signal.signal(signal.SIGTERM, before)
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _kept_handler(number: signal.Signals) -> Iterator[None]:
+    """Ray puts a handler of its own in place of the sweep's."""
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # not in the main thread, where Ray sets none
+            signal.signal(number, before)
 
 
 def _set_environment(own: bool) -> None:
@@ -45,6 +51,10 @@ def _set_environment(own: bool) -> None:
     if own and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         # Of this cluster alone: nothing is left in the home directory.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if own:
+        # Ray takes loopback for this machine's outer address, and listens there and everywhere, unless it is told that this
+        # machine belongs to no cluster. The switch is named after the systems where that is the default.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     quiet = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AIR_NEW_OUTPUT": "0",
@@ -77,8 +87,14 @@ def _start(address: str | None) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
+        _node_ip_address=LOOPBACK,
     )
+    (node,) = ray.nodes()
+    if node["NodeManagerAddress"] != LOOPBACK:
+        raise ValueError(
+            f"Ray listens on {node['NodeManagerAddress']}: it was imported before the sweep could keep it on loopback; "
+            "start the sweep in a process of its own, or give --address"
+        )
 
 
 def check_fits(resources: Resources, nodes: list[dict[str, float]]) -> None:
@@ -90,8 +106,3 @@ def check_fits(resources: Resources, nodes: list[dict[str, float]]) -> None:
         f"resources_per_trial: cpu {resources.cpu:g}, gpu {resources.gpu:g}: no node has that much (there are: {have}); "
         "a trial lies on one node"
     )
-
-
-def session_directory(out: Path) -> Path:
-    """Where Ray's own files lie; nothing of the sweep is in them."""
-    return out / "ray"

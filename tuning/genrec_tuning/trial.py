@@ -240,6 +240,8 @@ def _environment(job: Job, rank: int, port: int) -> dict[str, str]:
     }  # fmt: skip
     if not job.gpu:
         ours["ACCELERATE_USE_CPU"] = "true"
+    if sys.platform == "linux" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        ours["GLOO_SOCKET_IFNAME"] = "lo"  # the ranks of a trial are on one node
     return {**os.environ, **ours}
 
 

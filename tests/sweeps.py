@@ -1,0 +1,96 @@
+"""Small sweeps over the tiny data, run by the real command in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conftest import TINY_RECIPE
+from genrec_tuning.record import Sweep, read_sweep
+from two_ranks import environment
+
+GENREC = [sys.executable, "-c", "from genrec_dist.cli import main; main()"]
+
+
+def write_space(folder: Path, data: Path, text: str, recipe: str = "") -> Path:
+    """A space over the tiny recipe, in `folder`; `recipe`: more lines of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "base.yaml").write_text(f"data: {data}\nrun: run\n{TINY_RECIPE}{recipe}", encoding="utf-8")
+    path = folder / "space.yaml"
+    path.write_text(f"base: base.yaml\n{text}", encoding="utf-8")
+    return path
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    """`genrec tune ...`, in a group of its own so that a test can see what it leaves."""
+    command = [*GENREC, "tune", *map(str, arguments)]
+    return subprocess.Popen(
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    command = [*GENREC, "tune", *map(str, arguments)]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def wait_for(process: subprocess.Popen[str], there: Callable[[], Any], what: str, seconds: float = 240) -> Any:
+    """What `there` gives once it gives something. Fails if the process ends before."""
+    deadline = time.monotonic() + seconds
+    while not (found := there()):
+        assert process.poll() is None, f"{what}: the command ended: {process.communicate()}"
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.05)
+    return found
+
+
+def record(out: Path) -> Sweep | None:
+    """The record, or None before there is one."""
+    return read_sweep(out) if (out / "sweep.json").is_file() else None
+
+
+def events(run: Path, name: str) -> list[dict]:
+    if not (run / "events.jsonl").is_file():
+        return []
+    lines = (json.loads(line) for line in (run / "events.jsonl").read_text().splitlines())
+    return [line for line in lines if line["event"] == name]
+
+
+def pid_of(run: Path) -> int:
+    """Of the process that trains a run."""
+    return int(json.loads((run / "status.json").read_text())["pid"])
+
+
+def processes(*words: str) -> list[int]:
+    """Processes of this machine whose command line holds all the words."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state != "Z" and all(word in command for word in words):
+            found.append(int(path.name))
+    return found
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+
+
+def gone(there: Callable[[], Any], seconds: float = 60) -> bool:
+    """Whether nothing is there within `seconds`."""
+    deadline = time.monotonic() + seconds
+    while there():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

@@ -1,0 +1,319 @@
+"""A sweep by the real command: reports each epoch, fails on NaN at once, bounds its disk, stays on loopback, leaves test alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import sweeps
+from genrec_tuning.cluster import check_fits
+from genrec_tuning.record import SWEEP_FILE, Folder, Recorder, Sweep, read_sweep
+from genrec_tuning.space import Resources, load_space, recipe_of
+from genrec_tuning.sweep import job_of
+from genrec_tuning.trial import Job, run_job
+from genrec_tuning.watch import Ending
+
+from genrec_dist.checkpoint import list_checkpoints
+from genrec_dist.recipe import load_recipe
+from genrec_dist.run import load_run
+from genrec_dist.train import EpochReport, train
+
+# Four trials: one of them with a learning rate that ends in NaN.
+SPACE = """
+set: {finetune.epochs: 3, optimizer.clip: 0}
+trials: 4
+search: random
+scheduler: none
+keep: 1
+seed: 0
+space:
+  finetune.learning_rate: {choice: [2.0e-3, 4.0e-3, 1.0e+30]}
+  pretrain.mask.strategy:
+    choice:
+      single: {}
+      last-biased: {pretrain.mask.p: {uniform: [0.2, 0.9]}}
+"""
+
+
+@dataclass(frozen=True)
+class Done:
+    out: Path
+    space: Path
+    process: subprocess.CompletedProcess[str]
+    sweep: Sweep
+    sockets: list[str]
+    """Local addresses that Ray listened on, as hexadecimal numbers."""
+    environment: dict[str, str]
+    """Of a raylet."""
+
+
+@pytest.fixture(scope="module")
+def done(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
+    folder = tmp_path_factory.mktemp("sweep")
+    space, out = sweeps.write_space(folder, tiny_data, SPACE), folder / "out"
+    process = sweeps.start(space, "--out", out)
+    try:
+        sweeps.wait_for(process, lambda: list((out / "trials").glob("*.json")), "the first trial")
+        raylets = sweeps.processes("/raylet", f"--driver_pid={process.pid}") or sweeps.processes("raylet/raylet")
+        sockets, environment = listening(process.pid), environment_of(raylets[0])
+        output, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    finished = subprocess.CompletedProcess([], process.returncode, output, errors)
+    assert process.returncode == 0, errors
+    return Done(out, space, finished, read_sweep(out), sockets, environment)
+
+
+def listening(session: int) -> list[str]:
+    """Addresses of the listening sockets of a session's processes."""
+    inodes = set()
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if int((path / "stat").read_text().rpartition(")")[2].split()[3]) != session:
+                continue
+            links = [os.readlink(link) for link in (path / "fd").iterdir()]
+        except OSError:
+            continue
+        inodes |= {link[8:-1] for link in links if link.startswith("socket:")}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in inodes:
+                found.append(fields[1].split(":")[0])
+    return found
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    pairs = (Path("/proc") / str(pid) / "environ").read_bytes().decode().split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+
+
+def test_each_epoch_is_in_the_record_as_the_run_wrote_it(done: Done) -> None:
+    assert len(done.sweep.trials) == 4
+    finished = [trial for trial in done.sweep.trials if trial.status == "finished"]
+    assert len(finished) >= 2
+    for trial in finished:
+        validations = sweeps.events(done.out / trial.run, "validation")
+        assert [epoch.NDCG10 for epoch in trial.epochs] == [event["NDCG@10"] for event in validations]
+        assert [epoch.epoch for epoch in trial.epochs] == [1, 2, 3] == list(range(1, trial.planned_epochs + 1))
+        assert trial.attempts == 1
+        assert all(epoch.tokens_per_second > 0 and epoch.train_loss > 0 for epoch in trial.epochs)
+        assert 0 < trial.epochs[0].seconds < trial.epochs[-1].seconds
+        recipe = load_recipe(done.out / trial.run / "recipe.yaml")
+        assert recipe.finetune.learning_rate == trial.values["finetune.learning_rate"]
+        assert recipe.pretrain.mask.p == trial.values.get("pretrain.mask.p", 0.5)
+
+
+def test_a_loss_that_is_no_number_fails_the_trial_at_once(done: Done) -> None:
+    failed = [trial for trial in done.sweep.trials if trial.values["finetune.learning_rate"] == 1e30]
+    assert failed
+    for trial in failed:
+        assert (trial.status, trial.attempts) == ("failed", 1)
+        assert "NotFinite" in str(trial.reason)
+        assert "at step" in str(trial.reason)
+        assert len(sweeps.events(done.out / trial.run, "start")) == 1
+
+
+def test_the_disk_holds_the_best_trials_weights_alone(done: Done) -> None:
+    best = max((t for t in done.sweep.trials if t.status == "finished"), key=lambda t: t.best_NDCG10 or 0)
+    holding = {path.parent.name for path in (done.out / "runs").glob("*/best")}
+    assert holding == {best.id} == {path.parent.name for path in (done.out / "runs").glob("*/checkpoints")}
+    assert len(list((done.out / "runs").glob("*/events.jsonl"))) == 4
+    assert load_run(done.out / best.run).model is not None
+
+
+def test_results_are_written(done: Done) -> None:
+    table = pq.read_table(done.out / "sweep.parquet")
+    assert table.column("trial").to_pylist() == ["t0000", "t0001", "t0002", "t0003"]
+    best = max((t for t in done.sweep.trials if t.status == "finished"), key=lambda t: t.best_NDCG10 or 0)
+    recipe = load_recipe(done.out / "best.yaml")
+    assert recipe.finetune.learning_rate == best.values["finetune.learning_rate"]
+    assert "t0000" in (done.out / "report.html").read_text()
+    assert f"{best.id} is the best of 4 trials" in done.process.stdout
+    assert "epoch 3/3" in done.process.stderr
+
+
+def test_test_is_not_touched(done: Done) -> None:
+    assert [path for path in done.out.rglob("*test*") if path.is_file()] == []
+
+
+def test_trials_share_the_data(done: Done) -> None:
+    assert list(done.out.rglob("*.tar")) == []
+    assert list(done.out.rglob("sequences.parquet")) == []
+
+
+def test_ray_is_on_loopback_with_a_token_and_without_a_dashboard(done: Done) -> None:
+    assert done.sockets
+    assert {address[-8:] for address in done.sockets} <= {"0100007F", "01000000"}, "listens beyond this machine"
+    assert done.environment["RAY_AUTH_MODE"] == "token"
+    assert len(done.environment["RAY_AUTH_TOKEN"]) == 64
+    assert done.environment["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_nothing_of_ray_is_left(done: Done) -> None:
+    assert sweeps.gone(lambda: sweeps.processes(str(done.out))), sweeps.processes(str(done.out))
+
+
+def test_a_sweep_is_not_begun_over_another(done: Done) -> None:
+    before = (done.out / SWEEP_FILE).read_bytes()
+    again = sweeps.run(done.space, "--out", done.out)
+    assert again.returncode == 1
+    assert "a sweep is there already: continue it with --resume, or give another --out" in again.stderr
+    assert (done.out / SWEEP_FILE).read_bytes() == before
+    other = done.space.with_name("other.yaml")
+    other.write_text(done.space.read_text().replace("2.0e-3", "3.0e-3"))
+    again = sweeps.run(other, "--out", done.out, "--resume")
+    assert again.returncode == 1
+    assert "space.finetune.learning_rate.choice is [0.003" in again.stderr
+    assert "Traceback" not in again.stderr
+    assert read_sweep(done.out) == done.sweep
+
+
+def test_a_finished_sweep_is_resumed_without_any_work(done: Done) -> None:
+    again = sweeps.run(done.space, "--out", done.out, "--resume")
+    assert again.returncode == 0, again.stderr
+    assert read_sweep(done.out).trials == done.sweep.trials
+
+
+# Parts of it, in this process.
+
+
+@pytest.fixture
+def space_file(tiny_data: Path, tmp_path: Path) -> Path:
+    return sweeps.write_space(tmp_path, tiny_data, SPACE)
+
+
+def test_an_epoch_is_reported_when_it_can_be_resumed_from(space_file: Path, tmp_path: Path) -> None:
+    recipe = load_space(space_file).recipe_of({}, str(tmp_path / "run"))
+    told: list[EpochReport] = []
+
+    def note(report: EpochReport) -> None:
+        steps = [int(path.name.removeprefix("step-")) for path in list_checkpoints(tmp_path / "run")]
+        assert max(steps) == report.step + 1
+        told.append(report)
+
+    train(recipe, on_epoch=note)
+    assert [(report.epoch, report.epochs, report.last) for report in told] == [
+        (1, 3, False),
+        (2, 3, False),
+        (3, 3, True),
+    ]
+    validations = sweeps.events(tmp_path / "run", "validation")
+    assert [report.scores["NDCG@10"] for report in told] == [event["NDCG@10"] for event in validations]
+
+
+class NodeGone(Exception):
+    """Stands for the death of the node a trial runs on."""
+
+
+def made(directory: str, space_file: Path) -> Job:
+    """A trial of a sweep that begins at `directory`."""
+    space = load_space(space_file)
+    Recorder(Folder(directory), Sweep("s", space.as_dict())).put_facts(started=1.0)
+    recipe = recipe_of(space.as_dict(), {}, "runs/t0000").as_dict()
+    return job_of("t0000", directory, "runs/t0000", recipe, {}, space.resources)
+
+
+@pytest.mark.parametrize("kind", ["directory", "memory", "file"])
+def test_a_trial_goes_on_from_its_own_checkpoint_wherever_it_lies(
+    space_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """The node dies after two epochs. At an address, another node that has nothing of the run goes on with it."""
+    directory = {"directory": str(tmp_path / "s"), "memory": f"memory://{tmp_path}/s", "file": f"file://{tmp_path}/s"}[
+        kind
+    ]
+    job = made(directory, space_file)
+    seen: list[dict] = []
+
+    def tell(result: dict) -> None:
+        seen.append(result)
+        if result["epoch"] == 2:
+            raise NodeGone
+
+    def note(result: dict) -> None:
+        seen.append(result)
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "node-1"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "node-1"))
+    with pytest.raises(NodeGone):
+        run_job(job, tell)
+    assert [result["epoch"] for result in seen] == [1, 2]
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "node-2"))
+    seen.clear()
+    run_job(job, note)
+    assert [result["epoch"] for result in seen] == [1, 2, 3, 3]
+    assert seen[-1]["finished"]
+    run = job.local_run
+    starts, steps = sweeps.events(run, "start"), sweeps.events(run, "step")
+    assert len(starts) == 2
+    assert starts[1]["resumed_from"].endswith(f"step-{seen[1]['step'] + 1:08d}")
+    assert [step["step"] for step in steps] == list(range(len(steps))), "a step was run twice"
+    if kind != "directory":
+        folder = Folder(directory)
+        kept = {path for path in run.rglob("*") if path.is_file()}
+        for path in kept:
+            there = folder.files.cat_file(folder.place(f"{job.run}/{path.relative_to(run)}"))
+            assert there == path.read_bytes(), path
+
+
+def test_a_run_has_one_writer(space_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from genrec_tuning.lock import hold
+
+    job = made(str(tmp_path / "s"), space_file)
+    monkeypatch.setattr("genrec_tuning.trial.LOCK_SECONDS", 0.3)
+    with (
+        hold(tmp_path / "s" / "runs" / ".t0000.lock", 0, "x"),
+        pytest.raises(OSError, match="another process still trains this run"),
+    ):
+        run_job(job, lambda result: None)
+
+
+def test_a_directory_that_a_node_does_not_see_is_named(space_file: Path, tmp_path: Path) -> None:
+    job = replace(made(str(tmp_path / "s"), space_file), directory=str(tmp_path / "elsewhere"))
+    with pytest.raises(ValueError, match=r"elsewhere is not seen from .*--storage"):
+        run_job(job, lambda result: None)
+
+
+def test_resources_that_no_node_has_are_named() -> None:
+    check_fits(Resources(2, 1), [{"CPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}])
+    with pytest.raises(
+        ValueError, match=r"cpu 3, gpu 1: no node has that much \(there are: cpu 2, gpu 4; cpu 8, gpu 0\)"
+    ):
+        check_fits(Resources(3, 1), [{"CPU": 2.0, "GPU": 4.0}, {"CPU": 8.0}])
+
+
+def test_a_sweep_ends_when_its_time_is_up() -> None:
+    assert Ending(None).reason is None
+    assert Ending(1.0).reason is None
+    assert Ending(0.5, started=Ending().started - 1900).reason == "the budget of 0.5 hours was used up"
+
+
+def test_worked_seconds_leave_out_the_time_between_attempts() -> None:
+    from genrec_tuning.trial import epochs_of
+
+    from genrec_dist.journal import Journal
+
+    def validation(time: float, epoch: int, step: int) -> dict:
+        scores = {"NDCG@10": 0.1, "HR@10": 0.2, "loss": 3.0}
+        return {"event": "validation", "time": time, "stage": "finetune", "epoch": epoch, "step": step, **scores}
+
+    journal = Journal(Path("run"))
+    journal.events = [
+        {"event": "start", "time": 100.0, "resumed_from": None},
+        validation(110.0, 0, 9),
+        {"event": "checkpoint", "time": 111.0, "step": 10},
+        validation(120.0, 1, 19),  # killed before its checkpoint
+        {"event": "start", "time": 5000.0, "resumed_from": "runs/x/checkpoints/step-00000010"},
+        validation(5012.0, 1, 19),
+    ]
+    assert [(epoch.epoch, epoch.seconds) for epoch in epochs_of(journal)] == [(1, 10.0)]
+    journal.events.append({"event": "checkpoint", "time": 5013.0, "step": 20})
+    assert [(epoch.epoch, epoch.seconds) for epoch in epochs_of(journal)] == [(1, 10.0), (2, 32.0)]
+    assert json.dumps([epoch.as_dict() for epoch in epochs_of(journal)])
