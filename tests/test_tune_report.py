@@ -88,9 +88,9 @@ def test_an_ordinary_sweep_says_everything() -> None:
 def test_what_the_finals_say() -> None:
     text = page_of(with_finals(ordinary_sweep())).text
     for words in (
-        "t0015 (winner) 3 .0570 .0566, .0570, .0574 .0544 .0400 .0791 .0479", "base recipe 3 .0505",
+        "t0015 (winner) 3 of 3 .0570 .0566, .0570, .0574 .0544 .0400 .0791 .0479", "base recipe 3 of 3 .0505",
         "On test t0015 reaches NDCG@10 .0479, the base recipe .0451: +.0028 (95 % interval +.0009 to +.0047, p 0.0063 after Holm).",
-        "t0011 3 .0565 .0561, .0565, .0569 – – – –",
+        "t0011 3 of 3 .0565 .0561, .0565, .0569 – – – –", "test was looked at by t0015 and the base recipe alone.",
     ):  # fmt: skip
         assert words in text, words
     assert "flatters" not in text

@@ -326,18 +326,32 @@ def _finals(sweep: Sweep) -> str:
     rows = []
     for system in systems:
         runs = [final for final in sweep.finals if final.system == system]
-        cells = [str(sum(final.status == "finished" for final in runs)), score(means[system])]
-        cells += [text(", ".join(score(final.NDCG10) for final in runs))]
-        cells += [score(_mean_test(runs, key)) for key in METRICS]
+        each = f"<small>{text(', '.join(_score(final.NDCG10) for final in runs))}</small>"
+        cells = [
+            f"{sum(final.status == 'finished' for final in runs)} of {len(runs)}",
+            f"{_score(means[system])}{each}",
+        ]
+        cells += [_score(_mean_test(runs, key)) for key in METRICS]
         name = "base recipe" if system == "base" else f"{system} (winner)" if system == sweep.winner else system
         mine = ' class="ours"' if system == sweep.winner else ""
         inside = "".join(f"<td>{cell}</td>" for cell in cells)
         rows.append(f'<tr{mine} data-trial="{text(system)}"><th scope="row">{text(name)}</th>{inside}</tr>')
-    columns = ("", "seeds", f"mean validation {SCORE}", "each seed", *(f"test {key}" for key in METRICS))
-    note = "The winner is the one with the best mean on validation; test was looked at once, by the winner and the base recipe."
+    columns = ("", "seeds run", f"validation {SCORE}", *(f"test {key}" for key in METRICS))
     return (
-        f'<section><h2>Finals</h2><p class="lead">{_unbroken(_verdict(sweep))}</p>{grid(columns, rows)}'
-        f'<p class="small">{note}</p>{_comparison(sweep)}</section>'
+        f'<section><h2>Finals</h2><p class="lead">{_unbroken(_verdict(sweep))}</p><div class="trials">{grid(columns, rows)}</div>'
+        f'<p class="small">Means over seeds, each seed in small figures. {_looked_at(sweep)}</p>{_comparison(sweep)}</section>'
+    )
+
+
+def _looked_at(sweep: Sweep) -> str:
+    """Who was evaluated on test."""
+    looked = [
+        "the base recipe" if name == "base" else name
+        for name in dict.fromkeys(f.system for f in sweep.finals if f.test)
+    ]
+    rule = "The winner is the one with the best mean on validation; "
+    return text(
+        rule + (f"test was looked at by {' and '.join(looked)} alone." if looked else "test was not looked at yet.")
     )
 
 
@@ -416,8 +430,7 @@ def _table(view: _View) -> str:
         ]
         for axis in view.axes:
             known = axis.name in trial.values
-            kind = "word" if axis.kind == "choice" else ""
-            cells.append((kind, text(written(trial.values[axis.name])) if known else "–"))
+            cells.append(("", text(written(trial.values[axis.name])) if known else "–"))
         cells += [("", _score(found.HR10 if found else None))]
         cells += [
             ("", f"{found.loss:.3f}" if found and is_number(found.loss) else "–"),
