@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
+import yaml
 from conftest import TINY_RECIPE
 from genrec_tuning.record import Sweep, Trial
 from genrec_tuning.results import COLUMNS, best_trial, table_of, write_best_yaml, write_results, write_sweep_parquet
@@ -27,6 +30,7 @@ from made_sweeps import SPACE, epoch, ordinary_sweep, trial
 from rich.console import Console
 from two_ranks import environment
 
+from genrec_dist.cli import app
 from genrec_dist.recipe import load_recipe
 
 SPACE_FILE = """
@@ -260,3 +264,33 @@ def test_a_long_sweep_fits_the_terminal() -> None:
 
 def test_a_trial_is_one_line_whatever_its_reason() -> None:
     assert "\n" not in line(trial(0, [], "failed", reason="Traceback\n  boom\n"))
+
+
+# What docs/tuning.md says
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "tuning.md"
+
+
+def test_the_documented_space_is_one(tiny_data: Path, tmp_path: Path) -> None:
+    text = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)[0]
+    (tmp_path / "space.yaml").write_text(text.replace("/shared/data/beauty", str(tiny_data)), encoding="utf-8")
+    space = load_space(tmp_path / "space.yaml")
+    assert (space.trials, space.reduction, len(space.space)) == (16, 3, 3)
+    # Every key that a space file may have is in it.
+    written = set(yaml.safe_load(text))
+    assert written == {field.name for field in dataclasses.fields(space)} - {"name", "recipe", "resources"} | {
+        "resources_per_trial"
+    }
+
+
+def test_the_documented_commands_are_ours_and_every_option_is_named() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    command = typer.main.get_command(app).commands["tune"]  # type: ignore[attr-defined]
+    told = re.findall(r"^ +.*?genrec tune (.*?)(?: +#.*)?$", text, re.M)
+    assert len(told) == 4
+    for words in told:
+        command.make_context("tune", shlex.split(words))
+    for parameter in command.params:
+        assert parameter.param_type_name == "argument" or f"| `{parameter.opts[0]}" in text, parameter.opts
+    for column in COLUMNS:
+        assert f"`{column}`" in text, column
