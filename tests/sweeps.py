@@ -28,11 +28,16 @@ def write_space(folder: Path, data: Path, text: str, recipe: str = "") -> Path:
     return path
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    """`genrec tune ...`, in a group of its own so that a test can see what it leaves."""
+def start(*arguments: str | Path, **more: str) -> subprocess.Popen[str]:
+    """`genrec tune ...`, in a session of its own so that a test can see what it leaves; `more`: of its environment."""
     command = [*GENREC, "tune", *map(str, arguments)]
     return subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        env=environment(**more),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -80,6 +85,10 @@ def processes(*words: str) -> list[int]:
         if state != "Z" and all(word in command for word in words):
             found.append(int(path.name))
     return found
+
+
+def parent_of(pid: int) -> int:
+    return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
 
 
 def kill(pid: int) -> None:

@@ -13,25 +13,27 @@ import pyarrow.parquet as pq
 import pytest
 import sweeps
 from genrec_tuning.cluster import check_fits
+from genrec_tuning.lock import hold
 from genrec_tuning.record import SWEEP_FILE, Folder, Recorder, Sweep, read_sweep
 from genrec_tuning.space import Resources, load_space, recipe_of
-from genrec_tuning.sweep import job_of
-from genrec_tuning.trial import Job, run_job
+from genrec_tuning.sweep import job_of, run_sweep
+from genrec_tuning.trial import Job, epochs_of, run_job
 from genrec_tuning.watch import Ending
 
 from genrec_dist.checkpoint import list_checkpoints
+from genrec_dist.journal import Journal
 from genrec_dist.recipe import load_recipe
 from genrec_dist.run import load_run
 from genrec_dist.train import EpochReport, train
 
-# Four trials: one of them with a learning rate that ends in NaN.
+# Three trials, the first with a learning rate that ends in NaN.
 SPACE = """
 set: {finetune.epochs: 3, optimizer.clip: 0}
-trials: 4
+trials: 3
 search: random
 scheduler: none
 keep: 1
-seed: 0
+seed: 2
 space:
   finetune.learning_rate: {choice: [2.0e-3, 4.0e-3, 1.0e+30]}
   pretrain.mask.strategy:
@@ -96,7 +98,7 @@ def environment_of(pid: int) -> dict[str, str]:
 
 
 def test_each_epoch_is_in_the_record_as_the_run_wrote_it(done: Done) -> None:
-    assert len(done.sweep.trials) == 4
+    assert len(done.sweep.trials) == 3
     finished = [trial for trial in done.sweep.trials if trial.status == "finished"]
     assert len(finished) >= 2
     for trial in finished:
@@ -125,18 +127,18 @@ def test_the_disk_holds_the_best_trials_weights_alone(done: Done) -> None:
     best = max((t for t in done.sweep.trials if t.status == "finished"), key=lambda t: t.best_NDCG10 or 0)
     holding = {path.parent.name for path in (done.out / "runs").glob("*/best")}
     assert holding == {best.id} == {path.parent.name for path in (done.out / "runs").glob("*/checkpoints")}
-    assert len(list((done.out / "runs").glob("*/events.jsonl"))) == 4
+    assert len(list((done.out / "runs").glob("*/events.jsonl"))) == 3
     assert load_run(done.out / best.run).model is not None
 
 
 def test_results_are_written(done: Done) -> None:
     table = pq.read_table(done.out / "sweep.parquet")
-    assert table.column("trial").to_pylist() == ["t0000", "t0001", "t0002", "t0003"]
+    assert table.column("trial").to_pylist() == ["t0000", "t0001", "t0002"]
     best = max((t for t in done.sweep.trials if t.status == "finished"), key=lambda t: t.best_NDCG10 or 0)
     recipe = load_recipe(done.out / "best.yaml")
     assert recipe.finetune.learning_rate == best.values["finetune.learning_rate"]
     assert "t0000" in (done.out / "report.html").read_text()
-    assert f"{best.id} is the best of 4 trials" in done.process.stdout
+    assert f"{best.id} is the best of 3 trials" in done.process.stdout
     assert "epoch 3/3" in done.process.stderr
 
 
@@ -163,23 +165,33 @@ def test_nothing_of_ray_is_left(done: Done) -> None:
 
 def test_a_sweep_is_not_begun_over_another(done: Done) -> None:
     before = (done.out / SWEEP_FILE).read_bytes()
-    again = sweeps.run(done.space, "--out", done.out)
-    assert again.returncode == 1
-    assert "a sweep is there already: continue it with --resume, or give another --out" in again.stderr
-    assert (done.out / SWEEP_FILE).read_bytes() == before
+    with pytest.raises(ValueError, match="a sweep is there already: continue it with --resume, or give another --out"):
+        run_sweep(load_space(done.space), done.out)
     other = done.space.with_name("other.yaml")
     other.write_text(done.space.read_text().replace("2.0e-3", "3.0e-3"))
-    again = sweeps.run(other, "--out", done.out, "--resume")
-    assert again.returncode == 1
-    assert "space.finetune.learning_rate.choice is [0.003" in again.stderr
-    assert "Traceback" not in again.stderr
+    with pytest.raises(
+        ValueError, match=r"^other\.yaml: space\.finetune\.learning_rate\.choice is \[0\.003, .*\[0\.002, "
+    ):
+        run_sweep(load_space(other), done.out, resume=True)
+    assert (done.out / SWEEP_FILE).read_bytes() == before
     assert read_sweep(done.out) == done.sweep
 
 
+def test_a_sweep_has_one_driver(done: Done) -> None:
+    with hold(done.out / ".lock", 0, "x"), pytest.raises(OSError, match="another genrec tune works on this sweep"):
+        run_sweep(load_space(done.space), done.out, resume=True)
+
+
+def test_there_is_nothing_to_resume_in_an_empty_directory(done: Done, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no sweep is there: begin it without --resume"):
+        run_sweep(load_space(done.space), tmp_path, resume=True)
+
+
 def test_a_finished_sweep_is_resumed_without_any_work(done: Done) -> None:
-    again = sweeps.run(done.space, "--out", done.out, "--resume")
-    assert again.returncode == 0, again.stderr
-    assert read_sweep(done.out).trials == done.sweep.trials
+    sweep = run_sweep(load_space(done.space), done.out, resume=True)
+    assert sweep.trials == done.sweep.trials
+    assert sweep.resumed == 1
+    assert sweep.hours >= done.sweep.hours
 
 
 # Parts of it, in this process.
@@ -264,8 +276,6 @@ def test_a_trial_goes_on_from_its_own_checkpoint_wherever_it_lies(
 
 
 def test_a_run_has_one_writer(space_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from genrec_tuning.lock import hold
-
     job = made(str(tmp_path / "s"), space_file)
     monkeypatch.setattr("genrec_tuning.trial.LOCK_SECONDS", 0.3)
     with (
@@ -296,10 +306,6 @@ def test_a_sweep_ends_when_its_time_is_up() -> None:
 
 
 def test_worked_seconds_leave_out_the_time_between_attempts() -> None:
-    from genrec_tuning.trial import epochs_of
-
-    from genrec_dist.journal import Journal
-
     def validation(time: float, epoch: int, step: int) -> dict:
         scores = {"NDCG@10": 0.1, "HR@10": 0.2, "loss": 3.0}
         return {"event": "validation", "time": time, "stage": "finetune", "epoch": epoch, "step": step, **scores}
