@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypedDict
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from genrec_dist.mask import STRATEGIES, Targets
 from genrec_dist.packing import Packing, filled_size, spans_of
 from genrec_dist.recipe import Mask
 from genrec_dist.tokens import BOS_WORD, EOS_WORD, FIRST_MASK_WORD, WordTable
+from genrec_dist.work import Work
 
 IGNORED = -100
 """Label of positions that are not in the loss."""
@@ -98,6 +99,8 @@ class Batch:
     """For the backward of the embedding kernel, where that is used."""
     packing: Packing | None = None
     """Where the sequences lie in packed arrays; None: the arrays are padded."""
+    work: Work = field(default_factory=Work)
+    """What its operations follow from, of the samples that count."""
 
     def to(self, device: torch.device) -> Batch:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -339,16 +342,24 @@ def target_batch(encoder: EncoderInput, target_items_B: np.ndarray, layout: Layo
     )
 
 
+class Counts(TypedDict):
+    num_samples: int
+    num_target_tokens: int
+    num_tokens: int
+    work: Work
+
+
 def _with_targets(text: Text, masked: MaskedSamples, is_padding_B: np.ndarray, layout: Layout, packed: bool) -> Batch:
     labels_RT, decoder_RT, lengths_R = _decoder_rows(masked, layout)
     of_padding_R = is_padding_B[masked.row_sample]
     labels_RT[of_padding_R] = IGNORED
     num_target_tokens = int(lengths_R[~of_padding_R].sum())
-    counts = {
-        "num_samples": int((~is_padding_B).sum()),
-        "num_target_tokens": num_target_tokens,
-        "num_tokens": int(text.lengths_B[~is_padding_B].sum()) + num_target_tokens,
-    }
+    counts = Counts(
+        num_samples=int((~is_padding_B).sum()),
+        num_target_tokens=num_target_tokens,
+        num_tokens=int(text.lengths_B[~is_padding_B].sum()) + num_target_tokens,
+        work=_work(text.lengths_B, lengths_R, masked.row_sample, is_padding_B),
+    )
     if packed:
         return _packed(text, labels_RT, decoder_RT, lengths_R, masked.row_sample, counts, layout.pad_token)
     encoder = text.padded(layout.pad_token)
@@ -362,13 +373,24 @@ def _with_targets(text: Text, masked: MaskedSamples, is_padding_B: np.ndarray, l
     )
 
 
+def _work(lengths_B: np.ndarray, lengths_R: np.ndarray, sample_R: np.ndarray, is_padding_B: np.ndarray) -> Work:
+    counted_B, counted_R = lengths_B[~is_padding_B], lengths_R[~is_padding_B[sample_R]]
+    return Work(
+        inputs=int(counted_B.sum()),
+        targets=int(counted_R.sum()),
+        encoder_pairs=int((counted_B**2).sum()),
+        decoder_pairs=int((counted_R**2).sum()),
+        cross_pairs=int((counted_R * lengths_B[sample_R][~is_padding_B[sample_R]]).sum()),
+    )
+
+
 def _packed(
     text: Text,
     labels_RT: np.ndarray,
     decoder_RT: np.ndarray,
     lengths_R: np.ndarray,
     row_sample_R: np.ndarray,
-    counts: dict[str, int],
+    counts: Counts,
     pad_token: int,
 ) -> Batch:
     """A packed micro-batch, filled up to one of few numbers of tokens by a last sample that teaches nothing."""

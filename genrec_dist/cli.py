@@ -129,6 +129,9 @@ def train(
     overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")] = None,
     resume: Annotated[str | None, typer.Option(help="latest, or a checkpoint directory.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    profile: Annotated[
+        int, typer.Option(help="Record so many steps into RUN/trace-rank-R.json.gz, for ui.perfetto.dev.", min=0)
+    ] = 0,
 ) -> None:
     """Pretrain and finetune by a recipe; under accelerate launch or torchrun on several processes.
 
@@ -143,7 +146,7 @@ def train(
     if dry_run:
         out.print_json(data=describe(resolved))
         return
-    path = run_train(resolved, resume)
+    path = run_train(resolved, resume, trace_steps=profile)
     if _rank() == 0:
         write_report(path)
         say(f"{path}: finished; next: genrec evaluate {path} --split test")

@@ -33,6 +33,7 @@ from genrec_dist.memory import (
     step_flops,
 )
 from genrec_dist.model import GenRecConfig
+from genrec_dist.peak import CARDS
 from genrec_dist.recipe import HeadLoss, Recipe, Stage
 from genrec_dist.tokens import WordTable, build_words, load_tokenizer, train_tokenizer, trim
 
@@ -45,14 +46,6 @@ ASSUMED_ITEM_TOKENS = 4
 """Sub-words of a user's or an item's word where the tokenizer is not at hand: ` item`, `_` and two pieces of four digits."""
 MFU = 0.4
 """Share of a card's peak that training on real tokens is taken to reach."""
-CARDS = {
-    "RTX 3090": (35.6, 71.0),
-    "RTX 4090": (82.6, 165.2),
-    "A100": (19.5, 312.0),
-    "H100": (66.9, 989.4),
-    "H200": (66.9, 989.4),
-}
-"""Published dense peaks in TFLOP/s: float32, and bfloat16 with float32 sums."""
 
 LARGEST_SEARCHED = 1 << 24
 _STEP = 256

@@ -18,10 +18,12 @@ import torch
 from genrec_kernels.sparse_rows import BLOCK
 from torch import nn
 
+from genrec_dist.flops import flops
 from genrec_dist.loss import chunk_rows, exact_rows
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration, make_config
 from genrec_dist.optim import build_optimizer
 from genrec_dist.recipe import HeadLoss, Recipe
+from genrec_dist.work import Work
 
 Method = Literal["ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -536,17 +538,13 @@ def compute_of(method: Method, bf16: bool) -> Compute:
 
 
 def step_flops(config: GenRecConfig, batch: MicroBatch) -> float:
-    """Floating-point operations of forward and backward: matrix products and attention, twice as many backward."""
-    width = config.d_model
-    rows = batch.samples * batch.rows_a_sample
-    inputs, targets = batch.samples * batch.input_tokens, rows * batch.target_tokens
-    encoder = 2 * (4 * width**2 + 2 * width * config.encoder_ffn_dim) + 4 * batch.input_tokens * width
-    decoder = 2 * (6 * width**2 + 2 * width * config.decoder_ffn_dim)
-    decoder += 4 * (batch.input_tokens + batch.target_tokens) * width
-    forward = (
-        inputs * config.encoder_layers * encoder
-        + targets * config.decoder_layers * decoder
-        + rows * batch.input_tokens * config.decoder_layers * 2 * 2 * width**2
-        + targets * 2 * width * (config.spoken_tokens or config.vocab_size)
+    """Floating-point operations of forward and backward of full rectangles."""
+    rows, length, targets = batch.samples * batch.rows_a_sample, batch.input_tokens, batch.target_tokens
+    counts = Work(
+        inputs=batch.samples * length,
+        targets=rows * targets,
+        encoder_pairs=batch.samples * length**2,
+        decoder_pairs=rows * targets**2,
+        cross_pairs=rows * targets * length,
     )
-    return 3.0 * forward
+    return flops(config, counts)

@@ -277,16 +277,28 @@ def _throughput(run: Journal) -> str:
         cells = [
             _figure(steps, "tokens_per_second", median, "{:,.0f}"),
             _figure(steps, "samples_per_second", median, "{:,.0f}"),
+            _figure(steps, "mfu", median, "{:.1%}"),
             _figure(steps, "padding_share", fmean, "{:.1%}"),
             _figure(steps, "data_wait_share", fmean, "{:.1%}"),
+            _figure(steps, "peak_memory_gib", max, "{:.2f} GiB"),
         ]
         rows.append(f'<tr><th scope="row">{stage}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     if not rows:
         return ""
     return (
-        f"<section><h2>Throughput</h2>{grid(('stage', 'tokens/s', 'samples/s', 'padding', 'waiting for data'), rows)}"
-        '<p class="small">Rates count real tokens and are medians of the logged steps; shares are means.</p></section>'
+        f"<section><h2>Throughput</h2>{grid(_RATES, rows)}"
+        '<p class="small">Rates count real tokens and are medians of the logged steps; shares are means. MFU: share of '
+        f"the device's peak, {text(_peak(run))}.</p></section>"
     )
+
+
+_RATES = ("stage", "tokens/s", "samples/s", "MFU", "padding", "waiting for data", "memory of rank 0")
+
+
+def _peak(run: Journal) -> str:
+    """What the run took for its device's peak."""
+    peak = run.of("start")[-1].get("peak") if run.of("start") else None
+    return str(peak["source"]) if isinstance(peak, dict) and "source" in peak else "not known here"
 
 
 def _notes(run: Journal) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import signal
@@ -39,15 +40,18 @@ from genrec_dist.checkpoint import (
 from genrec_dist.engine import make_accelerator, make_engine
 from genrec_dist.evaluate import Decoding, history_loss, target_histogram
 from genrec_dist.events import EventLog, git_commit, versions
+from genrec_dist.flops import FORMULA
 from genrec_dist.metrics import metrics_from_histogram
 from genrec_dist.model import GenRecForConditionalGeneration, choose_packing
 from genrec_dist.optim import AveragedWeights, peak_share
+from genrec_dist.peak import peak_of
 from genrec_dist.progress import Meter, TrainingDisplay
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Recipe, Stage, dump_recipe
 from genrec_dist.results import sample_users
 from genrec_dist.stop import NotFinite, Stopped, StopRequest, ignore_signals
 from genrec_dist.tables import IdTables
+from genrec_dist.trace import Trace
 from genrec_dist.trie import build_trie
 from genrec_dist.workshop import StageSteps, StepBatches, Workshop, open_workshop, stage_of
 
@@ -68,12 +72,18 @@ class EpochReport:
     """Training is at its end, be it for want of patience."""
 
 
-def train(recipe: Recipe, resume: str | None = None, on_epoch: Callable[[EpochReport], None] | None = None) -> Path:
+def train(
+    recipe: Recipe,
+    resume: str | None = None,
+    on_epoch: Callable[[EpochReport], None] | None = None,
+    trace_steps: int = 0,
+) -> Path:
     """Train by a recipe and return its run directory.
 
     `resume`: "latest" or a checkpoint directory. `on_epoch` is called on rank 0 after each validated epoch, when the epoch's
-    checkpoint is written: what it is told can be resumed from. Raises ValueError for input that does not fit, NotFinite with
-    the step for a loss that is no number, Stopped after a signal, when the checkpoint is written.
+    checkpoint is written: what it is told can be resumed from. `trace_steps`: so many are recorded (`trace.py`).
+    Raises ValueError for input that does not fit, NotFinite with the step for a loss that is no number, Stopped after a
+    signal, when the checkpoint is written.
     """
     accelerator = make_accelerator(recipe)
     run = Path(recipe.run)
@@ -97,7 +107,7 @@ def train(recipe: Recipe, resume: str | None = None, on_epoch: Callable[[EpochRe
         _copy_audit(workshop)
     with _status_of(loop), loop.stop:
         loop.start(str(checkpoint.path) if checkpoint else None)
-        loop.run(on_epoch)
+        loop.run(on_epoch, trace_steps)
     return run
 
 
@@ -156,6 +166,7 @@ class Loop:
         self.progress = Progress()
         self.trie = build_trie(*workshop.words.tokens_of_items())
         self.stop = StopRequest()
+        self.peak = peak_of(self.accelerator.device, self.recipe.precision)
         self.log = EventLog(workshop.run, active=False)
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
@@ -174,6 +185,8 @@ class Loop:
             git=git_commit(),
             versions=versions(),
             parameters=self.num_parameters + self.tables.num_parameters,
+            peak=dataclasses.asdict(self.peak) if self.peak else None,
+            flops_formula=FORMULA,
             resumed_from=resumed_from,
             processes=self.ranks.size,
             distributed_type=str(self.accelerator.distributed_type),
@@ -218,13 +231,14 @@ class Loop:
                 shares.close()  # type: ignore[attr-defined]
                 source._shutdown_workers()  # type: ignore[attr-defined]
 
-    def run(self, on_epoch: Callable[[EpochReport], None] | None = None) -> None:
+    def run(self, on_epoch: Callable[[EpochReport], None] | None = None, trace_steps: int = 0) -> None:
         """The training loop."""
         started = time.monotonic()
         display = TrainingDisplay(self.workshop.stages, self.progress.step, active=self.ranks.is_main)
-        meter = Meter()
+        meter = Meter(self.model.config, self.accelerator.device, self.peak)
         batches = self.batches()
-        with display, contextlib.closing(batches):  # type: ignore[type-var]
+        trace = Trace(self.workshop.run, self.ranks.rank, trace_steps, self.accelerator.device)
+        with display, trace, contextlib.closing(batches):  # type: ignore[type-var]
             while self.progress.step < self.end_step and self.progress.stage_ended_early < 0:
                 with meter.waiting():
                     step, share = next(batches)
@@ -233,6 +247,7 @@ class Loop:
                 agreed = self.agree(share)
                 loss, norm = self.take_step(step, share, agreed, here.stage, share_of_peak, meter)
                 self.progress.step = step + 1
+                trace.step()
                 display.advance(here.name, step + 1)
 
                 at_end = here.ends_epoch(step)
@@ -253,7 +268,7 @@ class Loop:
                         samples_digest=agreed.samples_digest,
                         **fields,
                     )
-                    display.show(loss=float(loss), tokens_per_second=fields["tokens_per_second"])
+                    display.show(float(loss), fields)
                 if at_end and self.validates(here, step):
                     scores = self.validate(here, step)
                     display.show_validation(here.name, here.locate(step)[0], scores)

@@ -103,6 +103,12 @@ def test_a_run_leaves_what_the_design_says(recipe: Recipe) -> None:
     assert {event["stage"] for event in steps} == {"pretrain", "finetune"}
     assert all(math.isfinite(event["loss"]) and event["tokens_per_second"] > 0 for event in steps)
     assert all(0 <= event["padding_share"] < 1 and 0 <= event["data_wait_share"] <= 1 for event in steps)
+    (begun,) = events(run, "start")
+    assert "cross-attention" in begun["flops_formula"]
+    for event in steps:
+        # The share is what it says: of the peak that the run has stated at its start.
+        assert event["mfu"] == pytest.approx(event["tflops_per_second"] * 1e12 / begun["peak"]["flops"])
+        assert 0.05 < event["peak_memory_gib"] < 24
     assert [event["epoch"] for event in events(run, "validation")] == [0, 1]
     assert status(run)["status"] == "finished"
     assert status(run)["step"] == total
@@ -286,7 +292,8 @@ def gradients(loop: Loop, share: RankStep) -> list[torch.Tensor]:
         return step()
 
     loop.engine.step = kept_and_stepped  # type: ignore[method-assign]
-    loop.take_step(0, share, loop.agree(share), loop.recipe.pretrain, 0.0, Meter())
+    meter = Meter(loop.model.config, loop.accelerator.device, None)
+    loop.take_step(0, share, loop.agree(share), loop.recipe.pretrain, 0.0, meter)
     return kept
 
 

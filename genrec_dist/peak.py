@@ -1,0 +1,59 @@
+"""What a device can do at most: published for known cards, measured for a CPU."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+CARDS = {
+    "RTX 3090": (35.6, 71.0),
+    "RTX 4090": (82.6, 165.2),
+    "A100": (19.5, 312.0),
+    "H100": (66.9, 989.4),
+    "H200": (66.9, 989.4),
+}
+"""Published dense peaks in TFLOP/s: float32, and bfloat16 with float32 sums."""
+
+_SIDE, _TRIES = 1536, 5
+
+
+@dataclass(frozen=True)
+class Peak:
+    """FLOP/s of one process's device."""
+
+    flops: float
+    source: str
+    """In words: published, or what was measured."""
+
+
+def peak_of(device: torch.device, precision: str) -> Peak | None:
+    """None for a card that is not known here: no share of an unknown peak is ever stated."""
+    if device.type == "cpu":
+        return _measured(torch.float32 if precision == "fp32" else torch.bfloat16)
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    found = next((card for card in CARDS if card in name), None)
+    if found is None:
+        return None
+    tflops = CARDS[found][precision != "fp32"]
+    return Peak(tflops * 1e12, f"published peak of {found}: {tflops:g} TFLOP/s")
+
+
+def _measured(dtype: torch.dtype) -> Peak:
+    """The best of a few products of large matrices, by this process's threads: a tenth of a second."""
+    left, right = (torch.zeros(_SIDE, _SIDE, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    seconds = []
+    for _ in range(_TRIES):
+        start = time.perf_counter()
+        torch.mm(left, right, out=out)
+        seconds.append(time.perf_counter() - start)
+    rate = 2 * _SIDE**3 / min(seconds)
+    threads = torch.get_num_threads()
+    kind = str(dtype).removeprefix("torch.")
+    return Peak(
+        rate, f"measured: a {kind} product of {_SIDE} x {_SIDE} matrices, {threads} threads, {rate / 1e9:,.0f} GFLOP/s"
+    )
