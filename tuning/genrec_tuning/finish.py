@@ -153,7 +153,7 @@ def _run(recorder: Recorder, ending: Ending, ray_files: Path, address: str | Non
     ]
     if not left:
         return
-    shown = Sweep(f"{sweep.name}: finals", {**sweep.space, "space": {}}, started=sweep.started)
+    shown = Sweep(f"{sweep.name}: finals", {"trials": len(sweep.finals)}, started=sweep.started)
     with SweepTable() as table:
 
         def note(trial: Trial) -> None:
