@@ -19,27 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from genrec_shards.write import write_shards
 
-from genrec_dist.bench import beam, kernels, latency
 from genrec_dist.bench.measure import Claim, format_claims, hardware, median, table, write_table
-from genrec_dist.bench.stream import make_data
 from genrec_dist.events import git_commit, versions
-from genrec_dist.forecast import forecast
 from genrec_dist.recipe import Recipe, load_recipe
-from genrec_dist.train import train
+
+# What is measured is imported by the step that measures it: each is a process of its own, and its seconds count.
 
 COMMIT = "GENREC_COMMIT"
 """The environment variable that names the commit where the checkout came without its history."""
 MAY_BE_MISSING = ("polars", "webdataset", "pydantic", "deepspeed", "ray", "hypothesis", "pytest", "triton")
-TRAINED = {
-    "tiny": ("validation.users=200",),
-    "base": (
-        "micro_batch_tokens=16384", "finetune.batch_size=128", "finetune.targets=last", "validation.users=64",
-        *kernels.BASE_SHAPE,
-    ),
-}  # fmt: skip
-"""What is trained for an epoch of synthetic data of Beauty's size: changes to the recipe `tiny`. A few hundred steps each."""
 SMALL_MODEL = ("model.d_model=16", "model.heads=2", "model.ffn=16", "tokens.vocab_size=300", "finetune.batch_size=64")
 GIB = 2**30
 
@@ -47,6 +36,8 @@ Measured = tuple[list[Claim], dict[str, Any]]
 
 
 def measure_kernels(small: bool) -> Measured:
+    from genrec_dist.bench import kernels
+
     if not small:
         return kernels.bench_kernels(sizes=kernels.Sizes(seconds=90))
     steps = (kernels.StepShape("tiny", SMALL_MODEL),)
@@ -60,6 +51,8 @@ def measure_kernels(small: bool) -> Measured:
 
 
 def measure_beam(small: bool) -> Measured:
+    from genrec_dist.bench import beam
+
     if not small:
         first, second = beam.ON_GPU
         shapes = (replace(first, batches=(1, 32, 128, 512)), replace(second, batches=(1, 32, 128)))
@@ -69,30 +62,50 @@ def measure_beam(small: bool) -> Measured:
 
 
 def measure_latency(small: bool) -> Measured:
+    from genrec_dist.bench import latency
+
     sizes = latency.Sizes(calls=96, rounds=3, threads=(1,))
     if small:
         sizes = latency.Sizes(users=100, items=50, callers=2, calls=8, rounds=2, threads=(1,))
     return latency.bench_latency(sizes=sizes)
 
 
+def changes_to_tiny(name: str) -> tuple[str, ...]:
+    """What is trained for an epoch of synthetic data of Beauty's size, a few hundred steps: changes to the recipe `tiny`."""
+    from genrec_dist.bench.kernels import BASE_SHAPE
+
+    if name == "tiny":
+        return ("validation.users=200",)
+    large = ("micro_batch_tokens=16384", "finetune.batch_size=128", "finetune.targets=last", "validation.users=64")
+    return (*large, *BASE_SHAPE)
+
+
 def measure_training(name: str, small: bool) -> Measured:
     """`genrec train` for an epoch: tokens a second, and the peak of memory beside what `genrec plan` foretold."""
+    from genrec_shards.write import write_shards
+
+    from genrec_dist.bench.stream import make_data
+    from genrec_dist.train import train
+
     with tempfile.TemporaryDirectory(prefix="genrec-check-") as temporary:
         folder = Path(temporary)
         users, items = (200, 60) if small else (22_363, 12_101)
         dataset = make_data(folder / "made", users, items)
         write_shards(dataset, folder / "shards")
         where = (f"data={dataset.path}", f"shards={folder / 'shards'}", f"run={folder / 'run'}", "finetune.epochs=1")
-        shape = SMALL_MODEL if small else TRAINED[name]
+        shape = SMALL_MODEL if small else changes_to_tiny(name)
         recipe = load_recipe("tiny", [*where, f"log_every={2 if small else 10}", *shape])
+        card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 24 * GIB
+        foretold = foretold_bytes(recipe, card / GIB)
         train(recipe)
         text = (folder / "run" / "events.jsonl").read_text(encoding="utf-8")
     events = [json.loads(line) for line in text.splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     # The first fifth is start-up: caches, compiled kernels, the allocator.
     settled = steps[len(steps) // 5 :]
-    claims, memory = _memory_claim(name, recipe) if torch.cuda.is_available() else ([], {})
-    return claims, {
+    # On a CPU nobody counts what tensors hold at their most.
+    measured = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return [] if measured is None else [memory_claim(name, measured, foretold)], {
         "tokens a second": median([step["tokens_per_second"] for step in settled]),
         "samples a second": median([step["samples_per_second"] for step in settled]),
         "padding share": float(np.mean([step["padding_share"] for step in settled])),
@@ -102,22 +115,24 @@ def measure_training(name: str, small: bool) -> Measured:
         "last loss": steps[-1]["loss"],
         "precision": recipe.precision,
         "changes to the recipe tiny": shape,
-        "memory": memory,
+        "memory": {"max_memory_allocated": measured, "foretold": foretold, "of the card": card},
     }
 
 
-def _memory_claim(name: str, recipe: Recipe) -> Measured:
-    measured = torch.cuda.max_memory_allocated()
-    total = torch.cuda.get_device_properties(0).total_memory
-    with tempfile.TemporaryDirectory(prefix="genrec-check-") as temporary:
-        made = make_data(Path(temporary) / "made", 22_363, 12_101)
-        plan = forecast(replace(recipe, data=str(made.path)), memory_gib=total / GIB)
-    foretold = next(fit.peak for fit in plan.fits if fit.method == "ddp")
+def foretold_bytes(recipe: Recipe, memory_gib: float) -> int:
+    """What `genrec plan` says one process holds at its most, for this recipe's data."""
+    from genrec_dist.forecast import forecast
+
+    plan = forecast(recipe, memory_gib=memory_gib)
+    return next(fit.peak for fit in plan.fits if fit.method == "ddp")
+
+
+def memory_claim(name: str, measured: int, foretold: int) -> Claim:
     ratio = foretold / measured
-    claim = Claim(
-        f"peak memory, {name}", "genrec plan", measured / GIB, foretold / GIB, "GiB", ratio, "0.8x to 1.25x", 0.8 <= ratio <= 1.25
+    return Claim(
+        id=f"peak memory, {name}", peer="genrec plan", ours=measured / GIB, theirs=foretold / GIB, unit="GiB",
+        ratio=ratio, goal="0.8x to 1.25x", holds=0.8 <= ratio <= 1.25,
     )  # fmt: skip
-    return [claim], {"max_memory_allocated": measured, "foretold": foretold, "of the card": total}
 
 
 MEASURED: dict[str, Callable[[bool], Measured]] = {
@@ -242,9 +257,13 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
     if found["claims"]:
         lines += ["```", format_claims([Claim(**claim) for claim in found["claims"]]), "```"]
     if name == "kernels":
+        from genrec_dist.bench import kernels
+
         lines += ["", *(f"- {line}" for line in kernels.format_shares(found).splitlines())]
         lines += [f"- left out: {one}" for one in found["left out"]]
     if name == "beam":
+        from genrec_dist.bench import beam
+
         lines += ["", "```", beam.format_curves(found), "```"]
     if name.startswith("train-"):
         lines += ["", *(f"- {what}: {_told(value)}" for what, value in _training_facts(found).items())]

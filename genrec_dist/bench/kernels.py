@@ -32,7 +32,6 @@ from genrec_dist.bench.rows import draw_ids
 from genrec_dist.bench.stream import make_data
 from genrec_dist.engine import make_accelerator
 from genrec_dist.model import POSITION_OFFSET
-from genrec_dist.progress import Meter
 from genrec_dist.recipe import Recipe, load_recipe
 from genrec_dist.train import Loop
 from genrec_dist.workshop import open_workshop, stage_of
@@ -603,23 +602,13 @@ def _take_step(loop: Loop, way: str, device: torch.device, numbered: tuple[int, 
     try:
         step, share = numbered
         here = stage_of(loop.workshop.stages, step)
-        loop.take_step(step, share, loop.agree(share), here.stage, 1.0, _NoMeter())
+        loop.take_step(step, share, loop.agree(share), here.stage, 1.0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     finally:
         del os.environ["GENREC_KERNELS"]
         if before is not None:
             os.environ["GENREC_KERNELS"] = before
-
-
-class _NoMeter(Meter):
-    """Rates are measured here already."""
-
-    def __init__(self) -> None:
-        pass
-
-    def count(self, batch: Batch) -> None:
-        pass
 
 
 def format_shares(table: Mapping[str, Any]) -> str:
