@@ -245,7 +245,9 @@ class Loop:
                 here = stage_of(self.workshop.stages, step)
                 share_of_peak = peak_share(here.stage, step - here.first_step, here.num_steps)
                 agreed = self.agree(share)
-                loss, norm = self.take_step(step, share, agreed, here.stage, share_of_peak, meter)
+                loss, norm = self.take_step(step, share, agreed, here.stage, share_of_peak)
+                for batch in share.micro_batches:
+                    meter.count(batch)
                 self.progress.step = step + 1
                 trace.step()
                 display.advance(here.name, step + 1)
@@ -284,7 +286,7 @@ class Loop:
         self.finish(time.monotonic() - started)
 
     def take_step(
-        self, step: int, share: RankStep, agreed: Agreed, stage: Stage, share_of_peak: float, meter: Meter
+        self, step: int, share: RankStep, agreed: Agreed, stage: Stage, share_of_peak: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimiser step: (loss a target token over all ranks, gradient norm)."""
         for group in self.engine.optimizer.param_groups:
@@ -301,7 +303,6 @@ class Loop:
                 part = summed / max(agreed.target_tokens, 1)
                 self.engine.backward(part)
             loss = loss + part.detach()
-            meter.count(batch)
         norm = self.engine.step()
         self.tables.learn(self.recipe.optimizer.id_learning_rate * share_of_peak)
         if self.average is not None:

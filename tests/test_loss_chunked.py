@@ -17,7 +17,6 @@ from genrec_dist import loss as module
 from genrec_dist.engine import make_accelerator
 from genrec_dist.loss import ChunkedLoss, chunk_rows, head_loss, resolve_head
 from genrec_dist.model import choose_loss
-from genrec_dist.progress import Meter
 from genrec_dist.recipe import HeadLoss, load_recipe
 from genrec_dist.train import Loop
 from genrec_dist.workshop import StepBatches, open_workshop
@@ -199,7 +198,7 @@ def test_a_run_learns_the_same_by_either(tiny_data: Path, tmp_path: Path) -> Non
         for step in range(5):
             share = data[step]
             assert len(share.micro_batches) > 1
-            losses[how].append(float(loop.take_step(step, share, loop.agree(share), recipe.finetune, 1.0, Meter())[0]))
+            losses[how].append(float(loop.take_step(step, share, loop.agree(share), recipe.finetune, 1.0)[0]))
     assert losses["full"][-1] < losses["full"][0]
     assert losses["chunked"] == pytest.approx(losses["full"], rel=1e-5)
 

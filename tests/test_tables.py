@@ -13,7 +13,6 @@ from genrec_dist.batch import RankStep
 from genrec_dist.checkpoint import list_checkpoints
 from genrec_dist.engine import make_accelerator
 from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.progress import Meter
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Recipe, load_recipe
 from genrec_dist.run import load_run
@@ -87,7 +86,7 @@ def test_a_step_changes_touched_rows_alone(recipe: Recipe) -> None:
     loop = Loop(workshop, model, make_accelerator(recipe))
     before = {kind: table.full().clone() for kind, table in loop.tables.tables.items()}
     step, share = next(loop.batches())
-    loop.take_step(step, share, loop.agree(share), recipe.finetune, 1.0, Meter())
+    loop.take_step(step, share, loop.agree(share), recipe.finetune, 1.0)
     for kind, table in loop.tables.tables.items():
         changed = (table.full() != before[kind]).any(dim=1)
         assert torch.equal(torch.nonzero(changed).flatten(), share.id_rows[kind])

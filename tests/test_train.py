@@ -26,7 +26,6 @@ from genrec_dist.batch import RankStep
 from genrec_dist.checkpoint import Checkpoint, list_checkpoints
 from genrec_dist.engine import make_accelerator
 from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.progress import Meter
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Recipe, dump_recipe, load_recipe
 from genrec_dist.stop import NotFinite
@@ -292,8 +291,7 @@ def gradients(loop: Loop, share: RankStep) -> list[torch.Tensor]:
         return step()
 
     loop.engine.step = kept_and_stepped  # type: ignore[method-assign]
-    meter = Meter(loop.model.config, loop.accelerator.device, None)
-    loop.take_step(0, share, loop.agree(share), loop.recipe.pretrain, 0.0, meter)
+    loop.take_step(0, share, loop.agree(share), loop.recipe.pretrain, 0.0)
     return kept
 
 

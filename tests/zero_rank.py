@@ -25,7 +25,6 @@ from genrec_dist.engine import Spread, make_accelerator
 from genrec_dist.evaluate import Decoding, history_loss, rank_windows, target_histogram
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.optim import build_optimizer
-from genrec_dist.progress import Meter
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import load_recipe
 from genrec_dist.train import Loop, train
@@ -83,7 +82,7 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         agreed = loop.agree(share)
         idle += len(loop.micro_batches(share, agreed)) - len(share.micro_batches)
         stage = replace(recipe.finetune, learning_rate=job["rate"])
-        loss, _ = loop.take_step(step, share, agreed, stage, 1.0, Meter())
+        loss, _ = loop.take_step(step, share, agreed, stage, 1.0)
         losses.append(float(loss))
         digests.append(agreed.samples_digest)
     loop.check_finite()
