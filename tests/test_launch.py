@@ -690,6 +690,29 @@ def test_a_failed_sweep_fails_the_job_and_a_dead_ray_too(cluster: Cluster) -> No
     assert cluster.calls("scontrol") == []
 
 
+@pytest.mark.dist
+@pytest.mark.slow
+def test_a_real_sweep_on_two_real_nodes_of_ray(cluster: Cluster, recipe: Path) -> None:
+    space = {"base": str(recipe), "trials": 2, "scheduler": "none", "retries": 0,
+             "space": {"finetune.learning_rate": {"loguniform": [1e-3, 1e-2]}}}  # fmt: skip
+    (cluster.folder / "space.yaml").write_text(yaml.safe_dump(space))
+    cluster.stub("srun", SRUN_OF_SWEEP)
+    job = cluster.submit(
+        "tune.sbatch",
+        "space.yaml",
+        "sweep",
+        nodes=2,
+        gpus=0,
+        SLURM_CPUS_PER_TASK="1",
+        SLURM_JOB_ID=job_of_a_free_port(),
+    )
+    code, output = ended(job)
+    assert code == 0, output[-3000:]
+    trials = [json.loads(path.read_text()) for path in sorted((cluster.folder / "sweep" / "trials").glob("*.json"))]
+    assert [trial["status"] for trial in trials] == ["finished", "finished"]
+    assert (cluster.folder / "sweep" / "best.yaml").exists()
+
+
 @pytest.mark.parametrize("fault", ["no space", "no such space"])
 def test_a_sweep_that_cannot_start_says_why(cluster: Cluster, fault: str) -> None:
     words = [] if fault == "no space" else ["x.yaml", "sweep"]
