@@ -83,6 +83,7 @@ def test_an_ordinary_sweep_says_everything() -> None:
         "genrec tune --finish", "choice: single: {}", "with other seeds",
     ):  # fmt: skip
         assert words in text, words
+    assert text.count("loss is NaN at step 120 of finetune") > 4  # two trials, each in the table and under the pointer
 
 
 def test_what_the_finals_say() -> None:
