@@ -46,8 +46,13 @@ def run_script(
     """The script, with packages that are simply not there."""
     (folder / "blocker").mkdir()
     (folder / "blocker" / "sitecustomize.py").write_text(BLOCKER, encoding="utf-8")
+    # Plugins of packages that are there after all would look for them past the blocker.
     own = environment(
-        PYTHON=sys.executable, PYTHONPATH=str(folder / "blocker"), BLOCKED=",".join(blocked), CUDA_VISIBLE_DEVICES=""
+        PYTEST_DISABLE_PLUGIN_AUTOLOAD="1",
+        PYTHON=sys.executable,
+        PYTHONPATH=str(folder / "blocker"),
+        BLOCKED=",".join(blocked),
+        CUDA_VISIBLE_DEVICES="",
     )
     return subprocess.run(
         [SCRIPT, *arguments], env=own | more, cwd=folder, capture_output=True, text=True, timeout=1900
