@@ -110,6 +110,11 @@ def measure_training(name: str, small: bool) -> Measured:
         "samples a second": median([step["samples_per_second"] for step in settled]),
         "padding share": float(np.mean([step["padding_share"] for step in settled])),
         "share waiting for data": float(np.mean([step["data_wait_share"] for step in settled])),
+        # Where the device's peak is known.
+        "MFU": median([step["mfu"] for step in settled]) if "mfu" in settled[0] else None,
+        "TFLOP/s": median([step["tflops_per_second"] for step in settled])
+        if "tflops_per_second" in settled[0]
+        else None,
         "steps": steps[-1]["step"] + 1,
         "parameters": next(event["parameters"] for event in events if event["event"] == "start"),
         "last loss": steps[-1]["loss"],
@@ -272,15 +277,14 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
 
 def _training_facts(found: dict[str, Any]) -> dict[str, Any]:
     names = (
-        "tokens a second",
-        "samples a second",
-        "padding share",
-        "share waiting for data",
-        "steps",
-        "parameters",
+        "tokens a second", "samples a second", "TFLOP/s", "MFU", "padding share", "share waiting for data", "steps", "parameters",
         "last loss",
-    )
-    return {name: f"{found[name]:,.4g}" if isinstance(found[name], float) else f"{found[name]:,}" for name in names}
+    )  # fmt: skip
+    told = {name: found[name] for name in names if found[name] is not None}
+    return {
+        name: f"{value:.3g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}"
+        for name, value in told.items()
+    }
 
 
 def _end_of(log: Path, count: int = 25) -> str:
