@@ -116,3 +116,25 @@ def bench_kernels(
     typer.echo(format_shares(table))
     if json_path is not None:
         write_table(table, json_path)
+
+
+@bench.command("train")
+def bench_train(
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Training steps beside Hugging Face's Trainer, as it comes and tuned, and the published collate; a quarter of an hour.
+
+    Example: genrec bench train --data data/beauty --json train.json
+    """
+    from genrec_dist.bench.measure import format_claims, write_table
+    from genrec_dist.bench.train import bench_train as run_bench
+    from genrec_dist.bench.train import format_rivals
+
+    claims, table = run_bench(data)
+    typer.echo(format_rivals(table))
+    typer.echo(format_claims(claims))
+    if json_path is not None:
+        write_table(table, json_path)
