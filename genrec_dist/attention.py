@@ -19,6 +19,7 @@ LONG_ON_CPU = 128
 prepares a product in bf16, which takes as long as a thousand short ones (docs/log.md)."""
 
 
+@torch.compiler.disable
 def attend(
     query_nHd: Tensor, key_kHd: Tensor, value_kHd: Tensor, attended: Attended, scale: float, dropout: float = 0.0
 ) -> Tensor:

@@ -21,7 +21,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from genrec_dist import topology
 from genrec_dist.batch import Batch
-from genrec_dist.model import GenRecForConditionalGeneration, choose_attention, choose_loss
+from genrec_dist.model import GenRecForConditionalGeneration, choose_attention, choose_layers, choose_loss
 from genrec_dist.optim import build_optimizer
 from genrec_dist.recipe import Recipe
 
@@ -149,6 +149,7 @@ def make_engine(model: GenRecForConditionalGeneration, recipe: Recipe, accelerat
     """Put a model on its device and under its optimiser; under DeepSpeed, spread it. Collective."""
     choose_attention(model.to(accelerator.device), recipe.precision)
     choose_loss(model, recipe.head)
+    choose_layers(model, recipe.compile == "layers", recipe.recompute)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return Spread(model, recipe, accelerator)
     return Replicated(model, recipe, accelerator)

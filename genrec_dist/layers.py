@@ -4,13 +4,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.models.bart.modeling_bart import BartAttention, BartDecoderLayer, BartEncoderLayer
 
 from genrec_dist.attention import attend
 from genrec_dist.dropout import add_dropped, drop
 from genrec_dist.packing import Attended, Packing
+
+
+class LayerRunner:
+    """How the layers of a packed micro-batch are run: as they are written, compiled, kept in part."""
+
+    def __init__(self, compiled: bool = False, recompute: bool = False):
+        self.recompute = recompute
+        # Some sizes of micro-batches occur: one graph for all of them. Attention over ragged sequences breaks it in two.
+        self.encoder_layer = torch.compile(encoder_layer, dynamic=True) if compiled else encoder_layer
+        self.decoder_layer = torch.compile(decoder_layer, dynamic=True) if compiled else decoder_layer
+
+    def encode(self, layer: BartEncoderLayer, hidden_nD: Tensor, packing: Packing) -> Tensor:
+        return self._run(layer, self.encoder_layer, hidden_nD, packing)
+
+    def decode(self, layer: BartDecoderLayer, hidden_mD: Tensor, memory_nD: Tensor, packing: Packing) -> Tensor:
+        return self._run(layer, self.decoder_layer, hidden_mD, memory_nD, packing)
+
+    def _run(self, layer: Any, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        if self.recompute and layer.training and torch.is_grad_enabled():
+            again: Tensor = checkpoint(function, layer, *inputs, use_reentrant=False)
+            return again
+        return function(layer, *inputs)
 
 
 def encoder_layer(layer: BartEncoderLayer, hidden_nD: Tensor, packing: Packing) -> Tensor:

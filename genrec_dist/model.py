@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from genrec_dist.batch import IGNORED, EncoderInput
 from genrec_dist.dropout import drop
-from genrec_dist.layers import decoder_layer, encoder_layer, lowered
+from genrec_dist.layers import LayerRunner, lowered
 from genrec_dist.loss import head_loss, resolve_head
 from genrec_dist.packing import Packing
 from genrec_dist.recipe import HeadLoss, Model
@@ -98,6 +98,8 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
     config: GenRecConfig
     loss_by: HeadLoss = "full"
     """How `forward` computes the loss."""
+    runner = LayerRunner()
+    """How `forward` runs the layers of packed micro-batches."""
 
     def __init__(self, config: GenRecConfig):
         super().__init__(config)
@@ -210,13 +212,13 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         bart = self.model
         hidden_nD = drop(self.embed(encoder, plan, normed=True), bart.encoder.dropout, self.training)
         for layer in bart.encoder.layers:
-            hidden_nD = encoder_layer(layer, hidden_nD, packing)
+            hidden_nD = self.runner.encode(layer, hidden_nD, packing)
         memory_nD = lowered(hidden_nD)
         hidden_mD = bart.decoder.embed_tokens(decoder_input_ids_m)
         hidden_mD = hidden_mD + bart.decoder.embed_positions(None, position_ids=packing.positions_m)[0]
         hidden_mD = drop(bart.decoder.layernorm_embedding(hidden_mD), bart.decoder.dropout, self.training)
         for layer in bart.decoder.layers:
-            hidden_mD = decoder_layer(layer, hidden_mD, memory_nD, packing)
+            hidden_mD = self.runner.decode(layer, hidden_mD, memory_nD, packing)
         return hidden_mD
 
     def forward(
@@ -372,6 +374,15 @@ def choose_attention(model: GenRecForConditionalGeneration, precision: str) -> N
 def choose_packing(how: Literal["auto", "packed", "padded"], device: torch.device) -> bool:
     """Whether training batches for this device are packed."""
     return device.type == "cpu" if how == "auto" else how == "packed"
+
+
+def choose_layers(model: GenRecForConditionalGeneration, compiled: bool, recompute: bool) -> None:
+    """Let training run the layers so; of padded micro-batches only `recompute` is heard."""
+    model.runner = LayerRunner(compiled, recompute)
+    if recompute:
+        # By its newer name where transformers has it.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
 
 
 def choose_loss(model: GenRecForConditionalGeneration, how: HeadLoss | Literal["auto"]) -> None:

@@ -146,6 +146,12 @@ class Recipe:
     """How the sequences of a micro-batch lie in memory. packed: one behind another, no padding; on a GPU attention then takes
     torch's kernel for ragged sequences. padded: side by side, to the longest one. auto: packed on a CPU, where it is measured
     (docs/speed.md), padded elsewhere until it is measured there. Losses and gradients are the same to rounding."""
+    compile: Literal["none", "layers"] = "none"
+    """layers: torch.compile of what lies around attention in each layer, of packed micro-batches. It takes a minute at the start;
+    what it gains is in docs/speed.md."""
+    recompute: bool = False
+    """Keep the input of each layer alone and compute the rest again in the backward pass (activation checkpointing): a third
+    more operations for a fraction of the memory."""
     workers: int = 1
     """Processes a rank that prepare batches ahead; 0 prepares them in the training process."""
     log_every: int = 10

@@ -189,7 +189,7 @@ def _recipe_hash(recipe: Recipe) -> str:
     values = recipe.as_dict()
     for key in (
         "data", "run", "shards", "micro_batch_tokens", "head", "packing",
-        "workers", "log_every", "checkpoint_every", "keep_checkpoints",
+        "recompute", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
     ):  # fmt: skip
         del values[key]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
