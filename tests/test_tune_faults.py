@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 import sweeps
 from genrec_tuning.finish import SEEDS, entered, finish_sweep, jobs_of
-from genrec_tuning.record import Folder, Recorder, Sweep, read_sweep, trial_id
+from genrec_tuning.record import Folder, Recorder, Sweep, Trial, read_sweep, trial_id
 from genrec_tuning.space import load_space
 from genrec_tuning.sweep import job_of
 from genrec_tuning.trial import run_job
@@ -36,6 +38,10 @@ space:
 """
 
 
+CORES = len(os.sched_getaffinity(0))
+"""What a trial asks for where one is to run after the other."""
+
+
 def epochs_run(run: Path) -> list[int]:
     """Epochs that were validated, over all attempts, in the order of time."""
     return [event["epoch"] + 1 for event in sweeps.events(run, "validation")]
@@ -51,28 +57,33 @@ def steps_rerun(run: Path) -> int:
 
 @pytest.fixture(scope="module")
 def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A sweep of two trials: one trial is killed, then the driver; then it is resumed with Ray's own files torn."""
+    """A sweep of two trials, one after the other: the first is killed; when one is over and the other runs, the driver is; it is
+    resumed with Ray's own files torn, stopped by SIGTERM, resumed for a second, and resumed to its end."""
     folder = tmp_path_factory.mktemp("killed")
     out = folder / "out"
-    space = sweeps.write_space(folder, tiny_data, SPACE % (14, 1, 1), SLOW)
+    space = sweeps.write_space(folder, tiny_data, SPACE % (20, CORES, 1), SLOW)
     seen: dict = {"out": out}
+
+    def saved(run: Path) -> int:
+        return len(sweeps.events(run, "checkpoint"))
+
+    def finished() -> Trial | None:
+        sweep = sweeps.record(out)
+        return next((trial for trial in sweep.trials if trial.status == "finished"), None) if sweep else None
+
     process = sweeps.start(space, "--out", out)
     try:
-        run = out / "runs" / "t0000"
-        sweeps.wait_for(process, lambda: len(sweeps.events(run, "checkpoint")) >= 2, "two epochs of the first trial")
-        sweeps.kill(sweeps.pid_of(run))
-        seen["epochs at the kill"] = len(sweeps.events(run, "checkpoint"))
-        sweeps.wait_for(process, lambda: len(sweeps.events(run, "start")) == 2, "the second attempt")
-        seen["driver's pid"] = process.pid
-        sweeps.wait_for(
-            process, lambda: sweeps.record(out).trials[0].status == "finished" and len(sweeps.record(out).trials) == 2,
-            "the first trial's end",
-        )  # fmt: skip
-        second = out / "runs" / "t0001"
-        sweeps.wait_for(
-            process, lambda: len(sweeps.events(second, "checkpoint")) >= 2, "two epochs of the second trial"
-        )
-        seen["trainer"] = sweeps.pid_of(second)
+        first = out / "runs" / "t0000"
+        sweeps.wait_for(process, lambda: saved(first) >= 2, "two epochs of the first trial")
+        sweeps.kill(sweeps.pid_of(first))
+        seen["epochs at the kill"] = saved(first)
+        # Ray may let the second one go first, now that there is room.
+        over = sweeps.wait_for(process, finished, "the end of a trial").id
+        seen["over"], seen["left"] = over, "t0001" if over == "t0000" else "t0000"
+        left = out / "runs" / seen["left"]
+        before = saved(left)
+        sweeps.wait_for(process, lambda: saved(left) >= before + 2, "two epochs of the other trial")
+        seen["trainer"] = sweeps.pid_of(left)
         sweeps.kill(process.pid)
         process.communicate()
         seen["before"] = read_sweep(out)
@@ -81,12 +92,15 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
         assert torn
         for path in torn:
             path.write_bytes(path.read_bytes()[:100])
+        starts = len(sweeps.events(left, "start"))
         process = sweeps.start(space, "--out", out, "--resume")
-        sweeps.wait_for(process, lambda: len(sweeps.events(second, "start")) >= 2, "the resumed trial")
+        sweeps.wait_for(process, lambda: len(sweeps.events(left, "start")) > starts, "the resumed trial")
         process.send_signal(signal.SIGTERM)
         _, seen["told"] = process.communicate(timeout=120)
         seen["code"] = process.returncode
         seen["stopped"] = read_sweep(out)
+        seen["spent"] = sweeps.run(space, "--out", out, "--resume", "--budget-hours", str(1 / 3600))
+        seen["budget"] = read_sweep(out)
         seen["finished"] = sweeps.run(space, "--out", out, "--resume")
     finally:
         process.kill()
@@ -97,31 +111,30 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_a_killed_trial_is_retried_from_its_own_checkpoint(killed: dict) -> None:
     trial = killed["after"].trials[0]
     run = killed["out"] / trial.run
-    assert trial.attempts == 2
-    assert trial.status == "finished"
-    assert [epoch.epoch for epoch in trial.epochs] == list(range(1, 15))
-    assert len(sweeps.events(run, "start")) == 2
-    assert sweeps.events(run, "start")[1]["resumed_from"] is not None
-    done = killed["epochs at the kill"]
-    assert epochs_run(run).count(1) == 1
-    assert all(epochs_run(run).count(epoch) == 1 for epoch in range(1, done + 1))
+    assert (trial.status, [epoch.epoch for epoch in trial.epochs]) == ("finished", list(range(1, 21)))
+    assert trial.attempts == len(sweeps.events(run, "start")) >= 2
+    again = sweeps.events(run, "start")[1]
+    assert Path(again["resumed_from"]).name == f"step-{trial.epochs[killed['epochs at the kill'] - 1].step + 1:08d}"
+    validated = epochs_run(run)
+    assert all(validated.count(epoch) == 1 for epoch in range(1, killed["epochs at the kill"] + 1))
     assert steps_rerun(run) == 0
-    assert "its process died" in str(killed["before"].trials[0].reason) or killed["before"].trials[0].reason is None
 
 
 def test_a_killed_driver_loses_nothing(killed: dict) -> None:
     before, after = killed["before"], killed["after"]
     assert killed["finished"].returncode == 0, killed["finished"].stderr
-    assert after.trials[0] == before.trials[0]
-    assert before.trials[1].status == "running"
-    second = after.trials[1]
-    assert (second.status, second.values) == ("finished", before.trials[1].values)
-    assert second.epochs[: len(before.trials[1].epochs)] == before.trials[1].epochs
-    run = killed["out"] / second.run
+    over, left = killed["over"], killed["left"]
+    assert after.trial(over) == before.trial(over)
+    assert before.trial(left).status == "running"
+    assert (after.trial(left).status, after.trial(left).values) == ("finished", before.trial(left).values)
+    known = before.trial(left).epochs
+    assert known
+    assert after.trial(left).epochs[: len(known)] == known
+    run = killed["out"] / after.trial(left).run
+    assert sweeps.events(run, "start")[before.trial(left).attempts]["resumed_from"] is not None
     assert steps_rerun(run) == 0
-    assert sweeps.events(run, "start")[1]["resumed_from"] is not None
-    assert len(sweeps.events(killed["out"] / "runs" / "t0000", "start")) == 2, "a finished trial ran again"
-    assert after.resumed == 2
+    assert len(sweeps.events(killed["out"] / "runs" / over, "start")) == before.trial(over).attempts, "it ran again"
+    assert after.resumed == 3
     assert after.hours > before.hours
 
 
@@ -135,28 +148,45 @@ def test_a_signal_interrupts_and_says_how_to_go_on(killed: dict) -> None:
     assert "stopped by SIGTERM" in killed["told"]
     assert "--resume" in killed["told"]
     assert "Traceback" not in killed["told"]
-    stopped = killed["stopped"].trials[1]
+    stopped = killed["stopped"].trial(killed["left"])
     assert (stopped.status, stopped.reason) == ("interrupted", "stopped by SIGTERM")
 
 
-def test_a_budget_ends_a_sweep_in_good_order(tiny_data: Path, tmp_path: Path) -> None:
-    space = sweeps.write_space(tmp_path, tiny_data, SPACE % (5000, 1, 1), SLOW)
-    done = sweeps.run(space, "--out", tmp_path / "out", "--budget-hours", str(14 / 3600))
-    assert done.returncode == 0, done.stderr
-    sweep = read_sweep(tmp_path / "out")
-    assert {trial.status for trial in sweep.trials} <= {"interrupted"}
-    assert sweep.hours >= 14 / 3600
-    if sweep.trials:
-        assert "go on with --resume" in done.stdout
-        assert "budget" in str(sweep.trials[0].reason)
+def test_a_budget_ends_a_sweep_in_good_order(killed: dict) -> None:
+    spent = killed["spent"]
+    assert spent.returncode == 0, spent.stderr
+    assert "1 trials were interrupted" in spent.stdout
+    assert "go on with --resume" in spent.stdout
+    assert killed["budget"].trial(killed["left"]).status == "interrupted"
+    assert 0 < killed["budget"].hours - killed["stopped"].hours < 120 / 3600
 
 
 @pytest.fixture
-def two_nodes() -> Iterator[tuple[str, dict[str, str]]]:
+def bucket() -> Iterator[dict[str, str]]:
+    """What a process has to have in its environment to reach an S3 server on this machine that holds the bucket `sweeps`."""
+    import boto3
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    boto3.client(
+        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="key", aws_secret_access_key="secret"
+    ).create_bucket(Bucket="sweeps")
+    yield {
+        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+    }  # fmt: skip
+    server.stop()
+
+
+@pytest.fixture
+def two_nodes(bucket: dict[str, str], tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """(address, environment of who connects) of a cluster that asks for a token."""
+    (tmp_path / "nodes").mkdir()
     more = {
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64, "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on loopback
+        "TMPDIR": str(tmp_path / "nodes"), "RAY_TMPDIR": "/tmp", **bucket,  # the names of its sockets may not be long
     }  # fmt: skip
     script = [sys.executable, str(Path(__file__).with_name("two_nodes.py"))]
     with subprocess.Popen(
@@ -171,45 +201,74 @@ def two_nodes() -> Iterator[tuple[str, dict[str, str]]]:
             nodes.wait(timeout=60)
 
 
-def test_trials_of_two_ranks_run_on_two_nodes(
-    two_nodes: tuple[str, dict[str, str]], tiny_data: Path, tmp_path: Path
+def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
+    two_nodes: tuple[str, dict[str, str]], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A node has room for one trial, so two lie on two. One loses a rank, the other its own process; both go on where they were."""
+    """A node has room for one trial, so two lie on two. One loses a rank; the other its process and its node's disk, and goes on
+    from what is in the bucket."""
     address, more = two_nodes
+    for name, value in more.items():
+        if name.startswith("AWS"):
+            monkeypatch.setenv(name, value)
     space = sweeps.write_space(tmp_path, tiny_data, SPACE % (8, 2, 2), SLOW)
-    out = tmp_path / "out"
-    process = sweeps.start(space, "--out", out, "--address", address, **more)
-    runs = [out / "runs" / trial_id(number) for number in range(2)]
+    process = sweeps.start(
+        space, "--out", tmp_path / "two", "--address", address, "--storage", "s3://sweeps/of", **more
+    )
 
-    def ranks_of(run: Path) -> list[int]:
-        return sweeps.processes("genrec_tuning.rank", str(run))
+    def run_of(number: int) -> Path:
+        found = list((tmp_path / "nodes").glob(f"genrec-tune-*/*/runs/{trial_id(number)}"))
+        return found[0] if found else tmp_path / "none"
 
+    def ranks_of(number: int) -> list[int]:
+        return sweeps.processes("genrec_tuning.rank", str(run_of(number)))
+
+    def whole(number: int) -> list[str]:
+        """A checkpoint's last file in the bucket; what lies there without it is none."""
+        files = Folder("s3://sweeps").files
+        files.invalidate_cache()
+        return files.glob(f"sweeps/of/two/runs/{trial_id(number)}/checkpoints/*/state.json")
+
+    ranks, trials, raylets = {}, {}, set()
     try:
-        sweeps.wait_for(
-            process, lambda: all(sweeps.events(run, "checkpoint") for run in runs), "an epoch of both trials"
-        )
-        ranks = [ranks_of(run) for run in runs]
-        assert [len(found) for found in ranks] == [2, 2]
-        trials = [sweeps.parent_of(found[0]) for found in ranks]
-        assert len({sweeps.parent_of(trial) for trial in trials}) == 2, "both trials are of one node's raylet"
-        sweeps.kill(ranks[0][-1])
-        sweeps.kill(trials[1])
-        assert sweeps.gone(lambda: set(ranks[1]) & set(ranks_of(runs[1]))), "ranks outlived their trial"
-        for run in runs:
-            sweeps.wait_for(process, lambda run=run: len(sweeps.events(run, "start")) == 2, "the second attempt")  # type: ignore[misc]
-        assert not set(ranks[0]) & set(ranks_of(runs[0])), "a rank outlived its group"
-        _, errors = process.communicate(timeout=300)
+        for number in range(2):
+            sweeps.wait_for(process, lambda number=number: whole(number), "a checkpoint in the bucket")  # type: ignore[misc]
+            ranks[number] = ranks_of(number)
+            assert len(ranks[number]) == 2
+            trials[number] = sweeps.parent_of(ranks[number][0])
+            raylets.add(sweeps.parent_of(trials[number]))
+            if number == 0:
+                sweeps.kill(ranks[0][-1])
+            else:
+                sweeps.kill(trials[1])
+                assert sweeps.gone(lambda: set(ranks[1]) & set(ranks_of(1))), "ranks outlived their trial"
+                shutil.rmtree(run_of(1))
+        assert len(raylets) == 2, "both trials are of one node's raylet"
+        for number in range(2):
+            sweeps.wait_for(
+                process,
+                lambda number=number: len(sweeps.events(run_of(number), "start")) == 2,  # type: ignore[misc]
+                "the second attempt",
+            )
+        reasons = [trial.reason for trial in read_sweep("s3://sweeps/of/two").trials]
+        assert not set(ranks[0]) & set(ranks_of(0)), "a rank outlived its group"
+        said, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0, errors
-    sweep = read_sweep(out)
+    sweep = read_sweep("s3://sweeps/of/two")
     assert [(trial.status, trial.attempts) for trial in sweep.trials] == [("finished", 2), ("finished", 2)]
-    for run in runs:
+    for trial in sweep.trials:
+        run = run_of(trial.number)
         starts = sweeps.events(run, "start")
+        assert [epoch.epoch for epoch in trial.epochs] == list(range(1, 9))
         assert [start["processes"] for start in starts] == [2, 2]
         assert "MULTI_CPU" in starts[0]["distributed_type"]
         assert starts[1]["resumed_from"] is not None
         assert steps_rerun(run) == 0
+    assert "rank 1 ended by SIGKILL" in str(reasons[0])
+    assert reasons[1] == "its process died"
+    assert Folder("s3://sweeps/of/two").holds("best.yaml")
+    assert "died" not in said, "Ray speaks where results are said"
 
 
 FINALS = """

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ray import tune
-from ray.exceptions import RayActorError
 from ray.tune import Callback, Stopper, TuneConfig
 
 from genrec_tuning.space import Resources
@@ -100,21 +100,31 @@ def _id(trial: Any) -> str:
 
 
 def _reason(trial: Any) -> str:
-    """What ended the last attempt, in one line."""
-    error = trial.get_pickled_error() or trial.get_error()
-    if isinstance(error, RayActorError):
+    """What ended the last attempt, in one line, by the file in which Ray notes each failure of a trial."""
+    try:
+        told = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+    except (OSError, TypeError):  # there is none
+        return "unknown"
+    return reason_of(told)
+
+
+def reason_of(told: str) -> str:
+    """The last failure in Ray's notes, in one line."""
+    last = told.rpartition("Failure # ")[2]
+    if "The actor died" in last or "ActorDiedError" in last or "ActorUnavailableError" in last:
         return "its process died"
-    lines = str(error).strip().splitlines() if error else []
+    lines = [line.strip() for line in last.splitlines()[1:] if line.strip()]
     return lines[-1] if lines else "unknown"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray's warnings about what the record says better (which trials failed, and why) stay out of the table."""
+    """What Ray says of trials that fail stays out of the table: the record says which, and why."""
     logger = logging.getLogger("ray.tune")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield
     finally:
         logger.setLevel(before)

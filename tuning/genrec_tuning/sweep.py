@@ -189,6 +189,9 @@ def told(sweep: Sweep, out: str) -> str:
     lines = []
     if best is not None:
         lines.append(f"{best.id} is the best of {len(sweep.trials)} trials: validation NDCG@10 {best.best_NDCG10:.4f}")
+    failed = [trial for trial in sweep.trials if trial.status == "failed"]
+    if failed:
+        lines.append(f"{len(failed)} trials failed; the first, {failed[0].id}: {failed[0].reason}")
     if left:
         lines.append(f"{len(left)} trials were interrupted ({left[0].reason}): go on with --resume")
     elif best is not None:
