@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -221,3 +222,53 @@ def test_what_reads_a_sweep_needs_neither_ray_nor_optuna() -> None:
     code = f"import sys; sys.modules.update(ray=None, optuna=None); import {modules}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def shown(number: int) -> Any:
+    """What ASHA sees of a trial of Ray's."""
+    return SimpleNamespace(trial_id=f"ray-{number}", config={"job": {"id": trial_id(number)}})
+
+
+def told(asha: Any, number: int, scores: list[float], planned: int = 4) -> str:
+    """A trial reports its epochs one after another: the decision that ends them."""
+    trial, best, decision = shown(number), 0.0, "CONTINUE"
+    asha.on_trial_add(None, trial)
+    for epoch, score in enumerate(scores, start=1):
+        best = max(best, score)
+        result = {"epoch": epoch, "best_NDCG@10": best, "planned_epochs": planned}
+        decision = asha.on_trial_result(None, trial, result)
+        if decision == "STOP":
+            return f"STOP {epoch}"
+    return decision
+
+
+def tried(number: int, scores: list[float], status: Any = "finished") -> Trial:
+    epochs = tuple(Epoch(n, n, score, 0.0, 1.0, 1.0, 1.0, 1.0) for n, score in enumerate(scores, start=1))
+    return Trial(trial_id(number), {}, 0, status, epochs=epochs, planned_epochs=4)
+
+
+def test_asha_stops_who_is_behind_and_nobody_at_the_end(folder: Path) -> None:
+    from genrec_tuning.search import Asha
+
+    space = space_of(folder, SPACE.replace("trials: 6", "trials: 6\ngrace: 1\nreduction: 2"))
+    asha = Asha(space, Sweep("s", {}), 4)
+    assert told(asha, 0, [0.5, 0.5, 0.5, 0.5]) == "CONTINUE"
+    assert told(asha, 1, [0.2, 0.9]) == "STOP 1"
+    assert told(asha, 2, [0.6, 0.1, 0.1, 0.1]) == "CONTINUE", "its best so far counts"
+    assert told(asha, 3, [0.6, 0.1], planned=1) == "CONTINUE", "its last epoch ends it anyway"
+    trial = shown(4)
+    asha.on_trial_add(None, trial)
+    assert asha.on_trial_result(None, trial, {"failed": "nan"}) == "CONTINUE"
+    asha.on_trial_complete(None, trial, {"failed": "nan"})
+
+
+def test_a_resumed_asha_knows_who_was_there(folder: Path) -> None:
+    from genrec_tuning.search import Asha
+
+    space = space_of(folder, SPACE.replace("trials: 6", "trials: 6\ngrace: 1\nreduction: 2"))
+    known = (tried(0, [0.5, 0.5, 0.5, 0.5]), tried(1, [0.9], "failed"), tried(2, [0.3, 0.3], "interrupted"))
+    asha = Asha(space, Sweep("s", {}, known), 4)
+    assert told(asha, 3, [0.4]) == "STOP 1", "0.5 was there before it"
+    assert told(asha, 4, [0.6]) == "CONTINUE", "a failed trial's 0.9 does not count"
+    # It was let through then; what it says again of its first epochs changes nothing.
+    assert told(asha, 2, [0.3, 0.3, 0.35]) == "CONTINUE"
