@@ -47,8 +47,8 @@ check: env
 
 # The tests, those of real ranks at length, then the demo as its user runs it, its table judged.
 test: check
-	$(PYTEST) -n $(PROCESSES) --dist loadfile
-	$(PYTEST) -m ranks
+	$(PYTEST) -n $(PROCESSES) --dist loadfile --durations 20 --durations-min 4
+	$(PYTEST) -m ranks --durations 10 --durations-min 4
 	$(BIN)/python -m pytest -m demo
 
 slow: env
