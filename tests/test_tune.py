@@ -291,6 +291,14 @@ def test_a_directory_that_a_node_does_not_see_is_named(space_file: Path, tmp_pat
         run_job(job, lambda result: None)
 
 
+def test_data_that_no_trial_could_read_are_refused_before_anything_starts(space_file: Path, tmp_path: Path) -> None:
+    base = space_file.with_name("base.yaml")
+    base.write_text(base.read_text().replace("data: ", "data: /nowhere"))
+    with pytest.raises(ValueError, match=r"^/nowhere"):
+        run_sweep(load_space(space_file), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_resources_that_no_node_has_are_named() -> None:
     check_fits(Resources(2, 1), [{"CPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}])
     with pytest.raises(

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from genrec_shards.prepare import load_dataset
+from genrec_shards.read import ShardReader
 
 from genrec_dist.stop import Stopped
 from genrec_tuning.cluster import connected
@@ -58,6 +60,8 @@ def run_sweep(
     """
     out, ending = Path(out), Ending(budget_hours)
     folder = place_of(out, storage)
+    if address is None:
+        check_data(space)
     with hold(out / ".lock", 0, "another genrec tune works on this sweep"):
         recorder = Recorder(folder, _opened(space, folder, resume))
         hours, resumed = recorder.sweep.hours, recorder.sweep.resumed
@@ -82,6 +86,13 @@ def run_sweep(
                 tidy()
     close(recorder.sweep, ending)
     return recorder.sweep
+
+
+def check_data(space: Space) -> None:
+    """Raise DataError or ValueError, one line naming the file, for data that no trial could read."""
+    recipe = space.recipe_of({}, "runs/trial")
+    load_dataset(recipe.data)
+    ShardReader(recipe.shards_dir, verify=False).close()
 
 
 def place_of(out: Path, storage: str | None) -> Folder:

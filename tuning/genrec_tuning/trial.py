@@ -129,8 +129,6 @@ def run_job(job: Job, tell: Callable[[dict[str, Any]], None]) -> None:
         if resume is None:  # whatever an attempt left before its first checkpoint
             shutil.rmtree(run, ignore_errors=True)
         reports = Reports(run, mirror, tell, planned_epochs(recipe))
-        if resume:
-            reports.catch_up()
         if job.processes > 1:
             train_on_ranks(job, recipe, resume, lock, reports.catch_up)
         else:
