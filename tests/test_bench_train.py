@@ -11,9 +11,11 @@ from genrec_shards.prepare import load_dataset
 from genrec_dist.batch import IGNORED
 from genrec_dist.bench.train import (
     DEFAULT,
+    LONG,
     OURS,
     PADDED,
     PUBLISHED,
+    SWITCHES,
     TRIMMED,
     TUNED,
     Process,
@@ -74,15 +76,17 @@ def test_a_rival_learns_from_every_sample(setting: Setting, name: str, tmp_path:
 @pytest.mark.dist
 @pytest.mark.ranks
 def test_the_table_has_all_rivals_in_turn(tmp_path: Path, setting: Setting) -> None:
-    rivals = (OURS, TRIMMED, PADDED, DEFAULT, PUBLISHED)
-    claims, table = bench_train(load_dataset(setting.data).path, Sizes(setting=setting, repeats=2, rivals=rivals))
-    assert [claim.id for claim in claims] == ["training, 512 tokens"] * 4 + ["training, 20 items"] * 4
-    assert {claim.peer for claim in claims} == set(rivals) - {OURS}
-    for found in table["measured"].values():
-        assert set(found) == set(rivals)
+    rivals, ways = (OURS, TRIMMED, DEFAULT, PUBLISHED), (OURS, PADDED)
+    sizes = Sizes(setting=setting, repeats=2, rivals=rivals, ways=ways)
+    claims, table = bench_train(load_dataset(setting.data).path, sizes)
+    assert [claim.peer for claim in claims] == [TRIMMED, DEFAULT, PUBLISHED] * 2 + [PADDED]
+    for name, found in table["measured"].items():
+        assert set(found) == set(ways if name == SWITCHES else rivals)
         assert all(len(rival["of each turn"]) == 2 and min(rival["of each turn"]) > 0 for rival in found.values())
-        assert found[OURS]["padding share"] < found[DEFAULT]["padding share"]
-        assert found[TRIMMED]["parameters"] < found[OURS]["parameters"]
+        assert all(
+            found[OURS]["padding share"] < found[peer]["padding share"] for peer in found if peer in (PADDED, DEFAULT)
+        )
+    assert table["measured"][LONG][TRIMMED]["parameters"] < table["measured"][LONG][OURS]["parameters"]
     assert "published collate" in format_rivals(table)
 
 
@@ -97,7 +101,7 @@ def test_the_tuned_trainer_runs_compiled(setting: Setting, tmp_path: Path) -> No
 def test_a_rival_that_ends_by_itself_is_named_with_its_last_words(setting: Setting) -> None:
     with (
         _process("nobody", setting) as rival,
-        pytest.raises(ValueError, match=r"(?s)nobody: ended by itself: .*nobody"),
+        pytest.raises(ValueError, match=r"(?s)nobody: ended by itself: .*no such rival"),
     ):
         rival.answer()
     assert isinstance(rival, Process)

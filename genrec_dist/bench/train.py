@@ -16,16 +16,20 @@ from genrec_shards.prepare import load_dataset
 
 from genrec_dist.bench.measure import REPEATS, Claim, median, table
 from genrec_dist.bench.stream import make_data
-from genrec_dist.bench.train_rival import RIVALS, Setting
+from genrec_dist.bench.train_rival import OURS as WAYS
+from genrec_dist.bench.train_rival import PEERS, Setting
 from genrec_dist.tokens import build_words, train_tokenizer
 
-OURS, TRIMMED, PADDED, TUNED, DEFAULT, PUBLISHED = RIVALS
+OURS, TRIMMED, PADDED, *_ = WAYS
+TUNED, DEFAULT, PUBLISHED = PEERS
+LONG, CAPPED, SWITCHES = "512 tokens", "20 items", "512 tokens, one switch"
 CAPPED_ITEMS = 20
 SLOW_STEPS = 8
 """Steps of a turn of those who need many times as long; their batches are drawn at random, so any few of them are alike."""
 GOALS = {
-    "512 tokens": {TUNED: 1.5, DEFAULT: 5.0, PUBLISHED: 8.0},
-    "20 items": {TUNED: 1.25},
+    LONG: {TUNED: 1.5, DEFAULT: 5.0, PUBLISHED: 8.0},
+    CAPPED: {TUNED: 1.25},
+    SWITCHES: {},
 }
 
 
@@ -38,7 +42,9 @@ class Sizes:
     items: int = 12_101
     setting: Setting = field(default_factory=lambda: Setting(""))
     repeats: int = REPEATS
-    rivals: tuple[str, ...] = RIVALS
+    rivals: tuple[str, ...] = (OURS, TRIMMED, *PEERS)
+    ways: tuple[str, ...] = tuple(WAYS)
+    """Of ours, beside each other."""
 
 
 def bench_train(data: Path | None = None, sizes: Sizes | None = None) -> tuple[list[Claim], dict[str, Any]]:
@@ -47,12 +53,14 @@ def bench_train(data: Path | None = None, sizes: Sizes | None = None) -> tuple[l
     with tempfile.TemporaryDirectory(prefix="genrec-bench-") as temporary:
         path = data or make_data(Path(temporary) / "made", sizes.users, sizes.items).path
         settings = {
-            "512 tokens": replace(sizes.setting, data=str(path)),
-            "20 items": replace(
-                sizes.setting, data=str(path), max_tokens=_tokens_of(CAPPED_ITEMS, path, sizes.setting)
-            ),
+            LONG: replace(sizes.setting, data=str(path)),
+            CAPPED: replace(sizes.setting, data=str(path), max_tokens=_tokens_of(CAPPED_ITEMS, path, sizes.setting)),
         }
-        measured = {name: _measure(setting, sizes) for name, setting in settings.items()}
+        settings[SWITCHES] = settings[LONG]
+        measured = {
+            name: _measure(setting, sizes.ways if name == SWITCHES else sizes.rivals, sizes.repeats)
+            for name, setting in settings.items()
+        }
     claims = [claim for name, found in measured.items() for claim in _claims(name, found)]
     more = {"measured": measured, "settings": {name: asdict(setting) for name, setting in settings.items()}}
     return claims, table("train", claims, repeats=sizes.repeats, **more)
@@ -66,11 +74,11 @@ def _tokens_of(num_items: int, data: Path, setting: Setting) -> int:
     return 3 + words.longest_user + num_items * words.longest_item
 
 
-def _measure(setting: Setting, sizes: Sizes) -> dict[str, dict[str, Any]]:
+def _measure(setting: Setting, names: Sequence[str], repeats: int) -> dict[str, dict[str, Any]]:
     """Rival -> facts, tokens a second and seconds of each turn."""
     with contextlib.ExitStack() as stack:
         # Started one after another: each makes its world and, the compiled one, its code, when nobody is timed.
-        rivals = {name: stack.enter_context(_process(name, setting)) for name in sizes.rivals}
+        rivals = {name: stack.enter_context(_process(name, setting)) for name in names}
         facts = {name: rival.answer() for name, rival in rivals.items()}
         first = next(iter(facts.values()))
         for name, fact in facts.items():
@@ -80,7 +88,7 @@ def _measure(setting: Setting, sizes: Sizes) -> dict[str, dict[str, Any]]:
                 assert abs(fact["first loss"] - first["first loss"]) < 1e-3, (name, fact, first)
         steps = -(-setting.samples // setting.batch_size)
         turns: dict[str, list[dict[str, float]]] = {name: [] for name in rivals}
-        for turn in range(sizes.repeats + 1):
+        for turn in range(repeats + 1):
             for name, rival in rivals.items():
                 told = rival.ask(min(steps, SLOW_STEPS) if name in (DEFAULT, PUBLISHED) else steps)
                 if turn:

@@ -23,15 +23,26 @@ from genrec_shards.prepare import Dataset, load_dataset
 from genrec_dist.batch import Batch, Layout, RankStep, make_step
 from genrec_dist.bench.trainer_peers import TokenizingCollate, TrainerRival, Words, pad_samples, samples_of
 from genrec_dist.engine import make_accelerator, make_engine
+from genrec_dist.evaluate import best_device
 from genrec_dist.flops import flops
-from genrec_dist.model import GenRecForConditionalGeneration, build_model
+from genrec_dist.model import GenRecForConditionalGeneration, build_model, choose_packing
 from genrec_dist.progress import peak_memory
 from genrec_dist.recipe import Recipe, load_recipe
 from genrec_dist.run import make_layout
 from genrec_dist.tokens import build_words, mask_tokens, train_tokenizer, trim
 from genrec_dist.work import Work
 
-RIVALS = ("ours", "ours, trimmed", "ours, padded", "Trainer, tuned", "Trainer, default", "published collate")
+OURS = {
+    "ours": (),
+    "ours, trimmed": ("tokens.trim=true",),
+    "ours, padded": ("packing=padded",),
+    "ours, whole head": ("head=full",),
+    "ours, compiled": ("compile=layers",),
+    "ours, recomputed": ("recompute=true",),
+    "ours, float32": ("precision=fp32",),
+}
+"""What `genrec train` does by default, and with one switch of the recipe set otherwise."""
+PEERS = ("Trainer, tuned", "Trainer, default", "published collate")
 MULTIPLE = 8
 
 
@@ -41,7 +52,7 @@ class Setting:
 
     data: str
     """Directory of `genrec prepare`."""
-    samples: int = 4096
+    samples: int = 2048
     """The first so many of an epoch's order, every prefix of a training part being one. Hugging Face's grouping by length sorts
     within a 4 * batch_size-th of them: fewer would not let it."""
     batch_size: int = 64
@@ -121,8 +132,8 @@ class Rival(Protocol):
 class Ours:
     """The training step of `genrec train`: its batches, its engine."""
 
-    def __init__(self, world: World, packed: bool):
-        self.world, self.packed = world, packed
+    def __init__(self, world: World):
+        self.world, self.packed = world, choose_packing(world.recipe.packing, best_device())
         self.engine = make_engine(world.model, world.recipe, make_accelerator(world.recipe))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = world.recipe.finetune.learning_rate
@@ -145,10 +156,10 @@ class Ours:
 
 
 def make_rival(name: str, setting: Setting, folder: Path) -> tuple[Rival, World]:
-    """Raises KeyError for a rival that there is none of."""
-    if name.startswith("ours"):
-        world = make_world(setting, *(["tokens.trim=true"] if name == "ours, trimmed" else []))
-        return Ours(world, packed=name != "ours, padded"), world
+    """Raises ValueError for a rival that there is none of."""
+    if name in OURS:
+        world = make_world(setting, *OURS[name])
+        return Ours(world), world
     world = make_world(setting)
     pad = int(world.model.config.pad_token_id)
     arguments: dict[str, Any] = {
@@ -161,7 +172,8 @@ def make_rival(name: str, setting: Setting, folder: Path) -> tuple[Rival, World]
     stored = [s for b in world.whole() for s in samples_of(b.encoder, b.decoder_input_ids, b.labels)]
     if name == "Trainer, default":
         return TrainerRival(world.model, stored, partial(pad_samples, pad_token=pad), arguments), world
-    assert name == "Trainer, tuned", name
+    if name != "Trainer, tuned":
+        raise ValueError(f"{name}: no such rival; there are {', '.join((*OURS, *PEERS))}")
     arguments |= {
         "train_sampling_strategy": "group_by_length",
         "torch_compile": True,
