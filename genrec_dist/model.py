@@ -381,7 +381,7 @@ def choose_layers(model: GenRecForConditionalGeneration, compiled: bool, recompu
     model.runner = LayerRunner(compiled, recompute)
     if recompute:
         # By its newer name where transformers has it.
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
 
 
