@@ -111,6 +111,7 @@ def far_off(found: int, expected: int, whole: int = 0) -> bool:
 
 
 @pytest.mark.dist
+@pytest.mark.ranks
 @pytest.mark.parametrize(("method", "precision"), CASES)
 def test_state_bytes_are_the_measured_ones(folder: Path, measured: Any, method: Any, precision: str) -> None:
     """On two ranks, for the one that holds most; a prediction that is off by one copy of the weights would be found out."""
