@@ -73,8 +73,8 @@ def test_a_rival_learns_from_every_sample(setting: Setting, name: str, tmp_path:
     assert all(not torch.equal(a, b) for a, b in zip(before, world.model.parameters(), strict=True) if b.ndim > 1)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.ranks
 def test_the_table_has_all_rivals_in_turn(tmp_path: Path, setting: Setting) -> None:
     rivals, ways = (OURS, TRIMMED, DEFAULT, PUBLISHED), (OURS, PADDED)
     sizes = Sizes(setting=setting, repeats=2, rivals=rivals, ways=ways)
