@@ -5,7 +5,7 @@
 # --cpu OUT: the same steps at tiny sizes on the CPU, to try the script; tables go to OUT.
 # PYTHON: the interpreter, default python3. GENREC_WHEELS: a folder of wheels to use besides. GENREC_COMMIT: the commit's name,
 # where the checkout came without its history. GPU_CHECK_SECONDS: the time for all, default 450; on a CPU 1800.
-# GPU_CHECK_STEPS: some of the steps, default "facts tests kernels beam train-tiny train-base latency".
+# GPU_CHECK_STEPS: some of the steps, default "facts tests kernels beam train-tiny train-tiny-packed train-base train-base-packed latency".
 # Exit code: 0 all done, 1 a step failed, 2 there is no GPU.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -36,7 +36,7 @@ elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 fi
 
 failed=0
-steps=" ${GPU_CHECK_STEPS:-facts tests kernels beam train-tiny train-base latency} summary "
+steps=" ${GPU_CHECK_STEPS:-facts tests kernels beam train-tiny train-tiny-packed train-base train-base-packed latency} summary "
 step() { # NAME BUDGET COMMAND...
   local name=$1 budget=$(($2 * patience)) start=$SECONDS code
   shift 2
@@ -66,12 +66,14 @@ else
   several=()
   if "$python" -c 'import xdist' 2> /dev/null; then several=(-n 4); fi
   # shellcheck disable=SC2046
-  step tests 110 "$python" -m pytest -q -p no:cacheprovider ${several[@]+"${several[@]}"} -m gpu $(grep -l 'mark\.gpu' tests/test_*.py)
+  step tests 100 "$python" -m pytest -q -p no:cacheprovider ${several[@]+"${several[@]}"} -m gpu $(grep -l 'mark\.gpu' tests/test_*.py)
 fi
-measure kernels 130
-measure beam 80
-measure train-tiny 40
-measure train-base 60
+measure kernels 110
+measure beam 60
+measure train-tiny 30
+measure train-tiny-packed 30
+measure train-base 40
+measure train-base-packed 40
 measure latency 40
 # Nothing is measured here, so it may take what was kept back.
 deadline=$((SECONDS + 20 * patience))

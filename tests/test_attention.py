@@ -1,15 +1,18 @@
 """Attention over packed sequences, against attention written out sequence by sequence in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrec_dist.attention import LONG_ON_CPU, ByRectangles, attend
+from genrec_dist.attention import LONG_ON_CPU, ByRectangles, attend, has_varlen
 from genrec_dist.packing import Attended, filled_size, spans_of
 
 HEADS, WIDTH, SCALE = 2, 4, 0.5
+DEVICE = torch.device("cuda")
 
 
 def drawn(lengths: list[int], seed: int, dtype=torch.float64) -> torch.Tensor:
@@ -71,6 +74,30 @@ def test_in_bfloat16_it_errs_by_bfloat16(longest):
     spans = spans_of(np.array([longest, longest - 3, 9, 9, 1]))
     assert compared(Attended(spans, spans), torch.bfloat16) < 0.05
     assert compared(Attended(spans_of(np.array([3, 1, 2, 0, 5])), spans), torch.bfloat16) < 0.05
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("width", [32, 64])
+def test_the_kernel_for_ragged_sequences_gives_the_same(width):
+    """On a GPU: bfloat16 as autocast hands it over, and what a rectangle of the same numbers gives."""
+    generator = torch.Generator().manual_seed(0)
+    keys, asked = np.array([300, 41, 41, 9, 1]), np.array([4, 2, 6, 2, 0])
+    for queries, causal in ((keys, False), (asked, False), (keys, True)):
+        attended = Attended(spans_of(queries), spans_of(keys), causal=causal)
+        there = replace(attended, queries=attended.queries.to(DEVICE), keys=attended.keys.to(DEVICE))
+        inputs = [
+            torch.randn(int(lengths.sum()), 4, width, generator=generator).to(DEVICE, torch.bfloat16).requires_grad_()
+            for lengths in (queries, keys, keys)
+        ]
+        assert has_varlen(inputs[0])
+        twins = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+        got, wanted = attend(*inputs, there, SCALE), ByRectangles.apply(*twins, attended, SCALE, 0.0)
+        grad = torch.randn(got.shape, generator=generator).to(DEVICE, torch.bfloat16)
+        got.backward(grad)
+        wanted.backward(grad)
+        for a, b in ((got, wanted), *((x.grad, y.grad) for x, y in zip(inputs, twins, strict=True))):
+            torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
 
 
 def test_no_sequence_sees_another():

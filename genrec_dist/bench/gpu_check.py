@@ -74,10 +74,12 @@ def changes_to_tiny(name: str) -> tuple[str, ...]:
     """What is trained for an epoch of synthetic data of Beauty's size, a few hundred steps: changes to the recipe `tiny`."""
     from genrec_dist.bench.kernels import BASE_SHAPE
 
-    if name == "tiny":
-        return ("validation.users=200",)
+    shape, _, packing = name.partition("-")
+    changes = (f"packing={packing or 'padded'}",)
+    if shape == "tiny":
+        return (*changes, "validation.users=200")
     large = ("micro_batch_tokens=16384", "finetune.batch_size=128", "finetune.targets=last", "validation.users=64")
-    return (*large, *BASE_SHAPE)
+    return (*changes, *large, *BASE_SHAPE)
 
 
 def measure_training(name: str, small: bool) -> Measured:
@@ -93,7 +95,7 @@ def measure_training(name: str, small: bool) -> Measured:
         dataset = make_data(folder / "made", users, items)
         write_shards(dataset, folder / "shards")
         where = (f"data={dataset.path}", f"shards={folder / 'shards'}", f"run={folder / 'run'}", "finetune.epochs=1")
-        shape = SMALL_MODEL if small else changes_to_tiny(name)
+        shape = (*changes_to_tiny(name), "model.max_tokens=64", *SMALL_MODEL) if small else changes_to_tiny(name)
         recipe = load_recipe("tiny", [*where, f"log_every={2 if small else 10}", *shape])
         card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 24 * GIB
         foretold = foretold_bytes(recipe, card / GIB)
@@ -145,7 +147,9 @@ MEASURED: dict[str, Callable[[bool], Measured]] = {
     "beam": measure_beam,
     "latency": measure_latency,
     "train-tiny": partial(measure_training, "tiny"),
+    "train-tiny-packed": partial(measure_training, "tiny-packed"),
     "train-base": partial(measure_training, "base"),
+    "train-base-packed": partial(measure_training, "base-packed"),
 }
 
 
