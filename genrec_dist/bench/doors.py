@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from genrec_dist.bench.measure import Claim
+
 bench = typer.Typer(no_args_is_help=True)
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the table, with hardware and versions.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
+]
 
 
 @bench.command("rows")
@@ -17,40 +23,30 @@ def bench_rows(json_path: JsonOption = None) -> None:
 
     Example: genrec bench rows --json rows.json
     """
-    from genrec_dist.bench.measure import format_claims, write_table
     from genrec_dist.bench.rows import bench_rows as run_bench
 
     claims, table = run_bench()
-    typer.echo(format_claims(claims))
-    if json_path is not None:
-        write_table(table, json_path)
+    _tell(claims, table, json_path)
 
 
 @bench.command("stream")
 def bench_stream(
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
-    ] = None,
+    data: DataOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Decode speed and bytes beside one JSON a sample; a late resume; waiting in a tiny run; bytes over a network.
 
     Example: genrec bench stream --data data/beauty --json stream.json
     """
-    from genrec_dist.bench.measure import format_claims, write_table
     from genrec_dist.bench.stream import bench_stream as run_bench
 
     claims, table = run_bench(data)
-    typer.echo(format_claims(claims))
-    if json_path is not None:
-        write_table(table, json_path)
+    _tell(claims, table, json_path)
 
 
 @bench.command("beam")
 def bench_beam(
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
-    ] = None,
+    data: DataOption = None,
     run: Annotated[
         Path | None, typer.Option("--run", help="A run trained on --data: also evaluating it beside an epoch.")
     ] = None,
@@ -62,13 +58,9 @@ def bench_beam(
     """
     from genrec_dist.bench.beam import bench_beam as run_bench
     from genrec_dist.bench.beam import format_curves
-    from genrec_dist.bench.measure import format_claims, write_table
 
     claims, table = run_bench(data, run)
-    typer.echo(format_claims(claims))
-    typer.echo(format_curves(table))
-    if json_path is not None:
-        write_table(table, json_path)
+    _tell(claims, table, json_path, format_curves(table))
 
 
 @bench.command("latency")
@@ -76,9 +68,7 @@ def bench_latency(
     run: Annotated[
         Path | None, typer.Option("--run", help="Run directory; default: random weights in the shape of tiny.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
-    ] = None,
+    data: DataOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """p50, p95 and p99 of one caller and of 8 at once, one history a call, beside a lock round each call.
@@ -87,20 +77,14 @@ def bench_latency(
     """
     from genrec_dist.bench.latency import bench_latency as run_bench
     from genrec_dist.bench.latency import format_latencies
-    from genrec_dist.bench.measure import format_claims, write_table
 
     claims, table = run_bench(run, data)
-    typer.echo(format_latencies(table["measured"]))
-    typer.echo(format_claims(claims))
-    if json_path is not None:
-        write_table(table, json_path)
+    _tell(claims, table, json_path, format_latencies(table["measured"]))
 
 
 @bench.command("kernels")
 def bench_kernels(
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
-    ] = None,
+    data: DataOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """The embedding sum and its gradients beside eager torch, torch.compile and atomics; on a CPU its plain-torch twin.
@@ -109,32 +93,32 @@ def bench_kernels(
     """
     from genrec_dist.bench.kernels import bench_kernels as run_bench
     from genrec_dist.bench.kernels import format_shares
-    from genrec_dist.bench.measure import format_claims, write_table
 
     claims, table = run_bench(data)
-    typer.echo(format_claims(claims))
-    typer.echo(format_shares(table))
-    if json_path is not None:
-        write_table(table, json_path)
+    _tell(claims, table, json_path, format_shares(table))
 
 
 @bench.command("train")
 def bench_train(
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
-    ] = None,
+    data: DataOption = None,
     json_path: JsonOption = None,
 ) -> None:
     """Training steps beside Hugging Face's Trainer, as it comes and tuned, and the published collate; a quarter of an hour.
 
     Example: genrec bench train --data data/beauty --json train.json
     """
-    from genrec_dist.bench.measure import format_claims, write_table
     from genrec_dist.bench.train import bench_train as run_bench
     from genrec_dist.bench.train import format_rivals
 
     claims, table = run_bench(data)
-    typer.echo(format_rivals(table))
+    _tell(claims, table, json_path, format_rivals(table))
+
+
+def _tell(claims: list[Claim], table: dict[str, Any], json_path: Path | None, details: str = "") -> None:
+    from genrec_dist.bench.measure import format_claims, write_table
+
+    if details:
+        typer.echo(details)
     typer.echo(format_claims(claims))
     if json_path is not None:
         write_table(table, json_path)
