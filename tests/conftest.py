@@ -53,3 +53,12 @@ def tiny_run(tiny_data: Path) -> Path:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fresh_accelerate() -> None:
+    """Accelerate keeps one state a process, and refuses another precision than that of whoever came first."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -114,6 +114,7 @@ def test_a_resume_goes_on_to_the_bit(recipe: Recipe) -> None:
         assert (last / name).read_bytes() == content, name
 
 
+@pytest.mark.parametrize("recipe", [6], indirect=True)
 def test_rows_learn_what_dense_tables_learn(recipe: Recipe, tmp_path: Path) -> None:
     longer = replace(recipe, finetune=replace(recipe.finetune, epochs=8))
     dense = replace(longer, run=str(tmp_path / "dense"), optimizer=replace(recipe.optimizer, id_tables="dense"))

@@ -243,6 +243,7 @@ def test_tasks_that_do_not_know_of_each_other_stop(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.ranks
 def test_a_deepspeed_launch_gets_what_it_asks_for_and_no_other(tmp_path: Path) -> None:
     options = ["--config_file", "launch/cpu_two_ranks_zero.yaml", "--deepspeed_config_file", "launch/zero2.json"]
     done = subprocess.run(
