@@ -33,6 +33,13 @@ def leave() -> None:
     dist.destroy_process_group()
 
 
+_GONE = " has gone ("
+
+
+class RankGone(ValueError):
+    """Another rank is no longer there. What this one was given is not to blame: another attempt may end well."""
+
+
 class Ranks:
     """This process among the ranks of a run; alone, every exchange is with itself.
 
@@ -87,7 +94,7 @@ class Ranks:
     def all_well(self, error: Exception | None) -> None:
         """Raise on all ranks if one has an error or has gone: nobody goes on to a collective that another will never reach.
 
-        Raises the rank's own error where there is one, a ValueError that names the rank elsewhere.
+        Raises the rank's own error where there is one, elsewhere a ValueError that names the rank, or RankGone for one that has gone.
         """
         self._meet(torch.empty(0), error, share=False)
 
@@ -99,7 +106,7 @@ class Ranks:
         if error is not None:
             raise error
         if failure:
-            raise ValueError(failure)
+            raise (RankGone if _GONE in failure.split(": ")[0] else ValueError)(failure)
         return everyone
 
     def _hear_all(self, mine: Tensor, error: Exception | None, share: bool) -> tuple[list[Tensor], str]:
@@ -157,7 +164,7 @@ def _lost(work: Any) -> str:
 
 
 def _gone(rank: int, reason: str) -> str:
-    return f"rank {rank} has gone ({reason}): its own message says why, unless it was killed"
+    return f"rank {rank}{_GONE}{reason}): its own message says why, unless it was killed"
 
 
 def _frame(mark: int, content: Tensor) -> Tensor:

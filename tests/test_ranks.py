@@ -50,5 +50,5 @@ def test_ranks_meet_and_name_the_one_that_is_gone(tmp_path: Path, who: int, how:
         assert answers["two fail"] == (own if rank else theirs.format(1))
         assert answers["one has nothing"] == ("ValueError: no list" if rank == 2 else "ValueError: rank 2: no list")
         assert answers["and on"] == [[0], [1], [2]]
-        assert answers["one is gone"].startswith(f"ValueError: rank {who} has gone (")
+        assert answers["one is gone"].startswith(f"RankGone: rank {who} has gone (")
         assert answers["one is gone"].endswith("): its own message says why, unless it was killed")

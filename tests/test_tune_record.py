@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from genrec_tuning.record import Epoch, Final, Folder, Recorder, Sweep, Trial, read_sweep, trial_id
+from genrec_tuning.trial import _raise_for
 
 
 def an_epoch(number: int, ndcg: float) -> Epoch:
@@ -98,3 +99,22 @@ def test_a_directory_without_a_sweep_says_so(tmp_path: Path) -> None:
 def test_the_record_is_read_without_ray_and_optuna() -> None:
     code = "import sys; sys.modules.update(ray=None, optuna=None); import genrec_tuning.record"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("reason", "raised"),
+    [
+        ("NotFinite: the loss is nan at step 3: nothing was saved since", ValueError),
+        ("ValueError: model.d_model 10 is no multiple of model.heads 4", ValueError),
+        ("RankGone: rank 1 has gone (Connection reset by peer): its own message says why", RuntimeError),
+        ("RuntimeError: [enforce fail at pair.cc] connection closed", RuntimeError),
+    ],
+)
+def test_what_a_rank_died_of_decides_whether_the_trial_is_tried_again(
+    tmp_path: Path, reason: str, raised: type[Exception]
+) -> None:
+    (tmp_path / "status.json").write_text(json.dumps({"status": "failed", "reason": reason}))
+    (tmp_path / "rank-0.log").write_text("genrec: its last words\n")
+    with pytest.raises(raised) as caught:
+        _raise_for(tmp_path, 0, 1)
+    assert type(caught.value) is raised
