@@ -94,7 +94,7 @@ class Ranks:
     def all_well(self, error: Exception | None) -> None:
         """Raise on all ranks if one has an error or has gone: nobody goes on to a collective that another will never reach.
 
-        Raises the rank's own error where there is one, elsewhere a ValueError that names the rank, or RankGone for one that has gone.
+        Raises the rank's own error where there is one, elsewhere a ValueError that names the rank, or RankGone if that has gone.
         """
         self._meet(torch.empty(0), error, share=False)
 
