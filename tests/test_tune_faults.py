@@ -223,10 +223,10 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
         return sweeps.processes("genrec_tuning.rank", str(run_of(number)))
 
     def whole(number: int) -> list[str]:
-        """A checkpoint's last file in the bucket; what lies there without it is none."""
+        """A run's events in the bucket, which are sent behind the checkpoint they speak of."""
         files = Folder("s3://sweeps").files
         files.invalidate_cache()
-        return files.glob(f"sweeps/of/two/runs/{trial_id(number)}/checkpoints/*/state.json")
+        return files.glob(f"sweeps/of/two/runs/{trial_id(number)}/events.jsonl")
 
     ranks, trials, raylets = {}, {}, set()
     try:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from genrec_tuning.mirror import Mirror
 from genrec_tuning.record import Epoch, Final, Folder, Recorder, Sweep, Trial, read_sweep, trial_id
 from genrec_tuning.trial import _raise_for
 
@@ -118,3 +119,20 @@ def test_what_a_rank_died_of_decides_whether_the_trial_is_tried_again(
     with pytest.raises(raised) as caught:
         _raise_for(tmp_path, 0, 1)
     assert type(caught.value) is raised
+
+
+def test_a_checkpoint_that_the_events_do_not_speak_of_is_left(tmp_path: Path) -> None:
+    """Killed between the two, a trial would go on from a checkpoint whose epochs stand in no record."""
+    there, here = tmp_path / "there", tmp_path / "here"
+    for step in ("step-1", "step-2"):
+        (there / "checkpoints" / step).mkdir(parents=True)
+        (there / "checkpoints" / step / "state.json").write_text("{}")
+    Mirror(here, Folder(str(there))).pull()
+    assert not here.exists()
+    event = {"event": "checkpoint", "step": 1, "path": "checkpoints/step-1"}
+    (there / "events.jsonl").write_text(json.dumps(event) + "\n")
+    Mirror(here, Folder(str(there))).pull()
+    assert {str(path.relative_to(here)) for path in here.rglob("*.json*")} == {
+        "events.jsonl",
+        "checkpoints/step-1/state.json",
+    }

@@ -30,10 +30,17 @@ class Mirror:
             self.remote.files.rm_file(self.remote.place(name))
 
     def pull(self) -> None:
-        """Fetch the run, unless this place has got further itself."""
+        """Fetch the run, unless this place has got further itself.
+
+        A checkpoint that was sent and whose events were not is left: going on from it, the epochs before it would be in no record.
+        """
         if not self.active:
             return
         there = self._sizes()
+        if "events.jsonl" not in there:
+            return
+        told = self.remote.files.cat_file(self.remote.place("events.jsonl")).decode("utf-8", "replace")
+        there = {name: size for name, size in there.items() if _is_told(name, told)}
         if not there or self._newest(there) <= self._newest(
             {str(p.relative_to(self.local)) for p in self._local_files()}
         ):
@@ -68,6 +75,12 @@ class Mirror:
 
 def _travels(path: Path) -> bool:
     return path.is_file() and not any(part.startswith(".") for part in path.parts[-4:])
+
+
+def _is_told(name: str, events: str) -> bool:
+    """Whether the events speak of the checkpoint that a file is of."""
+    first, _, rest = name.partition("/")
+    return first != "checkpoints" or f'"checkpoints/{rest.split("/")[0]}"' in events
 
 
 def _rank(name: str) -> int:
