@@ -212,13 +212,19 @@ def train_on_ranks(job: Job, recipe: Recipe, resume: str | None, lock: int, on_n
         while failed is None and any(process.poll() is None for process in ranks):
             on_news()
             time.sleep(0.2)
-            failed = next((rank for rank, process in enumerate(ranks) if process.poll()), None)
+            failed = _first_to_blame([process.poll() for process in ranks])
     finally:
         for process in ranks:
             process.kill()
             process.wait()
     if failed is not None:
         _raise_for(run, failed, ranks[failed].returncode)
+
+
+def _first_to_blame(codes: list[int | None]) -> int | None:
+    """The rank whose end ended the group: one that was killed before one that ended by itself because of it."""
+    ended = [rank for rank, code in enumerate(codes) if code]
+    return min(ended, key=lambda rank: (codes[rank] or 0) > 0, default=None)
 
 
 def _raise_for(run: Path, rank: int, code: int) -> None:

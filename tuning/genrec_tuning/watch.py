@@ -62,7 +62,7 @@ class Watch:
         if "failed" in result:
             self._put(trial, status="failed", reason=str(result["failed"]))
         elif "finished" in result:
-            self._put(trial, status="finished", reason=None)
+            self._put(trial, status="finished")  # why it was tried again, if it was, stays told
         else:
             self._put(trial.with_epoch(Epoch.from_dict(result)))
 
