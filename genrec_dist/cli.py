@@ -283,14 +283,17 @@ def _tell_unknown(file: Path | None, ids: list[str]) -> None:
 
 @app.command()
 def baseline(
-    name: Annotated[Literal["popularity", "counting", "repeat", "knn"], typer.Argument(help="Which rule.")],
+    name: Annotated[
+        Literal["popularity", "counting", "repeat", "knn", "sasrec"], typer.Argument(help="Which rule, or SASRec.")
+    ],
     data: DataArgument,
     out_dir: Annotated[Path, typer.Option("--out", help="Directory for metrics and lists.")],
     split: Annotated[Split, typer.Option(help="Which items are the targets.")] = "test",
     trained_through: Annotated[Literal["n-2", "n-1"], typer.Option(help="Last position it may learn.")] = "n-2",
     exclude_history: ExcludeOption = "auto",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value of sasrec, repeatable.")] = None,
 ) -> None:
-    """The same metrics from the same evaluator for a rule that learns little or nothing.
+    """The same metrics from the same evaluator for a rule that learns little or nothing, or for SASRec, trained into DIR.
 
     Example: genrec baseline knn data/beauty --out runs/beauty-knn
     """
@@ -299,9 +302,14 @@ def baseline(
     from genrec_dist.audit import exclude_history_default
     from genrec_dist.results import format_table, run_baseline
 
+    if overrides and name != "sasrec":
+        raise UsageError(f"--set {overrides[0]}: {name} has nothing to set, only sasrec has")
     dataset = load_dataset(data)
     excluded = _exclude(exclude_history, exclude_history_default(dataset.sequences))
-    metrics = run_baseline(name, dataset, split, out_dir, trained_through=trained_through, exclude_history=excluded)
+    metrics = run_baseline(
+        name, dataset, split, out_dir, trained_through=trained_through, exclude_history=excluded,
+        settings=overrides, on_epoch=lambda epoch: say(str(epoch)),
+    )  # fmt: skip
     out.print(format_table([metrics]))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from genrec_shards.remote import is_address
@@ -213,6 +213,20 @@ def recipe_from(values: dict[str, Any], overrides: list[str] | None = None, sour
     recipe: Recipe = _build(Recipe, values, source, "")
     check_recipe(recipe, source)
     return recipe
+
+
+Section = TypeVar("Section")
+
+
+def section_from(kind: type[Section], values: dict[str, Any], overrides: list[str] | None, source: str) -> Section:
+    """Any dataclass of typed knobs from keys and values, as `recipe_from` makes a recipe; what values may be is not checked.
+
+    Raises ValueError naming `source` and the key for one that is unknown, missing or of another type.
+    """
+    for override in overrides or []:
+        _set(values, override)
+    section: Section = _build(kind, values, source, "")
+    return section
 
 
 def _find(source: str | Path) -> Path:

@@ -8,11 +8,11 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,9 +27,13 @@ from rich.table import Table
 from genrec_dist import baseline
 from genrec_dist.audit import exclude_history_default
 from genrec_dist.baseline.history import Histories, histories, windows
+from genrec_dist.baseline.lists import Rule
 from genrec_dist.baseline.training import check_trained_through, training_counts
 from genrec_dist.metrics import EMPTY, TOP, as_written, is_item, pessimistic_ranks, target_ranks
 from genrec_dist.tally import Tally
+
+if TYPE_CHECKING:
+    from genrec_dist.baseline.sasrec_train import Epoch
 
 USERS_PER_ROW_GROUP = 65_536
 COLUMNS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
@@ -299,23 +303,23 @@ def run_baseline(
     trained_through: TrainedThrough = "n-2",
     exclude_history: bool | None = None,
     users: str | dict[str, int] = "all",
+    settings: list[str] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
 ) -> dict[str, Any]:
     """Make the lists of a baseline and write its results; `exclude_history=None`: on where no target repeats.
 
     The protocol says what the rule does: counting always leaves out the history, to repeat the question does not apply.
+    sasrec is trained into `out_dir`, by `key=value` of `settings`, or taken from there; what that takes is not in `seconds`.
     """
     if exclude_history is None:
         exclude_history = exclude_history_default(dataset.sequences)
     told = {"counting": True, "repeat": None}.get(name, exclude_history)
     protocol = Protocol.of(dataset, exclude_history=told, trained_through=trained_through, users=users)
-    start = time.perf_counter()
-    rule = baseline.fit(
-        name, dataset.sequences, dataset.numbering.item_codes, split,
-        exclude_history=exclude_history, trained_through=trained_through,
+    rule, recipe, seconds = _learned(
+        name, dataset, split, Path(out_dir), trained_through, exclude_history, settings, on_epoch
     )  # fmt: skip
-    seconds = time.perf_counter() - start
     with ResultsWriter(
-        out_dir, system=name, split=split, dataset=dataset, protocol=protocol, recipe=None
+        out_dir, system=name, split=split, dataset=dataset, protocol=protocol, recipe=recipe
     ) as writer:  # fmt: skip
         for rows in windows(writer.expected):
             start = time.perf_counter()
@@ -323,6 +327,36 @@ def run_baseline(
             seconds += time.perf_counter() - start
             writer.add(rows, lists.items_UN, lists.scores_UN, tied_beyond=lists.tied_beyond_U)
         return writer.finish(seconds)
+
+
+def _learned(
+    name: str,
+    dataset: Dataset,
+    split: Split,
+    out: Path,
+    trained_through: TrainedThrough,
+    exclude_history: bool,
+    settings: list[str] | None,
+    on_epoch: Callable[[Epoch], None] | None,
+) -> tuple[Rule, dict[str, Any] | None, float]:
+    """(the baseline, ready to make lists; its settings; seconds that belong to the lists)."""
+    sequences = dataset.sequences
+    if name == "sasrec":
+        # Brings torch along, which the rules do without.
+        from genrec_dist.baseline.sasrec import rule_of
+        from genrec_dist.baseline.sasrec_run import open_or_train
+
+        found = open_or_train(
+            out, dataset, split, exclude_history=exclude_history, trained_through=trained_through,
+            overrides=settings, on_epoch=on_epoch,
+        )  # fmt: skip
+        return rule_of(found.model, sequences, split, exclude_history=exclude_history), found.recipe, 0.0
+    start = time.perf_counter()
+    rule = baseline.fit(
+        name, sequences, dataset.numbering.item_codes, split,
+        exclude_history=exclude_history, trained_through=trained_through,
+    )  # fmt: skip
+    return rule, None, time.perf_counter() - start
 
 
 def format_table(rows: Iterable[Mapping[str, Any]]) -> Table:
