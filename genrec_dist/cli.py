@@ -74,25 +74,54 @@ def demo(
 
 @app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The log; gz or not.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The log, gz or not; or a data directory.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Data directory to write.")],
     format_: Annotated[
-        str, typer.Option("--format", help="sequences: `user item item ...` a line, oldest first.")
+        str,
+        typer.Option(
+            "--format",
+            help="sequences: `user item item ...` a line, oldest first; data: a data directory to be numbered anew.",
+        ),
     ] = "sequences",
-    numbering: Annotated[str, typer.Option(help="random, given or train-order.")] = "random",
+    numbering: Annotated[
+        str, typer.Option(help="random, collaborative, semantic (with --items), train-order or given.")
+    ] = "random",
     seed: Annotated[int, typer.Option(help="Seed of the numbering.")] = 0,
     overwrite: OverwriteOption = False,
+    levels: Annotated[
+        str | None, typer.Option(help="Clusters at each level of collaborative and semantic codes, as 64,64.")
+    ] = None,
+    vectors: Annotated[
+        Path | None,
+        typer.Option(help="Collaborative codes of trained item vectors (safetensors), not of co-occurrence."),
+    ] = None,
+    vectors_trained_through: Annotated[
+        Literal["n-2", "n-1"], typer.Option(help="What those vectors may have seen; n-1 has seen validation.")
+    ] = "n-2",
+    items: Annotated[
+        Path | None, typer.Option(metavar="META", help="The items' text and attributes: CSV, Parquet or JSON lines.")
+    ] = None,
+    item_column: Annotated[
+        str | None, typer.Option(help="META's column of item ids, where it has no usual name.")
+    ] = None,
+    text_columns: Annotated[
+        str | None, typer.Option(help="META's columns to read, as title,brand; default: all.")
+    ] = None,
 ) -> None:
     """Turn a log into sequences with leak-free codes, and audit it.
 
     Example: genrec prepare Beauty.txt.gz --out data/beauty --numbering random
     """
+    from genrec_shards.numbering import told
     from genrec_shards.prepare import prepare as run_prepare
 
     from genrec_dist.audit import write_audit
 
     dataset = run_prepare(
-        source, out_dir, format=format_, numbering=numbering, seed=seed, overwrite=overwrite  # type: ignore[arg-type]
+        source, out_dir, format=format_, numbering=numbering, seed=seed, overwrite=overwrite,  # type: ignore[arg-type]
+        levels=None if levels is None else _whole_numbers("--levels", levels), vectors=vectors,
+        vectors_trained_through=vectors_trained_through, items=items, item_column=item_column,
+        text_columns=None if text_columns is None else text_columns.split(","),
     )  # fmt: skip
     found = write_audit(dataset)
     sequences = dataset.sequences
@@ -100,7 +129,17 @@ def prepare(
         f"{out_dir}: {sequences.num_users:,} users, {sequences.num_items:,} items, "
         f"{sequences.num_interactions:,} interactions, numbering {numbering}"
     )
-    say(found.sentence(), style="yellow" if found.leaks else "")
+    for line in told(dataset.numbering):
+        say(line)
+    if dataset.numbering.hierarchy is None:
+        say(found.sentence(), style="yellow" if found.leaks else "")
+
+
+def _whole_numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option} {text}: give whole numbers with commas between them, as 64,64") from None
 
 
 @app.command()

@@ -152,7 +152,8 @@ def _check_rows(rows: np.ndarray, num_rows: int, kind: str) -> None:
 def train_tokenizer(item_codes: Sequence[str], vocab_size: int, num_masks: int = 1) -> PreTrainedTokenizerFast:
     """Byte-level BPE over each item's word once; what it learns depends on the catalogue's codes alone.
 
-    A word is never split before BPE sees it, so with a large enough vocabulary each item is one token.
+    A word is cut before BPE sees it only where `-` begins another level of a hierarchical code, so with a large enough
+    vocabulary an item is one token a level: ` item_a12`, `-b45`, `-c7`.
     """
     specials = SPECIAL_TOKENS + [f"<mask_{j}>" for j in range(1, num_masks)]
     smallest = len(specials) + 256
@@ -161,7 +162,7 @@ def train_tokenizer(item_codes: Sequence[str], vocab_size: int, num_masks: int =
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r" ?[^ ]+"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(r" ?[^ -]+|-[^ -]*"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -91,7 +91,9 @@ def test_an_existing_output_is_refused_without_overwrite(log, tmp_path):
         ({"format": "yelp"}, "--format sequences"),
         ({"ties": "shuffle"}, "--ties keep"),
         ({"split": "global-time"}, "--split leave-one-out"),
-        ({"numbering": "semantic"}, "choose one of"),
+        ({"numbering": "magic"}, "choose one of"),
+        ({"numbering": "semantic"}, "give --items META"),
+        ({"item_column": "asin"}, "give --items META"),
     ],
 )
 def test_wrong_choices_leave_nothing(log, tmp_path, wrong, message):

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from genrec_shards.atomic import atomic_directory
-from genrec_shards.numbering import Numbering, NumberingName, number
-from genrec_shards.sequences import DataError, Sequences, read_sequences
+from genrec_shards.descriptions import Descriptions, read_descriptions
+from genrec_shards.numbering import Hierarchy, Numbering, NumberingName, number
+from genrec_shards.sequences import DataError, Sequences, TrainedThrough, read_sequences
+from genrec_shards.trained_vectors import read_trained_vectors
 
 FORMAT_VERSION = 1
 USERS_PER_ROW_GROUP = 65_536
@@ -46,6 +49,10 @@ class DatasetInfo:
     numbering_hash: str
     dropped: dict[str, int]
     """What was left out of the source, by reason; empty for the `sequences` format, which drops nothing."""
+    hierarchy: Hierarchy | None = None
+    """What `collaborative` and `semantic` codes were made of; not in the file of other numberings."""
+    described_by: Source | None = None
+    """The file of the items' texts; not in the file where there are none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +63,8 @@ class Dataset:
     sequences: Sequences
     numbering: Numbering
     info: DatasetInfo
+    descriptions: Descriptions | None = None
+    """The items' texts, where `prepare` was given any."""
 
 
 def prepare(
@@ -68,18 +77,42 @@ def prepare(
     ties: str = "keep",
     split: str = "leave-one-out",
     overwrite: bool = False,
+    levels: Sequence[int] | None = None,
+    vectors: str | Path | None = None,
+    vectors_trained_through: TrainedThrough = "n-2",
+    items: str | Path | None = None,
+    item_column: str | None = None,
+    text_columns: Sequence[str] | None = None,
 ) -> Dataset:
     """Read a log and write the data directory `out`, complete or not at all; the same input gives the same bytes.
 
-    Raises DataError for what is wrong with the file, ValueError for a wrong argument or an `out` that exists.
+    `format`: `sequences`, or `data`, a data directory that is to be numbered anew: its sequences stay what they are, so its
+    shards serve both. `levels`, `vectors`: as in `number` and `read_trained_vectors`. `items`, `item_column`,
+    `text_columns`: as in `read_descriptions`; the texts are kept, and `format="data"` finds them again.
+    Raises DataError for what is wrong with a file, ValueError for a wrong argument or an `out` that exists.
     """
     _check_choices(format, ties, split)
     source, out = Path(source), Path(out)
-    sequences = read_sequences(source)
-    codes = number(sequences, numbering, seed)
+    if format == "data" and out.resolve() == source.resolve():
+        raise ValueError(f"{out} is the data that is to be numbered anew, with its shards: choose another output")
+    if items is None and (item_column is not None or text_columns is not None):
+        raise ValueError("a column of item ids or text is named, and no table: give --items META")
+    sequences, origin, descriptions = _read(source, format)
+    if items is not None:
+        descriptions = read_descriptions(
+            items, sequences.item_ids, id_column=item_column, text_columns=text_columns
+        )  # fmt: skip
+    codes = number(
+        sequences,
+        numbering,
+        seed,
+        levels=levels,
+        vectors=None if vectors is None else read_trained_vectors(vectors, sequences, vectors_trained_through),
+        descriptions=descriptions if numbering == "semantic" else None,
+    )
     info = DatasetInfo(
         format_version=FORMAT_VERSION,
-        source=Source(source.name, _sha256(source)),
+        source=origin,
         users=sequences.num_users,
         items=sequences.num_items,
         interactions=sequences.num_interactions,
@@ -90,8 +123,10 @@ def prepare(
         sequences_hash=sequences.sequences_hash(),
         numbering_hash=codes.numbering_hash(),
         dropped={},
+        hierarchy=codes.hierarchy,
+        described_by=None if descriptions is None else Source(descriptions.name, descriptions.sha256),
     )
-    dataset = Dataset(out, sequences, codes, info)
+    dataset = Dataset(out, sequences, codes, info, descriptions)
     with atomic_directory(out, overwrite, marker="dataset.json") as folder:
         _write(dataset, folder)
     return dataset
@@ -109,7 +144,7 @@ def load_dataset(path: str | Path) -> Dataset:
     item_ids, item_codes = _strings(items, "id", path), _strings(items, "code", path)
     flat_items, offsets = _read_lists(path / "sequences.parquet")
     sequences = Sequences(flat_items, offsets, user_ids, item_ids)
-    numbering = Numbering(info.numbering, info.seed, item_codes, user_codes)
+    numbering = Numbering(info.numbering, info.seed, item_codes, user_codes, info.hierarchy)
     for name, found in (
         ("sequences_hash", sequences.sequences_hash()),
         ("numbering_hash", numbering.numbering_hash()),
@@ -117,12 +152,24 @@ def load_dataset(path: str | Path) -> Dataset:
         if found != getattr(info, name):
             expected = getattr(info, name)
             raise DataError(f"{path}: {name} is {found[:12]}, dataset.json says {expected[:12]}: prepare again")
-    return Dataset(path, sequences, numbering, info)
+    descriptions = None
+    if info.described_by is not None:
+        descriptions = Descriptions(_strings(items, "text", path), info.described_by.name, info.described_by.sha256)
+    return Dataset(path, sequences, numbering, info, descriptions)
+
+
+def _read(source: Path, format: str) -> tuple[Sequences, Source, Descriptions | None]:
+    if format == "data":
+        data = load_dataset(source)
+        return data.sequences, data.info.source, data.descriptions
+    return read_sequences(source), Source(source.name, _sha256(source)), None
 
 
 def _check_choices(format: str, ties: str, split: str) -> None:
-    if format != "sequences":
-        raise ValueError(f"format {format!r} is not supported yet: use --format sequences; others come later")
+    if format not in ("sequences", "data"):
+        raise ValueError(
+            f"format {format!r} is not supported yet: use --format sequences, or data to number a data directory anew"
+        )
     if ties != "keep":
         raise ValueError(f"ties {ties!r}: the sequences format has no timestamps to find ties by: use --ties keep")
     if split != "leave-one-out":
@@ -138,8 +185,11 @@ def _write(dataset: Dataset, folder: Path) -> None:
     ):
         rows = pa.array(np.arange(len(ids), dtype=np.int32))
         table = pa.table({kind: rows, "id": pa.array(ids, pa.string()), "code": pa.array(codes, pa.string())})
+        if kind == "item" and dataset.descriptions is not None:
+            table = table.append_column("text", pa.array(dataset.descriptions.texts, pa.string()))
         pq.write_table(table, folder / f"{kind}s.parquet", compression="zstd")
-    info = json.dumps(dataclasses.asdict(dataset.info), indent=2, ensure_ascii=False)
+    fields = {key: value for key, value in dataclasses.asdict(dataset.info).items() if value is not None}
+    info = json.dumps(fields, indent=2, ensure_ascii=False)
     (folder / "dataset.json").write_text(info + "\n", encoding="utf-8")
 
 
@@ -196,13 +246,23 @@ def _load_info(path: Path) -> DatasetInfo:
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             raise DataError(f"{path}: format_version {version}, this program reads {FORMAT_VERSION}: prepare again")
-        return DatasetInfo(**{**fields, "source": Source(**fields["source"])})
+        return DatasetInfo(**fields | _parts(fields))
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: give a data directory made by `genrec prepare`") from None
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a dataset.json of this program ({error}): prepare again") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}): check the path and its rights") from None
+
+
+def _parts(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields that are objects of their own; a file that lacks the later ones is an older one."""
+    parts: dict[str, Any] = {"source": Source(**fields["source"])}
+    if "hierarchy" in fields:
+        parts["hierarchy"] = Hierarchy(**fields["hierarchy"] | {"levels": tuple(fields["hierarchy"]["levels"])})
+    if "described_by" in fields:
+        parts["described_by"] = Source(**fields["described_by"])
+    return parts
 
 
 def _sha256(path: Path) -> str:
