@@ -20,7 +20,6 @@ from torch import Tensor
 from genrec_dist.bench.measure import in_turn, median, table, write_table
 from genrec_dist.engine import make_accelerator
 from genrec_dist.loss import head_loss
-from genrec_dist.progress import Meter
 from genrec_dist.recipe import HeadLoss, load_recipe
 from genrec_dist.train import Loop
 from genrec_dist.workshop import StepBatches, open_workshop
@@ -95,7 +94,7 @@ def _stepper(loop: Loop, shares: list[Any]) -> Callable[[], object]:
 
     def step() -> object:
         number, share = next(numbered)
-        return loop.take_step(number, share, loop.agree(share), loop.recipe.finetune, 1.0, Meter())
+        return loop.take_step(number, share, loop.agree(share), loop.recipe.finetune, 1.0)
 
     return step
 

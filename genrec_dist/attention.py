@@ -24,7 +24,7 @@ def attend(
     query_nHd: Tensor, key_kHd: Tensor, value_kHd: Tensor, attended: Attended, scale: float, dropout: float = 0.0
 ) -> Tensor:
     """softmax(Q K^T * scale) V within each pair of sequences, [n, H, d]. `dropout`: of the weights, 0 outside of training."""
-    if has_varlen(query_nHd) and dropout == 0:
+    if has_varlen(query_nHd) and dropout == 0 and attended.visible is None:
         return _varlen(query_nHd, key_kHd, value_kHd, attended, scale)
     mixed: Tensor = ByRectangles.apply(query_nHd, key_kHd, value_kHd, attended, scale, dropout)
     return mixed
@@ -154,6 +154,10 @@ def _bias(group: Group, causal: bool, like: Tensor) -> Tensor | None:
         seen = torch.zeros(group.size * group.keys.longest, dtype=torch.bool, device=like.device)
         seen[group.keys.slots.to(like.device)] = True
         seen = seen.view(group.size, 1, 1, group.keys.longest)
+    if group.visible_cQ is not None:
+        visible = group.visible_cQ.to(like.device)[:, None, :, None]
+        # What can be seen lies within the sequence, so this rules out what pads it too.
+        seen = torch.arange(group.keys.longest, device=like.device) < visible
     if causal:
         # Whatever lies behind a sequence's end, causality keeps out of its tokens' sight.
         seen = torch.ones(group.queries.longest, group.keys.longest, dtype=torch.bool, device=like.device).tril()

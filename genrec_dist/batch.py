@@ -1,26 +1,27 @@
-"""From samples to the tensors of one step: mask, truncate, gather tokens, pad."""
+"""From samples to the tensors of one step: mask, cut into micro-batches, gather tokens, pad or pack."""
 
 # B samples, R decoder rows, L input tokens, T target tokens; packed: n input tokens, m target tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
-from typing import Literal, Protocol, TypedDict
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
 from genrec_kernels import SumPlan
 from genrec_shards.keyed import keyed_bits, keyed_uniform
 from genrec_shards.plan import StepSamples
-from genrec_shards.sequences import flat_ranges
 from torch import Tensor
 
 from genrec_dist.mask import STRATEGIES, Targets
 from genrec_dist.packing import Packing, filled_size, spans_of
+from genrec_dist.prefixes import Stretches, cut_prefixes
 from genrec_dist.recipe import Mask
-from genrec_dist.tokens import BOS_WORD, EOS_WORD, FIRST_MASK_WORD, WordTable
+from genrec_dist.text import EncoderInput, Layout, Text, offsets_of, ragged, write
+from genrec_dist.tokens import EOS_WORD, FIRST_MASK_WORD, WordTable
 from genrec_dist.work import Work
 
 IGNORED = -100
@@ -31,50 +32,16 @@ WORTH_A_CUT = 4096
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the encoder's input looks like; the same for training, evaluation and single requests."""
+class AskedItems:
+    """The item behind each decoder row's mask, which the item head names from the encoder's state there."""
 
-    words: WordTable
-    pad_token: int
-    max_tokens: int
-    user_ids: bool
-    positions: Literal["from-start", "from-end"]
+    places_R: Tensor
+    """int64 [R], the mask's among the encoder's tokens, [B x L] or [n]."""
+    items_R: Tensor
+    """int64 [R], item rows, IGNORED where nothing is to be learned; of several items behind one mask the first."""
 
-    def __post_init__(self) -> None:
-        if self.sure_items < 1:
-            raise ValueError(
-                f"model.max_tokens {self.max_tokens}: too few for the longest user and item, {self._user_tokens} and "
-                f"{self.words.longest_item} sub-words, between <s> and </s>: raise it or train a larger vocabulary"
-            )
-
-    @property
-    def sure_items(self) -> int:
-        """Items that fit whatever their length; pretraining targets are drawn among these most recent ones."""
-        return (self.max_tokens - 2 - self._user_tokens) // self.words.longest_item
-
-    @property
-    def _user_tokens(self) -> int:
-        return self.words.longest_user if self.user_ids else 0
-
-
-@dataclass(frozen=True)
-class EncoderInput:
-    """Sentences side by side, padded to the longest; or, where a `Packing` says where each lies, one behind another: [n]."""
-
-    input_ids: Tensor
-    """int64 [B, L]."""
-    attention_mask: Tensor
-    """bool [B, L], False on padding; [n] and True where packed."""
-    position_ids: Tensor
-    """int64 [B, L]."""
-    user_rows: Tensor
-    """int64 [B, L], row + 1 on the user's tokens, else 0."""
-    item_rows: Tensor
-    """int64 [B, L], row + 1 on an item's tokens, else 0."""
-
-    def to(self, device: torch.device) -> EncoderInput:
-        move = partial(Tensor.to, device=device, non_blocking=True)
-        return EncoderInput(*(move(getattr(self, name)) for name in self.__dataclass_fields__))
+    def to(self, device: torch.device) -> AskedItems:
+        return AskedItems(self.places_R.to(device, non_blocking=True), self.items_R.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -91,6 +58,8 @@ class Batch:
     num_samples: int
     """Samples that count; padding samples do not."""
     num_target_tokens: int
+    num_targets: int
+    """Decoder rows that count."""
     num_tokens: int
     """Real tokens of encoder and decoder."""
     num_slots: int
@@ -101,10 +70,14 @@ class Batch:
     """Where the sequences lie in packed arrays; None: the arrays are padded."""
     work: Work = field(default_factory=Work)
     """What its operations follow from, of the samples that count."""
+    asked: AskedItems | None = None
+    """What the item head is asked, where there is one."""
+    visible: Tensor | None = None
+    """int64 [R], encoder tokens that a decoder row may look at, the first so many of its sample's; None: all."""
 
     def to(self, device: torch.device) -> Batch:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        for name in ("encoder", "encoder_row", "decoder_input_ids", "labels", "plan", "packing"):
+        for name in ("encoder", "encoder_row", "decoder_input_ids", "labels", "plan", "packing", "asked", "visible"):
             values[name] = None if values[name] is None else values[name].to(device)
         return Batch(**values)
 
@@ -129,6 +102,10 @@ class RankStep:
     def num_target_tokens(self) -> int:
         return sum(batch.num_target_tokens for batch in self.micro_batches)
 
+    @property
+    def num_targets(self) -> int:
+        return sum(batch.num_targets for batch in self.micro_batches)
+
 
 def idle_batch(batch: Batch) -> Batch:
     """One sample that teaches nothing: a rank that has run out of micro-batches goes through the layers with it."""
@@ -136,7 +113,7 @@ def idle_batch(batch: Batch) -> Batch:
         tokens, targets, packing = slice(-1, None), slice(-1, None), None
     else:
         tokens, targets, packing = batch.packing.last()
-    one = EncoderInput(*(getattr(batch.encoder, name)[tokens] for name in EncoderInput.__dataclass_fields__))
+    one = batch.encoder.map(lambda values: values[tokens])
     labels = torch.full_like(batch.labels[targets], IGNORED)
     return Batch(
         encoder=one,
@@ -145,9 +122,12 @@ def idle_batch(batch: Batch) -> Batch:
         labels=labels,
         num_samples=0,
         num_target_tokens=0,
+        num_targets=0,
         num_tokens=0,
         num_slots=one.input_ids.numel() + labels.numel(),
         packing=packing,
+        visible=None if batch.visible is None else torch.ones(1, dtype=torch.long),
+        asked=batch.asked and AskedItems(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORED)),
     )
 
 
@@ -172,6 +152,17 @@ class MaskedSamples:
     """int32 [total targets], item rows."""
     target_offsets: np.ndarray
     """int64 [R + 1]."""
+    visible_R: np.ndarray | None = None
+    """int64 [R], encoder tokens of its row's that each decoder row may look at, the first so many; None: all."""
+    counted_B: np.ndarray | None = None
+    """bool [B], encoder rows that count as a sample; None: all."""
+    learned_R: np.ndarray | None = None
+    """bool [R], decoder rows that are in the loss; None: all."""
+
+    def silent_R(self, is_padding_B: np.ndarray) -> np.ndarray:
+        """bool [R], decoder rows that are not in the loss."""
+        silent_R: np.ndarray = is_padding_B[self.row_sample]
+        return silent_R if self.learned_R is None else silent_R | ~self.learned_R
 
 
 def make_step(
@@ -184,14 +175,33 @@ def make_step(
     epoch: int,
     micro_batch_tokens: int,
     packed: bool = False,
+    ask_items: bool = False,
+    all_prefixes: bool = False,
 ) -> RankStep:
     """A rank's samples of a step as micro-batches of samples of like length (the sum over a step has no order).
 
     `mask` is the strategy, or None for [MASK] after the history. A micro-batch holds at most `micro_batch_tokens` encoder
-    tokens, padding included (one sample at least); `packed`: there is none.
+    tokens, padding included (one sample at least); `packed`: there is none. `ask_items`: for a model with an item head.
+    `all_prefixes`: each item of a sample's training part but the first is a target (causal encoders).
     """
     items, offsets = source.gather(samples.user_rows)
     starts_B = offsets[:-1]
+    if layout.causal:
+        last_B = samples.training_lengths - 1 if all_prefixes else samples.target_positions
+        targets = Targets(last_B.astype(np.int64)[:, None], together=False)
+        stretches = cut_prefixes(items, starts_B, starts_B + last_B + 1, samples.user_rows, layout, all_prefixes)
+        batches = [
+            collate(
+                prefix_rows(items, stretches, part, layout),
+                samples.user_rows[stretches.sample_P[part]],
+                samples.is_padding[stretches.sample_P[part]],
+                layout,
+                packed,
+                ask_items,
+            )
+            for part in (cut_packed if packed else cut)(stretches.tokens_P, micro_batch_tokens)
+        ]
+        return _rank_step(batches, samples, targets)
     if mask is None:
         # The target of a finetuning sample stands behind its history: it is read, then shown as [MASK].
         ends_B = starts_B + samples.target_positions + 1
@@ -204,7 +214,11 @@ def make_step(
     for part in (cut_packed if packed else cut)(tokens_B, micro_batch_tokens):
         positions_bK = targets.positions_BK[part]
         masked = apply_mask(items, starts_B[part], ends_B[part], positions_bK, targets.together, layout.words)
-        batches.append(collate(masked, samples.user_rows[part], samples.is_padding[part], layout, packed))
+        batches.append(collate(masked, samples.user_rows[part], samples.is_padding[part], layout, packed, ask_items))
+    return _rank_step(batches, samples, targets)
+
+
+def _rank_step(batches: list[Batch], samples: StepSamples, targets: Targets) -> RankStep:
     num_padding = int(samples.is_padding.sum())
     return RankStep(batches, digest(samples, targets), len(samples) - num_padding, num_padding)
 
@@ -230,9 +244,9 @@ def _token_lengths(
     A target counts as its mask: were it counted as itself, its length would choose the samples it is padded beside.
     """
     words = layout.words
-    item_tokens = words.lengths[words.item_words(items)]
-    before = _offsets(item_tokens)
-    user_tokens_B = words.lengths[words.user_words(user_rows_B)] if layout.user_ids else 0
+    item_tokens = layout.lengths[words.item_words(items)]
+    before = offsets_of(item_tokens)
+    user_tokens_B = layout.lengths[words.user_words(user_rows_B)] if layout.user_ids else 0
     sample_T, column_T = np.nonzero(targets.positions_BK >= 0)
     target_tokens_T = item_tokens[starts_B[sample_T] + targets.positions_BK[sample_T, column_T]]
     mask_tokens_T = (column_T == 0) | (not targets.together)
@@ -306,15 +320,53 @@ def apply_mask(
     counts_B = (positions_BK >= 0).sum(axis=1)
     kept_B = np.diff(offsets) - np.maximum(counts_B - 1, 0)
     rows = np.arange(len(starts_B))
-    return MaskedSamples(inner[keep], _offsets(kept_B), rows, np.zeros_like(rows), target_items, _offsets(counts_B))
+    return MaskedSamples(inner[keep], offsets_of(kept_B), rows, np.zeros_like(rows), target_items, offsets_of(counts_B))
+
+
+def prefix_rows(items: np.ndarray, stretches: Stretches, part_P: np.ndarray, layout: Layout) -> MaskedSamples:
+    """The decoder rows of these stretches, each behind a prefix of its own."""
+    starts_P = stretches.starts_P[part_P]
+    flat, offsets = ragged(starts_P, stretches.ends_P[part_P] - starts_P)
+    num_rows_P = np.diff(stretches.row_offsets_P)[part_P]
+    rows_R, _ = ragged(stretches.row_offsets_P[part_P], num_rows_P)
+    return MaskedSamples(
+        words=layout.words.item_words(items[flat]),
+        offsets=offsets,
+        row_sample=np.repeat(np.arange(len(part_P)), num_rows_P),
+        row_mask=np.zeros(len(rows_R), np.int64),
+        target_items=items[stretches.targets_R[rows_R]],
+        target_offsets=np.arange(len(rows_R) + 1),
+        visible_R=stretches.visible_R[rows_R],
+        counted_B=stretches.first_P[part_P],
+        learned_R=stretches.learned_R[rows_R],
+    )
 
 
 def collate(
-    masked: MaskedSamples, user_rows_B: np.ndarray, is_padding_B: np.ndarray, layout: Layout, packed: bool = False
+    masked: MaskedSamples,
+    user_rows_B: np.ndarray,
+    is_padding_B: np.ndarray,
+    layout: Layout,
+    packed: bool = False,
+    ask_items: bool = False,
 ) -> Batch:
     """Gather tokens and pad, or pack. Padding samples keep their place and lose their labels."""
-    text = _write(masked.words, masked.offsets, user_rows_B, layout)
-    return _with_targets(text, masked, is_padding_B, layout, packed)
+    text = write(masked.words, masked.offsets, user_rows_B, layout)
+    batch = _with_targets(text, masked, is_padding_B, layout, packed)
+    if not ask_items:
+        return batch
+    if layout.causal:
+        # The last token that the row reads.
+        assert masked.visible_R is not None
+        width = 0 if packed else text.longest
+        first_B = offsets_of(text.lengths_B)[:-1] if packed else np.arange(len(text.lengths_B)) * width
+        places_R = first_B[masked.row_sample] + masked.visible_R - 1
+    else:
+        assert len(text.masks) == len(masked.row_sample), "a mask was cut off"
+        places_R = text.masks if packed else text.padded_masks
+    items_R = masked.target_items[masked.target_offsets[:-1]].astype(np.int64)
+    items_R[masked.silent_R(is_padding_B)] = IGNORED
+    return replace(batch, asked=AskedItems(torch.from_numpy(places_R), torch.from_numpy(items_R)))
 
 
 def target_batch(encoder: EncoderInput, target_items_B: np.ndarray, layout: Layout) -> Batch:
@@ -337,6 +389,7 @@ def target_batch(encoder: EncoderInput, target_items_B: np.ndarray, layout: Layo
         labels=torch.from_numpy(labels_RT),
         num_samples=len(rows_B),
         num_target_tokens=num_target_tokens,
+        num_targets=len(rows_B),
         num_tokens=int(encoder.attention_mask.sum()) + num_target_tokens,
         num_slots=encoder.input_ids.numel() + labels_RT.size,
     )
@@ -345,23 +398,26 @@ def target_batch(encoder: EncoderInput, target_items_B: np.ndarray, layout: Layo
 class Counts(TypedDict):
     num_samples: int
     num_target_tokens: int
+    num_targets: int
     num_tokens: int
     work: Work
 
 
 def _with_targets(text: Text, masked: MaskedSamples, is_padding_B: np.ndarray, layout: Layout, packed: bool) -> Batch:
     labels_RT, decoder_RT, lengths_R = _decoder_rows(masked, layout)
-    of_padding_R = is_padding_B[masked.row_sample]
-    labels_RT[of_padding_R] = IGNORED
-    num_target_tokens = int(lengths_R[~of_padding_R].sum())
+    silent_R = masked.silent_R(is_padding_B)
+    counted_B = ~is_padding_B if masked.counted_B is None else masked.counted_B & ~is_padding_B
+    labels_RT[silent_R] = IGNORED
+    num_target_tokens = int(lengths_R[~silent_R].sum())
     counts = Counts(
-        num_samples=int((~is_padding_B).sum()),
+        num_samples=int(counted_B.sum()),
         num_target_tokens=num_target_tokens,
+        num_targets=int((~silent_R).sum()),
         num_tokens=int(text.lengths_B[~is_padding_B].sum()) + num_target_tokens,
-        work=_work(text.lengths_B, lengths_R, masked.row_sample, is_padding_B),
+        work=_work(text.lengths_B, lengths_R, masked, is_padding_B, layout.causal),
     )
     if packed:
-        return _packed(text, labels_RT, decoder_RT, lengths_R, masked.row_sample, counts, layout.pad_token)
+        return _packed(text, labels_RT, decoder_RT, lengths_R, masked, counts, layout)
     encoder = text.padded(layout.pad_token)
     return Batch(
         encoder=encoder,
@@ -369,18 +425,23 @@ def _with_targets(text: Text, masked: MaskedSamples, is_padding_B: np.ndarray, l
         decoder_input_ids=torch.from_numpy(decoder_RT),
         labels=torch.from_numpy(labels_RT),
         num_slots=encoder.input_ids.numel() + labels_RT.size,
+        visible=None if masked.visible_R is None else torch.from_numpy(masked.visible_R),
         **counts,
     )
 
 
-def _work(lengths_B: np.ndarray, lengths_R: np.ndarray, sample_R: np.ndarray, is_padding_B: np.ndarray) -> Work:
-    counted_B, counted_R = lengths_B[~is_padding_B], lengths_R[~is_padding_B[sample_R]]
+def _work(
+    lengths_B: np.ndarray, lengths_R: np.ndarray, masked: MaskedSamples, is_padding_B: np.ndarray, causal: bool
+) -> Work:
+    heard_R = ~masked.silent_R(is_padding_B)
+    counted_B, counted_R = lengths_B[~is_padding_B], lengths_R[heard_R]
+    visible_R = lengths_B[masked.row_sample] if masked.visible_R is None else masked.visible_R
     return Work(
         inputs=int(counted_B.sum()),
         targets=int(counted_R.sum()),
-        encoder_pairs=int((counted_B**2).sum()),
+        encoder_pairs=int((counted_B * (counted_B + 1) // 2 if causal else counted_B**2).sum()),
         decoder_pairs=int((counted_R**2).sum()),
-        cross_pairs=int((counted_R * lengths_B[sample_R][~is_padding_B[sample_R]]).sum()),
+        cross_pairs=int((counted_R * visible_R[heard_R]).sum()),
     )
 
 
@@ -389,11 +450,12 @@ def _packed(
     labels_RT: np.ndarray,
     decoder_RT: np.ndarray,
     lengths_R: np.ndarray,
-    row_sample_R: np.ndarray,
+    masked: MaskedSamples,
     counts: Counts,
-    pad_token: int,
+    layout: Layout,
 ) -> Batch:
     """A packed micro-batch, filled up to one of few numbers of tokens by a last sample that teaches nothing."""
+    row_sample_R, pad_token = masked.row_sample, layout.pad_token
     text = text.filled(pad_token)
     real_RT = np.arange(labels_RT.shape[1]) < lengths_R[:, None]
     missing = filled_size(int(lengths_R.sum())) - int(lengths_R.sum())
@@ -401,6 +463,9 @@ def _packed(
     lengths_B = np.bincount(np.append(row_sample_R, len(text.lengths_B) - 1), rows.lengths, len(text.lengths_B))
     positions_m = np.append(real_RT.nonzero()[1], np.zeros(missing, np.int64))
     labels_m = np.append(labels_RT[real_RT], np.full(missing, IGNORED))
+    visible_m = None
+    if masked.visible_R is not None:
+        visible_m = np.repeat(np.append(masked.visible_R, text.lengths_B[-1]), rows.lengths)
     return Batch(
         encoder=text.packed(),
         encoder_row=torch.from_numpy(row_sample_R),
@@ -408,126 +473,14 @@ def _packed(
         labels=torch.from_numpy(labels_m),
         num_slots=len(text.tokens_n) + len(labels_m),
         packing=Packing(
-            spans_of(text.lengths_B), spans_of(lengths_B.astype(np.int64)), rows, torch.from_numpy(positions_m)
+            spans_of(text.lengths_B),
+            spans_of(lengths_B.astype(np.int64)),
+            rows,
+            torch.from_numpy(positions_m),
+            layout.causal,
+            visible_m,
         ),
         **counts,
-    )
-
-
-def encode_histories(items: np.ndarray, offsets: np.ndarray, user_rows_B: np.ndarray, layout: Layout) -> EncoderInput:
-    """Encoder input of histories with [MASK] behind each: what evaluation and requests ask the model.
-
-    items int32 [total] rows, offsets int64 [B + 1], user_rows_B int64 [B] with -1 for an unknown user.
-    """
-    lengths_B = np.diff(offsets)
-    inner = np.full(len(items) + len(lengths_B), FIRST_MASK_WORD, np.int64)
-    flat, _ = ragged(offsets[:-1] + np.arange(len(lengths_B)), lengths_B)
-    inner[flat] = layout.words.item_words(items)
-    return encode(inner, _offsets(lengths_B + 1), user_rows_B, layout)
-
-
-@dataclass(frozen=True)
-class Text:
-    """Encoder sentences one behind another."""
-
-    tokens_n: np.ndarray
-    """int64 [n], as are the other three."""
-    positions_n: np.ndarray
-    users_n: np.ndarray
-    items_n: np.ndarray
-    lengths_B: np.ndarray
-    """int64 [B], tokens a sentence."""
-
-    @property
-    def longest(self) -> int:
-        return int(self.lengths_B.max(initial=0))
-
-    def filled(self, pad_token: int) -> Text:
-        """With a last sentence of padding, at least one token, so that few numbers of tokens occur."""
-        missing = filled_size(len(self.tokens_n) + 1) - len(self.tokens_n)
-        zeros = np.zeros(missing, np.int64)
-        return Text(
-            tokens_n=np.append(self.tokens_n, zeros + pad_token),
-            positions_n=np.append(self.positions_n, zeros),
-            users_n=np.append(self.users_n, zeros),
-            items_n=np.append(self.items_n, zeros),
-            lengths_B=np.append(self.lengths_B, missing),
-        )
-
-    def packed(self) -> EncoderInput:
-        tokens, positions, users, items = map(
-            torch.from_numpy, (self.tokens_n, self.positions_n, self.users_n, self.items_n)
-        )
-        return EncoderInput(tokens, torch.ones(1, dtype=torch.bool).expand(len(tokens)), positions, users, items)
-
-    def padded(self, pad_token: int) -> EncoderInput:
-        mask_BL = np.arange(self.longest) < self.lengths_B[:, None]
-
-        def pad(values_n: np.ndarray, fill: int) -> Tensor:
-            array_BL = np.full(mask_BL.shape, fill, np.int64)
-            array_BL[mask_BL] = values_n
-            return torch.from_numpy(array_BL)
-
-        return EncoderInput(
-            input_ids=pad(self.tokens_n, pad_token),
-            attention_mask=torch.from_numpy(mask_BL),
-            position_ids=pad(self.positions_n, 0),
-            user_rows=pad(self.users_n, 0),
-            item_rows=pad(self.items_n, 0),
-        )
-
-
-def encode(inner: np.ndarray, offsets: np.ndarray, user_rows_B: np.ndarray, layout: Layout) -> EncoderInput:
-    """`<s> user item ... </s>` as padded arrays; too long: whole oldest words go, the user stays."""
-    return _write(inner, offsets, user_rows_B, layout).padded(layout.pad_token)
-
-
-def _write(inner: np.ndarray, offsets: np.ndarray, user_rows_B: np.ndarray, layout: Layout) -> Text:
-    """`<s> user item ... </s>`, cut to length."""
-    words = layout.words
-    known_B = (user_rows_B >= 0) if layout.user_ids else np.zeros(len(user_rows_B), bool)
-    user_words_B = np.full(len(user_rows_B), BOS_WORD)
-    user_words_B[known_B] = words.user_words(user_rows_B[known_B])
-    user_tokens_B = np.where(known_B, words.lengths[user_words_B], 0)
-    inner, lengths_B = _truncate(inner, offsets, layout.max_tokens - 2 - user_tokens_B, words)
-
-    sentence_offsets = _offsets(lengths_B + 2 + known_B)
-    sentences = np.empty(sentence_offsets[-1], np.int64)
-    first_B = sentence_offsets[:-1]
-    sentences[first_B] = BOS_WORD
-    sentences[first_B[known_B] + 1] = user_words_B[known_B]
-    sentences[ragged(first_B + 1 + known_B, lengths_B)[0]] = inner
-    sentences[sentence_offsets[1:] - 1] = EOS_WORD
-    return _spell(sentences, sentence_offsets, layout)
-
-
-def _truncate(
-    inner: np.ndarray, offsets: np.ndarray, budget_B: np.ndarray, words: WordTable
-) -> tuple[np.ndarray, np.ndarray]:
-    """Keep the longest suffix of whole words within each sample's budget of tokens."""
-    sample_W = np.repeat(np.arange(len(budget_B)), np.diff(offsets))
-    ends = np.concatenate([[0], np.cumsum(words.lengths[inner])])
-    suffix_W = ends[offsets[1:]][sample_W] - ends[:-1]
-    keep_W = suffix_W <= budget_B[sample_W]
-    return inner[keep_W], np.bincount(sample_W[keep_W], minlength=len(budget_B))
-
-
-def _spell(sentences: np.ndarray, offsets: np.ndarray, layout: Layout) -> Text:
-    """The tokens of words [W]; sentence b is the words from `offsets[b]` on."""
-    words = layout.words
-    flat, token_offsets = ragged(words.offsets[sentences], words.lengths[sentences])
-    ends = token_offsets[offsets]
-    lengths_B = np.diff(ends)
-    positions_n = np.arange(len(flat)) - np.repeat(ends[:-1], lengths_B)
-    if layout.positions == "from-end":
-        positions_n = np.repeat(lengths_B, lengths_B) - 1 - positions_n
-    repeated = np.repeat(sentences, words.lengths[sentences])
-    return Text(
-        tokens_n=words.tokens[flat].astype(np.int64),
-        positions_n=positions_n,
-        users_n=words.user_rows_of_words(repeated),
-        items_n=words.item_rows_of_words(repeated),
-        lengths_B=lengths_B,
     )
 
 
@@ -546,12 +499,3 @@ def _decoder_rows(masked: MaskedSamples, layout: Layout) -> tuple[np.ndarray, np
     decoder_RT[:, 0] = words.tokens[words.offsets[FIRST_MASK_WORD + masked.row_mask]]
     decoder_RT[:, 1:] = np.where(labels_RT[:, :-1] == IGNORED, layout.pad_token, labels_RT[:, :-1])
     return labels_RT, decoder_RT, lengths_R + 1
-
-
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-
-
-def ragged(starts: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Flat indices of the pieces [start, start + length), and the pieces' offsets."""
-    return flat_ranges(starts, lengths), _offsets(lengths)

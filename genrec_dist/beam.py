@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -13,20 +14,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from genrec_dist.batch import EncoderInput
 from genrec_dist.free_beam import generate_freely
 from genrec_dist.head import make_heads
+from genrec_dist.hybrid import both, item_log_probabilities, score_candidates
 from genrec_dist.metrics import EMPTY
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.score_all import score_all
+from genrec_dist.text import EncoderInput
 from genrec_dist.tokens import ItemTexts
 from genrec_dist.trie import Trie, pruned, restrict
 from genrec_dist.trie_walk import NOTHING, Ends, Levels, best_of, lost_on, walk
 
-Mode = Literal["exact", "compact", "free", "all"]
+Mode = Literal["exact", "compact", "free", "all", "items", "hybrid"]
 """exact: the trie's items by log-probability under the model's whole softmax. compact: the softmax over the trie's tokens and
 `</s>` alone, another and cheaper normaliser. free: no trie, as the paper decodes; what is generated may be no item.
-all: every item scored, the oracle of `exact`."""
+all: every item scored, the oracle of `exact`. items: by the item head alone. hybrid: by log p of the decoder plus `item_weight`
+times log p of the item head, over the best of both."""
+ITEM_HEAD_MODES = ("items", "hybrid")
 
 USERS_ENCODED_AT_ONCE, LENGTHS_ENCODED_AT_ONCE = 4, 1.5
 """An encoder pass on a CPU takes at least so many users, and more while the longest has at most so many times the tokens of the
@@ -92,6 +96,7 @@ class TrieSearcher:
         self.trie = trie
         self.levels = Levels(trie, self.device)
         self.item_node = torch.from_numpy(trie.item_node).to(self.device)
+        self.__dict__.pop("paths", None)
 
     def _take(self, model: GenRecForConditionalGeneration) -> None:
         self.model = model
@@ -113,19 +118,22 @@ class TrieSearcher:
         mode: Mode = "exact",
         excluded: tuple[np.ndarray, np.ndarray] | None = None,
         ends: Ends = "kept",
+        item_weight: float = 1.0,
     ) -> TopItems:
         """The best `top` items a user by log-probability under the mode's softmax.
 
         `excluded`: (user index in the batch, item row) pairs [P] that must not be listed; in mode `free` they are struck out of
         the finished lists, elsewhere their places go to others. A beam narrower than `top` is widened to it. Equal scores go
-        to the smaller node: the item of fewer sub-words, then the smaller token ids. Raises ValueError for an unknown mode, and
-        for `free` where the searcher cannot read texts.
+        to the smaller node: the item of fewer sub-words, then the smaller token ids. Raises ValueError for an unknown mode, for
+        `free` where the searcher cannot read texts, and for `items` and `hybrid` where the model has no item head.
         """
         beam = max(beam, top)
         if mode == "free":
             return self._search_freely(encoder, beam, top, excluded)
         if mode == "all":
             return self._search_all(encoder, top, excluded)
+        if mode in ITEM_HEAD_MODES:
+            return self._search_items(encoder, beam, top, excluded, item_weight if mode == "hybrid" else None)
         if mode not in self.heads:
             raise ValueError(f"decode mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
         num_users = len(encoder.input_ids)
@@ -140,6 +148,48 @@ class TrieSearcher:
             beam=beam, top=top, ends=ends, static=self.static,
         )  # fmt: skip
         return _as_lists(scores_BN[:num_users], self.levels.end_item[nodes_BN[:num_users]], top)
+
+    def _search_items(
+        self,
+        encoder: EncoderInput,
+        beam: int,
+        top: int,
+        excluded: tuple[np.ndarray, np.ndarray] | None,
+        item_weight: float | None,
+    ) -> TopItems:
+        memory_BLD, mask_BL = encode_by_length(self.model, encoder), encoder.attention_mask
+        scores_BN = item_log_probabilities(self.model, memory_BLD, mask_BL)
+        scores_BN[:, self.item_node < 0] = NOTHING
+        if excluded is not None:
+            users, items = (torch.from_numpy(np.asarray(column, np.int64)).to(self.device) for column in excluded)
+            scores_BN[users, items] = NOTHING
+        if item_weight is None:
+            best_BN, _, rows_BN = best_of(scores_BN, lambda rows_BN: self.item_node[rows_BN], top)
+            return _as_lists(best_BN, rows_BN, top)
+        lost = None if excluded is None else lost_on(self.trie, pruned(self.trie, *excluded), self.device, padded=False)
+        listed_BN, nodes_BN = self._walk(
+            self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, lost,
+            beam=beam, top=beam, ends="kept", static=False,
+        )  # fmt: skip
+        listed_BN = self.levels.end_item[nodes_BN].masked_fill(listed_BN == NOTHING, EMPTY)
+        candidates_BC = both(scores_BN, listed_BN, beam)
+        paths_BCT = torch.where(candidates_BC[..., None] >= 0, self.paths[candidates_BC], self.levels.nowhere)
+        spoken_BC = score_candidates(self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, paths_BCT)
+        mixed_BC = spoken_BC + item_weight * scores_BN.gather(1, candidates_BC.clamp(min=0))
+        best_BN, _, places_BN = best_of(mixed_BC, lambda places: self.item_node[candidates_BC.gather(1, places)], top)
+        return _as_lists(best_BN, candidates_BC.gather(1, places_BN), top)
+
+    @cached_property
+    def paths(self) -> Tensor:
+        """int64 [N, T], the nodes of each item from below the root on, `nowhere` behind its last."""
+        trie = self.trie
+        node_N, level_N = trie.item_node, np.searchsorted(trie.level_offsets, trie.item_node, side="right") - 1
+        paths_NT = np.full((len(node_N), trie.depth), self.levels.nowhere, np.int64)
+        for level in range(trie.depth, 0, -1):
+            here = (node_N >= 0) & (level_N == level)
+            paths_NT[here, level - 1] = node_N[here]
+            node_N, level_N = np.where(here, trie.parent[node_N], node_N), level_N - here
+        return torch.from_numpy(paths_NT).to(self.device)
 
     def _search_all(self, encoder: EncoderInput, top: int, excluded: tuple[np.ndarray, np.ndarray] | None) -> TopItems:
         memory_BLD = encode_by_length(self.model, encoder)
@@ -204,8 +254,7 @@ def encode_by_length(model: GenRecForConditionalGeneration, encoder: EncoderInpu
     memory_BLD = None
     for rows in _groups(order, lengths_B[order].tolist()):
         width = int(lengths_B[rows[-1]])
-        part = EncoderInput(*(getattr(encoder, name)[rows, :width] for name in EncoderInput.__dataclass_fields__))
-        states_BLD = model.encode(part)
+        states_BLD = model.encode(encoder.map(lambda values, rows=rows, width=width: values[rows, :width]))  # type: ignore[misc]
         if memory_BLD is None:
             memory_BLD = states_BLD.new_zeros(*encoder.input_ids.shape, states_BLD.shape[-1])
         memory_BLD[rows, :width] = states_BLD
@@ -230,7 +279,8 @@ def in_static_shape(encoder: EncoderInput) -> EncoderInput:
     more_tokens = -num_tokens % 32
 
     def padded(rows: Tensor) -> Tensor:
-        rows = F.pad(rows, (0, more_tokens))
-        return torch.cat([rows, rows[-1:].expand(more_users, -1)]) if more_users else rows
+        # Of [B, L] the last dimension are tokens, of [B, L, S] the one before.
+        rows = F.pad(rows, (0, 0) * (rows.dim() - 2) + (0, more_tokens))
+        return torch.cat([rows, rows[-1:].expand(more_users, *rows.shape[1:])]) if more_users else rows
 
-    return EncoderInput(*(padded(getattr(encoder, name)) for name in EncoderInput.__dataclass_fields__))
+    return encoder.map(padded)

@@ -63,7 +63,7 @@ class Engine(Protocol):
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         """Around forward and backward of a micro-batch; at the last one of a step the ranks' gradients meet."""
 
-    def loss(self, batch: Batch, label_smoothing: float) -> Tensor:
+    def loss(self, batch: Batch, label_smoothing: float, tokens_a_target: float = 1.0) -> Tensor:
         """The summed cross-entropy of a micro-batch on the device, in training mode: a float32 scalar."""
 
     def backward(self, loss: Tensor) -> None:
@@ -173,9 +173,9 @@ class Replicated:
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared)
 
-    def loss(self, batch: Batch, label_smoothing: float) -> Tensor:
+    def loss(self, batch: Batch, label_smoothing: float, tokens_a_target: float = 1.0) -> Tensor:
         self.prepared.train()
-        return _loss(self.prepared, batch, label_smoothing)
+        return _loss(self.prepared, batch, label_smoothing, tokens_a_target)
 
     def backward(self, loss: Tensor) -> None:
         # DDP averages gradients over ranks; the loss is a sum over them.
@@ -274,9 +274,9 @@ class Spread:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
         yield
 
-    def loss(self, batch: Batch, label_smoothing: float) -> Tensor:
+    def loss(self, batch: Batch, label_smoothing: float, tokens_a_target: float = 1.0) -> Tensor:
         self.engine.train()
-        return _loss(self.engine, batch, label_smoothing)
+        return _loss(self.engine, batch, label_smoothing, tokens_a_target)
 
     def backward(self, loss: Tensor) -> None:
         # DeepSpeed, too, averages over ranks what is a sum here.
@@ -321,7 +321,7 @@ class Spread:
         return model.eval()
 
 
-def _loss(prepared: Any, batch: Batch, label_smoothing: float) -> Tensor:
+def _loss(prepared: Any, batch: Batch, label_smoothing: float, tokens_a_target: float) -> Tensor:
     summed: Tensor = prepared(
         **vars(batch.encoder),
         encoder_row=batch.encoder_row,
@@ -330,5 +330,8 @@ def _loss(prepared: Any, batch: Batch, label_smoothing: float) -> Tensor:
         label_smoothing=label_smoothing,
         plan=batch.plan,
         packing=batch.packing,
+        visible=batch.visible,
+        asked=batch.asked,
+        tokens_a_target=tokens_a_target,
     )
     return summed

@@ -18,7 +18,7 @@ import torch
 from genrec_shards.prepare import Dataset
 from genrec_shards.sequences import Split, SplitView, TrainedThrough
 
-from genrec_dist.batch import Layout, encode_histories, ragged, target_batch
+from genrec_dist.batch import target_batch
 from genrec_dist.beam import Mode, TopItems, TrieSearcher
 from genrec_dist.loss import target_loss
 from genrec_dist.metrics import EMPTY, TOP, rank_histogram, target_ranks
@@ -26,6 +26,7 @@ from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.ranks import Ranks
 from genrec_dist.results import Protocol, ResultsWriter
 from genrec_dist.run import LoadedRun
+from genrec_dist.text import Layout, encode_histories, ragged
 
 WINDOW = 65_536
 """Users whose lists rank 0 holds at a time."""
@@ -41,6 +42,8 @@ class Decoding:
     mode: Mode = "exact"
     exclude_history: bool = True
     batch_size: int = 512
+    item_weight: float = 1.0
+    """Of the item head in mode `hybrid`."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,14 @@ def rank_batch(
     # The whole history is excluded, also what the model's input had no room for.
     excluded = (np.repeat(np.arange(len(user_rows_B)), lengths_B), items) if decoding.exclude_history else None
     try:
-        return searcher.search(encoder, beam=decoding.beam, top=decoding.top, mode=decoding.mode, excluded=excluded)
+        return searcher.search(
+            encoder,
+            beam=decoding.beam,
+            top=decoding.top,
+            mode=decoding.mode,
+            excluded=excluded,
+            item_weight=decoding.item_weight,
+        )
     except torch.OutOfMemoryError:
         raise ValueError(
             f"{len(user_rows_B)} users at once, beam {decoding.beam}, do not fit into the memory of {searcher.device}: "

@@ -10,8 +10,9 @@ FORMULA = (
     "+ 3 x 2 x [targets x N x (4 d^2 + 2 d f_d) + 2 N d x sum(T^2)]  decoder\n"
     "+ 3 x 2 x [(inputs + targets) x N x 2 d^2 + 2 N d x sum(T L)]  cross-attention\n"
     "+ 3 x 2 x targets x d x V  head\n"
-    "inputs, targets: real tokens; L, T: tokens of a sample's history and of a decoder row; E, N: layers; d: width; f: "
-    "feed-forward; V: tokens that share the probability; 2 for multiply and add, 3 for forward and backward"
+    "inputs, targets: real tokens; L, T: tokens of a sample's history and of a decoder row (of a causal encoder L (L + 1) / 2 for "
+    "L^2, and of T L what the row sees); E, N: layers; d: width; f: feed-forward; V: tokens that share the probability; 2 for "
+    "multiply and add, 3 for forward and backward"
 )
 """Matrix products and attention; the embedding sum, norms and the optimiser are left out, as is usual."""
 

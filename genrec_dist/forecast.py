@@ -233,6 +233,10 @@ def _samples(name: str, stage: Stage, training: np.ndarray, recipe: Recipe, cata
         histories = np.concatenate([np.arange(1, length) for length in training])
     rows = masks = 1
     target = longest_item
+    if stage.targets == "all-prefixes":
+        rows = math.ceil(float(histories.mean()))
+    if recipe.model.encoder_unit == "item":
+        item_tokens, user_tokens = 1.0, min(user_tokens, 1)
     if stage.targets == "mask" and stage.mask.strategy == "multi":
         rows = masks = stage.mask.k
     if stage.targets == "mask" and stage.mask.strategy == "span":

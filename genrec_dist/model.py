@@ -17,12 +17,13 @@ from transformers import BartConfig, BartForConditionalGeneration, GenerationCon
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
-from genrec_dist.batch import IGNORED, EncoderInput
+from genrec_dist.batch import IGNORED, AskedItems
 from genrec_dist.dropout import drop
 from genrec_dist.layers import LayerRunner, lowered
 from genrec_dist.loss import head_loss, resolve_head
 from genrec_dist.packing import Packing
 from genrec_dist.recipe import HeadLoss, Model
+from genrec_dist.text import EncoderInput
 from genrec_dist.tokens import Vocabulary
 
 POSITION_OFFSET = 2
@@ -35,9 +36,11 @@ class GenRecConfig(BartConfig):
     num_users, num_items: rows of the tables without the zero row; 0 leaves a table out. id_dropout: dropout of the id
     terms alone. encoder_positions: "from-start" (BART) or "from-end". max_input_tokens: where the text is cut.
     numbering_hash: the numbering this model speaks. exclude_history: whether its lists leave out the history by default.
-    id_dim: width of the id tables, then projected to d_model; 0: d_model, no projection. ids_outside: the tables live
-    outside the model (`tables.py`), which sees the rows of a step alone; never so in what is saved as `best`. spoken_tokens: the
-    first so many tokens share the probability, the others are read alone (a trimmed vocabulary, `vocabulary_hash`); 0: all.
+    encoder_unit: "subword" or "item", what an encoder position stands for. encoder_attention: "bidirectional" or "causal".
+    item_loss: weight of the item head; 0: there is none. id_dim: width of the id tables, then projected to d_model; 0: d_model, no
+    projection. ids_outside: the tables live outside the model (`tables.py`), which sees the rows of a step alone; never so in
+    what is saved as `best`. spoken_tokens: the first so many tokens share the probability, the others are read alone (a trimmed
+    vocabulary, `vocabulary_hash`); 0: all.
     """
 
     model_type = "genrec"
@@ -46,6 +49,9 @@ class GenRecConfig(BartConfig):
     num_items: int = 0
     id_dropout: float = 0.0
     encoder_positions: str = "from-start"
+    encoder_unit: str = "subword"
+    encoder_attention: str = "bidirectional"
+    item_loss: float = 0.0
     num_masks: int = 1
     max_input_tokens: int = 512
     numbering_hash: str = ""
@@ -121,7 +127,8 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         norm = bart.layernorm_embedding
         tokens = bart.embed_tokens.weight
         users, items = self.user_embedding, self.item_embedding
-        return embedding_sum(
+        fused = normed and encoder.further_ids is None
+        embedded_BLD = embedding_sum(
             encoder.input_ids,
             encoder.position_ids,
             encoder.user_rows if users is None else users.places(encoder.user_rows),
@@ -137,20 +144,28 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             pad_token_id=self.config.pad_token_id,
             user_projection=None if self.user_projection is None else self.user_projection.weight,
             item_projection=None if self.item_projection is None else self.item_projection.weight,
-            norm_weight=norm.weight if normed else None,
-            norm_bias=norm.bias if normed else None,
+            norm_weight=norm.weight if fused else None,
+            norm_bias=norm.bias if fused else None,
             norm_eps=norm.eps,
             plan=plan,
         )
+        if encoder.further_ids is None:
+            return embedded_BLD
+        further_BLD = sum_of_rows(encoder.further_ids, tokens, self.config.pad_token_id)
+        embedded_BLD = embedded_BLD + further_BLD * bart.embed_tokens.embed_scale
+        return norm(embedded_BLD) if normed else embedded_BLD
 
     def encode(self, encoder: EncoderInput, plan: SumPlan | None = None) -> Tensor:
         """Encoder states, float [B, L, D]. `plan`: for the backward of the embedding kernel (`Batch.plan`)."""
         bart = self.model.encoder
         hidden_BLD = self.embed(encoder, plan, normed=True)
         hidden_BLD = F.dropout(hidden_BLD, bart.dropout, self.training)
-        bias_B11L = attention_bias(encoder.attention_mask[:, None, None], hidden_BLD)
+        seen = encoder.attention_mask[:, None, None]
+        if self.config.encoder_attention == "causal":
+            seen = seen & torch.ones(seen.shape[-1], seen.shape[-1], dtype=torch.bool, device=seen.device).tril()
+        bias = attention_bias(seen, hidden_BLD)
         for layer in bart.layers:
-            hidden_BLD = layer(hidden_BLD, bias_B11L)
+            hidden_BLD = layer(hidden_BLD, bias)
         return hidden_BLD
 
     def decode(self, decoder_input_ids_RT: Tensor, memory_RLD: Tensor, memory_mask_RL: Tensor) -> Tensor:
@@ -182,10 +197,15 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         return weight_VD[: self.config.spoken_tokens] if self.config.spoken_tokens else weight_VD
 
     def target_logits(
-        self, encoder: EncoderInput, encoder_row_R: Tensor, decoder_input_ids_RT: Tensor, labels_RT: Tensor
+        self,
+        encoder: EncoderInput,
+        encoder_row_R: Tensor,
+        decoder_input_ids_RT: Tensor,
+        labels_RT: Tensor,
+        visible_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(logits float [n, V], labels int64 [n]) of the label tokens alone: padding never reaches the head."""
-        hidden_nD, labels_n = self.target_states(encoder, encoder_row_R, decoder_input_ids_RT, labels_RT)
+        hidden_nD, labels_n = self.target_states(encoder, encoder_row_R, decoder_input_ids_RT, labels_RT, visible_R)
         return F.linear(hidden_nD, self.head_weight), labels_n
 
     def target_states(
@@ -194,21 +214,51 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         encoder_row_R: Tensor,
         decoder_input_ids_RT: Tensor,
         labels_RT: Tensor,
-        plan: SumPlan | None = None,
+        visible_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(decoder states float [n, D], labels int64 [n]) of the label tokens alone."""
-        memory_BLD = self.encode(encoder, plan)
+        return self._states_of(self.encode(encoder), encoder, encoder_row_R, decoder_input_ids_RT, labels_RT, visible_R)
+
+    def _states_of(
+        self,
+        memory_BLD: Tensor,
+        encoder: EncoderInput,
+        encoder_row_R: Tensor,
+        decoder_input_ids_RT: Tensor,
+        labels_RT: Tensor,
+        visible_R: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         mask_BL = encoder.attention_mask
-        if not _is_identity(encoder_row_R, len(memory_BLD)):
+        if visible_R is not None or not _is_identity(encoder_row_R, len(memory_BLD)):
             memory_BLD, mask_BL = memory_BLD[encoder_row_R], mask_BL[encoder_row_R]
+        if visible_R is not None:
+            mask_BL = mask_BL & (torch.arange(mask_BL.shape[1], device=mask_BL.device) < visible_R[:, None])
         hidden_RTD = self.decode(decoder_input_ids_RT, memory_BLD, mask_BL)
         learned_RT = labels_RT != IGNORED
         return hidden_RTD[learned_RT], labels_RT[learned_RT]
 
+    def item_logits(self, masked_RD: Tensor) -> Tensor:
+        """The item head: logits [R, N] of the encoder's states at masks."""
+        query_RF, table_NF = self._item_head(masked_RD)
+        return F.linear(query_RF, table_NF)
+
+    def _item_head(self, masked_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """(queries [R, F], rows of the items [N, F])."""
+        assert isinstance(self.item_embedding, IdEmbedding)
+        if self.item_projection is not None:  # (P e) . h = e . (P^T h)
+            masked_RD = F.linear(masked_RD, self.item_projection.weight.T)
+        return masked_RD, self.item_embedding.weight[1:]
+
+    def item_loss(self, memory: Tensor, asked: AskedItems, label_smoothing: float) -> Tensor:
+        """The summed cross-entropy of the item head; `memory`: encoder states [.., D]."""
+        learned_R = asked.items_R != IGNORED
+        query_RF, table_NF = self._item_head(memory.flatten(0, -2)[asked.places_R[learned_R]])
+        return head_loss(query_RF, table_NF, asked.items_R[learned_R], label_smoothing, self.loss_by)
+
     def packed_states(
         self, encoder: EncoderInput, packing: Packing, decoder_input_ids_m: Tensor, plan: SumPlan | None = None
-    ) -> Tensor:
-        """Decoder states of packed targets behind packed encoder tokens, float [m, D]: `encode` and `decode` in one."""
+    ) -> tuple[Tensor, Tensor]:
+        """(decoder states of packed targets, float [m, D], encoder states, [n, D]): `encode` and `decode` in one."""
         bart = self.model
         hidden_nD = drop(self.embed(encoder, plan, normed=True), bart.encoder.dropout, self.training)
         for layer in bart.encoder.layers:
@@ -219,7 +269,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         hidden_mD = drop(bart.decoder.layernorm_embedding(hidden_mD), bart.decoder.dropout, self.training)
         for layer in bart.decoder.layers:
             hidden_mD = self.runner.decode(layer, hidden_mD, memory_nD, packing)
-        return hidden_mD
+        return hidden_mD, hidden_nD
 
     def forward(
         self,
@@ -228,12 +278,16 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         position_ids: Tensor | None = None,
         user_rows: Tensor | None = None,
         item_rows: Tensor | None = None,
+        further_ids: Tensor | None = None,
         encoder_row: Tensor | None = None,
         decoder_input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         label_smoothing: float = 0.0,
         plan: SumPlan | None = None,
         packing: Packing | None = None,
+        visible: Tensor | None = None,
+        asked: AskedItems | None = None,
+        tokens_a_target: float = 1.0,
         encoder_outputs: BaseModelOutput | None = None,
         **generation: Any,
     ) -> Any:
@@ -241,11 +295,13 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         weight is whole in here alone. Without: Hugging Face's decoder output.
 
         All integer arrays are [B, L] (encoder) or [R, T] (decoder); `encoder_row` [R] defaults to one row a sample. With
-        `packing` they are [n] and [m] and it says which rows attend to what.
+        `packing` they are [n] and [m] and it says which rows attend to what. `visible` [R]: how many of its
+        encoder tokens a decoder row may look at. With `asked` the item head's loss is added, so many
+        times as if its targets were tokens: `tokens_a_target`, of the whole step.
         """
         if labels is None:
             if encoder_outputs is None:
-                encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows)
+                encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids)
                 encoder_outputs = BaseModelOutput(last_hidden_state=self.encode(encoder))
                 attention_mask = encoder.attention_mask
             output: Seq2SeqLMOutput = super().forward(
@@ -255,17 +311,22 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
                 **generation,
             )
             return output
-        encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows)
+        encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids)
         if packing is not None:
             assert decoder_input_ids is not None
-            hidden_mD = self.packed_states(encoder, packing, decoder_input_ids, plan)
+            hidden_mD, memory = self.packed_states(encoder, packing, decoder_input_ids, plan)
             learned_m = labels != IGNORED
-            return head_loss(hidden_mD[learned_m], self.head_weight, labels[learned_m], label_smoothing, self.loss_by)
-        if encoder_row is None:
-            encoder_row = torch.arange(len(encoder.input_ids), device=encoder.input_ids.device)
-        assert decoder_input_ids is not None
-        hidden_nD, labels_n = self.target_states(encoder, encoder_row, decoder_input_ids, labels, plan)
-        return head_loss(hidden_nD, self.head_weight, labels_n, label_smoothing, self.loss_by)
+            hidden_nD, labels_n = hidden_mD[learned_m], labels[learned_m]
+        else:
+            if encoder_row is None:
+                encoder_row = torch.arange(len(encoder.input_ids), device=encoder.input_ids.device)
+            assert decoder_input_ids is not None
+            memory = self.encode(encoder, plan)
+            hidden_nD, labels_n = self._states_of(memory, encoder, encoder_row, decoder_input_ids, labels, visible)
+        loss = head_loss(hidden_nD, self.head_weight, labels_n, label_smoothing, self.loss_by)
+        if asked is None:
+            return loss
+        return loss + self.config.item_loss * tokens_a_target * self.item_loss(memory, asked, label_smoothing)
 
     def generate(
         self,
@@ -274,12 +335,13 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         position_ids: Tensor | None = None,
         user_rows: Tensor | None = None,
         item_rows: Tensor | None = None,
+        further_ids: Tensor | None = None,
         encoder_outputs: BaseModelOutput | None = None,
         **generation: Any,
     ) -> Any:
         """Hugging Face's `generate` behind our encoder; left to itself it would call BART's, which knows no ids."""
         if encoder_outputs is None:
-            encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows)
+            encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids)
             with torch.no_grad():
                 encoder_outputs = BaseModelOutput(last_hidden_state=self.encode(encoder))
             attention_mask = encoder.attention_mask
@@ -292,6 +354,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         position_ids: Tensor | None = None,
         user_rows: Tensor | None = None,
         item_rows: Tensor | None = None,
+        further_ids: Tensor | None = None,
     ) -> EncoderInput:
         """Fill in what a caller with plain Hugging Face inputs leaves out, and check the ranges of ids on CPU.
 
@@ -310,6 +373,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             position_ids,
             zeros if user_rows is None else user_rows,
             zeros if item_rows is None else item_rows,
+            further_ids,
         )
         if input_ids.dim() == 2 and input_ids.shape[1] > self.config.max_position_embeddings:
             raise ValueError(
@@ -329,6 +393,15 @@ def _id_table(config: GenRecConfig, num_ids: int) -> tuple[IdEmbedding | Fetched
     return table, IdProjection(width, config.d_model) if width != config.d_model else None
 
 
+def sum_of_rows(ids_BLS: Tensor, table_VD: Tensor, pad_token_id: int) -> Tensor:
+    """The sum of these rows over S, float [B, L, D]; `pad_token_id` adds nothing and learns nothing."""
+    if not ids_BLS.shape[-1]:
+        return table_VD.new_zeros(*ids_BLS.shape[:-1], table_VD.shape[1])
+    flat_nS = ids_BLS.flatten(0, -2)
+    summed_nD: Tensor = F.embedding_bag(flat_nS, table_VD, mode="sum", padding_idx=pad_token_id)
+    return summed_nD.view(*ids_BLS.shape[:-1], -1)
+
+
 def positions(attention_mask_BL: Tensor, counted: str) -> Tensor:
     """int64 [B, L], places from <s> ("from-start") or back from </s> ("from-end") in rows padded on the right."""
     columns_BL = torch.arange(attention_mask_BL.shape[1], device=attention_mask_BL.device).expand_as(attention_mask_BL)
@@ -341,12 +414,13 @@ def check_ranges(encoder: EncoderInput, config: GenRecConfig) -> None:
     """Raise ValueError naming the table if an index lies outside it."""
     limits = [
         ("token", encoder.input_ids, config.vocab_size),
+        ("further token", encoder.further_ids, config.vocab_size),
         ("position", encoder.position_ids, config.max_position_embeddings),
         ("user", encoder.user_rows, config.num_users + 1 if config.num_users else None),
         ("item", encoder.item_rows, config.num_items + 1 if config.num_items else None),
     ]
     for name, values, limit in limits:
-        if limit is None or not values.numel():
+        if limit is None or values is None or not values.numel():
             continue
         low, high = (int(value) for value in torch.aminmax(values))
         if low < 0 or high >= limit:
@@ -435,6 +509,9 @@ def _common(
         "id_dim": model.id_dim,
         "ids_outside": ids_outside,
         "encoder_positions": model.positions,
+        "encoder_unit": model.encoder_unit,
+        "encoder_attention": model.encoder_attention,
+        "item_loss": model.item_loss,
         "num_masks": num_masks,
         "max_input_tokens": model.max_tokens,
         "bos_token_id": special["bos"],

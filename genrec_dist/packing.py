@@ -39,6 +39,8 @@ class Group(NamedTuple):
     """Sequences."""
     queries: Part
     keys: Part
+    visible_cQ: Tensor | None
+    """int64 [c, Q], keys that each query may look at, the first so many; None: all."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Attended:
     queries: Spans
     keys: Spans
     causal: bool = False
+    visible: np.ndarray | None = None
+    """int64 [n], keys of its sequence that each query may look at, the first so many; None: all."""
     by_length: bool = True
     """Neighbours are of like length; otherwise a group takes what comes."""
 
@@ -78,10 +82,20 @@ class Attended:
     def groups(self) -> list[Group]:
         """The sequences cut into rectangles with little padding; neighbours of like length are the caller's to provide."""
         return [
-            Group(last - first, _part(self.queries, first, last), _part(self.keys, first, last))
+            self._group(first, last)
             for first, last in _runs(self.keys.lengths, SHORTEST_SHARE if self.by_length else 0.0)
             if self.queries.offsets[last] > self.queries.offsets[first]
         ]
+
+    def _group(self, first: int, last: int) -> Group:
+        queries, keys = _part(self.queries, first, last), _part(self.keys, first, last)
+        if self.visible is None:
+            return Group(last - first, queries, keys, None)
+        # Where no query stands it sees one key: a softmax of nothing would be no number.
+        visible = torch.ones((last - first) * queries.longest, dtype=torch.long)
+        places = slice(None) if queries.slots is None else queries.slots
+        visible[places] = torch.from_numpy(self.visible[queries.first : queries.first + queries.number])
+        return Group(last - first, queries, keys, visible.view(last - first, queries.longest))
 
 
 @dataclass(frozen=True)
@@ -96,10 +110,14 @@ class Packing:
     """m decoder tokens by decoder row."""
     positions_m: Tensor
     """int64 [m], place of each decoder token in its row."""
+    causal: bool = False
+    """Encoder tokens see those before them alone."""
+    visible_m: np.ndarray | None = None
+    """int64 [m], encoder tokens that a decoder token may look at, the first so many of its sample's; None: all."""
 
     @cached_property
     def within_encoder(self) -> Attended:
-        return Attended(self.encoder, self.encoder)
+        return Attended(self.encoder, self.encoder, causal=self.causal)
 
     @cached_property
     def within_decoder(self) -> Attended:
@@ -107,17 +125,20 @@ class Packing:
 
     @cached_property
     def across(self) -> Attended:
-        return Attended(self.targets, self.encoder)
+        return Attended(self.targets, self.encoder, visible=self.visible_m)
 
     def to(self, device: torch.device) -> Packing:
         encoder, targets, rows = (spans.to(device) for spans in (self.encoder, self.targets, self.rows))
-        return Packing(encoder, targets, rows, self.positions_m.to(device, non_blocking=True))
+        positions_m = self.positions_m.to(device, non_blocking=True)
+        return replace(self, encoder=encoder, targets=targets, rows=rows, positions_m=positions_m)
 
     def last(self) -> tuple[slice, slice, Packing]:
         """The last sample by itself: (its encoder tokens, those of its last decoder row, their packing)."""
         tokens, targets = (slice(int(spans.offsets[-2]), int(spans.offsets[-1])) for spans in (self.encoder, self.rows))
         row = spans_of(self.rows.lengths[-1:])
-        return tokens, targets, Packing(spans_of(self.encoder.lengths[-1:]), row, row, self.positions_m[targets])
+        visible_m = None if self.visible_m is None else self.visible_m[targets]
+        encoder = spans_of(self.encoder.lengths[-1:])
+        return tokens, targets, Packing(encoder, row, row, self.positions_m[targets], self.causal, visible_m)
 
 
 def filled_size(num_tokens: int) -> int:

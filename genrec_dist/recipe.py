@@ -17,6 +17,8 @@ from genrec_shards.remote import is_address
 
 HeadLoss = Literal["full", "chunked", "liger"]
 """How the loss of the output head is computed: see `Recipe.head`."""
+EncoderUnit = Literal["subword", "item"]
+"""What an encoder position stands for: see `Model.encoder_unit`."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Model:
     backbone: str | None = None
     """Name or directory of BART weights to start from; they then set the shape above. null: from scratch."""
     max_tokens: int = 512
-    """Longest encoder input in sub-words; whole oldest items are dropped beyond it."""
+    """Longest encoder input in positions (`encoder_unit`); whole oldest items are dropped beyond it."""
     dropout: float = 0.1
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
@@ -42,8 +44,17 @@ class Model:
     """Put the user's word in the text and its id in the sum. Off: items only."""
     item_ids: bool = True
     """Add the item's id embedding to each of its sub-words (the paper's IDEMB)."""
+    item_loss: float = 0.0
+    """Weight, a target item, of a second head beside the decoder's loss a token: it names the item from the encoder's state at
+    [MASK] by a softmax over the whole catalogue, whose rows are the item id table's. 0: no such head."""
     id_dim: int = 0
     """Width of the id tables, projected to d_model where it differs; 0: d_model, as in the paper. Many ids: 64."""
+    encoder_unit: EncoderUnit = "subword"
+    """subword: each sub-word has an encoder position (BART, the paper). item: each word has one, its embedding the sum of its
+    sub-words', so that a history is as long as it has items. The decoder speaks sub-words either way."""
+    encoder_attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """bidirectional: every position sees all others (BART, the paper). causal: only those before it, and no [MASK] or </s> stands
+    behind a history; what is encoded of it is then the same for each longer one, which `targets: all-prefixes` needs."""
     positions: Literal["from-start", "from-end"] = "from-start"
     """Count encoder positions from <s> (BART, the paper) or back from </s>, so that an item's position is its age."""
     scale_embedding: bool = False
@@ -85,8 +96,9 @@ class Stage:
     """Share of the stage's steps with rising learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """What follows the warm-up, down to zero at the stage's end."""
-    targets: Literal["mask", "last", "every-prefix"] = "last"
-    """mask: the strategy below chooses inside the training part. last, every-prefix: [MASK] after the history."""
+    targets: Literal["mask", "last", "every-prefix", "all-prefixes"] = "last"
+    """mask: the strategy below chooses inside the training part. last, every-prefix: [MASK] after the history. all-prefixes: the
+    samples of every-prefix, those of a user in one step and behind one encoded sequence (causal encoders); a batch counts users."""
     mask: Mask = field(default_factory=Mask)
     """Read when targets is mask."""
     label_smoothing: float = 0.0
@@ -116,6 +128,8 @@ class Validation:
     users: int = 2000
     """Users of the seeded sample that is decoded after each epoch of finetuning; 0: all."""
     beam: int = 20
+    decode: Literal["exact", "items", "hybrid"] = "exact"
+    """By which head users are ranked: the decoder, the item head, or both with equal weight."""
     every_epochs: int = 1
     patience: int = 3
     """Stop after this many validations without a better NDCG@10; 0 never stops."""
@@ -330,8 +344,39 @@ def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
         )
     if recipe.optimizer.id_tables != "dense" and recipe.optimizer.decay == "all":
         raise ValueError(f"{source}: optimizer.decay all: row-adagrad decays no ids; set it to matrices or none")
+    _check_attention(recipe, source)
+    if recipe.validation.decode != "exact" and not model.item_loss:
+        raise ValueError(
+            f"{source}: validation.decode {recipe.validation.decode}: there is no item head: set model.item_loss"
+        )
+    if model.item_loss and not model.item_ids:
+        raise ValueError(
+            f"{source}: model.item_loss {model.item_loss}: its head shares the item id table: set model.item_ids true"
+        )
+    if model.item_loss and recipe.optimizer.id_tables != "dense":
+        raise ValueError(
+            f"{source}: model.item_loss {model.item_loss}: its softmax runs over all items, which row-adagrad does not fetch: set "
+            "optimizer.id_tables dense"
+        )
     if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
         raise ValueError(f"{source}: pretrain.epochs and finetune.epochs are both 0: nothing to train")
+
+
+def _check_attention(recipe: Recipe, source: str) -> None:
+    causal = recipe.model.encoder_attention == "causal"
+    for name, stage in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune)):
+        if stage.epochs and stage.targets == "all-prefixes" and not causal:
+            raise ValueError(
+                f"{source}: {name}.targets all-prefixes: set model.encoder_attention causal, or targets every-prefix"
+            )
+        if stage.epochs and stage.targets == "mask" and causal:
+            raise ValueError(
+                f"{source}: {name}.targets mask: a causal encoder sees nothing behind a mask: set others, or epochs 0"
+            )
+    if causal and recipe.model.positions == "from-end":
+        raise ValueError(
+            f"{source}: model.positions from-end: under causal attention a position would depend on what follows"
+        )
 
 
 def _value_of(recipe: Recipe, key: str) -> Any:
@@ -368,6 +413,7 @@ LIMITS: dict[str, Limit] = {
     **{f"model.{name}dropout": _BELOW_1 for name in ("", "attention_", "activation_", "embedding_")},
     "model.init_std": _POSITIVE,
     "model.id_dim": _NOT_NEGATIVE,
+    "model.item_loss": _NOT_NEGATIVE,
     **{f"{stage}.{name}": limit for stage in ("pretrain", "finetune") for name, limit in _STAGE_LIMITS.items()},
     "optimizer.betas": _BELOW_1,
     "optimizer.eps": _POSITIVE,

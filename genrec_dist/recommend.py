@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from genrec_shards.prepare import Dataset
 
-from genrec_dist.batch import encode_histories
 from genrec_dist.beam import Mode, TopItems, TrieSearcher
 from genrec_dist.callers import Callers
 from genrec_dist.choice import Choice, choose_items, rows_of
 from genrec_dist.evaluate import check_numbering
 from genrec_dist.metrics import TOP
 from genrec_dist.run import LoadedRun, load_run
+from genrec_dist.text import encode_histories
 
 REQUESTS_AT_ONCE = 256
 """Requests that are decoded in one batch, of one caller or of many."""

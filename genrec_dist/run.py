@@ -13,9 +13,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from genrec_dist.batch import Layout
 from genrec_dist.beam import TrieSearcher
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
+from genrec_dist.text import Layout
 from genrec_dist.tokens import VOCABULARY_FILE, ItemTexts, WordTable, build_words, load_vocabulary, trim
 from genrec_dist.trie import TRIE_FILE, Trie, build_trie, hash_of_words, load_trie
 
@@ -57,6 +57,8 @@ def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
         max_tokens=config.max_input_tokens,
         user_ids=config.num_users > 0,
         positions=config.encoder_positions,  # type: ignore[arg-type]
+        unit=config.encoder_unit,  # type: ignore[arg-type]
+        causal=config.encoder_attention == "causal",
     )
 
 

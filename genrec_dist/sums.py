@@ -6,8 +6,9 @@ import dataclasses
 
 from genrec_kernels import Rows, SumPlan, plan_sum
 
-from genrec_dist.batch import EncoderInput, RankStep
+from genrec_dist.batch import RankStep
 from genrec_dist.model import POSITION_OFFSET, GenRecConfig
+from genrec_dist.text import EncoderInput
 
 
 def plan_sums(step: RankStep, config: GenRecConfig) -> RankStep:

@@ -17,9 +17,10 @@ from genrec_shards.keyed import mixed_key
 from genrec_shards.sequences import SplitView
 from torch import Tensor
 
-from genrec_dist.batch import Batch, RankStep, ragged
+from genrec_dist.batch import Batch, RankStep
 from genrec_dist.model import FetchedRows, GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.ranks import Ranks
+from genrec_dist.text import ragged
 
 Kind = Literal["user", "item"]
 

@@ -132,6 +132,8 @@ class Agreed:
     """What the ranks know of a step together."""
 
     target_tokens: int
+    targets: int
+    """Decoder rows."""
     samples: int
     padding_samples: int
     samples_digest: str
@@ -298,7 +300,11 @@ class Loop:
         loss = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(micro_batches):
             with self.engine.micro_step(last=number == len(micro_batches) - 1):
-                summed = self.engine.loss(batch.to(self.accelerator.device), stage.label_smoothing)
+                summed = self.engine.loss(
+                    batch.to(self.accelerator.device),
+                    stage.label_smoothing,
+                    agreed.target_tokens / max(agreed.targets, 1),
+                )
                 # By the step's tokens, not the micro-batch's: the gradient does not depend on how the step is cut.
                 part = summed / max(agreed.target_tokens, 1)
                 self.engine.backward(part)
@@ -321,15 +327,17 @@ class Loop:
         """What all ranks have to know of the step before it: they divide by the same tokens and stop at the same step."""
         mine = [
             share.num_target_tokens,
+            share.num_targets,
             share.num_samples,
             share.num_padding,
             share.samples_digest,
             len(share.micro_batches),
             self.stop.number,
         ]
-        tokens, samples, padding, digests, micro_steps, stops = zip(*self.ranks.exchange(mine), strict=True)
+        tokens, targets, samples, padding, digests, micro_steps, stops = zip(*self.ranks.exchange(mine), strict=True)
         return Agreed(
             target_tokens=sum(tokens),
+            targets=sum(targets),
             samples=sum(samples),
             padding_samples=sum(padding),
             samples_digest=f"{sum(digests) % 2**64:016x}",
@@ -395,7 +403,10 @@ class Loop:
         ):
             # Under a thousand users the loss is steady enough for a curve.
             loss = history_loss(model, self.workshop.layout, view, users_U[:1000], self.ranks)
-            decoding = Decoding(beam=self.recipe.validation.beam, exclude_history=model.config.exclude_history)
+            validation = self.recipe.validation
+            decoding = Decoding(
+                beam=validation.beam, mode=validation.decode, exclude_history=model.config.exclude_history
+            )
             # Made anew each time: a searcher holds rows of the weights, and amid ZeRO-3 a model has none of its own.
             searcher = TrieSearcher(model, self.trie, self.accelerator.device)
             counts = target_histogram(searcher, self.workshop.layout, view, users_U, decoding, self.ranks)

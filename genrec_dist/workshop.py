@@ -17,7 +17,7 @@ from genrec_shards.prepare import Dataset, load_dataset
 from genrec_shards.read import ShardReader
 from torch.utils.data import Dataset as TorchDataset
 
-from genrec_dist.batch import Layout, RankStep, make_step
+from genrec_dist.batch import RankStep, make_step
 from genrec_dist.loss import target_loss
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration, build_model
 from genrec_dist.ranks import Ranks
@@ -25,6 +25,7 @@ from genrec_dist.recipe import Recipe, Stage
 from genrec_dist.run import make_layout
 from genrec_dist.sums import plan_sums
 from genrec_dist.tables import IdTables, plan_ids
+from genrec_dist.text import Layout
 from genrec_dist.tokens import WordTable, build_words, load_tokenizer, mask_tokens, train_tokenizer, trim
 
 
@@ -86,6 +87,8 @@ class StepBatches(TorchDataset[RankStep]):
             epoch=here.first_epoch + epoch,
             micro_batch_tokens=self.recipe.micro_batch_tokens,
             packed=self.packed,
+            all_prefixes=here.stage.targets == "all-prefixes",
+            ask_items=self.recipe.model.item_loss > 0,
         )
         if self.ids_outside is not None:
             share = plan_ids(share, self.ids_outside)
@@ -103,7 +106,7 @@ def plan_stages(recipe: Recipe, reader: ShardReader) -> list[StageSteps]:
     for name, stage in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune)):
         if stage.epochs == 0:
             continue
-        space: Space = "user" if stage.targets == "mask" else stage.targets
+        space: Space = "user" if stage.targets in ("mask", "all-prefixes") else stage.targets  # type: ignore[assignment]
         plan = Plan(
             reader.lengths,
             reader.manifest.users_per_record,
@@ -205,7 +208,9 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     batches = share.micro_batches
     with torch.inference_mode():
         first = batches[-1]
-        logits, labels = model.target_logits(first.encoder, first.encoder_row, first.decoder_input_ids, first.labels)
+        logits, labels = model.target_logits(
+            first.encoder, first.encoder_row, first.decoder_input_ids, first.labels, first.visible
+        )
         loss = float(target_loss(logits, labels, first.num_target_tokens))
     return {
         "users": workshop.words.num_users,

@@ -22,13 +22,14 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from genrec_dist.batch import Batch, EncoderInput
+from genrec_dist.batch import Batch
 from genrec_dist.engine import Replicated, Spread, make_accelerator, make_engine
 from genrec_dist.memory import build_config
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.optim import AveragedWeights
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import load_recipe
+from genrec_dist.text import EncoderInput
 
 USERS, ITEMS = 3000, 2000
 
@@ -120,7 +121,7 @@ def batch() -> Batch:
         torch.randint(0, ITEMS + 1, (4, 16)),
     )
     labels = torch.randint(5, 6000, (4, 4))
-    return Batch(encoder, torch.arange(4), labels, labels, 4, 16, 80, 80)
+    return Batch(encoder, torch.arange(4), labels, labels, 4, 16, 4, 80, 80)
 
 
 def watch_buckets(engine: Any) -> dict[int, torch.UntypedStorage]:

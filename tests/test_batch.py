@@ -14,12 +14,9 @@ from genrec_dist.batch import (
     IGNORED,
     WORTH_A_CUT,
     Batch,
-    EncoderInput,
-    Layout,
     choose_targets,
     cut,
     cut_packed,
-    encode_histories,
     idle_batch,
     make_step,
     target_batch,
@@ -27,6 +24,7 @@ from genrec_dist.batch import (
 from genrec_dist.mask import STRATEGIES
 from genrec_dist.model import build_model
 from genrec_dist.recipe import Mask, Model
+from genrec_dist.text import EncoderInput, Layout, encode_histories
 from genrec_dist.tokens import build_words, item_text, mask_tokens, train_tokenizer, user_text
 
 NUM_MASKS = 4
@@ -333,7 +331,7 @@ def test_histories_to_decode_are_written_as_finetuning_writes_them(histories, us
     encoder = encode_histories(items, offsets, np.array(users), where)
     known = [user if user >= 0 and user_ids else None for user in users]
     expected = [(sentence(user, [*row, "<mask>"], where), ()) for user, row in zip(known, histories, strict=True)]
-    batch = Batch(encoder, torch.zeros(0), torch.zeros(0), torch.zeros(0), 0, 0, 0, 0)
+    batch = Batch(encoder, torch.zeros(0), torch.zeros(0), torch.zeros(0), 0, 0, 0, 0, 0)
     assert read_back([batch]) == expected
     asked = target_batch(encoder, np.arange(len(histories)), where)
     assert [rows for _, rows in read_back([asked])] == [(decoder_row("<mask>", [i]),) for i in range(len(histories))]

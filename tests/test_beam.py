@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from genrec_dist import trie_walk
-from genrec_dist.batch import EncoderInput, Layout, encode_histories
 from genrec_dist.beam import TrieSearcher
 from genrec_dist.decoder import DecoderState
 from genrec_dist.model import GenRecForConditionalGeneration, build_model
 from genrec_dist.recipe import Model
+from genrec_dist.text import EncoderInput, Layout, encode_histories
 from genrec_dist.tokens import WordTable
 from genrec_dist.trie import build_trie
 from genrec_dist.trie_walk import best_of, best_static, num_open_beams

@@ -17,10 +17,10 @@ from genrec_shards.write import write_shards
 from transformers.modeling_outputs import BaseModelOutput
 from two_ranks import environment
 
-from genrec_dist.batch import EncoderInput, encode_histories, ragged
 from genrec_dist.beam import TopItems
 from genrec_dist.recipe import load_recipe
 from genrec_dist.run import LoadedRun, load_run
+from genrec_dist.text import EncoderInput, encode_histories, ragged
 
 pytestmark = [pytest.mark.slow, pytest.mark.data, pytest.mark.timeout(3000)]
 

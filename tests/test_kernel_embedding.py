@@ -15,13 +15,14 @@ from genrec_kernels.plan import CHUNK
 from torch import Tensor
 from torch.nn import functional as F
 
-from genrec_dist.batch import Batch, EncoderInput, RankStep
+from genrec_dist.batch import Batch, RankStep
 from genrec_dist.loss import target_loss
 from genrec_dist.model import GenRecForConditionalGeneration, build_model
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Model
 from genrec_dist.sums import plan_sums
 from genrec_dist.tables import IdTables, plan_ids
+from genrec_dist.text import EncoderInput
 
 NATIVE = torch.cuda.is_available()
 DEVICE = "cuda" if NATIVE else "cpu"

@@ -13,7 +13,7 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
-from genrec_dist.batch import IGNORED, EncoderInput
+from genrec_dist.batch import IGNORED
 from genrec_dist.loss import target_loss
 from genrec_dist.model import (
     GenRecConfig,
@@ -25,6 +25,7 @@ from genrec_dist.model import (
 )
 from genrec_dist.optim import build_optimizer
 from genrec_dist.recipe import Model, Optimizer
+from genrec_dist.text import EncoderInput
 
 logging.set_verbosity_error()
 
@@ -263,9 +264,9 @@ def test_rows_of_a_ragged_batch_are_what_they_are_alone(attention):
     together, _ = model.target_logits(encoder, torch.arange(3), inputs, labels)
     alone = []
     for row, (length, target_length) in enumerate(zip(lengths, target_lengths, strict=True)):
-        parts = (getattr(encoder, name)[row : row + 1, :length] for name in EncoderInput.__dataclass_fields__)
+        part = encoder.map(lambda values, row=row, length=length: values[row : row + 1, :length])
         window = (slice(row, row + 1), slice(target_length))
-        logits, _ = model.target_logits(EncoderInput(*parts), torch.arange(1), inputs[window], labels[window])
+        logits, _ = model.target_logits(part, torch.arange(1), inputs[window], labels[window])
         alone.append(logits)
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-10, rtol=0)
 
@@ -275,8 +276,7 @@ def test_decoder_rows_that_share_a_sentence_read_it_as_if_it_were_repeated():
     rows = torch.tensor([0, 0, 1, 2, 2])
     encoder, (inputs, labels) = make_input(), make_targets(lengths=(3, 1, 4, 2, 4))
     shared, _ = model.target_logits(encoder, rows, inputs, labels)
-    repeated = EncoderInput(*(getattr(encoder, name)[rows] for name in EncoderInput.__dataclass_fields__))
-    expected, _ = model.target_logits(repeated, torch.arange(5), inputs, labels)
+    expected, _ = model.target_logits(encoder.map(lambda values: values[rows]), torch.arange(5), inputs, labels)
     torch.testing.assert_close(shared, expected, atol=1e-10, rtol=0)
 
 

@@ -27,12 +27,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from genrec_dist import beam as beam_module
 from genrec_dist import trie_walk
-from genrec_dist.batch import EncoderInput
 from genrec_dist.beam import TopItems
 from genrec_dist.bench.beam_world import EOS, MASK, PAD, VOCABULARY, Shape, World, make_users, spell, users_of
 from genrec_dist.bench.measure import Claim, in_turn, median, table
 from genrec_dist.bench.plain_beam import PlainSearcher
 from genrec_dist.bench.search_error import search_error
+from genrec_dist.text import EncoderInput
 from genrec_dist.tokens import WordTable
 from genrec_dist.trie import Trie, build_trie, hash_of_words, load_trie, restrict, save_trie
 

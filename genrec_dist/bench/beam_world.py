@@ -11,10 +11,11 @@ import torch
 from genrec_shards.sequences import Sequences
 from torch.nn import functional as F
 
-from genrec_dist.batch import IGNORED, EncoderInput, Layout, encode_histories, ragged, target_batch
+from genrec_dist.batch import IGNORED, target_batch
 from genrec_dist.beam import TrieSearcher
 from genrec_dist.model import GenRecForConditionalGeneration, build_model
 from genrec_dist.recipe import Model
+from genrec_dist.text import EncoderInput, Layout, encode_histories, ragged
 from genrec_dist.tokens import WordTable
 from genrec_dist.trie import build_trie
 

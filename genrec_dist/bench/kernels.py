@@ -25,7 +25,7 @@ from genrec_shards.write import write_shards
 from torch import Tensor
 from torch.nn import functional as F
 
-from genrec_dist.batch import Layout, RankStep, encode_histories, ragged
+from genrec_dist.batch import RankStep
 from genrec_dist.bench.beam_world import MOST_TOKENS, PAD, VOCABULARY, Users, make_users, make_words, users_of
 from genrec_dist.bench.measure import Claim, in_turn, median, table
 from genrec_dist.bench.rows import draw_ids
@@ -33,6 +33,7 @@ from genrec_dist.bench.stream import make_data
 from genrec_dist.engine import make_accelerator
 from genrec_dist.model import POSITION_OFFSET
 from genrec_dist.recipe import Recipe, load_recipe
+from genrec_dist.text import Layout, encode_histories, ragged
 from genrec_dist.train import Loop
 from genrec_dist.workshop import open_workshop, stage_of
 

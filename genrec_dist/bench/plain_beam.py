@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.bart.modeling_bart import BartAttention
 
-from genrec_dist.batch import EncoderInput
 from genrec_dist.beam import TopItems
 from genrec_dist.model import GenRecForConditionalGeneration
+from genrec_dist.text import EncoderInput
 from genrec_dist.trie import Trie
 
 NOTHING = float("-inf")

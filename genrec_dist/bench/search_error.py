@@ -11,11 +11,11 @@ import numpy as np
 from genrec_shards.prepare import Dataset
 from genrec_shards.sequences import Split
 
-from genrec_dist.batch import encode_histories, ragged
 from genrec_dist.beam import Mode
 from genrec_dist.metrics import TOP, metrics_from_histogram, rank_histogram, target_ranks
 from genrec_dist.results import sample_users
 from genrec_dist.run import LoadedRun
+from genrec_dist.text import encode_histories, ragged
 
 BEAMS = (20, 50)
 USERS_AT_ONCE = 50

@@ -20,7 +20,7 @@ from genrec_shards.keyed import mixed_key
 from genrec_shards.plan import Plan, StepSamples
 from genrec_shards.prepare import Dataset, load_dataset
 
-from genrec_dist.batch import Batch, Layout, RankStep, make_step
+from genrec_dist.batch import Batch, RankStep, make_step
 from genrec_dist.bench.trainer_peers import TokenizingCollate, TrainerRival, Words, pad_samples, samples_of
 from genrec_dist.engine import make_accelerator, make_engine
 from genrec_dist.evaluate import best_device
@@ -29,6 +29,7 @@ from genrec_dist.model import GenRecForConditionalGeneration, build_model, choos
 from genrec_dist.progress import peak_memory
 from genrec_dist.recipe import Recipe, load_recipe
 from genrec_dist.run import make_layout
+from genrec_dist.text import Layout
 from genrec_dist.tokens import build_words, mask_tokens, train_tokenizer, trim
 from genrec_dist.work import Work
 

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from genrec_dist.batch import IGNORED, EncoderInput
+from genrec_dist.batch import IGNORED
 from genrec_dist.model import POSITION_OFFSET, GenRecForConditionalGeneration, attention_bias
+from genrec_dist.text import EncoderInput
 
 Sample = dict[str, list[int]]
 """`input_ids`, `position_ids`, `user_rows`, `item_rows`, `labels`, `start` (the decoder's first token) of one sample."""
