@@ -78,24 +78,27 @@ def balanced_assignment(costs_NK: np.ndarray, capacity: int) -> np.ndarray:
         return np.zeros(num_rows, dtype=np.int64)
     step = max(float(costs_NK.max(initial=0)), 1e-300) * _STEP
     prices, bids = np.zeros(num_columns), np.zeros(num_rows)
-    owner = np.full(num_rows, -1)
+    members = [np.zeros(0, np.int64)] * num_columns
     waiting = np.arange(num_rows)
     while waiting.size:
         net = costs_NK[waiting] + prices
         here, wanted = np.arange(len(waiting)), net.argmin(axis=1)
         least = net[here, wanted]
         net[here, wanted] = np.inf
-        owner[waiting] = wanted
         bids[waiting] = prices[wanted] + (net.min(axis=1) - least) + step
+        by_column = np.argsort(wanted, kind="stable")
+        columns, firsts = np.unique(wanted[by_column], return_index=True)
         lost = []
-        for column in np.flatnonzero(np.bincount(wanted)):
-            rows = np.flatnonzero(owner == column)
+        for column, bidders in zip(columns.tolist(), np.split(waiting[by_column], firsts[1:]), strict=True):
+            rows = np.sort(np.concatenate([members[column], bidders]))
             if len(rows) >= capacity:
                 rows = rows[np.argsort(-bids[rows], kind="stable")]
                 prices[column] = bids[rows[capacity - 1]]
                 lost.append(rows[capacity:])
+            members[column] = rows[:capacity]
         waiting = np.sort(np.concatenate([*lost, np.zeros(0, np.int64)]))
-        owner[waiting] = -1
+    owner = np.empty(num_rows, dtype=np.int64)
+    owner[np.concatenate(members)] = np.repeat(np.arange(num_columns), [len(rows) for rows in members])
     return owner
 
 
