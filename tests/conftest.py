@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 from genrec_shards.prepare import prepare
 from genrec_shards.write import write_shards
@@ -24,6 +23,11 @@ pretrain: {epochs: 1, batch_size: 40}
 finetune: {epochs: 1, batch_size: 40, learning_rate: 3.0e-3}
 validation: {users: 50, patience: 0}
 """
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are named by their argument: gzip writes down the second, and all workers have to collect the same names."""
+    return argname if isinstance(val, bytes) else None
 
 
 def tiny_log() -> str:
@@ -49,10 +53,17 @@ def tiny_run(tiny_data: Path) -> Path:
     """A run of a few steps, trained in a process of its own. Copy it before writing into it."""
     run, recipe = tiny_data.parent / "run", tiny_data.parent / "recipe.yaml"
     recipe.write_text(f"data: {tiny_data}\nrun: {run}\n{TINY_RECIPE}", encoding="utf-8")
-    command = [sys.executable, "-m", "genrec_dist.train", str(recipe)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    done = forked.run(["-m", "genrec_dist.train", recipe], environment(), timeout=300)
     assert done.returncode == 0, done.stderr
     return run
+
+
+@pytest.fixture
+def tiny_recipe(tiny_data: Path, tmp_path: Path) -> Path:
+    """A recipe of such a run, which goes to `run` beside it."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"data: {tiny_data}\nrun: {tmp_path / 'run'}\n{TINY_RECIPE}", encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from all_users_rank import WAYS
 from genrec_shards.prepare import Dataset, load_dataset, prepare
-from two_ranks import environment, run_ranks
+from two_ranks import environment, start_each
 
 from genrec_dist.all_users import ListsFile, recommend_all
 from genrec_dist.evaluate import Window
@@ -141,8 +140,8 @@ def test_other_data_is_refused(recommender: Recommender, dataset: Dataset, tmp_p
 def alone(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process writes."""
     out = tmp_path_factory.mktemp("alone")
-    command = [sys.executable, str(SCRIPT), str(tiny_run), str(tiny_data), str(out)]
-    subprocess.run(command, env=environment(), check=True, timeout=300, stdout=subprocess.DEVNULL)
+    done = forked.run([SCRIPT, tiny_run, tiny_data, out], environment(), timeout=300)
+    assert done.returncode == 0, done
     return out
 
 
@@ -152,11 +151,11 @@ def test_any_number_of_ranks_writes_the_same_bytes(
     alone: Path, tiny_run: Path, tiny_data: Path, tmp_path: Path, num_ranks: int
 ) -> None:
     """Real gloo ranks; numbers of batches that 2 and 3 do not divide, and one batch for all ranks."""
-    done = run_ranks([SCRIPT, tiny_run, tiny_data, tmp_path / "out"], tmp_path / "logs", num_ranks, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "120 users, 64 items to choose from" in done.stdout[0]
-    assert done.stdout[0].count("\n") == 1
-    assert done.stdout[1:] == [""] * (num_ranks - 1)  # rank 0 alone speaks
+    done = start_each([SCRIPT, tiny_run, tiny_data, tmp_path / "out"], tmp_path / "logs", num_ranks, timeout=300)
+    assert not any(rank.returncode for rank in done), done
+    assert "120 users, 64 items to choose from" in done[0].stdout
+    assert done[0].stdout.count("\n") == 1
+    assert not any(rank.stdout for rank in done[1:])  # rank 0 alone speaks
     files = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.parquet"))
     assert {file.parts[0] for file in files} == {*WAYS, "command"}
     assert files == sorted(path.relative_to(alone) for path in alone.rglob("*") if path.is_file())
@@ -169,9 +168,8 @@ def test_a_place_that_cannot_be_written_ends_all_ranks(tiny_run: Path, tmp_path:
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "inside"
     command = ["-m", "genrec_dist.cli", "recommend", tiny_run, "--all-users", "--out", out]
-    done = run_ranks(command, tmp_path / "logs", timeout=300)
-    assert done.returncode != 0
-    for said in done.stderr:
-        (line,) = [line for line in said.splitlines() if line.startswith("genrec: ")]
+    for rank in start_each(command, tmp_path / "logs", timeout=300):
+        assert rank.returncode == 1
+        (line,) = [line for line in rank.stderr.splitlines() if line.startswith("genrec: ")]
         assert str(tmp_path / "file") in line
-        assert "Traceback" not in said
+        assert "Traceback" not in rank.stderr

@@ -19,7 +19,7 @@ from rows_rank import DIM, KEY, KINDS, NUM_ROWS, RATE, STD, gradient_of, rows_of
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from two_ranks import run_ranks
+from two_ranks import start_each
 
 SCRIPT = Path(__file__).parent / "rows_rank.py"
 
@@ -367,8 +367,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
         out = base / str(num_ranks)
         out.mkdir()
         saved = [alone, four, *(result.folder for result in results.values())]
-        ranks = run_ranks([SCRIPT, out, *saved], base / f"logs-{num_ranks}", num_ranks)
-        assert ranks.returncode == 0, ranks.stderr
+        ranks = start_each([SCRIPT, out, *saved], base / f"logs-{num_ranks}", num_ranks)
+        assert not any(rank.returncode for rank in ranks), ranks
         results[num_ranks] = Found(out, num_ranks)
     return results
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 from faulty_server import serving
 from genrec_shards.prepare import load_dataset, prepare
@@ -19,7 +18,7 @@ from genrec_shards.write import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stream_rank import Seen, items_by_tokens, read_back, walk
-from two_ranks import environment, run_ranks
+from two_ranks import environment, start_each
 
 from genrec_dist.recipe import dump_recipe, load_recipe
 from genrec_dist.workshop import StepBatches, Workshop, open_workshop
@@ -153,8 +152,8 @@ def test_real_ranks_take_the_same_steps(workshop: Workshop, reference: list[Seen
         (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
         script = Path(__file__).with_name("stream_rank.py")
         env = environment(GENREC_CACHE=str(tmp_path / "cache"))
-        done = run_ranks([script, tmp_path / "recipe.yaml", tmp_path], tmp_path / "logs", world, timeout=300, env=env)
-        assert done.returncode == 0, done.stderr
+        done = start_each([script, tmp_path / "recipe.yaml", tmp_path], tmp_path / "logs", world, timeout=300, env=env)
+        assert not any(rank.returncode for rank in done), done
         records = [request for request in server.requests if request[1]]
         assert len(records) == len(set(records)) == (workshop.reader.num_records if world == 3 else 0)
     reports = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(world)]
@@ -182,10 +181,8 @@ def test_a_server_that_fails_in_the_middle_ends_the_run_in_one_line(
         (tmp_path / "recipe.yaml").write_text(
             dump_recipe(replace(workshop.recipe, shards=shards, run=str(run), workers=workers))
         )
-        done = subprocess.run(
-            [sys.executable, "-m", "genrec_dist.cli", "train", str(tmp_path / "recipe.yaml")],
-            env=environment(GENREC_CACHE=str(tmp_path / "cache")), capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
+        command = ["-m", "genrec_dist.cli", "train", tmp_path / "recipe.yaml"]
+        done = forked.run(command, environment(GENREC_CACHE=str(tmp_path / "cache")), timeout=120)
     assert done.returncode == 1
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("genrec:")]
     assert line.startswith(f"genrec: {shards}/shard-000003.tar: record ")

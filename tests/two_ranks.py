@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from forked import Started
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -62,32 +64,27 @@ def run_ranks(
 def start_each(
     arguments: list[str | Path],
     logs: Path,
-    num_ranks: int,
+    num_ranks: int = 2,
     timeout: float = 120,
     env: dict[str, str] | None = None,
 ) -> list[subprocess.CompletedProcess[str]]:
-    """As `run_ranks`, each rank started by itself as srun does: no agent ends the others when one is gone. Index = rank."""
+    """Each rank started by itself as srun does: no agent ends the others when one is gone. Index = rank.
+
+    What a launcher has no part in is tested by these: forked, they are there at once.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(num_ranks)}
-    command = [sys.executable, *map(str, arguments)]
-    processes: list[subprocess.Popen[bytes]] = []
+    meeting["LOCAL_WORLD_SIZE"] = meeting["WORLD_SIZE"]
+    started: list[Started] = []
+    deadline = time.monotonic() + timeout
     try:
         for rank in range(num_ranks):
-            with open(logs / f"{rank}.out", "wb") as out, open(logs / f"{rank}.err", "wb") as err:
-                own = (env or environment()) | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                processes.append(subprocess.Popen(command, env=own, stdout=out, stderr=err))
-        deadline = time.monotonic() + timeout
-        codes = [process.wait(timeout=max(0.1, deadline - time.monotonic())) for process in processes]
+            own = (env or environment()) | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(Started(arguments, logs / f"{rank}.out", logs / f"{rank}.err", own))
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in started]
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
-            process.wait()
-    return [
-        subprocess.CompletedProcess(
-            command, code, (logs / f"{rank}.out").read_text(), (logs / f"{rank}.err").read_text()
-        )
-        for rank, code in enumerate(codes)
-    ]
 
 
 def _free_port() -> int:

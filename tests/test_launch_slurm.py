@@ -1,0 +1,153 @@
+"""The batch files of SLURM, under stand-ins for its two commands: signals, requeues, resumes and what cannot start."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from launching import LAUNCH, Cluster, cluster_in, ended, job_of_a_free_port, started, until
+
+# Trains nothing: writes down its arguments and keeps a run directory as the trainer does.
+FAKE = """#!/usr/bin/env bash
+echo "$GENREC_EXPECT | $*" >> accelerate.calls
+for word in "$@"; do case $word in run=*) run=${word#run=} ;; esac; done
+mkdir -p "$run"
+say() { echo "{\\"status\\": \\"$1\\", \\"pid\\": 1}" > "$run/status.json"; }
+trap 'mkdir -p "$run/checkpoints/step-3"; say stopped; exit 1' TERM
+say running
+if [ "$FATE" != wait ]; then say "$FATE"; [ "$FATE" = finished ]; exit; fi
+touch "$run/events.jsonl"
+while true; do sleep 0.1; done
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with cluster_in(tmp_path) as cluster:
+        yield cluster
+
+
+@pytest.mark.parametrize("name", ["one_node", "two_nodes"])
+def test_the_batch_files_ask_slurm_for_what_they_mean(name: str) -> None:
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", (LAUNCH / "slurm" / f"{name}.sbatch").read_text(), re.M))
+    assert "requeue" in asked
+    assert asked["signal"] == "B:USR1@120"
+    assert asked["ntasks-per-node"] == "1"  # accelerate starts the ranks of a node
+    assert asked["nodes"] == {"one_node": "1", "two_nodes": "2"}[name]
+    wait = re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", (LAUNCH / "slurm" / "job.sh").read_text())
+    assert wait is not None
+    assert 30 < int(wait[1]) < 120
+
+
+def test_a_job_starts_one_launcher_a_node(cluster: Cluster) -> None:
+    cluster.stub("accelerate", FAKE)
+    code, output = ended(
+        cluster.submit("two_nodes.sbatch", "demo", "a run", "--set", "seed=1", nodes=2, gpus=4, FATE="finished")
+    )
+    assert (code, output.strip()) == (0, "run a run: finished")
+    calls = cluster.calls("accelerate")
+    rank = [int(re.search(r"--machine_rank (\d)", call)[1]) for call in calls]  # type: ignore[index]
+    assert sorted(rank) == [0, 1]
+    assert calls[rank.index(1)] == (
+        "processes=8,device=gpu | launch --config_file launch/gpu_two_nodes.yaml --num_machines 2 --num_processes 8 "
+        "--main_process_ip 127.0.0.1 --main_process_port 20077 --machine_rank 1 "
+        "-m genrec_dist.train demo --set run=a run --set seed=1"
+    )
+
+
+def test_the_time_limit_queues_the_job_again_and_it_resumes(cluster: Cluster) -> None:
+    cluster.stub("accelerate", FAKE)
+    job = cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE="wait")
+    until(cluster.folder / "run" / "events.jsonl", job)
+    job.send_signal(signal.SIGUSR1)
+    code, output = ended(job)
+    assert (code, output.strip()) == (0, "run run: stopped after SIGUSR1")
+    assert cluster.calls("scontrol") == ["requeue 77"]
+    code, _ = ended(
+        cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE="finished", SLURM_RESTART_COUNT="1")
+    )
+    assert code == 0
+    first, second = cluster.calls("accelerate")
+    assert second == first + " --resume latest"
+
+
+def test_a_cancelled_job_saves_and_stays_away(cluster: Cluster) -> None:
+    cluster.stub("accelerate", FAKE)
+    job = cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE="wait")
+    until(cluster.folder / "run" / "events.jsonl", job)
+    job.terminate()
+    code, output = ended(job)
+    assert (code, output.strip()) == (143, "run run: stopped after SIGTERM")
+    assert cluster.calls("scontrol") == []
+
+
+def test_what_was_cut_off_before_a_checkpoint_makes_room(cluster: Cluster) -> None:
+    cluster.stub("accelerate", FAKE)
+    (cluster.folder / "run").mkdir()
+    (cluster.folder / "run" / "events.jsonl").write_text("{}\n")
+    code, _ = ended(
+        cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE="finished", SLURM_RESTART_COUNT="2")
+    )
+    assert code == 0
+    assert (cluster.folder / "run.cut-off-2" / "events.jsonl").exists()
+    assert "--resume" not in cluster.calls("accelerate")[0]
+
+
+def test_a_failed_run_fails_the_job(cluster: Cluster) -> None:
+    cluster.stub("accelerate", FAKE)
+    code, output = ended(cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE="failed"))
+    assert (code, output.strip()) == (1, "run run: failed")
+    assert cluster.calls("scontrol") == []
+
+
+@pytest.mark.parametrize("fault", ["no recipe", "no launch file"])
+def test_a_job_that_cannot_start_says_why(cluster: Cluster, fault: str) -> None:
+    if fault == "no recipe":
+        code, output = ended(cluster.submit("one_node.sbatch", nodes=1, gpus=2))
+        assert "usage: sbatch" in output
+    else:
+        code, output = ended(cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, LAUNCH_FILE="x.yaml"))
+        assert output.strip() == "x.yaml: no such launch file; submit the job from the repository"
+    assert code == 2
+
+
+def on_cpu(cluster: Cluster) -> str:
+    """The two nodes' ZeRO file for a machine without GPUs: all of it but the GPUs."""
+    text = (LAUNCH / "gpu_two_nodes_zero3.yaml").read_text()
+    assert "gpu_ids: all\n" in text
+    (cluster.folder / "launch" / "on_cpu.yaml").write_text(text.replace("gpu_ids: all\n", ""))
+    return "launch/on_cpu.yaml"
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_two_launchers_meet_save_at_the_time_limit_and_resume(cluster: Cluster, tiny_recipe: Path) -> None:
+    more = {"LAUNCH_FILE": on_cpu(cluster), "GENREC_EXPECT": "processes=2,zero=3,device=cpu"}
+    sets = ["--set", "finetune.epochs=60", "--set", "validation.every_epochs=60"]
+    job = cluster.submit(
+        "two_nodes.sbatch", tiny_recipe, "run", *sets, nodes=2, gpus=1, SLURM_JOB_ID=job_of_a_free_port(), **more
+    )
+    until(cluster.folder / "run" / "checkpoints", job)
+    job.send_signal(signal.SIGUSR1)
+    code, output = ended(job)
+    assert code == 0, output[-3000:]
+    assert output.strip().endswith("run run: stopped after SIGUSR1")
+    assert len(cluster.calls("scontrol")) == 1
+    stopped_at = json.loads((cluster.folder / "run" / "status.json").read_text())["step"]
+    more["SLURM_RESTART_COUNT"] = "1"
+    job = cluster.submit(
+        "two_nodes.sbatch", tiny_recipe, "run", *sets, nodes=2, gpus=1, SLURM_JOB_ID=job_of_a_free_port(), **more
+    )
+    code, output = ended(job)
+    assert code == 0, output[-3000:]
+    start = started(cluster.folder / "run")
+    assert (start["processes"], start["distributed_type"]) == (2, "DistributedType.DEEPSPEED")
+    events = [json.loads(line) for line in (cluster.folder / "run" / "events.jsonl").read_text().splitlines()]
+    assert [event["resumed_from"] for event in events if event["event"] == "start"] == [
+        None,
+        f"run/checkpoints/step-{stopped_at:08d}",
+    ]
