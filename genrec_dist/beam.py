@@ -175,7 +175,9 @@ class TrieSearcher:
         candidates_BC = both(scores_BN, listed_BN, beam)
         paths_BCT = torch.where(candidates_BC[..., None] >= 0, self.paths[candidates_BC], self.levels.nowhere)
         spoken_BC = score_candidates(self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, paths_BCT)
-        mixed_BC = spoken_BC + item_weight * scores_BN.gather(1, candidates_BC.clamp(min=0))
+        named_BC = scores_BN.gather(1, candidates_BC.clamp(min=0))
+        # Also with a weight of 0, which makes no number of -inf.
+        mixed_BC = (spoken_BC + item_weight * named_BC).masked_fill(named_BC == NOTHING, NOTHING)
         best_BN, _, places_BN = best_of(mixed_BC, lambda places: self.item_node[candidates_BC.gather(1, places)], top)
         return _as_lists(best_BN, candidates_BC.gather(1, places_BN), top)
 

@@ -30,6 +30,8 @@ class DecoderState:
         """`static`: project padding too, whose number is a value; otherwise the encoder's real tokens alone."""
         self.model = model
         self.mask_B11L = memory_mask_BL[:, None, None]
+        with_state = model.config.decoder_start == "state"
+        self.start_BD = model.masked_states(memory_BLD, memory_mask_BL) if with_state else None
         layers = model.model.decoder.layers
         real_n = None if static else memory_mask_BL.flatten().nonzero()[:, 0]
         if real_n is None or len(real_n) == memory_mask_BL.numel():
@@ -48,7 +50,7 @@ class DecoderState:
     def start(self, prefix_P: Tensor) -> Tensor:
         """Take in the tokens that every beam of every user begins with; decoder states behind each, float [B, P, D]."""
         num_users = len(self.mask_B11L)
-        hidden_BPD = self._embed(prefix_P).expand(num_users, -1, -1)
+        hidden_BPD = self._embed(prefix_P, self.start_BD).expand(num_users, -1, -1)
         for number, layer in enumerate(self.model.model.decoder.layers):
             attention = layer.self_attn
             keys, values = _keys_and_values(attention, hidden_BPD)
@@ -80,12 +82,16 @@ class DecoderState:
         other.follow(parent_BK)
         return other
 
-    def _embed(self, tokens: Tensor) -> Tensor:
-        """Tokens of one position a column of [P], or of one position in all of [B, K]."""
+    def _embed(self, tokens: Tensor, start_BD: Tensor | None = None) -> Tensor:
+        """Tokens of one position a column of [P], or of one position in all of [B, K]. `start_BD`: added to the first column."""
         decoder = self.model.model.decoder
         first = POSITION_OFFSET + self.num_tokens
         last = first + (len(tokens) if tokens.dim() == 1 else 1)
-        return decoder.layernorm_embedding(decoder.embed_tokens(tokens) + decoder.embed_positions.weight[first:last])
+        embedded = decoder.embed_tokens(tokens) + decoder.embed_positions.weight[first:last]
+        if start_BD is not None:
+            rest_BPD = embedded[1:].expand(len(start_BD), -1, -1)
+            embedded = torch.cat([(embedded[0] + start_BD)[:, None], rest_BPD], 1)
+        return decoder.layernorm_embedding(embedded)
 
     def _finish_layer(self, layer: BartDecoderLayer, number: int, hidden_BKD: Tensor, mixed_BKD: Tensor) -> Tensor:
         """The layer after its self-attention has mixed values."""

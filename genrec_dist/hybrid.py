@@ -21,9 +21,7 @@ def item_log_probabilities(model: GenRecForConditionalGeneration, memory_BLD: Te
     """
     if not model.config.item_loss:
         raise ValueError("this model has no item head: train with model.item_loss above 0, or decode in another mode")
-    users_B = torch.arange(len(memory_BLD), device=memory_BLD.device)
-    behind = 1 if model.config.encoder_attention == "causal" else 2
-    masked_BD = memory_BLD[users_B, mask_BL.sum(1) - behind]
+    masked_BD = model.masked_states(memory_BLD, mask_BL)
     # As the decoder's head: rounded logits would tie.
     with torch.autocast(memory_BLD.device.type, enabled=False):
         return model.item_logits(masked_BD.to(model.head_weight.dtype)).log_softmax(-1)

@@ -37,6 +37,7 @@ class GenRecConfig(BartConfig):
     terms alone. encoder_positions: "from-start" (BART) or "from-end". max_input_tokens: where the text is cut.
     numbering_hash: the numbering this model speaks. exclude_history: whether its lists leave out the history by default.
     encoder_unit: "subword" or "item", what an encoder position stands for. encoder_attention: "bidirectional" or "causal".
+    decoder_start: "mask" or "state", what the decoder's first input is.
     item_loss: weight of the item head; 0: there is none. id_dim: width of the id tables, then projected to d_model; 0: d_model, no
     projection. ids_outside: the tables live outside the model (`tables.py`), which sees the rows of a step alone; never so in
     what is saved as `best`. spoken_tokens: the first so many tokens share the probability, the others are read alone (a trimmed
@@ -51,6 +52,7 @@ class GenRecConfig(BartConfig):
     encoder_positions: str = "from-start"
     encoder_unit: str = "subword"
     encoder_attention: str = "bidirectional"
+    decoder_start: str = "mask"
     item_loss: float = 0.0
     num_masks: int = 1
     max_input_tokens: int = 512
@@ -168,13 +170,27 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             hidden_BLD = layer(hidden_BLD, bias)
         return hidden_BLD
 
-    def decode(self, decoder_input_ids_RT: Tensor, memory_RLD: Tensor, memory_mask_RL: Tensor) -> Tensor:
-        """Decoder states of whole target sequences, float [R, T, D].
+    def masked_states(self, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """The encoder's states at the [MASK] behind each history, [B, D]; of a causal encoder at its last token."""
+        behind = 1 if self.config.encoder_attention == "causal" else 2
+        users_B = torch.arange(len(memory_BLD), device=memory_BLD.device)
+        return memory_BLD[users_B, mask_BL.sum(1) - behind]
+
+    def decode(
+        self,
+        decoder_input_ids_RT: Tensor,
+        memory_RLD: Tensor,
+        memory_mask_RL: Tensor,
+        start_RD: Tensor | None = None,
+    ) -> Tensor:
+        """Decoder states of whole target sequences, float [R, T, D]. `start_RD`: added to the first input of each.
 
         Rows are padded on the right, so causality alone keeps padding out of sight.
         """
         bart = self.model.decoder
         hidden_RTD = bart.embed_tokens(decoder_input_ids_RT) + bart.embed_positions(decoder_input_ids_RT)
+        if start_RD is not None:
+            hidden_RTD = torch.cat([hidden_RTD[:, :1] + start_RD[:, None], hidden_RTD[:, 1:]], 1)
         hidden_RTD = F.dropout(bart.layernorm_embedding(hidden_RTD), bart.dropout, self.training)
         num_tokens = decoder_input_ids_RT.shape[1]
         causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=hidden_RTD.device).tril()
@@ -203,9 +219,12 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         decoder_input_ids_RT: Tensor,
         labels_RT: Tensor,
         visible_R: Tensor | None = None,
+        places_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(logits float [n, V], labels int64 [n]) of the label tokens alone: padding never reaches the head."""
-        hidden_nD, labels_n = self.target_states(encoder, encoder_row_R, decoder_input_ids_RT, labels_RT, visible_R)
+        hidden_nD, labels_n = self.target_states(
+            encoder, encoder_row_R, decoder_input_ids_RT, labels_RT, visible_R, places_R
+        )
         return F.linear(hidden_nD, self.head_weight), labels_n
 
     def target_states(
@@ -215,9 +234,13 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         decoder_input_ids_RT: Tensor,
         labels_RT: Tensor,
         visible_R: Tensor | None = None,
+        places_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(decoder states float [n, D], labels int64 [n]) of the label tokens alone."""
-        return self._states_of(self.encode(encoder), encoder, encoder_row_R, decoder_input_ids_RT, labels_RT, visible_R)
+        """(decoder states float [n, D], labels int64 [n]) of the label tokens alone. `places_R`: of the rows' masks among the
+        encoder's tokens; None: the last of each."""
+        return self._states_of(
+            self.encode(encoder), encoder, encoder_row_R, decoder_input_ids_RT, labels_RT, visible_R, places_R
+        )
 
     def _states_of(
         self,
@@ -227,13 +250,19 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         decoder_input_ids_RT: Tensor,
         labels_RT: Tensor,
         visible_R: Tensor | None,
+        places_R: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        mask_BL = encoder.attention_mask
+        mask_BL, start_RD = encoder.attention_mask, None
+        if self.config.decoder_start == "state":
+            if places_R is not None:
+                start_RD = memory_BLD.flatten(0, 1)[places_R]
+            else:
+                start_RD = self.masked_states(memory_BLD, mask_BL)[encoder_row_R]
         if visible_R is not None or not _is_identity(encoder_row_R, len(memory_BLD)):
             memory_BLD, mask_BL = memory_BLD[encoder_row_R], mask_BL[encoder_row_R]
         if visible_R is not None:
             mask_BL = mask_BL & (torch.arange(mask_BL.shape[1], device=mask_BL.device) < visible_R[:, None])
-        hidden_RTD = self.decode(decoder_input_ids_RT, memory_BLD, mask_BL)
+        hidden_RTD = self.decode(decoder_input_ids_RT, memory_BLD, mask_BL, start_RD)
         learned_RT = labels_RT != IGNORED
         return hidden_RTD[learned_RT], labels_RT[learned_RT]
 
@@ -256,7 +285,12 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         return head_loss(query_RF, table_NF, asked.items_R[learned_R], label_smoothing, self.loss_by)
 
     def packed_states(
-        self, encoder: EncoderInput, packing: Packing, decoder_input_ids_m: Tensor, plan: SumPlan | None = None
+        self,
+        encoder: EncoderInput,
+        packing: Packing,
+        decoder_input_ids_m: Tensor,
+        plan: SumPlan | None = None,
+        places_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(decoder states of packed targets, float [m, D], encoder states, [n, D]): `encode` and `decode` in one."""
         bart = self.model
@@ -266,6 +300,10 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         memory_nD = lowered(hidden_nD)
         hidden_mD = bart.decoder.embed_tokens(decoder_input_ids_m)
         hidden_mD = hidden_mD + bart.decoder.embed_positions(None, position_ids=packing.positions_m)[0]
+        if self.config.decoder_start == "state":
+            assert places_R is not None
+            first_R = torch.from_numpy(packing.rows.offsets[: len(places_R)]).to(hidden_mD.device)
+            hidden_mD = hidden_mD.index_add(0, first_R, hidden_nD[places_R].to(hidden_mD.dtype))
         hidden_mD = drop(bart.decoder.layernorm_embedding(hidden_mD), bart.decoder.dropout, self.training)
         for layer in bart.decoder.layers:
             hidden_mD = self.runner.decode(layer, hidden_mD, memory_nD, packing)
@@ -300,6 +338,10 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         times as if its targets were tokens: `tokens_a_target`, of the whole step.
         """
         if labels is None:
+            if self.config.decoder_start == "state":
+                raise ValueError(
+                    "Hugging Face's decoding gives the decoder no state to start from: search with genrec_dist"
+                )
             if encoder_outputs is None:
                 encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids)
                 encoder_outputs = BaseModelOutput(last_hidden_state=self.encode(encoder))
@@ -314,7 +356,9 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids)
         if packing is not None:
             assert decoder_input_ids is not None
-            hidden_mD, memory = self.packed_states(encoder, packing, decoder_input_ids, plan)
+            hidden_mD, memory = self.packed_states(
+                encoder, packing, decoder_input_ids, plan, None if asked is None else asked.places_R
+            )
             learned_m = labels != IGNORED
             hidden_nD, labels_n = hidden_mD[learned_m], labels[learned_m]
         else:
@@ -322,9 +366,17 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
                 encoder_row = torch.arange(len(encoder.input_ids), device=encoder.input_ids.device)
             assert decoder_input_ids is not None
             memory = self.encode(encoder, plan)
-            hidden_nD, labels_n = self._states_of(memory, encoder, encoder_row, decoder_input_ids, labels, visible)
+            hidden_nD, labels_n = self._states_of(
+                memory,
+                encoder,
+                encoder_row,
+                decoder_input_ids,
+                labels,
+                visible,
+                None if asked is None else asked.places_R,
+            )
         loss = head_loss(hidden_nD, self.head_weight, labels_n, label_smoothing, self.loss_by)
-        if asked is None:
+        if asked is None or not self.config.item_loss:
             return loss
         return loss + self.config.item_loss * tokens_a_target * self.item_loss(memory, asked, label_smoothing)
 
@@ -511,6 +563,7 @@ def _common(
         "encoder_positions": model.positions,
         "encoder_unit": model.encoder_unit,
         "encoder_attention": model.encoder_attention,
+        "decoder_start": model.decoder_start,
         "item_loss": model.item_loss,
         "num_masks": num_masks,
         "max_input_tokens": model.max_tokens,

@@ -44,6 +44,9 @@ class Model:
     """Put the user's word in the text and its id in the sum. Off: items only."""
     item_ids: bool = True
     """Add the item's id embedding to each of its sub-words (the paper's IDEMB)."""
+    decoder_start: Literal["mask", "state"] = "mask"
+    """What the decoder's first input is. mask: the token of the mask it is to fill. state: that, plus the encoder's state at this
+    [MASK] (of a causal encoder: at the last item), which so reaches the output without going through cross-attention."""
     item_loss: float = 0.0
     """Weight, a target item, of a second head beside the decoder's loss a token: it names the item from the encoder's state at
     [MASK] by a softmax over the whole catalogue, whose rows are the item id table's. 0: no such head."""

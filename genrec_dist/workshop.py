@@ -88,7 +88,7 @@ class StepBatches(TorchDataset[RankStep]):
             micro_batch_tokens=self.recipe.micro_batch_tokens,
             packed=self.packed,
             all_prefixes=here.stage.targets == "all-prefixes",
-            ask_items=self.recipe.model.item_loss > 0,
+            ask_items=self.recipe.model.item_loss > 0 or self.recipe.model.decoder_start == "state",
         )
         if self.ids_outside is not None:
             share = plan_ids(share, self.ids_outside)
@@ -209,8 +209,9 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     with torch.inference_mode():
         first = batches[-1]
         logits, labels = model.target_logits(
-            first.encoder, first.encoder_row, first.decoder_input_ids, first.labels, first.visible
-        )
+            first.encoder, first.encoder_row, first.decoder_input_ids, first.labels, first.visible,
+            None if first.asked is None else first.asked.places_R,
+        )  # fmt: skip
         loss = float(target_loss(logits, labels, first.num_target_tokens))
     return {
         "users": workshop.words.num_users,

@@ -107,11 +107,13 @@ class World:
         longest = max(map(len, self.items)) + 1
         inputs = torch.tensor([[MASK, *item, *[PAD] * (longest - 1 - len(item))] for item in self.items])
         labels = torch.tensor([[*item, EOS, *[-1] * (longest - 1 - len(item))] for item in self.items])
-        scores = []
+        scores, copies = [], len(self.items)
         for row in range(len(histories)):
-            copies = len(self.items)
+            start = None
+            if self.model.config.decoder_start == "state":  # at [MASK], the last but </s>
+                start = memory[row, len(encoder.input_ids[row][encoder.attention_mask[row]]) - 2].expand(copies, -1)
             hidden = self.model.decode(
-                inputs, memory[row].expand(copies, -1, -1), encoder.attention_mask[row].expand(copies, -1)
+                inputs, memory[row].expand(copies, -1, -1), encoder.attention_mask[row].expand(copies, -1), start
             )
             logprobs = self.model.lm_head(hidden).log_softmax(-1)
             gained = logprobs.gather(2, labels.clamp(min=0)[..., None])[..., 0]

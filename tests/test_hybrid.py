@@ -136,9 +136,10 @@ def item_truth(world: World, histories: list[History]) -> np.ndarray:
     return np.stack(rows)
 
 
-def item_world(items: list[Word]) -> World:
-    model = sharp_model(num_items=len(items))
-    return World(items, with_item_head(model, 1.0))
+def item_world(items: list[Word], start: str = "mask") -> World:
+    model = with_item_head(sharp_model(num_items=len(items)), 1.0)
+    model.config.decoder_start = start
+    return World(items, model)
 
 
 @settings(max_examples=20, deadline=None)
@@ -155,17 +156,33 @@ def test_items_ranks_by_the_item_head_alone(items: list[Word], draws: list[Histo
 
 
 @settings(max_examples=30, deadline=None)
-@given(catalogues, histories_of, st.booleans(), st.sampled_from([0.0, 0.5, 2.0]))
-@example(PREFIXES, [[0, 3], [], [1, 1, 2]], True, 1.0)
+@given(catalogues, histories_of, st.booleans(), st.sampled_from([0.0, 0.5, 2.0]), st.sampled_from(["mask", "state"]))
+@example(PREFIXES, [[0, 3], [], [1, 1, 2]], True, 1.0, "state")
 def test_hybrid_with_a_wide_beam_is_the_weighted_sum_of_both(
-    items: list[Word], draws: list[History], exclude: bool, weight: float
+    items: list[Word], draws: list[History], exclude: bool, weight: float, start: str
 ) -> None:
     histories = [[draw % len(items) for draw in history] for history in draws]
-    world = item_world(items)
+    world = item_world(items, start)
     truth_BN = world.brute_force(histories) + weight * item_truth(world, histories)
     lists = world.search(
         histories, beam=world.widest_level, top=len(items), exclude=exclude, mode="hybrid", item_weight=weight
     )
+    for history, found, truth_N in zip(histories, lists, truth_BN, strict=True):
+        assert [item for item, _ in found] == best_first(truth_N, history if exclude else [])
+        np.testing.assert_allclose([score for _, score in found], truth_N[[item for item, _ in found]], rtol=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(catalogues, histories_of, st.booleans(), st.sampled_from(["exact", "all"]))
+@example(PREFIXES, [[0, 3], [], [1, 1, 2]], True, "exact")
+def test_a_decoder_that_starts_from_a_state_is_searched_as_it_is_trained(
+    items: list[Word], draws: list[History], exclude: bool, mode: str
+) -> None:
+    """Each user from her own state, also where users are padded, in all the ways to search."""
+    histories = [[draw % len(items) for draw in history] for history in draws]
+    world = item_world(items, "state")
+    truth_BN = world.brute_force(histories)
+    lists = world.search(histories, beam=world.widest_level, top=len(items), exclude=exclude, mode=mode)
     for history, found, truth_N in zip(histories, lists, truth_BN, strict=True):
         assert [item for item, _ in found] == best_first(truth_N, history if exclude else [])
         np.testing.assert_allclose([score for _, score in found], truth_N[[item for item, _ in found]], rtol=1e-6)
@@ -202,7 +219,13 @@ def test_items_that_are_not_allowed_are_not_listed() -> None:
 def test_a_run_with_an_item_head_trains_validates_by_it_and_is_loaded(tiny_recipe, tmp_path):
     recipe = load_recipe(
         tiny_recipe,
-        ["model.item_loss=0.5", "model.encoder_unit=item", "model.id_dim=8", "validation.decode=hybrid"],
+        [
+            "model.item_loss=0.5",
+            "model.encoder_unit=item",
+            "model.id_dim=8",
+            "model.decoder_start=state",
+            "validation.decode=hybrid",
+        ],
     )
     run = load_run(train(recipe))
     assert run.model.config.item_loss == 0.5

@@ -35,7 +35,7 @@ def causal(max_tokens=90, user_ids=True, unit="subword") -> Layout:
     return Layout(WORDS, PAD, max_tokens, user_ids, "from-start", unit, causal=True)
 
 
-def make_model(unit: str, user_ids: bool = True) -> GenRecForConditionalGeneration:
+def make_model(unit: str, user_ids: bool = True, start: str = "mask") -> GenRecForConditionalGeneration:
     torch.manual_seed(0)
     special = {
         "bos": TOKENIZER.bos_token_id, "pad": PAD, "eos": TOKENIZER.eos_token_id, "mask": mask_tokens(TOKENIZER, 1)[0],
@@ -43,6 +43,7 @@ def make_model(unit: str, user_ids: bool = True) -> GenRecForConditionalGenerati
     shape = Model(
         d_model=16, encoder_layers=2, decoder_layers=1, heads=2, ffn=32, max_tokens=90, init_std=0.2,
         encoder_unit=unit, encoder_attention="causal", item_loss=0.5, user_ids=user_ids,
+        decoder_start=start,
     )  # fmt: skip
     return build_model(
         shape,
@@ -85,11 +86,12 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.parametrize("start", ["mask", "state"])
 @pytest.mark.parametrize("where", LAYOUTS, ids=["wide", "tight", "items", "items-no-user"])
-def test_shared_samples_teach_what_samples_alone_do(where):
+def test_shared_samples_teach_what_samples_alone_do(where, start):
     """Loss and every gradient, packed and padded, also where histories are longer than what is read."""
     source = marked_sequences()
-    model = make_model(where.unit, where.user_ids)
+    model = make_model(where.unit, where.user_ids, start)
     alone = step_of(source, "every-prefix", where, every=False, packed=False).micro_batches
     loss, gradient = loss_and_gradient(model, alone)
     positions = sum(int(batch.encoder.attention_mask.sum()) for batch in alone)
@@ -103,10 +105,11 @@ def test_shared_samples_teach_what_samples_alone_do(where):
     assert sum(b.work.inputs for b in shared) < 0.8 * positions
 
 
-def test_the_padded_rows_are_those_of_a_model_asked_one_by_one():
+@pytest.mark.parametrize("start", ["mask", "state"])
+def test_the_padded_rows_are_those_of_a_model_asked_one_by_one(start):
     """Against the encoder input of evaluation: each history by itself, its next item asked."""
     source, where = marked_sequences(), causal()
-    model = make_model("subword")
+    model = make_model("subword", start=start)
     loss, _ = loss_and_gradient(model, step_of(source, "user", where, every=True, packed=True).micro_batches)
     total, tokens, named, targets = 0.0, 0, 0.0, 0
     for user, sequence in enumerate(source.sequences):
@@ -119,7 +122,8 @@ def test_the_padded_rows_are_those_of_a_model_asked_one_by_one():
                 [[*WORDS.tokens[WORDS.offsets[word] : WORDS.offsets[word + 1]].tolist(), TOKENIZER.eos_token_id]]
             )
             inputs = torch.cat([torch.tensor([[TOKENIZER.mask_token_id]]), label[:, :-1]], 1)
-            logits = model.decode(inputs, memory, encoder.attention_mask) @ model.head_weight.T
+            state = memory[:, -1] if start == "state" else None
+            logits = model.decode(inputs, memory, encoder.attention_mask, state) @ model.head_weight.T
             total += torch.nn.functional.cross_entropy(logits[0], label[0], reduction="sum").item()
             tokens += label.numel()
             named += torch.nn.functional.cross_entropy(
@@ -220,7 +224,7 @@ def test_an_idle_batch_goes_through_the_layers_and_teaches_nothing(packed):
 
 
 def test_a_padded_search_lists_what_each_user_alone_is_listed():
-    model, where = make_model("subword"), causal()
+    model, where = make_model("subword", start="state"), causal()
     searcher = TrieSearcher(model, build_trie(*WORDS.tokens_of_items()))
     histories = [[3, 1, 4, 5], [], [9]]
     items = np.array([item for history in histories for item in history], np.int32)
