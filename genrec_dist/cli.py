@@ -42,10 +42,11 @@ ExcludeOption = Annotated[
 
 
 DecodeOption = Annotated[
-    Literal["exact", "compact", "free", "all"],
+    Literal["exact", "compact", "free", "all", "items", "hybrid"],
     typer.Option(
         "--decode",
-        help="exact: the model's softmax; compact: over the items' tokens alone; free: no trie; all: every item scored.",
+        help="exact: the model's softmax; compact: over the items' tokens alone; free: no trie; all: every item scored; items: by "
+        "the item head (model.item_loss); hybrid: by both.",
     ),
 ]
 
@@ -198,6 +199,9 @@ def evaluate(
     beam: Annotated[int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)] = 20,
     top: Annotated[int, typer.Option(help="Length of the lists; metrics need 20.")] = 20,
     decode: DecodeOption = "exact",
+    item_weight: Annotated[
+        float, typer.Option(help="Of the item head in hybrid; choose it on validation.", min=0.0)
+    ] = 1.0,
     exclude_history: ExcludeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Users decoded at once.", min=1)] = 512,
     data: DataOption = None,
@@ -227,6 +231,7 @@ def evaluate(
             beam=beam,
             top=top,
             mode=decode,
+            item_weight=item_weight,
             batch_size=batch_size,
             exclude_history=_exclude(exclude_history, loaded.model.config.exclude_history),
         )

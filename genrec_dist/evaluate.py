@@ -28,6 +28,8 @@ from genrec_dist.results import Protocol, ResultsWriter
 from genrec_dist.run import LoadedRun
 from genrec_dist.text import Layout, encode_histories, ragged
 
+SYSTEMS = {"items": "genrec, item head", "hybrid": "genrec, hybrid"}
+"""What systems are called that are not ranked by the decoder alone."""
 WINDOW = 65_536
 """Users whose lists rank 0 holds at a time."""
 
@@ -275,6 +277,7 @@ def evaluate(
         exclude_history=decoding.exclude_history,
         beam=decoding.beam,
         decode=decoding.mode,
+        item_weight=decoding.item_weight if decoding.mode == "hybrid" else None,
     )
 
     alike = ranks.texts(f"{dataset.info.sequences_hash} {decoding}")
@@ -286,7 +289,13 @@ def evaluate(
         if not ranks.is_main:
             return None
         writer = ResultsWriter(
-            run.path, system="genrec", split=split, dataset=dataset, protocol=protocol, recipe=recipe, top=decoding.top
+            run.path,
+            system=SYSTEMS.get(decoding.mode, "genrec"),
+            split=split,
+            dataset=dataset,
+            protocol=protocol,
+            recipe=recipe,
+            top=decoding.top,
         )
         return files.enter_context(writer)
 

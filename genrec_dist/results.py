@@ -69,6 +69,8 @@ class Protocol:
     """Mode of decoding; None for systems without one."""
     users: str | dict[str, int] = "all"
     """all, or {"sample": n, "seed": s} as in `sample_users`."""
+    item_weight: float | None = None
+    """Weight of the item head's log-probability beside the decoder's; None for systems that do not add the two."""
 
     @classmethod
     def of(
@@ -80,10 +82,13 @@ class Protocol:
         beam: int | None = None,
         decode: str | None = None,
         users: str | dict[str, int] = "all",
+        item_weight: float | None = None,
     ) -> Protocol:
         """The protocol of a system on this data set, whose own fields are the data set's."""
         info = dataset.info
-        return cls(info.numbering, info.ties, info.split, trained_through, exclude_history, beam, decode, users)
+        return cls(
+            info.numbering, info.ties, info.split, trained_through, exclude_history, beam, decode, users, item_weight
+        )
 
 
 def sample_users(num_users: int, sample: int, seed: int) -> np.ndarray:
