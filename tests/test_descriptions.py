@@ -8,8 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from damage import damaged
 from genrec_shards.descriptions import read_descriptions, text_vectors
 from genrec_shards.sequences import DataError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 IDS = ["B1", "B2", "B3"]
 RECORDS = [
@@ -91,6 +94,46 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, name, content, message):
         read_descriptions(path, IDS)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+SCRAPS = st.sampled_from(
+    [b'{"asin": "B1", "title": "x"}', b"{'asin': 'B1', 'title': {'x', 'y'}}", b"asin,title", b"B1,x", b'"', b"\n", b"\r",
+     b"\x00", b"\xff", b"[[[", b"{", b"}", b"'", b",", b'"\\ud800"', b"1e999", b"9" * 5000, b"\xef\xbb\xbf", b"\x1f\x8b",
+     b"PAR1", b'{"asin": "B1", "title": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"asin": "B1", "title": "\\ud800"}']
+)  # fmt: skip
+
+
+def texts_or_message(path) -> list[str] | str:
+    try:
+        return read_descriptions(path, IDS).texts
+    except DataError as error:
+        return str(error)
+
+
+@given(
+    st.lists(SCRAPS | st.binary(max_size=8), max_size=9), st.sampled_from(["csv", "jsonl", "parquet"]), st.booleans()
+)
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_a_file_holds_it_is_read_or_told_in_one_line(tmp_path, scraps, kind, packed):
+    path = tmp_path / f"meta.{kind}"
+    path.write_bytes(gzip.compress(b"".join(scraps)) if packed else b"".join(scraps))
+    found = texts_or_message(path)
+    if isinstance(found, str):
+        assert found.startswith(f"{path}:")
+        assert "\n" not in found
+    else:
+        assert pa.array(found, pa.string()).to_pylist() == found
+        assert text_vectors(found, 4, seed=0).shape[0] == 3
+
+
+@given(st.data())
+@settings(
+    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_damaged_parquet_file_is_read_or_told_in_one_line(tmp_path, data):
+    whole = written(tmp_path, "parquet").read_bytes()
+    found = texts_or_message(damaged(whole, tmp_path / "damaged.parquet", data))
+    assert isinstance(found, list) or "\n" not in found
 
 
 def test_columns_that_are_not_there_are_named(tmp_path):

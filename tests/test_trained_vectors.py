@@ -4,8 +4,11 @@ import hashlib
 
 import numpy as np
 import pytest
+from damage import damaged
 from genrec_shards.sequences import DataError, sequences_from_ids
 from genrec_shards.trained_vectors import read_trained_vectors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 LOG = sequences_from_ids(["a", "b"], [4, 3], ["5", "3", "9", "1", "3", "7", "9"])
@@ -72,3 +75,18 @@ def test_what_is_no_such_file_is_named(tmp_path, content):
 def test_a_folder_is_named(tmp_path):
     with pytest.raises(DataError, match=str(tmp_path)):
         read_trained_vectors(tmp_path, LOG)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_file_is_read_or_told_in_one_line(tmp_path, data):
+    path = tmp_path / "items.safetensors"
+    save_file({"items": VALUES}, path, metadata=ORIGIN)
+    damaged(path.read_bytes(), path, data)
+    try:
+        found, message = read_trained_vectors(path, LOG).values, f"{path}: "
+    except DataError as error:
+        found, message = VALUES, str(error)
+    assert found.shape == (5, 2)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message

@@ -147,13 +147,20 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _text_of(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return " ".join(filter(None, map(_text_of, value)))
-    return str(value).strip()
+    """What a cell says; of lists and objects what is in them, in their order. No recursion: a line may be nested deeply."""
+    words, waiting = [], [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, dict):
+            waiting += reversed(part.values())
+        elif isinstance(part, list | tuple):
+            waiting += reversed(part)
+        elif isinstance(part, set):
+            waiting += sorted(map(str, part), reverse=True)
+        elif part is not None:
+            words.append(str(part).strip())
+    # JSON can spell half a surrogate pair, which is no text.
+    return " ".join(filter(None, words)).encode(errors="replace").decode()
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -178,8 +185,12 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 for record in batch.to_pylist():
                     number += 1
                     yield number, record
-    except pa.ArrowException as error:
-        raise DataError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]}): save it again") from None
+    except (pa.ArrowException, ValueError, OverflowError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        # Arrow tells damage as an OSError too, of several lines; and Python has no date for some of Arrow's.
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path}: not readable as Parquet ({reason}): save it again") from None
 
 
 def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
