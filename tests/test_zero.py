@@ -18,7 +18,7 @@ from genrec_shards.sequences import write_sequences
 from genrec_shards.synthetic import make_process
 from genrec_shards.write import write_shards
 from safetensors.torch import load_file
-from two_ranks import deepspeed_environment, run_ranks
+from two_ranks import deepspeed_environment, start_each
 from zero_rank import LISTS_WINDOW
 
 from genrec_dist.checkpoint import Checkpoint, list_checkpoints
@@ -70,6 +70,10 @@ class Results:
         return Checkpoint(list_checkpoints(self.folder / run)[-1], {}, Ranks()).weights(kind)
 
 
+SHARED = (
+    "finetune.targets=all-prefixes", "model.encoder_attention=causal", "model.encoder_unit=item", "model.decoder_start=state",
+    "model.item_loss=0.5", "finetune.batch_size=11",
+)  # fmt: skip
 ROWS = ("optimizer.id_tables=row-adagrad", "model.id_dim=8")
 
 
@@ -99,6 +103,14 @@ def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
         {**sgd, "name": f"trimmed-{how}-{world}", "stage": 3 if world == 2 else None, "set": [f"head={how}", *trimmed]}
         for how in ("full", "chunked")
     ]
+    jobs.append(
+        {
+            **sgd,
+            "name": f"shared-{world}",
+            "stage": 3 if world == 2 else None,
+            "set": ["precision=fp32", "optimizer.clip=0.0", *SHARED],
+        }
+    )
     jobs += [
         {**common, "name": f"adamw-{stage}-{world}", "stage": stage, "optimizer": "adamw", "rate": 3e-3}
         for stage in (None, *STAGES)
@@ -138,8 +150,8 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int) -> None:
     path = folder / f"jobs-{world}.json"
     path.write_text(json.dumps(jobs))
     script = Path(__file__).parent / "zero_rank.py"
-    done = run_ranks([script, path], folder / f"logs-{world}", world, timeout=500, env=deepspeed_environment())
-    assert done.returncode == 0, done.stderr[0] + done.launcher
+    done = start_each([script, path], folder / f"logs-{world}", world, timeout=500, env=deepspeed_environment())
+    assert not any(rank.returncode for rank in done), done
 
 
 def broken_off(folder: Path, source: str, name: str, step: int) -> None:
@@ -232,6 +244,14 @@ def test_a_full_head_takes_the_same_steps(results: Results, stage: int | None) -
 def test_a_trimmed_head_takes_the_same_steps(results: Results, how: str) -> None:
     """It multiplies with a part of the tied weight."""
     worst = difference(results, f"trimmed-{how}-1", f"trimmed-{how}-2")
+    assert max(worst.values()) <= SEEN_FP32, max(worst.items(), key=lambda pair: pair[1])
+
+
+def test_samples_that_share_an_encoding_and_both_heads_take_the_same_steps(results: Results) -> None:
+    """Rows of the id table are read by the embedding and by the item head."""
+    assert results.facts("shared-2")["stage"] == 3
+    assert results.facts("shared-1")["digests"] == results.facts("shared-2")["digests"]
+    worst = difference(results, "shared-1", "shared-2")
     assert max(worst.values()) <= SEEN_FP32, max(worst.items(), key=lambda pair: pair[1])
 
 
