@@ -30,7 +30,7 @@ class Started:
 
     def __init__(self, arguments: Sequence[str | Path], out: Path, err: Path, env: dict[str, str]):
         """`arguments`: `[path, argument, ...]` or `["-m", name, argument, ...]`; `env`: the whole environment."""
-        _ensure_server(env)
+        load(env)
         self.arguments, self.out, self.err = list(map(str, arguments)), out, err
         self._process = _CONTEXT.Process(target=_become, args=(self.arguments, str(out), str(err), env))
         self._process.start()
@@ -68,16 +68,18 @@ def run(arguments: Sequence[str | Path], env: dict[str, str], timeout: float) ->
             process.kill()
 
 
-def _ensure_server(env: dict[str, str]) -> None:
-    """The server has the environment of its first child, of which threads and the accelerator are read where they are loaded."""
-    before = dict(os.environ)
+def load(env: dict[str, str]) -> None:
+    """See that the server is there, with as many threads as `env` says; it is this process's only one for multiprocessing too."""
+    before = os.environ.get("OMP_NUM_THREADS")
     _CONTEXT.set_forkserver_preload(LOADED)
+    os.environ["OMP_NUM_THREADS"] = env.get("OMP_NUM_THREADS", "1")
     try:
-        os.environ.update(OMP_NUM_THREADS=env.get("OMP_NUM_THREADS", "1"))
         forkserver.ensure_running()
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def _become(arguments: list[str], out: str, err: str, env: dict[str, str]) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
+from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 from genrec_kernels.sparse_rows import BLOCK
+from torch.multiprocessing import start_processes
+from two_ranks import environment
 
 from genrec_dist.bench.measure import format_claims, write_table
 from genrec_dist.bench.rows import Ours, Sizes, Task, Torchs, bench_rows, draw_ids
@@ -49,7 +54,9 @@ def test_the_hidden_vectors_are_in_reach_of_a_learner() -> None:
 
 
 @pytest.mark.dist
-def test_every_claim_is_made_and_follows_from_its_numbers(tmp_path) -> None:
+def test_every_claim_is_made_and_follows_from_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forked.load(environment())  # the ranks need not load what it has
+    monkeypatch.setattr(torch.multiprocessing, "spawn", partial(start_processes, start_method="forkserver"))
     claims, table = bench_rows(SMALL)
     write_table(table, tmp_path / "rows.json")
     back = json.loads((tmp_path / "rows.json").read_text())

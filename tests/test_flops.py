@@ -1,5 +1,7 @@
 """Operations: what torch counts of the same micro-batch, packed, and nothing for padding and repeated samples."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,30 @@ def counted(model, batch: Batch) -> float:  # noqa: F811
     with FlopCounterMode(display=False) as counter:
         engine_loss(model, batch).backward()
     return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def eager(model):  # noqa: F811
+    """With attention as two products: of the fused kernel of a CPU torch counts nothing."""
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("eager")
+    return plain
+
+
+@pytest.mark.parametrize(("space", "mask"), cases())
+def test_they_are_what_torch_counts_to_the_operation(eager, space, mask):
+    """A sample alone, its decoder rows of one length: no rectangle of attention has a place that is filled up."""
+    source = marked_sequences()
+    samples = whole_step(source, space)
+    exact = 0
+    for number in range(len(samples)):
+        (batch,) = batches_of(samples[number : number + 1], source, layout(90), mask)
+        if batch.work.targets == batch.labels.numel() and batch.work.inputs == batch.encoder.input_ids.numel():
+            # The formula has a history's keys and values once a sample, as packed steps do; here each further row makes them again.
+            again = 6 * (len(batch.labels) - 1) * batch.work.inputs * 2 * eager.config.d_model**2
+            assert flops(eager.config, batch.work) + again == counted(eager, batch)
+            exact += 1
+    assert exact >= 5
 
 
 @pytest.mark.parametrize(("space", "mask"), cases())

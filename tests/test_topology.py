@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from two_ranks import deepspeed_environment, environment
 
@@ -197,10 +198,13 @@ def test_deepspeed_that_nobody_asked_for_is_a_difference() -> None:
 
 
 def stopped(command: list[str | Path], folder: Path, env: dict[str, str], recipe: str = "precision: fp32") -> str:
-    """What the trainer said, launched so that it has to stop before it opens anything."""
+    """What the trainer said, launched by `command`, if any, so that it has to stop before it opens anything."""
     (folder / "recipe.yaml").write_text(f"data: {folder}/none\nrun: {folder}/run\n{recipe}\nfinetune: {{epochs: 1}}\n")
-    command += ["-m", "genrec_dist.train", folder / "recipe.yaml"]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    trainer = ["-m", "genrec_dist.train", folder / "recipe.yaml"]
+    if command:
+        done = subprocess.run([*command, *trainer], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    else:
+        done = forked.run(trainer, env, timeout=300)
     assert done.returncode != 0
     assert not (folder / "run").exists()
     said = [line for line in done.stderr.splitlines() if line.startswith("genrec: ")]
@@ -238,7 +242,7 @@ def test_deepspeed_that_the_cpu_switch_turns_off_stops(tmp_path: Path) -> None:
 @pytest.mark.dist
 def test_tasks_that_do_not_know_of_each_other_stop(tmp_path: Path) -> None:
     # As `srun -n 2 genrec train` would start them: each would train the whole run, in one directory.
-    said = stopped([sys.executable], tmp_path, environment(SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0"))
+    said = stopped([], tmp_path, environment(SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0"))
     assert said.startswith("genrec: SLURM_STEP_NUM_TASKS=2 asks for 2 processes, the run got 1 process: ")
 
 
