@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -250,12 +251,13 @@ def test_equal_codes_of_other_ids_are_refused(
 def test_one_and_two_ranks_write_the_same_bytes(tiny_run: Path, tmp_path: Path) -> None:
     """Five batches, so that one rank has one more than the other."""
     one, two = copy_of(tiny_run, tmp_path / "1"), copy_of(tiny_run, tmp_path / "2")
-    alone = [sys.executable, "-m", "genrec_dist.cli", "evaluate", str(one), "--batch-size", "25"]
-    subprocess.run(alone, env=environment(), check=True, timeout=120, stdout=subprocess.DEVNULL)
-    done = run_ranks(["-m", "genrec_dist.cli", "evaluate", two, "--batch-size", "25"], tmp_path / "logs")
-    assert done.returncode == 0, done.stderr
-    assert str(two / "report.html") in done.stdout[0]
-    assert done.stdout[1] == ""  # rank 0 alone speaks
+    command = ["-m", "genrec_dist.cli", "evaluate", "--batch-size", "25"]
+    alone = forked.run([*command, one], environment(), timeout=120)
+    assert alone.returncode == 0, alone
+    done = start_each([*command, two], tmp_path / "logs")
+    assert not any(rank.returncode for rank in done), done
+    assert str(two / "report.html") in done[0].stdout
+    assert done[1].stdout == ""  # rank 0 alone speaks
     assert not list(two.glob(".*"))
     assert (one / "top20-test.parquet").read_bytes() == (two / "top20-test.parquet").read_bytes()
     assert without_times(one) == without_times(two)
@@ -330,7 +332,8 @@ def test_under_the_launcher_of_zero_3_the_bytes_are_the_same(tiny_run: Path, tmp
     """Whoever trained with a launch file evaluates with it."""
     one, two = copy_of(tiny_run, tmp_path / "1"), copy_of(tiny_run, tmp_path / "2")
     command = ["-m", "genrec_dist.cli", "evaluate", "--batch-size", "25"]
-    subprocess.run([sys.executable, *command, one], env=environment(), check=True, timeout=120, capture_output=True)
+    alone = forked.run([*command, one], environment(), timeout=120)
+    assert alone.returncode == 0, alone
     launch = Path(__file__).parent.parent / "launch"
     files = ["--config_file", launch / "cpu_two_ranks_zero.yaml", "--deepspeed_config_file", launch / "zero3.json"]
     with socket.socket() as listener:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from genrec_dist.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "launch" / "gpu_check.sh"
+OTHER_TRAININGS = ("train-tiny-packed", "train-base", "train-base-packed")
 # Not on the GPU machine; and nothing of ours is installed there either.
 MISSING = ("polars", "webdataset", "pydantic", "deepspeed", "ray", "hypothesis")
 BLOCKER = """
@@ -80,20 +82,23 @@ def test_without_a_gpu_it_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.ranks
-def test_all_steps_with_this_checkout_alone(tmp_path: Path) -> None:
+def test_the_steps_run_with_this_checkout_alone(tmp_path: Path) -> None:
+    """One training of four: the others ask for the same modules."""
     out = tmp_path / "out"
-    done = run_script(tmp_path, "--cpu", str(out), GENREC_COMMIT="0123456789ab")
+    measured = [step for step in MEASURED if step not in OTHER_TRAININGS]
+    steps = ["facts", "tests", *measured]
+    own = {"GENREC_COMMIT": "0123456789ab", "GPU_CHECK_STEPS": " ".join(steps)}
+    done = run_script(tmp_path, "--cpu", str(out), **own)
     assert done.returncode == 0, done.stdout + done.stderr
-    steps = ["facts", "tests", *MEASURED, "summary"]
-    assert sorted(line.split(":")[0] for line in done.stdout.splitlines()[:-1]) == sorted(steps)
+    assert sorted(line.split(":")[0] for line in done.stdout.splitlines()[:-1]) == sorted([*steps, "summary"])
     assert done.stdout.splitlines()[-1] == str(out / f"{prefix()}.md")
     written = {path.name.removeprefix(prefix()) for path in out.iterdir()}
-    assert written == {".md", "-facts.json", *(f"-{step}.json" for step in MEASURED)}
+    assert written == {".md", "-facts.json", *(f"-{step}.json" for step in measured)}
     facts = json.loads((out / f"{prefix()}-facts.json").read_text())
     assert set(MISSING) <= set(facts["not installed"])
     page = (out / f"{prefix()}.md").read_text()
     assert page.startswith(f"# CPU, {prefix()[:10]}, commit ")
-    for step in MEASURED:
+    for step in measured:
         found = json.loads((out / f"{prefix()}-{step}.json").read_text())
         assert found["git"] == facts["commit"]
         assert f"| {step} | done |" in page
@@ -103,21 +108,37 @@ def test_all_steps_with_this_checkout_alone(tmp_path: Path) -> None:
     assert trained["steps"] > 5
 
 
+@pytest.mark.ranks
+@pytest.mark.parametrize("step", OTHER_TRAININGS)
+def test_the_other_trainings_are_measured(step: str, tmp_path: Path) -> None:
+    path = run_step(step, tmp_path, small=True)
+    assert path.name == f"{prefix()}-{step}.json"
+    trained = json.loads(path.read_text())
+    assert trained["tokens a second"] > 0
+    assert trained["steps"] >= 4
+    changes = trained["changes to the recipe tiny"]
+    assert f"packing={'packed' if step.endswith('packed') else 'padded'}" in changes
+    assert ("finetune.targets=last" in changes) == ("base" in step)
+
+
+def test_the_script_takes_every_step_there_is() -> None:
+    text = SCRIPT.read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^measure (\S+) \d+$", text, re.M)) == sorted(["facts", *MEASURED])
+    named = re.search(r"GPU_CHECK_STEPS:-([^}]*)}", text)
+    assert named is not None
+    assert sorted(named[1].split()) == sorted(["facts", "tests", *MEASURED])
+
+
 @pytest.mark.dist
 def test_a_step_that_fails_or_is_not_to_be_had_stops_no_other(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    own = {"GPU_CHECK_STEPS": "facts tests beam latency"}
+    own = {"GPU_CHECK_STEPS": "tests beam latency"}
     done = run_script(tmp_path, "--cpu", str(out), blocked=(*MISSING, "pytest", "genrec_dist.bench.plain_beam"), **own)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "tests: left out, pytest is not installed" in done.stdout
     assert "beam: failed with exit code 1" in done.stdout
     assert "latency: done" in done.stdout
-    assert {path.name.removeprefix(prefix()) for path in out.iterdir()} == {
-        ".md",
-        "-facts.json",
-        "-latency.json",
-        "-failed.txt",
-    }
+    assert {path.name.removeprefix(prefix()) for path in out.iterdir()} == {".md", "-latency.json", "-failed.txt"}
     told = (out / f"{prefix()}-failed.txt").read_text()
     assert told.startswith("beam: failed with exit code 1 after ")
     assert "No module named 'genrec_dist.bench.plain_beam'" in told

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -172,10 +173,13 @@ def test_a_name_over_several_lines_stays_a_comment(real_space: dict[str, Any], t
     assert load_recipe(tmp_path / "best.yaml").seed == 7
 
 
-def test_train_takes_the_best_recipe_as_it_is(real_space: dict[str, Any], tmp_path: Path) -> None:
+def test_train_takes_the_best_recipe_as_it_is(
+    real_space: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_results(real_sweep(real_space), tmp_path / "sweep")
-    command = [sys.executable, "-m", "genrec_dist.cli", "train", str(tmp_path / "sweep" / "best.yaml")]
-    done = subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    monkeypatch.chdir(tmp_path)
+    command = ["-m", "genrec_dist.cli", "train", tmp_path / "sweep" / "best.yaml"]
+    done = forked.run(command, environment(), timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "runs" / "tiny-best"
     assert json.loads((run / "status.json").read_text())["status"] == "finished"
