@@ -176,7 +176,7 @@ def test_every_shipped_recipe_loads_by_name_and_survives_a_round_trip(path, writ
 
 
 def test_the_recipes_the_readme_names_are_shipped():
-    assert {"demo", "tiny", "small", "paper-base", "paper-large"} <= {path.stem for path in SHIPPED}
+    assert {"best", "demo", "tiny", "small", "paper-base", "paper-large"} <= {path.stem for path in SHIPPED}
 
 
 def test_pretraining_masks_unless_it_says_otherwise(write):
