@@ -14,7 +14,7 @@ import torch
 from genrec_kernels.sparse_rows import RowTable
 from memory_rank import LiveBytes
 from torch.utils.flop_counter import FlopCounterMode
-from two_ranks import run_ranks
+from two_ranks import start_each
 
 from genrec_dist.memory import (
     METHODS,
@@ -89,8 +89,8 @@ def measured(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
         for method, precision in CASES
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    ranks = run_ranks([memory_rank.__file__, folder / "jobs.json"], folder / "logs", timeout=550)
-    assert ranks.returncode == 0, ranks.stderr[0][-3000:]
+    ranks = start_each([memory_rank.__file__, folder / "jobs.json"], folder / "logs", timeout=550)
+    assert not any(rank.returncode for rank in ranks), ranks[0].stderr[-3000:]
     results = json.loads((folder / "MEASURED.json").read_text())
     return {(job["method"], job["precision"]): result for job, result in zip(jobs, results, strict=True)}
 
