@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -19,7 +21,7 @@ from genrec_shards.prepare import prepare
 from genrec_shards.sequences import write_sequences
 from genrec_shards.synthetic import make_process
 from genrec_shards.write import write_shards
-from two_ranks import environment, run_ranks
+from two_ranks import environment, start_each
 
 from genrec_dist.checkpoint import Checkpoint, list_checkpoints
 from genrec_dist.model import GenRecForConditionalGeneration
@@ -64,12 +66,15 @@ def killed(path: Path, run: Path, after: int) -> None:
         env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     log, deadline = run / "events.jsonl", time.monotonic() + 300
-    while not log.exists() or f'"step": {after},' not in log.read_text():
-        assert started.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
+    try:
+        while not log.exists() or f'"step": {after},' not in log.read_text():
+            assert started.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # it has ended already
+            os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
 
 
 def weights(run: Path, kind: str) -> dict[str, torch.Tensor]:
@@ -82,16 +87,13 @@ def test_two_ranks_are_lost_and_three_go_on(tmp_path: Path) -> None:
     # Fewer shards than ranks.
     write_shards(dataset, tmp_path / "data" / "shards", users_per_shard=64, users_per_record=16)
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    assert subprocess.run(
-        [sys.executable, "-m", "genrec_dist.train", str(recipe(tmp_path, "unbroken"))],
-        env=environment(), capture_output=True, timeout=300,
-    ).returncode == 0  # fmt: skip
+    alone = forked.run(["-m", "genrec_dist.train", recipe(tmp_path, "unbroken")], environment(), timeout=300)
+    assert alone.returncode == 0, alone
     last = steps(unbroken)[-1]["step"]
     killed(recipe(tmp_path, "broken"), broken, after=random.Random().randrange(5, last - 3))
-    done = run_ranks(
-        ["-m", "genrec_dist.train", tmp_path / "broken.yaml", "--resume", "latest"], tmp_path / "logs", 3, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[0]
+    resumed = ["-m", "genrec_dist.train", tmp_path / "broken.yaml", "--resume", "latest"]
+    done = start_each(resumed, tmp_path / "logs", 3, timeout=300)
+    assert not any(rank.returncode for rank in done), done
 
     # Steps between the last checkpoint and the kill were taken twice, by two ranks and by three.
     taken = [[event for event in steps(broken) if event["step"] == step] for step in range(last + 1)]
