@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genrec_dist.batch import Batch, RankStep
-from genrec_dist.loss import target_loss
 from genrec_dist.model import GenRecForConditionalGeneration, build_model
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Model
@@ -379,7 +378,7 @@ def step_of(number: int) -> RankStep:
     )
     labels = torch.from_numpy(5 + items[:, 2:5] % 30)
     inputs = torch.cat([torch.full((2, 1), 4), labels[:, :-1]], 1)
-    batch = Batch(encoder, torch.arange(2), inputs, labels, 2, 6, 21, 24)
+    batch = Batch(encoder, torch.arange(2), inputs, labels, 2, 6, 2, 21, 24)
     return RankStep([batch], 0, 2, 0)
 
 
@@ -413,10 +412,11 @@ def train(how: str, monkeypatch: pytest.MonkeyPatch, *, outside: bool) -> tuple[
             step = plan_sums(step, model.config)
         tables.attach(model, step)
         batch = step.micro_batches[0].to(torch.device(DEVICE))
-        states, labels = model.target_states(
-            batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels, batch.plan
-        )
-        loss = target_loss(model.lm_head(states), labels, batch.num_target_tokens)
+        summed = model(
+            **vars(batch.encoder), encoder_row=batch.encoder_row, decoder_input_ids=batch.decoder_input_ids,
+            labels=batch.labels, plan=batch.plan,
+        )  # fmt: skip
+        loss = summed / batch.num_target_tokens
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
