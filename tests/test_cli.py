@@ -239,7 +239,7 @@ def test_a_choice_that_prepare_lacks(option: list[str], tmp_path: Path, capfd: p
 def test_recipes_that_do_not_fit(tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_file(tmp_path, data=tiny_data, run=tmp_path / "run")
     for arguments, said in (
-        (["absent"], "absent: no such recipe file; shipped recipes: demo"),
+        (["absent"], "absent: no such recipe file; shipped recipes: best, demo"),
         ([recipe, "--set", "model.d_modle=8"], "unknown key model.d_modle; known here: d_model"),
         ([recipe, "--set", "model.d_model=wide"], "model.d_model: 'wide' is not of type int"),
         ([recipe, "--set", "seed"], "--set seed: write it as dotted.key=value"),
