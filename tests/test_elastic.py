@@ -72,9 +72,23 @@ def killed(path: Path, run: Path, after: int) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.005)
     finally:
-        with contextlib.suppress(ProcessLookupError):  # it has ended already
-            os.killpg(started.pid, signal.SIGKILL)
+        # torchrun gives each rank a session of its own: the group's end would leave the ranks at work beside the next run.
+        for process in family(started.pid):
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                os.kill(process, signal.SIGKILL)
         started.wait()
+
+
+def family(process: int) -> list[int]:
+    """A process and all that descend from it."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [process]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
 
 
 def weights(run: Path, kind: str) -> dict[str, torch.Tensor]:
