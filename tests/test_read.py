@@ -291,6 +291,20 @@ def test_items_outside_the_catalogue_are_refused(shards):
         ShardReader(shards).record(0)
 
 
+def test_our_arrays_are_read_without_a_parser_that_threads_may_not_share(shards, monkeypatch):
+    expected, _ = ShardReader(shards).gather(np.arange(40))
+
+    def refuse(*_):
+        raise SystemError("AST constructor recursion depth mismatch")
+
+    monkeypatch.setattr("ast.literal_eval", refuse)
+    items, offsets = ShardReader(shards).gather(np.arange(40))
+    assert items.dtype == np.int32
+    assert items.flags.writeable
+    assert np.array_equal(items, expected)
+    assert len(items) == offsets[-1]
+
+
 def test_without_verify_a_cut_tar_still_raises(shards):
     os.truncate(shards / "shard-000000.tar", 700)
     with pytest.raises(DataError, match=r"shard-000000.tar: record 0: 700 bytes, expected"):
