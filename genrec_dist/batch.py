@@ -358,8 +358,7 @@ def collate(
     if layout.causal:
         # The last token that the row reads.
         assert masked.visible_R is not None
-        width = 0 if packed else text.longest
-        first_B = offsets_of(text.lengths_B)[:-1] if packed else np.arange(len(text.lengths_B)) * width
+        first_B = offsets_of(text.lengths_B)[:-1] if packed else np.arange(len(text.lengths_B)) * text.longest
         places_R = first_B[masked.row_sample] + masked.visible_R - 1
     else:
         assert len(text.masks) == len(masked.row_sample), "a mask was cut off"

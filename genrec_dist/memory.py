@@ -18,9 +18,10 @@ import torch
 from genrec_kernels.sparse_rows import BLOCK
 from torch import nn
 
+from genrec_dist.build import make_config
 from genrec_dist.flops import flops
 from genrec_dist.loss import chunk_rows, exact_rows
-from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration, make_config
+from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.optim import build_optimizer
 from genrec_dist.recipe import HeadLoss, Recipe
 from genrec_dist.work import Work

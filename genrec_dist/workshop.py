@@ -18,8 +18,9 @@ from genrec_shards.read import ShardReader
 from torch.utils.data import Dataset as TorchDataset
 
 from genrec_dist.batch import RankStep, make_step
+from genrec_dist.build import build_model
 from genrec_dist.loss import target_loss
-from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration, build_model
+from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Recipe, Stage
 from genrec_dist.run import make_layout

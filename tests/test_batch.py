@@ -21,8 +21,8 @@ from genrec_dist.batch import (
     make_step,
     target_batch,
 )
+from genrec_dist.build import build_model
 from genrec_dist.mask import STRATEGIES
-from genrec_dist.model import build_model
 from genrec_dist.recipe import Mask, Model
 from genrec_dist.text import EncoderInput, Layout, encode_histories
 from genrec_dist.tokens import build_words, item_text, mask_tokens, train_tokenizer, user_text
@@ -457,21 +457,26 @@ def _without_unlabelled(batches: list[Batch]) -> list[tuple]:
     return read_back([batch for batch in kept if len(batch.labels)])
 
 
-@pytest.fixture(scope="module")
-def model():
+def a_model(**shape):
+    """One that speaks these words, with weights far apart."""
     torch.manual_seed(0)
     special = {
         "bos": TOKENIZER.bos_token_id, "pad": PAD, "eos": TOKENIZER.eos_token_id, "mask": mask_tokens(TOKENIZER, 1)[0],
     }  # fmt: skip
-    shape = Model(d_model=16, encoder_layers=1, decoder_layers=1, heads=2, ffn=32, max_tokens=128, init_std=0.2)
+    common = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "ffn": 32, "init_std": 0.2}
     return build_model(
-        shape,
+        Model(**{**common, "max_tokens": 128, **shape}),
         vocab_size=len(TOKENIZER),
         num_users=WORDS.num_users,
         num_items=WORDS.num_items,
         num_masks=NUM_MASKS,
         special=special,
     ).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return a_model()
 
 
 def engine_loss(model, batch: Batch) -> torch.Tensor:

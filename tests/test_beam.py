@@ -16,8 +16,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from genrec_dist import trie_walk
 from genrec_dist.beam import TrieSearcher
+from genrec_dist.build import build_model
 from genrec_dist.decoder import DecoderState
-from genrec_dist.model import GenRecForConditionalGeneration, build_model
+from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.recipe import Model
 from genrec_dist.text import EncoderInput, Layout, encode_histories
 from genrec_dist.tokens import WordTable

@@ -8,12 +8,12 @@ import torch
 from test_batch import (
     CODES,
     MASKS,
-    NUM_MASKS,
     PAD,
     TOKENIZER,
     USER_CODES,
     WHOLE,
     WORDS,
+    a_model,
     batches_of,
     cases,
     loss_and_gradient,
@@ -23,10 +23,9 @@ from test_batch import (
 from torch.nn import functional as F
 
 from genrec_dist.beam import TrieSearcher
-from genrec_dist.model import GenRecForConditionalGeneration, build_model
-from genrec_dist.recipe import Model
+from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.text import Layout, encode_histories
-from genrec_dist.tokens import item_text, mask_tokens, user_text
+from genrec_dist.tokens import item_text, user_text
 from genrec_dist.trie import build_trie
 
 
@@ -36,22 +35,7 @@ def by_items(max_tokens=64, user_ids=True, positions="from-start") -> Layout:
 
 @pytest.fixture(scope="module")
 def model() -> GenRecForConditionalGeneration:
-    torch.manual_seed(0)
-    special = {
-        "bos": TOKENIZER.bos_token_id, "pad": PAD, "eos": TOKENIZER.eos_token_id, "mask": mask_tokens(TOKENIZER, 1)[0],
-    }  # fmt: skip
-    shape = Model(
-        d_model=16, encoder_layers=1, decoder_layers=1, heads=2, ffn=32, max_tokens=64, init_std=0.2,
-        encoder_unit="item", item_loss=0.5, scale_embedding=True,
-    )  # fmt: skip
-    return build_model(
-        shape,
-        vocab_size=len(TOKENIZER),
-        num_users=WORDS.num_users,
-        num_items=WORDS.num_items,
-        num_masks=NUM_MASKS,
-        special=special,
-    ).eval()
+    return a_model(max_tokens=64, encoder_unit="item", scale_embedding=True)
 
 
 def test_a_position_is_the_sum_of_its_words_sub_words(model):
@@ -115,7 +99,10 @@ def test_inputs_are_as_long_as_they_have_items(mask):
     assert positions + hidden >= items + 3 * len(samples)
 
 
-def test_a_search_in_static_shapes_lists_the_same(model):
+@pytest.mark.parametrize("start", ["mask", "state"])
+def test_a_search_in_static_shapes_lists_the_same(start):
+    """Also where users who fill up the shape have states to start from."""
+    model = a_model(max_tokens=64, encoder_unit="item", decoder_start=start)
     histories = [[4, 12, 0], [], list(range(15))]
     items = np.array([item for history in histories for item in history], np.int32)
     encoder = encode_histories(items, np.cumsum([0, *map(len, histories)]), np.array([1, -1, 2]), by_items())

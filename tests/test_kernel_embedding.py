@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genrec_dist.batch import Batch, RankStep
-from genrec_dist.model import GenRecForConditionalGeneration, build_model
+from genrec_dist.build import build_model
+from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Model
 from genrec_dist.sums import plan_sums

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from genrec_dist.model import build_model
+from genrec_dist.build import build_model
 from genrec_dist.optim import AveragedWeights, build_optimizer, peak_share
 from genrec_dist.recipe import Model, Optimizer, Stage
 

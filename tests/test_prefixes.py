@@ -8,25 +8,24 @@ import torch
 from genrec_shards.plan import split_among_ranks
 from test_batch import (
     CODES,
-    NUM_MASKS,
     PAD,
     TOKENIZER,
     TRAINING_CODES,
     WHOLE,
     WORDS,
     Lists,
+    a_model,
     marked_sequences,
     whole_step,
 )
 
 from genrec_dist.batch import IGNORED, Batch, idle_batch, make_step
 from genrec_dist.beam import TrieSearcher
-from genrec_dist.model import GenRecForConditionalGeneration, build_model
+from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.prefixes import cut_prefixes
-from genrec_dist.recipe import Model, load_recipe
+from genrec_dist.recipe import load_recipe
 from genrec_dist.run import load_run
 from genrec_dist.text import EncoderInput, Layout, encode_histories
-from genrec_dist.tokens import mask_tokens
 from genrec_dist.train import train
 from genrec_dist.trie import build_trie
 
@@ -36,23 +35,10 @@ def causal(max_tokens=90, user_ids=True, unit="subword") -> Layout:
 
 
 def make_model(unit: str, user_ids: bool = True, start: str = "mask") -> GenRecForConditionalGeneration:
-    torch.manual_seed(0)
-    special = {
-        "bos": TOKENIZER.bos_token_id, "pad": PAD, "eos": TOKENIZER.eos_token_id, "mask": mask_tokens(TOKENIZER, 1)[0],
-    }  # fmt: skip
-    shape = Model(
-        d_model=16, encoder_layers=2, decoder_layers=1, heads=2, ffn=32, max_tokens=90, init_std=0.2,
-        encoder_unit=unit, encoder_attention="causal", item_loss=0.5, user_ids=user_ids,
-        decoder_start=start,
+    return a_model(
+        encoder_layers=2, max_tokens=90, encoder_attention="causal", item_loss=0.5,
+        encoder_unit=unit, user_ids=user_ids, decoder_start=start,
     )  # fmt: skip
-    return build_model(
-        shape,
-        vocab_size=len(TOKENIZER),
-        num_users=WORDS.num_users,
-        num_items=WORDS.num_items,
-        num_masks=NUM_MASKS,
-        special=special,
-    ).eval()
 
 
 def step_of(source, space, where, *, every, packed, budget=WHOLE, samples=None):

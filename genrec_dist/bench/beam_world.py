@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from genrec_dist.batch import IGNORED, target_batch
 from genrec_dist.beam import TrieSearcher
-from genrec_dist.model import GenRecForConditionalGeneration, build_model
+from genrec_dist.build import build_model
+from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.recipe import Model
 from genrec_dist.text import EncoderInput, Layout, encode_histories, ragged
 from genrec_dist.tokens import WordTable

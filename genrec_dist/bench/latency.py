@@ -19,8 +19,8 @@ from genrec_shards.prepare import Dataset, load_dataset
 
 from genrec_dist.bench.measure import Claim, table
 from genrec_dist.bench.stream import make_data
+from genrec_dist.build import build_model
 from genrec_dist.evaluate import best_device, check_numbering
-from genrec_dist.model import build_model
 from genrec_dist.recipe import load_recipe
 from genrec_dist.recommend import Recommender
 from genrec_dist.run import Catalogue, LoadedRun, load_run, make_layout, make_searcher

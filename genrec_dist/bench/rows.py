@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec_dist.bench.measure import Claim, in_turn, median, table
-from genrec_dist.model import FetchedRows, build_model, choose_attention
+from genrec_dist.build import build_model
+from genrec_dist.model import FetchedRows, choose_attention
 from genrec_dist.optim import build_optimizer
 from genrec_dist.recipe import Optimizer, load_recipe
 

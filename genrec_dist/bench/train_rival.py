@@ -22,10 +22,11 @@ from genrec_shards.prepare import Dataset, load_dataset
 
 from genrec_dist.batch import Batch, RankStep, make_step
 from genrec_dist.bench.trainer_peers import TokenizingCollate, TrainerRival, Words, pad_samples, samples_of
+from genrec_dist.build import build_model
 from genrec_dist.engine import make_accelerator, make_engine
 from genrec_dist.evaluate import best_device
 from genrec_dist.flops import flops
-from genrec_dist.model import GenRecForConditionalGeneration, build_model, choose_packing
+from genrec_dist.model import GenRecForConditionalGeneration, choose_packing
 from genrec_dist.progress import peak_memory
 from genrec_dist.recipe import Recipe, load_recipe
 from genrec_dist.run import make_layout
