@@ -56,8 +56,8 @@ class Audit:
         """What a person should know, in one plain sentence."""
         if self.counting is None:
             return (
-                "The counting rule does not apply: item codes are not distinct whole numbers, so whether they leak is "
-                "not known; --numbering random is safe."
+                "The counting rule does not apply: item codes are not distinct whole numbers, so it cannot tell whether they "
+                "leak. Given ids may; codes that prepare makes of training parts or texts look at no held-out item."
             )
         score = as_written(self.counting["test"]["HR@5"])
         popular = as_written(self.popularity["test"]["HR@5"])

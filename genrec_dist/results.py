@@ -54,7 +54,7 @@ class Protocol:
     """Everything two numbers must share before they may be compared."""
 
     numbering: str
-    """given, random or train-order."""
+    """given, random, train-order, or for hierarchical codes also what they were made from and through which position."""
     ties: str
     """What was done with interactions at one time."""
     split: str
@@ -85,10 +85,12 @@ class Protocol:
         item_weight: float | None = None,
     ) -> Protocol:
         """The protocol of a system on this data set, whose own fields are the data set's."""
-        info = dataset.info
-        return cls(
-            info.numbering, info.ties, info.split, trained_through, exclude_history, beam, decode, users, item_weight
-        )
+        info, codes = dataset.info, dataset.info.hierarchy
+        numbering: str = info.numbering
+        if codes is not None:
+            through = f" through {codes.trained_through}" if codes.trained_through else ""
+            numbering = f"{info.numbering}: {codes.made_from}{through}"
+        return cls(numbering, info.ties, info.split, trained_through, exclude_history, beam, decode, users, item_weight)
 
 
 def sample_users(num_users: int, sample: int, seed: int) -> np.ndarray:
@@ -131,6 +133,8 @@ class ResultsWriter:
         sequences.
         """
         check_trained_through(split, protocol.trained_through)
+        if dataset.info.hierarchy is not None and dataset.info.hierarchy.trained_through is not None:
+            check_trained_through(split, dataset.info.hierarchy.trained_through)
         if top < TOP:
             raise ValueError(f"lists of {top} items: metrics need {TOP}, give top {TOP} or more")
         _check_shards(dataset)
