@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from test_beam import MOST_ITEMS, PREFIXES, History, Word, World, best_first, ca
 from torch.nn import functional as F
 
 from genrec_dist.batch import IGNORED, choose_targets, idle_batch, make_step
+from genrec_dist.cli import run_command
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.recipe import load_recipe
 from genrec_dist.run import load_run
@@ -234,6 +236,19 @@ def test_a_run_with_an_item_head_trains_validates_by_it_and_is_loaded(tiny_recip
     lists = run.searcher.search(run_encoder := _histories(run), beam=20, top=20, mode="hybrid")
     assert (lists.items >= 0).all()
     assert len(run_encoder.input_ids) == len(lists.items)
+
+
+def test_evaluate_names_what_is_ranked_by_both_heads(tiny_recipe):
+    """By the command itself: a row of its own, and its weight in the protocol."""
+    run = train(load_recipe(tiny_recipe, ["model.item_loss=0.5"]))
+    for mode, system, weight in (("hybrid", "genrec, hybrid", 0.25), ("items", "genrec, item head", None)):
+        assert run_command(["evaluate", str(run), "--decode", mode, "--item-weight", "0.25"]) == 0
+        found = json.loads((run / "metrics-test.json").read_text())
+        assert (found["system"], found["protocol"]["decode"], found["protocol"]["item_weight"]) == (
+            system,
+            mode,
+            weight,
+        )
 
 
 def _histories(run):

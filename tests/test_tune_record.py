@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from genrec_tuning.mirror import Mirror
 from genrec_tuning.record import Epoch, Final, Folder, Recorder, Sweep, Trial, read_sweep, trial_id
-from genrec_tuning.trial import _raise_for
+from genrec_tuning.trial import _first_to_blame, _raise_for
 
 
 def an_epoch(number: int, ndcg: float) -> Epoch:
@@ -24,6 +24,16 @@ def a_trial(number: int, **changes: object) -> Trial:
         "planned_epochs": 6, "run": f"runs/{trial_id(number)}",
     }  # fmt: skip
     return Trial(**{**facts, **changes})
+
+
+@pytest.mark.parametrize(
+    ("codes", "blamed"),
+    [([None, None], None), ([0, None], None), ([1, -9], 1), ([-9, 1], 0), ([None, 1], 1), ([1, 1], 0)],
+)
+def test_a_killed_rank_is_blamed_before_those_that_end_because_of_it(
+    codes: list[int | None], blamed: int | None
+) -> None:
+    assert _first_to_blame(codes) == blamed
 
 
 def record(address: str) -> Recorder:
