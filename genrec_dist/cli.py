@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from genrec_dist.bench.doors import bench
+from genrec_dist.reproduce.door import reproduce
 
 app = typer.Typer(
     name="genrec",
@@ -517,6 +518,7 @@ class _processes:
             leave()
 
 
+app.command()(reproduce)
 app.add_typer(
     bench,
     name="bench",

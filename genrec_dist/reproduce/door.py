@@ -1,0 +1,89 @@
+"""The door of `genrec reproduce`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Usage = typer.BadParameter.__base__
+
+
+def reproduce(
+    name: Annotated[
+        Literal["beauty", "sports", "toys", "yelp"], typer.Argument(metavar="SET", help="beauty, sports, toys or yelp.")
+    ],
+    data: Annotated[Path, typer.Option("--data", help="Its file, `user item item ...` a line, gz or not.")],
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Directory of it all; default: runs/reproduce-SET.")
+    ] = None,
+    protocol: Annotated[Literal["leak-free", "paper", "both"], typer.Option(help="Which tables.")] = "both",
+    systems: Annotated[str | None, typer.Option(help="Rows to make, as best,knn; default: all.")] = None,
+    seeds: Annotated[int, typer.Option(help="Of each recipe and of SASRec: 0, 1, ...", min=1)] = 3,
+    recipe: Annotated[str, typer.Option(help="The recipe of the row best.")] = "best",
+    paper_recipe: Annotated[
+        str | None, typer.Option(help="Of the paper's model; default: paper-base on a GPU, paper-tiny on a CPU.")
+    ] = None,
+    hybrid: Annotated[
+        str | None,
+        typer.Option(help="The recipe of the rows hybrid and items; default: that of best, if it has an item head."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="dotted.key=value of all recipes, or RECIPE:dotted.key=value of one."),
+    ] = None,
+    sasrec: Annotated[list[str] | None, typer.Option("--sasrec", help="key=value of SASRec, repeatable.")] = None,
+    refit: Annotated[bool, typer.Option("--refit", help="Also rows trained through t_n-1, leak-free.")] = False,
+    readings: Annotated[
+        Literal["n-2", "n-1", "both"],
+        typer.Option(help="Paper's protocol: is t_n-1 a target of the paper's model's training (n-1)?"),
+    ] = "n-2",
+    switches: Annotated[
+        bool, typer.Option("--switches", help="Paper's protocol: the published code's departures, one at a time.")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="Stop in good order after so many; the same command goes on.", min=0)
+    ] = None,
+    publish: Annotated[Path | None, typer.Option(help="Also merge the rows into this file.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="The steps and what is there of them; nothing is done.")
+    ] = False,
+) -> None:
+    """From a file to the tables of both protocols, leak-free and the paper's; interrupted, the same command goes on.
+
+    Example: genrec reproduce beauty --data Beauty.txt.gz --seeds 3
+    """
+    from rich.console import Console
+
+    from genrec_dist.reproduce import run
+    from genrec_dist.reproduce.systems import PROTOCOLS, Choices
+
+    options = run.Options(
+        name=name, data=data, out=out_dir or Path("runs") / f"reproduce-{name}", command=_command(),
+        protocols=PROTOCOLS if protocol == "both" else (protocol,),
+        systems=None if systems is None else [part.strip() for part in systems.split(",") if part.strip()],
+        seeds=seeds,
+        choices=Choices(
+            recipe=recipe, paper_recipe=paper_recipe or "", hybrid_recipe=hybrid, overrides=tuple(overrides or ()),
+            sasrec=tuple(sasrec or ()), refit=refit, switches=switches,
+            readings=("n-2", "n-1") if readings == "both" else (readings,),
+        ),
+        minutes=minutes, publish=publish,
+    )  # fmt: skip
+    console = Console()
+    if dry_run:
+        work = run.plan(options, console)
+        for note in work.notes:
+            console.print(note, style="yellow", highlight=False, soft_wrap=True, markup=False)
+        console.print(run.render_plan(work))
+    else:
+        run.reproduce(options, console)
+
+
+def _command() -> str:
+    """What was typed, folders left out: it stands in files that travel."""
+    words = sys.argv[sys.argv.index("reproduce") :] if "reproduce" in sys.argv else ["reproduce"]
+    return shlex.join(["genrec", *(Path(word).name if "/" in word else word for word in words)])

@@ -1,0 +1,287 @@
+"""The steps from a file to the last row: each leaves its result under a final name and is skipped where that is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from genrec_shards.atomic import atomic_file
+from genrec_shards.prepare import prepare
+from genrec_shards.write import write_shards
+
+from genrec_dist.audit import write_audit
+from genrec_dist.evaluate import Decoding, best_device, evaluate, target_histogram
+from genrec_dist.forecast import forecast
+from genrec_dist.metrics import as_written, metrics_from_histogram
+from genrec_dist.ranks import Ranks
+from genrec_dist.recipe import Recipe, load_recipe
+from genrec_dist.reproduce.place import NUMBERINGS, Place, read_metrics
+from genrec_dist.reproduce.systems import Decoded, ProtocolName, Rule, Sasrec, System, Trained
+from genrec_dist.reproduce.training import best_epoch, check_same, is_begun, is_finished, train_run
+from genrec_dist.results import run_baseline, sample_users
+from genrec_dist.run import load_run
+
+WEIGHT_USERS = 4000
+"""Validation users of the sample by which the item head's weight is chosen, the same ones for all weights and seeds."""
+WEIGHT_FILE = "item-weight.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A piece of work with a result of its own."""
+
+    name: str
+    is_done: Callable[[], bool]
+    work: Callable[[], None]
+    is_begun: Callable[[], bool] = lambda: False
+    """Is something there to go on from?"""
+    recipe: Callable[[], Recipe] | None = None
+    """Of a training."""
+    run: Path | None = None
+    """Of a training."""
+    listed: Path | None = None
+    """Where the metrics of an evaluation or a baseline go."""
+
+
+def steps_of(place: Place, protocol: ProtocolName, systems: list[System]) -> list[Step]:
+    """All steps of a protocol in their order, each once."""
+    steps = _data_steps(place, protocol)
+    for system in systems:
+        steps += _steps(place, protocol, system)
+    return list({step.name: step for step in steps}.values())
+
+
+def check(place: Place, protocol: ProtocolName, systems: list[System]) -> None:
+    """Raise ValueError where what is there was made of other data, by other recipes or other settings than asked for."""
+    place.check_source(protocol)
+    for system in systems:
+        trained = system.of if isinstance(system, Decoded) else system
+        if isinstance(trained, Trained) and not trained.equal_compute and trained.refit_of is None:
+            for seed, run in enumerate(place.runs(protocol, trained)):
+                check_same(run, recipe_of(place, protocol, trained, seed))
+        if isinstance(trained, Sasrec):
+            for run in place.runs(protocol, trained):
+                _check_settings(run, trained.settings)
+
+
+def recipe_of(place: Place, protocol: ProtocolName, system: Trained, seed: int) -> Recipe:
+    """The recipe of one run. A refit's needs the run that it refits."""
+    run = place.runs(protocol, system)[seed]
+    where = [f"data={place.data(protocol)}", f"run={run}", "shards=null", f"seed={seed}"]
+    recipe = load_recipe(system.recipe, [*system.overrides, *where, f"trained_through={system.trained_through}"])
+    if system.equal_compute:
+        recipe = _with_equal_compute(recipe)
+    if system.trained_through == "n-1":
+        return _without_validation(recipe, place, protocol, system, seed)
+    return recipe
+
+
+def _without_validation(
+    recipe: Recipe, place: Place, protocol: ProtocolName, system: Trained, seed: int
+) -> Recipe:  # fmt: skip
+    """The validation targets are training targets here, so the last epoch is kept, and nothing stops before it."""
+    epochs = recipe.finetune.epochs
+    if system.refit_of is not None:
+        epochs = best_epoch(place.runs(protocol, system.refit_of)[seed])
+    finetune = dataclasses.replace(recipe.finetune, epochs=epochs)
+    validation = dataclasses.replace(recipe.validation, every_epochs=max(epochs, 1), patience=0)
+    return dataclasses.replace(recipe, finetune=finetune, validation=validation)
+
+
+def _with_equal_compute(recipe: Recipe) -> Recipe:
+    """Without pretraining, its operations spent on more epochs of finetuning instead."""
+    plan = forecast(recipe)
+    operations = {
+        each.stage: plan.step_flops[each.stage] / each.batch_size * each.epoch_samples for each in plan.samples
+    }
+    more = round(recipe.pretrain.epochs * operations["pretrain"] / operations["finetune"])
+    return dataclasses.replace(
+        recipe,
+        pretrain=dataclasses.replace(recipe.pretrain, epochs=0),
+        finetune=dataclasses.replace(recipe.finetune, epochs=recipe.finetune.epochs + more),
+    )
+
+
+def _data_steps(place: Place, protocol: ProtocolName) -> list[Step]:
+    data = place.data(protocol)
+    return [
+        Step(f"{protocol}: prepare", (data / "audit.json").is_file, partial(_prepare, place, protocol)),
+        Step(f"{protocol}: shard", (data / "shards" / "manifest.json").is_file, partial(_shard, place, protocol)),
+    ]
+
+
+def _prepare(place: Place, protocol: ProtocolName) -> None:
+    data = place.data(protocol)
+    if not (data / "dataset.json").is_file():
+        prepare(place.source, data, numbering=NUMBERINGS[protocol])
+    place.say(write_audit(place.dataset(protocol)).sentence())
+
+
+def _shard(place: Place, protocol: ProtocolName) -> None:
+    write_shards(place.dataset(protocol), place.data(protocol) / "shards")
+
+
+def _steps(place: Place, protocol: ProtocolName, system: System) -> list[Step]:
+    before = _trainings(place, protocol, system.refit_of) if isinstance(system, Trained) and system.refit_of else []
+    if isinstance(system, Trained):
+        return [*before, *_trainings(place, protocol, system), *_evaluations(place, protocol, system)]
+    if isinstance(system, Decoded):
+        steps = _trainings(place, protocol, system.of)
+        if system.weights:
+            path = place.folder(protocol, system) / WEIGHT_FILE
+            steps.append(
+                Step(f"{protocol}: {system.name}: weight", path.is_file, partial(_weigh, place, protocol, system))
+            )
+        return [*steps, *_evaluations(place, protocol, system)]
+    if isinstance(system, Sasrec) and system.refit_of is not None:
+        before = _steps(place, protocol, system.refit_of)
+    work = _rule if isinstance(system, Rule) else _sasrec
+    return before + [
+        Step(
+            _name(protocol, system, seed),
+            partial(_is_evaluated, run),
+            partial(work, place, protocol, system, seed),  # type: ignore[arg-type]
+            listed=run,
+        )
+        for seed, run in enumerate(place.runs(protocol, system))
+    ]
+
+
+def _name(protocol: str, system: System, seed: int, what: str = "") -> str:
+    where = f"{protocol}: {system.name}" + ("" if isinstance(system, Rule) else f", seed {seed}")
+    return f"{where}: {what}" if what else where
+
+
+def _trainings(place: Place, protocol: ProtocolName, system: Trained) -> list[Step]:
+    return [
+        Step(
+            _name(protocol, system, seed, "train"),
+            partial(is_finished, run),
+            partial(_train, place, protocol, system, seed),
+            partial(is_begun, run),
+            partial(recipe_of, place, protocol, system, seed),
+            run,
+        )
+        for seed, run in enumerate(place.runs(protocol, system))
+    ]
+
+
+def _evaluations(place: Place, protocol: ProtocolName, system: Trained | Decoded) -> list[Step]:
+    """The only looks at test: one a run and way of listing, and none before all seeds are trained."""
+    return [
+        Step(
+            _name(protocol, system, seed, "test"),
+            partial(_is_evaluated, run),
+            partial(_evaluate, place, protocol, system, seed),
+            listed=run,
+        )
+        for seed, run in enumerate(place.runs(protocol, system))
+    ]
+
+
+def _is_evaluated(run: Path) -> bool:
+    return read_metrics(run) is not None
+
+
+def _train(place: Place, protocol: ProtocolName, system: Trained, seed: int) -> None:
+    train_run(recipe_of(place, protocol, system, seed), place.ending, place.say)
+
+
+def _rule(place: Place, protocol: ProtocolName, system: Rule, seed: int) -> None:
+    out = place.runs(protocol, system)[seed]
+    run_baseline(system.baseline, place.dataset(protocol), "test", out, trained_through=system.trained_through)
+
+
+def _sasrec(place: Place, protocol: ProtocolName, system: Sasrec, seed: int) -> None:
+    run = place.runs(protocol, system)[seed]
+    settings = [*system.settings, f"seed={seed}"]
+    if system.refit_of is not None:
+        metrics = read_metrics(place.runs(protocol, system.refit_of)[seed])
+        assert metrics is not None  # its step comes before
+        settings.append(f"epochs={metrics['recipe']['best_epoch']}")
+
+    def ended(epoch: Any) -> None:
+        place.say(str(epoch))
+        place.ending.check()
+
+    run_baseline(
+        "sasrec", place.dataset(protocol), "test", run, trained_through=system.trained_through, settings=settings,
+        on_epoch=ended,
+    )  # fmt: skip
+
+
+def _check_settings(run: Path, settings: tuple[str, ...]) -> None:
+    from genrec_dist.baseline.sasrec_run import settings_from
+
+    metrics = read_metrics(run)
+    if metrics is None:
+        return
+    stored = {key: value for key, value in metrics["recipe"].items() if key != "best_epoch"}
+    asked = dataclasses.asdict(settings_from(dict(stored), list(settings)))
+    for key, value in stored.items():
+        if asked[key] != value:
+            raise ValueError(f"{run} was trained with {key} {value}, not {asked[key]}: choose another --out")
+
+
+def _evaluate(place: Place, protocol: ProtocolName, system: Trained | Decoded, seed: int) -> None:
+    out = place.runs(protocol, system)[seed]
+    trained = out if isinstance(system, Trained) else place.trained(protocol, system, seed)
+    recipe = load_recipe(trained / "recipe.yaml")
+    run = load_run(trained, best_device())
+    weight = 1.0
+    if isinstance(system, Decoded) and system.weights:
+        path = place.folder(protocol, system) / WEIGHT_FILE
+        weight = float(json.loads(path.read_text(encoding="utf-8"))["chosen"])
+    decoding = Decoding(
+        beam=system.beam or recipe.validation.beam,
+        mode=system.mode,
+        exclude_history=run.model.config.exclude_history,
+        item_weight=weight,
+    )
+    evaluate(
+        dataclasses.replace(run, path=out),
+        place.dataset(protocol),
+        "test",
+        decoding=decoding,
+        trained_through=recipe.trained_through,
+        recipe=recipe.as_dict(),
+        on_batch=lambda _: place.ending.check(),
+    )
+    shutil.rmtree(
+        trained / "checkpoints", ignore_errors=True
+    )  # of a run that has come to its end; gigabytes at full size
+    del run
+    if torch.cuda.is_available():  # the next training is another process's
+        torch.cuda.empty_cache()
+
+
+def _weigh(place: Place, protocol: ProtocolName, system: Decoded) -> None:
+    """Choose the item head's weight by the mean NDCG@10 of all seeds on one sample of validation users."""
+    dataset = place.dataset(protocol)
+    view = dataset.sequences.history_and_target("validation")
+    users_U = sample_users(dataset.sequences.num_users, WEIGHT_USERS, 0)
+    found: dict[float, list[float]] = {weight: [] for weight in system.weights}
+    for seed in range(place.seeds):
+        run = load_run(place.trained(protocol, system, seed), best_device())
+        for weight, scores in found.items():
+            place.ending.check()
+            decoding = Decoding(mode=system.mode, exclude_history=run.model.config.exclude_history, item_weight=weight)
+            counts = target_histogram(run.searcher, run.layout, view, users_U, decoding, Ranks())
+            scores.append(metrics_from_histogram(counts)["NDCG@10"])
+    means = {weight: float(np.mean(scores)) for weight, scores in found.items()}
+    best = max(means, key=lambda weight: means[weight])
+    assert math.isfinite(means[best])
+    told = {"chosen": best, "users": len(users_U), "NDCG@10": {str(weight): scores for weight, scores in found.items()}}
+    path = place.folder(protocol, system) / WEIGHT_FILE
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    place.say(f"item weight {best:g}: NDCG@10 {as_written(means[best])} on {len(users_U):,} validation users")
