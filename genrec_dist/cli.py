@@ -336,7 +336,9 @@ def baseline(
     split: Annotated[Split, typer.Option(help="Which items are the targets.")] = "test",
     trained_through: Annotated[Literal["n-2", "n-1"], typer.Option(help="Last position it may learn.")] = "n-2",
     exclude_history: ExcludeOption = "auto",
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value of sasrec, repeatable.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value of knn or sasrec, repeatable.")
+    ] = None,
 ) -> None:
     """The same metrics from the same evaluator for a rule that learns little or nothing, or for SASRec, trained into DIR.
 
@@ -347,8 +349,8 @@ def baseline(
     from genrec_dist.audit import exclude_history_default
     from genrec_dist.results import format_table, run_baseline
 
-    if overrides and name != "sasrec":
-        raise UsageError(f"--set {overrides[0]}: {name} has nothing to set, only sasrec has")
+    if overrides and name not in ("knn", "sasrec"):
+        raise UsageError(f"--set {overrides[0]}: {name} has nothing to set, only knn and sasrec have")
     dataset = load_dataset(data)
     excluded = _exclude(exclude_history, exclude_history_default(dataset.sequences))
     metrics = run_baseline(

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from genrec_dist import baseline
 from genrec_dist.audit import exclude_history_default
+from genrec_dist.baseline import knn
 from genrec_dist.baseline.history import Histories, histories, windows
 from genrec_dist.baseline.lists import Rule
 from genrec_dist.baseline.training import check_trained_through, training_counts
@@ -318,7 +319,8 @@ def run_baseline(
     """Make the lists of a baseline and write its results; `exclude_history=None`: on where no target repeats.
 
     The protocol says what the rule does: counting always leaves out the history, to repeat the question does not apply.
-    sasrec is trained into `out_dir`, by `key=value` of `settings`, or taken from there; what that takes is not in `seconds`.
+    `settings`: `key=value` of knn and sasrec. sasrec is trained into `out_dir` or taken from there; what that takes is not in
+    `seconds`.
     """
     if exclude_history is None:
         exclude_history = exclude_history_default(dataset.sequences)
@@ -361,6 +363,12 @@ def _learned(
         )  # fmt: skip
         return rule_of(found.model, sequences, split, exclude_history=exclude_history), found.recipe, 0.0
     start = time.perf_counter()
+    if name == "knn":
+        chosen = knn.settings_from(settings)
+        rule = knn.fit(
+            sequences, split, exclude_history=exclude_history, trained_through=trained_through, settings=chosen
+        )  # fmt: skip
+        return rule, asdict(chosen), time.perf_counter() - start
     rule = baseline.fit(
         name, sequences, dataset.numbering.item_codes, split,
         exclude_history=exclude_history, trained_through=trained_through,

@@ -1,11 +1,14 @@
 """Each rule against a plain loop, no look at held-out items, and the known figures on real data."""
 
+import json
 import os
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
+from genrec_shards.prepare import load_dataset
 from genrec_shards.sequences import Sequences, read_sequences, sequences_from_ids
 
 from genrec_dist import baseline
@@ -13,6 +16,7 @@ from genrec_dist.baseline import counting, knn, popularity, repeat
 from genrec_dist.baseline.history import histories
 from genrec_dist.baseline.lists import tie_order
 from genrec_dist.baseline.training import training_counts
+from genrec_dist.cli import run_command
 from genrec_dist.metrics import metrics_from_histogram, rank_histogram
 from genrec_dist.tally import Tally
 
@@ -111,40 +115,82 @@ def test_popularity_equals_a_loop(exclude, split, through, held_out):
         assert lists.scores_UN[user].tolist() == counts[expected].tolist()
 
 
-def knn_by_loop(sequences: Sequences, split: str, held_out: int, exclude: bool, user: int) -> list[int]:
+def knn_by_loop(
+    sequences: Sequences, split: str, held_out: int, exclude: bool, user: int, chosen: knn.KnnSettings
+) -> list[int]:
     pairs: dict[tuple[int, int], float] = defaultdict(float)
     for someone in range(sequences.num_users):
         part = sequences.items[sequences.offsets[someone] : sequences.offsets[someone + 1] - held_out].tolist()
         for later in range(len(part)):
-            for earlier in range(max(0, later - 6), later):
-                pairs[part[earlier], part[later]] += 1 / (later - earlier)
-                pairs[part[later], part[earlier]] += 0.5 / (later - earlier)
+            for earlier in range(max(0, later - chosen.window), later):
+                pairs[part[earlier], part[later]] += chosen.forward / (later - earlier)
+                pairs[part[later], part[earlier]] += chosen.backward / (later - earlier)
     out, in_ = defaultdict(float), defaultdict(float)
     for (x, y), weight in pairs.items():
         out[x] += weight
         in_[y] += weight
     past = past_of(sequences, user, split)
     scores: dict[int, float] = defaultdict(float)
-    for age, x in enumerate(past[::-1][:10]):
+    for age, x in enumerate(past[::-1][: chosen.recent]):
         for (other, y), weight in pairs.items():
             if other == x:
-                scores[y] += 0.7**age * weight / np.sqrt((out[x] + 1) * (in_[y] + 1))
+                masses = (out[x] + chosen.smoothing) ** chosen.out_power * (
+                    in_[y] + chosen.smoothing
+                ) ** chosen.in_power
+                scores[y] += chosen.decay**age * weight / masses
     place = np.argsort(tie_order(sequences.num_items))
     free = [item for item in scores if not (exclude and item in past)]
     return sorted(free, key=lambda item: (-np.float32(scores[item]), place[item]))[:20]
 
 
+DEFAULTS = knn.KnnSettings(window=6, forward=1.0, backward=0.5, decay=0.7, recent=10, smoothing=1.0, batch_size=7)
+OTHERS = knn.KnnSettings(
+    window=3, forward=0.8, backward=0.1, decay=0.4, recent=4, smoothing=0.3, out_power=0.9, in_power=0.2
+)
+
+
 @pytest.mark.parametrize("exclude", [True, False])
 @pytest.mark.parametrize(("split", "through", "held_out"), TRAININGS)
-def test_knn_equals_a_loop(exclude, split, through, held_out):
+@pytest.mark.parametrize("chosen", [DEFAULTS, OTHERS], ids=["defaults", "others"])
+def test_knn_equals_a_loop(exclude, split, through, held_out, chosen):
     sequences = random_sequences(num_users=30, num_items=50)
-    lists = knn.recommend(
-        sequences, split, exclude_history=exclude, trained_through=through, settings=knn.KnnSettings(batch_size=7)
-    )
+    lists = knn.recommend(sequences, split, exclude_history=exclude, trained_through=through, settings=chosen)
     for user in range(sequences.num_users):
-        expected = knn_by_loop(sequences, split, held_out, exclude, user)
+        expected = knn_by_loop(sequences, split, held_out, exclude, user, chosen)
         assert filled(lists.items_UN[user]) == expected
     assert (np.diff(lists.scores_UN, axis=1)[np.isfinite(lists.scores_UN[:, 1:])] <= 0).all()
+
+
+def test_settings_are_set_by_name_and_stand_in_the_metrics(tiny_data, tmp_path):
+    command = ["baseline", "knn", str(tiny_data), "--out", str(tmp_path)]
+    words = ["--set", "window=2", "--set", "in_power=0.25"]
+    assert run_command([*command, *words]) == 0
+    metrics = json.loads((tmp_path / "metrics-test.json").read_text())
+    assert metrics["recipe"] == {**vars(knn.KnnSettings()), "window": 2, "in_power": 0.25}
+    lists = knn.recommend(
+        load_dataset(tiny_data).sequences,
+        "test",
+        exclude_history=metrics["protocol"]["exclude_history"],
+        settings=knn.KnnSettings(window=2, in_power=0.25),
+    )
+    written = pq.read_table(tmp_path / "top20-test.parquet")["scores"].to_pylist()
+    assert written == [row[np.isfinite(row)].tolist() for row in lists.scores_UN]
+    assert metrics["NDCG@10"] != metrics["beside"]["knn"]["NDCG@10"]
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("width=3", "knn: unknown key width; known here: window"),
+        ("window=0", "knn: window is 0: it has to be 1 or above"),
+        ("decay=-0.1", "knn: decay is -0.1: it has to be 0 or above"),
+        ("recent=some", "knn: recent: 'some' is not of type int"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_with_nothing_written(override, said, tiny_data, tmp_path, capsys):
+    assert run_command(["baseline", "knn", str(tiny_data), "--out", str(tmp_path / "run"), "--set", override]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_equal_scores_follow_the_tie_rule():

@@ -447,6 +447,104 @@ def test_the_same_command_leaves_the_same_weights(run: Path, dataset: Dataset, t
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 5
 
 
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_at(number: int, dataset: Dataset, out: Path, settings: list[str], **more: str) -> None:
+    """A training that ends when it has told of this epoch, before it has kept it."""
+
+    def stop(epoch: Epoch) -> None:
+        if epoch.epoch == number:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        run_baseline("sasrec", dataset, "test", out, settings=settings, on_epoch=stop, **more)
+    assert not (out / "best.safetensors").exists()
+
+
+SLOW_SET = [*TINY_SET, "epochs=6", "attention_dropout=0.2", "dropout=0.3", "weight_decay=0.1", "learning_rate=0.01"]
+
+
+@pytest.mark.parametrize(
+    ("more", "through"), [(["average=0.9", "patience=2"], "n-2"), (["average=0"], "n-2"), (["average=0.9"], "n-1")]
+)
+def test_an_interrupted_training_goes_on_to_the_same_bits(
+    more: list[str], through: str, dataset: Dataset, tmp_path: Path
+) -> None:
+    settings = [*SLOW_SET, *more]
+    whole = run_baseline("sasrec", dataset, "test", tmp_path / "whole", settings=settings, trained_through=through)
+    for number in (2, 4):  # in the second epoch, and once more
+        interrupted_at(number, dataset, tmp_path / "parts", settings, trained_through=through)
+    seen: list[Epoch] = []
+    again = run_baseline(
+        "sasrec", dataset, "test", tmp_path / "parts", settings=settings, trained_through=through, on_epoch=seen.append
+    )
+    assert seen[0].epoch == 4
+    assert again["recipe"] == whole["recipe"]
+    for name in ("best.safetensors", "item_vectors.safetensors"):
+        assert stored(tmp_path / "parts" / name) == stored(tmp_path / "whole" / name), name
+    assert not (tmp_path / "parts" / "training.safetensors").exists()
+    ours, others = (epochs_without_times(tmp_path / name) for name in ("parts", "whole"))
+    assert ours == others
+    events = [json.loads(line) for line in (tmp_path / "parts" / "events.jsonl").read_text().splitlines()]
+    assert [event["resumed_from"] for event in events if event["event"] == "start"] == [None, 1, 3]
+    seconds = [event["seconds"] for event in events if event["event"] == "epoch"]
+    assert seconds == sorted(seconds)
+
+
+def epochs_without_times(run: Path) -> list[dict]:
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert events[-1]["event"] == "end"
+    return [
+        {key: value for key, value in event.items() if key not in ("time", "seconds")}
+        for event in events
+        if event["event"] == "epoch"
+    ]
+
+
+def test_a_training_whose_weights_were_not_written_at_the_end_only_writes_them(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    settings = [*SLOW_SET, "average=0.9"]
+    run_baseline("sasrec", dataset, "test", tmp_path / "whole", settings=settings)
+    (tmp_path / "cut").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("genrec_dist.baseline.sasrec_run._save", lambda *_: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            run_baseline("sasrec", dataset, "test", tmp_path / "cut", settings=settings)
+    seen: list[Epoch] = []
+    run_baseline("sasrec", dataset, "test", tmp_path / "cut", settings=settings, on_epoch=seen.append)
+    assert not seen
+    assert stored(tmp_path / "cut" / "best.safetensors") == stored(tmp_path / "whole" / "best.safetensors")
+    assert epochs_without_times(tmp_path / "cut") == epochs_without_times(tmp_path / "whole")
+
+
+def test_what_is_not_the_interrupted_training_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    interrupted_at(2, dataset, tmp_path / "run", TINY_SET)
+    other = prepared(tmp_path, changed(made(), (1,)))
+    for arguments, said in [
+        ({"settings": [*TINY_SET, "dropout=0.1"]}, "interrupted training with settings .*choose another --out"),
+        ({"dataset": other}, "interrupted training with sequences_hash .*remove it to train from the start"),
+        ({"exclude_history": False}, "interrupted training with exclude_history true, not false"),
+        ({"trained_through": "n-1"}, "interrupted training with trained_through n-2, not n-1"),
+    ]:
+        asked = {
+            "name": "sasrec",
+            "dataset": dataset,
+            "split": "test",
+            "out_dir": tmp_path / "run",
+            "settings": TINY_SET,
+        }
+        with pytest.raises(ValueError, match=said) as error:
+            run_baseline(**{**asked, **arguments})
+        assert "\n" not in str(error.value)
+    kept = tmp_path / "run" / "training.safetensors"
+    kept.write_bytes(kept.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"training.safetensors: not readable .*remove it to train from the start"):
+        run_baseline("sasrec", dataset, "test", tmp_path / "run", settings=TINY_SET)
+
+
 def stored(path: Path) -> tuple[dict[str, str], dict[str, bytes]]:
     with safe_open(path, "np") as file:
         return file.metadata(), {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
@@ -523,7 +621,7 @@ def test_the_command_trains_scores_and_is_told_what_it_may_not(tiny_data: Path, 
     assert done.stdout.count("epoch ") == 3
     assert all(system in done.stdout for system in ("sasrec", "knn", "popularity"))
     wrong = CliRunner().invoke(
-        app, ["baseline", "knn", str(tiny_data), "--out", str(tmp_path / "knn"), "--set", "d_model=8"]
+        app, ["baseline", "popularity", str(tiny_data), "--out", str(tmp_path / "other"), "--set", "d_model=8"]
     )
     assert wrong.exit_code == 2
-    assert not (tmp_path / "knn").exists()
+    assert not (tmp_path / "other").exists()

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import numpy as np
@@ -16,6 +16,7 @@ from genrec_dist.baseline.history import Histories, histories
 from genrec_dist.baseline.lists import Lists, Rule, empty_lists, tie_order, without_last
 from genrec_dist.baseline.training import TrainingPart, check_trained_through, training_windows
 from genrec_dist.metrics import TOP
+from genrec_dist.recipe import section_from
 
 _LOW_32 = np.uint64(0xFFFFFFFF)
 
@@ -35,9 +36,23 @@ class KnnSettings:
     recent: int = 10
     """How many items at the end of the history are asked for their neighbours."""
     smoothing: float = 1.0
-    """Added to both masses before the root, so that a rare item with one lucky pair does not outweigh everything."""
+    """Added to both masses before their powers, so that a rare item with one lucky pair does not outweigh everything."""
+    out_power: float = 0.5
+    """Power of the history item's mass by which its pairs are divided; 0 does not ask how much is taken near it."""
+    in_power: float = 0.5
+    """The same of the candidate's mass: 0 leans to what is popular, 1 away from it."""
     batch_size: int = 1024
     """Users scored at once; it changes memory, not results."""
+
+
+def settings_from(overrides: list[str] | None) -> KnnSettings:
+    """The defaults, changed by `key=value`. Raises ValueError, one line, naming the key that does not fit and what it may be."""
+    settings = section_from(KnnSettings, {}, overrides, "knn")
+    for key, value in asdict(settings).items():
+        least = 1 if key in ("window", "recent", "batch_size") else 0
+        if not least <= value < float("inf"):
+            raise ValueError(f"knn: {key} is {value}: it has to be {least} or above")
+    return settings
 
 
 def recommend(
@@ -105,16 +120,17 @@ def _lists(
 def neighbour_weights(
     sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings
 ) -> sp.csr_matrix:
-    """float64[I, I], row = item of the history, column = candidate: pairs(x, y) / sqrt((out(x) + s) (in(y) + s)).
+    """float64[I, I], row = item of the history, column = candidate: pairs(x, y) / ((out(x) + s)^a (in(y) + s)^b).
 
     pairs(x, y) sums forward/d where y follows x by d steps in a training part, and backward/d where it precedes it.
-    Mass: out(x) is x's row sum, in(y) is y's column sum, both of pairs; s is the smoothing, 1.
+    Mass: out(x) is x's row sum, in(y) is y's column sum, both of pairs; s is the smoothing, a and b are the powers: by
+    default 1, 1/2 and 1/2.
     """
     pairs_II = _pairs(sequences, split, trained_through, settings)
     out_I = np.asarray(pairs_II.sum(axis=1)).ravel()
     in_I = np.asarray(pairs_II.sum(axis=0)).ravel()
-    scaled = sp.diags(_inverse_root(out_I + settings.smoothing)) @ pairs_II
-    return (scaled @ sp.diags(_inverse_root(in_I + settings.smoothing))).tocsr()
+    scaled = sp.diags(_inverse_power(out_I + settings.smoothing, settings.out_power)) @ pairs_II
+    return (scaled @ sp.diags(_inverse_power(in_I + settings.smoothing, settings.in_power))).tocsr()
 
 
 def _pairs(sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings) -> sp.csr_matrix:
@@ -135,8 +151,9 @@ def _pairs_at(distance: int, part: TrainingPart, shape: tuple[int, int], setting
     return sp.csr_matrix((np.concatenate([forward, backward]), (rows, columns)), shape=shape)
 
 
-def _inverse_root(mass_I: np.ndarray) -> np.ndarray:
-    return np.divide(1, np.sqrt(mass_I), out=np.zeros_like(mass_I), where=mass_I > 0)
+def _inverse_power(mass_I: np.ndarray, power: float) -> np.ndarray:
+    raised_I = np.sqrt(mass_I) if power == 0.5 else mass_I**power
+    return np.divide(1, raised_I, out=np.zeros_like(mass_I), where=mass_I > 0)
 
 
 def _score_batches(

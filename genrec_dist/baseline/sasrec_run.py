@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import time
 from collections.abc import Callable
@@ -20,13 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from genrec_dist.baseline.sasrec import SASRec, SasrecSettings, check_settings
-from genrec_dist.baseline.sasrec_train import Epoch, Trained, train
+from genrec_dist.baseline.sasrec_train import Epoch, Progress, Trained, train
 from genrec_dist.baseline.training import check_trained_through
 from genrec_dist.events import git_commit, versions
 from genrec_dist.recipe import section_from
 
 FORMAT_VERSION = "1"
 WEIGHTS, VECTORS, SETTINGS, EVENTS = "best.safetensors", "item_vectors.safetensors", "sasrec.yaml", "events.jsonl"
+PROGRESS = "training.safetensors"
+"""What an interrupted training goes on from; gone when it is finished."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ def open_or_train(
     overrides: list[str] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> SasrecRun:
-    """The model of a run directory that is finished; elsewhere train one, from the start, and leave it there.
+    """The model of a run directory that is finished; elsewhere train one and leave it there, from the last epoch of a training
+    that was interrupted.
 
     `overrides`: `key=value` of `SasrecSettings`. Raises ValueError for settings that do not fit, for weights of other data,
     settings or `trained_through` than asked for, and where training has seen the split's targets.
@@ -67,11 +71,14 @@ def open_or_train(
             "trained_through n-1 leaves nothing to validate on: give --set epochs=N, the best epoch of the n-2 run"
         )
     settings = settings_from({}, overrides)
+    origin = _origin(dataset, settings, trained_through, exclude_history)
+    progress = _read_progress(path / PROGRESS, origin) if (path / PROGRESS).is_file() else None
     path.mkdir(parents=True, exist_ok=True)
     with atomic_file(path / SETTINGS) as temporary:
         temporary.write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False), encoding="utf-8")
-    trained = _train(path, dataset, settings, exclude_history, trained_through, on_epoch)
-    _save(path, dataset, trained, trained_through)
+    trained = _train(path, dataset, settings, origin, progress, on_epoch)
+    _save(path, origin, trained)
+    (path / PROGRESS).unlink(missing_ok=True)
     return SasrecRun(trained.model, settings, trained.best.epoch)
 
 
@@ -87,12 +94,7 @@ def load(
 ) -> SasrecRun:  # fmt: skip
     """The finished run `run`. Raises ValueError, one line, where it is damaged or was made of something else."""
     path = run / WEIGHTS
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: not readable ({error}): remove it and train again") from None
+    metadata, weights = _read(path, "remove it and train again")
     if metadata.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{path}: format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}")
     _check_origin(path, metadata, dataset, trained_through)
@@ -118,16 +120,55 @@ def _check_origin(path: Path, metadata: dict[str, str], dataset: Dataset, traine
         raise ValueError(f"{path} was trained through {through}: pass --trained-through {through}, or another --out")
 
 
+def _origin(
+    dataset: Dataset, settings: SasrecSettings, trained_through: TrainedThrough, exclude_history: bool
+) -> dict[str, str]:
+    """What a training is of; metadata of all its files."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "system": "sasrec",
+        "sequences_hash": dataset.info.sequences_hash,
+        "trained_through": trained_through,
+        "exclude_history": json.dumps(exclude_history),
+        "settings": json.dumps(dataclasses.asdict(settings)),
+    }
+
+
+def _read_progress(path: Path, origin: dict[str, str]) -> Progress:
+    """Raises ValueError, one line, where the file is damaged or of another training than this one."""
+    metadata, tensors = _read(path, "remove it to train from the start")
+    for key, asked in origin.items():
+        found = metadata.get(key)
+        if found != asked:
+            raise ValueError(
+                f"{path}: an interrupted training with {key} {found}, not {asked}: choose another --out, or remove it to train "
+                "from the start"
+            )
+    last, best = (Epoch(**json.loads(metadata[name])) for name in ("last", "best"))
+    return Progress(last, best, tensors)
+
+
+def _read(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors). Raises ValueError, one line, for a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: not readable ({error}): {remedy}") from None
+
+
 def _train(
     run: Path,
     dataset: Dataset,
     settings: SasrecSettings,
-    exclude_history: bool,
-    trained_through: TrainedThrough,
+    origin: dict[str, str],
+    progress: Progress | None,
     on_epoch: Callable[[Epoch], None] | None,
 ) -> Trained:
-    # Anew where an earlier start was interrupted: no weights are there to go on from.
-    with (run / EVENTS).open("w", encoding="utf-8", buffering=1) as file:
+    _drop_events_behind(run / EVENTS, progress.last.epoch if progress else 0)
+    trained_through: TrainedThrough = "n-1" if origin["trained_through"] == "n-1" else "n-2"
+    exclude_history = json.loads(origin["exclude_history"])
+    with (run / EVENTS).open("a", encoding="utf-8", buffering=1) as file:
 
         def tell(event: str, **fields: Any) -> None:
             file.write(json.dumps({"time": round(time.time(), 3), "event": event, **fields}, allow_nan=False) + "\n")
@@ -138,12 +179,17 @@ def _train(
             if on_epoch is not None:
                 on_epoch(epoch)
 
+        def keep(progress: Progress) -> None:
+            epochs = {name: json.dumps(dataclasses.asdict(getattr(progress, name))) for name in ("last", "best")}
+            _write(run / PROGRESS, progress.tensors, {**origin, **epochs})
+
         tell(
             "start",
             system="sasrec",
             recipe=dataclasses.asdict(settings),
             trained_through=trained_through,
             exclude_history=exclude_history,
+            resumed_from=progress.last.epoch if progress else None,
             threads=torch.get_num_threads(),
             git=git_commit(),
             versions=versions(),
@@ -154,6 +200,8 @@ def _train(
             exclude_history=exclude_history,
             trained_through=trained_through,
             on_epoch=ended,
+            on_progress=keep,
+            progress=progress,
         )
         tell(
             "end",
@@ -166,19 +214,25 @@ def _train(
     return trained
 
 
-def _save(run: Path, dataset: Dataset, trained: Trained, trained_through: TrainedThrough) -> None:
+def _drop_events_behind(path: Path, epoch: int) -> None:
+    """Epochs whose weights were lost are trained again, and told again. Of a training that starts anew nothing is kept."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if epoch and path.is_file() else []
+    # What follows an epoch that was lost has been lost with it; a line may be torn.
+    kept = itertools.takewhile(lambda line: line.endswith("\n") and _is_of_epochs_up_to(epoch, json.loads(line)), lines)
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _is_of_epochs_up_to(epoch: int, event: dict[str, Any]) -> bool:
+    return event["event"] == "start" or (event["event"] == "epoch" and event["epoch"] <= epoch)
+
+
+def _save(run: Path, origin: dict[str, str], trained: Trained) -> None:
     """The vectors first: where the weights lie, the run is finished."""
-    origin = {
-        "format_version": FORMAT_VERSION,
-        "system": "sasrec",
-        "sequences_hash": dataset.info.sequences_hash,
-        "trained_through": trained_through,
-        "settings": json.dumps(dataclasses.asdict(trained.model.settings)),
-        "best_epoch": str(trained.best.epoch),
-    }
+    metadata = {**origin, "best_epoch": str(trained.best.epoch)}
     vectors_Id = trained.model.item_embedding.weight.detach().float().contiguous()
-    _write(run / VECTORS, {"item_vectors": vectors_Id}, origin)
-    _write(run / WEIGHTS, dict(trained.model.state_dict()), origin)
+    _write(run / VECTORS, {"item_vectors": vectors_Id}, metadata)
+    _write(run / WEIGHTS, dict(trained.model.state_dict()), metadata)
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

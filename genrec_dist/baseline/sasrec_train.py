@@ -51,6 +51,18 @@ class Epoch:
 
 
 @dataclass(frozen=True)
+class Progress:
+    """All that the rest of a training depends on, as it stands behind an epoch."""
+
+    last: Epoch
+    best: Epoch
+    tensors: dict[str, Tensor]
+    """`weights.`, `average.`, `exp_avg.`, `exp_avg_sq.` and `steps.` of each parameter, and `best.` of each of the model's tensors.
+    Order and dropout are functions of seed, epoch and step: no random state is among them. While the training goes on they are
+    its own, not copies."""
+
+
+@dataclass(frozen=True)
 class Trained:
     model: SASRec
     """With the weights of the best epoch, out of training mode."""
@@ -65,13 +77,16 @@ def train(
     exclude_history: bool,
     trained_through: TrainedThrough = "n-2",
     on_epoch: Callable[[Epoch, SASRec], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    progress: Progress | None = None,
 ) -> Trained:
     """Train until NDCG@10 on validation stays behind its best for `patience` epochs; n-1: `epochs` epochs, no validation.
 
     The same settings and training parts give the same weights at every epoch, bit for bit on one machine with one number of
-    threads; held-out items only choose the epoch. `on_epoch` is called with the weights that were validated. The caller's
-    random state is left as it was. Raises ValueError where no user has two items to learn from, NotFinite for a loss that
-    is no number.
+    threads; held-out items only choose the epoch. `on_epoch` is called with the weights that were validated, `on_progress` behind
+    it with what `progress` takes to go on from there: the weights are the same as of a training that was never interrupted.
+    The caller's random state is left as it was. Raises ValueError where no user has two items to learn from, NotFinite for a loss
+    that is no number.
     """
     parts = TrainingParts(sequences, settings, trained_through)
     validated = np.empty(0, np.int64)
@@ -80,7 +95,9 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_key(settings.seed, _INIT_STREAM) >> 1)
         loop = _Loop(SASRec(sequences.num_items, settings), parts, settings)
-        return loop.run(sequences, validated, exclude_history, on_epoch)
+        if progress is not None:
+            loop.go_on_from(progress)
+        return loop.run(sequences, validated, exclude_history, on_epoch, on_progress)
 
 
 class TrainingParts:
@@ -119,6 +136,10 @@ class _Loop:
             group["lr"] = settings.learning_rate
         self.average = AveragedWeights(model.parameters(), settings.average) if settings.average else None
         self.step = 0
+        self.best: Epoch | None = None
+        self.last: Epoch | None = None
+        self.kept: dict[str, Tensor] = {}
+        """The weights of the best epoch."""
 
     def run(
         self,
@@ -126,25 +147,61 @@ class _Loop:
         validated: np.ndarray,
         exclude_history: bool,
         on_epoch: Callable[[Epoch, SASRec], None] | None,
+        on_progress: Callable[[Progress], None] | None,
     ) -> Trained:
-        start = time.perf_counter()
-        best, kept = None, {}
-        for number in range(1, self.settings.epochs + 1):
+        start = time.perf_counter() - (self.last.seconds if self.last else 0.0)
+        while not self.is_over():
+            number = self.last.epoch + 1 if self.last else 1
             loss = self.pass_over_users(number)
             self.swap_average()
             scores = validation_scores(self.model, sequences, validated, exclude_history) if len(validated) else {}
-            is_best = best is None or not scores or scores["NDCG@10"] > best.scores["NDCG@10"]
+            is_best = self.best is None or not scores or scores["NDCG@10"] > self.best.scores["NDCG@10"]
             epoch = Epoch(number, self.step, loss, scores, len(validated), time.perf_counter() - start, is_best)
             if is_best:
-                best, kept = epoch, {name: value.clone() for name, value in self.model.state_dict().items()}
+                self.best, self.kept = epoch, {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.last = epoch
             if on_epoch is not None:
                 on_epoch(epoch, self.model)
             self.swap_average()
-            if self.settings.patience and best is not None and number - best.epoch >= self.settings.patience:
-                break
-        assert best is not None
-        self.model.load_state_dict(kept)
-        return Trained(self.model.eval(), best, epoch)
+            if on_progress is not None:
+                on_progress(self.progress())
+        assert self.best is not None
+        assert self.last is not None
+        self.model.load_state_dict(self.kept)
+        return Trained(self.model.eval(), self.best, self.last)
+
+    def is_over(self) -> bool:
+        if self.last is None or self.best is None:
+            return False
+        patience = self.settings.patience
+        return self.last.epoch == self.settings.epochs or 0 < patience <= self.last.epoch - self.best.epoch
+
+    def progress(self) -> Progress:
+        assert self.best is not None
+        assert self.last is not None
+        tensors = {f"best.{name}": value for name, value in self.kept.items()}
+        for place, (name, parameter) in enumerate(self.model.named_parameters()):
+            moments = self.optimizer.state[parameter]
+            tensors[f"weights.{name}"] = parameter.detach()
+            tensors[f"steps.{name}"] = moments["step"]
+            tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+            if self.average is not None:
+                tensors[f"average.{name}"] = self.average.values[place]
+        return Progress(self.last, self.best, tensors)
+
+    @torch.no_grad()
+    def go_on_from(self, progress: Progress) -> None:
+        tensors = progress.tensors
+        self.last, self.best, self.step = progress.last, progress.best, progress.last.step
+        self.kept = {name: tensors[f"best.{name}"] for name in self.model.state_dict()}
+        for place, (name, parameter) in enumerate(self.model.named_parameters()):
+            parameter.copy_(tensors[f"weights.{name}"])
+            self.optimizer.state[parameter] = {
+                "step": tensors[f"steps.{name}"],
+                **{key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")},
+            }
+            if self.average is not None:
+                self.average.values[place].copy_(tensors[f"average.{name}"])
 
     def pass_over_users(self, epoch: int) -> float:
         """One epoch: its mean loss a target."""
