@@ -104,7 +104,7 @@ def audit(sequences: Sequences, codes: list[str], timestamps: np.ndarray | None 
 
 def write_audit(dataset: Dataset) -> Audit:
     """Examine a prepared data directory and leave `audit.json` in it."""
-    found = audit(dataset.sequences, dataset.numbering.item_codes)
+    found = audit(dataset.sequences, dataset.numbering.item_codes, dataset.timestamps)
     with atomic_file(dataset.path / "audit.json") as temporary:
         temporary.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
     return found

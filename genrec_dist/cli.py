@@ -76,15 +76,16 @@ def demo(
 
 @app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The log, gz or not; or a data directory.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The log, gz or not; or a folder.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Data directory to write.")],
     format_: Annotated[
         str,
         typer.Option(
             "--format",
-            help="sequences: `user item item ...` a line, oldest first; data: a data directory to be numbered anew.",
+            help="sequences: `user item item ...` a line, oldest first; interactions: CSV or Parquet, or a folder of either; "
+            "data: a data directory to be numbered anew; auto: by name and first line.",
         ),
-    ] = "sequences",
+    ] = "auto",
     numbering: Annotated[
         str, typer.Option(help="random, collaborative, semantic (with --items), train-order or given.")
     ] = "random",
@@ -109,13 +110,35 @@ def prepare(
     text_columns: Annotated[
         str | None, typer.Option(help="META's columns to read, as title,brand; default: all.")
     ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="USER,ITEM,TIME", help="Columns of interactions, where they have no usual names."),
+    ] = None,
+    time_unit: Annotated[
+        Literal["auto", "s", "ms", "us"], typer.Option(help="Of a log's times that are numbers; auto: by their size.")
+    ] = "auto",
+    k_core: Annotated[
+        int | None, typer.Option(help="Fewest rows of each user and item of a log that stay, 0: none; default: 5.")
+    ] = None,
+    min_length: Annotated[int, typer.Option(help="Fewest items of a user of a log.")] = 3,
+    ties: Annotated[
+        Literal["shuffle", "keep"] | None,
+        typer.Option(
+            help="A log's rows of one user and time: in an order drawn from the seed (default), or as they come."
+        ),
+    ] = None,
+    on_error: Annotated[
+        Literal["stop", "skip"], typer.Option(help="At a line that cannot be read: end, or leave it out and count it.")
+    ] = "stop",
 ) -> None:
     """Turn a log into sequences with leak-free codes, and audit it.
 
     Example: genrec prepare Beauty.txt.gz --out data/beauty --numbering random
     """
     from genrec_shards.numbering import told
+    from genrec_shards.prepare import cleaning_told
     from genrec_shards.prepare import prepare as run_prepare
+    from genrec_shards.readers.logs import LogOptions
 
     from genrec_dist.audit import write_audit
 
@@ -124,7 +147,11 @@ def prepare(
         levels=None if levels is None else _whole_numbers("--levels", levels), vectors=vectors,
         vectors_trained_through=vectors_trained_through, items=items, item_column=item_column,
         text_columns=None if text_columns is None else text_columns.split(","),
+        k_core=k_core, min_length=min_length, ties=ties, on_error=on_error,
+        log=LogOptions(columns=None if columns is None else tuple(columns.split(",")), time_unit=time_unit),
     )  # fmt: skip
+    for line in cleaning_told(dataset):
+        say(line)
     found = write_audit(dataset)
     sequences = dataset.sequences
     say(

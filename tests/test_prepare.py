@@ -88,7 +88,10 @@ def test_an_existing_output_is_refused_without_overwrite(log, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"format": "yelp"}, "--format sequences"),
+        ({"format": "magic"}, "--format sequences"),
+        ({"k_core": 5}, "only a log"),
+        ({"on_error": "pass"}, "choose stop or skip"),
+        ({"min_length": 2}, "at least 3"),
         ({"ties": "shuffle"}, "--ties keep"),
         ({"split": "global-time"}, "--split leave-one-out"),
         ({"numbering": "magic"}, "choose one of"),

@@ -3,33 +3,41 @@
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from genrec_shards.atomic import atomic_directory
+from genrec_shards.bad_lines import BadLines, OnError
+from genrec_shards.clean import Cleaning, Ties, clean
 from genrec_shards.descriptions import Descriptions, read_descriptions
 from genrec_shards.numbering import Hierarchy, Numbering, NumberingName, number
-from genrec_shards.sequences import DataError, Sequences, TrainedThrough, read_sequences
+from genrec_shards.readers.blocks import readable
+from genrec_shards.readers.guess import LOG_FORMATS, Format, guess_format
+from genrec_shards.readers.logs import LogOptions, read_log, source_files
+from genrec_shards.sequences import MINIMUM_LENGTH, DataError, Sequences, TrainedThrough, read_sequences
 from genrec_shards.trained_vectors import read_trained_vectors
 
 FORMAT_VERSION = 1
 USERS_PER_ROW_GROUP = 65_536
-Ties = Literal["keep"]
+K_CORE = 5
+"""Of a log, unless another is named."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The file that a data directory was made from."""
+    """The file or folder that a data directory was made from."""
 
     name: str
     """File name without its folder."""
     sha256: str
+    """Of a folder: of the lines `sha256  name` of its files, by name."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,9 @@ class DatasetInfo:
     sequences_hash: str
     numbering_hash: str
     dropped: dict[str, int]
-    """What was left out of the source, by reason; empty for the `sequences` format, which drops nothing."""
+    """What was left out of the source, by reason: rows of a log, lines of the `sequences` format (none unless told to skip)."""
+    read: int | None = None
+    """Rows of the log: `interactions` and `dropped` add up to it; not in the file of the `sequences` format."""
     hierarchy: Hierarchy | None = None
     """What `collaborative` and `semantic` codes were made of; not in the file of other numberings."""
     described_by: Source | None = None
@@ -65,16 +75,20 @@ class Dataset:
     info: DatasetInfo
     descriptions: Descriptions | None = None
     """The items' texts, where `prepare` was given any."""
+    timestamps: np.ndarray | None = None
+    """int64, microseconds since 1970 of each of the sequences' items; None where the source has none."""
+    bad_lines: tuple[str, ...] = ()
+    """What `prepare` has to say of lines that could not be read; not in any file."""
 
 
 def prepare(
     source: str | Path,
     out: str | Path,
     *,
-    format: str = "sequences",
+    format: Format = "auto",
     numbering: NumberingName = "random",
     seed: int = 0,
-    ties: str = "keep",
+    ties: Ties | None = None,
     split: str = "leave-one-out",
     overwrite: bool = False,
     levels: Sequence[int] | None = None,
@@ -83,53 +97,77 @@ def prepare(
     items: str | Path | None = None,
     item_column: str | None = None,
     text_columns: Sequence[str] | None = None,
+    k_core: int | None = None,
+    min_length: int = MINIMUM_LENGTH,
+    on_error: OnError = "stop",
+    log: LogOptions | None = None,
 ) -> Dataset:
     """Read a log and write the data directory `out`, complete or not at all; the same input gives the same bytes.
 
-    `format`: `sequences`, or `data`, a data directory that is to be numbered anew: its sequences stay what they are, so its
-    shards serve both. `levels`, `vectors`: as in `number` and `read_trained_vectors`. `items`, `item_column`,
-    `text_columns`: as in `read_descriptions`; the texts are kept, and `format="data"` finds them again.
-    Raises DataError for what is wrong with a file, ValueError for a wrong argument or an `out` that exists.
+    `format`: `sequences`; a log (`interactions`, `amazon`, `yelp`: `readers/`), of which `log` says how to read it and
+    `k_core` (default 5), `min_length` and `ties` (default shuffle) what becomes of it (`clean.py`); or `data`, a data
+    directory that is to be numbered anew: its sequences stay what they are, so its shards serve both. `auto` tells them
+    by name and content. `on_error`: what a line that cannot be read does, `stop` or `skip`. `levels`, `vectors`: as in
+    `number` and `read_trained_vectors`. `items`, `item_column`, `text_columns`: as in `read_descriptions`; the texts are
+    kept, and `format="data"` finds them again. Raises DataError for what is wrong with a file, ValueError for a wrong
+    argument or an `out` that exists.
     """
-    _check_choices(format, ties, split)
     source, out = Path(source), Path(out)
+    readable(source)
+    format = guess_format(source) if format == "auto" else format
+    _check_choices(format, ties, split, k_core)
     if format == "data" and out.resolve() == source.resolve():
         raise ValueError(f"{out} is the data that is to be numbered anew, with its shards: choose another output")
     if items is None and (item_column is not None or text_columns is not None):
         raise ValueError("a column of item ids or text is named, and no table: give --items META")
-    sequences, origin, descriptions = _read(source, format)
-    if items is not None:
-        descriptions = read_descriptions(
-            items, sequences.item_ids, id_column=item_column, text_columns=text_columns
-        )  # fmt: skip
-    codes = number(
-        sequences,
-        numbering,
-        seed,
-        levels=levels,
-        vectors=None if vectors is None else read_trained_vectors(vectors, sequences, vectors_trained_through),
-        descriptions=descriptions if numbering == "semantic" else None,
-    )
-    info = DatasetInfo(
-        format_version=FORMAT_VERSION,
-        source=origin,
-        users=sequences.num_users,
-        items=sequences.num_items,
-        interactions=sequences.num_interactions,
-        numbering=numbering,
-        seed=seed,
-        split=split,
-        ties=ties,
-        sequences_hash=sequences.sequences_hash(),
-        numbering_hash=codes.numbering_hash(),
-        dropped={},
-        hierarchy=codes.hierarchy,
-        described_by=None if descriptions is None else Source(descriptions.name, descriptions.sha256),
-    )
-    dataset = Dataset(out, sequences, codes, info, descriptions)
+    bad = BadLines(on_error)
+    cleaning = Cleaning(K_CORE if k_core is None else k_core, min_length, ties or "shuffle", seed)
+    # A log's rows wait beside the output for their users, so a place that cannot be written is told before hours of reading.
     with atomic_directory(out, overwrite, marker="dataset.json") as folder:
+        taken = _read(source, format, bad, cleaning, log or LogOptions(), folder)
+        sequences, descriptions = taken.sequences, taken.descriptions
+        if items is not None:
+            descriptions = read_descriptions(
+                items, sequences.item_ids, id_column=item_column, text_columns=text_columns
+            )  # fmt: skip
+        codes = number(
+            sequences,
+            numbering,
+            seed,
+            levels=levels,
+            vectors=None if vectors is None else read_trained_vectors(vectors, sequences, vectors_trained_through),
+            descriptions=descriptions if numbering == "semantic" else None,
+        )
+        info = DatasetInfo(
+            format_version=FORMAT_VERSION,
+            source=taken.source,
+            users=sequences.num_users,
+            items=sequences.num_items,
+            interactions=sequences.num_interactions,
+            numbering=numbering,
+            seed=seed,
+            split=split,
+            ties=taken.ties,
+            sequences_hash=sequences.sequences_hash(),
+            numbering_hash=codes.numbering_hash(),
+            dropped=taken.dropped,
+            read=taken.num_read,
+            hierarchy=codes.hierarchy,
+            described_by=None if descriptions is None else Source(descriptions.name, descriptions.sha256),
+        )
+        dataset = Dataset(out, sequences, codes, info, descriptions, taken.timestamps, tuple(bad.told()))
         _write(dataset, folder)
     return dataset
+
+
+def cleaning_told(dataset: Dataset) -> list[str]:
+    """Lines for a person: what was left out of a log and why, and the first lines that could not be read."""
+    info, lines = dataset.info, []
+    if info.read is not None:
+        parts = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in info.dropped.items() if count]
+        out = f"; left out: {', '.join(parts)}" if parts else ", none left out"
+        lines.append(f"{info.read:,} rows read, {info.interactions:,} kept{out}")
+    return [*lines, *dataset.bad_lines]
 
 
 def load_dataset(path: str | Path) -> Dataset:
@@ -142,7 +180,7 @@ def load_dataset(path: str | Path) -> Dataset:
     users, items = _read_table(path / "users.parquet"), _read_table(path / "items.parquet")
     user_ids, user_codes = _strings(users, "id", path), _strings(users, "code", path)
     item_ids, item_codes = _strings(items, "id", path), _strings(items, "code", path)
-    flat_items, offsets = _read_lists(path / "sequences.parquet")
+    flat_items, offsets, timestamps = _read_lists(path / "sequences.parquet")
     sequences = Sequences(flat_items, offsets, user_ids, item_ids)
     numbering = Numbering(info.numbering, info.seed, item_codes, user_codes, info.hierarchy)
     for name, found in (
@@ -155,30 +193,64 @@ def load_dataset(path: str | Path) -> Dataset:
     descriptions = None
     if info.described_by is not None:
         descriptions = Descriptions(_strings(items, "text", path), info.described_by.name, info.described_by.sha256)
-    return Dataset(path, sequences, numbering, info, descriptions)
+    return Dataset(path, sequences, numbering, info, descriptions, timestamps)
 
 
-def _read(source: Path, format: str) -> tuple[Sequences, Source, Descriptions | None]:
+@dataclass(frozen=True, eq=False)
+class _Taken:
+    """What was read of a source."""
+
+    sequences: Sequences
+    source: Source
+    descriptions: Descriptions | None
+    timestamps: np.ndarray | None
+    ties: str
+    dropped: dict[str, int]
+    num_read: int | None
+
+
+def _read(source: Path, format: Format, bad: BadLines, cleaning: Cleaning, log: LogOptions, folder: Path) -> _Taken:
+    """`folder`: where a log's rows may lie meanwhile; it is empty again afterwards."""
     if format == "data":
         data = load_dataset(source)
-        return data.sequences, data.info.source, data.descriptions
-    return read_sequences(source), Source(source.name, _sha256(source)), None
+        return _Taken(
+            data.sequences, data.info.source, data.descriptions, data.timestamps, data.info.ties, data.info.dropped, data.info.read
+        )  # fmt: skip
+    if format == "sequences":
+        sequences = read_sequences(source, bad)
+        dropped = {"bad_lines": bad.count} if bad.count else {}
+        return _Taken(sequences, _source(source, [source]), None, None, "keep", dropped, None)
+    waiting = folder / "rows"
+    waiting.mkdir()
+    found = clean(read_log(source, format, bad, log), cleaning, waiting, str(source))
+    shutil.rmtree(waiting)
+    origin = _source(source, source_files(source, format))
+    dropped = {"bad_lines": bad.count} | found.dropped
+    return _Taken(
+        found.sequences, origin, None, found.timestamps, cleaning.ties, dropped, found.num_read + bad.count
+    )  # fmt: skip
 
 
-def _check_choices(format: str, ties: str, split: str) -> None:
-    if format not in ("sequences", "data"):
+def _check_choices(format: str, ties: str | None, split: str, k_core: int | None) -> None:
+    if format not in ("sequences", "data", *LOG_FORMATS):
         raise ValueError(
-            f"format {format!r} is not supported yet: use --format sequences, or data to number a data directory anew"
+            f"format {format!r} is not supported: use --format sequences, {', '.join(LOG_FORMATS)}, or data to number a "
+            "data directory anew"
         )
-    if ties != "keep":
-        raise ValueError(f"ties {ties!r}: the sequences format has no timestamps to find ties by: use --ties keep")
+    if format not in LOG_FORMATS:
+        if ties not in (None, "keep"):
+            raise ValueError(f"ties {ties!r}: the {format} format has no ties left to order: use --ties keep")
+        if k_core is not None:
+            raise ValueError(
+                f"k_core with the {format} format: only a log ({', '.join(LOG_FORMATS)}) is cleaned, leave it out"
+            )
     if split != "leave-one-out":
         raise ValueError(f"split {split!r} is not supported yet: use --split leave-one-out; others come later")
 
 
 def _write(dataset: Dataset, folder: Path) -> None:
     sequences, numbering = dataset.sequences, dataset.numbering
-    _write_lists(sequences, folder / "sequences.parquet")
+    _write_lists(sequences, dataset.timestamps, folder / "sequences.parquet")
     for kind, ids, codes in (
         ("item", sequences.item_ids, numbering.item_codes),
         ("user", sequences.user_ids, numbering.user_codes),
@@ -193,27 +265,44 @@ def _write(dataset: Dataset, folder: Path) -> None:
     (folder / "dataset.json").write_text(info + "\n", encoding="utf-8")
 
 
-def _write_lists(sequences: Sequences, path: Path) -> None:
+def _write_lists(sequences: Sequences, timestamps: np.ndarray | None, path: Path) -> None:
     """One row group a few thousand users: list offsets are 32 bits wide, the whole log need not be."""
-    schema = pa.schema([("user", pa.int32()), ("items", pa.list_(pa.int32()))])
+    fields = [("user", pa.int32()), ("items", pa.list_(pa.int32()))]
+    if timestamps is not None:
+        fields.append(("times", pa.list_(pa.int64())))
+    schema = pa.schema(fields)
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
         for first in range(0, sequences.num_users, USERS_PER_ROW_GROUP):
             offsets = sequences.offsets[first : first + USERS_PER_ROW_GROUP + 1]
-            users = np.arange(first, first + len(offsets) - 1, dtype=np.int32)
-            items = sequences.items[offsets[0] : offsets[-1]]
-            lists = pa.ListArray.from_arrays((offsets - offsets[0]).astype(np.int32), items)
-            writer.write_table(pa.table([pa.array(users), lists], schema=schema))
+            columns = [pa.array(np.arange(first, first + len(offsets) - 1, dtype=np.int32))]
+            for values in (sequences.items, timestamps):
+                if values is not None:
+                    held = values[offsets[0] : offsets[-1]]
+                    columns.append(pa.ListArray.from_arrays((offsets - offsets[0]).astype(np.int32), held))
+            writer.write_table(pa.table(columns, schema=schema))
 
 
-def _read_lists(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Items int32[total] and offsets int64[U+1]."""
-    column = _column(_read_table(path), "items", path)
-    if column.type != pa.list_(pa.int32()):
-        raise DataError(f"{path}: column items is {column.type}, expected list<int32>: prepare again")
-    chunks = column.chunks
+def _read_lists(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Items int32[total], offsets int64[U+1] and, where there are any, timestamps int64[total]."""
+    table = _read_table(path)
+    chunks = _lists(table, "items", pa.int32(), path)
     items = np.concatenate([np.zeros(0, np.int32), *(chunk.flatten().to_numpy() for chunk in chunks)])
     lengths = np.concatenate([np.zeros(0, np.int64), *(chunk.value_lengths().to_numpy() for chunk in chunks)])
-    return items, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    timestamps = None
+    if "times" in table.column_names:
+        chunks = _lists(table, "times", pa.int64(), path)
+        timestamps = np.concatenate([np.zeros(0, np.int64), *(chunk.flatten().to_numpy() for chunk in chunks)])
+        if len(timestamps) != len(items):
+            raise DataError(f"{path}: {len(timestamps)} times of {len(items)} items: prepare again")
+    return items, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), timestamps
+
+
+def _lists(table: Any, name: str, kind: Any, path: Path) -> Any:
+    """The chunks of a column of lists."""
+    column = _column(table, name, path)
+    if column.type != pa.list_(kind):
+        raise DataError(f"{path}: column {name} is {column.type}, expected list<{kind}>: prepare again")
+    return column.chunks
 
 
 def _strings(table: Any, name: str, path: Path) -> list[str]:
@@ -263,6 +352,14 @@ def _parts(fields: dict[str, Any]) -> dict[str, Any]:
     if "described_by" in fields:
         parts["described_by"] = Source(**fields["described_by"])
     return parts
+
+
+def _source(path: Path, files: Sequence[Path]) -> Source:
+    """`files`: the path itself, or what was read of the folder."""
+    if list(files) == [path]:
+        return Source(path.name, _sha256(path))
+    lines = "".join(f"{_sha256(file)}  {file.name}\n" for file in files)
+    return Source(path.resolve().name, hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest())
 
 
 def _sha256(path: Path) -> str:

@@ -6,11 +6,14 @@ import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from genrec_shards.atomic import atomic_file
+
+if TYPE_CHECKING:
+    from genrec_shards.bad_lines import BadLines
 
 # U users, N items of the catalogue, total interactions.
 
@@ -141,23 +144,33 @@ def update_with_strings(digest: "hashlib._Hash", strings: Sequence[str]) -> None
     digest.update(b"".join(encoded))
 
 
-def read_sequences(path: str | Path) -> Sequences:
+def read_sequences(path: str | Path, bad: "BadLines | None" = None) -> Sequences:
     """Read `user item item ...`, one user a line, oldest item first, plain or gzipped (told by the content).
 
     Words are separated by spaces or tabs, blank lines are skipped. Raises DataError, one line with file and line, for a
     file that is missing, empty, binary, not UTF-8 or cut off, for fewer than 3 items and for a user who comes twice.
+    `bad`: takes lines that are wrong in themselves; None stops at the first.
     """
     path = Path(path)
     user_ids: list[str] = []
     lengths: list[int] = []
     ids: list[str] = []
     line_of: dict[str, int] = {}
-    for number, line in enumerate(_text(path).split(b"\n"), start=1):
+    skipping = bad is not None and bad.on_error == "skip"
+    for number, line in enumerate(_text(path, checked=not skipping).split(b"\n"), start=1):
         words = line.split()
         if not words:
             continue
+        if skipping and bad is not None and (reason := _unfit(line)):
+            bad.meet(path, number, reason)
+            continue
         user = words[0].decode()
-        _check_line(path, number, user, len(words) - 1, line_of)
+        if reason := _wrong(user, len(words) - 1, line_of):
+            if bad is None or not skipping:
+                remedy = "join the two lines" if user in line_of else "remove the line or add items"
+                raise DataError(f"{path}:{number}: {reason}: {remedy}")
+            bad.meet(path, number, reason)
+            continue
         line_of[user] = number
         user_ids.append(user)
         lengths.append(len(words) - 1)
@@ -189,8 +202,8 @@ def write_sequences(sequences: Sequences, path: str | Path) -> None:
         temporary.write_bytes(gzip.compress(data, mtime=0) if path.name.endswith(".gz") else data)
 
 
-def _text(path: Path) -> bytes:
-    """The file's bytes, unpacked and known to be UTF-8 text."""
+def _text(path: Path, checked: bool = True) -> bytes:
+    """The file's bytes, unpacked and, if `checked`, known to be UTF-8 text."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -200,6 +213,8 @@ def _text(path: Path) -> bytes:
     if data.startswith(GZIP_MAGIC):
         data = _unpacked(path, data)
     data = data.removeprefix(BYTE_ORDER_MARK)
+    if not checked:
+        return data
     if (position := data.find(b"\0")) >= 0:
         raise DataError(f"{path}:{_line_at(data, position)}: binary (a zero byte): expected text, plain or gzipped")
     try:
@@ -223,16 +238,26 @@ def _line_at(data: bytes, position: int) -> int:
     return data.count(b"\n", 0, position) + 1
 
 
-def _check_line(path: Path, number: int, user: str, num_items: int, line_of: dict[str, int]) -> None:
+def _unfit(line: bytes) -> str | None:
+    """What keeps a line from being text."""
+    if b"\0" in line:
+        return "binary (a zero byte)"
+    try:
+        line.decode()
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 (byte 0x{line[error.start]:02x})"
+    return None
+
+
+def _wrong(user: str, num_items: int, line_of: dict[str, int]) -> str | None:
     if num_items < MINIMUM_LENGTH:
-        raise DataError(
-            f"{path}:{number}: user {_shortened(user)} has {num_items} item{'s' * (num_items != 1)}, at least "
-            f"{MINIMUM_LENGTH} are needed (training, validation, test): remove the line or add items"
+        return (
+            f"user {_shortened(user)} has {num_items} item{'s' * (num_items != 1)}, at least "
+            f"{MINIMUM_LENGTH} are needed (training, validation, test)"
         )
     if user in line_of:
-        raise DataError(
-            f"{path}:{number}: user {_shortened(user)} came before in line {line_of[user]}: join the two lines"
-        )
+        return f"user {_shortened(user)} came before in line {line_of[user]}"
+    return None
 
 
 def _shortened(text: str) -> str:

@@ -1,0 +1,39 @@
+"""What becomes of a line that cannot be read: the first one ends the work, or they are counted and told."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from genrec_shards.sequences import DataError
+
+OnError = Literal["stop", "skip"]
+NUM_SHOWN = 10
+
+
+@dataclass
+class BadLines:
+    """The policy, and under `skip` what was left out so far."""
+
+    on_error: OnError = "stop"
+    count: int = 0
+    shown: list[str] = field(default_factory=list)
+    """The first NUM_SHOWN of them: file, line and what is wrong."""
+
+    def __post_init__(self) -> None:
+        if self.on_error not in get_args(OnError):
+            raise ValueError(f"on_error is {self.on_error!r}: choose stop or skip")
+
+    def meet(self, path: Path, line: int, reason: str) -> None:
+        """Raises DataError under `stop`; `reason` says what is wrong, without a remedy. `line`: from 1; of Parquet, the row."""
+        if self.on_error == "stop":
+            raise DataError(f"{path}:{line}: {reason}: mend it, or use --on-error skip to leave such lines out")
+        self.count += 1
+        if len(self.shown) < NUM_SHOWN:
+            self.shown.append(f"{path}:{line}: {reason}")
+
+    def told(self) -> list[str]:
+        """Lines for a person; none where nothing was left out."""
+        if not self.count:
+            return []
+        more = f"; the first {len(self.shown)}:" if self.count > len(self.shown) else ":"
+        return [f"{self.count:,} lines could not be read and were left out{more}", *self.shown]

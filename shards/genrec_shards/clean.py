@@ -1,0 +1,204 @@
+"""From a log to sequences: duplicates, order and ties, k-core and shortest length; each row left out is counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from genrec_shards.buckets import Buckets
+from genrec_shards.keyed import keyed_bits, mixed_key
+from genrec_shards.sequences import MINIMUM_LENGTH, DataError, Sequences, flat_ranges, sort_ids
+
+if TYPE_CHECKING:
+    import polars as pl
+
+# U users, N items, R rows of a bucket; users and items have numbers by first appearance until the last step.
+
+Ties = Literal["shuffle", "keep"]
+_TIE_STREAM = 4
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What is left out, and in which order items of one time come."""
+
+    k_core: int = 5
+    """Each user and each item that stays has at least this many rows; 0 and 1 leave all."""
+    min_length: int = MINIMUM_LENGTH
+    """Fewest items of a user."""
+    ties: Ties = "shuffle"
+    """Rows of one user and time: in an order drawn from seed, user, item and time, or as the log has them."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.ties not in get_args(Ties):
+            raise ValueError(f"ties is {self.ties!r}: choose shuffle or keep")
+        if self.k_core < 0:
+            raise ValueError(f"k_core is {self.k_core}: give a whole number, 0 for none")
+        if self.min_length < MINIMUM_LENGTH:
+            raise ValueError(
+                f"min_length is {self.min_length}: at least {MINIMUM_LENGTH} are needed (training, validation, test)"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class CleanLog:
+    """What a log has become."""
+
+    sequences: Sequences
+    """Users and items in the order of `sort_ids`, whatever the order of the log."""
+    timestamps: np.ndarray
+    """int64[total], microseconds since 1970 of each of the sequences' items."""
+    num_read: int
+    """Rows of the log: the sequences' interactions and those dropped add up to it."""
+    dropped: dict[str, int]
+    """Rows left out, by reason; all reasons are there."""
+
+
+def clean(frames: Iterable[pl.DataFrame], cleaning: Cleaning, folder: Path, source: str) -> CleanLog:
+    """Frames of a reader -> sequences. `folder`: an empty directory to work in; `source`: the log's name in messages.
+
+    In this order: of equal rows (user, item and time) the first is kept; rows are sorted by user and time; then users with
+    fewer than max(k_core, min_length) rows and items with fewer than k_core go, again and again until all have enough.
+    Memory: a bucket of rows, what users and items take, and 12 bytes for each row that stays. Raises DataError where
+    nothing is left, OSError where the disk is full.
+    """
+    buckets = Buckets(folder)
+    for found in frames:
+        buckets.add(found)
+    if not buckets.num_rows:
+        raise DataError(f"{source}: empty: no interaction in it")
+    dropped = {"duplicates": _sort(buckets, cleaning)}
+    core = _Core(buckets, cleaning)
+    dropped |= core.dropped
+    if not core.users_U.any():
+        told = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
+        raise DataError(
+            f"{source}: no user is left of {buckets.num_users:,} with {buckets.num_rows:,} rows ({told}): "
+            f"lower --k-core {cleaning.k_core} or --min-length {cleaning.min_length}"
+        )
+    sequences, timestamps = _gathered(buckets, core)
+    assert sequences.num_interactions + sum(dropped.values()) == buckets.num_rows
+    return CleanLog(sequences, timestamps, buckets.num_rows, dropped)
+
+
+def _sort(buckets: Buckets, cleaning: Cleaning) -> int:
+    """Order each bucket by user, time and tie, without duplicates; how many these were."""
+    num_duplicates = 0
+    hashes = [_hashes(names) for names in (buckets.user_numbers, buckets.item_numbers)]
+    for bucket, rows_R in enumerate(buckets):
+        if cleaning.ties == "shuffle":
+            keys_R = _tie_keys(rows_R, hashes[0], hashes[1], cleaning.seed)
+            order = np.lexsort((rows_R["item"], keys_R, rows_R["time"], rows_R["user"]))
+            kept = rows_R[order]
+            kept = kept[~_repeats(kept)]
+        else:
+            # Sorting is stable, so among equal rows the first of the log comes first.
+            order = np.lexsort((rows_R["item"], rows_R["time"], rows_R["user"]))
+            repeats_R = np.zeros(len(rows_R), bool)
+            repeats_R[order] = _repeats(rows_R[order])
+            kept = rows_R[~repeats_R]
+            kept = kept[np.lexsort((kept["time"], kept["user"]))]
+        num_duplicates += len(rows_R) - len(kept)
+        buckets.replace(bucket, kept)
+    return num_duplicates
+
+
+def _repeats(rows_R: np.ndarray) -> np.ndarray:
+    """bool[R]: is the row the same as the one before?"""
+    same = np.zeros(len(rows_R), bool)
+    same[1:] = rows_R[1:] == rows_R[:-1]
+    return same
+
+
+def _tie_keys(rows_R: np.ndarray, user_hashes: np.ndarray, item_hashes: np.ndarray, seed: int) -> np.ndarray:
+    """uint64[R], random numbers that are a function of the interaction itself, so that no order of the log counts."""
+    key = mixed_key(seed, _TIE_STREAM)
+    bits_R = keyed_bits(key, item_hashes[rows_R["item"]])
+    bits_R = keyed_bits(key, bits_R ^ user_hashes[rows_R["user"]])
+    return keyed_bits(key, bits_R ^ rows_R["time"].astype(np.uint64))
+
+
+def _hashes(names: Iterable[str]) -> np.ndarray:
+    """uint64 of each id, the same on every machine."""
+    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    return np.frombuffer(digests, "<u8")
+
+
+class _Core:
+    """The users and items that stay, and how many rows the others took along."""
+
+    def __init__(self, buckets: Buckets, cleaning: Cleaning) -> None:
+        self.users_U = np.ones(buckets.num_users, bool)
+        self.items_N = np.ones(buckets.num_items, bool)
+        self.lengths_U = np.zeros(0, np.int64)
+        short_U = np.zeros(buckets.num_users, bool)
+        fewest = max(cleaning.k_core, cleaning.min_length)
+        while True:
+            self.lengths_U, counts_N = self._counts(buckets)
+            few_U = self.users_U & (self.lengths_U < fewest)
+            few_N = self.items_N & (counts_N < cleaning.k_core)
+            if not few_U.any() and not few_N.any():
+                break
+            short_U |= few_U & (self.lengths_U >= cleaning.k_core)
+            self.users_U &= ~few_U
+            self.items_N &= ~few_N
+        self.catalogue_N = self.items_N & (counts_N > 0)
+        self.dropped = self._dropped(buckets, short_U)
+
+    def stay(self, rows_R: np.ndarray) -> np.ndarray:
+        """bool[R]"""
+        return self.users_U[rows_R["user"]] & self.items_N[rows_R["item"]]
+
+    def _counts(self, buckets: Buckets) -> tuple[np.ndarray, np.ndarray]:
+        """int64[U] and int64[N], rows that stay so far."""
+        counts_U, counts_N = np.zeros(len(self.users_U), np.int64), np.zeros(len(self.items_N), np.int64)
+        for rows_R in buckets:
+            rows_R = rows_R[self.stay(rows_R)]
+            if len(rows_R):
+                first = rows_R["user"].min()
+                counted = np.bincount(rows_R["user"] - first)
+                counts_U[first : first + len(counted)] += counted
+                counts_N += np.bincount(rows_R["item"], minlength=len(counts_N))
+        return counts_U, counts_N
+
+    def _dropped(self, buckets: Buckets, short_U: np.ndarray) -> dict[str, int]:
+        """A row whose item goes counts there, any other with its user."""
+        of_items = of_short = of_users = 0
+        for rows_R in buckets:
+            by_item_R = ~self.items_N[rows_R["item"]]
+            by_user_R = ~by_item_R & ~self.users_U[rows_R["user"]]
+            short = int((by_user_R & short_U[rows_R["user"]]).sum())
+            of_items += int(by_item_R.sum())
+            of_short += short
+            of_users += int(by_user_R.sum()) - short
+        return {"items_below_k_core": of_items, "users_below_k_core": of_users, "users_below_min_length": of_short}
+
+
+def _gathered(buckets: Buckets, core: _Core) -> tuple[Sequences, np.ndarray]:
+    user_ids, rows_U = _rows_of(buckets.user_numbers, core.users_U)
+    item_ids, rows_N = _rows_of(buckets.item_numbers, core.catalogue_N)
+    offsets = np.zeros(len(user_ids) + 1, np.int64)
+    offsets[1:][rows_U[core.users_U]] = core.lengths_U[core.users_U]
+    np.cumsum(offsets, out=offsets)
+    items, timestamps = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.int64)
+    for found in buckets:
+        found = found[core.stay(found)]
+        users, lengths = np.unique(found["user"], return_counts=True)
+        places = flat_ranges(offsets[rows_U[users]], lengths)
+        items[places] = rows_N[found["item"]]
+        timestamps[places] = found["time"]
+    return Sequences(items, offsets, user_ids, item_ids), timestamps
+
+
+def _rows_of(numbers: dict[str, int], stay: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The ids that stay in order, and int32 by number: an id's row, -1 of one that goes."""
+    ids = sort_ids(name for name, number in numbers.items() if stay[number])
+    rows = np.full(len(numbers), -1, np.int32)
+    rows[np.fromiter(map(numbers.__getitem__, ids), np.int64, len(ids))] = np.arange(len(ids), dtype=np.int32)
+    return ids, rows

@@ -1,0 +1,247 @@
+"""Logs with a column each of users, items and times: CSV and its kin, Parquet, folders of either."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from genrec_shards.bad_lines import BadLines
+from genrec_shards.readers.blocks import BLOCK_BYTES, LONGEST_LINE, Block, blocks, readable
+from genrec_shards.readers.frames import frame, frame_one_by_one, has_gaps, polars
+from genrec_shards.readers.times import Clock
+from genrec_shards.sequences import DataError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+COLUMNS = (
+    ("user", "user_id", "userid", "reviewerid", "customer_id", "visitorid", "uid"),
+    ("item", "item_id", "itemid", "parent_asin", "asin", "business_id", "product_id", "productid", "movieid", "iid"),
+    ("timestamp", "time", "date", "datetime", "unixreviewtime", "ts"),
+)
+"""Where users, items and times are looked for, in this order, unless columns are named; capitals do not matter, and what
+stands behind a colon, as in RecBole's `user_id:token`, neither."""
+ENDINGS = ("csv", "tsv", "inter", "parquet")
+KINDS = ("users", "items", "times")
+DELIMITERS = (",", "\t", ";", "|")
+ROWS_A_BATCH = 1 << 16
+
+
+def read_interactions(
+    path: str | Path, bad: BadLines, clock: Clock, columns: Sequence[str] | None = None
+) -> Iterator[pl.DataFrame]:
+    """Frames (`frames.py`) of a file, or of all files of a folder in the order of their names.
+
+    `columns`: the names of the columns of users, items and times; None looks for COLUMNS. Text files have a first line
+    with names, are separated by one of DELIMITERS (told by that line), may be gzipped and may quote cells, which then may
+    hold line ends. A row with more cells than names is bad, so is one without user, item or time. Raises DataError, one
+    line with file and line.
+    """
+    for file in log_files(Path(path), ENDINGS):
+        if _ending(file) == "parquet":
+            yield from _read_parquet(file, bad, clock, columns)
+        else:
+            yield from _read_text(file, bad, clock, columns)
+
+
+def log_files(path: Path, endings: Sequence[str]) -> list[Path]:
+    """The path itself, or a folder's files of these endings, `.gz` or not, by name; hidden ones are left out."""
+    readable(path)
+    if not path.is_dir():
+        return [path]
+    found = sorted(
+        file for file in path.iterdir()
+        if file.is_file() and _ending(file) in endings and not file.name.startswith((".", "_"))
+    )  # fmt: skip
+    if not found:
+        raise DataError(f"{path}: no file that ends in .{', .'.join(endings)}: check the path")
+    return found
+
+
+def _ending(path: Path) -> str:
+    return path.name.lower().removesuffix(".gz").rpartition(".")[2]
+
+
+def _places(path: Path, names: list[str], columns: Sequence[str] | None) -> list[int]:
+    """Where users, items and times stand among the names."""
+    places: list[int] = []
+    known = [name.strip().partition(":")[0].lower() for name in names]
+    for number, kind in enumerate(KINDS):
+        if columns is not None:
+            place = names.index(columns[number]) if columns[number] in names else None
+            wanted = f"column {columns[number]}"
+        else:
+            place = next((known.index(name) for name in COLUMNS[number] if name in known), None)
+            wanted = f"column of {kind}"
+        if place is None:
+            listed = ", ".join(name[:40] for name in names[:12]) or "none"
+            raise DataError(f"{path}:1: no {wanted}, only {listed}: name the three with --columns USER,ITEM,TIME")
+        places.append(place)
+    return places
+
+
+# Text
+
+
+def _read_text(path: Path, bad: BadLines, clock: Clock, columns: Sequence[str] | None) -> Iterator[pl.DataFrame]:
+    table: _Table | None = None
+    for block in _with_whole_cells(blocks(path)):
+        if table is None:
+            table, block = _head(path, block, columns)
+        if not block.data.strip():
+            continue
+        fast = _fast(block, table, clock)
+        yield fast if fast is not None else frame_one_by_one(path, _rows(block, table), clock, bad)
+    if table is None:
+        raise DataError(f"{path}: empty: expected a first line with the columns' names")
+
+
+class _Table:
+    """The first line of a text file: its names, what separates them and where the three columns stand."""
+
+    def __init__(self, names: list[str], delimiter: str, places: list[int]) -> None:
+        self.names, self.delimiter, self.places = names, delimiter, places
+
+
+def _head(path: Path, block: Block, columns: Sequence[str] | None) -> tuple[_Table, Block]:
+    """The table of a file's first block, and what is left of the block."""
+    line, _, rest = block.data.partition(b"\n")
+    if b"\0" in line:
+        raise DataError(f"{path}:1: binary (a zero byte): expected text with the columns' names, plain or gzipped")
+    try:
+        text = line.decode().rstrip("\r")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:1: not UTF-8 (byte 0x{line[error.start]:02x}): save it as UTF-8 text") from None
+    delimiter = max(DELIMITERS, key=text.count)
+    try:
+        names = next(csv.reader([text], delimiter=delimiter, strict=True), [])
+    except csv.Error as error:
+        raise DataError(f"{path}:1: the columns' names are not readable as CSV ({error}): mend the line") from None
+    return _Table(names, delimiter, _places(path, names, columns)), Block(2, rest)
+
+
+def _with_whole_cells(pieces: Iterator[Block]) -> Iterator[Block]:
+    """Blocks joined until their quotes are even, so that no quoted cell is cut; a stray quote ends the joining early."""
+    waiting: Block | None = None
+    for block in pieces:
+        block = block if waiting is None else Block(waiting.first_line, waiting.data + block.data)
+        if block.data.count(b'"') % 2 and len(block.data) < max(LONGEST_LINE, 4 * BLOCK_BYTES):
+            waiting = block
+            continue
+        waiting = None
+        yield block
+    if waiting is not None:
+        yield waiting
+
+
+def _fast(block: Block, table: _Table, clock: Clock) -> pl.DataFrame | None:
+    """All rows at once, or None where one of them must be looked at."""
+    pl = polars()
+    data = block.data.rstrip(b"\r\n")
+    if b"\0" in data:
+        return None
+    try:
+        cells = pl.read_csv(
+            io.BytesIO(data),
+            has_header=False,
+            separator=table.delimiter,
+            schema={str(place): pl.String for place in range(len(table.names))},
+        )
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
+        return None
+    if cells.height != data.count(b"\n") + 1:
+        return None
+    users, items, times = (cells[str(place)] for place in table.places)
+    if users.null_count() or items.null_count() or times.null_count():
+        return None
+    found = frame(users, items, clock.column(times))
+    return None if has_gaps(found) else found
+
+
+def _rows(block: Block, table: _Table) -> Iterator[tuple[int, tuple[str, str, str] | str]]:
+    """(line, cells of the three columns or what is wrong), one by one; blank lines are nothing."""
+    lines = block.data.split(b"\n")
+    at = 0
+    while at < len(lines):
+        line = block.first_line + at
+        if not lines[at].strip():
+            at += 1
+            continue
+        # A quoted cell may go on in the next lines; if that leads nowhere, this line alone is bad.
+        end = at + 1
+        quotes = lines[at].count(b'"')
+        while quotes % 2 and end < len(lines):
+            quotes += lines[end].count(b'"')
+            end += 1
+        row = _cells(b"\n".join(lines[at:end]), table)
+        yield line, row
+        at = end if not isinstance(row, str) else at + 1
+
+
+def _cells(data: bytes, table: _Table) -> tuple[str, str, str] | str:
+    if b"\0" in data:
+        return "binary (a zero byte)"
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        return f"not UTF-8 (byte 0x{data[error.start]:02x})"
+    limit = csv.field_size_limit(LONGEST_LINE)
+    try:
+        found = list(
+            csv.reader(io.StringIO(text.removesuffix("\r"), newline=""), delimiter=table.delimiter, strict=True)
+        )
+    except csv.Error as error:
+        return f"not readable as CSV ({error})"
+    finally:
+        csv.field_size_limit(limit)
+    if len(found) != 1:
+        return "not readable as CSV (a line end within a line)"
+    if len(found[0]) > len(table.names):
+        return f"{len(found[0])} cells, the first line names {len(table.names)}"
+    cells = found[0] + [""] * (len(table.names) - len(found[0]))
+    user, item, time = (cells[place] for place in table.places)
+    return user, item, time
+
+
+# Parquet
+
+
+def _read_parquet(path: Path, bad: BadLines, clock: Clock, columns: Sequence[str] | None) -> Iterator[pl.DataFrame]:
+    first = 1
+    try:
+        with pq.ParquetFile(path) as file:
+            names = list(file.schema_arrow.names)
+            chosen = [names[place] for place in _places(path, names, columns)]
+            for batch in file.iter_batches(ROWS_A_BATCH, columns=chosen):
+                yield _of_batch(path, first, [batch.column(name) for name in chosen], bad, clock)
+                first += batch.num_rows
+    except (pa.ArrowException, OSError, KeyError) as error:
+        if isinstance(error, DataError):
+            raise
+        if isinstance(error, OSError) and error.errno is not None:
+            raise DataError(f"{path}: cannot be read ({error.strerror}): check the path and its rights") from None
+        raise DataError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]}): save it again") from None
+
+
+def _of_batch(path: Path, first: int, columns: list[Any], bad: BadLines, clock: Clock) -> pl.DataFrame:
+    pl = polars()
+    for kind, column in zip(KINDS, columns, strict=True):
+        if pa.types.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_boolean(column.type):
+            raise DataError(f"{path}: the column of {kind} is {column.type}: expected text, whole numbers or times")
+    series = [pl.Series(name, pl.from_arrow(column)) for name, column in zip("uit", columns, strict=True)]
+    if all(kind.dtype == pl.String or kind.dtype.is_integer() for kind in series[:2]):
+        found = frame(series[0], series[1], clock.column(series[2]))
+        if not has_gaps(found):
+            return found
+    if series[2].dtype.is_temporal():
+        # Python has no date for some of Arrow's, and text says the same.
+        micros = series[2].cast(pl.Datetime("us")).cast(pl.Int64)
+        series[2] = micros.cast(pl.Datetime("us", "UTC")).dt.to_string("iso:strict")
+    rows = zip(*(column.to_list() for column in series), strict=True)
+    return frame_one_by_one(path, enumerate(rows, start=first), clock, bad)

@@ -1,0 +1,43 @@
+"""The door to the readers: a log of any format as frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from genrec_shards.bad_lines import BadLines
+from genrec_shards.readers.guess import JSON_ENDINGS
+from genrec_shards.readers.interactions import ENDINGS, log_files, read_interactions
+from genrec_shards.readers.times import Clock, TimeUnit
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """How a log is to be read."""
+
+    columns: tuple[str, ...] | None = None
+    """Names of the columns of users, items and times of `interactions`; None looks for usual ones."""
+    time_unit: TimeUnit = "auto"
+    """Of times that are numbers; `auto` is settled by the first of them."""
+
+
+def read_log(path: Path, format: str, bad: BadLines, options: LogOptions) -> Iterator[pl.DataFrame]:
+    """Frames (`frames.py`) of a log. Raises DataError and ValueError, one line."""
+    clock = Clock(options.time_unit)
+    if options.columns is not None and len(options.columns) != 3:
+        raise ValueError(f"columns {','.join(options.columns)}: give three names, as userId,movieId,timestamp")
+    if options.columns is not None and format != "interactions":
+        raise ValueError(f"columns with the {format} format, whose columns have names of their own: leave them out")
+    if format == "interactions":
+        return read_interactions(path, bad, clock, options.columns)
+    raise ValueError(f"format {format!r} is no log's")
+
+
+def source_files(path: Path, format: str) -> list[Path]:
+    """The files that `read_log` reads, in its order."""
+    return log_files(path, ENDINGS if format == "interactions" else JSON_ENDINGS)
