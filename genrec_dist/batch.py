@@ -379,7 +379,7 @@ def target_batch(encoder: EncoderInput, target_items_B: np.ndarray, layout: Layo
         target_items=target_items_B,
         target_offsets=np.arange(len(rows_B) + 1),
     )
-    labels_RT, decoder_RT, _ = _decoder_rows(masked, layout)
+    labels_RT, decoder_RT, lengths_R = _decoder_rows(masked, layout)
     num_target_tokens = int((labels_RT != IGNORED).sum())
     return Batch(
         encoder=encoder,
@@ -389,7 +389,7 @@ def target_batch(encoder: EncoderInput, target_items_B: np.ndarray, layout: Layo
         num_samples=len(rows_B),
         num_target_tokens=num_target_tokens,
         num_targets=len(rows_B),
-        num_tokens=int(encoder.attention_mask.sum()) + num_target_tokens,
+        num_tokens=int(encoder.attention_mask.sum()) + int(lengths_R.sum()),
         num_slots=encoder.input_ids.numel() + labels_RT.size,
     )
 
@@ -407,13 +407,13 @@ def _with_targets(text: Text, masked: MaskedSamples, is_padding_B: np.ndarray, l
     silent_R = masked.silent_R(is_padding_B)
     counted_B = ~is_padding_B if masked.counted_B is None else masked.counted_B & ~is_padding_B
     labels_RT[silent_R] = IGNORED
-    num_target_tokens = int(lengths_R[~silent_R].sum())
+    num_target_tokens = int((labels_RT != IGNORED).sum())
     counts = Counts(
         num_samples=int(counted_B.sum()),
         num_target_tokens=num_target_tokens,
         num_targets=int((~silent_R).sum()),
-        num_tokens=int(text.lengths_B[~is_padding_B].sum()) + num_target_tokens,
-        work=_work(text.lengths_B, lengths_R, masked, is_padding_B, layout.causal),
+        num_tokens=int(text.lengths_B[~is_padding_B].sum()) + int(lengths_R[~silent_R].sum()),
+        work=_work(text.lengths_B, lengths_R, num_target_tokens, masked, is_padding_B, layout.causal),
     )
     if packed:
         return _packed(text, labels_RT, decoder_RT, lengths_R, masked, counts, layout)
@@ -430,7 +430,12 @@ def _with_targets(text: Text, masked: MaskedSamples, is_padding_B: np.ndarray, l
 
 
 def _work(
-    lengths_B: np.ndarray, lengths_R: np.ndarray, masked: MaskedSamples, is_padding_B: np.ndarray, causal: bool
+    lengths_B: np.ndarray,
+    lengths_R: np.ndarray,
+    num_labels: int,
+    masked: MaskedSamples,
+    is_padding_B: np.ndarray,
+    causal: bool,
 ) -> Work:
     heard_R = ~masked.silent_R(is_padding_B)
     counted_B, counted_R = lengths_B[~is_padding_B], lengths_R[heard_R]
@@ -438,6 +443,7 @@ def _work(
     return Work(
         inputs=int(counted_B.sum()),
         targets=int(counted_R.sum()),
+        labels=num_labels,
         encoder_pairs=int((counted_B * (counted_B + 1) // 2 if causal else counted_B**2).sum()),
         decoder_pairs=int((counted_R**2).sum()),
         cross_pairs=int((counted_R * visible_R[heard_R]).sum()),
@@ -484,7 +490,8 @@ def _packed(
 
 
 def _decoder_rows(masked: MaskedSamples, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(labels, decoder inputs, tokens a row), int64 [R, T] and [R]: items' tokens and `</s>`; the same behind the mask to fill."""
+    """(labels, decoder inputs, tokens a row), int64 [R, T] and [R]: items' tokens and `</s>`; the same behind the mask to fill.
+    Certain tokens are no labels, and rows end with their last label."""
     words = layout.words
     item_words = words.item_words(masked.target_items)
     item_tokens = words.lengths[item_words]
@@ -497,4 +504,14 @@ def _decoder_rows(masked: MaskedSamples, layout: Layout) -> tuple[np.ndarray, np
     decoder_RT = np.empty_like(labels_RT)
     decoder_RT[:, 0] = words.tokens[words.offsets[FIRST_MASK_WORD + masked.row_mask]]
     decoder_RT[:, 1:] = np.where(labels_RT[:, :-1] == IGNORED, layout.pad_token, labels_RT[:, :-1])
-    return labels_RT, decoder_RT, lengths_R + 1
+    if layout.certain is None:
+        return labels_RT, decoder_RT, lengths_R + 1
+    assert len(masked.target_items) == len(lengths_R), "several items in one answer have no trie"
+    certain_RT = np.ones(labels_RT.shape, bool)
+    certain_RT[columns < lengths_R[:, None]] = layout.certain.tokens[flat]
+    certain_RT[np.arange(len(lengths_R)), lengths_R] = layout.certain.ends[item_words]
+    labels_RT[certain_RT] = IGNORED
+    lengths_R = len(columns) - np.argmin(certain_RT[:, ::-1], axis=1)
+    decoder_RT[columns >= lengths_R[:, None]] = layout.pad_token
+    longest = int(lengths_R.max(initial=0))
+    return labels_RT[:, :longest], decoder_RT[:, :longest], lengths_R

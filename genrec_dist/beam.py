@@ -16,20 +16,21 @@ from torch.nn import functional as F
 
 from genrec_dist.free_beam import generate_freely
 from genrec_dist.head import make_heads
-from genrec_dist.hybrid import both, item_log_probabilities, score_candidates
+from genrec_dist.hybrid import Candidates, item_log_probabilities, score_candidates, with_best
 from genrec_dist.metrics import EMPTY
+from genrec_dist.mixture import Mixture
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.score_all import score_all
 from genrec_dist.text import EncoderInput
 from genrec_dist.tokens import ItemTexts
-from genrec_dist.trie import Trie, pruned, restrict
+from genrec_dist.trie import Trie, nodes_in, one_way, pruned, restrict
 from genrec_dist.trie_walk import NOTHING, Ends, Levels, best_of, lost_on, walk
 
 Mode = Literal["exact", "compact", "free", "all", "items", "hybrid"]
 """exact: the trie's items by log-probability under the model's whole softmax. compact: the softmax over the trie's tokens and
 `</s>` alone, another and cheaper normaliser. free: no trie, as the paper decodes; what is generated may be no item.
-all: every item scored, the oracle of `exact`. items: by the item head alone. hybrid: by log p of the decoder plus `item_weight`
-times log p of the item head, over the best of both."""
+all: every item scored, the oracle of `exact`. items: by the item head alone. hybrid: by log p of the decoder, of the item head
+and of the transition graph, weighted as `Mixture` says, over the best of each."""
 ITEM_HEAD_MODES = ("items", "hybrid")
 
 USERS_ENCODED_AT_ONCE, LENGTHS_ENCODED_AT_ONCE = 4, 1.5
@@ -66,7 +67,7 @@ class TrieSearcher:
         self.texts = texts
         self.static = self.device.type == "cuda" if static is None else static
         self._walk = walk
-        self._walk_on(trie)
+        self._walk_on(trie, one_way(trie) if model.config.certain_tokens == "given" else None)
         self._take(model)
 
     def of(self, model: GenRecForConditionalGeneration) -> TrieSearcher:
@@ -80,7 +81,10 @@ class TrieSearcher:
         over the whole catalogue's tokens, and `free`, which walks no trie, stays what it is. Raises ValueError if no item is left
         or a row is no item's."""
         other = copy.copy(self)
-        other._walk_on(restrict(self.trie, item_rows))
+        part = restrict(self.trie, item_rows)
+        # What is certain is so in the whole catalogue.
+        certain = self.certain
+        other._walk_on(part, None if certain is None else certain[nodes_in(self.trie, part)])
         other._take(self.model)
         other.heads = {mode: replace(part, softmax=self.heads[mode].softmax) for mode, part in other.heads.items()}
         return other
@@ -92,9 +96,9 @@ class TrieSearcher:
         other._walk = torch.compile(walk, fullgraph=True, dynamic=False, **options)  # type: ignore[call-overload]
         return other
 
-    def _walk_on(self, trie: Trie) -> None:
-        self.trie = trie
-        self.levels = Levels(trie, self.device)
+    def _walk_on(self, trie: Trie, certain: np.ndarray | None) -> None:
+        self.trie, self.certain = trie, certain
+        self.levels = Levels(trie, self.device, certain)
         self.item_node = torch.from_numpy(trie.item_node).to(self.device)
         self.__dict__.pop("paths", None)
 
@@ -118,22 +122,27 @@ class TrieSearcher:
         mode: Mode = "exact",
         excluded: tuple[np.ndarray, np.ndarray] | None = None,
         ends: Ends = "kept",
-        item_weight: float = 1.0,
+        mixture: Mixture | None = None,
+        shares_BN: Tensor | None = None,
     ) -> TopItems:
         """The best `top` items a user by log-probability under the mode's softmax.
 
         `excluded`: (user index in the batch, item row) pairs [P] that must not be listed; in mode `free` they are struck out of
         the finished lists, elsewhere their places go to others. A beam narrower than `top` is widened to it. Equal scores go
-        to the smaller node: the item of fewer sub-words, then the smaller token ids. Raises ValueError for an unknown mode, for
-        `free` where the searcher cannot read texts, and for `items` and `hybrid` where the model has no item head.
+        to the smaller node: the item of fewer sub-words, then the smaller token ids. `mixture` (None: its defaults) and the
+        graph's shares, float [B, N], belong to `hybrid`. Raises ValueError for an unknown mode, for `free` where the searcher
+        cannot read texts, and where the model has no item head for `items`, and for `hybrid` without a graph.
         """
         beam = max(beam, top)
         if mode == "free":
             return self._search_freely(encoder, beam, top, excluded)
         if mode == "all":
             return self._search_all(encoder, top, excluded)
-        if mode in ITEM_HEAD_MODES:
-            return self._search_items(encoder, beam, top, excluded, item_weight if mode == "hybrid" else None)
+        if mode == "items":
+            return self._search_items(encoder, top, excluded)
+        if mode == "hybrid":
+            found = self.candidates(encoder, beam=beam, excluded=excluded, shares_BN=shares_BN)
+            return self._best_of(found, mixture or Mixture(), top)
         if mode not in self.heads:
             raise ValueError(f"decode mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
         num_users = len(encoder.input_ids)
@@ -149,37 +158,63 @@ class TrieSearcher:
         )  # fmt: skip
         return _as_lists(scores_BN[:num_users], self.levels.end_item[nodes_BN[:num_users]], top)
 
-    def _search_items(
+    @torch.inference_mode()
+    def candidates(
         self,
         encoder: EncoderInput,
+        *,
         beam: int,
-        top: int,
-        excluded: tuple[np.ndarray, np.ndarray] | None,
-        item_weight: float | None,
-    ) -> TopItems:
+        excluded: tuple[np.ndarray, np.ndarray] | None = None,
+        shares_BN: Tensor | None = None,
+    ) -> Candidates:
+        """What `hybrid` ranks: the best `beam` items of the decoder, of the item head and of the graph's shares, float [B, N]; of
+        what there is, and none that is excluded. Raises ValueError where there is neither an item head nor a graph."""
         memory_BLD, mask_BL = encode_by_length(self.model, encoder), encoder.attention_mask
-        scores_BN = item_log_probabilities(self.model, memory_BLD, mask_BL)
-        scores_BN[:, self.item_node < 0] = NOTHING
-        if excluded is not None:
-            users, items = (torch.from_numpy(np.asarray(column, np.int64)).to(self.device) for column in excluded)
-            scores_BN[users, items] = NOTHING
-        if item_weight is None:
-            best_BN, _, rows_BN = best_of(scores_BN, lambda rows_BN: self.item_node[rows_BN], top)
-            return _as_lists(best_BN, rows_BN, top)
+        barred_BN = self._barred(len(memory_BLD), excluded)
+        named_BN = None
+        if self.model.config.item_loss or shares_BN is None:
+            named_BN = item_log_probabilities(self.model, memory_BLD, mask_BL).masked_fill(barred_BN, NOTHING)
         lost = None if excluded is None else lost_on(self.trie, pruned(self.trie, *excluded), self.device, padded=False)
         listed_BN, nodes_BN = self._walk(
             self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, lost,
             beam=beam, top=beam, ends="kept", static=False,
         )  # fmt: skip
-        listed_BN = self.levels.end_item[nodes_BN].masked_fill(listed_BN == NOTHING, EMPTY)
-        candidates_BC = both(scores_BN, listed_BN, beam)
-        paths_BCT = torch.where(candidates_BC[..., None] >= 0, self.paths[candidates_BC], self.levels.nowhere)
+        items_BC = self.levels.end_item[nodes_BN].masked_fill(listed_BN == NOTHING, EMPTY)
+        if named_BN is not None:
+            items_BC = with_best(items_BC, named_BN, beam)
+        if shares_BN is not None:
+            shares_BN = shares_BN.to(self.device, listed_BN.dtype)
+            items_BC = with_best(items_BC, shares_BN.masked_fill(barred_BN | (shares_BN == 0), NOTHING), beam)
+        paths_BCT = torch.where(items_BC[..., None] >= 0, self.paths[items_BC], self.levels.nowhere)
         spoken_BC = score_candidates(self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, paths_BCT)
-        named_BC = scores_BN.gather(1, candidates_BC.clamp(min=0))
-        # Also with a weight of 0, which makes no number of -inf.
-        mixed_BC = (spoken_BC + item_weight * named_BC).masked_fill(named_BC == NOTHING, NOTHING)
-        best_BN, _, places_BN = best_of(mixed_BC, lambda places: self.item_node[candidates_BC.gather(1, places)], top)
-        return _as_lists(best_BN, candidates_BC.gather(1, places_BN), top)
+        named_BC, shares_BC = (
+            None if scores_BN is None else scores_BN.gather(1, items_BC.clamp(min=0))
+            for scores_BN in (named_BN, shares_BN)
+        )
+        return Candidates(items_BC, spoken_BC, named_BC, shares_BC, barred_BN.shape[1])
+
+    def _best_of(self, found: Candidates, mixture: Mixture, top: int) -> TopItems:
+        best_BN, _, places_BN = best_of(
+            found.mixed(mixture), lambda places: self.item_node[found.items_BC.gather(1, places)], top
+        )
+        return _as_lists(best_BN, found.items_BC.gather(1, places_BN), top)
+
+    def _search_items(
+        self, encoder: EncoderInput, top: int, excluded: tuple[np.ndarray, np.ndarray] | None
+    ) -> TopItems:
+        memory_BLD = encode_by_length(self.model, encoder)
+        scores_BN = item_log_probabilities(self.model, memory_BLD, encoder.attention_mask)
+        scores_BN = scores_BN.masked_fill(self._barred(len(memory_BLD), excluded), NOTHING)
+        best_BN, _, rows_BN = best_of(scores_BN, lambda rows_BN: self.item_node[rows_BN], top)
+        return _as_lists(best_BN, rows_BN, top)
+
+    def _barred(self, num_users: int, excluded: tuple[np.ndarray, np.ndarray] | None) -> Tensor:
+        """bool [B, N]: items that must not be listed, and those that are not in the trie."""
+        barred_BN = (self.item_node < 0).repeat(num_users, 1)
+        if excluded is not None:
+            users, items = (torch.from_numpy(np.asarray(column, np.int64)).to(self.device) for column in excluded)
+            barred_BN[users, items] = True
+        return barred_BN
 
     @cached_property
     def paths(self) -> Tensor:
@@ -212,6 +247,11 @@ class TrieSearcher:
         both are what this mode is asked for. Strings longer than the longest item have no `</s>` in time and are not listed."""
         if self.texts is None:
             raise ValueError("decode mode free needs the run's tokenizer: load the run with load_run")
+        if self.certain is not None:
+            raise ValueError(
+                "decode mode free: this model never learned the tokens that only a trie makes certain: train with tokens.certain "
+                "learned, or decode in another mode"
+            )
         memory_BLD = encode_by_length(self.model, encoder)
         scores_BN, strings_BNT, lengths_BN = generate_freely(
             self.model, memory_BLD, encoder.attention_mask, longest=self.levels.depth, beam=beam, top=top

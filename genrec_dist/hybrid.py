@@ -1,16 +1,44 @@
-"""Ranking by the item head, and by both heads together."""
+"""Ranking by the item head, and by the decoder together with the item head and the transition graph."""
 
 # B users, C candidates, N items, L input tokens, D width, V tokens of a level
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from genrec_dist.decoder import DecoderState
-from genrec_dist.head import Heads, log_probabilities
+from genrec_dist.graph import log_near
+from genrec_dist.head import Heads
+from genrec_dist.mixture import Mixture
 from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.trie_walk import NOTHING, Levels
+from genrec_dist.trie_walk import NOTHING, Levels, step_log_probabilities
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The items of some users that hybrid ranks, and what its parts say of them."""
+
+    items_BC: Tensor
+    """int64 item rows, each once; -1 where there is none."""
+    spoken_BC: Tensor
+    """log p of the decoder, -inf where there is none."""
+    named_BC: Tensor | None
+    """log p of the item head, where the model has one."""
+    shares_BC: Tensor | None
+    """The graph's, where there was one."""
+    num_items: int
+
+    def mixed(self, mixture: Mixture) -> Tensor:
+        """The scores [B, C] by which they are ranked, as `Mixture` says; -inf where there is no item."""
+        mixed_BC = self.spoken_BC.clone()
+        if self.named_BC is not None and mixture.item_weight:
+            mixed_BC.add_(self.named_BC, alpha=mixture.item_weight)
+        if self.shares_BC is not None and mixture.graph_weight:
+            mixed_BC.add_(log_near(self.shares_BC, mixture.epsilon, self.num_items), alpha=mixture.graph_weight)
+        return mixed_BC
 
 
 def item_log_probabilities(model: GenRecForConditionalGeneration, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
@@ -27,11 +55,12 @@ def item_log_probabilities(model: GenRecForConditionalGeneration, memory_BLD: Te
         return model.item_logits(masked_BD.to(model.head_weight.dtype)).log_softmax(-1)
 
 
-def both(item_scores_BN: Tensor, beam_items_BK: Tensor, count: int) -> Tensor:
-    """Candidates int64 [B, C]: a beam's items and the item head's best `count`, each once; -1 elsewhere."""
-    best_BK = item_scores_BN.topk(min(count, item_scores_BN.shape[1])).indices
-    known_BK = (best_BK[:, :, None] == beam_items_BK[:, None]).any(2)
-    return torch.cat([beam_items_BK, best_BK.masked_fill(known_BK, -1)], 1)
+def with_best(items_BC: Tensor, scores_BN: Tensor, count: int) -> Tensor:
+    """Candidates int64 [B, C] with the best `count` items by other scores behind them, each once; -1 elsewhere, and where these
+    are -inf."""
+    best = scores_BN.topk(min(count, scores_BN.shape[1]))
+    known_BK = (best.indices[:, :, None] == items_BC[:, None]).any(2) | (best.values == NOTHING)
+    return torch.cat([items_BC, best.indices.masked_fill(known_BK, -1)], 1)
 
 
 def score_candidates(
@@ -51,7 +80,8 @@ def score_candidates(
     total_BC = torch.zeros_like(paths_BCT[..., 0], dtype=memory_BLD.dtype)
     before_BC = torch.zeros_like(paths_BCT[..., 0])
     for level in range(levels.depth + 1):
-        logprob_BKV = log_probabilities(heads, level, hidden_BKD)
+        nodes_BK = before_BC[:, :1] if level == 0 else before_BC
+        logprob_BKV = step_log_probabilities(levels, heads, level, hidden_BKD, nodes_BK)
         if level == 0:
             logprob_BKV = logprob_BKV.expand(-1, paths_BCT.shape[1], -1)
         ended_BC = torch.full_like(before_BC, levels.nowhere)
@@ -60,6 +90,7 @@ def score_candidates(
         gained_BC = logprob_BKV.gather(2, levels.column[here_BC][..., None])[..., 0]
         total_BC = total_BC + gained_BC.masked_fill(before_BC == levels.nowhere, 0.0)
         if level < levels.depth:
-            hidden_BKD = state.step(levels.token[here_BC])
+            if level + 1 < levels.num_asked:
+                hidden_BKD = state.step(levels.token[here_BC])
             before_BC = here_BC
     return total_BC.masked_fill(paths_BCT[..., 0] == levels.nowhere, NOTHING)

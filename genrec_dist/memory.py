@@ -544,6 +544,7 @@ def step_flops(config: GenRecConfig, batch: MicroBatch) -> float:
     counts = Work(
         inputs=batch.samples * length,
         targets=rows * targets,
+        labels=rows * targets,
         encoder_pairs=batch.samples * length**2,
         decoder_pairs=rows * targets**2,
         cross_pairs=rows * targets * length,

@@ -37,7 +37,8 @@ class GenRecConfig(BartConfig):
     item_loss: weight of the item head; 0: there is none. id_dim: width of the id tables, then projected to d_model; 0: d_model, no
     projection. ids_outside: the tables live outside the model (`tables.py`), which sees the rows of a step alone; never so in
     what is saved as `best`. spoken_tokens: the first so many tokens share the probability, the others are read alone (a trimmed
-    vocabulary, `vocabulary_hash`); 0: all.
+    vocabulary, `vocabulary_hash`); 0: all. certain_tokens: "learned", or "given": those that the trie alone decides have
+    probability 1.
     """
 
     model_type = "genrec"
@@ -58,6 +59,7 @@ class GenRecConfig(BartConfig):
     ids_outside: bool = False
     spoken_tokens: int = 0
     vocabulary_hash: str = ""
+    certain_tokens: str = "learned"
 
 
 class IdEmbedding(nn.Embedding):

@@ -75,6 +75,9 @@ class Tokens:
     trim: bool = False
     """Keep the tokens that words use alone: the others have no row in embedding and head, of BART's 50,265 all but about 1,100.
     Tokens of items and </s> share the probability; users' tokens, masks and <s> are read and never spoken."""
+    certain: Literal["learned", "given"] = "learned"
+    """Tokens about which the catalogue leaves no choice: an item's only continuation, and </s> where nothing else can follow.
+    learned: in loss and score like all others, as in the paper. given: in neither, their probability is 1."""
 
 
 @dataclass(frozen=True)
@@ -348,6 +351,12 @@ def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
     if recipe.optimizer.id_tables != "dense" and recipe.optimizer.decay == "all":
         raise ValueError(f"{source}: optimizer.decay all: row-adagrad decays no ids; set it to matrices or none")
     _check_attention(recipe, source)
+    for name, stage in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune)):
+        together = stage.epochs and stage.targets == "mask" and stage.mask.strategy == "span"
+        if together and recipe.tokens.certain == "given":
+            raise ValueError(
+                f"{source}: {name}.mask.strategy span: an answer of several items has no trie: set tokens.certain learned"
+            )
     if recipe.validation.decode != "exact" and not model.item_loss:
         raise ValueError(
             f"{source}: validation.decode {recipe.validation.decode}: there is no item head: set model.item_loss"

@@ -15,9 +15,9 @@ from transformers.utils import logging
 
 from genrec_dist.beam import TrieSearcher
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
-from genrec_dist.text import Layout
+from genrec_dist.text import Certain, Layout
 from genrec_dist.tokens import VOCABULARY_FILE, ItemTexts, WordTable, build_words, load_vocabulary, trim
-from genrec_dist.trie import TRIE_FILE, Trie, build_trie, hash_of_words, load_trie
+from genrec_dist.trie import TRIE_FILE, Trie, build_trie, certain_tokens, hash_of_words, load_trie
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,19 @@ def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
         positions=config.encoder_positions,  # type: ignore[arg-type]
         unit=config.encoder_unit,  # type: ignore[arg-type]
         causal=config.encoder_attention == "causal",
+        certain=_certain(words) if config.certain_tokens == "given" else None,
     )
+
+
+def _certain(words: WordTable) -> Certain:
+    """Raises ValueError for a catalogue of one item, about which there is nothing to learn."""
+    if words.num_items < 2:
+        raise ValueError("tokens.certain given: a catalogue of one item leaves nothing to learn: set it to learned")
+    tokens, ends = np.zeros(len(words.tokens), bool), np.zeros(len(words.lengths), bool)
+    items = slice(words.first_item_word, words.first_user_word)
+    first, last = words.offsets[items.start], words.offsets[items.stop]
+    tokens[first:last], ends[items] = certain_tokens(build_trie(*words.tokens_of_items()))
+    return Certain(tokens, ends)
 
 
 def make_searcher(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from genrec_dist.decoder import DecoderState
-from genrec_dist.head import Heads, log_probabilities
+from genrec_dist.head import Heads
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.trie import Trie
-from genrec_dist.trie_walk import NOTHING, Levels
+from genrec_dist.trie_walk import NOTHING, Levels, step_log_probabilities
 
 ROWS_AT_ONCE = 8192
 """Decoder rows of one step: users times nodes."""
@@ -61,8 +61,11 @@ class _Descent:
         memory holds one slice a level.
         """
         trie = self.trie
-        nodes = slice(first, first + hidden_BMD.shape[1])
-        reached_BMV = log_probabilities(self.heads, level, hidden_BMD).add_(scores_BM[..., None])
+        nodes = slice(first, first + scores_BM.shape[1])
+        nodes_M = torch.arange(first, first + scores_BM.shape[1], device=hidden_BMD.device)
+        nodes_BM = nodes_M.expand(len(hidden_BMD), -1)
+        reached_BMV = step_log_probabilities(self.levels, self.heads, level, hidden_BMD, nodes_BM)
+        reached_BMV = reached_BMV.add_(scores_BM[..., None])
         ending = np.flatnonzero(trie.end_item[nodes] >= 0)
         self.found_BN[:, trie.end_item[nodes][ending]] = reached_BMV[:, ending, 0]
         num_children_M = trie.num_children[nodes]
@@ -71,7 +74,9 @@ class _Descent:
             parent_M = torch.from_numpy(parents[start : start + NODES_AT_ONCE]).to(hidden_BMD.device)
             child = int(trie.first_child[first]) + start
             children = slice(child, child + len(parent_M))
-            further = state.fork(parent_M.expand(len(hidden_BMD), -1))
-            states_BMD = further.step(self.levels.token[children].expand(len(hidden_BMD), -1))
+            further, states_BMD = state, hidden_BMD
+            if level + 1 < self.levels.num_asked:
+                further = state.fork(parent_M.expand(len(hidden_BMD), -1))
+                states_BMD = further.step(self.levels.token[children].expand(len(hidden_BMD), -1))
             gained_BM = reached_BMV[:, parent_M, self.levels.column[children]]
             self.below(further, states_BMD, gained_BM, level + 1, child)

@@ -20,6 +20,16 @@ from genrec_dist.tokens import BOS_WORD, EOS_WORD, FIRST_MASK_WORD, WordTable
 
 
 @dataclass(frozen=True)
+class Certain:
+    """What of the items' words the trie alone decides (`trie.certain_tokens`)."""
+
+    tokens: np.ndarray
+    """bool [total], as `WordTable.tokens`."""
+    ends: np.ndarray
+    """bool [W], whether nothing but </s> can follow a word."""
+
+
+@dataclass(frozen=True)
 class Layout:
     """What the encoder's input looks like; the same for training, evaluation and single requests."""
 
@@ -32,6 +42,8 @@ class Layout:
     unit: EncoderUnit = "subword"
     causal: bool = False
     """Nothing stands behind a history: no [MASK], no </s>."""
+    certain: Certain | None = None
+    """What of the targets is not learned, because the trie decides it; None: all is."""
 
     def __post_init__(self) -> None:
         if self.sure_items < 1:

@@ -115,6 +115,39 @@ def _end_items(node_of_item: np.ndarray, num_nodes: int) -> np.ndarray:
     return end_item
 
 
+def one_way(trie: Trie) -> np.ndarray:
+    """bool [M], nodes from which one way leads on: a single child, or the end of an item and no child."""
+    return trie.num_children + (trie.end_item >= 0) == 1
+
+
+def certain_tokens(trie: Trie) -> tuple[np.ndarray, np.ndarray]:
+    """(bool [total], bool [N]): which tokens of the items, one after another by row, and which ends stand alone at their node.
+
+    No item may be left out of the trie.
+    """
+    alone_M = one_way(trie)
+    depth_N = np.searchsorted(trie.level_offsets, trie.item_node, side="right") - 1
+    offsets = np.concatenate([[0], np.cumsum(depth_N)])
+    certain = np.empty(offsets[-1], bool)
+    node_N = trie.item_node
+    for level in range(trie.depth - 1, -1, -1):
+        here = depth_N > level
+        node_N = np.where(here, trie.parent[node_N], node_N)
+        certain[offsets[:-1][here] + level] = alone_M[node_N[here]]
+    return certain, alone_M[trie.item_node]
+
+
+def nodes_in(whole: Trie, part: Trie) -> np.ndarray:
+    """int64 [M of part], where the nodes of what `restrict` left stand in the trie it was taken of."""
+    nodes = np.zeros(part.num_nodes, np.int64)
+    kept = np.flatnonzero(part.item_node >= 0)
+    nodes[part.item_node[kept]] = whole.item_node[kept]
+    for level in range(part.depth, 0, -1):
+        here = slice(part.level_offsets[level], part.level_offsets[level + 1])
+        nodes[part.parent[here]] = whole.parent[nodes[here]]
+    return nodes
+
+
 def restrict(trie: Trie, keep_rows: np.ndarray) -> Trie:
     """The trie of these items alone (item rows, int [n], repeats are fine); rows keep their numbers.
 

@@ -42,7 +42,9 @@ FEWEST_PAIRS = 256
 class Levels:
     """The trie as a search reads it, level by level, on its device."""
 
-    def __init__(self, trie: Trie, device: torch.device):
+    def __init__(self, trie: Trie, device: torch.device, certain: np.ndarray | None = None):
+        """`certain`: bool [M], nodes behind which the next token or end has probability 1; None: all are the model's to say."""
+
         def move(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
@@ -71,6 +73,12 @@ class Levels:
         self.column = move(column)
         """int64 [M], where a node's token stands in the logits of the level above, behind `</s>` at 0."""
         self._make_tables(trie, column, move)
+        self.certain = None if certain is None else move(np.append(certain, True))
+        said = np.ones(trie.num_nodes, bool) if certain is None else ~certain
+        self.says = [bool(said[first:last].any()) for first, last in pairwise(trie.level_offsets)]
+        """Whether the model is asked at a level."""
+        self.num_asked = max((level + 1 for level, asked in enumerate(self.says) if asked), default=0)
+        """Levels from the root on behind which the model is not asked any more."""
         self.num_forced = _num_forced(trie)
         self.prefix = self.token[1 : self.num_forced + 1]
         """int64, the tokens that all items begin with."""
@@ -166,7 +174,7 @@ def walk(
     nodes_BK = torch.full((num_users, 1), levels.num_forced, dtype=torch.long, device=device)
     found_scores_BN, found_nodes_BN = scores_BK[:, :0], nodes_BK[:, :0]
     for level in range(levels.num_forced, levels.depth + 1):
-        reached_BKV = log_probabilities(heads, level, hidden_BKD).add_(scores_BK[..., None])
+        reached_BKV = step_log_probabilities(levels, heads, level, hidden_BKD, nodes_BK).add_(scores_BK[..., None])
         ends_BK = _ended(reached_BKV[..., 0], nodes_BK, levels, lost, level, static)
         if level < levels.depth:
             reached_BX, child_at, beam_at = _children(reached_BKV, nodes_BK, levels, lost, level, static)
@@ -187,16 +195,28 @@ def walk(
             if num_open == 0:
                 break
             scores_BK, nodes_BK, parent_BK = scores_BK[:, :num_open], nodes_BK[:, :num_open], parent_BK[:, :num_open]
-        if level > levels.num_forced:
-            state.follow(parent_BK)
-        hidden_BKD = state.step(levels.token[nodes_BK])
+        if level + 1 < levels.num_asked:
+            if level > levels.num_forced:
+                state.follow(parent_BK)
+            hidden_BKD = state.step(levels.token[nodes_BK])
     return found_scores_BN, found_nodes_BN
+
+
+def step_log_probabilities(levels: Levels, heads: Heads, level: int, hidden_BKD: Tensor, nodes_BK: Tensor) -> Tensor:
+    """[B, K, 1 + V_l], fresh, of `</s>` and the tokens of a level behind these nodes; 0 behind certain ones, where the one that can
+    follow is all that is looked at. Where the model is not asked, `hidden_BKD` [B, .., D] may be any."""
+    if not levels.says[level]:
+        return hidden_BKD.new_zeros(*nodes_BK.shape, len(heads.levels[level]), dtype=heads.levels[level].dtype)
+    logprob_BKV = log_probabilities(heads, level, hidden_BKD)
+    if levels.certain is not None:
+        logprob_BKV = logprob_BKV.masked_fill(levels.certain[nodes_BK][..., None], 0.0)
+    return logprob_BKV
 
 
 def _prefix_score(states_BPD: Tensor, levels: Levels, heads: Heads) -> Tensor:
     """Log-probability [B, 1] of the tokens that all items begin with."""
     total_B1 = states_BPD.new_zeros(len(states_BPD), 1, dtype=heads.levels[0].dtype)
-    for level in range(levels.num_forced):
+    for level in filter(levels.says.__getitem__, range(levels.num_forced)):
         total_B1 += log_probabilities(heads, level, states_BPD[:, level : level + 1])[..., 1]
     return total_B1
 

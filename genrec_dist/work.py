@@ -13,6 +13,8 @@ class Work:
     """Encoder tokens."""
     targets: int = 0
     """Decoder tokens."""
+    labels: int = 0
+    """Those of them that are learned."""
     encoder_pairs: int = 0
     """Sum of L^2 over samples."""
     decoder_pairs: int = 0

@@ -170,6 +170,7 @@ def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGenerat
         vocabulary=words.vocabulary,
     )
     model.config.numbering_hash = codes.numbering_hash()
+    model.config.certain_tokens = recipe.tokens.certain
     layout = make_layout(words, model.config)
     identity = {
         "sequences": dataset.sequences.sequences_hash(),

@@ -60,7 +60,12 @@ def test_they_are_what_torch_counts_where_no_rectangle_holds_padding(model, spac
     filler = len(batch.encoder.input_ids) - batch.work.inputs
     found = counted(model, batch)
     assert flops(model.config, batch.work) <= found
-    slack = Work(inputs=filler, targets=len(batch.labels) - batch.work.targets, encoder_pairs=filler**2)
+    slack = Work(
+        inputs=filler,
+        targets=len(batch.labels) - batch.work.targets,
+        labels=len(batch.labels) - batch.work.labels,
+        encoder_pairs=filler**2,
+    )
     # Targets of a sample look at it side by side, padded where their lengths differ; the filler's at each other.
     wasted = Work(cross_pairs=batch.work.cross_pairs, decoder_pairs=4 * batch.work.decoder_pairs)
     assert found <= flops(model.config, batch.work + slack + wasted) * 1.02
@@ -75,12 +80,12 @@ def test_by_hand():
         "encoder": 2 * 2 * (10 * (4 * 64 + 2 * 8 * 16) + 2 * 8 * 52),
         "decoder": 2 * 3 * (7 * (4 * 64 + 2 * 8 * 32) + 2 * 8 * 25),
         "across": 2 * 3 * (17 * 2 * 64 + 2 * 8 * 36),
-        "head": 2 * 7 * 8 * 100,
+        "head": 2 * 6 * 8 * 100,
     }
-    work = Work(inputs=10, targets=7, encoder_pairs=52, decoder_pairs=25, cross_pairs=36)
+    work = Work(inputs=10, targets=7, labels=6, encoder_pairs=52, decoder_pairs=25, cross_pairs=36)
     assert flops(Config, work) == 3 * sum(forward.values())  # type: ignore[arg-type]
     Config.spoken_tokens = 40
-    assert flops(Config, work) == 3 * (sum(forward.values()) - 2 * 7 * 8 * 60)  # type: ignore[arg-type]
+    assert flops(Config, work) == 3 * (sum(forward.values()) - 2 * 6 * 8 * 60)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.strategy)
