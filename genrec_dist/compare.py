@@ -33,6 +33,7 @@ _MAY_DIFFER = ("numbering", "beam", "decode")
 _NOT_THE_RECIPE = frozenset(
     (
         "seed",
+        "best_epoch",
         "run",
         "data",
         "shards",
@@ -43,7 +44,7 @@ _NOT_THE_RECIPE = frozenset(
         "micro_batch_tokens",
     )
 )
-"""Keys in which two seeds of one recipe may differ: where things lie, and what moves no gradient."""
+"""Keys in which two seeds of one recipe may differ: where things lie, what moves no gradient, and what a training found."""
 _USERS_AT_ONCE = 65_536
 _DRAWS_AT_ONCE = 4_000_000
 

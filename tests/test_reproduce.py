@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import TINY_RECIPE, tiny_log
+from two_ranks import environment
 
 from genrec_dist.cli import run_command
 from genrec_dist.journal import read_journal
@@ -354,3 +357,40 @@ def test_the_sizes_of_the_papers_sets() -> None:
             or not rows
         )
         assert (found.users is None) == (not rows)
+
+
+# launch/reproduce_gpu.sh
+
+SCRIPT = Path(__file__).resolve().parent.parent / "launch" / "reproduce_gpu.sh"
+
+
+def run_script(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+    own = environment(PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="") | more
+    return subprocess.run(
+        [SCRIPT, *map(str, arguments)], env=own, cwd=SCRIPT.parent, capture_output=True, text=True, timeout=1900
+    )
+
+
+def test_the_script_without_a_gpu_or_arguments_is_one_line(folder: Path, tmp_path: Path) -> None:
+    done = run_script("beauty", folder / "log.txt", tmp_path / "out")
+    assert done.returncode == 2
+    assert done.stderr.startswith("launch/reproduce_gpu.sh: no NVIDIA GPU for ")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+    assert (run_script("--cpu", "beauty").returncode, list(tmp_path.iterdir())) == (2, [])
+
+
+@pytest.mark.dist
+@pytest.mark.ranks
+def test_the_script_works_in_slices_that_go_on(folder: Path, tmp_path: Path) -> None:
+    own = ["--cpu", "beauty", folder / "log.txt", tmp_path / "out", "--protocol", "paper"]
+    over = run_script(*own, SLICE_MINUTES="0", TOTAL_MINUTES="0.01")
+    assert over.returncode == 3, over.stderr
+    assert "steps are left; the same command goes on" in over.stdout
+    failed = run_script(*own, "--systems", "magic")
+    assert failed.returncode == 1
+    assert "--systems magic: no such row here" in failed.stderr
+    done = run_script(*own)
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path / "out" / "quality.json")["beauty"]["paper"]
+    assert list(rows) == ["popularity", "counting", "knn", "best", "paper-tiny", "paper-tiny-without-pretraining"]

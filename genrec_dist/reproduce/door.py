@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-
-Usage = typer.BadParameter.__base__
 
 
 def reproduce(
@@ -61,8 +58,15 @@ def reproduce(
     from genrec_dist.reproduce import run
     from genrec_dist.reproduce.systems import PROTOCOLS, Choices
 
+    flags = ("--refit", refit), ("--switches", switches)
+    named = ("--recipe", recipe), ("--paper-recipe", paper_recipe), ("--hybrid", hybrid), ("--systems", systems)
+    given = [word for flag, value in named if value is not None for word in (flag, value)]
+    given += [word for value in overrides or () for word in ("--set", value)]
+    given += [word for value in sasrec or () for word in ("--sasrec", value)]
+    given += [flag for flag, on in flags if on]
     options = run.Options(
-        name=name, data=data, out=out_dir or Path("runs") / f"reproduce-{name}", command=_command(),
+        name=name, data=data, out=out_dir or Path("runs") / f"reproduce-{name}",
+        command=_command(name, "--data", data, "--protocol", protocol, "--seeds", seeds, "--readings", readings, *given),
         protocols=PROTOCOLS if protocol == "both" else (protocol,),
         systems=None if systems is None else [part.strip() for part in systems.split(",") if part.strip()],
         seeds=seeds,
@@ -83,7 +87,10 @@ def reproduce(
         run.reproduce(options, console)
 
 
-def _command() -> str:
-    """What was typed, folders left out: it stands in files that travel."""
-    words = sys.argv[sys.argv.index("reproduce") :] if "reproduce" in sys.argv else ["reproduce"]
-    return shlex.join(["genrec", *(Path(word).name if "/" in word else word for word in words)])
+def _command(*words: object) -> str:
+    """What stands in files that travel: the command without folders."""
+    told = []
+    for word in map(str, words):
+        key, sign, value = word.rpartition("=")
+        told.append(key + sign + (Path(value).name if "/" in value else value))
+    return shlex.join(["genrec", "reproduce", *told])

@@ -90,7 +90,7 @@ def reproduce(options: Options, console: Console) -> bool:
             for note in work.notes:
                 _say(console, note, "yellow")
             try:
-                _work(work.steps, work.place, console)
+                _work(options, work, console)
             except OutOfTime as over:
                 left = sum(not step.is_done() for step in work.steps)
                 _tell(options, work, console)
@@ -213,7 +213,8 @@ def _recipes(choices: Choices) -> dict[str, Recipe]:
     return {kind: load_recipe(name, list(choices.overrides_of(name))) for kind, name in names.items()}
 
 
-def _work(steps: list[Step], place: Place, console: Console) -> None:
+def _work(options: Options, work: Work, console: Console) -> None:
+    steps, place = work.steps, work.place
     for number, step in enumerate(steps, 1):
         if step.is_done():
             continue
@@ -222,14 +223,16 @@ def _work(steps: list[Step], place: Place, console: Console) -> None:
         start = time.monotonic()
         step.work()
         note_step(place, step.name, step.listed, time.monotonic() - start, hardware())
+        if step.listed is not None:
+            _write(options, work)
 
 
 def _tables(options: Options) -> list[Path]:
     return [options.out / "quality.json", *([options.publish] if options.publish else [])]
 
 
-def _tell(options: Options, work: Work, console: Console) -> None:
-    """Write and print all rows that are finished."""
+def _write(options: Options, work: Work) -> dict[ProtocolName, list[Row]]:
+    """Merge all rows that are finished into the tables, and give them."""
     rows = {protocol: rows_of(work.place, protocol, systems) for protocol, systems in work.systems.items()}
     rows = {protocol: found for protocol, found in rows.items() if found}
     for path in _tables(options) if rows else []:
@@ -243,6 +246,12 @@ def _tell(options: Options, work: Work, console: Console) -> None:
             for protocol, found in rows.items()
         }
         merge(runs_file(path), options.name, told)
+    return rows
+
+
+def _tell(options: Options, work: Work, console: Console) -> None:
+    """Write and print all rows that are finished."""
+    rows = _write(options, work)
     parts = [f"# {options.name}\n\n`{options.command}`"]
     for protocol, found in rows.items():
         console.print(table_of(found, protocol, options.name))

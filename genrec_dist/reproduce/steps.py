@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import shutil
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -81,17 +82,15 @@ def recipe_of(place: Place, protocol: ProtocolName, system: Trained, seed: int) 
     if system.equal_compute:
         recipe = _with_equal_compute(recipe)
     if system.trained_through == "n-1":
-        return _without_validation(recipe, place, protocol, system, seed)
+        return _without_validation(recipe, place, protocol, system)
     return recipe
 
 
-def _without_validation(
-    recipe: Recipe, place: Place, protocol: ProtocolName, system: Trained, seed: int
-) -> Recipe:  # fmt: skip
+def _without_validation(recipe: Recipe, place: Place, protocol: ProtocolName, system: Trained) -> Recipe:
     """The validation targets are training targets here, so the last epoch is kept, and nothing stops before it."""
     epochs = recipe.finetune.epochs
     if system.refit_of is not None:
-        epochs = best_epoch(place.runs(protocol, system.refit_of)[seed])
+        epochs = statistics.median_low([best_epoch(run) for run in place.runs(protocol, system.refit_of)])
     finetune = dataclasses.replace(recipe.finetune, epochs=epochs)
     validation = dataclasses.replace(recipe.validation, every_epochs=max(epochs, 1), patience=0)
     return dataclasses.replace(recipe, finetune=finetune, validation=validation)
@@ -205,9 +204,10 @@ def _sasrec(place: Place, protocol: ProtocolName, system: Sasrec, seed: int) -> 
     run = place.runs(protocol, system)[seed]
     settings = [*system.settings, f"seed={seed}"]
     if system.refit_of is not None:
-        metrics = read_metrics(place.runs(protocol, system.refit_of)[seed])
-        assert metrics is not None  # its step comes before
-        settings.append(f"epochs={metrics['recipe']['best_epoch']}")
+        found = [read_metrics(run) for run in place.runs(protocol, system.refit_of)]
+        # Their steps come before.
+        epochs = statistics.median_low([metrics["recipe"]["best_epoch"] for metrics in found if metrics is not None])
+        settings.append(f"epochs={epochs}")
 
     def ended(epoch: Any) -> None:
         place.say(str(epoch))

@@ -51,7 +51,7 @@ class Sasrec:
     settings: tuple[str, ...] = ()
     trained_through: TrainedThrough = "n-2"
     refit_of: Sasrec | None = None
-    """Whose best epoch, seed by seed, is this one's number of epochs."""
+    """The median of its seeds' best epochs is this one's number of epochs."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Trained:
     overrides: tuple[str, ...] = ()
     trained_through: TrainedThrough = "n-2"
     refit_of: Trained | None = None
-    """Whose best epoch, seed by seed, is this one's number of epochs."""
+    """The median of its seeds' best epochs is this one's number of epochs."""
     equal_compute: bool = False
     """Without pretraining, and with as many more epochs of finetuning as pretraining takes operations."""
     mode: Mode = "exact"
