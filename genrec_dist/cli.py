@@ -47,7 +47,7 @@ DecodeOption = Annotated[
     typer.Option(
         "--decode",
         help="exact: the model's softmax; compact: over the items' tokens alone; free: no trie; all: every item scored; items: by "
-        "the item head (model.item_loss); hybrid: by both.",
+        "the item head (model.item_loss); hybrid: by the decoder with the item head, the transition graph or both.",
     ),
 ]
 
@@ -228,19 +228,33 @@ def evaluate(
     top: Annotated[int, typer.Option(help="Length of the lists; metrics need 20.")] = 20,
     decode: DecodeOption = "exact",
     item_weight: Annotated[
-        float, typer.Option(help="Of the item head in hybrid; choose it on validation.", min=0.0)
-    ] = 1.0,
+        float | None,
+        typer.Option(help="Of the item head in hybrid; default: as --tune-weights chose, else 1.", min=0.0),
+    ] = None,
+    graph_weight: Annotated[
+        float | None, typer.Option(help="Of the transition graph in hybrid; default: as chosen, else 0.", min=0.0)
+    ] = None,
+    graph_settings: Annotated[
+        list[str] | None,
+        typer.Option("--graph-set", help="epsilon=value of the mixture, or key=value of the graph's kNN; repeatable."),
+    ] = None,
+    tune_weights: Annotated[
+        bool,
+        typer.Option("--tune-weights", help="Choose hybrid's weights on validation, into RUN/hybrid.json; no lists."),
+    ] = False,
     exclude_history: ExcludeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Users decoded at once.", min=1)] = 512,
     data: DataOption = None,
 ) -> None:
     """Decode every user once, score, and set the baselines beside it; under accelerate launch or torchrun on several processes.
 
+    Weights of --decode hybrid are chosen once on validation (--tune-weights) and then used for test.
+
     Example: genrec evaluate runs/beauty --split test
     """
     from genrec_shards.prepare import load_dataset
 
-    from genrec_dist.evaluate import Decoding
+    from genrec_dist.evaluate import Decoding, mixed_decoding, tune_mixture
     from genrec_dist.evaluate import evaluate as run_evaluate
     from genrec_dist.metrics import TOP
     from genrec_dist.ranks import Ranks
@@ -251,6 +265,10 @@ def evaluate(
 
     if top < TOP:
         raise UsageError(f"--top {top}: metrics look at {TOP} places, give --top {TOP} or more")
+    if tune_weights and (decode != "hybrid" or split != "validation"):
+        raise UsageError("--tune-weights goes with --decode hybrid --split validation")
+    if decode != "hybrid" and (graph_weight is not None or graph_settings):
+        raise UsageError(f"--decode {decode} has no graph: --graph-weight and --graph-set go with --decode hybrid")
     recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
     dataset = load_dataset(data or _data_of(run))
     with _processes() as device:
@@ -259,10 +277,23 @@ def evaluate(
             beam=beam,
             top=top,
             mode=decode,
-            item_weight=item_weight,
             batch_size=batch_size,
             exclude_history=_exclude(exclude_history, loaded.model.config.exclude_history),
         )
+        if decode == "hybrid":
+            decoding = mixed_decoding(
+                loaded, dataset, decoding, recipe.trained_through if recipe else "n-2",
+                item_weight=item_weight, graph_weight=graph_weight, overrides=graph_settings, anew=tune_weights,
+            )  # fmt: skip
+        if tune_weights:
+            with _progress("weights", dataset.sequences.num_users) as advance:
+                choice = tune_mixture(
+                    loaded, dataset, decoding=decoding, trained_through=recipe.trained_through if recipe else "n-2",
+                    ranks=Ranks(), on_batch=advance,
+                )  # fmt: skip
+            if _rank() == 0:
+                say(choice.told())
+            return
         with _progress(f"evaluate {split}", dataset.sequences.num_users) as advance:
             metrics = run_evaluate(
                 loaded,
@@ -356,7 +387,8 @@ def _tell_unknown(file: Path | None, ids: list[str]) -> None:
 @app.command()
 def baseline(
     name: Annotated[
-        Literal["popularity", "counting", "repeat", "knn", "sasrec"], typer.Argument(help="Which rule, or SASRec.")
+        Literal["popularity", "counting", "repeat", "knn", "sasrec", "sasrec+knn"],
+        typer.Argument(help="Which rule, SASRec, or SASRec mixed with kNN, hybrid's control."),
     ],
     data: DataArgument,
     out_dir: Annotated[Path, typer.Option("--out", help="Directory for metrics and lists.")],
@@ -364,7 +396,8 @@ def baseline(
     trained_through: Annotated[Literal["n-2", "n-1"], typer.Option(help="Last position it may learn.")] = "n-2",
     exclude_history: ExcludeOption = "auto",
     overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value of knn or sasrec, repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="key=value of knn or sasrec; of sasrec+knn also with knn. or sasrec. before it."),
     ] = None,
 ) -> None:
     """The same metrics from the same evaluator for a rule that learns little or nothing, or for SASRec, trained into DIR.
@@ -376,8 +409,8 @@ def baseline(
     from genrec_dist.audit import exclude_history_default
     from genrec_dist.results import format_table, run_baseline
 
-    if overrides and name not in ("knn", "sasrec"):
-        raise UsageError(f"--set {overrides[0]}: {name} has nothing to set, only knn and sasrec have")
+    if overrides and name not in ("knn", "sasrec", "sasrec+knn"):
+        raise UsageError(f"--set {overrides[0]}: {name} has nothing to set, only knn, sasrec and sasrec+knn have")
     dataset = load_dataset(data)
     excluded = _exclude(exclude_history, exclude_history_default(dataset.sequences))
     metrics = run_baseline(

@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,15 +18,20 @@ import torch
 from genrec_shards.prepare import Dataset
 from genrec_shards.sequences import Split, SplitView, TrainedThrough
 
+from genrec_dist import mixture
+from genrec_dist.baseline.knn import KnnSettings
 from genrec_dist.batch import target_batch
 from genrec_dist.beam import Mode, TopItems, TrieSearcher
+from genrec_dist.graph import Graph
+from genrec_dist.hybrid import Candidates
 from genrec_dist.loss import target_loss
 from genrec_dist.metrics import EMPTY, TOP, rank_histogram, target_ranks
+from genrec_dist.mixture import Mixture
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.ranks import Ranks
 from genrec_dist.results import Protocol, ResultsWriter
 from genrec_dist.run import LoadedRun
-from genrec_dist.text import Layout, encode_histories, ragged
+from genrec_dist.text import EncoderInput, Layout, encode_histories, ragged
 
 SYSTEMS = {"items": "genrec, item head", "hybrid": "genrec, hybrid"}
 """What systems are called that are not ranked by the decoder alone."""
@@ -45,7 +50,17 @@ class Decoding:
     exclude_history: bool = True
     batch_size: int = 512
     item_weight: float = 1.0
-    """Of the item head in mode `hybrid`."""
+    """Of the item head in mode `hybrid`, where the model has one."""
+    graph_weight: float = 0.0
+    """Of the transition graph in mode `hybrid`."""
+    epsilon: float = 0.1
+    """As in `Mixture`."""
+    graph: KnnSettings = field(default_factory=KnnSettings)
+    """How the graph counts neighbours."""
+
+    @property
+    def mixture(self) -> Mixture:
+        return Mixture(self.item_weight, self.graph_weight, self.epsilon, self.graph)
 
 
 @dataclass(frozen=True)
@@ -70,19 +85,20 @@ def rank_windows(
     on_batch: Callable[[int], None] | None = None,
     *,
     window: int = WINDOW,
+    graph: Graph | None = None,
 ) -> Iterator[Window]:
     """Top items of these users after their histories, window by window in the given order. Collective.
 
     What shares a batch is a function of users, histories, batch size and `window` alone; batches are dealt to the ranks in turn,
     so no list depends on the number of ranks. All ranks get equally many windows. `on_batch` hears, on each rank, how many users
-    all ranks together have done since. Raises on all ranks where one fails. What may fail in between, such as writing, belongs
-    into `Ranks.together`, or the others would not hear of it.
+    all ranks together have done since. `graph`: of mode `hybrid`. Raises on all ranks where one fails. What may fail in between,
+    such as writing, belongs into `Ranks.together`, or the others would not hear of it.
     """
     times_seen = np.zeros(len(view.starts) if ranks.is_main else 0, np.uint8)
     for start in range(0, len(user_rows_U), window):
         rows_U = user_rows_U[start : start + window]
         lists = _WindowLists(rows_U if ranks.is_main else rows_U[:0], decoding.top)
-        _rank_window(searcher, layout, view, rows_U, decoding, ranks, lists, on_batch)
+        _rank_window(searcher, layout, view, rows_U, decoding, ranks, lists, on_batch, graph)
         ranks.together(partial(check_once, lists.times_seen_U))
         np.add.at(times_seen, lists.rows_U, 1)
         yield Window(lists.rows_U, lists.items_UN, lists.scores_UN)
@@ -98,6 +114,7 @@ def _rank_window(
     ranks: Ranks,
     lists: _WindowLists,
     on_batch: Callable[[int], None] | None,
+    graph: Graph | None,
 ) -> None:
     """Decode a window's users, this rank its share of the batches, and fill rank 0's `lists`."""
     batches = cut_batches((view.ends - view.starts)[rows_U], decoding.batch_size)
@@ -108,7 +125,7 @@ def _rank_window(
         parcel, error = _parcel(min(decoding.batch_size, len(rows_U)), decoding.top), None
         try:
             if len(places_B):
-                _pack(parcel, places_B, rank_batch(searcher, layout, view, rows_U[places_B], decoding))
+                _pack(parcel, places_B, rank_batch(searcher, layout, view, rows_U[places_B], decoding, graph))
         except Exception as raised:
             error = raised
         for theirs in ranks.gather(torch.from_numpy(parcel), error):
@@ -162,24 +179,54 @@ def cut_batches(lengths_U: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def rank_batch(
-    searcher: TrieSearcher, layout: Layout, view: SplitView, user_rows_B: np.ndarray, decoding: Decoding
-) -> TopItems:
-    """Top items of the users of one batch."""
+@dataclass(frozen=True)
+class _Asked:
+    """The histories of a batch as a searcher takes them."""
+
+    encoder: EncoderInput
+    excluded: tuple[np.ndarray, np.ndarray] | None
+    shares_BN: torch.Tensor | None
+
+
+def _asked(
+    searcher: TrieSearcher,
+    layout: Layout,
+    view: SplitView,
+    user_rows_B: np.ndarray,
+    decoding: Decoding,
+    graph: Graph | None,
+) -> _Asked:
     lengths_B = (view.ends - view.starts)[user_rows_B]
     flat, offsets = ragged(view.starts[user_rows_B], lengths_B)
     items = view.items[flat]
-    encoder = encode_histories(items, offsets, user_rows_B, layout).to(searcher.device)
     # The whole history is excluded, also what the model's input had no room for.
     excluded = (np.repeat(np.arange(len(user_rows_B)), lengths_B), items) if decoding.exclude_history else None
+    return _Asked(
+        encode_histories(items, offsets, user_rows_B, layout).to(searcher.device),
+        excluded,
+        None if graph is None else graph.shares(items, offsets),
+    )
+
+
+def rank_batch(
+    searcher: TrieSearcher,
+    layout: Layout,
+    view: SplitView,
+    user_rows_B: np.ndarray,
+    decoding: Decoding,
+    graph: Graph | None = None,
+) -> TopItems:
+    """Top items of the users of one batch."""
+    asked = _asked(searcher, layout, view, user_rows_B, decoding, graph)
     try:
         return searcher.search(
-            encoder,
+            asked.encoder,
             beam=decoding.beam,
             top=decoding.top,
             mode=decoding.mode,
-            excluded=excluded,
-            item_weight=decoding.item_weight,
+            excluded=asked.excluded,
+            mixture=decoding.mixture if decoding.mode == "hybrid" else None,
+            shares_BN=asked.shares_BN,
         )
     except torch.OutOfMemoryError:
         raise ValueError(
@@ -277,8 +324,12 @@ def evaluate(
         exclude_history=decoding.exclude_history,
         beam=decoding.beam,
         decode=decoding.mode,
-        item_weight=decoding.item_weight if decoding.mode == "hybrid" else None,
+        item_weight=decoding.item_weight if decoding.mode == "hybrid" and run.model.config.item_loss else None,
+        graph=decoding.mixture.of_graph if decoding.mode == "hybrid" else None,
     )
+    graph = None
+    if protocol.graph is not None:
+        graph = Graph.of(dataset.sequences, split, trained_through, decoding.graph)
 
     alike = ranks.texts(f"{dataset.info.sequences_hash} {decoding}")
 
@@ -306,10 +357,104 @@ def evaluate(
     with contextlib.ExitStack() as files:
         writer = ranks.together(opened)
         start = time.perf_counter()
-        for found in rank_windows(run.searcher, run.layout, view, users_U, decoding, ranks, on_batch, window=window):
+        for found in rank_windows(
+            run.searcher, run.layout, view, users_U, decoding, ranks, on_batch, window=window, graph=graph
+        ):  # fmt: skip
             ranks.together(partial(add, found))
         seconds = time.perf_counter() - start
         return ranks.together(lambda: None if writer is None else writer.finish(seconds))
+
+
+def tune_mixture(
+    run: LoadedRun,
+    dataset: Dataset,
+    *,
+    decoding: Decoding,
+    trained_through: TrainedThrough = "n-2",
+    ranks: Ranks | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> mixture.Choice:
+    """The weights of mode `hybrid` with the best NDCG@10 on validation, all users; on rank 0 written to the run's `hybrid.json`.
+
+    Of `decoding` beam, history exclusion and the graph's settings are used. What the parts say of the candidates is computed once
+    and mixed in all ways of the grid. Collective. Raises ValueError if training saw the validation targets.
+    """
+    ranks = ranks or Ranks()
+    ranks.together(partial(check_numbering, run, dataset))
+    graph = ranks.together(lambda: Graph.of(dataset.sequences, "validation", trained_through, decoding.graph))
+    view = dataset.sequences.history_and_target("validation")
+    has_head = bool(run.model.config.item_loss)
+    tried = mixture.grid(mixture.ITEM_WEIGHTS if has_head else (1.0,), decoding.graph)
+    batches = cut_batches(view.ends - view.starts, decoding.batch_size)
+
+    def mine() -> np.ndarray:
+        counts_G = np.zeros((len(tried), TOP + 1), np.int64)
+        for rows_B in batches[ranks.rank :: ranks.size]:
+            asked = _asked(run.searcher, run.layout, view, rows_B, decoding, graph)
+            found = run.searcher.candidates(
+                asked.encoder, beam=max(decoding.beam, TOP), excluded=asked.excluded, shares_BN=asked.shares_BN
+            )
+            targets_B = torch.from_numpy(view.targets[rows_B].astype(np.int64)).to(run.searcher.device)
+            for place, mixed in enumerate(tried):
+                counts_G[place] += rank_histogram(_ranks_of(targets_B, found, mixed, run.searcher))
+            if on_batch is not None:
+                on_batch(len(rows_B))
+        return counts_G
+
+    parts = ranks.exchange(ranks.together(mine).flatten().tolist())
+    choice = mixture.choose(tried, np.sum(parts, axis=0).reshape(len(tried), -1))
+    if ranks.is_main:
+        mixture.save(choice, run.path, mixture_origin(dataset, decoding, trained_through))
+    return choice
+
+
+def mixture_origin(dataset: Dataset, decoding: Decoding, trained_through: TrainedThrough) -> dict[str, Any]:
+    """What chosen weights are good for."""
+    return {
+        "sequences_hash": dataset.info.sequences_hash,
+        "trained_through": trained_through,
+        "exclude_history": decoding.exclude_history,
+    }
+
+
+def mixed_decoding(
+    run: LoadedRun,
+    dataset: Dataset,
+    decoding: Decoding,
+    trained_through: TrainedThrough,
+    *,
+    item_weight: float | None = None,
+    graph_weight: float | None = None,
+    overrides: list[str] | None = None,
+    anew: bool = False,
+) -> Decoding:
+    """The decoding with the mixture that was chosen for the run (the defaults where none was, or `anew`), changed in what is given.
+
+    `overrides`: `epsilon=value`, or `key=value` of the graph's `KnnSettings`. Raises ValueError for what does not fit, and where
+    the chosen weights are of other data, another training or another exclusion of the history.
+    """
+    origin = mixture_origin(dataset, decoding, trained_through)
+    chosen = (None if anew else mixture.load(run.path, origin)) or Mixture()
+    mixed = mixture.changed(chosen, item_weight, graph_weight, overrides)
+    return replace(
+        decoding,
+        item_weight=mixed.item_weight,
+        graph_weight=mixed.graph_weight,
+        epsilon=mixed.epsilon,
+        graph=mixed.graph,
+    )
+
+
+def _ranks_of(targets_B: torch.Tensor, found: Candidates, mixed: Mixture, searcher: TrieSearcher) -> np.ndarray:
+    """int64 [B], 1 = first, 0 = none of the first 20: as the lists would have it, ties by node included."""
+    scores_BC, target_B1 = found.mixed(mixed), targets_B[:, None]
+    is_target_BC = found.items_BC == target_B1
+    target_score_B1 = scores_BC.masked_fill(~is_target_BC, -torch.inf).amax(1, keepdim=True)
+    nodes_BC, node_B1 = searcher.item_node[found.items_BC], searcher.item_node[target_B1]
+    above_BC = (scores_BC > target_score_B1) | ((scores_BC == target_score_B1) & (nodes_BC < node_B1))
+    ranks_B = above_BC.sum(1) + 1
+    listed_B = torch.isfinite(target_score_B1[:, 0]) & (ranks_B <= TOP)
+    return ranks_B.masked_fill(~listed_B, 0).cpu().numpy()
 
 
 def check_numbering(run: LoadedRun, dataset: Dataset) -> None:

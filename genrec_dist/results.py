@@ -72,6 +72,8 @@ class Protocol:
     """all, or {"sample": n, "seed": s} as in `sample_users`."""
     item_weight: float | None = None
     """Weight of the item head's log-probability beside the decoder's; None for systems that do not add the two."""
+    graph: dict[str, Any] | None = None
+    """Of systems that add the transition graph's log-probability: its weight, epsilon and kNN settings (`Mixture.of_graph`)."""
 
     @classmethod
     def of(
@@ -84,6 +86,7 @@ class Protocol:
         decode: str | None = None,
         users: str | dict[str, int] = "all",
         item_weight: float | None = None,
+        graph: dict[str, Any] | None = None,
     ) -> Protocol:
         """The protocol of a system on this data set, whose own fields are the data set's."""
         info, codes = dataset.info, dataset.info.hierarchy
@@ -91,7 +94,9 @@ class Protocol:
         if codes is not None:
             through = f" through {codes.trained_through}" if codes.trained_through else ""
             numbering = f"{info.numbering}: {codes.made_from}{through}"
-        return cls(numbering, info.ties, info.split, trained_through, exclude_history, beam, decode, users, item_weight)
+        return cls(
+            numbering, info.ties, info.split, trained_through, exclude_history, beam, decode, users, item_weight, graph
+        )
 
 
 def sample_users(num_users: int, sample: int, seed: int) -> np.ndarray:
@@ -325,10 +330,10 @@ def run_baseline(
     if exclude_history is None:
         exclude_history = exclude_history_default(dataset.sequences)
     told = {"counting": True, "repeat": None}.get(name, exclude_history)
-    protocol = Protocol.of(dataset, exclude_history=told, trained_through=trained_through, users=users)
-    rule, recipe, seconds = _learned(
+    rule, recipe, seconds, graph = _learned(
         name, dataset, split, Path(out_dir), trained_through, exclude_history, settings, on_epoch
     )  # fmt: skip
+    protocol = Protocol.of(dataset, exclude_history=told, trained_through=trained_through, users=users, graph=graph)
     with ResultsWriter(
         out_dir, system=name, split=split, dataset=dataset, protocol=protocol, recipe=recipe
     ) as writer:  # fmt: skip
@@ -349,8 +354,8 @@ def _learned(
     exclude_history: bool,
     settings: list[str] | None,
     on_epoch: Callable[[Epoch], None] | None,
-) -> tuple[Rule, dict[str, Any] | None, float]:
-    """(the baseline, ready to make lists; its settings; seconds that belong to the lists)."""
+) -> tuple[Rule, dict[str, Any] | None, float, dict[str, Any] | None]:
+    """(the baseline, ready to make lists; its settings; seconds that belong to the lists; the protocol's `graph`)."""
     sequences = dataset.sequences
     if name == "sasrec":
         # Brings torch along, which the rules do without.
@@ -361,19 +366,28 @@ def _learned(
             out, dataset, split, exclude_history=exclude_history, trained_through=trained_through,
             overrides=settings, on_epoch=on_epoch,
         )  # fmt: skip
-        return rule_of(found.model, sequences, split, exclude_history=exclude_history), found.recipe, 0.0
+        return rule_of(found.model, sequences, split, exclude_history=exclude_history), found.recipe, 0.0, None
+    if name == "sasrec+knn":
+        from genrec_dist.baseline import sasrec_knn
+
+        control = sasrec_knn.open_or_make(
+            out, dataset, split, exclude_history=exclude_history, trained_through=trained_through,
+            overrides=settings, on_epoch=on_epoch,
+        )  # fmt: skip
+        lists_of = sasrec_knn.rule_of(control, dataset, split, exclude_history=exclude_history)
+        return lists_of, control.recipe, 0.0, control.mixture.of_graph
     start = time.perf_counter()
     if name == "knn":
         chosen = knn.settings_from(settings)
         rule = knn.fit(
             sequences, split, exclude_history=exclude_history, trained_through=trained_through, settings=chosen
         )  # fmt: skip
-        return rule, asdict(chosen), time.perf_counter() - start
+        return rule, asdict(chosen), time.perf_counter() - start, None
     rule = baseline.fit(
         name, sequences, dataset.numbering.item_codes, split,
         exclude_history=exclude_history, trained_through=trained_through,
     )  # fmt: skip
-    return rule, None, time.perf_counter() - start
+    return rule, None, time.perf_counter() - start, None
 
 
 def format_table(rows: Iterable[Mapping[str, Any]]) -> Table:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from genrec_dist.batch import IGNORED, choose_targets, idle_batch, make_step
 from genrec_dist.cli import run_command
+from genrec_dist.mixture import Mixture
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.recipe import load_recipe
 from genrec_dist.run import load_run
@@ -167,7 +168,7 @@ def test_hybrid_with_a_wide_beam_is_the_weighted_sum_of_both(
     world = item_world(items, start)
     truth_BN = world.brute_force(histories) + weight * item_truth(world, histories)
     lists = world.search(
-        histories, beam=world.widest_level, top=len(items), exclude=exclude, mode="hybrid", item_weight=weight
+        histories, beam=world.widest_level, top=len(items), exclude=exclude, mode="hybrid", mixture=Mixture(weight)
     )
     for history, found, truth_N in zip(histories, lists, truth_BN, strict=True):
         assert [item for item, _ in found] == best_first(truth_N, history if exclude else [])
@@ -195,8 +196,8 @@ def test_hybrid_lists_what_only_one_head_finds() -> None:
     world = item_world([(5, a, b) for a in (5, 6, 7, 8) for b in (5, 6, 7, 8)])
     (spoken,) = world.search([[1, 2]], beam=2, top=2)
     (named,) = world.search([[1, 2]], beam=2, top=2, mode="items")
-    (heavy,) = world.search([[1, 2]], beam=2, top=2, mode="hybrid", item_weight=1000.0)
-    (light,) = world.search([[1, 2]], beam=2, top=2, mode="hybrid", item_weight=0.0)
+    (heavy,) = world.search([[1, 2]], beam=2, top=2, mode="hybrid", mixture=Mixture(1000.0))
+    (light,) = world.search([[1, 2]], beam=2, top=2, mode="hybrid", mixture=Mixture(0.0))
     assert {item for item, _ in spoken} != {item for item, _ in named}
     assert [item for item, _ in heavy] == [item for item, _ in named]
     candidates = {item for item, _ in spoken + named}

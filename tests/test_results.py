@@ -68,7 +68,7 @@ def test_metrics_file_holds_the_contract(tmp_path, dataset, lists):
     assert set(report) == FIELDS
     assert report["protocol"] == {
         **{"numbering": "random", "ties": "keep", "split": "leave-one-out", "trained_through": "n-2"},
-        **{"exclude_history": True, "beam": 20, "decode": "exact", "users": "all", "item_weight": None},
+        **{"exclude_history": True, "beam": 20, "decode": "exact", "users": "all", "item_weight": None, "graph": None},
     }
     assert (report["system"], report["split"], report["users"]) == ("genrec", "test", 50)
     assert (report["users_per_second"], report["recipe"]) == (25.0, {"width": 64})

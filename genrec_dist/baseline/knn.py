@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -45,9 +46,9 @@ class KnnSettings:
     """Users scored at once; it changes memory, not results."""
 
 
-def settings_from(overrides: list[str] | None) -> KnnSettings:
-    """The defaults, changed by `key=value`. Raises ValueError, one line, naming the key that does not fit and what it may be."""
-    settings = section_from(KnnSettings, {}, overrides, "knn")
+def settings_from(overrides: list[str] | None, values: dict[str, Any] | None = None) -> KnnSettings:
+    """The defaults, changed by `values` and by `key=value`. Raises ValueError, one line, naming the key that does not fit."""
+    settings = section_from(KnnSettings, dict(values or {}), overrides, "knn")
     for key, value in asdict(settings).items():
         least = 1 if key in ("window", "recent", "batch_size") else 0
         if not least <= value < float("inf"):
@@ -156,14 +157,24 @@ def _inverse_power(mass_I: np.ndarray, power: float) -> np.ndarray:
     return np.divide(1, raised_I, out=np.zeros_like(mass_I), where=mass_I > 0)
 
 
+def asked(items: np.ndarray, offsets: np.ndarray, num_items: int, settings: KnnSettings) -> sp.csr_matrix:
+    """float64 [U, I]: the weight, decay^age, at which each history's recent items are asked for their neighbours.
+
+    `items[offsets[u]:offsets[u + 1]]` is a history, oldest first.
+    """
+    lengths_U = np.diff(offsets)
+    ages = np.repeat(offsets[1:], lengths_U) - 1 - np.arange(len(items))
+    recent = ages < settings.recent
+    users = np.repeat(np.arange(len(lengths_U)), lengths_U)
+    entries = (settings.decay ** ages[recent], (users[recent], items[recent]))
+    return sp.csr_matrix(entries, shape=(len(lengths_U), num_items))
+
+
 def _score_batches(
     past: Histories, weights_II: sp.csr_matrix, settings: KnnSettings
 ) -> Iterator[tuple[int, sp.csr_matrix]]:
     """(first user, float64[B, I]) of one batch of users after the other."""
-    ages = np.repeat(past.offsets[1:], np.diff(past.offsets)) - 1 - np.arange(len(past.items))
-    recent = ages < settings.recent
-    entries = (settings.decay ** ages[recent], (past.users[recent], past.items[recent]))
-    history_UI = sp.csr_matrix(entries, shape=(past.num_users, past.num_items))
+    history_UI = asked(past.items, past.offsets, past.num_items, settings)
     for start in range(0, past.num_users, settings.batch_size):
         yield start, history_UI[start : start + settings.batch_size] @ weights_II
 

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -230,11 +230,16 @@ def rule_of(
 def _lists(
     model: SASRec, view: SplitView, num_items: int, exclude_history: bool, top: int, users: np.ndarray
 ) -> Lists:  # fmt: skip
+    return listed(scored(model, view, users, exclude_history), len(users), num_items, top)
+
+
+def listed(parts: Iterable[tuple[np.ndarray, Tensor]], num_users: int, num_items: int, top: int) -> Lists:
+    """Top lists of users whose scores of all items (user rows, float32 [B, I]) come part after part; -inf: not to be listed."""
     place_of = np.argsort(tie_order(num_items))
     width = min(top + 1, num_items)
-    lists = empty_lists(len(users), top + 1)
+    lists = empty_lists(num_users, top + 1)
     first = 0
-    for rows_B, scores_BI in scored(model, view, users, exclude_history):
+    for rows_B, scores_BI in parts:
         values_BN, items_BN = (part.numpy() for part in scores_BI.topk(width))
         order_BN = np.lexsort((place_of[items_BN], -values_BN))
         values_BN, items_BN = (np.take_along_axis(part, order_BN, axis=1) for part in (values_BN, items_BN))

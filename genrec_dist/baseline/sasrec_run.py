@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import time
@@ -44,6 +45,13 @@ class SasrecRun:
     def recipe(self) -> dict[str, Any]:
         """What stands as `recipe` in the metrics."""
         return {**dataclasses.asdict(self.settings), "best_epoch": self.best_epoch}
+
+    def digest(self) -> str:
+        """sha256 of the weights."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + value.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def open_or_train(
