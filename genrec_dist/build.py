@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import BartConfig, GenerationConfig
 
-from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
+from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration, IdEmbedding
 from genrec_dist.recipe import Model
-from genrec_dist.tokens import Vocabulary
+from genrec_dist.tokens import Vocabulary, WordTable
 
 
 def make_config(
@@ -105,6 +105,31 @@ def build_model(
         return GenRecForConditionalGeneration(config)
     common = _common(model, num_users, num_items, num_masks, special, ids_outside)
     return _from_backbone(model, vocab_size, common, vocabulary)
+
+
+@torch.no_grad()
+def begin_items_with(network: GenRecForConditionalGeneration, vectors_NF: np.ndarray, words: WordTable) -> None:
+    """Turn the items' rows towards these vectors (float [N, F]), as long as random rows are.
+
+    Rows of the items' tokens where each item is one token, else of the item id table. Items with a vector of zeros and columns
+    behind F keep what they have. Raises ValueError where several tokens make an item and there is no item id table.
+    """
+    tokens, offsets = words.tokens_of_items()
+    if (np.diff(offsets) == 1).all():
+        rows_N, table = torch.from_numpy(tokens.astype(np.int64)), network.model.shared.weight
+    elif isinstance(network.item_embedding, IdEmbedding):
+        rows_N, table = torch.arange(1, words.num_items + 1), network.item_embedding.weight
+    else:
+        raise ValueError(
+            "model.init_items: items have several tokens and no id: set model.item_ids true or raise tokens.vocab_size"
+        )
+    turned_NF = torch.from_numpy(vectors_NF)[:, : table.shape[1]]
+    known_N = turned_NF.norm(dim=1) > 0
+    # The mean is what all items share: it tells none from another.
+    turned_NF = turned_NF[known_N] - turned_NF[known_N].mean(0)
+    turned_NF = turned_NF / turned_NF.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    length = network.config.init_std * turned_NF.shape[1] ** 0.5
+    table[rows_N[known_N], : turned_NF.shape[1]] = (length * turned_NF).to(table.dtype)
 
 
 def _from_backbone(

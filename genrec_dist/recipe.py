@@ -64,6 +64,10 @@ class Model:
     """Multiply token embeddings by sqrt(d_model) (BART: no)."""
     init_std: float = 0.02
     """Standard deviation of the initial weights, id tables included."""
+    init_items: Literal["random", "cooccurrence"] = "random"
+    """What the items' rows begin with. cooccurrence: directions that items share with their neighbours in the training parts
+    (t_1..t_{n-2} whatever `trained_through`), as long as random ones; in the rows of their tokens where each item is one token,
+    else in the item id table."""
 
 
 @dataclass(frozen=True)
@@ -369,6 +373,11 @@ def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
         raise ValueError(
             f"{source}: model.item_loss {model.item_loss}: its softmax runs over all items, which row-adagrad does not fetch: set "
             "optimizer.id_tables dense"
+        )
+    if model.init_items != "random" and recipe.optimizer.id_tables != "dense":
+        raise ValueError(
+            f"{source}: model.init_items {model.init_items}: tables outside the model begin at random: set optimizer.id_tables "
+            "dense"
         )
     if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
         raise ValueError(f"{source}: pretrain.epochs and finetune.epochs are both 0: nothing to train")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from genrec_shards.cooccurrence import neighbour_vectors
 from genrec_shards.keyed import mixed_key
 from genrec_shards.plan import Plan, Space, split_among_ranks
 from genrec_shards.prepare import Dataset, load_dataset
@@ -18,7 +19,7 @@ from genrec_shards.read import ShardReader
 from torch.utils.data import Dataset as TorchDataset
 
 from genrec_dist.batch import RankStep, make_step
-from genrec_dist.build import build_model
+from genrec_dist.build import begin_items_with, build_model
 from genrec_dist.loss import target_loss
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.ranks import Ranks
@@ -28,6 +29,9 @@ from genrec_dist.sums import plan_sums
 from genrec_dist.tables import IdTables, plan_ids
 from genrec_dist.text import Layout
 from genrec_dist.tokens import WordTable, build_words, load_tokenizer, mask_tokens, train_tokenizer, trim
+
+MOST_FACTORS = 128
+"""Columns of an item's row that co-occurrence can begin; more say little and take long to find."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,9 @@ def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGenerat
         ids_outside=recipe.optimizer.id_tables != "dense",
         vocabulary=words.vocabulary,
     )
+    if recipe.model.init_items == "cooccurrence":
+        vectors_NF = neighbour_vectors(dataset.sequences, min(recipe.model.d_model, MOST_FACTORS), recipe.seed)
+        begin_items_with(model, vectors_NF, words)
     model.config.numbering_hash = codes.numbering_hash()
     model.config.certain_tokens = recipe.tokens.certain
     layout = make_layout(words, model.config)

@@ -32,6 +32,18 @@ def cooccurrence_vectors(sequences: Sequences, dims: int, seed: int, window: int
     return factor_rows(positive_pmi(cooccurrences(sequences, window)), dims, seed)
 
 
+def neighbour_vectors(sequences: Sequences, dims: int, seed: int, window: int = WINDOW) -> np.ndarray:
+    """float64[N, D], D = min(dims, N): the largest factors of co-occurrence over the square roots of both items' masses.
+
+    The measure of `baseline knn`, both ways alike; more of an item's neighbours are near it than by `cooccurrence_vectors`
+    (docs/log.md). A row of zeros for an item without a neighbour. Held-out interactions are not looked at.
+    """
+    weights_NN = cooccurrences(sequences, window)
+    # One more, so that a rare item with one lucky pair does not outweigh everything.
+    scale = sp.diags(1 / np.sqrt(np.asarray(weights_NN.sum(axis=1)).ravel() + 1))
+    return factor_rows((scale @ weights_NN @ scale).tocsr(), dims, seed)
+
+
 def cooccurrences(sequences: Sequences, window: int) -> sp.csr_matrix:
     """float64[N, N], symmetric: the sum of 1/distance over all pairs at most `window` steps apart in a training part."""
     items, users = training_items(sequences)
