@@ -83,7 +83,8 @@ def prepare(
         typer.Option(
             "--format",
             help="sequences: `user item item ...` a line, oldest first; interactions: CSV or Parquet, or a folder of either; "
-            "data: a data directory to be numbered anew; auto: by name and first line.",
+            "amazon (2014, 2018, 2023) and yelp: reviews in JSON lines; data: a data directory to be numbered anew; auto: by "
+            "name and first line.",
         ),
     ] = "auto",
     numbering: Annotated[
@@ -127,6 +128,12 @@ def prepare(
             help="A log's rows of one user and time: in an order drawn from the seed (default), or as they come."
         ),
     ] = None,
+    since: Annotated[str | None, typer.Option(help="First date of a log's rows that stay, as 2019-01-01.")] = None,
+    until: Annotated[str | None, typer.Option(help="Last date of a log's rows that stay, as 2019-12-31.")] = None,
+    expect: Annotated[
+        Literal["beauty", "sports", "toys", "yelp"] | None,
+        typer.Option(help="The published set this is: its numbers of users and items must come out (paper, Table 2)."),
+    ] = None,
     on_error: Annotated[
         Literal["stop", "skip"], typer.Option(help="At a line that cannot be read: end, or leave it out and count it.")
     ] = "stop",
@@ -148,6 +155,7 @@ def prepare(
         vectors_trained_through=vectors_trained_through, items=items, item_column=item_column,
         text_columns=None if text_columns is None else text_columns.split(","),
         k_core=k_core, min_length=min_length, ties=ties, on_error=on_error,
+        since=since, until=until, expect=expect,
         log=LogOptions(columns=None if columns is None else tuple(columns.split(",")), time_unit=time_unit),
     )  # fmt: skip
     for line in cleaning_told(dataset):

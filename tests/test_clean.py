@@ -46,6 +46,15 @@ def core_of(rows: list[Row], k: int, min_length: int) -> set[Row]:
         left = kept
 
 
+def test_dates_are_cut_before_all_else(tmp_path_factory):
+    rows = [("u", "a", n) for n in range(6)] * 2
+    found = cleaned(rows, tmp_path_factory, k_core=3, since=1, until=3)
+    assert [time for _, time in told(found)["u"]] == [1, 2, 3]
+    assert (found.dropped["outside_dates"], found.dropped["duplicates"], found.num_read) == (6, 3, 12)
+    with pytest.raises(ValueError, match="since lies after until"):
+        Cleaning(since=2, until=1)
+
+
 logs = st.lists(
     st.tuples(st.sampled_from([f"u{n}" for n in range(9)]), st.sampled_from("abcdefg"), st.integers(0, 12)),
     min_size=1,
@@ -112,6 +121,7 @@ def test_each_reason_is_counted(tmp_path_factory):
     rows += [("short", "a", 1), ("short", "b", 2)]  # enough for the core, too few for three parts
     found = cleaned(rows, tmp_path_factory, k_core=2)
     assert found.dropped == {
+        "outside_dates": 0,
         "duplicates": 1,
         "items_below_k_core": 1,
         "users_below_k_core": 1,

@@ -3,7 +3,11 @@
 import hashlib
 import json
 import random
+import resource
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +21,8 @@ from hypothesis import strategies as st
 
 from genrec_dist.audit import write_audit
 from genrec_dist.cli import run_command
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def beauty_like(num_users: int = 300, num_items: int = 120) -> Sequences:
@@ -66,7 +72,14 @@ def test_what_a_log_leaves_is_as_documented_and_reads_back(tmp_path):
     made = prepare(write_csv(rows, tmp_path / "log.csv"), tmp_path / "data", seed=3)
     info = json.loads((tmp_path / "data" / "dataset.json").read_text())
     assert set(info["dropped"]) == {
-        *("bad_lines", "duplicates", "items_below_k_core", "users_below_k_core", "users_below_min_length"),
+        *(
+            "bad_lines",
+            "outside_dates",
+            "duplicates",
+            "items_below_k_core",
+            "users_below_k_core",
+            "users_below_min_length",
+        ),
     }
     assert info["read"] == len(rows) == info["interactions"] + sum(info["dropped"].values())
     assert info["dropped"]["duplicates"] == 1
@@ -177,3 +190,75 @@ def test_sequences_skip_bad_lines_too(tmp_path):
     assert made.info.dropped == {"bad_lines": 4}
     assert [line.split(": ")[0].rpartition(":")[2] for line in made.bad_lines[1:]] == ["2", "3", "4", "5"]
     assert replace(made, bad_lines=()).info == load_dataset(tmp_path / "data").info
+
+
+def in_a_process(*command, **options) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "genrec_dist.cli", *map(str, command)]
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, cwd=ROOT, **options)
+
+
+@pytest.mark.parametrize("size", [20, 5_000, 30_000])
+def test_a_full_disk_is_told_wherever_it_fills(tmp_path, size):
+    """While rows wait for their users, while they are sorted, while Parquet is written: never half a data directory."""
+    log = write_csv(rows_of(beauty_like(400)), tmp_path / "log.csv")
+    limit = (resource.RLIMIT_FSIZE, (size, size))
+    done = in_a_process("prepare", log, "--out", tmp_path / "data", preexec_fn=lambda: resource.setrlimit(*limit))
+    assert done.returncode == 1, done
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert f"{tmp_path / 'data'}" in done.stderr
+    assert "make room or choose another output" in done.stderr
+    assert list(tmp_path.iterdir()) == [log]
+
+
+def test_outputs_that_cannot_be(tmp_path, capfd):
+    log = write_csv(rows_of(beauty_like(20, 10)), tmp_path / "log.csv")
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "diary.txt").write_text("dear")
+    for out, options, said in (
+        (Path("/proc/genrec"), [], "/proc/genrec"),
+        (log / "inside", [], "choose another output" if log.is_dir() else str(log)),
+        (taken, [], "--overwrite"),
+        (taken, ["--overwrite"], "not ours"),
+    ):
+        assert run_command(["prepare", str(log), "--out", str(out), *options]) == 1
+        told = capfd.readouterr().err
+        assert said in told
+        assert told.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "taken"]
+    assert [path.name for path in taken.iterdir()] == ["diary.txt"]
+
+
+def test_an_output_is_replaced_only_by_a_complete_one(tmp_path, capfd):
+    log = write_csv(rows_of(beauty_like(20, 10)), tmp_path / "log.csv")
+    command = ["prepare", str(log), "--out", str(tmp_path / "data"), "--overwrite", "--k-core", "0"]
+    assert run_command(command) == 0
+    before = files(tmp_path / "data")
+    log.write_text(log.read_text() + "broken\n")
+    assert run_command(command) == 1
+    assert f"{log}:" in capfd.readouterr().err
+    assert files(tmp_path / "data") == before
+
+
+def test_strange_ids_come_back_as_they_were(tmp_path):
+    ids = [
+        "a b",
+        'say "x"',
+        "it's",
+        "a.b",
+        "x" * 10_000,
+        "\u65e5\u672c",
+        "e\u0301",
+        "\U0001f642",
+        "007",
+        "7",
+        "new\nline",
+        " edge ",
+    ]
+    quoted = ['"' + name.replace('"', '""') + '"' for name in ids]
+    lines = [f"{user},{item},{1_400_000_000 + n}\n" for user in quoted for n, item in enumerate(quoted)]
+    (tmp_path / "log.csv").write_text("user,item,timestamp\n" + "".join(lines))
+    prepare(tmp_path / "log.csv", tmp_path / "data")
+    loaded = load_dataset(tmp_path / "data")
+    assert loaded.sequences.user_ids == loaded.sequences.item_ids == sorted(ids)
+    assert [loaded.sequences.item_ids[row] for row in loaded.sequences.items[: len(ids)]] == ids

@@ -34,12 +34,17 @@ class Cleaning:
     ties: Ties = "shuffle"
     """Rows of one user and time: in an order drawn from seed, user, item and time, or as the log has them."""
     seed: int = 0
+    since: int | None = None
+    until: int | None = None
+    """Microseconds since 1970, both included: rows before and after are left out before all else."""
 
     def __post_init__(self) -> None:
         if self.ties not in get_args(Ties):
             raise ValueError(f"ties is {self.ties!r}: choose shuffle or keep")
         if self.k_core < 0:
             raise ValueError(f"k_core is {self.k_core}: give a whole number, 0 for none")
+        if self.since is not None and self.until is not None and self.since > self.until:
+            raise ValueError("since lies after until: no row can be between them")
         if self.min_length < MINIMUM_LENGTH:
             raise ValueError(
                 f"min_length is {self.min_length}: at least {MINIMUM_LENGTH} are needed (training, validation, test)"
@@ -68,23 +73,32 @@ def clean(frames: Iterable[pl.DataFrame], cleaning: Cleaning, folder: Path, sour
     Memory: a bucket of rows, what users and items take, and 12 bytes for each row that stays. Raises DataError where
     nothing is left, OSError where the disk is full.
     """
-    buckets = Buckets(folder)
+    buckets, num_read = Buckets(folder), 0
     for found in frames:
-        buckets.add(found)
-    if not buckets.num_rows:
-        raise DataError(f"{source}: empty: no interaction in it")
-    dropped = {"duplicates": _sort(buckets, cleaning)}
+        num_read += found.height
+        buckets.add(_between(found, cleaning))
+    if not num_read:
+        raise DataError(f"{source}: empty: no interaction in it that can be read")
+    dropped = {"outside_dates": num_read - buckets.num_rows, "duplicates": _sort(buckets, cleaning)}
     core = _Core(buckets, cleaning)
     dropped |= core.dropped
     if not core.users_U.any():
         told = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
         raise DataError(
-            f"{source}: no user is left of {buckets.num_users:,} with {buckets.num_rows:,} rows ({told}): "
+            f"{source}: no user is left of {buckets.num_users:,} with {num_read:,} rows ({told}): "
             f"lower --k-core {cleaning.k_core} or --min-length {cleaning.min_length}"
         )
     sequences, timestamps = _gathered(buckets, core)
-    assert sequences.num_interactions + sum(dropped.values()) == buckets.num_rows
-    return CleanLog(sequences, timestamps, buckets.num_rows, dropped)
+    assert sequences.num_interactions + sum(dropped.values()) == num_read
+    return CleanLog(sequences, timestamps, num_read, dropped)
+
+
+def _between(found: pl.DataFrame, cleaning: Cleaning) -> pl.DataFrame:
+    if cleaning.since is not None:
+        found = found.filter(found["time"] >= cleaning.since)
+    if cleaning.until is not None:
+        found = found.filter(found["time"] <= cleaning.until)
+    return found
 
 
 def _sort(buckets: Buckets, cleaning: Cleaning) -> int:

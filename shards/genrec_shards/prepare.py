@@ -17,10 +17,12 @@ from genrec_shards.atomic import atomic_directory
 from genrec_shards.bad_lines import BadLines, OnError
 from genrec_shards.clean import Cleaning, Ties, clean
 from genrec_shards.descriptions import Descriptions, read_descriptions
+from genrec_shards.expected import check_expected, public_set
 from genrec_shards.numbering import Hierarchy, Numbering, NumberingName, number
 from genrec_shards.readers.blocks import readable
 from genrec_shards.readers.guess import LOG_FORMATS, Format, guess_format
 from genrec_shards.readers.logs import LogOptions, read_log, source_files
+from genrec_shards.readers.times import moment
 from genrec_shards.sequences import MINIMUM_LENGTH, DataError, Sequences, TrainedThrough, read_sequences
 from genrec_shards.trained_vectors import read_trained_vectors
 
@@ -59,6 +61,8 @@ class DatasetInfo:
     """What was left out of the source, by reason: rows of a log, lines of the `sequences` format (none unless told to skip)."""
     read: int | None = None
     """Rows of the log: `interactions` and `dropped` add up to it; not in the file of the `sequences` format."""
+    expected: str | None = None
+    """The published set whose counts the sequences were found to have; not in the file where none was named."""
     hierarchy: Hierarchy | None = None
     """What `collaborative` and `semantic` codes were made of; not in the file of other numberings."""
     described_by: Source | None = None
@@ -101,13 +105,18 @@ def prepare(
     min_length: int = MINIMUM_LENGTH,
     on_error: OnError = "stop",
     log: LogOptions | None = None,
+    since: str | None = None,
+    until: str | None = None,
+    expect: str | None = None,
 ) -> Dataset:
     """Read a log and write the data directory `out`, complete or not at all; the same input gives the same bytes.
 
     `format`: `sequences`; a log (`interactions`, `amazon`, `yelp`: `readers/`), of which `log` says how to read it and
-    `k_core` (default 5), `min_length` and `ties` (default shuffle) what becomes of it (`clean.py`); or `data`, a data
+    `k_core` (default 5), `min_length`, `ties` (default shuffle), `since` and `until` (ISO 8601, both included) what becomes of
+    it (`clean.py`); or `data`, a data
     directory that is to be numbered anew: its sequences stay what they are, so its shards serve both. `auto` tells them
-    by name and content. `on_error`: what a line that cannot be read does, `stop` or `skip`. `levels`, `vectors`: as in
+    by name and content. `expect`: a published set (`expected.py`) that names the dates, where none are given, and whose
+    counts must come out. `on_error`: what a line that cannot be read does, `stop` or `skip`. `levels`, `vectors`: as in
     `number` and `read_trained_vectors`. `items`, `item_column`, `text_columns`: as in `read_descriptions`; the texts are
     kept, and `format="data"` finds them again. Raises DataError for what is wrong with a file, ValueError for a wrong
     argument or an `out` that exists.
@@ -115,17 +124,35 @@ def prepare(
     source, out = Path(source), Path(out)
     readable(source)
     format = guess_format(source) if format == "auto" else format
-    _check_choices(format, ties, split, k_core)
+    _check_choices(format, ties, split)
+    if format not in LOG_FORMATS and (k_core, min_length, since, until, log or LogOptions()) != (
+        None, MINIMUM_LENGTH, None, None, LogOptions()
+    ):  # fmt: skip
+        raise ValueError(
+            f"k_core, min_length, since, until, columns and time_unit are a log's ({', '.join(LOG_FORMATS)}), this is "
+            f"of the {format} format: leave them out"
+        )
     if format == "data" and out.resolve() == source.resolve():
         raise ValueError(f"{out} is the data that is to be numbered anew, with its shards: choose another output")
     if items is None and (item_column is not None or text_columns is not None):
         raise ValueError("a column of item ids or text is named, and no table: give --items META")
     bad = BadLines(on_error)
-    cleaning = Cleaning(K_CORE if k_core is None else k_core, min_length, ties or "shuffle", seed)
+    if expect is not None and format in LOG_FORMATS and (since, until) == (None, None):
+        since, until = public_set(expect).since, public_set(expect).until
+    cleaning = Cleaning(
+        K_CORE if k_core is None else k_core,
+        min_length,
+        ties or "shuffle",
+        seed,
+        None if since is None else moment(since, "--since"),
+        None if until is None else moment(until, "--until", end_of_day=True),
+    )
     # A log's rows wait beside the output for their users, so a place that cannot be written is told before hours of reading.
     with atomic_directory(out, overwrite, marker="dataset.json") as folder:
         taken = _read(source, format, bad, cleaning, log or LogOptions(), folder)
         sequences, descriptions = taken.sequences, taken.descriptions
+        if expect is not None:
+            check_expected(expect, sequences, str(source))
         if items is not None:
             descriptions = read_descriptions(
                 items, sequences.item_ids, id_column=item_column, text_columns=text_columns
@@ -152,6 +179,7 @@ def prepare(
             numbering_hash=codes.numbering_hash(),
             dropped=taken.dropped,
             read=taken.num_read,
+            expected=expect,
             hierarchy=codes.hierarchy,
             described_by=None if descriptions is None else Source(descriptions.name, descriptions.sha256),
         )
@@ -167,6 +195,8 @@ def cleaning_told(dataset: Dataset) -> list[str]:
         parts = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in info.dropped.items() if count]
         out = f"; left out: {', '.join(parts)}" if parts else ", none left out"
         lines.append(f"{info.read:,} rows read, {info.interactions:,} kept{out}")
+    if info.expected is not None:
+        lines.append(check_expected(info.expected, dataset.sequences, info.source.name))
     return [*lines, *dataset.bad_lines]
 
 
@@ -231,19 +261,14 @@ def _read(source: Path, format: Format, bad: BadLines, cleaning: Cleaning, log: 
     )  # fmt: skip
 
 
-def _check_choices(format: str, ties: str | None, split: str, k_core: int | None) -> None:
+def _check_choices(format: str, ties: str | None, split: str) -> None:
     if format not in ("sequences", "data", *LOG_FORMATS):
         raise ValueError(
             f"format {format!r} is not supported: use --format sequences, {', '.join(LOG_FORMATS)}, or data to number a "
             "data directory anew"
         )
-    if format not in LOG_FORMATS:
-        if ties not in (None, "keep"):
-            raise ValueError(f"ties {ties!r}: the {format} format has no ties left to order: use --ties keep")
-        if k_core is not None:
-            raise ValueError(
-                f"k_core with the {format} format: only a log ({', '.join(LOG_FORMATS)}) is cleaned, leave it out"
-            )
+    if format not in LOG_FORMATS and ties not in (None, "keep"):
+        raise ValueError(f"ties {ties!r}: the {format} format has no ties left to order: use --ties keep")
     if split != "leave-one-out":
         raise ValueError(f"split {split!r} is not supported yet: use --split leave-one-out; others come later")
 

@@ -6,10 +6,10 @@ from typing import Literal
 
 from genrec_shards.readers.blocks import blocks
 from genrec_shards.readers.interactions import ENDINGS
+from genrec_shards.readers.json_lines import JSON_ENDINGS
 
 Format = Literal["auto", "sequences", "data", "interactions", "amazon", "yelp"]
-LOG_FORMATS = ("interactions",)
-JSON_ENDINGS = ("json", "jsonl", "ndjson")
+LOG_FORMATS = ("interactions", "amazon", "yelp")
 
 
 def guess_format(path: Path) -> Format:

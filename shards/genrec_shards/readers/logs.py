@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from genrec_shards.bad_lines import BadLines
-from genrec_shards.readers.guess import JSON_ENDINGS
+from genrec_shards.readers.amazon import read_amazon
 from genrec_shards.readers.interactions import ENDINGS, log_files, read_interactions
+from genrec_shards.readers.json_lines import JSON_ENDINGS
 from genrec_shards.readers.times import Clock, TimeUnit
+from genrec_shards.readers.yelp import read_yelp
 
 if TYPE_CHECKING:
     import polars as pl
@@ -35,7 +37,7 @@ def read_log(path: Path, format: str, bad: BadLines, options: LogOptions) -> Ite
         raise ValueError(f"columns with the {format} format, whose columns have names of their own: leave them out")
     if format == "interactions":
         return read_interactions(path, bad, clock, options.columns)
-    raise ValueError(f"format {format!r} is no log's")
+    return (read_amazon if format == "amazon" else read_yelp)(path, bad, clock)
 
 
 def source_files(path: Path, format: str) -> list[Path]:

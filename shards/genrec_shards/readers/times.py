@@ -116,6 +116,17 @@ class Clock:
         return _MICROS[self.unit]
 
 
+def moment(text: str, option: str, end_of_day: bool = False) -> int:
+    """Microseconds since 1970 of a date or time in ISO 8601. `end_of_day`: a date alone means its last microsecond.
+
+    Raises ValueError that names the option.
+    """
+    found = _of_date(text.strip())
+    if found is None:
+        raise ValueError(f"{option} {text[:40]}: give a date as 2019-12-31, or a time as 2019-12-31T00:00:00")
+    return found + (86_400_000_000 - 1 if end_of_day and len(text.strip()) <= 10 else 0)
+
+
 def _of_date(text: str) -> int | None:
     try:
         found = datetime.fromisoformat(text)

@@ -1,0 +1,113 @@
+"""Reviews as one object a line, gzipped or not, of which three fields are read."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genrec_shards.bad_lines import BadLines
+from genrec_shards.readers.blocks import Block, blocks
+from genrec_shards.readers.frames import frame, frame_one_by_one, has_gaps, polars
+from genrec_shards.readers.interactions import log_files
+from genrec_shards.readers.python_lines import parsed_line
+from genrec_shards.readers.times import Clock
+from genrec_shards.sequences import DataError
+
+if TYPE_CHECKING:
+    import polars as pl
+
+JSON_ENDINGS = ("json", "jsonl", "ndjson")
+_PLAIN_ID = r"^[A-Za-z0-9_-]*[A-Z0-9_-][A-Za-z0-9_-]*$"
+Fields = tuple[str, str, str]
+"""Names of user, item and time."""
+
+
+def read_json_lines(
+    path: Path, releases: Sequence[Fields], format: str, bad: BadLines, clock: Clock
+) -> Iterator[pl.DataFrame]:
+    """Frames (`frames.py`) of a file, or of a folder's files by name.
+
+    `releases`: the fields of each release; that of the first object counts for its file. Raises DataError, one line with
+    file and line.
+    """
+    for file in log_files(path, JSON_ENDINGS):
+        fields: Fields | None = None
+        for block in blocks(file):
+            fields = fields or _release(block, releases)
+            if fields is None:
+                rows = ((line, _told(record, format, releases)) for line, record in _records(block))
+                yield frame_one_by_one(file, rows, clock, bad)
+                continue
+            fast = _fast(block, fields, clock)
+            yield fast if fast is not None else frame_one_by_one(file, _rows(block, fields, format), clock, bad)
+        if file.stat().st_size == 0:
+            raise DataError(f"{file}: empty: expected a review a line")
+
+
+def _release(block: Block, releases: Sequence[Fields]) -> Fields | None:
+    """The fields of the block's first object that has those of a release."""
+    for _, record in _records(block):
+        if isinstance(record, dict):
+            for fields in releases:
+                if record.keys() >= set(fields):
+                    return fields
+    return None
+
+
+def _fast(block: Block, fields: Fields, clock: Clock) -> pl.DataFrame | None:
+    """All rows at once, or None where one of them must be looked at."""
+    pl = polars()
+    lines = sum(1 for line in block.data.split(b"\n") if line.strip())
+    for kind in (pl.Int64, pl.String):
+        try:
+            found = pl.read_ndjson(
+                io.BytesIO(block.data), schema={fields[0]: pl.String, fields[1]: pl.String, fields[2]: kind}
+            )
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
+            continue
+        if found.height != lines:
+            return None
+        rows = frame(found[fields[0]], found[fields[1]], clock.column(found[fields[2]]))
+        # Polars spells lists, truth values and fractions as text too, and replaces half a surrogate pair.
+        if not has_gaps(rows) and all(rows[name].str.contains(_PLAIN_ID).all() for name in ("user", "item")):
+            return rows
+    return None
+
+
+def _rows(block: Block, fields: Fields, format: str) -> Iterator[tuple[int, tuple[Any, Any, Any] | str]]:
+    for line, record in _records(block):
+        missing = next((name for name in fields if name not in record), None) if isinstance(record, dict) else None
+        if isinstance(record, dict) and missing is None:
+            yield line, (record[fields[0]], record[fields[1]], record[fields[2]])
+        else:
+            yield line, _told(record, format, [fields])
+
+
+def _told(record: Any, format: str, releases: Sequence[Fields]) -> str:
+    """What is wrong with a line that is no review."""
+    if isinstance(record, str):
+        return record
+    if not isinstance(record, dict):
+        return f"no object in JSON, and --format {format} has one a line"
+    wanted = " or ".join(", ".join(fields) for fields in releases)
+    listed = ", ".join(str(name)[:40] for name in list(record)[:8]) or "nothing"
+    return f"no review of --format {format}: fields {wanted} are needed, it has {listed}"
+
+
+def _records(block: Block) -> Iterator[tuple[int, Any]]:
+    """(line, what it says), a text where its bytes are none; blank lines are nothing."""
+    for line, data in enumerate(block.data.split(b"\n"), start=block.first_line):
+        if not data.strip():
+            continue
+        if b"\0" in data:
+            yield line, "binary (a zero byte)"
+            continue
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            yield line, f"not UTF-8 (byte 0x{data[error.start]:02x})"
+            continue
+        record = parsed_line(text)
+        yield line, record if isinstance(record, dict) else None
