@@ -11,9 +11,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import TINY_RECIPE, tiny_log
 from two_ranks import environment
@@ -378,6 +380,32 @@ def test_the_script_without_a_gpu_or_arguments_is_one_line(folder: Path, tmp_pat
     assert done.stderr.count("\n") == 1
     assert not done.stdout
     assert (run_script("--cpu", "beauty").returncode, list(tmp_path.iterdir())) == (2, [])
+
+
+@pytest.mark.dist
+@pytest.mark.ranks
+def test_killed_its_training_saves_and_ends_too(folder: Path, tmp_path: Path) -> None:
+    """SIGKILL leaves nobody to tell the training: it notices, and what comes next finds a checkpoint and no other at work."""
+    out = tmp_path / "out"
+    arguments = leak_free(folder, out, ["best"], "--set", "finetune.epochs=400")
+    alone = forked.Started(
+        ["-m", "genrec_dist.cli", *arguments], tmp_path / "out.txt", tmp_path / "err.txt", environment()
+    )
+    run = out / "leak-free" / "best" / "seed-0"
+    try:
+        wait_for(lambda: bool(list(run.glob("checkpoints/step-*/state.json"))))
+    finally:
+        alone.kill()
+    wait_for(lambda: read(run / "status.json")["status"] != "running")
+    assert read(run / "status.json")["status"] == "stopped"
+    assert run_command([*arguments, "--minutes", "0"]) == 0
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.dist

@@ -8,6 +8,7 @@ import statistics
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from genrec_shards.atomic import atomic_file
 from genrec_shards.sequences import read_sequences
@@ -235,16 +236,13 @@ def _write(options: Options, work: Work) -> dict[ProtocolName, list[Row]]:
     """Merge all rows that are finished into the tables, and give them."""
     rows = {protocol: rows_of(work.place, protocol, systems) for protocol, systems in work.systems.items()}
     rows = {protocol: found for protocol, found in rows.items() if found}
+    scores: dict[str, dict[str, Any]] = {}
+    told: dict[str, dict[str, Any]] = {}
+    for protocol, found in rows.items():
+        scores[protocol] = {row.name: row.scores() for row in found}
+        told[protocol] = {row.name: told_of(row, work.place, options.command) for row in found}
     for path in _tables(options) if rows else []:
-        merge(
-            path,
-            options.name,
-            {protocol: {row.name: row.scores() for row in found} for protocol, found in rows.items()},
-        )
-        told = {
-            protocol: {row.name: told_of(row, work.place, options.command) for row in found}
-            for protocol, found in rows.items()
-        }
+        merge(path, options.name, scores)
         merge(runs_file(path), options.name, told)
     return rows
 

@@ -20,6 +20,8 @@ from genrec_shards.prepare import prepare
 from genrec_shards.write import write_shards
 
 from genrec_dist.audit import write_audit
+from genrec_dist.baseline.sasrec import SasrecSettings
+from genrec_dist.baseline.sasrec_run import settings_from
 from genrec_dist.evaluate import Decoding, best_device, evaluate, target_histogram
 from genrec_dist.forecast import forecast
 from genrec_dist.metrics import as_written, metrics_from_histogram
@@ -220,12 +222,11 @@ def _sasrec(place: Place, protocol: ProtocolName, system: Sasrec, seed: int) -> 
 
 
 def _check_settings(run: Path, settings: tuple[str, ...]) -> None:
-    from genrec_dist.baseline.sasrec_run import settings_from
-
     metrics = read_metrics(run)
     if metrics is None:
         return
-    stored = {key: value for key, value in metrics["recipe"].items() if key != "best_epoch"}
+    knobs = {field.name for field in dataclasses.fields(SasrecSettings)}
+    stored = {key: value for key, value in metrics["recipe"].items() if key in knobs}
     asked = dataclasses.asdict(settings_from(dict(stored), list(settings)))
     for key, value in stored.items():
         if asked[key] != value:

@@ -70,12 +70,14 @@ def _beside_published(rows: list[Row], name: SetName) -> list[str]:
         f"The published rows ({SOURCE}, Tables 1 and 3) share the numbering and the leave-one-out split. Whether t_n-1 was trained "
         "on, whether lists leave out the history and how the epoch was chosen is not said there: they stand beside, unranked."
     ]
-    published = dict(zip(METRICS, found.pretrained, strict=True))
-    for row in rows:
-        scores = row.scores()
-        above = [metric for metric in METRICS if scores[metric]["mean"] > published[metric]]
-        lines.append(f"{row.name} stands above the published GenRec in {len(above)} of {len(METRICS)} metrics.")
+    above = [f"{row.name} {_times_above(row, found.pretrained)}" for row in rows]
+    lines.append(f"Metrics, of {len(METRICS)}, in which a row stands above the published GenRec: {', '.join(above)}.")
     return lines
+
+
+def _times_above(row: Row, published: tuple[float, ...]) -> int:
+    scores = row.scores()
+    return sum(scores[metric]["mean"] > value for metric, value in zip(METRICS, published, strict=True))
 
 
 def pairs_of(rows: list[Row]) -> list[tuple[Row, Row]]:

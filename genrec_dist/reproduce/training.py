@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -32,7 +34,6 @@ MAY_DIFFER = (
 )
 """Keys in which a run that is there may differ from what is asked for: where things lie, and what moves no gradient."""
 LOADED = ["genrec_dist.train", "genrec_dist.cli", "genrec_dist.report"]
-_LOG = "train.log"
 
 
 def is_finished(run: Path) -> bool:
@@ -58,22 +59,17 @@ def check_same(run: Path, asked: Recipe) -> None:
 
 
 def train_run(recipe: Recipe, ending: Ending, say: Callable[[str], None]) -> None:
-    """Train a recipe's run to its end, from its last checkpoint where it has one. What it says goes to `train.log` in it.
+    """Train a recipe's run to its end, from its last checkpoint where it has one. What it says goes to `RUN.log` beside it.
 
     Accelerate keeps one state a process and refuses a second precision, so each training is a process; it is forked off a
-    server that has the libraries loaded. Raises what `Ending.check` raises once the run has saved, ValueError with the run's
-    own last line where it failed.
+    server that has the libraries loaded, and it saves and ends when this one is gone. Raises what `Ending.check` raises once the
+    run has saved, ValueError with the run's own last line where it failed.
     """
     run = Path(recipe.run)
     check_same(run, recipe)
-    resume = is_begun(run)
-    if not resume:  # whatever an attempt left before its first checkpoint
-        shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True, exist_ok=True)
-    with atomic_file(run / "recipe.yaml") as temporary:
-        temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+    run.parent.mkdir(parents=True, exist_ok=True)
     news = _News(run / "events.jsonl")
-    process = _start(run, resume)
+    process = _start(run, dump_recipe(recipe))
     try:
         while process.exitcode is None:
             process.join(0.2)
@@ -89,7 +85,7 @@ def train_run(recipe: Recipe, ending: Ending, say: Callable[[str], None]) -> Non
     if is_finished(run):
         return
     ending.check()
-    raise ValueError(f"{run}: the training ended with exit code {process.exitcode}: {_last_line(run / _LOG)}")
+    raise ValueError(f"{run}: the training ended with exit code {process.exitcode}: {_last_line(_log_of(run))}")
 
 
 def worked_seconds(run: Path) -> float:
@@ -118,34 +114,52 @@ def best_epoch(run: Path) -> int:
     return next(line["epoch"] + 1 for line in validated(run) if line["step"] == step)
 
 
-def _start(run: Path, resume: bool) -> ForkServerProcess:
+def _start(run: Path, recipe: str) -> ForkServerProcess:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LOADED)
-    process = context.Process(target=_become, args=(str(run), resume, dict(os.environ)))
+    process = context.Process(target=_become, args=(str(run), recipe, dict(os.environ)))
     process.start()
     return process
 
 
-def _become(run: str, resume: bool, environment: dict[str, str]) -> None:
+def _become(run: str, recipe: str, environment: dict[str, str]) -> None:
     """`genrec train`, in the process that was forked for it."""
     folder = Path(run)
-    log = os.open(folder / _LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(_log_of(folder), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
     os.environ.clear()
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # its own children start as anybody's do
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     from genrec_dist.cli import run_command
 
     try:
         with hold(folder.parent / f".{folder.name}.lock", "another process still trains this run"):
-            code = run_command(["train", str(folder / "recipe.yaml"), *(["--resume", "latest"] if resume else [])])
+            resume = ["--resume", "latest"] if is_begun(folder) else []
+            if not resume:  # whatever an attempt left before its first checkpoint
+                shutil.rmtree(folder, ignore_errors=True)
+            with atomic_file(folder / "recipe.yaml") as temporary:
+                temporary.write_text(recipe, encoding="utf-8")
+            code = run_command(["train", str(folder / "recipe.yaml"), *resume])
     except ValueError as error:
         print(f"genrec: {error}", file=sys.stderr)
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _end_with_parent() -> None:
+    """Ask this process to save and end when the one that started it is gone, killed or not."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _log_of(run: Path) -> Path:
+    return run.with_name(f"{run.name}.log")
 
 
 class _News:
