@@ -122,7 +122,7 @@ def test_the_graph_knows_no_held_out_item(through: str, last: int) -> None:
 
 def test_a_grid_holds_each_mixture_once_and_the_best_is_the_first_of_the_best() -> None:
     tried = mixture.grid((0.0, 1.0), knn.KnnSettings())
-    assert len(tried) == len(set(tried)) == 2 * (1 + 4 * (len(mixture.GRAPH_WEIGHTS) - 1))
+    assert len(tried) == len(set(tried)) == 2 * (1 + len(mixture.EPSILONS) * (len(mixture.GRAPH_WEIGHTS) - 1))
     counts = np.zeros((len(tried), 21), np.int64)
     counts[:, 0] = 10
     counts[[7, 9], 2] += 3
