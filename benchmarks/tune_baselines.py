@@ -143,15 +143,15 @@ class Tuning:
             if self.time_left() < 0:
                 raise OutOfTime
 
-        ended = "finished"
+        ended, failed = "finished", False
         try:
             self.train(run, settings, watch)
         except (Hopeless, NotFinite) as error:
-            ended = str(error)
+            ended, failed = str(error), isinstance(error, NotFinite)
         curve = curve_of(run)
         top = max((row for row in curve), key=lambda row: row[-1], default=None)
         return {
-            "score": top[-1] if top else None,
+            "score": top[-1] if top and not failed else None,
             "validation": scores_of(run, top[0]) if top else None,
             "best_epoch": top[0] if top else None,
             "ended": ended,
