@@ -244,6 +244,9 @@ def test_the_control_ranks_all_items_by_the_mixture(control: Path, tiny_data: Pa
         epsilon,
     )
     assert metrics["recipe"]["sasrec"]["d_model"] == 16
+    # As `compare` asks of two seeds of one recipe: what may differ stands on top.
+    assert metrics["recipe"]["seed"] == 0
+    assert not {"seed", "best_epoch"} & set(metrics["recipe"]["sasrec"])
     graph = {"weight": weight, "epsilon": epsilon, **vars(knn.KnnSettings(window=2))}
     assert metrics["protocol"]["graph"] == graph
     scores_UI = control_scores(control, tiny_data, "test", weight, epsilon)

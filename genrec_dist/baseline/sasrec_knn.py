@@ -57,10 +57,11 @@ class Control:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What stands as `recipe` in the metrics."""
-        mixed = self.mixture
+        """What stands as `recipe` in the metrics; in its seed and the epoch that was kept two seeds of one recipe may differ."""
+        mixed, model = self.mixture, dict(self.run.recipe)
+        own = {key: model.pop(key) for key in ("seed", "best_epoch")}
         knn = dataclasses.asdict(mixed.graph)
-        return {"sasrec": self.run.recipe, "knn": knn, "weight": mixed.graph_weight, "epsilon": mixed.epsilon}
+        return {**own, "sasrec": model, "knn": knn, "weight": mixed.graph_weight, "epsilon": mixed.epsilon}
 
 
 def open_or_make(
