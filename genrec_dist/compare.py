@@ -34,6 +34,8 @@ _NOT_THE_RECIPE = frozenset(
     (
         "seed",
         "best_epoch",
+        "weight",
+        "epsilon",
         "run",
         "data",
         "shards",

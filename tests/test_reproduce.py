@@ -20,6 +20,7 @@ import pytest
 from conftest import TINY_RECIPE, tiny_log
 from two_ranks import environment
 
+from genrec_dist import mixture
 from genrec_dist.cli import run_command
 from genrec_dist.journal import read_journal
 from genrec_dist.recipe import load_recipe
@@ -32,7 +33,7 @@ from genrec_dist.reproduce.systems import SWITCHES, Choices, Trained, systems_of
 from genrec_dist.reproduce.training import best_epoch, worked_seconds
 
 SASREC = ["--sasrec", "d_model=8", "--sasrec", "epochs=2", "--sasrec", "validation_users=50"]
-LEAK_FREE = ["popularity", "counting", "repeat", "knn", "sasrec", "best", "hybrid", "items"]
+LEAK_FREE = ["popularity", "counting", "repeat", "knn", "sasrec", "sasrec+knn", "best", "hybrid", "items"]
 PAPER = ["counting", "best", "own", "own-without-pretraining", "own-without-pretraining-equal-compute"]
 
 
@@ -93,7 +94,7 @@ def test_both_protocols_have_all_their_rows_in_the_shape_that_is_owed(done: Path
     for protocol, rows in found["beauty"].items():
         for name, scores in rows.items():
             assert list(scores) == list(METRICS)
-            seeds = 2 if protocol == "leak-free" and name in ("sasrec", "best", "hybrid", "items") else 1
+            seeds = 2 if protocol == "leak-free" and name in ("sasrec", "sasrec+knn", "best", "hybrid", "items") else 1
             for score in scores.values():
                 assert set(score) == {"mean", "std", "ci95"}
                 assert (score["std"] is None) == (seeds == 1)
@@ -126,14 +127,14 @@ def test_each_protocol_has_its_numbering_and_each_row_its_decoding(done: Path) -
     assert best["train_seconds"] > 0
 
 
-def test_the_weight_of_hybrid_is_the_best_on_validation_for_all_seeds(done: Path) -> None:
-    weight = read(done / "leak-free" / "hybrid" / "item-weight.json")
-    means = {float(key): statistics.fmean(scores) for key, scores in weight["NDCG@10"].items()}
-    assert all(len(scores) == 2 for scores in weight["NDCG@10"].values())
-    assert means[weight["chosen"]] == max(means.values())
+def test_the_weights_of_hybrid_are_those_that_validation_chose(done: Path) -> None:
     for seed in (0, 1):
-        protocol = read(done / "leak-free" / "hybrid" / f"seed-{seed}" / "metrics-test.json")["protocol"]
-        assert protocol["item_weight"] == weight["chosen"]
+        run = done / "leak-free" / "hybrid" / f"seed-{seed}"
+        chosen, protocol = read(run / mixture.FILE)["mixture"], read(run / "metrics-test.json")["protocol"]
+        assert protocol["item_weight"] == chosen["item_weight"]
+        assert (protocol["graph"] or {"weight": 0})["weight"] == chosen["graph_weight"]
+    # Its control has the model that stands as a row of its own.
+    assert not list((done / "leak-free" / "sasrec+knn").rglob("*.safetensors"))
 
 
 def test_the_ablation_trains_what_it_says(done: Path) -> None:
@@ -163,6 +164,7 @@ def test_the_page_says_what_is_comparable_and_sets_the_paper_beside(
         assert "trained through n-2" in text
         assert "they stand beside, unranked" in text
     assert "| own | n-2 | 1 | ." in page
+    assert "| sasrec+knn | n-2 | 2 | ." in page  # by another call
     # Nothing was done anew: test is looked at once.
     assert {path: path.read_bytes() for path in before} == before
     assert (done / "steps.jsonl").read_bytes() == steps
@@ -172,7 +174,10 @@ def test_the_page_says_what_is_comparable_and_sets_the_paper_beside(
 
 def test_the_comparisons_and_the_report_are_there(done: Path) -> None:
     names = {path.name for path in (done / "leak-free").glob("compare-*.json")}
-    assert names == {f"compare-{pair}.json" for pair in ("best-knn", "best-sasrec", "hybrid-best", "items-sasrec")}
+    assert names == {
+        f"compare-{pair}.json"
+        for pair in ("best-knn", "best-sasrec", "hybrid-sasrec+knn", "hybrid-best", "items-sasrec")
+    }
     assert len(read(done / "leak-free" / "compare-best-sasrec.json")["b"]["runs"]) == 2
     assert (done / "leak-free" / "best" / "seed-0" / "report.html").is_file()
     # What has come to its end is not gone on with, and checkpoints are most of its bytes.
@@ -284,7 +289,6 @@ def test_the_readings_and_the_switches_are_rows_of_their_own() -> None:
         switched = systems[f"paper-tiny+{name}"]
         if isinstance(switched, Trained):
             assert load_recipe("paper-tiny", list(switched.overrides)) != load_recipe("paper-tiny", ["seed=3"]), sets
-    assert not [name for name in systems if name.startswith("hybrid")]
 
 
 @pytest.mark.parametrize(

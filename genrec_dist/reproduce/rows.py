@@ -13,7 +13,7 @@ from genrec_shards.atomic import atomic_file
 
 from genrec_dist.reproduce.place import Place, read_metrics
 from genrec_dist.reproduce.published import METRICS
-from genrec_dist.reproduce.systems import Decoded, ProtocolName, Rule, Sasrec, System, Trained, label_of
+from genrec_dist.reproduce.systems import Decoded, Mixed, ProtocolName, Rule, Sasrec, System, Trained, label_of
 from genrec_dist.reproduce.training import best_epoch, validated, worked_seconds
 
 STEPS = "steps.jsonl"
@@ -98,8 +98,8 @@ def _what(system: System) -> dict[str, Any]:
     if isinstance(system, Trained):
         found: dict[str, Any] = {"recipe": label_of(system.recipe), "settings": list(system.overrides)}
         return {"kind": "recipe", **found, "equal_compute": system.equal_compute}
-    if isinstance(system, Decoded):
-        return {"kind": "decoding", "of": system.of.name}
+    if isinstance(system, Decoded | Mixed):
+        return {"kind": "recipe" if isinstance(system, Decoded) else "baseline", "of": system.of.name}
     return {"kind": "baseline", "settings": list(system.settings) if isinstance(system, Sasrec) else []}
 
 

@@ -44,6 +44,7 @@ from genrec_dist.reproduce.training import is_finished, validated, worked_second
 
 ON_GPU, ON_CPU = "paper-base", "paper-tiny"
 """The recipe of the paper's own model where none is named."""
+PAGE = "quality.md"
 FROM_SCRATCH = (
     "model.backbone=null", "model.d_model=768", "model.encoder_layers=6", "model.decoder_layers=6", "model.heads=12",
     "model.ffn=3072", "pretrain.learning_rate=1e-4", "finetune.learning_rate=1e-4",
@@ -110,9 +111,7 @@ def plan(options: Options, console: Console, ending: Ending | None = None) -> Wo
     place = Place(options.out, options.data, options.seeds, ending or Ending(), lambda text: _say(console, f"  {text}"))
     resolved = _recipes(choices)
     if not resolved["hybrid"].model.item_loss:
-        notes.append(
-            f"{choices.hybrid_recipe or choices.recipe} has no item head (model.item_loss): no rows hybrid and items"
-        )
+        notes.append(f"{choices.hybrid_recipe or choices.recipe} has no item head (model.item_loss): no row items")
     systems: dict[ProtocolName, list[System]] = {
         protocol: systems_of(protocol, choices, **resolved) for protocol in PROTOCOLS
     }
@@ -250,21 +249,25 @@ def _write(options: Options, work: Work) -> dict[ProtocolName, list[Row]]:
 def _tell(options: Options, work: Work, console: Console) -> None:
     """Write and print all rows that are finished."""
     rows = _write(options, work)
-    parts = [f"# {options.name}\n\n`{options.command}`"]
     for protocol, found in rows.items():
         console.print(table_of(found, protocol, options.name))
         lines = comparable(found, protocol, options.name) + _compared(options, protocol, found) + _reports(found)
         for line in lines:
             _say(console, line)
-        parts += [
-            f"## {protocol}",
-            markdown_of(found, protocol, options.name),
-            "\n".join(f"- {line}" for line in lines),
-        ]
+        told = "\n".join(f"- {line}" for line in lines)
+        part = f"## {protocol}\n\n`{options.command}`\n\n{markdown_of(found, protocol, options.name)}\n\n{told}\n"
+        _put(options.out / protocol / PAGE, part)
     if rows:
-        with atomic_file(options.out / "quality.md") as temporary:
-            temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        # What another call has told of the other protocol stays.
+        parts = [options.out / protocol / PAGE for protocol in PROTOCOLS]
+        pages = [part.read_text(encoding="utf-8") for part in parts if part.is_file()]
+        _put(options.out / PAGE, "\n".join([f"# {options.name}\n", *pages]))
         _say(console, f"{options.out / 'quality.json'}: {sum(map(len, rows.values()))} rows")
+
+
+def _put(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _compared(options: Options, protocol: ProtocolName, rows: list[Row]) -> list[str]:

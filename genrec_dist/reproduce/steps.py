@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 import shutil
 import statistics
 from collections.abc import Callable
@@ -13,29 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from genrec_shards.atomic import atomic_file
 from genrec_shards.prepare import prepare
 from genrec_shards.write import write_shards
 
+from genrec_dist import mixture
 from genrec_dist.audit import write_audit
 from genrec_dist.baseline.sasrec import SasrecSettings
 from genrec_dist.baseline.sasrec_run import settings_from
-from genrec_dist.evaluate import Decoding, best_device, evaluate, target_histogram
+from genrec_dist.evaluate import Decoding, best_device, evaluate, mixed_decoding, tune_mixture
 from genrec_dist.forecast import forecast
-from genrec_dist.metrics import as_written, metrics_from_histogram
-from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import Recipe, load_recipe
 from genrec_dist.reproduce.place import NUMBERINGS, Place, read_metrics
-from genrec_dist.reproduce.systems import Decoded, ProtocolName, Rule, Sasrec, System, Trained
+from genrec_dist.reproduce.systems import Decoded, Mixed, ProtocolName, Rule, Sasrec, System, Trained
 from genrec_dist.reproduce.training import best_epoch, check_same, is_begun, is_finished, train_run
-from genrec_dist.results import run_baseline, sample_users
+from genrec_dist.results import run_baseline
 from genrec_dist.run import load_run
-
-WEIGHT_USERS = 4000
-"""Validation users of the sample by which the item head's weight is chosen, the same ones for all weights and seeds."""
-WEIGHT_FILE = "item-weight.json"
 
 
 @dataclass(frozen=True)
@@ -137,15 +128,15 @@ def _steps(place: Place, protocol: ProtocolName, system: System) -> list[Step]:
         return [*before, *_trainings(place, protocol, system), *_evaluations(place, protocol, system)]
     if isinstance(system, Decoded):
         steps = _trainings(place, protocol, system.of)
-        if system.weights:
-            path = place.folder(protocol, system) / WEIGHT_FILE
-            steps.append(
-                Step(f"{protocol}: {system.name}: weight", path.is_file, partial(_weigh, place, protocol, system))
-            )
+        for seed, run in enumerate(place.runs(protocol, system) if system.tuned else ()):
+            name, path = _name(protocol, system, seed, "weights"), run / mixture.FILE
+            steps.append(Step(name, path.is_file, partial(_tune, place, protocol, system, seed)))
         return [*steps, *_evaluations(place, protocol, system)]
     if isinstance(system, Sasrec) and system.refit_of is not None:
         before = _steps(place, protocol, system.refit_of)
-    work = _rule if isinstance(system, Rule) else _sasrec
+    if isinstance(system, Mixed):
+        before = _steps(place, protocol, system.of)
+    work = _rule if isinstance(system, Rule) else _mixed if isinstance(system, Mixed) else _sasrec
     return before + [
         Step(
             _name(protocol, system, seed),
@@ -221,6 +212,14 @@ def _sasrec(place: Place, protocol: ProtocolName, system: Sasrec, seed: int) -> 
     )  # fmt: skip
 
 
+def _mixed(place: Place, protocol: ProtocolName, system: Mixed, seed: int) -> None:
+    """The model is the one that stands as a row of its own; the weights are chosen on validation first."""
+    out, model = place.runs(protocol, system)[seed], place.runs(protocol, system.of)[seed]
+    run_baseline(
+        system.name, place.dataset(protocol), "test", out, trained_through=system.trained_through, settings=[f"model={model}"]
+    )  # fmt: skip
+
+
 def _check_settings(run: Path, settings: tuple[str, ...]) -> None:
     metrics = read_metrics(run)
     if metrics is None:
@@ -238,18 +237,16 @@ def _evaluate(place: Place, protocol: ProtocolName, system: Trained | Decoded, s
     trained = out if isinstance(system, Trained) else place.trained(protocol, system, seed)
     recipe = load_recipe(trained / "recipe.yaml")
     run = load_run(trained, best_device())
-    weight = 1.0
-    if isinstance(system, Decoded) and system.weights:
-        path = place.folder(protocol, system) / WEIGHT_FILE
-        weight = float(json.loads(path.read_text(encoding="utf-8"))["chosen"])
     decoding = Decoding(
         beam=system.beam or recipe.validation.beam,
         mode=system.mode,
         exclude_history=run.model.config.exclude_history,
-        item_weight=weight,
     )
+    listed = dataclasses.replace(run, path=out)
+    if isinstance(system, Decoded) and system.tuned:
+        decoding = mixed_decoding(listed, place.dataset(protocol), decoding, recipe.trained_through)
     evaluate(
-        dataclasses.replace(run, path=out),
+        listed,
         place.dataset(protocol),
         "test",
         decoding=decoding,
@@ -260,29 +257,26 @@ def _evaluate(place: Place, protocol: ProtocolName, system: Trained | Decoded, s
     shutil.rmtree(
         trained / "checkpoints", ignore_errors=True
     )  # of a run that has come to its end; gigabytes at full size
-    del run
+    del run, listed
     if torch.cuda.is_available():  # the next training is another process's
         torch.cuda.empty_cache()
 
 
-def _weigh(place: Place, protocol: ProtocolName, system: Decoded) -> None:
-    """Choose the item head's weight by the mean NDCG@10 of all seeds on one sample of validation users."""
-    dataset = place.dataset(protocol)
-    view = dataset.sequences.history_and_target("validation")
-    users_U = sample_users(dataset.sequences.num_users, WEIGHT_USERS, 0)
-    found: dict[float, list[float]] = {weight: [] for weight in system.weights}
-    for seed in range(place.seeds):
-        run = load_run(place.trained(protocol, system, seed), best_device())
-        for weight, scores in found.items():
-            place.ending.check()
-            decoding = Decoding(mode=system.mode, exclude_history=run.model.config.exclude_history, item_weight=weight)
-            counts = target_histogram(run.searcher, run.layout, view, users_U, decoding, Ranks())
-            scores.append(metrics_from_histogram(counts)["NDCG@10"])
-    means = {weight: float(np.mean(scores)) for weight, scores in found.items()}
-    best = max(means, key=lambda weight: means[weight])
-    assert math.isfinite(means[best])
-    told = {"chosen": best, "users": len(users_U), "NDCG@10": {str(weight): scores for weight, scores in found.items()}}
-    path = place.folder(protocol, system) / WEIGHT_FILE
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    place.say(f"item weight {best:g}: NDCG@10 {as_written(means[best])} on {len(users_U):,} validation users")
+def _tune(place: Place, protocol: ProtocolName, system: Decoded, seed: int) -> None:
+    """Choose the weights of a mixture on validation; they go where the lists will."""
+    trained = place.trained(protocol, system, seed)
+    recipe = load_recipe(trained / "recipe.yaml")
+    run = load_run(trained, best_device())
+    decoding = Decoding(
+        beam=system.beam or recipe.validation.beam,
+        mode=system.mode,
+        exclude_history=run.model.config.exclude_history,
+    )
+    choice = tune_mixture(
+        dataclasses.replace(run, path=place.runs(protocol, system)[seed]),
+        place.dataset(protocol),
+        decoding=decoding,
+        trained_through=recipe.trained_through,
+        on_batch=lambda _: place.ending.check(),
+    )
+    place.say(choice.told())

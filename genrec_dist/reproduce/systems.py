@@ -15,14 +15,14 @@ ProtocolName = Literal["leak-free", "paper"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
 RULES = ("popularity", "counting", "repeat", "knn")
 BEST, HYBRID, ITEMS = "best", "hybrid", "items"
-"""Rows of `--recipe` by the decoder, of `--hybrid` by both heads and by the item head alone, whatever the recipes are called."""
-WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)
-"""Of the item head beside the decoder; validation chooses one for all seeds."""
+"""Rows of `--recipe` by the decoder, of `--hybrid` mixed and by the item head alone, whatever the recipes are called."""
+CONTROL = "sasrec+knn"
+"""Hybrid's control: SASRec mixed with the same graph by the same grid."""
 REFIT = "-n-1"
 """Ends the names of rows trained through t_{n-1}."""
 WITHOUT, EQUAL = "-without-pretraining", "-equal-compute"
-COMPARED: dict[str, tuple[str, ...]] = {BEST: ("knn", "sasrec"), HYBRID: ("sasrec+knn", BEST), ITEMS: ("sasrec",)}
-"""Row -> the rows it is set beside, paired, where both are there. Hybrid's control is SASRec + kNN."""
+COMPARED: dict[str, tuple[str, ...]] = {BEST: ("knn", "sasrec"), HYBRID: (CONTROL, BEST), ITEMS: ("sasrec",)}
+"""Row -> the rows it is set beside, paired, where both are there."""
 EXACT: Mode = "exact"
 ORIGINAL_DECODING: tuple[Mode, int] = ("free", 21)
 """How the published code decodes: no trie, 21 beams."""
@@ -55,6 +55,18 @@ class Sasrec:
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """A trained SASRec mixed with co-occurrence kNN, by weights chosen on validation."""
+
+    name: str
+    of: Sasrec
+
+    @property
+    def trained_through(self) -> TrainedThrough:
+        return self.of.trained_through
+
+
+@dataclass(frozen=True)
 class Trained:
     """A recipe, trained once a seed, its lists made by the decoder."""
 
@@ -79,15 +91,15 @@ class Decoded:
     of: Trained
     mode: Mode
     beam: int | None = None
-    weights: tuple[float, ...] = ()
-    """Of the item head, to choose from on validation."""
+    tuned: bool = False
+    """Mixed by weights that validation chooses, run by run."""
 
     @property
     def trained_through(self) -> TrainedThrough:
         return self.of.trained_through
 
 
-System = Rule | Sasrec | Trained | Decoded
+System = Rule | Sasrec | Mixed | Trained | Decoded
 
 
 @dataclass(frozen=True)
@@ -131,7 +143,7 @@ def systems_of(
     found: list[System] = [Rule(name, name) for name in RULES]
     if protocol == "leak-free":
         sasrec = Sasrec("sasrec", choices.sasrec)
-        found += [sasrec, best, *_hybrids(choices, best, hybrid)]
+        found += [sasrec, Mixed(CONTROL, sasrec), best, *_hybrids(choices, best, hybrid)]
         if choices.refit:
             found += _refits(sasrec, best)
     else:
@@ -140,12 +152,11 @@ def systems_of(
 
 
 def _hybrids(choices: Choices, best: Trained, hybrid: Recipe) -> list[System]:
-    """Rows of both heads and of the item head alone, where the recipe has one."""
-    if not hybrid.model.item_loss:
-        return []
+    """The decoder mixed with the transition graph, and with the item head where the recipe has one; and that head alone."""
     name = choices.hybrid_recipe or choices.recipe
     of = best if name == choices.recipe else Trained(f"{HYBRID}-decoder", name, choices.overrides_of(name))
-    rows: list[System] = [Decoded(HYBRID, of, "hybrid", weights=WEIGHTS), Decoded(ITEMS, of, "items")]
+    rows: list[System] = [Decoded(HYBRID, of, "hybrid", tuned=True)]
+    rows += [Decoded(ITEMS, of, "items")] if hybrid.model.item_loss else []
     return rows if of is best else [of, *rows]
 
 
