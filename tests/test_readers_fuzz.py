@@ -15,7 +15,7 @@ from genrec_shards.sequences import DataError, read_sequences
 
 from genrec_dist.cli import run_command
 
-FILES = 1200
+FILES = 1050
 AT = 1_400_000_000
 NOISE = [
     *(b"\x00", b"\xff\xfe", b'"', b"'", b"\\", b"\n", b"\r", b",", b"\t", b"{", b"}", b"[", b"nan", b"-1", b"1e999", b"9" * 400),

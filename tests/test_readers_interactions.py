@@ -195,6 +195,16 @@ def test_a_bad_line_in_the_middle(tmp_path, line, reason):
     assert bad.shown[0].startswith(f"{path}:4: ")
 
 
+def test_a_quote_within_a_plain_cell_is_a_quote(tmp_path):
+    path = put(tmp_path, f'user,item,timestamp\nu1,12" disc,{AT}\nu1,5" or 7",{AT}\nu1,"two\nlines",{AT}\nu2,b,{AT}\n')
+    assert [row[:2] for row in rows_of(path)[0]] == [
+        ("u1", '12" disc'),
+        ("u1", '5" or 7"'),
+        ("u1", "two\nlines"),
+        ("u2", "b"),
+    ]
+
+
 def test_the_first_ten_bad_lines_are_shown_and_all_are_counted(tmp_path):
     path = put(tmp_path, "user,item,timestamp\n" + "a,b,1400000000\nx,y,never\n" * 25)
     found, bad = rows_of(path, on_error="skip")
@@ -254,8 +264,12 @@ def test_parquet_without_the_column_or_of_a_type_that_is_none(tmp_path):
     pq.write_table(table().drop_columns(["item"]), path)
     with pytest.raises(DataError, match="no column of items, only rating, timestamp, user"):
         rows_of(path)
-    pq.write_table(table(item=pa.array([[1], [2], [3], [4]])), path)
-    with pytest.raises(DataError, match="the column of items is list<"):
+    for strange in ([[1], [2], [3], [4]], [b"1"] * 4, [True] * 4, [datetime.timedelta(1)] * 4, [{"a": 1}] * 4):
+        pq.write_table(table(item=pa.array(strange)), path)
+        with pytest.raises(DataError, match="the column of items is "):
+            rows_of(path)
+    pq.write_table(table(item=pa.nulls(4)), path)
+    with pytest.raises(DataError, match=r"log\.parquet:1: no item"):
         rows_of(path)
 
 

@@ -144,7 +144,7 @@ literals = st.recursive(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(value=literals)
 def test_pythons_spelling_is_read_as_python_reads_it(value):
     line = repr({"a": value})

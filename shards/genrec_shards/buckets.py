@@ -22,7 +22,7 @@ ROW = np.dtype([("time", "<i8"), ("user", "<u4"), ("item", "<u4")])
 class Buckets:
     """Files of rows: a user's are all in one of them, in the order of the log until `replace` sorts them.
 
-    Each polars sort of a whole log holds it in memory, 57 bytes a row of 16 (measured with 2.1.0); a bucket's sort does not.
+    A sort of the whole log by polars' streaming engine holds it in memory: 57 bytes a row of 16 (2.1.0, 10^7 rows in Parquet).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,9 +72,8 @@ def _numbers(ids: pl.Series, known: dict[str, int]) -> np.ndarray:
     """uint32[n], the number of each id; new ones get the next numbers."""
     encoded = ids.to_arrow().dictionary_encode()
     assert isinstance(encoded, pa.DictionaryArray)
-    numbers = np.fromiter(
-        (known.setdefault(name, len(known)) for name in encoded.dictionary.to_pylist()), np.uint32, len(encoded.dictionary)
-    )  # fmt: skip
+    names = encoded.dictionary.to_pylist()
+    numbers = np.array([known.setdefault(name, len(known)) for name in names], np.uint32)
     if len(known) >= 1 << 32:
         raise DataError("more than 4,294,967,295 users or items: split the log")
     return numbers[encoded.indices.to_numpy()]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from genrec_shards.sequences import BYTE_ORDER_MARK, GZIP_MAGIC, DataError
 
-BLOCK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 26
 """Bytes without an end of line that are no longer taken for a line of a log."""
 

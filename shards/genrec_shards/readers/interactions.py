@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,9 @@ class _Table:
 
     def __init__(self, names: list[str], delimiter: str, places: list[int]) -> None:
         self.names, self.delimiter, self.places = names, delimiter, places
+        sign = re.escape(delimiter.encode())
+        self.stray_quote = re.compile(b'[^\n"' + sign + b']"[^\r\n"' + sign + b"]")
+        """A quote that neither begins nor ends a cell, of which readers of CSV think differently."""
 
 
 def _head(path: Path, block: Block, columns: Sequence[str] | None) -> tuple[_Table, Block]:
@@ -144,7 +148,7 @@ def _fast(block: Block, table: _Table, clock: Clock) -> pl.DataFrame | None:
     """All rows at once, or None where one of them must be looked at."""
     pl = polars()
     data = block.data.rstrip(b"\r\n")
-    if b"\0" in data:
+    if b"\0" in data or (b'"' in data and table.stray_quote.search(data)):
         return None
     try:
         cells = pl.read_csv(
@@ -173,15 +177,18 @@ def _rows(block: Block, table: _Table) -> Iterator[tuple[int, tuple[str, str, st
         if not lines[at].strip():
             at += 1
             continue
-        # A quoted cell may go on in the next lines; if that leads nowhere, this line alone is bad.
+        row = _cells(lines[at], table)
         end = at + 1
         quotes = lines[at].count(b'"')
-        while quotes % 2 and end < len(lines):
-            quotes += lines[end].count(b'"')
-            end += 1
-        row = _cells(b"\n".join(lines[at:end]), table)
+        if isinstance(row, str) and quotes % 2:
+            # A quoted cell may go on in the next lines; if that leads nowhere, this line alone is bad.
+            while quotes % 2 and end < len(lines):
+                quotes += lines[end].count(b'"')
+                end += 1
+            longer = _cells(b"\n".join(lines[at:end]), table)
+            row, end = (row, at + 1) if isinstance(longer, str) else (longer, end)
         yield line, row
-        at = end if not isinstance(row, str) else at + 1
+        at = end
 
 
 def _cells(data: bytes, table: _Table) -> tuple[str, str, str] | str:
@@ -222,17 +229,25 @@ def _read_parquet(path: Path, bad: BadLines, clock: Clock, columns: Sequence[str
                 yield _of_batch(path, first, [batch.column(name) for name in chosen], bad, clock)
                 first += batch.num_rows
     except (pa.ArrowException, OSError, KeyError) as error:
-        if isinstance(error, DataError):
-            raise
         if isinstance(error, OSError) and error.errno is not None:
             raise DataError(f"{path}: cannot be read ({error.strerror}): check the path and its rights") from None
         raise DataError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]}): save it again") from None
 
 
+def _usable(kind: Any) -> bool:
+    """Is this Arrow type one that ids or times come in?"""
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _usable(kind.value_type)
+    texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+    numbers = types.is_integer(kind) or types.is_float32(kind) or types.is_float64(kind) or types.is_null(kind)
+    return texts or numbers or types.is_timestamp(kind) or types.is_date(kind)
+
+
 def _of_batch(path: Path, first: int, columns: list[Any], bad: BadLines, clock: Clock) -> pl.DataFrame:
     pl = polars()
     for kind, column in zip(KINDS, columns, strict=True):
-        if pa.types.is_nested(column.type) or pa.types.is_binary(column.type) or pa.types.is_boolean(column.type):
+        if not _usable(column.type):
             raise DataError(f"{path}: the column of {kind} is {column.type}: expected text, whole numbers or times")
     series = [pl.Series(name, pl.from_arrow(column)) for name, column in zip("uit", columns, strict=True)]
     if all(kind.dtype == pl.String or kind.dtype.is_integer() for kind in series[:2]):
