@@ -20,8 +20,8 @@ from genrec_dist.recipe import section_from
 
 FILE = "hybrid.json"
 ITEM_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-GRAPH_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0)
-EPSILONS = (0.1, 0.5, 0.9, 0.98, 0.995)
+GRAPH_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)
+EPSILONS = (0.1, 0.5, 0.9, 0.98, 0.995, 0.999)
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 
 
