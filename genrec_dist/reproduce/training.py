@@ -33,7 +33,8 @@ MAY_DIFFER = (
     "micro_batch_tokens",
 )
 """Keys in which a run that is there may differ from what is asked for: where things lie, and what moves no gradient."""
-LOADED = ["genrec_dist.train", "genrec_dist.cli", "genrec_dist.report"]
+LOADED = ["genrec_dist.train", "genrec_dist.report"]
+"""By the server. Not the command line: started as a module it would be there twice."""
 
 
 def is_finished(run: Path) -> bool:
