@@ -23,7 +23,9 @@ _MEMBERS = ("users", "offsets", "items")
 
 # The header of version 1.0 that numpy writes for an array of ours. Others go through np.load, whose parser of Python literals
 # fails at times where several threads read ("AST constructor recursion depth mismatch", CPython 3.11).
-_OURS = re.compile(rb"\x93NUMPY\x01\x00..\{'descr': '<i4', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.DOTALL)
+_OURS = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<i4', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.DOTALL
+)
 
 
 @dataclass(frozen=True, eq=False)
