@@ -33,6 +33,7 @@ from genrec_dist.reproduce.systems import SWITCHES, Choices, Trained, systems_of
 from genrec_dist.reproduce.training import best_epoch, worked_seconds
 
 SASREC = ["--sasrec", "d_model=8", "--sasrec", "epochs=2", "--sasrec", "validation_users=50"]
+KNN = ["--knn", "window=4"]
 LEAK_FREE = ["popularity", "counting", "repeat", "knn", "sasrec", "sasrec+knn", "best", "hybrid", "items"]
 PAPER = ["counting", "best", "own", "own-without-pretraining", "own-without-pretraining-equal-compute"]
 
@@ -60,7 +61,7 @@ def command(folder: Path, out: Path, *more: object) -> list[str]:
 
 def leak_free(folder: Path, out: Path, rows: list[str] = LEAK_FREE, *more: object) -> list[str]:
     systems = ["--systems", ",".join(rows)]
-    return command(folder, out, "--protocol", "leak-free", "--seeds", 2, *systems, *SASREC, *more)
+    return command(folder, out, "--protocol", "leak-free", "--seeds", 2, *systems, *SASREC, *KNN, *more)
 
 
 @pytest.fixture(scope="module")
@@ -320,6 +321,7 @@ def test_what_is_there_has_to_be_what_is_asked_for(
     line = refused(capfd, leak_free(folder, done, LEAK_FREE, "--set", "head:model.dropout=0.25"))
     assert "was trained with model.dropout 0.1, not 0.25: choose another --out" in line
     assert "d_model 8, not 4" in refused(capfd, leak_free(folder, done, LEAK_FREE, "--sasrec", "d_model=4"))
+    assert "made with window 4, not 5" in refused(capfd, leak_free(folder, done, LEAK_FREE, "--knn", "window=5"))
     other = tmp_path / "log.txt"
     other.write_text((folder / "log.txt").read_text().replace("user-3 ", "user-x "))
     line = refused(capfd, [*leak_free(folder, done), "--data", str(other)])

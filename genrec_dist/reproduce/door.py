@@ -33,6 +33,7 @@ def reproduce(
         typer.Option("--set", help="dotted.key=value of all recipes, or RECIPE:dotted.key=value of one."),
     ] = None,
     sasrec: Annotated[list[str] | None, typer.Option("--sasrec", help="key=value of SASRec, repeatable.")] = None,
+    knn: Annotated[list[str] | None, typer.Option("--knn", help="key=value of the row knn, repeatable.")] = None,
     refit: Annotated[bool, typer.Option("--refit", help="Also rows trained through t_n-1, leak-free.")] = False,
     readings: Annotated[
         Literal["n-2", "n-1", "both"],
@@ -63,6 +64,7 @@ def reproduce(
     given = [word for flag, value in named if value is not None for word in (flag, value)]
     given += [word for value in overrides or () for word in ("--set", value)]
     given += [word for value in sasrec or () for word in ("--sasrec", value)]
+    given += [word for value in knn or () for word in ("--knn", value)]
     given += [flag for flag, on in flags if on]
     options = run.Options(
         name=name, data=data, out=out_dir or Path("runs") / f"reproduce-{name}",
@@ -72,7 +74,7 @@ def reproduce(
         seeds=seeds,
         choices=Choices(
             recipe=recipe, paper_recipe=paper_recipe or "", hybrid_recipe=hybrid, overrides=tuple(overrides or ()),
-            sasrec=tuple(sasrec or ()), refit=refit, switches=switches,
+            sasrec=tuple(sasrec or ()), knn=tuple(knn or ()), refit=refit, switches=switches,
             readings=("n-2", "n-1") if readings == "both" else (readings,),
         ),
         minutes=minutes, publish=publish,

@@ -17,6 +17,7 @@ from genrec_shards.write import write_shards
 
 from genrec_dist import mixture
 from genrec_dist.audit import write_audit
+from genrec_dist.baseline import knn
 from genrec_dist.baseline.sasrec import SasrecSettings
 from genrec_dist.baseline.sasrec_run import settings_from
 from genrec_dist.evaluate import Decoding, best_device, evaluate, mixed_decoding, tune_mixture
@@ -65,6 +66,8 @@ def check(place: Place, protocol: ProtocolName, systems: list[System]) -> None:
         if isinstance(trained, Sasrec):
             for run in place.runs(protocol, trained):
                 _check_settings(run, trained.settings)
+        if isinstance(trained, Rule) and trained.baseline == "knn":
+            _check_knn(place.runs(protocol, trained)[0], trained.settings)
 
 
 def recipe_of(place: Place, protocol: ProtocolName, system: Trained, seed: int) -> Recipe:
@@ -190,7 +193,10 @@ def _train(place: Place, protocol: ProtocolName, system: Trained, seed: int) -> 
 
 def _rule(place: Place, protocol: ProtocolName, system: Rule, seed: int) -> None:
     out = place.runs(protocol, system)[seed]
-    run_baseline(system.baseline, place.dataset(protocol), "test", out, trained_through=system.trained_through)
+    run_baseline(
+        system.baseline, place.dataset(protocol), "test", out, trained_through=system.trained_through,
+        settings=list(system.settings),
+    )  # fmt: skip
 
 
 def _sasrec(place: Place, protocol: ProtocolName, system: Sasrec, seed: int) -> None:
@@ -230,6 +236,17 @@ def _check_settings(run: Path, settings: tuple[str, ...]) -> None:
     for key, value in stored.items():
         if asked[key] != value:
             raise ValueError(f"{run} was trained with {key} {value}, not {asked[key]}: choose another --out")
+
+
+def _check_knn(run: Path, settings: tuple[str, ...]) -> None:
+    metrics = read_metrics(run)
+    if metrics is None or not metrics["recipe"]:
+        return
+    for key, value in dataclasses.asdict(knn.settings_from(list(settings))).items():
+        if metrics["recipe"].get(key, value) != value:
+            raise ValueError(
+                f"{run}: its lists were made with {key} {metrics['recipe'][key]}, not {value}: remove it, or choose another --out"
+            )
 
 
 def _evaluate(place: Place, protocol: ProtocolName, system: Trained | Decoded, seed: int) -> None:

@@ -43,6 +43,8 @@ class Rule:
     name: str
     baseline: str
     trained_through: TrainedThrough = "n-2"
+    settings: tuple[str, ...] = ()
+    """`key=value` of kNN."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,8 @@ class Choices:
     overrides: tuple[str, ...] = ()
     """`key=value` of all recipes, or `RECIPE:key=value` of one."""
     sasrec: tuple[str, ...] = ()
+    knn: tuple[str, ...] = ()
+    """`key=value` of the row knn."""
     refit: bool = False
     readings: tuple[TrainedThrough, ...] = ("n-2",)
     """Of the paper's sentence on finetuning: is t_{n-1} a target of training?"""
@@ -140,12 +144,12 @@ def systems_of(
 ) -> list[System]:
     """All rows of a protocol, cheap ones first. `recipe`, `paper`, `hybrid`: the recipes of `choices`, resolved."""
     best = Trained(BEST, choices.recipe, choices.overrides_of(choices.recipe))
-    found: list[System] = [Rule(name, name) for name in RULES]
+    found: list[System] = [Rule(name, name, settings=choices.knn if name == "knn" else ()) for name in RULES]
     if protocol == "leak-free":
         sasrec = Sasrec("sasrec", choices.sasrec)
         found += [sasrec, Mixed(CONTROL, sasrec), best, *_hybrids(choices, best, hybrid)]
         if choices.refit:
-            found += _refits(sasrec, best)
+            found += _refits(choices, sasrec, best)
     else:
         found.append(best)
     return found + _papers_own(choices, paper, protocol)
@@ -160,10 +164,11 @@ def _hybrids(choices: Choices, best: Trained, hybrid: Recipe) -> list[System]:
     return rows if of is best else [of, *rows]
 
 
-def _refits(sasrec: Sasrec, best: Trained) -> list[System]:
+def _refits(choices: Choices, sasrec: Sasrec, best: Trained) -> list[System]:
     """The same, trained through t_{n-1}: rows of their own, never in one list with the others."""
     return [
-        *(Rule(name + REFIT, name, "n-1") for name in ("popularity", "knn")),
+        Rule("popularity" + REFIT, "popularity", "n-1"),
+        Rule("knn" + REFIT, "knn", "n-1", choices.knn),
         Sasrec(sasrec.name + REFIT, sasrec.settings, "n-1", refit_of=sasrec),
         Trained(best.name + REFIT, best.recipe, best.overrides, "n-1", refit_of=best),
     ]
