@@ -81,7 +81,7 @@ def test_without_a_gpu_it_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.ranks
+@pytest.mark.slow
 def test_the_steps_run_with_this_checkout_alone(tmp_path: Path) -> None:
     """One training of four: the others ask for the same modules."""
     out = tmp_path / "out"
@@ -108,7 +108,7 @@ def test_the_steps_run_with_this_checkout_alone(tmp_path: Path) -> None:
     assert trained["steps"] > 5
 
 
-@pytest.mark.ranks
+@pytest.mark.slow
 @pytest.mark.parametrize("step", OTHER_TRAININGS)
 def test_the_other_trainings_are_measured(step: str, tmp_path: Path) -> None:
     path = run_step(step, tmp_path, small=True)

@@ -415,7 +415,7 @@ def wait_for(what: Callable[[], bool]) -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.ranks
+@pytest.mark.slow
 def test_the_script_works_in_slices_that_go_on(folder: Path, tmp_path: Path) -> None:
     own = ["--cpu", "beauty", folder / "log.txt", tmp_path / "out", "--protocol", "paper"]
     over = run_script(*own, SLICE_MINUTES="0", TOTAL_MINUTES="0.01")
