@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import BartConfig, GenerationConfig
 
+from genrec_dist.begin import turn_rows
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration, IdEmbedding
 from genrec_dist.recipe import Model
 from genrec_dist.tokens import Vocabulary, WordTable
@@ -107,12 +108,10 @@ def build_model(
     return _from_backbone(model, vocab_size, common, vocabulary)
 
 
-@torch.no_grad()
 def begin_items_with(network: GenRecForConditionalGeneration, vectors_NF: np.ndarray, words: WordTable) -> None:
-    """Turn the items' rows towards these vectors (float [N, F]), as long as random rows are.
+    """`turn_rows` of the items' tokens where each item is one token, else of the item id table; vectors float [N, F].
 
-    Rows of the items' tokens where each item is one token, else of the item id table. Items with a vector of zeros and columns
-    behind F keep what they have. Raises ValueError where several tokens make an item and there is no item id table.
+    Raises ValueError where several tokens make an item and there is no item id table.
     """
     tokens, offsets = words.tokens_of_items()
     if (np.diff(offsets) == 1).all():
@@ -123,13 +122,7 @@ def begin_items_with(network: GenRecForConditionalGeneration, vectors_NF: np.nda
         raise ValueError(
             "model.init_items: items have several tokens and no id: set model.item_ids true or raise tokens.vocab_size"
         )
-    turned_NF = torch.from_numpy(vectors_NF)[:, : table.shape[1]]
-    known_N = turned_NF.norm(dim=1) > 0
-    # The mean is what all items share: it tells none from another.
-    turned_NF = turned_NF[known_N] - turned_NF[known_N].mean(0)
-    turned_NF = turned_NF / turned_NF.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    length = network.config.init_std * turned_NF.shape[1] ** 0.5
-    table[rows_N[known_N], : turned_NF.shape[1]] = (length * turned_NF).to(table.dtype)
+    turn_rows(table, rows_N, vectors_NF, network.config.init_std)
 
 
 def _from_backbone(

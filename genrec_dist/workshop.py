@@ -19,6 +19,7 @@ from genrec_shards.read import ShardReader
 from torch.utils.data import Dataset as TorchDataset
 
 from genrec_dist.batch import RankStep, make_step
+from genrec_dist.begin import MOST_FACTORS
 from genrec_dist.build import begin_items_with, build_model
 from genrec_dist.loss import target_loss
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
@@ -29,9 +30,6 @@ from genrec_dist.sums import plan_sums
 from genrec_dist.tables import IdTables, plan_ids
 from genrec_dist.text import Layout
 from genrec_dist.tokens import WordTable, build_words, load_tokenizer, mask_tokens, train_tokenizer, trim
-
-MOST_FACTORS = 128
-"""Columns of an item's row that co-occurrence can begin; more say little and take long to find."""
 
 
 @dataclass(frozen=True)

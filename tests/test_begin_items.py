@@ -13,6 +13,8 @@ from genrec_shards.sequences import Sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genrec_dist.baseline.sasrec import SasrecSettings
+from genrec_dist.baseline.sasrec_train import train as train_sasrec
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.recipe import load_recipe
 from genrec_dist.workshop import Workshop, open_workshop
@@ -82,6 +84,20 @@ def test_rows_wider_than_there_are_factors_keep_their_other_columns(
     rows = model.item_embedding.weight.detach().numpy()[1:][known]
     np.testing.assert_allclose(directions(rows[:, :6]), expected, atol=0.02)
     assert np.array_equal(rows[:, 6:], plain.item_embedding.weight.detach().numpy()[1:][known][:, 6:])
+
+
+def test_sasrec_as_its_control_begins_so_too(sequences: Sequences) -> None:
+    # A rate at which nothing moves.
+    still = {"d_model": 16, "epochs": 1, "learning_rate": 1e-12, "average": 0.0, "init_std": 0.3}
+    rows, plain = (
+        train_sasrec(sequences, SasrecSettings(**still, init_items=how), exclude_history=True)  # type: ignore[arg-type]
+        .model.item_embedding.weight.detach().numpy()
+        for how in ("cooccurrence", "random")
+    )  # fmt: skip
+    expected, known = expected_directions(sequences, 16)
+    np.testing.assert_allclose(directions(rows[known]), expected, atol=0.02)
+    np.testing.assert_allclose(np.linalg.norm(rows[known], axis=1), 0.3 * 16**0.5, rtol=1e-4)
+    assert not np.allclose(directions(plain[known]), expected, atol=0.3)
 
 
 @settings(max_examples=30, deadline=None)

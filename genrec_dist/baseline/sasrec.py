@@ -54,6 +54,8 @@ class SasrecSettings:
     init_std: float = 0.02
     """Standard deviation of the initial weights. Small, so that what layers add does not drown the embeddings at first: with
     Glorot's projections the first ten epochs are lost (docs/log.md)."""
+    init_items: Literal["random", "cooccurrence"] = "random"
+    """What the item embeddings begin with; cooccurrence as in GenRec's recipes (`model.init_items`): its control."""
     label_smoothing: float = 0.0
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.0

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from genrec_shards.cooccurrence import neighbour_vectors
 from genrec_shards.keyed import keyed_permutation, mixed_key
 from genrec_shards.sequences import Sequences, TrainedThrough
 from torch import Tensor
 
 from genrec_dist.baseline.sasrec import Packed, SASRec, SasrecSettings, pack, target_places
+from genrec_dist.begin import MOST_FACTORS, turn_rows
 from genrec_dist.metrics import as_written, metrics_from_histogram, rank_histogram
 from genrec_dist.optim import AveragedWeights, build_optimizer
 from genrec_dist.recipe import Optimizer
@@ -94,7 +96,11 @@ def train(
         validated = sample_users(sequences.num_users, settings.validation_users, settings.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_key(settings.seed, _INIT_STREAM) >> 1)
-        loop = _Loop(SASRec(sequences.num_items, settings), parts, settings)
+        model = SASRec(sequences.num_items, settings)
+        if settings.init_items == "cooccurrence":
+            vectors_IF = neighbour_vectors(sequences, min(settings.d_model, MOST_FACTORS), settings.seed)
+            turn_rows(model.item_embedding.weight, torch.arange(sequences.num_items), vectors_IF, settings.init_std)
+        loop = _Loop(model, parts, settings)
         if progress is not None:
             loop.go_on_from(progress)
         return loop.run(sequences, validated, exclude_history, on_epoch, on_progress)
