@@ -141,6 +141,7 @@ def measured() -> tuple[list[Claim], dict[str, Any]]:
 
 
 @pytest.mark.dist
+@pytest.mark.ranks
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_every_claim_is_made_of_what_was_measured(measured: tuple[list[Claim], dict[str, Any]], tmp_path: Path) -> None:
     claims, table = measured

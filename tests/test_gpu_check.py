@@ -130,6 +130,7 @@ def test_the_script_takes_every_step_there_is() -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.ranks
 def test_a_step_that_fails_or_is_not_to_be_had_stops_no_other(tmp_path: Path) -> None:
     out = tmp_path / "out"
     own = {"GPU_CHECK_STEPS": "tests beam latency"}

@@ -184,7 +184,11 @@ def test_two_ranks(tiny_recipe: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    "stage", ["3_offload", *(pytest.param(s, marks=pytest.mark.slow) for s in ("0", "1", "2", "3", "2_offload"))]
+    "stage",
+    [
+        pytest.param("3_offload", marks=pytest.mark.ranks),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("0", "1", "2", "3", "2_offload")),
+    ],
 )
 def test_two_ranks_under_deepspeed(tiny_recipe: Path, stage: str) -> None:
     # The CPU switch of accelerate, which would turn DeepSpeed off, is in the environment: the script removes it.

@@ -3,7 +3,7 @@
 import io
 import json
 import tracemalloc
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ from result_files import write_results
 from rich.console import Console
 
 from genrec_dist import baseline
+from genrec_dist.baseline.knn import KnnSettings
 from genrec_dist.metrics import bootstrap_ci95, metrics_from_histogram, rank_histogram, target_ranks
 from genrec_dist.results import Protocol, ResultsWriter, format_table, run_baseline, sample_users
 
@@ -329,7 +330,8 @@ def test_protocol_of_a_baseline_says_what_it_does(tmp_path, dataset, name, told)
     report = run_baseline(name, dataset, "test", tmp_path)
     assert report["system"] == name
     assert report["protocol"]["exclude_history"] is told
-    assert (report["protocol"]["beam"], report["protocol"]["decode"], report["recipe"]) == (None, None, None)
+    assert (report["protocol"]["beam"], report["protocol"]["decode"]) == (None, None)
+    assert report["recipe"] == (asdict(KnnSettings()) if name == "knn" else None)
     assert report["duplicate_rate"] == report["invalid_rate"] == 0.0
     kept = run_baseline(name, dataset, "test", tmp_path, exclude_history=False)["protocol"]["exclude_history"]
     assert kept is {"counting": True, "repeat": None}.get(name, False)

@@ -213,6 +213,7 @@ def stopped(command: list[str | Path], folder: Path, env: dict[str, str], recipe
 
 
 @pytest.mark.dist
+@pytest.mark.ranks
 def test_two_processes_that_become_one_stop(tmp_path: Path) -> None:
     env = environment()
     del env["ACCELERATE_USE_CPU"]
@@ -230,6 +231,7 @@ def test_two_processes_that_become_one_stop(tmp_path: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.ranks
 def test_deepspeed_that_the_cpu_switch_turns_off_stops(tmp_path: Path) -> None:
     options = "--use_deepspeed --zero_stage 2 --num_processes 2 --main_process_port 0"
     said = stopped([BIN / "accelerate", "launch", *options.split()], tmp_path, environment())

@@ -131,7 +131,7 @@ def test_best_is_the_best_validation_not_the_last(recipe: Recipe) -> None:
     assert json.loads((run / "best" / "step.json").read_text())["step"] == best["step"]
 
 
-@pytest.mark.parametrize("average", [0.0, 0.9])
+@pytest.mark.parametrize("average", [0.0, pytest.param(0.9, marks=pytest.mark.ranks)])
 def test_sigkill_at_a_random_step_resumes_to_the_same_bits(recipe: Recipe, tmp_path: Path, average: float) -> None:
     recipe = replace(recipe, optimizer=replace(recipe.optimizer, average=average), workers=1)
     unbroken = replace(recipe, run=str(tmp_path / "unbroken"))
