@@ -20,6 +20,7 @@ from genrec_shards.sequences import Split
 from rich.table import Table
 
 from genrec_dist.metrics import TOP, WEIGHTS, metrics_from_histogram, rank_histogram
+from genrec_dist.recipe import MOVES_NO_GRADIENT
 from genrec_dist.results import lists_name
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
@@ -30,22 +31,7 @@ _DEEPEST = 10
 """Below this rank none of the metrics sees a target."""
 _MUST_AGREE = ("split", "ties", "trained_through", "exclude_history", "users")
 _MAY_DIFFER = ("numbering", "beam", "decode")
-_NOT_THE_RECIPE = frozenset(
-    (
-        "seed",
-        "best_epoch",
-        "weight",
-        "epsilon",
-        "run",
-        "data",
-        "shards",
-        "workers",
-        "log_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "micro_batch_tokens",
-    )
-)
+_NOT_THE_RECIPE = frozenset(("seed", "best_epoch", "weight", "epsilon", *MOVES_NO_GRADIENT))
 """Keys in which two seeds of one recipe may differ: where things lie, what moves no gradient, and what a training found."""
 _USERS_AT_ONCE = 65_536
 _DRAWS_AT_ONCE = 4_000_000

@@ -21,6 +21,12 @@ EncoderUnit = Literal["subword", "item"]
 """What an encoder position stands for: see `Model.encoder_unit`."""
 
 
+MOVES_NO_GRADIENT = (
+    "data", "run", "shards", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_tokens",
+)  # fmt: skip
+"""Keys of a recipe that say where things lie and how work is cut: two runs that differ in them alone are one recipe's."""
+
+
 @dataclass(frozen=True)
 class Model:
     d_model: int = 128

@@ -24,7 +24,7 @@ from genrec_dist.build import begin_items_with, build_model
 from genrec_dist.loss import target_loss
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.ranks import Ranks
-from genrec_dist.recipe import Recipe, Stage
+from genrec_dist.recipe import MOVES_NO_GRADIENT, Recipe, Stage
 from genrec_dist.run import make_layout
 from genrec_dist.sums import plan_sums
 from genrec_dist.tables import IdTables, plan_ids
@@ -197,10 +197,7 @@ def _tokenizer(recipe: Recipe, dataset: Dataset) -> Any:
 def _recipe_hash(recipe: Recipe) -> str:
     """What must not change between a checkpoint and its resume; paths, the cut into micro-batches and the loss's way may."""
     values = recipe.as_dict()
-    for key in (
-        "data", "run", "shards", "micro_batch_tokens", "head", "packing",
-        "recompute", "workers", "log_every", "checkpoint_every", "keep_checkpoints",
-    ):  # fmt: skip
+    for key in (*MOVES_NO_GRADIENT, "head", "packing", "recompute"):
         del values[key]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 

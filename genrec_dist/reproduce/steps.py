@@ -27,7 +27,7 @@ from genrec_dist.reproduce.place import NUMBERINGS, Place, read_metrics
 from genrec_dist.reproduce.systems import Decoded, Mixed, ProtocolName, Rule, Sasrec, System, Trained
 from genrec_dist.reproduce.training import best_epoch, check_same, is_begun, is_finished, train_run
 from genrec_dist.results import run_baseline
-from genrec_dist.run import load_run
+from genrec_dist.run import LoadedRun, load_run
 
 
 @dataclass(frozen=True)
@@ -249,16 +249,20 @@ def _check_knn(run: Path, settings: tuple[str, ...]) -> None:
             )
 
 
+def _decoding(system: Trained | Decoded, recipe: Recipe, run: LoadedRun) -> Decoding:
+    return Decoding(
+        beam=system.beam or recipe.validation.beam,
+        mode=system.mode,
+        exclude_history=run.model.config.exclude_history,
+    )
+
+
 def _evaluate(place: Place, protocol: ProtocolName, system: Trained | Decoded, seed: int) -> None:
     out = place.runs(protocol, system)[seed]
     trained = out if isinstance(system, Trained) else place.trained(protocol, system, seed)
     recipe = load_recipe(trained / "recipe.yaml")
     run = load_run(trained, best_device())
-    decoding = Decoding(
-        beam=system.beam or recipe.validation.beam,
-        mode=system.mode,
-        exclude_history=run.model.config.exclude_history,
-    )
+    decoding = _decoding(system, recipe, run)
     listed = dataclasses.replace(run, path=out)
     if isinstance(system, Decoded) and system.tuned:
         decoding = mixed_decoding(listed, place.dataset(protocol), decoding, recipe.trained_through)
@@ -271,9 +275,8 @@ def _evaluate(place: Place, protocol: ProtocolName, system: Trained | Decoded, s
         recipe=recipe.as_dict(),
         on_batch=lambda _: place.ending.check(),
     )
-    shutil.rmtree(
-        trained / "checkpoints", ignore_errors=True
-    )  # of a run that has come to its end; gigabytes at full size
+    # Of a run that has come to its end; gigabytes at full size.
+    shutil.rmtree(trained / "checkpoints", ignore_errors=True)
     del run, listed
     if torch.cuda.is_available():  # the next training is another process's
         torch.cuda.empty_cache()
@@ -284,11 +287,7 @@ def _tune(place: Place, protocol: ProtocolName, system: Decoded, seed: int) -> N
     trained = place.trained(protocol, system, seed)
     recipe = load_recipe(trained / "recipe.yaml")
     run = load_run(trained, best_device())
-    decoding = Decoding(
-        beam=system.beam or recipe.validation.beam,
-        mode=system.mode,
-        exclude_history=run.model.config.exclude_history,
-    )
+    decoding = _decoding(system, recipe, run)
     choice = tune_mixture(
         dataclasses.replace(run, path=place.runs(protocol, system)[seed]),
         place.dataset(protocol),

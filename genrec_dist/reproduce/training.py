@@ -19,20 +19,9 @@ from genrec_shards.atomic import atomic_file
 from genrec_dist.checkpoint import list_checkpoints
 from genrec_dist.journal import read_journal
 from genrec_dist.metrics import as_written
-from genrec_dist.recipe import Recipe, dump_recipe, load_recipe
+from genrec_dist.recipe import MOVES_NO_GRADIENT, Recipe, dump_recipe, load_recipe
 from genrec_dist.reproduce.ending import Ending, hold
 
-MAY_DIFFER = (
-    "data",
-    "run",
-    "shards",
-    "workers",
-    "log_every",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "micro_batch_tokens",
-)
-"""Keys in which a run that is there may differ from what is asked for: where things lie, and what moves no gradient."""
 LOADED = ["genrec_dist.train", "genrec_dist.report"]
 """By the server. Not the command line: started as a module it would be there twice."""
 
@@ -53,7 +42,7 @@ def check_same(run: Path, asked: Recipe) -> None:
         return
     theirs, ours = _flat(load_recipe(run / "recipe.yaml").as_dict()), _flat(asked.as_dict())
     for key, value in ours.items():
-        if key not in MAY_DIFFER and theirs.get(key) != value:
+        if key not in MOVES_NO_GRADIENT and theirs.get(key) != value:
             raise ValueError(
                 f"{run} was trained with {key} {theirs.get(key)}, not {value}: choose another --out, or remove that run"
             )
