@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from genrec_shards.numbering import number
+from genrec_shards.numbering import Hierarchy, number
 from genrec_shards.prepare import Dataset, prepare
 from genrec_shards.sequences import DataError, Sequences
 from genrec_shards.write import write_shards
@@ -357,3 +357,24 @@ def test_table_shows_each_system_once_in_the_fields_notation():
         ["genrec", ".0601", "–", "–", "–"],
         ["knn", ".0566", ".0421", ".0789", ".0493"],
     ]
+
+
+def test_codes_that_saw_validation_are_refused_there_and_not_on_test(tmp_path, dataset):
+    seen = Hierarchy(
+        "vectors",
+        (4, 4),
+        dims=8,
+        window=None,
+        file="v",
+        file_sha256="0",
+        trained_through="n-1",
+        unseen=0,
+        placed_at_random=0,
+    )
+    info = replace(dataset.info, numbering="collaborative", hierarchy=seen)
+    codes = replace(dataset, info=info)
+    with pytest.raises(ValueError, match="n-1"):
+        run_baseline("popularity", codes, "validation", tmp_path)
+    assert not list(tmp_path.iterdir())
+    told = run_baseline("popularity", codes, "test", tmp_path)["protocol"]["numbering"]
+    assert told == "collaborative: vectors through n-1"
