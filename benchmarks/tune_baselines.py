@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 from genrec_shards.atomic import atomic_file
-from genrec_shards.prepare import Dataset, load_dataset
+from genrec_shards.dataset import Dataset, load_dataset
 
 from genrec_dist.audit import exclude_history_default
 from genrec_dist.baseline import knn

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from genrec_shards.atomic import atomic_file
-from genrec_shards.prepare import Dataset
+from genrec_shards.dataset import Dataset
 from genrec_shards.sequences import SplitView
 
 from genrec_dist.beam import TopItems

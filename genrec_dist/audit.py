@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import numpy as np
 from genrec_shards.atomic import atomic_file
-from genrec_shards.prepare import Dataset
+from genrec_shards.dataset import Dataset
 from genrec_shards.sequences import Sequences, Split
 
 from genrec_dist.baseline import counting, popularity

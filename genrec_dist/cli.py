@@ -190,7 +190,7 @@ def shard(
 
     Example: genrec shard data/beauty
     """
-    from genrec_shards.prepare import load_dataset
+    from genrec_shards.dataset import load_dataset
     from genrec_shards.write import write_shards
 
     target = out_dir or data / "shards"
@@ -260,7 +260,7 @@ def evaluate(
 
     Example: genrec evaluate runs/beauty --split test
     """
-    from genrec_shards.prepare import load_dataset
+    from genrec_shards.dataset import load_dataset
 
     from genrec_dist.evaluate import Decoding, mixed_decoding, tune_mixture
     from genrec_dist.evaluate import evaluate as run_evaluate
@@ -343,7 +343,7 @@ def recommend(
 
     Example: genrec recommend runs/beauty --history 83,104,105
     """
-    from genrec_shards.prepare import load_dataset
+    from genrec_shards.dataset import load_dataset
 
     from genrec_dist.all_users import recommend_all
     from genrec_dist.choice import read_ids
@@ -412,7 +412,7 @@ def baseline(
 
     Example: genrec baseline knn data/beauty --out runs/beauty-knn
     """
-    from genrec_shards.prepare import load_dataset
+    from genrec_shards.dataset import load_dataset
 
     from genrec_dist.audit import exclude_history_default
     from genrec_dist.results import format_table, run_baseline

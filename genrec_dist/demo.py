@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 from genrec_shards.atomic import atomic_directory, atomic_file
-from genrec_shards.prepare import Dataset, prepare
+from genrec_shards.dataset import Dataset
+from genrec_shards.prepare import prepare
 from genrec_shards.sequences import write_sequences
 from genrec_shards.synthetic import Process, make_process
 from genrec_shards.write import write_shards

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from genrec_shards.prepare import Dataset
+from genrec_shards.dataset import Dataset
 from genrec_shards.sequences import Split, SplitView, TrainedThrough
 
 from genrec_dist import mixture

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from genrec_shards.atomic import atomic_file
-from genrec_shards.prepare import Dataset, load_dataset
+from genrec_shards.dataset import Dataset, load_dataset
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text

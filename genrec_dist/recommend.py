@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from genrec_shards.prepare import Dataset
+from genrec_shards.dataset import Dataset
 
 from genrec_dist.beam import Mode, TopItems, TrieSearcher
 from genrec_dist.callers import Callers

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from genrec_shards.atomic import atomic_file
+from genrec_shards.dataset import Dataset
 from genrec_shards.keyed import keyed_permutation
 from genrec_shards.manifest import MANIFEST, load_manifest
-from genrec_shards.prepare import Dataset
 from genrec_shards.sequences import DataError, Sequences, Split, TrainedThrough
 from rich.table import Table
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 from genrec_shards.cooccurrence import neighbour_vectors
+from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.keyed import mixed_key
 from genrec_shards.plan import Plan, Space, split_among_ranks
-from genrec_shards.prepare import Dataset, load_dataset
 from genrec_shards.read import ShardReader
 from torch.utils.data import Dataset as TorchDataset
 

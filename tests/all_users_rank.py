@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 
 from genrec_dist.all_users import recommend_all
 from genrec_dist.cli import run_command

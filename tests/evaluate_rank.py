@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from genrec_shards.prepare import Dataset, load_dataset
+from genrec_shards.dataset import Dataset, load_dataset
 
 from genrec_dist.evaluate import Decoding, evaluate, history_loss, target_histogram
 from genrec_dist.ranks import Ranks, join, leave

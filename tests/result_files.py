@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from genrec_shards.prepare import Dataset
+from genrec_shards.dataset import Dataset
 from genrec_shards.sequences import Split
 
 from genrec_dist.baseline.history import windows

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from all_users_rank import WAYS
-from genrec_shards.prepare import Dataset, load_dataset, prepare
+from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.prepare import prepare
 from two_ranks import environment, start_each
 
 from genrec_dist.all_users import ListsFile, recommend_all

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 from genrec_shards.sequences import Sequences, read_sequences, sequences_from_ids
 
 from genrec_dist import baseline

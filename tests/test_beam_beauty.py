@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from genrec_shards.prepare import Dataset, load_dataset, prepare
+from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.prepare import prepare
 from genrec_shards.write import write_shards
 from transformers.modeling_outputs import BaseModelOutput
 from two_ranks import environment

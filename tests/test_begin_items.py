@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from genrec_shards.cooccurrence import cooccurrences, neighbour_vectors
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 from genrec_shards.sequences import Sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st

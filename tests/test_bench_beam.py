@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from genrec_dist import trie_walk

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 
 from genrec_dist.bench.latency import (
     LOCKED,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 
 from genrec_dist.batch import IGNORED
 from genrec_dist.bench.train import (

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from genrec_shards.prepare import Dataset, prepare
+from genrec_shards.dataset import Dataset
+from genrec_shards.prepare import prepare
 from result_files import write_results
 
 from genrec_dist.compare import (

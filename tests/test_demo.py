@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 from genrec_shards.synthetic import make_process
 
 from genrec_dist.demo import SHARE_OF_CEILING, score_ceiling, share_of_ceiling

@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from evaluate_rank import WAYS, every_way
-from genrec_shards.prepare import load_dataset, prepare
+from genrec_shards.dataset import load_dataset
+from genrec_shards.prepare import prepare
 from genrec_shards.sequences import SplitView
 from two_ranks import deepspeed_environment, environment, run_ranks, start_each
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 from two_ranks import environment
 
 from genrec_dist.bench.gpu_check import LEFT_OUT, MEASURED, foretold_bytes, memory_claim, prefix, run_step, summarise

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 from genrec_shards.sequences import Sequences, sequences_from_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from genrec_shards.prepare import load_dataset, prepare
+from genrec_shards.dataset import load_dataset
+from genrec_shards.prepare import prepare
 from genrec_shards.read import ShardReader
 from genrec_shards.sequences import write_sequences
 from genrec_shards.synthetic import make_process

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from genrec_shards.prepare import load_dataset, prepare
+from genrec_shards.dataset import load_dataset
+from genrec_shards.prepare import prepare
 from genrec_shards.sequences import write_sequences
 from genrec_shards.synthetic import make_process
 from genrec_shards.write import write_shards

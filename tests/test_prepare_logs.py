@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from genrec_shards.cooccurrence import training_counts
-from genrec_shards.prepare import cleaning_told, load_dataset, prepare
+from genrec_shards.dataset import load_dataset
+from genrec_shards.prepare import cleaning_told, prepare
 from genrec_shards.readers.logs import LogOptions
 from genrec_shards.sequences import DataError, Sequences, sequences_from_ids, write_sequences
 from genrec_shards.write import write_shards

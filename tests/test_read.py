@@ -14,7 +14,8 @@ import threading
 
 import numpy as np
 import pytest
-from genrec_shards.prepare import Dataset, prepare
+from genrec_shards.dataset import Dataset
+from genrec_shards.prepare import prepare
 from genrec_shards.read import ShardReader
 from genrec_shards.sequences import DataError, sequences_from_ids, write_sequences
 from genrec_shards.write import write_shards

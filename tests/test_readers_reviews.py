@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from genrec_shards.bad_lines import BadLines
-from genrec_shards.prepare import cleaning_told, load_dataset, prepare
+from genrec_shards.dataset import load_dataset
+from genrec_shards.prepare import cleaning_told, prepare
 from genrec_shards.readers.amazon import read_amazon
 from genrec_shards.readers.guess import guess_format
 from genrec_shards.readers.python_lines import parsed_line

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from background import PATIENCE, spawn
-from genrec_shards.prepare import Dataset, load_dataset, prepare
+from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.prepare import prepare
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -9,8 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from genrec_shards.dataset import Dataset
 from genrec_shards.numbering import Hierarchy, number
-from genrec_shards.prepare import Dataset, prepare
+from genrec_shards.prepare import prepare
 from genrec_shards.sequences import DataError, Sequences
 from genrec_shards.write import write_shards
 from result_files import write_results

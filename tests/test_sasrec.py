@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from genrec_shards.prepare import Dataset, prepare
+from genrec_shards.dataset import Dataset
+from genrec_shards.prepare import prepare
 from genrec_shards.sequences import Sequences, sequences_from_ids
 from safetensors import safe_open
 from torch import nn

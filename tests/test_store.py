@@ -12,7 +12,7 @@ import threading
 import numpy as np
 import pytest
 from faulty_server import FaultyServer, serving
-from genrec_shards.prepare import Dataset
+from genrec_shards.dataset import Dataset
 from genrec_shards.read import ShardReader
 from genrec_shards.remote import Patience, RemoteFiles, check_address, is_address
 from genrec_shards.sequences import DataError

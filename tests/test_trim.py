@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_RECIPE
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from genrec_dist.checkpoint import Checkpoint, find_checkpoint

@@ -9,7 +9,8 @@ import time
 
 import numpy as np
 import pytest
-from genrec_shards.prepare import Dataset, prepare
+from genrec_shards.dataset import Dataset
+from genrec_shards.prepare import prepare
 from genrec_shards.sequences import sequences_from_ids, write_sequences
 from genrec_shards.write import write_shards
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from genrec_shards.atomic import atomic_file
-from genrec_shards.prepare import Dataset
+from genrec_shards.dataset import Dataset
 from genrec_shards.sequences import Split, TrainedThrough
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file

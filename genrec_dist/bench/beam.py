@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput

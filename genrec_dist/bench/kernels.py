@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from genrec_kernels import Rows, SumPlan, embedding_sum, plan_sum, wants_plan
 from genrec_kernels.sparse_rows import RowTable, plan_rows
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 from genrec_shards.write import write_shards
 from torch import Tensor
 from torch.nn import functional as F

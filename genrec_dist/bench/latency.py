@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from genrec_shards.prepare import Dataset, load_dataset
+from genrec_shards.dataset import Dataset, load_dataset
 
 from genrec_dist.bench.measure import Claim, table
 from genrec_dist.bench.stream import make_data

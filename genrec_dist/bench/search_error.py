@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import numpy as np
-from genrec_shards.prepare import Dataset
+from genrec_shards.dataset import Dataset
 from genrec_shards.sequences import Split
 
 from genrec_dist.beam import Mode

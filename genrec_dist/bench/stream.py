@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.plan import Plan, split_among_ranks
-from genrec_shards.prepare import Dataset, load_dataset, prepare
+from genrec_shards.prepare import prepare
 from genrec_shards.read import ShardReader
 from genrec_shards.sequences import Sequences, sequences_from_ids, write_sequences
 from genrec_shards.write import write_shards

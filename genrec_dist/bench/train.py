@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 
 from genrec_dist.bench.measure import REPEATS, Claim, median, table
 from genrec_dist.bench.stream import make_data

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.keyed import mixed_key
 from genrec_shards.plan import Plan, StepSamples
-from genrec_shards.prepare import Dataset, load_dataset
 
 from genrec_dist.batch import Batch, RankStep, make_step
 from genrec_dist.bench.trainer_peers import TokenizingCollate, TrainerRival, Words, pad_samples, samples_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from genrec_shards.prepare import Dataset, load_dataset
+from genrec_shards.dataset import Dataset, load_dataset
 
 from genrec_dist.reproduce.ending import Ending
 from genrec_dist.reproduce.systems import Decoded, ProtocolName, Rule, System

@@ -1,88 +1,28 @@
-"""The data directory: sequences, catalogue and numbering in Parquet, with a hash of each."""
+"""From a source to a data directory: read, cleaned, numbered; complete or not at all."""
 
-import dataclasses
-import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from genrec_shards.atomic import atomic_directory
 from genrec_shards.bad_lines import BadLines, OnError
 from genrec_shards.clean import Cleaning, Ties, clean
+from genrec_shards.dataset import FORMAT_VERSION, Dataset, DatasetInfo, Source, load_dataset, source_of, write_dataset
 from genrec_shards.descriptions import Descriptions, read_descriptions
 from genrec_shards.expected import check_expected, public_set
-from genrec_shards.numbering import Hierarchy, Numbering, NumberingName, number
+from genrec_shards.numbering import NumberingName, number
 from genrec_shards.readers.blocks import readable
 from genrec_shards.readers.guess import LOG_FORMATS, Format, guess_format
 from genrec_shards.readers.logs import LogOptions, read_log, source_files
 from genrec_shards.readers.times import moment
-from genrec_shards.sequences import MINIMUM_LENGTH, DataError, Sequences, TrainedThrough, read_sequences
+from genrec_shards.sequences import MINIMUM_LENGTH, Sequences, TrainedThrough, read_sequences
 from genrec_shards.trained_vectors import read_trained_vectors
 
-FORMAT_VERSION = 1
-USERS_PER_ROW_GROUP = 65_536
 K_CORE = 5
 """Of a log, unless another is named."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """The file or folder that a data directory was made from."""
-
-    name: str
-    """File name without its folder."""
-    sha256: str
-    """Of a folder: of the lines `sha256  name` of its files, by name."""
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """What `dataset.json` holds."""
-
-    format_version: int
-    source: Source
-    users: int
-    items: int
-    interactions: int
-    numbering: NumberingName
-    seed: int
-    split: str
-    ties: str
-    sequences_hash: str
-    numbering_hash: str
-    dropped: dict[str, int]
-    """What was left out of the source, by reason: rows of a log, lines of the `sequences` format (none unless told to skip)."""
-    read: int | None = None
-    """Rows of the log: `interactions` and `dropped` add up to it; not in the file of the `sequences` format."""
-    expected: str | None = None
-    """The published set whose counts the sequences were found to have; not in the file where none was named."""
-    hierarchy: Hierarchy | None = None
-    """What `collaborative` and `semantic` codes were made of; not in the file of other numberings."""
-    described_by: Source | None = None
-    """The file of the items' texts; not in the file where there are none."""
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """A data directory in memory."""
-
-    path: Path
-    sequences: Sequences
-    numbering: Numbering
-    info: DatasetInfo
-    descriptions: Descriptions | None = None
-    """The items' texts, where `prepare` was given any."""
-    timestamps: np.ndarray | None = None
-    """int64, microseconds since 1970 of each of the sequences' items; None where the source has none."""
-    bad_lines: tuple[str, ...] = ()
-    """What `prepare` has to say of lines that could not be read; not in any file."""
 
 
 def prepare(
@@ -184,7 +124,7 @@ def prepare(
             described_by=None if descriptions is None else Source(descriptions.name, descriptions.sha256),
         )
         dataset = Dataset(out, sequences, codes, info, descriptions, taken.timestamps, tuple(bad.told()))
-        _write(dataset, folder)
+        write_dataset(dataset, folder)
     return dataset
 
 
@@ -198,32 +138,6 @@ def cleaning_told(dataset: Dataset) -> list[str]:
     if info.expected is not None:
         lines.append(check_expected(info.expected, dataset.sequences, info.source.name))
     return [*lines, *dataset.bad_lines]
-
-
-def load_dataset(path: str | Path) -> Dataset:
-    """Read a data directory and check it against its own hashes.
-
-    Raises DataError, one line with the file, for what is missing, damaged, changed by hand or of another version.
-    """
-    path = Path(path)
-    info = _load_info(path / "dataset.json")
-    users, items = _read_table(path / "users.parquet"), _read_table(path / "items.parquet")
-    user_ids, user_codes = _strings(users, "id", path), _strings(users, "code", path)
-    item_ids, item_codes = _strings(items, "id", path), _strings(items, "code", path)
-    flat_items, offsets, timestamps = _read_lists(path / "sequences.parquet")
-    sequences = Sequences(flat_items, offsets, user_ids, item_ids)
-    numbering = Numbering(info.numbering, info.seed, item_codes, user_codes, info.hierarchy)
-    for name, found in (
-        ("sequences_hash", sequences.sequences_hash()),
-        ("numbering_hash", numbering.numbering_hash()),
-    ):
-        if found != getattr(info, name):
-            expected = getattr(info, name)
-            raise DataError(f"{path}: {name} is {found[:12]}, dataset.json says {expected[:12]}: prepare again")
-    descriptions = None
-    if info.described_by is not None:
-        descriptions = Descriptions(_strings(items, "text", path), info.described_by.name, info.described_by.sha256)
-    return Dataset(path, sequences, numbering, info, descriptions, timestamps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,12 +163,12 @@ def _read(source: Path, format: Format, bad: BadLines, cleaning: Cleaning, log: 
     if format == "sequences":
         sequences = read_sequences(source, bad)
         dropped = {"bad_lines": bad.count} if bad.count else {}
-        return _Taken(sequences, _source(source, [source]), None, None, "keep", dropped, None)
+        return _Taken(sequences, source_of(source, [source]), None, None, "keep", dropped, None)
     waiting = folder / "rows"
     waiting.mkdir()
     found = clean(read_log(source, format, bad, log), cleaning, waiting, str(source))
     shutil.rmtree(waiting)
-    origin = _source(source, source_files(source, format))
+    origin = source_of(source, source_files(source, format))
     dropped = {"bad_lines": bad.count} | found.dropped
     return _Taken(
         found.sequences, origin, None, found.timestamps, cleaning.ties, dropped, found.num_read + bad.count
@@ -271,122 +185,3 @@ def _check_choices(format: str, ties: str | None, split: str) -> None:
         raise ValueError(f"ties {ties!r}: the {format} format has no ties left to order: use --ties keep")
     if split != "leave-one-out":
         raise ValueError(f"split {split!r} is not supported yet: use --split leave-one-out; others come later")
-
-
-def _write(dataset: Dataset, folder: Path) -> None:
-    sequences, numbering = dataset.sequences, dataset.numbering
-    _write_lists(sequences, dataset.timestamps, folder / "sequences.parquet")
-    for kind, ids, codes in (
-        ("item", sequences.item_ids, numbering.item_codes),
-        ("user", sequences.user_ids, numbering.user_codes),
-    ):
-        rows = pa.array(np.arange(len(ids), dtype=np.int32))
-        table = pa.table({kind: rows, "id": pa.array(ids, pa.string()), "code": pa.array(codes, pa.string())})
-        if kind == "item" and dataset.descriptions is not None:
-            table = table.append_column("text", pa.array(dataset.descriptions.texts, pa.string()))
-        pq.write_table(table, folder / f"{kind}s.parquet", compression="zstd")
-    fields = {key: value for key, value in dataclasses.asdict(dataset.info).items() if value is not None}
-    info = json.dumps(fields, indent=2, ensure_ascii=False)
-    (folder / "dataset.json").write_text(info + "\n", encoding="utf-8")
-
-
-def _write_lists(sequences: Sequences, timestamps: np.ndarray | None, path: Path) -> None:
-    """One row group a few thousand users: list offsets are 32 bits wide, the whole log need not be."""
-    fields = [("user", pa.int32()), ("items", pa.list_(pa.int32()))]
-    if timestamps is not None:
-        fields.append(("times", pa.list_(pa.int64())))
-    schema = pa.schema(fields)
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        for first in range(0, sequences.num_users, USERS_PER_ROW_GROUP):
-            offsets = sequences.offsets[first : first + USERS_PER_ROW_GROUP + 1]
-            columns = [pa.array(np.arange(first, first + len(offsets) - 1, dtype=np.int32))]
-            for values in (sequences.items, timestamps):
-                if values is not None:
-                    held = values[offsets[0] : offsets[-1]]
-                    columns.append(pa.ListArray.from_arrays((offsets - offsets[0]).astype(np.int32), held))
-            writer.write_table(pa.table(columns, schema=schema))
-
-
-def _read_lists(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Items int32[total], offsets int64[U+1] and, where there are any, timestamps int64[total]."""
-    table = _read_table(path)
-    chunks = _lists(table, "items", pa.int32(), path)
-    items = np.concatenate([np.zeros(0, np.int32), *(chunk.flatten().to_numpy() for chunk in chunks)])
-    lengths = np.concatenate([np.zeros(0, np.int64), *(chunk.value_lengths().to_numpy() for chunk in chunks)])
-    timestamps = None
-    if "times" in table.column_names:
-        chunks = _lists(table, "times", pa.int64(), path)
-        timestamps = np.concatenate([np.zeros(0, np.int64), *(chunk.flatten().to_numpy() for chunk in chunks)])
-        if len(timestamps) != len(items):
-            raise DataError(f"{path}: {len(timestamps)} times of {len(items)} items: prepare again")
-    return items, np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), timestamps
-
-
-def _lists(table: Any, name: str, kind: Any, path: Path) -> Any:
-    """The chunks of a column of lists."""
-    column = _column(table, name, path)
-    if column.type != pa.list_(kind):
-        raise DataError(f"{path}: column {name} is {column.type}, expected list<{kind}>: prepare again")
-    return column.chunks
-
-
-def _strings(table: Any, name: str, path: Path) -> list[str]:
-    column = _column(table, name, path)
-    if column.type != pa.string() or column.null_count:
-        raise DataError(f"{path}: column {name} is {column.type}, expected string without gaps: prepare again")
-    return column.to_pylist()
-
-
-def _column(table: Any, name: str, path: Path) -> Any:
-    if name not in table.column_names:
-        raise DataError(f"{path}: no column {name}, only {', '.join(table.column_names)}: prepare again")
-    return table.column(name)
-
-
-def _read_table(path: Path) -> Any:
-    try:
-        # A plain file, not a data set: pq.read_table would walk into folders and open remote addresses.
-        with pq.ParquetFile(path) as file:
-            return file.read()
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file: prepare again") from None
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]}): prepare again") from None
-
-
-def _load_info(path: Path) -> DatasetInfo:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        version = fields["format_version"]
-        if version != FORMAT_VERSION:
-            raise DataError(f"{path}: format_version {version}, this program reads {FORMAT_VERSION}: prepare again")
-        return DatasetInfo(**fields | _parts(fields))
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file: give a data directory made by `genrec prepare`") from None
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a dataset.json of this program ({error}): prepare again") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path and its rights") from None
-
-
-def _parts(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields that are objects of their own; a file that lacks the later ones is an older one."""
-    parts: dict[str, Any] = {"source": Source(**fields["source"])}
-    if "hierarchy" in fields:
-        parts["hierarchy"] = Hierarchy(**fields["hierarchy"] | {"levels": tuple(fields["hierarchy"]["levels"])})
-    if "described_by" in fields:
-        parts["described_by"] = Source(**fields["described_by"])
-    return parts
-
-
-def _source(path: Path, files: Sequence[Path]) -> Source:
-    """`files`: the path itself, or what was read of the folder."""
-    if list(files) == [path]:
-        return Source(path.name, _sha256(path))
-    lines = "".join(f"{_sha256(file)}  {file.name}\n" for file in files)
-    return Source(path.resolve().name, hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from genrec_shards.atomic import atomic_directory
+from genrec_shards.dataset import Dataset
 from genrec_shards.manifest import (
     FORMAT_VERSION,
     LENGTHS,
@@ -24,7 +25,6 @@ from genrec_shards.manifest import (
     file_sha256,
     write_manifest,
 )
-from genrec_shards.prepare import Dataset
 from genrec_shards.sequences import Sequences
 
 _STALE_SECONDS = 24 * 3600

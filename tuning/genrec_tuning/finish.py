@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 
 from genrec_dist.compare import METRICS, compare
 from genrec_dist.evaluate import Decoding, best_device, evaluate

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from genrec_shards.prepare import load_dataset
+from genrec_shards.dataset import load_dataset
 from genrec_shards.read import ShardReader
 
 from genrec_dist.stop import Stopped
