@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from genrec_shards import prepare as prepare_module
+from genrec_shards import dataset as dataset_module
 from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
 from genrec_shards.sequences import DataError
@@ -53,7 +53,7 @@ def test_files_and_columns_are_as_documented(log, tmp_path):
 
 @pytest.mark.parametrize("numbering", ["given", "random", "train-order"])
 def test_round_trip(log, tmp_path, numbering, monkeypatch):
-    monkeypatch.setattr(prepare_module, "USERS_PER_ROW_GROUP", 2)  # more than one row group
+    monkeypatch.setattr(dataset_module, "USERS_PER_ROW_GROUP", 2)  # more than one row group
     written = prepare(log, tmp_path / "data", numbering=numbering, seed=5)
     loaded = load_dataset(tmp_path / "data")
     assert np.array_equal(loaded.sequences.items, written.sequences.items)
