@@ -111,6 +111,9 @@ def prepare(
     text_columns: Annotated[
         str | None, typer.Option(help="META's columns to read, as title,brand; default: all.")
     ] = None,
+    title_column: Annotated[
+        str | None, typer.Option(help="META's column of titles, where it has no usual name.")
+    ] = None,
     columns: Annotated[
         str | None,
         typer.Option(metavar="USER,ITEM,TIME", help="Columns of interactions, where they have no usual names."),
@@ -153,7 +156,7 @@ def prepare(
         source, out_dir, format=format_, numbering=numbering, seed=seed, overwrite=overwrite,  # type: ignore[arg-type]
         levels=None if levels is None else _whole_numbers("--levels", levels), vectors=vectors,
         vectors_trained_through=vectors_trained_through, items=items, item_column=item_column,
-        text_columns=None if text_columns is None else text_columns.split(","),
+        text_columns=None if text_columns is None else text_columns.split(","), title_column=title_column,
         k_core=k_core, min_length=min_length, ties=ties, on_error=on_error,
         since=since, until=until, expect=expect,
         log=LogOptions(columns=None if columns is None else tuple(columns.split(",")), time_unit=time_unit),
@@ -334,6 +337,9 @@ def recommend(
     exclude_history: ExcludeOption = "auto",
     allow: Annotated[Path | None, typer.Option(help="File of item ids, one a line: list these alone.")] = None,
     block: Annotated[Path | None, typer.Option(help="File of item ids, one a line: never list these.")] = None,
+    titles: Annotated[
+        bool, typer.Option("--titles", help="Lists to be read, with the titles of `prepare --items`, for JSON lines.")
+    ] = False,
     data: DataOption = None,
 ) -> None:
     """What will this user take next? JSON lines in your own item ids.
@@ -349,11 +355,14 @@ def recommend(
     from genrec_dist.choice import read_ids
     from genrec_dist.ranks import Ranks
     from genrec_dist.recommend import Recommender, Request, read_requests, user_request
+    from genrec_dist.titles import Titles
 
     if sum([history is not None or user is not None, file is not None, all_users]) != 1:
         raise UsageError("give one of --history/--user, --file, --all-users")
     if all_users and out_dir is None:
         raise UsageError("--all-users needs --out DIR")
+    if all_users and titles:
+        raise UsageError("--titles is for lists that are read: of --all-users join the lists with DATA/items.parquet")
     with _processes() as device:
         recommender = Recommender.load(
             run, device, beam=beam, mode=decode,
@@ -379,10 +388,11 @@ def recommend(
         else:
             assert user is not None
             requests = [user_request(load_dataset(data or _data_of(run)), recommender.run, user)]
-        for answer in recommender.answers(requests, k=top):
+        called = Titles(load_dataset(data or _data_of(run))) if titles else None
+        for request, answer in zip(requests, recommender.answers(requests, k=top), strict=True):
             if answer.unknown_items:
                 typer.echo(f"not in the catalogue, skipped: {', '.join(answer.unknown_items)}", err=True)
-            typer.echo(answer.as_json())
+            typer.echo(answer.as_json() if called is None else called.page(request, answer))
 
 
 def _tell_unknown(file: Path | None, ids: list[str]) -> None:

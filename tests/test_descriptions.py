@@ -60,6 +60,23 @@ def test_every_kind_of_table_gives_the_same_texts(tmp_path, kind):
     assert read_descriptions(path, ["Äther"], id_column="brand", text_columns=["asin"]).texts == ["B2"]
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl.gz", "json", "parquet"])
+def test_titles_are_kept_apart_on_one_line(tmp_path, kind):
+    found = read_descriptions(written(tmp_path, kind), IDS, text_columns=["brand"])
+    assert found.titles == ["Comb of wood", 'Red "rose" soap', ""]
+    other = read_descriptions(written(tmp_path, kind), IDS, title_column="brand")
+    assert other.titles is not None
+    assert other.titles[1] == "Äther"
+
+
+def test_a_table_may_have_no_titles_unless_a_column_is_named(tmp_path):
+    path = tmp_path / "meta.csv"
+    path.write_text("item,brand\nB1,x\n")
+    assert read_descriptions(path, IDS).titles is None
+    with pytest.raises(DataError, match="no column label, only brand, item: check --title-column"):
+        read_descriptions(path, IDS, title_column="label")
+
+
 def test_whole_numbers_are_ids_as_well(tmp_path):
     path = tmp_path / "meta.jsonl"
     path.write_text('{"item": 12, "title": "twelve"}\n{"item": "7", "title": "seven"}')

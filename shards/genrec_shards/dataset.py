@@ -95,7 +95,9 @@ def load_dataset(path: str | Path) -> Dataset:
             raise DataError(f"{path}: {name} is {found[:12]}, dataset.json says {expected[:12]}: prepare again")
     descriptions = None
     if info.described_by is not None:
-        descriptions = Descriptions(_strings(items, "text", path), info.described_by.name, info.described_by.sha256)
+        titles = _strings(items, "title", path) if "title" in items.column_names else None
+        texts = _strings(items, "text", path)
+        descriptions = Descriptions(texts, info.described_by.name, info.described_by.sha256, titles)
     return Dataset(path, sequences, numbering, info, descriptions, timestamps)
 
 
@@ -111,6 +113,8 @@ def write_dataset(dataset: Dataset, folder: Path) -> None:
         table = pa.table({kind: rows, "id": pa.array(ids, pa.string()), "code": pa.array(codes, pa.string())})
         if kind == "item" and dataset.descriptions is not None:
             table = table.append_column("text", pa.array(dataset.descriptions.texts, pa.string()))
+            if dataset.descriptions.titles is not None:
+                table = table.append_column("title", pa.array(dataset.descriptions.titles, pa.string()))
         pq.write_table(table, folder / f"{kind}s.parquet", compression="zstd")
     fields = {key: value for key, value in dataclasses.asdict(dataset.info).items() if value is not None}
     info = json.dumps(fields, indent=2, ensure_ascii=False)

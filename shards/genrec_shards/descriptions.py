@@ -24,6 +24,8 @@ from genrec_shards.sequences import DataError
 
 ID_COLUMNS = ("item", "item_id", "id", "parent_asin", "asin", "business_id")
 """Where the item's id is looked for, in this order, unless a column is named."""
+TITLE_COLUMNS = ("title", "name", "product_title", "movie_title", "item_name")
+"""Where the item's title is looked for, unless a column is named."""
 FEATURES = 1 << 18
 """Buckets that words are hashed into."""
 _LONGEST_CELL = 1 << 24
@@ -39,6 +41,8 @@ class Descriptions:
     name: str
     """File name without its folder."""
     sha256: str
+    titles: list[str] | None = None
+    """What a person calls each item, '' where the file does not say; None where it has no titles."""
 
     @property
     def num_described(self) -> int:
@@ -51,20 +55,22 @@ def read_descriptions(
     *,
     id_column: str | None = None,
     text_columns: Sequence[str] | None = None,
+    title_column: str | None = None,
 ) -> Descriptions:
     """Texts of these items out of a CSV, Parquet or JSON-lines file (`.csv`, `.parquet`, `.jsonl`, `.json`; `.gz` too).
 
-    `id_column`: None looks for one of ID_COLUMNS. `text_columns`: None takes every other column. A cell's text is what
-    it says, of lists and objects what is in them. Items that the file lacks have the text ''; its other items are left
-    out; where an id comes twice the first row counts. JSON lines may be Python's, as in Amazon's 2014 release; nothing
-    is run. Raises DataError, one line with file, line and remedy.
+    `id_column`: None looks for one of ID_COLUMNS. `text_columns`: None takes every other column. `title_column`: None
+    looks for one of TITLE_COLUMNS, and there need be none. A cell's text is what it says, of lists and objects what is in
+    them. Items that the file lacks have the text ''; its other items are left out; where an id comes twice the first row
+    counts. JSON lines may be Python's, as in Amazon's 2014 release; nothing is run. Raises DataError, one line with file,
+    line and remedy.
     """
     path = Path(path)
     row_of = {item: row for row, item in enumerate(item_ids)}
-    texts = [""] * len(item_ids)
+    texts, titles = [""] * len(item_ids), [""] * len(item_ids)
     try:
-        for row, record in _matched(path, _records(path), row_of, id_column, text_columns):
-            texts[row] = texts[row] or record
+        for row, text, title in _matched(path, _records(path), row_of, id_column, text_columns, title_column):
+            texts[row], titles[row] = texts[row] or text, titles[row] or title
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
@@ -77,7 +83,7 @@ def read_descriptions(
         raise DataError(f"{path}: not UTF-8 text: save it as UTF-8") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}): check the path and its rights") from None
-    found = Descriptions(texts, path.name, digest)
+    found = Descriptions(texts, path.name, digest, titles if any(titles) else None)
     if not found.num_described:
         raise DataError(f"{path}: describes none of the {len(item_ids)} items: check that its ids are those of the log")
     return found
@@ -118,9 +124,11 @@ def _matched(
     row_of: dict[str, int],
     id_column: str | None,
     text_columns: Sequence[str] | None,
-) -> Iterator[tuple[int, str]]:
-    """(item row, text) of the records whose item is in the catalogue."""
+    title_column: str | None,
+) -> Iterator[tuple[int, str, str]]:
+    """(item row, text, title) of the records whose item is in the catalogue."""
     seen_columns: set[str] = set()
+    titled = TITLE_COLUMNS if title_column is None else (title_column,)
     any_record = False
     for line, record in records:
         any_record = True
@@ -134,12 +142,17 @@ def _matched(
         row = row_of.get(_text_of(record[column]))
         if row is not None:
             names = text_columns if text_columns is not None else [name for name in record if name != column]
-            yield row, " ".join(filter(None, (_text_of(record.get(name)) for name in names)))
+            title = next((name for name in titled if name in record), None)
+            text = " ".join(filter(None, (_text_of(record.get(name)) for name in names)))
+            # A title is shown on a line of its own.
+            yield row, text, "" if title is None else " ".join(_text_of(record[title]).split())
     if not any_record:
         raise DataError(f"{path}: empty: expected a record an item")
     missing = [name for name in text_columns or () if name not in seen_columns]
     if missing:
         raise DataError(f"{path}: no column {missing[0]}, only {_listed(seen_columns)}: check --text-columns")
+    if title_column is not None and title_column not in seen_columns:
+        raise DataError(f"{path}: no column {title_column}, only {_listed(seen_columns)}: check --title-column")
 
 
 def _listed(names: Iterable[str]) -> str:

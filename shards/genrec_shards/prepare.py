@@ -41,6 +41,7 @@ def prepare(
     items: str | Path | None = None,
     item_column: str | None = None,
     text_columns: Sequence[str] | None = None,
+    title_column: str | None = None,
     k_core: int | None = None,
     min_length: int = MINIMUM_LENGTH,
     on_error: OnError = "stop",
@@ -57,8 +58,8 @@ def prepare(
     directory that is to be numbered anew: its sequences stay what they are, so its shards serve both. `auto` tells them
     by name and content. `expect`: a published set (`expected.py`) that names the dates, where none are given, and whose
     counts must come out. `on_error`: what a line that cannot be read does, `stop` or `skip`. `levels`, `vectors`: as in
-    `number` and `read_trained_vectors`. `items`, `item_column`, `text_columns`: as in `read_descriptions`; the texts are
-    kept, and `format="data"` finds them again. Raises DataError for what is wrong with a file, ValueError for a wrong
+    `number` and `read_trained_vectors`. `items`, `item_column`, `text_columns`, `title_column`: as in `read_descriptions`;
+    texts and titles are kept, and `format="data"` finds them again. Raises DataError for what is wrong with a file, ValueError for a wrong
     argument or an `out` that exists.
     """
     source, out = Path(source), Path(out)
@@ -74,8 +75,8 @@ def prepare(
         )
     if format == "data" and out.resolve() == source.resolve():
         raise ValueError(f"{out} is the data that is to be numbered anew, with its shards: choose another output")
-    if items is None and (item_column is not None or text_columns is not None):
-        raise ValueError("a column of item ids or text is named, and no table: give --items META")
+    if items is None and (item_column, text_columns, title_column) != (None, None, None):
+        raise ValueError("a column of item ids, text or titles is named, and no table: give --items META")
     bad = BadLines(on_error)
     if expect is not None and format in LOG_FORMATS and (since, until) == (None, None):
         since, until = public_set(expect).since, public_set(expect).until
@@ -95,7 +96,7 @@ def prepare(
             check_expected(expect, sequences, str(source))
         if items is not None:
             descriptions = read_descriptions(
-                items, sequences.item_ids, id_column=item_column, text_columns=text_columns
+                items, sequences.item_ids, id_column=item_column, text_columns=text_columns, title_column=title_column
             )  # fmt: skip
         codes = number(
             sequences,
