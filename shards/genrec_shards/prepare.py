@@ -59,8 +59,8 @@ def prepare(
     by name and content. `expect`: a published set (`expected.py`) that names the dates, where none are given, and whose
     counts must come out. `on_error`: what a line that cannot be read does, `stop` or `skip`. `levels`, `vectors`: as in
     `number` and `read_trained_vectors`. `items`, `item_column`, `text_columns`, `title_column`: as in `read_descriptions`;
-    texts and titles are kept, and `format="data"` finds them again. Raises DataError for what is wrong with a file, ValueError for a wrong
-    argument or an `out` that exists.
+    texts and titles are kept, and `format="data"` finds them again. Raises DataError for what is wrong with a file,
+    ValueError for a wrong argument or an `out` that exists.
     """
     source, out = Path(source), Path(out)
     readable(source)
