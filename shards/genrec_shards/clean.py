@@ -104,10 +104,10 @@ def _between(found: pl.DataFrame, cleaning: Cleaning) -> pl.DataFrame:
 def _sort(buckets: Buckets, cleaning: Cleaning) -> int:
     """Order each bucket by user, time and tie, without duplicates; how many these were."""
     num_duplicates = 0
-    hashes = [_hashes(names) for names in (buckets.user_numbers, buckets.item_numbers)]
+    hashes = [id_hashes(names) for names in (buckets.user_numbers, buckets.item_numbers)]
     for bucket, rows_R in enumerate(buckets):
         if cleaning.ties == "shuffle":
-            keys_R = _tie_keys(rows_R, hashes[0], hashes[1], cleaning.seed)
+            keys_R = tie_keys(rows_R, hashes[0], hashes[1], cleaning.seed)
             order = np.lexsort((rows_R["item"], keys_R, rows_R["time"], rows_R["user"]))
             kept = rows_R[order]
             kept = kept[~_repeats(kept)]
@@ -130,7 +130,7 @@ def _repeats(rows_R: np.ndarray) -> np.ndarray:
     return same
 
 
-def _tie_keys(rows_R: np.ndarray, user_hashes: np.ndarray, item_hashes: np.ndarray, seed: int) -> np.ndarray:
+def tie_keys(rows_R: np.ndarray, user_hashes: np.ndarray, item_hashes: np.ndarray, seed: int) -> np.ndarray:
     """uint64[R], random numbers that are a function of the interaction itself, so that no order of the log counts."""
     key = mixed_key(seed, _TIE_STREAM)
     bits_R = keyed_bits(key, item_hashes[rows_R["item"]])
@@ -138,7 +138,7 @@ def _tie_keys(rows_R: np.ndarray, user_hashes: np.ndarray, item_hashes: np.ndarr
     return keyed_bits(key, bits_R ^ rows_R["time"].astype(np.uint64))
 
 
-def _hashes(names: Iterable[str]) -> np.ndarray:
+def id_hashes(names: Iterable[str]) -> np.ndarray:
     """uint64 of each id, the same on every machine."""
     digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
     return np.frombuffer(digests, "<u8")

@@ -3,7 +3,7 @@
 import gzip
 import hashlib
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -144,12 +144,12 @@ def update_with_strings(digest: "hashlib._Hash", strings: Sequence[str]) -> None
     digest.update(b"".join(encoded))
 
 
-def read_sequences(path: str | Path, bad: "BadLines | None" = None) -> Sequences:
+def read_sequences(path: str | Path, bad: "BadLines | None" = None, known: Collection[str] = ()) -> Sequences:
     """Read `user item item ...`, one user a line, oldest item first, plain or gzipped (told by the content).
 
     Words are separated by spaces or tabs, blank lines are skipped. Raises DataError, one line with file and line, for a
     file that is missing, empty, binary, not UTF-8 or cut off, for fewer than 3 items and for a user who comes twice.
-    `bad`: takes lines that are wrong in themselves; None stops at the first.
+    `bad`: takes lines that are wrong in themselves; None stops at the first. `known`: users of whom one item is enough.
     """
     path = Path(path)
     user_ids: list[str] = []
@@ -165,7 +165,7 @@ def read_sequences(path: str | Path, bad: "BadLines | None" = None) -> Sequences
             bad.meet(path, number, reason)
             continue
         user = words[0].decode()
-        if reason := _wrong(user, len(words) - 1, line_of):
+        if reason := _wrong(user, len(words) - 1, line_of, 1 if user in known else MINIMUM_LENGTH):
             if bad is None or not skipping:
                 remedy = "join the two lines" if user in line_of else "remove the line or add items"
                 raise DataError(f"{path}:{number}: {reason}: {remedy}")
@@ -249,11 +249,11 @@ def _unfit(line: bytes) -> str | None:
     return None
 
 
-def _wrong(user: str, num_items: int, line_of: dict[str, int]) -> str | None:
-    if num_items < MINIMUM_LENGTH:
+def _wrong(user: str, num_items: int, line_of: dict[str, int], fewest: int) -> str | None:
+    if num_items < fewest:
         return (
             f"user {_shortened(user)} has {num_items} item{'s' * (num_items != 1)}, at least "
-            f"{MINIMUM_LENGTH} are needed (training, validation, test)"
+            f"{fewest} are needed (training, validation, test)"
         )
     if user in line_of:
         return f"user {_shortened(user)} came before in line {line_of[user]}"
