@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from genrec_shards.buckets import Buckets
+from genrec_shards.buckets import Buckets, Numbers
 from genrec_shards.keyed import keyed_bits, mixed_key
 from genrec_shards.sequences import MINIMUM_LENGTH, DataError, Sequences, flat_ranges, sort_ids
 
 if TYPE_CHECKING:
     import polars as pl
 
-# U users, N items, R rows of a bucket; users and items have numbers by first appearance until the last step.
+# U users, N items, R rows of a bucket; users and items have numbers until the last step.
 
 Ties = Literal["shuffle", "keep"]
 _TIE_STREAM = 4
@@ -210,9 +210,12 @@ def _gathered(buckets: Buckets, core: _Core) -> tuple[Sequences, np.ndarray]:
     return Sequences(items, offsets, user_ids, item_ids), timestamps
 
 
-def _rows_of(numbers: dict[str, int], stay: np.ndarray) -> tuple[list[str], np.ndarray]:
+def _rows_of(numbers: Numbers, stay: np.ndarray) -> tuple[list[str], np.ndarray]:
     """The ids that stay in order, and int32 by number: an id's row, -1 of one that goes."""
-    ids = sort_ids(name for name, number in numbers.items() if stay[number])
+    staying = np.flatnonzero(stay)
+    names = numbers.names(staying)
+    ids = sort_ids(names)
+    row_of = {name: row for row, name in enumerate(ids)}
     rows = np.full(len(numbers), -1, np.int32)
-    rows[np.fromiter(map(numbers.__getitem__, ids), np.int64, len(ids))] = np.arange(len(ids), dtype=np.int32)
+    rows[staying] = np.fromiter(map(row_of.__getitem__, names), np.int32, len(names))
     return ids, rows
