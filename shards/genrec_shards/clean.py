@@ -12,7 +12,8 @@ import numpy as np
 
 from genrec_shards.buckets import Buckets, Numbers
 from genrec_shards.keyed import keyed_bits, mixed_key
-from genrec_shards.sequences import MINIMUM_LENGTH, DataError, Sequences, flat_ranges, sort_ids
+from genrec_shards.periods import Cutoff
+from genrec_shards.sequences import MINIMUM_LENGTH, DataError, Sequences, Split, flat_ranges, sort_ids
 
 if TYPE_CHECKING:
     import polars as pl
@@ -30,13 +31,15 @@ class Cleaning:
     k_core: int = 5
     """Each user and each item that stays has at least this many rows; 0 and 1 leave all."""
     min_length: int = MINIMUM_LENGTH
-    """Fewest items of a user."""
+    """Fewest items of a user; of a split by time: of her training period."""
     ties: Ties = "shuffle"
     """Rows of one user and time: in an order drawn from seed, user, item and time, or as the log has them."""
     seed: int = 0
     since: int | None = None
     until: int | None = None
     """Microseconds since 1970, both included: rows before and after are left out before all else."""
+    cutoff: Cutoff | None = None
+    """Of a split by time: the core is that of the training period, and held-out rows of others are left out."""
 
     def __post_init__(self) -> None:
         if self.ties not in get_args(Ties):
@@ -45,10 +48,14 @@ class Cleaning:
             raise ValueError(f"k_core is {self.k_core}: give a whole number, 0 for none")
         if self.since is not None and self.until is not None and self.since > self.until:
             raise ValueError("since lies after until: no row can be between them")
-        if self.min_length < MINIMUM_LENGTH:
-            raise ValueError(
-                f"min_length is {self.min_length}: at least {MINIMUM_LENGTH} are needed (training, validation, test)"
-            )
+        if self.min_length < shortest(self.cutoff):
+            why = "training, validation, test" if self.cutoff is None else "in the training period"
+            raise ValueError(f"min_length is {self.min_length}: at least {shortest(self.cutoff)} are needed ({why})")
+
+
+def shortest(cutoff: Cutoff | None) -> int:
+    """The least that `min_length` may be: an item to train on, and under leave-one-out one each to validate and test with."""
+    return MINIMUM_LENGTH if cutoff is None else 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,13 +70,17 @@ class CleanLog:
     """Rows of the log: the sequences' interactions and those dropped add up to it."""
     dropped: dict[str, int]
     """Rows left out, by reason; all reasons are there."""
+    users_without_history: int = 0
+    """Of a split by time, users with held-out rows who are not among those of the training period's core."""
 
 
 def clean(frames: Iterable[pl.DataFrame], cleaning: Cleaning, folder: Path, source: str) -> CleanLog:
     """Frames of a reader -> sequences. `folder`: an empty directory to work in; `source`: the log's name in messages.
 
     In this order: of equal rows (user, item and time) the first is kept; rows are sorted by user and time; then users with
-    fewer than max(k_core, min_length) rows and items with fewer than k_core go, again and again until all have enough.
+    fewer than max(k_core, min_length) rows and items with fewer than k_core go, again and again until all have enough. Of a
+    split by time only rows of the training period count, so that no held-out row decides on a user or an item; held-out
+    rows of users and items that are not left then go too.
     Memory: a bucket of rows, what users and items take, and 12 bytes for each row that stays. Raises DataError where
     nothing is left, OSError where the disk is full.
     """
@@ -84,13 +95,25 @@ def clean(frames: Iterable[pl.DataFrame], cleaning: Cleaning, folder: Path, sour
     dropped |= core.dropped
     if not core.users_U.any():
         told = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
+        later = "" if cleaning.cutoff is None else f", or give later dates than --cutoff {cleaning.cutoff}"
         raise DataError(
             f"{source}: no user is left of {buckets.num_users:,} with {num_read:,} rows ({told}): "
-            f"lower --k-core {cleaning.k_core} or --min-length {cleaning.min_length}"
+            f"lower --k-core {cleaning.k_core} or --min-length {cleaning.min_length}{later}"
         )
-    sequences, timestamps = _gathered(buckets, core)
+    sequences, timestamps = _gathered(buckets, core, cleaning.cutoff)
     assert sequences.num_interactions + sum(dropped.values()) == num_read
-    return CleanLog(sequences, timestamps, num_read, dropped)
+    if cleaning.cutoff is not None:
+        _check_targets(sequences, cleaning.cutoff, source)
+    return CleanLog(sequences, timestamps, num_read, dropped, core.users_without_history)
+
+
+def _check_targets(sequences: Sequences, cutoff: Cutoff, source: str) -> None:
+    for split in get_args(Split):
+        if not len(sequences.history_and_target(split).users):
+            raise DataError(
+                f"{source}: none of {sequences.num_users:,} users of the training period has a row in the {split} period: "
+                f"give other dates than --cutoff {cutoff}"
+            )
 
 
 def _between(found: pl.DataFrame, cleaning: Cleaning) -> pl.DataFrame:
@@ -148,9 +171,11 @@ class _Core:
     """The users and items that stay, and how many rows the others took along."""
 
     def __init__(self, buckets: Buckets, cleaning: Cleaning) -> None:
+        self.cutoff = cleaning.cutoff
         self.users_U = np.ones(buckets.num_users, bool)
         self.items_N = np.ones(buckets.num_items, bool)
         self.lengths_U = np.zeros(0, np.int64)
+        self.users_without_history = 0
         short_U = np.zeros(buckets.num_users, bool)
         fewest = max(cleaning.k_core, cleaning.min_length)
         while True:
@@ -164,27 +189,32 @@ class _Core:
             self.items_N &= ~few_N
         self.catalogue_N = self.items_N & (counts_N > 0)
         self.dropped = self._dropped(buckets, short_U)
+        if self.cutoff is not None:
+            self.dropped |= self._dropped_held_out(buckets)
 
     def stay(self, rows_R: np.ndarray) -> np.ndarray:
         """bool[R]"""
-        return self.users_U[rows_R["user"]] & self.items_N[rows_R["item"]]
+        return self.users_U[rows_R["user"]] & self.catalogue_N[rows_R["item"]]
+
+    def _training(self, rows_R: np.ndarray) -> np.ndarray:
+        """The rows that decide who stays: all but the held-out ones of a split by time."""
+        return rows_R if self.cutoff is None else rows_R[rows_R["time"] < self.cutoff.validation]
 
     def _counts(self, buckets: Buckets) -> tuple[np.ndarray, np.ndarray]:
         """int64[U] and int64[N], rows that stay so far."""
         counts_U, counts_N = np.zeros(len(self.users_U), np.int64), np.zeros(len(self.items_N), np.int64)
         for rows_R in buckets:
-            rows_R = rows_R[self.stay(rows_R)]
-            if len(rows_R):
-                first = rows_R["user"].min()
-                counted = np.bincount(rows_R["user"] - first)
-                counts_U[first : first + len(counted)] += counted
-                counts_N += np.bincount(rows_R["item"], minlength=len(counts_N))
+            rows_R = self._training(rows_R)
+            rows_R = rows_R[self.users_U[rows_R["user"]] & self.items_N[rows_R["item"]]]
+            _count_users(rows_R, counts_U)
+            counts_N += np.bincount(rows_R["item"], minlength=len(counts_N))
         return counts_U, counts_N
 
     def _dropped(self, buckets: Buckets, short_U: np.ndarray) -> dict[str, int]:
         """A row whose item goes counts there, any other with its user."""
         of_items = of_short = of_users = 0
         for rows_R in buckets:
+            rows_R = self._training(rows_R)
             by_item_R = ~self.items_N[rows_R["item"]]
             by_user_R = ~by_item_R & ~self.users_U[rows_R["user"]]
             short = int((by_user_R & short_U[rows_R["user"]]).sum())
@@ -193,8 +223,32 @@ class _Core:
             of_users += int(by_user_R.sum()) - short
         return {"items_below_k_core": of_items, "users_below_k_core": of_users, "users_below_min_length": of_short}
 
+    def _dropped_held_out(self, buckets: Buckets) -> dict[str, int]:
+        """A row of a user who goes counts with her, whatever its item: she is not asked. The rows that stay lengthen users."""
+        assert self.cutoff is not None
+        of_users = of_items = 0
+        without_U = np.zeros(len(self.users_U), bool)
+        for rows_R in buckets:
+            rows_R = rows_R[rows_R["time"] >= self.cutoff.validation]
+            by_user_R = ~self.users_U[rows_R["user"]]
+            without_U[rows_R["user"][by_user_R]] = True
+            stay_R = self.stay(rows_R)
+            of_users += int(by_user_R.sum())
+            of_items += int((~by_user_R & ~stay_R).sum())
+            _count_users(rows_R[stay_R], self.lengths_U)
+        self.users_without_history = int(without_U.sum())
+        return {"rows_of_users_without_history": of_users, "rows_of_items_outside_the_catalogue": of_items}
 
-def _gathered(buckets: Buckets, core: _Core) -> tuple[Sequences, np.ndarray]:
+
+def _count_users(rows_R: np.ndarray, counts_U: np.ndarray) -> None:
+    """Add the rows of a bucket, whose users are near each other."""
+    if len(rows_R):
+        first = rows_R["user"].min()
+        counted = np.bincount(rows_R["user"] - first)
+        counts_U[first : first + len(counted)] += counted
+
+
+def _gathered(buckets: Buckets, core: _Core, cutoff: Cutoff | None) -> tuple[Sequences, np.ndarray]:
     user_ids, rows_U = _rows_of(buckets.user_numbers, core.users_U)
     item_ids, rows_N = _rows_of(buckets.item_numbers, core.catalogue_N)
     offsets = np.zeros(len(user_ids) + 1, np.int64)
@@ -207,7 +261,8 @@ def _gathered(buckets: Buckets, core: _Core) -> tuple[Sequences, np.ndarray]:
         places = flat_ranges(offsets[rows_U[users]], lengths)
         items[places] = rows_N[found["item"]]
         timestamps[places] = found["time"]
-    return Sequences(items, offsets, user_ids, item_ids), timestamps
+    periods = None if cutoff is None else cutoff.periods(timestamps, offsets)
+    return Sequences(items, offsets, user_ids, item_ids, periods), timestamps
 
 
 def _rows_of(numbers: Numbers, stay: np.ndarray) -> tuple[list[str], np.ndarray]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from genrec_shards.atomic import atomic_file
+from genrec_shards.periods import Periods
 
 if TYPE_CHECKING:
     from genrec_shards.bad_lines import BadLines
@@ -21,6 +22,8 @@ Split = Literal["validation", "test"]
 TrainedThrough = Literal["n-2", "n-1"]
 
 MINIMUM_LENGTH = 3
+NO_TARGET = -1
+"""Stands for the target of a user who has none in a split."""
 GZIP_MAGIC = b"\x1f\x8b"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -31,7 +34,7 @@ class DataError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class SplitView:
-    """One split of all users, no copy: user u's history is `items[starts[u]:ends[u]]`, her target `targets[u]`."""
+    """One split of some users, no copy: the u-th one's history is `items[starts[u]:ends[u]]`, her target `targets[u]`."""
 
     split: Split
     items: np.ndarray
@@ -41,7 +44,12 @@ class SplitView:
     ends: np.ndarray
     """int64[U], exclusive."""
     targets: np.ndarray
-    """int32[U], item rows."""
+    """int32[U], item rows; NO_TARGET where a split by time leaves her without: she is not asked."""
+
+    @property
+    def users(self) -> np.ndarray:
+        """int64[V], the places of those who have a target, ascending: who is evaluated, each once."""
+        return np.flatnonzero(self.targets != NO_TARGET)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +64,8 @@ class Sequences:
     """Index = user row, in the order of the file."""
     item_ids: list[str]
     """Index = item row, in sorted order."""
+    periods: Periods | None = None
+    """Of a split by time, how far each user's periods reach; None: leave-one-out."""
 
     @property
     def num_users(self) -> int:
@@ -75,28 +85,54 @@ class Sequences:
         return np.diff(self.offsets)
 
     def sequences_hash(self) -> str:
-        """sha256 (hex) of offsets, items and both lists of ids in a form that no platform changes."""
+        """sha256 (hex) of offsets, items, both lists of ids and the periods in a form that no platform changes."""
         digest = hashlib.sha256(b"genrec sequences 1\n")
         digest.update(np.ascontiguousarray(self.offsets, dtype="<i8").data)
         digest.update(np.ascontiguousarray(self.items, dtype="<i4").data)
         update_with_strings(digest, self.user_ids)
         update_with_strings(digest, self.item_ids)
+        if self.periods is not None:
+            self.periods.update(digest)
         return digest.hexdigest()
 
-    def history_and_target(self, split: Split) -> SplitView:
-        """Leave-one-out: validation asks for t_{n-1} after t_1..t_{n-2}, test for t_n after t_1..t_{n-1}."""
+    def history_and_target(self, split: Split, users: np.ndarray | None = None) -> SplitView:
+        """What a split asks of these user rows (None: all).
+
+        Leave-one-out: validation asks for t_{n-1} after t_1..t_{n-2}, test for t_n after t_1..t_{n-1}. Split by time:
+        validation asks for the first item of the validation period after those of the training period, test for the first
+        of the test period after all before it; who has none there has no target.
+        """
         if split not in ("validation", "test"):
             raise ValueError(f"split is {split!r}: choose validation or test")
-        ends = self.offsets[1:] - (2 if split == "validation" else 1)
-        return SplitView(split, self.items, self.offsets[:-1], ends, self.items[ends])
+        chosen = slice(None) if users is None else users
+        starts, behind = self.offsets[:-1][chosen], self.offsets[1:][chosen]
+        if self.periods is None:
+            ends = behind - (2 if split == "validation" else 1)
+            return SplitView(split, self.items, starts, ends, self.items[ends])
+        known = starts + self.periods.known_U[chosen]
+        if split == "validation":
+            ends, behind = starts + self.periods.training_U[chosen], known
+        else:
+            ends = known
+        targets = np.full(len(ends), NO_TARGET, np.int32)
+        asked = ends < behind
+        targets[asked] = self.items[ends[asked]]
+        return SplitView(split, self.items, starts, ends, targets)
 
-    def training_ends(self, trained_through: TrainedThrough = "n-2") -> np.ndarray:
-        """int64[U], exclusive: user u's training part is `items[offsets[u]:training_ends[u]]`."""
-        return self.offsets[1:] - num_held_out(trained_through)
+    def training_ends(self, trained_through: TrainedThrough = "n-2", users: np.ndarray | None = None) -> np.ndarray:
+        """int64[U], exclusive: user u's training part is `items[offsets[u]:training_ends[u]]`; of these user rows (None: all).
+
+        n-2 leaves out what validation and test ask for, or the periods of both; n-1 what test asks for, or its period.
+        """
+        held_out = num_held_out(trained_through)
+        chosen = slice(None) if users is None else users
+        if self.periods is None:
+            return self.offsets[1:][chosen] - held_out
+        return self.offsets[:-1][chosen] + self.periods.lengths(trained_through)[chosen]
 
 
 def num_held_out(trained_through: TrainedThrough) -> int:
-    """How many items at the end of each sequence training must not touch."""
+    """How many items at the end of each sequence training must not touch under leave-one-out."""
     if trained_through not in ("n-2", "n-1"):
         raise ValueError(f"trained_through is {trained_through!r}: choose n-2 or n-1")
     return 2 if trained_through == "n-2" else 1
