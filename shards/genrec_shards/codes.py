@@ -37,6 +37,11 @@ def code_texts(places: np.ndarray) -> list[str]:
     ]
 
 
+def places_of_codes(codes: Sequence[str]) -> np.ndarray:
+    """int64[N, L], what `code_texts` made these words of."""
+    return np.array([[int(part[1:]) - 1 for part in code.split(SEPARATOR)] for code in codes], np.int64)
+
+
 def balance(codes: Sequence[str]) -> list[LevelBalance]:
     """By level, from the first; codes without a separator have one level."""
     levels: list[Counter[str]] = []

@@ -95,10 +95,11 @@ def text_vectors(texts: Sequence[str], dims: int, seed: int) -> np.ndarray:
     Words (of Unicode, in lower case) hashed into FEATURES buckets, (1 + log count) log((1 + N) / (1 + texts with it)),
     rows of length 1, then the largest factors.
     """
-    return factor_rows(_tf_idf(texts), dims, seed)
+    return factor_rows(word_weights(texts), dims, seed)
 
 
-def _tf_idf(texts: Sequence[str]) -> sp.csr_matrix:
+def word_weights(texts: Sequence[str]) -> sp.csr_matrix:
+    """float64[N, F] of the buckets that are used: what `text_vectors` takes the factors of."""
     buckets = [_buckets(text) for text in texts]
     rows = np.repeat(np.arange(len(texts)), [len(found) for found in buckets])
     columns = np.fromiter((bucket for found in buckets for bucket in found), np.int64, len(rows))
