@@ -31,6 +31,27 @@ class Source:
 
 
 @dataclass(frozen=True)
+class Appended:
+    """What one `prepare --append` has added (`append.py`)."""
+
+    source: Source
+    interactions: int
+    users: int
+    """New ones."""
+    items: int
+    dropped: dict[str, int]
+    """What was left out, by reason, as in `DatasetInfo.dropped`."""
+    read: int | None = None
+    """Rows, where they have times: `interactions` and `dropped` add up to it."""
+    k_core: int | None = None
+    """Fewest rows of a new item of a log."""
+    min_length: int | None = None
+    """Fewest rows of a new user of a log."""
+    described_by: Source | None = None
+    """The file of new items' texts."""
+
+
+@dataclass(frozen=True)
 class DatasetInfo:
     """What `dataset.json` holds."""
 
@@ -55,6 +76,8 @@ class DatasetInfo:
     """What `collaborative` and `semantic` codes were made of; not in the file of other numberings."""
     described_by: Source | None = None
     """The file of the items' texts; not in the file where there are none."""
+    appended: tuple[Appended, ...] | None = None
+    """What came later, oldest first: `read` and `dropped` are without it, all other numbers with it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +230,14 @@ def _parts(fields: dict[str, Any]) -> dict[str, Any]:
         parts["hierarchy"] = Hierarchy(**fields["hierarchy"] | {"levels": tuple(fields["hierarchy"]["levels"])})
     if "described_by" in fields:
         parts["described_by"] = Source(**fields["described_by"])
+    if "appended" in fields:
+        parts["appended"] = tuple(_appended(entry) for entry in fields["appended"])
     return parts
+
+
+def _appended(entry: dict[str, Any]) -> Appended:
+    sources = {key: Source(**entry[key]) for key in ("source", "described_by") if entry.get(key) is not None}
+    return Appended(**entry | sources)
 
 
 def source_of(path: Path, files: Sequence[Path]) -> Source:
