@@ -124,7 +124,21 @@ def prepare(
     k_core: Annotated[
         int | None, typer.Option(help="Fewest rows of each user and item of a log that stay, 0: none; default: 5.")
     ] = None,
-    min_length: Annotated[int, typer.Option(help="Fewest items of a user of a log.")] = 3,
+    min_length: Annotated[
+        int | None, typer.Option(help="Fewest items of a user of a log; default: 3, by time 1 in the training period.")
+    ] = None,
+    split: Annotated[
+        Literal["leave-one-out", "global-time"] | None,
+        typer.Option(
+            help="What is held out: each user's last two items (default), or of a log what comes after dates."
+        ),
+    ] = None,
+    cutoff: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VALIDATION,TEST", help="First dates of these periods of global-time, as 2014-01-01,2014-04-01."
+        ),
+    ] = None,
     ties: Annotated[
         Literal["shuffle", "keep"] | None,
         typer.Option(
@@ -157,7 +171,7 @@ def prepare(
         levels=None if levels is None else _whole_numbers("--levels", levels), vectors=vectors,
         vectors_trained_through=vectors_trained_through, items=items, item_column=item_column,
         text_columns=None if text_columns is None else text_columns.split(","), title_column=title_column,
-        k_core=k_core, min_length=min_length, ties=ties, on_error=on_error,
+        k_core=k_core, min_length=min_length, split=split, cutoff=cutoff, ties=ties, on_error=on_error,
         since=since, until=until, expect=expect,
         log=LogOptions(columns=None if columns is None else tuple(columns.split(",")), time_unit=time_unit),
     )  # fmt: skip

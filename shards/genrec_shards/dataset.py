@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from genrec_shards.descriptions import Descriptions
 from genrec_shards.numbering import Hierarchy, Numbering, NumberingName
+from genrec_shards.periods import GlobalTime, Periods, cutoff_of
 from genrec_shards.sequences import DataError, Sequences
 
 FORMAT_VERSION = 1
@@ -78,6 +79,13 @@ class DatasetInfo:
     """The file of the items' texts; not in the file where there are none."""
     appended: tuple[Appended, ...] | None = None
     """What came later, oldest first: `read` and `dropped` are without it, all other numbers with it."""
+    global_time: GlobalTime | None = None
+    """The dates of a split by time and what they leave; not in the file of leave-one-out."""
+
+    @property
+    def split_told(self) -> str:
+        """The split, by time with its dates: what two results must share."""
+        return self.split if self.global_time is None else f"{self.split} {self.global_time.cutoff}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +115,8 @@ def load_dataset(path: str | Path) -> Dataset:
     user_ids, user_codes = _strings(users, "id", path), _strings(users, "code", path)
     item_ids, item_codes = _strings(items, "id", path), _strings(items, "code", path)
     flat_items, offsets, timestamps = _read_lists(path / "sequences.parquet")
-    sequences = Sequences(flat_items, offsets, user_ids, item_ids)
+    periods = None if info.global_time is None else _periods(info.global_time, offsets, timestamps, path)
+    sequences = Sequences(flat_items, offsets, user_ids, item_ids, periods)
     numbering = Numbering(info.numbering, info.seed, item_codes, user_codes, info.hierarchy)
     for name, found in (
         ("sequences_hash", sequences.sequences_hash()),
@@ -122,6 +131,18 @@ def load_dataset(path: str | Path) -> Dataset:
         texts = _strings(items, "text", path)
         descriptions = Descriptions(texts, info.described_by.name, info.described_by.sha256, titles)
     return Dataset(path, sequences, numbering, info, descriptions, timestamps)
+
+
+def _periods(told: GlobalTime, offsets: np.ndarray, timestamps: np.ndarray | None, path: Path) -> Periods:
+    """Where the dates cut each user; the hash of the sequences covers it."""
+    if timestamps is None:
+        raise DataError(f"{path / 'sequences.parquet'}: no column times, which a split by time needs: prepare again")
+    if len(offsets) < 2 or (np.diff(offsets) == 0).any():
+        raise DataError(f"{path / 'sequences.parquet'}: a user without items: prepare again")
+    try:
+        return cutoff_of(told.cutoff).periods(timestamps, offsets)
+    except ValueError as error:
+        raise DataError(f"{path / 'dataset.json'}: {error}: prepare again") from None
 
 
 def write_dataset(dataset: Dataset, folder: Path) -> None:
@@ -232,6 +253,8 @@ def _parts(fields: dict[str, Any]) -> dict[str, Any]:
         parts["described_by"] = Source(**fields["described_by"])
     if "appended" in fields:
         parts["appended"] = tuple(_appended(entry) for entry in fields["appended"])
+    if "global_time" in fields:
+        parts["global_time"] = GlobalTime(**fields["global_time"])
     return parts
 
 

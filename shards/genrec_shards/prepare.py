@@ -4,21 +4,23 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
 from genrec_shards.atomic import atomic_directory
 from genrec_shards.bad_lines import BadLines, OnError
-from genrec_shards.clean import Cleaning, Ties, clean
+from genrec_shards.clean import Cleaning, CleanLog, Ties, clean, shortest
 from genrec_shards.dataset import FORMAT_VERSION, Dataset, DatasetInfo, Source, load_dataset, source_of, write_dataset
 from genrec_shards.descriptions import Descriptions, read_descriptions
 from genrec_shards.expected import check_expected, public_set
 from genrec_shards.numbering import NumberingName, number
+from genrec_shards.periods import GLOBAL_TIME, LEAVE_ONE_OUT, Cutoff, GlobalTime, cutoff_of
 from genrec_shards.readers.blocks import readable
 from genrec_shards.readers.guess import LOG_FORMATS, Format, guess_format
 from genrec_shards.readers.logs import LogOptions, read_log, source_files
 from genrec_shards.readers.times import moment
-from genrec_shards.sequences import MINIMUM_LENGTH, Sequences, TrainedThrough, read_sequences
+from genrec_shards.sequences import Sequences, Split, TrainedThrough, read_sequences
 from genrec_shards.trained_vectors import read_trained_vectors
 
 K_CORE = 5
@@ -33,7 +35,8 @@ def prepare(
     numbering: NumberingName = "random",
     seed: int = 0,
     ties: Ties | None = None,
-    split: str = "leave-one-out",
+    split: str | None = None,
+    cutoff: str | None = None,
     overwrite: bool = False,
     levels: Sequence[int] | None = None,
     vectors: str | Path | None = None,
@@ -43,7 +46,7 @@ def prepare(
     text_columns: Sequence[str] | None = None,
     title_column: str | None = None,
     k_core: int | None = None,
-    min_length: int = MINIMUM_LENGTH,
+    min_length: int | None = None,
     on_error: OnError = "stop",
     log: LogOptions | None = None,
     since: str | None = None,
@@ -56,18 +59,22 @@ def prepare(
     `k_core` (default 5), `min_length`, `ties` (default shuffle), `since` and `until` (ISO 8601, both included) what becomes of
     it (`clean.py`); or `data`, a data
     directory that is to be numbered anew: its sequences stay what they are, so its shards serve both. `auto` tells them
-    by name and content. `expect`: a published set (`expected.py`) that names the dates, where none are given, and whose
-    counts must come out. `on_error`: what a line that cannot be read does, `stop` or `skip`. `levels`, `vectors`: as in
-    `number` and `read_trained_vectors`. `items`, `item_column`, `text_columns`, `title_column`: as in `read_descriptions`;
+    by name and content. `split`: `leave-one-out` (default) or, of a log, `global-time` with its `cutoff` VALIDATION,TEST, the
+    first dates of these periods: core, catalogue and numbering are then those of the training period (`periods.py`); a data
+    directory keeps its own. `min_length`: default 3, by time 1, counted in the training period. `expect`: a published set
+    (`expected.py`) that names the dates, where none are given, and whose counts must come out. `on_error`: what a line that
+    cannot be read does, `stop` or `skip`. `levels`, `vectors`: as in `number` and `read_trained_vectors`. `items`,
+    `item_column`, `text_columns`, `title_column`: as in `read_descriptions`;
     texts and titles are kept, and `format="data"` finds them again. Raises DataError for what is wrong with a file,
     ValueError for a wrong argument or an `out` that exists.
     """
     source, out = Path(source), Path(out)
     readable(source)
     format = guess_format(source) if format == "auto" else format
-    _check_choices(format, ties, split)
+    _check_choices(format, ties)
+    periods_from = _cutoff(format, split, cutoff)
     if format not in LOG_FORMATS and (k_core, min_length, since, until, log or LogOptions()) != (
-        None, MINIMUM_LENGTH, None, None, LogOptions()
+        None, None, None, None, LogOptions()
     ):  # fmt: skip
         raise ValueError(
             f"k_core, min_length, since, until, columns and time_unit are a log's ({', '.join(LOG_FORMATS)}), this is "
@@ -82,11 +89,12 @@ def prepare(
         since, until = public_set(expect).since, public_set(expect).until
     cleaning = Cleaning(
         K_CORE if k_core is None else k_core,
-        min_length,
+        shortest(periods_from) if min_length is None else min_length,
         ties or "shuffle",
         seed,
         None if since is None else moment(since, "--since"),
         None if until is None else moment(until, "--until", end_of_day=True),
+        periods_from,
     )
     # A log's rows wait beside the output for their users, so a place that cannot be written is told before hours of reading.
     with atomic_directory(out, overwrite, marker="dataset.json") as folder:
@@ -114,7 +122,7 @@ def prepare(
             interactions=sequences.num_interactions,
             numbering=numbering,
             seed=seed,
-            split=split,
+            split=LEAVE_ONE_OUT if taken.global_time is None else GLOBAL_TIME,
             ties=taken.ties,
             sequences_hash=sequences.sequences_hash(),
             numbering_hash=codes.numbering_hash(),
@@ -123,6 +131,7 @@ def prepare(
             expected=expect,
             hierarchy=codes.hierarchy,
             described_by=None if descriptions is None else Source(descriptions.name, descriptions.sha256),
+            global_time=taken.global_time,
         )
         dataset = Dataset(out, sequences, codes, info, descriptions, taken.timestamps, tuple(bad.told()))
         write_dataset(dataset, folder)
@@ -136,6 +145,8 @@ def cleaning_told(dataset: Dataset) -> list[str]:
         parts = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in info.dropped.items() if count]
         out = f"; left out: {', '.join(parts)}" if parts else ", none left out"
         lines.append(f"{info.read:,} rows read, {info.interactions:,} kept{out}")
+    if info.global_time is not None:
+        lines.append(info.global_time.told())
     if info.expected is not None:
         lines.append(check_expected(info.expected, dataset.sequences, info.source.name))
     return [*lines, *dataset.bad_lines]
@@ -152,6 +163,7 @@ class _Taken:
     ties: str
     dropped: dict[str, int]
     num_read: int | None
+    global_time: GlobalTime | None = None
 
 
 def _read(source: Path, format: Format, bad: BadLines, cleaning: Cleaning, log: LogOptions, folder: Path) -> _Taken:
@@ -159,7 +171,8 @@ def _read(source: Path, format: Format, bad: BadLines, cleaning: Cleaning, log: 
     if format == "data":
         data = load_dataset(source)
         return _Taken(
-            data.sequences, data.info.source, data.descriptions, data.timestamps, data.info.ties, data.info.dropped, data.info.read
+            data.sequences, data.info.source, data.descriptions, data.timestamps, data.info.ties, data.info.dropped, data.info.read,
+            data.info.global_time,
         )  # fmt: skip
     if format == "sequences":
         sequences = read_sequences(source, bad)
@@ -171,12 +184,18 @@ def _read(source: Path, format: Format, bad: BadLines, cleaning: Cleaning, log: 
     shutil.rmtree(waiting)
     origin = source_of(source, source_files(source, format))
     dropped = {"bad_lines": bad.count} | found.dropped
-    return _Taken(
-        found.sequences, origin, None, found.timestamps, cleaning.ties, dropped, found.num_read + bad.count
-    )  # fmt: skip
+    num_read, told = found.num_read + bad.count, _global_time(cleaning.cutoff, found)
+    return _Taken(found.sequences, origin, None, found.timestamps, cleaning.ties, dropped, num_read, told)
 
 
-def _check_choices(format: str, ties: str | None, split: str) -> None:
+def _global_time(cutoff: Cutoff | None, found: CleanLog) -> GlobalTime | None:
+    if cutoff is None:
+        return None
+    validation, test = (found.sequences.history_and_target(split) for split in get_args(Split))
+    return GlobalTime(str(cutoff), len(validation.users), len(test.users), found.users_without_history)
+
+
+def _check_choices(format: str, ties: str | None) -> None:
     if format not in ("sequences", "data", *LOG_FORMATS):
         raise ValueError(
             f"format {format!r} is not supported: use --format sequences, {', '.join(LOG_FORMATS)}, or data to number a "
@@ -184,5 +203,25 @@ def _check_choices(format: str, ties: str | None, split: str) -> None:
         )
     if format not in LOG_FORMATS and ties not in (None, "keep"):
         raise ValueError(f"ties {ties!r}: the {format} format has no ties left to order: use --ties keep")
-    if split != "leave-one-out":
-        raise ValueError(f"split {split!r} is not supported yet: use --split leave-one-out; others come later")
+
+
+def _cutoff(format: str, split: str | None, cutoff: str | None) -> Cutoff | None:
+    """The dates of a split by time; None for leave-one-out, and for a data directory, which is cut already."""
+    if split not in (None, LEAVE_ONE_OUT, GLOBAL_TIME):
+        raise ValueError(f"split {split!r}: choose {LEAVE_ONE_OUT} or {GLOBAL_TIME}")
+    if format == "data" and (split, cutoff) != (None, None):
+        raise ValueError("a data directory keeps its split: leave out --split and --cutoff, or prepare its log again")
+    if split != GLOBAL_TIME:
+        if cutoff is not None:
+            raise ValueError(f"--cutoff {cutoff[:60]}: dates go with --split {GLOBAL_TIME}")
+        return None
+    if format not in LOG_FORMATS:
+        raise ValueError(
+            f"split {GLOBAL_TIME}: the {format} format has no times: give a log, or use --split {LEAVE_ONE_OUT}"
+        )
+    if cutoff is None:
+        raise ValueError(
+            f"split {GLOBAL_TIME} needs the first dates of the validation and the test period: give --cutoff VALIDATION,TEST, "
+            "as 2014-01-01,2014-04-01"
+        )
+    return cutoff_of(cutoff)
