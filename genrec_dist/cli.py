@@ -76,8 +76,16 @@ def demo(
 
 @app.command()
 def prepare(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="The log, gz or not; or a folder.")],
-    out_dir: Annotated[Path, typer.Option("--out", help="Data directory to write.")],
+    context: typer.Context,
+    source: Annotated[Path | None, typer.Argument(metavar="SOURCE", help="The log, gz or not; or a folder.")] = None,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Data directory to write; of --append default: DATA itself.")
+    ] = None,
+    append: Annotated[
+        Path | None,
+        typer.Option(metavar="NEW", help="In place of SOURCE: what is to be added to --to, whose rows and codes stay."),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(metavar="DATA", help="With --append: the data directory.")] = None,
     format_: Annotated[
         str,
         typer.Option(
@@ -157,8 +165,12 @@ def prepare(
 ) -> None:
     """Turn a log into sequences with leak-free codes, and audit it.
 
+    With --append a log, or another source, is added to a data directory: docs/refresh.md.
+
     Example: genrec prepare Beauty.txt.gz --out data/beauty --numbering random
     """
+    from genrec_shards.append import append as run_append
+    from genrec_shards.append import appended_told
     from genrec_shards.numbering import told
     from genrec_shards.prepare import cleaning_told
     from genrec_shards.prepare import prepare as run_prepare
@@ -166,6 +178,23 @@ def prepare(
 
     from genrec_dist.audit import write_audit
 
+    _check_prepare(context, source, out_dir, append, to)
+    if append is not None and to is not None:
+        grown = run_append(
+            append, to, out_dir, format=format_, overwrite=overwrite, k_core=k_core, min_length=min_length,  # type: ignore[arg-type]
+            since=since, until=until, on_error=on_error, items=items, item_column=item_column,
+            text_columns=None if text_columns is None else text_columns.split(","), title_column=title_column,
+            log=LogOptions(columns=None if columns is None else tuple(columns.split(",")), time_unit=time_unit),
+        )  # fmt: skip
+        write_audit(grown)
+        for line in appended_told(grown):
+            say(line)
+        info = grown.info
+        say(f"{grown.path}: {info.users:,} users, {info.items:,} items, {info.interactions:,} interactions")
+        say(f"shards hold the sequences they were made of; next: genrec shard {grown.path}")
+        return
+    assert source is not None
+    assert out_dir is not None
     dataset = run_prepare(
         source, out_dir, format=format_, numbering=numbering, seed=seed, overwrite=overwrite,  # type: ignore[arg-type]
         levels=None if levels is None else _whole_numbers("--levels", levels), vectors=vectors,
@@ -187,6 +216,28 @@ def prepare(
         say(line)
     if dataset.numbering.hierarchy is None:
         say(found.sentence(), style="yellow" if found.leaks else "")
+
+
+def _check_prepare(
+    context: typer.Context, source: Path | None, out_dir: Path | None, append: Path | None, to: Path | None
+) -> None:
+    """Either a source and where it goes, or what is added to which data."""
+    if append is None:
+        if to is not None:
+            raise UsageError("--to DATA belongs to --append NEW")
+        if source is None or out_dir is None:
+            raise UsageError(
+                "give SOURCE, or --append NEW --to DATA" if source is None else "give --out, the data directory"
+            )
+        return
+    if source is not None:
+        raise UsageError(f"give SOURCE {source} or --append {append}, not both")
+    if to is None:
+        raise UsageError(f"--append {append} needs --to DATA, the data directory that it is added to")
+    settled = ("numbering", "seed", "levels", "vectors", "vectors_trained_through", "ties", "expect", "split", "cutoff")
+    for name in settled:
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
+            raise UsageError(f"--{name.replace('_', '-')} with --append: {to} has settled it, leave it out")
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:
