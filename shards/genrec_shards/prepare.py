@@ -11,7 +11,16 @@ import numpy as np
 from genrec_shards.atomic import atomic_directory
 from genrec_shards.bad_lines import BadLines, OnError
 from genrec_shards.clean import Cleaning, CleanLog, Ties, clean, shortest
-from genrec_shards.dataset import FORMAT_VERSION, Dataset, DatasetInfo, Source, load_dataset, source_of, write_dataset
+from genrec_shards.dataset import (
+    FORMAT_VERSION,
+    Appended,
+    Dataset,
+    DatasetInfo,
+    Source,
+    load_dataset,
+    source_of,
+    write_dataset,
+)
 from genrec_shards.descriptions import Descriptions, read_descriptions
 from genrec_shards.expected import check_expected, public_set
 from genrec_shards.numbering import NumberingName, number
@@ -131,6 +140,7 @@ def prepare(
             expected=expect,
             hierarchy=codes.hierarchy,
             described_by=None if descriptions is None else Source(descriptions.name, descriptions.sha256),
+            appended=taken.appended,
             global_time=taken.global_time,
         )
         dataset = Dataset(out, sequences, codes, info, descriptions, taken.timestamps, tuple(bad.told()))
@@ -144,7 +154,8 @@ def cleaning_told(dataset: Dataset) -> list[str]:
     if info.read is not None:
         parts = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in info.dropped.items() if count]
         out = f"; left out: {', '.join(parts)}" if parts else ", none left out"
-        lines.append(f"{info.read:,} rows read, {info.interactions:,} kept{out}")
+        later = sum(entry.interactions for entry in info.appended or ())
+        lines.append(f"{info.read:,} rows read, {info.interactions - later:,} kept{out}")
     if info.global_time is not None:
         lines.append(info.global_time.told())
     if info.expected is not None:
@@ -163,6 +174,7 @@ class _Taken:
     ties: str
     dropped: dict[str, int]
     num_read: int | None
+    appended: tuple[Appended, ...] | None = None
     global_time: GlobalTime | None = None
 
 
@@ -172,7 +184,7 @@ def _read(source: Path, format: Format, bad: BadLines, cleaning: Cleaning, log: 
         data = load_dataset(source)
         return _Taken(
             data.sequences, data.info.source, data.descriptions, data.timestamps, data.info.ties, data.info.dropped, data.info.read,
-            data.info.global_time,
+            data.info.appended, data.info.global_time,
         )  # fmt: skip
     if format == "sequences":
         sequences = read_sequences(source, bad)
