@@ -196,8 +196,10 @@ def _read(source: Path, format: Format, bad: BadLines, cleaning: Cleaning, log: 
     shutil.rmtree(waiting)
     origin = source_of(source, source_files(source, format))
     dropped = {"bad_lines": bad.count} | found.dropped
-    num_read, told = found.num_read + bad.count, _global_time(cleaning.cutoff, found)
-    return _Taken(found.sequences, origin, None, found.timestamps, cleaning.ties, dropped, num_read, told)
+    return _Taken(
+        found.sequences, origin, None, found.timestamps, cleaning.ties, dropped, found.num_read + bad.count,
+        global_time=_global_time(cleaning.cutoff, found),
+    )  # fmt: skip
 
 
 def _global_time(cutoff: Cutoff | None, found: CleanLog) -> GlobalTime | None:
