@@ -229,8 +229,8 @@ def _core(found: Incoming, old: Sequences, rules: _Rules | None) -> tuple[np.nda
 
 def _placed(numbers_R: np.ndarray, ids: list[str], num_known: int, by_id: bool) -> tuple[list[str], np.ndarray]:
     """(ids by row, row by number): the known ones as they were, behind them those of the others that have rows."""
-    found = np.unique(numbers_R)
-    found = found[found >= num_known].tolist()
+    numbers = np.unique(numbers_R)
+    found: list[int] = numbers[numbers >= num_known].tolist()
     if by_id:
         number_of = {ids[number]: number for number in found}
         found = [number_of[id_] for id_ in sort_ids(number_of)]

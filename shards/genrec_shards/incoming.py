@@ -53,6 +53,7 @@ def read_incoming(path: Path, format: Format, data: Dataset, bad: BadLines, log:
     """Read a source of any format but `auto`. Raises DataError, one line, as its reader does."""
     users = {id_: row for row, id_ in enumerate(data.sequences.user_ids)}
     items = {id_: row for row, id_ in enumerate(data.sequences.item_ids)}
+    times_R: np.ndarray | None
     if format in LOG_FORMATS:
         rows = [_numbered(found, users, items) for found in read_log(path, format, bad, log)]
         users_R, items_R, times_R = (
