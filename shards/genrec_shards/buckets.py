@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -58,6 +58,25 @@ class Numbers:
         """All ids, by number."""
         for first in range(0, self._count, NAMES_AT_ONCE):
             yield from self.names(np.arange(first, min(first + NAMES_AT_ONCE, self._count)))
+
+
+class Rows(Protocol):
+    """Rows in buckets, a user's all in one, wherever they lie."""
+
+    user_numbers: Numbers
+    item_numbers: Numbers
+
+    @property
+    def num_users(self) -> int: ...
+
+    @property
+    def num_items(self) -> int: ...
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """ROW[n] of each bucket."""
+
+    def replace(self, bucket: int, rows: np.ndarray) -> None:
+        """Let a bucket hold these rows."""
 
 
 class Buckets:

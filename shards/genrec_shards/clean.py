@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
-from genrec_shards.buckets import Buckets, Numbers
+from genrec_shards.buckets import Buckets
 from genrec_shards.keyed import keyed_bits, mixed_key
 from genrec_shards.periods import Cutoff
 from genrec_shards.sequences import MINIMUM_LENGTH, DataError, Sequences, Split, flat_ranges, sort_ids
 
 if TYPE_CHECKING:
     import polars as pl
+
+    from genrec_shards.buckets import Numbers, Rows
 
 # U users, N items, R rows of a bucket; users and items have numbers until the last step.
 
@@ -87,27 +89,47 @@ def clean(frames: Iterable[pl.DataFrame], cleaning: Cleaning, folder: Path, sour
     buckets, num_read = Buckets(folder), 0
     for found in frames:
         num_read += found.height
-        buckets.add(_between(found, cleaning))
-    if not num_read:
-        raise DataError(f"{source}: empty: no interaction in it that can be read")
-    dropped = {"outside_dates": num_read - buckets.num_rows, "duplicates": _sort(buckets, cleaning)}
-    core = _Core(buckets, cleaning)
+        buckets.add(between(found, cleaning))
+    check_read(num_read, source)
+    dropped = {"outside_dates": num_read - buckets.num_rows, "duplicates": sort_buckets(buckets, cleaning)}
+    core = Core(buckets, cleaning)
+    while True:
+        counts_N = core.count(buckets)
+        few_N = core.few_items(counts_N)
+        if not few_N.any() and not core.few_users().any():
+            break
+        core.drop(few_N)
+    core.settle(buckets, counts_N)
     dropped |= core.dropped
     if not core.users_U.any():
-        told = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
-        later = "" if cleaning.cutoff is None else f", or give later dates than --cutoff {cleaning.cutoff}"
-        raise DataError(
-            f"{source}: no user is left of {buckets.num_users:,} with {num_read:,} rows ({told}): "
-            f"lower --k-core {cleaning.k_core} or --min-length {cleaning.min_length}{later}"
-        )
+        raise nobody_left(buckets.num_users, num_read, dropped, cleaning, source)
     sequences, timestamps = _gathered(buckets, core, cleaning.cutoff)
     assert sequences.num_interactions + sum(dropped.values()) == num_read
     if cleaning.cutoff is not None:
-        _check_targets(sequences, cleaning.cutoff, source)
+        check_targets(sequences, cleaning.cutoff, source)
     return CleanLog(sequences, timestamps, num_read, dropped, core.users_without_history)
 
 
-def _check_targets(sequences: Sequences, cutoff: Cutoff, source: str) -> None:
+def check_read(num_read: int, source: str) -> None:
+    """Raises DataError for a log without a row."""
+    if not num_read:
+        raise DataError(f"{source}: empty: no interaction in it that can be read")
+
+
+def nobody_left(
+    num_users: int, num_read: int, dropped: dict[str, int], cleaning: Cleaning, source: str
+) -> DataError:  # fmt: skip
+    """What to raise where no user stays of so many."""
+    told = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
+    later = "" if cleaning.cutoff is None else f", or give later dates than --cutoff {cleaning.cutoff}"
+    return DataError(
+        f"{source}: no user is left of {num_users:,} with {num_read:,} rows ({told}): "
+        f"lower --k-core {cleaning.k_core} or --min-length {cleaning.min_length}{later}"
+    )
+
+
+def check_targets(sequences: Sequences, cutoff: Cutoff, source: str) -> None:
+    """Raises DataError where nobody has a target in one of the periods."""
     for split in get_args(Split):
         if not len(sequences.history_and_target(split).users):
             raise DataError(
@@ -116,7 +138,8 @@ def _check_targets(sequences: Sequences, cutoff: Cutoff, source: str) -> None:
             )
 
 
-def _between(found: pl.DataFrame, cleaning: Cleaning) -> pl.DataFrame:
+def between(found: pl.DataFrame, cleaning: Cleaning) -> pl.DataFrame:
+    """The rows within the dates."""
     if cleaning.since is not None:
         found = found.filter(found["time"] >= cleaning.since)
     if cleaning.until is not None:
@@ -124,7 +147,7 @@ def _between(found: pl.DataFrame, cleaning: Cleaning) -> pl.DataFrame:
     return found
 
 
-def _sort(buckets: Buckets, cleaning: Cleaning) -> int:
+def sort_buckets(buckets: Rows, cleaning: Cleaning) -> int:
     """Order each bucket by user, time and tie, without duplicates; how many these were."""
     num_duplicates = 0
     hashes = [id_hashes(names) for names in (buckets.user_numbers, buckets.item_numbers)]
@@ -167,28 +190,47 @@ def id_hashes(names: Iterable[str]) -> np.ndarray:
     return np.frombuffer(digests, "<u8")
 
 
-class _Core:
-    """The users and items that stay, and how many rows the others took along."""
+class Core:
+    """The users and items that stay, and how many rows the others took along.
 
-    def __init__(self, buckets: Buckets, cleaning: Cleaning) -> None:
-        self.cutoff = cleaning.cutoff
+    First `count` and `drop` in turn, until `few_items` and `few_users` name nobody; then `settle`. Of several cores with the
+    users of one log among them, and the same items, the items' counts are to be added up.
+    """
+
+    def __init__(self, buckets: Rows, cleaning: Cleaning) -> None:
+        self.cleaning, self.cutoff = cleaning, cleaning.cutoff
         self.users_U = np.ones(buckets.num_users, bool)
         self.items_N = np.ones(buckets.num_items, bool)
-        self.lengths_U = np.zeros(0, np.int64)
+        self.catalogue_N = self.items_N
+        self.lengths_U = np.zeros(buckets.num_users, np.int64)
+        self.short_U = np.zeros(buckets.num_users, bool)
+        self.dropped: dict[str, int] = {}
         self.users_without_history = 0
-        short_U = np.zeros(buckets.num_users, bool)
-        fewest = max(cleaning.k_core, cleaning.min_length)
-        while True:
-            self.lengths_U, counts_N = self._counts(buckets)
-            few_U = self.users_U & (self.lengths_U < fewest)
-            few_N = self.items_N & (counts_N < cleaning.k_core)
-            if not few_U.any() and not few_N.any():
-                break
-            short_U |= few_U & (self.lengths_U >= cleaning.k_core)
-            self.users_U &= ~few_U
-            self.items_N &= ~few_N
+
+    def count(self, buckets: Rows) -> np.ndarray:
+        """int64[N], each item's rows that stay so far; `lengths_U` holds the users'."""
+        self.lengths_U, counts_N = self._counts(buckets)
+        return counts_N
+
+    def few_items(self, counts_N: np.ndarray) -> np.ndarray:
+        """bool[N], the items so far that have too few rows."""
+        return self.items_N & (counts_N < self.cleaning.k_core)
+
+    def few_users(self) -> np.ndarray:
+        """bool[U], the users so far that have too few rows."""
+        return self.users_U & (self.lengths_U < max(self.cleaning.k_core, self.cleaning.min_length))
+
+    def drop(self, few_N: np.ndarray) -> None:
+        """Leave out these items and all users with too few rows."""
+        few_U = self.few_users()
+        self.short_U |= few_U & (self.lengths_U >= self.cleaning.k_core)
+        self.users_U &= ~few_U
+        self.items_N = self.items_N & ~few_N
+
+    def settle(self, buckets: Rows, counts_N: np.ndarray) -> None:
+        """Nobody has too few rows any more: which items are left, and what became of the rows. `counts_N`: the last ones."""
         self.catalogue_N = self.items_N & (counts_N > 0)
-        self.dropped = self._dropped(buckets, short_U)
+        self.dropped = self._dropped(buckets, self.short_U)
         if self.cutoff is not None:
             self.dropped |= self._dropped_held_out(buckets)
 
@@ -200,7 +242,7 @@ class _Core:
         """The rows that decide who stays: all but the held-out ones of a split by time."""
         return rows_R if self.cutoff is None else rows_R[rows_R["time"] < self.cutoff.validation]
 
-    def _counts(self, buckets: Buckets) -> tuple[np.ndarray, np.ndarray]:
+    def _counts(self, buckets: Rows) -> tuple[np.ndarray, np.ndarray]:
         """int64[U] and int64[N], rows that stay so far."""
         counts_U, counts_N = np.zeros(len(self.users_U), np.int64), np.zeros(len(self.items_N), np.int64)
         for rows_R in buckets:
@@ -210,7 +252,7 @@ class _Core:
             counts_N += np.bincount(rows_R["item"], minlength=len(counts_N))
         return counts_U, counts_N
 
-    def _dropped(self, buckets: Buckets, short_U: np.ndarray) -> dict[str, int]:
+    def _dropped(self, buckets: Rows, short_U: np.ndarray) -> dict[str, int]:
         """A row whose item goes counts there, any other with its user."""
         of_items = of_short = of_users = 0
         for rows_R in buckets:
@@ -223,7 +265,7 @@ class _Core:
             of_users += int(by_user_R.sum()) - short
         return {"items_below_k_core": of_items, "users_below_k_core": of_users, "users_below_min_length": of_short}
 
-    def _dropped_held_out(self, buckets: Buckets) -> dict[str, int]:
+    def _dropped_held_out(self, buckets: Rows) -> dict[str, int]:
         """A row of a user who goes counts with her, whatever its item: she is not asked. The rows that stay lengthen users."""
         assert self.cutoff is not None
         of_users = of_items = 0
@@ -248,7 +290,7 @@ def _count_users(rows_R: np.ndarray, counts_U: np.ndarray) -> None:
         counts_U[first : first + len(counted)] += counted
 
 
-def _gathered(buckets: Buckets, core: _Core, cutoff: Cutoff | None) -> tuple[Sequences, np.ndarray]:
+def _gathered(buckets: Buckets, core: Core, cutoff: Cutoff | None) -> tuple[Sequences, np.ndarray]:
     user_ids, rows_U = _rows_of(buckets.user_numbers, core.users_U)
     item_ids, rows_N = _rows_of(buckets.item_numbers, core.catalogue_N)
     offsets = np.zeros(len(user_ids) + 1, np.int64)
