@@ -126,7 +126,8 @@ class Tuning:
             exclude_history=self.exclude_history,
             settings=knn.KnnSettings(**settings),
         )
-        ranks = lists.ranks(self.dataset.sequences.history_and_target("validation").targets)
+        view = self.dataset.sequences.history_and_target("validation")
+        ranks = lists.ranks(view.targets[view.users])
         metrics = metrics_from_histogram(rank_histogram(ranks))
         return {
             "score": metrics["NDCG@10"],

@@ -28,7 +28,7 @@ reaches seven times popularity. The interval keeps a handful of users from raisi
 
 @dataclass(frozen=True)
 class Audit:
-    """Shares are of all users; each dict has the keys `validation` and `test`."""
+    """Shares are of all users who have a target; each dict has the keys `validation` and `test`."""
 
     users: int
     items: int
@@ -41,11 +41,11 @@ class Audit:
     repeated_targets: dict[str, float]
     """Share of targets that are in the user's own history."""
     unseen_targets: dict[str, float]
-    """Share of targets that no training part t_1..t_{n-2} holds."""
+    """Share of targets that no training part (n-2) holds."""
     tied_users: float | None
     """Share of users with two interactions at one time, so that their order is the file's; None without timestamps."""
     tied_held_out: float | None
-    """Share of users whose validation and test target bear one time; None without timestamps."""
+    """Share of users with both targets whose targets bear one time; None without timestamps."""
 
     @property
     def leaks(self) -> bool:
@@ -120,10 +120,11 @@ def repeated_targets(sequences: Sequences) -> dict[str, float]:
     shares = {}
     for split in get_args(Split):
         repeated = 0
-        for rows in windows(range(sequences.num_users)):
+        asked = sequences.history_and_target(split).users
+        for rows in windows(asked):
             past = histories(sequences, split, rows)
             repeated += int(past.holds(np.arange(past.num_users), past.targets_U).sum())
-        shares[split] = repeated / sequences.num_users
+        shares[split] = repeated / len(asked)
     return shares
 
 
@@ -140,13 +141,19 @@ def _counting(
 
 
 def _histogram(sequences: Sequences, split: Split, lists: Lists) -> np.ndarray:
-    return rank_histogram(target_ranks(lists.items_UN, sequences.history_and_target(split).targets))
+    return rank_histogram(target_ranks(lists.items_UN, _targets(sequences, split)))
+
+
+def _targets(sequences: Sequences, split: Split) -> np.ndarray:
+    """int32[V], of the users who have one."""
+    view = sequences.history_and_target(split)
+    return view.targets[view.users]
 
 
 def _unseen_targets(sequences: Sequences) -> dict[str, float]:
     seen = np.zeros(sequences.num_items, dtype=bool)
     seen[training_part(sequences, "test", "n-2").items] = True
-    return {split: float((~seen[sequences.history_and_target(split).targets]).mean()) for split in get_args(Split)}
+    return {split: float((~seen[_targets(sequences, split)]).mean()) for split in get_args(Split)}
 
 
 def _tied_users(sequences: Sequences, timestamps: np.ndarray) -> float:
@@ -157,7 +164,10 @@ def _tied_users(sequences: Sequences, timestamps: np.ndarray) -> float:
 
 
 def _tied_held_out(sequences: Sequences, timestamps: np.ndarray) -> float:
-    return float((timestamps[sequences.offsets[1:] - 1] == timestamps[sequences.offsets[1:] - 2]).mean())
+    validation, test = (sequences.history_and_target(split) for split in get_args(Split))
+    both = np.intersect1d(validation.users, test.users)
+    # Of a split by time the targets lie in different periods.
+    return float((timestamps[validation.ends[both]] == timestamps[test.ends[both]]).mean()) if len(both) else 0.0
 
 
 def _check_lengths(sequences: Sequences, codes: list[str], timestamps: np.ndarray | None) -> None:

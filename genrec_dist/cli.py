@@ -361,8 +361,9 @@ def evaluate(
                 loaded, dataset, decoding, recipe.trained_through if recipe else "n-2",
                 item_weight=item_weight, graph_weight=graph_weight, overrides=graph_settings, anew=tune_weights,
             )  # fmt: skip
+        num_users = len(dataset.sequences.history_and_target(split).users)
         if tune_weights:
-            with _progress("weights", dataset.sequences.num_users) as advance:
+            with _progress("weights", num_users) as advance:
                 choice = tune_mixture(
                     loaded, dataset, decoding=decoding, trained_through=recipe.trained_through if recipe else "n-2",
                     ranks=Ranks(), on_batch=advance,
@@ -370,7 +371,7 @@ def evaluate(
             if _rank() == 0:
                 say(choice.told())
             return
-        with _progress(f"evaluate {split}", dataset.sequences.num_users) as advance:
+        with _progress(f"evaluate {split}", num_users) as advance:
             metrics = run_evaluate(
                 loaded,
                 dataset,

@@ -310,14 +310,15 @@ def evaluate(
     on_batch: Callable[[int], None] | None = None,
     window: int = WINDOW,
 ) -> dict[str, Any] | None:
-    """Decode, score and write `metrics-SPLIT.json` and `topN-SPLIT.parquet` into the run directory, window by window. Collective.
+    """Decode, score and write `metrics-SPLIT.json` and `topN-SPLIT.parquet` into the run directory, window by window: the lists
+    of each user who has a target in the split, once. Collective.
 
     Returns the metrics on rank 0, None elsewhere. Raises ValueError if the run speaks another numbering; an error of one rank on
     all of them, and then nothing is written.
     """
     ranks = ranks or Ranks()
     view = dataset.sequences.history_and_target(split)
-    users_U = np.arange(dataset.sequences.num_users)
+    users_U = view.users
     protocol = Protocol.of(
         dataset,
         trained_through=trained_through,
@@ -374,7 +375,7 @@ def tune_mixture(
     ranks: Ranks | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> mixture.Choice:
-    """The weights of mode `hybrid` with the best NDCG@10 on validation, all users; on rank 0 written to the run's `hybrid.json`.
+    """The weights of mode `hybrid` with the best NDCG@10 on validation, its users; on rank 0 written to the run's `hybrid.json`.
 
     Of `decoding` beam, history exclusion and the graph's settings are used. What the parts say of the candidates is computed once
     and mixed in all ways of the grid. Collective. Raises ValueError if training saw the validation targets.
@@ -385,7 +386,9 @@ def tune_mixture(
     view = dataset.sequences.history_and_target("validation")
     has_head = bool(run.model.config.item_loss)
     tried = mixture.grid(mixture.ITEM_WEIGHTS if has_head else (1.0,), decoding.graph)
-    batches = cut_batches(view.ends - view.starts, decoding.batch_size)
+    batches = [
+        view.users[places_B] for places_B in cut_batches((view.ends - view.starts)[view.users], decoding.batch_size)
+    ]
 
     def mine() -> np.ndarray:
         counts_G = np.zeros((len(tried), TOP + 1), np.int64)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from genrec_shards.atomic import atomic_file
 from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.sequences import num_held_out
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -89,7 +90,8 @@ class Catalogue:
 
     users: int
     items: int
-    items_a_user: np.ndarray
+    training_items: np.ndarray
+    """int64, items of each user's training part; where sizes are stated, of a few users who stand for all."""
     words: WordTable | None
     """None: the tokenizer is not at hand; a vocabulary to be trimmed is then counted whole."""
     vocabulary: int | None
@@ -185,15 +187,16 @@ def read_catalogue(recipe: Recipe, users: int | None, items: int | None) -> Cata
         if users < 1 or items < 1:
             raise ValueError(f"--users {users} --items {items}: both must be at least 1")
         source = f"given sizes; users of {min(ASSUMED_ITEMS)} to {max(ASSUMED_ITEMS)} items assumed"
-        return Catalogue(users, items, np.array(ASSUMED_ITEMS), None, None, source)
+        return Catalogue(
+            users, items, np.array(ASSUMED_ITEMS) - num_held_out(recipe.trained_through), None, None, source
+        )
     if not (Path(recipe.data) / "dataset.json").is_file():
         raise ValueError(f"{recipe.data}: no data directory there: give --users and --items, or set data to one")
     dataset = load_dataset(recipe.data)
     words, vocabulary = _words(recipe, dataset)
     sequences = dataset.sequences
-    return Catalogue(
-        sequences.num_users, sequences.num_items, np.diff(sequences.offsets), words, vocabulary, str(recipe.data)
-    )
+    training_items = sequences.training_ends(recipe.trained_through) - sequences.offsets[:-1]
+    return Catalogue(sequences.num_users, sequences.num_items, training_items, words, vocabulary, str(recipe.data))
 
 
 def _words(recipe: Recipe, dataset: Dataset) -> tuple[WordTable | None, int | None]:
@@ -217,8 +220,7 @@ def _words(recipe: Recipe, dataset: Dataset) -> tuple[WordTable | None, int | No
 
 def stage_samples(recipe: Recipe, catalogue: Catalogue) -> list[Samples]:
     """Lengths of the samples of each stage that has epochs, all items taken to be of mean length."""
-    held_out = 2 if recipe.trained_through == "n-2" else 1
-    training = catalogue.items_a_user - held_out
+    training = catalogue.training_items
     return [
         _samples(name, stage, training[training > 1], recipe, catalogue)
         for name, stage in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune))
@@ -242,7 +244,7 @@ def _samples(name: str, stage: Stage, training: np.ndarray, recipe: Recipe, cata
     if stage.targets == "mask" and stage.mask.strategy == "span":
         target *= stage.mask.k
     lengths = 2 + user_tokens + masks + np.ceil(np.maximum(histories + 1 - masks, 0) * item_tokens).astype(np.int64)
-    share = catalogue.users / len(catalogue.items_a_user)  # stated sizes have a few users that stand for all
+    share = catalogue.users / len(catalogue.training_items)
     return Samples(
         name,
         np.sort(np.minimum(lengths, recipe.model.max_tokens)),

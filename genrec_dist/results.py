@@ -59,9 +59,10 @@ class Protocol:
     ties: str
     """What was done with interactions at one time."""
     split: str
-    """How sequences were cut: leave-one-out."""
+    """How sequences were cut: leave-one-out, or global-time with the first dates of its validation and test period."""
     trained_through: TrainedThrough
-    """n-2: validation and test targets unseen in training; n-1: refit with the validation targets."""
+    """n-2: validation and test targets unseen in training; n-1: refit with the validation targets. Of a split by time n-2 is
+    the training period, n-1 also the validation period."""
     exclude_history: bool | None
     """Are items of the history left out of the lists? None for a rule whose lists are the history."""
     beam: int | None = None
@@ -95,7 +96,16 @@ class Protocol:
             through = f" through {codes.trained_through}" if codes.trained_through else ""
             numbering = f"{info.numbering}: {codes.made_from}{through}"
         return cls(
-            numbering, info.ties, info.split, trained_through, exclude_history, beam, decode, users, item_weight, graph
+            numbering,
+            info.ties,
+            info.split_told,
+            trained_through,
+            exclude_history,
+            beam,
+            decode,
+            users,
+            item_weight,
+            graph,
         )
 
 
@@ -146,7 +156,7 @@ class ResultsWriter:
         _check_shards(dataset)
         self.out, self.system, self.split, self.top = Path(out_dir), system, split, top
         self.dataset, self.protocol, self.recipe = dataset, protocol, recipe
-        self.expected = expected_users(dataset.sequences.num_users, protocol)
+        self.expected = expected_users(dataset.sequences.history_and_target(split).users, protocol)
         self.tally = Tally(training_counts(dataset.sequences, protocol.trained_through))
         self._item_ids = pa.array(dataset.sequences.item_ids, pa.string())
         self._seen = 0
@@ -414,13 +424,16 @@ def _beside_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{**scores, "system": name} for name, scores in beside.items() if scores and name != metrics.get("system")]
 
 
-def expected_users(num_users: int, protocol: Protocol) -> np.ndarray | range:
-    """The user rows that the protocol asks for, ascending. Raises ValueError where it does not say which."""
+def expected_users(asked: np.ndarray, protocol: Protocol) -> np.ndarray:
+    """The user rows that the protocol asks for, of those who have a target (`asked`), ascending.
+
+    Raises ValueError where it does not say which.
+    """
     if isinstance(protocol.users, dict):
-        return sample_users(num_users, protocol.users["sample"], protocol.users["seed"])
+        return asked[sample_users(len(asked), protocol.users["sample"], protocol.users["seed"])]
     if protocol.users != "all":
         raise ValueError(f'protocol.users is {protocol.users!r}: give all or {{"sample": n, "seed": s}}')
-    return range(num_users)
+    return asked
 
 
 def _no_list(row: int, count: int) -> str:

@@ -434,7 +434,8 @@ class Loop:
             self.average.swap()
 
     def validation_users(self) -> np.ndarray:
-        return sample_users(self.workshop.words.num_users, self.recipe.validation.users, self.recipe.seed)
+        asked = self.workshop.dataset.sequences.history_and_target("validation").users
+        return asked[sample_users(len(asked), self.recipe.validation.users, self.recipe.seed)]
 
     def save(self) -> None:
         """Write a checkpoint; its bytes are on the disk before an older one goes."""

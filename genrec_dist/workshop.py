@@ -117,6 +117,7 @@ def plan_stages(recipe: Recipe, reader: ShardReader) -> list[StageSteps]:
             batch_size=stage.batch_size,
             seed=recipe.seed,
             trained_through=recipe.trained_through,
+            periods=reader.periods,
         )
         if plan.num_samples == 0:
             raise ValueError(f"{name}: no user has a sample for targets {stage.targets!r}")

@@ -125,8 +125,8 @@ def test_lengths_come_from_the_data(tiny_data: Path) -> None:
     assert catalogue.words is not None
     pretrain, finetune = stage_samples(recipe, catalogue)
     # One token an item and no user: <s>, the items, one of them a mask, </s>.
-    assert pretrain.lengths.tolist() == sorted(min(int(n) - 2 + 2, 50) for n in catalogue.items_a_user)
-    prefixes = sorted(min(k + 3, 50) for n in catalogue.items_a_user for k in range(1, int(n) - 2))
+    assert pretrain.lengths.tolist() == sorted(min(int(n) + 2, 50) for n in catalogue.training_items)
+    prefixes = sorted(min(k + 3, 50) for n in catalogue.training_items for k in range(1, int(n)))
     assert finetune.lengths.tolist() == prefixes
     assert (finetune.target_tokens, finetune.epoch_samples) == (2, len(prefixes))
 

@@ -51,9 +51,9 @@ def recommend(
     trained_through: TrainedThrough = "n-2",
     users: np.ndarray | None = None,
 ) -> Lists:
-    """Top-20 lists of the baseline `name` for these user rows (None: all), all in memory at once."""
+    """Top-20 lists of the baseline `name` for these user rows (None: all with a target), all in memory at once."""
     rule = fit(name, sequences, codes, split, exclude_history=exclude_history, trained_through=trained_through)
-    return rule(np.arange(sequences.num_users) if users is None else users)
+    return rule(sequences.history_and_target(split).users if users is None else users)
 
 
 def beside(
@@ -65,11 +65,11 @@ def beside(
     trained_through: TrainedThrough = "n-2",
     users: np.ndarray | range | None = None,
 ) -> dict[str, dict[str, Any] | None]:
-    """Metrics of counting, popularity and knn (`Tally.metrics`) on exactly these user rows (None: all).
+    """Metrics of counting, popularity and knn (`Tally.metrics`) on exactly these user rows (None: all with a target).
 
     counting is None where the codes are not whole numbers: the rule does not apply. Users are taken window by window.
     """
-    rows = range(sequences.num_users) if users is None else users
+    rows = sequences.history_and_target(split).users if users is None else users
     counts_I = training_counts(sequences, trained_through)
     scores: dict[str, dict[str, Any] | None] = {}
     for name in BESIDE:

@@ -31,9 +31,9 @@ def recommend(
     users: np.ndarray | None = None,
     top: int = TOP,
 ) -> Lists:
-    """Top lists of these user rows (None: all), as `fit` says."""
+    """Top lists of these user rows (None: all with a target), as `fit` says."""
     rule = fit(sequences, split, codes=codes, exclude_history=exclude_history, trained_through=trained_through, top=top)
-    return rule(np.arange(sequences.num_users) if users is None else users)
+    return rule(sequences.history_and_target(split).users if users is None else users)
 
 
 def fit(

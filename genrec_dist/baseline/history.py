@@ -24,7 +24,7 @@ class Histories:
     offsets: np.ndarray
     """int64[U+1]: the u-th chosen user's history is `items[offsets[u]:offsets[u + 1]]`."""
     targets_U: np.ndarray
-    """int32[U]"""
+    """int32[U], NO_TARGET of those whom a split by time leaves without; a rule may still make their lists."""
     num_items: int
     """Size of the catalogue."""
 
@@ -55,8 +55,7 @@ class Histories:
 
 def histories(sequences: Sequences, split: Split, users: np.ndarray | None = None) -> Histories:
     """Histories of these user rows (int64[U], None: all), in their order; it costs what these users have."""
-    chosen = sequences if users is None else _of_users(sequences, np.asarray(users, dtype=np.int64))
-    view = chosen.history_and_target(split)
+    view = sequences.history_and_target(split, None if users is None else np.asarray(users, dtype=np.int64))
     lengths = view.ends - view.starts
     return Histories(
         view.items[flat_ranges(view.starts, lengths)], _offsets(lengths), view.targets, sequences.num_items
@@ -68,13 +67,6 @@ def windows(users: np.ndarray | range, size: int | None = None) -> Iterator[np.n
     size = size or WINDOW
     for start in range(0, len(users), size):
         yield np.asarray(users[start : start + size], dtype=np.int64)
-
-
-def _of_users(sequences: Sequences, rows: np.ndarray) -> Sequences:
-    starts = sequences.offsets[rows]
-    lengths = sequences.offsets[rows + 1] - starts
-    items = sequences.items[flat_ranges(starts, lengths)]
-    return Sequences(items, _offsets(lengths), [sequences.user_ids[row] for row in rows], sequences.item_ids)
 
 
 def _offsets(lengths: np.ndarray) -> np.ndarray:

@@ -118,7 +118,7 @@ def choose(model: SASRec, graph: Graph, dataset: Dataset, exclude_history: bool)
     view = dataset.sequences.history_and_target("validation")
     tried = mixture.grid((0.0,), graph.settings)
     counts_G = np.zeros((len(tried), TOP + 1), np.int64)
-    for rows_B, logp_BI in _log_probabilities(model, view, np.arange(len(view.targets)), exclude_history):
+    for rows_B, logp_BI in _log_probabilities(model, view, view.users, exclude_history):
         shares_BI = _shares(graph, view, rows_B)
         targets_B1 = torch.from_numpy(view.targets[rows_B].astype(np.int64))[:, None]
         near = {epsilon: log_near(shares_BI, epsilon, graph.num_items) for epsilon in mixture.EPSILONS}

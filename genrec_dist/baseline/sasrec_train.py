@@ -93,7 +93,8 @@ def train(
     parts = TrainingParts(sequences, settings, trained_through)
     validated = np.empty(0, np.int64)
     if trained_through == "n-2":
-        validated = sample_users(sequences.num_users, settings.validation_users, settings.seed)
+        asked = sequences.history_and_target("validation").users
+        validated = asked[sample_users(len(asked), settings.validation_users, settings.seed)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_key(settings.seed, _INIT_STREAM) >> 1)
         model = SASRec(sequences.num_items, settings)

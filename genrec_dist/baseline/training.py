@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from genrec_shards.sequences import Sequences, Split, TrainedThrough, flat_ranges, num_held_out
+from genrec_shards.sequences import Sequences, Split, TrainedThrough, flat_ranges
 
 from genrec_dist.baseline.history import windows
 
@@ -29,7 +29,7 @@ def check_trained_through(split: Split, trained_through: TrainedThrough) -> None
 
 
 def training_part(sequences: Sequences, split: Split, trained_through: TrainedThrough) -> TrainingPart:
-    """t_1..t_{n-2} of all users, or t_1..t_{n-1}; other splits' users and targets are never left out."""
+    """t_1..t_{n-2} of all users, or t_1..t_{n-1}, or their periods; other splits' users and targets are never left out."""
     check_trained_through(split, trained_through)
     return _part(sequences, np.arange(sequences.num_users), trained_through)
 
@@ -50,5 +50,5 @@ def training_counts(sequences: Sequences, trained_through: TrainedThrough) -> np
 
 def _part(sequences: Sequences, rows: np.ndarray, trained_through: TrainedThrough) -> TrainingPart:
     starts = sequences.offsets[rows]
-    lengths = sequences.offsets[rows + 1] - num_held_out(trained_through) - starts
+    lengths = sequences.training_ends(trained_through, rows) - starts
     return TrainingPart(sequences.items[flat_ranges(starts, lengths)], np.repeat(rows, lengths))

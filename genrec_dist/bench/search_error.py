@@ -35,8 +35,8 @@ def search_error(
     Each: metrics, seconds, and for beams `NDCG@10 lost` (all minus beam), `same top 10` (share of users whose first ten
     are those of `all`, in order) and `missed` (share of the oracle's first ten that the beam's twenty lack).
     """
-    users_U = sample_users(dataset.sequences.num_users, num_users, seed)
     view = dataset.sequences.history_and_target(split)
+    users_U = view.users[sample_users(len(view.users), num_users, seed)]
     oracle, seconds = _lists(run, view, users_U, beam=TOP, mode="all")
     found: dict[str, Any] = {"all": {**_scores(oracle, view.targets[users_U]), "seconds": seconds}}
     for beam in beams:

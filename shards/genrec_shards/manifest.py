@@ -11,7 +11,7 @@ from typing import Any
 from genrec_shards.sequences import DataError
 
 FORMAT_VERSION = 2
-MANIFEST, LENGTHS = "manifest.json", "lengths.npy"
+MANIFEST, LENGTHS, PERIODS = "manifest.json", "lengths.npy", "periods.npy"
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -52,6 +52,8 @@ class Manifest:
     lengths_sha256: str
     """Of `lengths.npy`."""
     shards: tuple[ShardEntry, ...]
+    periods_sha256: str | None = None
+    """Of `periods.npy`; None, and not in the file, under leave-one-out."""
 
     @property
     def num_records(self) -> int:
@@ -60,7 +62,8 @@ class Manifest:
 
 def write_manifest(manifest: Manifest, directory: str | Path) -> None:
     """Write `manifest.json` into a directory that is still under its temporary name."""
-    text = json.dumps(dataclasses.asdict(manifest), indent=1)
+    fields = {key: value for key, value in dataclasses.asdict(manifest).items() if value is not None}
+    text = json.dumps(fields, indent=1)
     (Path(directory) / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

@@ -70,6 +70,15 @@ class Periods:
         """int64[U], items of each user's training part: n-2 is the training period, n-1 also the validation period."""
         return self.training_U if trained_through == "n-2" else self.known_U
 
+    def flat(self) -> np.ndarray:
+        """int64[2 U], both one behind the other, as shards keep them."""
+        return np.concatenate([self.training_U, self.known_U])
+
+    @classmethod
+    def of_flat(cls, values: np.ndarray) -> "Periods":
+        """The same read again."""
+        return cls(*(half.astype(np.int64) for half in np.split(values, 2)))
+
     def fit(self, lengths_U: np.ndarray) -> bool:
         """May sequences of so many items be cut like this? Each user has something to learn from."""
         if len(self.training_U) != len(lengths_U) or len(self.known_U) != len(lengths_U):

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from genrec_shards.keyed import keyed_permutation, keyed_uniform
+from genrec_shards.periods import Periods
 from genrec_shards.sequences import TrainedThrough, num_held_out
 
 __all__ = ["Plan", "Space", "StepSamples", "keyed_uniform", "split_among_ranks"]
@@ -25,7 +26,8 @@ class StepSamples:
     """The samples of one step, or one rank's part of them."""
 
     sample_ids: np.ndarray
-    """int64[B]: the user row (`user`, `last`), or where the target stands among all interactions (`every-prefix`)."""
+    """int64[B]: the user row (`user`, `last`), or where the target stands among all interactions (`every-prefix`), of a split by
+    time among those of the training parts."""
     user_rows: np.ndarray
     """int64[B]"""
     target_positions: np.ndarray
@@ -84,8 +86,11 @@ class Plan:
         seed: int,
         trained_through: TrainedThrough = "n-2",
         window_records: int = 64,
+        periods: Periods | None = None,
     ) -> None:
-        """`lengths`: int[U], items a user by user row; `batch_size` is global. Raises ValueError for an empty plan."""
+        """`lengths`: int[U], items a user by user row; `batch_size` is global. `periods`: of a split by time; no number of the
+        plan then depends on what is held out. Raises ValueError for an empty plan.
+        """
         if space not in get_args(Space):
             raise ValueError(f"space is {space!r}: choose one of {', '.join(get_args(Space))}")
         for name, value in (("users_per_record", users_per_record), ("batch_size", batch_size)):
@@ -93,6 +98,9 @@ class Plan:
                 raise ValueError(f"{name} is {value}: at least 1 is needed")
         if window_records < 1:
             raise ValueError(f"window_records is {window_records}: at least 1 is needed")
+        self._held_out = num_held_out(trained_through)
+        if periods is not None:
+            lengths, self._held_out = periods.lengths(trained_through), 0
         self.lengths = np.ascontiguousarray(lengths, dtype=np.int32)  # [U]
         self.users_per_record = users_per_record
         self.space: Space = space
@@ -100,7 +108,6 @@ class Plan:
         self.seed = seed
         self.trained_through: TrainedThrough = trained_through
         self.window_records = window_records
-        self._held_out = num_held_out(trained_through)
         self._count_by_record()
         if self.num_samples == 0:
             raise ValueError(f"no sample in {len(self.lengths)} users for space {space}: longer sequences are needed")

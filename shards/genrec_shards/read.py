@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from genrec_shards.manifest import LENGTHS, Manifest, RecordEntry
+from genrec_shards.manifest import LENGTHS, PERIODS, Manifest, RecordEntry
+from genrec_shards.periods import Periods
 from genrec_shards.remote import Patience
 from genrec_shards.sequences import DataError, flat_ranges
 from genrec_shards.store import Traffic, open_store
@@ -70,6 +71,7 @@ class ShardReader:
         self.lengths: np.ndarray = _lengths(
             self._store.lengths(), self._store.place(LENGTHS), self.manifest
         )  # int32[U]
+        self.periods: Periods | None = _periods(self._store.periods(), self._store.place(PERIODS), self.lengths)
         if verify:
             self._store.verify()
         self._cache_records = max(cache_records, 1)
@@ -207,3 +209,12 @@ def _lengths(data: bytes, place: str, manifest: Manifest) -> np.ndarray:
             f"{manifest.interactions} of {manifest.users}: shard again"
         )
     return lengths
+
+
+def _periods(data: bytes | None, place: str, lengths: np.ndarray) -> Periods | None:
+    if data is None:
+        return None
+    values = _array(data, place)
+    if len(values) == 2 * len(lengths) and (periods := Periods.of_flat(values)).fit(lengths):
+        return periods
+    raise DataError(f"{place}: no cuts of the sequences that lengths.npy tells of: shard again")

@@ -10,6 +10,7 @@ from genrec_shards.cache import NodeCache
 from genrec_shards.manifest import (
     LENGTHS,
     MANIFEST,
+    PERIODS,
     Manifest,
     RecordEntry,
     ShardEntry,
@@ -50,15 +51,22 @@ class LocalStore:
 
     def lengths(self) -> bytes:
         """`lengths.npy`."""
-        path = self.path / LENGTHS
+        return self._whole(LENGTHS, self.manifest.lengths_sha256)
+
+    def periods(self) -> bytes | None:
+        """`periods.npy`; None under leave-one-out."""
+        expected = self.manifest.periods_sha256
+        return None if expected is None else self._whole(PERIODS, expected)
+
+    def _whole(self, name: str, expected: str) -> bytes:
+        path = self.path / name
         try:
             data = path.read_bytes()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error.strerror}): copy it or shard again") from None
         found = hashlib.sha256(data).hexdigest()
-        if found != self.manifest.lengths_sha256:
-            expected = self.manifest.lengths_sha256[:12]
-            raise DataError(f"{path}: sha256 {found[:12]}, expected {expected}: copy it or shard again")
+        if found != expected:
+            raise DataError(f"{path}: sha256 {found[:12]}, expected {expected[:12]}: copy it or shard again")
         return data
 
     def verify(self) -> None:
@@ -123,6 +131,11 @@ class RemoteStore:
     def lengths(self) -> bytes:
         """`lengths.npy`."""
         return self._cached(LENGTHS, LENGTHS, None, self.manifest.lengths_sha256, self.place(LENGTHS))
+
+    def periods(self) -> bytes | None:
+        """`periods.npy`; None under leave-one-out."""
+        expected = self.manifest.periods_sha256
+        return None if expected is None else self._cached(PERIODS, PERIODS, None, expected, self.place(PERIODS))
 
     def verify(self) -> None:
         """Nothing: each record is compared with the manifest when it comes."""

@@ -19,6 +19,7 @@ from genrec_shards.manifest import (
     FORMAT_VERSION,
     LENGTHS,
     MANIFEST,
+    PERIODS,
     Manifest,
     RecordEntry,
     ShardEntry,
@@ -40,6 +41,9 @@ def write_shards(
 ) -> Manifest:
     """Write `shard-000000.tar` ..., `lengths.npy` and `manifest.json` into `out`, complete or not at all.
 
+    Of a split by time also `periods.npy`: each user's items in the training period, behind them each user's in training and
+    validation period. The tars hold whole sequences.
+
     `users_per_shard` is a multiple of `users_per_record`: the record of a user is found by division.
     Raises ValueError for sizes that are not, and for an `out` that exists. What a killed writer of the same `out` left
     behind more than a day ago is removed.
@@ -59,6 +63,9 @@ def write_shards(
             shards.append(_write_shard(sequences, path, first_user, end_user, users_per_record))
         lengths = _npy(sequences.lengths)
         (folder / LENGTHS).write_bytes(lengths)
+        periods = None if sequences.periods is None else _npy(sequences.periods.flat())
+        if periods is not None:
+            (folder / PERIODS).write_bytes(periods)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             users=sequences.num_users,
@@ -68,6 +75,7 @@ def write_shards(
             users_per_record=users_per_record,
             lengths_sha256=hashlib.sha256(lengths).hexdigest(),
             shards=tuple(shards),
+            periods_sha256=None if periods is None else hashlib.sha256(periods).hexdigest(),
         )
         write_manifest(manifest, folder)
     return manifest
