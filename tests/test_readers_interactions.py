@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from genrec_shards.bad_lines import BadLines
 from genrec_shards.readers import blocks as blocks_module
+from genrec_shards.readers.amazon import read_amazon
 from genrec_shards.readers.interactions import read_interactions
 from genrec_shards.readers.times import Clock
 from genrec_shards.sequences import DataError
@@ -173,7 +174,7 @@ BAD = [
     ("u1,i1", "no time"),
     ("u1,,1400000000", "no item"),
     (",i1,1400000000", "no user"),
-    ("u1,i1,1400000000,9", "4 cells, the first line names 3"),
+    ("u1,i1,1400000000,9", "4 cells, the first line has 3"),
     ('u1,i"1,1400000000,"', "not readable as CSV"),
     ('u1,"i1,1400000000', "not readable as CSV"),
     ("u1,i\x001,1400000000", "binary"),
@@ -283,3 +284,48 @@ def test_strange_ids_stay_what_they_are(tmp_path):
 def test_a_missing_path(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         rows_of(tmp_path / "absent.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "columns"),
+    [
+        (CSV.split("\n", 1)[1], ("0", "1", "2")),
+        (CSV.split("\n", 1)[1].replace("u1,i9,", "u1,9,i9,").replace("i7", "8,i7"), None),
+        ("".join(f"{time}\tx\t{item}\t{user}\n" for user, item, time in ROWS[:2]), ("3", "2", "0")),
+    ],
+)
+def test_whole_numbers_are_places_of_a_text_without_names(tmp_path, content, columns):
+    if columns is None:
+        with pytest.raises(DataError, match=r"log.csv:1: no column 7, only 0 to 3: mend --columns"):
+            rows_of(put(tmp_path, content), ("0", "2", "7"))
+        return
+    found, _ = rows_of(put(tmp_path, content), columns)
+    assert found == expected()[: len(found)]
+    assert len(found) == content.count("\n")
+
+
+def test_a_name_that_is_a_number_is_a_place_in_text_and_a_name_in_parquet(tmp_path):
+    table = pa.table(
+        {"2": [user for user, _, _ in ROWS], "0": [item for _, item, _ in ROWS], "1": [t for _, _, t in ROWS]}
+    )
+    pq.write_table(table, tmp_path / "log.parquet")
+    assert rows_of(tmp_path / "log.parquet", ("2", "0", "1"))[0] == expected()
+    assert rows_of(tmp_path / "log.parquet", ("0", "1", "2"), "skip")[0] != expected()
+    pq.write_table(table.rename_columns(["a", "b", "c"]), tmp_path / "log.parquet")
+    assert rows_of(tmp_path / "log.parquet", ("0", "1", "2"))[0] == expected()
+    # A line with names is a row like the others, and its time is none.
+    found, bad = rows_of(put(tmp_path, CSV), ("0", "1", "2"), "skip")
+    assert (found, bad.count, bad.shown[0].split(": ")[0]) == (expected(), 1, f"{tmp_path / 'log.csv'}:1")
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_the_time_of_a_row_without_a_user_settles_no_unit(tmp_path, ending):
+    lines = {
+        "csv": f'user,item,timestamp\n"",i1,{AT * 1000}\nu1,i9,{AT}\n',
+        "jsonl": f'{{"reviewerID": "", "asin": "I1", "unixReviewTime": {AT * 1000}}}\n'
+        f'{{"reviewerID": "U1", "asin": "I9", "unixReviewTime": {AT}}}\n',
+    }
+    path, bad = put(tmp_path, lines[ending], f"log.{ending}"), BadLines("skip")
+    read = read_interactions if ending == "csv" else read_amazon
+    assert [row[2] for found in read(path, bad, Clock()) for row in found.rows()] == [AT * SECOND]
+    assert bad.count == 1

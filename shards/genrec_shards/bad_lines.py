@@ -23,7 +23,7 @@ class BadLines:
         if self.on_error not in get_args(OnError):
             raise ValueError(f"on_error is {self.on_error!r}: choose stop or skip")
 
-    def meet(self, path: Path, line: int, reason: str) -> None:
+    def meet(self, path: Path | str, line: int, reason: str) -> None:
         """Raises DataError under `stop`; `reason` says what is wrong, without a remedy. `line`: from 1; of Parquet, the row."""
         if self.on_error == "stop":
             raise DataError(f"{path}:{line}: {reason}: mend it, or use --on-error skip to leave such lines out")

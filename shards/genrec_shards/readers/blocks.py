@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from genrec_shards.sequences import BYTE_ORDER_MARK, GZIP_MAGIC, DataError
 
@@ -31,8 +32,13 @@ def blocks(path: Path) -> Iterator[Block]:
 
     Raises DataError, one line, for a file that is missing, cannot be read, is a damaged gzip or has a line without end.
     """
-    line, rest, start = 1, b"", True
-    for data in _pieces(path):
+    return whole_lines(str(path), _pieces(path))
+
+
+def whole_lines(path: str, pieces: Iterator[bytes], line: int = 1, start: bool = True) -> Iterator[Block]:
+    """Blocks of a text that comes in pieces. `line`: number of the first one; `start`: is it the file's first?"""
+    rest = b""
+    for data in pieces:
         if start:
             data, start = data.removeprefix(BYTE_ORDER_MARK), False
         whole, end, tail = data.rpartition(b"\n")
@@ -69,14 +75,20 @@ def _pieces(path: Path) -> Iterator[bytes]:
     readable(path)
     try:
         with path.open("rb") as raw:
-            packed = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
-            raw.seek(0)
-            file = gzip.GzipFile(fileobj=raw) if packed else raw
-            while data := file.read(BLOCK_BYTES):
-                yield data
+            yield from unpacked(str(path), raw)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error}): check the path and its rights") from None
+
+
+def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
+    """Pieces of BLOCK_BYTES of an open file, plain or gzipped. Raises DataError for a damaged gzip."""
+    packed = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+    raw.seek(0)
+    file = gzip.GzipFile(fileobj=raw) if packed else raw
+    try:
+        while data := file.read(BLOCK_BYTES):
+            yield data
     except EOFError:
         raise DataError(f"{path}: the gzip stream is cut off: download or copy the file again") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: the gzip stream is damaged ({error}): download or copy the file again") from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}): check the path and its rights") from None

@@ -38,7 +38,7 @@ def has_gaps(found: pl.DataFrame) -> bool:
 
 
 def frame_one_by_one(
-    path: Path, rows: Iterable[tuple[int, tuple[Any, Any, Any] | str]], clock: Clock, bad: BadLines
+    path: Path | str, rows: Iterable[tuple[int, tuple[Any, Any, Any] | str]], clock: Clock, bad: BadLines
 ) -> pl.DataFrame:
     """The good ones of (line, (user, item, time) or what is wrong); the others are `bad`'s."""
     pl = polars()

@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,6 +32,8 @@ ENDINGS = ("csv", "tsv", "inter", "parquet")
 KINDS = ("users", "items", "times")
 DELIMITERS = (",", "\t", ";", "|")
 ROWS_A_BATCH = 1 << 16
+LONGEST_JOINED = max(LONGEST_LINE, 4 * BLOCK_BYTES)
+"""Bytes of blocks that are joined until their quotes are even."""
 
 
 def read_interactions(
@@ -39,16 +41,21 @@ def read_interactions(
 ) -> Iterator[pl.DataFrame]:
     """Frames (`frames.py`) of a file, or of all files of a folder in the order of their names.
 
-    `columns`: the names of the columns of users, items and times; None looks for COLUMNS. Text files have a first line
-    with names, are separated by one of DELIMITERS (told by that line), may be gzipped and may quote cells, which then may
-    hold line ends. A row with more cells than names is bad, so is one without user, item or time. Raises DataError, one
-    line with file and line.
+    `columns`: the names of the columns of users, items and times; None looks for COLUMNS. Whole numbers are places, from 0:
+    a text file then has no line with names. Else text files have a first line with names. They are separated by one of
+    DELIMITERS (told by the first line), may be gzipped and may quote cells, which then may hold line ends. A row with more cells
+    than the first line is bad, so is one without user, item or time. Raises DataError, one line with file and line.
     """
     for file in log_files(Path(path), ENDINGS):
-        if _ending(file) == "parquet":
-            yield from _read_parquet(file, bad, clock, columns)
+        if is_parquet(file.name):
+            yield from read_parquet(str(file), file, bad, clock, columns)
         else:
-            yield from _read_text(file, bad, clock, columns)
+            yield from read_text(str(file), blocks(file), bad, clock, columns)
+
+
+def is_parquet(name: str) -> bool:
+    """By the ending of a file's name."""
+    return name.lower().endswith(".parquet")
 
 
 def log_files(path: Path, endings: Sequence[str]) -> list[Path]:
@@ -69,9 +76,20 @@ def _ending(path: Path) -> str:
     return path.name.lower().removesuffix(".gz").rpartition(".")[2]
 
 
-def _places(path: Path, names: list[str], columns: Sequence[str] | None) -> list[int]:
+def _are_places(columns: Sequence[str] | None) -> bool:
+    return columns is not None and all(name.isascii() and name.isdigit() and len(name) < 6 for name in columns)
+
+
+def _places(path: str, names: list[str], columns: Sequence[str] | None) -> list[int]:
     """Where users, items and times stand among the names."""
     places: list[int] = []
+    if columns is not None and _are_places(columns) and not set(columns) <= set(names):
+        places = [int(name) for name in columns]
+        if max(places) >= len(names):
+            raise DataError(
+                f"{path}:1: no column {max(places)}, only 0 to {len(names) - 1}: mend --columns USER,ITEM,TIME"
+            )
+        return places
     known = [name.strip().partition(":")[0].lower() for name in names]
     for number, kind in enumerate(KINDS):
         if columns is not None:
@@ -90,11 +108,18 @@ def _places(path: Path, names: list[str], columns: Sequence[str] | None) -> list
 # Text
 
 
-def _read_text(path: Path, bad: BadLines, clock: Clock, columns: Sequence[str] | None) -> Iterator[pl.DataFrame]:
-    table: _Table | None = None
-    for block in _with_whole_cells(blocks(path)):
+def read_text(
+    path: str,
+    found: Iterator[Block],
+    bad: BadLines,
+    clock: Clock,
+    columns: Sequence[str] | None,
+    table: Table | None = None,
+) -> Iterator[pl.DataFrame]:
+    """Frames of a text's blocks. `path`: its name in messages; `table`: of its first line, where that is not among the blocks."""
+    for block in with_whole_cells(found):
         if table is None:
-            table, block = _head(path, block, columns)
+            table, block = head(path, block, columns)
         if not block.data.strip():
             continue
         fast = _fast(block, table, clock)
@@ -103,8 +128,8 @@ def _read_text(path: Path, bad: BadLines, clock: Clock, columns: Sequence[str] |
         raise DataError(f"{path}: empty: expected a first line with the columns' names")
 
 
-class _Table:
-    """The first line of a text file: its names, what separates them and where the three columns stand."""
+class Table:
+    """What the first line of a text file tells: its cells, what separates them and where the three columns stand."""
 
     def __init__(self, names: list[str], delimiter: str, places: list[int]) -> None:
         self.names, self.delimiter, self.places = names, delimiter, places
@@ -113,8 +138,8 @@ class _Table:
         """A quote that neither begins nor ends a cell, of which readers of CSV think differently."""
 
 
-def _head(path: Path, block: Block, columns: Sequence[str] | None) -> tuple[_Table, Block]:
-    """The table of a file's first block, and what is left of the block."""
+def head(path: str, block: Block, columns: Sequence[str] | None) -> tuple[Table, Block]:
+    """The table of a file's first block, and the rows of the block."""
     line, _, rest = block.data.partition(b"\n")
     if b"\0" in line:
         raise DataError(f"{path}:1: binary (a zero byte): expected text with the columns' names, plain or gzipped")
@@ -127,15 +152,18 @@ def _head(path: Path, block: Block, columns: Sequence[str] | None) -> tuple[_Tab
         names = next(csv.reader([text], delimiter=delimiter, strict=True), [])
     except csv.Error as error:
         raise DataError(f"{path}:1: the columns' names are not readable as CSV ({error}): mend the line") from None
-    return _Table(names, delimiter, _places(path, names, columns)), Block(2, rest)
+    if _are_places(columns):
+        # These cells are a row, whatever they say: they name no column.
+        return Table(names, delimiter, _places(path, [""] * len(names), columns)), block
+    return Table(names, delimiter, _places(path, names, columns)), Block(2, rest)
 
 
-def _with_whole_cells(pieces: Iterator[Block]) -> Iterator[Block]:
+def with_whole_cells(pieces: Iterator[Block]) -> Iterator[Block]:
     """Blocks joined until their quotes are even, so that no quoted cell is cut; a stray quote ends the joining early."""
     waiting: Block | None = None
     for block in pieces:
         block = block if waiting is None else Block(waiting.first_line, waiting.data + block.data)
-        if block.data.count(b'"') % 2 and len(block.data) < max(LONGEST_LINE, 4 * BLOCK_BYTES):
+        if block.data.count(b'"') % 2 and len(block.data) < LONGEST_JOINED:
             waiting = block
             continue
         waiting = None
@@ -144,7 +172,7 @@ def _with_whole_cells(pieces: Iterator[Block]) -> Iterator[Block]:
         yield waiting
 
 
-def _fast(block: Block, table: _Table, clock: Clock) -> pl.DataFrame | None:
+def _fast(block: Block, table: Table, clock: Clock) -> pl.DataFrame | None:
     """All rows at once, or None where one of them must be looked at."""
     pl = polars()
     data = block.data.rstrip(b"\r\n")
@@ -162,13 +190,14 @@ def _fast(block: Block, table: _Table, clock: Clock) -> pl.DataFrame | None:
     if cells.height != data.count(b"\n") + 1:
         return None
     users, items, times = (cells[str(place)] for place in table.places)
-    if users.null_count() or items.null_count() or times.null_count():
+    # Ids come first: the time of a row without them settles no unit.
+    if times.null_count() or any(ids.null_count() or (ids.str.len_bytes() == 0).any() for ids in (users, items)):
         return None
     found = frame(users, items, clock.column(times))
     return None if has_gaps(found) else found
 
 
-def _rows(block: Block, table: _Table) -> Iterator[tuple[int, tuple[str, str, str] | str]]:
+def _rows(block: Block, table: Table) -> Iterator[tuple[int, tuple[str, str, str] | str]]:
     """(line, cells of the three columns or what is wrong), one by one; blank lines are nothing."""
     lines = block.data.split(b"\n")
     at = 0
@@ -191,7 +220,7 @@ def _rows(block: Block, table: _Table) -> Iterator[tuple[int, tuple[str, str, st
         at = end
 
 
-def _cells(data: bytes, table: _Table) -> tuple[str, str, str] | str:
+def _cells(data: bytes, table: Table) -> tuple[str, str, str] | str:
     if b"\0" in data:
         return "binary (a zero byte)"
     try:
@@ -210,7 +239,7 @@ def _cells(data: bytes, table: _Table) -> tuple[str, str, str] | str:
     if len(found) != 1:
         return "not readable as CSV (a line end within a line)"
     if len(found[0]) > len(table.names):
-        return f"{len(found[0])} cells, the first line names {len(table.names)}"
+        return f"{len(found[0])} cells, the first line has {len(table.names)}"
     cells = found[0] + [""] * (len(table.names) - len(found[0]))
     user, item, time = (cells[place] for place in table.places)
     return user, item, time
@@ -219,13 +248,21 @@ def _cells(data: bytes, table: _Table) -> tuple[str, str, str] | str:
 # Parquet
 
 
-def _read_parquet(path: Path, bad: BadLines, clock: Clock, columns: Sequence[str] | None) -> Iterator[pl.DataFrame]:
-    first = 1
+def read_parquet(
+    path: str,
+    source: Path | BinaryIO,
+    bad: BadLines,
+    clock: Clock,
+    columns: Sequence[str] | None,
+    groups: Sequence[int] | None = None,
+    first: int = 1,
+) -> Iterator[pl.DataFrame]:
+    """Frames of a Parquet file. `path`: its name in messages; `groups`: row groups, all by default, `first` the first's row."""
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(source) as file:
             names = list(file.schema_arrow.names)
             chosen = [names[place] for place in _places(path, names, columns)]
-            for batch in file.iter_batches(ROWS_A_BATCH, columns=chosen):
+            for batch in file.iter_batches(ROWS_A_BATCH, row_groups=groups, columns=chosen):
                 yield _of_batch(path, first, [batch.column(name) for name in chosen], bad, clock)
                 first += batch.num_rows
     except (pa.ArrowException, OSError, KeyError) as error:
@@ -244,16 +281,19 @@ def _usable(kind: Any) -> bool:
     return texts or numbers or types.is_timestamp(kind) or types.is_date(kind)
 
 
-def _of_batch(path: Path, first: int, columns: list[Any], bad: BadLines, clock: Clock) -> pl.DataFrame:
+def _of_batch(path: str, first: int, columns: list[Any], bad: BadLines, clock: Clock) -> pl.DataFrame:
     pl = polars()
     for kind, column in zip(KINDS, columns, strict=True):
         if not _usable(column.type):
             raise DataError(f"{path}: the column of {kind} is {column.type}: expected text, whole numbers or times")
     series = [pl.Series(name, pl.from_arrow(column)) for name, column in zip("uit", columns, strict=True)]
     if all(kind.dtype == pl.String or kind.dtype.is_integer() for kind in series[:2]):
-        found = frame(series[0], series[1], clock.column(series[2]))
-        if not has_gaps(found):
-            return found
+        # Ids come first: the time of a row without them settles no unit.
+        ids = [column.cast(pl.String) for column in series[:2]]
+        if not any(column.null_count() or (column.str.len_bytes() == 0).any() for column in ids):
+            found = frame(ids[0], ids[1], clock.column(series[2]))
+            if not has_gaps(found):
+                return found
     if series[2].dtype.is_temporal():
         # Python has no date for some of Arrow's, and text says the same.
         micros = series[2].cast(pl.Datetime("us")).cast(pl.Int64)

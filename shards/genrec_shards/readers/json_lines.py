@@ -33,20 +33,32 @@ def read_json_lines(
     file and line.
     """
     for file in log_files(path, JSON_ENDINGS):
-        fields: Fields | None = None
-        for block in blocks(file):
-            fields = fields or _release(block, releases)
-            if fields is None:
-                rows = ((line, _told(record, format, releases)) for line, record in _records(block))
-                yield frame_one_by_one(file, rows, clock, bad)
-                continue
-            fast = _fast(block, fields, clock)
-            yield fast if fast is not None else frame_one_by_one(file, _rows(block, fields, format), clock, bad)
+        yield from read_reviews(str(file), blocks(file), releases, format, bad, clock)
         if file.stat().st_size == 0:
             raise DataError(f"{file}: empty: expected a review a line")
 
 
-def _release(block: Block, releases: Sequence[Fields]) -> Fields | None:
+def read_reviews(
+    path: str,
+    found: Iterator[Block],
+    releases: Sequence[Fields],
+    format: str,
+    bad: BadLines,
+    clock: Clock,
+    fields: Fields | None = None,
+) -> Iterator[pl.DataFrame]:
+    """Frames of a file's blocks. `path`: its name in messages; `fields`: of the release, where earlier blocks told it."""
+    for block in found:
+        fields = fields or release_of(block, releases)
+        if fields is None:
+            rows = ((line, _told(record, format, releases)) for line, record in _records(block))
+            yield frame_one_by_one(path, rows, clock, bad)
+            continue
+        fast = _fast(block, fields, clock)
+        yield fast if fast is not None else frame_one_by_one(path, _rows(block, fields, format), clock, bad)
+
+
+def release_of(block: Block, releases: Sequence[Fields]) -> Fields | None:
     """The fields of the block's first object that has those of a release."""
     for _, record in _records(block):
         if isinstance(record, dict):
@@ -69,9 +81,12 @@ def _fast(block: Block, fields: Fields, clock: Clock) -> pl.DataFrame | None:
             continue
         if found.height != lines:
             return None
+        # Polars spells lists, truth values and fractions as text too, and replaces half a surrogate pair. Ids come first: the
+        # time of a row without them settles no unit.
+        if any(found[name].null_count() or not found[name].str.contains(_PLAIN_ID).all() for name in fields[:2]):
+            continue
         rows = frame(found[fields[0]], found[fields[1]], clock.column(found[fields[2]]))
-        # Polars spells lists, truth values and fractions as text too, and replaces half a surrogate pair.
-        if not has_gaps(rows) and all(rows[name].str.contains(_PLAIN_ID).all() for name in ("user", "item")):
+        if not has_gaps(rows):
             return rows
     return None
 
