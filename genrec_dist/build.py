@@ -15,6 +15,9 @@ from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration, IdEm
 from genrec_dist.recipe import Model
 from genrec_dist.tokens import Vocabulary, WordTable
 
+_NOT_SHAPE = ("model_type", "architectures", "transformers_version")
+"""What a configuration's dictionary holds of its origin."""
+
 
 def make_config(
     model: Model,
@@ -108,6 +111,30 @@ def build_model(
     return _from_backbone(model, vocab_size, common, vocabulary)
 
 
+def like_before(
+    before: GenRecConfig,
+    model: Model,
+    *,
+    vocab_size: int,
+    num_users: int,
+    num_items: int,
+    num_masks: int,
+    special: dict[str, int],
+    ids_outside: bool,
+    vocabulary: Vocabulary | None,
+) -> GenRecForConditionalGeneration:
+    """A fresh model of an earlier one's shape, with rows for so many tokens, users and items; arguments as of `build_model`."""
+    if vocabulary is not None:
+        special = dict(zip(special, vocabulary.numbers(np.array(list(special.values()))).tolist(), strict=True))
+    shape = {key: value for key, value in before.to_dict().items() if key not in _NOT_SHAPE}
+    common = _common(model, num_users, num_items, num_masks, special, ids_outside)
+    size = vocab_size if vocabulary is None else vocabulary.size
+    config = GenRecConfig(**{**shape, **common, "id_dim": before.id_dim, "vocab_size": size})
+    if vocabulary is not None:
+        config.spoken_tokens, config.vocabulary_hash = vocabulary.num_spoken, vocabulary.hash()
+    return GenRecForConditionalGeneration(config)
+
+
 def begin_items_with(network: GenRecForConditionalGeneration, vectors_NF: np.ndarray, words: WordTable) -> None:
     """`turn_rows` of the items' tokens where each item is one token, else of the item id table; vectors float [N, F].
 
@@ -182,6 +209,5 @@ def _backbone_config(model: Model, common: dict[str, Any]) -> GenRecConfig:
         raise ValueError(
             f"model.max_tokens {model.max_tokens}: {model.backbone} has {bart.max_position_embeddings} positions"
         )
-    left_out = ("model_type", "architectures", "transformers_version")
-    shape = {key: value for key, value in bart.to_dict().items() if key not in left_out}
+    shape = {key: value for key, value in bart.to_dict().items() if key not in _NOT_SHAPE}
     return GenRecConfig(**{**shape, **common})

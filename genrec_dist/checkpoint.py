@@ -29,6 +29,8 @@ from genrec_dist.tokens import VOCABULARY_FILE, WordTable
 from genrec_dist.trie import TRIE_FILE, Trie, hash_of_words, save_trie
 
 FORMAT_VERSION = 2
+FRESH = "fresh"
+"""Origin of a run that begins with no other's weights."""
 
 
 @dataclass
@@ -53,7 +55,7 @@ class State:
     tables: IdTables
     progress: Progress
     identity: dict[str, str]
-    """Hashes of sequences, numbering, recipe and vocabulary that a resume must meet again."""
+    """Hashes of sequences, numbering, recipe, vocabulary and origin that a resume must meet again."""
 
 
 def checkpoint_dir(run: Path, step: int) -> Path:
@@ -264,8 +266,10 @@ def _read_facts(path: Path, identity: dict[str, str]) -> dict[str, Any]:
         raise ValueError(f"{path / 'state.json'}: damaged ({error}); resume from an older checkpoint") from None
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format {version}, this version reads {FORMAT_VERSION}: start without --resume")
+    # Checkpoints from before runs could begin from another have no origin.
+    found = {"origin": FRESH, **facts["identity"]}
     for key, value in identity.items():
-        if facts["identity"].get(key) != value:
+        if found.get(key) != value:
             raise ValueError(
                 f"{path}: its {key} is not this run's: it was trained on other data or with another recipe"
             )

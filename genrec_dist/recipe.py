@@ -159,6 +159,9 @@ class Recipe:
     """Directory of `genrec prepare`."""
     run: str
     """Directory of the run."""
+    begin_from: str | None = None
+    """Run directory, or a directory like its `best/`, whose weights and tokenizer this run begins with (`genrec train --from`);
+    rows are added for users and items that are new (docs/refresh.md). null: it begins anew."""
     shards: str | None = None
     """Directory of `genrec shard`. null: `shards/` inside the data directory."""
     seed: int = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -92,9 +92,13 @@ def make_searcher(
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
     """Load `best/` of a run directory for decoding. Raises ValueError naming what is missing, damaged or of another numbering."""
     path = Path(run)
-    best = path / "best"
-    if not (best / "config.json").is_file():
+    if not (path / "best" / "config.json").is_file():
         raise ValueError(f"{path}: no best/ in it: {_state_of(path)}")
+    return replace(load_model(path / "best", device), path=path)
+
+
+def load_model(best: Path, device: torch.device | str = "cpu") -> LoadedRun:
+    """Load `best/` itself, or a copy of it; its own path stands for the run's. Raises ValueError as `load_run`."""
     logging.disable_progress_bar()  # of transformers: a bar for a file that loads in a second
     try:
         model = GenRecForConditionalGeneration.from_pretrained(best, dtype=torch.float32).to(device).eval()
@@ -110,7 +114,7 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
     layout = make_layout(words, model.config)
     texts = ItemTexts(tokenizer, catalogue.item_codes, words.vocabulary)
     searcher = TrieSearcher(model, _trie_of(best, words, model.config), device, texts=texts)
-    return LoadedRun(path, model, tokenizer, words, layout, searcher, catalogue)
+    return LoadedRun(best, model, tokenizer, words, layout, searcher, catalogue)
 
 
 def _trie_of(best: Path, words: WordTable, config: GenRecConfig) -> Trie:

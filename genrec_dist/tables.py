@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -66,6 +66,12 @@ class IdTables:
             if num_rows
         }
         self.leaves: dict[Kind, Tensor] = {}
+
+    def begin_with(self, rows: Mapping[Kind, Tensor]) -> None:
+        """Let the first rows of tables be these, float32 [n, D], the same on each rank; the others keep what they drew."""
+        for kind, table in self.tables.items():
+            if kind in rows:
+                table.begin_with(rows[kind])
 
     @property
     def num_parameters(self) -> int:

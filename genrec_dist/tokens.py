@@ -226,6 +226,53 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str | Path) -> No
         raise ValueError(f"tokens.tokenizer {name}: no vocabulary in it; save the tokenizer beside the model")
 
 
+def grow_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, known_codes: Sequence[str], new_codes: Sequence[str]
+) -> PreTrainedTokenizerFast:
+    """The tokenizer that also speaks new items as it speaks the known ones: known words keep their tokens.
+
+    Where each part of every known item's word (a level of a code, or all of it) is one token of a byte-level BPE, each part of
+    the new ones becomes one, too, with the next free ids. Elsewhere new words are spelled with the sub-words there are, and it
+    is the same tokenizer that comes back. Raises ValueError where a known word would be cut otherwise.
+    """
+    backend = tokenizer.backend_tokenizer
+    if not new_codes or not all(_is_whole(backend, item_text(code)) for code in known_codes):
+        return tokenizer
+    facts = json.loads(backend.to_str())
+    if facts["model"]["type"] != "BPE":
+        return tokenizer
+    vocabulary = facts["model"]["vocab"]
+    following = max(tokenizer.get_vocab().values()) + 1
+    for code in new_codes:
+        for part, _ in backend.pre_tokenizer.pre_tokenize_str(item_text(code)):
+            if part not in vocabulary:
+                vocabulary[part] = following
+                following += 1
+    # A part that stands in the vocabulary is one token, without merges that would have to lead there.
+    facts["model"]["ignore_merges"] = True
+    grown = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(facts)), **tokenizer.special_tokens_map
+    )
+    known = [item_text(code) for code in known_codes]
+    for before, after in zip(_ids(tokenizer, known), _ids(grown, known), strict=True):
+        if before != after:
+            raise ValueError(
+                f"the tokenizer cannot take {len(new_codes):,} new items without cutting the word "
+                f"{tokenizer.decode(before)!r} anew: train without begin_from"
+            )
+    return grown
+
+
+def _is_whole(backend: Tokenizer, word: str) -> bool:
+    """Is each part that is cut before BPE one token?"""
+    return len(backend.encode(word, add_special_tokens=False).ids) == len(backend.pre_tokenizer.pre_tokenize_str(word))
+
+
+def _ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> list[list[int]]:
+    encoded = tokenizer.backend_tokenizer.encode_batch(list(words), add_special_tokens=False)
+    return [encoding.ids for encoding in encoded]
+
+
 def mask_tokens(tokenizer: PreTrainedTokenizerFast, num_masks: int) -> list[int]:
     """Token ids of `<mask>`, `<mask_1>`, ... Raises ValueError if the tokenizer lacks one."""
     vocabulary = tokenizer.get_vocab()

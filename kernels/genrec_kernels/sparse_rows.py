@@ -193,6 +193,16 @@ class RowTable:
             gradient_nD = _summed(gradient_nD, exchange.owned, exchange.owed)
         self._adagrad(exchange.owned, gradient_nD, learning_rate, eps, scale)
 
+    @torch.no_grad()
+    def begin_with(self, rows_nD: Tensor) -> None:
+        """Let the table's first n rows be these, float32 [n, D]; this rank takes its own. Not collective; before any step."""
+        self._check_process()
+        assert rows_nD.shape[0] <= self.num_rows, (rows_nD.shape, self.num_rows)
+        assert rows_nD.shape[1] == self.dim, (rows_nD.shape, self.dim)
+        mine = _global_rows(0, len(self.values), self.rank, self.world_size)
+        mine = mine[mine < len(rows_nD)]  # ascending, so that they are this rank's first ones
+        self.values[: len(mine)] = rows_nD[mine].to(self.device, torch.float32)
+
     def save(self, folder: Path, name: str) -> Path:
         """Write this rank's rows to `folder/NAME-RANK-of-RANKS.safetensors`, which is returned. Not collective.
 
