@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import signal
@@ -271,6 +272,12 @@ def shard(
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")],
     overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")] = None,
+    begin_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="RUN", help="Begin with this run's weights: --set begin_from=RUN (docs/refresh.md)."
+        ),
+    ] = None,
     resume: Annotated[str | None, typer.Option(help="latest, or a checkpoint directory.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
     profile: Annotated[
@@ -287,6 +294,8 @@ def train(
     from genrec_dist.workshop import describe
 
     resolved = load_recipe(recipe, overrides)
+    if begin_from is not None:
+        resolved = dataclasses.replace(resolved, begin_from=str(begin_from))
     if dry_run:
         out.print_json(data=describe(resolved))
         return

@@ -160,6 +160,8 @@ class Loop:
         self.num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes most of them away
         self.engine = make_engine(model, self.recipe, accelerator)
         self.tables = IdTables(model.config, self.recipe.seed, self.ranks, accelerator.device)
+        if workshop.begun is not None:
+            self.tables.begin_with(workshop.begun.id_rows)
         self.average = (
             AveragedWeights(self.engine.masters, self.recipe.optimizer.average)
             if self.recipe.optimizer.average
@@ -190,6 +192,7 @@ class Loop:
             peak=dataclasses.asdict(self.peak) if self.peak else None,
             flops_formula=FORMULA,
             resumed_from=resumed_from,
+            begun_from=None if self.workshop.begun is None else self.workshop.begun.as_dict(),
             processes=self.ranks.size,
             distributed_type=str(self.accelerator.distributed_type),
             zero_stage=self.accelerator.deepspeed_plugin.zero_stage if self.accelerator.deepspeed_plugin else None,

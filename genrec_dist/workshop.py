@@ -21,15 +21,25 @@ from torch.utils.data import Dataset as TorchDataset
 from genrec_dist.batch import RankStep, make_step
 from genrec_dist.begin import MOST_FACTORS
 from genrec_dist.build import begin_items_with, build_model
+from genrec_dist.checkpoint import FRESH
 from genrec_dist.loss import target_loss
 from genrec_dist.model import GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.ranks import Ranks
 from genrec_dist.recipe import MOVES_NO_GRADIENT, Recipe, Stage
+from genrec_dist.refresh import Begun, Origin, begin_model, check_origin, open_origin
 from genrec_dist.run import make_layout
 from genrec_dist.sums import plan_sums
 from genrec_dist.tables import IdTables, plan_ids
 from genrec_dist.text import Layout
-from genrec_dist.tokens import WordTable, build_words, load_tokenizer, mask_tokens, train_tokenizer, trim
+from genrec_dist.tokens import (
+    WordTable,
+    build_words,
+    grow_tokenizer,
+    load_tokenizer,
+    mask_tokens,
+    train_tokenizer,
+    trim,
+)
 
 
 @dataclass(frozen=True)
@@ -139,18 +149,24 @@ class Workshop:
     layout: Layout
     stages: list[StageSteps]
     identity: dict[str, str]
+    begun: Begun | None = None
+    """Of a run that begins with another's weights."""
 
 
 def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGeneration]:
-    """Data, tokenizer, words, plans and a model with fresh weights (a function of the seed)."""
+    """Data, tokenizer, words, plans and a model with fresh weights (a function of the seed), or with those it begins from."""
     dataset = load_dataset(recipe.data)
     # One process a node reads every byte to check it; the others trust what it found.
     reader = ShardReader(recipe.shards_dir, verify=os.environ.get("LOCAL_RANK", "0") == "0")
     if reader.manifest.sequences_hash != dataset.sequences.sequences_hash():
         raise ValueError(f"{recipe.shards_dir}: made from other sequences than {recipe.data}: run `genrec shard` again")
-    tokenizer = _tokenizer(recipe, dataset)
+    origin = None if recipe.begin_from is None else open_origin(recipe.begin_from)
+    if origin is not None:
+        check_origin(origin, recipe, dataset)
+    tokenizer = _tokenizer(recipe, dataset, origin)
     codes = dataset.numbering
-    words = build_words(tokenizer, codes.item_codes, codes.user_codes, recipe.num_masks)
+    num_masks = recipe.num_masks if origin is None else origin.config.num_masks
+    words = build_words(tokenizer, codes.item_codes, codes.user_codes, num_masks)
     # A tokenizer can have holes in its ids.
     vocab_size = max(len(tokenizer), int(words.tokens.max()) + 1)
     special = {
@@ -162,6 +178,28 @@ def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGenerat
     if recipe.tokens.trim:
         words = trim(words, tokenizer.pad_token_id)
     torch.manual_seed(mixed_key(recipe.seed, 0x1217) >> 1)
+    begun = None
+    if origin is None:
+        model = _fresh_model(recipe, dataset, words, vocab_size, special)
+    else:
+        model, begun = begin_model(origin, recipe, dataset, words, vocab_size, special)
+    model.config.numbering_hash = codes.numbering_hash()
+    model.config.certain_tokens = recipe.tokens.certain
+    layout = make_layout(words, model.config)
+    identity = {
+        "sequences": dataset.sequences.sequences_hash(),
+        "numbering": codes.numbering_hash(),
+        "recipe": _recipe_hash(recipe),
+        "vocabulary": "whole" if words.vocabulary is None else words.vocabulary.hash(),
+        "origin": FRESH if origin is None else origin.weights_hash,
+    }
+    stages = plan_stages(recipe, reader)
+    return Workshop(recipe, Path(recipe.run), dataset, reader, tokenizer, words, layout, stages, identity, begun), model
+
+
+def _fresh_model(
+    recipe: Recipe, dataset: Dataset, words: WordTable, vocab_size: int, special: dict[str, int]
+) -> GenRecForConditionalGeneration:
     model = build_model(
         recipe.model,
         vocab_size=vocab_size,
@@ -175,20 +213,14 @@ def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGenerat
     if recipe.model.init_items == "cooccurrence":
         vectors_NF = neighbour_vectors(dataset.sequences, min(recipe.model.d_model, MOST_FACTORS), recipe.seed)
         begin_items_with(model, vectors_NF, words)
-    model.config.numbering_hash = codes.numbering_hash()
-    model.config.certain_tokens = recipe.tokens.certain
-    layout = make_layout(words, model.config)
-    identity = {
-        "sequences": dataset.sequences.sequences_hash(),
-        "numbering": codes.numbering_hash(),
-        "recipe": _recipe_hash(recipe),
-        "vocabulary": "whole" if words.vocabulary is None else words.vocabulary.hash(),
-    }
-    stages = plan_stages(recipe, reader)
-    return Workshop(recipe, Path(recipe.run), dataset, reader, tokenizer, words, layout, stages, identity), model
+    return model
 
 
-def _tokenizer(recipe: Recipe, dataset: Dataset) -> Any:
+def _tokenizer(recipe: Recipe, dataset: Dataset, origin: Origin | None) -> Any:
+    if origin is not None:
+        known = len(origin.best.catalogue.item_codes)
+        codes = dataset.numbering.item_codes
+        return grow_tokenizer(origin.best.tokenizer, codes[:known], codes[known:])
     name = recipe.tokens.tokenizer or recipe.model.backbone
     if name is None:
         return train_tokenizer(dataset.numbering.item_codes, recipe.tokens.vocab_size, recipe.num_masks)
@@ -198,7 +230,8 @@ def _tokenizer(recipe: Recipe, dataset: Dataset) -> Any:
 def _recipe_hash(recipe: Recipe) -> str:
     """What must not change between a checkpoint and its resume; paths, the cut into micro-batches and the loss's way may."""
     values = recipe.as_dict()
-    for key in (*MOVES_NO_GRADIENT, "head", "packing", "recompute"):
+    # Of what a run begins from the weights count, which have a hash of their own.
+    for key in (*MOVES_NO_GRADIENT, "begin_from", "head", "packing", "recompute"):
         del values[key]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
@@ -209,6 +242,8 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     outside = model.config if model.config.ids_outside else None
     share = StepBatches(workshop.stages, workshop.reader, workshop.layout, recipe, 0, 1, outside)[0]
     tables = IdTables(model.config, recipe.seed, Ranks(), model.device)
+    if workshop.begun is not None:
+        tables.begin_with(workshop.begun.id_rows)
     tables.attach(model, share)
     batches = share.micro_batches
     with torch.inference_mode():
