@@ -194,7 +194,7 @@ class Core:
     """The users and items that stay, and how many rows the others took along.
 
     First `count` and `drop` in turn, until `few_items` and `few_users` name nobody; then `settle`. Of several cores with the
-    users of one log among them, and the same items, the items' counts are to be added up.
+    users of one log among them, and the same items, the items' counts are to be added up. Its arrays are never written into.
     """
 
     def __init__(self, buckets: Rows, cleaning: Cleaning) -> None:
@@ -223,13 +223,13 @@ class Core:
     def drop(self, few_N: np.ndarray) -> None:
         """Leave out these items and all users with too few rows."""
         few_U = self.few_users()
-        self.short_U |= few_U & (self.lengths_U >= self.cleaning.k_core)
-        self.users_U &= ~few_U
+        self.short_U = self.short_U | few_U & (self.lengths_U >= self.cleaning.k_core)
+        self.users_U = self.users_U & ~few_U
         self.items_N = self.items_N & ~few_N
 
     def settle(self, buckets: Rows, counts_N: np.ndarray) -> None:
         """Nobody has too few rows any more: which items are left, and what became of the rows. `counts_N`: the last ones."""
-        self.catalogue_N = self.items_N & (counts_N > 0)
+        self.catalogue_N, self.lengths_U = self.items_N & (counts_N > 0), self.lengths_U.copy()
         self.dropped = self._dropped(buckets, self.short_U)
         if self.cutoff is not None:
             self.dropped |= self._dropped_held_out(buckets)

@@ -265,10 +265,18 @@ def _appended(entry: dict[str, Any]) -> Appended:
 
 def source_of(path: Path, files: Sequence[Path]) -> Source:
     """What a directory was made from. `files`: the path itself, or what was read of the folder."""
-    if list(files) == [path]:
-        return Source(path.name, _sha256(path))
-    lines = "".join(f"{_sha256(file)}  {file.name}\n" for file in files)
-    return Source(path.resolve().name, hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest())
+    is_folder = list(files) != [path]
+    return source_named(
+        path.resolve().name if is_folder else path.name, [(file.name, _sha256(file)) for file in files], is_folder
+    )
+
+
+def source_named(name: str, hashes: Sequence[tuple[str, str]], is_folder: bool) -> Source:
+    """The same from the files' (name, sha256)."""
+    if not is_folder:
+        return Source(name, hashes[0][1])
+    lines = "".join(f"{sha256}  {file}\n" for file, sha256 in hashes)
+    return Source(name, hashlib.sha256(lines.encode(errors="surrogateescape")).hexdigest())
 
 
 def _sha256(path: Path) -> str:

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from genrec_shards.readers.times import moment
 from genrec_shards.sequences import Sequences, Split, TrainedThrough, read_sequences
 from genrec_shards.trained_vectors import read_trained_vectors
 
+Engine = Literal["local", "ray"]
 K_CORE = 5
 """Of a log, unless another is named."""
 
@@ -61,6 +62,8 @@ def prepare(
     since: str | None = None,
     until: str | None = None,
     expect: str | None = None,
+    engine: Engine = "local",
+    ray_address: str | None = None,
 ) -> Dataset:
     """Read a log and write the data directory `out`, complete or not at all; the same input gives the same bytes.
 
@@ -74,13 +77,32 @@ def prepare(
     (`expected.py`) that names the dates, where none are given, and whose counts must come out. `on_error`: what a line that
     cannot be read does, `stop` or `skip`. `levels`, `vectors`: as in `number` and `read_trained_vectors`. `items`,
     `item_column`, `text_columns`, `title_column`: as in `read_descriptions`;
-    texts and titles are kept, and `format="data"` finds them again. Raises DataError for what is wrong with a file,
+    texts and titles are kept, and `format="data"` finds them again. `engine`: `ray` reads and cleans a log on the cluster at
+    `ray_address`, or by all cores of this machine, to the same bytes; its source may be an address
+    (`ray_engine/`). Raises DataError for what is wrong with a file,
     ValueError for a wrong argument or an `out` that exists.
     """
-    source, out = Path(source), Path(out)
-    readable(source)
-    format = guess_format(source) if format == "auto" else format
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine {engine!r}: choose local or ray")
+    out = Path(out)
+    if engine == "ray":
+        from genrec_shards.ray_engine import door
+
+        place = door.place_of(source)
+        door.check_source(place)
+        format = door.format_of(place) if format == "auto" else format
+    else:
+        place = Path(source)
+        readable(place)
+        format = guess_format(place) if format == "auto" else format
     _check_choices(format, ties)
+    if format not in LOG_FORMATS and (engine, ray_address) != ("local", None):
+        raise ValueError(
+            f"engine ray is for logs ({', '.join(LOG_FORMATS)}), this is of the {format} format: leave it out"
+        )
+    if engine == "local" and ray_address is not None:
+        raise ValueError(f"--ray-address {ray_address}: goes with --engine ray")
+    source = Path(place)
     periods_from = _cutoff(format, split, cutoff)
     if format not in LOG_FORMATS and (k_core, min_length, since, until, log or LogOptions()) != (
         None, None, None, None, LogOptions()
@@ -107,10 +129,13 @@ def prepare(
     )
     # A log's rows wait beside the output for their users, so a place that cannot be written is told before hours of reading.
     with atomic_directory(out, overwrite, marker="dataset.json") as folder:
-        taken = _read(source, format, bad, cleaning, log or LogOptions(), folder)
+        if engine == "ray":
+            taken = _read_on_ray(place, format, bad, cleaning, log or LogOptions(), folder, ray_address)
+        else:
+            taken = _read(source, format, bad, cleaning, log or LogOptions(), folder)
         sequences, descriptions = taken.sequences, taken.descriptions
         if expect is not None:
-            check_expected(expect, sequences, str(source))
+            check_expected(expect, sequences, str(place))
         if items is not None:
             descriptions = read_descriptions(
                 items, sequences.item_ids, id_column=item_column, text_columns=text_columns, title_column=title_column
@@ -194,7 +219,29 @@ def _read(source: Path, format: Format, bad: BadLines, cleaning: Cleaning, log: 
     waiting.mkdir()
     found = clean(read_log(source, format, bad, log), cleaning, waiting, str(source))
     shutil.rmtree(waiting)
-    origin = source_of(source, source_files(source, format))
+    return _of_log(found, source_of(source, source_files(source, format)), bad, cleaning)
+
+
+def _read_on_ray(
+    place: str | Path,
+    format: Format,
+    bad: BadLines,
+    cleaning: Cleaning,
+    log: LogOptions,
+    folder: Path,
+    address: str | None,
+) -> _Taken:
+    from genrec_shards.ray_engine import door
+
+    waiting = folder / "rows"
+    waiting.mkdir()
+    found, origin = door.clean_on_ray(place, format, bad, cleaning, log, waiting, address)
+    # Sequences and times are mapped, and last as long as they are held.
+    shutil.rmtree(waiting)
+    return _of_log(found, origin, bad, cleaning)
+
+
+def _of_log(found: CleanLog, origin: Source, bad: BadLines, cleaning: Cleaning) -> _Taken:
     dropped = {"bad_lines": bad.count} | found.dropped
     return _Taken(
         found.sequences, origin, None, found.timestamps, cleaning.ties, dropped, found.num_read + bad.count,

@@ -10,15 +10,16 @@ import re
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from genrec_shards.sequences import DataError
 
+Result = TypeVar("Result")
 # A drive's single letter is a path.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")
@@ -119,18 +120,88 @@ class RemoteFiles:
         `count` is told of every request, with the bytes it brought. Raises DataError naming `place` and what happened
         when patience is over.
         """
+
+        def request(seconds: float) -> bytes:
+            data = self._request(name, part, seconds)
+            count(len(data))
+            _check(data, part, sha256)
+            return data
+
+        return self._patiently(place, request, lambda: count(0))
+
+    def size(self, name: str, place: str) -> int:
+        """Bytes of a file. Raises DataError naming `place` when patience is over."""
+        return self._patiently(place, lambda seconds: self._sync(self._size(name), seconds))
+
+    def listed(self) -> list[tuple[str, int]]:
+        """(name, bytes) of the files in this folder, of s3 alone: a web server has no common way to list."""
+
+        async def ask() -> list[tuple[str, int]]:
+            client = _client(self.scheme, self.patience.stall)
+            try:
+                entries = await client._ls(self.address.removeprefix("s3://"), detail=True, refresh=True)
+            except FileNotFoundError:
+                return []
+            folder = self.address.removeprefix("s3://") + "/"
+            files = [(entry["name"], entry["size"]) for entry in entries if entry["type"] == "file"]
+            return [(name.removeprefix(folder), size) for name, size in files if name.startswith(folder)]
+
+        return self._patiently(self.address, lambda seconds: self._sync(ask(), seconds))
+
+    def put(self, name: str, file: Path) -> None:
+        """Write a file below this address, in place of one that is there: s3 shows it whole or not at all."""
+
+        async def ask() -> None:
+            client = _client(self.scheme, self.patience.stall)
+            await client._put_file(str(file), f"{self.address.removeprefix('s3://')}/{name}")
+
+        self._patiently(f"{self.address}/{name}", lambda seconds: self._sync(ask(), seconds))
+
+    def remove(self, name: str) -> None:
+        """Remove a file below this address."""
+
+        async def ask() -> None:
+            await _client(self.scheme, self.patience.stall)._rm_file(f"{self.address.removeprefix('s3://')}/{name}")
+
+        self._patiently(f"{self.address}/{name}", lambda seconds: self._sync(ask(), seconds))
+
+    def _sync(self, asked: Coroutine[Any, Any, Result], seconds: float) -> Result:
+        from fsspec.asyn import sync
+
+        async def ask() -> Result:
+            return await asked
+
+        return sync(_client(self.scheme, self.patience.stall).loop, ask, timeout=seconds)
+
+    async def _size(self, name: str) -> int:
+        client = _client(self.scheme, self.patience.stall)
+        if self.scheme == "s3":
+            found = await client._info(f"{self.address.removeprefix('s3://')}/{name}", refresh=True)
+            if found["type"] != "file":
+                raise FileNotFoundError(name)
+            return int(found["size"])
+        # A part is asked for, since the parts that follow need a server that honours Range.
+        session = await client.set_session()
+        address = client.encode_url(f"{self.address}/{name}")
+        part = {"Range": "bytes=0-0"}
+        async with session.get(address, headers=part, timeout=_aiohttp_timeout(self.patience.stall)) as answer:
+            total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        if not total.isdigit():
+            raise _Unfit(f"the server names no size ({total[:20]!r})", final=True)
+        return int(total)
+
+    def _patiently(
+        self, place: str, request: Callable[[float], Result], failed: Callable[[], None] = lambda: None
+    ) -> Result:
         started, wait = time.monotonic(), self.patience.first_wait
         for attempt in range(1, self.patience.attempts + 1):
             left = self.patience.deadline - (time.monotonic() - started)
             try:
-                data = self._request(name, part, left)
-                count(len(data))
-                _check(data, part, sha256)
-                return data
+                return request(left)
             except _errors(self.scheme) as error:
                 complaint, final = _told(error, self.patience)
                 if not isinstance(error, _Unfit):
-                    count(0)
+                    failed()
             # Chance keeps many processes from asking again in the same moment; the training's own dice stay untouched.
             pause = min(wait, self.patience.longest_wait) * random.SystemRandom().uniform(0.5, 1)
             wait *= 2

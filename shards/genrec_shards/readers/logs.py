@@ -30,16 +30,28 @@ class LogOptions:
 
 def read_log(path: Path, format: str, bad: BadLines, options: LogOptions) -> Iterator[pl.DataFrame]:
     """Frames (`frames.py`) of a log. Raises DataError and ValueError, one line."""
-    clock = Clock(options.time_unit)
-    if options.columns is not None and len(options.columns) != 3:
-        raise ValueError(f"columns {','.join(options.columns)}: give three names, as userId,movieId,timestamp")
-    if options.columns is not None and format != "interactions":
-        raise ValueError(f"columns with the {format} format, whose columns have names of their own: leave them out")
+    clock = clock_of(format, options)
     if format == "interactions":
         return read_interactions(path, bad, clock, options.columns)
     return (read_amazon if format == "amazon" else read_yelp)(path, bad, clock)
 
 
+def clock_of(format: str, options: LogOptions) -> Clock:
+    """What reads a log's times. Raises ValueError where the options do not go with the format."""
+    if options.columns is not None and len(options.columns) != 3:
+        raise ValueError(f"columns {','.join(options.columns)}: give three names, as userId,movieId,timestamp")
+    if options.columns is not None and format != "interactions":
+        raise ValueError(f"columns with the {format} format, whose columns have names of their own: leave them out")
+    return Clock(options.time_unit)
+
+
+def endings_of(format: str | None) -> tuple[str, ...]:
+    """Endings of a folder's files that belong to a log of this format; None: of any."""
+    if format is None:
+        return (*ENDINGS, *JSON_ENDINGS)
+    return ENDINGS if format == "interactions" else JSON_ENDINGS
+
+
 def source_files(path: Path, format: str) -> list[Path]:
     """The files that `read_log` reads, in its order."""
-    return log_files(path, ENDINGS if format == "interactions" else JSON_ENDINGS)
+    return log_files(path, endings_of(format))
