@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from dated_log import DATES, NUM_ITEMS, Row, write_log
 from genrec_shards import buckets as buckets_module
 from genrec_shards.clean import Cleaning, CleanLog, clean
 from genrec_shards.cooccurrence import neighbour_vectors, training_items
@@ -37,7 +38,6 @@ from genrec_dist.baseline.sasrec_train import TrainingParts
 from genrec_dist.baseline.training import training_counts
 from genrec_dist.tokens import train_tokenizer
 
-Row = tuple[str, str, int]
 CUTOFF = Cutoff(10, 20)
 """Times of these tests are 0 to 29."""
 
@@ -217,23 +217,7 @@ def test_the_property_sees_a_core_that_counts_held_out_rows(tmp_path_factory):
 
 # Files.
 
-START = moment("2014-01-01", "")
-META = "item,title\n" + "".join(f"i{n},{'red soap' if n % 2 else 'blue comb'} {n}\n" for n in range(12))
-DATES = "2014-07-01,2014-10-01"
-
-
-def write_log(path: Path, seed: int = 0, held_out_seed: int = 0) -> list[Row]:
-    """40 users and 12 items over a year; rows from July on are drawn by another seed. Day 180 is 2014-06-30."""
-    rows: list[Row] = []
-    for stream, first, end in (([seed], 0, 181), ([seed, held_out_seed], 181, 365)):
-        dice = np.random.default_rng(stream)
-        for user in range(40 if first else 36):
-            for _ in range(dice.integers(0 if first else 4, 9)):
-                day, item = int(dice.integers(first, end)), int(dice.integers(14 if first else 12))
-                rows.append((f"u{user:02}", f"i{item}", START + day * 86_400_000_000))
-    lines = [f"{user},{item},{time // 1_000_000}" for user, item, time in rows]
-    path.write_text("\n".join(["user_id,item_id,timestamp", *lines]) + "\n", encoding="utf-8")
-    return rows
+META = "item,title\n" + "".join(f"i{n:02},{'red soap' if n % 2 else 'blue comb'} {n}\n" for n in range(NUM_ITEMS))
 
 
 def prepared(folder: Path, numbering: NumberingName = "random", held_out_seed: int = 0, **options: Any) -> Path:
