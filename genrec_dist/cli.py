@@ -38,6 +38,12 @@ DataOption = Annotated[
     Path | None, typer.Option("--data", help="Data directory; default: the one the run was trained on.")
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+EngineOption = Annotated[
+    Literal["local", "ray"], typer.Option("--engine", help="ray: on a cluster, to the same bytes: docs/data.md.")
+]
+RayAddressOption = Annotated[
+    str | None, typer.Option("--ray-address", help="HOST:PORT of a running Ray cluster; default: this machine's cores.")
+]
 ExcludeOption = Annotated[
     YesNo, typer.Option("--exclude-history", help="Leave out items of the history; auto: where no target repeats.")
 ]
@@ -78,9 +84,9 @@ def demo(
 @app.command()
 def prepare(
     context: typer.Context,
-    source: Annotated[Path | None, typer.Argument(metavar="SOURCE", help="The log, gz or not; or a folder.")] = None,
+    source: Annotated[str | None, typer.Argument(metavar="SOURCE", help="The log, gz or not; or a folder.")] = None,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Data directory to write; of --append default: DATA itself.")
+        str | None, typer.Option("--out", help="Data directory to write; of --append default: DATA itself.")
     ] = None,
     append: Annotated[
         Path | None,
@@ -163,6 +169,8 @@ def prepare(
     on_error: Annotated[
         Literal["stop", "skip"], typer.Option(help="At a line that cannot be read: end, or leave it out and count it.")
     ] = "stop",
+    engine: EngineOption = "local",
+    ray_address: RayAddressOption = None,
 ) -> None:
     """Turn a log into sequences with leak-free codes, and audit it.
 
@@ -182,7 +190,8 @@ def prepare(
     _check_prepare(context, source, out_dir, append, to)
     if append is not None and to is not None:
         grown = run_append(
-            append, to, out_dir, format=format_, overwrite=overwrite, k_core=k_core, min_length=min_length,  # type: ignore[arg-type]
+            append, to, None if out_dir is None else Path(out_dir), format=format_,  # type: ignore[arg-type]
+            overwrite=overwrite, k_core=k_core, min_length=min_length,
             since=since, until=until, on_error=on_error, items=items, item_column=item_column,
             text_columns=None if text_columns is None else text_columns.split(","), title_column=title_column,
             log=LogOptions(columns=None if columns is None else tuple(columns.split(",")), time_unit=time_unit),
@@ -196,18 +205,19 @@ def prepare(
         return
     assert source is not None
     assert out_dir is not None
-    dataset = run_prepare(
-        source, out_dir, format=format_, numbering=numbering, seed=seed, overwrite=overwrite,  # type: ignore[arg-type]
-        levels=None if levels is None else _whole_numbers("--levels", levels), vectors=vectors,
-        vectors_trained_through=vectors_trained_through, items=items, item_column=item_column,
-        text_columns=None if text_columns is None else text_columns.split(","), title_column=title_column,
-        k_core=k_core, min_length=min_length, split=split, cutoff=cutoff, ties=ties, on_error=on_error,
-        since=since, until=until, expect=expect,
-        log=LogOptions(columns=None if columns is None else tuple(columns.split(",")), time_unit=time_unit),
-    )  # fmt: skip
+    with _directory(out_dir, overwrite, "dataset.json") as folder:
+        dataset = run_prepare(
+            source, folder, format=format_, numbering=numbering, seed=seed, overwrite=overwrite,  # type: ignore[arg-type]
+            levels=None if levels is None else _whole_numbers("--levels", levels), vectors=vectors,
+            vectors_trained_through=vectors_trained_through, items=items, item_column=item_column,
+            text_columns=None if text_columns is None else text_columns.split(","), title_column=title_column,
+            k_core=k_core, min_length=min_length, split=split, cutoff=cutoff, ties=ties, on_error=on_error,
+            since=since, until=until, expect=expect, engine=engine, ray_address=ray_address,
+            log=LogOptions(columns=None if columns is None else tuple(columns.split(",")), time_unit=time_unit),
+        )  # fmt: skip
+        found = write_audit(dataset)
     for line in cleaning_told(dataset):
         say(line)
-    found = write_audit(dataset)
     sequences = dataset.sequences
     say(
         f"{out_dir}: {sequences.num_users:,} users, {sequences.num_items:,} items, "
@@ -220,7 +230,7 @@ def prepare(
 
 
 def _check_prepare(
-    context: typer.Context, source: Path | None, out_dir: Path | None, append: Path | None, to: Path | None
+    context: typer.Context, source: str | None, out_dir: str | None, append: Path | None, to: Path | None
 ) -> None:
     """Either a source and where it goes, or what is added to which data."""
     if append is None:
@@ -235,6 +245,8 @@ def _check_prepare(
         raise UsageError(f"give SOURCE {source} or --append {append}, not both")
     if to is None:
         raise UsageError(f"--append {append} needs --to DATA, the data directory that it is added to")
+    if getattr(context.get_parameter_source("engine"), "name", "") == "COMMANDLINE":
+        raise UsageError("--engine with --append: what is added is read by one machine, leave it out")
     settled = ("numbering", "seed", "levels", "vectors", "vectors_trained_through", "ties", "expect", "split", "cutoff")
     for name in settled:
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
@@ -250,10 +262,12 @@ def _whole_numbers(option: str, text: str) -> list[int]:
 
 @app.command()
 def shard(
-    data: DataArgument,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Shard directory; default: DATA/shards.")] = None,
+    data: Annotated[str, typer.Argument(metavar="DATA", help="Directory of `genrec prepare`.")],
+    out_dir: Annotated[str | None, typer.Option("--out", help="Shard directory; default: DATA/shards.")] = None,
     users_per_shard: Annotated[int, typer.Option(help="Users a tar.")] = 8192,
     overwrite: OverwriteOption = False,
+    engine: EngineOption = "local",
+    ray_address: RayAddressOption = None,
 ) -> None:
     """Pack sequences into webdataset tars with a manifest.
 
@@ -262,8 +276,17 @@ def shard(
     from genrec_shards.dataset import load_dataset
     from genrec_shards.write import write_shards
 
-    target = out_dir or data / "shards"
-    manifest = write_shards(load_dataset(data), target, users_per_shard=users_per_shard, overwrite=overwrite)
+    target = out_dir or f"{data.rstrip('/')}/shards"
+    if engine == "ray":
+        from genrec_shards.ray_engine.tars import write_shards_on_ray
+
+        manifest = write_shards_on_ray(
+            data, target, users_per_shard=users_per_shard, overwrite=overwrite, address=ray_address
+        )
+    elif ray_address is not None:
+        raise UsageError("--ray-address goes with --engine ray")
+    else:
+        manifest = write_shards(load_dataset(data), target, users_per_shard=users_per_shard, overwrite=overwrite)
     size = sum(tar.bytes for tar in manifest.shards)
     say(f"{target}: {len(manifest.shards)} tars, {manifest.users:,} users, {size:,} bytes")
 
@@ -680,6 +703,19 @@ app.add_typer(
     short_help="Measure a claim beside a named peer, the two in turn.",
     help="Measure a claim beside a named peer, the two in turn.\n\nExample: genrec bench stream --json stream.json",
 )
+
+
+def _directory(out_dir: str, overwrite: bool, marker: str) -> Any:
+    """Where a directory is to be made: there, or here for an address, where it goes when it is complete."""
+    from contextlib import nullcontext
+
+    from genrec_shards.remote import is_address
+
+    if not is_address(out_dir) or out_dir.startswith("file:"):
+        return nullcontext(out_dir)
+    from genrec_shards.ray_engine.upload import uploaded_directory
+
+    return uploaded_directory(out_dir, overwrite, marker)
 
 
 class _progress:

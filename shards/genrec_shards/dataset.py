@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from genrec_shards.numbering import Hierarchy, Numbering, NumberingName
 from genrec_shards.periods import GlobalTime, Periods, cutoff_of
 from genrec_shards.sequences import DataError, Sequences
 
+Lists = tuple[np.ndarray, np.ndarray, np.ndarray | None]
+"""Items int32[total], offsets int64[U+1] and, where there are any, timestamps int64[total]."""
 FORMAT_VERSION = 1
 USERS_PER_ROW_GROUP = 65_536
 
@@ -104,8 +106,8 @@ class Dataset:
     """What `prepare` has to say of lines that could not be read; not in any file."""
 
 
-def load_dataset(path: str | Path) -> Dataset:
-    """Read a data directory and check it against its own hashes.
+def load_dataset(path: str | Path, lists: Callable[[], Lists] | None = None) -> Dataset:
+    """Read a data directory and check it against its own hashes. `lists`: reads `sequences.parquet`, where it lies elsewhere.
 
     Raises DataError, one line with the file, for what is missing, damaged, changed by hand or of another version.
     """
@@ -114,7 +116,7 @@ def load_dataset(path: str | Path) -> Dataset:
     users, items = _read_table(path / "users.parquet"), _read_table(path / "items.parquet")
     user_ids, user_codes = _strings(users, "id", path), _strings(users, "code", path)
     item_ids, item_codes = _strings(items, "id", path), _strings(items, "code", path)
-    flat_items, offsets, timestamps = _read_lists(path / "sequences.parquet")
+    flat_items, offsets, timestamps = _read_lists(path / "sequences.parquet") if lists is None else lists()
     periods = None if info.global_time is None else _periods(info.global_time, offsets, timestamps, path)
     sequences = Sequences(flat_items, offsets, user_ids, item_ids, periods)
     numbering = Numbering(info.numbering, info.seed, item_codes, user_codes, info.hierarchy)

@@ -84,15 +84,17 @@ def prepare(
     """
     if engine not in get_args(Engine):
         raise ValueError(f"engine {engine!r}: choose local or ray")
-    out = Path(out)
     if engine == "ray":
         from genrec_shards.ray_engine import door
 
+        out = door.place_of(out)
+        if not isinstance(out, Path):
+            raise ValueError(f"{out}: `prepare` makes a directory of this machine; `genrec prepare --out` uploads one")
         place = door.place_of(source)
         door.check_source(place)
         format = door.format_of(place) if format == "auto" else format
     else:
-        place = Path(source)
+        out, place = Path(out), Path(source)
         readable(place)
         format = guess_format(place) if format == "auto" else format
     _check_choices(format, ties)

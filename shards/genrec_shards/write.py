@@ -48,11 +48,7 @@ def write_shards(
     Raises ValueError for sizes that are not, and for an `out` that exists. What a killed writer of the same `out` left
     behind more than a day ago is removed.
     """
-    if users_per_record < 1 or users_per_shard < 1 or users_per_shard % users_per_record:
-        raise ValueError(
-            f"users_per_shard {users_per_shard} is no multiple of users_per_record {users_per_record}: "
-            f"choose for example {max(users_per_record, 1) * 8}"
-        )
+    check_sizes(users_per_shard, users_per_record)
     sequences = dataset.sequences
     _sweep_stale(Path(out))
     with atomic_directory(out, overwrite, marker=MANIFEST) as folder:
@@ -60,24 +56,39 @@ def write_shards(
         for first_user in range(0, sequences.num_users, users_per_shard):
             end_user = min(first_user + users_per_shard, sequences.num_users)
             path = folder / f"shard-{len(shards):06d}.tar"
-            shards.append(_write_shard(sequences, path, first_user, end_user, users_per_record))
-        lengths = _npy(sequences.lengths)
-        (folder / LENGTHS).write_bytes(lengths)
-        periods = None if sequences.periods is None else _npy(sequences.periods.flat())
-        if periods is not None:
-            (folder / PERIODS).write_bytes(periods)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            users=sequences.num_users,
-            items=sequences.num_items,
-            interactions=sequences.num_interactions,
-            sequences_hash=dataset.info.sequences_hash,
-            users_per_record=users_per_record,
-            lengths_sha256=hashlib.sha256(lengths).hexdigest(),
-            shards=tuple(shards),
-            periods_sha256=None if periods is None else hashlib.sha256(periods).hexdigest(),
+            shards.append(write_shard(sequences, path, first_user, end_user, users_per_record))
+        return finish_shards(folder, dataset, shards, users_per_record)
+
+
+def check_sizes(users_per_shard: int, users_per_record: int) -> None:
+    """Raises ValueError for sizes by which a user's record cannot be found."""
+    if users_per_record < 1 or users_per_shard < 1 or users_per_shard % users_per_record:
+        raise ValueError(
+            f"users_per_shard {users_per_shard} is no multiple of users_per_record {users_per_record}: "
+            f"choose for example {max(users_per_record, 1) * 8}"
         )
-        write_manifest(manifest, folder)
+
+
+def finish_shards(folder: Path, dataset: Dataset, shards: list[ShardEntry], users_per_record: int) -> Manifest:
+    """Write what stands beside the tars."""
+    sequences = dataset.sequences
+    lengths = _npy(sequences.lengths)
+    (folder / LENGTHS).write_bytes(lengths)
+    periods = None if sequences.periods is None else _npy(sequences.periods.flat())
+    if periods is not None:
+        (folder / PERIODS).write_bytes(periods)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        users=sequences.num_users,
+        items=sequences.num_items,
+        interactions=sequences.num_interactions,
+        sequences_hash=dataset.info.sequences_hash,
+        users_per_record=users_per_record,
+        lengths_sha256=hashlib.sha256(lengths).hexdigest(),
+        shards=tuple(shards),
+        periods_sha256=None if periods is None else hashlib.sha256(periods).hexdigest(),
+    )
+    write_manifest(manifest, folder)
     return manifest
 
 
@@ -97,13 +108,16 @@ def _sweep_stale(out: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_shard(sequences: Sequences, path: Path, first_user: int, end_user: int, users_per_record: int) -> ShardEntry:
+def write_shard(
+    sequences: Sequences, path: Path, first_user: int, end_user: int, users_per_record: int, base: int = 0
+) -> ShardEntry:
+    """Write the tar of users first_user..end_user-1. `base`: row of the sequences' first user."""
     places = []
     # The writer is closed before its file also where a disk is full, or it would complain when it is collected.
     with path.open("wb") as file, contextlib.closing(_tar_writer(file)) as writer:
         for start, end in _ranges(first_user, end_user, users_per_record):
             offset = writer.tarstream.offset
-            writer.write({"__key__": f"{start // users_per_record:08d}", **_members(sequences, start, end)})
+            writer.write({"__key__": f"{start // users_per_record:08d}", **_members(sequences, start, end, base)})
             places.append((offset, writer.tarstream.offset - offset, start, end - start))
     with path.open("rb") as tar:
         records = tuple(RecordEntry(*place, sha256=_part_sha256(tar, *place[:2])) for place in places)
@@ -149,9 +163,9 @@ def _ranges(first: int, end: int, size: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, end)) for start in range(first, end, size))
 
 
-def _members(sequences: Sequences, start: int, end: int) -> dict[str, bytes]:
+def _members(sequences: Sequences, start: int, end: int, base: int) -> dict[str, bytes]:
     """The three members of the record of users start..end-1."""
-    offsets = sequences.offsets[start : end + 1]
+    offsets = sequences.offsets[start - base : end - base + 1]
     return {
         "users.npy": _npy(np.arange(start, end)),
         "offsets.npy": _npy(offsets - offsets[0]),

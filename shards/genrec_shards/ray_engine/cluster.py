@@ -11,6 +11,8 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from genrec_shards.remote import is_loopback
+
 LOOPBACK = "127.0.0.1"
 PROBE_SECONDS = 5.0
 MOST_RETRIES = 3
@@ -62,7 +64,7 @@ def connected(address: str | None) -> Iterator[Tasks]:
 
     Raises ValueError, one line, where Ray is not installed or nobody answers.
     """
-    _set_environment(own=address is None)
+    _set_environment(own=address is None, inside=address is None or _is_loopback(address))
     try:
         import ray
         import ray.exceptions
@@ -90,12 +92,17 @@ def _kept_handler(number: signal.Signals) -> Iterator[None]:
             signal.signal(number, before)
 
 
-def _set_environment(own: bool) -> None:
-    """Before Ray is imported, which reads it then. Each has the user's own value where there is one."""
+def _is_loopback(address: str) -> bool:
+    return is_loopback(address.rpartition(":")[0].strip("[]"))
+
+
+def _set_environment(own: bool, inside: bool) -> None:
+    """Before Ray is imported, which reads it then. `inside`: is all of it on loopback? Values of the user's own stay."""
     if own and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    if own:
-        # Or Ray listens on this machine's outer address. The switch is named after the systems where that is the default.
+    if inside:
+        # Or Ray listens on this machine's outer address, and looks there for a cluster on loopback. The switch is named after
+        # the systems where that is the default.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

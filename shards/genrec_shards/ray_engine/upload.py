@@ -1,0 +1,53 @@
+"""A directory behind an address: its files come one by one, and the one that makes it complete comes last."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from genrec_shards.remote import Patience, RemoteFiles
+
+
+@contextlib.contextmanager
+def uploaded_directory(address: str, overwrite: bool, marker: str) -> Iterator[Path]:
+    """Yield a path of this machine where a directory is to be made; when the block ends well, its files go to the address.
+
+    There is no rename there, so `marker` makes the directory complete: it is the first file that an overwriting run removes
+    and the last that it writes. Raises ValueError, before the block runs, for an address that is not s3 or is taken.
+    """
+    files = writable(address)
+    taken = claim(files, overwrite, marker)
+    with tempfile.TemporaryDirectory(prefix="genrec-") as scratch:
+        made = Path(scratch) / "made"
+        yield made
+        if taken:
+            files.remove(marker)
+        send(files, made, marker)
+
+
+def writable(address: str) -> RemoteFiles:
+    """Raises ValueError for an address that cannot be written to."""
+    files = RemoteFiles(address, Patience())
+    if files.scheme != "s3":
+        raise ValueError(f"{files.address}: cannot be written to: choose a path, or an address of s3://")
+    return files
+
+
+def claim(files: RemoteFiles, overwrite: bool, marker: str) -> bool:
+    """Is there a directory to be overwritten? Raises ValueError for one that must not be."""
+    names = [name for name, _ in files.listed()]
+    if not names:
+        return False
+    if not overwrite:
+        raise ValueError(f"{files.address} exists: choose another output, or overwrite it with --overwrite")
+    if marker not in names:
+        raise ValueError(f"{files.address} holds no {marker}, so it is not ours to overwrite: choose another output")
+    return True
+
+
+def send(files: RemoteFiles, folder: Path, marker: str) -> None:
+    """Write the folder's files, the marker last."""
+    for path in sorted(folder.iterdir(), key=lambda path: (path.name == marker, path.name)):
+        files.put(path.name, path)
