@@ -1,4 +1,4 @@
-"""Two Ray nodes of one core each on this machine, on loopback, in whose process Ray is not started yet; ends with standard input."""
+"""Two Ray nodes of one core each on this machine, on loopback; they end when standard input does."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from genrec_shards.atomic import atomic_directory, atomic_file
@@ -88,3 +89,61 @@ def test_an_error_of_the_system_names_what_was_to_be_written(tmp_path, make):
         assert str(tmp_path / "out") in str(error)
     with pytest.raises(OSError, match="elsewhere"), make(tmp_path / "out"):
         raise OSError(2, "No such file", "elsewhere")
+
+
+WRITER = """
+import sys, time
+from genrec_shards.atomic import atomic_directory
+with atomic_directory(sys.argv[1]) as temporary:
+    (temporary / "deep").mkdir()
+    (temporary / "deep" / "half").write_text("x")
+    print(temporary, flush=True)
+    time.sleep(600)
+"""
+
+
+def writer_of(path) -> tuple[subprocess.Popen, Path]:
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    return process, Path(process.stdout.readline().strip())
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_run_and_what_a_living_one_has_stays(tmp_path):
+    out = tmp_path / "out"
+    (killed, left), (living, busy) = writer_of(out), writer_of(out)
+    # The name of a neighbour, a file put aside, and one of another machine.
+    others = [tmp_path / name for name in (".out.more.1.0123abcd.tmp", f".out.1.{'0' * 8}-0123abcd.tmp")]
+    aside = tmp_path / left.name.replace(".tmp", ".old")
+    for folder in (*others, aside):
+        folder.mkdir()
+    killed.kill()
+    killed.wait(60)
+    try:
+        assert left.is_dir()
+        with atomic_directory(out) as temporary:
+            assert not left.exists()
+            assert temporary.is_dir()
+            (temporary / "whole").write_text("1")
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "out",
+            busy.name,
+            aside.name,
+            *(path.name for path in others),
+        }
+        assert (busy / "deep" / "half").read_text() == "x"
+    finally:
+        living.kill()
+        living.wait(60)
+    with atomic_directory(tmp_path / "out", overwrite=True):
+        pass
+    assert not busy.exists()
+
+
+def test_what_another_machine_left_goes_after_a_day(tmp_path):
+    old = tmp_path / f".out.1.{'0' * 8}-0123abcd.tmp"
+    old.mkdir()
+    (old / "half").write_text("x")
+    for path in (old / "half", old):
+        os.utime(path, (1, 1))
+    with atomic_directory(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

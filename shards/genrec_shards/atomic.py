@@ -1,11 +1,20 @@
 """Files and directories that are complete or absent: temporary name, fsync, rename."""
 
 import contextlib
+import fcntl
+import functools
+import hashlib
 import os
+import platform
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+
+STALE_SECONDS = 24 * 3600
+"""How long nothing touches the temporary directory of a process elsewhere before it is taken for gone."""
 
 
 @contextlib.contextmanager
@@ -36,13 +45,19 @@ def atomic_directory(path: str | Path, overwrite: bool = False, marker: str | No
     `overwrite=False` refuses a `path` that exists (an empty directory is fine). With `overwrite=True` the old directory
     is moved aside and removed only after the new one bears the name; `marker` names a file or folder it must hold, so
     that a slip of the pen cannot delete somebody's home. Raises ValueError for both refusals, before the block runs.
+    What a killed process left of the same `path` is removed first.
     """
     path = Path(path)
     _refuse_existing(path, overwrite, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_sibling(path, "tmp")
+    _sweep(path)
+    with contextlib.ExitStack() as held:
+        temporary = _held_directory(path, held)
+        yield from _filled(temporary, path)
+
+
+def _filled(temporary: Path, path: Path) -> Iterator[Path]:
     try:
-        temporary.mkdir()
         yield temporary
         _fsync_tree(temporary)
         _take_name(temporary, path)
@@ -50,6 +65,74 @@ def atomic_directory(path: str | Path, overwrite: bool = False, marker: str | No
         shutil.rmtree(temporary, ignore_errors=True)
         _name_place(error, temporary, path)
         raise
+
+
+def _held_directory(path: Path, held: contextlib.ExitStack) -> Path:
+    """A new directory beside `path`, locked for as long as this process lives and `held` is open."""
+    while True:
+        temporary = _temporary_sibling(path, "tmp")
+        try:
+            temporary.mkdir()
+        except OSError as error:
+            _name_place(error, temporary, path)
+            raise
+        # Until it is locked, another process may take it for one that is left over.
+        with contextlib.suppress(FileNotFoundError):
+            if held.enter_context(_locked(temporary)) is not False and temporary.exists():
+                return temporary
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool | None]:
+    """Is the directory locked by us now, and by nobody else? None where its file system has no locks.
+
+    The kernel lets go of a lock when its process ends, however it ends; a forked child that lives on keeps it.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            found: bool | None = True
+        except BlockingIOError:
+            found = False
+        except OSError:
+            found = None
+        yield found
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(path: Path) -> None:
+    """Remove temporary directories of processes that are gone.
+
+    Of this machine since it started: those without a lock. Of others, whose locks may not be seen here: those that nothing
+    has touched for a day besides. A directory put aside (`.old`) stays: it can be the only copy there is.
+    """
+    ours = re.compile(re.escape(f".{path.name}.") + r"\d+\.(?:([0-9a-f]{8})-)?[0-9a-f]{8}\.tmp")
+    for folder in path.parent.iterdir():
+        name = ours.fullmatch(folder.name)
+        if name is None or folder.is_symlink() or not folder.is_dir():
+            continue
+        # Another process may sweep the same place, and another user may own it.
+        with contextlib.suppress(OSError), _locked(folder) as lock:
+            if lock is False or ((lock is None or name[1] != _machine()) and not _untouched(folder)):
+                continue
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _untouched(folder: Path) -> bool:
+    newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+    return time.time() - newest > STALE_SECONDS
+
+
+@functools.cache
+def _machine() -> str:
+    """Eight letters of this machine since it started."""
+    try:
+        told = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        told = platform.node()
+    return hashlib.sha256(f"{platform.node()} {told}".encode()).hexdigest()[:8]
 
 
 def _refuse_existing(path: Path, overwrite: bool, marker: str | None) -> None:
@@ -93,8 +176,8 @@ def _name_place(error: BaseException, temporary: Path, path: Path) -> None:
 
 
 def _temporary_sibling(path: Path, ending: str) -> Path:
-    """The leading dot hides it from globs, the pid tells whose it is, the random part keeps threads apart."""
-    return path.parent / f".{path.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.{ending}"
+    """The leading dot hides it from globs, pid and machine tell whose it is, the random part keeps threads apart."""
+    return path.parent / f".{path.name}.{os.getpid()}.{_machine()}-{uuid.uuid4().hex[:8]}.{ending}"
 
 
 def _fsync_tree(directory: Path) -> None:

@@ -3,10 +3,7 @@
 import contextlib
 import hashlib
 import io
-import re
-import shutil
 import tarfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,8 +25,6 @@ from genrec_shards.manifest import (
 )
 from genrec_shards.sequences import Sequences
 
-_STALE_SECONDS = 24 * 3600
-
 
 def write_shards(
     dataset: Dataset,
@@ -45,12 +40,10 @@ def write_shards(
     validation period. The tars hold whole sequences.
 
     `users_per_shard` is a multiple of `users_per_record`: the record of a user is found by division.
-    Raises ValueError for sizes that are not, and for an `out` that exists. What a killed writer of the same `out` left
-    behind more than a day ago is removed.
+    Raises ValueError for sizes that are not, and for an `out` that exists.
     """
     check_sizes(users_per_shard, users_per_record)
     sequences = dataset.sequences
-    _sweep_stale(Path(out))
     with atomic_directory(out, overwrite, marker=MANIFEST) as folder:
         shards: list[ShardEntry] = []
         for first_user in range(0, sequences.num_users, users_per_shard):
@@ -90,22 +83,6 @@ def finish_shards(folder: Path, dataset: Dataset, shards: list[ShardEntry], user
     )
     write_manifest(manifest, folder)
     return manifest
-
-
-def _sweep_stale(out: Path) -> None:
-    """Remove temporary directories of writers of `out` that were killed: nothing in them was touched for a day.
-
-    A directory put aside (`.old`) stays: it can be the only copy there is.
-    """
-    ours = re.compile(re.escape(f".{out.name}.") + r"\d+\.[0-9a-f]{8}\.tmp")
-    for folder in out.parent.glob(".*.tmp"):
-        if not ours.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
-            continue
-        # Another process may sweep the same place.
-        with contextlib.suppress(FileNotFoundError):
-            newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-            if time.time() - newest > _STALE_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_shard(
