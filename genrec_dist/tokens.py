@@ -250,8 +250,11 @@ def grow_tokenizer(
                 following += 1
     # A part that stands in the vocabulary is one token, without merges that would have to lead there.
     facts["model"]["ignore_merges"] = True
+    roles = tokenizer.special_tokens_map
     grown = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(facts)), **tokenizer.special_tokens_map
+        tokenizer_object=Tokenizer.from_str(json.dumps(facts)),
+        additional_special_tokens=[token for token in tokenizer.all_special_tokens if token not in roles.values()],
+        **roles,
     )
     known = [item_text(code) for code in known_codes]
     for before, after in zip(_ids(tokenizer, known), _ids(grown, known), strict=True):
