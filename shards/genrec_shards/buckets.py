@@ -101,6 +101,8 @@ class Buckets:
 
     def add(self, found: pl.DataFrame) -> None:
         """Append a frame's rows. Raises OSError where the disk is full."""
+        if not found.height:  # a block of the log that lies outside the dates
+            return
         rows = np.empty(found.height, ROW)
         rows["time"] = found["time"].to_numpy()
         rows["user"] = self.user_numbers.of(found["user"])

@@ -85,6 +85,8 @@ def _joined(frames: list[pl.DataFrame]) -> Any:
 
 def _dealt(found: pl.DataFrame, num_buckets: int) -> Iterator[tuple[int, pl.DataFrame]]:
     """(bucket, its rows): a function of the user's id alone, the same on every machine."""
+    if not found.height:
+        return
     encoded = found["user"].to_arrow().dictionary_encode()
     bucket_of_name = id_hashes(encoded.dictionary.to_pylist()) % np.uint64(num_buckets)
     bucket_of_row = bucket_of_name[encoded.indices.to_numpy()]

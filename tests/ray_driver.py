@@ -1,0 +1,26 @@
+"""Work for a Ray cluster, a job a line of JSON on standard input: [function, arguments, options]; one connection for all."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from genrec_shards.prepare import prepare
+from genrec_shards.ray_engine import door
+from genrec_shards.ray_engine.cluster import connected
+from genrec_shards.ray_engine.spans import Sizes
+from genrec_shards.ray_engine.tars import write_shards_on_ray
+
+FUNCTIONS = {"prepare": prepare, "shard": write_shards_on_ray}
+
+if __name__ == "__main__":
+    door.SIZES = Sizes(*json.loads(sys.argv[2]))
+    with connected(sys.argv[1]):
+        print("connected", flush=True)
+        for line in sys.stdin:
+            name, arguments, options = json.loads(line)
+            try:
+                FUNCTIONS[name](*arguments, **options)
+                print("done", flush=True)
+            except ValueError as error:
+                print(f"failed: {error}", flush=True)
