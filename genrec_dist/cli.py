@@ -352,6 +352,10 @@ def evaluate(
     ] = False,
     exclude_history: ExcludeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Users decoded at once.", min=1)] = 512,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option("--out", help="Directory for metrics and lists, if not RUN: another --decode stands beside."),
+    ] = None,
     data: DataOption = None,
 ) -> None:
     """Decode every user once, score, and set the baselines beside it; under accelerate launch or torchrun on several processes.
@@ -375,6 +379,8 @@ def evaluate(
         raise UsageError(f"--top {top}: metrics look at {TOP} places, give --top {TOP} or more")
     if tune_weights and (decode != "hybrid" or split != "validation"):
         raise UsageError("--tune-weights goes with --decode hybrid --split validation")
+    if tune_weights and out_dir is not None:
+        raise UsageError("--tune-weights writes RUN/hybrid.json and no lists: leave out --out")
     if decode != "hybrid" and (graph_weight is not None or graph_settings):
         raise UsageError(f"--decode {decode} has no graph: --graph-weight and --graph-set go with --decode hybrid")
     recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
@@ -413,10 +419,11 @@ def evaluate(
                 recipe=recipe.as_dict() if recipe else None,
                 ranks=Ranks(),
                 on_batch=advance,
+                out_dir=out_dir,
             )
     if metrics is not None:
         out.print(format_table([metrics]))
-        say(str(write_report(run)))
+        say(str(write_report(out_dir or run)))
 
 
 @app.command()

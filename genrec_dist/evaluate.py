@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -309,9 +310,10 @@ def evaluate(
     ranks: Ranks | None = None,
     on_batch: Callable[[int], None] | None = None,
     window: int = WINDOW,
+    out_dir: Path | None = None,
 ) -> dict[str, Any] | None:
-    """Decode, score and write `metrics-SPLIT.json` and `topN-SPLIT.parquet` into the run directory, window by window: the lists
-    of each user who has a target in the split, once. Collective.
+    """Decode, score and write `metrics-SPLIT.json` and `topN-SPLIT.parquet` into the run directory or `out_dir`, window by
+    window: the lists of each user who has a target in the split, once. Collective.
 
     Returns the metrics on rank 0, None elsewhere. Raises ValueError if the run speaks another numbering; an error of one rank on
     all of them, and then nothing is written.
@@ -341,7 +343,7 @@ def evaluate(
         if not ranks.is_main:
             return None
         writer = ResultsWriter(
-            run.path,
+            out_dir or run.path,
             system=SYSTEMS.get(decoding.mode, "genrec"),
             split=split,
             dataset=dataset,

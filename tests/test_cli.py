@@ -160,6 +160,14 @@ def test_evaluate_and_report_write_into_the_run(
     protocol = json.loads((run / "metrics-validation.json").read_text())["protocol"]
     assert (protocol["exclude_history"], protocol["beam"], protocol["trained_through"]) == (False, 25, "n-2")
     assert {"metrics-validation.json", "top20-validation.parquet", "report.html"} <= set(names(run))
+    before = (run / "metrics-validation.json").read_bytes()
+    beside = tmp_path / "compact"
+    assert (
+        run_command(["evaluate", str(run), "--split", "validation", "--decode", "compact", "--out", str(beside)]) == 0
+    )
+    assert {"metrics-validation.json", "top20-validation.parquet", "report.html"} == set(names(beside))
+    assert json.loads((beside / "metrics-validation.json").read_text())["protocol"]["decode"] == "compact"
+    assert (run / "metrics-validation.json").read_bytes() == before
     (run / "report.html").unlink()
     assert run_command(["report", str(run)]) == 0
     assert (run / "report.html").stat().st_size > 1000
