@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ def write_shards_on_ray(
             dataset = _loaded(source, Path(scratch))
             with connected(address) as tasks, atomic_directory(target, overwrite, marker=MANIFEST) as folder:
                 entries = _tars(dataset.sequences, str(folder.resolve()), users_per_shard, users_per_record, tasks)
+                for left in folder.glob(".*"):  # of a worker that was lost
+                    shutil.rmtree(left, ignore_errors=True)
                 return finish_shards(folder, dataset, entries, users_per_record)
         files = writable(target)
         taken = claim(files, overwrite, MANIFEST)
@@ -143,7 +145,7 @@ def write_tar(
         raise DataError(
             f"{folder.parent}: not seen by a node of the cluster: choose an output on a path that all nodes share, or s3://"
         )
-    with tempfile.TemporaryDirectory(prefix=f".{uuid.uuid4().hex[:8]}-", dir=folder.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
         entry = write_shard(part, Path(scratch) / name, first_user, end_user, users_per_record, first_user)
         os.replace(Path(scratch) / name, folder / name)
     return entry
