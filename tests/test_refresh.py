@@ -20,6 +20,7 @@ from test_zero import launch
 
 from genrec_dist.checkpoint import Checkpoint, list_checkpoints, save_best
 from genrec_dist.cli import run_command
+from genrec_dist.engine import make_accelerator
 from genrec_dist.evaluate import Decoding, rank_batch
 from genrec_dist.model import GenRecForConditionalGeneration
 from genrec_dist.ranks import Ranks
@@ -28,7 +29,7 @@ from genrec_dist.run import load_run, make_searcher
 from genrec_dist.tables import IdTables
 from genrec_dist.text import encode_histories
 from genrec_dist.tokens import build_words, grow_tokenizer, item_text, train_tokenizer
-from genrec_dist.train import train
+from genrec_dist.train import Loop, train
 from genrec_dist.trie import build_trie
 from genrec_dist.workshop import Workshop, describe, open_workshop
 
@@ -236,6 +237,18 @@ def test_new_users_begin_like_untrained_ones(world: World) -> None:
     assert not model.user_embedding.weight[0].any()  # type: ignore[union-attr]
     _, again, _ = opened(world, "spelled", world.longer)
     assert torch.equal(again.user_embedding.weight, model.user_embedding.weight)  # type: ignore[union-attr]
+
+
+def test_tables_outside_the_model_hold_the_rows_before_any_step(world: World) -> None:
+    recipe = world.recipe("rows", world.longer, world.folder / "unset", f"begin_from={world.origin('rows')}")
+    shop, model = open_workshop(recipe)
+    tables = Loop(shop, model, make_accelerator(recipe)).tables.tables
+    before = load_run(world.origin("rows")).model
+    for kind, num_old in (("item", NUM_OLD_ITEMS), ("user", NUM_OLD_USERS)):
+        rows = tables[kind].full()  # type: ignore[index]
+        assert rows is not None
+        assert torch.equal(rows[:num_old], getattr(before, f"{kind}_embedding").weight[1:])
+        assert rows[num_old:].std() > 0.05
 
 
 # Tokenizers
