@@ -166,7 +166,8 @@ class Recipe:
     """Directory of `genrec shard`. null: `shards/` inside the data directory."""
     seed: int = 0
     trained_through: Literal["n-2", "n-1"] = "n-2"
-    """Last position the model may learn; n-1 is the refit that also learns the validation item."""
+    """Last position the model may learn; n-1 is the refit that also learns the validation item. Of a split by time
+    the training period, and that with the validation period."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     micro_batch_tokens: int = 8192
     """Encoder tokens, padding included, that a rank takes through the model at once; a step accumulates as many
