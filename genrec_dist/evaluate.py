@@ -338,6 +338,7 @@ def evaluate(
 
     def opened() -> ResultsWriter | None:
         check_numbering(run, dataset)
+        check_split(run, dataset)
         if alike[ranks.rank] != alike[0]:
             raise ValueError("not the data or the options of rank 0: start all ranks with one command and equal data")
         if not ranks.is_main:
@@ -384,6 +385,7 @@ def tune_mixture(
     """
     ranks = ranks or Ranks()
     ranks.together(partial(check_numbering, run, dataset))
+    ranks.together(partial(check_split, run, dataset))
     graph = ranks.together(lambda: Graph.of(dataset.sequences, "validation", trained_through, decoding.graph))
     view = dataset.sequences.history_and_target("validation")
     has_head = bool(run.model.config.item_loss)
@@ -482,6 +484,16 @@ def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
                 f"{run.path} knows {kind} {mine!r} where {dataset.path} has {other!r}: "
                 "give --data the directory the run was trained on"
             )
+
+
+def check_split(run: LoadedRun, dataset: Dataset) -> None:
+    """Raise ValueError where what the run has learned may be what is asked here."""
+    learned, asked = run.model.config.split, dataset.info.split_told
+    if learned != asked:
+        raise ValueError(
+            f"{run.path} was trained under the split {learned}, {dataset.path} has {asked}: it may have learned what is held out "
+            "here; give --data of its own split"
+        )
 
 
 def best_device() -> torch.device:

@@ -31,7 +31,8 @@ class GenRecConfig(BartConfig):
 
     num_users, num_items: rows of the tables without the zero row; 0 leaves a table out. id_dropout: dropout of the id
     terms alone. encoder_positions: "from-start" (BART) or "from-end". max_input_tokens: where the text is cut.
-    numbering_hash: the numbering this model speaks. exclude_history: whether its lists leave out the history by default.
+    numbering_hash: the numbering this model speaks. split: what was held out of its training, with dates.
+    exclude_history: whether its lists leave out the history by default.
     encoder_unit: "subword" or "item", what an encoder position stands for. encoder_attention: "bidirectional" or "causal".
     decoder_start: "mask" or "state", what the decoder's first input is.
     item_loss: weight of the item head; 0: there is none. id_dim: width of the id tables, then projected to d_model; 0: d_model, no
@@ -54,6 +55,7 @@ class GenRecConfig(BartConfig):
     num_masks: int = 1
     max_input_tokens: int = 512
     numbering_hash: str = ""
+    split: str = "leave-one-out"
     exclude_history: bool = True
     id_dim: int = 0
     ids_outside: bool = False

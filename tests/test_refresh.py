@@ -370,6 +370,24 @@ def test_weights_that_have_seen_validation_stay_out_of_it(world: World, tmp_path
     assert open_workshop(refit)[0].begun is not None
 
 
+def test_weights_of_another_split_may_know_what_is_held_out(world: World, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(world.origin("spelled"), other)
+    config = json.loads((other / "best" / "config.json").read_text())
+    assert config["split"] == "leave-one-out"
+    config["split"] = "global-time 2014-05-01,2014-06-01"
+    (other / "best" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"learned under the split global-time 2014-05-01,2014-06-01, .* has leave-one-out: they may"
+    ):
+        open_workshop(world.recipe("spelled", world.longer, "unset", f"begin_from={other}"))
+    assert run_command(["evaluate", str(other), "--data", str(world.old)]) == 1
+    assert not list(other.glob("metrics-*.json"))
+    assert (
+        run_command(["evaluate", str(world.origin("spelled")), "--data", str(world.old), "--out", str(tmp_path)]) == 0
+    )
+
+
 # Runs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -386,6 +387,38 @@ def test_the_script_without_a_gpu_or_arguments_is_one_line(folder: Path, tmp_pat
     assert done.stderr.count("\n") == 1
     assert not done.stdout
     assert (run_script("--cpu", "beauty").returncode, list(tmp_path.iterdir())) == (2, [])
+
+
+@pytest.mark.ranks
+def test_refits_readings_and_switches_are_trained_as_their_names_say(done: Path, folder: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(done, tmp_path / "more")
+    refits = ["popularity-n-1", "knn-n-1", "sasrec-n-1", "best-n-1"]
+    assert run_command(leak_free(folder, out, [*LEAK_FREE, *refits], "--refit")) == 0
+    rows = read(out / "quality.json")["beauty"]["leak-free"]
+    assert set(rows) == {*LEAK_FREE, *refits}
+    for name in refits:
+        found = sorted((out / "leak-free" / name).rglob("metrics-test.json"))
+        assert len(found) == (1 if name.startswith(("popularity", "knn")) else 2)
+        assert {read(path)["protocol"]["trained_through"] for path in found} == {"n-1"}
+        assert rows[name] != rows[name.removesuffix("-n-1")]
+    chosen = statistics.median(best_epoch(out / "leak-free" / "best" / f"seed-{seed}") for seed in (0, 1))
+    epochs = {load_recipe(str(path)).finetune.epochs for path in (out / "leak-free" / "best-n-1").rglob("recipe.yaml")}
+    assert epochs == {math.ceil(chosen)} or epochs == {math.floor(chosen)}
+
+    own = ["own", "own-n-1", "own+mask-last-biased", "own+free-decoding"]
+    asked = ["--protocol", "paper", "--seeds", 1, "--readings", "both", "--switches", "--systems", ",".join(own)]
+    assert run_command(command(folder, out, *asked)) == 0
+    rows = read(out / "quality.json")["beauty"]["paper"]
+    assert set(own) <= set(rows)
+    place = out / "paper"
+    reading = load_recipe(str(place / "own-n-1" / "seed-0" / "recipe.yaml"))
+    assert reading.trained_through == "n-1"
+    assert (
+        load_recipe(str(place / "own+mask-last-biased" / "seed-0" / "recipe.yaml")).pretrain.mask.strategy
+        == "last-biased"
+    )
+    free = read(place / "own+free-decoding" / "seed-0" / "metrics-test.json")
+    assert (free["protocol"]["decode"], free["protocol"]["beam"]) == ("free", 21)
 
 
 @pytest.mark.dist
