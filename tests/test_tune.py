@@ -291,6 +291,21 @@ def test_a_directory_that_a_node_does_not_see_is_named(space_file: Path, tmp_pat
         run_job(job, lambda result: None)
 
 
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", r"--address 127\.0\.0\.1:1: nobody answers"),
+        ("http://127.0.0.1:8265", r"--address http://127\.0\.0\.1:8265: give HOST:PORT of the cluster's head, or auto"),
+    ],
+)
+def test_a_cluster_that_does_not_answer_is_told_at_once(
+    space_file: Path, tmp_path: Path, address: str, message: str
+) -> None:
+    """Ray itself asks for more than ten minutes."""
+    with pytest.raises(ValueError, match=message):
+        run_sweep(load_space(space_file), tmp_path / "out", address=address)
+
+
 def test_data_that_no_trial_could_read_are_refused_before_anything_starts(space_file: Path, tmp_path: Path) -> None:
     base = space_file.with_name("base.yaml")
     base.write_text(base.read_text().replace("data: ", "data: /nowhere"))
