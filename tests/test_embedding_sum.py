@@ -32,6 +32,7 @@ PAD = 3
 
 @pytest.mark.skipif(not TRITON, reason="Triton is not installed; it is there for Linux alone")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU")
+@pytest.mark.ranks
 def test_the_kernel_in_the_interpreter() -> None:
     """In a process of its own: the switch must stand before Triton is imported, and holds for all it runs."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNEL_TESTS)]
