@@ -80,7 +80,7 @@ class Process:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Process]:
     """Its first line is the address."""
-    process = Process(str(TESTS / "ray_cluster.py"))
+    process = Process(str(TESTS / "two_nodes.py"), "1")
     yield process
     process.end()
 

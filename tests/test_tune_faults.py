@@ -188,7 +188,7 @@ def two_nodes(bucket: dict[str, str], tmp_path: Path) -> Iterator[tuple[str, dic
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on loopback
         "TMPDIR": str(tmp_path / "nodes"), "RAY_TMPDIR": "/tmp", **bucket,  # the names of its sockets may not be long
     }  # fmt: skip
-    script = [sys.executable, str(Path(__file__).with_name("two_nodes.py"))]
+    script = [sys.executable, str(Path(__file__).with_name("two_nodes.py")), "2"]
     with subprocess.Popen(
         script, env=environment(**more), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as nodes:

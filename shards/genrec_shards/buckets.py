@@ -43,7 +43,10 @@ class Numbers:
         try:
             numbers = ids.cast(self._kind).to_physical().to_numpy()
         except pl.exceptions.PolarsError as error:
-            raise DataError(f"more than 4,294,967,294 users or items ({str(error)[:80]}): split the log") from None
+            reason = str(error).partition("\n")[0][:200]
+            raise DataError(
+                f"ids cannot be numbered ({reason}): 4,294,967,294 users or items are the most, split the log"
+            ) from None
         if len(numbers):
             self._count = max(self._count, int(numbers.max()) + 1)
         return numbers
