@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from genrec_dist.bench.measure import in_turn, median, table, write_table
-from genrec_dist.engine import make_accelerator
-from genrec_dist.loss import head_loss
-from genrec_dist.recipe import HeadLoss, load_recipe
-from genrec_dist.train import Loop
-from genrec_dist.workshop import StepBatches, open_workshop
+from genrec_dist.config.load import load_recipe
+from genrec_dist.config.recipe import HeadLoss
+from genrec_dist.model.head_loss import head_loss
+from genrec_dist.training.engine import make_accelerator
+from genrec_dist.training.loader import StepBatches
+from genrec_dist.training.loop import Loop
+from genrec_dist.training.setup import open_workshop
 
 # Name -> (n label tokens, V vocabulary, D width, whether under autocast to bfloat16)
 SHAPES = {

@@ -51,7 +51,6 @@ def measured(way: str, log: Path) -> dict[str, Any]:
     if workers:
         os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
         import ray
-        from genrec_shards.ray_engine import door  # noqa: F401
 
         ray.init(
             address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False, logging_level=40,
@@ -76,7 +75,7 @@ def measured(way: str, log: Path) -> dict[str, Any]:
 
 def _warm() -> None:
     """A worker imports what it needs before the clock runs, as on a cluster that is up."""
-    import genrec_shards.ray_engine.log  # noqa: F401
+    import genrec_shards.ray_engine.clean_log  # noqa: F401
     import polars  # noqa: F401
 
 

@@ -23,10 +23,10 @@ import torch
 import torch.distributed as dist
 
 from genrec_dist.bench.measure import Claim, format_claims, table, write_table
-from genrec_dist.engine import make_accelerator
-from genrec_dist.recipe import load_recipe
-from genrec_dist.train import Loop
-from genrec_dist.workshop import open_workshop
+from genrec_dist.config.load import load_recipe
+from genrec_dist.training.engine import make_accelerator
+from genrec_dist.training.loop import Loop
+from genrec_dist.training.setup import open_workshop
 
 WARM, STEPS = 4, 12
 """Steps of each way before the clock starts and while it runs; of the latter the median counts."""

@@ -22,18 +22,20 @@ import torch
 from genrec_shards.append import append
 from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
-from genrec_shards.sequences import MINIMUM_LENGTH, Sequences, read_sequences
-from genrec_shards.write import write_shards
+from genrec_shards.sequences import Sequences, read_sequences
+from genrec_shards.splits import MINIMUM_LENGTH
+from genrec_shards.storage.write import write_shards
 
-from genrec_dist.bench.measure import hardware
-from genrec_dist.evaluate import Decoding, target_histogram
-from genrec_dist.events import git_commit, versions
-from genrec_dist.metrics import metrics_from_histogram
-from genrec_dist.ranks import Ranks
-from genrec_dist.recipe import Recipe, load_recipe
-from genrec_dist.run import LoadedRun, load_run, make_searcher
-from genrec_dist.train import train
-from genrec_dist.workshop import open_workshop
+from genrec_dist.config.load import load_recipe
+from genrec_dist.config.recipe import Recipe
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.evaluation.metrics import metrics_from_histogram
+from genrec_dist.evaluation.provenance import git_commit, hardware, versions
+from genrec_dist.inference.load import LoadedRun, load_run, make_searcher
+from genrec_dist.inference.rank_users import Decoding
+from genrec_dist.inference.validation import target_histogram
+from genrec_dist.training.run import train
+from genrec_dist.training.setup import open_workshop
 
 HELD_BACK = 2
 """Items of each old user that are new."""

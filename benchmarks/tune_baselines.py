@@ -25,18 +25,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from baseline_search import KNN, SASREC, Search, best
 from genrec_shards.atomic import atomic_file
 from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.histories import exclude_history_default
 
-from genrec_dist.audit import exclude_history_default
-from genrec_dist.baseline import knn
-from genrec_dist.baseline.sasrec_run import EVENTS, open_or_train
-from genrec_dist.baseline.sasrec_train import Epoch
-from genrec_dist.baseline.search import KNN, SASREC, Search, best
-from genrec_dist.events import git_commit
-from genrec_dist.metrics import metrics_from_histogram, rank_histogram
-from genrec_dist.results import run_baseline
-from genrec_dist.stop import NotFinite
+from genrec_dist.baselines import knn
+from genrec_dist.baselines.run import run_baseline
+from genrec_dist.baselines.sasrec_run import EVENTS, open_or_train
+from genrec_dist.baselines.sasrec_train import Epoch
+from genrec_dist.data.item_graph import KnnSettings
+from genrec_dist.distributed.signals import NotFinite
+from genrec_dist.evaluation.metrics import metrics_from_histogram, rank_histogram
+from genrec_dist.evaluation.provenance import git_commit
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 CURVE = ("epoch", "seconds", "loss", "HR@10", "NDCG@10")
@@ -124,7 +125,7 @@ class Tuning:
             self.dataset.sequences,
             "validation",
             exclude_history=self.exclude_history,
-            settings=knn.KnnSettings(**settings),
+            settings=KnnSettings(**settings),
         )
         view = self.dataset.sequences.history_and_target("validation")
         ranks = lists.ranks(view.targets[view.users])

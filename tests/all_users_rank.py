@@ -8,11 +8,11 @@ from pathlib import Path
 
 from genrec_shards.dataset import load_dataset
 
-from genrec_dist.all_users import recommend_all
-from genrec_dist.cli import run_command
-from genrec_dist.ranks import Ranks, join
-from genrec_dist.recommend import Recommender
-from genrec_dist.run import load_run
+from genrec_dist.cli.app import run_command
+from genrec_dist.distributed.collectives import Ranks, join
+from genrec_dist.inference.export_lists import recommend_all
+from genrec_dist.inference.load import load_run
+from genrec_dist.inference.recommend import Recommender
 
 WAYS = {"five-batches": (25, 120, 20), "windows-that-do-not-divide": (7, 50, 30), "one-batch": (256, 120, 5)}
 """Name -> batch size, users a window, length of the lists. 120 users."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import forked
 import pytest
 from genrec_shards.prepare import prepare
-from genrec_shards.write import write_shards
+from genrec_shards.storage.write import write_shards
 from two_ranks import environment
 
 NUM_USERS, NUM_ITEMS = 120, 64

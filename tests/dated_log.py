@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from genrec_shards.readers.times import moment
+from genrec_shards.timestamps import moment
 
 DATES = "2014-07-01,2014-10-01"
 NUM_USERS, NUM_ITEMS = 40, 12

@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 from genrec_shards.dataset import Dataset, load_dataset
 
-from genrec_dist.evaluate import Decoding, evaluate, history_loss, target_histogram
-from genrec_dist.ranks import Ranks, join, leave
-from genrec_dist.run import LoadedRun, load_run
+from genrec_dist.distributed.collectives import Ranks, join, leave
+from genrec_dist.inference.evaluate import evaluate
+from genrec_dist.inference.load import LoadedRun, load_run
+from genrec_dist.inference.rank_users import Decoding
+from genrec_dist.inference.validation import history_loss, target_histogram
 
 WAYS = {
     "five-batches": (Decoding(batch_size=25), 120),

@@ -20,7 +20,8 @@ from pathlib import Path
 
 # None of these starts a thread of Python's; pyarrow's allocator has one, and knows of forks.
 LOADED = [
-    "genrec_dist.train", "genrec_dist.all_users", "genrec_dist.report", "scipy.sparse", "transformers.models.bart.modeling_bart",
+    "genrec_dist.training.run", "genrec_dist.inference.export_lists", "genrec_dist.report.run_report",
+    "scipy.sparse", "transformers.models.bart.modeling_bart",
 ]  # fmt: skip
 _CONTEXT = multiprocessing.get_context("forkserver")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from genrec_dist.ranks import Ranks, join
+from genrec_dist.distributed.collectives import Ranks, join
 
 
 def told(action: object) -> str:

@@ -6,10 +6,10 @@ import json
 import sys
 
 from genrec_shards.prepare import prepare
-from genrec_shards.ray_engine import door
-from genrec_shards.ray_engine.cluster import connected
-from genrec_shards.ray_engine.spans import Sizes
-from genrec_shards.ray_engine.tars import write_shards_on_ray
+from genrec_shards.ray_engine import entry as door
+from genrec_shards.ray_engine.log_spans import Sizes
+from genrec_shards.ray_engine.shard_tasks import write_shards_on_ray
+from genrec_shards.ray_engine.tasks import connected
 
 FUNCTIONS = {"prepare": prepare, "shard": write_shards_on_ray}
 

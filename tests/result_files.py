@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 from genrec_shards.dataset import Dataset
-from genrec_shards.sequences import Split
+from genrec_shards.histories import windows
+from genrec_shards.splits import Split
 
-from genrec_dist.baseline.history import windows
-from genrec_dist.results import Protocol, ResultsWriter
+from genrec_dist.baselines.registry import reference_scores
+from genrec_dist.evaluation.results import Protocol, ResultsWriter
 
 
 def write_results(
@@ -31,4 +32,4 @@ def write_results(
     ) as writer:
         for part in windows(order):
             writer.add(user_rows[part], lists_UN[part], scores_UN[part])
-        return writer.finish(seconds)
+        return writer.finish(seconds, reference_scores(dataset, split, protocol, writer.expected))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from genrec_kernels.sparse_rows import RowTable
+from genrec_kernels.sharded_rows import RowTable
 
 NUM_ROWS, DIM, KEY, STD = 1000, 64, 11, 0.5
 RATE = 0.1

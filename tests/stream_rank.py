@@ -11,11 +11,12 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from genrec_dist.batch import Batch, RankStep
-from genrec_dist.ranks import Ranks
-from genrec_dist.recipe import load_recipe
-from genrec_dist.tokens import WordTable
-from genrec_dist.workshop import StepBatches, open_workshop
+from genrec_dist.config.load import load_recipe
+from genrec_dist.data.batch import Batch, RankStep
+from genrec_dist.data.word_table import WordTable
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.training.loader import StepBatches
+from genrec_dist.training.setup import open_workshop
 
 # (user row, item rows that are seen, [(number of the mask, item rows behind it), ...])
 Sample = tuple[int, tuple[int, ...], tuple[tuple[int, tuple[int, ...]], ...]]

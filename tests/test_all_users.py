@@ -15,10 +15,10 @@ from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.prepare import prepare
 from two_ranks import environment, start_each
 
-from genrec_dist.all_users import ListsFile, recommend_all
-from genrec_dist.evaluate import Window
-from genrec_dist.recommend import Recommender, user_request
-from genrec_dist.run import load_run, make_searcher
+from genrec_dist.inference.export_lists import ListsFile, recommend_all
+from genrec_dist.inference.load import load_run, make_searcher
+from genrec_dist.inference.rank_users import Window
+from genrec_dist.inference.recommend import Recommender, user_request
 
 SCRIPT = Path(__file__).parent / "all_users_rank.py"
 

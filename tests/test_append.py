@@ -8,21 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from genrec_shards.append import append, appended_told
-from genrec_shards.codes import num_collisions
 from genrec_shards.dataset import Dataset, load_dataset
-from genrec_shards.descriptions import Descriptions
-from genrec_shards.new_codes import continued, nearest_leaves
-from genrec_shards.numbering import number
+from genrec_shards.errors import DataError
+from genrec_shards.numbering.extend import continued, nearest_leaves
+from genrec_shards.numbering.hierarchical_codes import num_collisions
+from genrec_shards.numbering.item_text import Descriptions
+from genrec_shards.numbering.numbering import number
 from genrec_shards.prepare import cleaning_told, prepare
-from genrec_shards.sequences import DataError, Sequences
-from genrec_shards.write import write_shards
+from genrec_shards.sequences import Sequences
+from genrec_shards.storage.write import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import sparse as sp
 
-from genrec_dist.cli import run_command
-from genrec_dist.tokens import build_words, train_tokenizer
-from genrec_dist.trie import build_trie
+from genrec_dist.cli.app import run_command
+from genrec_dist.data.tokenizer import train_tokenizer
+from genrec_dist.data.word_table import build_words
+from genrec_dist.decoding.trie import build_trie
 
 Row = tuple[str, str, int]
 NUMBERINGS = ["random", "given", "train-order", "collaborative", "semantic"]

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrec_dist.attention import LONG_ON_CPU, ByRectangles, attend, has_varlen
-from genrec_dist.packing import Attended, filled_size, spans_of
+from genrec_dist.data.packing import Attended, filled_size, spans_of
+from genrec_dist.model.packed_attention import LONG_ON_CPU, ByRectangles, attend, has_varlen
 
 HEADS, WIDTH, SCALE = 2, 4, 0.5
 DEVICE = torch.device("cuda")

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from genrec_shards.numbering import number
+from genrec_shards.histories import exclude_history_default
+from genrec_shards.numbering.numbering import number
 from genrec_shards.sequences import Sequences, read_sequences, sequences_from_ids
 
-from genrec_dist.audit import audit, exclude_history_default
+from genrec_dist.baselines.leak_audit import audit
 
 
 def fresh_items(num_users: int = 300) -> Sequences:

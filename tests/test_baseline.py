@@ -9,16 +9,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from genrec_shards.dataset import load_dataset
+from genrec_shards.histories import histories, training_counts
 from genrec_shards.sequences import Sequences, read_sequences, sequences_from_ids
 
-from genrec_dist import baseline
-from genrec_dist.baseline import counting, knn, popularity, repeat
-from genrec_dist.baseline.history import histories
-from genrec_dist.baseline.lists import tie_order
-from genrec_dist.baseline.training import training_counts
-from genrec_dist.cli import run_command
-from genrec_dist.metrics import metrics_from_histogram, rank_histogram
-from genrec_dist.tally import Tally
+from genrec_dist.baselines import counting, knn, popularity, repeat
+from genrec_dist.baselines import registry as baseline
+from genrec_dist.cli.app import run_command
+from genrec_dist.data.item_graph import KnnSettings, neighbour_weights
+from genrec_dist.evaluation.list_counts import Tally
+from genrec_dist.evaluation.metrics import metrics_from_histogram, rank_histogram
+from genrec_dist.evaluation.ranked_lists import tie_order
 
 SPLITS = ("validation", "test")
 TRAININGS = [("validation", "n-2", 2), ("test", "n-2", 2), ("test", "n-1", 1)]
@@ -116,7 +116,7 @@ def test_popularity_equals_a_loop(exclude, split, through, held_out):
 
 
 def knn_by_loop(
-    sequences: Sequences, split: str, held_out: int, exclude: bool, user: int, chosen: knn.KnnSettings
+    sequences: Sequences, split: str, held_out: int, exclude: bool, user: int, chosen: KnnSettings
 ) -> list[int]:
     pairs: dict[tuple[int, int], float] = defaultdict(float)
     for someone in range(sequences.num_users):
@@ -143,8 +143,8 @@ def knn_by_loop(
     return sorted(free, key=lambda item: (-np.float32(scores[item]), place[item]))[:20]
 
 
-DEFAULTS = knn.KnnSettings(window=6, forward=1.0, backward=0.5, decay=0.7, recent=10, smoothing=1.0, batch_size=7)
-OTHERS = knn.KnnSettings(
+DEFAULTS = KnnSettings(window=6, forward=1.0, backward=0.5, decay=0.7, recent=10, smoothing=1.0, batch_size=7)
+OTHERS = KnnSettings(
     window=3, forward=0.8, backward=0.1, decay=0.4, recent=4, smoothing=0.3, out_power=0.9, in_power=0.2
 )
 
@@ -166,12 +166,12 @@ def test_settings_are_set_by_name_and_stand_in_the_metrics(tiny_data, tmp_path):
     words = ["--set", "window=2", "--set", "in_power=0.25"]
     assert run_command([*command, *words]) == 0
     metrics = json.loads((tmp_path / "metrics-test.json").read_text())
-    assert metrics["recipe"] == {**vars(knn.KnnSettings()), "window": 2, "in_power": 0.25}
+    assert metrics["recipe"] == {**vars(KnnSettings()), "window": 2, "in_power": 0.25}
     lists = knn.recommend(
         load_dataset(tiny_data).sequences,
         "test",
         exclude_history=metrics["protocol"]["exclude_history"],
-        settings=knn.KnnSettings(window=2, in_power=0.25),
+        settings=KnnSettings(window=2, in_power=0.25),
     )
     written = pq.read_table(tmp_path / "top20-test.parquet")["scores"].to_pylist()
     assert written == [row[np.isfinite(row)].tolist() for row in lists.scores_UN]
@@ -251,7 +251,7 @@ def test_windows_of_users_change_no_list(name, monkeypatch):
     sequences = random_sequences()
     asked = (name, sequences, sequences.item_ids, "test")
     whole = baseline.recommend(*asked, exclude_history=True)
-    monkeypatch.setattr("genrec_dist.baseline.history.WINDOW", 7)
+    monkeypatch.setattr("genrec_shards.histories.WINDOW", 7)
     rule = baseline.fit(*asked, exclude_history=True)
     parts = [rule(np.arange(first, min(40, first + 9))) for first in range(0, 40, 9)]
     for place in range(2 if whole.tied_beyond_U is None else 3):
@@ -260,7 +260,7 @@ def test_windows_of_users_change_no_list(name, monkeypatch):
 
 @pytest.mark.parametrize(("through", "held_out"), [("n-2", 2), ("n-1", 1)])
 def test_training_counts_equal_a_loop(through, held_out, monkeypatch):
-    monkeypatch.setattr("genrec_dist.baseline.history.WINDOW", 7)
+    monkeypatch.setattr("genrec_shards.histories.WINDOW", 7)
     sequences = random_sequences()
     expected = np.zeros(sequences.num_items, int)
     for user in range(sequences.num_users):
@@ -288,10 +288,10 @@ def test_n_2_does_not_learn_from_validation_targets():
     other = changed(sequences, 2)
     for data in (sequences, other):
         data.items[data.offsets[1:] - 1] = 0
-    settings = knn.KnnSettings()
-    weights = [knn.neighbour_weights(data, "test", "n-2", settings) for data in (sequences, other)]
+    settings = KnnSettings()
+    weights = [neighbour_weights(data, "test", "n-2", settings) for data in (sequences, other)]
     assert abs(weights[0] - weights[1]).sum() == 0
-    weights = [knn.neighbour_weights(data, "test", "n-1", settings) for data in (sequences, other)]
+    weights = [neighbour_weights(data, "test", "n-1", settings) for data in (sequences, other)]
     assert abs(weights[0] - weights[1]).sum() > 0
 
 

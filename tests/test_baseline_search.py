@@ -10,11 +10,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from baseline_search import KNN, SASREC, Choice, Range, Search, best
 
-from genrec_dist.baseline.knn import KnnSettings, settings_from
-from genrec_dist.baseline.sasrec import SasrecSettings
-from genrec_dist.baseline.sasrec_run import settings_from as sasrec_settings
-from genrec_dist.baseline.search import KNN, SASREC, Choice, Range, Search, best
+from genrec_dist.baselines.sasrec_model import SasrecSettings
+from genrec_dist.baselines.sasrec_run import sasrec_settings
+from genrec_dist.data.item_graph import KnnSettings, knn_settings
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "tune_baselines.py"
 
@@ -31,7 +31,7 @@ def test_draws_are_settings_of_the_space_and_the_same_on_every_machine(of: Searc
     assert {*of.space} <= {field.name for field in fields(settings)}
     for draw in draws:
         words = [f"{key}={value}" for key, value in draw.items()]
-        made = settings_from(words) if settings is KnnSettings else sasrec_settings({}, words)
+        made = knn_settings(words) if settings is KnnSettings else sasrec_settings({}, words)
         assert {key: getattr(made, key) for key in draw} == draw
     for key, domain in of.space.items():
         found = {draw[key] for draw in draws}

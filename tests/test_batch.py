@@ -6,26 +6,18 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from genrec_shards.plan import Plan, StepSamples, split_among_ranks
+from genrec_shards.storage.sample_order import Plan, StepSamples, split_among_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrec_dist.batch import (
-    IGNORED,
-    WORTH_A_CUT,
-    Batch,
-    choose_targets,
-    cut,
-    cut_packed,
-    idle_batch,
-    make_step,
-    target_batch,
-)
-from genrec_dist.build import build_model
-from genrec_dist.mask import STRATEGIES
-from genrec_dist.recipe import Mask, Model
-from genrec_dist.text import EncoderInput, Layout, encode_histories
-from genrec_dist.tokens import build_words, item_text, mask_tokens, train_tokenizer, user_text
+from genrec_dist.config.recipe import Mask, Model
+from genrec_dist.data.batch import IGNORED, Batch, idle_batch
+from genrec_dist.data.collate import WORTH_A_CUT, choose_targets, cut, cut_packed, make_step, target_batch
+from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_histories
+from genrec_dist.data.masking import STRATEGIES
+from genrec_dist.data.tokenizer import train_tokenizer
+from genrec_dist.data.word_table import build_words, item_text, mask_tokens, user_text
+from genrec_dist.model.build import build_model
 
 NUM_MASKS = 4
 # The letter z occurs in the words of held-out items alone, so that a leaking sub-word is known by its letters.

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from genrec_dist import trie_walk
-from genrec_dist.beam import TrieSearcher
-from genrec_dist.build import build_model
-from genrec_dist.decoder import DecoderState
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.recipe import Model
-from genrec_dist.text import EncoderInput, Layout, encode_histories
-from genrec_dist.tokens import WordTable
-from genrec_dist.trie import build_trie
-from genrec_dist.trie_walk import best_of, best_static, num_open_beams
+from genrec_dist.config.recipe import Model
+from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_histories
+from genrec_dist.data.word_table import WordTable
+from genrec_dist.decoding import beam_search as trie_walk
+from genrec_dist.decoding.beam_search import best_of, best_static, num_open_beams
+from genrec_dist.decoding.decoder_state import DecoderState
+from genrec_dist.decoding.searcher import TrieSearcher
+from genrec_dist.decoding.trie import build_trie
+from genrec_dist.model.build import build_model
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 BOS, PAD, EOS, MASK, FIRST = 0, 1, 2, 4, 5
 ALPHABET = 4

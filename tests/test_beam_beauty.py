@@ -14,14 +14,14 @@ import pytest
 import torch
 from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.prepare import prepare
-from genrec_shards.write import write_shards
+from genrec_shards.storage.write import write_shards
 from transformers.modeling_outputs import BaseModelOutput
 from two_ranks import environment
 
-from genrec_dist.beam import TopItems
-from genrec_dist.recipe import load_recipe
-from genrec_dist.run import LoadedRun, load_run
-from genrec_dist.text import EncoderInput, encode_histories, ragged
+from genrec_dist.config.load import load_recipe
+from genrec_dist.data.encoder_input import EncoderInput, encode_histories, ragged
+from genrec_dist.decoding.searcher import TopItems
+from genrec_dist.inference.load import LoadedRun, load_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.data, pytest.mark.timeout(3000)]
 

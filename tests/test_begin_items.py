@@ -7,17 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from genrec_shards.cooccurrence import cooccurrences, neighbour_vectors
 from genrec_shards.dataset import load_dataset
+from genrec_shards.numbering.cooccurrence import cooccurrences, neighbour_vectors
 from genrec_shards.sequences import Sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrec_dist.baseline.sasrec import SasrecSettings
-from genrec_dist.baseline.sasrec_train import train as train_sasrec
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.recipe import load_recipe
-from genrec_dist.workshop import Workshop, open_workshop
+from genrec_dist.baselines.sasrec_model import SasrecSettings
+from genrec_dist.baselines.sasrec_train import train as train_sasrec
+from genrec_dist.config.load import load_recipe
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.training.setup import Workshop, open_workshop
 
 BEGUN = "model.init_items=cooccurrence"
 
@@ -77,7 +77,7 @@ def test_several_tokens_an_item_begin_in_the_id_table(tiny_recipe: Path, sequenc
 def test_rows_wider_than_there_are_factors_keep_their_other_columns(
     tiny_recipe: Path, sequences: Sequences, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("genrec_dist.workshop.MOST_FACTORS", 6)
+    monkeypatch.setattr("genrec_dist.training.setup.MOST_FACTORS", 6)
     _, model = opened(tiny_recipe, BEGUN)
     _, plain = opened(tiny_recipe)
     expected, known = expected_directions(sequences, 6)

@@ -14,9 +14,6 @@ import torch
 from genrec_shards.dataset import load_dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from genrec_dist import trie_walk
-from genrec_dist.batch import target_batch
-from genrec_dist.beam import TopItems
 from genrec_dist.bench import beam as bench
 from genrec_dist.bench.beam import (
     GENERATE,
@@ -35,10 +32,13 @@ from genrec_dist.bench.beam import (
     measure_trie_share,
     steps_of_an_epoch,
 )
-from genrec_dist.bench.beam_world import EOS, MASK, VOCABULARY, Shape, World, make_users, make_words, spell, users_of
+from genrec_dist.bench.beam_fixture import EOS, MASK, VOCABULARY, Shape, World, make_users, make_words, spell, users_of
 from genrec_dist.bench.measure import Claim, format_claims, write_table
-from genrec_dist.cli import run_command
-from genrec_dist.trie import build_trie
+from genrec_dist.cli.app import run_command
+from genrec_dist.data.collate import target_batch
+from genrec_dist.decoding import beam_search as trie_walk
+from genrec_dist.decoding.searcher import TopItems
+from genrec_dist.decoding.trie import build_trie
 
 TINY = Shape("tiny", 32, 2, 2, 64, batches=(1, 3), headline=3, exact_goal=1, compact_goal=2, spelling_steps=400)
 SMALL = Sizes(shapes=(TINY,), items=5000, users=80, beam=6, repeats=2, trie_items=3000)

@@ -18,7 +18,7 @@ import torch
 from two_ranks import environment
 
 from genrec_dist.bench import kernels as bench
-from genrec_dist.bench.beam_world import PAD, Users, make_users
+from genrec_dist.bench.beam_fixture import PAD, Users, make_users
 from genrec_dist.bench.kernels import (
     ATOMICS,
     CLONE,

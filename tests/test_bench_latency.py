@@ -30,7 +30,7 @@ from genrec_dist.bench.latency import (
 )
 from genrec_dist.bench.measure import Claim, format_claims, write_table
 from genrec_dist.bench.stream import make_data
-from genrec_dist.recommend import Recommendation, Recommender
+from genrec_dist.inference.recommend import Recommendation, Recommender
 
 SMALL = Sizes(users=100, items=50, callers=3, calls=12, rounds=2, threads=(1,))
 

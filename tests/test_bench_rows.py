@@ -10,12 +10,12 @@ import forked
 import numpy as np
 import pytest
 import torch
-from genrec_kernels.sparse_rows import BLOCK
+from genrec_kernels.sharded_rows import BLOCK
 from torch.multiprocessing import start_processes
 from two_ranks import environment
 
+from genrec_dist.bench.id_tables import Ours, Sizes, Task, Torchs, bench_rows, draw_ids
 from genrec_dist.bench.measure import format_claims, write_table
-from genrec_dist.bench.rows import Ours, Sizes, Task, Torchs, bench_rows, draw_ids
 
 SMALL = Sizes(
     growth=(1000, 4000), peers=2000, dim=16, rows=200, steps=2, samples=8, model_steps=1,

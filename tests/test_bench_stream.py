@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from genrec_shards.write import write_shards
+from genrec_shards.storage.write import write_shards
 
 from genrec_dist.bench.measure import Claim, format_claims, write_table
 from genrec_dist.bench.stream import (

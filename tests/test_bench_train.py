@@ -8,7 +8,6 @@ import pytest
 import torch
 from genrec_shards.dataset import load_dataset
 
-from genrec_dist.batch import IGNORED
 from genrec_dist.bench.train import (
     DEFAULT,
     LONG,
@@ -24,8 +23,9 @@ from genrec_dist.bench.train import (
     bench_train,
     format_rivals,
 )
-from genrec_dist.bench.train_rival import Setting, make_rival, make_world, words_of
-from genrec_dist.bench.trainer_peers import PlainGenRec, TokenizingCollate, pad_samples, samples_of
+from genrec_dist.bench.train_peers import PlainGenRec, TokenizingCollate, pad_samples, samples_of
+from genrec_dist.bench.train_process import Setting, make_rival, make_world, words_of
+from genrec_dist.data.batch import IGNORED
 
 SHAPE = ("model.d_model=16", "model.heads=2", "model.ffn=16", "micro_batch_tokens=512", "precision=fp32")
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from genrec_shards.cache import NodeCache
+from genrec_shards.storage.disk_cache import NodeCache
 
 FORK = multiprocessing.get_context("fork")
 NUM_KEYS = 40

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import pytest
 from background import PATIENCE, spawn
 
-from genrec_dist.callers import Callers
+from genrec_dist.inference.request_batching import Callers
 
 
 class Work:

@@ -12,13 +12,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_beam import EOS, MOST_ITEMS, PREFIXES, History, Word, World, best_first, catalogues, histories_of, sharp_model
 
-from genrec_dist.batch import IGNORED, target_batch
-from genrec_dist.beam import TrieSearcher
-from genrec_dist.loss import target_loss
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.recipe import load_recipe
-from genrec_dist.run import make_layout
-from genrec_dist.trie import build_trie, certain_tokens, nodes_in, restrict
+from genrec_dist.config.load import load_recipe
+from genrec_dist.data.batch import IGNORED
+from genrec_dist.data.collate import target_batch
+from genrec_dist.decoding.searcher import TrieSearcher
+from genrec_dist.decoding.trie import build_trie, certain_tokens, nodes_in, restrict
+from genrec_dist.inference.load import make_layout
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.head_loss import target_loss
 
 ONE_TOKEN: list[Word] = [(5,), (6,), (7,), (8,)]
 CHAIN: list[Word] = [(5, 6, 7), (5, 6, 7, 8, 8)]

@@ -5,9 +5,9 @@ from collections import Counter
 
 import polars as pl
 import pytest
-from genrec_shards import buckets as buckets_module
-from genrec_shards.clean import Cleaning, clean
-from genrec_shards.sequences import DataError
+from genrec_shards.cleaning import buckets as buckets_module
+from genrec_shards.cleaning.clean import Cleaning, clean
+from genrec_shards.errors import DataError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

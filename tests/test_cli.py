@@ -18,7 +18,7 @@ from conftest import TINY_RECIPE
 from two_ranks import environment
 from typer.main import get_command
 
-from genrec_dist.cli import app, run_command
+from genrec_dist.cli.app import app, run_command
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 GOOD = "ann a b c d\nbob b c a d\ncy c d b a e\n"
@@ -409,7 +409,7 @@ def assert_disk_is_full(done: subprocess.CompletedProcess[str], place: Path) -> 
 
 def test_an_interrupt_is_130(tmp_path: Path) -> None:
     script = (
-        "import signal, sys, genrec_dist.cli as cli, genrec_dist.audit as audit\n"
+        "import signal, sys, genrec_dist.cli as cli, genrec_dist.baselines.leak_audit as audit\n"
         # A job in the background inherits SIGINT ignored; a person at a terminal does not.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "audit.audit = lambda *_: signal.raise_signal(signal.SIGINT)\n"

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from genrec_shards.clusters import balanced_assignment, balanced_clusters, places_in_tree
+from genrec_shards.numbering.balanced_clusters import balanced_assignment, balanced_clusters, places_in_tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment

@@ -11,7 +11,8 @@ from genrec_shards.dataset import Dataset
 from genrec_shards.prepare import prepare
 from result_files import write_results
 
-from genrec_dist.compare import (
+from genrec_dist.baselines.run import run_baseline
+from genrec_dist.evaluation.compare import (
     METRICS,
     bootstrap_difference,
     compare,
@@ -20,8 +21,8 @@ from genrec_dist.compare import (
     holm,
     training_variance,
 )
-from genrec_dist.metrics import WEIGHTS
-from genrec_dist.results import Protocol, run_baseline
+from genrec_dist.evaluation.metrics import WEIGHTS
+from genrec_dist.evaluation.results import Protocol
 
 
 def simulated(
@@ -241,7 +242,7 @@ def test_a_folder_of_runs_is_one_recipe_with_several_seeds(tmp_path, dataset, mo
     assert len(found.a.runs) == len(found.b.runs) == 3
     assert "3 seeds" in conclusion(found)
     assert "training run" not in found.verdict()
-    monkeypatch.setattr("genrec_dist.compare._USERS_AT_ONCE", 7)
+    monkeypatch.setattr("genrec_dist.evaluation.compare._USERS_AT_ONCE", 7)
     assert compare(tmp_path / "a", tmp_path / "b", resamples=500) == found
 
 
@@ -335,7 +336,7 @@ def test_runs_that_are_not_seeds_of_one_recipe_are_refused(tmp_path, dataset):
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path, dataset, capfd):
-    from genrec_dist.cli import run_command
+    from genrec_dist.cli.app import run_command
 
     a, b = make_run(tmp_path / "a", dataset, hits=0.9), make_run(tmp_path / "b", dataset, hits=0.1)
     assert run_command(["compare", str(a), str(b), "--resamples", "300", "--json", str(tmp_path / "c.json")]) == 0

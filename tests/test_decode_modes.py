@@ -30,10 +30,13 @@ from test_beam import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genrec_dist import head, score_all, trie_walk
-from genrec_dist.beam import TrieSearcher, encode_by_length, in_static_shape
-from genrec_dist.head import Softmax
-from genrec_dist.tokens import ItemTexts, item_text, train_tokenizer
+from genrec_dist.data.tokenizer import train_tokenizer
+from genrec_dist.data.word_table import ItemTexts, item_text
+from genrec_dist.decoding import beam_search as trie_walk
+from genrec_dist.decoding import exhaustive as score_all
+from genrec_dist.decoding import output_head as head
+from genrec_dist.decoding.output_head import Softmax
+from genrec_dist.decoding.searcher import TrieSearcher, encode_by_length, in_static_shape
 
 
 def pairs_of(histories: list[History]) -> tuple[np.ndarray, np.ndarray]:

@@ -12,7 +12,7 @@ import pytest
 from genrec_shards.dataset import load_dataset
 from genrec_shards.synthetic import make_process
 
-from genrec_dist.demo import SHARE_OF_CEILING, score_ceiling, share_of_ceiling
+from genrec_dist.cli.demo import SHARE_OF_CEILING, score_ceiling, share_of_ceiling
 
 pytestmark = pytest.mark.demo
 

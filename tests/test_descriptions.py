@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from damage import damaged
-from genrec_shards.descriptions import read_descriptions, text_vectors
-from genrec_shards.sequences import DataError
+from genrec_shards.errors import DataError
+from genrec_shards.numbering.item_text import read_descriptions, text_vectors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from genrec_dist import doctor
-from genrec_dist.doctor import Finding, as_json, examine, healthy, render
+from genrec_dist.cli import doctor
+from genrec_dist.cli.doctor import Finding, as_json, examine, healthy, render
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:
@@ -108,7 +108,7 @@ def test_json_and_table_hold_every_finding() -> None:
 
 def test_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from genrec_dist.doctor import examine; examine(); "
+        "import sys; from genrec_dist.cli.doctor import examine; examine(); "
         "print([name for name in ('deepspeed', 'ray', 'triton', 'optuna', 'transformers') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from genrec_dist.dropout import add_dropped, drop, keep_mask
+from genrec_dist.model.dropout import add_dropped, drop, keep_mask
 
 
 @pytest.mark.parametrize("share", [0.001, 0.1, 0.2, 0.5, 0.9])

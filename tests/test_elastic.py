@@ -19,13 +19,13 @@ import pytest
 import torch
 from genrec_shards.prepare import prepare
 from genrec_shards.sequences import write_sequences
+from genrec_shards.storage.write import write_shards
 from genrec_shards.synthetic import make_process
-from genrec_shards.write import write_shards
 from two_ranks import environment, start_each
 
-from genrec_dist.checkpoint import Checkpoint, list_checkpoints
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.ranks import Ranks
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints
 
 pytestmark = [pytest.mark.dist, pytest.mark.ranks]
 

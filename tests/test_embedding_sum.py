@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from genrec_kernels import Rows, SumPlan, embedding, embedding_sum, plan_sum, reference
-from genrec_kernels.plan import CHUNK, parts
+from genrec_kernels import Rows, SumPlan, embedding, embedding_sum, plan_sum
+from genrec_kernels import torch_reference as reference
+from genrec_kernels.gradient_order import CHUNK, parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -22,11 +22,11 @@ from test_batch import (
 )
 from torch.nn import functional as F
 
-from genrec_dist.beam import TrieSearcher
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.text import Layout, encode_histories
-from genrec_dist.tokens import item_text, user_text
-from genrec_dist.trie import build_trie
+from genrec_dist.data.encoder_input import Layout, encode_histories
+from genrec_dist.data.word_table import item_text, user_text
+from genrec_dist.decoding.searcher import TrieSearcher
+from genrec_dist.decoding.trie import build_trie
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 
 def by_items(max_tokens=64, user_ids=True, positions="from-start") -> Layout:

@@ -23,21 +23,14 @@ from genrec_shards.prepare import prepare
 from genrec_shards.sequences import SplitView
 from two_ranks import deepspeed_environment, environment, run_ranks, start_each
 
-from genrec_dist.beam import Mode
-from genrec_dist.cli import run_command
-from genrec_dist.evaluate import (
-    Decoding,
-    Window,
-    check_numbering,
-    cut_batches,
-    evaluate,
-    history_loss,
-    rank_windows,
-    target_histogram,
-)
-from genrec_dist.metrics import rank_histogram, target_ranks
-from genrec_dist.ranks import Ranks
-from genrec_dist.run import LoadedRun, load_run, make_searcher
+from genrec_dist.cli.app import run_command
+from genrec_dist.decoding.searcher import Mode
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.evaluation.metrics import rank_histogram, target_ranks
+from genrec_dist.inference.evaluate import evaluate
+from genrec_dist.inference.load import LoadedRun, check_numbering, load_run, make_searcher
+from genrec_dist.inference.rank_users import Decoding, Window, cut_batches, rank_windows
+from genrec_dist.inference.validation import history_loss, target_histogram
 
 SCRIPT = Path(__file__).parent / "evaluate_rank.py"
 SPOILED = """

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import scipy.sparse as sp
-from genrec_shards.factors import factor_rows, symmetric_eigen
+from genrec_shards.numbering.truncated_eigen import factor_rows, symmetric_eigen
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 30])

@@ -8,10 +8,9 @@ import torch
 from test_batch import MASKS, WHOLE, batches_of, cases, engine_loss, layout, marked_sequences, model, whole_step  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
-from genrec_dist.batch import Batch
-from genrec_dist.flops import flops
-from genrec_dist.peak import CARDS, peak_of
-from genrec_dist.work import Work
+from genrec_dist.data.batch import Batch, Work
+from genrec_dist.estimate.flops import flops
+from genrec_dist.estimate.hardware import CARDS, peak_of
 
 
 def counted(model, batch: Batch) -> float:  # noqa: F811

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from genrec_dist import forecast as module
-from genrec_dist.cli import run_command
-from genrec_dist.forecast import (
+from genrec_dist.cli.app import run_command
+from genrec_dist.config.load import load_recipe
+from genrec_dist.estimate import forecast as module
+from genrec_dist.estimate.forecast import (
     GIB,
     RESERVE_GIB,
     Forecast,
@@ -20,8 +21,7 @@ from genrec_dist.forecast import (
     read_catalogue,
     stage_samples,
 )
-from genrec_dist.memory import METHODS, MicroBatch, activation_bytes, build_config, compute_of
-from genrec_dist.recipe import load_recipe
+from genrec_dist.estimate.memory import METHODS, MicroBatch, activation_bytes, build_config, compute_of
 
 BEAUTY: dict[str, Any] = {"users": 22_363, "items": 12_101}
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"

@@ -14,8 +14,8 @@ from genrec_shards.dataset import load_dataset
 from two_ranks import environment
 
 from genrec_dist.bench.gpu_check import LEFT_OUT, MEASURED, foretold_bytes, memory_claim, prefix, run_step, summarise
-from genrec_dist.forecast import forecast
-from genrec_dist.recipe import load_recipe
+from genrec_dist.config.load import load_recipe
+from genrec_dist.estimate.forecast import forecast
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "launch" / "gpu_check.sh"
@@ -134,7 +134,9 @@ def test_the_script_takes_every_step_there_is() -> None:
 def test_a_step_that_fails_or_is_not_to_be_had_stops_no_other(tmp_path: Path) -> None:
     out = tmp_path / "out"
     own = {"GPU_CHECK_STEPS": "tests beam latency"}
-    done = run_script(tmp_path, "--cpu", str(out), blocked=(*MISSING, "pytest", "genrec_dist.bench.plain_beam"), **own)
+    done = run_script(
+        tmp_path, "--cpu", str(out), blocked=(*MISSING, "pytest", "genrec_dist.bench.beam_fixture"), **own
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "tests: left out, pytest is not installed" in done.stdout
     assert "beam: failed with exit code 1" in done.stdout
@@ -142,7 +144,7 @@ def test_a_step_that_fails_or_is_not_to_be_had_stops_no_other(tmp_path: Path) ->
     assert {path.name.removeprefix(prefix()) for path in out.iterdir()} == {".md", "-latency.json", "-failed.txt"}
     told = (out / f"{prefix()}-failed.txt").read_text()
     assert told.startswith("beam: failed with exit code 1 after ")
-    assert "No module named 'genrec_dist.bench.plain_beam'" in told
+    assert "No module named 'genrec_dist.bench.beam_fixture'" in told
     assert "| beam | failed with exit code 1 |" in (out / f"{prefix()}.md").read_text()
 
 

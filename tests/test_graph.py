@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from genrec_shards.dataset import load_dataset
+from genrec_shards.histories import histories
 from genrec_shards.sequences import Sequences, sequences_from_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -17,18 +18,17 @@ from test_baseline import changed, random_sequences
 from test_beam import PREFIXES, History, Word, World, best_first, catalogues, histories_of, sharp_model
 from test_hybrid import item_truth, item_world
 
-from genrec_dist import mixture
-from genrec_dist.baseline import knn
-from genrec_dist.baseline.history import histories
-from genrec_dist.baseline.sasrec import scored
-from genrec_dist.baseline.sasrec_run import open_or_train
-from genrec_dist.cli import run_command
-from genrec_dist.graph import Graph, log_near
-from genrec_dist.metrics import metrics_from_histogram, rank_histogram
-from genrec_dist.mixture import Mixture
-from genrec_dist.recipe import load_recipe
-from genrec_dist.results import run_baseline
-from genrec_dist.train import train
+from genrec_dist.baselines import knn
+from genrec_dist.baselines.run import run_baseline
+from genrec_dist.baselines.sasrec_model import scored
+from genrec_dist.baselines.sasrec_run import open_or_train
+from genrec_dist.cli.app import run_command
+from genrec_dist.config.load import load_recipe
+from genrec_dist.data.item_graph import Graph, KnnSettings, log_near, neighbour_weights
+from genrec_dist.evaluation import score_mixture as mixture
+from genrec_dist.evaluation.metrics import metrics_from_histogram, rank_histogram
+from genrec_dist.evaluation.score_mixture import Mixture
+from genrec_dist.training.run import train
 
 NDCG = "NDCG@10"
 
@@ -39,7 +39,7 @@ def graph_among(items: list[Word], seed: int = 5) -> Graph:
     draws = rng.integers(0, max(1, len(items) - 1), 60).astype(np.int32)
     ids = [f"{row:03}" for row in range(len(items))]
     sequences = Sequences(draws, np.arange(0, 61, 6), [f"u{user}" for user in range(10)], ids)
-    return Graph.of(sequences, "test", "n-2", knn.KnnSettings(window=2, recent=3))
+    return Graph.of(sequences, "test", "n-2", KnnSettings(window=2, recent=3))
 
 
 def shares_of(graph: Graph, past: list[History]) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_a_narrow_beam_still_sees_the_graphs_best() -> None:
 
 def test_shares_are_the_knn_scores_over_their_sum() -> None:
     sequences = random_sequences(num_users=30, num_items=50)
-    chosen = knn.KnnSettings(recent=4, in_power=0.1)
+    chosen = KnnSettings(recent=4, in_power=0.1)
     past = histories(sequences, "test")
     shares_UI = Graph.of(sequences, "test", "n-2", chosen).shares(past.items, past.offsets).numpy()
     np.testing.assert_allclose(shares_UI.sum(1), 1.0)
@@ -121,7 +121,7 @@ def test_the_graph_knows_no_held_out_item(through: str, last: int) -> None:
 
 
 def test_a_grid_holds_each_mixture_once_and_the_best_is_the_first_of_the_best() -> None:
-    tried = mixture.grid((0.0, 1.0), knn.KnnSettings())
+    tried = mixture.grid((0.0, 1.0), KnnSettings())
     assert len(tried) == len(set(tried)) == 2 * (1 + len(mixture.EPSILONS) * (len(mixture.GRAPH_WEIGHTS) - 1))
     counts = np.zeros((len(tried), 21), np.int64)
     counts[:, 0] = 10
@@ -133,7 +133,7 @@ def test_a_grid_holds_each_mixture_once_and_the_best_is_the_first_of_the_best() 
 
 
 def test_weights_are_read_as_they_were_written_and_refused_elsewhere(tmp_path: Path) -> None:
-    tried = mixture.grid((1.0,), knn.KnnSettings(window=3))
+    tried = mixture.grid((1.0,), KnnSettings(window=3))
     counts = np.zeros((len(tried), 21), np.int64)
     counts[-2, 1] = 4
     counts[:, 0] += 1
@@ -221,7 +221,7 @@ def control_scores(control: Path, data: Path, split: str, weight: float, epsilon
     rows = np.arange(len(view.targets))
     logits_UI = np.concatenate([part.numpy() for _, part in scored(model, view, rows, False)]).astype(np.float64)
     logp_UI = logits_UI - np.log(np.exp(logits_UI).sum(1, keepdims=True))
-    weights_II = knn.neighbour_weights(dataset.sequences, "test", "n-2", knn.KnnSettings(window=2)).toarray()
+    weights_II = neighbour_weights(dataset.sequences, "test", "n-2", KnnSettings(window=2)).toarray()
     for user in rows:
         past = view.items[view.starts[user] : view.ends[user]]
         scores_I = sum(
@@ -247,7 +247,7 @@ def test_the_control_ranks_all_items_by_the_mixture(control: Path, tiny_data: Pa
     # As `compare` asks of two seeds of one recipe: what may differ stands on top.
     assert metrics["recipe"]["seed"] == 0
     assert not {"seed", "best_epoch"} & set(metrics["recipe"]["sasrec"])
-    graph = {"weight": weight, "epsilon": epsilon, **vars(knn.KnnSettings(window=2))}
+    graph = {"weight": weight, "epsilon": epsilon, **vars(KnnSettings(window=2))}
     assert metrics["protocol"]["graph"] == graph
     scores_UI = control_scores(control, tiny_data, "test", weight, epsilon)
     targets = dataset.sequences.history_and_target("test").targets

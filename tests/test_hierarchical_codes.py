@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
-from genrec_shards.read import ShardReader
 from genrec_shards.sequences import write_sequences
+from genrec_shards.storage.reader import ShardReader
+from genrec_shards.storage.write import write_shards
 from genrec_shards.synthetic import make_process
-from genrec_shards.write import write_shards
 from safetensors.numpy import save_file
 
-from genrec_dist.cli import run_command
-from genrec_dist.tokens import build_words, train_tokenizer
+from genrec_dist.cli.app import run_command
+from genrec_dist.data.tokenizer import train_tokenizer
+from genrec_dist.data.word_table import build_words
 
 
 @pytest.fixture(scope="module")

@@ -15,13 +15,14 @@ from test_batch import model as plain_model
 from test_beam import MOST_ITEMS, PREFIXES, History, Word, World, best_first, catalogues, histories_of, sharp_model
 from torch.nn import functional as F
 
-from genrec_dist.batch import IGNORED, choose_targets, idle_batch, make_step
-from genrec_dist.cli import run_command
-from genrec_dist.mixture import Mixture
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.recipe import load_recipe
-from genrec_dist.run import load_run
-from genrec_dist.train import train
+from genrec_dist.cli.app import run_command
+from genrec_dist.config.load import load_recipe
+from genrec_dist.data.batch import IGNORED, idle_batch
+from genrec_dist.data.collate import choose_targets, make_step
+from genrec_dist.evaluation.score_mixture import Mixture
+from genrec_dist.inference.load import load_run
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.training.run import train
 
 __all__ = ["plain_model"]
 
@@ -253,7 +254,7 @@ def test_evaluate_names_what_is_ranked_by_both_heads(tiny_recipe):
 
 
 def _histories(run):
-    from genrec_dist.text import encode_histories
+    from genrec_dist.data.encoder_input import encode_histories
 
     return encode_histories(np.array([0, 1, 2, 3], np.int32), np.array([0, 1, 4]), np.array([0, 1]), run.layout)
 

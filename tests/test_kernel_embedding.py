@@ -10,19 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from genrec_kernels import Rows, SumPlan, embedding_sum, plan_sum, reference
-from genrec_kernels.plan import CHUNK
+from genrec_kernels import Rows, SumPlan, embedding_sum, plan_sum
+from genrec_kernels import torch_reference as reference
+from genrec_kernels.gradient_order import CHUNK
 from torch import Tensor
 from torch.nn import functional as F
 
-from genrec_dist.batch import Batch, RankStep
-from genrec_dist.build import build_model
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.ranks import Ranks
-from genrec_dist.recipe import Model
-from genrec_dist.sums import plan_sums
-from genrec_dist.tables import IdTables, plan_ids
-from genrec_dist.text import EncoderInput
+from genrec_dist.config.recipe import Model
+from genrec_dist.data.batch import Batch, RankStep
+from genrec_dist.data.encoder_input import EncoderInput
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.model.build import build_model
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.training.id_tables import IdTables, plan_ids
+from genrec_dist.training.loader import plan_sums
 
 NATIVE = torch.cuda.is_available()
 DEVICE = "cuda" if NATIVE else "cpu"

@@ -18,7 +18,7 @@ import typer
 import yaml
 from launching import LAUNCH, ROOT, Cluster, cluster_in, ended, job_of_a_free_port, until
 
-from genrec_dist.cli import app
+from genrec_dist.cli.app import app
 
 
 @pytest.fixture

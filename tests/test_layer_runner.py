@@ -12,8 +12,8 @@ from test_batch import (  # noqa: F401
     whole_step,
 )
 
-from genrec_dist.layers import LayerRunner
-from genrec_dist.model import choose_layers
+from genrec_dist.model.genrec import choose_layers
+from genrec_dist.model.packed_layers import LayerRunner
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from genrec_dist.loss import target_loss
+from genrec_dist.model.head_loss import target_loss
 
 torch.manual_seed(0)
 LOGITS = torch.randn(12, 9, dtype=torch.float64)

@@ -13,13 +13,15 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from genrec_dist import loss as module
-from genrec_dist.engine import make_accelerator
-from genrec_dist.loss import ChunkedLoss, chunk_rows, head_loss, resolve_head
-from genrec_dist.model import choose_loss
-from genrec_dist.recipe import HeadLoss, load_recipe
-from genrec_dist.train import Loop
-from genrec_dist.workshop import StepBatches, open_workshop
+from genrec_dist.config.load import load_recipe
+from genrec_dist.config.recipe import HeadLoss
+from genrec_dist.model import head_loss as module
+from genrec_dist.model.genrec import choose_loss
+from genrec_dist.model.head_loss import ChunkedLoss, chunk_rows, head_loss, resolve_head
+from genrec_dist.training.engine import make_accelerator
+from genrec_dist.training.loader import StepBatches
+from genrec_dist.training.loop import Loop
+from genrec_dist.training.setup import open_workshop
 
 ROWS, TOKENS, WIDTH = 23, 41, 8
 

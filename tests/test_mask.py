@@ -4,13 +4,13 @@ from functools import partial
 
 import numpy as np
 import pytest
-from genrec_shards.keyed import keyed_uniform
+from genrec_shards.keyed_random import keyed_uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from genrec_dist.mask import STRATEGIES, Targets
-from genrec_dist.recipe import Mask
+from genrec_dist.config.recipe import Mask
+from genrec_dist.data.masking import STRATEGIES, Targets
 
 NAMES = sorted(STRATEGIES)
 MANY = 60_000

@@ -11,12 +11,14 @@ from typing import Any, get_args
 import memory_rank
 import pytest
 import torch
-from genrec_kernels.sparse_rows import RowTable
+from genrec_kernels.sharded_rows import RowTable
 from memory_rank import LiveBytes
 from torch.utils.flop_counter import FlopCounterMode
 from two_ranks import start_each
 
-from genrec_dist.memory import (
+from genrec_dist.config.load import load_recipe
+from genrec_dist.config.recipe import HeadLoss
+from genrec_dist.estimate.memory import (
     METHODS,
     Compute,
     MicroBatch,
@@ -30,8 +32,7 @@ from genrec_dist.memory import (
     state_bytes,
     step_flops,
 )
-from genrec_dist.model import GenRecForConditionalGeneration, choose_loss
-from genrec_dist.recipe import HeadLoss, load_recipe
+from genrec_dist.model.genrec import GenRecForConditionalGeneration, choose_loss
 
 # 4.2 million parameters, so that paddings and scalars are small beside them.
 RECIPE = """

@@ -10,7 +10,7 @@ from torchmetrics.functional.retrieval import (
     retrieval_reciprocal_rank,
 )
 
-from genrec_dist.metrics import (
+from genrec_dist.evaluation.metrics import (
     EMPTY,
     INVALID,
     as_written,

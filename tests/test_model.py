@@ -13,19 +13,19 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
-from genrec_dist.batch import IGNORED
-from genrec_dist.build import build_model
-from genrec_dist.loss import target_loss
-from genrec_dist.model import (
+from genrec_dist.config.recipe import Model, Optimizer
+from genrec_dist.data.batch import IGNORED
+from genrec_dist.data.encoder_input import EncoderInput
+from genrec_dist.model.build import build_model
+from genrec_dist.model.genrec import (
     GenRecConfig,
     GenRecForConditionalGeneration,
     attention_bias,
     check_ranges,
     choose_attention,
 )
-from genrec_dist.optim import build_optimizer
-from genrec_dist.recipe import Model, Optimizer
-from genrec_dist.text import EncoderInput
+from genrec_dist.model.head_loss import target_loss
+from genrec_dist.model.optimizer import build_optimizer
 
 logging.set_verbosity_error()
 
@@ -532,7 +532,7 @@ def test_a_backbone_that_cannot_be_loaded_is_named_with_two_ways_out(tmp_path, w
 
 def test_a_hub_name_without_a_network_is_named_with_two_ways_out(tmp_path):
     program = (
-        "from genrec_dist.build import build_model; from genrec_dist.recipe import Model; "
+        "from genrec_dist.model.build import build_model; from genrec_dist.config.recipe import Model; "
         "build_model(Model(backbone='facebook/bart-base'), vocab_size=9, num_users=1, num_items=1, num_masks=1, "
         "special={'bos': 0, 'pad': 1, 'eos': 2, 'mask': 4})"
     )

@@ -4,12 +4,12 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from genrec_shards.descriptions import Descriptions
-from genrec_shards.keyed import keyed_permutation
-from genrec_shards.numbering import Numbering, default_levels, number, told
+from genrec_shards.keyed_random import keyed_permutation
+from genrec_shards.numbering.item_text import Descriptions
+from genrec_shards.numbering.item_vectors import TrainedVectors
+from genrec_shards.numbering.numbering import Numbering, default_levels, number, told
 from genrec_shards.sequences import Sequences, sequences_from_ids
 from genrec_shards.synthetic import make_process
-from genrec_shards.trained_vectors import TrainedVectors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from genrec_dist.build import build_model
-from genrec_dist.optim import AveragedWeights, build_optimizer, peak_share
-from genrec_dist.recipe import Model, Optimizer, Stage
+from genrec_dist.config.recipe import Model, Optimizer, Stage
+from genrec_dist.model.build import build_model
+from genrec_dist.model.optimizer import AveragedWeights, build_optimizer, peak_share
 
 SPECIAL = {"bos": 0, "pad": 1, "eos": 2, "mask": 4}
 

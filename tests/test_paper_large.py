@@ -14,12 +14,12 @@ import torch
 from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
 from genrec_shards.sequences import write_sequences
+from genrec_shards.storage.write import write_shards
 from genrec_shards.synthetic import make_process
-from genrec_shards.write import write_shards
 from transformers import BartConfig, BartForConditionalGeneration
 
-from genrec_dist.checkpoint import list_checkpoints
-from genrec_dist.tokens import train_tokenizer
+from genrec_dist.data.tokenizer import train_tokenizer
+from genrec_dist.training.checkpoint import list_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from genrec_shards.plan import Plan, StepSamples, keyed_uniform, split_among_ranks
+from genrec_shards.storage.sample_order import Plan, StepSamples, keyed_uniform, split_among_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

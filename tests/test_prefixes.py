@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from genrec_shards.plan import split_among_ranks
+from genrec_shards.storage.sample_order import split_among_ranks
 from test_batch import (
     CODES,
     PAD,
@@ -19,15 +19,16 @@ from test_batch import (
     whole_step,
 )
 
-from genrec_dist.batch import IGNORED, Batch, idle_batch, make_step
-from genrec_dist.beam import TrieSearcher
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.prefixes import cut_prefixes
-from genrec_dist.recipe import load_recipe
-from genrec_dist.run import load_run
-from genrec_dist.text import EncoderInput, Layout, encode_histories
-from genrec_dist.train import train
-from genrec_dist.trie import build_trie
+from genrec_dist.config.load import load_recipe
+from genrec_dist.data.batch import IGNORED, Batch, idle_batch
+from genrec_dist.data.collate import make_step
+from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_histories
+from genrec_dist.data.prefix_samples import cut_prefixes
+from genrec_dist.decoding.searcher import TrieSearcher
+from genrec_dist.decoding.trie import build_trie
+from genrec_dist.inference.load import load_run
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.training.run import train
 
 
 def causal(max_tokens=90, user_ids=True, unit="subword") -> Layout:

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from genrec_shards import dataset as dataset_module
 from genrec_shards.dataset import load_dataset
+from genrec_shards.errors import DataError
 from genrec_shards.prepare import prepare
-from genrec_shards.sequences import DataError
 
 TEXT = "u2 10 9 100\nu1 9 10 9 7\nu3 7 7 9 10 8\n"
 

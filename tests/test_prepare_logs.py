@@ -11,17 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from genrec_shards.cooccurrence import training_counts
 from genrec_shards.dataset import load_dataset
+from genrec_shards.errors import DataError
+from genrec_shards.numbering.cooccurrence import training_counts
 from genrec_shards.prepare import cleaning_told, prepare
-from genrec_shards.readers.logs import LogOptions
-from genrec_shards.sequences import DataError, Sequences, sequences_from_ids, write_sequences
-from genrec_shards.write import write_shards
+from genrec_shards.readers.read_log import LogOptions
+from genrec_shards.sequences import Sequences, sequences_from_ids, write_sequences
+from genrec_shards.storage.write import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrec_dist.audit import write_audit
-from genrec_dist.cli import run_command
+from genrec_dist.baselines.leak_audit import write_audit
+from genrec_dist.cli.app import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 

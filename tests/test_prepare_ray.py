@@ -19,19 +19,20 @@ import pytest
 from faulty_server import serving
 from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
-from genrec_shards.ray_engine import door, tars
-from genrec_shards.ray_engine.cluster import Tasks
+from genrec_shards.ray_engine import entry as door
+from genrec_shards.ray_engine import shard_tasks as tars
+from genrec_shards.ray_engine.log_spans import Sizes, cuts, survey
+from genrec_shards.ray_engine.shard_tasks import write_shards_on_ray
 from genrec_shards.ray_engine.sources import LogFile
-from genrec_shards.ray_engine.spans import Sizes, cuts, survey
-from genrec_shards.ray_engine.tars import write_shards_on_ray
-from genrec_shards.read import ShardReader
-from genrec_shards.readers.blocks import whole_lines
-from genrec_shards.readers.interactions import with_whole_cells
-from genrec_shards.write import write_shards
+from genrec_shards.ray_engine.tasks import Tasks
+from genrec_shards.readers.tabular import with_whole_cells
+from genrec_shards.readers.text_blocks import whole_lines
+from genrec_shards.storage.reader import ShardReader
+from genrec_shards.storage.write import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrec_dist.cli import run_command
+from genrec_dist.cli.app import run_command
 
 START = 1_400_000_000
 
@@ -375,7 +376,7 @@ def test_from_s3_to_s3(tmp_path, in_process, s3, monkeypatch):
         write_shards_on_ray(data, f"{data}/shards", **again)
     with pytest.raises(ValueError, match="is not ours to overwrite"):
         write_shards_on_ray(data, "s3://bucket/logs", overwrite=True, **again)
-    monkeypatch.setattr("genrec_shards.ray_engine.tars.write_tar", failing)
+    monkeypatch.setattr("genrec_shards.ray_engine.shard_tasks.write_tar", failing)
     with pytest.raises(OSError, match="disk full"):
         write_shards_on_ray(data, f"{data}/shards", overwrite=True, **again)
     assert "manifest.json" not in stored(s3, "data/shards")
@@ -398,7 +399,7 @@ def s3(monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
     for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr("genrec_shards.remote._clients", {})
+    monkeypatch.setattr("genrec_shards.storage.remote._clients", {})
     client = boto3.client("s3")
     client.create_bucket(Bucket="bucket")
     yield client

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
-from genrec_shards.write import write_shards
+from genrec_shards.storage.write import write_shards
 from test_prepare_ray import SMALL, WRITERS, files, rows_of, write_csv, write_folder
 
 pytestmark = pytest.mark.dist

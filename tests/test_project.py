@@ -40,7 +40,7 @@ def lock() -> dict[str, str]:
 
 
 def click_commands() -> dict:
-    from genrec_dist.cli import app
+    from genrec_dist.cli.app import app
 
     return get_command(app).commands  # type: ignore[attr-defined]
 

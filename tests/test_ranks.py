@@ -10,7 +10,7 @@ import pytest
 import torch
 from two_ranks import start_each
 
-from genrec_dist.ranks import Ranks
+from genrec_dist.distributed.collectives import Ranks
 
 SCRIPT = Path(__file__).parent / "meeting_rank.py"
 

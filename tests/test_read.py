@@ -15,10 +15,11 @@ import threading
 import numpy as np
 import pytest
 from genrec_shards.dataset import Dataset
+from genrec_shards.errors import DataError
 from genrec_shards.prepare import prepare
-from genrec_shards.read import ShardReader
-from genrec_shards.sequences import DataError, sequences_from_ids, write_sequences
-from genrec_shards.write import write_shards
+from genrec_shards.sequences import sequences_from_ids, write_sequences
+from genrec_shards.storage.reader import ShardReader
+from genrec_shards.storage.write import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,7 +138,8 @@ def test_threads_may_share_a_reader(made):
 def test_reading_needs_no_webdataset(made):
     program = (
         "import sys; sys.modules['webdataset'] = None\n"
-        "from genrec_shards.read import ShardReader; import genrec_shards.write, genrec_shards.plan\n"
+        "from genrec_shards.storage.reader import ShardReader; import genrec_shards.storage.write\n"
+        "import genrec_shards.storage.sample_order\n"
         "print(ShardReader(sys.argv[1]).record(0).first_user)"
     )
     command = [sys.executable, "-c", program, str(made.path.parent / "shards")]

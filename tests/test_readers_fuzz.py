@@ -8,12 +8,12 @@ import random
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from genrec_shards.bad_lines import BadLines
-from genrec_shards.readers.guess import guess_format
-from genrec_shards.readers.logs import LogOptions, read_log
-from genrec_shards.sequences import DataError, read_sequences
+from genrec_shards.errors import BadLines, DataError
+from genrec_shards.readers.detect_format import guess_format
+from genrec_shards.readers.read_log import LogOptions, read_log
+from genrec_shards.sequences import read_sequences
 
-from genrec_dist.cli import run_command
+from genrec_dist.cli.app import run_command
 
 FILES = 1050
 AT = 1_400_000_000

@@ -8,12 +8,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from genrec_shards.bad_lines import BadLines
-from genrec_shards.readers import blocks as blocks_module
-from genrec_shards.readers.amazon import read_amazon
-from genrec_shards.readers.interactions import read_interactions
-from genrec_shards.readers.times import Clock
-from genrec_shards.sequences import DataError
+from genrec_shards.errors import BadLines, DataError
+from genrec_shards.readers import text_blocks as blocks_module
+from genrec_shards.readers.json_reviews import read_amazon
+from genrec_shards.readers.tabular import read_interactions
+from genrec_shards.timestamps import Clock
 
 SECOND = 1_000_000
 AT = 1_400_000_000

@@ -7,15 +7,13 @@ import os
 from pathlib import Path
 
 import pytest
-from genrec_shards.bad_lines import BadLines
 from genrec_shards.dataset import load_dataset
+from genrec_shards.errors import BadLines, DataError
 from genrec_shards.prepare import cleaning_told, prepare
-from genrec_shards.readers.amazon import read_amazon
-from genrec_shards.readers.guess import guess_format
-from genrec_shards.readers.python_lines import parsed_line
-from genrec_shards.readers.times import Clock
-from genrec_shards.readers.yelp import read_yelp
-from genrec_shards.sequences import DataError
+from genrec_shards.readers.detect_format import guess_format
+from genrec_shards.readers.json_reviews import read_amazon, read_yelp
+from genrec_shards.readers.python_literals import parsed_line
+from genrec_shards.timestamps import Clock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

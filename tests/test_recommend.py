@@ -20,12 +20,12 @@ from genrec_shards.prepare import prepare
 from hypothesis import given
 from hypothesis import strategies as st
 
-from genrec_dist import recommend as recommendation
-from genrec_dist.beam import Mode, TopItems
-from genrec_dist.choice import Choice, choose_items, name_some, read_ids
-from genrec_dist.cli import run_command
-from genrec_dist.recommend import Recommendation, Recommender, Request, Shown, read_requests, user_request
-from genrec_dist.run import load_run, make_searcher
+from genrec_dist.cli.app import run_command
+from genrec_dist.decoding.searcher import Mode, TopItems
+from genrec_dist.inference import recommend as recommendation
+from genrec_dist.inference.item_filter import Choice, choose_items, name_some, read_ids
+from genrec_dist.inference.load import load_run, make_searcher
+from genrec_dist.inference.recommend import Recommendation, Recommender, Request, Shown, read_requests, user_request
 
 
 @pytest.fixture(scope="module")

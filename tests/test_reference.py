@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from genrec_kernels.reference import embedding_sum
+from genrec_kernels.torch_reference import embedding_sum
 
 B, L, D = 3, 7, 6
 torch.manual_seed(0)

@@ -12,26 +12,29 @@ import pytest
 import torch
 from conftest import TINY_RECIPE, tiny_log
 from genrec_shards.append import append
-from genrec_shards.cooccurrence import cooccurrences
 from genrec_shards.dataset import load_dataset
+from genrec_shards.numbering.cooccurrence import cooccurrences
 from genrec_shards.prepare import prepare
-from genrec_shards.write import write_shards
+from genrec_shards.storage.write import write_shards
 from test_zero import launch
 
-from genrec_dist.checkpoint import Checkpoint, list_checkpoints, save_best
-from genrec_dist.cli import run_command
-from genrec_dist.engine import make_accelerator
-from genrec_dist.evaluate import Decoding, rank_batch
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.ranks import Ranks
-from genrec_dist.recipe import Recipe, dump_recipe, load_recipe
-from genrec_dist.run import load_run, make_searcher
-from genrec_dist.tables import IdTables
-from genrec_dist.text import encode_histories
-from genrec_dist.tokens import build_words, grow_tokenizer, item_text, train_tokenizer
-from genrec_dist.train import Loop, train
-from genrec_dist.trie import build_trie
-from genrec_dist.workshop import Workshop, describe, open_workshop
+from genrec_dist.cli.app import run_command
+from genrec_dist.config.load import dump_recipe, load_recipe
+from genrec_dist.config.recipe import Recipe
+from genrec_dist.data.encoder_input import encode_histories
+from genrec_dist.data.tokenizer import grow_tokenizer, train_tokenizer
+from genrec_dist.data.word_table import build_words, item_text
+from genrec_dist.decoding.trie import build_trie
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.inference.load import load_run, make_searcher
+from genrec_dist.inference.rank_users import Decoding, rank_batch
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints, save_best
+from genrec_dist.training.engine import make_accelerator
+from genrec_dist.training.id_tables import IdTables
+from genrec_dist.training.loop import Loop
+from genrec_dist.training.run import train
+from genrec_dist.training.setup import Workshop, describe, open_workshop
 
 WHOLE = [
     "tokens.vocab_size=4096", "tokens.trim=true", "tokens.certain=given", "model.user_ids=false", "model.decoder_start=state",

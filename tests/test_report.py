@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from genrec_dist.chart import Dot, Line, dot_chart, line_chart, score, smooth, ticks
-from genrec_dist.report import headline, write_report
+from genrec_dist.report.run_report import headline, write_report
+from genrec_dist.report.svg import Dot, Line, dot_chart, line_chart, score, smooth, ticks
 
 EVIL = "</title><script>alert(1)</script>\"'&"
 VOID = {"meta", "br", "hr", "link", "img", "input", "wbr"}

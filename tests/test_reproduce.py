@@ -21,17 +21,17 @@ import pytest
 from conftest import TINY_RECIPE, tiny_log
 from two_ranks import environment
 
-from genrec_dist import mixture
-from genrec_dist.cli import run_command
-from genrec_dist.journal import read_journal
-from genrec_dist.recipe import load_recipe
-from genrec_dist.reproduce.ending import Ending
-from genrec_dist.reproduce.place import Place
+from genrec_dist.cli.app import run_command
+from genrec_dist.config.load import load_recipe
+from genrec_dist.distributed.deadline import Ending
+from genrec_dist.evaluation import score_mixture as mixture
+from genrec_dist.report.run_files import read_journal
+from genrec_dist.reproduce.layout import Place
 from genrec_dist.reproduce.published import METRICS, SETS, odd_sizes, published_rows
-from genrec_dist.reproduce.rows import merge
+from genrec_dist.reproduce.result_rows import merge
 from genrec_dist.reproduce.steps import recipe_of
 from genrec_dist.reproduce.systems import SWITCHES, Choices, Trained, systems_of
-from genrec_dist.reproduce.training import best_epoch, worked_seconds
+from genrec_dist.reproduce.train_process import best_epoch, worked_seconds
 
 SASREC = ["--sasrec", "d_model=8", "--sasrec", "epochs=2", "--sasrec", "validation_users=50"]
 KNN = ["--knn", "window=4"]
@@ -347,7 +347,7 @@ def refused_late(capfd: pytest.CaptureFixture[str], arguments: list[str]) -> str
 
 
 def test_two_never_work_in_one_directory(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    from genrec_dist.reproduce.ending import hold
+    from genrec_shards.file_lock import hold
 
     with hold(tmp_path / "out" / ".lock", "somebody"):
         line = refused(capfd, leak_free(folder, tmp_path / "out", ["knn"]))

@@ -10,17 +10,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from genrec_shards.dataset import Dataset
-from genrec_shards.numbering import Hierarchy, number
+from genrec_shards.errors import DataError
+from genrec_shards.histories import sample_users
+from genrec_shards.numbering.numbering import Hierarchy, number
 from genrec_shards.prepare import prepare
-from genrec_shards.sequences import DataError, Sequences
-from genrec_shards.write import write_shards
+from genrec_shards.sequences import Sequences
+from genrec_shards.storage.write import write_shards
 from result_files import write_results
 from rich.console import Console
 
-from genrec_dist import baseline
-from genrec_dist.baseline.knn import KnnSettings
-from genrec_dist.metrics import bootstrap_ci95, metrics_from_histogram, rank_histogram, target_ranks
-from genrec_dist.results import Protocol, ResultsWriter, format_table, run_baseline, sample_users
+from genrec_dist.baselines import registry as baseline
+from genrec_dist.baselines.run import run_baseline
+from genrec_dist.data.item_graph import KnnSettings
+from genrec_dist.evaluation.metrics import bootstrap_ci95, metrics_from_histogram, rank_histogram, target_ranks
+from genrec_dist.evaluation.results import Protocol, ResultsWriter, format_table
 
 FIELDS = {
     *("system", "split", "users", "HR@1", "HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR@20"),
@@ -115,7 +118,7 @@ def test_lists_in_any_order_give_the_same_bytes(tmp_path, dataset, lists):
 
 def test_row_groups_hold_the_same_rows(tmp_path, dataset, lists, monkeypatch):
     write(tmp_path / "one", dataset, lists)
-    monkeypatch.setattr("genrec_dist.results.USERS_PER_ROW_GROUP", 7)
+    monkeypatch.setattr("genrec_dist.evaluation.results.USERS_PER_ROW_GROUP", 7)
     write(tmp_path / "many", dataset, lists)
     one, many = (pq.read_table(tmp_path / name / "top20-test.parquet") for name in ("one", "many"))
     assert one.to_pylist() == many.to_pylist()
@@ -142,12 +145,12 @@ def cut_into(dataset, lists, out, edges):
         for first, last in zip([0, *edges], [*edges, len(lists.items_UN)], strict=True):
             rows = np.arange(first, last)
             writer.add(rows, lists.items_UN[first:last], lists.scores_UN[first:last])
-        writer.finish(2.0)
+        writer.finish(2.0, {})
     return {path.name: path.read_bytes() for path in out.iterdir()}
 
 
 def test_bytes_do_not_depend_on_how_the_lists_were_cut(tmp_path, dataset, lists, monkeypatch):
-    monkeypatch.setattr("genrec_dist.results.USERS_PER_ROW_GROUP", 16)
+    monkeypatch.setattr("genrec_dist.evaluation.results.USERS_PER_ROW_GROUP", 16)
     whole = cut_into(dataset, lists, tmp_path / "whole", [])
     for place, edges in enumerate(([16, 32, 48], [1, 2, 3, 30], [0, 0, 17, 17, 49], list(range(1, 50)))):
         assert cut_into(dataset, lists, tmp_path / str(place), edges) == whole
@@ -179,7 +182,7 @@ def test_leaving_without_finish_leaves_nothing_behind(tmp_path, dataset, lists):
     with ResultsWriter(tmp_path, **options) as writer:
         writer.add(np.arange(30), lists.items_UN[:30], lists.scores_UN[:30])
         with pytest.raises(ValueError, match="user row 30 has no list"):
-            writer.finish(1.0)
+            writer.finish(1.0, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -258,7 +261,7 @@ def test_memory_does_not_grow_with_the_users(tmp_path, monkeypatch):
             for first in range(0, num_users, 256):
                 rows = np.arange(first, min(num_users, first + 256))
                 writer.add(rows, lists_UN[: len(rows)], scores_UN[: len(rows)])
-            writer.finish(1.0)
+            writer.finish(1.0, {})
         # What a row of a row group says of itself in the footer is a few hundred bytes; lists would be 160 a user.
         peaks.append(tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes())
         tracemalloc.stop()
@@ -320,7 +323,7 @@ def test_a_failure_leaves_neither_file(tmp_path, dataset, lists, monkeypatch):
     def torn(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("genrec_dist.results.pq.ParquetWriter.write_table", torn)
+    monkeypatch.setattr("genrec_dist.evaluation.results.pq.ParquetWriter.write_table", torn)
     with pytest.raises(OSError, match="disk full"):
         write(tmp_path, dataset, lists)
     assert not list(tmp_path.iterdir())

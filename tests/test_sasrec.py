@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from genrec_shards.dataset import Dataset
+from genrec_shards.histories import histories
 from genrec_shards.prepare import prepare
 from genrec_shards.sequences import Sequences, sequences_from_ids
 from safetensors import safe_open
@@ -16,14 +17,21 @@ from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from genrec_dist import baseline
-from genrec_dist.baseline.history import histories
-from genrec_dist.baseline.sasrec import Packed, SASRec, SasrecSettings, check_settings, pack, rule_of, target_places
-from genrec_dist.baseline.sasrec_run import open_or_train, settings_from
-from genrec_dist.baseline.sasrec_train import Epoch, Trained, TrainingParts, train
-from genrec_dist.cli import app
-from genrec_dist.results import run_baseline
-from genrec_dist.stop import NotFinite
+from genrec_dist.baselines import registry as baseline
+from genrec_dist.baselines.run import run_baseline
+from genrec_dist.baselines.sasrec_model import (
+    Packed,
+    SASRec,
+    SasrecSettings,
+    check_settings,
+    pack,
+    rule_of,
+    target_places,
+)
+from genrec_dist.baselines.sasrec_run import open_or_train, sasrec_settings
+from genrec_dist.baselines.sasrec_train import Epoch, Trained, TrainingParts, train
+from genrec_dist.cli.app import app
+from genrec_dist.distributed.signals import NotFinite
 
 TINY = SasrecSettings(d_model=16, batch_size=16, epochs=3, max_length=12, dropout=0.2, validation_users=0)
 TINY_SET = [
@@ -323,7 +331,7 @@ def test_a_loss_that_is_no_number_ends_the_run() -> None:
 
 @pytest.mark.parametrize("exclude", [True, False])
 def test_lists_are_the_best_scores_without_the_whole_history(exclude: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genrec_dist.baseline.sasrec.SCORES_AT_ONCE", 7 * 40)
+    monkeypatch.setattr("genrec_dist.baselines.sasrec_model.SCORES_AT_ONCE", 7 * 40)
     sequences = made()
     settings = SasrecSettings(**{**vars(SHAPES[1]), "max_length": 5})
     model = made_model(sequences, settings)
@@ -418,7 +426,7 @@ def test_a_run_leaves_what_it_did(run: Path, dataset: Dataset) -> None:
     assert (vectors.shape, vectors.dtype) == ((dataset.sequences.num_items, 16), np.float32)
     assert metadata["sequences_hash"] == dataset.info.sequences_hash
     assert metadata["trained_through"] == "n-2"
-    assert settings_from(json.loads(metadata["settings"])) == settings_from({}, TINY_SET)
+    assert sasrec_settings(json.loads(metadata["settings"])) == sasrec_settings({}, TINY_SET)
 
 
 def test_a_finished_run_is_scored_again_and_not_trained_again(run: Path, dataset: Dataset) -> None:
@@ -511,7 +519,7 @@ def test_a_training_whose_weights_were_not_written_at_the_end_only_writes_them(
     run_baseline("sasrec", dataset, "test", tmp_path / "whole", settings=settings)
     (tmp_path / "cut").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("genrec_dist.baseline.sasrec_run._save", lambda *_: (_ for _ in ()).throw(Interrupted))
+        patch.setattr("genrec_dist.baselines.sasrec_run._save", lambda *_: (_ for _ in ()).throw(Interrupted))
         with pytest.raises(Interrupted):
             run_baseline("sasrec", dataset, "test", tmp_path / "cut", settings=settings)
     seen: list[Epoch] = []
@@ -611,7 +619,7 @@ def test_users_with_nothing_to_learn_from_are_told() -> None:
 
 def test_the_defaults_are_settings() -> None:
     check_settings(SasrecSettings(), "defaults")
-    assert settings_from({}) == SasrecSettings()
+    assert sasrec_settings({}) == SasrecSettings()
 
 
 def test_the_command_trains_scores_and_is_told_what_it_may_not(tiny_data: Path, tmp_path: Path) -> None:

@@ -7,14 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from genrec_shards.sequences import (
-    DataError,
-    flat_ranges,
-    read_sequences,
-    sequences_from_ids,
-    sort_ids,
-    write_sequences,
-)
+from genrec_shards.errors import DataError
+from genrec_shards.sequences import flat_ranges, read_sequences, sequences_from_ids, sort_ids, write_sequences
 
 TEXT = "u2 10 9 100\nu1 9 10 9 7\n"
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from genrec_kernels.sparse_rows import BLOCK, RowTable, look_up, plan_rows
+from genrec_kernels.sharded_rows import BLOCK, RowTable, look_up, plan_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rows_rank import DIM, KEY, KINDS, NUM_ROWS, RATE, STD, gradient_of, rows_of

@@ -13,30 +13,31 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from dated_log import DATES, NUM_ITEMS, Row, write_log
-from genrec_shards import buckets as buckets_module
-from genrec_shards.clean import Cleaning, CleanLog, clean
-from genrec_shards.cooccurrence import neighbour_vectors, training_items
+from genrec_shards.cleaning import buckets as buckets_module
+from genrec_shards.cleaning.clean import Cleaning, CleanLog, clean
 from genrec_shards.dataset import load_dataset
-from genrec_shards.descriptions import Descriptions
-from genrec_shards.numbering import NumberingName, number
-from genrec_shards.periods import Cutoff, Periods, cutoff_of
-from genrec_shards.plan import Plan
+from genrec_shards.errors import DataError
+from genrec_shards.histories import training_counts
+from genrec_shards.numbering.cooccurrence import neighbour_vectors, training_items
+from genrec_shards.numbering.item_text import Descriptions
+from genrec_shards.numbering.item_vectors import TrainedVectors
+from genrec_shards.numbering.numbering import NumberingName, number
 from genrec_shards.prepare import cleaning_told, prepare
-from genrec_shards.read import ShardReader
-from genrec_shards.readers.times import moment
-from genrec_shards.sequences import NO_TARGET, DataError, Sequences, Split
-from genrec_shards.trained_vectors import TrainedVectors
-from genrec_shards.write import write_shards
+from genrec_shards.sequences import Sequences
+from genrec_shards.splits import NO_TARGET, Cutoff, Periods, Split, cutoff_of
+from genrec_shards.storage.reader import ShardReader
+from genrec_shards.storage.sample_order import Plan
+from genrec_shards.storage.write import write_shards
+from genrec_shards.timestamps import moment
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from genrec_dist import baseline
-from genrec_dist.audit import audit
-from genrec_dist.baseline.knn import KnnSettings, neighbour_weights
-from genrec_dist.baseline.sasrec import SasrecSettings
-from genrec_dist.baseline.sasrec_train import TrainingParts
-from genrec_dist.baseline.training import training_counts
-from genrec_dist.tokens import train_tokenizer
+from genrec_dist.baselines import registry as baseline
+from genrec_dist.baselines.leak_audit import audit
+from genrec_dist.baselines.sasrec_model import SasrecSettings
+from genrec_dist.baselines.sasrec_train import TrainingParts
+from genrec_dist.data.item_graph import KnnSettings, neighbour_weights
+from genrec_dist.data.tokenizer import train_tokenizer
 
 CUTOFF = Cutoff(10, 20)
 """Times of these tests are 0 to 29."""

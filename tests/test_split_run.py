@@ -15,20 +15,20 @@ import pytest
 import torch
 from dated_log import DATES, Row, write_log
 from genrec_shards.dataset import Dataset, load_dataset
-from genrec_shards.readers.times import moment
-from genrec_shards.sequences import Split
+from genrec_shards.splits import Split
+from genrec_shards.timestamps import moment
 from two_ranks import environment, start_each
 
-from genrec_dist.all_users import recommend_all
-from genrec_dist.checkpoint import Checkpoint, list_checkpoints
-from genrec_dist.cli import run_command
-from genrec_dist.forecast import read_catalogue
-from genrec_dist.metrics import WEIGHTS, metrics_from_histogram, rank_histogram
-from genrec_dist.ranks import Ranks
-from genrec_dist.recipe import load_recipe
-from genrec_dist.recommend import Recommender
-from genrec_dist.run import load_run
-from genrec_dist.workshop import describe
+from genrec_dist.cli.app import run_command
+from genrec_dist.config.load import load_recipe
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.estimate.forecast import read_catalogue
+from genrec_dist.evaluation.metrics import WEIGHTS, metrics_from_histogram, rank_histogram
+from genrec_dist.inference.export_lists import recommend_all
+from genrec_dist.inference.load import load_run
+from genrec_dist.inference.recommend import Recommender
+from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints
+from genrec_dist.training.setup import describe
 
 RECIPE = """
 workers: 0

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from faulty_server import FaultyServer, serving
 from genrec_shards.dataset import Dataset
-from genrec_shards.read import ShardReader
-from genrec_shards.remote import Patience, RemoteFiles, check_address, is_address
-from genrec_shards.sequences import DataError
-from genrec_shards.write import write_shards
+from genrec_shards.errors import DataError
+from genrec_shards.storage.reader import ShardReader
+from genrec_shards.storage.remote import Patience, RemoteFiles, check_address, is_address
+from genrec_shards.storage.write import write_shards
 from test_read import Canary, npy, replace_record
 from test_write import make_dataset
 from two_ranks import environment
@@ -128,7 +128,7 @@ def test_manifest_and_lengths_are_asked_for_as_patiently(made, server, name, fau
 
 
 def test_waits_grow_and_the_deadline_ends_them(server, monkeypatch):
-    import genrec_shards.remote as remote
+    import genrec_shards.storage.remote as remote
 
     waited = []
     monkeypatch.setattr(remote.time, "sleep", waited.append)
@@ -255,8 +255,8 @@ def test_a_server_over_https_is_checked_and_may_not_send_us_to_this_machine(made
         "import sys, ssl, threading\n"
         "from pathlib import Path\n"
         "import faulty_server\n"
-        "from genrec_shards.read import ShardReader\n"
-        "from genrec_shards.remote import Patience\n"
+        "from genrec_shards.storage.reader import ShardReader\n"
+        "from genrec_shards.storage.remote import Patience\n"
         "folder, certificate, key = sys.argv[1:]\n"
         "context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)\n"
         "context.load_cert_chain(certificate, key)\n"
@@ -372,7 +372,7 @@ def test_a_local_directory_needs_no_package_for_remote_ones(made, monkeypatch):
     program = (
         "import sys\n"
         "for name in ('fsspec', 'aiohttp', 's3fs'): sys.modules[name] = None\n"
-        "from genrec_shards.read import ShardReader\n"
+        "from genrec_shards.storage.reader import ShardReader\n"
         "print(ShardReader(sys.argv[1]).record(0).first_user)"
     )
     command = [sys.executable, "-c", program, str(made.path.parent / "shards")]
@@ -398,7 +398,7 @@ def use_endpoint(monkeypatch, url: str) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
     for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr("genrec_shards.remote._clients", {})  # which were made for another endpoint
+    monkeypatch.setattr("genrec_shards.storage.remote._clients", {})  # which were made for another endpoint
 
 
 def test_shards_come_from_s3(made, s3):
@@ -455,7 +455,7 @@ def test_s3_is_asked_as_patiently_and_no_more(made, server, monkeypatch, fault, 
 
 
 def test_an_endpoint_on_another_machine_must_be_https(monkeypatch):
-    monkeypatch.setattr("genrec_shards.remote._clients", {})
+    monkeypatch.setattr("genrec_shards.storage.remote._clients", {})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://192.0.2.1")
     with pytest.raises(ValueError, match=r"AWS endpoint http://192\.0\.2\.1: not opened"):
         ShardReader("s3://bucket/shards", patience=QUICK)

@@ -12,17 +12,18 @@ import pytest
 from faulty_server import serving
 from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
-from genrec_shards.read import ShardReader
 from genrec_shards.sequences import write_sequences
+from genrec_shards.storage.reader import ShardReader
+from genrec_shards.storage.write import write_shards
 from genrec_shards.synthetic import make_process
-from genrec_shards.write import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stream_rank import Seen, items_by_tokens, read_back, walk
 from two_ranks import environment, start_each
 
-from genrec_dist.recipe import dump_recipe, load_recipe
-from genrec_dist.workshop import StepBatches, Workshop, open_workshop
+from genrec_dist.config.load import dump_recipe, load_recipe
+from genrec_dist.training.loader import StepBatches
+from genrec_dist.training.setup import Workshop, open_workshop
 
 NUM_USERS = 56
 WORLDS, WORKERS, TARS = (1, 2, 3, 4, 8), (0, 1, 2, 4), {1: 56, 3: 20, 7: 8}

@@ -10,16 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from genrec_dist.batch import RankStep
-from genrec_dist.checkpoint import list_checkpoints
-from genrec_dist.engine import make_accelerator
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.ranks import Ranks
-from genrec_dist.recipe import Recipe, load_recipe
-from genrec_dist.run import load_run
-from genrec_dist.tables import IdTables, plan_ids
-from genrec_dist.train import Loop, train
-from genrec_dist.workshop import StepBatches, open_workshop
+from genrec_dist.config.load import load_recipe
+from genrec_dist.config.recipe import Recipe
+from genrec_dist.data.batch import RankStep
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.inference.load import load_run
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.training.checkpoint import list_checkpoints
+from genrec_dist.training.engine import make_accelerator
+from genrec_dist.training.id_tables import IdTables, plan_ids
+from genrec_dist.training.loader import StepBatches
+from genrec_dist.training.loop import Loop
+from genrec_dist.training.run import train
+from genrec_dist.training.setup import open_workshop
 
 RECIPE = """
 data: {data}

@@ -5,8 +5,14 @@ import itertools
 import numpy as np
 import pytest
 
-from genrec_dist.metrics import bootstrap_ci95, fault_counts, list_faults, metrics_from_histogram, rank_histogram
-from genrec_dist.tally import BUCKETS, Tally, bucket_names, gini
+from genrec_dist.evaluation.list_counts import BUCKETS, Tally, bucket_names, gini
+from genrec_dist.evaluation.metrics import (
+    bootstrap_ci95,
+    fault_counts,
+    list_faults,
+    metrics_from_histogram,
+    rank_histogram,
+)
 
 NUM_ITEMS = 60
 

@@ -11,9 +11,9 @@ import pytest
 from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.prepare import prepare
 
-from genrec_dist.cli import run_command
-from genrec_dist.recommend import Recommendation, Request
-from genrec_dist.titles import LATEST, LONGEST, Titles
+from genrec_dist.cli.app import run_command
+from genrec_dist.inference.recommend import Recommendation, Request
+from genrec_dist.inference.titles import LATEST, LONGEST, Titles
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from genrec_shards.numbering import number
+from genrec_shards.numbering.numbering import number
 from genrec_shards.sequences import Sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,17 +18,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, BartTokenizerFast, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from genrec_dist.tokens import (
+from genrec_dist.data.tokenizer import count_masks, load_tokenizer, train_tokenizer
+from genrec_dist.data.word_table import (
     BOS_WORD,
     EOS_WORD,
     FIRST_MASK_WORD,
     WordTable,
     build_words,
-    count_masks,
     item_text,
-    load_tokenizer,
     mask_tokens,
-    train_tokenizer,
     user_text,
 )
 
@@ -185,7 +183,7 @@ def test_the_tokenizer_is_byte_identical_when_held_out_interactions_change(numbe
 def test_training_a_tokenizer_gives_the_same_bytes_in_every_process():
     codes = [str(code) for code in range(1, 200)]
     program = (
-        "import hashlib; from genrec_dist.tokens import train_tokenizer as train; "
+        "import hashlib; from genrec_dist.data.tokenizer import train_tokenizer as train; "
         "text = train([str(c) for c in range(1, 200)], 400).backend_tokenizer.to_str(); "
         "print(hashlib.sha256(text.encode()).hexdigest())"
     )
@@ -275,7 +273,7 @@ def test_what_cannot_be_loaded_is_named_with_two_ways_out(tmp_path):
 
 
 def test_a_hub_name_without_a_network_is_named_with_two_ways_out(tmp_path):
-    program = "from genrec_dist.tokens import load_tokenizer as load; load('facebook/bart-base')"
+    program = "from genrec_dist.data.tokenizer import load_tokenizer as load; load('facebook/bart-base')"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.returncode == 1

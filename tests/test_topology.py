@@ -12,7 +12,7 @@ import forked
 import pytest
 from two_ranks import deepspeed_environment, environment
 
-from genrec_dist.topology import Asked, Launch, asked, first_difference, launch_above, launch_arguments
+from genrec_dist.distributed.launch_check import Asked, Launch, asked, first_difference, launch_above, launch_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -116,7 +116,7 @@ def test_the_whole_line_is_named_up_to_the_program() -> None:
 
 def test_reading_a_launch_leaves_logging_alone() -> None:
     code = (
-        "import logging; from pathlib import Path; from genrec_dist.topology import Launch, asked; "
+        "import logging; from pathlib import Path; from genrec_dist.distributed.launch_check import Launch, asked; "
         "list(asked({}, Launch(['--cpu', 't.py'], Path()))); print(logging.root.handlers)"
     )
     env = environment(ACCELERATE_ENABLE_RICH="true")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from genrec_dist.trace import WARM_UP, Trace
+from genrec_dist.training.profiling import WARM_UP, Trace
 
 
 def steps_of(path: Path) -> list[str]:

@@ -20,18 +20,22 @@ import torch
 from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
 from genrec_shards.sequences import write_sequences
+from genrec_shards.storage.write import write_shards
 from genrec_shards.synthetic import make_process
-from genrec_shards.write import write_shards
 
-from genrec_dist.batch import RankStep
-from genrec_dist.checkpoint import Checkpoint, list_checkpoints
-from genrec_dist.engine import make_accelerator
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.ranks import Ranks
-from genrec_dist.recipe import Recipe, dump_recipe, load_recipe
-from genrec_dist.stop import NotFinite
-from genrec_dist.train import Loop, ahead, train
-from genrec_dist.workshop import StepBatches, describe, open_workshop, plan_stages
+from genrec_dist.config.load import dump_recipe, load_recipe
+from genrec_dist.config.recipe import Recipe
+from genrec_dist.data.batch import RankStep
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.distributed.signals import NotFinite
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints
+from genrec_dist.training.engine import make_accelerator
+from genrec_dist.training.loader import StepBatches, ahead
+from genrec_dist.training.loop import Loop
+from genrec_dist.training.run import train
+from genrec_dist.training.setup import describe, open_workshop
+from genrec_dist.training.stages import plan_stages
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -185,7 +189,7 @@ def test_a_signal_saves_and_says_so(recipe: Recipe, tmp_path: Path, number: int,
 
 
 def test_nan_names_the_step_and_saves_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    import genrec_dist.model as module
+    import genrec_dist.model.genrec as module
 
     real, calls = module.head_loss, []
 

@@ -5,8 +5,9 @@ import hashlib
 import numpy as np
 import pytest
 from damage import damaged
-from genrec_shards.sequences import DataError, sequences_from_ids
-from genrec_shards.trained_vectors import read_trained_vectors
+from genrec_shards.errors import DataError
+from genrec_shards.numbering.item_vectors import read_trained_vectors
+from genrec_shards.sequences import sequences_from_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from genrec_dist import run as run_module
-from genrec_dist.run import load_run, make_searcher
-from genrec_dist.trie import (
+from genrec_dist.decoding.trie import (
     FORMAT_VERSION,
     TRIE_FILE,
     Trie,
@@ -27,6 +25,8 @@ from genrec_dist.trie import (
     restrict,
     save_trie,
 )
+from genrec_dist.inference import load as run_module
+from genrec_dist.inference.load import load_run, make_searcher
 
 Word = tuple[int, ...]
 PREFIXES: list[Word] = [(5,), (5, 0), (5, 0, 0), (0,), (5, 7), (3, 3, 3, 3)]

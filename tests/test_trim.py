@@ -15,26 +15,29 @@ from conftest import TINY_RECIPE
 from genrec_shards.dataset import load_dataset
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
-from genrec_dist.checkpoint import Checkpoint, find_checkpoint
-from genrec_dist.evaluate import Decoding, history_loss, rank_batch
-from genrec_dist.forecast import forecast
-from genrec_dist.loss import target_loss
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.ranks import Ranks
-from genrec_dist.recipe import Recipe, load_recipe
-from genrec_dist.run import LoadedRun, load_run
-from genrec_dist.tokens import (
+from genrec_dist.config.load import load_recipe
+from genrec_dist.config.recipe import Recipe
+from genrec_dist.data.tokenizer import train_tokenizer
+from genrec_dist.data.word_table import (
     VOCABULARY_FILE,
     ItemTexts,
     Vocabulary,
     build_words,
     item_text,
     load_vocabulary,
-    train_tokenizer,
     trim,
 )
-from genrec_dist.train import train
-from genrec_dist.workshop import StepBatches, Workshop, open_workshop
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.estimate.forecast import forecast
+from genrec_dist.inference.load import LoadedRun, load_run
+from genrec_dist.inference.rank_users import Decoding, rank_batch
+from genrec_dist.inference.validation import history_loss
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.head_loss import target_loss
+from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
+from genrec_dist.training.loader import StepBatches
+from genrec_dist.training.run import train
+from genrec_dist.training.setup import Workshop, open_workshop
 
 UNUSED_CODES = [f"Z{number}{letters}" for number, letters in enumerate(["QX", "KJ", "WV", "PLU"] * 40)]
 """Codes of no item: a tokenizer that has learned them, too, has tokens that no word of the catalogue uses."""

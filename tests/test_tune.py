@@ -12,19 +12,20 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import sweeps
-from genrec_tuning.cluster import check_fits
-from genrec_tuning.lock import hold
+from genrec_shards.file_lock import hold
+from genrec_tuning.ray_driver import check_fits
 from genrec_tuning.record import SWEEP_FILE, Folder, Recorder, Sweep, read_sweep
 from genrec_tuning.space import Resources, load_space, recipe_of
 from genrec_tuning.sweep import job_of, run_sweep
 from genrec_tuning.trial import Job, epochs_of, run_job
-from genrec_tuning.watch import Ending
+from genrec_tuning.trial_states import Ending
 
-from genrec_dist.checkpoint import list_checkpoints
-from genrec_dist.journal import Journal
-from genrec_dist.recipe import load_recipe
-from genrec_dist.run import load_run
-from genrec_dist.train import EpochReport, train
+from genrec_dist.config.load import load_recipe
+from genrec_dist.inference.load import load_run
+from genrec_dist.report.run_files import Journal
+from genrec_dist.training.checkpoint import list_checkpoints
+from genrec_dist.training.loop import EpochReport
+from genrec_dist.training.run import train
 
 # Three trials, the first with a learning rate that ends in NaN.
 SPACE = """
@@ -178,7 +179,7 @@ def test_a_sweep_is_not_begun_over_another(done: Done) -> None:
 
 
 def test_a_sweep_has_one_driver(done: Done) -> None:
-    with hold(done.out / ".lock", 0, "x"), pytest.raises(OSError, match="another genrec tune works on this sweep"):
+    with hold(done.out / ".lock", "x"), pytest.raises(ValueError, match="another genrec tune works on this sweep"):
         run_sweep(load_space(done.space), done.out, resume=True)
 
 
@@ -279,8 +280,8 @@ def test_a_run_has_one_writer(space_file: Path, tmp_path: Path, monkeypatch: pyt
     job = made(str(tmp_path / "s"), space_file)
     monkeypatch.setattr("genrec_tuning.trial.LOCK_SECONDS", 0.3)
     with (
-        hold(tmp_path / "s" / "runs" / ".t0000.lock", 0, "x"),
-        pytest.raises(OSError, match="another process still trains this run"),
+        hold(tmp_path / "s" / "runs" / ".t0000.lock", "x"),
+        pytest.raises(ValueError, match="another process still trains this run"),
     ):
         run_job(job, lambda result: None)
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import sweeps
-from genrec_tuning.finish import SEEDS, entered, finish_sweep, jobs_of
+from genrec_tuning.finals import SEEDS, entered, finish_sweep, jobs_of
 from genrec_tuning.record import Folder, Recorder, Sweep, Trial, read_sweep, trial_id
 from genrec_tuning.space import load_space
 from genrec_tuning.sweep import job_of
 from genrec_tuning.trial import run_job
-from genrec_tuning.watch import Ending, Watch
+from genrec_tuning.trial_states import Ending, Watch
 from two_ranks import environment
 
 pytestmark = pytest.mark.ranks
@@ -220,7 +220,7 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
         return found[0] if found else tmp_path / "none"
 
     def ranks_of(number: int) -> list[int]:
-        return sweeps.processes("genrec_tuning.rank", str(run_of(number)))
+        return sweeps.processes("genrec_tuning.rank_process", str(run_of(number)))
 
     def whole(number: int) -> list[str]:
         """A run's events in the bucket, which are sent behind the checkpoint they speak of."""

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from genrec_tuning.mirror import Mirror
 from genrec_tuning.record import Epoch, Final, Folder, Recorder, Sweep, Trial, read_sweep, trial_id
+from genrec_tuning.run_sync import Mirror
 from genrec_tuning.trial import _first_to_blame, _raise_for
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from genrec_tuning.axis import Axis, axes_of, score_axis, written
-from genrec_tuning.plots import mark, stacked
 from genrec_tuning.record import Sweep, Trial
-from genrec_tuning.report import headline, report_of, saving, write_report
+from genrec_tuning.report.axis import Axis, axes_of, score_axis, written
+from genrec_tuning.report.charts import mark, stacked
+from genrec_tuning.report.page import headline, report_of, saving, write_report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_sweeps import SPACE, awkward_sweep, epoch, ordinary_sweep, trial, with_finals

@@ -21,18 +21,18 @@ import pytest
 import typer
 import yaml
 from conftest import TINY_RECIPE
-from genrec_tuning.record import Sweep, Trial
-from genrec_tuning.results import COLUMNS, best_trial, table_of, write_best_yaml, write_results, write_sweep_parquet
+from genrec_tuning.export import COLUMNS, table_of, write_best_yaml, write_results, write_sweep_parquet
+from genrec_tuning.live_table import SweepTable, line
+from genrec_tuning.record import Sweep, Trial, best_trial
 from genrec_tuning.space import load_space
-from genrec_tuning.table import SweepTable, line
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_sweeps import SPACE, epoch, ordinary_sweep, trial
 from rich.console import Console
 from two_ranks import environment
 
-from genrec_dist.cli import app
-from genrec_dist.recipe import load_recipe
+from genrec_dist.cli.app import app
+from genrec_dist.config.load import load_recipe
 
 SPACE_FILE = """
 base: recipe.yaml
@@ -197,7 +197,7 @@ def test_results_lie_at_any_address(real_space: dict[str, Any]) -> None:
 
 def test_the_page_and_the_table_need_no_ray() -> None:
     code = "import sys; sys.modules['ray'] = sys.modules['optuna'] = None\n"
-    code += "import genrec_tuning.table, genrec_tuning.report, genrec_tuning.record, genrec_tuning.results"
+    code += "import genrec_tuning.live_table, genrec_tuning.report.page, genrec_tuning.record, genrec_tuning.export"
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 

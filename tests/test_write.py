@@ -12,7 +12,7 @@ import pytest
 from genrec_shards.dataset import Dataset
 from genrec_shards.prepare import prepare
 from genrec_shards.sequences import sequences_from_ids, write_sequences
-from genrec_shards.write import write_shards
+from genrec_shards.storage.write import write_shards
 
 
 def make_dataset(folder, num_users=150, num_items=40, seed=0) -> Dataset:

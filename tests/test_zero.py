@@ -15,19 +15,20 @@ import pytest
 import torch
 from genrec_shards.prepare import prepare
 from genrec_shards.sequences import write_sequences
+from genrec_shards.storage.write import write_shards
 from genrec_shards.synthetic import make_process
-from genrec_shards.write import write_shards
 from safetensors.torch import load_file
 from two_ranks import deepspeed_environment, start_each
 from zero_rank import LISTS_WINDOW
 
-from genrec_dist.checkpoint import Checkpoint, list_checkpoints
-from genrec_dist.evaluate import Decoding, history_loss, rank_windows, target_histogram
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.ranks import Ranks
-from genrec_dist.recipe import load_recipe
-from genrec_dist.run import make_searcher
-from genrec_dist.workshop import open_workshop
+from genrec_dist.config.load import load_recipe
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.inference.load import make_searcher
+from genrec_dist.inference.rank_users import Decoding, rank_windows
+from genrec_dist.inference.validation import history_loss, target_histogram
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints
+from genrec_dist.training.setup import open_workshop
 
 pytestmark = [pytest.mark.dist, pytest.mark.ranks]
 

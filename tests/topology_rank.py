@@ -8,7 +8,7 @@ import sys
 
 from accelerate import Accelerator, InitProcessGroupKwargs
 
-from genrec_dist import topology
+from genrec_dist.distributed import launch_check as topology
 
 
 def said(accelerator: Accelerator, expect: str, precision: str = "bf16") -> str:

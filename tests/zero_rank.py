@@ -19,16 +19,19 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import save_file
 
-import genrec_dist.engine
-from genrec_dist.beam import TrieSearcher
-from genrec_dist.engine import Spread, make_accelerator
-from genrec_dist.evaluate import Decoding, history_loss, rank_windows, target_histogram
-from genrec_dist.model import GenRecForConditionalGeneration
-from genrec_dist.optim import build_optimizer
-from genrec_dist.ranks import Ranks
-from genrec_dist.recipe import load_recipe
-from genrec_dist.train import Loop, train
-from genrec_dist.workshop import StepBatches, open_workshop
+import genrec_dist.training.engine
+from genrec_dist.config.load import load_recipe
+from genrec_dist.decoding.searcher import TrieSearcher
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.inference.rank_users import Decoding, rank_windows
+from genrec_dist.inference.validation import history_loss, target_histogram
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.optimizer import build_optimizer
+from genrec_dist.training.engine import Spread, make_accelerator
+from genrec_dist.training.loader import StepBatches
+from genrec_dist.training.loop import Loop
+from genrec_dist.training.run import train
+from genrec_dist.training.setup import open_workshop
 
 LISTS_WINDOW = 70
 """Users a window of the lists: five batches and two, on two ranks."""
@@ -60,12 +63,12 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Some steps of a run by an optimiser of the test's choice; the weights before and after are kept."""
     recipe = load_recipe(job["recipe"], job.get("set", []))
     if job["optimizer"] == "sgd":
-        genrec_dist.engine.build_optimizer = lambda model, _: torch.optim.SGD(model.parameters(), lr=0.0)
+        genrec_dist.training.engine.build_optimizer = lambda model, _: torch.optim.SGD(model.parameters(), lr=0.0)
     accelerator = make_accelerator(recipe)
     workshop, model = open_workshop(recipe)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     loop = Loop(workshop, model, accelerator)
-    genrec_dist.engine.build_optimizer = build_optimizer
+    genrec_dist.training.engine.build_optimizer = build_optimizer
     if job.get("leave_out") == loop.ranks.rank:
         backward = loop.engine.backward
         loop.engine.backward = lambda loss: backward(loss * 0.0)

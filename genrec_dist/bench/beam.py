@@ -20,21 +20,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from genrec_shards.dataset import load_dataset
+from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.histories import sample_users
+from genrec_shards.splits import Split
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 
-from genrec_dist import beam as beam_module
-from genrec_dist import trie_walk
-from genrec_dist.beam import TopItems
-from genrec_dist.bench.beam_world import EOS, MASK, PAD, VOCABULARY, Shape, World, make_users, spell, users_of
+from genrec_dist.bench.beam_fixture import (
+    EOS,
+    MASK,
+    PAD,
+    VOCABULARY,
+    PlainSearcher,
+    Shape,
+    World,
+    make_users,
+    spell,
+    users_of,
+)
 from genrec_dist.bench.measure import Claim, in_turn, median, table
-from genrec_dist.bench.plain_beam import PlainSearcher
-from genrec_dist.bench.search_error import search_error
-from genrec_dist.text import EncoderInput
-from genrec_dist.tokens import WordTable
-from genrec_dist.trie import Trie, build_trie, hash_of_words, load_trie, restrict, save_trie
+from genrec_dist.data.encoder_input import EncoderInput, encode_histories, ragged
+from genrec_dist.data.word_table import WordTable
+from genrec_dist.decoding import beam_search as trie_walk
+from genrec_dist.decoding import searcher as beam_module
+from genrec_dist.decoding.searcher import Mode, TopItems
+from genrec_dist.decoding.trie import Trie, build_trie, hash_of_words, load_trie, restrict, save_trie
+from genrec_dist.evaluation.metrics import TOP, metrics_from_histogram, rank_histogram, target_ranks
+from genrec_dist.inference.load import LoadedRun
 
 GENERATE = "generate + prefix_allowed_tokens_fn"
 TENSOR_MASK = "generate + tensor mask"
@@ -472,8 +485,9 @@ def evaluate_share(run: Path, data: Path, sizes: Sizes) -> tuple[list[Claim], di
     An epoch is the mean time of `sizes.watched_steps` steps, the first three left out, times the steps of an epoch. Raises
     ValueError if the run has logged no finished epoch.
     """
-    from genrec_dist.evaluate import Decoding, best_device, evaluate
-    from genrec_dist.run import load_run
+    from genrec_dist.inference.evaluate import evaluate
+    from genrec_dist.inference.load import best_device, load_run
+    from genrec_dist.inference.rank_users import Decoding
 
     steps_per_epoch = steps_of_an_epoch(run / "events.jsonl")
     loaded, dataset = load_run(run, best_device()), load_dataset(data)
@@ -569,3 +583,58 @@ def format_curves(table: dict[str, Any]) -> str:
     return "\n".join(
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+BEAMS = (20, 50)
+
+USERS_AT_ONCE = 50
+
+
+def search_error(
+    run: LoadedRun,
+    dataset: Dataset,
+    *,
+    split: Split = "test",
+    num_users: int = 1000,
+    seed: int = 0,
+    beams: tuple[int, ...] = BEAMS,
+) -> dict[str, Any]:
+    """`{"all": {...}, "beam 20": {...}, ...}` on a seeded sample of users, the history excluded.
+
+    Each: metrics, seconds, and for beams `NDCG@10 lost` (all minus beam), `same top 10` (share of users whose first ten
+    are those of `all`, in order) and `missed` (share of the oracle's first ten that the beam's twenty lack).
+    """
+    view = dataset.sequences.history_and_target(split)
+    users_U = view.users[sample_users(len(view.users), num_users, seed)]
+    oracle, seconds = _lists(run, view, users_U, beam=TOP, mode="all")
+    found: dict[str, Any] = {"all": {**_scores(oracle, view.targets[users_U]), "seconds": seconds}}
+    for beam in beams:
+        lists, seconds = _lists(run, view, users_U, beam=beam, mode="exact")
+        scores = _scores(lists, view.targets[users_U])
+        found[f"beam {beam}"] = {
+            **scores,
+            "NDCG@10 lost": found["all"]["NDCG@10"] - scores["NDCG@10"],
+            "same top 10": float((lists[:, :10] == oracle[:, :10]).all(1).mean()),
+            "missed": float(1 - (oracle[:, :10, None] == lists[:, None]).any(2).mean()),
+            "seconds": seconds,
+        }
+    return {"users": len(users_U), "split": split, **found}
+
+
+def _lists(run: LoadedRun, view: Any, users_U: np.ndarray, *, beam: int, mode: Mode) -> tuple[np.ndarray, float]:
+    lengths_U = (view.ends - view.starts)[users_U]
+    items_UN = np.empty((len(users_U), TOP), np.int32)
+    order = np.argsort(lengths_U, kind="stable")
+    start = time.perf_counter()
+    for first in range(0, len(order), USERS_AT_ONCE):
+        places = order[first : first + USERS_AT_ONCE]
+        flat, offsets = ragged(view.starts[users_U[places]], lengths_U[places])
+        encoder = encode_histories(view.items[flat], offsets, users_U[places], run.layout).to(run.searcher.device)
+        excluded = (np.repeat(np.arange(len(places)), lengths_U[places]), view.items[flat])
+        items_UN[places] = run.searcher.search(encoder, beam=beam, top=TOP, mode=mode, excluded=excluded).items
+    return items_UN, time.perf_counter() - start
+
+
+def _scores(items_UN: np.ndarray, targets_U: np.ndarray) -> dict[str, float]:
+    metrics = metrics_from_histogram(rank_histogram(target_ranks(items_UN, targets_U)))
+    return {name: metrics[name] for name in ("HR@10", "NDCG@10")}

@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from genrec_dist.bench.measure import Claim, format_claims, hardware, median, table, write_table
-from genrec_dist.events import git_commit, versions
-from genrec_dist.recipe import Recipe, load_recipe
+from genrec_dist.bench.measure import Claim, format_claims, median, table, write_table
+from genrec_dist.config.load import load_recipe
+from genrec_dist.config.recipe import Recipe
+from genrec_dist.evaluation.provenance import git_commit, hardware, versions
 
 # What is measured is imported by the step that measures it: each is a process of its own, and its seconds count.
 
@@ -84,10 +85,10 @@ def changes_to_tiny(name: str) -> tuple[str, ...]:
 
 def measure_training(name: str, small: bool) -> Measured:
     """`genrec train` for an epoch: tokens a second, and the peak of memory beside what `genrec plan` foretold."""
-    from genrec_shards.write import write_shards
+    from genrec_shards.storage.write import write_shards
 
     from genrec_dist.bench.stream import make_data
-    from genrec_dist.train import train
+    from genrec_dist.training.run import train
 
     with tempfile.TemporaryDirectory(prefix="genrec-check-") as temporary:
         folder = Path(temporary)
@@ -128,7 +129,7 @@ def measure_training(name: str, small: bool) -> Measured:
 
 def foretold_bytes(recipe: Recipe, memory_gib: float) -> int:
     """What `genrec plan` says one process holds at its most, for this recipe's data."""
-    from genrec_dist.forecast import forecast
+    from genrec_dist.estimate.forecast import forecast
 
     plan = forecast(recipe, memory_gib=memory_gib)
     return next(fit.peak for fit in plan.fits if fit.method == "ddp")

@@ -19,23 +19,25 @@ from typing import Any
 import numpy as np
 import torch
 from genrec_kernels import Rows, SumPlan, embedding_sum, plan_sum, wants_plan
-from genrec_kernels.sparse_rows import RowTable, plan_rows
+from genrec_kernels.sharded_rows import RowTable, plan_rows
 from genrec_shards.dataset import load_dataset
-from genrec_shards.write import write_shards
+from genrec_shards.storage.write import write_shards
 from torch import Tensor
 from torch.nn import functional as F
 
-from genrec_dist.batch import RankStep
-from genrec_dist.bench.beam_world import MOST_TOKENS, PAD, VOCABULARY, Users, make_users, make_words, users_of
+from genrec_dist.bench.beam_fixture import MOST_TOKENS, PAD, VOCABULARY, Users, make_users, make_words, users_of
+from genrec_dist.bench.id_tables import draw_ids
 from genrec_dist.bench.measure import Claim, in_turn, median, table
-from genrec_dist.bench.rows import draw_ids
 from genrec_dist.bench.stream import make_data
-from genrec_dist.engine import make_accelerator
-from genrec_dist.model import POSITION_OFFSET
-from genrec_dist.recipe import Recipe, load_recipe
-from genrec_dist.text import Layout, encode_histories, ragged
-from genrec_dist.train import Loop
-from genrec_dist.workshop import open_workshop, stage_of
+from genrec_dist.config.load import load_recipe
+from genrec_dist.config.recipe import Recipe
+from genrec_dist.data.batch import RankStep
+from genrec_dist.data.encoder_input import Layout, encode_histories, ragged
+from genrec_dist.model.genrec import POSITION_OFFSET
+from genrec_dist.training.engine import make_accelerator
+from genrec_dist.training.loop import Loop
+from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.stages import stage_of
 
 OURS, EAGER, COMPILED, CLONE = "ours", "eager", "torch.compile", "clone() of the same bytes"
 GROWTH, STEPS = "growth", "steps"

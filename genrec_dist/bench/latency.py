@@ -19,12 +19,20 @@ from genrec_shards.dataset import Dataset, load_dataset
 
 from genrec_dist.bench.measure import Claim, table
 from genrec_dist.bench.stream import make_data
-from genrec_dist.build import build_model
-from genrec_dist.evaluate import best_device, check_numbering
-from genrec_dist.recipe import load_recipe
-from genrec_dist.recommend import Recommender
-from genrec_dist.run import Catalogue, LoadedRun, load_run, make_layout, make_searcher
-from genrec_dist.tokens import build_words, train_tokenizer
+from genrec_dist.config.load import load_recipe
+from genrec_dist.data.tokenizer import train_tokenizer
+from genrec_dist.data.word_table import build_words
+from genrec_dist.inference.load import (
+    Catalogue,
+    LoadedRun,
+    best_device,
+    check_numbering,
+    load_run,
+    make_layout,
+    make_searcher,
+)
+from genrec_dist.inference.recommend import Recommender
+from genrec_dist.model.build import build_model
 
 SHARED, LOCKED = "shared", "locked"
 LOCK = "a lock round each call"

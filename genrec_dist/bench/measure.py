@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -13,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from genrec_shards.atomic import atomic_file
 
-from genrec_dist.events import git_commit, versions
+from genrec_dist.evaluation.provenance import git_commit, hardware, versions
 
 REPEATS = 5
 
@@ -56,18 +53,6 @@ def in_turn(
 
 def median(values: list[float]) -> float:
     return statistics.median(values)
-
-
-def hardware() -> dict[str, Any]:
-    """What the figures were measured on."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "machine": platform.machine(),
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "gpu": gpu,
-    }
 
 
 def table(name: str, claims: list[Claim], **more: Any) -> dict[str, Any]:

@@ -20,16 +20,19 @@ from typing import Any
 
 import numpy as np
 from genrec_shards.dataset import Dataset, load_dataset
-from genrec_shards.plan import Plan, split_among_ranks
 from genrec_shards.prepare import prepare
-from genrec_shards.read import ShardReader
 from genrec_shards.sequences import Sequences, sequences_from_ids, write_sequences
-from genrec_shards.write import write_shards
+from genrec_shards.storage.reader import ShardReader
+from genrec_shards.storage.sample_order import Plan, split_among_ranks
+from genrec_shards.storage.write import write_shards
 
 from genrec_dist.bench.measure import Claim, in_turn, median, table
-from genrec_dist.recipe import Recipe, load_recipe
-from genrec_dist.run import make_layout
-from genrec_dist.workshop import StepBatches, open_workshop, plan_stages
+from genrec_dist.config.load import load_recipe
+from genrec_dist.config.recipe import Recipe
+from genrec_dist.inference.load import make_layout
+from genrec_dist.training.loader import StepBatches
+from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.stages import plan_stages
 
 # U users, n samples
 

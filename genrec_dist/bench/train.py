@@ -16,9 +16,10 @@ from genrec_shards.dataset import load_dataset
 
 from genrec_dist.bench.measure import REPEATS, Claim, median, table
 from genrec_dist.bench.stream import make_data
-from genrec_dist.bench.train_rival import OURS as WAYS
-from genrec_dist.bench.train_rival import PEERS, Setting
-from genrec_dist.tokens import build_words, train_tokenizer
+from genrec_dist.bench.train_process import OURS as WAYS
+from genrec_dist.bench.train_process import PEERS, Setting
+from genrec_dist.data.tokenizer import train_tokenizer
+from genrec_dist.data.word_table import build_words
 
 OURS, TRIMMED, PADDED, *_ = WAYS
 TUNED, DEFAULT, PUBLISHED = PEERS
@@ -129,7 +130,7 @@ class Process:
 
 @contextlib.contextmanager
 def _process(name: str, setting: Setting) -> Iterator[Process]:
-    command = [sys.executable, "-m", "genrec_dist.bench.train_rival", name, json.dumps(asdict(setting))]
+    command = [sys.executable, "-m", "genrec_dist.bench.train_process", name, json.dumps(asdict(setting))]
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as errors:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"

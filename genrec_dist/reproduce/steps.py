@@ -13,21 +13,24 @@ from typing import Any
 
 import torch
 from genrec_shards.prepare import prepare
-from genrec_shards.write import write_shards
+from genrec_shards.storage.write import write_shards
 
-from genrec_dist import mixture
-from genrec_dist.audit import write_audit
-from genrec_dist.baseline import knn
-from genrec_dist.baseline.sasrec import SasrecSettings
-from genrec_dist.baseline.sasrec_run import settings_from
-from genrec_dist.evaluate import Decoding, best_device, evaluate, mixed_decoding, tune_mixture
-from genrec_dist.forecast import forecast
-from genrec_dist.recipe import Recipe, load_recipe
-from genrec_dist.reproduce.place import NUMBERINGS, Place, read_metrics
+from genrec_dist.baselines.leak_audit import write_audit
+from genrec_dist.baselines.run import run_baseline
+from genrec_dist.baselines.sasrec_model import SasrecSettings
+from genrec_dist.baselines.sasrec_run import sasrec_settings
+from genrec_dist.config.load import load_recipe
+from genrec_dist.config.recipe import Recipe
+from genrec_dist.data.item_graph import knn_settings
+from genrec_dist.estimate.forecast import forecast
+from genrec_dist.evaluation import score_mixture as mixture
+from genrec_dist.inference.evaluate import evaluate
+from genrec_dist.inference.load import LoadedRun, best_device, load_run
+from genrec_dist.inference.rank_users import Decoding
+from genrec_dist.inference.tune_mixture import mixed_decoding, tune_mixture
+from genrec_dist.reproduce.layout import NUMBERINGS, Place, read_metrics
 from genrec_dist.reproduce.systems import Decoded, Mixed, ProtocolName, Rule, Sasrec, System, Trained
-from genrec_dist.reproduce.training import best_epoch, check_same, is_begun, is_finished, train_run
-from genrec_dist.results import run_baseline
-from genrec_dist.run import LoadedRun, load_run
+from genrec_dist.reproduce.train_process import best_epoch, check_same, is_begun, is_finished, train_run
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,7 @@ def _check_settings(run: Path, settings: tuple[str, ...]) -> None:
         return
     knobs = {field.name for field in dataclasses.fields(SasrecSettings)}
     stored = {key: value for key, value in metrics["recipe"].items() if key in knobs}
-    asked = dataclasses.asdict(settings_from(dict(stored), list(settings)))
+    asked = dataclasses.asdict(sasrec_settings(dict(stored), list(settings)))
     for key, value in stored.items():
         if asked[key] != value:
             raise ValueError(f"{run} was trained with {key} {value}, not {asked[key]}: choose another --out")
@@ -242,7 +245,7 @@ def _check_knn(run: Path, settings: tuple[str, ...]) -> None:
     metrics = read_metrics(run)
     if metrics is None or not metrics["recipe"]:
         return
-    for key, value in dataclasses.asdict(knn.settings_from(list(settings))).items():
+    for key, value in dataclasses.asdict(knn_settings(list(settings))).items():
         if metrics["recipe"].get(key, value) != value:
             raise ValueError(
                 f"{run}: its lists were made with {key} {metrics['recipe'][key]}, not {value}: remove it, or choose another --out"

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from genrec_shards.sequences import TrainedThrough
+from genrec_shards.splits import TrainedThrough
 
-from genrec_dist.beam import Mode
-from genrec_dist.recipe import Recipe
+from genrec_dist.config.recipe import Recipe
+from genrec_dist.decoding.searcher import Mode
 
 ProtocolName = Literal["leak-free", "paper"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)

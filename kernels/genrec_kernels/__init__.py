@@ -1,6 +1,6 @@
 """The fused operations of GenRec and their specifications in plain torch."""
 
 from genrec_kernels.embedding import embedding_sum, wants_plan
-from genrec_kernels.plan import Rows, SumPlan, plan_sum
+from genrec_kernels.gradient_order import Rows, SumPlan, plan_sum
 
 __all__ = ["Rows", "SumPlan", "embedding_sum", "plan_sum", "wants_plan"]

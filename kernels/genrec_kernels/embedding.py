@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from genrec_kernels import ops, reference
-from genrec_kernels.plan import Rows, SumPlan, check_rows, plan_sum
+from genrec_kernels import ops
+from genrec_kernels import torch_reference as reference
+from genrec_kernels.gradient_order import Rows, SumPlan, check_rows, plan_sum
 
 Implementation = Literal["reference", "triton"]
 

@@ -39,7 +39,7 @@ def embedding_sum(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`triton_sum.embedding_sum`. `packed`, `sizes`: a SumPlan's, which the backward alone reads."""
-    from genrec_kernels import triton_sum
+    from genrec_kernels import triton_embedding_sum as triton_sum
 
     return triton_sum.embedding_sum(
         (token_ids, position_ids, user_rows, item_rows),
@@ -73,7 +73,7 @@ def _(token_ids: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 )
 def norm_backward(gradient: Tensor, hat: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`triton_sum.norm_backward`."""
-    from genrec_kernels import triton_sum
+    from genrec_kernels import triton_embedding_sum as triton_sum
 
     return triton_sum.norm_backward(gradient, hat, rstd, weight)
 
@@ -101,7 +101,7 @@ def row_sums(
     table: int,
 ) -> Tensor:
     """`triton_sum.row_sums`."""
-    from genrec_kernels import triton_sum
+    from genrec_kernels import triton_embedding_sum as triton_sum
 
     return triton_sum.row_sums(
         gradient, packed, stretch, num_rows, dtype, scale=scale, seed=seed, id_dropout=id_dropout, table=table

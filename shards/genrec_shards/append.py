@@ -10,18 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from genrec_shards.atomic import atomic_directory
-from genrec_shards.bad_lines import BadLines, OnError
+from genrec_shards.cleaning.appended_rows import Incoming, check_not_there, in_order, read_incoming, without_known
 from genrec_shards.dataset import Appended, Dataset, Source, load_dataset, write_dataset
-from genrec_shards.descriptions import Descriptions, read_descriptions
-from genrec_shards.incoming import Incoming, check_not_there, in_order, read_incoming, without_known
-from genrec_shards.new_codes import continued
-from genrec_shards.periods import LEAVE_ONE_OUT
+from genrec_shards.errors import BadLines, DataError, OnError
+from genrec_shards.numbering.extend import continued
+from genrec_shards.numbering.item_text import Descriptions, read_descriptions
 from genrec_shards.prepare import K_CORE
-from genrec_shards.readers.blocks import readable
-from genrec_shards.readers.guess import LOG_FORMATS, Format, guess_format
-from genrec_shards.readers.logs import LogOptions
-from genrec_shards.readers.times import moment
-from genrec_shards.sequences import MINIMUM_LENGTH, DataError, Sequences, sort_ids
+from genrec_shards.readers.detect_format import LOG_FORMATS, Format, guess_format
+from genrec_shards.readers.read_log import LogOptions
+from genrec_shards.readers.text_blocks import readable
+from genrec_shards.sequences import Sequences, sort_ids
+from genrec_shards.splits import LEAVE_ONE_OUT, MINIMUM_LENGTH
+from genrec_shards.timestamps import moment
 
 # R rows that are appended, U users, N items, both with the new ones
 

@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from genrec_shards.descriptions import Descriptions
-from genrec_shards.numbering import Hierarchy, Numbering, NumberingName
-from genrec_shards.periods import GlobalTime, Periods, cutoff_of
-from genrec_shards.sequences import DataError, Sequences
+from genrec_shards.errors import DataError
+from genrec_shards.numbering.item_text import Descriptions
+from genrec_shards.numbering.numbering import Hierarchy, Numbering, NumberingName
+from genrec_shards.sequences import Sequences
+from genrec_shards.splits import GlobalTime, Periods, cutoff_of
 
 Lists = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 """Items int32[total], offsets int64[U+1] and, where there are any, timestamps int64[total]."""

@@ -9,8 +9,8 @@ from typing import Literal, get_args
 import numpy as np
 
 from genrec_shards.atomic import atomic_directory
-from genrec_shards.bad_lines import BadLines, OnError
-from genrec_shards.clean import Cleaning, CleanLog, Ties, clean, shortest
+from genrec_shards.cleaning.clean import Cleaning, CleanLog, Ties, clean, shortest
+from genrec_shards.cleaning.published_sizes import check_expected, public_set
 from genrec_shards.dataset import (
     FORMAT_VERSION,
     Appended,
@@ -21,16 +21,16 @@ from genrec_shards.dataset import (
     source_of,
     write_dataset,
 )
-from genrec_shards.descriptions import Descriptions, read_descriptions
-from genrec_shards.expected import check_expected, public_set
-from genrec_shards.numbering import NumberingName, number
-from genrec_shards.periods import GLOBAL_TIME, LEAVE_ONE_OUT, Cutoff, GlobalTime, cutoff_of
-from genrec_shards.readers.blocks import readable
-from genrec_shards.readers.guess import LOG_FORMATS, Format, guess_format
-from genrec_shards.readers.logs import LogOptions, read_log, source_files
-from genrec_shards.readers.times import moment
-from genrec_shards.sequences import Sequences, Split, TrainedThrough, read_sequences
-from genrec_shards.trained_vectors import read_trained_vectors
+from genrec_shards.errors import BadLines, OnError
+from genrec_shards.numbering.item_text import Descriptions, read_descriptions
+from genrec_shards.numbering.item_vectors import read_trained_vectors
+from genrec_shards.numbering.numbering import NumberingName, number
+from genrec_shards.readers.detect_format import LOG_FORMATS, Format, guess_format
+from genrec_shards.readers.read_log import LogOptions, read_log, source_files
+from genrec_shards.readers.text_blocks import readable
+from genrec_shards.sequences import Sequences, read_sequences
+from genrec_shards.splits import GLOBAL_TIME, LEAVE_ONE_OUT, Cutoff, GlobalTime, Split, TrainedThrough, cutoff_of
+from genrec_shards.timestamps import moment
 
 Engine = Literal["local", "ray"]
 K_CORE = 5
@@ -85,7 +85,7 @@ def prepare(
     if engine not in get_args(Engine):
         raise ValueError(f"engine {engine!r}: choose local or ray")
     if engine == "ray":
-        from genrec_shards.ray_engine import door
+        from genrec_shards.ray_engine import entry as door
 
         out = door.place_of(out)
         if not isinstance(out, Path):
@@ -233,7 +233,7 @@ def _read_on_ray(
     folder: Path,
     address: str | None,
 ) -> _Taken:
-    from genrec_shards.ray_engine import door
+    from genrec_shards.ray_engine import entry as door
 
     waiting = folder / "rows"
     waiting.mkdir()

@@ -6,30 +6,22 @@ import zlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from genrec_shards.atomic import atomic_file
-from genrec_shards.periods import Periods
+from genrec_shards.errors import DataError
+from genrec_shards.splits import MINIMUM_LENGTH, NO_TARGET, Periods, Split, TrainedThrough, num_held_out
 
 if TYPE_CHECKING:
-    from genrec_shards.bad_lines import BadLines
+    from genrec_shards.errors import BadLines
 
 # U users, N items of the catalogue, total interactions.
 
-Split = Literal["validation", "test"]
-TrainedThrough = Literal["n-2", "n-1"]
 
-MINIMUM_LENGTH = 3
-NO_TARGET = -1
-"""Stands for the target of a user who has none in a split."""
 GZIP_MAGIC = b"\x1f\x8b"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-
-class DataError(ValueError):
-    """Something in a user's data that she can mend; the message is one line: place, value, remedy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,13 +121,6 @@ class Sequences:
         if self.periods is None:
             return self.offsets[1:][chosen] - held_out
         return self.offsets[:-1][chosen] + self.periods.lengths(trained_through)[chosen]
-
-
-def num_held_out(trained_through: TrainedThrough) -> int:
-    """How many items at the end of each sequence training must not touch under leave-one-out."""
-    if trained_through not in ("n-2", "n-1"):
-        raise ValueError(f"trained_through is {trained_through!r}: choose n-2 or n-1")
-    return 2 if trained_through == "n-2" else 1
 
 
 def flat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

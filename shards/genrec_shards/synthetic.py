@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from genrec_shards.sequences import Sequences, Split, flat_ranges, sequences_from_ids
+from genrec_shards.sequences import Sequences, flat_ranges, sequences_from_ids
+from genrec_shards.splits import Split
 
 # U users, N items, G groups, M items of a group, K classes of groups, C = K * G contexts, L items of a history.
 

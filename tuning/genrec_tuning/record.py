@@ -13,6 +13,8 @@ from typing import Any, Literal, TypeAlias
 import fsspec
 from genrec_shards.atomic import atomic_file
 
+from genrec_dist.report.run_files import is_number
+
 FORMAT_VERSION = 1
 TRIALS, RUNS, FINALS = "trials", "runs", "finals"
 SWEEP_FILE, SPACE_FILE, FINALS_FILE = "sweep.json", "space.yaml", "finals.json"
@@ -293,3 +295,25 @@ def _object(folder: Folder, name: str) -> dict[str, Any]:
 
 def _json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=1, allow_nan=False) + "\n"
+
+
+def best_validation(trial: Trial) -> Epoch | None:
+    """A trial's epoch of the highest NDCG@10; None without one that is a number."""
+    return max(
+        (epoch for epoch in trial.epochs if is_number(epoch.NDCG10)), key=lambda epoch: epoch.NDCG10, default=None
+    )
+
+
+def epochs_spent(trial: Trial) -> int:
+    """Epochs of the last stage that a trial has run, as far as they were validated."""
+    return max((epoch.epoch for epoch in trial.epochs), default=0)
+
+
+def best_trial(sweep: Sweep) -> Trial | None:
+    """The trial of the highest NDCG@10 on validation of those finished or stopped by the scheduler; of equals the first."""
+    scored = [
+        (found.NDCG10, trial)
+        for trial in sorted(sweep.trials, key=lambda trial: trial.id)
+        if trial.status in ("finished", "stopped") and (found := best_validation(trial))
+    ]
+    return max(scored, key=lambda pair: pair[0])[1] if scored else None

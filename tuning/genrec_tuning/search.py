@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import optuna
-from genrec_shards.keyed import mixed_key
+from genrec_shards.keyed_random import mixed_key
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,

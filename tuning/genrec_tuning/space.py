@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import yaml
-from genrec_shards.remote import is_address
+from genrec_shards.storage.remote import is_address
 
-from genrec_dist.recipe import Recipe, load_recipe, recipe_from
+from genrec_dist.config.load import load_recipe, recipe_from
+from genrec_dist.config.recipe import Recipe
 from genrec_tuning.record import Value
 
 Kind = Literal["uniform", "loguniform", "int", "logint", "choice"]

@@ -12,11 +12,13 @@ from typing import Any
 
 import yaml
 from genrec_shards.dataset import load_dataset
-from genrec_shards.read import ShardReader
+from genrec_shards.file_lock import hold
+from genrec_shards.storage.reader import ShardReader
 
-from genrec_dist.stop import Stopped
-from genrec_tuning.cluster import connected
-from genrec_tuning.lock import hold
+from genrec_dist.distributed.signals import Stopped
+from genrec_tuning.export import write_results
+from genrec_tuning.live_table import SweepTable
+from genrec_tuning.ray_driver import connected
 from genrec_tuning.record import (
     DONE,
     RUNS,
@@ -27,14 +29,13 @@ from genrec_tuning.record import (
     Sweep,
     Trial,
     Value,
+    best_trial,
     read_sweep,
     trial_id,
 )
-from genrec_tuning.results import best_trial, write_results
 from genrec_tuning.space import Resources, Space, planned_epochs, points, refuse_changes
-from genrec_tuning.table import SweepTable
 from genrec_tuning.trial import Job, as_config
-from genrec_tuning.watch import Ending, Watch
+from genrec_tuning.trial_states import Ending, Watch
 
 RAY_FILES = "ray"
 """Folder of Ray's own files, in which nothing of the sweep lies."""
@@ -62,7 +63,7 @@ def run_sweep(
     folder = place_of(out, storage)
     if address is None:
         check_data(space)
-    with hold(out / ".lock", 0, "another genrec tune works on this sweep"):
+    with hold(out / ".lock", "another genrec tune works on this sweep"):
         recorder = Recorder(folder, _opened(space, folder, resume))
         hours, resumed = recorder.sweep.hours, recorder.sweep.resumed
         recorder.put_facts(resumed=resumed + int(resume))
@@ -127,7 +128,7 @@ def _run(space: Space, watch: Watch, sweep: Sweep, folder: Folder, ray_files: Pa
         # They import Ray, which reads its environment then.
         from ray.tune import TuneConfig
 
-        from genrec_tuning.news import run_trials
+        from genrec_tuning.ray_driver import run_trials
         from genrec_tuning.search import Search, scheduler_of
 
         config = TuneConfig(

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from genrec_shards.atomic import atomic_file
+from genrec_shards.file_lock import hold
 
-from genrec_dist.checkpoint import list_checkpoints
-from genrec_dist.journal import Journal, read_journal
-from genrec_dist.recipe import Recipe, dump_recipe, recipe_from
-from genrec_dist.train import train
-from genrec_tuning.lock import hold
-from genrec_tuning.mirror import Mirror
+from genrec_dist.config.load import dump_recipe, recipe_from
+from genrec_dist.config.recipe import Recipe
+from genrec_dist.report.run_files import Journal, read_journal
+from genrec_dist.training.checkpoint import list_checkpoints
+from genrec_dist.training.run import train
 from genrec_tuning.record import SWEEP_FILE, Epoch, Folder, Value
+from genrec_tuning.run_sync import Mirror
 from genrec_tuning.space import planned_epochs, recipe_of
 
 __all__ = ["Job", "epochs_of", "recipe_of", "run_trial"]
@@ -123,7 +124,7 @@ def run_job(job: Job, tell: Callable[[dict[str, Any]], None]) -> None:
         )
     recipe = job.resolved(run)
     mirror = Mirror(run, folder / job.run)
-    with hold(run.parent / f".{run.name}.lock", LOCK_SECONDS, "another process still trains this run") as lock:
+    with hold(run.parent / f".{run.name}.lock", "another process still trains this run", LOCK_SECONDS) as lock:
         mirror.pull()
         resume = "latest" if list_checkpoints(run) else None
         if resume is None:  # whatever an attempt left before its first checkpoint
@@ -194,7 +195,7 @@ def train_on_ranks(job: Job, recipe: Recipe, resume: str | None, lock: int, on_n
     run.mkdir(parents=True, exist_ok=True)
     with atomic_file(run / "recipe.yaml") as temporary:
         temporary.write_text(dump_recipe(recipe), encoding="utf-8")
-    command = [sys.executable, "-m", "genrec_tuning.rank", str(os.getpid()), str(run / "recipe.yaml")]
+    command = [sys.executable, "-m", "genrec_tuning.rank_process", str(os.getpid()), str(run / "recipe.yaml")]
     command += ["--resume", resume] if resume else []
     ranks: list[subprocess.Popen[bytes]] = []
     failed = None

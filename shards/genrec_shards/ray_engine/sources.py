@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
-from genrec_shards.readers.blocks import readable
-from genrec_shards.readers.guess import Format, guess_by_name, guess_format
-from genrec_shards.readers.logs import endings_of, source_files
-from genrec_shards.remote import Patience, RemoteFiles, is_address
-from genrec_shards.sequences import DataError
+from genrec_shards.errors import DataError
+from genrec_shards.readers.detect_format import Format, guess_by_name, guess_format
+from genrec_shards.readers.read_log import endings_of, source_files
+from genrec_shards.readers.text_blocks import readable
+from genrec_shards.storage.remote import Patience, RemoteFiles, is_address
 
 BYTES_A_REQUEST = 8 << 20
 """Read at once behind an address."""

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from genrec_shards.remote import Patience, RemoteFiles
+from genrec_shards.storage.remote import Patience, RemoteFiles
 
 
 @contextlib.contextmanager

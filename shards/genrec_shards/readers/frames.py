@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genrec_shards.bad_lines import BadLines
-from genrec_shards.readers.times import Clock
-from genrec_shards.sequences import DataError
+from genrec_shards.errors import BadLines, DataError
+from genrec_shards.timestamps import Clock
 
 if TYPE_CHECKING:
     import polars as pl

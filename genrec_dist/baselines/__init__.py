@@ -1,0 +1,1 @@
+"""Counting rules, kNN and SASRec in the same evaluator."""

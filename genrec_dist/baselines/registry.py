@@ -1,0 +1,91 @@
+"""Rules that learn little or nothing: the numbers that stand beside every number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from genrec_shards.dataset import Dataset
+from genrec_shards.histories import exclude_history_default, histories, training_counts, windows
+from genrec_shards.sequences import Sequences
+from genrec_shards.splits import Split, TrainedThrough
+
+from genrec_dist.baselines import counting, knn, popularity, repeat
+from genrec_dist.evaluation.list_counts import Tally
+from genrec_dist.evaluation.ranked_lists import Lists, Rule
+from genrec_dist.evaluation.results import Protocol
+
+BASELINES: dict[str, Callable[..., Rule]] = {
+    "popularity": popularity.fit,
+    "counting": counting.fit,
+    "repeat": repeat.fit,
+    "knn": knn.fit,
+}
+
+BESIDE = ("counting", "popularity", "knn")
+"""Whose scores stand in every metrics file."""
+
+
+def fit(
+    name: str,
+    sequences: Sequences,
+    codes: list[str],
+    split: Split,
+    *,
+    exclude_history: bool,
+    trained_through: TrainedThrough = "n-2",
+) -> Rule:
+    """The baseline `name`, ready to make top-20 lists of any user rows. Raises ValueError for an unknown name."""
+    if name not in BASELINES:
+        raise ValueError(f"baseline {name!r}: choose one of {', '.join(BASELINES)}")
+    more = {"codes": codes} if name == "counting" else {}
+    return BASELINES[name](sequences, split, exclude_history=exclude_history, trained_through=trained_through, **more)
+
+
+def recommend(
+    name: str,
+    sequences: Sequences,
+    codes: list[str],
+    split: Split,
+    *,
+    exclude_history: bool,
+    trained_through: TrainedThrough = "n-2",
+    users: np.ndarray | None = None,
+) -> Lists:
+    """Top-20 lists of the baseline `name` for these user rows (None: all with a target), all in memory at once."""
+    rule = fit(name, sequences, codes, split, exclude_history=exclude_history, trained_through=trained_through)
+    return rule(sequences.history_and_target(split).users if users is None else users)
+
+
+def reference_scores(
+    dataset: Dataset, split: Split, protocol: Protocol, users: np.ndarray | range
+) -> dict[str, dict[str, Any] | None]:
+    """Metrics of counting, popularity and knn (`Tally.metrics`) on exactly these user rows, under the same protocol.
+
+    counting is None where the codes are not whole numbers: the rule does not apply. Users are taken window by window.
+    """
+    sequences, codes = dataset.sequences, dataset.numbering.item_codes
+    exclude_history = protocol.exclude_history
+    if exclude_history is None:
+        exclude_history = exclude_history_default(sequences)
+    counts_I = training_counts(sequences, protocol.trained_through)
+    scores: dict[str, dict[str, Any] | None] = {}
+    for name in BESIDE:
+        if name == "counting" and counting.whole_numbers(codes) is None:
+            scores[name] = None
+            continue
+        rule = fit(
+            name, sequences, codes, split,
+            exclude_history=exclude_history, trained_through=protocol.trained_through,
+        )  # fmt: skip
+        scores[name] = _tally(rule, sequences, split, users, counts_I).metrics()
+    return scores
+
+
+def _tally(rule: Rule, sequences: Sequences, split: Split, rows: np.ndarray | range, counts_I: np.ndarray) -> Tally:
+    tally = Tally(counts_I)
+    for users in windows(rows):
+        past, lists = histories(sequences, split, users), rule(users)
+        tally.add(lists.items_UN, lists.ranks(past.targets_U), past.targets_U, past.lengths_U)
+    return tally

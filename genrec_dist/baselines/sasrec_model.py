@@ -1,0 +1,286 @@
+"""SASRec: a causal transformer over a user's items that scores every item as the next one."""
+
+# U users, B users of a batch, n positions of a batch, I items, d width, H heads, N list
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from genrec_shards.histories import windows
+from genrec_shards.sequences import Sequences, SplitView, flat_ranges
+from genrec_shards.splits import Split
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genrec_dist.data.packing import Attended, spans_of
+from genrec_dist.evaluation.metrics import EMPTY, TOP
+from genrec_dist.evaluation.ranked_lists import Lists, Rule, empty_lists, tie_order, without_last
+from genrec_dist.model.dropout import add_dropped, drop
+from genrec_dist.model.head_loss import head_loss
+from genrec_dist.model.packed_attention import attend
+
+ROWS_AT_A_TIME = 64
+"""Positions are filled up to a multiple of these in the softmax of training."""
+SCORES_AT_ONCE = 2**23
+"""Scores (users x items) held at a time when lists are made; it changes memory, not lists."""
+
+
+@dataclass(frozen=True)
+class SasrecSettings:
+    """Every knob of model and training; the defaults are chosen on Beauty's validation part (docs/log.md)."""
+
+    d_model: int = 128
+    """Width of item embeddings and layers."""
+    layers: int = 2
+    heads: int = 1
+    ffn: int = 1
+    """Width of the feed-forward layer in multiples of d_model; 1 in the paper."""
+    norm: Literal["paper", "pre", "post"] = "pre"
+    """Where layers normalise. paper: the query and the feed-forward layer's input, each with the residual on the normalised
+    side; pre: the usual pre-norm; post: behind each residual sum."""
+    positions: Literal["from-start", "from-end"] = "from-start"
+    """Count positions from the sequence's start, or back from its end, as the paper's left padding does."""
+    max_length: int = 50
+    """Longest input in items; older ones are dropped."""
+    dropout: float = 0.5
+    """Of the embedding sum, the feed-forward layer's inside and what each layer adds."""
+    attention_dropout: float = 0.0
+    """Of the attention weights."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights. Small, so that what layers add does not drown the embeddings at first: with
+    Glorot's projections the first ten epochs are lost (docs/log.md)."""
+    init_items: Literal["random", "cooccurrence"] = "random"
+    """What the item embeddings begin with; cooccurrence as in GenRec's recipes (`model.init_items`): its control."""
+    label_smoothing: float = 0.0
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.0
+    """AdamW's, of all parameters."""
+    average: float = 0.99
+    """Decay of the running average of the weights that is validated and kept; 0 keeps the weights themselves."""
+    batch_size: int = 256
+    """Users of a step; each brings a target for every position of her training part but the first."""
+    epochs: int = 100
+    """Most passes over the users; as many as this where nothing is left to validate on (trained_through n-1)."""
+    patience: int = 3
+    """Stop after this many epochs without a better NDCG@10 on validation; 0 never stops."""
+    validation_users: int = 4000
+    """Users of the seeded sample that is scored after each epoch; 0: all."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the products of the softmax over all items, nine tenths of the work; all else is float32."""
+    seed: int = 0
+    """Of initial weights, order, dropout and validation users."""
+
+
+Limit = tuple[str, Callable[[Any], bool]]
+
+_AT_LEAST_1: Limit = ("1 or above", lambda value: value >= 1)
+_NOT_NEGATIVE: Limit = ("0 or above", lambda value: 0 <= value < float("inf"))
+_POSITIVE: Limit = ("above 0", lambda value: 0 < value < float("inf"))
+_BELOW_1: Limit = ("0 or above and below 1", lambda value: 0 <= value < 1)
+
+LIMITS: dict[str, Limit] = {
+    **dict.fromkeys(("d_model", "layers", "heads", "ffn", "max_length", "batch_size", "epochs"), _AT_LEAST_1),
+    **dict.fromkeys(("dropout", "attention_dropout", "label_smoothing", "average"), _BELOW_1),
+    **dict.fromkeys(("init_std", "learning_rate"), _POSITIVE),
+    **dict.fromkeys(("weight_decay", "patience", "validation_users"), _NOT_NEGATIVE),
+}
+
+
+def check_settings(settings: SasrecSettings, source: str) -> None:
+    """Refuse what no model can have. Raises ValueError naming `source`, the key, its value and what it may be."""
+    for key, (text, holds) in LIMITS.items():
+        if not holds(getattr(settings, key)):
+            raise ValueError(f"{source}: {key} is {getattr(settings, key)}: it has to be {text}")
+    if settings.d_model % settings.heads:
+        raise ValueError(f"{source}: d_model {settings.d_model} is no multiple of heads {settings.heads}")
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Inputs of some users one behind another, short ones first."""
+
+    items_n: Tensor
+    """int64 [n], item rows."""
+    positions_n: Tensor
+    """int64 [n], rows of the position table."""
+    attended: Attended
+    places_n: np.ndarray
+    """int64 [n], where each input stands in the data's flat array of items."""
+    last_B: Tensor
+    """int64 [B], the last position of each user, in the order in which the users were given."""
+
+
+def pack(items: np.ndarray, ends_B: np.ndarray, lengths_B: np.ndarray, settings: SasrecSettings) -> Packed:
+    """The last `max_length` of the `lengths_B` items before `ends_B` (exclusive) of each user; none of them is empty."""
+    lengths_B = np.minimum(lengths_B, settings.max_length)
+    # Neighbours of one length share an attention without padding.
+    order_B = np.argsort(lengths_B, kind="stable")
+    lengths, ends = lengths_B[order_B], ends_B[order_B]
+    places_n = flat_ranges(ends - lengths, lengths)
+    spans = spans_of(lengths)
+    positions_n = np.arange(len(places_n)) - np.repeat(spans.offsets[:-1], lengths)
+    if settings.positions == "from-end":
+        positions_n = np.repeat(lengths, lengths) - 1 - positions_n
+    last_B = np.empty(len(order_B), np.int64)
+    last_B[order_B] = spans.offsets[1:] - 1
+    return Packed(
+        torch.from_numpy(items[places_n].astype(np.int64)),
+        torch.from_numpy(positions_n.astype(np.int64)),
+        Attended(spans, spans, causal=True),
+        places_n,
+        torch.from_numpy(last_B),
+    )
+
+
+class SASRec(nn.Module):
+    """Kang and McAuley, 2018, with the softmax over all items in place of one sampled negative."""
+
+    def __init__(self, num_items: int, settings: SasrecSettings):
+        super().__init__()
+        self.settings = settings
+        width = settings.d_model
+        self.item_embedding = nn.Embedding(num_items, width)
+        self.position_embedding = nn.Embedding(settings.max_length, width)
+        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
+        # Post-norm blocks end with a norm of their own; there, this one belongs to the embedding sum.
+        self.norm = nn.LayerNorm(width)
+        for table in (self.item_embedding, self.position_embedding):
+            nn.init.normal_(table.weight, std=settings.init_std)
+
+    def states(self, packed: Packed) -> Tensor:
+        """What is known after each position, float32 [n, d]; it sees no later one."""
+        hidden_nd = self.item_embedding(packed.items_n) * self.settings.d_model**0.5
+        hidden_nd = hidden_nd + self.position_embedding(packed.positions_n)
+        post = self.settings.norm == "post"
+        hidden_nd = drop(self.norm(hidden_nd) if post else hidden_nd, self.settings.dropout, self.training)
+        for block in self.blocks:
+            hidden_nd = block(hidden_nd, packed.attended)
+        return hidden_nd if post else self.norm(hidden_nd)
+
+    def loss(self, packed: Packed, labels_n: Tensor) -> Tensor:
+        """Cross-entropy a position of `labels_n` (int64 [n], item rows) over the softmax of all items; a scalar."""
+        # oneDNN prepares a product of each new shape, and keeps it: few shapes cost a tenth less time, and no growing memory.
+        # A state of zeros knows nothing: it adds log(I) to the sum and nothing to a gradient.
+        idle = -len(labels_n) % ROWS_AT_A_TIME
+        states_md, labels_m = F.pad(self.states(packed), (0, 0, 0, idle)), F.pad(labels_n, (0, idle))
+        items_Id = self.item_embedding.weight
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            total = head_loss(states_md, items_Id, labels_m, self.settings.label_smoothing, "chunked")
+        return (total - idle * math.log(len(items_Id))) / len(labels_n)
+
+    def scores(self, packed: Packed) -> Tensor:
+        """Of every item after each user's last position, float32 [B, I]."""
+        return self.states(packed)[packed.last_B] @ self.item_embedding.weight.T
+
+
+class Block(nn.Module):
+    """Self-attention and a feed-forward layer."""
+
+    def __init__(self, settings: SasrecSettings):
+        super().__init__()
+        width, inner = settings.d_model, settings.ffn * settings.d_model
+        self.settings = settings
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.widen, self.narrow = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.attention_norm, self.ffn_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        for linear in (self.query, self.key, self.value, self.out, self.widen, self.narrow):
+            nn.init.normal_(linear.weight, std=settings.init_std)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, hidden_nd: Tensor, attended: Attended) -> Tensor:
+        if self.settings.norm == "post":
+            hidden_nd = self.attention_norm(self._add(hidden_nd, self._attention(hidden_nd, hidden_nd, attended)))
+            return self.ffn_norm(self._add(hidden_nd, self._feed_forward(hidden_nd)))
+        normed_nd = self.attention_norm(hidden_nd)
+        if self.settings.norm == "pre":
+            hidden_nd = self._add(hidden_nd, self._attention(normed_nd, normed_nd, attended))
+            return self._add(hidden_nd, self._feed_forward(self.ffn_norm(hidden_nd)))
+        normed_nd = self.ffn_norm(self._add(normed_nd, self._attention(normed_nd, hidden_nd, attended)))
+        return self._add(normed_nd, self._feed_forward(normed_nd))
+
+    def _attention(self, asking_nd: Tensor, asked_nd: Tensor, attended: Attended) -> Tensor:
+        heads = self.settings.heads
+        query, key, value = (
+            project(of_nd).unflatten(-1, (heads, -1))
+            for project, of_nd in ((self.query, asking_nd), (self.key, asked_nd), (self.value, asked_nd))
+        )
+        dropout = self.settings.attention_dropout if self.training else 0.0
+        mixed_nHd = attend(query, key, value, attended, query.shape[-1] ** -0.5, dropout)
+        projected: Tensor = self.out(mixed_nHd.flatten(1))
+        return projected
+
+    def _feed_forward(self, hidden_nd: Tensor) -> Tensor:
+        fed: Tensor = self.narrow(drop(F.relu(self.widen(hidden_nd)), self.settings.dropout, self.training))
+        return fed
+
+    def _add(self, base_nd: Tensor, values_nd: Tensor) -> Tensor:
+        return add_dropped(base_nd, values_nd, self.settings.dropout, self.training)
+
+
+def rule_of(
+    model: SASRec, sequences: Sequences, split: Split, *, exclude_history: bool, top: int = TOP
+) -> Rule:  # fmt: skip
+    """Top lists by the model's scores of all items; its weights are used as they are when lists are asked for."""
+    return partial(_lists, model, sequences.history_and_target(split), sequences.num_items, exclude_history, top)
+
+
+def _lists(
+    model: SASRec, view: SplitView, num_items: int, exclude_history: bool, top: int, users: np.ndarray
+) -> Lists:  # fmt: skip
+    return listed(scored(model, view, users, exclude_history), len(users), num_items, top)
+
+
+def listed(parts: Iterable[tuple[np.ndarray, Tensor]], num_users: int, num_items: int, top: int) -> Lists:
+    """Top lists of users whose scores of all items (user rows, float32 [B, I]) come part after part; -inf: not to be listed."""
+    place_of = np.argsort(tie_order(num_items))
+    width = min(top + 1, num_items)
+    lists = empty_lists(num_users, top + 1)
+    first = 0
+    for rows_B, scores_BI in parts:
+        values_BN, items_BN = (part.numpy() for part in scores_BI.topk(width))
+        order_BN = np.lexsort((place_of[items_BN], -values_BN))
+        values_BN, items_BN = (np.take_along_axis(part, order_BN, axis=1) for part in (values_BN, items_BN))
+        part = slice(first, first + len(rows_B))
+        lists.items_UN[part, :width] = np.where(np.isfinite(values_BN), items_BN, EMPTY)
+        lists.scores_UN[part, :width] = values_BN
+        first = part.stop
+    return without_last(lists)
+
+
+def target_places(model: SASRec, view: SplitView, users: np.ndarray, exclude_history: bool) -> np.ndarray:
+    """int64 [U]: the rank of each user's target among all items, 1 = first, those that tie with it above it."""
+    places = [np.empty(0, np.int64)]
+    for rows_B, scores_BI in scored(model, view, users, exclude_history):
+        targets_B1 = torch.from_numpy(view.targets[rows_B].astype(np.int64))[:, None]
+        places.append((scores_BI >= scores_BI.gather(1, targets_B1)).sum(1).numpy())
+    return np.concatenate(places)
+
+
+def scored(
+    model: SASRec, view: SplitView, users: np.ndarray, exclude_history: bool
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """(user rows, scores float32 [B, I]) of some users after the other, in order; -inf where the history is left out.
+
+    The whole history is left out, also what the model's input has no room for.
+    """
+    num_items = model.item_embedding.num_embeddings
+    training = model.training
+    model.eval()
+    try:
+        for rows_B in windows(users, max(1, SCORES_AT_ONCE // num_items)):
+            ends_B, lengths_B = view.ends[rows_B], (view.ends - view.starts)[rows_B]
+            with torch.inference_mode():
+                scores_BI = model.scores(pack(view.items, ends_B, lengths_B, model.settings))
+                if exclude_history:
+                    taken = view.items[flat_ranges(view.starts[rows_B], lengths_B)].astype(np.int64)
+                    of_whom = np.repeat(np.arange(len(rows_B)), lengths_B)
+                    scores_BI[torch.from_numpy(of_whom), torch.from_numpy(taken)] = float("-inf")
+            yield rows_B, scores_BI
+    finally:
+        model.train(training)

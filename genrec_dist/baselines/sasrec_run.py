@@ -1,0 +1,250 @@
+"""The run directory of a trained SASRec: settings, events, weights and item vectors; what is finished is used again."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from genrec_shards.atomic import atomic_file
+from genrec_shards.dataset import Dataset
+from genrec_shards.histories import check_trained_through
+from genrec_shards.splits import Split, TrainedThrough
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from genrec_dist.baselines.sasrec_model import SASRec, SasrecSettings, check_settings
+from genrec_dist.baselines.sasrec_train import Epoch, Progress, Trained, train
+from genrec_dist.config.load import section_from
+from genrec_dist.evaluation.provenance import git_commit, versions
+
+FORMAT_VERSION = "1"
+WEIGHTS, VECTORS, SETTINGS, EVENTS = "best.safetensors", "item_vectors.safetensors", "sasrec.yaml", "events.jsonl"
+PROGRESS = "training.safetensors"
+"""What an interrupted training goes on from; gone when it is finished."""
+
+
+@dataclass(frozen=True)
+class SasrecRun:
+    """A trained model and what its file says of it."""
+
+    model: SASRec
+    settings: SasrecSettings
+    best_epoch: int
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What stands as `recipe` in the metrics."""
+        return {**dataclasses.asdict(self.settings), "best_epoch": self.best_epoch}
+
+    def digest(self) -> str:
+        """sha256 of the weights."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            digest.update(name.encode() + value.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def open_or_train(
+    run: str | Path,
+    dataset: Dataset,
+    split: Split,
+    *,
+    exclude_history: bool,
+    trained_through: TrainedThrough = "n-2",
+    overrides: list[str] | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> SasrecRun:
+    """The model of a run directory that is finished; elsewhere train one and leave it there, from the last epoch of a training
+    that was interrupted.
+
+    `overrides`: `key=value` of `SasrecSettings`. Raises ValueError for settings that do not fit, for weights of other data,
+    settings or `trained_through` than asked for, and where training has seen the split's targets.
+    """
+    check_trained_through(split, trained_through)
+    path = Path(run)
+    if (path / WEIGHTS).is_file():
+        return load(path, dataset, trained_through, overrides)
+    if trained_through == "n-1" and not any(override.startswith("epochs=") for override in overrides or []):
+        raise ValueError(
+            "trained_through n-1 leaves nothing to validate on: give --set epochs=N, the best epoch of the n-2 run"
+        )
+    settings = sasrec_settings({}, overrides)
+    origin = _origin(dataset, settings, trained_through, exclude_history)
+    progress = _read_progress(path / PROGRESS, origin) if (path / PROGRESS).is_file() else None
+    path.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path / SETTINGS) as temporary:
+        temporary.write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False), encoding="utf-8")
+    trained = _train(path, dataset, settings, origin, progress, on_epoch)
+    _save(path, origin, trained)
+    (path / PROGRESS).unlink(missing_ok=True)
+    return SasrecRun(trained.model, settings, trained.best.epoch)
+
+
+def sasrec_settings(
+    values: dict[str, Any], overrides: list[str] | None = None, source: str = "sasrec"
+) -> SasrecSettings:
+    """Settings of keys and values, changed by `key=value`. Raises ValueError naming `source` and the key that does not fit."""
+    settings = section_from(SasrecSettings, values, overrides, source)
+    check_settings(settings, source)
+    return settings
+
+
+def load(
+    run: Path, dataset: Dataset, trained_through: TrainedThrough = "n-2", overrides: list[str] | None = None
+) -> SasrecRun:  # fmt: skip
+    """The finished run `run`. Raises ValueError, one line, where it is damaged or was made of something else."""
+    path = run / WEIGHTS
+    metadata, weights = _read(path, "remove it and train again")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{path}: format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}")
+    _check_origin(path, metadata, dataset, trained_through)
+    values = json.loads(metadata["settings"])
+    settings = sasrec_settings(dict(values), source=str(path))
+    asked = sasrec_settings(dict(values), overrides)
+    for key, value in values.items():
+        if getattr(asked, key) != value:
+            raise ValueError(f"{run} was trained with {key} {value}, not {getattr(asked, key)}: choose another --out")
+    model = SASRec(dataset.sequences.num_items, settings)
+    model.load_state_dict(weights)
+    return SasrecRun(model.eval(), settings, int(metadata["best_epoch"]))
+
+
+def _check_origin(path: Path, metadata: dict[str, str], dataset: Dataset, trained_through: TrainedThrough) -> None:
+    found, expected = metadata["sequences_hash"], dataset.info.sequences_hash
+    if found != expected:
+        raise ValueError(
+            f"{path} was trained on sequences {found[:12]}, {dataset.path} has {expected[:12]}: choose another --out"
+        )
+    through = metadata["trained_through"]
+    if through != trained_through:
+        raise ValueError(f"{path} was trained through {through}: pass --trained-through {through}, or another --out")
+
+
+def _origin(
+    dataset: Dataset, settings: SasrecSettings, trained_through: TrainedThrough, exclude_history: bool
+) -> dict[str, str]:
+    """What a training is of; metadata of all its files."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "system": "sasrec",
+        "sequences_hash": dataset.info.sequences_hash,
+        "trained_through": trained_through,
+        "exclude_history": json.dumps(exclude_history),
+        "settings": json.dumps(dataclasses.asdict(settings)),
+    }
+
+
+def _read_progress(path: Path, origin: dict[str, str]) -> Progress:
+    """Raises ValueError, one line, where the file is damaged or of another training than this one."""
+    metadata, tensors = _read(path, "remove it to train from the start")
+    for key, asked in origin.items():
+        found = metadata.get(key)
+        if found != asked:
+            raise ValueError(
+                f"{path}: an interrupted training with {key} {found}, not {asked}: choose another --out, or remove it to train "
+                "from the start"
+            )
+    last, best = (Epoch(**json.loads(metadata[name])) for name in ("last", "best"))
+    return Progress(last, best, tensors)
+
+
+def _read(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """(metadata, tensors). Raises ValueError, one line, for a damaged file."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: not readable ({error}): {remedy}") from None
+
+
+def _train(
+    run: Path,
+    dataset: Dataset,
+    settings: SasrecSettings,
+    origin: dict[str, str],
+    progress: Progress | None,
+    on_epoch: Callable[[Epoch], None] | None,
+) -> Trained:
+    _drop_events_behind(run / EVENTS, progress.last.epoch if progress else 0)
+    trained_through: TrainedThrough = "n-1" if origin["trained_through"] == "n-1" else "n-2"
+    exclude_history = json.loads(origin["exclude_history"])
+    with (run / EVENTS).open("a", encoding="utf-8", buffering=1) as file:
+
+        def tell(event: str, **fields: Any) -> None:
+            file.write(json.dumps({"time": round(time.time(), 3), "event": event, **fields}, allow_nan=False) + "\n")
+
+        def ended(epoch: Epoch, model: SASRec) -> None:
+            fields = dataclasses.asdict(epoch)
+            tell("epoch", **{**fields.pop("scores"), **fields})
+            if on_epoch is not None:
+                on_epoch(epoch)
+
+        def keep(progress: Progress) -> None:
+            epochs = {name: json.dumps(dataclasses.asdict(getattr(progress, name))) for name in ("last", "best")}
+            _write(run / PROGRESS, progress.tensors, {**origin, **epochs})
+
+        tell(
+            "start",
+            system="sasrec",
+            recipe=dataclasses.asdict(settings),
+            trained_through=trained_through,
+            exclude_history=exclude_history,
+            resumed_from=progress.last.epoch if progress else None,
+            threads=torch.get_num_threads(),
+            git=git_commit(),
+            versions=versions(),
+        )
+        trained = train(
+            dataset.sequences,
+            settings,
+            exclude_history=exclude_history,
+            trained_through=trained_through,
+            on_epoch=ended,
+            on_progress=keep,
+            progress=progress,
+        )
+        tell(
+            "end",
+            status="finished",
+            seconds=trained.last.seconds,
+            best_epoch=trained.best.epoch,
+            parameters=sum(parameter.numel() for parameter in trained.model.parameters()),
+            **{f"best_{name}": value for name, value in trained.best.scores.items()},
+        )
+    return trained
+
+
+def _drop_events_behind(path: Path, epoch: int) -> None:
+    """Epochs whose weights were lost are trained again, and told again. Of a training that starts anew nothing is kept."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if epoch and path.is_file() else []
+    # What follows an epoch that was lost has been lost with it; a line may be torn.
+    kept = itertools.takewhile(lambda line: line.endswith("\n") and _is_of_epochs_up_to(epoch, json.loads(line)), lines)
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _is_of_epochs_up_to(epoch: int, event: dict[str, Any]) -> bool:
+    return event["event"] == "start" or (event["event"] == "epoch" and event["epoch"] <= epoch)
+
+
+def _save(run: Path, origin: dict[str, str], trained: Trained) -> None:
+    """The vectors first: where the weights lie, the run is finished."""
+    metadata = {**origin, "best_epoch": str(trained.best.epoch)}
+    vectors_Id = trained.model.item_embedding.weight.detach().float().contiguous()
+    _write(run / VECTORS, {"item_vectors": vectors_Id}, metadata)
+    _write(run / WEIGHTS, dict(trained.model.state_dict()), metadata)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)

@@ -1,0 +1,245 @@
+"""Training of SASRec: every position of the training parts, all items in the softmax, stopped by validation."""
+
+# U users, B users of a batch, n positions of a batch
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from genrec_shards.histories import sample_users
+from genrec_shards.keyed_random import keyed_permutation, mixed_key
+from genrec_shards.numbering.cooccurrence import neighbour_vectors
+from genrec_shards.sequences import Sequences
+from genrec_shards.splits import TrainedThrough
+from torch import Tensor
+
+from genrec_dist.baselines.sasrec_model import Packed, SASRec, SasrecSettings, pack, target_places
+from genrec_dist.config.recipe import Optimizer
+from genrec_dist.distributed.signals import NotFinite
+from genrec_dist.evaluation.metrics import as_written, metrics_from_histogram, rank_histogram
+from genrec_dist.model.item_init import MOST_FACTORS, turn_rows
+from genrec_dist.model.optimizer import AveragedWeights, build_optimizer
+
+_INIT_STREAM, _ORDER_STREAM, _DROPOUT_STREAM = 0x5A50, 0x5A51, 0x5A52
+METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch that is over."""
+
+    epoch: int
+    """Counted from 1."""
+    step: int
+    """Optimiser steps so far."""
+    loss: float
+    """Mean cross-entropy a target of the epoch, dropout on."""
+    scores: dict[str, float]
+    """`METRICS` on the validation users; empty where nothing is left to validate on."""
+    users: int
+    """Validated."""
+    seconds: float
+    """Since training began, validation included."""
+    best: bool
+    """The best epoch so far, whose weights are kept."""
+
+    def __str__(self) -> str:
+        scores = "".join(f", {name} {as_written(self.scores[name])}" for name in ("HR@10", "NDCG@10") if self.scores)
+        return f"epoch {self.epoch}: loss {self.loss:.4f}{scores}{' (best)' * self.best}, {self.seconds:.0f} s"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """All that the rest of a training depends on, as it stands behind an epoch."""
+
+    last: Epoch
+    best: Epoch
+    tensors: dict[str, Tensor]
+    """`weights.`, `average.`, `exp_avg.`, `exp_avg_sq.` and `steps.` of each parameter, and `best.` of each of the model's tensors.
+    Order and dropout are functions of seed, epoch and step: no random state is among them. While the training goes on they are
+    its own, not copies."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    model: SASRec
+    """With the weights of the best epoch, out of training mode."""
+    best: Epoch
+    last: Epoch
+
+
+def train(
+    sequences: Sequences,
+    settings: SasrecSettings,
+    *,
+    exclude_history: bool,
+    trained_through: TrainedThrough = "n-2",
+    on_epoch: Callable[[Epoch, SASRec], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    progress: Progress | None = None,
+) -> Trained:
+    """Train until NDCG@10 on validation stays behind its best for `patience` epochs; n-1: `epochs` epochs, no validation.
+
+    The same settings and training parts give the same weights at every epoch, bit for bit on one machine with one number of
+    threads; held-out items only choose the epoch. `on_epoch` is called with the weights that were validated, `on_progress` behind
+    it with what `progress` takes to go on from there: the weights are the same as of a training that was never interrupted.
+    The caller's random state is left as it was. Raises ValueError where no user has two items to learn from, NotFinite for a loss
+    that is no number.
+    """
+    parts = TrainingParts(sequences, settings, trained_through)
+    validated = np.empty(0, np.int64)
+    if trained_through == "n-2":
+        asked = sequences.history_and_target("validation").users
+        validated = asked[sample_users(len(asked), settings.validation_users, settings.seed)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mixed_key(settings.seed, _INIT_STREAM) >> 1)
+        model = SASRec(sequences.num_items, settings)
+        if settings.init_items == "cooccurrence":
+            vectors_IF = neighbour_vectors(sequences, min(settings.d_model, MOST_FACTORS), settings.seed)
+            turn_rows(model.item_embedding.weight, torch.arange(sequences.num_items), vectors_IF, settings.init_std)
+        loop = _Loop(model, parts, settings)
+        if progress is not None:
+            loop.go_on_from(progress)
+        return loop.run(sequences, validated, exclude_history, on_epoch, on_progress)
+
+
+class TrainingParts:
+    """The training parts as batches of inputs and labels; held-out items are never looked at."""
+
+    def __init__(self, sequences: Sequences, settings: SasrecSettings, trained_through: TrainedThrough):
+        self.items, self.settings = sequences.items, settings
+        ends_U = sequences.training_ends(trained_through)
+        # The last item of a part is a label alone.
+        lengths_U = ends_U - sequences.offsets[:-1] - 1
+        rows = np.flatnonzero(lengths_U > 0)
+        if not len(rows):
+            raise ValueError(
+                f"no user has two items to train on (through {trained_through}): SASRec needs longer histories"
+            )
+        self.input_ends_U, self.lengths_U = ends_U[rows] - 1, lengths_U[rows]
+
+    @property
+    def num_batches(self) -> int:
+        return -(-len(self.lengths_U) // self.settings.batch_size)
+
+    def batches(self, epoch: int) -> Iterator[tuple[Packed, Tensor]]:
+        """(inputs, labels int64 [n]) of all users, in an order of this epoch."""
+        order_U = keyed_permutation(len(self.lengths_U), self.settings.seed, _ORDER_STREAM, epoch)
+        for start in range(0, len(order_U), self.settings.batch_size):
+            users_B = order_U[start : start + self.settings.batch_size]
+            packed = pack(self.items, self.input_ends_U[users_B], self.lengths_U[users_B], self.settings)
+            yield packed, torch.from_numpy(self.items[packed.places_n + 1].astype(np.int64))
+
+
+class _Loop:
+    def __init__(self, model: SASRec, parts: TrainingParts, settings: SasrecSettings):
+        self.model, self.parts, self.settings = model, parts, settings
+        self.optimizer = build_optimizer(model, Optimizer(weight_decay=settings.weight_decay, decay="all"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate
+        self.average = AveragedWeights(model.parameters(), settings.average) if settings.average else None
+        self.step = 0
+        self.best: Epoch | None = None
+        self.last: Epoch | None = None
+        self.kept: dict[str, Tensor] = {}
+        """The weights of the best epoch."""
+
+    def run(
+        self,
+        sequences: Sequences,
+        validated: np.ndarray,
+        exclude_history: bool,
+        on_epoch: Callable[[Epoch, SASRec], None] | None,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> Trained:
+        start = time.perf_counter() - (self.last.seconds if self.last else 0.0)
+        while not self.is_over():
+            number = self.last.epoch + 1 if self.last else 1
+            loss = self.pass_over_users(number)
+            self.swap_average()
+            scores = validation_scores(self.model, sequences, validated, exclude_history) if len(validated) else {}
+            is_best = self.best is None or not scores or scores["NDCG@10"] > self.best.scores["NDCG@10"]
+            epoch = Epoch(number, self.step, loss, scores, len(validated), time.perf_counter() - start, is_best)
+            if is_best:
+                self.best, self.kept = epoch, {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.last = epoch
+            if on_epoch is not None:
+                on_epoch(epoch, self.model)
+            self.swap_average()
+            if on_progress is not None:
+                on_progress(self.progress())
+        assert self.best is not None
+        assert self.last is not None
+        self.model.load_state_dict(self.kept)
+        return Trained(self.model.eval(), self.best, self.last)
+
+    def is_over(self) -> bool:
+        if self.last is None or self.best is None:
+            return False
+        patience = self.settings.patience
+        return self.last.epoch == self.settings.epochs or 0 < patience <= self.last.epoch - self.best.epoch
+
+    def progress(self) -> Progress:
+        assert self.best is not None
+        assert self.last is not None
+        tensors = {f"best.{name}": value for name, value in self.kept.items()}
+        for place, (name, parameter) in enumerate(self.model.named_parameters()):
+            moments = self.optimizer.state[parameter]
+            tensors[f"weights.{name}"] = parameter.detach()
+            tensors[f"steps.{name}"] = moments["step"]
+            tensors |= {f"{key}.{name}": moments[key] for key in ("exp_avg", "exp_avg_sq")}
+            if self.average is not None:
+                tensors[f"average.{name}"] = self.average.values[place]
+        return Progress(self.last, self.best, tensors)
+
+    @torch.no_grad()
+    def go_on_from(self, progress: Progress) -> None:
+        tensors = progress.tensors
+        self.last, self.best, self.step = progress.last, progress.best, progress.last.step
+        self.kept = {name: tensors[f"best.{name}"] for name in self.model.state_dict()}
+        for place, (name, parameter) in enumerate(self.model.named_parameters()):
+            parameter.copy_(tensors[f"weights.{name}"])
+            self.optimizer.state[parameter] = {
+                "step": tensors[f"steps.{name}"],
+                **{key: tensors[f"{key}.{name}"] for key in ("exp_avg", "exp_avg_sq")},
+            }
+            if self.average is not None:
+                self.average.values[place].copy_(tensors[f"average.{name}"])
+
+    def pass_over_users(self, epoch: int) -> float:
+        """One epoch: its mean loss a target."""
+        self.model.train()
+        total, targets = torch.zeros((), dtype=torch.float64), 0
+        for packed, labels_n in self.parts.batches(epoch):
+            torch.manual_seed(mixed_key(self.settings.seed, _DROPOUT_STREAM, self.step) >> 1)
+            loss = self.model.loss(packed, labels_n)
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update(self.step)
+            self.step += 1
+            total += loss.detach().double() * len(labels_n)
+            targets += len(labels_n)
+        mean = float(total) / targets
+        if not math.isfinite(mean):
+            raise NotFinite(f"loss is {mean} in epoch {epoch}: lower learning_rate ({self.settings.learning_rate})")
+        return mean
+
+    def swap_average(self) -> None:
+        if self.average is not None:
+            self.average.swap()
+
+
+def validation_scores(
+    model: SASRec, sequences: Sequences, users: np.ndarray, exclude_history: bool
+) -> dict[str, float]:  # fmt: skip
+    """`METRICS` of these users' validation targets, as the metrics file counts them."""
+    places_U = target_places(model, sequences.history_and_target("validation"), users, exclude_history)
+    metrics = metrics_from_histogram(rank_histogram(places_U))
+    return {name: metrics[name] for name in METRICS}

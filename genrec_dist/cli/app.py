@@ -1,0 +1,187 @@
+"""The command line: `genrec COMMAND ...`, each command a thin door to a function."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from genrec_dist.cli.bench import bench
+from genrec_dist.cli.data import prepare, shard
+from genrec_dist.cli.inference import evaluate, recommend
+from genrec_dist.cli.reproduce import reproduce
+from genrec_dist.cli.scores import baseline, compare, report
+from genrec_dist.console import UsageError, exit_code_of, out, rank, say, world_size
+
+app = typer.Typer(
+    name="genrec",
+    help="Train GenRec, a generative sequential recommender: exact, honest, fast.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+# Modules are imported inside the commands: `genrec --help` must not wait for torch.
+
+
+def demo(
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory of the demo run.")] = Path("runs/demo"),
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value of the demo recipe.")] = None,
+) -> None:
+    """The whole path on a synthetic catalogue whose ceiling is known.
+
+    Example: genrec demo --out runs/demo
+    """
+    from genrec_dist.cli.demo import run_demo
+
+    run_demo(out_dir, overrides or [], out)
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")] = None,
+    begin_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", metavar="RUN", help="Begin with this run's weights: --set begin_from=RUN (docs/refresh.md)."
+        ),
+    ] = None,
+    resume: Annotated[str | None, typer.Option(help="latest, or a checkpoint directory.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    profile: Annotated[
+        int, typer.Option(help="Record so many steps into RUN/trace-rank-R.json.gz, for ui.perfetto.dev.", min=0)
+    ] = 0,
+) -> None:
+    """Pretrain and finetune by a recipe; under accelerate launch or torchrun on several processes.
+
+    Example: genrec train tiny --set data=data/beauty --set run=runs/beauty
+    """
+    from genrec_dist.config.load import load_recipe
+    from genrec_dist.report.run_report import write_report
+    from genrec_dist.training.run import train as run_train
+    from genrec_dist.training.setup import describe
+
+    resolved = load_recipe(recipe, overrides)
+    if begin_from is not None:
+        resolved = dataclasses.replace(resolved, begin_from=str(begin_from))
+    if dry_run:
+        out.print_json(data=describe(resolved))
+        return
+    path = run_train(resolved, resume, trace_steps=profile)
+    if rank() == 0:
+        write_report(path)
+        say(f"{path}: finished; next: genrec evaluate {path} --split test")
+
+
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs the run is spread over.", min=1)] = 1,
+    memory: Annotated[float, typer.Option(help="GiB of one GPU.")] = 24.0,
+    users: Annotated[int | None, typer.Option(help="Users, in place of the recipe's data; with --items.")] = None,
+    items: Annotated[int | None, typer.Option(help="Items, in place of the recipe's data; with --users.")] = None,
+    launch: Annotated[Path, typer.Option(help="Directory of zero0.json ...: their buckets count.")] = Path("launch"),
+    card: Annotated[str | None, typer.Option(help="Its published peak gives the time, e.g. 'RTX 3090'.")] = None,
+    tflops: Annotated[float | None, typer.Option(help="TFLOP/s a GPU really reaches, for the time.")] = None,
+    json_: Annotated[Path | None, typer.Option("--json", help="Also write it all to this file.")] = None,
+) -> None:
+    """Bytes a GPU under DDP and ZeRO 0 to 3, the largest micro-batch that fits, the time, and what to take.
+
+    Example: genrec plan paper-base --gpus 1 --memory 24 --users 22363 --items 12101
+    """
+    from genrec_dist.config.load import load_recipe
+    from genrec_dist.estimate import forecast
+
+    found = forecast.forecast(
+        load_recipe(recipe, overrides), gpus=gpus, memory_gib=memory, users=users, items=items,
+        zero_files=launch if launch.is_dir() else None, card=card, tflops=tflops,
+    )  # fmt: skip
+    if json_ is not None:
+        forecast.write_json(found, json_)
+    out.print(forecast.render(found))
+
+
+def tune(
+    space: Annotated[str | None, typer.Argument(metavar="SPACE", help="A space file; --finish needs none.")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory of the sweep.")] = Path("runs/sweep"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that is there.")] = False,
+    finish: Annotated[bool, typer.Option("--finish", help="The finals of a sweep, and its only look at test.")] = False,
+    against_base: Annotated[bool, typer.Option("--against-base", help="With --finish: the base recipe too.")] = False,
+    budget_hours: Annotated[float | None, typer.Option(help="End in good order after so many hours.", min=0)] = None,
+    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; default: one on this machine.")] = None,
+    storage: Annotated[str | None, typer.Option(help="An address that fsspec knows; the sweep lies there.")] = None,
+    trials: Annotated[int | None, typer.Option(help="In place of the space file's.", min=1)] = None,
+) -> None:
+    """Search a space of recipes by validation; with --finish rerun its best three with three seeds and look at test once.
+
+    Example: genrec tune tuning/spaces/beauty.yaml --out runs/beauty-sweep
+    """
+    from genrec_tuning.finals import finish_sweep, outcome
+    from genrec_tuning.space import load_space
+    from genrec_tuning.sweep import run_sweep, told
+
+    if finish:
+        ended = finish_sweep(
+            out_dir, against_base=against_base, budget_hours=budget_hours, address=address, storage=storage
+        )
+        say(outcome(ended))
+        return
+    if space is None or against_base:
+        raise UsageError("give a space file" if space is None else "--against-base belongs to --finish")
+    found = load_space(space, trials)
+    sweep = run_sweep(found, out_dir, resume=resume, budget_hours=budget_hours, address=address, storage=storage)
+    say(told(sweep, str(out_dir)))
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """What is installed, what works, what is missing and how to get it.
+
+    Example: genrec doctor
+    """
+    from genrec_dist.cli import doctor as examination
+
+    findings = examination.examine()
+    if as_json:
+        typer.echo(examination.as_json(findings))
+    else:
+        out.print(examination.render(findings))
+    if not examination.healthy(findings):
+        raise typer.Exit(1)
+
+
+# In the order of the help.
+for door in (
+    demo, prepare, shard, train, evaluate, recommend, baseline, compare, report, plan, tune, doctor, reproduce,
+):  # fmt: skip
+    app.command()(door)
+app.add_typer(
+    bench,
+    name="bench",
+    short_help="Measure a claim beside a named peer, the two in turn.",
+    help="Measure a claim beside a named peer, the two in turn.\n\nExample: genrec bench stream --json stream.json",
+)
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run one command and return its exit code (`console.exit_code_of`)."""
+    return exit_code_of(lambda: app(arguments or ["--help"], prog_name="genrec", standalone_mode=False))
+
+
+def main() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer runs once, before workers fork
+    code = run_command(sys.argv[1:])
+    if code and world_size() > 1:
+        # A process group that waits for its peers would keep this rank, and with it the others, from ending.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The doors of `genrec bench ...`: each measures a claim beside a named peer and can store its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from genrec_dist.bench.measure import Claim
+
+bench = typer.Typer(no_args_is_help=True)
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the table, with hardware and versions.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
+]
+
+
+@bench.command("rows")
+def bench_rows(json_path: JsonOption = None) -> None:
+    """Id tables of 10^5 to 10^7 rows, beside SparseAdam and dense AdamW, on one thread; bytes on the wire of two ranks.
+
+    Example: genrec bench rows --json rows.json
+    """
+    from genrec_dist.bench.id_tables import bench_rows as run_bench
+
+    claims, table = run_bench()
+    _tell(claims, table, json_path)
+
+
+@bench.command("stream")
+def bench_stream(
+    data: DataOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Decode speed and bytes beside one JSON a sample; a late resume; waiting in a tiny run; bytes over a network.
+
+    Example: genrec bench stream --data data/beauty --json stream.json
+    """
+    from genrec_dist.bench.stream import bench_stream as run_bench
+
+    claims, table = run_bench(data)
+    _tell(claims, table, json_path)
+
+
+@bench.command("beam")
+def bench_beam(
+    data: DataOption = None,
+    run: Annotated[
+        Path | None, typer.Option("--run", help="A run trained on --data: also evaluating it beside an epoch.")
+    ] = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Decoding beside Hugging Face's `generate`, lists compared, at two model shapes; the trie of 10^6 items.
+
+    Example: genrec bench beam --data data/beauty --run runs/tiny --json beam.json
+    """
+    from genrec_dist.bench.beam import bench_beam as run_bench
+    from genrec_dist.bench.beam import format_curves
+
+    claims, table = run_bench(data, run)
+    _tell(claims, table, json_path, format_curves(table))
+
+
+@bench.command("latency")
+def bench_latency(
+    run: Annotated[
+        Path | None, typer.Option("--run", help="Run directory; default: random weights in the shape of tiny.")
+    ] = None,
+    data: DataOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """p50, p95 and p99 of one caller and of 8 at once, one history a call, beside a lock round each call.
+
+    Example: genrec bench latency --run runs/beauty --data data/beauty --json latency.json
+    """
+    from genrec_dist.bench.latency import bench_latency as run_bench
+    from genrec_dist.bench.latency import format_latencies
+
+    claims, table = run_bench(run, data)
+    _tell(claims, table, json_path, format_latencies(table["measured"]))
+
+
+@bench.command("kernels")
+def bench_kernels(
+    data: DataOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """The embedding sum and its gradients beside eager torch, torch.compile and atomics; on a CPU its plain-torch twin.
+
+    Example: genrec bench kernels --data data/beauty --json kernels.json
+    """
+    from genrec_dist.bench.kernels import bench_kernels as run_bench
+    from genrec_dist.bench.kernels import format_shares
+
+    claims, table = run_bench(data)
+    _tell(claims, table, json_path, format_shares(table))
+
+
+@bench.command("train")
+def bench_train(
+    data: DataOption = None,
+    json_path: JsonOption = None,
+) -> None:
+    """Training steps beside Hugging Face's Trainer, as it comes and tuned, and the published collate; a quarter of an hour.
+
+    Example: genrec bench train --data data/beauty --json train.json
+    """
+    from genrec_dist.bench.train import bench_train as run_bench
+    from genrec_dist.bench.train import format_rivals
+
+    claims, table = run_bench(data)
+    _tell(claims, table, json_path, format_rivals(table))
+
+
+def _tell(claims: list[Claim], table: dict[str, Any], json_path: Path | None, details: str = "") -> None:
+    from genrec_dist.bench.measure import format_claims, write_table
+
+    if details:
+        typer.echo(details)
+    typer.echo(format_claims(claims))
+    if json_path is not None:
+        write_table(table, json_path)

@@ -1,0 +1,235 @@
+"""The doors of `genrec evaluate` and `genrec recommend`."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from genrec_dist.cli.options import DataOption, DecodeOption, ExcludeOption, RunArgument, Split, data_of, exclude
+from genrec_dist.console import UsageError, out, rank, say, world_size
+
+# Modules are imported inside the commands: `genrec --help` must not wait for torch.
+
+
+def evaluate(
+    run: RunArgument,
+    split: Annotated[Split, typer.Option(help="Which items are the targets.")] = "test",
+    beam: Annotated[int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)] = 20,
+    top: Annotated[int, typer.Option(help="Length of the lists; metrics need 20.")] = 20,
+    decode: DecodeOption = "exact",
+    item_weight: Annotated[
+        float | None,
+        typer.Option(help="Of the item head in hybrid; default: as --tune-weights chose, else 1.", min=0.0),
+    ] = None,
+    graph_weight: Annotated[
+        float | None, typer.Option(help="Of the transition graph in hybrid; default: as chosen, else 0.", min=0.0)
+    ] = None,
+    graph_settings: Annotated[
+        list[str] | None,
+        typer.Option("--graph-set", help="epsilon=value of the mixture, or key=value of the graph's kNN; repeatable."),
+    ] = None,
+    tune_weights: Annotated[
+        bool,
+        typer.Option("--tune-weights", help="Choose hybrid's weights on validation, into RUN/hybrid.json; no lists."),
+    ] = False,
+    exclude_history: ExcludeOption = "auto",
+    batch_size: Annotated[int, typer.Option(help="Users decoded at once.", min=1)] = 512,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option("--out", help="Directory for metrics and lists, if not RUN: another --decode stands beside."),
+    ] = None,
+    data: DataOption = None,
+) -> None:
+    """Decode every user once, score, and set the baselines beside it; under accelerate launch or torchrun on several processes.
+
+    Weights of --decode hybrid are chosen once on validation (--tune-weights) and then used for test.
+
+    Example: genrec evaluate runs/beauty --split test
+    """
+    from genrec_shards.dataset import load_dataset
+
+    from genrec_dist.config.load import load_recipe
+    from genrec_dist.distributed.collectives import Ranks
+    from genrec_dist.evaluation.metrics import TOP
+    from genrec_dist.evaluation.results import format_table
+    from genrec_dist.inference.evaluate import evaluate as run_evaluate
+    from genrec_dist.inference.load import load_run
+    from genrec_dist.inference.rank_users import Decoding
+    from genrec_dist.inference.tune_mixture import mixed_decoding, tune_mixture
+    from genrec_dist.report.run_report import write_report
+
+    if top < TOP:
+        raise UsageError(f"--top {top}: metrics look at {TOP} places, give --top {TOP} or more")
+    if tune_weights and (decode != "hybrid" or split != "validation"):
+        raise UsageError("--tune-weights goes with --decode hybrid --split validation")
+    if tune_weights and out_dir is not None:
+        raise UsageError("--tune-weights writes RUN/hybrid.json and no lists: leave out --out")
+    if decode != "hybrid" and (graph_weight is not None or graph_settings):
+        raise UsageError(f"--decode {decode} has no graph: --graph-weight and --graph-set go with --decode hybrid")
+    recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+    dataset = load_dataset(data or data_of(run))
+    with _processes() as device:
+        loaded = load_run(run, device)
+        decoding = Decoding(
+            beam=beam,
+            top=top,
+            mode=decode,
+            batch_size=batch_size,
+            exclude_history=exclude(exclude_history, loaded.model.config.exclude_history),
+        )
+        if decode == "hybrid":
+            decoding = mixed_decoding(
+                loaded, dataset, decoding, recipe.trained_through if recipe else "n-2",
+                item_weight=item_weight, graph_weight=graph_weight, overrides=graph_settings, anew=tune_weights,
+            )  # fmt: skip
+        num_users = len(dataset.sequences.history_and_target(split).users)
+        if tune_weights:
+            with _progress("weights", num_users) as advance:
+                choice = tune_mixture(
+                    loaded, dataset, decoding=decoding, trained_through=recipe.trained_through if recipe else "n-2",
+                    ranks=Ranks(), on_batch=advance,
+                )  # fmt: skip
+            if rank() == 0:
+                say(choice.told())
+            return
+        with _progress(f"evaluate {split}", num_users) as advance:
+            metrics = run_evaluate(
+                loaded,
+                dataset,
+                split,
+                decoding=decoding,
+                trained_through=recipe.trained_through if recipe else "n-2",
+                recipe=recipe.as_dict() if recipe else None,
+                ranks=Ranks(),
+                on_batch=advance,
+                out_dir=out_dir,
+            )
+    if metrics is not None:
+        out.print(format_table([metrics]))
+        say(str(write_report(out_dir or run)))
+
+
+def recommend(
+    run: RunArgument,
+    history: Annotated[str | None, typer.Option(help="Item ids, oldest first, separated by commas.")] = None,
+    user: Annotated[str | None, typer.Option(help="A user's id; with --history: whose history it is.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help='JSON lines {"history": [...], "user": ..., "block": [...]}.')
+    ] = None,
+    all_users: Annotated[bool, typer.Option("--all-users", help="All users of the data; needs --out.")] = False,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Directory for --all-users.")] = None,
+    top: Annotated[int, typer.Option(help="Length of the lists.", min=1)] = 20,
+    beam: Annotated[int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)] = 20,
+    decode: DecodeOption = "exact",
+    exclude_history: ExcludeOption = "auto",
+    allow: Annotated[Path | None, typer.Option(help="File of item ids, one a line: list these alone.")] = None,
+    block: Annotated[Path | None, typer.Option(help="File of item ids, one a line: never list these.")] = None,
+    titles: Annotated[
+        bool, typer.Option("--titles", help="Lists to be read, with the titles of `prepare --items`, for JSON lines.")
+    ] = False,
+    data: DataOption = None,
+) -> None:
+    """What will this user take next? JSON lines in your own item ids.
+
+    Scores are natural log-probabilities of the items' texts under the softmax of --decode; equal ones are listed by fewer
+    sub-words, then smaller token ids. Under --decode free, texts that are no item are left out and counted.
+
+    Example: genrec recommend runs/beauty --history 83,104,105
+    """
+    from genrec_shards.dataset import load_dataset
+
+    from genrec_dist.distributed.collectives import Ranks
+    from genrec_dist.inference.export_lists import recommend_all
+    from genrec_dist.inference.item_filter import read_ids
+    from genrec_dist.inference.recommend import Recommender, Request, read_requests, user_request
+    from genrec_dist.inference.titles import Titles
+
+    if sum([history is not None or user is not None, file is not None, all_users]) != 1:
+        raise UsageError("give one of --history/--user, --file, --all-users")
+    if all_users and out_dir is None:
+        raise UsageError("--all-users needs --out DIR")
+    if all_users and titles:
+        raise UsageError("--titles is for lists that are read: of --all-users join the lists with DATA/items.parquet")
+    with _processes() as device:
+        recommender = Recommender.load(
+            run, device, beam=beam, mode=decode,
+            exclude_history=None if exclude_history == "auto" else exclude_history == "yes",
+            allow=None if allow is None else read_ids(allow), block=None if block is None else read_ids(block),
+        )  # fmt: skip
+        if rank() == 0:
+            _tell_unknown(allow, recommender.choice.unknown_allow)
+            _tell_unknown(block, recommender.choice.unknown_block)
+        if all_users:
+            assert out_dir is not None
+            dataset = load_dataset(data or data_of(run))
+            with _progress("recommend", dataset.sequences.num_users) as advance:
+                path = recommend_all(recommender, dataset, out_dir, top=top, ranks=Ranks(), on_batch=advance)
+            if path is not None:
+                num_items = len(recommender.choice.rows)
+                say(f"{path}: {dataset.sequences.num_users:,} users, {num_items:,} items to choose from")
+            return
+        if file is not None:
+            requests = list(read_requests(file))
+        elif history is not None:
+            requests = [Request([item.strip() for item in history.split(",") if item.strip()], user)]
+        else:
+            assert user is not None
+            requests = [user_request(load_dataset(data or data_of(run)), recommender.run, user)]
+        called = Titles(load_dataset(data or data_of(run))) if titles else None
+        for request, answer in zip(requests, recommender.answers(requests, k=top), strict=True):
+            if answer.unknown_items:
+                typer.echo(f"not in the catalogue, skipped: {', '.join(answer.unknown_items)}", err=True)
+            typer.echo(answer.as_json() if called is None else called.page(request, answer))
+
+
+def _tell_unknown(file: Path | None, ids: list[str]) -> None:
+    from genrec_dist.inference.item_filter import name_some
+
+    if ids:
+        typer.echo(f"{file}: {len(ids):,} ids are not in the catalogue, skipped: {name_some(ids)}", err=True)
+
+
+class _processes:
+    """The device of this process; under a launcher also the process group, which is left in good order at the end.
+
+    Only decoding happens within, so neither accelerate nor DeepSpeed is asked, whatever the launcher has set for them.
+    """
+
+    def __enter__(self) -> Any:
+        from genrec_dist.distributed.collectives import join
+        from genrec_dist.distributed.signals import terminate
+        from genrec_dist.inference.load import best_device
+
+        # A launcher sends it to all ranks when one is gone.
+        self.before = signal.signal(signal.SIGTERM, terminate)
+        if world_size() > 1:
+            join()
+        return best_device()
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        from genrec_dist.distributed.collectives import leave
+
+        signal.signal(signal.SIGTERM, self.before)
+        if world_size() > 1 and error is None:
+            leave()
+
+
+class _progress:
+    """A bar on standard error of rank 0, so that standard output holds results alone."""
+
+    def __init__(self, what: str, total: int):
+        console = Console(stderr=True)
+        self.bar = Progress(console=console, disable=rank() != 0 or not console.is_terminal)
+        self.task = self.bar.add_task(what, total=total)
+
+    def __enter__(self) -> Any:
+        self.bar.start()
+        return lambda users: self.bar.advance(self.task, users)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self.bar.stop()

@@ -1,0 +1,48 @@
+"""What the doors share: options of one meaning, the way to say a line, and who this process is among several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+Split = Literal["validation", "test"]
+YesNo = Literal["auto", "yes", "no"]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `genrec train`.")]
+DataArgument = Annotated[Path, typer.Argument(metavar="DATA", help="Directory of `genrec prepare`.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Data directory; default: the one the run was trained on.")
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
+EngineOption = Annotated[
+    Literal["local", "ray"], typer.Option("--engine", help="ray: on a cluster, to the same bytes: docs/data.md.")
+]
+RayAddressOption = Annotated[
+    str | None, typer.Option("--ray-address", help="HOST:PORT of a running Ray cluster; default: this machine's cores.")
+]
+ExcludeOption = Annotated[
+    YesNo, typer.Option("--exclude-history", help="Leave out items of the history; auto: where no target repeats.")
+]
+
+
+DecodeOption = Annotated[
+    Literal["exact", "compact", "free", "all", "items", "hybrid"],
+    typer.Option(
+        "--decode",
+        help="exact: the model's softmax; compact: over the items' tokens alone; free: no trie; all: every item scored; items: by "
+        "the item head (model.item_loss); hybrid: by the decoder with the item head, the transition graph or both.",
+    ),
+]
+
+
+def data_of(run: Path) -> Path:
+    from genrec_dist.config.load import load_recipe
+
+    if not (run / "recipe.yaml").is_file():
+        raise ValueError(f"{run}: no recipe.yaml in it; is it a directory of `genrec train`?")
+    return Path(load_recipe(run / "recipe.yaml").data)
+
+
+def exclude(choice: YesNo, default: bool) -> bool:
+    return default if choice == "auto" else choice == "yes"

@@ -1,0 +1,83 @@
+"""The doors of `genrec baseline`, `genrec compare` and `genrec report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from genrec_dist.cli.options import DataArgument, ExcludeOption, RunArgument, Split, exclude
+from genrec_dist.console import UsageError, out, say
+
+# Modules are imported inside the commands: `genrec --help` must not wait for torch.
+
+
+def baseline(
+    name: Annotated[
+        Literal["popularity", "counting", "repeat", "knn", "sasrec", "sasrec+knn"],
+        typer.Argument(help="Which rule, SASRec, or SASRec mixed with kNN, hybrid's control."),
+    ],
+    data: DataArgument,
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory for metrics and lists.")],
+    split: Annotated[Split, typer.Option(help="Which items are the targets.")] = "test",
+    trained_through: Annotated[Literal["n-2", "n-1"], typer.Option(help="Last position it may learn.")] = "n-2",
+    exclude_history: ExcludeOption = "auto",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value of knn or sasrec; of sasrec+knn also with knn. or sasrec. before it."),
+    ] = None,
+) -> None:
+    """The same metrics from the same evaluator for a rule that learns little or nothing, or for SASRec, trained into DIR.
+
+    Example: genrec baseline knn data/beauty --out runs/beauty-knn
+    """
+    from genrec_shards.dataset import load_dataset
+    from genrec_shards.histories import exclude_history_default
+
+    from genrec_dist.baselines.run import run_baseline
+    from genrec_dist.evaluation.results import format_table
+
+    if overrides and name not in ("knn", "sasrec", "sasrec+knn"):
+        raise UsageError(f"--set {overrides[0]}: {name} has nothing to set, only knn, sasrec and sasrec+knn have")
+    dataset = load_dataset(data)
+    excluded = exclude(exclude_history, exclude_history_default(dataset.sequences))
+    metrics = run_baseline(
+        name, dataset, split, out_dir, trained_through=trained_through, exclude_history=excluded,
+        settings=overrides, on_epoch=lambda epoch: say(str(epoch)),
+    )  # fmt: skip
+    out.print(format_table([metrics]))
+
+
+def compare(
+    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run or a baseline's output; or a folder of seeds.")],
+    run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="What it is compared with.")],
+    split: Annotated[Split, typer.Option(help="Whose lists.")] = "test",
+    resamples: Annotated[int, typer.Option(help="Of the bootstrap.", min=100)] = 10_000,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Also write it all to this file.")] = None,
+) -> None:
+    """Is one better than the other? Paired bootstrap over users, and over seeds where there are several.
+
+    Example: genrec compare runs/beauty runs/beauty-knn
+    """
+    from genrec_dist.evaluation.compare import compare as run_compare
+    from genrec_dist.evaluation.compare import conclusion, render, write_json
+
+    found = run_compare(run_a, run_b, split=split, resamples=resamples, seed=seed)
+    if json_path is not None:
+        write_json(found, json_path)
+    out.print(render(found))
+    say(conclusion(found))
+
+
+def report(run: RunArgument) -> None:
+    """Write `report.html` of a run; it opens without a network.
+
+    Example: genrec report runs/beauty
+    """
+    from genrec_dist.report.run_report import write_report
+
+    if not run.is_dir():
+        raise ValueError(f"{run}: no such run directory")
+    say(str(write_report(run)))

@@ -1,0 +1,81 @@
+"""Terminal output, exit codes, and which process this is among several."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+
+
+def exit_code_of(action: Callable[[], object]) -> int:
+    """Run `action`, say in one line why it failed, and return the process's exit code.
+
+    Returns:
+        0 ok, 1 failure, 2 usage, 130 and 143 after signals; a code that `action` itself returns.
+    """
+    from genrec_dist.distributed.signals import Stopped, Terminated
+
+    try:
+        # A typer.Exit comes back as its code, everything else that ends well as None.
+        code = action()
+        return code if isinstance(code, int) else 0
+    except ClickException as error:
+        where = error.ctx.command_path if getattr(error, "ctx", None) else "genrec"
+        typer.echo(f"genrec: {_one_line(error.format_message())}; see {where} --help", err=True)
+        return int(error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    except Terminated:
+        typer.echo("genrec: ended by SIGTERM", err=True)
+        return 128 + signal.SIGTERM
+    except Stopped as stop:
+        typer.echo(f"genrec: {stop}; continue with {stop.remedy}", err=True)
+        return 128 + stop.number
+    except (ValueError, OSError) as error:
+        typer.echo(f"genrec: {_one_line(_told(error))}", err=True)
+        return 1
+
+
+def _told(error: ValueError | OSError) -> str:
+    """An error's own words; those of the operating system with the file and a way out."""
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.errno is None:  # numpy says in words how much of an array it could not write
+        return f"{error}: make room or choose another output"
+    reason = os.strerror(error.errno).lower()
+    place = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{place}{reason}: make room or choose another output"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{place}{reason}: change its rights or choose another place"
+    return f"{place}{reason}: check the path"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+out = Console()
+
+# typer brings its own click or the real one, by its version: only these two bases are public in both.
+UsageError: Any = typer.BadParameter.__base__
+
+ClickException: Any = UsageError.__base__
+
+
+def say(text: str, style: str = "") -> None:
+    """A line as it is: a path is neither broken at the terminal's width nor taken for markup."""
+    out.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,1 @@
+"""Item sequences to batches: tokens, masks, prefix samples and packing."""

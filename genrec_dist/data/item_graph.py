@@ -1,0 +1,141 @@
+"""The transition graph of the training parts: which items stand near those of a history, as shares of one."""
+
+# B users, N items
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from genrec_shards.histories import TrainingPart, check_trained_through, training_windows
+from genrec_shards.sequences import Sequences
+from genrec_shards.splits import Split, TrainedThrough
+from torch import Tensor
+
+from genrec_dist.config.load import section_from
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """Co-occurrence kNN as a distribution over the next item."""
+
+    weights_NN: sp.csr_matrix
+    """float64, row = item of the history, column = candidate: `neighbour_weights`."""
+    settings: KnnSettings
+
+    @classmethod
+    def of(
+        cls, sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings | None = None
+    ) -> Graph:
+        """Of the training parts alone. Raises ValueError if training saw the split's targets."""
+        settings = settings or KnnSettings()
+        return cls(neighbour_weights(sequences, split, trained_through, settings), settings)
+
+    @property
+    def num_items(self) -> int:
+        return int(self.weights_NN.shape[0])
+
+    def shares(self, items: np.ndarray, offsets: np.ndarray) -> Tensor:
+        """float64 [B, N]: an item's kNN score over the sum of all items' scores; zeros for a history without neighbours.
+
+        `items[offsets[b]:offsets[b + 1]]` is a history, oldest first; what of it may be listed is not asked here.
+        """
+        scores_BN = asked(items, offsets, self.num_items, self.settings) @ self.weights_NN
+        sums_B = np.asarray(scores_BN.sum(axis=1)).ravel()
+        inverse_B = np.divide(1.0, sums_B, out=np.zeros_like(sums_B), where=sums_B > 0)
+        return torch.from_numpy((sp.diags(inverse_B) @ scores_BN).toarray())
+
+
+def log_near(shares: Tensor, epsilon: float, num_items: int) -> Tensor:
+    """log((1 - epsilon) share + epsilon / N), of shares of any shape: the graph's distribution with a uniform one beside it, so
+    that an item without a neighbour in the history is unlikely and not impossible."""
+    return shares.mul(1 - epsilon).add_(epsilon / num_items).log_()
+
+
+@dataclass(frozen=True)
+class KnnSettings:
+    """How neighbours are counted; one set of defaults for all data sets."""
+
+    window: int = 6
+    """How many steps apart two items of one training part may stand to count as a pair."""
+    forward: float = 1.0
+    """Weight of a pair from the earlier item to the later one, divided by their distance in steps."""
+    backward: float = 0.5
+    """The same from the later item to the earlier one."""
+    decay: float = 0.7
+    """Weight of the history's items: decay^age, age 0 being the last item."""
+    recent: int = 10
+    """How many items at the end of the history are asked for their neighbours."""
+    smoothing: float = 1.0
+    """Added to both masses before their powers, so that a rare item with one lucky pair does not outweigh everything."""
+    out_power: float = 0.5
+    """Power of the history item's mass by which its pairs are divided; 0 does not ask how much is taken near it."""
+    in_power: float = 0.5
+    """The same of the candidate's mass: 0 leans to what is popular, 1 away from it."""
+    batch_size: int = 1024
+    """Users scored at once; it changes memory, not results."""
+
+
+def knn_settings(overrides: list[str] | None, values: dict[str, Any] | None = None) -> KnnSettings:
+    """The defaults, changed by `values` and by `key=value`. Raises ValueError, one line, naming the key that does not fit."""
+    settings = section_from(KnnSettings, dict(values or {}), overrides, "knn")
+    for key, value in asdict(settings).items():
+        least = 1 if key in ("window", "recent", "batch_size") else 0
+        if not least <= value < float("inf"):
+            raise ValueError(f"knn: {key} is {value}: it has to be {least} or above")
+    return settings
+
+
+def neighbour_weights(
+    sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings
+) -> sp.csr_matrix:
+    """float64[I, I], row = item of the history, column = candidate: pairs(x, y) / ((out(x) + s)^a (in(y) + s)^b).
+
+    pairs(x, y) sums forward/d where y follows x by d steps in a training part, and backward/d where it precedes it.
+    Mass: out(x) is x's row sum, in(y) is y's column sum, both of pairs; s is the smoothing, a and b are the powers: by
+    default 1, 1/2 and 1/2.
+    """
+    pairs_II = _pairs(sequences, split, trained_through, settings)
+    out_I = np.asarray(pairs_II.sum(axis=1)).ravel()
+    in_I = np.asarray(pairs_II.sum(axis=0)).ravel()
+    scaled = sp.diags(_inverse_power(out_I + settings.smoothing, settings.out_power)) @ pairs_II
+    return (scaled @ sp.diags(_inverse_power(in_I + settings.smoothing, settings.in_power))).tocsr()
+
+
+def _pairs(sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings) -> sp.csr_matrix:
+    check_trained_through(split, trained_through)
+    total = sp.csr_matrix((sequences.num_items, sequences.num_items), dtype=np.float64)
+    for part in training_windows(sequences, trained_through):
+        for distance in range(1, settings.window + 1):
+            total = total + _pairs_at(distance, part, total.shape, settings)
+    return total
+
+
+def _pairs_at(distance: int, part: TrainingPart, shape: tuple[int, int], settings: KnnSettings) -> sp.csr_matrix:
+    together = part.users[:-distance] == part.users[distance:]
+    earlier, later = part.items[:-distance][together], part.items[distance:][together]
+    forward = np.full(len(earlier), settings.forward / distance)
+    backward = np.full(len(earlier), settings.backward / distance)
+    rows, columns = np.concatenate([earlier, later]), np.concatenate([later, earlier])
+    return sp.csr_matrix((np.concatenate([forward, backward]), (rows, columns)), shape=shape)
+
+
+def _inverse_power(mass_I: np.ndarray, power: float) -> np.ndarray:
+    raised_I = np.sqrt(mass_I) if power == 0.5 else mass_I**power
+    return np.divide(1, raised_I, out=np.zeros_like(mass_I), where=mass_I > 0)
+
+
+def asked(items: np.ndarray, offsets: np.ndarray, num_items: int, settings: KnnSettings) -> sp.csr_matrix:
+    """float64 [U, I]: the weight, decay^age, at which each history's recent items are asked for their neighbours.
+
+    `items[offsets[u]:offsets[u + 1]]` is a history, oldest first.
+    """
+    lengths_U = np.diff(offsets)
+    ages = np.repeat(offsets[1:], lengths_U) - 1 - np.arange(len(items))
+    recent = ages < settings.recent
+    users = np.repeat(np.arange(len(lengths_U)), lengths_U)
+    entries = (settings.decay ** ages[recent], (users[recent], items[recent]))
+    return sp.csr_matrix(entries, shape=(len(lengths_U), num_items))

@@ -1,0 +1,1 @@
+"""The trie of items and the beam search over it."""

@@ -1,0 +1,1 @@
+"""Processes that work together: collectives, launch checks, signals, deadlines."""

@@ -1,0 +1,137 @@
+"""What `hybrid` mixes and by which weights: chosen on validation, kept beside the run, used for test."""
+
+# G mixtures of a grid
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from genrec_shards.atomic import atomic_file
+
+from genrec_dist.config.load import section_from
+from genrec_dist.data.item_graph import KnnSettings, knn_settings
+from genrec_dist.evaluation.metrics import as_written, metrics_from_histogram
+
+FILE = "hybrid.json"
+ITEM_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+GRAPH_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)
+EPSILONS = (0.1, 0.5, 0.9, 0.98, 0.995, 0.999)
+METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """score = log p + item_weight log p_item + graph_weight log((1 - epsilon) share + epsilon / N)
+
+    log p: of GenRec's decoder; of SASRec's softmax in its control. p_item: the item head's, where there is one. share: the
+    item's part in the kNN scores of the history (`Graph.shares`). N: size of the catalogue.
+    """
+
+    item_weight: float = 1.0
+    graph_weight: float = 0.0
+    epsilon: float = 0.1
+    """How much of the graph's distribution is uniform."""
+    graph: KnnSettings = field(default_factory=KnnSettings)
+
+    def __post_init__(self) -> None:
+        for name in ("item_weight", "graph_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}: it has to be 0 or above")
+        if not 0 < self.epsilon <= 1:
+            raise ValueError(
+                f"epsilon is {self.epsilon}: it has to be above 0, or no weight makes a number of log 0, and at most 1"
+            )
+
+    @property
+    def of_graph(self) -> dict[str, Any] | None:
+        """What the protocol says of the graph; None where it has no weight."""
+        if not self.graph_weight:
+            return None
+        return {"weight": self.graph_weight, "epsilon": self.epsilon, **dataclasses.asdict(self.graph)}
+
+
+def grid(item_weights: Sequence[float], graph: KnnSettings) -> list[Mixture]:
+    """All that is tried, the lighter weights first; without a graph's weight its epsilon does not matter."""
+    return [
+        Mixture(item_weight, graph_weight, epsilon, graph)
+        for item_weight in item_weights
+        for graph_weight in GRAPH_WEIGHTS
+        for epsilon in (EPSILONS if graph_weight else EPSILONS[:1])
+    ]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best of a grid by NDCG@10 on validation; of equal ones the first."""
+
+    mixture: Mixture
+    validation: dict[str, float]
+    users: int
+    table: list[tuple[float, float, float, float]]
+    """(item_weight, graph_weight, epsilon, NDCG@10) of all that was tried."""
+
+    def told(self) -> str:
+        """A line a user may read."""
+        mixed, figures = self.mixture, ", ".join(f"{name} {as_written(self.validation[name])}" for name in METRICS)
+        return (
+            f"of {len(self.table)} mixtures: item_weight {mixed.item_weight}, graph_weight {mixed.graph_weight}, epsilon "
+            f"{mixed.epsilon}; validation {figures}"
+        )
+
+
+def choose(tried: Sequence[Mixture], histograms_G: np.ndarray) -> Choice:
+    """`histograms_G`: int64 [G, 21] as `rank_histogram`, of the validation targets under each mixture."""
+    metrics = [metrics_from_histogram(histogram) for histogram in histograms_G]
+    table = [
+        (mixture.item_weight, mixture.graph_weight, mixture.epsilon, found["NDCG@10"])
+        for mixture, found in zip(tried, metrics, strict=True)
+    ]
+    best = int(np.argmax([row[-1] for row in table]))
+    return Choice(tried[best], {name: metrics[best][name] for name in METRICS}, int(histograms_G[best].sum()), table)
+
+
+def changed(
+    mixture: Mixture, item_weight: float | None, graph_weight: float | None, overrides: Sequence[str] | None
+) -> Mixture:
+    """Another mixture where something is given; `overrides`: `epsilon=value`, or `key=value` of `KnnSettings`."""
+    held = dataclasses.asdict(mixture)
+    of_mixture = [text for text in overrides or [] if text.startswith("epsilon=")]
+    of_graph = [text for text in overrides or [] if text not in of_mixture]
+    held["graph"] = dataclasses.asdict(knn_settings(of_graph, held["graph"]))
+    for name, value in (("item_weight", item_weight), ("graph_weight", graph_weight)):
+        held[name] = held[name] if value is None else value
+    return section_from(Mixture, held, of_mixture, "hybrid")
+
+
+def save(choice: Choice, run: Path, origin: dict[str, Any]) -> Path:
+    """`origin`: what the weights are good for: `load` is given the same."""
+    path = run / FILE
+    with atomic_file(path) as temporary:
+        text = json.dumps({"origin": origin, **dataclasses.asdict(choice)}, indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def load(run: Path, origin: dict[str, Any]) -> Mixture | None:
+    """The mixture that was chosen for a run; None where none was. Raises ValueError for a damaged file, and for one of another
+    origin."""
+    path = run / FILE
+    if not path.is_file():
+        return None
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        found, mixture = held["origin"], section_from(Mixture, held["mixture"], None, str(path))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not readable ({error}): remove it and choose the weights again") from None
+    for key, value in origin.items():
+        if found.get(key) != value:
+            raise ValueError(
+                f"{path}: weights chosen for {key} {found.get(key)}, not {value}: remove it and choose the weights again"
+            )
+    return mixture

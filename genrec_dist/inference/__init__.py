@@ -1,0 +1,1 @@
+"""A trained run's lists: loading, ranking, evaluation and recommendation."""

@@ -1,0 +1,86 @@
+"""Which items may be listed: ids to allow and ids to block."""
+
+# I items of the catalogue
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from genrec_dist.inference.load import Catalogue
+
+
+@dataclass(frozen=True)
+class Choice:
+    allowed_I: np.ndarray
+    """bool, by item row."""
+    unknown_allow: list[str]
+    """Ids to allow that the catalogue lacks."""
+    unknown_block: list[str]
+    """Ids to block that the catalogue lacks."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """int64, the rows that may be listed, ascending."""
+        return np.flatnonzero(self.allowed_I)
+
+    @property
+    def is_all(self) -> bool:
+        return bool(self.allowed_I.all())
+
+
+def choose_items(
+    catalogue: Catalogue, allow: Iterable[str] | None = None, block: Iterable[str] | None = None
+) -> Choice:
+    """The items of `allow` (None: all of them) without those of `block`. Raises ValueError if that leaves none."""
+    allow_rows, unknown_allow = rows_of(catalogue, () if allow is None else allow)
+    block_rows, unknown_block = rows_of(catalogue, () if block is None else block)
+    allowed_I = np.full(len(catalogue.item_ids), allow is None)
+    allowed_I[allow_rows] = True
+    allowed_I[block_rows] = False
+    if not allowed_I.any():
+        asked = "all items" if allow is None else f"{len(allow_rows):,} known ids"
+        unknown = f" ({name_some(unknown_allow)}: not in the catalogue)" if unknown_allow else ""
+        raise ValueError(
+            f"no item is left to list: {asked} allowed{unknown}, {len(block_rows):,} blocked; allow more or block fewer"
+        )
+    return Choice(allowed_I, unknown_allow, unknown_block)
+
+
+def rows_of(catalogue: Catalogue, ids: Iterable[str]) -> tuple[np.ndarray, list[str]]:
+    """(int32 rows of the ids that the catalogue has, the others), in order. Raises ValueError for what is no list of ids."""
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise ValueError(f"{ids!r} is not a list of ids: write ids as a list of strings")
+    known, unknown = [], []
+    for id_ in ids:
+        if not isinstance(id_, str):
+            raise ValueError(f"{id_!r} is not an id: write ids as strings")
+        row = catalogue.item_row.get(id_)
+        if row is None:
+            unknown.append(id_)
+        else:
+            known.append(row)
+    return np.array(known, np.int32), unknown
+
+
+def name_some(ids: Sequence[str], most: int = 3) -> str:
+    """The first ids, and how many follow."""
+    return ", ".join(ids[:most]) + (f" and {len(ids) - most:,} more" if len(ids) > most else "")
+
+
+def read_ids(path: str | Path) -> list[str]:
+    """One id a line, blank lines and the spaces around an id left out. Raises ValueError naming the file."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file: check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as text ({error}): give one item id a line in UTF-8") from None
+    ids = [line.strip() for line in text.split("\n")]
+    ids = [id_ for id_ in ids if id_]
+    if not ids:
+        raise ValueError(f"{path}: no id in it: give one item id a line")
+    return ids

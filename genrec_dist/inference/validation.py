@@ -1,0 +1,81 @@
+"""Validation during training: ranks of targets and the loss of histories."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from genrec_shards.sequences import SplitView
+
+from genrec_dist.data.collate import target_batch
+from genrec_dist.data.encoder_input import Layout, encode_histories, ragged
+from genrec_dist.decoding.searcher import TrieSearcher
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.evaluation.metrics import TOP, rank_histogram, target_ranks
+from genrec_dist.inference.rank_users import Decoding, cut_batches, rank_batch
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.head_loss import target_loss
+
+
+def target_histogram(
+    searcher: TrieSearcher,
+    layout: Layout,
+    view: SplitView,
+    user_rows_U: np.ndarray,
+    decoding: Decoding,
+    ranks: Ranks,
+) -> np.ndarray:
+    """int64 [21], as `rank_histogram`, of these users' targets; the ranks share the batches, and no list travels. Collective."""
+
+    batches = cut_batches((view.ends - view.starts)[user_rows_U], decoding.batch_size)
+
+    def mine() -> np.ndarray:
+        counts = np.zeros(TOP + 1, np.int64)
+        for places_B in batches[ranks.rank :: ranks.size]:
+            rows_B = user_rows_U[places_B]
+            lists = rank_batch(searcher, layout, view, rows_B, decoding)
+            counts += rank_histogram(target_ranks(lists.items, view.targets[rows_B]))
+        return counts
+
+    total: np.ndarray = np.sum(ranks.exchange(ranks.together(mine).tolist()), axis=0)
+    assert total.sum() == len(user_rows_U)
+    return total
+
+
+@torch.inference_mode()
+def history_loss(
+    model: GenRecForConditionalGeneration,
+    layout: Layout,
+    view: SplitView,
+    user_rows_U: np.ndarray,
+    ranks: Ranks,
+    batch_size: int = 250,
+) -> float:
+    """Cross-entropy a target token of these users' targets, the model as it stands. Collective.
+
+    The ranks share the batches, and the sum of their sums is exact before it is rounded: the same for any number of ranks.
+    """
+    batches = [user_rows_U[start : start + batch_size] for start in range(0, len(user_rows_U), batch_size)]
+
+    def mine() -> list[tuple[float, int]]:
+        return [_batch_loss(model, layout, view, users_B) for users_B in batches[ranks.rank :: ranks.size]]
+
+    sums = ranks.together(mine)
+    sums += [(0.0, 0)] * (-(-len(batches) // ranks.size) - len(sums))
+    losses, tokens = zip(*sums, strict=True)
+    bits = np.array(losses, np.float64).view(np.int64)
+    everyone = np.array(ranks.exchange([*bits.tolist(), *tokens]), np.int64).reshape(ranks.size, 2, -1)
+    total = math.fsum(np.ascontiguousarray(everyone[:, 0]).view(np.float64).flatten())
+    return total / int(everyone[:, 1].sum())
+
+
+def _batch_loss(
+    model: GenRecForConditionalGeneration, layout: Layout, view: SplitView, users_B: np.ndarray
+) -> tuple[float, int]:
+    """(sum of the cross-entropies, target tokens) of one batch."""
+    flat, offsets = ragged(view.starts[users_B], (view.ends - view.starts)[users_B])
+    encoder = encode_histories(view.items[flat], offsets, users_B, layout)
+    batch = target_batch(encoder, view.targets[users_B], layout).to(model.device)
+    logits, labels = model.target_logits(batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels)
+    return float(target_loss(logits, labels, 1)), batch.num_target_tokens

@@ -1,0 +1,1 @@
+"""The GenRec model, its layers, losses and optimizers."""

@@ -1,0 +1,164 @@
+"""Attention over packed sequences: a kernel for ragged ones where the device has it, rectangles of like length elsewhere."""
+
+# n query tokens, k key tokens, H heads, d width of a head, c sequences of a group, Q and K their lengths
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from genrec_dist.data.packing import Attended, Group, Part
+
+LONG_ON_CPU = 128
+"""Tokens of a rectangle from which a CPU multiplies in bf16 where that is what it was given. For each new shape oneDNN first
+prepares a product in bf16, which takes as long as a thousand short ones (docs/log.md)."""
+
+
+@torch.compiler.disable
+def attend(
+    query_nHd: Tensor, key_kHd: Tensor, value_kHd: Tensor, attended: Attended, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """softmax(Q K^T * scale) V within each pair of sequences, [n, H, d]. `dropout`: of the weights, 0 outside of training."""
+    if has_varlen(query_nHd) and dropout == 0 and attended.visible is None:
+        return _varlen(query_nHd, key_kHd, value_kHd, attended, scale)
+    mixed: Tensor = ByRectangles.apply(query_nHd, key_kHd, value_kHd, attended, scale, dropout)
+    return mixed
+
+
+def has_varlen(query: Tensor) -> bool:
+    """Whether torch's kernel for ragged sequences (flash attention) takes such queries."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and find_spec("torch.nn.attention.varlen") is not None
+    )
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, attended: Attended, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    queries, keys = attended.queries, attended.keys
+    assert queries.on_device is not None
+    assert keys.on_device is not None
+    mixed = varlen_attn(
+        query, key, value, queries.on_device, keys.on_device, queries.longest, keys.longest,
+        scale=scale, window_size=(-1, 0) if attended.causal else (-1, -1),
+    )  # fmt: skip
+    assert isinstance(mixed, Tensor)
+    return mixed
+
+
+class ByRectangles(torch.autograd.Function):
+    """One group of sequences after another, each as a rectangle; a group whose sequences have one length is a view.
+
+    Forward and backward are written out: some fifty groups of ten operations would otherwise each be a node of the graph.
+    """
+
+    @staticmethod
+    @torch.autocast("cpu", enabled=False)
+    @torch.autocast("cuda", enabled=False)
+    def forward(
+        ctx: Any,
+        query_nHd: Tensor,
+        key_kHd: Tensor,
+        value_kHd: Tensor,
+        attended: Attended,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        out_nHd = torch.empty_like(query_nHd)
+        weights, kept = [], []
+        for group in attended.groups:
+            query, key, value = _rectangles(group, query_nHd, key_kHd, value_kHd)
+            # Products and softmax in the type that came in, as backward has them, whatever autocast would do.
+            weights_cHQK = torch.matmul(query, key.transpose(2, 3)).mul_(scale)
+            bias = _bias(group, attended.causal, weights_cHQK)
+            if bias is not None:
+                weights_cHQK += bias
+            weights_cHQK = weights_cHQK.softmax(-1)
+            weights.append(weights_cHQK)
+            if dropout:
+                kept.append(torch.empty_like(weights_cHQK, dtype=torch.bool).bernoulli_(1 - dropout))
+                weights_cHQK = weights_cHQK * kept[-1] / (1 - dropout)
+            _put(group.queries, out_nHd, torch.matmul(weights_cHQK, value))
+        ctx.save_for_backward(query_nHd, key_kHd, value_kHd, *weights, *kept)
+        ctx.attended, ctx.scale, ctx.dropout = attended, scale, dropout
+        return out_nHd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_nHd: Tensor) -> tuple[Tensor | None, ...]:
+        query_nHd, key_kHd, value_kHd, *saved = ctx.saved_tensors
+        groups = ctx.attended.groups
+        kept = saved[len(groups) :] or [None] * len(groups)
+        grads = [torch.empty_like(tensor) for tensor in (query_nHd, key_kHd, value_kHd)]
+        if sum(group.keys.number for group in groups) < len(key_kHd):  # keys that no query looks at
+            grads = [grad.zero_() for grad in grads]
+        for group, weights_cHQK, kept_cHQK in zip(groups, saved, kept, strict=False):
+            query, key, value = _rectangles(group, query_nHd, key_kHd, value_kHd)
+            grad = _take(group.queries, grad_nHd, group)
+            grad_weights = torch.matmul(grad, value.transpose(2, 3))
+            used_cHQK = weights_cHQK
+            if kept_cHQK is not None:
+                used_cHQK = weights_cHQK * kept_cHQK / (1 - ctx.dropout)
+                grad_weights = grad_weights * kept_cHQK / (1 - ctx.dropout)
+            grad_scores = torch._softmax_backward_data(grad_weights, weights_cHQK, -1, weights_cHQK.dtype).mul_(
+                ctx.scale
+            )
+            _put(group.queries, grads[0], torch.matmul(grad_scores, key))
+            _put(group.keys, grads[1], torch.matmul(grad_scores.transpose(2, 3), query))
+            _put(group.keys, grads[2], torch.matmul(used_cHQK.transpose(2, 3), grad))
+        return *grads, None, None, None
+
+
+def _rectangles(group: Group, query_nHd: Tensor, key_kHd: Tensor, value_kHd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        _take(group.queries, query_nHd, group),
+        _take(group.keys, key_kHd, group),
+        _take(group.keys, value_kHd, group),
+    )
+
+
+def _take(part: Part, packed_nHd: Tensor, group: Group) -> Tensor:
+    """A group's tokens as [c, H, L, d], zeros where a sequence is shorter than the rectangle."""
+    tokens = packed_nHd[part.first : part.first + part.number]
+    if part.slots is not None:
+        room = tokens.new_zeros(group.size * part.longest, *tokens.shape[1:])
+        tokens = room.index_copy_(0, part.slots.to(tokens.device), tokens)
+    by_head = tokens.view(group.size, part.longest, *tokens.shape[1:]).transpose(1, 2)
+    longest = max(group.queries.longest, group.keys.longest)
+    short = by_head.device.type == "cpu" and by_head.dtype == torch.bfloat16 and longest < LONG_ON_CPU
+    room = torch.empty(by_head.shape, dtype=torch.float32 if short else by_head.dtype, device=by_head.device)
+    return room.copy_(by_head)
+
+
+def _put(part: Part, packed_nHd: Tensor, rectangle_cHLd: Tensor) -> None:
+    """The way back."""
+    by_token = rectangle_cHLd.transpose(1, 2)
+    tokens = packed_nHd[part.first : part.first + part.number]
+    if part.slots is None:
+        tokens.view(by_token.shape).copy_(by_token)
+    else:
+        tokens.copy_(by_token.reshape(-1, *tokens.shape[1:]).index_select(0, part.slots.to(tokens.device)))
+
+
+def _bias(group: Group, causal: bool, like: Tensor) -> Tensor | None:
+    """What is added to the scores: -inf for keys that a query must not see."""
+    seen = None
+    if group.keys.slots is not None:
+        seen = torch.zeros(group.size * group.keys.longest, dtype=torch.bool, device=like.device)
+        seen[group.keys.slots.to(like.device)] = True
+        seen = seen.view(group.size, 1, 1, group.keys.longest)
+    if group.visible_cQ is not None:
+        visible = group.visible_cQ.to(like.device)[:, None, :, None]
+        # What can be seen lies within the sequence, so this rules out what pads it too.
+        seen = torch.arange(group.keys.longest, device=like.device) < visible
+    if causal:
+        # Whatever lies behind a sequence's end, causality keeps out of its tokens' sight.
+        seen = torch.ones(group.queries.longest, group.keys.longest, dtype=torch.bool, device=like.device).tril()
+    return None if seen is None else like.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)

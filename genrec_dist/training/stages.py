@@ -1,0 +1,64 @@
+"""The stages of a run and the steps each of them takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from genrec_shards.storage.reader import ShardReader
+from genrec_shards.storage.sample_order import Plan, Space
+
+from genrec_dist.config.recipe import Recipe, Stage
+
+
+@dataclass(frozen=True)
+class StageSteps:
+    """A stage's place in the run's line of global steps."""
+
+    name: str
+    stage: Stage
+    plan: Plan
+    first_step: int
+    first_epoch: int
+
+    @property
+    def num_steps(self) -> int:
+        return self.plan.steps_per_epoch * self.stage.epochs
+
+    @property
+    def end_step(self) -> int:
+        return self.first_step + self.num_steps
+
+    def locate(self, step: int) -> tuple[int, int]:
+        """(epoch of the stage, step of the epoch) of a global step."""
+        return divmod(step - self.first_step, self.plan.steps_per_epoch)
+
+    def ends_epoch(self, step: int) -> bool:
+        return self.locate(step)[1] == self.plan.steps_per_epoch - 1
+
+
+def stage_of(stages: list[StageSteps], step: int) -> StageSteps:
+    return next(stage for stage in stages if step < stage.end_step)
+
+
+def plan_stages(recipe: Recipe, reader: ShardReader) -> list[StageSteps]:
+    """The stages that have epochs, one behind the other. Epochs are numbered through, so no two stages share an order."""
+    stages: list[StageSteps] = []
+    first_step = first_epoch = 0
+    for name, stage in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune)):
+        if stage.epochs == 0:
+            continue
+        space: Space = "user" if stage.targets in ("mask", "all-prefixes") else stage.targets  # type: ignore[assignment]
+        plan = Plan(
+            reader.lengths,
+            reader.manifest.users_per_record,
+            space=space,
+            batch_size=stage.batch_size,
+            seed=recipe.seed,
+            trained_through=recipe.trained_through,
+            periods=reader.periods,
+        )
+        if plan.num_samples == 0:
+            raise ValueError(f"{name}: no user has a sample for targets {stage.targets!r}")
+        stages.append(StageSteps(name, stage, plan, first_step, first_epoch))
+        first_step, first_epoch = stages[-1].end_step, first_epoch + stage.epochs
+    return stages

@@ -1,0 +1,1 @@
+"""A log's rows to clean interactions, in memory that is bounded."""

@@ -1,0 +1,151 @@
+"""The histories and targets of some users in one split, with quick membership."""
+
+# U users chosen, total items of their histories
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple, get_args
+
+import numpy as np
+
+from genrec_shards.keyed_random import keyed_permutation
+from genrec_shards.sequences import Sequences, flat_ranges
+from genrec_shards.splits import Split, TrainedThrough
+
+WINDOW = 65_536
+"""Users looked at together, so that memory does not grow with their number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Histories:
+    """What a rule may look at when it makes the lists of a split, and the targets it is scored against."""
+
+    items: np.ndarray
+    """int32[total], item rows, user after user, oldest first."""
+    offsets: np.ndarray
+    """int64[U+1]: the u-th chosen user's history is `items[offsets[u]:offsets[u + 1]]`."""
+    targets_U: np.ndarray
+    """int32[U], NO_TARGET of those whom a split by time leaves without; a rule may still make their lists."""
+    num_items: int
+    """Size of the catalogue."""
+
+    @property
+    def num_users(self) -> int:
+        return len(self.targets_U)
+
+    @property
+    def lengths_U(self) -> np.ndarray:
+        """int64[U], items of each history."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def users(self) -> np.ndarray:
+        """int64[total], whose item it is: 0..U-1."""
+        return np.repeat(np.arange(self.num_users), np.diff(self.offsets))
+
+    @cached_property
+    def _keys(self) -> np.ndarray:
+        return np.unique(self.users * self.num_items + self.items)
+
+    def holds(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
+        """bool, broadcast: is the item in the history of the user (0..U-1)?"""
+        keys = users * np.int64(self.num_items) + items
+        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return self._keys[places] == keys
+
+
+def histories(sequences: Sequences, split: Split, users: np.ndarray | None = None) -> Histories:
+    """Histories of these user rows (int64[U], None: all), in their order; it costs what these users have."""
+    view = sequences.history_and_target(split, None if users is None else np.asarray(users, dtype=np.int64))
+    lengths = view.ends - view.starts
+    return Histories(
+        view.items[flat_ranges(view.starts, lengths)], _offsets(lengths), view.targets, sequences.num_items
+    )
+
+
+def windows(users: np.ndarray | range, size: int | None = None) -> Iterator[np.ndarray]:
+    """int64 user rows, `size` at a time (None: WINDOW): whoever looks at all users holds few of them at once."""
+    size = size or WINDOW
+    for start in range(0, len(users), size):
+        yield np.asarray(users[start : start + size], dtype=np.int64)
+
+
+def _offsets(lengths: np.ndarray) -> np.ndarray:
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def exclude_history_default(sequences: Sequences) -> bool:
+    """Leave the history out of the lists? Yes where no target of either split repeats it, no elsewhere."""
+    return not any(repeated_targets(sequences).values())
+
+
+def repeated_targets(sequences: Sequences) -> dict[str, float]:
+    """Share of targets that are in the user's own history, by split."""
+    shares = {}
+    for split in get_args(Split):
+        repeated = 0
+        asked = sequences.history_and_target(split).users
+        for rows in windows(asked):
+            past = histories(sequences, split, rows)
+            repeated += int(past.holds(np.arange(past.num_users), past.targets_U).sum())
+        shares[split] = repeated / len(asked)
+    return shares
+
+
+class TrainingPart(NamedTuple):
+    items: np.ndarray
+    """int32[total], item rows, user after user, oldest first."""
+    users: np.ndarray
+    """int64[total], user rows."""
+
+
+def check_trained_through(split: Split, trained_through: TrainedThrough) -> None:
+    """Raises ValueError where the targets of the split are training data."""
+    if split == "validation" and trained_through == "n-1":
+        raise ValueError(
+            "trained_through n-1 has seen the validation targets: score the test split, or train through n-2"
+        )
+
+
+def training_part(sequences: Sequences, split: Split, trained_through: TrainedThrough) -> TrainingPart:
+    """t_1..t_{n-2} of all users, or t_1..t_{n-1}, or their periods; other splits' users and targets are never left out."""
+    check_trained_through(split, trained_through)
+    return _part(sequences, np.arange(sequences.num_users), trained_through)
+
+
+def training_windows(sequences: Sequences, trained_through: TrainedThrough) -> Iterator[TrainingPart]:
+    """The training part of all users, a window of users after the other."""
+    for rows in windows(range(sequences.num_users)):
+        yield _part(sequences, rows, trained_through)
+
+
+def training_counts(sequences: Sequences, trained_through: TrainedThrough) -> np.ndarray:
+    """int64[I]: how often each item was taken in the training parts."""
+    counts_I = np.zeros(sequences.num_items, dtype=np.int64)
+    for part in training_windows(sequences, trained_through):
+        counts_I += np.bincount(part.items, minlength=len(counts_I))
+    return counts_I
+
+
+def _part(sequences: Sequences, rows: np.ndarray, trained_through: TrainedThrough) -> TrainingPart:
+    starts = sequences.offsets[rows]
+    lengths = sequences.training_ends(trained_through, rows) - starts
+    return TrainingPart(sequences.items[flat_ranges(starts, lengths)], np.repeat(rows, lengths))
+
+
+_SAMPLE_STREAM = 0x56A1
+
+
+def sample_users(num_users: int, sample: int, seed: int) -> np.ndarray:
+    """int64 rows of a seeded sample of users, ascending; all of them where the sample is 0 or not smaller.
+
+    The same rows on every machine and with every version of numpy, so that two runs can be compared on a sample.
+    """
+    if sample == 0 or sample >= num_users:
+        return np.arange(num_users)
+    return np.sort(keyed_permutation(num_users, seed, _SAMPLE_STREAM)[:sample])

@@ -1,0 +1,208 @@
+"""Numberings: the code that the word of an item or user carries."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+
+from genrec_shards.keyed_random import keyed_permutation
+from genrec_shards.numbering.balanced_clusters import places_in_tree
+from genrec_shards.numbering.cooccurrence import WINDOW, cooccurrence_vectors, training_counts, training_items
+from genrec_shards.numbering.hierarchical_codes import MOST_LEVELS, balance, code_texts, num_collisions
+from genrec_shards.numbering.item_text import Descriptions, text_vectors
+from genrec_shards.numbering.item_vectors import TrainedVectors
+from genrec_shards.sequences import Sequences, update_with_strings
+from genrec_shards.splits import TrainedThrough
+
+NumberingName = Literal["given", "random", "train-order", "collaborative", "semantic"]
+HIERARCHICAL = ("collaborative", "semantic")
+MadeFrom = Literal["co-occurrence", "vectors", "text"]
+
+DIMS = 64
+"""Width of the vectors that are clustered, where they are not given."""
+ITEMS_A_LEAF = 3
+"""About how many items the default levels leave in a leaf."""
+WIDEST_DEFAULT = 256
+"""Most branches of a default level."""
+
+# Streams of the seed, so that items and users are not permuted alike.
+_ITEM_STREAM, _USER_STREAM, _UNSEEN_STREAM = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class Hierarchy:
+    """What hierarchical codes were made of."""
+
+    made_from: MadeFrom
+    levels: tuple[int, ...]
+    """Clusters at each level; the number within a leaf comes after them."""
+    dims: int
+    """Width of the clustered vectors."""
+    window: int | None
+    """Steps apart that items count as a pair; None unless made from co-occurrence."""
+    file: str | None
+    """Name of the file of vectors or texts."""
+    file_sha256: str | None
+    trained_through: TrainedThrough | None
+    """What the vectors have seen; None for text, which sees no interaction."""
+    unseen: int
+    """Items that no training part holds."""
+    placed_at_random: int
+    """Items of which nothing was known to place them by."""
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """The code of each row, and where it came from."""
+
+    name: NumberingName
+    seed: int
+    item_codes: list[str]
+    """Index = item row."""
+    user_codes: list[str]
+    """Index = user row."""
+    hierarchy: Hierarchy | None = None
+    """Of `collaborative` and `semantic` codes."""
+
+    def numbering_hash(self) -> str:
+        """sha256 (hex) of the codes: what a model trained with them depends on."""
+        digest = hashlib.sha256(b"genrec numbering 1\n")
+        update_with_strings(digest, self.item_codes)
+        update_with_strings(digest, self.user_codes)
+        return digest.hexdigest()
+
+
+def number(
+    sequences: Sequences,
+    numbering: NumberingName,
+    seed: int,
+    *,
+    levels: Sequence[int] | None = None,
+    vectors: TrainedVectors | None = None,
+    descriptions: Descriptions | None = None,
+) -> Numbering:
+    """Give each row its code. Only `given` may leak: it repeats the ids, whatever they tell.
+
+    `random`: 1..N in a seeded order of the sorted catalogue. `train-order`: 1.. by first appearance in the training
+    parts t_1..t_{n-2}, users in row order; items that never occur there take the remaining numbers in a seeded order.
+    `collaborative`: words `a12-b45-c7`, a place in a tree of balanced clusters (`clusters.py`; the idea of codes from
+    co-occurrence: Hua et al., arXiv 2305.06569) of items that are taken near each other in the training parts, or of
+    trained `vectors`; items unseen there get seeded places. `semantic`: the same of the items' `descriptions`. Residual
+    quantisation would make neither unique nor balanced codes. `levels`: clusters at each level; None: `default_levels`.
+    Users: a seeded order of 1..U, except under `given`. Raises ValueError for another name or what does not go with it.
+    """
+    _check(numbering, levels, vectors, descriptions)
+    if numbering == "given":
+        return Numbering(numbering, seed, list(sequences.item_ids), list(sequences.user_ids))
+    users = _codes(keyed_permutation(sequences.num_users, seed, _USER_STREAM))
+    if numbering in HIERARCHICAL:
+        items, hierarchy = _hierarchical(sequences, seed, levels, vectors, descriptions)
+        return Numbering(numbering, seed, items, users, hierarchy)
+    if numbering == "random":
+        places = keyed_permutation(sequences.num_items, seed, _ITEM_STREAM)
+    else:
+        places = _places_by_training_order(sequences, seed)
+    return Numbering(numbering, seed, _codes(places), users)
+
+
+def default_levels(num_items: int) -> tuple[int, ...]:
+    """Two equally wide levels, or as many as keep each within WIDEST_DEFAULT, that leave about three items in a leaf."""
+    leaves = max(num_items / ITEMS_A_LEAF, 1)
+    depth = 2
+    while leaves ** (1 / depth) > WIDEST_DEFAULT:
+        depth += 1
+    return (max(round(leaves ** (1 / depth)), 1),) * depth
+
+
+def told(numbering: Numbering) -> list[str]:
+    """Lines for a person: what hierarchical codes were made of and how even they are; none of other numberings."""
+    made = numbering.hierarchy
+    if made is None:
+        return []
+    seen = f", trained through {made.trained_through}" if made.trained_through else ""
+    lines = [
+        f"codes like {numbering.item_codes[0]}, made from {made.made_from}{f' ({made.file})' if made.file else ''}{seen}; "
+        f"{num_collisions(numbering.item_codes)} collisions; {made.unseen:,} items unseen in training, "
+        f"{made.placed_at_random:,} placed at random"
+    ]
+    for level, found in enumerate(balance(numbering.item_codes), start=1):
+        lines.append(
+            f"level {level}: {found.beginnings:,} beginnings of {found.smallest:,} to {found.largest:,} items "
+            f"(median {found.median:g}), entropy share {found.entropy_share:.4f}"
+        )
+    return lines
+
+
+def _check(
+    numbering: NumberingName,
+    levels: Sequence[int] | None,
+    vectors: TrainedVectors | None,
+    descriptions: Descriptions | None,
+) -> None:
+    if numbering not in get_args(NumberingName):
+        raise ValueError(f"numbering is {numbering!r}: choose one of {', '.join(get_args(NumberingName))}")
+    if levels is not None:
+        if numbering not in HIERARCHICAL:
+            raise ValueError(f"levels with numbering {numbering}: only {' and '.join(HIERARCHICAL)} have levels")
+        if not 1 <= len(levels) < MOST_LEVELS or min(levels) < 1:
+            raise ValueError(
+                f"levels {','.join(map(str, levels)) or 'none'}: give 1 to {MOST_LEVELS - 1} whole numbers above 0, as 64,64"
+            )
+    if vectors is not None and numbering != "collaborative":
+        raise ValueError(f"vectors with numbering {numbering}: only collaborative codes are made of vectors")
+    if (descriptions is None) == (numbering == "semantic"):
+        raise ValueError(
+            "numbering semantic needs the items' text or attributes: give --items META"
+            if numbering == "semantic"
+            else f"descriptions with numbering {numbering}: only semantic codes are made of text"
+        )
+
+
+def _hierarchical(
+    sequences: Sequences,
+    seed: int,
+    levels: Sequence[int] | None,
+    vectors: TrainedVectors | None,
+    descriptions: Descriptions | None,
+) -> tuple[list[str], Hierarchy]:
+    counts = training_counts(sequences)
+    if descriptions is not None:
+        points = text_vectors(descriptions.texts, DIMS, seed)
+    elif vectors is not None:
+        # What a model holds for an item that it has never met is where its random start drifted to.
+        points = np.where(counts[:, None] > 0, vectors.values, 0)
+    else:
+        points = cooccurrence_vectors(sequences, DIMS, seed)
+    levels = tuple(levels) if levels is not None else default_levels(sequences.num_items)
+    codes = code_texts(places_in_tree(points, counts, levels, seed))
+    assert num_collisions(codes) == 0
+    source = descriptions or vectors
+    hierarchy = Hierarchy(
+        made_from="text" if descriptions else "vectors" if vectors else "co-occurrence",
+        levels=levels,
+        dims=points.shape[1],
+        window=None if source else WINDOW,
+        file=source.name if source else None,
+        file_sha256=source.sha256 if source else None,
+        trained_through=None if descriptions else vectors.trained_through if vectors else "n-2",
+        unseen=int((counts == 0).sum()),
+        placed_at_random=int((~points.any(axis=1)).sum()),
+    )
+    return codes, hierarchy
+
+
+def _places_by_training_order(sequences: Sequences, seed: int) -> np.ndarray:
+    """int64[N], a place 0..N-1 for each item row; held-out interactions are not looked at."""
+    seen, first_positions = np.unique(training_items(sequences)[0], return_index=True)
+    by_appearance = seen[np.argsort(first_positions, kind="stable")]
+    unseen = np.setdiff1d(np.arange(sequences.num_items), seen)
+    shuffled = unseen[keyed_permutation(len(unseen), seed, _UNSEEN_STREAM)]
+    places = np.empty(sequences.num_items, dtype=np.int64)
+    places[np.concatenate([by_appearance, shuffled])] = np.arange(sequences.num_items)
+    return places
+
+
+def _codes(places: np.ndarray) -> list[str]:
+    return [str(place + 1) for place in places.tolist()]

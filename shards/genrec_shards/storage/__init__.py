@@ -1,0 +1,1 @@
+"""Shards: written, read, cached, and the order of samples."""

@@ -1,0 +1,157 @@
+"""Shards: sequences packed into webdataset tars, byte for byte the same from the same input."""
+
+import contextlib
+import hashlib
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from genrec_shards.atomic import atomic_directory
+from genrec_shards.dataset import Dataset
+from genrec_shards.sequences import Sequences
+from genrec_shards.storage.manifest import (
+    FORMAT_VERSION,
+    LENGTHS,
+    MANIFEST,
+    PERIODS,
+    Manifest,
+    RecordEntry,
+    ShardEntry,
+    file_sha256,
+    write_manifest,
+)
+
+
+def write_shards(
+    dataset: Dataset,
+    out: str | Path,
+    *,
+    users_per_shard: int = 8192,
+    users_per_record: int = 1024,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write `shard-000000.tar` ..., `lengths.npy` and `manifest.json` into `out`, complete or not at all.
+
+    Of a split by time also `periods.npy`: each user's items in the training period, behind them each user's in training and
+    validation period. The tars hold whole sequences.
+
+    `users_per_shard` is a multiple of `users_per_record`: the record of a user is found by division.
+    Raises ValueError for sizes that are not, and for an `out` that exists.
+    """
+    check_sizes(users_per_shard, users_per_record)
+    sequences = dataset.sequences
+    with atomic_directory(out, overwrite, marker=MANIFEST) as folder:
+        shards: list[ShardEntry] = []
+        for first_user in range(0, sequences.num_users, users_per_shard):
+            end_user = min(first_user + users_per_shard, sequences.num_users)
+            path = folder / f"shard-{len(shards):06d}.tar"
+            shards.append(write_shard(sequences, path, first_user, end_user, users_per_record))
+        return finish_shards(folder, dataset, shards, users_per_record)
+
+
+def check_sizes(users_per_shard: int, users_per_record: int) -> None:
+    """Raises ValueError for sizes by which a user's record cannot be found."""
+    if users_per_record < 1 or users_per_shard < 1 or users_per_shard % users_per_record:
+        raise ValueError(
+            f"users_per_shard {users_per_shard} is no multiple of users_per_record {users_per_record}: "
+            f"choose for example {max(users_per_record, 1) * 8}"
+        )
+
+
+def finish_shards(folder: Path, dataset: Dataset, shards: list[ShardEntry], users_per_record: int) -> Manifest:
+    """Write what stands beside the tars."""
+    sequences = dataset.sequences
+    lengths = _npy(sequences.lengths)
+    (folder / LENGTHS).write_bytes(lengths)
+    periods = None if sequences.periods is None else _npy(sequences.periods.flat())
+    if periods is not None:
+        (folder / PERIODS).write_bytes(periods)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        users=sequences.num_users,
+        items=sequences.num_items,
+        interactions=sequences.num_interactions,
+        sequences_hash=dataset.info.sequences_hash,
+        users_per_record=users_per_record,
+        lengths_sha256=hashlib.sha256(lengths).hexdigest(),
+        shards=tuple(shards),
+        periods_sha256=None if periods is None else hashlib.sha256(periods).hexdigest(),
+    )
+    write_manifest(manifest, folder)
+    return manifest
+
+
+def write_shard(
+    sequences: Sequences, path: Path, first_user: int, end_user: int, users_per_record: int, base: int = 0
+) -> ShardEntry:
+    """Write the tar of users first_user..end_user-1. `base`: row of the sequences' first user."""
+    places = []
+    # The writer is closed before its file also where a disk is full, or it would complain when it is collected.
+    with path.open("wb") as file, contextlib.closing(_tar_writer(file)) as writer:
+        for start, end in _ranges(first_user, end_user, users_per_record):
+            offset = writer.tarstream.offset
+            writer.write({"__key__": f"{start // users_per_record:08d}", **_members(sequences, start, end, base)})
+            places.append((offset, writer.tarstream.offset - offset, start, end - start))
+    with path.open("rb") as tar:
+        records = tuple(RecordEntry(*place, sha256=_part_sha256(tar, *place[:2])) for place in places)
+    return ShardEntry(path.name, path.stat().st_size, file_sha256(path), end_user - first_user, records)
+
+
+# Time and owner are fixed, or the same sequences would give other bytes tomorrow.
+_OWNER, _MODE = "genrec", 0o444
+
+
+def _tar_writer(file: BinaryIO) -> Any:
+    # Imported here alone: a machine that only reads shards needs no webdataset.
+    try:
+        import webdataset as wds
+    except ModuleNotFoundError:
+        return _PlainTarWriter(file)
+    return wds.TarWriter(file, encoder=False, mtime=0, user=_OWNER, group=_OWNER, mode=_MODE, compress=False)
+
+
+class _PlainTarWriter:
+    """To the byte what webdataset's writer makes of records, for machines that do not have it."""
+
+    def __init__(self, file: BinaryIO):
+        self.tarstream = tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name in sorted(record.keys() - {"__key__"}):
+            member = tarfile.TarInfo(f"{record['__key__']}.{name}")
+            member.size, member.mode = len(record[name]), _MODE
+            member.uname = member.gname = _OWNER
+            self.tarstream.addfile(member, io.BytesIO(record[name]))
+
+    def close(self) -> None:
+        self.tarstream.close()
+
+
+def _part_sha256(file: BinaryIO, offset: int, size: int) -> str:
+    file.seek(offset)
+    return hashlib.sha256(file.read(size)).hexdigest()
+
+
+def _ranges(first: int, end: int, size: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + size, end)) for start in range(first, end, size))
+
+
+def _members(sequences: Sequences, start: int, end: int, base: int) -> dict[str, bytes]:
+    """The three members of the record of users start..end-1."""
+    offsets = sequences.offsets[start - base : end - base + 1]
+    return {
+        "users.npy": _npy(np.arange(start, end)),
+        "offsets.npy": _npy(offsets - offsets[0]),
+        "items.npy": _npy(sequences.items[offsets[0] : offsets[-1]]),
+    }
+
+
+def _npy(values: np.ndarray) -> bytes:
+    assert len(values) == 0 or values.max() < 1 << 31
+    buffer = io.BytesIO()
+    np.save(buffer, values.astype("<i4"), allow_pickle=False)
+    return buffer.getvalue()
