@@ -61,7 +61,7 @@ elif ! "$python" -c 'import pytest' 2> /dev/null; then
   echo "tests: left out, pytest is not installed"
   printf 'tests\tleft-out\t0\t0\n' >> "$work/status"
 elif [ ${#small[@]} -gt 0 ]; then
-  TRITON_INTERPRET=1 step tests 100 "$python" -m pytest -q -p no:cacheprovider -k packed tests/test_kernel_embedding.py
+  TRITON_INTERPRET=1 step tests 100 "$python" -m pytest -q -p no:cacheprovider -k packed tests/unit/kernels/test_kernel_embedding.py
 else
   several=()
   if "$python" -c 'import xdist' 2> /dev/null; then several=(-n 4); fi

@@ -1,6 +1,6 @@
 """The bytes a training rank holds, by formula: state under DDP and each ZeRO stage, and activations of a micro-batch.
 
-The formulas follow what torch 2.13 and DeepSpeed 0.19.8 allocate; tests/test_memory.py holds them against measured storages.
+The formulas follow what torch 2.13 and DeepSpeed 0.19.8 allocate; tests/unit/estimate/test_memory.py holds them against measured storages.
 """
 
 # B samples, R decoder rows, L input tokens, T target tokens, D width, F feed-forward width, V vocabulary, N parameters

@@ -19,13 +19,7 @@ import pyarrow.parquet as pq
 from genrec_shards.atomic import atomic_file
 from genrec_shards.dataset import Dataset
 from genrec_shards.errors import DataError
-from genrec_shards.histories import (
-    Histories,
-    check_trained_through,
-    histories,
-    sample_users,
-    training_counts,
-)
+from genrec_shards.histories import Histories, check_trained_through, histories, sample_users, training_counts
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import Split, TrainedThrough
 from genrec_shards.storage.manifest import MANIFEST, load_manifest

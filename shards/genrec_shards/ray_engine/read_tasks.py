@@ -13,13 +13,7 @@ from genrec_shards.errors import BadLines, DataError, OnError
 from genrec_shards.ray_engine.log_spans import Span
 from genrec_shards.ray_engine.sources import LogFile
 from genrec_shards.readers.frames import polars
-from genrec_shards.readers.json_reviews import (
-    AMAZON_RELEASES,
-    YELP_RELEASES,
-    Fields,
-    read_reviews,
-    release_of,
-)
+from genrec_shards.readers.json_reviews import AMAZON_RELEASES, YELP_RELEASES, Fields, read_reviews, release_of
 from genrec_shards.readers.read_log import LogOptions
 from genrec_shards.readers.tabular import head, is_parquet, read_parquet, read_text
 from genrec_shards.readers.text_blocks import Block, unpacked, whole_lines

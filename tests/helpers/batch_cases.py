@@ -1,0 +1,121 @@
+"""Small batches with known words, and the loss an engine makes of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from genrec_shards.storage.sample_order import Plan, StepSamples
+
+from genrec_dist.config.recipe import Mask, Model
+from genrec_dist.data.batch import Batch
+from genrec_dist.data.collate import make_step
+from genrec_dist.data.encoder_input import Layout
+from genrec_dist.data.masking import STRATEGIES
+from genrec_dist.data.tokenizer import train_tokenizer
+from genrec_dist.data.word_table import build_words, mask_tokens
+from genrec_dist.model.build import build_model
+
+NUM_MASKS = 4
+
+# The letter z occurs in the words of held-out items alone, so that a leaking sub-word is known by its letters.
+TRAINING_CODES = [str(code) for code in (1, 12, 123, 2, 27, 7, 99, 1000, 12101, 5, 50, 555, 40404, 8, 81)]
+
+MARKER_CODES = [f"z{code}" for code in range(100, 200)]
+
+CODES = TRAINING_CODES + MARKER_CODES
+
+USER_CODES = [str(code) for code in (3, 33, 22363, 4, 17, 171, 9, 90, 909, 31, 64, 6464, 2, 22, 222, 1, 11, 111, 5, 55)]
+
+TOKENIZER = train_tokenizer(CODES, 300, NUM_MASKS)
+
+WORDS = build_words(TOKENIZER, CODES, USER_CODES, NUM_MASKS)
+
+PAD = TOKENIZER.pad_token_id
+
+MASKS = [Mask(name, k=NUM_MASKS) for name in sorted(STRATEGIES)]
+
+SPACES = ["user", "last", "every-prefix"]
+
+WHOLE = 10**6
+
+
+def layout(max_tokens=512, user_ids=True, positions="from-start") -> Layout:
+    return Layout(WORDS, PAD, max_tokens, user_ids, positions)
+
+
+class Lists:
+    """Sequences held as lists."""
+
+    def __init__(self, sequences: list[list[int]]):
+        self.sequences = sequences
+
+    def gather(self, user_rows):
+        rows = [self.sequences[user] for user in user_rows]
+        offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+        return np.array([item for row in rows for item in row], np.int32), offsets
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.array([len(row) for row in self.sequences])
+
+
+def marked_sequences(trained_through="n-2", seed=0) -> Lists:
+    """Sequences whose held-out items are markers that occur nowhere else."""
+    rng = np.random.default_rng(seed)
+    held_out = 2 if trained_through == "n-2" else 1
+    markers = iter(range(len(TRAINING_CODES), len(CODES)))
+    training = [rng.integers(0, len(TRAINING_CODES), rng.integers(1, 14)).tolist() for _ in USER_CODES]
+    return Lists([row + [next(markers) for _ in range(held_out)] for row in training])
+
+
+def whole_step(source: Lists, space: str, trained_through="n-2", epoch=0) -> StepSamples:
+    plan = Plan(
+        source.lengths, 4, space=space, batch_size=1000, seed=1, trained_through=trained_through, window_records=2
+    )
+    return plan.step(epoch, 0)
+
+
+def batches_of(samples, source, where=None, mask=None, epoch=0, budget=WHOLE, packed=False) -> list[Batch]:
+    return make_step(
+        samples, source, where or layout(), mask=mask, seed=3, epoch=epoch, micro_batch_tokens=budget, packed=packed
+    ).micro_batches
+
+
+def cases():
+    return [pytest.param("user", mask, id=mask.strategy) for mask in MASKS] + [
+        pytest.param(space, None, id=space) for space in SPACES[1:]
+    ]
+
+
+def a_model(**shape):
+    """One that speaks these words, with weights far apart."""
+    torch.manual_seed(0)
+    special = {
+        "bos": TOKENIZER.bos_token_id, "pad": PAD, "eos": TOKENIZER.eos_token_id, "mask": mask_tokens(TOKENIZER, 1)[0],
+    }  # fmt: skip
+    common = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "ffn": 32, "init_std": 0.2}
+    return build_model(
+        Model(**{**common, "max_tokens": 128, **shape}),
+        vocab_size=len(TOKENIZER),
+        num_users=WORDS.num_users,
+        num_items=WORDS.num_items,
+        num_masks=NUM_MASKS,
+        special=special,
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return a_model()
+
+
+def engine_loss(model, batch: Batch) -> torch.Tensor:
+    """The summed loss as the engines ask for it."""
+    return model(
+        **vars(batch.encoder),
+        encoder_row=batch.encoder_row,
+        decoder_input_ids=batch.decoder_input_ids,
+        labels=batch.labels,
+        packing=batch.packing,
+    )

@@ -1,0 +1,323 @@
+"""Sweeps under real kills: of a trial, of a rank, of the driver; on two nodes; and the finals with their one look at test."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sweeps
+from genrec_tuning.finals import SEEDS, entered, finish_sweep, jobs_of
+from genrec_tuning.record import Folder, Recorder, Sweep, Trial, read_sweep, trial_id
+from genrec_tuning.space import load_space
+from genrec_tuning.sweep import job_of
+from genrec_tuning.trial import run_job
+from genrec_tuning.trial_states import Ending, Watch
+from places import HELPERS
+from two_ranks import environment
+
+pytestmark = pytest.mark.ranks
+
+# An epoch takes some tenths of a second: long enough to be killed in.
+SLOW = """
+checkpoint_every: 10000
+"""
+SPACE = """
+set: {finetune.epochs: %d, finetune.batch_size: 4, pretrain.epochs: 0, validation.users: 20}
+trials: 2
+scheduler: none
+search: random
+resources_per_trial: {cpu: %d, processes: %d}
+space:
+  finetune.learning_rate: {loguniform: [1.0e-3, 1.0e-2]}
+"""
+
+
+CORES = len(os.sched_getaffinity(0))
+"""What a trial asks for where one is to run after the other."""
+
+
+def epochs_run(run: Path) -> list[int]:
+    """Epochs that were validated, over all attempts, in the order of time."""
+    return [event["epoch"] + 1 for event in sweeps.events(run, "validation")]
+
+
+def steps_rerun(run: Path) -> int:
+    """Steps before the first checkpoint of a resume that were run again: none may be."""
+    starts = [Path(event["resumed_from"]) for event in sweeps.events(run, "start") if event["resumed_from"]]
+    firsts = [int(path.name.removeprefix("step-")) for path in starts]
+    steps = [event["step"] for event in sweeps.events(run, "step")]
+    return sum(steps.count(step) - 1 for step in range(min(firsts, default=0)))
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """A sweep of two trials, one after the other: the first is killed; when one is over and the other runs, the driver is; it is
+    resumed with Ray's own files torn, stopped by SIGTERM, resumed for a second, and resumed to its end."""
+    folder = tmp_path_factory.mktemp("killed")
+    out = folder / "out"
+    space = sweeps.write_space(folder, tiny_data, SPACE % (20, CORES, 1), SLOW)
+    seen: dict = {"out": out}
+
+    def saved(run: Path) -> int:
+        return len(sweeps.events(run, "checkpoint"))
+
+    def finished() -> Trial | None:
+        sweep = sweeps.record(out)
+        return next((trial for trial in sweep.trials if trial.status == "finished"), None) if sweep else None
+
+    process = sweeps.start(space, "--out", out)
+    try:
+        first = out / "runs" / "t0000"
+        sweeps.wait_for(process, lambda: saved(first) >= 2, "two epochs of the first trial")
+        sweeps.kill(sweeps.pid_of(first))
+        seen["epochs at the kill"] = saved(first)
+        # Ray may let the second one go first, now that there is room.
+        over = sweeps.wait_for(process, finished, "the end of a trial").id
+        seen["over"], seen["left"] = over, "t0001" if over == "t0000" else "t0000"
+        left = out / "runs" / seen["left"]
+        before = saved(left)
+        sweeps.wait_for(process, lambda: saved(left) >= before + 2, "two epochs of the other trial")
+        seen["trainer"] = sweeps.pid_of(left)
+        sweeps.kill(process.pid)
+        process.communicate()
+        seen["before"] = read_sweep(out)
+        seen["orphans gone"] = sweeps.gone(lambda: sweeps.processes("raylet/raylet", str(process.pid)))
+        torn = list((out / "ray").rglob("tuner.pkl"))
+        assert torn
+        for path in torn:
+            path.write_bytes(path.read_bytes()[:100])
+        starts = len(sweeps.events(left, "start"))
+        process = sweeps.start(space, "--out", out, "--resume")
+        sweeps.wait_for(process, lambda: len(sweeps.events(left, "start")) > starts, "the resumed trial")
+        process.send_signal(signal.SIGTERM)
+        _, seen["told"] = process.communicate(timeout=120)
+        seen["code"] = process.returncode
+        seen["stopped"] = read_sweep(out)
+        seen["spent"] = sweeps.run(space, "--out", out, "--resume", "--budget-hours", str(1 / 3600))
+        seen["budget"] = read_sweep(out)
+        seen["finished"] = sweeps.run(space, "--out", out, "--resume")
+    finally:
+        process.kill()
+    seen["after"] = read_sweep(out)
+    return seen
+
+
+def test_a_killed_trial_is_retried_from_its_own_checkpoint(killed: dict) -> None:
+    trial = killed["after"].trials[0]
+    run = killed["out"] / trial.run
+    assert (trial.status, [epoch.epoch for epoch in trial.epochs]) == ("finished", list(range(1, 21)))
+    assert trial.attempts == len(sweeps.events(run, "start")) >= 2
+    again = sweeps.events(run, "start")[1]
+    assert Path(again["resumed_from"]).name == f"step-{trial.epochs[killed['epochs at the kill'] - 1].step + 1:08d}"
+    validated = epochs_run(run)
+    assert all(validated.count(epoch) == 1 for epoch in range(1, killed["epochs at the kill"] + 1))
+    assert steps_rerun(run) == 0
+
+
+def test_a_killed_driver_loses_nothing(killed: dict) -> None:
+    before, after = killed["before"], killed["after"]
+    assert killed["finished"].returncode == 0, killed["finished"].stderr
+    over, left = killed["over"], killed["left"]
+    assert after.trial(over) == before.trial(over)
+    assert before.trial(left).status == "running"
+    assert (after.trial(left).status, after.trial(left).values) == ("finished", before.trial(left).values)
+    known = before.trial(left).epochs
+    assert known
+    assert after.trial(left).epochs[: len(known)] == known
+    run = killed["out"] / after.trial(left).run
+    assert sweeps.events(run, "start")[before.trial(left).attempts]["resumed_from"] is not None
+    assert steps_rerun(run) == 0
+    assert len(sweeps.events(killed["out"] / "runs" / over, "start")) == before.trial(over).attempts, "it ran again"
+    assert after.resumed == 3
+    assert after.hours > before.hours
+
+
+def test_the_driver_takes_its_trials_with_it(killed: dict) -> None:
+    assert killed["orphans gone"]
+    assert sweeps.gone(lambda: Path(f"/proc/{killed['trainer']}/status").exists())
+
+
+def test_a_signal_interrupts_and_says_how_to_go_on(killed: dict) -> None:
+    assert killed["code"] == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in killed["told"]
+    assert "--resume" in killed["told"]
+    assert "Traceback" not in killed["told"]
+    stopped = killed["stopped"].trial(killed["left"])
+    assert (stopped.status, stopped.reason) == ("interrupted", "stopped by SIGTERM")
+
+
+def test_a_budget_ends_a_sweep_in_good_order(killed: dict) -> None:
+    spent = killed["spent"]
+    assert spent.returncode == 0, spent.stderr
+    assert "1 trials were interrupted" in spent.stdout
+    assert "go on with --resume" in spent.stdout
+    assert killed["budget"].trial(killed["left"]).status == "interrupted"
+    assert 0 < killed["budget"].hours - killed["stopped"].hours < 120 / 3600
+
+
+@pytest.fixture
+def bucket() -> Iterator[dict[str, str]]:
+    """What a process has to have in its environment to reach an S3 server on this machine that holds the bucket `sweeps`."""
+    import boto3
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    boto3.client(
+        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="key", aws_secret_access_key="secret"
+    ).create_bucket(Bucket="sweeps")
+    yield {
+        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+    }  # fmt: skip
+    server.stop()
+
+
+@pytest.fixture
+def two_nodes(bucket: dict[str, str], tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """(address, environment of who connects) of a cluster that asks for a token."""
+    (tmp_path / "nodes").mkdir()
+    more = {
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "f" * 64, "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on loopback
+        "TMPDIR": str(tmp_path / "nodes"), "RAY_TMPDIR": "/tmp", **bucket,  # the names of its sockets may not be long
+    }  # fmt: skip
+    script = [sys.executable, str(HELPERS / "two_nodes.py"), "2"]
+    with subprocess.Popen(
+        script, env=environment(**more), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as nodes:
+        assert nodes.stdin is not None
+        assert nodes.stdout is not None
+        try:
+            yield nodes.stdout.readline().strip(), more
+        finally:
+            nodes.stdin.close()
+            nodes.wait(timeout=60)
+
+
+def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
+    two_nodes: tuple[str, dict[str, str]], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node has room for one trial, so two lie on two. One loses a rank; the other its process and its node's disk, and goes on
+    from what is in the bucket."""
+    address, more = two_nodes
+    for name, value in more.items():
+        if name.startswith("AWS"):
+            monkeypatch.setenv(name, value)
+    space = sweeps.write_space(tmp_path, tiny_data, SPACE % (8, 2, 2), SLOW)
+    process = sweeps.start(
+        space, "--out", tmp_path / "two", "--address", address, "--storage", "s3://sweeps/of", **more
+    )
+
+    def run_of(number: int) -> Path:
+        found = list((tmp_path / "nodes").glob(f"genrec-tune-*/*/runs/{trial_id(number)}"))
+        return found[0] if found else tmp_path / "none"
+
+    def ranks_of(number: int) -> list[int]:
+        return sweeps.processes("genrec_tuning.rank_process", str(run_of(number)))
+
+    def whole(number: int) -> list[str]:
+        """A run's events in the bucket, which are sent behind the checkpoint they speak of."""
+        files = Folder("s3://sweeps").files
+        files.invalidate_cache()
+        return files.glob(f"sweeps/of/two/runs/{trial_id(number)}/events.jsonl")
+
+    ranks, trials, raylets = {}, {}, set()
+    try:
+        for number in range(2):
+            sweeps.wait_for(process, lambda number=number: whole(number), "a checkpoint in the bucket")  # type: ignore[misc]
+            ranks[number] = ranks_of(number)
+            assert len(ranks[number]) == 2
+            trials[number] = sweeps.parent_of(ranks[number][0])
+            raylets.add(sweeps.parent_of(trials[number]))
+            if number == 0:
+                sweeps.kill(ranks[0][-1])
+            else:
+                sweeps.kill(trials[1])
+                assert sweeps.gone(lambda: set(ranks[1]) & set(ranks_of(1))), "ranks outlived their trial"
+                shutil.rmtree(run_of(1))
+        assert len(raylets) == 2, "both trials are of one node's raylet"
+        for number in range(2):
+            sweeps.wait_for(
+                process,
+                lambda number=number: len(sweeps.events(run_of(number), "start")) == 2,  # type: ignore[misc]
+                "the second attempt",
+            )
+        assert not set(ranks[0]) & set(ranks_of(0)), "a rank outlived its group"
+        said, errors = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, errors
+    sweep = read_sweep("s3://sweeps/of/two")
+    assert [(trial.status, trial.attempts) for trial in sweep.trials] == [("finished", 2), ("finished", 2)]
+    for trial in sweep.trials:
+        run = run_of(trial.number)
+        starts = sweeps.events(run, "start")
+        assert [epoch.epoch for epoch in trial.epochs] == list(range(1, 9))
+        assert [start["processes"] for start in starts] == [2, 2]
+        assert "MULTI_CPU" in starts[0]["distributed_type"]
+        assert starts[1]["resumed_from"] is not None
+        assert steps_rerun(run) == 0
+    assert "rank 1 ended by SIGKILL" in str(sweep.trials[0].reason)
+    assert sweep.trials[1].reason == "its process died"
+    assert Folder("s3://sweeps/of/two").holds("best.yaml")
+    assert "died" not in said, "Ray speaks where results are said"
+
+
+FINALS = """
+set: {finetune.epochs: 1, pretrain.epochs: 0}
+trials: 2
+search: random
+space:
+  finetune.learning_rate: {loguniform: [1.0e-3, 1.0e-2]}
+"""
+
+
+def test_the_finals_look_at_test_once(tiny_data: Path, tmp_path: Path) -> None:
+    """Two trials and the base recipe with three seeds; all but one run have been made when the finals are gone on with."""
+    out = tmp_path / "out"
+    space = load_space(sweeps.write_space(tmp_path, tiny_data, FINALS))
+    recorder = Recorder(Folder(out), Sweep(space.name, space.as_dict()))
+    recorder.put_facts(started=1.0)
+    watch = Watch({}, Ending(), recorder.put, lambda: None)
+    for number, rate in enumerate((1e-3, 8e-3)):
+        values = {"finetune.learning_rate": rate}
+        run = f"runs/{trial_id(number)}"
+        recipe = space.recipe_of(values, run).as_dict()
+        job = job_of(trial_id(number), str(out), run, recipe, values, space.resources)  # type: ignore[arg-type]
+        watch.started(job)
+        run_job(job, lambda result, id_=job.id: watch.reported(id_, result))  # type: ignore[misc]
+    assert not list(out.rglob("*test*"))
+    recorder.put_finals(finals=entered(recorder.sweep, against_base=True))
+    jobs = list(jobs_of(recorder.sweep, str(out)).values())
+    assert len(jobs) == 9
+    finals = list(recorder.sweep.finals)
+    for number, job in enumerate(jobs[:-1]):
+        scores: list[dict] = []
+        run_job(job, scores.append)
+        finals[number] = dataclasses.replace(finals[number], status="finished", NDCG10=scores[-1]["best_NDCG@10"])
+        recorder.put_finals(finals=tuple(finals))
+    sweep = finish_sweep(out, against_base=True)
+    means = {
+        system: sum(final.NDCG10 or 0 for final in sweep.finals if final.system == system) / len(SEEDS)
+        for system in ("t0000", "t0001")
+    }
+    assert sweep.winner == max(means, key=lambda system: means[system])
+    assert read_sweep(out) == sweep
+    tested = {path.parent.parent.name for path in out.rglob("metrics-test.json")}
+    assert tested == {sweep.winner, "base"}
+    assert all((final.test is not None) == (final.system in tested) for final in sweep.finals)
+    assert {final.seed for final in sweep.finals} == set(SEEDS)
+    assert sweep.comparison is not None
+    assert sweep.comparison["metrics"]["NDCG@10"].keys() >= {"a", "b", "difference", "ci95"}
+    before = {path: path.read_bytes() for path in out.rglob("metrics-test.json")}
+    with pytest.raises(ValueError, match=f"{sweep.winner} was evaluated on test already .* looks at test once"):
+        finish_sweep(out, against_base=True)
+    assert before == {path: path.read_bytes() for path in out.rglob("metrics-test.json")}

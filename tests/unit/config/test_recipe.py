@@ -1,0 +1,202 @@
+"""The recipe: what does not fit is refused by name, in one line; what is written down reads back equal."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from places import ROOT
+
+from genrec_dist.config.load import dump_recipe, load_recipe
+from genrec_dist.config.recipe import Mask, Model, Recipe, Stage
+from genrec_dist.config.validate import LIMITS, check_recipe
+
+SHIPPED = sorted((ROOT / "genrec_dist" / "recipes").glob("*.yaml"))
+SMALLEST = {"data": "d", "run": "r", "finetune": {"epochs": 1}}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_recipe(values) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+        return path
+
+    return write_recipe
+
+
+def refusal(path, overrides=None) -> str:
+    with pytest.raises(ValueError) as caught:
+        load_recipe(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"model": {"d_modle": 8}}, "model.d_modle"),
+        ({"pretrain": {"mask": {"q": 1}}}, "pretrain.mask.q"),
+        ({"lr": 1}, "unknown key lr"),
+        ({"model": {"heads": "four"}}, "model.heads: 'four' is not of type int"),
+        ({"model": {"heads": True}}, "model.heads: True is not of type int"),
+        ({"model": {"heads": 4.0}}, "model.heads: 4.0 is not of type int"),
+        ({"model": {"user_ids": 1}}, "model.user_ids: 1 is not of type bool"),
+        ({"model": {"backbone": 3}}, "model.backbone: 3 is not of type str"),
+        ({"model": {"dropout": "much"}}, "model.dropout: 'much' is not a number"),
+        ({"model": {"dropout": True}}, "model.dropout: True is not of type float"),
+        ({"model": None}, "model: None is not a section"),
+        ({"precision": "fp8"}, "precision: 'fp8' is none of fp32, bf16, fp16"),
+        ({"pretrain": {"mask": {"strategy": "last"}}}, "pretrain.mask.strategy: 'last' is none of single,"),
+        ({"optimizer": {"betas": [0.9]}}, "optimizer.betas: [0.9] is not a list of 2 values"),
+        ({"optimizer": {"betas": [0.9, "x"]}}, "optimizer.betas: 'x' is not a number"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_file_and_key(write, values, key):
+    path = write({**SMALLEST, **values})
+    message = refusal(path)
+    assert message.startswith(f"{path}: ")
+    assert key in message
+
+
+def test_a_file_that_is_no_recipe_is_named(write, tmp_path):
+    assert "not YAML" in refusal(write("a: [1,\nb: }"))
+    assert "mapping" in refusal(write("- 1\n- 2"))
+    assert "run is missing" in refusal(write({"data": "d"}))
+    assert "no such recipe file; shipped recipes: " in refusal(tmp_path / "none.yaml")
+    path = tmp_path / "bytes.yaml"
+    path.write_bytes(b"data: \xff\xfe")
+    assert str(path) in refusal(path)
+
+
+def test_set_reaches_nested_keys_and_makes_missing_sections(write):
+    path = write(SMALLEST)
+    recipe = load_recipe(path, ["pretrain.mask.strategy=multi", "pretrain.epochs=2", "model.d_model=64", "shards=null"])
+    assert recipe.pretrain.mask == Mask(strategy="multi")
+    assert (recipe.pretrain.epochs, recipe.model.d_model, recipe.shards) == (2, 64, None)
+    assert recipe.finetune.epochs == 1
+    assert load_recipe(path, ["run=a=b"]).run == "a=b"
+    assert load_recipe(path, ["optimizer.betas=[0.8, 0.9]"]).optimizer.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed", "write it as dotted.key=value"),
+        ("=1", "write it as dotted.key=value"),
+        ("seed.deep=1", "seed is a value"),
+        ("model.nothing=1", "unknown key model.nothing"),
+        ("run=[", "is not YAML"),
+        ("run=@here", "is not YAML"),
+    ],
+)
+def test_a_wrong_set_is_refused_in_one_line(write, override, said):
+    assert said in refusal(write({**SMALLEST, "seed": 3}), [override])
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.0e-3", "0.001", "1E-3"])
+def test_every_way_to_write_a_rate_is_a_number(write, text):
+    path = write(f"data: d\nrun: r\nfinetune: {{epochs: 1, learning_rate: {text}}}")
+    assert load_recipe(path).finetune.learning_rate == 1e-3
+    assert load_recipe(path, [f"pretrain.learning_rate={text}"]).pretrain.learning_rate == 1e-3
+
+
+def test_a_whole_number_serves_as_a_rate_and_stays_a_float(write):
+    rate = load_recipe(write({**SMALLEST, "optimizer": {"clip": 1}})).optimizer.clip
+    assert isinstance(rate, float)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "pretrain.epochs=-1", "finetune.batch_size=0", "finetune.learning_rate=0", "pretrain.learning_rate=.nan",
+        "finetune.learning_rate=.inf", "pretrain.warmup_fraction=1.1", "pretrain.mask.p=0", "finetune.mask.k=0",
+        "finetune.label_smoothing=1", "model.heads=0", "model.d_model=0", "model.dropout=1", "model.embedding_dropout=-.1",
+        "model.max_tokens=15", "micro_batch_tokens=100", "workers=-1", "keep_checkpoints=0", "checkpoint_every=0",
+        "log_every=0", "validation.users=-1", "validation.beam=0", "validation.every_epochs=0", "validation.patience=-1",
+        "optimizer.average=1", "optimizer.betas=[1, 0.9]", "optimizer.eps=0", "optimizer.weight_decay=-1",
+        "optimizer.clip=-1", "model.encoder_layers=0", "model.init_std=0",
+    ],
+)  # fmt: skip
+def test_values_no_run_can_have_are_refused_with_key_and_value(write, override):
+    path = write(SMALLEST)
+    message = refusal(path, [override])
+    assert message.startswith(f"{path}: ")
+    assert override.split("=")[0] in message
+
+
+def test_values_that_do_not_go_together_are_refused(write):
+    path = write(SMALLEST)
+    assert "model.d_model 130 is no multiple of model.heads 4" in refusal(path, ["model.d_model=130"])
+    assert "nothing to train" in refusal(path, ["finetune.epochs=0"])
+
+
+def test_every_number_of_a_recipe_has_its_limit():
+    free = {"seed", "tokens.vocab_size"}  # any seed will do; the tokenizer knows its own smallest size
+    assert _numbers(Recipe("d", "r"), "") - free == set(LIMITS)
+
+
+def _numbers(section, prefix: str) -> set[str]:
+    found = set()
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            found |= _numbers(value, f"{prefix}{field.name}.")
+        elif isinstance(value, int | float | tuple) and not isinstance(value, bool):
+            found.add(f"{prefix}{field.name}")
+    return found
+
+
+recipes = st.builds(
+    Recipe,
+    data=st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1),
+    run=st.sampled_from(["null", "1e3", "007", "no", "a: b", "~"]),
+    shards=st.none() | st.just("elsewhere"),
+    seed=st.integers(),
+    model=st.builds(Model, dropout=st.floats(0, 0.99), backbone=st.none() | st.just("facebook/bart-base")),
+    pretrain=st.builds(Stage, epochs=st.just(1), learning_rate=st.floats(1e-12, 10), targets=st.just("last")),
+    finetune=st.builds(Stage, mask=st.builds(Mask, strategy=st.sampled_from(["span", "multi"]), k=st.integers(1, 9))),
+)
+
+
+@given(recipe=recipes)
+@settings(max_examples=60, deadline=None)
+def test_a_dumped_recipe_loads_back_equal(tmp_path_factory, recipe):
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(dump_recipe(recipe), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_recipe_loads_by_name_and_survives_a_round_trip(path, write):
+    recipe = load_recipe(path.stem)
+    assert recipe == load_recipe(path)
+    check_recipe(recipe)
+    assert load_recipe(write(dump_recipe(recipe))) == recipe
+
+
+def test_the_recipes_the_readme_names_are_shipped():
+    assert {"best", "demo", "tiny", "small", "paper-base", "paper-large"} <= {path.stem for path in SHIPPED}
+
+
+def test_pretraining_masks_unless_it_says_otherwise(write):
+    assert load_recipe(write(SMALLEST)).pretrain.targets == "mask"
+    assert load_recipe(write({**SMALLEST, "pretrain": {"epochs": 1}})).pretrain.targets == "mask"
+    assert load_recipe(write({**SMALLEST, "pretrain": {"epochs": 1, "targets": "last"}})).pretrain.targets == "last"
+    assert load_recipe(write(SMALLEST)).finetune.targets == "last"
+
+
+def test_masks_are_counted_only_where_a_stage_numbers_them():
+    multi = Stage(epochs=1, targets="mask", mask=Mask("multi", k=5))
+    assert Recipe("d", "r", pretrain=multi).num_masks == 5
+    assert Recipe("d", "r", pretrain=dataclasses.replace(multi, epochs=0)).num_masks == 1
+    assert Recipe("d", "r", pretrain=dataclasses.replace(multi, targets="last")).num_masks == 1
+    assert Recipe("d", "r", pretrain=Stage(epochs=1, targets="mask", mask=Mask("span", k=5))).num_masks == 1
+
+
+def test_shards_lie_inside_the_data_unless_named():
+    assert Recipe("d", "r").shards_dir == str(Path("d/shards"))
+    assert Recipe("d", "r", shards="s").shards_dir == "s"

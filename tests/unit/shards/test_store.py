@@ -1,0 +1,468 @@
+"""Shards behind an address: exact, one record at a time, patient with servers that fail, deaf to addresses that are no data."""
+
+import gc
+import multiprocessing
+import os
+import pickle
+import re
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from faulty_server import FaultyServer, serving
+from genrec_shards.dataset import Dataset
+from genrec_shards.errors import DataError
+from genrec_shards.storage.reader import ShardReader
+from genrec_shards.storage.remote import Patience, RemoteFiles, check_address, is_address
+from genrec_shards.storage.write import write_shards
+from shard_damage import Canary, npy, replace_record
+from shard_data import make_dataset
+from two_ranks import environment
+
+NUM_USERS = 150
+EVERYONE = np.arange(NUM_USERS)[::-1]
+QUICK = Patience(attempts=3, first_wait=0.02, longest_wait=0.1, stall=10, deadline=60)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Dataset:
+    folder = tmp_path_factory.mktemp("store")
+    dataset = make_dataset(folder, num_users=NUM_USERS)
+    write_shards(dataset, folder / "shards", users_per_shard=64, users_per_record=16)
+    return dataset
+
+
+@pytest.fixture
+def server(made):
+    with serving(made.path.parent) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("GENREC_CACHE", str(tmp_path / "cache"))
+
+
+def open_remote(server: FaultyServer, patience: Patience = QUICK, **more) -> ShardReader:
+    return ShardReader(f"{server.url}/shards", patience=patience, **more)
+
+
+def check_everyone(reader: ShardReader, dataset: Dataset) -> None:
+    items, offsets = reader.gather(EVERYONE)
+    assert np.array_equal(np.diff(offsets), dataset.sequences.lengths[EVERYONE])
+    expected = [dataset.sequences.items[slice(*dataset.sequences.offsets[[user, user + 1]])] for user in EVERYONE]
+    assert np.array_equal(items, np.concatenate(expected))
+
+
+def fail(server: FaultyServer, fault: str, name: str, times: int = 10**9) -> None:
+    """The first `times` requests of the file meet the fault."""
+    server.fault = lambda path, number: fault if path.endswith(name) and len(server.of(name)) <= times else None
+
+
+def test_an_address_gives_what_the_directory_gives_and_asks_for_each_record_once(made, server):
+    reader = open_remote(server)
+    check_everyone(reader, made)
+    check_everyone(reader, made)
+    parts = {(shard.name, record.offset, record.bytes) for shard in reader.manifest.shards for record in shard.records}
+    asked = [(path, re.fullmatch(r"bytes=(\d+)-(\d+)", part)) for path, part in server.requests if part]
+    assert len(asked) == 10
+    assert {(path.removeprefix("/shards/"), int(m[1]), int(m[2]) - int(m[1]) + 1) for path, m in asked} == parts
+    assert len(server.requests) == reader.traffic.requests == 12  # and the manifest and the lengths
+    assert server.bytes_sent == reader.traffic.bytes_fetched
+    assert reader.traffic.bytes_used == sum(size for *_, size in parts) + len(
+        (made.path.parent / "shards" / "lengths.npy").read_bytes()
+    )
+    second = open_remote(server)
+    check_everyone(second, made)
+    assert (second.traffic.requests, second.traffic.cache_hits) == (1, 11)  # the manifest alone comes again
+    assert ShardReader(made.path.parent / "shards").traffic.requests == 0
+
+
+FAULTS = [
+    ("500", "answers 500", 3),
+    ("stall", "stalls", 3),
+    ("stall half-way", "stalls", 3),
+    ("truncate", "breaks off", 3),
+    ("wrong bytes", "sha256 .* expected", 3),
+    ("other range", "for bytes=", 3),
+    ("hang up", "connection fails", None),  # aiohttp asks again by itself
+    ("404", "no such file", 1),
+    ("403", "answers 403", 1),
+    ("ignore Range", "ignores Range", 1),
+    ("no length", "announces no number", 1),
+]
+
+
+@pytest.mark.parametrize(("fault", "message", "attempts"), FAULTS)
+def test_a_lasting_fault_ends_in_one_line_that_names_the_shard(server, fault, message, attempts):
+    reader = open_remote(server, Patience(attempts=3, first_wait=0.02, stall=0.5, deadline=60), cache_bytes=0)
+    fail(server, fault, "shard-000001.tar")
+    with pytest.raises(DataError, match=message) as caught:
+        reader.gather(np.array([70]))
+    assert f"{server.url}/shards/shard-000001.tar: record 4: " in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert attempts is None or len(server.of("shard-000001.tar")) == attempts
+    assert reader.gather(np.array([0]))[1][1] == reader.lengths[0]  # the other tars are as they were
+
+
+@pytest.mark.parametrize("fault", [fault for fault, _, attempts in FAULTS if attempts != 1])
+def test_a_passing_fault_is_survived(made, server, fault):
+    patience = Patience(attempts=12, first_wait=0.02, longest_wait=0.1, stall=0.5, deadline=60)
+    fail(server, fault, "shard-000001.tar", times=2)
+    check_everyone(open_remote(server, patience), made)
+    assert len(server.of("shard-000001.tar")) >= 6  # four records and two failures
+
+
+@pytest.mark.parametrize(("name", "fault"), [("manifest.json", "truncate"), ("lengths.npy", "wrong bytes")])
+def test_manifest_and_lengths_are_asked_for_as_patiently(made, server, name, fault):
+    fail(server, fault, name, times=1)
+    check_everyone(open_remote(server), made)
+    fail(server, fault, name)
+    server.requests.clear()
+    with pytest.raises(DataError, match=f"{server.url}/shards/{name}: ") as caught:
+        open_remote(server, cache_bytes=0)
+    assert len(server.of(name)) == 3
+    assert "3 attempts" in str(caught.value)
+
+
+def test_waits_grow_and_the_deadline_ends_them(server, monkeypatch):
+    import genrec_shards.storage.remote as remote
+
+    waited = []
+    monkeypatch.setattr(remote.time, "sleep", waited.append)
+    fail(server, "500", "lengths.npy")
+    with pytest.raises(DataError, match="7 attempts"):
+        open_remote(server, Patience(attempts=7, first_wait=1, longest_wait=10, deadline=100))
+    longest = [1, 2, 4, 8, 10, 10]
+    assert len(waited) == len(longest)
+    assert all(most / 2 <= wait <= most for wait, most in zip(waited, longest, strict=True))
+    monkeypatch.undo()
+    server.requests.clear()
+    with pytest.raises(DataError, match="answers 500"):
+        open_remote(server, Patience(attempts=10**6, first_wait=0.05, longest_wait=0.1, deadline=1))
+    assert 3 <= len(server.of("lengths.npy")) < 100
+
+
+def test_a_server_that_trickles_is_given_up_at_the_deadline(server):
+    fail(server, "trickle", "shard-000000.tar")  # fast enough for `stall`, 90 s in all
+    reader = open_remote(server, Patience(attempts=3, stall=10, deadline=1), cache_bytes=0)
+    with pytest.raises(DataError, match="not all in 1 s"):
+        reader.record(0)
+
+
+def test_a_failing_server_does_not_cost_the_patience_of_every_record(made, tmp_path):
+    write_shards(made, tmp_path / "shards", users_per_shard=64, users_per_record=1)
+    with serving(tmp_path) as server:
+        reader = open_remote(server, cache_bytes=0)
+        server.fault = lambda path, number: "500"
+        with pytest.raises(DataError, match="3 attempts"):
+            reader.gather(EVERYONE)
+        assert len(set(server.requests[2:])) < NUM_USERS / 2
+
+
+def test_answers_are_not_unpacked(made, server):
+    """A compressed answer could be of any size."""
+    fail(server, "gzip", "shard-000000.tar")
+    check_everyone(open_remote(server), made)  # the bytes are taken as they are, and sha256 decides
+
+
+REFUSED = [
+    "pipe:touch CANARY",
+    "pipe:touch CANARY; cat x",
+    "PIPE:touch CANARY",
+    "file:///etc",
+    "file://localhost/etc",
+    "http://192.0.2.1/shards",
+    "http://example.invalid/shards",
+    "http://127.0.0.1.example.invalid/shards",
+    "http://localhost@example.invalid/shards",
+    "http://0x7f000001/shards",
+    "http://[::2]/shards",
+    "https:/example.invalid/shards",
+    "https:///shards",
+    "https://h:port/shards",
+    "s3://UPPER/shards",
+    "s3:///shards",
+    "gs://bucket/shards",
+    "ftp://127.0.0.1/shards",
+    "memory://shards",
+    "simplecache::https://example.invalid/shards",
+    "https://example.invalid/x.tar::pipe:touch CANARY",
+    "zip://shards::https://example.invalid/a.zip",
+    "data:,x",
+    "https://example.invalid/shards?a=b",
+    "https://example.invalid/sha rds",
+    "https://example.invalid/shards\n",
+]
+
+
+@pytest.mark.parametrize("address", REFUSED)
+def test_other_addresses_are_refused_and_nothing_is_run(tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    assert is_address(address)
+    with pytest.raises(
+        ValueError, match=r"not opened|http of another|no server|no bucket|not an address|ends up"
+    ) as caught:
+        ShardReader(address)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) in ([], ["cache"])  # no canary
+    subprocess.run("touch CANARY", shell=True, check=True)
+    assert (tmp_path / "CANARY").exists()  # the command would have worked
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://me:secret@example.invalid/shards",
+        "https://me:sec/ret@example.invalid/shards",
+        "https://me:secret@@example.invalid:99999/shards",
+        "http://me:secret@example.invalid/shards",
+        "x::https://me:secret@example.invalid/shards",
+        "https://example.invalid/shards?signature=secret",
+    ],
+)
+def test_a_password_is_refused_and_not_shown(address):
+    with pytest.raises(ValueError) as caught:
+        ShardReader(address)
+    assert "secret" not in str(caught.value)
+    assert "ret@" not in str(caught.value)
+
+
+def test_what_is_an_address():
+    allowed = ["https://example.invalid/a/b/", "s3://my.bucket-1/x", "http://127.0.0.1:8000/x", "http://127.9.0.1/x"]
+    for address in [*allowed, "http://localhost:80/x", "http://[::1]:8000/x"]:
+        assert check_address(address) == address.rstrip("/")
+    assert not any(map(is_address, ["shards", "/a/b:c", "./pipe:x", "C:\\shards", "a b/c"]))
+
+
+def test_redirects_lead_to_allowed_servers_alone(made, server, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with serving(tmp_path / "empty") as first:
+        first.redirect = lambda path: server.url + path
+        check_everyone(open_remote(first, cache_bytes=0), made)
+        for target in ("http://192.0.2.1/x", "http://example.invalid/x", "file:///etc/passwd", "pipe:touch CANARY"):
+            first.redirect = lambda path, target=target: target
+            with pytest.raises(DataError, match=r"is not allowed|connection fails"):
+                open_remote(first)
+
+
+def test_a_server_over_https_is_checked_and_may_not_send_us_to_this_machine(made, tmp_path):
+    """In processes of their own: certificates are read when a program starts."""
+    certificate = make_certificate(tmp_path)
+    program = (
+        "import sys, ssl, threading\n"
+        "from pathlib import Path\n"
+        "import faulty_server\n"
+        "from genrec_shards.storage.reader import ShardReader\n"
+        "from genrec_shards.storage.remote import Patience\n"
+        "folder, certificate, key = sys.argv[1:]\n"
+        "context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)\n"
+        "context.load_cert_chain(certificate, key)\n"
+        "with faulty_server.serving(Path(folder), context) as server:\n"
+        "    def read():\n"
+        "        try:\n"
+        "            reader = ShardReader(server.url + '/shards', patience=Patience(attempts=2, first_wait=.01))\n"
+        "            return 'users', reader.record(0).users.size\n"
+        "        except ValueError as error:\n"
+        "            return error\n"
+        "    print(read())\n"
+        "    server.redirect = lambda path: 'http://127.0.0.1:9/x'\n"
+        "    print(read())\n"
+    )
+    command = [sys.executable, "-c", program, str(made.path.parent), *map(str, certificate)]
+    paths = os.pathsep.join(path for path in sys.path if path)
+    results = {}
+    for name, trusted in (("stranger", {}), ("friend", {"SSL_CERT_FILE": str(certificate[0])})):
+        env = environment(PYTHONPATH=paths, GENREC_CACHE=str(tmp_path / name), **trusted)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        results[name] = done.stdout.splitlines()
+    assert "certificate is not trusted" in results["stranger"][0]
+    assert results["friend"][0] == "('users', 16)"
+    assert "sends us on to http://127.0.0.1, which is not allowed" in results["friend"][1]
+
+
+def make_certificate(folder):
+    """(certificate, key) of localhost and 127.0.0.1, signed by itself."""
+    import datetime
+    import ipaddress
+
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    own_address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    made = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
+        .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(own_address, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )  # fmt: skip
+    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, *form))
+    return folder / "cert.pem", folder / "key.pem"
+
+
+@pytest.mark.parametrize("member", ["items.npy", "extra.pyd"])
+def test_a_pickle_from_a_server_is_refused_and_never_run(made, tmp_path, member):
+    write_shards(made, tmp_path / "shards", users_per_shard=64, users_per_record=16)
+    canary = Canary(tmp_path / "canary")
+    pickled = npy(np.array([canary], dtype=object), allow_pickle=True)
+    replace_record(tmp_path / "shards", lambda members: members.update({f"00000000.{member}": pickled}))
+    with serving(tmp_path) as server:
+        reader = open_remote(server)
+        for _ in range(2):  # from the server, then from the cache
+            with pytest.raises(DataError, match=r"shard-000000\.tar: record 0"):
+                reader.record(0)
+        assert len(server.of("shard-000000.tar")) == 1
+    assert not canary.path.exists()
+    pickle.loads(pickle.dumps(canary))
+    assert canary.path.exists()
+
+
+def gathered(reader: ShardReader, users: np.ndarray, queue) -> None:
+    gc.collect()
+    queue.put(reader.gather(users)[0].tolist())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_used_reader_works_in_another_process_and_still_in_its_own(made, server, method):
+    """A forked child must leave its parent's connections alone: closed there, they fall silent here."""
+    once = Patience(attempts=1, stall=20, deadline=60)
+    reader, local = open_remote(server, once, cache_bytes=0, cache_records=1), ShardReader(made.path.parent / "shards")
+    context = multiprocessing.get_context(method)
+    for turn in range(3):
+        users = np.arange(turn, NUM_USERS, 7)
+        assert np.array_equal(reader.gather(users)[0], local.gather(users)[0])
+        queue = context.Queue()
+        process = context.Process(target=gathered, args=(reader, users[::-1], queue))
+        process.start()
+        assert queue.get(timeout=60) == local.gather(users[::-1])[0].tolist()
+        process.join(60)
+        assert process.exitcode == 0
+    copy = pickle.loads(pickle.dumps(reader))
+    check_everyone(copy, made)
+
+
+def test_threads_may_share_a_reader(made, server):
+    reader, failures = open_remote(server, cache_records=2), []
+
+    def work() -> None:
+        try:
+            for _ in range(3):
+                check_everyone(reader, made)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert failures == []
+    assert len(server.requests) == 12
+
+
+def test_a_local_directory_needs_no_package_for_remote_ones(made, monkeypatch):
+    program = (
+        "import sys\n"
+        "for name in ('fsspec', 'aiohttp', 's3fs'): sys.modules[name] = None\n"
+        "from genrec_shards.storage.reader import ShardReader\n"
+        "print(ShardReader(sys.argv[1]).record(0).first_user)"
+    )
+    command = [sys.executable, "-c", program, str(made.path.parent / "shards")]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "0\n"
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ValueError, match=r"s3:// needs a package .*: pip install 'genrec-dist\[remote\]'"):
+        ShardReader("s3://bucket/shards")
+
+
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server on loopback."""
+    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    use_endpoint(monkeypatch, "http://{}:{}".format(*server.get_host_and_port()))
+    yield server
+    server.stop()
+
+
+def use_endpoint(monkeypatch, url: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr("genrec_shards.storage.remote._clients", {})  # which were made for another endpoint
+
+
+def test_shards_come_from_s3(made, s3):
+    import boto3
+
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="bucket")
+    for path in (made.path.parent / "shards").iterdir():
+        client.upload_file(str(path), "bucket", f"some/shards/{path.name}")
+    reader = ShardReader("s3://bucket/some/shards/", patience=QUICK)
+    check_everyone(reader, made)
+    assert reader.traffic.requests == 12
+    assert reader.traffic.bytes_fetched - reader.traffic.bytes_used == len(
+        (made.path.parent / "shards" / "manifest.json").read_bytes()
+    )
+    client.delete_object(Bucket="bucket", Key="some/shards/shard-000001.tar")
+    with pytest.raises(DataError, match=r"s3://bucket/some/shards/shard-000001.tar: record 4: no such file"):
+        ShardReader("s3://bucket/some/shards", patience=QUICK, cache_bytes=0).record(4)
+    with pytest.raises(DataError, match=r"s3://nobody/manifest.json: no such file"):
+        ShardReader("s3://nobody", patience=QUICK)
+    body = (made.path.parent / "shards" / "shard-000000.tar").read_bytes()
+    client.put_object(Bucket="bucket", Key="some/shards/shard-000000.tar", Body=body[:1000])
+    with pytest.raises(DataError, match=r"shard-000000.tar: record 0: 1000 bytes came, expected .* \(3 attempts"):
+        ShardReader("s3://bucket/some/shards", patience=QUICK, cache_bytes=0).record(0)
+    s3.stop()
+    with pytest.raises(DataError, match=r"s3://bucket/some/shards/manifest.json: .* \(3 attempts"):
+        ShardReader("s3://bucket/some/shards", patience=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("500", "s3://shards/shard-000001.tar: record 4: "),
+        ("stall half-way", "stalls"),
+        ("truncate", "breaks off"),
+        ("wrong bytes", "sha256"),
+        ("ignore Range", "bytes came, expected"),
+        ("403", "credentials"),
+    ],
+)
+def test_s3_is_asked_as_patiently_and_no_more(made, server, monkeypatch, fault, message):
+    """A read of S3 is an HTTP GET of /bucket/key, so the server that fails can stand for it."""
+    use_endpoint(monkeypatch, server.url)
+    reader = ShardReader("s3://shards", patience=Patience(attempts=3, first_wait=0.02, stall=0.5, deadline=60))
+    fail(server, fault, "shard-000001.tar", times=2)
+    if fault != "403":
+        check_everyone(reader, made)
+        server.requests.clear()
+    fail(server, fault, "shard-000001.tar")
+    with pytest.raises(DataError, match=message) as caught:
+        ShardReader("s3://shards", patience=reader._store.files.patience, cache_bytes=0).record(4)
+    assert "\n" not in str(caught.value)
+    assert len(server.of("shard-000001.tar")) == (1 if fault == "403" else 3)
+
+
+def test_an_endpoint_on_another_machine_must_be_https(monkeypatch):
+    monkeypatch.setattr("genrec_shards.storage.remote._clients", {})
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://192.0.2.1")
+    with pytest.raises(ValueError, match=r"AWS endpoint http://192\.0\.2\.1: not opened"):
+        ShardReader("s3://bucket/shards", patience=QUICK)
+
+
+def test_our_own_mistakes_are_not_taken_for_a_servers(server, monkeypatch):
+    files = RemoteFiles(f"{server.url}/shards", QUICK)
+    monkeypatch.setattr(files, "_request", lambda *arguments: {}["mistake"])
+    with pytest.raises(KeyError):
+        files.fetch("manifest.json", "place", count=lambda size: None)
