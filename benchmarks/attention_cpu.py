@@ -1,4 +1,5 @@
-"""Which attention trains faster on a CPU at GenRec's lengths: torch's fused one or plain matrix products?"""
+"""Which attention trains faster on a CPU at GenRec's lengths: torch's fused one or plain matrix
+products?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Search of a baseline's settings by validation: published spaces, seeded draws, and what the best so far is changed in."""
+"""Search of a baseline's settings by validation: published spaces, seeded draws, and what the best
+so far is changed in."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ class Range:
     """Uniform in the logarithm."""
 
     def at(self, share: float) -> float:
-        """The value below which this share of the range lies, in four digits: what is written is what is used."""
+        """The value below which this share of the range lies, in four digits: what is written is
+        what is used."""
         if self.log:
             value = math.exp(math.log(self.low) + share * math.log(self.high / self.low))
         else:
@@ -46,13 +48,17 @@ class Search:
     space: Mapping[str, Range | Choice]
     """What a draw sets; all other settings keep their defaults."""
     moves: tuple[Mapping[str, Value], ...]
-    """The first tries: the best settings so far, changed in these; the first of all is the defaults."""
+    """The first tries: the best settings so far, changed in these; the first of all is the
+    defaults."""
 
-    def settings(self, number: int, seed: int, tried: Iterable[Mapping[str, Any]]) -> dict[str, Value]:
-        """What differs from the defaults in try `number` (from 0): a move away from the best of those before it, later a draw.
+    def settings(
+        self, number: int, seed: int, tried: Iterable[Mapping[str, Any]]
+    ) -> dict[str, Value]:
+        """What differs from the defaults in try `number` (from 0): a move away from the best of
+        those before it, later a draw.
 
-        `tried`: rows with `number`, `settings` and `score` (None: none was reached). The same rows and seed, the same settings.
-        """
+        `tried`: rows with `number`, `settings` and `score` (None: none was reached). The same rows
+        and seed, the same settings."""
         if number >= len(self.moves):
             # Of Python's own generator `random` alone is promised to stay what it is.
             dice = random.Random(f"{seed} {number}")
@@ -120,4 +126,5 @@ SASREC = Search(
         {"batch_size": 128},
     ),
 )
-"""Trainings take minutes and not seconds, so that few fit a budget: the first go from the defaults to their neighbours."""
+"""Trainings take minutes and not seconds, so that few fit a budget: the first go from the defaults
+to their neighbours."""

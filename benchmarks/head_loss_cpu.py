@@ -1,7 +1,8 @@
-"""What does a loss that never holds all logits cost or spare on a CPU, in time, in memory, and in a step of `tiny`?
+"""What does a loss that never holds all logits cost or spare on a CPU, in time, in memory, and in a
+step of `tiny`?
 
-`OMP_NUM_THREADS=1 python benchmarks/head_loss_cpu.py [BEAUTY] [--json FILE]`; BEAUTY: a sharded data directory.
-"""
+`OMP_NUM_THREADS=1 python benchmarks/head_loss_cpu.py [BEAUTY] [--json FILE]`; BEAUTY: a sharded
+data directory."""
 
 from __future__ import annotations
 
@@ -39,7 +40,9 @@ WAYS: tuple[HeadLoss, ...] = ("full", "chunked")
 STEPS = 6
 
 
-def forward_and_backward(rows: int, tokens: int, width: int, bf16: bool, how: HeadLoss) -> Callable[[], Tensor]:
+def forward_and_backward(
+    rows: int, tokens: int, width: int, bf16: bool, how: HeadLoss
+) -> Callable[[], Tensor]:
     torch.manual_seed(0)
     hidden = torch.randn(rows, width, requires_grad=True)
     weight = (torch.randn(tokens, width) * 0.02).requires_grad_()
@@ -72,8 +75,13 @@ def print_peak(rows: int, bf16: bool, how: HeadLoss) -> None:
 
 
 def most_resident() -> int:
-    """Bytes. Of this program alone: what `getrusage` tells is also the parent's, from before the exec."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    """Bytes. Of this program alone: what `getrusage` tells is also the parent's, from before the
+    exec."""
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return 1024 * int(line.split()[1])
 
 
@@ -123,7 +131,9 @@ def main() -> None:
             print(name, found["peak_mb"][name], flush=True)
     if options.data:
         seconds = step_seconds(options.data)
-        found["seconds of a step of tiny"] = {how: median(values) for how, values in seconds.items()}
+        found["seconds of a step of tiny"] = {
+            how: median(values) for how, values in seconds.items()
+        }
         print("a step of tiny", seconds, flush=True)
     if options.json:
         write_table(table("head_loss", [], shapes=SHAPES, **found), options.json)

@@ -1,10 +1,11 @@
-"""What does `prepare --engine ray` bring and cost on one machine: rows/s on one and on two workers beside the local engine.
+"""What does `prepare --engine ray` bring and cost on one machine: rows/s on one and on two workers
+beside the local engine.
 
-`OMP_NUM_THREADS=1 python benchmarks/prepare_ray.py [--rows ROWS] [--repeats N] [--json FILE]`; each measurement is a fresh
-process with a Ray of its own on loopback, the ways in turn. The start of Ray is timed apart. Memory is the driver's: its
-high-water mark above that before the log is opened, and the most of its own pages (RssAnon, asked every 20 ms), which leaves
-out files that are mapped, as the sequences and Ray's store are.
-"""
+`OMP_NUM_THREADS=1 python benchmarks/prepare_ray.py [--rows ROWS] [--repeats N] [--json FILE]`; each
+measurement is a fresh process with a Ray of its own on loopback, the ways in turn. The start of Ray
+is timed apart. Memory is the driver's: its high-water mark above that before the log is opened, and
+the most of its own pages (RssAnon, asked every 20 ms), which leaves out files that are mapped, as
+the sequences and Ray's store are."""
 
 from __future__ import annotations
 
@@ -27,7 +28,11 @@ STORE_BYTES = 512 << 20
 
 def own_pages() -> int:
     """Bytes of this process that no file backs."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("RssAnon")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -101,7 +106,10 @@ def claims_of(found: dict[str, Any]) -> list[Any]:
     from genrec_dist.bench.measure import Claim, median
 
     rows = found["rows"]
-    rate = {way: rows / median([run["seconds"] for run in runs]) for way, runs in found["measured"].items()}
+    rate = {
+        way: rows / median([run["seconds"] for run in runs])
+        for way, runs in found["measured"].items()
+    }
     claims = []
     for way, other, goal in (
         ("ray, 1 worker", "local", 1.0),
@@ -109,9 +117,23 @@ def claims_of(found: dict[str, Any]) -> list[Any]:
         ("ray, 2 workers", "ray, 1 worker", 1.5),
     ):
         gain = rate[way] / rate[other]
-        claims.append(Claim(f"rate, {way}", other, rate[way], rate[other], "rows/s", gain, f">= {goal}x", gain >= goal))
+        claims.append(
+            Claim(
+                f"rate, {way}",
+                other,
+                rate[way],
+                rate[other],
+                "rows/s",
+                gain,
+                f">= {goal}x",
+                gain >= goal,
+            )
+        )
     for key, name in (("growth", "driver's peak"), ("own_growth", "driver's own pages")):
-        held = {way: median([run[key] for run in runs]) / rows for way, runs in found["measured"].items()}
+        held = {
+            way: median([run[key] for run in runs]) / rows
+            for way, runs in found["measured"].items()
+        }
         for way in ("ray, 1 worker", "ray, 2 workers"):
             ratio = held["local"] / max(held[way], 1e-9)
             claims.append(

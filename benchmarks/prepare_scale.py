@@ -1,9 +1,10 @@
-"""How much memory and time does `prepare` take of a large log, a row, and what does a plain pandas script take?
+"""How much memory and time does `prepare` take of a large log, a row, and what does a plain pandas
+script take?
 
-`OMP_NUM_THREADS=1 python benchmarks/prepare_scale.py [--rows ROWS:REPEATS ...] [--json FILE]`; each measurement is a fresh
-process, ours and the peer's in turn. Memory is the process's own high-water mark (VmHWM), the interpreter and all
-libraries included; `growth` is what is above the mark before the log is opened.
-"""
+`OMP_NUM_THREADS=1 python benchmarks/prepare_scale.py [--rows ROWS:REPEATS ...] [--json FILE]`; each
+measurement is a fresh process, ours and the peer's in turn. Memory is the process's own high-water
+mark (VmHWM), the interpreter and all libraries included; `growth` is what is above the mark before
+the log is opened."""
 
 from __future__ import annotations
 
@@ -26,16 +27,25 @@ WAYS = ("ours", "pandas")
 
 
 def write_log(path: Path, rows: int) -> None:
-    """CSV in an order without order: users of about ten rows, items by popularity, ids as long as Amazon's."""
+    """CSV in an order without order: users of about ten rows, items by popularity, ids as long as
+    Amazon's."""
     import polars as pl
 
     draw = np.random.default_rng(0)
     users = draw.integers(0, max(rows // ROWS_A_USER, 1), rows)
     items = (min(rows // 50, MOST_ITEMS) * draw.random(rows) ** 2).astype(np.int64)
-    table = pl.DataFrame({"user": users, "item": items, "timestamp": draw.integers(1_100_000_000, 1_400_000_000, rows)})
+    table = pl.DataFrame(
+        {
+            "user": users,
+            "item": items,
+            "timestamp": draw.integers(1_100_000_000, 1_400_000_000, rows),
+        }
+    )
     # An odd factor modulo 10^12 spreads the numbers without making two equal.
     table = table.with_columns(
-        user=pl.format("A{}", (pl.col("user") * 600_000_001 % 10**12).cast(pl.String).str.zfill(12)),
+        user=pl.format(
+            "A{}", (pl.col("user") * 600_000_001 % 10**12).cast(pl.String).str.zfill(12)
+        ),
         item=pl.format("B{}", (pl.col("item") * 7_000_003 % 10**9).cast(pl.String).str.zfill(9)),
     )
     table.write_csv(path)
@@ -69,7 +79,11 @@ def plain_pandas(log: Path, out: Path) -> int:
 
 def high_water() -> int:
     """Bytes; unlike ru_maxrss it begins anew with a program."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -86,7 +100,13 @@ def measured(way: str, log: Path) -> dict[str, float]:
         start, cpu = time.perf_counter(), time.process_time()
         kept = (ours if way == "ours" else plain_pandas)(log, Path(folder) / "data")
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return {"seconds": seconds, "cpu_seconds": cpu, "peak": high_water(), "before": before, "kept": kept}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "peak": high_water(),
+        "before": before,
+        "kept": kept,
+    }
 
 
 def in_a_process(way: str, log: Path) -> dict[str, float]:
@@ -108,7 +128,13 @@ def compare(rows: int, repeats: int) -> dict[str, Any]:
                 found[way].append(in_a_process(way, log))
                 print(f"{rows:,} rows, {way}: {found[way][-1]}", file=sys.stderr, flush=True)
     skipped = {} if "pandas" in ways else {"pandas": "not installed, so not measured"}
-    return {"rows": rows, "log_bytes": size, "repeats": repeats, "measured": found, "skipped": skipped}
+    return {
+        "rows": rows,
+        "log_bytes": size,
+        "repeats": repeats,
+        "measured": found,
+        "skipped": skipped,
+    }
 
 
 def claims_of(found: dict[str, Any]) -> list[Any]:
@@ -141,7 +167,16 @@ def claims_of(found: dict[str, Any]) -> list[Any]:
             ("cpu rate", "rows a CPU second", mine["cpu rate"] / peer["cpu rate"]),
         ):
             claims.append(
-                Claim(f"{key} at {names} rows", "plain pandas", mine[key], peer[key], unit, ratio, ">= 1x", ratio >= 1)
+                Claim(
+                    f"{key} at {names} rows",
+                    "plain pandas",
+                    mine[key],
+                    peer[key],
+                    unit,
+                    ratio,
+                    ">= 1x",
+                    ratio >= 1,
+                )
             )
     return claims
 

@@ -1,8 +1,9 @@
-"""What do two gloo ranks on two CPU cores gain over one on one core, and how much of their step is communication?
+"""What do two gloo ranks on two CPU cores gain over one on one core, and how much of their step is
+communication?
 
-`python benchmarks/ranks_cpu.py DATA [--json FILE]`; DATA: a sharded data directory. Each rank has one thread. A rank's steps are
-taken in turn as they are, and with the ranks' gradients left apart: the difference is what communication adds.
-"""
+`python benchmarks/ranks_cpu.py DATA [--json FILE]`; DATA: a sharded data directory. Each rank has
+one thread. A rank's steps are taken in turn as they are, and with the ranks' gradients left apart:
+the difference is what communication adds."""
 
 from __future__ import annotations
 
@@ -47,7 +48,9 @@ def apart(loop: Loop) -> Iterator[None]:
 def work(data: str, out: str) -> None:
     """One rank: seconds a step of each way, into a file of its own."""
     with tempfile.TemporaryDirectory() as room:
-        recipe = load_recipe("tiny", [f"data={data}", f"run={room}/run", "workers=1", "log_every=1000000"])
+        recipe = load_recipe(
+            "tiny", [f"data={data}", f"run={room}/run", "workers=1", "log_every=1000000"]
+        )
         accelerator = make_accelerator(recipe)
         workshop, model = open_workshop(recipe)
         loop = Loop(workshop, model, accelerator)
@@ -65,9 +68,15 @@ def work(data: str, out: str) -> None:
                     loop.take_step(step, share, agreed, recipe.finetune, 0.1)
                 if number >= 2 * WARM:
                     seconds[way].append(time.perf_counter() - started)
-                    tokens += sum(batch.num_tokens for batch in share.micro_batches) if way == "together" else 0
+                    tokens += (
+                        sum(batch.num_tokens for batch in share.micro_batches)
+                        if way == "together"
+                        else 0
+                    )
         facts = {"seconds": seconds, "tokens": tokens, "parameters": loop.num_parameters}
-        Path(out, f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(facts), encoding="utf-8")
+        Path(out, f"{os.environ.get('RANK', '0')}.json").write_text(
+            json.dumps(facts), encoding="utf-8"
+        )
         accelerator.end_training()
 
 
@@ -77,9 +86,17 @@ def measured(data: Path, ranks: int) -> list[dict[str, Any]]:
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
             __file__, str(data), "--rank-of", out,
         ]  # fmt: skip
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "ACCELERATE_USE_CPU": "true",
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
         subprocess.run(command, check=True, env=environment)
-        return [json.loads(Path(out, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(ranks)]
+        return [
+            json.loads(Path(out, f"{rank}.json").read_text(encoding="utf-8"))
+            for rank in range(ranks)
+        ]
 
 
 def main() -> None:
@@ -96,7 +113,9 @@ def main() -> None:
         ranks: sum(fact["tokens"] for fact in facts) / sum(facts[0]["seconds"]["together"])
         for ranks, facts in found.items()
     }
-    together, alone = (statistics.median(found[2][0]["seconds"][way]) for way in ("together", "apart"))
+    together, alone = (
+        statistics.median(found[2][0]["seconds"][way]) for way in ("together", "apart")
+    )
     claims = [
         Claim("real tokens/s, two ranks on two cores", "one rank on one core", rate[2], rate[1], "tokens/s",
               rate[2] / rate[1], "as measured", True),
@@ -108,7 +127,10 @@ def main() -> None:
         f"share of communication: {share:.1%} of a step; {4 * found[2][0]['parameters'] / 2**20:.1f} MiB of gradients"
     )
     if arguments.json:
-        write_table(table("ranks", claims, measured=found, communication_share=share, threads_a_rank=1), arguments.json)
+        write_table(
+            table("ranks", claims, measured=found, communication_share=share, threads_a_rank=1),
+            arguments.json,
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """What does a refreshed model score beside one that starts over, on the same longer data?
 
-`OMP_NUM_THREADS=1 python benchmarks/refresh.py Beauty.txt.gz [--users N] [--json FILE]`. The log is cut in two: the older part
-holds nine of ten users without their last two items, the newer part all the rest, so that new items are those that come there
-alone. A model is trained on the older part (recipe `best`), the data grow, and models that begin with it and models that start
-over are trained on them; all are scored on the test items of all users of the longer data.
-"""
+`OMP_NUM_THREADS=1 python benchmarks/refresh.py Beauty.txt.gz [--users N] [--json FILE]`. The log is
+cut in two: the older part holds nine of ten users without their last two items, the newer part all
+the rest, so that new items are those that come there alone. A model is trained on the older part
+(recipe `best`), the data grow, and models that begin with it and models that start over are trained
+on them; all are scored on the test items of all users of the longer data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def cut(sequences: Sequences, num_users: int, folder: Path) -> None:
     users = sorted(dice.sample(range(sequences.num_users), min(num_users, sequences.num_users)))
     old, new = [], []
     for user in users:
-        items = [sequences.item_ids[row] for row in sequences.items[slice(*sequences.offsets[user : user + 2])]]
+        items = [
+            sequences.item_ids[row]
+            for row in sequences.items[slice(*sequences.offsets[user : user + 2])]
+        ]
         kept = 0 if dice.random() < 0.1 else len(items) - HELD_BACK
         kept = kept if kept >= MINIMUM_LENGTH else 0
         id_ = sequences.user_ids[user]
@@ -62,11 +65,19 @@ def scores(loaded: LoadedRun, data: Path, num_old_items: int) -> dict[str, float
     view = load_dataset(data).sequences.history_and_target("test")
     is_new = view.targets >= num_old_items
     found = {}
-    for name, asked in (("all", np.ones_like(is_new)), ("old items", ~is_new), ("new items", is_new)):
+    for name, asked in (
+        ("all", np.ones_like(is_new)),
+        ("old items", ~is_new),
+        ("new items", is_new),
+    ):
         decoding = Decoding(exclude_history=loaded.model.config.exclude_history)
-        histogram = target_histogram(loaded.searcher, loaded.layout, view, np.flatnonzero(asked), decoding, Ranks())
+        histogram = target_histogram(
+            loaded.searcher, loaded.layout, view, np.flatnonzero(asked), decoding, Ranks()
+        )
         metrics = metrics_from_histogram(histogram)
-        found |= {f"{name}: users": int(asked.sum())} | {f"{name}: {key}": metrics[key] for key in ("HR@10", "NDCG@10")}
+        found |= {f"{name}: users": int(asked.sum())} | {
+            f"{name}: {key}": metrics[key] for key in ("HR@10", "NDCG@10")
+        }
     return found
 
 
@@ -88,7 +99,12 @@ def measure(source: Path, num_users: int, folder: Path) -> dict[str, Any]:
         write_shards(dataset, dataset.path / "shards")
 
     def recipe(data: str, run: str, epochs: int, *more: str) -> Recipe:
-        sets = [f"data={folder / data}", f"run={folder / run}", f"finetune.epochs={epochs}", "validation.users=1000"]
+        sets = [
+            f"data={folder / data}",
+            f"run={folder / run}",
+            f"finetune.epochs={epochs}",
+            "validation.users=1000",
+        ]
         return load_recipe("best", [*sets, *more])
 
     begin = f"begin_from={folder / 'origin'}"
@@ -103,7 +119,11 @@ def measure(source: Path, num_users: int, folder: Path) -> dict[str, Any]:
         "starts over, 2 epochs": recipe("longer", "anew-2", 2),
         "starts over, 6 epochs": recipe("longer", "anew-6", 6),
     }
-    rows = {"before any step": scores(before_any_step(plans["refreshed, 1 epoch"]), longer.path, old.info.items)}
+    rows = {
+        "before any step": scores(
+            before_any_step(plans["refreshed, 1 epoch"]), longer.path, old.info.items
+        )
+    }
     for name, plan in plans.items():
         started = time.monotonic()
         run = train(plan)

@@ -1,13 +1,16 @@
-"""Tune kNN and SASRec by validation, in published spaces, and look at test once: what GenRec has to beat.
+"""Tune kNN and SASRec by validation, in published spaces, and look at test once: what GenRec has to
+beat.
 
-    python benchmarks/tune_baselines.py data/beauty --system knn --tries 120 --json benchmarks/results/2026-11-21-baselines.json
-    python benchmarks/tune_baselines.py data/beauty --system sasrec --minutes 90 --json benchmarks/results/2026-11-21-baselines.json
-    python benchmarks/tune_baselines.py data/beauty --system sasrec --finish --seeds 0,1,2 --json benchmarks/results/...
+    python benchmarks/tune_baselines.py data/beauty --system knn --tries 120 --json
+    benchmarks/results/2026-11-21-baselines.json python benchmarks/tune_baselines.py data/beauty
+    --system sasrec --minutes 90 --json benchmarks/results/2026-11-21-baselines.json python
+    benchmarks/tune_baselines.py data/beauty --system sasrec --finish --seeds 0,1,2 --json
+    benchmarks/results/...
 
-Every try is a row of the file as soon as it has ended, failures included; a command that is given again goes on behind the rows
-that are there, and a training that was cut off goes on from its last epoch. Selection: NDCG@10 on validation, of kNN over all
-users, of SASRec over its 4,000 validation users of seed 0, the same ones in every try.
-"""
+Every try is a row of the file as soon as it has ended, failures included; a command that is given
+again goes on behind the rows that are there, and a training that was cut off goes on from its last
+epoch. Selection: NDCG@10 on validation, of kNN over all users, of SASRec over its 4,000 validation
+users of seed 0, the same ones in every try."""
 
 from __future__ import annotations
 
@@ -42,7 +45,8 @@ from genrec_dist.evaluation.provenance import git_commit
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 CURVE = ("epoch", "seconds", "loss", "HR@10", "NDCG@10")
 HOPELESS_AT, HOPELESS_BELOW = 10, 0.8
-"""A training that has less than this share of what the best one had after so many epochs is ended there."""
+"""A training that has less than this share of what the best one had after so many epochs is ended
+there."""
 
 
 class Hopeless(Exception):
@@ -54,16 +58,26 @@ class OutOfTime(Exception):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Tune kNN and SASRec by validation and score the winner on test.")
+    parser = argparse.ArgumentParser(
+        description="Tune kNN and SASRec by validation and score the winner on test."
+    )
     parser.add_argument("data", type=Path, help="a directory of genrec prepare")
     parser.add_argument("--system", choices=("knn", "sasrec"), required=True)
-    parser.add_argument("--json", type=Path, required=True, help="rows of all tries; gone on with where it is there")
-    parser.add_argument("--runs", type=Path, default=Path("runs/baselines"), help="where runs are kept")
+    parser.add_argument(
+        "--json", type=Path, required=True, help="rows of all tries; gone on with where it is there"
+    )
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/baselines"), help="where runs are kept"
+    )
     parser.add_argument("--tries", type=int, default=120, help="how many settings at most")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="no epoch begins after so many minutes")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="no epoch begins after so many minutes"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--seeds", default="0", help="with --finish: seeds of the winner, as 0,1,2")
-    parser.add_argument("--finish", action="store_true", help="score the winner on test; knn does so at the end")
+    parser.add_argument(
+        "--finish", action="store_true", help="score the winner on test; knn does so at the end"
+    )
     asked = parser.parse_args()
     tuning = Tuning(load_dataset(asked.data), asked)
     if not asked.finish:
@@ -114,7 +128,10 @@ class Tuning:
             self.tries.append(row)
             with self.section() as section:
                 section["tries"] = self.tries
-            print(f"{self.key} {number}: {row['score']} {settings} {row['ended']} {row['seconds']} s", flush=True)
+            print(
+                f"{self.key} {number}: {row['score']} {settings} {row['ended']} {row['seconds']} s",
+                flush=True,
+            )
 
     def time_left(self) -> float:
         return self.asked.minutes * 60 - (time.monotonic() - self.started)
@@ -196,20 +213,28 @@ class Tuning:
             rows.append(
                 {
                     "seed": seed,
-                    **{split: {name: found[name] for name in METRICS} for split, found in scores.items()},
+                    **{
+                        split: {name: found[name] for name in METRICS}
+                        for split, found in scores.items()
+                    },
                     "test_ci95": {name: scores["test"]["ci95"][name] for name in METRICS},
                 }
             )
             print(self.key, "seed", seed, rows[-1]["validation"], rows[-1]["test"], flush=True)
             with self.section() as section:
-                section["winner"] = {"number": winner["number"], "settings": winner["settings"], "all_users": rows}
+                section["winner"] = {
+                    "number": winner["number"],
+                    "settings": winner["settings"],
+                    "all_users": rows,
+                }
 
     def run_of(self, number: int) -> Path:
         return Path(self.asked.runs) / f"{self.key.replace(' ', '-').lower()}-t{number:03}"
 
     @contextlib.contextmanager
     def section(self) -> Iterator[dict[str, Any]]:
-        """This search's part of the file, written back at the end; two searches may write to one file."""
+        """This search's part of the file, written back at the end; two searches may write to one
+        file."""
         path: Path = self.asked.json
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = os.open(path.parent, os.O_RDONLY)
@@ -223,7 +248,9 @@ class Tuning:
             os.close(folder)
 
     def table(self) -> str:
-        ranked = sorted((row for row in self.tries if row["score"] is not None), key=lambda row: -row["score"])
+        ranked = sorted(
+            (row for row in self.tries if row["score"] is not None), key=lambda row: -row["score"]
+        )
         lines = [f"{self.key}: {self.done} tries, by NDCG@10 on validation"]
         for row in ranked[:15]:
             figures = " ".join(f"{row['validation'][name]:.4f}" for name in METRICS)
@@ -256,7 +283,11 @@ def new_file() -> dict[str, Any]:
         "curve": list(CURVE),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}; seconds are wall time beside other work",
         "git": git_commit(),
-        "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
+        "versions": {
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
         "searches": {},
     }
 
@@ -264,7 +295,10 @@ def new_file() -> dict[str, Any]:
 def dumped(held: dict[str, Any]) -> str:
     """Indented, but lists of numbers, as an epoch of a curve, stay in one line."""
     text = json.dumps(held, indent=1, allow_nan=False)
-    return re.sub(r"\[\s+([-+\d.e,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+    return (
+        re.sub(r"\[\s+([-+\d.e,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -62,7 +62,8 @@ def _one_line(text: str) -> str:
 
 out = Console()
 
-# typer brings its own click or the real one, by its version: only these two bases are public in both.
+# typer brings its own click or the real one, by its version: only these two bases are public in
+# both.
 UsageError: Any = typer.BadParameter.__base__
 
 ClickException: Any = UsageError.__base__

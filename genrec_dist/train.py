@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m genrec_dist.train RECIPE [--set a.b=c ...] [--resume latest|PATH]`, for accelerate launch and torchrun."""
+    """`python -m genrec_dist.train RECIPE [--set a.b=c ...] [--resume latest|PATH]`, for accelerate
+    launch and torchrun."""
     from genrec_dist.cli.app import run_command
 
     return run_command(["train", *(sys.argv[1:] if arguments is None else arguments)])
@@ -22,5 +23,6 @@ if __name__ == "__main__":
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads of collectives can outlive their groups; the interpreter's end would then abort a run that has ended well.
+    # Threads of collectives can outlive their groups; the interpreter's end would then abort a run
+    # that has ended well.
     os._exit(code) if launched or code else sys.exit(0)

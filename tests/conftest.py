@@ -26,15 +26,20 @@ validation: {users: 50, patience: 0}
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Bytes are named by their argument: gzip writes down the second, and all workers have to collect the same names."""
+    """Bytes are named by their argument: gzip writes down the second, and all workers have to
+    collect the same names."""
     return argname if isinstance(val, bytes) else None
 
 
 def tiny_log() -> str:
-    """120 users of 4 to 24 of 64 items, none twice; ids that are no numbers, so that a row cannot pass for an id."""
+    """120 users of 4 to 24 of 64 items, none twice; ids that are no numbers, so that a row cannot
+    pass for an id."""
     dice = random.Random(7)
     items = [f"B{dice.randrange(10**6):06d}" for _ in range(NUM_ITEMS)]
-    lines = [" ".join([f"user-{n}", *dice.sample(items, dice.randint(4, 24))]) for n in range(NUM_USERS - 1)]
+    lines = [
+        " ".join([f"user-{n}", *dice.sample(items, dice.randint(4, 24))])
+        for n in range(NUM_USERS - 1)
+    ]
     return "\n".join([*lines, " ".join([f"user-{NUM_USERS - 1}", *items])]) + "\n"
 
 
@@ -68,7 +73,8 @@ def tiny_recipe(tiny_data: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module", autouse=True)
 def _fresh_accelerate() -> None:
-    """Accelerate keeps one state a process, and refuses another precision than that of whoever came first."""
+    """Accelerate keeps one state a process, and refuses another precision than that of whoever came
+    first."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -1,4 +1,5 @@
-"""The counting rule: guesses the next item from the numbers alone and learns nothing; it measures a leak."""
+"""The counting rule: guesses the next item from the numbers alone and learns nothing; it measures a
+leak."""
 
 # U users, C candidates, N list
 
@@ -32,7 +33,14 @@ def recommend(
     top: int = TOP,
 ) -> Lists:
     """Top lists of these user rows (None: all with a target), as `fit` says."""
-    rule = fit(sequences, split, codes=codes, exclude_history=exclude_history, trained_through=trained_through, top=top)
+    rule = fit(
+        sequences,
+        split,
+        codes=codes,
+        exclude_history=exclude_history,
+        trained_through=trained_through,
+        top=top,
+    )
     return rule(sequences.history_and_target(split).users if users is None else users)
 
 
@@ -45,21 +53,26 @@ def fit(
     trained_through: TrainedThrough = "n-2",
     top: int = TOP,
 ) -> Rule:
-    """For d = 1..13, for base in (last item, largest item of the history): candidate base + d, in this order.
+    """For d = 1..13, for base in (last item, largest item of the history): candidate base + d, in
+    this order.
 
-    Listed: candidates that are an item, not in the history and not yet listed. `codes` are the items' numbers by row.
-    In a numbering without gaps "an item" is "not above the largest item"; in one with gaps a number that no item bears
-    is passed over. Items of the history are always left out: that is the rule, whatever `exclude_history` is.
-    Raises ValueError for codes that are not distinct whole numbers.
-    """
+    Listed: candidates that are an item, not in the history and not yet listed. `codes` are the
+    items' numbers by row. In a numbering without gaps "an item" is "not above the largest item"; in
+    one with gaps a number that no item bears is passed over. Items of the history are always left
+    out: that is the rule, whatever `exclude_history` is. Raises ValueError for codes that are not
+    distinct whole numbers."""
     check_trained_through(split, trained_through)
     numbers = whole_numbers(codes)
     if numbers is None:
-        raise ValueError(f"the counting rule needs distinct whole numbers as item codes, not {_odd_one(codes)}")
+        raise ValueError(
+            f"the counting rule needs distinct whole numbers as item codes, not {_odd_one(codes)}"
+        )
     return partial(_lists, sequences, split, numbers, top)
 
 
-def _lists(sequences: Sequences, split: Split, numbers: np.ndarray, top: int, users: np.ndarray) -> Lists:
+def _lists(
+    sequences: Sequences, split: Split, numbers: np.ndarray, top: int, users: np.ndarray
+) -> Lists:
     past = histories(sequences, split, users)
     candidates_UC = _candidates(past, numbers)
     allowed_UC = ~listed_above(candidates_UC)
@@ -81,7 +94,9 @@ def _is_whole(code: str) -> bool:
 
 
 def _odd_one(codes: list[str]) -> str:
-    return next((repr(code) for code in codes if not _is_whole(code)), "two spellings of one number")
+    return next(
+        (repr(code) for code in codes if not _is_whole(code)), "two spellings of one number"
+    )
 
 
 def _candidates(past: Histories, numbers: np.ndarray) -> np.ndarray:

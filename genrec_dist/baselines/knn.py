@@ -32,7 +32,12 @@ def recommend(
 ) -> Lists:
     """Top lists of these user rows (None: all with a target), as `fit` says."""
     rule = fit(
-        sequences, split, exclude_history=exclude_history, trained_through=trained_through, top=top, settings=settings
+        sequences,
+        split,
+        exclude_history=exclude_history,
+        trained_through=trained_through,
+        top=top,
+        settings=settings,
     )
     return rule(sequences.history_and_target(split).users if users is None else users)
 
@@ -46,16 +51,18 @@ def fit(
     top: int = TOP,
     settings: KnnSettings | None = None,
 ) -> Rule:
-    """The rule of these training parts: lists by the summed neighbour weights of the user's recent items.
+    """The rule of these training parts: lists by the summed neighbour weights of the user's recent
+    items.
 
-    Only items with a positive score are listed, so lists can be short. Scores are summed in float64 and compared in
-    float32, where sums of equal terms in another order are equal; ties are listed in `tie_order`.
-    Raises ValueError if training saw the split's targets.
-    """
+    Only items with a positive score are listed, so lists can be short. Scores are summed in float64
+    and compared in float32, where sums of equal terms in another order are equal; ties are listed
+    in `tie_order`. Raises ValueError if training saw the split's targets."""
     settings = settings or KnnSettings()
     by_chance = tie_order(sequences.num_items)
     # Columns stand in tie order from here on: of two equal scores the lower column goes first.
-    weights_II = neighbour_weights(sequences, split, trained_through, settings)[:, by_chance].tocsr()
+    weights_II = neighbour_weights(sequences, split, trained_through, settings)[
+        :, by_chance
+    ].tocsr()
     return partial(_lists, sequences, split, weights_II, by_chance, exclude_history, top, settings)
 
 
@@ -91,27 +98,36 @@ def _score_batches(
         yield start, history_UI[start : start + settings.batch_size] @ weights_II
 
 
-def _without_history(scores_BI: sp.csr_matrix, past: Histories, start: int, by_chance: np.ndarray) -> sp.csr_matrix:
+def _without_history(
+    scores_BI: sp.csr_matrix, past: Histories, start: int, by_chance: np.ndarray
+) -> sp.csr_matrix:
     """The whole history scores zero, also what is too old to be asked."""
     column_of = np.empty(len(by_chance), dtype=np.int64)
     column_of[by_chance] = np.arange(len(by_chance))
     first, last = past.offsets[start], past.offsets[start + scores_BI.shape[0]]
-    entries = np.ones(last - first), (past.users[first:last] - start, column_of[past.items[first:last]])
+    entries = (
+        np.ones(last - first),
+        (past.users[first:last] - start, column_of[past.items[first:last]]),
+    )
     taken_BI = sp.csr_matrix(entries, shape=scores_BI.shape)
     # An item taken twice is subtracted twice; what is not positive is no candidate.
     return scores_BI - scores_BI.multiply(taken_BI)
 
 
 def _top(scores_BI: sp.csr_matrix, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """Columns int64[B, n] and values float32[B, n] of the best, n = min(top, M); value 0 where there is no candidate.
+    """Columns int64[B, n] and values float32[B, n] of the best, n = min(top, M); value 0 where
+    there is no candidate.
 
-    Score and column are packed into one 64-bit word (bits of a positive float32 rise with its value), so that a
-    partition of plain words obeys the tie rule, which argpartition would not.
-    """
+    Score and column are packed into one 64-bit word (bits of a positive float32 rise with its
+    value), so that a partition of plain words obeys the tie rule, which argpartition would not."""
     scores_BI = scores_BI.tocsr()
     lengths_B = np.diff(scores_BI.indptr)
     bits = scores_BI.data.astype(np.float32).view(np.uint32).astype(np.uint64)
-    words = np.where(scores_BI.data > 0, (bits << np.uint64(32)) | (_LOW_32 - scores_BI.indices.astype(np.uint64)), 0)
+    words = np.where(
+        scores_BI.data > 0,
+        (bits << np.uint64(32)) | (_LOW_32 - scores_BI.indices.astype(np.uint64)),
+        0,
+    )
     words_BM = np.zeros((len(lengths_B), max(int(lengths_B.max(initial=0)), 1)), dtype=np.uint64)
     words_BM[np.arange(words_BM.shape[1]) < lengths_B[:, None]] = words
     if words_BM.shape[1] > top:

@@ -1,4 +1,5 @@
-"""What a data set gives away before any model has learned: leaking numbers, repeats, unseen targets, ties."""
+"""What a data set gives away before any model has learned: leaking numbers, repeats, unseen
+targets, ties."""
 
 from __future__ import annotations
 
@@ -24,12 +25,13 @@ from genrec_dist.evaluation.metrics import (
 from genrec_dist.evaluation.ranked_lists import Lists
 
 LEAK_FACTOR = 2.0
-"""Numbers are said to leak where the counting rule's HR@5, at the low end of its 95 % interval, is above this many
-times popularity's (or chance, 5 / items, where popularity is below chance).
+"""Numbers are said to leak where the counting rule's HR@5, at the low end of its 95 % interval, is
+above this many times popularity's (or chance, 5 / items, where popularity is below chance).
 
-The rule sees no interaction but the history. Twice popularity is more than numbers can tell by luck, and more than
-numbers by training order tell by bringing neighbours together (Beauty: .0126, popularity .0074); the standard numbering
-reaches seven times popularity. The interval keeps a handful of users from raising the alarm."""
+The rule sees no interaction but the history. Twice popularity is more than numbers can tell by
+luck, and more than numbers by training order tell by bringing neighbours together (Beauty: .0126,
+popularity .0074); the standard numbering reaches seven times popularity. The interval keeps a
+handful of users from raising the alarm."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Audit:
     users: int
     items: int
     counting: dict[str, dict[str, float]] | None
-    """HR, NDCG and MRR of the counting rule with these codes; None where they are not distinct whole numbers."""
+    """HR, NDCG and MRR of the counting rule with these codes; None where they are not distinct
+    whole numbers."""
     counting_ci95: dict[str, list[float]] | None
     """[low, high] of the rule's metrics on test."""
     popularity: dict[str, dict[str, float]]
@@ -49,7 +52,8 @@ class Audit:
     unseen_targets: dict[str, float]
     """Share of targets that no training part (n-2) holds."""
     tied_users: float | None
-    """Share of users with two interactions at one time, so that their order is the file's; None without timestamps."""
+    """Share of users with two interactions at one time, so that their order is the file's; None
+    without timestamps."""
     tied_held_out: float | None
     """Share of users with both targets whose targets bear one time; None without timestamps."""
 
@@ -83,7 +87,8 @@ class Audit:
 
 
 def audit(sequences: Sequences, codes: list[str], timestamps: np.ndarray | None = None) -> Audit:
-    """Examine sequences under these item codes (by row). `timestamps`: a number for each of `sequences.items`, or None.
+    """Examine sequences under these item codes (by row). `timestamps`: a number for each of
+    `sequences.items`, or None.
 
     Raises ValueError where codes or timestamps do not match the sequences in number.
     """
@@ -97,7 +102,11 @@ def audit(sequences: Sequences, codes: list[str], timestamps: np.ndarray | None 
         counting_ci95=interval,
         popularity={
             split: metrics_from_histogram(
-                _histogram(sequences, split, popularity.recommend(sequences, split, exclude_history=exclude_history))
+                _histogram(
+                    sequences,
+                    split,
+                    popularity.recommend(sequences, split, exclude_history=exclude_history),
+                )
             )
             for split in get_args(Split)
         },
@@ -125,7 +134,9 @@ def _counting(
         split: _histogram(sequences, split, counting.recommend(sequences, split, codes=codes))
         for split in get_args(Split)
     }  # fmt: skip
-    return {split: metrics_from_histogram(hist) for split, hist in hists.items()}, bootstrap_ci95(hists["test"])
+    return {split: metrics_from_histogram(hist) for split, hist in hists.items()}, bootstrap_ci95(
+        hists["test"]
+    )
 
 
 def _histogram(sequences: Sequences, split: Split, lists: Lists) -> np.ndarray:
@@ -155,12 +166,18 @@ def _tied_held_out(sequences: Sequences, timestamps: np.ndarray) -> float:
     validation, test = (sequences.history_and_target(split) for split in get_args(Split))
     both = np.intersect1d(validation.users, test.users)
     # Of a split by time the targets lie in different periods.
-    return float((timestamps[validation.ends[both]] == timestamps[test.ends[both]]).mean()) if len(both) else 0.0
+    return (
+        float((timestamps[validation.ends[both]] == timestamps[test.ends[both]]).mean())
+        if len(both)
+        else 0.0
+    )
 
 
 def _check_lengths(sequences: Sequences, codes: list[str], timestamps: np.ndarray | None) -> None:
     if len(codes) != sequences.num_items:
-        raise ValueError(f"{len(codes)} item codes for {sequences.num_items} items: give one code an item row")
+        raise ValueError(
+            f"{len(codes)} item codes for {sequences.num_items} items: give one code an item row"
+        )
     if timestamps is not None and len(timestamps) != sequences.num_interactions:
         raise ValueError(
             f"{len(timestamps)} timestamps for {sequences.num_interactions} interactions: give one an interaction"

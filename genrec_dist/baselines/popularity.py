@@ -25,7 +25,9 @@ def recommend(
     top: int = TOP,
 ) -> Lists:
     """Top lists of these user rows (None: all with a target), as `fit` says."""
-    rule = fit(sequences, split, exclude_history=exclude_history, trained_through=trained_through, top=top)
+    rule = fit(
+        sequences, split, exclude_history=exclude_history, trained_through=trained_through, top=top
+    )
     return rule(sequences.history_and_target(split).users if users is None else users)
 
 
@@ -39,8 +41,8 @@ def fit(
 ) -> Rule:
     """The rule of these training parts; the score is the number of training interactions.
 
-    Every item has a score; equal ones are listed in `tie_order`. Raises ValueError if training saw the split's targets.
-    """
+    Every item has a score; equal ones are listed in `tie_order`. Raises ValueError if training saw
+    the split's targets."""
     check_trained_through(split, trained_through)
     counts = training_counts(sequences, trained_through)
     by_chance = tie_order(sequences.num_items)
@@ -61,8 +63,11 @@ def _lists(
     return without_last(_first_allowed(order, counts, past, exclude_history, top + 1))
 
 
-def _first_allowed(order: np.ndarray, counts: np.ndarray, past: Histories, exclude_history: bool, top: int) -> Lists:
-    """Walk down the order once and give each item to everybody who may have it and still has room."""
+def _first_allowed(
+    order: np.ndarray, counts: np.ndarray, past: Histories, exclude_history: bool, top: int
+) -> Lists:
+    """Walk down the order once and give each item to everybody who may have it and still has
+    room."""
     lists = empty_lists(past.num_users, top)
     filled_U = np.zeros(past.num_users, dtype=np.int64)
     waiting = np.arange(past.num_users)

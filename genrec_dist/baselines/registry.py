@@ -36,11 +36,14 @@ def fit(
     exclude_history: bool,
     trained_through: TrainedThrough = "n-2",
 ) -> Rule:
-    """The baseline `name`, ready to make top-20 lists of any user rows. Raises ValueError for an unknown name."""
+    """The baseline `name`, ready to make top-20 lists of any user rows. Raises ValueError for an
+    unknown name."""
     if name not in BASELINES:
         raise ValueError(f"baseline {name!r}: choose one of {', '.join(BASELINES)}")
     more = {"codes": codes} if name == "counting" else {}
-    return BASELINES[name](sequences, split, exclude_history=exclude_history, trained_through=trained_through, **more)
+    return BASELINES[name](
+        sequences, split, exclude_history=exclude_history, trained_through=trained_through, **more
+    )
 
 
 def recommend(
@@ -53,18 +56,27 @@ def recommend(
     trained_through: TrainedThrough = "n-2",
     users: np.ndarray | None = None,
 ) -> Lists:
-    """Top-20 lists of the baseline `name` for these user rows (None: all with a target), all in memory at once."""
-    rule = fit(name, sequences, codes, split, exclude_history=exclude_history, trained_through=trained_through)
+    """Top-20 lists of the baseline `name` for these user rows (None: all with a target), all in
+    memory at once."""
+    rule = fit(
+        name,
+        sequences,
+        codes,
+        split,
+        exclude_history=exclude_history,
+        trained_through=trained_through,
+    )
     return rule(sequences.history_and_target(split).users if users is None else users)
 
 
 def reference_scores(
     dataset: Dataset, split: Split, protocol: Protocol, users: np.ndarray | range
 ) -> dict[str, dict[str, Any] | None]:
-    """Metrics of counting, popularity and knn (`Tally.metrics`) on exactly these user rows, under the same protocol.
+    """Metrics of counting, popularity and knn (`Tally.metrics`) on exactly these user rows, under
+    the same protocol.
 
-    counting is None where the codes are not whole numbers: the rule does not apply. Users are taken window by window.
-    """
+    counting is None where the codes are not whole numbers: the rule does not apply. Users are taken
+    window by window."""
     sequences, codes = dataset.sequences, dataset.numbering.item_codes
     exclude_history = protocol.exclude_history
     if exclude_history is None:
@@ -83,7 +95,9 @@ def reference_scores(
     return scores
 
 
-def _tally(rule: Rule, sequences: Sequences, split: Split, rows: np.ndarray | range, counts_I: np.ndarray) -> Tally:
+def _tally(
+    rule: Rule, sequences: Sequences, split: Split, rows: np.ndarray | range, counts_I: np.ndarray
+) -> Tally:
     tally = Tally(counts_I)
     for users in windows(rows):
         past, lists = histories(sequences, split, users), rule(users)

@@ -34,19 +34,21 @@ def run_baseline(
     settings: list[str] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> dict[str, Any]:
-    """Make the lists of a baseline and write its results; `exclude_history=None`: on where no target repeats.
+    """Make the lists of a baseline and write its results; `exclude_history=None`: on where no
+    target repeats.
 
-    The protocol says what the rule does: counting always leaves out the history, to repeat the question does not apply.
-    `settings`: `key=value` of knn and sasrec. sasrec is trained into `out_dir` or taken from there; what that takes is not in
-    `seconds`.
-    """
+    The protocol says what the rule does: counting always leaves out the history, to repeat the
+    question does not apply. `settings`: `key=value` of knn and sasrec. sasrec is trained into
+    `out_dir` or taken from there; what that takes is not in `seconds`."""
     if exclude_history is None:
         exclude_history = exclude_history_default(dataset.sequences)
     told = {"counting": True, "repeat": None}.get(name, exclude_history)
     rule, recipe, seconds, graph = _learned(
         name, dataset, split, Path(out_dir), trained_through, exclude_history, settings, on_epoch
     )  # fmt: skip
-    protocol = Protocol.of(dataset, exclude_history=told, trained_through=trained_through, users=users, graph=graph)
+    protocol = Protocol.of(
+        dataset, exclude_history=told, trained_through=trained_through, users=users, graph=graph
+    )
     with ResultsWriter(
         out_dir, system=name, split=split, dataset=dataset, protocol=protocol, recipe=recipe
     ) as writer:  # fmt: skip
@@ -55,7 +57,9 @@ def run_baseline(
             lists = rule(rows)
             seconds += time.perf_counter() - start
             writer.add(rows, lists.items_UN, lists.scores_UN, tied_beyond=lists.tied_beyond_U)
-        return writer.finish(seconds, baseline.reference_scores(dataset, split, protocol, writer.expected))
+        return writer.finish(
+            seconds, baseline.reference_scores(dataset, split, protocol, writer.expected)
+        )
 
 
 def _learned(
@@ -68,7 +72,8 @@ def _learned(
     settings: list[str] | None,
     on_epoch: Callable[[Epoch], None] | None,
 ) -> tuple[Rule, dict[str, Any] | None, float, dict[str, Any] | None]:
-    """(the baseline, ready to make lists; its settings; seconds that belong to the lists; the protocol's `graph`)."""
+    """(the baseline, ready to make lists; its settings; seconds that belong to the lists; the
+    protocol's `graph`)."""
     sequences = dataset.sequences
     if name == "sasrec":
         # Brings torch along, which the rules do without.
@@ -79,7 +84,12 @@ def _learned(
             out, dataset, split, exclude_history=exclude_history, trained_through=trained_through,
             overrides=settings, on_epoch=on_epoch,
         )  # fmt: skip
-        return rule_of(found.model, sequences, split, exclude_history=exclude_history), found.recipe, 0.0, None
+        return (
+            rule_of(found.model, sequences, split, exclude_history=exclude_history),
+            found.recipe,
+            0.0,
+            None,
+        )
     if name == "sasrec+knn":
         from genrec_dist.baselines import sasrec_hybrid as sasrec_knn
 

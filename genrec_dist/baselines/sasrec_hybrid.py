@@ -1,4 +1,5 @@
-"""SASRec mixed with co-occurrence kNN: the control of GenRec's hybrid, by the same formula and the same grid."""
+"""SASRec mixed with co-occurrence kNN: the control of GenRec's hybrid, by the same formula and the
+same grid."""
 
 # U users, B users of a batch, I items, N list, G mixtures of a grid
 
@@ -37,7 +38,8 @@ class ControlSettings:
     """What `--set` may change."""
 
     model: str = ""
-    """A finished run of `genrec baseline sasrec`; empty: `sasrec` in the control's own directory, trained where it is missing."""
+    """A finished run of `genrec baseline sasrec`; empty: `sasrec` in the control's own directory,
+    trained where it is missing."""
     weight: float = -1.0
     """Of kNN's log share; below 0, weight and epsilon are chosen on validation."""
     epsilon: float = 0.1
@@ -57,11 +59,18 @@ class Control:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What stands as `recipe` in the metrics; in its seed and the epoch that was kept two seeds of one recipe may differ."""
+        """What stands as `recipe` in the metrics; in its seed and the epoch that was kept two seeds
+        of one recipe may differ."""
         mixed, model = self.mixture, dict(self.run.recipe)
         own = {key: model.pop(key) for key in ("seed", "best_epoch")}
         knn = dataclasses.asdict(mixed.graph)
-        return {**own, "sasrec": model, "knn": knn, "weight": mixed.graph_weight, "epsilon": mixed.epsilon}
+        return {
+            **own,
+            "sasrec": model,
+            "knn": knn,
+            "weight": mixed.graph_weight,
+            "epsilon": mixed.epsilon,
+        }
 
 
 def open_or_make(
@@ -74,18 +83,24 @@ def open_or_make(
     overrides: list[str] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> Control:
-    """The control in `out`: its model is trained and its weights are chosen on validation where that has not been done.
+    """The control in `out`: its model is trained and its weights are chosen on validation where
+    that has not been done.
 
-    An item's score is SASRec's log-softmax over all items + weight log((1 - epsilon) share + epsilon / I), `Mixture`'s formula
-    without an item head; the share is the item's part in the history's kNN scores. Raises ValueError for settings that do
-    not fit, and through n-1, where nothing is left to choose by, for weights that are neither given nor chosen.
-    """
-    of_model = [text.removeprefix("sasrec.") for text in overrides or [] if text.startswith("sasrec.")]
+    An item's score is SASRec's log-softmax over all items + weight log((1 - epsilon) share +
+    epsilon / I), `Mixture`'s formula without an item head; the share is the item's part in the
+    history's kNN scores. Raises ValueError for settings that do not fit, and through n-1, where
+    nothing is left to choose by, for weights that are neither given nor chosen."""
+    of_model = [
+        text.removeprefix("sasrec.") for text in overrides or [] if text.startswith("sasrec.")
+    ]
     others = [text for text in overrides or [] if not text.startswith("sasrec.")]
     settings = section_from(ControlSettings, {}, others, "sasrec+knn")
     if settings.model and of_model:
-        raise ValueError(f"sasrec+knn: model {settings.model} is trained: leave out sasrec.{of_model[0]}")
-    # Asked for test, the model is trained on the same parts; validation is where its weights are chosen.
+        raise ValueError(
+            f"sasrec+knn: model {settings.model} is trained: leave out sasrec.{of_model[0]}"
+        )
+    # Asked for test, the model is trained on the same parts; validation is where its weights are
+    # chosen.
     run = open_or_train(
         Path(settings.model) if settings.model else out / MODEL, dataset, split, exclude_history=exclude_history,
         trained_through=trained_through, overrides=of_model, on_epoch=on_epoch,
@@ -121,7 +136,9 @@ def choose(model: SASRec, graph: Graph, dataset: Dataset, exclude_history: bool)
     for rows_B, logp_BI in _log_probabilities(model, view, view.users, exclude_history):
         shares_BI = _shares(graph, view, rows_B)
         targets_B1 = torch.from_numpy(view.targets[rows_B].astype(np.int64))[:, None]
-        near = {epsilon: log_near(shares_BI, epsilon, graph.num_items) for epsilon in mixture.EPSILONS}
+        near = {
+            epsilon: log_near(shares_BI, epsilon, graph.num_items) for epsilon in mixture.EPSILONS
+        }
         for place, mixed in enumerate(tried):
             scores_BI = torch.add(logp_BI, near[mixed.epsilon], alpha=mixed.graph_weight)
             # Ties rank above the target.
@@ -130,32 +147,43 @@ def choose(model: SASRec, graph: Graph, dataset: Dataset, exclude_history: bool)
     return mixture.choose(tried, counts_G)
 
 
-def rule_of(control: Control, dataset: Dataset, split: Split, *, exclude_history: bool, top: int = TOP) -> Rule:
+def rule_of(
+    control: Control, dataset: Dataset, split: Split, *, exclude_history: bool, top: int = TOP
+) -> Rule:
     """Top lists of all items' mixed scores."""
     view = dataset.sequences.history_and_target(split)
     return partial(_lists, control, view, exclude_history, top)
 
 
-def _lists(control: Control, view: SplitView, exclude_history: bool, top: int, users: np.ndarray) -> Lists:
-    return listed(_mixed(control, view, users, exclude_history), len(users), control.graph.num_items, top)
+def _lists(
+    control: Control, view: SplitView, exclude_history: bool, top: int, users: np.ndarray
+) -> Lists:
+    return listed(
+        _mixed(control, view, users, exclude_history), len(users), control.graph.num_items, top
+    )
 
 
 def _mixed(
     control: Control, view: SplitView, users: np.ndarray, exclude_history: bool
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     for rows_B, logp_BI in _log_probabilities(control.run.model, view, users, exclude_history):
-        near_BI = log_near(_shares(control.graph, view, rows_B), control.mixture.epsilon, control.graph.num_items)
+        near_BI = log_near(
+            _shares(control.graph, view, rows_B), control.mixture.epsilon, control.graph.num_items
+        )
         yield rows_B, logp_BI.add_(near_BI, alpha=control.mixture.graph_weight)
 
 
 def _log_probabilities(
     model: SASRec, view: SplitView, users: np.ndarray, exclude_history: bool
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Of what may be listed; another normaliser than that over all items would move a user's scores alike."""
+    """Of what may be listed; another normaliser than that over all items would move a user's scores
+    alike."""
     for rows_B, scores_BI in scored(model, view, users, exclude_history):
         yield rows_B, scores_BI.log_softmax(1)
 
 
 def _shares(graph: Graph, view: SplitView, rows_B: np.ndarray) -> Tensor:
     starts, lengths = view.starts[rows_B], (view.ends - view.starts)[rows_B]
-    return graph.shares(view.items[flat_ranges(starts, lengths)], np.concatenate([[0], np.cumsum(lengths)])).float()
+    return graph.shares(
+        view.items[flat_ranges(starts, lengths)], np.concatenate([[0], np.cumsum(lengths)])
+    ).float()

@@ -33,7 +33,8 @@ SCORES_AT_ONCE = 2**23
 
 @dataclass(frozen=True)
 class SasrecSettings:
-    """Every knob of model and training; the defaults are chosen on Beauty's validation part (docs/log.md)."""
+    """Every knob of model and training; the defaults are chosen on Beauty's validation part
+    (docs/log.md)."""
 
     d_model: int = 128
     """Width of item embeddings and layers."""
@@ -42,10 +43,11 @@ class SasrecSettings:
     ffn: int = 1
     """Width of the feed-forward layer in multiples of d_model; 1 in the paper."""
     norm: Literal["paper", "pre", "post"] = "pre"
-    """Where layers normalise. paper: the query and the feed-forward layer's input, each with the residual on the normalised
-    side; pre: the usual pre-norm; post: behind each residual sum."""
+    """Where layers normalise. paper: the query and the feed-forward layer's input, each with the
+    residual on the normalised side; pre: the usual pre-norm; post: behind each residual sum."""
     positions: Literal["from-start", "from-end"] = "from-start"
-    """Count positions from the sequence's start, or back from its end, as the paper's left padding does."""
+    """Count positions from the sequence's start, or back from its end, as the paper's left padding
+    does."""
     max_length: int = 50
     """Longest input in items; older ones are dropped."""
     dropout: float = 0.5
@@ -53,26 +55,31 @@ class SasrecSettings:
     attention_dropout: float = 0.0
     """Of the attention weights."""
     init_std: float = 0.02
-    """Standard deviation of the initial weights. Small, so that what layers add does not drown the embeddings at first: with
-    Glorot's projections the first ten epochs are lost (docs/log.md)."""
+    """Standard deviation of the initial weights. Small, so that what layers add does not drown the
+    embeddings at first: with Glorot's projections the first ten epochs are lost (docs/log.md)."""
     init_items: Literal["random", "cooccurrence"] = "random"
-    """What the item embeddings begin with; cooccurrence as in GenRec's recipes (`model.init_items`): its control."""
+    """What the item embeddings begin with; cooccurrence as in GenRec's recipes
+    (`model.init_items`): its control."""
     label_smoothing: float = 0.0
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.0
     """AdamW's, of all parameters."""
     average: float = 0.99
-    """Decay of the running average of the weights that is validated and kept; 0 keeps the weights themselves."""
+    """Decay of the running average of the weights that is validated and kept; 0 keeps the weights
+    themselves."""
     batch_size: int = 256
-    """Users of a step; each brings a target for every position of her training part but the first."""
+    """Users of a step; each brings a target for every position of her training part but the
+    first."""
     epochs: int = 100
-    """Most passes over the users; as many as this where nothing is left to validate on (trained_through n-1)."""
+    """Most passes over the users; as many as this where nothing is left to validate on
+    (trained_through n-1)."""
     patience: int = 3
     """Stop after this many epochs without a better NDCG@10 on validation; 0 never stops."""
     validation_users: int = 4000
     """Users of the seeded sample that is scored after each epoch; 0: all."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of the products of the softmax over all items, nine tenths of the work; all else is float32."""
+    """Of the products of the softmax over all items, nine tenths of the work; all else is
+    float32."""
     seed: int = 0
     """Of initial weights, order, dropout and validation users."""
 
@@ -85,7 +92,9 @@ _POSITIVE: Limit = ("above 0", lambda value: 0 < value < float("inf"))
 _BELOW_1: Limit = ("0 or above and below 1", lambda value: 0 <= value < 1)
 
 LIMITS: dict[str, Limit] = {
-    **dict.fromkeys(("d_model", "layers", "heads", "ffn", "max_length", "batch_size", "epochs"), _AT_LEAST_1),
+    **dict.fromkeys(
+        ("d_model", "layers", "heads", "ffn", "max_length", "batch_size", "epochs"), _AT_LEAST_1
+    ),
     **dict.fromkeys(("dropout", "attention_dropout", "label_smoothing", "average"), _BELOW_1),
     **dict.fromkeys(("init_std", "learning_rate"), _POSITIVE),
     **dict.fromkeys(("weight_decay", "patience", "validation_users"), _NOT_NEGATIVE),
@@ -93,12 +102,15 @@ LIMITS: dict[str, Limit] = {
 
 
 def check_settings(settings: SasrecSettings, source: str) -> None:
-    """Refuse what no model can have. Raises ValueError naming `source`, the key, its value and what it may be."""
+    """Refuse what no model can have. Raises ValueError naming `source`, the key, its value and what
+    it may be."""
     for key, (text, holds) in LIMITS.items():
         if not holds(getattr(settings, key)):
             raise ValueError(f"{source}: {key} is {getattr(settings, key)}: it has to be {text}")
     if settings.d_model % settings.heads:
-        raise ValueError(f"{source}: d_model {settings.d_model} is no multiple of heads {settings.heads}")
+        raise ValueError(
+            f"{source}: d_model {settings.d_model} is no multiple of heads {settings.heads}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,8 +128,11 @@ class Packed:
     """int64 [B], the last position of each user, in the order in which the users were given."""
 
 
-def pack(items: np.ndarray, ends_B: np.ndarray, lengths_B: np.ndarray, settings: SasrecSettings) -> Packed:
-    """The last `max_length` of the `lengths_B` items before `ends_B` (exclusive) of each user; none of them is empty."""
+def pack(
+    items: np.ndarray, ends_B: np.ndarray, lengths_B: np.ndarray, settings: SasrecSettings
+) -> Packed:
+    """The last `max_length` of the `lengths_B` items before `ends_B` (exclusive) of each user; none
+    of them is empty."""
     lengths_B = np.minimum(lengths_B, settings.max_length)
     # Neighbours of one length share an attention without padding.
     order_B = np.argsort(lengths_B, kind="stable")
@@ -148,7 +163,8 @@ class SASRec(nn.Module):
         self.item_embedding = nn.Embedding(num_items, width)
         self.position_embedding = nn.Embedding(settings.max_length, width)
         self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
-        # Post-norm blocks end with a norm of their own; there, this one belongs to the embedding sum.
+        # Post-norm blocks end with a norm of their own; there, this one belongs to the embedding
+        # sum.
         self.norm = nn.LayerNorm(width)
         for table in (self.item_embedding, self.position_embedding):
             nn.init.normal_(table.weight, std=settings.init_std)
@@ -158,20 +174,29 @@ class SASRec(nn.Module):
         hidden_nd = self.item_embedding(packed.items_n) * self.settings.d_model**0.5
         hidden_nd = hidden_nd + self.position_embedding(packed.positions_n)
         post = self.settings.norm == "post"
-        hidden_nd = drop(self.norm(hidden_nd) if post else hidden_nd, self.settings.dropout, self.training)
+        hidden_nd = drop(
+            self.norm(hidden_nd) if post else hidden_nd, self.settings.dropout, self.training
+        )
         for block in self.blocks:
             hidden_nd = block(hidden_nd, packed.attended)
         return hidden_nd if post else self.norm(hidden_nd)
 
     def loss(self, packed: Packed, labels_n: Tensor) -> Tensor:
-        """Cross-entropy a position of `labels_n` (int64 [n], item rows) over the softmax of all items; a scalar."""
-        # oneDNN prepares a product of each new shape, and keeps it: few shapes cost a tenth less time, and no growing memory.
-        # A state of zeros knows nothing: it adds log(I) to the sum and nothing to a gradient.
+        """Cross-entropy a position of `labels_n` (int64 [n], item rows) over the softmax of all
+        items; a scalar."""
+        # oneDNN prepares a product of each new shape, and keeps it: few shapes cost a tenth less
+        # time, and no growing memory. A state of zeros knows nothing: it adds log(I) to the sum and
+        # nothing to a gradient.
         idle = -len(labels_n) % ROWS_AT_A_TIME
-        states_md, labels_m = F.pad(self.states(packed), (0, 0, 0, idle)), F.pad(labels_n, (0, idle))
+        states_md, labels_m = (
+            F.pad(self.states(packed), (0, 0, 0, idle)),
+            F.pad(labels_n, (0, idle)),
+        )
         items_Id = self.item_embedding.weight
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            total = head_loss(states_md, items_Id, labels_m, self.settings.label_smoothing, "chunked")
+            total = head_loss(
+                states_md, items_Id, labels_m, self.settings.label_smoothing, "chunked"
+            )
         return (total - idle * math.log(len(items_Id))) / len(labels_n)
 
     def scores(self, packed: Packed) -> Tensor:
@@ -195,20 +220,28 @@ class Block(nn.Module):
 
     def forward(self, hidden_nd: Tensor, attended: Attended) -> Tensor:
         if self.settings.norm == "post":
-            hidden_nd = self.attention_norm(self._add(hidden_nd, self._attention(hidden_nd, hidden_nd, attended)))
+            hidden_nd = self.attention_norm(
+                self._add(hidden_nd, self._attention(hidden_nd, hidden_nd, attended))
+            )
             return self.ffn_norm(self._add(hidden_nd, self._feed_forward(hidden_nd)))
         normed_nd = self.attention_norm(hidden_nd)
         if self.settings.norm == "pre":
             hidden_nd = self._add(hidden_nd, self._attention(normed_nd, normed_nd, attended))
             return self._add(hidden_nd, self._feed_forward(self.ffn_norm(hidden_nd)))
-        normed_nd = self.ffn_norm(self._add(normed_nd, self._attention(normed_nd, hidden_nd, attended)))
+        normed_nd = self.ffn_norm(
+            self._add(normed_nd, self._attention(normed_nd, hidden_nd, attended))
+        )
         return self._add(normed_nd, self._feed_forward(normed_nd))
 
     def _attention(self, asking_nd: Tensor, asked_nd: Tensor, attended: Attended) -> Tensor:
         heads = self.settings.heads
         query, key, value = (
             project(of_nd).unflatten(-1, (heads, -1))
-            for project, of_nd in ((self.query, asking_nd), (self.key, asked_nd), (self.value, asked_nd))
+            for project, of_nd in (
+                (self.query, asking_nd),
+                (self.key, asked_nd),
+                (self.value, asked_nd),
+            )
         )
         dropout = self.settings.attention_dropout if self.training else 0.0
         mixed_nHd = attend(query, key, value, attended, query.shape[-1] ** -0.5, dropout)
@@ -216,7 +249,9 @@ class Block(nn.Module):
         return projected
 
     def _feed_forward(self, hidden_nd: Tensor) -> Tensor:
-        fed: Tensor = self.narrow(drop(F.relu(self.widen(hidden_nd)), self.settings.dropout, self.training))
+        fed: Tensor = self.narrow(
+            drop(F.relu(self.widen(hidden_nd)), self.settings.dropout, self.training)
+        )
         return fed
 
     def _add(self, base_nd: Tensor, values_nd: Tensor) -> Tensor:
@@ -226,8 +261,16 @@ class Block(nn.Module):
 def rule_of(
     model: SASRec, sequences: Sequences, split: Split, *, exclude_history: bool, top: int = TOP
 ) -> Rule:  # fmt: skip
-    """Top lists by the model's scores of all items; its weights are used as they are when lists are asked for."""
-    return partial(_lists, model, sequences.history_and_target(split), sequences.num_items, exclude_history, top)
+    """Top lists by the model's scores of all items; its weights are used as they are when lists are
+    asked for."""
+    return partial(
+        _lists,
+        model,
+        sequences.history_and_target(split),
+        sequences.num_items,
+        exclude_history,
+        top,
+    )
 
 
 def _lists(
@@ -236,8 +279,11 @@ def _lists(
     return listed(scored(model, view, users, exclude_history), len(users), num_items, top)
 
 
-def listed(parts: Iterable[tuple[np.ndarray, Tensor]], num_users: int, num_items: int, top: int) -> Lists:
-    """Top lists of users whose scores of all items (user rows, float32 [B, I]) come part after part; -inf: not to be listed."""
+def listed(
+    parts: Iterable[tuple[np.ndarray, Tensor]], num_users: int, num_items: int, top: int
+) -> Lists:
+    """Top lists of users whose scores of all items (user rows, float32 [B, I]) come part after
+    part; -inf: not to be listed."""
     place_of = np.argsort(tie_order(num_items))
     width = min(top + 1, num_items)
     lists = empty_lists(num_users, top + 1)
@@ -245,7 +291,9 @@ def listed(parts: Iterable[tuple[np.ndarray, Tensor]], num_users: int, num_items
     for rows_B, scores_BI in parts:
         values_BN, items_BN = (part.numpy() for part in scores_BI.topk(width))
         order_BN = np.lexsort((place_of[items_BN], -values_BN))
-        values_BN, items_BN = (np.take_along_axis(part, order_BN, axis=1) for part in (values_BN, items_BN))
+        values_BN, items_BN = (
+            np.take_along_axis(part, order_BN, axis=1) for part in (values_BN, items_BN)
+        )
         part = slice(first, first + len(rows_B))
         lists.items_UN[part, :width] = np.where(np.isfinite(values_BN), items_BN, EMPTY)
         lists.scores_UN[part, :width] = values_BN
@@ -253,8 +301,11 @@ def listed(parts: Iterable[tuple[np.ndarray, Tensor]], num_users: int, num_items
     return without_last(lists)
 
 
-def target_places(model: SASRec, view: SplitView, users: np.ndarray, exclude_history: bool) -> np.ndarray:
-    """int64 [U]: the rank of each user's target among all items, 1 = first, those that tie with it above it."""
+def target_places(
+    model: SASRec, view: SplitView, users: np.ndarray, exclude_history: bool
+) -> np.ndarray:
+    """int64 [U]: the rank of each user's target among all items, 1 = first, those that tie with it
+    above it."""
     places = [np.empty(0, np.int64)]
     for rows_B, scores_BI in scored(model, view, users, exclude_history):
         targets_B1 = torch.from_numpy(view.targets[rows_B].astype(np.int64))[:, None]
@@ -265,7 +316,8 @@ def target_places(model: SASRec, view: SplitView, users: np.ndarray, exclude_his
 def scored(
     model: SASRec, view: SplitView, users: np.ndarray, exclude_history: bool
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """(user rows, scores float32 [B, I]) of some users after the other, in order; -inf where the history is left out.
+    """(user rows, scores float32 [B, I]) of some users after the other, in order; -inf where the
+    history is left out.
 
     The whole history is left out, also what the model's input has no room for.
     """

@@ -1,4 +1,5 @@
-"""The run directory of a trained SASRec: settings, events, weights and item vectors; what is finished is used again."""
+"""The run directory of a trained SASRec: settings, events, weights and item vectors; what is
+finished is used again."""
 
 from __future__ import annotations
 
@@ -28,7 +29,12 @@ from genrec_dist.config.load import section_from
 from genrec_dist.evaluation.provenance import git_commit, versions
 
 FORMAT_VERSION = "1"
-WEIGHTS, VECTORS, SETTINGS, EVENTS = "best.safetensors", "item_vectors.safetensors", "sasrec.yaml", "events.jsonl"
+WEIGHTS, VECTORS, SETTINGS, EVENTS = (
+    "best.safetensors",
+    "item_vectors.safetensors",
+    "sasrec.yaml",
+    "events.jsonl",
+)
 PROGRESS = "training.safetensors"
 """What an interrupted training goes on from; gone when it is finished."""
 
@@ -64,17 +70,19 @@ def open_or_train(
     overrides: list[str] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> SasrecRun:
-    """The model of a run directory that is finished; elsewhere train one and leave it there, from the last epoch of a training
-    that was interrupted.
+    """The model of a run directory that is finished; elsewhere train one and leave it there, from
+    the last epoch of a training that was interrupted.
 
-    `overrides`: `key=value` of `SasrecSettings`. Raises ValueError for settings that do not fit, for weights of other data,
-    settings or `trained_through` than asked for, and where training has seen the split's targets.
-    """
+    `overrides`: `key=value` of `SasrecSettings`. Raises ValueError for settings that do not fit,
+    for weights of other data, settings or `trained_through` than asked for, and where training has
+    seen the split's targets."""
     check_trained_through(split, trained_through)
     path = Path(run)
     if (path / WEIGHTS).is_file():
         return load(path, dataset, trained_through, overrides)
-    if trained_through == "n-1" and not any(override.startswith("epochs=") for override in overrides or []):
+    if trained_through == "n-1" and not any(
+        override.startswith("epochs=") for override in overrides or []
+    ):
         raise ValueError(
             "trained_through n-1 leaves nothing to validate on: give --set epochs=N, the best epoch of the n-2 run"
         )
@@ -83,7 +91,9 @@ def open_or_train(
     progress = _read_progress(path / PROGRESS, origin) if (path / PROGRESS).is_file() else None
     path.mkdir(parents=True, exist_ok=True)
     with atomic_file(path / SETTINGS) as temporary:
-        temporary.write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False), encoding="utf-8")
+        temporary.write_text(
+            yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False), encoding="utf-8"
+        )
     trained = _train(path, dataset, settings, origin, progress, on_epoch)
     _save(path, origin, trained)
     (path / PROGRESS).unlink(missing_ok=True)
@@ -93,7 +103,8 @@ def open_or_train(
 def sasrec_settings(
     values: dict[str, Any], overrides: list[str] | None = None, source: str = "sasrec"
 ) -> SasrecSettings:
-    """Settings of keys and values, changed by `key=value`. Raises ValueError naming `source` and the key that does not fit."""
+    """Settings of keys and values, changed by `key=value`. Raises ValueError naming `source` and
+    the key that does not fit."""
     settings = section_from(SasrecSettings, values, overrides, source)
     check_settings(settings, source)
     return settings
@@ -102,24 +113,31 @@ def sasrec_settings(
 def load(
     run: Path, dataset: Dataset, trained_through: TrainedThrough = "n-2", overrides: list[str] | None = None
 ) -> SasrecRun:  # fmt: skip
-    """The finished run `run`. Raises ValueError, one line, where it is damaged or was made of something else."""
+    """The finished run `run`. Raises ValueError, one line, where it is damaged or was made of
+    something else."""
     path = run / WEIGHTS
     metadata, weights = _read(path, "remove it and train again")
     if metadata.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{path}: format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}"
+        )
     _check_origin(path, metadata, dataset, trained_through)
     values = json.loads(metadata["settings"])
     settings = sasrec_settings(dict(values), source=str(path))
     asked = sasrec_settings(dict(values), overrides)
     for key, value in values.items():
         if getattr(asked, key) != value:
-            raise ValueError(f"{run} was trained with {key} {value}, not {getattr(asked, key)}: choose another --out")
+            raise ValueError(
+                f"{run} was trained with {key} {value}, not {getattr(asked, key)}: choose another --out"
+            )
     model = SASRec(dataset.sequences.num_items, settings)
     model.load_state_dict(weights)
     return SasrecRun(model.eval(), settings, int(metadata["best_epoch"]))
 
 
-def _check_origin(path: Path, metadata: dict[str, str], dataset: Dataset, trained_through: TrainedThrough) -> None:
+def _check_origin(
+    path: Path, metadata: dict[str, str], dataset: Dataset, trained_through: TrainedThrough
+) -> None:
     found, expected = metadata["sequences_hash"], dataset.info.sequences_hash
     if found != expected:
         raise ValueError(
@@ -127,11 +145,16 @@ def _check_origin(path: Path, metadata: dict[str, str], dataset: Dataset, traine
         )
     through = metadata["trained_through"]
     if through != trained_through:
-        raise ValueError(f"{path} was trained through {through}: pass --trained-through {through}, or another --out")
+        raise ValueError(
+            f"{path} was trained through {through}: pass --trained-through {through}, or another --out"
+        )
 
 
 def _origin(
-    dataset: Dataset, settings: SasrecSettings, trained_through: TrainedThrough, exclude_history: bool
+    dataset: Dataset,
+    settings: SasrecSettings,
+    trained_through: TrainedThrough,
+    exclude_history: bool,
 ) -> dict[str, str]:
     """What a training is of; metadata of all its files."""
     return {
@@ -145,7 +168,8 @@ def _origin(
 
 
 def _read_progress(path: Path, origin: dict[str, str]) -> Progress:
-    """Raises ValueError, one line, where the file is damaged or of another training than this one."""
+    """Raises ValueError, one line, where the file is damaged or of another training than this
+    one."""
     metadata, tensors = _read(path, "remove it to train from the start")
     for key, asked in origin.items():
         found = metadata.get(key)
@@ -181,7 +205,12 @@ def _train(
     with (run / EVENTS).open("a", encoding="utf-8", buffering=1) as file:
 
         def tell(event: str, **fields: Any) -> None:
-            file.write(json.dumps({"time": round(time.time(), 3), "event": event, **fields}, allow_nan=False) + "\n")
+            file.write(
+                json.dumps(
+                    {"time": round(time.time(), 3), "event": event, **fields}, allow_nan=False
+                )
+                + "\n"
+            )
 
         def ended(epoch: Epoch, model: SASRec) -> None:
             fields = dataclasses.asdict(epoch)
@@ -190,7 +219,10 @@ def _train(
                 on_epoch(epoch)
 
         def keep(progress: Progress) -> None:
-            epochs = {name: json.dumps(dataclasses.asdict(getattr(progress, name))) for name in ("last", "best")}
+            epochs = {
+                name: json.dumps(dataclasses.asdict(getattr(progress, name)))
+                for name in ("last", "best")
+            }
             _write(run / PROGRESS, progress.tensors, {**origin, **epochs})
 
         tell(
@@ -225,10 +257,17 @@ def _train(
 
 
 def _drop_events_behind(path: Path, epoch: int) -> None:
-    """Epochs whose weights were lost are trained again, and told again. Of a training that starts anew nothing is kept."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if epoch and path.is_file() else []
+    """Epochs whose weights were lost are trained again, and told again. Of a training that starts
+    anew nothing is kept."""
+    lines = (
+        path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if epoch and path.is_file()
+        else []
+    )
     # What follows an epoch that was lost has been lost with it; a line may be torn.
-    kept = itertools.takewhile(lambda line: line.endswith("\n") and _is_of_epochs_up_to(epoch, json.loads(line)), lines)
+    kept = itertools.takewhile(
+        lambda line: line.endswith("\n") and _is_of_epochs_up_to(epoch, json.loads(line)), lines
+    )
     with atomic_file(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
 

@@ -1,4 +1,5 @@
-"""Training of SASRec: every position of the training parts, all items in the softmax, stopped by validation."""
+"""Training of SASRec: every position of the training parts, all items in the softmax, stopped by
+validation."""
 
 # U users, B users of a batch, n positions of a batch
 
@@ -49,7 +50,11 @@ class Epoch:
     """The best epoch so far, whose weights are kept."""
 
     def __str__(self) -> str:
-        scores = "".join(f", {name} {as_written(self.scores[name])}" for name in ("HR@10", "NDCG@10") if self.scores)
+        scores = "".join(
+            f", {name} {as_written(self.scores[name])}"
+            for name in ("HR@10", "NDCG@10")
+            if self.scores
+        )
         return f"epoch {self.epoch}: loss {self.loss:.4f}{scores}{' (best)' * self.best}, {self.seconds:.0f} s"
 
 
@@ -60,9 +65,9 @@ class Progress:
     last: Epoch
     best: Epoch
     tensors: dict[str, Tensor]
-    """`weights.`, `average.`, `exp_avg.`, `exp_avg_sq.` and `steps.` of each parameter, and `best.` of each of the model's tensors.
-    Order and dropout are functions of seed, epoch and step: no random state is among them. While the training goes on they are
-    its own, not copies."""
+    """`weights.`, `average.`, `exp_avg.`, `exp_avg_sq.` and `steps.` of each parameter, and `best.`
+    of each of the model's tensors. Order and dropout are functions of seed, epoch and step: no
+    random state is among them. While the training goes on they are its own, not copies."""
 
 
 @dataclass(frozen=True)
@@ -83,14 +88,15 @@ def train(
     on_progress: Callable[[Progress], None] | None = None,
     progress: Progress | None = None,
 ) -> Trained:
-    """Train until NDCG@10 on validation stays behind its best for `patience` epochs; n-1: `epochs` epochs, no validation.
+    """Train until NDCG@10 on validation stays behind its best for `patience` epochs; n-1: `epochs`
+    epochs, no validation.
 
-    The same settings and training parts give the same weights at every epoch, bit for bit on one machine with one number of
-    threads; held-out items only choose the epoch. `on_epoch` is called with the weights that were validated, `on_progress` behind
-    it with what `progress` takes to go on from there: the weights are the same as of a training that was never interrupted.
-    The caller's random state is left as it was. Raises ValueError where no user has two items to learn from, NotFinite for a loss
-    that is no number.
-    """
+    The same settings and training parts give the same weights at every epoch, bit for bit on one
+    machine with one number of threads; held-out items only choose the epoch. `on_epoch` is called
+    with the weights that were validated, `on_progress` behind it with what `progress` takes to go
+    on from there: the weights are the same as of a training that was never interrupted. The
+    caller's random state is left as it was. Raises ValueError where no user has two items to learn
+    from, NotFinite for a loss that is no number."""
     parts = TrainingParts(sequences, settings, trained_through)
     validated = np.empty(0, np.int64)
     if trained_through == "n-2":
@@ -100,8 +106,15 @@ def train(
         torch.manual_seed(mixed_key(settings.seed, _INIT_STREAM) >> 1)
         model = SASRec(sequences.num_items, settings)
         if settings.init_items == "cooccurrence":
-            vectors_IF = neighbour_vectors(sequences, min(settings.d_model, MOST_FACTORS), settings.seed)
-            turn_rows(model.item_embedding.weight, torch.arange(sequences.num_items), vectors_IF, settings.init_std)
+            vectors_IF = neighbour_vectors(
+                sequences, min(settings.d_model, MOST_FACTORS), settings.seed
+            )
+            turn_rows(
+                model.item_embedding.weight,
+                torch.arange(sequences.num_items),
+                vectors_IF,
+                settings.init_std,
+            )
         loop = _Loop(model, parts, settings)
         if progress is not None:
             loop.go_on_from(progress)
@@ -111,7 +124,9 @@ def train(
 class TrainingParts:
     """The training parts as batches of inputs and labels; held-out items are never looked at."""
 
-    def __init__(self, sequences: Sequences, settings: SasrecSettings, trained_through: TrainedThrough):
+    def __init__(
+        self, sequences: Sequences, settings: SasrecSettings, trained_through: TrainedThrough
+    ):
         self.items, self.settings = sequences.items, settings
         ends_U = sequences.training_ends(trained_through)
         # The last item of a part is a label alone.
@@ -132,17 +147,23 @@ class TrainingParts:
         order_U = keyed_permutation(len(self.lengths_U), self.settings.seed, _ORDER_STREAM, epoch)
         for start in range(0, len(order_U), self.settings.batch_size):
             users_B = order_U[start : start + self.settings.batch_size]
-            packed = pack(self.items, self.input_ends_U[users_B], self.lengths_U[users_B], self.settings)
+            packed = pack(
+                self.items, self.input_ends_U[users_B], self.lengths_U[users_B], self.settings
+            )
             yield packed, torch.from_numpy(self.items[packed.places_n + 1].astype(np.int64))
 
 
 class _Loop:
     def __init__(self, model: SASRec, parts: TrainingParts, settings: SasrecSettings):
         self.model, self.parts, self.settings = model, parts, settings
-        self.optimizer = build_optimizer(model, Optimizer(weight_decay=settings.weight_decay, decay="all"))
+        self.optimizer = build_optimizer(
+            model, Optimizer(weight_decay=settings.weight_decay, decay="all")
+        )
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate
-        self.average = AveragedWeights(model.parameters(), settings.average) if settings.average else None
+        self.average = (
+            AveragedWeights(model.parameters(), settings.average) if settings.average else None
+        )
         self.step = 0
         self.best: Epoch | None = None
         self.last: Epoch | None = None
@@ -162,11 +183,28 @@ class _Loop:
             number = self.last.epoch + 1 if self.last else 1
             loss = self.pass_over_users(number)
             self.swap_average()
-            scores = validation_scores(self.model, sequences, validated, exclude_history) if len(validated) else {}
-            is_best = self.best is None or not scores or scores["NDCG@10"] > self.best.scores["NDCG@10"]
-            epoch = Epoch(number, self.step, loss, scores, len(validated), time.perf_counter() - start, is_best)
+            scores = (
+                validation_scores(self.model, sequences, validated, exclude_history)
+                if len(validated)
+                else {}
+            )
+            is_best = (
+                self.best is None or not scores or scores["NDCG@10"] > self.best.scores["NDCG@10"]
+            )
+            epoch = Epoch(
+                number,
+                self.step,
+                loss,
+                scores,
+                len(validated),
+                time.perf_counter() - start,
+                is_best,
+            )
             if is_best:
-                self.best, self.kept = epoch, {name: value.clone() for name, value in self.model.state_dict().items()}
+                self.best, self.kept = (
+                    epoch,
+                    {name: value.clone() for name, value in self.model.state_dict().items()},
+                )
             self.last = epoch
             if on_epoch is not None:
                 on_epoch(epoch, self.model)
@@ -182,7 +220,10 @@ class _Loop:
         if self.last is None or self.best is None:
             return False
         patience = self.settings.patience
-        return self.last.epoch == self.settings.epochs or 0 < patience <= self.last.epoch - self.best.epoch
+        return (
+            self.last.epoch == self.settings.epochs
+            or 0 < patience <= self.last.epoch - self.best.epoch
+        )
 
     def progress(self) -> Progress:
         assert self.best is not None
@@ -228,7 +269,9 @@ class _Loop:
             targets += len(labels_n)
         mean = float(total) / targets
         if not math.isfinite(mean):
-            raise NotFinite(f"loss is {mean} in epoch {epoch}: lower learning_rate ({self.settings.learning_rate})")
+            raise NotFinite(
+                f"loss is {mean} in epoch {epoch}: lower learning_rate ({self.settings.learning_rate})"
+            )
         return mean
 
     def swap_average(self) -> None:
@@ -240,6 +283,8 @@ def validation_scores(
     model: SASRec, sequences: Sequences, users: np.ndarray, exclude_history: bool
 ) -> dict[str, float]:  # fmt: skip
     """`METRICS` of these users' validation targets, as the metrics file counts them."""
-    places_U = target_places(model, sequences.history_and_target("validation"), users, exclude_history)
+    places_U = target_places(
+        model, sequences.history_and_target("validation"), users, exclude_history
+    )
     metrics = metrics_from_histogram(rank_histogram(places_U))
     return {name: metrics[name] for name in METRICS}

@@ -1,4 +1,5 @@
-"""Decoding: our beam beside Hugging Face's `generate` and the plain loop, the trie's cost, and evaluating beside an epoch."""
+"""Decoding: our beam beside Hugging Face's `generate` and the plain loop, the trie's cost, and
+evaluating beside an epoch."""
 
 # B users, K beams, L input tokens, V vocabulary, N list, R decoder rows
 
@@ -45,7 +46,14 @@ from genrec_dist.data.word_table import WordTable
 from genrec_dist.decoding import beam_search as trie_walk
 from genrec_dist.decoding import searcher as beam_module
 from genrec_dist.decoding.searcher import Mode, TopItems
-from genrec_dist.decoding.trie import Trie, build_trie, hash_of_words, load_trie, restrict, save_trie
+from genrec_dist.decoding.trie import (
+    Trie,
+    build_trie,
+    hash_of_words,
+    load_trie,
+    restrict,
+    save_trie,
+)
 from genrec_dist.evaluation.metrics import TOP, metrics_from_histogram, rank_histogram, target_ranks
 from genrec_dist.inference.load import LoadedRun
 
@@ -53,7 +61,8 @@ GENERATE = "generate + prefix_allowed_tokens_fn"
 TENSOR_MASK = "generate + tensor mask"
 PLAIN = "plain loop"
 SAME = 1e-5
-"""Scores nearer than this may change places between two ways of adding up the same float32 numbers."""
+"""Scores nearer than this may change places between two ways of adding up the same float32
+numbers."""
 SHIFTED = 5e-4
 """What rounding may make of all scores of a list together."""
 
@@ -95,8 +104,8 @@ class Sizes:
 def bench_beam(
     data: Path | None = None, run: Path | None = None, sizes: Sizes | None = None
 ) -> tuple[list[Claim], dict[str, Any]]:
-    """All of it. `data`: a directory of `genrec prepare` whose histories are decoded, or None for synthetic ones; with `run`,
-    trained on it, also what evaluating takes beside an epoch.
+    """All of it. `data`: a directory of `genrec prepare` whose histories are decoded, or None for
+    synthetic ones; with `run`, trained on it, also what evaluating takes beside an epoch.
 
     Raises AssertionError if two rivals that must agree give different lists.
     """
@@ -104,7 +113,11 @@ def bench_beam(
         raise ValueError("--run: give --data too, the directory the run was trained on")
     sizes = sizes or Sizes()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    users = users_of(load_dataset(data).sequences, sizes.items) if data else make_users(sizes.users, sizes.items)
+    users = (
+        users_of(load_dataset(data).sequences, sizes.items)
+        if data
+        else make_users(sizes.users, sizes.items)
+    )
     claims: list[Claim] = []
     shapes: dict[str, Any] = {}
     for shape in sizes.shapes:
@@ -124,7 +137,13 @@ def bench_beam(
         "items": sizes.items,
         "items a history": {"mean": float(lengths.mean()), "longest": int(lengths.max())},
     }
-    more = {"sizes": _plain(sizes), "data": described, "shapes": shapes, "trie": trie, "evaluating": evaluating}
+    more = {
+        "sizes": _plain(sizes),
+        "data": described,
+        "shapes": shapes,
+        "trie": trie,
+        "evaluating": evaluating,
+    }
     return claims, table("beam", claims, **more)
 
 
@@ -136,7 +155,8 @@ def _plain(sizes: Sizes) -> dict[str, Any]:
 
 
 def allowed_tokens(words: WordTable) -> dict[tuple[int, ...], list[int]]:
-    """What may follow a prefix, as users of `prefix_allowed_tokens_fn` write it: a dict of tuples."""
+    """What may follow a prefix, as users of `prefix_allowed_tokens_fn` write it: a dict of
+    tuples."""
     tokens, offsets = words.tokens_of_items()
     after: dict[tuple[int, ...], dict[int, None]] = {}
     for start, end in pairwise(offsets):
@@ -147,7 +167,8 @@ def allowed_tokens(words: WordTable) -> dict[tuple[int, ...], list[int]]:
 
 
 class TensorMask(LogitsProcessor):
-    """The same constraint from the trie's arrays, all beams at once: a peer that has only the mask in common with us."""
+    """The same constraint from the trie's arrays, all beams at once: a peer that has only the mask
+    in common with us."""
 
     def __init__(self, trie: Trie, device: torch.device):
         def move(array: np.ndarray) -> Tensor:
@@ -164,7 +185,9 @@ class TensorMask(LogitsProcessor):
         for tokens_R in input_ids_RT[:, 1:].T:
             wanted_R = nodes_R * self.span + tokens_R.clamp(max=self.span)
             places_R = torch.searchsorted(self.keys, wanted_R).clamp(max=len(self.keys) - 1)
-            nodes_R = torch.where((self.keys[places_R] == wanted_R) & (nodes_R >= 0), places_R + 1, -1)
+            nodes_R = torch.where(
+                (self.keys[places_R] == wanted_R) & (nodes_R >= 0), places_R + 1, -1
+            )
         inside_R = nodes_R >= 0
         fans_R = self.num_children[nodes_R].where(inside_R, 0)
         rows_X = torch.repeat_interleave(fans_R)
@@ -181,8 +204,11 @@ class TensorMask(LogitsProcessor):
 Rival = Callable[[], Any]
 
 
-def make_rivals(world: World, encoder: EncoderInput, beam: int, scored: bool = False) -> dict[str, Rival]:
-    """Each decodes this batch; those that `generate` give its output, with scores if they are asked for, the others TopItems."""
+def make_rivals(
+    world: World, encoder: EncoderInput, beam: int, scored: bool = False
+) -> dict[str, Rival]:
+    """Each decodes this batch; those that `generate` give its output, with scores if they are asked
+    for, the others TopItems."""
     after = allowed_tokens(world.words)
     mask = LogitsProcessorList([TensorMask(world.trie, world.device)])
     plain = PlainSearcher(world.model, world.trie, world.device)
@@ -212,7 +238,10 @@ def make_rivals(world: World, encoder: EncoderInput, beam: int, scored: bool = F
         "compact": partial(search, mode="compact"),
         PLAIN: partial(plain.search, encoder, beam=beam, top=beam),
         TENSOR_MASK: partial(generate, logits_processor=mask),
-        GENERATE: partial(generate, prefix_allowed_tokens_fn=lambda _, ids: after.get(tuple(ids[1:].tolist()), [EOS])),
+        GENERATE: partial(
+            generate,
+            prefix_allowed_tokens_fn=lambda _, ids: after.get(tuple(ids[1:].tolist()), [EOS]),
+        ),
     }
     return {name: partial(_finished, run, world.device) for name, run in rivals.items()}
 
@@ -225,10 +254,16 @@ def _finished(run: Rival, device: torch.device) -> Any:
 
 
 def generated_lists(output: Any, words: WordTable, num_users: int) -> TopItems:
-    """A user's list up to the first sequence that is no item: where fewer than all beams have ended, `generate` gives such."""
+    """A user's list up to the first sequence that is no item: where fewer than all beams have
+    ended, `generate` gives such."""
     tokens, offsets = words.tokens_of_items()
-    row_of = {tuple(tokens[start:end].tolist()): row for row, (start, end) in enumerate(pairwise(offsets))}
-    sequences, scores_BN = output.sequences.tolist(), output.sequences_scores.view(num_users, -1).cpu().numpy()
+    row_of = {
+        tuple(tokens[start:end].tolist()): row for row, (start, end) in enumerate(pairwise(offsets))
+    }
+    sequences, scores_BN = (
+        output.sequences.tolist(),
+        output.sequences_scores.view(num_users, -1).cpu().numpy(),
+    )
     items_BN = np.full(scores_BN.shape, -1, np.int32)
     for place, sequence in enumerate(sequences):
         word = tuple(token for token in sequence[1:] if token not in (EOS, PAD))
@@ -236,26 +271,36 @@ def generated_lists(output: Any, words: WordTable, num_users: int) -> TopItems:
         if EOS in sequence[1:] and scores_BN[user, rank] > -1e8:
             items_BN[user, rank] = row_of.get(word, -1)
     gone_BN = np.logical_or.accumulate(items_BN < 0, axis=1)
-    return TopItems(np.where(gone_BN, -1, items_BN), np.where(gone_BN, -np.inf, scores_BN).astype(np.float32))
+    return TopItems(
+        np.where(gone_BN, -1, items_BN), np.where(gone_BN, -np.inf, scores_BN).astype(np.float32)
+    )
 
 
 def compare_lists(ours: TopItems, theirs: TopItems) -> dict[str, Any]:
-    """Where two searches with the same rules differ. Raises AssertionError unless the items there tie to `SAME`.
+    """Where two searches with the same rules differ. Raises AssertionError unless the items there
+    tie to `SAME`.
 
-    What all scores of a user's list differ by is taken off first: where one of 50,265 tokens has nearly all of the probability,
-    torch's float32 `log_softmax`, which `generate` adds up, stands some 1e-5 above the true value, for all items alike.
-    """
+    What all scores of a user's list differ by is taken off first: where one of 50,265 tokens has
+    nearly all of the probability, torch's float32 `log_softmax`, which `generate` adds up, stands
+    some 1e-5 above the true value, for all items alike."""
     differ_BN = ours.items != theirs.items
     both_BN = np.isfinite(ours.scores) & np.isfinite(theirs.scores)
     apart_BN = np.full(ours.scores.shape, np.nan)
     apart_BN[both_BN] = theirs.scores[both_BN].astype(np.float64) - ours.scores[both_BN]
-    shift_B1 = np.array([[np.median(row[~np.isnan(row)]) if (~np.isnan(row)).any() else 0.0] for row in apart_BN])
+    shift_B1 = np.array(
+        [[np.median(row[~np.isnan(row)]) if (~np.isnan(row)).any() else 0.0] for row in apart_BN]
+    )
     beside_BN = np.abs(apart_BN - shift_B1)
     wrong_BN = np.broadcast_to(np.abs(shift_B1) > SHIFTED, differ_BN.shape).copy()
     for user, rank in zip(*np.nonzero(differ_BN), strict=True):
         own = np.flatnonzero(ours.items[user] == theirs.items[user, rank])
-        # Between two items of one list rounding has no say; an item that came in at the end has only its own score.
-        gap = abs(ours.scores[user, own[0]] - ours.scores[user, rank]) if len(own) else beside_BN[user, rank]
+        # Between two items of one list rounding has no say; an item that came in at the end has
+        # only its own score.
+        gap = (
+            abs(ours.scores[user, own[0]] - ours.scores[user, rank])
+            if len(own)
+            else beside_BN[user, rank]
+        )
         wrong_BN[user, rank] |= not gap < SAME
     if wrong_BN.any():
         user, rank = (int(values[0]) for values in np.nonzero(wrong_BN))
@@ -275,7 +320,8 @@ def compare_lists(ours: TopItems, theirs: TopItems) -> dict[str, Any]:
 
 
 def measure_shape(world: World, sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
-    """Batch curves of all rivals, their lists compared first, and the share of the trie at the headline batch."""
+    """Batch curves of all rivals, their lists compared first, and the share of the trie at the
+    headline batch."""
     shape = world.shape
     curve: dict[str, Any] = {}
     for size in shape.batches:
@@ -291,7 +337,10 @@ def measure_shape(world: World, sizes: Sizes) -> tuple[list[Claim], dict[str, An
     )  # fmt: skip
     work = flop_a_user(shape, np.asarray(at_headline["tokens a user"]), sizes.beam, world.trie)
     rate = product_rate(world.device)
-    best = {name: max(point["users a second"][name] for point in curve.values()) for name in ("exact", "compact")}
+    best = {
+        name: max(point["users a second"][name] for point in curve.values())
+        for name in ("exact", "compact")
+    }
     bound = {name: rate / work[name] for name in best}
     more = {
         "parameters": sum(parameter.numel() for parameter in world.model.parameters()),
@@ -316,8 +365,11 @@ def measure_batch(world: World, size: int, sizes: Sizes) -> dict[str, Any]:
     rivals = make_rivals(world, encoder, sizes.beam)
     search = partial(world.searcher.search, encoder, beam=sizes.beam, top=sizes.beam)
     scored = make_rivals(world, encoder, sizes.beam, scored=True)
-    theirs = {name: generated_lists(scored[name](), world.words, size) for name in (GENERATE, TENSOR_MASK)}
-    # `generate` drops an end that ranks below `num_beams` among its step's candidates; ours does so when asked.
+    theirs = {
+        name: generated_lists(scored[name](), world.words, size) for name in (GENERATE, TENSOR_MASK)
+    }
+    # `generate` drops an end that ranks below `num_beams` among its step's candidates; ours does so
+    # when asked.
     ranked, kept = search(ends="ranked"), search()
     compared = {name: compare_lists(ranked, lists) for name, lists in theirs.items()}
     compared[PLAIN] = compare_lists(kept, rivals[PLAIN]())
@@ -336,7 +388,9 @@ def measure_batch(world: World, size: int, sizes: Sizes) -> dict[str, Any]:
         "padded to": encoder.input_ids.shape[1],
         "lists compared with exact": compared,
         "items dropped where ends are ranked": int((ranked.items < 0).sum()),
-        "items of two groups or more": float((np.diff(world.words.tokens_of_items()[1])[kept.items] > 3).mean()),
+        "items of two groups or more": float(
+            (np.diff(world.words.tokens_of_items()[1])[kept.items] > 3).mean()
+        ),
         "gap between neighbours of a list": {
             "median": float(np.median(gaps_BN)),
             "smallest": float(gaps_BN.min(initial=np.inf)),
@@ -345,7 +399,9 @@ def measure_batch(world: World, size: int, sizes: Sizes) -> dict[str, Any]:
 
 
 def _speed_claims(shape: Shape, curve: dict[str, Any]) -> list[Claim]:
-    at_headline = {name: median(values) for name, values in curve[str(shape.headline)]["seconds"].items()}
+    at_headline = {
+        name: median(values) for name, values in curve[str(shape.headline)]["seconds"].items()
+    }
     where = f"{shape.name}, batch {shape.headline}"
     claims = []
     for mode, goal in (("exact", shape.exact_goal), ("compact", shape.compact_goal)):
@@ -354,13 +410,27 @@ def _speed_claims(shape: Shape, curve: dict[str, Any]) -> list[Claim]:
         ours, theirs = at_headline[mode], at_headline[GENERATE]
         ratio = theirs / ours
         claims.append(
-            Claim(f"{mode}, {where}", GENERATE, ours, theirs, "s a batch", ratio, f">= {goal:g}x", ratio >= goal)
+            Claim(
+                f"{mode}, {where}",
+                GENERATE,
+                ours,
+                theirs,
+                "s a batch",
+                ratio,
+                f">= {goal:g}x",
+                ratio >= goal,
+            )
         )
     if torch.cuda.is_available():
-        ours, theirs = (max(point["users a second"][name] for point in curve.values()) for name in ("exact", GENERATE))
+        ours, theirs = (
+            max(point["users a second"][name] for point in curve.values())
+            for name in ("exact", GENERATE)
+        )
         ratio, goal = ours / theirs, BEST_BATCH_GOAL
         name = f"exact, {shape.name}, each at its best batch"
-        claims.append(Claim(name, GENERATE, ours, theirs, "users/s", ratio, f">= {goal:g}x", ratio >= goal))
+        claims.append(
+            Claim(name, GENERATE, ours, theirs, "users/s", ratio, f">= {goal:g}x", ratio >= goal)
+        )
     return claims
 
 
@@ -372,7 +442,8 @@ FLOP_FORMULA = (
 
 
 def flop_a_user(shape: Shape, tokens_B: np.ndarray, beam: int, trie: Trie) -> dict[str, float]:
-    """Floating-point operations that decoding a user of this batch takes, by mode (FLOP_FORMULA)."""
+    """Floating-point operations that decoding a user of this batch takes, by mode
+    (FLOP_FORMULA)."""
     length, squared = float(tokens_B.mean()), float((tokens_B.astype(float) ** 2).mean())
     width, ffn, layers = shape.d_model, shape.ffn, shape.layers
     widths = np.minimum(np.diff(trie.level_offsets), beam)
@@ -381,28 +452,42 @@ def flop_a_user(shape: Shape, tokens_B: np.ndarray, beam: int, trie: Trie) -> di
     cross = 2 * length * layers * width**2
     row = layers * (6 * width**2 + 2 * width * ffn + 2 * length * width)
     vocabulary = {"exact": VOCABULARY, "compact": len(np.unique(trie.token[1:])) + 1}
-    return {mode: 2 * (encoder + cross + rows * (row + size * width)) for mode, size in vocabulary.items()}
+    return {
+        mode: 2 * (encoder + cross + rows * (row + size * width))
+        for mode, size in vocabulary.items()
+    }
 
 
 def product_rate(device: torch.device) -> float:
     """FLOP/s of a square float32 product, the best of five."""
     side = 8192 if device.type == "cuda" else 1536
     left, right = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
-    seconds = in_turn({"product": partial(_finished, partial(torch.mm, left, right), device)}, 5)["product"]
+    seconds = in_turn({"product": partial(_finished, partial(torch.mm, left, right), device)}, 5)[
+        "product"
+    ]
     return 2 * side**3 / min(seconds)
 
 
 # The trie.
 
 
-TRIE_FUNCTIONS = ((beam_module, "pruned"), (beam_module, "lost_on"), (trie_walk, "_ended"), (trie_walk, "_children"))
-"""What a search does with its trie: pruning, ends of items, children and their masks, with the sums of scores that go along."""
+TRIE_FUNCTIONS = (
+    (beam_module, "pruned"),
+    (beam_module, "lost_on"),
+    (trie_walk, "_ended"),
+    (trie_walk, "_children"),
+)
+"""What a search does with its trie: pruning, ends of items, children and their masks, with the sums
+of scores that go along."""
 
 
 def measure_trie_share(world: World, size: int, sizes: Sizes) -> tuple[float, dict[str, Any]]:
-    """(share, measurements) of the trie in a search that excludes the histories, by medians over repeats."""
+    """(share, measurements) of the trie in a search that excludes the histories, by medians over
+    repeats."""
     encoder, excluded = world.batch(size)
-    search = partial(world.searcher.search, encoder, beam=sizes.beam, top=sizes.beam, excluded=excluded)
+    search = partial(
+        world.searcher.search, encoder, beam=sizes.beam, top=sizes.beam, excluded=excluded
+    )
     search()
     inside, whole = [], []
     for _ in range(sizes.repeats):
@@ -417,7 +502,8 @@ def measure_trie_share(world: World, size: int, sizes: Sizes) -> tuple[float, di
 
 @contextlib.contextmanager
 def _timed_trie(device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds in each of the search's functions that read the trie; on a GPU each waits for the device before and after."""
+    """Seconds in each of the search's functions that read the trie; on a GPU each waits for the
+    device before and after."""
     clock = {name: 0.0 for _, name in TRIE_FUNCTIONS}
 
     def timed(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -436,7 +522,8 @@ def _timed_trie(device: torch.device) -> Iterator[dict[str, float]]:
 
 
 def measure_trie(num_items: int) -> tuple[list[Claim], dict[str, Any]]:
-    """Building, saving, loading and restricting a trie of random codes of up to 7 digits; medians of three."""
+    """Building, saving, loading and restricting a trie of random codes of up to 7 digits; medians
+    of three."""
     dice = np.random.default_rng(0)
     most = max(10 * num_items, 2) - 1
     words = spell(dice.permutation(most)[:num_items] + 1, (0, 1), np.arange(2, 1102))
@@ -459,14 +546,24 @@ def measure_trie(num_items: int) -> tuple[list[Claim], dict[str, Any]]:
     limit = 30.0
     ratio = seconds["build"] / limit
     claim = Claim(
-        f"trie of {num_items:,} items", "30 s", seconds["build"], limit, "s to build", ratio, "<= 1x", ratio <= 1
+        f"trie of {num_items:,} items",
+        "30 s",
+        seconds["build"],
+        limit,
+        "s to build",
+        ratio,
+        "<= 1x",
+        ratio <= 1,
     )
     more = {
         "items": num_items,
         "sub-words": len(words[0]),
         "nodes": trie.num_nodes,
         "bytes": trie.num_bytes,
-        "bytes a node and an item": [sum(a.itemsize for n, a in trie.arrays().items() if n not in _BY_ITEM), 8],
+        "bytes a node and an item": [
+            sum(a.itemsize for n, a in trie.arrays().items() if n not in _BY_ITEM),
+            8,
+        ],
         "file bytes": file_bytes,
         "seconds": seconds,
     }
@@ -482,9 +579,8 @@ _BY_ITEM = ("item_node", "level_offsets")
 def evaluate_share(run: Path, data: Path, sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
     """Decoding the whole test set beside an epoch of the same recipe's training, the two in turn.
 
-    An epoch is the mean time of `sizes.watched_steps` steps, the first three left out, times the steps of an epoch. Raises
-    ValueError if the run has logged no finished epoch.
-    """
+    An epoch is the mean time of `sizes.watched_steps` steps, the first three left out, times the
+    steps of an epoch. Raises ValueError if the run has logged no finished epoch."""
     from genrec_dist.inference.evaluate import evaluate
     from genrec_dist.inference.load import best_device, load_run
     from genrec_dist.inference.rank_users import Decoding
@@ -495,7 +591,9 @@ def evaluate_share(run: Path, data: Path, sizes: Sizes) -> tuple[list[Claim], di
     epochs, decodings, wholes = [], [], []
     for _ in range(sizes.repeats_of_evaluating):
         with tempfile.TemporaryDirectory(prefix="genrec-bench-") as name:
-            epochs.append(steps_per_epoch * seconds_a_step(run, data, Path(name) / "run", sizes.watched_steps))
+            epochs.append(
+                steps_per_epoch * seconds_a_step(run, data, Path(name) / "run", sizes.watched_steps)
+            )
             start = time.perf_counter()
             metrics = evaluate(replace(loaded, path=Path(name)), dataset, "test", decoding=decoding)
             wholes.append(time.perf_counter() - start)
@@ -526,11 +624,27 @@ def evaluate_share(run: Path, data: Path, sizes: Sizes) -> tuple[list[Claim], di
 
 
 def seconds_a_step(run: Path, data: Path, folder: Path, num_steps: int) -> float:
-    """Mean seconds of an optimiser step of this run's recipe, watched from outside in a process of its own that is then ended."""
-    settings = {"data": data, "run": folder, "log_every": 1, "pretrain.epochs": 0, "finetune.epochs": 1000}
+    """Mean seconds of an optimiser step of this run's recipe, watched from outside in a process of
+    its own that is then ended."""
+    settings = {
+        "data": data,
+        "run": folder,
+        "log_every": 1,
+        "pretrain.epochs": 0,
+        "finetune.epochs": 1000,
+    }
     overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    command = [sys.executable, "-m", "genrec_dist.cli", "train", str(run / "recipe.yaml"), *overrides]
-    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "genrec_dist.cli",
+        "train",
+        str(run / "recipe.yaml"),
+        *overrides,
+    ]
+    started = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
         # A process that never gets so far ends by itself, with its reason.
         while started.poll() is None and len(_steps_of(folder / "events.jsonl")) < num_steps:
@@ -541,12 +655,15 @@ def seconds_a_step(run: Path, data: Path, folder: Path, num_steps: int) -> float
         started.kill()
     times = [step["time"] for step in _steps_of(folder / "events.jsonl")][3:]
     if len(times) < 2:
-        raise ValueError(f"the run that was to be watched took too few steps: {errors.strip()[-500:]}")
+        raise ValueError(
+            f"the run that was to be watched took too few steps: {errors.strip()[-500:]}"
+        )
     return float(np.mean(np.diff(times)))
 
 
 def steps_of_an_epoch(events: Path) -> int:
-    """Optimiser steps of the first finetuning epoch that a run has validated. Raises ValueError if there is none."""
+    """Optimiser steps of the first finetuning epoch that a run has validated. Raises ValueError if
+    there is none."""
     first = None
     for event in _events(events):
         if event["event"] == "step" and event["stage"] == "finetune" and first is None:
@@ -558,7 +675,9 @@ def steps_of_an_epoch(events: Path) -> int:
             and event["epoch"] == 0
         ):
             return int(event["step"]) + 1 - int(first)
-    raise ValueError(f"{events}: no finished epoch of finetuning in it: train for one epoch at least")
+    raise ValueError(
+        f"{events}: no finished epoch of finetuning in it: train for one epoch at least"
+    )
 
 
 def _steps_of(events: Path) -> list[dict[str, Any]]:
@@ -581,7 +700,8 @@ def format_curves(table: dict[str, Any]) -> str:
             rows.append((name, size, *(f"{rates[rival]:,.4g}" for rival in rows[0][2:])))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     )
 
 
@@ -601,9 +721,9 @@ def search_error(
 ) -> dict[str, Any]:
     """`{"all": {...}, "beam 20": {...}, ...}` on a seeded sample of users, the history excluded.
 
-    Each: metrics, seconds, and for beams `NDCG@10 lost` (all minus beam), `same top 10` (share of users whose first ten
-    are those of `all`, in order) and `missed` (share of the oracle's first ten that the beam's twenty lack).
-    """
+    Each: metrics, seconds, and for beams `NDCG@10 lost` (all minus beam), `same top 10` (share of
+    users whose first ten are those of `all`, in order) and `missed` (share of the oracle's first
+    ten that the beam's twenty lack)."""
     view = dataset.sequences.history_and_target(split)
     users_U = view.users[sample_users(len(view.users), num_users, seed)]
     oracle, seconds = _lists(run, view, users_U, beam=TOP, mode="all")
@@ -621,7 +741,9 @@ def search_error(
     return {"users": len(users_U), "split": split, **found}
 
 
-def _lists(run: LoadedRun, view: Any, users_U: np.ndarray, *, beam: int, mode: Mode) -> tuple[np.ndarray, float]:
+def _lists(
+    run: LoadedRun, view: Any, users_U: np.ndarray, *, beam: int, mode: Mode
+) -> tuple[np.ndarray, float]:
     lengths_U = (view.ends - view.starts)[users_U]
     items_UN = np.empty((len(users_U), TOP), np.int32)
     order = np.argsort(lengths_U, kind="stable")
@@ -629,9 +751,13 @@ def _lists(run: LoadedRun, view: Any, users_U: np.ndarray, *, beam: int, mode: M
     for first in range(0, len(order), USERS_AT_ONCE):
         places = order[first : first + USERS_AT_ONCE]
         flat, offsets = ragged(view.starts[users_U[places]], lengths_U[places])
-        encoder = encode_histories(view.items[flat], offsets, users_U[places], run.layout).to(run.searcher.device)
+        encoder = encode_histories(view.items[flat], offsets, users_U[places], run.layout).to(
+            run.searcher.device
+        )
         excluded = (np.repeat(np.arange(len(places)), lengths_U[places]), view.items[flat])
-        items_UN[places] = run.searcher.search(encoder, beam=beam, top=TOP, mode=mode, excluded=excluded).items
+        items_UN[places] = run.searcher.search(
+            encoder, beam=beam, top=TOP, mode=mode, excluded=excluded
+        ).items
     return items_UN, time.perf_counter() - start
 
 

@@ -1,4 +1,5 @@
-"""What decoding is measured on: a catalogue spelled as BART spells Beauty's, typical users, and a model that can spell."""
+"""What decoding is measured on: a catalogue spelled as BART spells Beauty's, typical users, and a
+model that can spell."""
 
 # B users, L input tokens, T target tokens, D width, V vocabulary, S sub-words that are learned
 
@@ -60,7 +61,8 @@ class Users:
 
 
 def users_of(sequences: Sequences, num_items: int) -> Users:
-    """The test histories. Raises ValueError for a catalogue of another size than the one that is spelled."""
+    """The test histories. Raises ValueError for a catalogue of another size than the one that is
+    spelled."""
     if sequences.num_items > num_items:
         raise ValueError(
             f"{sequences.num_items} items in the data, {num_items} in the benchmark: give Beauty's size or less"
@@ -78,23 +80,32 @@ def make_users(num_users: int, num_items: int, seed: int = 0) -> Users:
     return Users(items, np.concatenate([[0], np.cumsum(lengths)]))
 
 
-def spell(codes: np.ndarray, stem: tuple[int, int], pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens int32 [total], offsets int64 [N + 1]) of ` item_CODE` as BART's tokenizer cuts it: ` item`, `_`, then the code's
-    digits in groups of three from the right. Codes int64 [N], 1 to 999,999,999; pieces [1100]: tokens of `1` to `999`, then of
-    `000` to `099`, which stand behind another group alone."""
+def spell(
+    codes: np.ndarray, stem: tuple[int, int], pieces: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens int32 [total], offsets int64 [N + 1]) of ` item_CODE` as BART's tokenizer cuts it: `
+    item`, `_`, then the code's digits in groups of three from the right. Codes int64 [N], 1 to
+    999,999,999; pieces [1100]: tokens of `1` to `999`, then of `000` to `099`, which stand behind
+    another group alone."""
     num_groups = 1 + (codes >= 1000) + (codes >= 1_000_000)
-    columns, present = [np.full(len(codes), token) for token in stem], [np.ones(len(codes), bool)] * 2
+    columns, present = (
+        [np.full(len(codes), token) for token in stem],
+        [np.ones(len(codes), bool)] * 2,
+    )
     for place in (2, 1, 0):
         group = codes // 1000**place % 1000
         leads = num_groups == place + 1
         columns.append(pieces[np.where(leads | (group >= 100), group, 1000 + group)])
         present.append(num_groups > place)
     kept = np.stack(present, axis=1)
-    return np.stack(columns, axis=1)[kept].astype(np.int32), np.concatenate([[0], np.cumsum(kept.sum(axis=1))])
+    return np.stack(columns, axis=1)[kept].astype(np.int32), np.concatenate(
+        [[0], np.cumsum(kept.sum(axis=1))]
+    )
 
 
 def make_words(num_items: int, num_users: int, seed: int = 0) -> WordTable:
-    """Items and users with codes in a random order, spelled with tokens scattered over the vocabulary."""
+    """Items and users with codes in a random order, spelled with tokens scattered over the
+    vocabulary."""
     dice = np.random.default_rng(seed)
     tokens = dice.permutation(np.arange(FIRST_PIECE, MASK))[:1103]
     item, user, bar = (int(token) for token in tokens[:3])
@@ -121,7 +132,9 @@ class World:
         self.shape, self.users, self.device = shape, users, device
         num_users = len(users.offsets) - 1
         self.words = make_words(num_items, num_users)
-        self.layout = Layout(self.words, PAD, max_tokens=MOST_TOKENS, user_ids=True, positions="from-start")
+        self.layout = Layout(
+            self.words, PAD, max_tokens=MOST_TOKENS, user_ids=True, positions="from-start"
+        )
         self.trie = build_trie(*self.words.tokens_of_items())
         self.model = make_model(shape, self.words).to(device)
         item_tokens = self.words.lengths[self.words.item_words(users.items)]
@@ -131,7 +144,8 @@ class World:
         self.searcher = TrieSearcher(self.model, self.trie, device)
 
     def batch(self, size: int) -> tuple[EncoderInput, tuple[np.ndarray, np.ndarray]]:
-        """(encoder input padded to its longest history, (user index, item row) pairs of the histories) of typical users."""
+        """(encoder input padded to its longest history, (user index, item row) pairs of the
+        histories) of typical users."""
         rows_B = self.typical_users(size)
         lengths_B = np.diff(self.users.offsets)[rows_B]
         flat, offsets = ragged(self.users.offsets[rows_B], lengths_B)
@@ -143,20 +157,28 @@ class World:
         short = np.argsort(self.tokens_U, kind="stable")[len(self.tokens_U) // 4 :][:SPELLERS]
         lengths_B = np.diff(self.users.offsets)[short]
         flat, offsets = ragged(self.users.offsets[short], lengths_B)
-        encoder = encode_histories(self.users.items[flat], offsets, short, self.layout).to(self.device)
-        teach_spelling(self.model, encoder, self.users.items, self.layout, self.shape.spelling_steps)
+        encoder = encode_histories(self.users.items[flat], offsets, short, self.layout).to(
+            self.device
+        )
+        teach_spelling(
+            self.model, encoder, self.users.items, self.layout, self.shape.spelling_steps
+        )
 
     def typical_users(self, size: int) -> np.ndarray:
-        """User rows int64 [B] of that one of 101 random batches whose padding is the median: a batch of a dozen can be padded to
-        40 sub-words or to 180, as chance has it, and `generate` suffers most from the longer one."""
+        """User rows int64 [B] of that one of 101 random batches whose padding is the median: a
+        batch of a dozen can be padded to 40 sub-words or to 180, as chance has it, and `generate`
+        suffers most from the longer one."""
         dice = np.random.default_rng(size)
         num_users = len(self.tokens_U)
         draws = [dice.choice(num_users, size, replace=size > num_users) for _ in range(101)]
-        return draws[np.argsort([self.tokens_U[rows_B].max() for rows_B in draws], kind="stable")[50]]
+        return draws[
+            np.argsort([self.tokens_U[rows_B].max() for rows_B in draws], kind="stable")[50]
+        ]
 
 
 def make_model(shape: Shape, words: WordTable) -> GenRecForConditionalGeneration:
-    """Random weights, small enough beside the residual stream that a state tells its place in the word."""
+    """Random weights, small enough beside the residual stream that a state tells its place in the
+    word."""
     torch.manual_seed(0)
     recipe = Model(
         d_model=shape.d_model,
@@ -186,29 +208,40 @@ def teach_spelling(
     steps: int,
     seed: int = 0,
 ) -> None:
-    """Train the last decoder layer and the embeddings of the words' sub-words for some steps on items [n] drawn anew each step.
+    """Train the last decoder layer and the embeddings of the words' sub-words for some steps on
+    items [n] drawn anew each step.
 
-    By random weights no word is likely: the beams spread over first groups of digits below which nothing lies, most of them are
-    gone before the last step, and `</s>` is nowhere expected. A trained model keeps its beams on the 12 groups below which eleven
-    twelfths of Beauty's items lie, and is sure of `</s>` behind an item; a search is measured as it will be used. The softmax is
-    that of the sub-words and a sample of the others, weighted to stand for all.
-    """
+    By random weights no word is likely: the beams spread over first groups of digits below which
+    nothing lies, most of them are gone before the last step, and `</s>` is nowhere expected. A
+    trained model keeps its beams on the 12 groups below which eleven twelfths of Beauty's items
+    lie, and is sure of `</s>` behind an item; a search is measured as it will be used. The softmax
+    is that of the sub-words and a sample of the others, weighted to stand for all."""
     device, weight_VD = model.device, model.lm_head.weight
     dice, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     spelled = torch.from_numpy(np.append(np.unique(layout.words.tokens_of_items()[0]), EOS)).long()
-    others = torch.ones(len(weight_VD), dtype=torch.bool).index_fill(0, spelled, False).nonzero()[:, 0]
+    others = (
+        torch.ones(len(weight_VD), dtype=torch.bool).index_fill(0, spelled, False).nonzero()[:, 0]
+    )
     some = others[torch.randperm(len(others), generator=generator)[:OTHERS_SAMPLED]].to(device)
     weighted = torch.zeros(len(spelled) + len(some), device=device)
     weighted[len(spelled) :] = float(np.log(len(others) / len(some)))
-    column = torch.full((len(weight_VD),), -1).index_copy(0, spelled, torch.arange(len(spelled))).to(device)
+    column = (
+        torch.full((len(weight_VD),), -1)
+        .index_copy(0, spelled, torch.arange(len(spelled)))
+        .to(device)
+    )
     spelled = spelled.to(device)
     model.requires_grad_(False)
     learned_SD = weight_VD[spelled].clone().requires_grad_()
     layer = model.model.decoder.layers[-1].requires_grad_()
-    optimizer = torch.optim.AdamW([learned_SD, *layer.parameters()], betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [learned_SD, *layer.parameters()], betas=(0.9, 0.98), weight_decay=0.0
+    )
     memory_BLD = model.encode(encoder)
     for step in range(steps):
-        rate = min(3e-3, 0.4 / model.config.d_model) * min(1.0, (step + 1) / 10) * (1 - step / steps)
+        rate = (
+            min(3e-3, 0.4 / model.config.d_model) * min(1.0, (step + 1) / 10) * (1 - step / steps)
+        )
         optimizer.param_groups[0]["lr"] = rate
         batch = target_batch(encoder, dice.choice(targets, len(memory_BLD)), layout).to(device)
         hidden_BTD = model.decode(batch.decoder_input_ids, memory_BLD, encoder.attention_mask)
@@ -226,9 +259,12 @@ NOTHING = float("-inf")
 
 
 class PlainState:
-    """Keys and values of a running beam: the encoder's once a user, the decoder's own once a beam."""
+    """Keys and values of a running beam: the encoder's once a user, the decoder's own once a
+    beam."""
 
-    def __init__(self, model: GenRecForConditionalGeneration, memory_BLD: Tensor, memory_mask_BL: Tensor):
+    def __init__(
+        self, model: GenRecForConditionalGeneration, memory_BLD: Tensor, memory_mask_BL: Tensor
+    ):
         self.model = model
         self.mask_B11L = memory_mask_BL[:, None, None]
         self.cross = [
@@ -248,7 +284,9 @@ class PlainState:
         position_1D = decoder.embed_positions(tokens_BK[:1, :1], position_ids=position[0])[0]
         hidden_BKD = decoder.layernorm_embedding(decoder.embed_tokens(tokens_BK) + position_1D)
         for number, layer in enumerate(decoder.layers):
-            hidden_BKD = layer.self_attn_layer_norm(hidden_BKD + self._attend_self(layer.self_attn, hidden_BKD, number))
+            hidden_BKD = layer.self_attn_layer_norm(
+                hidden_BKD + self._attend_self(layer.self_attn, hidden_BKD, number)
+            )
             crossed_BKD = self._attend_memory(layer.encoder_attn, hidden_BKD, number)
             hidden_BKD = layer.encoder_attn_layer_norm(hidden_BKD + crossed_BKD)
             widened = layer.fc2(layer.activation_fn(layer.fc1(hidden_BKD)))
@@ -259,13 +297,16 @@ class PlainState:
     def reorder(self, parent_BK: Tensor) -> None:
         """Let each beam continue the beam `parent_BK` names; the number of beams may change."""
         rows_B1 = torch.arange(len(parent_BK), device=parent_BK.device)[:, None]
-        self.own = [pair and (pair[0][rows_B1, parent_BK], pair[1][rows_B1, parent_BK]) for pair in self.own]
+        self.own = [
+            pair and (pair[0][rows_B1, parent_BK], pair[1][rows_B1, parent_BK]) for pair in self.own
+        ]
 
     def _attend_self(self, attention: BartAttention, hidden_BKD: Tensor, number: int) -> Tensor:
         shape = hidden_BKD.shape
         rows = hidden_BKD.reshape(-1, 1, shape[-1])
         query, key, value = (
-            _heads(attention, project(rows)) for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            _heads(attention, project(rows))
+            for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
         past = self.own[number]
         if past is not None:
@@ -278,7 +319,9 @@ class PlainState:
     def _attend_memory(self, attention: BartAttention, hidden_BKD: Tensor, number: int) -> Tensor:
         key, value = self.cross[number]
         query = _heads(attention, attention.q_proj(hidden_BKD))
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask_B11L, scale=attention.scaling)
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=self.mask_B11L, scale=attention.scaling
+        )
         return attention.out_proj(mixed.transpose(1, 2).reshape(hidden_BKD.shape))
 
 
@@ -290,7 +333,9 @@ def _heads(attention: BartAttention, states: Tensor) -> Tensor:
 class PlainSearcher:
     """A trie on a device, ready to decode batches of users with one model."""
 
-    def __init__(self, model: GenRecForConditionalGeneration, trie: Trie, device: torch.device | str = "cpu"):
+    def __init__(
+        self, model: GenRecForConditionalGeneration, trie: Trie, device: torch.device | str = "cpu"
+    ):
         self.model, self.trie, self.device = model, trie, torch.device(device)
         self.token = self._move(trie.token.astype(np.int64))
         self.first_child = self._move(trie.first_child)
@@ -303,7 +348,8 @@ class PlainSearcher:
 
     @torch.inference_mode()
     def search(self, encoder: EncoderInput, *, beam: int, top: int) -> TopItems:
-        """The best `top` items a user by log-probability under the full softmax, as `TrieSearcher` in mode `exact`."""
+        """The best `top` items a user by log-probability under the full softmax, as `TrieSearcher`
+        in mode `exact`."""
         beam = max(beam, top)
         memory_BLD = self.model.encode(encoder)
         state = PlainState(self.model, memory_BLD, encoder.attention_mask)
@@ -314,7 +360,9 @@ class PlainSearcher:
         for level in range(self.trie.depth + 1):
             logits_BKV = self.model.lm_head(state.step(tokens_BK))
             norm_BK1 = logits_BKV.logsumexp(-1, keepdim=True)
-            ends_BK = scores_BK + (logits_BKV[..., self.model.config.eos_token_id] - norm_BK1[..., 0])
+            ends_BK = scores_BK + (
+                logits_BKV[..., self.model.config.eos_token_id] - norm_BK1[..., 0]
+            )
             ends_BK = ends_BK.masked_fill(self.end_item[nodes_BK] < 0, NOTHING)
             found_scores_BN = torch.cat([found_scores_BN, ends_BK], 1)
             found_nodes_BN = torch.cat([found_nodes_BN, nodes_BK], 1)
@@ -322,7 +370,9 @@ class PlainSearcher:
             found_nodes_BN = found_nodes_BN.gather(1, places_BN)
             if level == self.trie.depth:
                 break
-            scores_BK, nodes_BK, parent_BK = self._grow(logits_BKV, norm_BK1, scores_BK, nodes_BK, level, beam)
+            scores_BK, nodes_BK, parent_BK = self._grow(
+                logits_BKV, norm_BK1, scores_BK, nodes_BK, level, beam
+            )
             num_open = _num_open(scores_BK, found_scores_BN, top)
             if num_open == 0:
                 break
@@ -332,7 +382,13 @@ class PlainSearcher:
         return self._lists(found_scores_BN, self.end_item[found_nodes_BN], top)
 
     def _grow(
-        self, logits_BKV: Tensor, norm_BK1: Tensor, scores_BK: Tensor, nodes_BK: Tensor, level: int, beam: int
+        self,
+        logits_BKV: Tensor,
+        norm_BK1: Tensor,
+        scores_BK: Tensor,
+        nodes_BK: Tensor,
+        level: int,
+        beam: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The best `beam` children of all beams: (scores, nodes, parent beams), each [B, K']."""
         columns_C = torch.arange(self.fans[level], device=self.device)

@@ -1,4 +1,5 @@
-"""The steps of launch/gpu_check.sh: each measures within its budget and leaves a dated table; the last one sums up."""
+"""The steps of launch/gpu_check.sh: each measures within its budget and leaves a dated table; the
+last one sums up."""
 
 from __future__ import annotations
 
@@ -25,12 +26,28 @@ from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.evaluation.provenance import git_commit, hardware, versions
 
-# What is measured is imported by the step that measures it: each is a process of its own, and its seconds count.
+# What is measured is imported by the step that measures it: each is a process of its own, and its
+# seconds count.
 
 COMMIT = "GENREC_COMMIT"
 """The environment variable that names the commit where the checkout came without its history."""
-MAY_BE_MISSING = ("polars", "webdataset", "pydantic", "deepspeed", "ray", "hypothesis", "pytest", "triton")
-SMALL_MODEL = ("model.d_model=16", "model.heads=2", "model.ffn=16", "tokens.vocab_size=300", "finetune.batch_size=64")
+MAY_BE_MISSING = (
+    "polars",
+    "webdataset",
+    "pydantic",
+    "deepspeed",
+    "ray",
+    "hypothesis",
+    "pytest",
+    "triton",
+)
+SMALL_MODEL = (
+    "model.d_model=16",
+    "model.heads=2",
+    "model.ffn=16",
+    "tokens.vocab_size=300",
+    "finetune.batch_size=64",
+)
 GIB = 2**30
 
 Measured = tuple[list[Claim], dict[str, Any]]
@@ -59,7 +76,9 @@ def measure_beam(small: bool) -> Measured:
         shapes = (replace(first, batches=(1, 32, 128, 512)), replace(second, batches=(1, 32, 128)))
         return beam.bench_beam(sizes=beam.Sizes(shapes=shapes, repeats=3))
     tiny = beam.Shape("tiny", 32, 1, 2, 64, (1, 3), 3, 1, 2, 60)
-    return beam.bench_beam(sizes=beam.Sizes((tiny,), items=60, users=200, beam=4, repeats=2, trie_items=500))
+    return beam.bench_beam(
+        sizes=beam.Sizes((tiny,), items=60, users=200, beam=4, repeats=2, trie_items=500)
+    )
 
 
 def measure_latency(small: bool) -> Measured:
@@ -72,19 +91,26 @@ def measure_latency(small: bool) -> Measured:
 
 
 def changes_to_tiny(name: str) -> tuple[str, ...]:
-    """What is trained for an epoch of synthetic data of Beauty's size, a few hundred steps: changes to the recipe `tiny`."""
+    """What is trained for an epoch of synthetic data of Beauty's size, a few hundred steps: changes
+    to the recipe `tiny`."""
     from genrec_dist.bench.kernels import BASE_SHAPE
 
     shape, _, packing = name.partition("-")
     changes = (f"packing={packing or 'padded'}",)
     if shape == "tiny":
         return (*changes, "validation.users=200")
-    large = ("micro_batch_tokens=16384", "finetune.batch_size=128", "finetune.targets=last", "validation.users=64")
+    large = (
+        "micro_batch_tokens=16384",
+        "finetune.batch_size=128",
+        "finetune.targets=last",
+        "validation.users=64",
+    )
     return (*changes, *large, *BASE_SHAPE)
 
 
 def measure_training(name: str, small: bool) -> Measured:
-    """`genrec train` for an epoch: tokens a second, and the peak of memory beside what `genrec plan` foretold."""
+    """`genrec train` for an epoch: tokens a second, and the peak of memory beside what `genrec
+    plan` foretold."""
     from genrec_shards.storage.write import write_shards
 
     from genrec_dist.bench.stream import make_data
@@ -95,10 +121,23 @@ def measure_training(name: str, small: bool) -> Measured:
         users, items = (200, 60) if small else (22_363, 12_101)
         dataset = make_data(folder / "made", users, items)
         write_shards(dataset, folder / "shards")
-        where = (f"data={dataset.path}", f"shards={folder / 'shards'}", f"run={folder / 'run'}", "finetune.epochs=1")
-        shape = (*changes_to_tiny(name), "model.max_tokens=64", *SMALL_MODEL) if small else changes_to_tiny(name)
+        where = (
+            f"data={dataset.path}",
+            f"shards={folder / 'shards'}",
+            f"run={folder / 'run'}",
+            "finetune.epochs=1",
+        )
+        shape = (
+            (*changes_to_tiny(name), "model.max_tokens=64", *SMALL_MODEL)
+            if small
+            else changes_to_tiny(name)
+        )
         recipe = load_recipe("tiny", [*where, f"log_every={2 if small else 10}", *shape])
-        card = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 24 * GIB
+        card = (
+            torch.cuda.get_device_properties(0).total_memory
+            if torch.cuda.is_available()
+            else 24 * GIB
+        )
         foretold = foretold_bytes(recipe, card / GIB)
         train(recipe)
         text = (folder / "run" / "events.jsonl").read_text(encoding="utf-8")
@@ -182,7 +221,9 @@ def commit() -> str | None:
 def _driver() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        lines = subprocess.run(
+            query, capture_output=True, text=True, timeout=20, check=True
+        ).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
     return lines[0].strip() if lines else None
@@ -216,19 +257,37 @@ def run_step(step: str, out: Path, small: bool) -> Path:
 
 
 def summarise(status: Path, logs: Path, out: Path) -> Path:
-    """`PREFIX.md` of the tables that are there; `PREFIX-failed.txt` with the ends of the logs of steps that failed.
+    """`PREFIX.md` of the tables that are there; `PREFIX-failed.txt` with the ends of the logs of
+    steps that failed.
 
     `status`: a line a step, `name TAB exit code TAB seconds TAB budget`.
     """
     rows = [line.split("\t") for line in status.read_text(encoding="utf-8").splitlines()]
-    tables = {path.stem.removeprefix(prefix() + "-"): path for path in sorted(out.glob(f"{prefix()}-*.json"))}
-    known = json.loads(tables["facts"].read_text(encoding="utf-8")) if "facts" in tables else facts()
-    lines = [f"# {known['hardware']['gpu'] or 'CPU'}, {known['date']}, commit {known['commit'] or 'unknown'}", ""]
-    lines += [f"- {name}: {_told(value)}" for name, value in known.items() if name not in ("date", "commit")]
+    tables = {
+        path.stem.removeprefix(prefix() + "-"): path
+        for path in sorted(out.glob(f"{prefix()}-*.json"))
+    }
+    known = (
+        json.loads(tables["facts"].read_text(encoding="utf-8")) if "facts" in tables else facts()
+    )
+    lines = [
+        f"# {known['hardware']['gpu'] or 'CPU'}, {known['date']}, commit {known['commit'] or 'unknown'}",
+        "",
+    ]
+    lines += [
+        f"- {name}: {_told(value)}"
+        for name, value in known.items()
+        if name not in ("date", "commit")
+    ]
     lines += ["", "| step | result | seconds | budget |", "|---|---|---|---|"]
-    lines += [f"| {name} | {_result(code)} | {seconds} | {budget} |" for name, code, seconds, budget in rows]
+    lines += [
+        f"| {name} | {_result(code)} | {seconds} | {budget} |"
+        for name, code, seconds, budget in rows
+    ]
     for name, path in tables.items():
-        lines += _section(name, json.loads(path.read_text(encoding="utf-8"))) if name in MEASURED else []
+        lines += (
+            _section(name, json.loads(path.read_text(encoding="utf-8"))) if name in MEASURED else []
+        )
     page = out / f"{prefix()}.md"
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     failed = out / f"{prefix()}-failed.txt"
@@ -276,7 +335,10 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
 
         lines += ["", "```", beam.format_curves(found), "```"]
     if name.startswith("train-"):
-        lines += ["", *(f"- {what}: {_told(value)}" for what, value in _training_facts(found).items())]
+        lines += [
+            "",
+            *(f"- {what}: {_told(value)}" for what, value in _training_facts(found).items()),
+        ]
     return lines
 
 
@@ -295,7 +357,10 @@ def _training_facts(found: dict[str, Any]) -> dict[str, Any]:
 def _end_of(log: Path, count: int = 25) -> str:
     if not log.is_file():
         return "(no output)"
-    return "\n".join(f"    {line}" for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:])
+    return "\n".join(
+        f"    {line}"
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+    )
 
 
 def main() -> None:

@@ -1,4 +1,5 @@
-"""Id tables that grow: a step at 10^5 to 10^7 rows, torch's sparse and dense optimisers beside it, and the bytes on the wire."""
+"""Id tables that grow: a step at 10^5 to 10^7 rows, torch's sparse and dense optimisers beside it,
+and the bytes on the wire."""
 
 # N table rows, D width of a row, T ids of a step, u distinct rows among them
 
@@ -70,17 +71,24 @@ def bench_rows(sizes: Sizes | None = None) -> tuple[list[Claim], dict[str, Any]]
         level, quality = measure_quality(sizes)
         on_wire, wire = measure_wire(sizes)
         claims = [*grown, *beaten, *level, *on_wire]
-        more = {"sizes": vars(sizes), "growth": growth, "peers": peers, "quality": quality, "wire": wire}
+        more = {
+            "sizes": vars(sizes),
+            "growth": growth,
+            "peers": peers,
+            "quality": quality,
+            "wire": wire,
+        }
         return claims, table("rows", claims, **more)
     finally:
         torch.set_num_threads(threads)
 
 
 def draw_ids(draw: Draw, num_rows: int, distinct: int, seed: int) -> np.ndarray:
-    """int64 [T], ids in the convention of a batch (row + 1) with about `distinct` rows among them, in random order.
+    """int64 [T], ids in the convention of a batch (row + 1) with about `distinct` rows among them,
+    in random order.
 
-    "uniform": `distinct` rows, each once. "zipf": the popularity of rank r falls as 1 / r, drawn until so many were seen.
-    """
+    "uniform": `distinct` rows, each once. "zipf": the popularity of rank r falls as 1 / r, drawn
+    until so many were seen."""
     dice = np.random.default_rng([seed, num_rows])
     if draw == "uniform":
         return dice.permutation(dice.choice(num_rows, distinct, replace=False)) + 1
@@ -98,7 +106,8 @@ def draw_ids(draw: Draw, num_rows: int, distinct: int, seed: int) -> np.ndarray:
 
 
 class TrainingStep:
-    """A step of `tiny` with its item table outside, `dim` wide: what `genrec train` does, on ids drawn for the purpose."""
+    """A step of `tiny` with its item table outside, `dim` wide: what `genrec train` does, on ids
+    drawn for the purpose."""
 
     def __init__(self, dim: int, num_rows: int, samples: int):
         shape = replace(load_recipe("tiny").model, id_dim=dim)
@@ -139,22 +148,33 @@ class TrainingStep:
 
 
 def measure_growth(sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
-    """Seconds of the id part alone (fetch and update), and of a training step that holds it, by rows of the table."""
+    """Seconds of the id part alone (fetch and update), and of a training step that holds it, by
+    rows of the table."""
     tables = {n: RowTable(n, sizes.dim, init_std=0.02, key=1) for n in sizes.growth}
     training_step = TrainingStep(sizes.dim, sizes.growth[-1], sizes.samples)
     claims: list[Claim] = []
     found: dict[str, Any] = {}
     for draw in DRAWS:
         alone = {
-            str(n): _each(partial(_id_step, tables[n]), _plans(draw, n, sizes, sizes.steps), sizes.steps)
+            str(n): _each(
+                partial(_id_step, tables[n]), _plans(draw, n, sizes, sizes.steps), sizes.steps
+            )
             for n in sizes.growth
         }
         whole = {
-            str(n): _each(partial(training_step, tables[n]), _batches(draw, n, sizes), sizes.model_steps)
+            str(n): _each(
+                partial(training_step, tables[n]), _batches(draw, n, sizes), sizes.model_steps
+            )
             for n in sizes.growth
         }
-        for what, rivals, steps in (("step", whole, sizes.model_steps), ("id-part", alone, sizes.steps)):
-            seconds = {name: _a_step(times, steps) for name, times in in_turn(rivals, sizes.repeats).items()}
+        for what, rivals, steps in (
+            ("step", whole, sizes.model_steps),
+            ("id-part", alone, sizes.steps),
+        ):
+            seconds = {
+                name: _a_step(times, steps)
+                for name, times in in_turn(rivals, sizes.repeats).items()
+            }
             first, last = (median(seconds[str(n)]) for n in (sizes.growth[0], sizes.growth[-1]))
             claims.append(
                 Claim(
@@ -173,12 +193,14 @@ def measure_growth(sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
 
 
 def _id_step(table: RowTable, rows_u: Tensor) -> None:
-    # The rows stand for their own gradient: as large, as warm in the cache, and update() may use them up.
+    # The rows stand for their own gradient: as large, as warm in the cache, and update() may use
+    # them up.
     table.update(table.fetch(rows_u), learning_rate=RATE)
 
 
 def _plans(draw: Draw, num_rows: int, sizes: Sizes, count: int) -> list[Tensor]:
-    # More batches than one measurement takes, so that it does not meet the rows it has just left in the cache.
+    # More batches than one measurement takes, so that it does not meet the rows it has just left in
+    # the cache.
     ids = [draw_ids(draw, num_rows, sizes.rows, seed) for seed in range(3 * count)]
     return [plan_rows([one], num_rows)[0].rows for one in ids]
 
@@ -187,7 +209,8 @@ def _batches(draw: Draw, num_rows: int, sizes: Sizes) -> list[tuple[Tensor, Tens
     batches = []
     for seed in range(3 * sizes.model_steps):
         ids = draw_ids(draw, num_rows, sizes.rows, seed)
-        # A draw with repeats has more ids than the batch has places: its distinct rows come first, then repeats.
+        # A draw with repeats has more ids than the batch has places: its distinct rows come first,
+        # then repeats.
         ids = np.resize(np.concatenate([np.unique(ids), ids]), sizes.samples * LENGTH)
         ids = np.random.default_rng(seed).permutation(ids).reshape(sizes.samples, LENGTH)
         plan, (places,) = plan_rows([ids], num_rows)
@@ -248,7 +271,9 @@ class Torchs:
 
     def __init__(self, start_ND: Tensor, rate: float, sparse: bool):
         weight = F.pad(start_ND, (0, 0, 1, 0))
-        self.embedding = nn.Embedding.from_pretrained(weight, freeze=False, padding_idx=0, sparse=sparse)
+        self.embedding = nn.Embedding.from_pretrained(
+            weight, freeze=False, padding_idx=0, sparse=sparse
+        )
         parameters = list(self.embedding.parameters())
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SparseAdam(parameters, lr=rate)
@@ -270,22 +295,31 @@ Rival = Ours | Torchs
 
 
 def measure_peers(sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
-    """Seconds of a step's whole id part: ours, also with the plan a data worker would make, SparseAdam's, dense AdamW's."""
-    start_ND = torch.randn(sizes.peers, sizes.dim, generator=torch.Generator().manual_seed(3)).mul_(0.02)
+    """Seconds of a step's whole id part: ours, also with the plan a data worker would make,
+    SparseAdam's, dense AdamW's."""
+    start_ND = torch.randn(sizes.peers, sizes.dim, generator=torch.Generator().manual_seed(3)).mul_(
+        0.02
+    )
     ours = Ours(start_ND, RATE)
     sparse, dense = Torchs(start_ND, 1e-3, sparse=True), Torchs(start_ND, 1e-3, sparse=False)
     claims: list[Claim] = []
     found: dict[str, Any] = {}
     for draw in DRAWS:
         batches = [draw_ids(draw, sizes.peers, sizes.rows, seed) for seed in range(3 * sizes.steps)]
-        gradient_TD = torch.randn(max(map(len, batches)), sizes.dim, generator=torch.Generator().manual_seed(4))
+        gradient_TD = torch.randn(
+            max(map(len, batches)), sizes.dim, generator=torch.Generator().manual_seed(4)
+        )
 
         def taken(step: Callable[..., None], batch: Any, gradient_TD: Tensor = gradient_TD) -> None:
             step(batch, lambda rows_TD: rows_TD.backward(gradient_TD[: len(rows_TD)]))
 
         few = max(1, sizes.steps // 10)
         runs: dict[str, tuple[Callable[[Any], None], list[Any], int]] = {
-            "ours": (partial(taken, ours.planned), [ours.plan(ids_T) for ids_T in batches], sizes.steps),
+            "ours": (
+                partial(taken, ours.planned),
+                [ours.plan(ids_T) for ids_T in batches],
+                sizes.steps,
+            ),
             "ours, plan counted": (partial(taken, ours), batches, sizes.steps),
             "SparseAdam": (partial(taken, sparse), batches, sizes.steps),
             "AdamW": (partial(taken, dense), batches, few),
@@ -306,7 +340,10 @@ def measure_peers(sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
                         ratio=theirs / mine, goal=f">= {least}x", holds=theirs >= least * mine,
                     )
                 )  # fmt: skip
-        found[draw] = {"seconds_a_step": seconds, "ids_a_step": float(np.mean([len(batch) for batch in batches]))}
+        found[draw] = {
+            "seconds_a_step": seconds,
+            "ids_a_step": float(np.mean([len(batch) for batch in batches])),
+        }
     return claims, found
 
 
@@ -314,17 +351,19 @@ def measure_peers(sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
 
 
 class Task:
-    """Will this id be taken in this context? Each row has a hidden vector; the log-odds are its product with the context.
+    """Will this id be taken in this context? Each row has a hidden vector; the log-odds are its
+    product with the context.
 
-    A learner sees the context through a fixed matrix [hidden, D] and learns the id's row, so that the best possible loss
-    is known: that of the hidden vectors themselves.
-    """
+    A learner sees the context through a fixed matrix [hidden, D] and learns the id's row, so that
+    the best possible loss is known: that of the hidden vectors themselves."""
 
     HIDDEN = 16
 
     def __init__(self, num_rows: int, dim: int, num_ids: int):
         self.num_rows, self.num_ids = num_rows, num_ids
-        self.hidden_NH = np.random.default_rng(5).standard_normal((num_rows, self.HIDDEN), np.float32)
+        self.hidden_NH = np.random.default_rng(5).standard_normal(
+            (num_rows, self.HIDDEN), np.float32
+        )
         mixed = np.linalg.qr(np.random.default_rng(6).standard_normal((dim, self.HIDDEN)))[0]
         self.mix_HD = torch.from_numpy(mixed.T.astype(np.float32))
 
@@ -345,9 +384,12 @@ class Task:
 
 
 def measure_quality(sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
-    """Held-out loss of ours and of SparseAdam after the same steps, each at the best learning rate of its grid."""
+    """Held-out loss of ours and of SparseAdam after the same steps, each at the best learning rate
+    of its grid."""
     task = Task(sizes.peers, sizes.dim, 2 * sizes.rows)
-    start_ND = torch.randn(sizes.peers, sizes.dim, generator=torch.Generator().manual_seed(8)).mul_(0.02)
+    start_ND = torch.randn(sizes.peers, sizes.dim, generator=torch.Generator().manual_seed(8)).mul_(
+        0.02
+    )
     grids: dict[str, tuple[tuple[float, ...], Callable[[float], Rival]]] = {
         "ours": (sizes.rates, lambda rate: Ours(start_ND, rate)),
         "SparseAdam": (sizes.peer_rates, lambda rate: Torchs(start_ND, rate, True)),
@@ -358,7 +400,9 @@ def measure_quality(sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
     }
     held_out = [task.batch(-1 - number & 0xFFFF) for number in range(5)]
     best_possible = float(
-        np.mean([F.binary_cross_entropy_with_logits(odds, labels) for _, _, labels, odds in held_out])
+        np.mean(
+            [F.binary_cross_entropy_with_logits(odds, labels) for _, _, labels, odds in held_out]
+        )
     )
     best = {name: min(by_rate.values()) for name, by_rate in losses.items()}
     claim = Claim(
@@ -427,11 +471,18 @@ def measure_wire(sizes: Sizes, num_ranks: int = 2) -> tuple[list[Claim], dict[st
 def _wire_rank(rank: int, num_ranks: int, folder: str, sizes: Sizes) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nothing of this leaves the machine
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=num_ranks)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=num_ranks
+    )
     facts = []
     for draw in DRAWS:
-        table = RowTable(sizes.peers, sizes.dim, init_std=0.02, key=1, rank=rank, world_size=num_ranks)
-        ids = [draw_ids(draw, sizes.peers, sizes.rows, step * num_ranks + rank) for step in range(sizes.steps)]
+        table = RowTable(
+            sizes.peers, sizes.dim, init_std=0.02, key=1, rank=rank, world_size=num_ranks
+        )
+        ids = [
+            draw_ids(draw, sizes.peers, sizes.rows, step * num_ranks + rank)
+            for step in range(sizes.steps)
+        ]
         plans = [plan_rows([one], sizes.peers)[0].rows for one in ids]
         dist.barrier()
         start = time.perf_counter()

@@ -1,4 +1,5 @@
-"""The embedding kernel's peer that adds gradients by atomics, in the manner of Liger-Kernel's embedding; its sum is fused, too."""
+"""The embedding kernel's peer that adds gradients by atomics, in the manner of Liger-Kernel's
+embedding; its sum is fused, too."""
 
 # n places, D width, M places of a tile, N columns of a tile
 
@@ -20,7 +21,9 @@ _SIDE = 128
 @triton.jit
 def _rows(ids_at, table_at, place_M, column_N, here_M, mask, WIDTH: tl.constexpr):
     row_M = tl.load(ids_at + place_M, mask=here_M, other=0).to(tl.int64)
-    return tl.load(table_at + row_M[:, None] * WIDTH + column_N[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.load(table_at + row_M[:, None] * WIDTH + column_N[None, :], mask=mask, other=0.0).to(
+        tl.float32
+    )
 
 
 @triton.jit
@@ -72,7 +75,12 @@ class _Atomics(torch.autograd.Function):
         out = tables[0].new_empty(*ids[0].shape, tables[0].shape[1])
         _sum_kernel[_grid(out)](*ids, *tables, out, ids[0].numel(), **_tile(out))
         ctx.save_for_backward(*ids)
-        ctx.sizes, ctx.pad, ctx.sums, ctx.dtype = [len(table) for table in tables], pad, sums, tables[0].dtype
+        ctx.sizes, ctx.pad, ctx.sums, ctx.dtype = (
+            [len(table) for table in tables],
+            pad,
+            sums,
+            tables[0].dtype,
+        )
         return out
 
     @staticmethod
@@ -82,13 +90,18 @@ class _Atomics(torch.autograd.Function):
         sums = ctx.sums or ctx.dtype
         grads = [torch.zeros(rows, width, dtype=sums, device=gradient.device) for rows in ctx.sizes]
         num_places = gradient.numel() // width
-        _add_kernel[_grid(gradient)](gradient, *ctx.saved_tensors, *grads, num_places, ctx.pad, **_tile(gradient))
+        _add_kernel[_grid(gradient)](
+            gradient, *ctx.saved_tensors, *grads, num_places, ctx.pad, **_tile(gradient)
+        )
         return (None,) * 6 + tuple(grad.to(ctx.dtype) for grad in grads)
 
 
-def atomics(ids: Sequence[Tensor], tables: Sequence[Tensor], pad: int, sums: torch.dtype | None = None) -> Tensor:
-    """The sum of the rows of token, position, user and item tables, float [..., D]. Ids are contiguous, positions rows of
-    their table. `sums`: the type gradients are added in; None: the tables', as Liger does."""
+def atomics(
+    ids: Sequence[Tensor], tables: Sequence[Tensor], pad: int, sums: torch.dtype | None = None
+) -> Tensor:
+    """The sum of the rows of token, position, user and item tables, float [..., D]. Ids are
+    contiguous, positions rows of their table. `sums`: the type gradients are added in; None: the
+    tables', as Liger does."""
     result: Tensor = _Atomics.apply(pad, sums, *ids, *tables)
     return result
 
@@ -101,4 +114,6 @@ def _tile(values: Tensor) -> dict[str, int]:
 def _grid(values: Tensor) -> tuple[int, int]:
     tile = _tile(values)
     width = values.shape[-1]
-    return triton.cdiv(values.numel() // width, tile["BLOCK_M"]), triton.cdiv(width, tile["BLOCK_N"])
+    return triton.cdiv(values.numel() // width, tile["BLOCK_M"]), triton.cdiv(
+        width, tile["BLOCK_N"]
+    )

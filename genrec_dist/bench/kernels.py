@@ -1,4 +1,5 @@
-"""The embedding kernel beside eager torch, torch.compile and atomics, on ids as Beauty has them; its share of a training step."""
+"""The embedding kernel beside eager torch, torch.compile and atomics, on ids as Beauty has them;
+its share of a training step."""
 
 # n places, D width, R rows of a table
 
@@ -25,7 +26,15 @@ from genrec_shards.storage.write import write_shards
 from torch import Tensor
 from torch.nn import functional as F
 
-from genrec_dist.bench.beam_fixture import MOST_TOKENS, PAD, VOCABULARY, Users, make_users, make_words, users_of
+from genrec_dist.bench.beam_fixture import (
+    MOST_TOKENS,
+    PAD,
+    VOCABULARY,
+    Users,
+    make_users,
+    make_words,
+    users_of,
+)
 from genrec_dist.bench.id_tables import draw_ids
 from genrec_dist.bench.measure import Claim, in_turn, median, table
 from genrec_dist.bench.stream import make_data
@@ -48,7 +57,8 @@ BASE_SHAPE = (
     "model.dropout=0.1", "model.embedding_dropout=0", "model.max_tokens=512", "model.user_ids=true",
     "model.positions=from-start", "tokens.vocab_size=50265",
 )  # fmt: skip
-"""BART-base's shape and the paper's input; the vocabulary is what a tokenizer trained on the codes has."""
+"""BART-base's shape and the paper's input; the vocabulary is what a tokenizer trained on the codes
+has."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +96,14 @@ def _steps() -> tuple[StepShape, ...]:
 class Sizes:
     """What is measured; smaller ones are for tests."""
 
-    tokens: tuple[int, ...] = field(default_factory=lambda: (16_384, 131_072) if _on_gpu() else (16_384,))
+    tokens: tuple[int, ...] = field(
+        default_factory=lambda: (16_384, 131_072) if _on_gpu() else (16_384,)
+    )
     shapes: tuple[Shape, ...] = field(
-        default_factory=lambda: (Shape(768, torch.bfloat16 if _on_gpu() else torch.float32), Shape(128, torch.float32))
+        default_factory=lambda: (
+            Shape(768, torch.bfloat16 if _on_gpu() else torch.float32),
+            Shape(128, torch.float32),
+        )
     )
     users: int = 22_363
     """Of the synthetic histories that stand in where no data is given: those of Beauty."""
@@ -96,7 +111,8 @@ class Sizes:
     vocabulary: int = VOCABULARY
     repeats: int = field(default_factory=lambda: 30 if _on_gpu() else 15)
     fewest_sets: int = 3
-    """Of ids, tables and gradients that take turns; more where fewer would fit into the GPU's cache."""
+    """Of ids, tables and gradients that take turns; more where fewer would fit into the GPU's
+    cache."""
     growth: tuple[int, ...] = (100_000, 1_000_000, 10_000_000)
     """Rows of the id tables outside autograd whose steps are compared."""
     growth_dim: int = 64
@@ -109,9 +125,11 @@ class Sizes:
     """What would begin later than this is left out, and the table says so."""
 
 
-def bench_kernels(data: Path | None = None, sizes: Sizes | None = None) -> tuple[list[Claim], dict[str, Any]]:
-    """All of it, on the GPU if there is one, else on one thread of the CPU. `data`: a directory of `genrec prepare`, or None
-    for synthetic histories.
+def bench_kernels(
+    data: Path | None = None, sizes: Sizes | None = None
+) -> tuple[list[Claim], dict[str, Any]]:
+    """All of it, on the GPU if there is one, else on one thread of the CPU. `data`: a directory of
+    `genrec prepare`, or None for synthetic histories.
 
     Raises AssertionError if ours is further from float64's sums than eager torch is.
     """
@@ -126,7 +144,9 @@ def bench_kernels(data: Path | None = None, sizes: Sizes | None = None) -> tuple
         for number, tokens in enumerate(sizes.tokens):
             for shape in sizes.shapes:
                 for norm in (False,) if number else (False, True):
-                    parts[_name(shape, tokens, norm)] = partial(measure_sum, users, shape, tokens, norm, sizes, device)
+                    parts[_name(shape, tokens, norm)] = partial(
+                        measure_sum, users, shape, tokens, norm, sizes, device
+                    )
             if not number:
                 parts[GROWTH] = partial(measure_growth, sizes, device)
                 parts[STEPS] = partial(measure_steps, data, sizes, device)
@@ -149,7 +169,9 @@ def bench_kernels(data: Path | None = None, sizes: Sizes | None = None) -> tuple
 Measured = tuple[list[Claim], dict[str, Any]]
 
 
-def _measure(parts: Mapping[str, Callable[[], Measured]], seconds: float) -> tuple[dict[str, Measured], list[str]]:
+def _measure(
+    parts: Mapping[str, Callable[[], Measured]], seconds: float
+) -> tuple[dict[str, Measured], list[str]]:
     """(what was measured, the names of what would have begun too late)."""
     found: dict[str, Measured] = {}
     end = time.monotonic() + seconds
@@ -174,8 +196,9 @@ def _users(data: Path | None, sizes: Sizes) -> Users:
 
 
 def draw_places(users: Users, num_places: int, seed: int) -> list[Tensor]:
-    """Token ids, rows of positions, user rows and item rows, int64 [n] each: test histories of users drawn at random, spelled as
-    BART's tokenizer spells Beauty's words, one behind the other without padding."""
+    """Token ids, rows of positions, user rows and item rows, int64 [n] each: test histories of
+    users drawn at random, spelled as BART's tokenizer spells Beauty's words, one behind the other
+    without padding."""
     num_users, num_items = len(users.offsets) - 1, int(users.items.max()) + 1
     words = make_words(num_items, num_users)
     layout = Layout(words, PAD, max_tokens=MOST_TOKENS, user_ids=True, positions="from-start")
@@ -189,7 +212,12 @@ def draw_places(users: Users, num_places: int, seed: int) -> list[Tensor]:
         encoder = encode_histories(users.items[flat], offsets, rows_B, layout)
         real = encoder.attention_mask
         positions = encoder.position_ids + POSITION_OFFSET
-        parts.append([rows[real] for rows in (encoder.input_ids, positions, encoder.user_rows, encoder.item_rows)])
+        parts.append(
+            [
+                rows[real]
+                for rows in (encoder.input_ids, positions, encoder.user_rows, encoder.item_rows)
+            ]
+        )
         drawn += int(real.sum())
     return [torch.cat(rows)[:num_places] for rows in zip(*parts, strict=True)]
 
@@ -214,9 +242,15 @@ class Case:
 
 
 def make_case(
-    ids: list[Tensor], rows: Sequence[int], shape: Shape, norm: bool, device: torch.device, seed: int
+    ids: list[Tensor],
+    rows: Sequence[int],
+    shape: Shape,
+    norm: bool,
+    device: torch.device,
+    seed: int,
 ) -> Case:
-    """Tables of `rows` rows and a gradient, drawn on the device; the plan is made as a data worker makes it."""
+    """Tables of `rows` rows and a gradient, drawn on the device; the plan is made as a data worker
+    makes it."""
     dice = torch.Generator(device).manual_seed(seed)
 
     def drawn(*size: int) -> Tensor:
@@ -225,7 +259,8 @@ def make_case(
     start = time.perf_counter()
     names, silent = ("token", "position", "user", "item"), (PAD, None, 0, 0)
     first, second, third, fourth = (
-        Rows(name, one.numpy(), size, row) for name, one, size, row in zip(names, ids, rows, silent, strict=True)
+        Rows(name, one.numpy(), size, row)
+        for name, one, size, row in zip(names, ids, rows, silent, strict=True)
     )
     plan = plan_sum(first, second, third, fourth)
     plan_seconds = time.perf_counter() - start
@@ -242,14 +277,25 @@ def make_case(
     )
 
 
-def make_cases(users: Users, shape: Shape, tokens: int, norm: bool, sizes: Sizes, device: torch.device) -> list[Case]:
-    """Sets that take turns, so that none finds itself in the cache of a GPU: together at least twice that."""
-    rows = (sizes.vocabulary, MOST_TOKENS + POSITION_OFFSET, len(users.offsets), int(users.items.max()) + 2)
+def make_cases(
+    users: Users, shape: Shape, tokens: int, norm: bool, sizes: Sizes, device: torch.device
+) -> list[Case]:
+    """Sets that take turns, so that none finds itself in the cache of a GPU: together at least
+    twice that."""
+    rows = (
+        sizes.vocabulary,
+        MOST_TOKENS + POSITION_OFFSET,
+        len(users.offsets),
+        int(users.items.max()) + 2,
+    )
     count = sizes.fewest_sets
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
         count = max(count, min(24, 1 + 2 * cache // (tokens * shape.width * shape.dtype.itemsize)))
-    return [make_case(draw_places(users, tokens, seed), rows, shape, norm, device, seed) for seed in range(count)]
+    return [
+        make_case(draw_places(users, tokens, seed), rows, shape, norm, device, seed)
+        for seed in range(count)
+    ]
 
 
 # The rivals. Each takes a case and gives the sum; the positions are rows of their table already.
@@ -265,7 +311,11 @@ def ours(case: Case) -> Tensor:
 def plain(ids: list[Tensor], tables: list[Tensor], norm: list[Tensor]) -> Tensor:
     """As anybody writes it: what eager torch runs and torch.compile is given."""
     summed = F.embedding(ids[0], tables[0], padding_idx=PAD) + F.embedding(ids[1], tables[1])
-    summed = summed + F.embedding(ids[2], tables[2], padding_idx=0) + F.embedding(ids[3], tables[3], padding_idx=0)
+    summed = (
+        summed
+        + F.embedding(ids[2], tables[2], padding_idx=0)
+        + F.embedding(ids[3], tables[3], padding_idx=0)
+    )
     return _normed(summed, norm)
 
 
@@ -328,14 +378,18 @@ def measure_sum(
         runs[CLONE] = _each_in_turn(torch.clone, rooms)
         seconds[what], host[what] = timed(runs, sizes.repeats, device)
     name = _name(shape, tokens, norm)
-    medians = {what: {rival: median(values) for rival, values in each.items()} for what, each in seconds.items()}
+    medians = {
+        what: {rival: median(values) for rival, values in each.items()}
+        for what, each in seconds.items()
+    }
     more = {
         "sets": len(cases),
         "seconds": seconds,
         "host seconds a call": host,
         "bytes read and written": moved,
         "share of clone's bandwidth": {
-            what: {rival: each[CLONE] / value for rival, value in each.items()} for what, each in medians.items()
+            what: {rival: each[CLONE] / value for rival, value in each.items()}
+            for what, each in medians.items()
         },
         "largest error beside float64": errors,
         "seconds of the plan, in the data worker": cases[0].plan_seconds,
@@ -353,7 +407,9 @@ def _claims_on_gpu(name: str, medians: dict[str, dict[str, float]]) -> list[Clai
         _speed(f"forward+backward, {name}", EAGER, both, 3),
     ]
     return claims + [
-        _speed(f"forward+backward, {name}", peer, both, 1) for peer in (ATOMICS, ATOMICS_FP32) if peer in both
+        _speed(f"forward+backward, {name}", peer, both, 1)
+        for peer in (ATOMICS, ATOMICS_FP32)
+        if peer in both
     ]
 
 
@@ -362,7 +418,9 @@ def _claims_on_cpu(name: str, medians: dict[str, dict[str, float]]) -> list[Clai
     return [_speed(f"forward+backward, {name}", peer, both, 1) for peer in (COMPILED, EAGER)]
 
 
-def _speed(name: str, peer: str, seconds: Mapping[str, float], least: float, goal: str | None = None) -> Claim:
+def _speed(
+    name: str, peer: str, seconds: Mapping[str, float], least: float, goal: str | None = None
+) -> Claim:
     mine, theirs = seconds[OURS], seconds[peer]
     return Claim(
         id=name, peer=peer, ours=1e3 * mine, theirs=1e3 * theirs, unit="ms",
@@ -371,8 +429,8 @@ def _speed(name: str, peer: str, seconds: Mapping[str, float], least: float, goa
 
 
 def bytes_moved(case: Case) -> dict[str, int]:
-    """What has to be read and written at least, each place's rows counted anew: ids, rows and the sum; then the gradient once for
-    each table that learns of a place, and the tables' gradients."""
+    """What has to be read and written at least, each place's rows counted anew: ids, rows and the
+    sum; then the gradient once for each table that learns of a place, and the tables' gradients."""
     width, size = case.gradient.shape[1], case.gradient.element_size()
     num_places = len(case.ids[0])
     learning = [int((ids != row).sum()) for ids, row in zip(case.ids, (PAD, -1, 0, 0), strict=True)]
@@ -383,16 +441,22 @@ def bytes_moved(case: Case) -> dict[str, int]:
 
 
 def commonest(ids: Sequence[Tensor]) -> dict[str, float]:
-    """The share of all places that the most frequent row of each table has, row 0 of the id tables left out."""
+    """The share of all places that the most frequent row of each table has, row 0 of the id tables
+    left out."""
     shares = {}
-    for name, rows, first in zip(("token", "position", "user", "item"), ids, (0, 0, 1, 1), strict=True):
-        shares[name] = float(rows.bincount()[first:].amax().item() if int(rows.max()) >= first else 0) / len(rows)
+    for name, rows, first in zip(
+        ("token", "position", "user", "item"), ids, (0, 0, 1, 1), strict=True
+    ):
+        shares[name] = float(
+            rows.bincount()[first:].amax().item() if int(rows.max()) >= first else 0
+        ) / len(rows)
     return shares
 
 
 def check_errors(rivals: Mapping[str, Rival], case: Case) -> dict[str, dict[str, float]]:
-    """Largest error of the sum and of any gradient, over the largest true value of it. Raises AssertionError if ours is
-    further from float64 than eager torch, but for a rounding of its own."""
+    """Largest error of the sum and of any gradient, over the largest true value of it. Raises
+    AssertionError if ours is further from float64 than eager torch, but for a rounding of its
+    own."""
     exact = Case(
         case.ids,
         [one.detach().double().requires_grad_() for one in case.tables],
@@ -406,8 +470,12 @@ def check_errors(rivals: Mapping[str, Rival], case: Case) -> dict[str, dict[str,
     }
     room = torch.finfo(case.gradient.dtype).eps
     for mine, theirs in zip(found[OURS], found[EAGER], strict=True):
-        assert mine <= theirs + room, f"ours is {mine:.2g} from float64's result, eager torch {theirs:.2g}"
-    return {name: {"sum": values[0], "gradients": max(values[1:])} for name, values in found.items()}
+        assert mine <= theirs + room, (
+            f"ours is {mine:.2g} from float64's result, eager torch {theirs:.2g}"
+        )
+    return {
+        name: {"sum": values[0], "gradients": max(values[1:])} for name, values in found.items()
+    }
 
 
 def _results(rival: Rival, case: Case) -> list[Tensor]:
@@ -437,11 +505,11 @@ def _each_in_turn(run: Callable[[Any], object], inputs: Sequence[Any]) -> Callab
 def timed(
     runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """(seconds of each run, median seconds until the call returns on the host), the runs in turn behind a round to warm up.
+    """(seconds of each run, median seconds until the call returns on the host), the runs in turn
+    behind a round to warm up.
 
-    On a GPU by CUDA events, and the device is kept busy meanwhile, so that it never waits for the host's launches: what counts
-    in a training step, where the host runs ahead.
-    """
+    On a GPU by CUDA events, and the device is kept busy meanwhile, so that it never waits for the
+    host's launches: what counts in a training step, where the host runs ahead."""
     if device.type == "cpu":
         return in_turn(runs, repeats), {}
     for run in runs.values():
@@ -487,22 +555,29 @@ def _cycles_a_second(device: torch.device) -> float:
 
 
 class GrownStep:
-    """The id part of a training step with its table outside autograd: fetch, sum, backward, update."""
+    """The id part of a training step with its table outside autograd: fetch, sum, backward,
+    update."""
 
     def __init__(self, num_rows: int, sizes: Sizes, device: torch.device):
         self.table = RowTable(num_rows, sizes.growth_dim, init_std=0.02, key=1, device=device)
         dice = torch.Generator().manual_seed(2)
         words = 1000
         self.tokens, self.positions = (
-            torch.randn(rows, sizes.growth_dim, generator=dice).to(device) for rows in (words, MOST_TOKENS)
+            torch.randn(rows, sizes.growth_dim, generator=dice).to(device)
+            for rows in (words, MOST_TOKENS)
         )
-        self.gradient = torch.randn(sizes.growth_tokens, sizes.growth_dim, generator=dice).to(device)
+        self.gradient = torch.randn(sizes.growth_tokens, sizes.growth_dim, generator=dice).to(
+            device
+        )
         count = sizes.growth_tokens
         self.batches = []
         for seed in range(2 * sizes.fewest_sets):
             ids = draw_ids("zipf", num_rows, min(sizes.growth_rows, num_rows), seed)
-            # A draw has more or fewer ids than there are places: its distinct rows come first, then repeats.
-            ids = np.random.default_rng(seed).permutation(np.resize(np.concatenate([np.unique(ids), ids]), count))
+            # A draw has more or fewer ids than there are places: its distinct rows come first, then
+            # repeats.
+            ids = np.random.default_rng(seed).permutation(
+                np.resize(np.concatenate([np.unique(ids), ids]), count)
+            )
             rows, (places,) = plan_rows([ids], num_rows)
             tokens, positions = np.arange(count) * 7 % words, np.arange(count) % MOST_TOKENS
             plan = plan_sum(
@@ -518,7 +593,9 @@ class GrownStep:
     def __call__(self, batch: tuple[Tensor, list[Tensor], SumPlan]) -> None:
         rows_u, (tokens, positions, users, items), plan = batch
         leaf = self.table.fetch(rows_u, zero_row=True).requires_grad_()
-        summed = embedding_sum(tokens, positions, users, items, self.tokens, self.positions, None, leaf, plan=plan)
+        summed = embedding_sum(
+            tokens, positions, users, items, self.tokens, self.positions, None, leaf, plan=plan
+        )
         (gradient,) = torch.autograd.grad(summed, leaf, self.gradient)
         self.table.update(gradient[1:], learning_rate=RATE)
 
@@ -542,8 +619,8 @@ def measure_growth(sizes: Sizes, device: torch.device) -> tuple[list[Claim], dic
 
 
 def measure_steps(data: Path | None, sizes: Sizes, device: torch.device) -> Measured:
-    """Training steps by what `genrec train` runs, with the kernel and without where there is one, and what the sum and its
-    gradients take of them on the steps' own ids."""
+    """Training steps by what `genrec train` runs, with the kernel and without where there is one,
+    and what the sum and its gradients take of them on the steps' own ids."""
     with tempfile.TemporaryDirectory(prefix="genrec-bench-") as name:
         folder = Path(name)
         prepared = data or folder / "made" / "data"
@@ -553,8 +630,15 @@ def measure_steps(data: Path | None, sizes: Sizes, device: torch.device) -> Meas
             write_shards(load_dataset(prepared), folder / "shards")
         found = {}
         for number, shape in enumerate(sizes.steps):
-            where = (f"data={prepared}", f"shards={folder / 'shards'}", f"run={folder / str(number)}", "workers=0")
-            found[shape.name] = measure_step(load_recipe("tiny", [*where, *shape.overrides]), sizes, device)
+            where = (
+                f"data={prepared}",
+                f"shards={folder / 'shards'}",
+                f"run={folder / str(number)}",
+                "workers=0",
+            )
+            found[shape.name] = measure_step(
+                load_recipe("tiny", [*where, *shape.overrides]), sizes, device
+            )
         return [], found
 
 
@@ -575,9 +659,17 @@ def measure_step(recipe: Recipe, sizes: Sizes, device: torch.device) -> dict[str
         config.num_items + 1,
     ]
     shape = Shape(config.d_model, next(model.parameters()).dtype)
-    batch = max((batch for _, share in shares for batch in share.micro_batches), key=lambda one: one.num_tokens)
+    batch = max(
+        (batch for _, share in shares for batch in share.micro_batches),
+        key=lambda one: one.num_tokens,
+    )
     encoder = batch.encoder
-    ids = [encoder.input_ids, encoder.position_ids + POSITION_OFFSET, encoder.user_rows, encoder.item_rows]
+    ids = [
+        encoder.input_ids,
+        encoder.position_ids + POSITION_OFFSET,
+        encoder.user_rows,
+        encoder.item_rows,
+    ]
     case = make_case([one.reshape(-1) for one in ids], rows, shape, True, device, 0)
     both = {
         name: partial(forward_and_backward, rival, case) for name, rival in make_rivals(shape, device).items()
@@ -585,16 +677,22 @@ def measure_step(recipe: Recipe, sizes: Sizes, device: torch.device) -> dict[str
     }  # fmt: skip
     sums, _ = timed(both, sizes.repeats, device)
     # The largest micro-batch stands for all: by its share of the steps' encoder slots.
-    slots = [sum(one.encoder.input_ids.numel() for one in share.micro_batches) for _, share in shares]
+    slots = [
+        sum(one.encoder.input_ids.numel() for one in share.micro_batches) for _, share in shares
+    ]
     scale = float(np.mean(slots)) / encoder.input_ids.numel()
     step = median(seconds[ways[0]])
     return {
         "seconds of a step": seconds,
-        "tokens of a step": float(np.mean([sum(one.num_tokens for one in share.micro_batches) for _, share in shares])),
+        "tokens of a step": float(
+            np.mean([sum(one.num_tokens for one in share.micro_batches) for _, share in shares])
+        ),
         "vocabulary": config.vocab_size,
         "parameters": loop.num_parameters,
         "precision": recipe.precision,
-        "seconds of the sum, forward and backward, a step": {name: scale * median(each) for name, each in sums.items()},
+        "seconds of the sum, forward and backward, a step": {
+            name: scale * median(each) for name, each in sums.items()
+        },
         "share of a step": {name: scale * median(each) / step for name, each in sums.items()},
     }
 
@@ -619,7 +717,9 @@ def format_shares(table: Mapping[str, Any]) -> str:
     lines = []
     for name, measured in table["sums"].items():
         for what, shares in measured["share of clone's bandwidth"].items():
-            told = ", ".join(f"{rival} {share:.0%}" for rival, share in shares.items() if rival != CLONE)
+            told = ", ".join(
+                f"{rival} {share:.0%}" for rival, share in shares.items() if rival != CLONE
+            )
             lines.append(f"{what}, {name}: of clone()'s bandwidth {told}")
     for name, step in table["steps"].items():
         told = ", ".join(f"{rival} {share:.2%}" for rival, share in step["share of a step"].items())

@@ -1,4 +1,5 @@
-"""Latency of recommending: one caller, and several at once beside a lock round decoding one history at a time."""
+"""Latency of recommending: one caller, and several at once beside a lock round decoding one history
+at a time."""
 
 from __future__ import annotations
 
@@ -62,14 +63,18 @@ class Sizes:
 def bench_latency(
     run: Path | None = None, data: Path | None = None, sizes: Sizes | None = None
 ) -> tuple[list[Claim], dict[str, Any]]:
-    """All of it. `run`: a trained run, or None for random weights in the shape of `tiny`. `data`: a directory of `genrec prepare`
-    whose histories are asked, or None for synthetic ones.
+    """All of it. `run`: a trained run, or None for random weights in the shape of `tiny`. `data`: a
+    directory of `genrec prepare` whose histories are asked, or None for synthetic ones.
 
-    Raises ValueError if run and data speak of other items, AssertionError if the two ways give different lists.
-    """
+    Raises ValueError if run and data speak of other items, AssertionError if the two ways give
+    different lists."""
     sizes = sizes or Sizes()
     with tempfile.TemporaryDirectory(prefix="genrec-bench-") as folder:
-        made = load_dataset(data) if data else make_data(Path(folder) / "made", sizes.users, sizes.items)
+        made = (
+            load_dataset(data)
+            if data
+            else make_data(Path(folder) / "made", sizes.users, sizes.items)
+        )
     # Not every item of a synthetic catalogue has been taken by somebody.
     item_ids = made.sequences.item_ids if data else [str(item) for item in range(sizes.items)]
     loaded = load_run(run, best_device()) if run else random_run(item_ids)
@@ -80,7 +85,11 @@ def bench_latency(
     check_same(recommender, histories[:64])
     before = torch.get_num_threads()
     try:
-        measured = [found for threads in sizes.threads for found in measure(recommender, histories, threads, sizes)]
+        measured = [
+            found
+            for threads in sizes.threads
+            for found in measure(recommender, histories, threads, sizes)
+        ]
     finally:
         torch.set_num_threads(before)
     lengths = [len(history) for history in histories]
@@ -102,26 +111,45 @@ def random_run(item_ids: list[str]) -> LoadedRun:
     codes = [str(place) for place in range(1, len(item_ids) + 1)]
     tokenizer = train_tokenizer(codes, recipe.tokens.vocab_size)
     words = build_words(tokenizer, codes, [])
-    special = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad", "eos", "mask")}
+    special = {
+        name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad", "eos", "mask")
+    }
     torch.manual_seed(0)
     model = build_model(
-        recipe.model, vocab_size=len(tokenizer), num_users=0, num_items=len(item_ids), num_masks=1, special=special
+        recipe.model,
+        vocab_size=len(tokenizer),
+        num_users=0,
+        num_items=len(item_ids),
+        num_masks=1,
+        special=special,
     )
     model = model.to(device).eval()
     layout, searcher = make_layout(words, model.config), make_searcher(model, words, device)
-    return LoadedRun(Path("random"), model, tokenizer, words, layout, searcher, Catalogue(item_ids, codes, [], []))
+    return LoadedRun(
+        Path("random"),
+        model,
+        tokenizer,
+        words,
+        layout,
+        searcher,
+        Catalogue(item_ids, codes, [], []),
+    )
 
 
 def histories_of(dataset: Dataset, catalogue: Catalogue) -> list[list[str]]:
-    """The users' sequences in a random order. Where the data is another's, its rows stand for the catalogue's items."""
+    """The users' sequences in a random order. Where the data is another's, its rows stand for the
+    catalogue's items."""
     sequences, ids = dataset.sequences, np.array(catalogue.item_ids, object)
     starts = sequences.offsets
     order = np.random.default_rng(0).permutation(sequences.num_users)
-    return [ids[sequences.items[starts[user] : starts[user + 1]] % len(ids)].tolist() for user in order]
+    return [
+        ids[sequences.items[starts[user] : starts[user + 1]] % len(ids)].tolist() for user in order
+    ]
 
 
 def check_same(recommender: Recommender, histories: Sequence[Sequence[str]]) -> None:
-    """Raises AssertionError if a history gets another list alone than in a batch, but for the rounding of its scores."""
+    """Raises AssertionError if a history gets another list alone than in a batch, but for the
+    rounding of its scores."""
     for history, shared in zip(histories, recommender.recommend(histories), strict=True):
         (alone,) = recommender.recommend([history])
         assert np.allclose(alone.scores, shared.scores, rtol=0, atol=1e-4)
@@ -160,9 +188,13 @@ def measure(
 
 
 def one_round(
-    pool: ThreadPoolExecutor, callers: int, way: Callable[[Sequence[str]], None], histories: Sequence[Sequence[str]]
+    pool: ThreadPoolExecutor,
+    callers: int,
+    way: Callable[[Sequence[str]], None],
+    histories: Sequence[Sequence[str]],
 ) -> tuple[float, list[float]]:
-    """(seconds of the round, seconds of each call): all callers begin together and ask for one history after another."""
+    """(seconds of the round, seconds of each call): all callers begin together and ask for one
+    history after another."""
     gate = threading.Barrier(callers + 1)
 
     def caller(number: int) -> list[float]:
@@ -182,7 +214,9 @@ def one_round(
     return time.perf_counter() - start, each
 
 
-def summary(way: str, callers: int, threads: int, latencies: list[float], seconds: list[float]) -> dict[str, Any]:
+def summary(
+    way: str, callers: int, threads: int, latencies: list[float], seconds: list[float]
+) -> dict[str, Any]:
     """Percentiles of single calls in milliseconds; calls a second of the median round."""
     p50, p95, p99 = np.percentile(np.array(latencies) * 1e3, [50, 95, 99]).tolist()
     calls_a_round = len(latencies) / len(seconds)
@@ -204,7 +238,9 @@ def claims_of(measured: list[dict[str, Any]], sizes: Sizes) -> list[Claim]:
 
     def of(way: str, callers: int) -> dict[str, Any]:
         return next(
-            row for row in measured if (row["way"], row["callers"], row["torch threads"]) == (way, callers, threads)
+            row
+            for row in measured
+            if (row["way"], row["callers"], row["torch threads"]) == (way, callers, threads)
         )
 
     lone, lone_locked = of(SHARED, 1), of(LOCKED, 1)
@@ -223,9 +259,11 @@ def format_latencies(measured: list[dict[str, Any]]) -> str:
     """A plain table for the terminal."""
     names = ("way", "callers", "torch threads", "calls", "p50 ms", "p95 ms", "p99 ms", "calls/s")
     rows = [
-        [f"{row[name]:.1f}" if isinstance(row[name], float) else str(row[name]) for name in names] for row in measured
+        [f"{row[name]:.1f}" if isinstance(row[name], float) else str(row[name]) for name in names]
+        for row in measured
     ]
     widths = [max(len(row[column]) for row in [names, *rows]) for column in range(len(names))]
     return "\n".join(
-        "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in [names, *rows]
+        "  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True))
+        for row in [names, *rows]
     )

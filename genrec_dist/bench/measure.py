@@ -1,4 +1,5 @@
-"""How a claim is measured: rivals take turns in one process, medians are compared, and the table says on what."""
+"""How a claim is measured: rivals take turns in one process, medians are compared, and the table
+says on what."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Claim:
     unit: str
     """Of `ours` and `theirs`."""
     ratio: float
-    """How the goal reads it: theirs / ours for times and bytes that should be small, ours / theirs for rates."""
+    """How the goal reads it: theirs / ours for times and bytes that should be small, ours / theirs
+    for rates."""
     goal: str
     """In words, as ">= 30x"."""
     holds: bool
@@ -38,8 +40,8 @@ class Claim:
 def in_turn(
     rivals: Mapping[str, Callable[[], object]], repeats: int = REPEATS, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Seconds of each rival, `repeats` of each, taken in turn so that a slow minute meets all of them, behind a
-    round to warm up."""
+    """Seconds of each rival, `repeats` of each, taken in turn so that a slow minute meets all of
+    them, behind a round to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(0 if warm_up else 1, repeats + 1):
         for name, run in rivals.items():
@@ -92,5 +94,6 @@ def format_claims(claims: list[Claim]) -> str:
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
     )

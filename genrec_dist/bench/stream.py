@@ -1,4 +1,5 @@
-"""Streaming: decode speed and bytes beside one JSON a sample, resuming late in an epoch, waiting for data, bytes over a network."""
+"""Streaming: decode speed and bytes beside one JSON a sample, resuming late in an epoch, waiting
+for data, bytes over a network."""
 
 from __future__ import annotations
 
@@ -56,12 +57,17 @@ class Sizes:
     repeats: int = 5
 
 
-def bench_stream(data: Path | None = None, sizes: Sizes | None = None) -> tuple[list[Claim], dict[str, Any]]:
-    """All of it; `data`: a directory of `genrec prepare`, or None for synthetic data of Beauty's size."""
+def bench_stream(
+    data: Path | None = None, sizes: Sizes | None = None
+) -> tuple[list[Claim], dict[str, Any]]:
+    """All of it; `data`: a directory of `genrec prepare`, or None for synthetic data of Beauty's
+    size."""
     sizes = sizes or Sizes()
     with tempfile.TemporaryDirectory(prefix="genrec-bench-") as name:
         folder = Path(name)
-        dataset = load_dataset(data) if data else make_data(folder / "small", sizes.users, sizes.items)
+        dataset = (
+            load_dataset(data) if data else make_data(folder / "small", sizes.users, sizes.items)
+        )
         write_shards(dataset, folder / "shards")
         many = make_data(folder / "many", sizes.many_users, sizes.items)
         write_shards(many, folder / "many" / "data" / "shards")
@@ -80,11 +86,14 @@ def bench_stream(data: Path | None = None, sizes: Sizes | None = None) -> tuple[
 
 
 def make_data(folder: Path, num_users: int, num_items: int, seed: int = 0) -> Dataset:
-    """Prepared sequences of 5 items and more, 9 in the mean; the popularity of rank r falls as 1 / r."""
+    """Prepared sequences of 5 items and more, 9 in the mean; the popularity of rank r falls as 1 /
+    r."""
     dice = np.random.default_rng(seed)
     lengths = 4 + dice.geometric(1 / 5, num_users)
     items = np.exp(dice.random(lengths.sum()) * np.log(num_items)).astype(np.int64)
-    log = sequences_from_ids([f"u{user}" for user in range(num_users)], lengths, [str(item) for item in items])
+    log = sequences_from_ids(
+        [f"u{user}" for user in range(num_users)], lengths, [str(item) for item in items]
+    )
     folder.mkdir()
     write_sequences(log, folder / "log.txt")
     return prepare(folder / "log.txt", folder / "data")
@@ -103,13 +112,16 @@ def write_json_tars(sequences: Sequences, folder: Path, users_per_tar: int = 819
         paths.append(str(folder / f"{len(paths):06d}.tar"))
         with contextlib.closing(wds.TarWriter(paths[-1])) as writer:
             for user in range(first, min(first + users_per_tar, sequences.num_users)):
-                items = sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
+                items = sequences.items[
+                    sequences.offsets[user] : sequences.offsets[user + 1]
+                ].tolist()
                 writer.write({"__key__": f"{user:09d}", "json": {"user": user, "items": items}})
     return paths
 
 
 def read_json_tars(paths: list[str]) -> Iterator[dict[str, Any]]:
-    """As its documentation reads one JSON a sample, without the decoders that would run a pickle."""
+    """As its documentation reads one JSON a sample, without the decoders that would run a
+    pickle."""
     import webdataset as wds
 
     for sample in wds.WebDataset(paths, shardshuffle=False):
@@ -117,15 +129,20 @@ def read_json_tars(paths: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def read_shards(path: Path, verify: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(user rows, items, offsets) of each step of an epoch in the order of training, from a reader that knows nothing yet."""
+    """(user rows, items, offsets) of each step of an epoch in the order of training, from a reader
+    that knows nothing yet."""
     reader = ShardReader(path, verify=verify)
-    plan = Plan(reader.lengths, reader.manifest.users_per_record, space="user", batch_size=BATCH, seed=0)
+    plan = Plan(
+        reader.lengths, reader.manifest.users_per_record, space="user", batch_size=BATCH, seed=0
+    )
     for step in range(plan.steps_per_epoch):
         users = plan.step(0, step).user_rows
         yield users, *reader.gather(users)
 
 
-def measure_decoding(sequences: Sequences, folder: Path, sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
+def measure_decoding(
+    sequences: Sequences, folder: Path, sizes: Sizes
+) -> tuple[list[Claim], dict[str, Any]]:
     ours, theirs = folder / "shards", write_json_tars(sequences, folder / "json")
     check_same(sequences, ours, theirs)
     seconds = in_turn(
@@ -143,23 +160,43 @@ def measure_decoding(sequences: Sequences, folder: Path, sizes: Sizes) -> tuple[
     json_tars = sum(Path(path).stat().st_size for path in theirs)
     speed, size = rates["ours"] / rates["theirs"], tars / raw
     claims = [
-        Claim("decode", PEER, rates["ours"], rates["theirs"], "samples/s", speed, ">= 30x", speed >= 30),
-        Claim("bytes", "items + offset + user, 4 B each", tars, raw, "B", size, "<= 1.2x", size <= 1.2),
+        Claim(
+            "decode",
+            PEER,
+            rates["ours"],
+            rates["theirs"],
+            "samples/s",
+            speed,
+            ">= 30x",
+            speed >= 30,
+        ),
+        Claim(
+            "bytes", "items + offset + user, 4 B each", tars, raw, "B", size, "<= 1.2x", size <= 1.2
+        ),
     ]
     more = {
         "seconds": seconds,
         "samples_per_second": rates,
-        "bytes": {"tars": tars, "with manifest and lengths": whole, "raw": raw, "json tars": json_tars},
+        "bytes": {
+            "tars": tars,
+            "with manifest and lengths": whole,
+            "raw": raw,
+            "json tars": json_tars,
+        },
     }
     return claims, more
 
 
 def check_same(sequences: Sequences, ours: Path, theirs: list[str]) -> None:
-    """Both layouts give every user's sequence. Raises AssertionError for a measurement of two different things."""
+    """Both layouts give every user's sequence. Raises AssertionError for a measurement of two
+    different things."""
     num_users = 0
     for sample in read_json_tars(theirs):
         user = sample["user"]
-        assert sample["items"] == sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
+        assert (
+            sample["items"]
+            == sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]].tolist()
+        )
         num_users += 1
     assert num_users == sequences.num_users
     # The plan leaves out users without a sample, and then the two would not decode the same.
@@ -181,7 +218,8 @@ def _drain(values: Iterator[Any]) -> None:
 
 
 def measure_resuming(dataset: Dataset, sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
-    """Seconds from a fresh reader and plan to the first batch, at the beginning and at 90 % of an epoch."""
+    """Seconds from a fresh reader and plan to the first batch, at the beginning and at 90 % of an
+    epoch."""
     recipe = _recipe(dataset, dataset.path / "shards")
     workshop, model = open_workshop(recipe)
     layout = make_layout(workshop.words, model.config)
@@ -192,13 +230,27 @@ def measure_resuming(dataset: Dataset, sizes: Sizes) -> tuple[list[Claim], dict[
         StepBatches(plan_stages(recipe, reader), reader, layout, recipe, 0, 1)[step]
 
     places = {f"{share} %": num_steps * share // 100 for share in (0, 10, 50, 90)}
-    seconds = in_turn({name: partial(first_batch, step) for name, step in places.items()}, sizes.repeats)
+    seconds = in_turn(
+        {name: partial(first_batch, step) for name, step in places.items()}, sizes.repeats
+    )
     late, early = median(seconds["90 %"]), median(seconds["0 %"])
     ratio = late / early
     claim = Claim(
-        "resume", "the beginning of the epoch", late, early, "s to the first batch", ratio, "<= 2x", ratio <= 2
+        "resume",
+        "the beginning of the epoch",
+        late,
+        early,
+        "s to the first batch",
+        ratio,
+        "<= 2x",
+        ratio <= 2,
     )
-    more = {"seconds": seconds, "steps": places, "steps_per_epoch": num_steps, "users": dataset.sequences.num_users}
+    more = {
+        "seconds": seconds,
+        "steps": places,
+        "steps_per_epoch": num_steps,
+        "users": dataset.sequences.num_users,
+    }
     return [claim], more
 
 
@@ -210,13 +262,18 @@ def _recipe(dataset: Dataset, shards: Path, *more: str) -> Recipe:
 # Waiting.
 
 
-def measure_waiting(dataset: Dataset, folder: Path, sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
-    """The share of a training step in which `genrec train tiny` waits for its batch, the first two steps left out."""
+def measure_waiting(
+    dataset: Dataset, folder: Path, sizes: Sizes
+) -> tuple[list[Claim], dict[str, Any]]:
+    """The share of a training step in which `genrec train tiny` waits for its batch, the first two
+    steps left out."""
     run = folder / "run"
     settings = {"data": dataset.path, "shards": folder / "shards", "run": run, "log_every": 1}
     overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "genrec_dist.cli", "train", "tiny", *overrides]
-    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
         # A process that never gets so far ends by itself, with its reason.
         while started.poll() is None and len(_steps(run)) < sizes.train_steps:
@@ -231,7 +288,9 @@ def measure_waiting(dataset: Dataset, folder: Path, sizes: Sizes) -> tuple[list[
     shares = [step["data_wait_share"] for step in steps]
     times = [step["time"] for step in steps]
     share = float(np.mean(shares))
-    claim = Claim("wait", "a step of tiny", share, 1.0, "of a step", share, "<= 0.01", share <= 0.01)
+    claim = Claim(
+        "wait", "a step of tiny", share, 1.0, "of a step", share, "<= 0.01", share <= 0.01
+    )
     more = {
         "shares": shares,
         "seconds_a_step": float(np.mean(np.diff(times))) if len(times) > 1 else None,
@@ -261,11 +320,16 @@ def _seconds_a_batch(dataset: Dataset, shards: Path, num_steps: int = 20) -> flo
 # Bytes over a network.
 
 
-def measure_network(dataset: Dataset, folder: Path, sizes: Sizes) -> tuple[list[Claim], dict[str, Any]]:
-    """Bytes that a node fetches in each of two epochs over those of the directory: ranks in step, one shared cache on disk."""
+def measure_network(
+    dataset: Dataset, folder: Path, sizes: Sizes
+) -> tuple[list[Claim], dict[str, Any]]:
+    """Bytes that a node fetches in each of two epochs over those of the directory: ranks in step,
+    one shared cache on disk."""
     shards = folder / "remote"
     per_record = sizes.users_per_record
-    manifest = write_shards(dataset, shards, users_per_record=per_record, users_per_shard=64 * per_record)
+    manifest = write_shards(
+        dataset, shards, users_per_record=per_record, users_per_shard=64 * per_record
+    )
     size = sum(path.stat().st_size for path in shards.iterdir())
     caches = {"larger than the data": 4 * size, "a quarter of the data": size // 4, "none": 0}
     found: dict[str, Any] = {}
@@ -286,16 +350,34 @@ def measure_network(dataset: Dataset, folder: Path, sizes: Sizes) -> tuple[list[
         goal = "<= 1.1x in two epochs"
         name = f"network, {num_ranks} ranks a node"
         claims.append(
-            Claim(name, "the shard directory, once", fetched * size, size, "B", fetched, goal, fetched <= 1.1)
+            Claim(
+                name,
+                "the shard directory, once",
+                fetched * size,
+                size,
+                "B",
+                fetched,
+                goal,
+                fetched <= 1.1,
+            )
         )
-    more = {"bytes": size, "records": manifest.num_records, "decoded_records_a_process": 256, "cases": found}
+    more = {
+        "bytes": size,
+        "records": manifest.num_records,
+        "decoded_records_a_process": 256,
+        "cases": found,
+    }
     return claims, more
 
 
-def _epochs_over_network(address: str, sent: list[int], cache: Path, cache_bytes: int, num_ranks: int) -> list[int]:
+def _epochs_over_network(
+    address: str, sent: list[int], cache: Path, cache_bytes: int, num_ranks: int
+) -> list[int]:
     """Bytes the server sent in each of two epochs, manifests and lengths included."""
     epochs, before = [], sum(sent)
-    readers = [ShardReader(address, cache_dir=cache, cache_bytes=cache_bytes) for _ in range(num_ranks)]
+    readers = [
+        ShardReader(address, cache_dir=cache, cache_bytes=cache_bytes) for _ in range(num_ranks)
+    ]
     lengths, users_per_record = readers[0].lengths, readers[0].manifest.users_per_record
     plan = Plan(lengths, users_per_record, space="user", batch_size=BATCH, seed=0)
     for epoch in range(2):
@@ -310,7 +392,8 @@ def _epochs_over_network(address: str, sent: list[int], cache: Path, cache_bytes
 
 @contextlib.contextmanager
 def _serving(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """(address, bytes of each answer so far) of a server of this directory on loopback that honours Range."""
+    """(address, bytes of each answer so far) of a server of this directory on loopback that honours
+    Range."""
     sent: list[int] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -321,7 +404,9 @@ def _serving(folder: Path) -> Iterator[tuple[str, list[int]]]:
             path, asked = folder / Path(self.path).name, self.headers.get("Range")
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                start, end = map(int, asked.removeprefix("bytes=").split("-")) if asked else (0, size - 1)
+                start, end = (
+                    map(int, asked.removeprefix("bytes=").split("-")) if asked else (0, size - 1)
+                )
                 file.seek(start)
                 body = file.read(end + 1 - start)
             self.send_response(206 if asked else 200)

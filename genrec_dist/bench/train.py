@@ -1,4 +1,5 @@
-"""Training beside Hugging Face's Trainer and the published collate: real tokens a second, in turn, each in a process of its own."""
+"""Training beside Hugging Face's Trainer and the published collate: real tokens a second, in turn,
+each in a process of its own."""
 
 from __future__ import annotations
 
@@ -26,12 +27,9 @@ TUNED, DEFAULT, PUBLISHED = PEERS
 LONG, CAPPED, SWITCHES = "512 tokens", "20 items", "512 tokens, one switch"
 CAPPED_ITEMS = 20
 SLOW_STEPS = 8
-"""Steps of a turn of those who need many times as long; their batches are drawn at random, so any few of them are alike."""
-GOALS = {
-    LONG: {TUNED: 1.5, DEFAULT: 5.0, PUBLISHED: 8.0},
-    CAPPED: {TUNED: 1.25},
-    SWITCHES: {},
-}
+"""Steps of a turn of those who need many times as long; their batches are drawn at random, so any
+few of them are alike."""
+GOALS = {LONG: {TUNED: 1.5, DEFAULT: 5.0, PUBLISHED: 8.0}, CAPPED: {TUNED: 1.25}, SWITCHES: {}}
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,21 @@ class Sizes:
     """Of ours, beside each other."""
 
 
-def bench_train(data: Path | None = None, sizes: Sizes | None = None) -> tuple[list[Claim], dict[str, Any]]:
-    """All of it. `data`: a directory of `genrec prepare`, or None for synthetic data of Beauty's size."""
+def bench_train(
+    data: Path | None = None, sizes: Sizes | None = None
+) -> tuple[list[Claim], dict[str, Any]]:
+    """All of it. `data`: a directory of `genrec prepare`, or None for synthetic data of Beauty's
+    size."""
     sizes = sizes or Sizes()
     with tempfile.TemporaryDirectory(prefix="genrec-bench-") as temporary:
         path = data or make_data(Path(temporary) / "made", sizes.users, sizes.items).path
         settings = {
             LONG: replace(sizes.setting, data=str(path)),
-            CAPPED: replace(sizes.setting, data=str(path), max_tokens=_tokens_of(CAPPED_ITEMS, path, sizes.setting)),
+            CAPPED: replace(
+                sizes.setting,
+                data=str(path),
+                max_tokens=_tokens_of(CAPPED_ITEMS, path, sizes.setting),
+            ),
         }
         settings[SWITCHES] = settings[LONG]
         measured = {
@@ -63,7 +68,10 @@ def bench_train(data: Path | None = None, sizes: Sizes | None = None) -> tuple[l
             for name, setting in settings.items()
         }
     claims = [claim for name, found in measured.items() for claim in _claims(name, found)]
-    more = {"measured": measured, "settings": {name: asdict(setting) for name, setting in settings.items()}}
+    more = {
+        "measured": measured,
+        "settings": {name: asdict(setting) for name, setting in settings.items()},
+    }
     return claims, table("train", claims, repeats=sizes.repeats, **more)
 
 
@@ -78,7 +86,8 @@ def _tokens_of(num_items: int, data: Path, setting: Setting) -> int:
 def _measure(setting: Setting, names: Sequence[str], repeats: int) -> dict[str, dict[str, Any]]:
     """Rival -> facts, tokens a second and seconds of each turn."""
     with contextlib.ExitStack() as stack:
-        # Started one after another: each makes its world and, the compiled one, its code, when nobody is timed.
+        # Started one after another: each makes its world and, the compiled one, its code, when
+        # nobody is timed.
         rivals = {name: stack.enter_context(_process(name, setting)) for name in names}
         facts = {name: rival.answer() for name, rival in rivals.items()}
         first = next(iter(facts.values()))
@@ -116,7 +125,9 @@ class Process:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise ValueError(f"{self.name}: ended by itself: {self.errors.read_text(encoding='utf-8')[-2000:]}")
+            raise ValueError(
+                f"{self.name}: ended by itself: {self.errors.read_text(encoding='utf-8')[-2000:]}"
+            )
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -130,10 +141,21 @@ class Process:
 
 @contextlib.contextmanager
 def _process(name: str, setting: Setting) -> Iterator[Process]:
-    command = [sys.executable, "-m", "genrec_dist.bench.train_process", name, json.dumps(asdict(setting))]
+    command = [
+        sys.executable,
+        "-m",
+        "genrec_dist.bench.train_process",
+        name,
+        json.dumps(asdict(setting)),
+    ]
     with tempfile.NamedTemporaryFile("w+", suffix=".log") as errors:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
         )
         try:
             yield Process(process, name, Path(errors.name))
@@ -150,7 +172,18 @@ def _claims(setting: str, measured: Mapping[str, Mapping[str, Any]]) -> list[Cla
             continue
         theirs, goal = found["tokens a second"], GOALS[setting].get(peer)
         told, holds = ("none", True) if goal is None else (f">= {goal:g}x", ours >= goal * theirs)
-        claims.append(Claim(f"training, {setting}", peer, ours, theirs, "real tokens/s", ours / theirs, told, holds))
+        claims.append(
+            Claim(
+                f"training, {setting}",
+                peer,
+                ours,
+                theirs,
+                "real tokens/s",
+                ours / theirs,
+                told,
+                holds,
+            )
+        )
     return claims
 
 

@@ -1,4 +1,5 @@
-"""What people train such a model with, as rivals of ours: Hugging Face's Trainer at two settings, and the published collate."""
+"""What people train such a model with, as rivals of ours: Hugging Face's Trainer at two settings,
+and the published collate."""
 
 # B samples, L input tokens, T target tokens, V vocabulary
 
@@ -20,11 +21,13 @@ from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.model.genrec import POSITION_OFFSET, GenRecForConditionalGeneration, attention_bias
 
 Sample = dict[str, list[int]]
-"""`input_ids`, `position_ids`, `user_rows`, `item_rows`, `labels`, `start` (the decoder's first token) of one sample."""
+"""`input_ids`, `position_ids`, `user_rows`, `item_rows`, `labels`, `start` (the decoder's first
+token) of one sample."""
 
 
 class PlainGenRec(nn.Module):
-    """The same weights as Hugging Face would have them run: eager or compiled, padded, with the logits of every target place."""
+    """The same weights as Hugging Face would have them run: eager or compiled, padded, with the
+    logits of every target place."""
 
     def __init__(self, model: GenRecForConditionalGeneration):
         super().__init__()
@@ -42,11 +45,17 @@ class PlainGenRec(nn.Module):
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """{"loss": mean cross-entropy of the labels}. The embedding sum is spelt out, for torch.compile to fuse."""
+        """{"loss": mean cross-entropy of the labels}. The embedding sum is spelt out, for
+        torch.compile to fuse."""
         bart = self.model.model.encoder
         hidden_BLD = F.embedding(input_ids, bart.embed_tokens.weight)
-        hidden_BLD = hidden_BLD + F.embedding(position_ids + POSITION_OFFSET, bart.embed_positions.weight)
-        for table, rows in ((self.model.user_embedding, user_rows), (self.model.item_embedding, item_rows)):
+        hidden_BLD = hidden_BLD + F.embedding(
+            position_ids + POSITION_OFFSET, bart.embed_positions.weight
+        )
+        for table, rows in (
+            (self.model.user_embedding, user_rows),
+            (self.model.item_embedding, item_rows),
+        ):
             assert isinstance(table, nn.Embedding)
             hidden_BLD = hidden_BLD + F.embedding(rows, table.weight, padding_idx=0)
         hidden_BLD = F.dropout(bart.layernorm_embedding(hidden_BLD), bart.dropout, self.training)
@@ -55,7 +64,9 @@ class PlainGenRec(nn.Module):
             hidden_BLD = layer(hidden_BLD, bias)
         states_BTD = self.model.decode(decoder_input_ids, hidden_BLD, attention_mask)
         logits = F.linear(states_BTD, self.model.head_weight)
-        summed = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        summed = F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
         count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": summed / count}
 
@@ -73,7 +84,12 @@ def pad_samples(samples: Sequence[Sample], pad_token: int, multiple: int = 1) ->
     start_B1 = torch.tensor([sample["start"] for sample in samples])
     inputs = {
         name: side_by_side(name, fill, longest)
-        for name, fill in (("input_ids", pad_token), ("position_ids", 0), ("user_rows", 0), ("item_rows", 0))
+        for name, fill in (
+            ("input_ids", pad_token),
+            ("position_ids", 0),
+            ("user_rows", 0),
+            ("item_rows", 0),
+        )
     }
     return {
         **inputs,
@@ -97,7 +113,8 @@ def samples_of(encoder: EncoderInput, decoder_input_ids: Tensor, labels: Tensor)
 
 
 class Words(torch.utils.data.Dataset[dict[str, Any]]):
-    """Samples as words, which the collate tokenises anew for every batch, as the published code does."""
+    """Samples as words, which the collate tokenises anew for every batch, as the published code
+    does."""
 
     def __init__(self, samples: Sequence[dict[str, Any]]):
         self.samples = samples
@@ -110,7 +127,8 @@ class Words(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 class TokenizingCollate:
-    """Words to padded arrays: the tokenizer is called for every batch, and the longest sample decides."""
+    """Words to padded arrays: the tokenizer is called for every batch, and the longest sample
+    decides."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, pad_token: int):
         self.tokenizer, self.pad_token = tokenizer, pad_token
@@ -131,7 +149,10 @@ class TokenizingCollate:
             last = np.array([end for _, end in texts["offset_mapping"][number]])
             word_of = np.searchsorted(ends, last, side="left").tolist()
             tokens = [bos, *texts["input_ids"][number], mask, eos]
-            rows = {kind: [0, *(sample[kind][word] for word in word_of), 0, 0] for kind in ("user_rows", "item_rows")}
+            rows = {
+                kind: [0, *(sample[kind][word] for word in word_of), 0, 0]
+                for kind in ("user_rows", "item_rows")
+            }
             labels = [*targets["input_ids"][number], eos]
             made.append(
                 {
@@ -146,10 +167,11 @@ class TokenizingCollate:
 
 
 class TrainerRival:
-    """Seq2SeqTrainer's data loader, collation, sampler, `training_step`, clipping and optimiser, in the order of its loop.
+    """Seq2SeqTrainer's data loader, collation, sampler, `training_step`, clipping and optimiser, in
+    the order of its loop.
 
-    The loop itself is ours, so that rivals can take turns; its logging, callbacks and checkpoints are left out, in its favour.
-    """
+    The loop itself is ours, so that rivals can take turns; its logging, callbacks and checkpoints
+    are left out, in its favour."""
 
     def __init__(
         self,
@@ -163,7 +185,9 @@ class TrainerRival:
             report_to=[], remove_unused_columns=False, save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=0,
             use_cpu=not torch.cuda.is_available(), **settings,
         )  # fmt: skip
-        self.trainer = Seq2SeqTrainer(PlainGenRec(model), arguments, data_collator=collate, train_dataset=samples)
+        self.trainer = Seq2SeqTrainer(
+            PlainGenRec(model), arguments, data_collator=collate, train_dataset=samples
+        )
         self.loader = self.trainer.get_train_dataloader()
         self.trainer.create_optimizer_and_scheduler(10_000)
         self.model = self.trainer.accelerator.prepare(self.trainer.model)

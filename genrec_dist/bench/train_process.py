@@ -1,7 +1,8 @@
-"""One rival of `genrec bench train` in a process of its own: it trains some steps for each line it reads and says how long it took.
+"""One rival of `genrec bench train` in a process of its own: it trains some steps for each line it
+reads and says how long it took.
 
-Processes do not share Accelerate's state, whose precision is that of whoever came last, and their peaks of memory are their own.
-"""
+Processes do not share Accelerate's state, whose precision is that of whoever came last, and their
+peaks of memory are their own."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.keyed_random import mixed_key
 from genrec_shards.storage.sample_order import Plan, StepSamples
 
-from genrec_dist.bench.train_peers import TokenizingCollate, TrainerRival, Words, pad_samples, samples_of
+from genrec_dist.bench.train_peers import (
+    TokenizingCollate,
+    TrainerRival,
+    Words,
+    pad_samples,
+    samples_of,
+)
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Batch, RankStep, Work
@@ -56,14 +63,15 @@ class Setting:
     data: str
     """Directory of `genrec prepare`."""
     samples: int = 2048
-    """The first so many of an epoch's order, every prefix of a training part being one. Hugging Face's grouping by length sorts
-    within a 4 * batch_size-th of them: fewer would not let it."""
+    """The first so many of an epoch's order, every prefix of a training part being one. Hugging
+    Face's grouping by length sorts within a 4 * batch_size-th of them: fewer would not let it."""
     batch_size: int = 64
     max_tokens: int = 512
     shape: tuple[str, ...] = ()
     """Changes to the recipe `tiny`."""
     vocabulary: int = 50_265
-    """Rows of the embedding and the head, of which the tokenizer uses few, as BART's does of its."""
+    """Rows of the embedding and the head, of which the tokenizer uses few, as BART's does of
+    its."""
     tokenizer: int = 300
     """Its size: with 300 an item has 3.6 sub-words, BART's has about 4."""
     threads: int = 0
@@ -90,8 +98,13 @@ class World:
 
     def gather(self, user_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         sequences = self.dataset.sequences
-        parts = [sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]] for user in user_rows]
-        return np.concatenate(parts), np.concatenate([[0], np.cumsum([len(part) for part in parts])])
+        parts = [
+            sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]]
+            for user in user_rows
+        ]
+        return np.concatenate(parts), np.concatenate(
+            [[0], np.cumsum([len(part) for part in parts])]
+        )
 
     def share(self, samples: StepSamples, packed: bool, budget: int | None = None) -> RankStep:
         return make_step(
@@ -101,7 +114,11 @@ class World:
 
     def whole(self) -> list[Batch]:
         """All samples, padded."""
-        return [batch for samples in self.steps for batch in self.share(samples, packed=False).micro_batches]
+        return [
+            batch
+            for samples in self.steps
+            for batch in self.share(samples, packed=False).micro_batches
+        ]
 
 
 def make_world(setting: Setting, *more: str) -> World:
@@ -110,7 +127,11 @@ def make_world(setting: Setting, *more: str) -> World:
     dataset = load_dataset(setting.data)
     tokenizer = train_tokenizer(dataset.numbering.item_codes, setting.tokenizer, 1)
     words = build_words(tokenizer, dataset.numbering.item_codes, dataset.numbering.user_codes, 1)
-    special = {"bos": tokenizer.bos_token_id, "pad": tokenizer.pad_token_id, "eos": tokenizer.eos_token_id}
+    special = {
+        "bos": tokenizer.bos_token_id,
+        "pad": tokenizer.pad_token_id,
+        "eos": tokenizer.eos_token_id,
+    }
     if recipe.tokens.trim:
         words = trim(words, tokenizer.pad_token_id)
     torch.manual_seed(mixed_key(0, 0x1217) >> 1)
@@ -119,9 +140,20 @@ def make_world(setting: Setting, *more: str) -> World:
         num_items=words.num_items, num_masks=1, special={**special, "mask": mask_tokens(tokenizer, 1)[0]},
         vocabulary=words.vocabulary,
     )  # fmt: skip
-    plan = Plan(np.diff(dataset.sequences.offsets), 1024, space="every-prefix", batch_size=setting.batch_size, seed=0)
-    steps = [plan.step(0, step) for step in range(min(plan.steps_per_epoch, -(-setting.samples // setting.batch_size)))]
-    return World(setting, recipe, dataset, tokenizer, make_layout(words, model.config), model, steps)
+    plan = Plan(
+        np.diff(dataset.sequences.offsets),
+        1024,
+        space="every-prefix",
+        batch_size=setting.batch_size,
+        seed=0,
+    )
+    steps = [
+        plan.step(0, step)
+        for step in range(min(plan.steps_per_epoch, -(-setting.samples // setting.batch_size)))
+    ]
+    return World(
+        setting, recipe, dataset, tokenizer, make_layout(words, model.config), model, steps
+    )
 
 
 class Rival(Protocol):
@@ -155,7 +187,9 @@ class Ours:
 
     def slots(self) -> int:
         shares = [self.world.share(samples, self.packed) for samples in self.world.steps]
-        return sum(batch.encoder.input_ids.numel() for share in shares for batch in share.micro_batches)
+        return sum(
+            batch.encoder.input_ids.numel() for share in shares for batch in share.micro_batches
+        )
 
 
 def make_rival(name: str, setting: Setting, folder: Path) -> tuple[Rival, World]:
@@ -171,10 +205,16 @@ def make_rival(name: str, setting: Setting, folder: Path) -> tuple[Rival, World]
         "learning_rate": world.recipe.finetune.learning_rate,
     }
     if name == "published collate":
-        return TrainerRival(world.model, words_of(world), TokenizingCollate(world.tokenizer, pad), arguments), world
-    stored = [s for b in world.whole() for s in samples_of(b.encoder, b.decoder_input_ids, b.labels)]
+        return TrainerRival(
+            world.model, words_of(world), TokenizingCollate(world.tokenizer, pad), arguments
+        ), world
+    stored = [
+        s for b in world.whole() for s in samples_of(b.encoder, b.decoder_input_ids, b.labels)
+    ]
     if name == "Trainer, default":
-        return TrainerRival(world.model, stored, partial(pad_samples, pad_token=pad), arguments), world
+        return TrainerRival(
+            world.model, stored, partial(pad_samples, pad_token=pad), arguments
+        ), world
     if name != "Trainer, tuned":
         raise ValueError(f"{name}: no such rival; there are {', '.join((*OURS, *PEERS))}")
     arguments |= {
@@ -183,7 +223,9 @@ def make_rival(name: str, setting: Setting, folder: Path) -> tuple[Rival, World]
         "optim": "adamw_torch_fused",
         "bf16": world.recipe.precision == "bf16",
     }
-    return TrainerRival(world.model, stored, partial(pad_samples, pad_token=pad, multiple=MULTIPLE), arguments), world
+    return TrainerRival(
+        world.model, stored, partial(pad_samples, pad_token=pad, multiple=MULTIPLE), arguments
+    ), world
 
 
 def words_of(world: World) -> Words:
@@ -192,10 +234,16 @@ def words_of(world: World) -> Words:
     items, users = world.dataset.numbering.item_codes, world.dataset.numbering.user_codes
     lengths = world.layout.words.lengths
     for samples in world.steps:
-        for user, position in zip(samples.user_rows.tolist(), samples.target_positions.tolist(), strict=True):
+        for user, position in zip(
+            samples.user_rows.tolist(), samples.target_positions.tolist(), strict=True
+        ):
             sequence, _ = world.gather(np.array([user]))
             history, target = sequence[:position], int(sequence[position])
-            room = world.setting.max_tokens - 3 - int(lengths[world.layout.words.user_words(np.array([user]))[0]])
+            room = (
+                world.setting.max_tokens
+                - 3
+                - int(lengths[world.layout.words.user_words(np.array([user]))[0]])
+            )
             kept = np.cumsum(lengths[world.layout.words.item_words(history)][::-1]) <= room
             history = history[len(history) - int(kept.sum()) :]
             found.append(
@@ -221,7 +269,9 @@ def facts(rival: Rival, world: World) -> dict[str, Any]:
             logits, labels = model.target_logits(
                 batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
             )
-            loss += float(torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum"))
+            loss += float(
+                torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            )
     return {
         "samples": sum(batch.num_samples for batch in batches),
         "tokens": work.inputs + work.targets,
@@ -234,7 +284,8 @@ def facts(rival: Rival, world: World) -> dict[str, Any]:
 
 
 def main() -> None:
-    """`python -m genrec_dist.bench.train_process NAME SETTING`: facts in a line, then one for each number of steps read."""
+    """`python -m genrec_dist.bench.train_process NAME SETTING`: facts in a line, then one for each
+    number of steps read."""
     name, text = sys.argv[1:]
     values = json.loads(text)
     setting = Setting(**{**values, "shape": tuple(values["shape"])})

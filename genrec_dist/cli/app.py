@@ -30,8 +30,12 @@ app = typer.Typer(
 
 
 def demo(
-    out_dir: Annotated[Path, typer.Option("--out", help="Directory of the demo run.")] = Path("runs/demo"),
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value of the demo recipe.")] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory of the demo run.")] = Path(
+        "runs/demo"
+    ),
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="dotted.key=value of the demo recipe.")
+    ] = None,
 ) -> None:
     """The whole path on a synthetic catalogue whose ceiling is known.
 
@@ -43,18 +47,29 @@ def demo(
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")] = None,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")
+    ] = None,
     begin_from: Annotated[
         Path | None,
         typer.Option(
-            "--from", metavar="RUN", help="Begin with this run's weights: --set begin_from=RUN (docs/refresh.md)."
+            "--from",
+            metavar="RUN",
+            help="Begin with this run's weights: --set begin_from=RUN (docs/refresh.md).",
         ),
     ] = None,
     resume: Annotated[str | None, typer.Option(help="latest, or a checkpoint directory.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
+    ] = False,
     profile: Annotated[
-        int, typer.Option(help="Record so many steps into RUN/trace-rank-R.json.gz, for ui.perfetto.dev.", min=0)
+        int,
+        typer.Option(
+            help="Record so many steps into RUN/trace-rank-R.json.gz, for ui.perfetto.dev.", min=0
+        ),
     ] = 0,
 ) -> None:
     """Pretrain and finetune by a recipe; under accelerate launch or torchrun on several processes.
@@ -79,18 +94,35 @@ def train(
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")] = None,
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")
+    ] = None,
     gpus: Annotated[int, typer.Option(help="GPUs the run is spread over.", min=1)] = 1,
     memory: Annotated[float, typer.Option(help="GiB of one GPU.")] = 24.0,
-    users: Annotated[int | None, typer.Option(help="Users, in place of the recipe's data; with --items.")] = None,
-    items: Annotated[int | None, typer.Option(help="Items, in place of the recipe's data; with --users.")] = None,
-    launch: Annotated[Path, typer.Option(help="Directory of zero0.json ...: their buckets count.")] = Path("launch"),
-    card: Annotated[str | None, typer.Option(help="Its published peak gives the time, e.g. 'RTX 3090'.")] = None,
-    tflops: Annotated[float | None, typer.Option(help="TFLOP/s a GPU really reaches, for the time.")] = None,
-    json_: Annotated[Path | None, typer.Option("--json", help="Also write it all to this file.")] = None,
+    users: Annotated[
+        int | None, typer.Option(help="Users, in place of the recipe's data; with --items.")
+    ] = None,
+    items: Annotated[
+        int | None, typer.Option(help="Items, in place of the recipe's data; with --users.")
+    ] = None,
+    launch: Annotated[
+        Path, typer.Option(help="Directory of zero0.json ...: their buckets count.")
+    ] = Path("launch"),
+    card: Annotated[
+        str | None, typer.Option(help="Its published peak gives the time, e.g. 'RTX 3090'.")
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(help="TFLOP/s a GPU really reaches, for the time.")
+    ] = None,
+    json_: Annotated[
+        Path | None, typer.Option("--json", help="Also write it all to this file.")
+    ] = None,
 ) -> None:
-    """Bytes a GPU under DDP and ZeRO 0 to 3, the largest micro-batch that fits, the time, and what to take.
+    """Bytes a GPU under DDP and ZeRO 0 to 3, the largest micro-batch that fits, the time, and what
+    to take.
 
     Example: genrec plan paper-base --gpus 1 --memory 24 --users 22363 --items 12101
     """
@@ -107,17 +139,34 @@ def plan(
 
 
 def tune(
-    space: Annotated[str | None, typer.Argument(metavar="SPACE", help="A space file; --finish needs none.")] = None,
-    out_dir: Annotated[Path, typer.Option("--out", help="Directory of the sweep.")] = Path("runs/sweep"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep that is there.")] = False,
-    finish: Annotated[bool, typer.Option("--finish", help="The finals of a sweep, and its only look at test.")] = False,
-    against_base: Annotated[bool, typer.Option("--against-base", help="With --finish: the base recipe too.")] = False,
-    budget_hours: Annotated[float | None, typer.Option(help="End in good order after so many hours.", min=0)] = None,
-    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; default: one on this machine.")] = None,
-    storage: Annotated[str | None, typer.Option(help="An address that fsspec knows; the sweep lies there.")] = None,
+    space: Annotated[
+        str | None, typer.Argument(metavar="SPACE", help="A space file; --finish needs none.")
+    ] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Directory of the sweep.")] = Path(
+        "runs/sweep"
+    ),
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the sweep that is there.")
+    ] = False,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="The finals of a sweep, and its only look at test.")
+    ] = False,
+    against_base: Annotated[
+        bool, typer.Option("--against-base", help="With --finish: the base recipe too.")
+    ] = False,
+    budget_hours: Annotated[
+        float | None, typer.Option(help="End in good order after so many hours.", min=0)
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a running Ray cluster; default: one on this machine.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="An address that fsspec knows; the sweep lies there.")
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="In place of the space file's.", min=1)] = None,
 ) -> None:
-    """Search a space of recipes by validation; with --finish rerun its best three with three seeds and look at test once.
+    """Search a space of recipes by validation; with --finish rerun its best three with three seeds
+    and look at test once.
 
     Example: genrec tune tuning/spaces/beauty.yaml --out runs/beauty-sweep
     """
@@ -127,18 +176,28 @@ def tune(
 
     if finish:
         ended = finish_sweep(
-            out_dir, against_base=against_base, budget_hours=budget_hours, address=address, storage=storage
+            out_dir,
+            against_base=against_base,
+            budget_hours=budget_hours,
+            address=address,
+            storage=storage,
         )
         say(outcome(ended))
         return
     if space is None or against_base:
-        raise UsageError("give a space file" if space is None else "--against-base belongs to --finish")
+        raise UsageError(
+            "give a space file" if space is None else "--against-base belongs to --finish"
+        )
     found = load_space(space, trials)
-    sweep = run_sweep(found, out_dir, resume=resume, budget_hours=budget_hours, address=address, storage=storage)
+    sweep = run_sweep(
+        found, out_dir, resume=resume, budget_hours=budget_hours, address=address, storage=storage
+    )
     say(told(sweep, str(out_dir)))
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
     """What is installed, what works, what is missing and how to get it.
 
     Example: genrec doctor
@@ -169,14 +228,19 @@ app.add_typer(
 
 def run_command(arguments: list[str]) -> int:
     """Run one command and return its exit code (`console.exit_code_of`)."""
-    return exit_code_of(lambda: app(arguments or ["--help"], prog_name="genrec", standalone_mode=False))
+    return exit_code_of(
+        lambda: app(arguments or ["--help"], prog_name="genrec", standalone_mode=False)
+    )
 
 
 def main() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the tokenizer runs once, before workers fork
+    os.environ.setdefault(
+        "TOKENIZERS_PARALLELISM", "false"
+    )  # the tokenizer runs once, before workers fork
     code = run_command(sys.argv[1:])
     if code and world_size() > 1:
-        # A process group that waits for its peers would keep this rank, and with it the others, from ending.
+        # A process group that waits for its peers would keep this rank, and with it the others,
+        # from ending.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

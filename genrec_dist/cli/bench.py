@@ -1,4 +1,5 @@
-"""The doors of `genrec bench ...`: each measures a claim beside a named peer and can store its table."""
+"""The doors of `genrec bench ...`: each measures a claim beside a named peer and can store its
+table."""
 
 from __future__ import annotations
 
@@ -11,15 +12,21 @@ if TYPE_CHECKING:
     from genrec_dist.bench.measure import Claim
 
 bench = typer.Typer(no_args_is_help=True)
-JsonOption = Annotated[Path | None, typer.Option("--json", help="Also write the table, with hardware and versions.")]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Also write the table, with hardware and versions.")
+]
 DataOption = Annotated[
-    Path | None, typer.Option("--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size.")
+    Path | None,
+    typer.Option(
+        "--data", help="Directory of `genrec prepare`; default: synthetic, Beauty's size."
+    ),
 ]
 
 
 @bench.command("rows")
 def bench_rows(json_path: JsonOption = None) -> None:
-    """Id tables of 10^5 to 10^7 rows, beside SparseAdam and dense AdamW, on one thread; bytes on the wire of two ranks.
+    """Id tables of 10^5 to 10^7 rows, beside SparseAdam and dense AdamW, on one thread; bytes on
+    the wire of two ranks.
 
     Example: genrec bench rows --json rows.json
     """
@@ -30,11 +37,9 @@ def bench_rows(json_path: JsonOption = None) -> None:
 
 
 @bench.command("stream")
-def bench_stream(
-    data: DataOption = None,
-    json_path: JsonOption = None,
-) -> None:
-    """Decode speed and bytes beside one JSON a sample; a late resume; waiting in a tiny run; bytes over a network.
+def bench_stream(data: DataOption = None, json_path: JsonOption = None) -> None:
+    """Decode speed and bytes beside one JSON a sample; a late resume; waiting in a tiny run; bytes
+    over a network.
 
     Example: genrec bench stream --data data/beauty --json stream.json
     """
@@ -48,11 +53,13 @@ def bench_stream(
 def bench_beam(
     data: DataOption = None,
     run: Annotated[
-        Path | None, typer.Option("--run", help="A run trained on --data: also evaluating it beside an epoch.")
+        Path | None,
+        typer.Option("--run", help="A run trained on --data: also evaluating it beside an epoch."),
     ] = None,
     json_path: JsonOption = None,
 ) -> None:
-    """Decoding beside Hugging Face's `generate`, lists compared, at two model shapes; the trie of 10^6 items.
+    """Decoding beside Hugging Face's `generate`, lists compared, at two model shapes; the trie of
+    10^6 items.
 
     Example: genrec bench beam --data data/beauty --run runs/tiny --json beam.json
     """
@@ -66,12 +73,14 @@ def bench_beam(
 @bench.command("latency")
 def bench_latency(
     run: Annotated[
-        Path | None, typer.Option("--run", help="Run directory; default: random weights in the shape of tiny.")
+        Path | None,
+        typer.Option("--run", help="Run directory; default: random weights in the shape of tiny."),
     ] = None,
     data: DataOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """p50, p95 and p99 of one caller and of 8 at once, one history a call, beside a lock round each call.
+    """p50, p95 and p99 of one caller and of 8 at once, one history a call, beside a lock round each
+    call.
 
     Example: genrec bench latency --run runs/beauty --data data/beauty --json latency.json
     """
@@ -83,11 +92,9 @@ def bench_latency(
 
 
 @bench.command("kernels")
-def bench_kernels(
-    data: DataOption = None,
-    json_path: JsonOption = None,
-) -> None:
-    """The embedding sum and its gradients beside eager torch, torch.compile and atomics; on a CPU its plain-torch twin.
+def bench_kernels(data: DataOption = None, json_path: JsonOption = None) -> None:
+    """The embedding sum and its gradients beside eager torch, torch.compile and atomics; on a CPU
+    its plain-torch twin.
 
     Example: genrec bench kernels --data data/beauty --json kernels.json
     """
@@ -99,11 +106,9 @@ def bench_kernels(
 
 
 @bench.command("train")
-def bench_train(
-    data: DataOption = None,
-    json_path: JsonOption = None,
-) -> None:
-    """Training steps beside Hugging Face's Trainer, as it comes and tuned, and the published collate; a quarter of an hour.
+def bench_train(data: DataOption = None, json_path: JsonOption = None) -> None:
+    """Training steps beside Hugging Face's Trainer, as it comes and tuned, and the published
+    collate; a quarter of an hour.
 
     Example: genrec bench train --data data/beauty --json train.json
     """
@@ -114,7 +119,9 @@ def bench_train(
     _tell(claims, table, json_path, format_rivals(table))
 
 
-def _tell(claims: list[Claim], table: dict[str, Any], json_path: Path | None, details: str = "") -> None:
+def _tell(
+    claims: list[Claim], table: dict[str, Any], json_path: Path | None, details: str = ""
+) -> None:
     from genrec_dist.bench.measure import format_claims, write_table
 
     if details:

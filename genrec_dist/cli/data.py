@@ -15,15 +15,23 @@ from genrec_dist.console import UsageError, say
 
 def prepare(
     context: typer.Context,
-    source: Annotated[str | None, typer.Argument(metavar="SOURCE", help="The log, gz or not; or a folder.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(metavar="SOURCE", help="The log, gz or not; or a folder.")
+    ] = None,
     out_dir: Annotated[
-        str | None, typer.Option("--out", help="Data directory to write; of --append default: DATA itself.")
+        str | None,
+        typer.Option("--out", help="Data directory to write; of --append default: DATA itself."),
     ] = None,
     append: Annotated[
         Path | None,
-        typer.Option(metavar="NEW", help="In place of SOURCE: what is to be added to --to, whose rows and codes stay."),
+        typer.Option(
+            metavar="NEW",
+            help="In place of SOURCE: what is to be added to --to, whose rows and codes stay.",
+        ),
     ] = None,
-    to: Annotated[Path | None, typer.Option(metavar="DATA", help="With --append: the data directory.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(metavar="DATA", help="With --append: the data directory.")
+    ] = None,
     format_: Annotated[
         str,
         typer.Option(
@@ -34,22 +42,30 @@ def prepare(
         ),
     ] = "auto",
     numbering: Annotated[
-        str, typer.Option(help="random, collaborative, semantic (with --items), train-order or given.")
+        str,
+        typer.Option(help="random, collaborative, semantic (with --items), train-order or given."),
     ] = "random",
     seed: Annotated[int, typer.Option(help="Seed of the numbering.")] = 0,
     overwrite: OverwriteOption = False,
     levels: Annotated[
-        str | None, typer.Option(help="Clusters at each level of collaborative and semantic codes, as 64,64.")
+        str | None,
+        typer.Option(help="Clusters at each level of collaborative and semantic codes, as 64,64."),
     ] = None,
     vectors: Annotated[
         Path | None,
-        typer.Option(help="Collaborative codes of trained item vectors (safetensors), not of co-occurrence."),
+        typer.Option(
+            help="Collaborative codes of trained item vectors (safetensors), not of co-occurrence."
+        ),
     ] = None,
     vectors_trained_through: Annotated[
-        Literal["n-2", "n-1"], typer.Option(help="What those vectors may have seen; n-1 has seen validation.")
+        Literal["n-2", "n-1"],
+        typer.Option(help="What those vectors may have seen; n-1 has seen validation."),
     ] = "n-2",
     items: Annotated[
-        Path | None, typer.Option(metavar="META", help="The items' text and attributes: CSV, Parquet or JSON lines.")
+        Path | None,
+        typer.Option(
+            metavar="META", help="The items' text and attributes: CSV, Parquet or JSON lines."
+        ),
     ] = None,
     item_column: Annotated[
         str | None, typer.Option(help="META's column of item ids, where it has no usual name.")
@@ -62,16 +78,26 @@ def prepare(
     ] = None,
     columns: Annotated[
         str | None,
-        typer.Option(metavar="USER,ITEM,TIME", help="Columns of interactions, where they have no usual names."),
+        typer.Option(
+            metavar="USER,ITEM,TIME",
+            help="Columns of interactions, where they have no usual names.",
+        ),
     ] = None,
     time_unit: Annotated[
-        Literal["auto", "s", "ms", "us"], typer.Option(help="Of a log's times that are numbers; auto: by their size.")
+        Literal["auto", "s", "ms", "us"],
+        typer.Option(help="Of a log's times that are numbers; auto: by their size."),
     ] = "auto",
     k_core: Annotated[
-        int | None, typer.Option(help="Fewest rows of each user and item of a log that stay, 0: none; default: 5.")
+        int | None,
+        typer.Option(
+            help="Fewest rows of each user and item of a log that stay, 0: none; default: 5."
+        ),
     ] = None,
     min_length: Annotated[
-        int | None, typer.Option(help="Fewest items of a user of a log; default: 3, by time 1 in the training period.")
+        int | None,
+        typer.Option(
+            help="Fewest items of a user of a log; default: 3, by time 1 in the training period."
+        ),
     ] = None,
     split: Annotated[
         Literal["leave-one-out", "global-time"] | None,
@@ -82,7 +108,8 @@ def prepare(
     cutoff: Annotated[
         str | None,
         typer.Option(
-            metavar="VALIDATION,TEST", help="First dates of these periods of global-time, as 2014-01-01,2014-04-01."
+            metavar="VALIDATION,TEST",
+            help="First dates of these periods of global-time, as 2014-01-01,2014-04-01.",
         ),
     ] = None,
     ties: Annotated[
@@ -91,14 +118,21 @@ def prepare(
             help="A log's rows of one user and time: in an order drawn from the seed (default), or as they come."
         ),
     ] = None,
-    since: Annotated[str | None, typer.Option(help="First date of a log's rows that stay, as 2019-01-01.")] = None,
-    until: Annotated[str | None, typer.Option(help="Last date of a log's rows that stay, as 2019-12-31.")] = None,
+    since: Annotated[
+        str | None, typer.Option(help="First date of a log's rows that stay, as 2019-01-01.")
+    ] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Last date of a log's rows that stay, as 2019-12-31.")
+    ] = None,
     expect: Annotated[
         Literal["beauty", "sports", "toys", "yelp"] | None,
-        typer.Option(help="The published set this is: its numbers of users and items must come out (paper, Table 2)."),
+        typer.Option(
+            help="The published set this is: its numbers of users and items must come out (paper, Table 2)."
+        ),
     ] = None,
     on_error: Annotated[
-        Literal["stop", "skip"], typer.Option(help="At a line that cannot be read: end, or leave it out and count it.")
+        Literal["stop", "skip"],
+        typer.Option(help="At a line that cannot be read: end, or leave it out and count it."),
     ] = "stop",
     engine: EngineOption = "local",
     ray_address: RayAddressOption = None,
@@ -131,7 +165,9 @@ def prepare(
         for line in appended_told(grown):
             say(line)
         info = grown.info
-        say(f"{grown.path}: {info.users:,} users, {info.items:,} items, {info.interactions:,} interactions")
+        say(
+            f"{grown.path}: {info.users:,} users, {info.items:,} items, {info.interactions:,} interactions"
+        )
         say(f"shards hold the sequences they were made of; next: genrec shard {grown.path}")
         return
     assert source is not None
@@ -161,7 +197,11 @@ def prepare(
 
 
 def _check_prepare(
-    context: typer.Context, source: str | None, out_dir: str | None, append: Path | None, to: Path | None
+    context: typer.Context,
+    source: str | None,
+    out_dir: str | None,
+    append: Path | None,
+    to: Path | None,
 ) -> None:
     """Either a source and where it goes, or what is added to which data."""
     if append is None:
@@ -169,31 +209,53 @@ def _check_prepare(
             raise UsageError("--to DATA belongs to --append NEW")
         if source is None or out_dir is None:
             raise UsageError(
-                "give SOURCE, or --append NEW --to DATA" if source is None else "give --out, the data directory"
+                "give SOURCE, or --append NEW --to DATA"
+                if source is None
+                else "give --out, the data directory"
             )
         return
     if source is not None:
         raise UsageError(f"give SOURCE {source} or --append {append}, not both")
     if to is None:
-        raise UsageError(f"--append {append} needs --to DATA, the data directory that it is added to")
+        raise UsageError(
+            f"--append {append} needs --to DATA, the data directory that it is added to"
+        )
     if getattr(context.get_parameter_source("engine"), "name", "") == "COMMANDLINE":
-        raise UsageError("--engine with --append: what is added is read by one machine, leave it out")
-    settled = ("numbering", "seed", "levels", "vectors", "vectors_trained_through", "ties", "expect", "split", "cutoff")
+        raise UsageError(
+            "--engine with --append: what is added is read by one machine, leave it out"
+        )
+    settled = (
+        "numbering",
+        "seed",
+        "levels",
+        "vectors",
+        "vectors_trained_through",
+        "ties",
+        "expect",
+        "split",
+        "cutoff",
+    )
     for name in settled:
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
-            raise UsageError(f"--{name.replace('_', '-')} with --append: {to} has settled it, leave it out")
+            raise UsageError(
+                f"--{name.replace('_', '-')} with --append: {to} has settled it, leave it out"
+            )
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"{option} {text}: give whole numbers with commas between them, as 64,64") from None
+        raise UsageError(
+            f"{option} {text}: give whole numbers with commas between them, as 64,64"
+        ) from None
 
 
 def shard(
     data: Annotated[str, typer.Argument(metavar="DATA", help="Directory of `genrec prepare`.")],
-    out_dir: Annotated[str | None, typer.Option("--out", help="Shard directory; default: DATA/shards.")] = None,
+    out_dir: Annotated[
+        str | None, typer.Option("--out", help="Shard directory; default: DATA/shards.")
+    ] = None,
     users_per_shard: Annotated[int, typer.Option(help="Users a tar.")] = 8192,
     overwrite: OverwriteOption = False,
     engine: EngineOption = "local",
@@ -216,13 +278,16 @@ def shard(
     elif ray_address is not None:
         raise UsageError("--ray-address goes with --engine ray")
     else:
-        manifest = write_shards(load_dataset(data), target, users_per_shard=users_per_shard, overwrite=overwrite)
+        manifest = write_shards(
+            load_dataset(data), target, users_per_shard=users_per_shard, overwrite=overwrite
+        )
     size = sum(tar.bytes for tar in manifest.shards)
     say(f"{target}: {len(manifest.shards)} tars, {manifest.users:,} users, {size:,} bytes")
 
 
 def _directory(out_dir: str, overwrite: bool, marker: str) -> Any:
-    """Where a directory is to be made: there, or here for an address, where it goes when it is complete."""
+    """Where a directory is to be made: there, or here for an address, where it goes when it is
+    complete."""
     from contextlib import nullcontext
 
     from genrec_shards.storage.remote import is_address

@@ -1,4 +1,5 @@
-"""The demo: the whole path on a synthetic catalogue, beside baselines and a ceiling that nobody can pass."""
+"""The demo: the whole path on a synthetic catalogue, beside baselines and a ceiling that nobody can
+pass."""
 
 from __future__ import annotations
 
@@ -18,7 +19,12 @@ from rich.table import Table
 
 from genrec_dist.baselines.leak_audit import write_audit
 from genrec_dist.config.load import load_recipe
-from genrec_dist.evaluation.metrics import bootstrap_ci95, metrics_from_histogram, rank_histogram, target_ranks
+from genrec_dist.evaluation.metrics import (
+    bootstrap_ci95,
+    metrics_from_histogram,
+    rank_histogram,
+    target_ranks,
+)
 from genrec_dist.evaluation.results import format_table
 from genrec_dist.inference.evaluate import evaluate
 from genrec_dist.inference.load import best_device, load_run
@@ -34,7 +40,8 @@ MARKER = "demo.json"
 
 
 def run_demo(out: Path, overrides: list[str], console: Console) -> None:
-    """Make data, train, evaluate, compare, and print the closing table. `out` is replaced if it holds an older demo.
+    """Make data, train, evaluate, compare, and print the closing table. `out` is replaced if it
+    holds an older demo.
 
     Raises ValueError if `out` holds something else.
     """
@@ -56,7 +63,9 @@ def run_demo(out: Path, overrides: list[str], console: Console) -> None:
     ceiling = score_ceiling(process, dataset)
     metrics["beside"]["ceiling"] = ceiling
     with atomic_file(out / "metrics-test.json") as temporary:
-        temporary.write_text(json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
     page = write_report(out)
     console.print(closing_table(metrics))
     console.print(conclusion(metrics), highlight=False, soft_wrap=True)
@@ -81,7 +90,8 @@ def _introduction(dataset: Dataset) -> str:
 
 
 def score_ceiling(process: Process, dataset: Dataset) -> dict[str, Any]:
-    """Metrics of the Bayes oracle, which knows the process: in expectation no system can score higher."""
+    """Metrics of the Bayes oracle, which knows the process: in expectation no system can score
+    higher."""
     lists_UN = process.oracle_lists(dataset.sequences, "test")
     targets_U = dataset.sequences.history_and_target("test").targets
     hist = rank_histogram(target_ranks(lists_UN, targets_U))
@@ -91,9 +101,13 @@ def score_ceiling(process: Process, dataset: Dataset) -> dict[str, Any]:
 def closing_table(metrics: dict[str, Any]) -> Table:
     """GenRec, kNN, popularity and the ceiling, from top to bottom."""
     beside = metrics["beside"]
-    rows = [{"system": "ceiling (Bayes oracle)", **beside["ceiling"]}, {"system": "GenRec", **_scores(metrics)}]
+    rows = [
+        {"system": "ceiling (Bayes oracle)", **beside["ceiling"]},
+        {"system": "GenRec", **_scores(metrics)},
+    ]
     rows += [
-        {"system": name, **beside[key]} for key, name in (("knn", "co-occurrence kNN"), ("popularity", "popularity"))
+        {"system": name, **beside[key]}
+        for key, name in (("knn", "co-occurrence kNN"), ("popularity", "popularity"))
     ]
     return format_table(rows)
 

@@ -40,7 +40,8 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination. `required` and `broken` together make the machine unfit; `remedy` is a command."""
+    """One line of the examination. `required` and `broken` together make the machine unfit;
+    `remedy` is a command."""
 
     what: str
     state: State
@@ -50,12 +51,15 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at the machine, the packages and what really works; takes seconds and leaves nothing behind."""
+    """Look at the machine, the packages and what really works; takes seconds and leaves nothing
+    behind."""
     tested = locked_versions()
     return [
         _python(),
         Finding(
-            "platform", "ok", f"{platform.system()} {platform.machine()}, glibc {platform.libc_ver()[1] or 'none'}"
+            "platform",
+            "ok",
+            f"{platform.system()} {platform.machine()}, glibc {platform.libc_ver()[1] or 'none'}",
         ),
         Finding("processor", "ok", f"{_cores()} cores for this process"),
         Finding("memory", "ok", _memory()),
@@ -64,9 +68,20 @@ def examine() -> list[Finding]:
         _attempt("torch computes", _torch_computes, "make env"),
         _attempt("bf16 on this CPU", _cpu_bf16, "", required=False),
         _attempt("GPU", _gpu, "", required=False),
-        _attempt("processes (gloo)", _gloo, "install a torch build with torch.distributed", required=False),
-        _attempt("tar in a temporary directory", _tar_round_trip, f"free or set TMPDIR (now {tempfile.gettempdir()})"),
-        _attempt("writing here", _writes_here, f"cd to a directory you may write to (now {Path.cwd()})"),
+        _attempt(
+            "processes (gloo)",
+            _gloo,
+            "install a torch build with torch.distributed",
+            required=False,
+        ),
+        _attempt(
+            "tar in a temporary directory",
+            _tar_round_trip,
+            f"free or set TMPDIR (now {tempfile.gettempdir()})",
+        ),
+        _attempt(
+            "writing here", _writes_here, f"cd to a directory you may write to (now {Path.cwd()})"
+        ),
     ]
 
 
@@ -77,7 +92,10 @@ def healthy(findings: list[Finding]) -> bool:
 
 def as_json(findings: list[Finding]) -> str:
     """`{"healthy": bool, "findings": [{what, state, detail, remedy, required}, ...]}`."""
-    return json.dumps({"healthy": healthy(findings), "findings": [asdict(finding) for finding in findings]}, indent=1)
+    return json.dumps(
+        {"healthy": healthy(findings), "findings": [asdict(finding) for finding in findings]},
+        indent=1,
+    )
 
 
 def render(findings: list[Finding]) -> Table:
@@ -100,35 +118,52 @@ def locked_versions(lock: Path | None = None) -> dict[str, str]:
     lock = lock or Path(__file__).resolve().parent.parent / "requirements.lock"
     if not lock.is_file():
         return {}
-    pins = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", lock.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    pins = re.findall(
+        r"^([A-Za-z0-9._-]+)==(\S+)", lock.read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     return {name.lower(): version for name, version in pins}
 
 
 def _python() -> Finding:
     version = platform.python_version()
-    return Finding("Python", "ok" if sys.version_info < (3, 13) else "untested", f"{version} at {sys.prefix}")
+    return Finding(
+        "Python", "ok" if sys.version_info < (3, 13) else "untested", f"{version} at {sys.prefix}"
+    )
 
 
 def _package(name: str, tested: dict[str, str], use: str = "", extra: str = "") -> Finding:
-    """Its version from its metadata: importing deepspeed or ray would take seconds and start things."""
+    """Its version from its metadata: importing deepspeed or ray would take seconds and start
+    things."""
     required = not extra
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
         remedy = f"pip install {name}" if required else f"pip install 'genrec-dist[{extra}]'"
-        return Finding(name, "broken" if required else "absent", f"for {use}" if use else "", remedy, required)
+        return Finding(
+            name, "broken" if required else "absent", f"for {use}" if use else "", remedy, required
+        )
     wanted = tested.get(name.lower())
     # A local label (2.13.0+cpu) names a build of the same version.
     if wanted is None or version.split("+")[0] == wanted.split("+")[0]:
         return Finding(name, "ok", version, required=required)
-    return Finding(name, "untested", f"{version}; tested: {wanted}", f"pip install '{name}=={wanted}'", required)
+    return Finding(
+        name,
+        "untested",
+        f"{version}; tested: {wanted}",
+        f"pip install '{name}=={wanted}'",
+        required,
+    )
 
 
-def _attempt(what: str, check: Callable[[], tuple[State, str]], remedy: str, required: bool = True) -> Finding:
+def _attempt(
+    what: str, check: Callable[[], tuple[State, str]], remedy: str, required: bool = True
+) -> Finding:
     try:
         state, detail = check()
     except Exception as error:  # whatever fails is the finding
-        return Finding(what, "broken", " ".join(f"{type(error).__name__}: {error}".split()), remedy, required)
+        return Finding(
+            what, "broken", " ".join(f"{type(error).__name__}: {error}".split()), remedy, required
+        )
     return Finding(what, state, detail, "" if state == "ok" else remedy, required)
 
 

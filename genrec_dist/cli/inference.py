@@ -10,7 +10,15 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from genrec_dist.cli.options import DataOption, DecodeOption, ExcludeOption, RunArgument, Split, data_of, exclude
+from genrec_dist.cli.options import (
+    DataOption,
+    DecodeOption,
+    ExcludeOption,
+    RunArgument,
+    Split,
+    data_of,
+    exclude,
+)
 from genrec_dist.console import UsageError, out, rank, say, world_size
 
 # Modules are imported inside the commands: `genrec --help` must not wait for torch.
@@ -19,35 +27,53 @@ from genrec_dist.console import UsageError, out, rank, say, world_size
 def evaluate(
     run: RunArgument,
     split: Annotated[Split, typer.Option(help="Which items are the targets.")] = "test",
-    beam: Annotated[int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)] = 20,
+    beam: Annotated[
+        int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)
+    ] = 20,
     top: Annotated[int, typer.Option(help="Length of the lists; metrics need 20.")] = 20,
     decode: DecodeOption = "exact",
     item_weight: Annotated[
         float | None,
-        typer.Option(help="Of the item head in hybrid; default: as --tune-weights chose, else 1.", min=0.0),
+        typer.Option(
+            help="Of the item head in hybrid; default: as --tune-weights chose, else 1.", min=0.0
+        ),
     ] = None,
     graph_weight: Annotated[
-        float | None, typer.Option(help="Of the transition graph in hybrid; default: as chosen, else 0.", min=0.0)
+        float | None,
+        typer.Option(
+            help="Of the transition graph in hybrid; default: as chosen, else 0.", min=0.0
+        ),
     ] = None,
     graph_settings: Annotated[
         list[str] | None,
-        typer.Option("--graph-set", help="epsilon=value of the mixture, or key=value of the graph's kNN; repeatable."),
+        typer.Option(
+            "--graph-set",
+            help="epsilon=value of the mixture, or key=value of the graph's kNN; repeatable.",
+        ),
     ] = None,
     tune_weights: Annotated[
         bool,
-        typer.Option("--tune-weights", help="Choose hybrid's weights on validation, into RUN/hybrid.json; no lists."),
+        typer.Option(
+            "--tune-weights",
+            help="Choose hybrid's weights on validation, into RUN/hybrid.json; no lists.",
+        ),
     ] = False,
     exclude_history: ExcludeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Users decoded at once.", min=1)] = 512,
     out_dir: Annotated[
         Path | None,
-        typer.Option("--out", help="Directory for metrics and lists, if not RUN: another --decode stands beside."),
+        typer.Option(
+            "--out",
+            help="Directory for metrics and lists, if not RUN: another --decode stands beside.",
+        ),
     ] = None,
     data: DataOption = None,
 ) -> None:
-    """Decode every user once, score, and set the baselines beside it; under accelerate launch or torchrun on several processes.
+    """Decode every user once, score, and set the baselines beside it; under accelerate launch or
+    torchrun on several processes.
 
-    Weights of --decode hybrid are chosen once on validation (--tune-weights) and then used for test.
+    Weights of --decode hybrid are chosen once on validation (--tune-weights) and then used for
+    test.
 
     Example: genrec evaluate runs/beauty --split test
     """
@@ -70,7 +96,9 @@ def evaluate(
     if tune_weights and out_dir is not None:
         raise UsageError("--tune-weights writes RUN/hybrid.json and no lists: leave out --out")
     if decode != "hybrid" and (graph_weight is not None or graph_settings):
-        raise UsageError(f"--decode {decode} has no graph: --graph-weight and --graph-set go with --decode hybrid")
+        raise UsageError(
+            f"--decode {decode} has no graph: --graph-weight and --graph-set go with --decode hybrid"
+        )
     recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
     dataset = load_dataset(data or data_of(run))
     with _processes() as device:
@@ -116,28 +144,48 @@ def evaluate(
 
 def recommend(
     run: RunArgument,
-    history: Annotated[str | None, typer.Option(help="Item ids, oldest first, separated by commas.")] = None,
-    user: Annotated[str | None, typer.Option(help="A user's id; with --history: whose history it is.")] = None,
-    file: Annotated[
-        Path | None, typer.Option(help='JSON lines {"history": [...], "user": ..., "block": [...]}.')
+    history: Annotated[
+        str | None, typer.Option(help="Item ids, oldest first, separated by commas.")
     ] = None,
-    all_users: Annotated[bool, typer.Option("--all-users", help="All users of the data; needs --out.")] = False,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Directory for --all-users.")] = None,
+    user: Annotated[
+        str | None, typer.Option(help="A user's id; with --history: whose history it is.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help='JSON lines {"history": [...], "user": ..., "block": [...]}.'),
+    ] = None,
+    all_users: Annotated[
+        bool, typer.Option("--all-users", help="All users of the data; needs --out.")
+    ] = False,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Directory for --all-users.")
+    ] = None,
     top: Annotated[int, typer.Option(help="Length of the lists.", min=1)] = 20,
-    beam: Annotated[int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)] = 20,
+    beam: Annotated[
+        int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)
+    ] = 20,
     decode: DecodeOption = "exact",
     exclude_history: ExcludeOption = "auto",
-    allow: Annotated[Path | None, typer.Option(help="File of item ids, one a line: list these alone.")] = None,
-    block: Annotated[Path | None, typer.Option(help="File of item ids, one a line: never list these.")] = None,
+    allow: Annotated[
+        Path | None, typer.Option(help="File of item ids, one a line: list these alone.")
+    ] = None,
+    block: Annotated[
+        Path | None, typer.Option(help="File of item ids, one a line: never list these.")
+    ] = None,
     titles: Annotated[
-        bool, typer.Option("--titles", help="Lists to be read, with the titles of `prepare --items`, for JSON lines.")
+        bool,
+        typer.Option(
+            "--titles",
+            help="Lists to be read, with the titles of `prepare --items`, for JSON lines.",
+        ),
     ] = False,
     data: DataOption = None,
 ) -> None:
     """What will this user take next? JSON lines in your own item ids.
 
-    Scores are natural log-probabilities of the items' texts under the softmax of --decode; equal ones are listed by fewer
-    sub-words, then smaller token ids. Under --decode free, texts that are no item are left out and counted.
+    Scores are natural log-probabilities of the items' texts under the softmax of --decode; equal
+    ones are listed by fewer sub-words, then smaller token ids. Under --decode free, texts that are
+    no item are left out and counted.
 
     Example: genrec recommend runs/beauty --history 83,104,105
     """
@@ -154,7 +202,9 @@ def recommend(
     if all_users and out_dir is None:
         raise UsageError("--all-users needs --out DIR")
     if all_users and titles:
-        raise UsageError("--titles is for lists that are read: of --all-users join the lists with DATA/items.parquet")
+        raise UsageError(
+            "--titles is for lists that are read: of --all-users join the lists with DATA/items.parquet"
+        )
     with _processes() as device:
         recommender = Recommender.load(
             run, device, beam=beam, mode=decode,
@@ -168,22 +218,30 @@ def recommend(
             assert out_dir is not None
             dataset = load_dataset(data or data_of(run))
             with _progress("recommend", dataset.sequences.num_users) as advance:
-                path = recommend_all(recommender, dataset, out_dir, top=top, ranks=Ranks(), on_batch=advance)
+                path = recommend_all(
+                    recommender, dataset, out_dir, top=top, ranks=Ranks(), on_batch=advance
+                )
             if path is not None:
                 num_items = len(recommender.choice.rows)
-                say(f"{path}: {dataset.sequences.num_users:,} users, {num_items:,} items to choose from")
+                say(
+                    f"{path}: {dataset.sequences.num_users:,} users, {num_items:,} items to choose from"
+                )
             return
         if file is not None:
             requests = list(read_requests(file))
         elif history is not None:
-            requests = [Request([item.strip() for item in history.split(",") if item.strip()], user)]
+            requests = [
+                Request([item.strip() for item in history.split(",") if item.strip()], user)
+            ]
         else:
             assert user is not None
             requests = [user_request(load_dataset(data or data_of(run)), recommender.run, user)]
         called = Titles(load_dataset(data or data_of(run))) if titles else None
         for request, answer in zip(requests, recommender.answers(requests, k=top), strict=True):
             if answer.unknown_items:
-                typer.echo(f"not in the catalogue, skipped: {', '.join(answer.unknown_items)}", err=True)
+                typer.echo(
+                    f"not in the catalogue, skipped: {', '.join(answer.unknown_items)}", err=True
+                )
             typer.echo(answer.as_json() if called is None else called.page(request, answer))
 
 
@@ -191,14 +249,18 @@ def _tell_unknown(file: Path | None, ids: list[str]) -> None:
     from genrec_dist.inference.item_filter import name_some
 
     if ids:
-        typer.echo(f"{file}: {len(ids):,} ids are not in the catalogue, skipped: {name_some(ids)}", err=True)
+        typer.echo(
+            f"{file}: {len(ids):,} ids are not in the catalogue, skipped: {name_some(ids)}",
+            err=True,
+        )
 
 
 class _processes:
-    """The device of this process; under a launcher also the process group, which is left in good order at the end.
+    """The device of this process; under a launcher also the process group, which is left in good
+    order at the end.
 
-    Only decoding happens within, so neither accelerate nor DeepSpeed is asked, whatever the launcher has set for them.
-    """
+    Only decoding happens within, so neither accelerate nor DeepSpeed is asked, whatever the
+    launcher has set for them."""
 
     def __enter__(self) -> Any:
         from genrec_dist.distributed.collectives import join

@@ -1,4 +1,5 @@
-"""What the doors share: options of one meaning, the way to say a line, and who this process is among several."""
+"""What the doors share: options of one meaning, the way to say a line, and who this process is
+among several."""
 
 from __future__ import annotations
 
@@ -9,20 +10,32 @@ import typer
 
 Split = Literal["validation", "test"]
 YesNo = Literal["auto", "yes", "no"]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `genrec train`.")]
-DataArgument = Annotated[Path, typer.Argument(metavar="DATA", help="Directory of `genrec prepare`.")]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="Run directory of `genrec train`.")
+]
+DataArgument = Annotated[
+    Path, typer.Argument(metavar="DATA", help="Directory of `genrec prepare`.")
+]
 DataOption = Annotated[
-    Path | None, typer.Option("--data", help="Data directory; default: the one the run was trained on.")
+    Path | None,
+    typer.Option("--data", help="Data directory; default: the one the run was trained on."),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")]
 EngineOption = Annotated[
-    Literal["local", "ray"], typer.Option("--engine", help="ray: on a cluster, to the same bytes: docs/data.md.")
+    Literal["local", "ray"],
+    typer.Option("--engine", help="ray: on a cluster, to the same bytes: docs/data.md."),
 ]
 RayAddressOption = Annotated[
-    str | None, typer.Option("--ray-address", help="HOST:PORT of a running Ray cluster; default: this machine's cores.")
+    str | None,
+    typer.Option(
+        "--ray-address", help="HOST:PORT of a running Ray cluster; default: this machine's cores."
+    ),
 ]
 ExcludeOption = Annotated[
-    YesNo, typer.Option("--exclude-history", help="Leave out items of the history; auto: where no target repeats.")
+    YesNo,
+    typer.Option(
+        "--exclude-history", help="Leave out items of the history; auto: where no target repeats."
+    ),
 ]
 
 

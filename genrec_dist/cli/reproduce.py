@@ -11,46 +11,76 @@ import typer
 
 def reproduce(
     name: Annotated[
-        Literal["beauty", "sports", "toys", "yelp"], typer.Argument(metavar="SET", help="beauty, sports, toys or yelp.")
+        Literal["beauty", "sports", "toys", "yelp"],
+        typer.Argument(metavar="SET", help="beauty, sports, toys or yelp."),
     ],
-    data: Annotated[Path, typer.Option("--data", help="Its file, `user item item ...` a line, gz or not.")],
+    data: Annotated[
+        Path, typer.Option("--data", help="Its file, `user item item ...` a line, gz or not.")
+    ],
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Directory of it all; default: runs/reproduce-SET.")
     ] = None,
-    protocol: Annotated[Literal["leak-free", "paper", "both"], typer.Option(help="Which tables.")] = "both",
-    systems: Annotated[str | None, typer.Option(help="Rows to make, as best,knn; default: all.")] = None,
+    protocol: Annotated[
+        Literal["leak-free", "paper", "both"], typer.Option(help="Which tables.")
+    ] = "both",
+    systems: Annotated[
+        str | None, typer.Option(help="Rows to make, as best,knn; default: all.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Of each recipe and of SASRec: 0, 1, ...", min=1)] = 3,
     recipe: Annotated[str, typer.Option(help="The recipe of the row best.")] = "best",
     paper_recipe: Annotated[
-        str | None, typer.Option(help="Of the paper's model; default: paper-base on a GPU, paper-tiny on a CPU.")
+        str | None,
+        typer.Option(
+            help="Of the paper's model; default: paper-base on a GPU, paper-tiny on a CPU."
+        ),
     ] = None,
     hybrid: Annotated[
         str | None,
-        typer.Option(help="The recipe of the rows hybrid and items; default: that of best, if it has an item head."),
+        typer.Option(
+            help="The recipe of the rows hybrid and items; default: that of best, if it has an item head."
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="dotted.key=value of all recipes, or RECIPE:dotted.key=value of one."),
+        typer.Option(
+            "--set", help="dotted.key=value of all recipes, or RECIPE:dotted.key=value of one."
+        ),
     ] = None,
-    sasrec: Annotated[list[str] | None, typer.Option("--sasrec", help="key=value of SASRec, repeatable.")] = None,
-    knn: Annotated[list[str] | None, typer.Option("--knn", help="key=value of the row knn, repeatable.")] = None,
-    refit: Annotated[bool, typer.Option("--refit", help="Also rows trained through t_n-1, leak-free.")] = False,
+    sasrec: Annotated[
+        list[str] | None, typer.Option("--sasrec", help="key=value of SASRec, repeatable.")
+    ] = None,
+    knn: Annotated[
+        list[str] | None, typer.Option("--knn", help="key=value of the row knn, repeatable.")
+    ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Also rows trained through t_n-1, leak-free.")
+    ] = False,
     readings: Annotated[
         Literal["n-2", "n-1", "both"],
-        typer.Option(help="Paper's protocol: is t_n-1 a target of the paper's model's training (n-1)?"),
+        typer.Option(
+            help="Paper's protocol: is t_n-1 a target of the paper's model's training (n-1)?"
+        ),
     ] = "n-2",
     switches: Annotated[
-        bool, typer.Option("--switches", help="Paper's protocol: the published code's departures, one at a time.")
+        bool,
+        typer.Option(
+            "--switches", help="Paper's protocol: the published code's departures, one at a time."
+        ),
     ] = False,
     minutes: Annotated[
-        float | None, typer.Option(help="Stop in good order after so many; the same command goes on.", min=0)
+        float | None,
+        typer.Option(help="Stop in good order after so many; the same command goes on.", min=0),
     ] = None,
-    publish: Annotated[Path | None, typer.Option(help="Also merge the rows into this file.")] = None,
+    publish: Annotated[
+        Path | None, typer.Option(help="Also merge the rows into this file.")
+    ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="The steps and what is there of them; nothing is done.")
+        bool,
+        typer.Option("--dry-run", help="The steps and what is there of them; nothing is done."),
     ] = False,
 ) -> None:
-    """From a file to the tables of both protocols, leak-free and the paper's; interrupted, the same command goes on.
+    """From a file to the tables of both protocols, leak-free and the paper's; interrupted, the same
+    command goes on.
 
     Example: genrec reproduce beauty --data Beauty.txt.gz --seeds 3
     """
@@ -60,7 +90,12 @@ def reproduce(
     from genrec_dist.reproduce.systems import PROTOCOLS, Choices
 
     flags = ("--refit", refit), ("--switches", switches)
-    named = ("--recipe", recipe), ("--paper-recipe", paper_recipe), ("--hybrid", hybrid), ("--systems", systems)
+    named = (
+        ("--recipe", recipe),
+        ("--paper-recipe", paper_recipe),
+        ("--hybrid", hybrid),
+        ("--systems", systems),
+    )
     given = [word for flag, value in named if value is not None for word in (flag, value)]
     given += [word for value in overrides or () for word in ("--set", value)]
     given += [word for value in sasrec or () for word in ("--sasrec", value)]

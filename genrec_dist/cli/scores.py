@@ -21,14 +21,20 @@ def baseline(
     data: DataArgument,
     out_dir: Annotated[Path, typer.Option("--out", help="Directory for metrics and lists.")],
     split: Annotated[Split, typer.Option(help="Which items are the targets.")] = "test",
-    trained_through: Annotated[Literal["n-2", "n-1"], typer.Option(help="Last position it may learn.")] = "n-2",
+    trained_through: Annotated[
+        Literal["n-2", "n-1"], typer.Option(help="Last position it may learn.")
+    ] = "n-2",
     exclude_history: ExcludeOption = "auto",
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", help="key=value of knn or sasrec; of sasrec+knn also with knn. or sasrec. before it."),
+        typer.Option(
+            "--set",
+            help="key=value of knn or sasrec; of sasrec+knn also with knn. or sasrec. before it.",
+        ),
     ] = None,
 ) -> None:
-    """The same metrics from the same evaluator for a rule that learns little or nothing, or for SASRec, trained into DIR.
+    """The same metrics from the same evaluator for a rule that learns little or nothing, or for
+    SASRec, trained into DIR.
 
     Example: genrec baseline knn data/beauty --out runs/beauty-knn
     """
@@ -39,7 +45,9 @@ def baseline(
     from genrec_dist.evaluation.results import format_table
 
     if overrides and name not in ("knn", "sasrec", "sasrec+knn"):
-        raise UsageError(f"--set {overrides[0]}: {name} has nothing to set, only knn, sasrec and sasrec+knn have")
+        raise UsageError(
+            f"--set {overrides[0]}: {name} has nothing to set, only knn, sasrec and sasrec+knn have"
+        )
     dataset = load_dataset(data)
     excluded = exclude(exclude_history, exclude_history_default(dataset.sequences))
     metrics = run_baseline(
@@ -50,14 +58,20 @@ def baseline(
 
 
 def compare(
-    run_a: Annotated[Path, typer.Argument(metavar="RUN_A", help="A run or a baseline's output; or a folder of seeds.")],
+    run_a: Annotated[
+        Path,
+        typer.Argument(metavar="RUN_A", help="A run or a baseline's output; or a folder of seeds."),
+    ],
     run_b: Annotated[Path, typer.Argument(metavar="RUN_B", help="What it is compared with.")],
     split: Annotated[Split, typer.Option(help="Whose lists.")] = "test",
     resamples: Annotated[int, typer.Option(help="Of the bootstrap.", min=100)] = 10_000,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Also write it all to this file.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Also write it all to this file.")
+    ] = None,
 ) -> None:
-    """Is one better than the other? Paired bootstrap over users, and over seeds where there are several.
+    """Is one better than the other? Paired bootstrap over users, and over seeds where there are
+    several.
 
     Example: genrec compare runs/beauty runs/beauty-knn
     """

@@ -30,7 +30,9 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     return recipe_from(values, overrides, str(path))
 
 
-def recipe_from(values: dict[str, Any], overrides: list[str] | None = None, source: str = "recipe") -> Recipe:
+def recipe_from(
+    values: dict[str, Any], overrides: list[str] | None = None, source: str = "recipe"
+) -> Recipe:
     """A recipe of nested keys and values, as YAML has them; `overrides` change `values`.
 
     Raises ValueError naming `source` and the key for anything that does not fit.
@@ -45,11 +47,14 @@ def recipe_from(values: dict[str, Any], overrides: list[str] | None = None, sour
 Section = TypeVar("Section")
 
 
-def section_from(kind: type[Section], values: dict[str, Any], overrides: list[str] | None, source: str) -> Section:
-    """Any dataclass of typed knobs from keys and values, as `recipe_from` makes a recipe; what values may be is not checked.
+def section_from(
+    kind: type[Section], values: dict[str, Any], overrides: list[str] | None, source: str
+) -> Section:
+    """Any dataclass of typed knobs from keys and values, as `recipe_from` makes a recipe; what
+    values may be is not checked.
 
-    Raises ValueError naming `source` and the key for one that is unknown, missing or of another type.
-    """
+    Raises ValueError naming `source` and the key for one that is unknown, missing or of another
+    type."""
     for override in overrides or []:
         _set(values, override)
     section: Section = _build(kind, values, source, "")
@@ -90,7 +95,9 @@ def _build(kind: Any, value: Any, source: str, key: str) -> Any:
     if origin is Literal:
         if value in get_args(kind):
             return value
-        raise ValueError(f"{source}: {key}: {value!r} is none of {', '.join(map(str, get_args(kind)))}")
+        raise ValueError(
+            f"{source}: {key}: {value!r} is none of {', '.join(map(str, get_args(kind)))}"
+        )
     if origin in (types.UnionType, Union):
         if value is None and type(None) in get_args(kind):
             return None
@@ -100,7 +107,9 @@ def _build(kind: Any, value: Any, source: str, key: str) -> Any:
         parts = get_args(kind)
         if not isinstance(value, list | tuple) or len(value) != len(parts):
             raise ValueError(f"{source}: {key}: {value!r} is not a list of {len(parts)} values")
-        return tuple(_build(part, item, source, key) for part, item in zip(parts, value, strict=True))
+        return tuple(
+            _build(part, item, source, key) for part, item in zip(parts, value, strict=True)
+        )
     return _scalar(kind, value, source, key)
 
 
@@ -124,17 +133,25 @@ def _build_section(kind: type, value: Any, source: str, key: str) -> Any:
     unknown = sorted(set(map(str, value)) - set(hints))
     if unknown:
         where = f"{key}." if key else ""
-        raise ValueError(f"{source}: unknown key {where}{unknown[0]}; known here: {', '.join(hints)}")
+        raise ValueError(
+            f"{source}: unknown key {where}{unknown[0]}; known here: {', '.join(hints)}"
+        )
     prefix = f"{key}." if key else ""
-    built = {name: _build(hints[name], item, source, f"{prefix}{name}") for name, item in value.items()}
+    built = {
+        name: _build(hints[name], item, source, f"{prefix}{name}") for name, item in value.items()
+    }
     defaults = {f.name: f for f in dataclasses.fields(kind)}
     missing = [
         name
         for name, f in defaults.items()
-        if name not in built and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if name not in built
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{source}: {prefix}{missing[0]} is missing; add it or pass --set {prefix}{missing[0]}=VALUE")
+        raise ValueError(
+            f"{source}: {prefix}{missing[0]} is missing; add it or pass --set {prefix}{missing[0]}=VALUE"
+        )
     if kind is Recipe and "targets" not in value.get("pretrain", {"targets": ""}):
         # A pretraining section that names no targets means the mask strategy, as in the paper.
         built["pretrain"] = dataclasses.replace(built["pretrain"], targets="mask")

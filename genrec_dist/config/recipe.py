@@ -16,7 +16,8 @@ EncoderUnit = Literal["subword", "item"]
 MOVES_NO_GRADIENT = (
     "data", "run", "shards", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_tokens",
 )  # fmt: skip
-"""Keys of a recipe that say where things lie and how work is cut: two runs that differ in them alone are one recipe's."""
+"""Keys of a recipe that say where things lie and how work is cut: two runs that differ in them
+alone are one recipe's."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,11 @@ class Model:
     ffn: int = 512
     """Width of the feed-forward layers."""
     backbone: str | None = None
-    """Name or directory of BART weights to start from; they then set the shape above. null: from scratch."""
+    """Name or directory of BART weights to start from; they then set the shape above. null: from
+    scratch."""
     max_tokens: int = 512
-    """Longest encoder input in positions (`encoder_unit`); whole oldest items are dropped beyond it."""
+    """Longest encoder input in positions (`encoder_unit`); whole oldest items are dropped beyond
+    it."""
     dropout: float = 0.1
     attention_dropout: float = 0.0
     activation_dropout: float = 0.0
@@ -43,43 +46,53 @@ class Model:
     item_ids: bool = True
     """Add the item's id embedding to each of its sub-words (the paper's IDEMB)."""
     decoder_start: Literal["mask", "state"] = "mask"
-    """What the decoder's first input is. mask: the token of the mask it is to fill. state: that, plus the encoder's state at this
-    [MASK] (of a causal encoder: at the last item), which so reaches the output without going through cross-attention."""
+    """What the decoder's first input is. mask: the token of the mask it is to fill. state: that,
+    plus the encoder's state at this [MASK] (of a causal encoder: at the last item), which so
+    reaches the output without going through cross-attention."""
     item_loss: float = 0.0
-    """Weight, a target item, of a second head beside the decoder's loss a token: it names the item from the encoder's state at
-    [MASK] by a softmax over the whole catalogue, whose rows are the item id table's. 0: no such head."""
+    """Weight, a target item, of a second head beside the decoder's loss a token: it names the item
+    from the encoder's state at [MASK] by a softmax over the whole catalogue, whose rows are the
+    item id table's. 0: no such head."""
     id_dim: int = 0
-    """Width of the id tables, projected to d_model where it differs; 0: d_model, as in the paper. Many ids: 64."""
+    """Width of the id tables, projected to d_model where it differs; 0: d_model, as in the paper.
+    Many ids: 64."""
     encoder_unit: EncoderUnit = "subword"
-    """subword: each sub-word has an encoder position (BART, the paper). item: each word has one, its embedding the sum of its
-    sub-words', so that a history is as long as it has items. The decoder speaks sub-words either way."""
+    """subword: each sub-word has an encoder position (BART, the paper). item: each word has one,
+    its embedding the sum of its sub-words', so that a history is as long as it has items. The
+    decoder speaks sub-words either way."""
     encoder_attention: Literal["bidirectional", "causal"] = "bidirectional"
-    """bidirectional: every position sees all others (BART, the paper). causal: only those before it, and no [MASK] or </s> stands
-    behind a history; what is encoded of it is then the same for each longer one, which `targets: all-prefixes` needs."""
+    """bidirectional: every position sees all others (BART, the paper). causal: only those before
+    it, and no [MASK] or </s> stands behind a history; what is encoded of it is then the same for
+    each longer one, which `targets: all-prefixes` needs."""
     positions: Literal["from-start", "from-end"] = "from-start"
-    """Count encoder positions from <s> (BART, the paper) or back from </s>, so that an item's position is its age."""
+    """Count encoder positions from <s> (BART, the paper) or back from </s>, so that an item's
+    position is its age."""
     scale_embedding: bool = False
     """Multiply token embeddings by sqrt(d_model) (BART: no)."""
     init_std: float = 0.02
     """Standard deviation of the initial weights, id tables included."""
     init_items: Literal["random", "cooccurrence"] = "random"
-    """What the items' rows begin with. cooccurrence: directions that items share with their neighbours in the training parts
-    (t_1..t_{n-2} whatever `trained_through`), as long as random ones; in the rows of their tokens where each item is one token,
-    else in the item id table."""
+    """What the items' rows begin with. cooccurrence: directions that items share with their
+    neighbours in the training parts (t_1..t_{n-2} whatever `trained_through`), as long as random
+    ones; in the rows of their tokens where each item is one token, else in the item id table."""
 
 
 @dataclass(frozen=True)
 class Tokens:
     tokenizer: str | None = None
-    """Name or directory of a Hugging Face fast tokenizer. null: the backbone's, or a byte-level BPE trained on the item words."""
+    """Name or directory of a Hugging Face fast tokenizer. null: the backbone's, or a byte-level BPE
+    trained on the item words."""
     vocab_size: int = 1024
-    """Size of the BPE that is trained when no tokenizer is named; large enough, each item becomes one token."""
+    """Size of the BPE that is trained when no tokenizer is named; large enough, each item becomes
+    one token."""
     trim: bool = False
-    """Keep the tokens that words use alone: the others have no row in embedding and head, of BART's 50,265 all but about 1,100.
-    Tokens of items and </s> share the probability; users' tokens, masks and <s> are read and never spoken."""
+    """Keep the tokens that words use alone: the others have no row in embedding and head, of BART's
+    50,265 all but about 1,100. Tokens of items and </s> share the probability; users' tokens, masks
+    and <s> are read and never spoken."""
     certain: Literal["learned", "given"] = "learned"
-    """Tokens about which the catalogue leaves no choice: an item's only continuation, and </s> where nothing else can follow.
-    learned: in loss and score like all others, as in the paper. given: in neither, their probability is 1."""
+    """Tokens about which the catalogue leaves no choice: an item's only continuation, and </s>
+    where nothing else can follow. learned: in loss and score like all others, as in the paper.
+    given: in neither, their probability is 1."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,8 @@ class Mask:
     strategy: Literal["single", "last-biased", "recency", "span", "multi"] = "single"
     """Which items of the training part become the target of a pretraining sample."""
     p: float = 0.5
-    """last-biased: probability of the last item. recency: ratio of the geometric law, 0 < p <= 1, larger is more recent."""
+    """last-biased: probability of the last item. recency: ratio of the geometric law, 0 < p <= 1,
+    larger is more recent."""
     k: int = 4
     """span: longest span. multi: number of targets."""
 
@@ -105,8 +119,9 @@ class Stage:
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """What follows the warm-up, down to zero at the stage's end."""
     targets: Literal["mask", "last", "every-prefix", "all-prefixes"] = "last"
-    """mask: the strategy below chooses inside the training part. last, every-prefix: [MASK] after the history. all-prefixes: the
-    samples of every-prefix, those of a user in one step and behind one encoded sequence (causal encoders); a batch counts users."""
+    """mask: the strategy below chooses inside the training part. last, every-prefix: [MASK] after
+    the history. all-prefixes: the samples of every-prefix, those of a user in one step and behind
+    one encoded sequence (causal encoders); a batch counts users."""
     mask: Mask = field(default_factory=Mask)
     """Read when targets is mask."""
     label_smoothing: float = 0.0
@@ -118,17 +133,20 @@ class Optimizer:
     eps: float = 1e-8
     weight_decay: float = 0.01
     decay: Literal["all", "matrices", "none"] = "matrices"
-    """What is decayed: everything (the paper's code), all but biases, norms and id tables, or nothing."""
+    """What is decayed: everything (the paper's code), all but biases, norms and id tables, or
+    nothing."""
     clip: float = 1.0
     """Largest gradient norm; 0 does not clip."""
     id_tables: Literal["dense", "row-adagrad"] = "dense"
-    """Where the id tables live. dense: parameters among the others. row-adagrad: outside autograd and ZeRO, rows sharded over
-    the ranks, of which a step fetches, learns (row-wise Adagrad) and sends only those it touches: for millions of ids."""
+    """Where the id tables live. dense: parameters among the others. row-adagrad: outside autograd
+    and ZeRO, rows sharded over the ranks, of which a step fetches, learns (row-wise Adagrad) and
+    sends only those it touches: for millions of ids."""
     id_learning_rate: float = 0.05
-    """Peak learning rate of row-adagrad; it follows the stage's schedule. Such tables are neither decayed nor clipped."""
+    """Peak learning rate of row-adagrad; it follows the stage's schedule. Such tables are neither
+    decayed nor clipped."""
     average: float = 0.0
-    """Decay of the running average of the weights that is validated and kept as `best`; 0 keeps the weights themselves.
-    Id tables of row-adagrad are kept as they are."""
+    """Decay of the running average of the weights that is validated and kept as `best`; 0 keeps the
+    weights themselves. Id tables of row-adagrad are kept as they are."""
 
 
 @dataclass(frozen=True)
@@ -145,39 +163,43 @@ class Validation:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A run, from data to `best/`. Topology (processes, ZeRO stage) is not here: it belongs to the launch file."""
+    """A run, from data to `best/`. Topology (processes, ZeRO stage) is not here: it belongs to the
+    launch file."""
 
     data: str
     """Directory of `genrec prepare`."""
     run: str
     """Directory of the run."""
     begin_from: str | None = None
-    """Run directory, or a directory like its `best/`, whose weights and tokenizer this run begins with (`genrec train --from`);
-    rows are added for users and items that are new (docs/refresh.md). null: it begins anew."""
+    """Run directory, or a directory like its `best/`, whose weights and tokenizer this run begins
+    with (`genrec train --from`); rows are added for users and items that are new (docs/refresh.md).
+    null: it begins anew."""
     shards: str | None = None
     """Directory of `genrec shard`. null: `shards/` inside the data directory."""
     seed: int = 0
     trained_through: Literal["n-2", "n-1"] = "n-2"
-    """Last position the model may learn; n-1 is the refit that also learns the validation item. Of a split by time
-    the training period, and that with the validation period."""
+    """Last position the model may learn; n-1 is the refit that also learns the validation item. Of
+    a split by time the training period, and that with the validation period."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     micro_batch_tokens: int = 8192
-    """Encoder tokens, padding included, that a rank takes through the model at once; a step accumulates as many
-    micro-batches of samples of like length as its share needs."""
+    """Encoder tokens, padding included, that a rank takes through the model at once; a step
+    accumulates as many micro-batches of samples of like length as its share needs."""
     head: Literal["auto", HeadLoss] = "auto"
-    """How the loss of the output head is computed. full: with the logits of all target tokens of a micro-batch over the whole
-    vocabulary at once, and their gradients. chunked: some rows of them at a time. liger: so, too, by Liger-Kernel on a GPU.
-    auto: chunked on a CPU, where it is the faster one as well (docs/log.md), full elsewhere until it is measured there."""
+    """How the loss of the output head is computed. full: with the logits of all target tokens of a
+    micro-batch over the whole vocabulary at once, and their gradients. chunked: some rows of them
+    at a time. liger: so, too, by Liger-Kernel on a GPU. auto: chunked on a CPU, where it is the
+    faster one as well (docs/log.md), full elsewhere until it is measured there."""
     packing: Literal["auto", "packed", "padded"] = "auto"
-    """How the sequences of a micro-batch lie in memory. packed: one behind another, no padding; on a GPU attention then takes
-    torch's kernel for ragged sequences. padded: side by side, to the longest one. auto: packed on a CPU, where it is measured
-    (docs/speed.md), padded elsewhere until it is measured there. Losses and gradients are the same to rounding."""
+    """How the sequences of a micro-batch lie in memory. packed: one behind another, no padding; on
+    a GPU attention then takes torch's kernel for ragged sequences. padded: side by side, to the
+    longest one. auto: packed on a CPU, where it is measured (docs/speed.md), padded elsewhere until
+    it is measured there. Losses and gradients are the same to rounding."""
     compile: Literal["none", "layers"] = "none"
-    """layers: torch.compile of what lies around attention in each layer, of packed micro-batches. It takes a minute at the start;
-    what it gains is in docs/speed.md."""
+    """layers: torch.compile of what lies around attention in each layer, of packed micro-batches.
+    It takes a minute at the start; what it gains is in docs/speed.md."""
     recompute: bool = False
-    """Keep the input of each layer alone and compute the rest again in the backward pass (activation checkpointing): a third
-    more operations for a fraction of the memory."""
+    """Keep the input of each layer alone and compute the rest again in the backward pass
+    (activation checkpointing): a third more operations for a fraction of the memory."""
     workers: int = 1
     """Processes a rank that prepare batches ahead; 0 prepares them in the training process."""
     log_every: int = 10

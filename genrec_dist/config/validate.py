@@ -11,21 +11,26 @@ from genrec_dist.config.recipe import Recipe
 
 
 def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
-    """Refuse values that no run can have. Raises ValueError naming the key, its value and what it may be."""
+    """Refuse values that no run can have. Raises ValueError naming the key, its value and what it
+    may be."""
     for key, (text, holds) in LIMITS.items():
         value = _value_of(recipe, key)
         if not all(holds(one) for one in (value if isinstance(value, tuple) else (value,))):
             raise ValueError(f"{source}: {key} is {value}: it has to be {text}")
     model = recipe.model
     if model.d_model % model.heads:
-        raise ValueError(f"{source}: model.d_model {model.d_model} is no multiple of model.heads {model.heads}")
+        raise ValueError(
+            f"{source}: model.d_model {model.d_model} is no multiple of model.heads {model.heads}"
+        )
     if recipe.micro_batch_tokens < model.max_tokens:
         raise ValueError(
             f"{source}: micro_batch_tokens {recipe.micro_batch_tokens} is below model.max_tokens {model.max_tokens}: "
             "one sample has to fit"
         )
     if recipe.optimizer.id_tables != "dense" and recipe.optimizer.decay == "all":
-        raise ValueError(f"{source}: optimizer.decay all: row-adagrad decays no ids; set it to matrices or none")
+        raise ValueError(
+            f"{source}: optimizer.decay all: row-adagrad decays no ids; set it to matrices or none"
+        )
     _check_attention(recipe, source)
     for name, stage in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune)):
         together = stage.epochs and stage.targets == "mask" and stage.mask.strategy == "span"
@@ -52,7 +57,9 @@ def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
             "dense"
         )
     if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
-        raise ValueError(f"{source}: pretrain.epochs and finetune.epochs are both 0: nothing to train")
+        raise ValueError(
+            f"{source}: pretrain.epochs and finetune.epochs are both 0: nothing to train"
+        )
 
 
 def _check_attention(recipe: Recipe, source: str) -> None:
@@ -105,13 +112,22 @@ LIMITS: dict[str, Limit] = {
     "log_every": _AT_LEAST_1,
     "checkpoint_every": _AT_LEAST_1,
     "keep_checkpoints": _AT_LEAST_1,
-    **{f"model.{name}": _AT_LEAST_1 for name in ("d_model", "encoder_layers", "decoder_layers", "heads", "ffn")},
+    **{
+        f"model.{name}": _AT_LEAST_1
+        for name in ("d_model", "encoder_layers", "decoder_layers", "heads", "ffn")
+    },
     "model.max_tokens": ("16 or above", lambda value: value >= 16),
-    **{f"model.{name}dropout": _BELOW_1 for name in ("", "attention_", "activation_", "embedding_")},
+    **{
+        f"model.{name}dropout": _BELOW_1 for name in ("", "attention_", "activation_", "embedding_")
+    },
     "model.init_std": _POSITIVE,
     "model.id_dim": _NOT_NEGATIVE,
     "model.item_loss": _NOT_NEGATIVE,
-    **{f"{stage}.{name}": limit for stage in ("pretrain", "finetune") for name, limit in _STAGE_LIMITS.items()},
+    **{
+        f"{stage}.{name}": limit
+        for stage in ("pretrain", "finetune")
+        for name, limit in _STAGE_LIMITS.items()
+    },
     "optimizer.betas": _BELOW_1,
     "optimizer.eps": _POSITIVE,
     "optimizer.weight_decay": _NOT_NEGATIVE,

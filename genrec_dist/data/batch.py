@@ -17,15 +17,19 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class AskedItems:
-    """The item behind each decoder row's mask, which the item head names from the encoder's state there."""
+    """The item behind each decoder row's mask, which the item head names from the encoder's state
+    there."""
 
     places_R: Tensor
     """int64 [R], the mask's among the encoder's tokens, [B x L] or [n]."""
     items_R: Tensor
-    """int64 [R], item rows, IGNORED where nothing is to be learned; of several items behind one mask the first."""
+    """int64 [R], item rows, IGNORED where nothing is to be learned; of several items behind one
+    mask the first."""
 
     def to(self, device: torch.device) -> AskedItems:
-        return AskedItems(self.places_R.to(device, non_blocking=True), self.items_R.to(device, non_blocking=True))
+        return AskedItems(
+            self.places_R.to(device, non_blocking=True), self.items_R.to(device, non_blocking=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ class Work:
     """Sum of T x L over decoder rows."""
 
     def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Work)))
+        return Work(
+            *(getattr(self, field.name) + getattr(other, field.name) for field in fields(Work))
+        )
 
 
 @dataclass(frozen=True)
@@ -78,11 +84,21 @@ class Batch:
     asked: AskedItems | None = None
     """What the item head is asked, where there is one."""
     visible: Tensor | None = None
-    """int64 [R], encoder tokens that a decoder row may look at, the first so many of its sample's; None: all."""
+    """int64 [R], encoder tokens that a decoder row may look at, the first so many of its sample's;
+    None: all."""
 
     def to(self, device: torch.device) -> Batch:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        for name in ("encoder", "encoder_row", "decoder_input_ids", "labels", "plan", "packing", "asked", "visible"):
+        for name in (
+            "encoder",
+            "encoder_row",
+            "decoder_input_ids",
+            "labels",
+            "plan",
+            "packing",
+            "asked",
+            "visible",
+        ):
             values[name] = None if values[name] is None else values[name].to(device)
         return Batch(**values)
 
@@ -93,15 +109,16 @@ class RankStep:
 
     micro_batches: list[Batch]
     samples_digest: int
-    """int64, the wrapping sum of hashes of (sample id, its targets), padding left out: ranks add theirs up, and two runs that
-    agree in it took the same samples with the same masks, whatever the number of ranks."""
+    """int64, the wrapping sum of hashes of (sample id, its targets), padding left out: ranks add
+    theirs up, and two runs that agree in it took the same samples with the same masks, whatever the
+    number of ranks."""
     num_samples: int
     """Samples that count."""
     num_padding: int
     """Repeated samples that only even out the ranks."""
     id_rows: dict[str, Tensor] = field(default_factory=dict)
-    """`user`, `item` -> int64 [u], the step's distinct table rows, ascending, where id tables live outside the model; the
-    micro-batches then hold places among them."""
+    """`user`, `item` -> int64 [u], the step's distinct table rows, ascending, where id tables live
+    outside the model; the micro-batches then hold places among them."""
 
     @property
     def num_target_tokens(self) -> int:
@@ -113,7 +130,8 @@ class RankStep:
 
 
 def idle_batch(batch: Batch) -> Batch:
-    """One sample that teaches nothing: a rank that has run out of micro-batches goes through the layers with it."""
+    """One sample that teaches nothing: a rank that has run out of micro-batches goes through the
+    layers with it."""
     if batch.packing is None:
         tokens, targets, packing = slice(-1, None), slice(-1, None), None
     else:
@@ -132,5 +150,6 @@ def idle_batch(batch: Batch) -> Batch:
         num_slots=one.input_ids.numel() + labels.numel(),
         packing=packing,
         visible=None if batch.visible is None else torch.ones(1, dtype=torch.long),
-        asked=batch.asked and AskedItems(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORED)),
+        asked=batch.asked
+        and AskedItems(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORED)),
     )

@@ -1,6 +1,8 @@
-"""From samples to the tensors of one step: mask, cut into micro-batches, gather tokens, pad or pack."""
+"""From samples to the tensors of one step: mask, cut into micro-batches, gather tokens, pad or
+pack."""
 
-# B samples, R decoder rows, L input tokens, T target tokens; packed: n input tokens, m target tokens
+# B samples, R decoder rows, L input tokens, T target tokens; packed: n input tokens, m target
+# tokens
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from genrec_dist.data.prefix_samples import Stretches, cut_prefixes
 from genrec_dist.data.word_table import EOS_WORD, FIRST_MASK_WORD, WordTable
 
 WORTH_A_CUT = 4096
-"""Padding tokens that cost more than one more micro-batch (two CPU cores, width 128: docs/log.md, 2026-11-21)."""
+"""Padding tokens that cost more than one more micro-batch (two CPU cores, width 128: docs/log.md,
+2026-11-21)."""
 
 
 class SequenceSource(Protocol):
@@ -48,7 +51,8 @@ class MaskedSamples:
     target_offsets: np.ndarray
     """int64 [R + 1]."""
     visible_R: np.ndarray | None = None
-    """int64 [R], encoder tokens of its row's that each decoder row may look at, the first so many; None: all."""
+    """int64 [R], encoder tokens of its row's that each decoder row may look at, the first so many;
+    None: all."""
     counted_B: np.ndarray | None = None
     """bool [B], encoder rows that count as a sample; None: all."""
     learned_R: np.ndarray | None = None
@@ -73,18 +77,21 @@ def make_step(
     ask_items: bool = False,
     all_prefixes: bool = False,
 ) -> RankStep:
-    """A rank's samples of a step as micro-batches of samples of like length (the sum over a step has no order).
+    """A rank's samples of a step as micro-batches of samples of like length (the sum over a step
+    has no order).
 
-    `mask` is the strategy, or None for [MASK] after the history. A micro-batch holds at most `micro_batch_tokens` encoder
-    tokens, padding included (one sample at least); `packed`: there is none. `ask_items`: for a model with an item head.
-    `all_prefixes`: each item of a sample's training part but the first is a target (causal encoders).
-    """
+    `mask` is the strategy, or None for [MASK] after the history. A micro-batch holds at most
+    `micro_batch_tokens` encoder tokens, padding included (one sample at least); `packed`: there is
+    none. `ask_items`: for a model with an item head. `all_prefixes`: each item of a sample's
+    training part but the first is a target (causal encoders)."""
     items, offsets = source.gather(samples.user_rows)
     starts_B = offsets[:-1]
     if layout.causal:
         last_B = samples.training_lengths - 1 if all_prefixes else samples.target_positions
         targets = Targets(last_B.astype(np.int64)[:, None], together=False)
-        stretches = cut_prefixes(items, starts_B, starts_B + last_B + 1, samples.user_rows, layout, all_prefixes)
+        stretches = cut_prefixes(
+            items, starts_B, starts_B + last_B + 1, samples.user_rows, layout, all_prefixes
+        )
         batches = [
             collate(
                 prefix_rows(items, stretches, part, layout),
@@ -98,7 +105,8 @@ def make_step(
         ]
         return _rank_step(batches, samples, targets)
     if mask is None:
-        # The target of a finetuning sample stands behind its history: it is read, then shown as [MASK].
+        # The target of a finetuning sample stands behind its history: it is read, then shown as
+        # [MASK].
         ends_B = starts_B + samples.target_positions + 1
         targets = Targets(samples.target_positions.astype(np.int64)[:, None], together=False)
     else:
@@ -108,8 +116,14 @@ def make_step(
     batches = []
     for part in (cut_packed if packed else cut)(tokens_B, micro_batch_tokens):
         positions_bK = targets.positions_BK[part]
-        masked = apply_mask(items, starts_B[part], ends_B[part], positions_bK, targets.together, layout.words)
-        batches.append(collate(masked, samples.user_rows[part], samples.is_padding[part], layout, packed, ask_items))
+        masked = apply_mask(
+            items, starts_B[part], ends_B[part], positions_bK, targets.together, layout.words
+        )
+        batches.append(
+            collate(
+                masked, samples.user_rows[part], samples.is_padding[part], layout, packed, ask_items
+            )
+        )
     return _rank_step(batches, samples, targets)
 
 
@@ -136,8 +150,8 @@ def _token_lengths(
 ) -> np.ndarray:
     """int64 [B], encoder tokens of each sample; too long ones count as full.
 
-    A target counts as its mask: were it counted as itself, its length would choose the samples it is padded beside.
-    """
+    A target counts as its mask: were it counted as itself, its length would choose the samples it
+    is padded beside."""
     words = layout.words
     item_tokens = layout.lengths[words.item_words(items)]
     before = offsets_of(item_tokens)
@@ -145,13 +159,17 @@ def _token_lengths(
     sample_T, column_T = np.nonzero(targets.positions_BK >= 0)
     target_tokens_T = item_tokens[starts_B[sample_T] + targets.positions_BK[sample_T, column_T]]
     mask_tokens_T = (column_T == 0) | (not targets.together)
-    hidden_B = np.bincount(sample_T, target_tokens_T - mask_tokens_T, len(starts_B)).astype(np.int64)
-    return np.minimum(before[ends_B] - before[starts_B] - hidden_B + user_tokens_B + 2, layout.max_tokens)
+    hidden_B = np.bincount(sample_T, target_tokens_T - mask_tokens_T, len(starts_B)).astype(
+        np.int64
+    )
+    return np.minimum(
+        before[ends_B] - before[starts_B] - hidden_B + user_tokens_B + 2, layout.max_tokens
+    )
 
 
 def cut(tokens_B: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
-    """Samples by descending length as [indices, ...]: cut where the padded rectangle would exceed the budget, or where
-    its padding would cost more than another micro-batch does."""
+    """Samples by descending length as [indices, ...]: cut where the padded rectangle would exceed
+    the budget, or where its padding would cost more than another micro-batch does."""
     order = np.argsort(-tokens_B, kind="stable")
     lengths = tokens_B[order]
     parts, start = [], 0
@@ -165,7 +183,8 @@ def cut(tokens_B: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
 
 
 def cut_packed(tokens_B: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
-    """The same without padding: as few parts as the budget allows, of nearly equal numbers of tokens."""
+    """The same without padding: as few parts as the budget allows, of nearly equal numbers of
+    tokens."""
     order = np.argsort(-tokens_B, kind="stable")
     ends = np.cumsum(tokens_B[order])
     parts = 1
@@ -178,13 +197,19 @@ def cut_packed(tokens_B: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray
         parts += 1
 
 
-def choose_targets(samples: StepSamples, layout: Layout, mask: Mask, seed: int, epoch: int) -> Targets:
+def choose_targets(
+    samples: StepSamples, layout: Layout, mask: Mask, seed: int, epoch: int
+) -> Targets:
     """Targets inside the training parts, among the most recent items that are sure to fit."""
     lengths_B = samples.training_lengths.astype(np.int64)
     allowed_B = np.minimum(lengths_B, layout.sure_items)
-    chosen = STRATEGIES[mask.strategy](allowed_B, partial(keyed_uniform, seed, epoch, samples.sample_ids), mask)
+    chosen = STRATEGIES[mask.strategy](
+        allowed_B, partial(keyed_uniform, seed, epoch, samples.sample_ids), mask
+    )
     shift_B1 = (lengths_B - allowed_B)[:, None]
-    return Targets(np.where(chosen.positions_BK < 0, -1, chosen.positions_BK + shift_B1), chosen.together)
+    return Targets(
+        np.where(chosen.positions_BK < 0, -1, chosen.positions_BK + shift_B1), chosen.together
+    )
 
 
 def apply_mask(
@@ -215,10 +240,19 @@ def apply_mask(
     counts_B = (positions_BK >= 0).sum(axis=1)
     kept_B = np.diff(offsets) - np.maximum(counts_B - 1, 0)
     rows = np.arange(len(starts_B))
-    return MaskedSamples(inner[keep], offsets_of(kept_B), rows, np.zeros_like(rows), target_items, offsets_of(counts_B))
+    return MaskedSamples(
+        inner[keep],
+        offsets_of(kept_B),
+        rows,
+        np.zeros_like(rows),
+        target_items,
+        offsets_of(counts_B),
+    )
 
 
-def prefix_rows(items: np.ndarray, stretches: Stretches, part_P: np.ndarray, layout: Layout) -> MaskedSamples:
+def prefix_rows(
+    items: np.ndarray, stretches: Stretches, part_P: np.ndarray, layout: Layout
+) -> MaskedSamples:
     """The decoder rows of these stretches, each behind a prefix of its own."""
     starts_P = stretches.starts_P[part_P]
     flat, offsets = ragged(starts_P, stretches.ends_P[part_P] - starts_P)
@@ -253,7 +287,11 @@ def collate(
     if layout.causal:
         # The last token that the row reads.
         assert masked.visible_R is not None
-        first_B = offsets_of(text.lengths_B)[:-1] if packed else np.arange(len(text.lengths_B)) * text.longest
+        first_B = (
+            offsets_of(text.lengths_B)[:-1]
+            if packed
+            else np.arange(len(text.lengths_B)) * text.longest
+        )
         places_R = first_B[masked.row_sample] + masked.visible_R - 1
     else:
         assert len(text.masks) == len(masked.row_sample), "a mask was cut off"
@@ -297,7 +335,9 @@ class Counts(TypedDict):
     work: Work
 
 
-def _with_targets(text: Text, masked: MaskedSamples, is_padding_B: np.ndarray, layout: Layout, packed: bool) -> Batch:
+def _with_targets(
+    text: Text, masked: MaskedSamples, is_padding_B: np.ndarray, layout: Layout, packed: bool
+) -> Batch:
     labels_RT, decoder_RT, lengths_R = _decoder_rows(masked, layout)
     silent_R = masked.silent_R(is_padding_B)
     counted_B = ~is_padding_B if masked.counted_B is None else masked.counted_B & ~is_padding_B
@@ -308,7 +348,9 @@ def _with_targets(text: Text, masked: MaskedSamples, is_padding_B: np.ndarray, l
         num_target_tokens=num_target_tokens,
         num_targets=int((~silent_R).sum()),
         num_tokens=int(text.lengths_B[~is_padding_B].sum()) + int(lengths_R[~silent_R].sum()),
-        work=_work(text.lengths_B, lengths_R, num_target_tokens, masked, is_padding_B, layout.causal),
+        work=_work(
+            text.lengths_B, lengths_R, num_target_tokens, masked, is_padding_B, layout.causal
+        ),
     )
     if packed:
         return _packed(text, labels_RT, decoder_RT, lengths_R, masked, counts, layout)
@@ -354,13 +396,16 @@ def _packed(
     counts: Counts,
     layout: Layout,
 ) -> Batch:
-    """A packed micro-batch, filled up to one of few numbers of tokens by a last sample that teaches nothing."""
+    """A packed micro-batch, filled up to one of few numbers of tokens by a last sample that teaches
+    nothing."""
     row_sample_R, pad_token = masked.row_sample, layout.pad_token
     text = text.filled(pad_token)
     real_RT = np.arange(labels_RT.shape[1]) < lengths_R[:, None]
     missing = filled_size(int(lengths_R.sum())) - int(lengths_R.sum())
     rows = spans_of(np.append(lengths_R, missing))
-    lengths_B = np.bincount(np.append(row_sample_R, len(text.lengths_B) - 1), rows.lengths, len(text.lengths_B))
+    lengths_B = np.bincount(
+        np.append(row_sample_R, len(text.lengths_B) - 1), rows.lengths, len(text.lengths_B)
+    )
     positions_m = np.append(real_RT.nonzero()[1], np.zeros(missing, np.int64))
     labels_m = np.append(labels_RT[real_RT], np.full(missing, IGNORED))
     visible_m = None
@@ -369,7 +414,9 @@ def _packed(
     return Batch(
         encoder=text.packed(),
         encoder_row=torch.from_numpy(row_sample_R),
-        decoder_input_ids=torch.from_numpy(np.append(decoder_RT[real_RT], np.full(missing, pad_token))),
+        decoder_input_ids=torch.from_numpy(
+            np.append(decoder_RT[real_RT], np.full(missing, pad_token))
+        ),
         labels=torch.from_numpy(labels_m),
         num_slots=len(text.tokens_n) + len(labels_m),
         packing=Packing(
@@ -384,9 +431,12 @@ def _packed(
     )
 
 
-def _decoder_rows(masked: MaskedSamples, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(labels, decoder inputs, tokens a row), int64 [R, T] and [R]: items' tokens and `</s>`; the same behind the mask to fill.
-    Certain tokens are no labels, and rows end with their last label."""
+def _decoder_rows(
+    masked: MaskedSamples, layout: Layout
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(labels, decoder inputs, tokens a row), int64 [R, T] and [R]: items' tokens and `</s>`; the
+    same behind the mask to fill. Certain tokens are no labels, and rows end with their last
+    label."""
     words = layout.words
     item_words = words.item_words(masked.target_items)
     item_tokens = words.lengths[item_words]

@@ -1,4 +1,5 @@
-"""What the encoder reads: sentences of words, one behind another or side by side, with positions and ids."""
+"""What the encoder reads: sentences of words, one behind another or side by side, with positions
+and ids."""
 
 # B samples, L input tokens, n tokens of all sentences, W words, S further sub-words
 
@@ -31,7 +32,8 @@ class Certain:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the encoder's input looks like; the same for training, evaluation and single requests."""
+    """What the encoder's input looks like; the same for training, evaluation and single
+    requests."""
 
     words: WordTable
     pad_token: int
@@ -67,7 +69,8 @@ class Layout:
 
     @property
     def sure_items(self) -> int:
-        """Items that fit whatever their length; pretraining targets are drawn among these most recent ones."""
+        """Items that fit whatever their length; pretraining targets are drawn among these most
+        recent ones."""
         return (self.max_tokens - 2 - self._longest_user) // self._longest_item
 
     @property
@@ -83,7 +86,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class EncoderInput:
-    """Sentences side by side, padded to the longest; or, where a `Packing` says where each lies, one behind another: [n]."""
+    """Sentences side by side, padded to the longest; or, where a `Packing` says where each lies,
+    one behind another: [n]."""
 
     input_ids: Tensor
     """int64 [B, L]."""
@@ -96,11 +100,14 @@ class EncoderInput:
     item_rows: Tensor
     """int64 [B, L], row + 1 on an item's tokens, else 0."""
     further_ids: Tensor | None = None
-    """int64 [B, L, S], where a position is a word: its sub-words behind the first, <pad> where it has fewer."""
+    """int64 [B, L, S], where a position is a word: its sub-words behind the first, <pad> where it
+    has fewer."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> EncoderInput:
         """With each array changed."""
-        return EncoderInput(*(None if values is None else change(values) for values in vars(self).values()))  # type: ignore[arg-type]
+        return EncoderInput(
+            *(None if values is None else change(values) for values in vars(self).values())
+        )  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> EncoderInput:
         return self.map(partial(Tensor.to, device=device, non_blocking=True))
@@ -127,7 +134,8 @@ class Text:
         return int(self.lengths_B.max(initial=0))
 
     def filled(self, pad_token: int) -> Text:
-        """With a last sentence of padding, at least one token, so that few numbers of tokens occur."""
+        """With a last sentence of padding, at least one token, so that few numbers of tokens
+        occur."""
         missing = filled_size(len(self.tokens_n) + 1) - len(self.tokens_n)
         zeros = np.zeros(missing, np.int64)
         further_nS = self.further_nS
@@ -176,11 +184,14 @@ class Text:
         )
 
 
-def encode_histories(items: np.ndarray, offsets: np.ndarray, user_rows_B: np.ndarray, layout: Layout) -> EncoderInput:
-    """Encoder input of histories, [MASK] behind each unless the encoder is causal: what evaluation and requests ask the model.
+def encode_histories(
+    items: np.ndarray, offsets: np.ndarray, user_rows_B: np.ndarray, layout: Layout
+) -> EncoderInput:
+    """Encoder input of histories, [MASK] behind each unless the encoder is causal: what evaluation
+    and requests ask the model.
 
-    items int32 [total] rows, offsets int64 [B + 1], user_rows_B int64 [B] with -1 for an unknown user.
-    """
+    items int32 [total] rows, offsets int64 [B + 1], user_rows_B int64 [B] with -1 for an unknown
+    user."""
     if layout.causal:
         return encode(layout.words.item_words(items), offsets, user_rows_B, layout)
     lengths_B = np.diff(offsets)
@@ -190,8 +201,11 @@ def encode_histories(items: np.ndarray, offsets: np.ndarray, user_rows_B: np.nda
     return encode(inner, offsets_of(lengths_B + 1), user_rows_B, layout)
 
 
-def encode(inner: np.ndarray, offsets: np.ndarray, user_rows_B: np.ndarray, layout: Layout) -> EncoderInput:
-    """`<s> user item ... </s>` as padded arrays; too long: whole oldest words go, the user stays."""
+def encode(
+    inner: np.ndarray, offsets: np.ndarray, user_rows_B: np.ndarray, layout: Layout
+) -> EncoderInput:
+    """`<s> user item ... </s>` as padded arrays; too long: whole oldest words go, the user
+    stays."""
     return write(inner, offsets, user_rows_B, layout).padded(layout.pad_token)
 
 
@@ -203,7 +217,9 @@ def write(inner: np.ndarray, offsets: np.ndarray, user_rows_B: np.ndarray, layou
     user_words_B[known_B] = words.user_words(user_rows_B[known_B])
     num_ends = 0 if layout.causal else 1
     user_tokens_B = np.where(known_B, layout.lengths[user_words_B], 0)
-    inner, lengths_B = _truncate(inner, offsets, layout.max_tokens - 1 - num_ends - user_tokens_B, layout.lengths)
+    inner, lengths_B = _truncate(
+        inner, offsets, layout.max_tokens - 1 - num_ends - user_tokens_B, layout.lengths
+    )
 
     sentence_offsets = offsets_of(lengths_B + 1 + num_ends + known_B)
     sentences = np.empty(sentence_offsets[-1], np.int64)
@@ -252,7 +268,9 @@ def _further(words_n: np.ndarray, layout: Layout) -> np.ndarray:
     words, columns = layout.words, np.arange(layout.num_further)
     places_nS = words.offsets[words_n, None] + 1 + columns
     has_nS = columns < words.lengths[words_n, None] - 1
-    return np.where(has_nS, words.tokens[np.where(has_nS, places_nS, 0)], layout.pad_token).astype(np.int64)
+    return np.where(has_nS, words.tokens[np.where(has_nS, places_nS, 0)], layout.pad_token).astype(
+        np.int64
+    )
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:

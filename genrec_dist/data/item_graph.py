@@ -1,4 +1,5 @@
-"""The transition graph of the training parts: which items stand near those of a history, as shares of one."""
+"""The transition graph of the training parts: which items stand near those of a history, as shares
+of one."""
 
 # B users, N items
 
@@ -28,7 +29,11 @@ class Graph:
 
     @classmethod
     def of(
-        cls, sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings | None = None
+        cls,
+        sequences: Sequences,
+        split: Split,
+        trained_through: TrainedThrough,
+        settings: KnnSettings | None = None,
     ) -> Graph:
         """Of the training parts alone. Raises ValueError if training saw the split's targets."""
         settings = settings or KnnSettings()
@@ -39,10 +44,11 @@ class Graph:
         return int(self.weights_NN.shape[0])
 
     def shares(self, items: np.ndarray, offsets: np.ndarray) -> Tensor:
-        """float64 [B, N]: an item's kNN score over the sum of all items' scores; zeros for a history without neighbours.
+        """float64 [B, N]: an item's kNN score over the sum of all items' scores; zeros for a
+        history without neighbours.
 
-        `items[offsets[b]:offsets[b + 1]]` is a history, oldest first; what of it may be listed is not asked here.
-        """
+        `items[offsets[b]:offsets[b + 1]]` is a history, oldest first; what of it may be listed is
+        not asked here."""
         scores_BN = asked(items, offsets, self.num_items, self.settings) @ self.weights_NN
         sums_B = np.asarray(scores_BN.sum(axis=1)).ravel()
         inverse_B = np.divide(1.0, sums_B, out=np.zeros_like(sums_B), where=sums_B > 0)
@@ -50,8 +56,9 @@ class Graph:
 
 
 def log_near(shares: Tensor, epsilon: float, num_items: int) -> Tensor:
-    """log((1 - epsilon) share + epsilon / N), of shares of any shape: the graph's distribution with a uniform one beside it, so
-    that an item without a neighbour in the history is unlikely and not impossible."""
+    """log((1 - epsilon) share + epsilon / N), of shares of any shape: the graph's distribution with
+    a uniform one beside it, so that an item without a neighbour in the history is unlikely and not
+    impossible."""
     return shares.mul(1 - epsilon).add_(epsilon / num_items).log_()
 
 
@@ -62,7 +69,8 @@ class KnnSettings:
     window: int = 6
     """How many steps apart two items of one training part may stand to count as a pair."""
     forward: float = 1.0
-    """Weight of a pair from the earlier item to the later one, divided by their distance in steps."""
+    """Weight of a pair from the earlier item to the later one, divided by their distance in
+    steps."""
     backward: float = 0.5
     """The same from the later item to the earlier one."""
     decay: float = 0.7
@@ -70,9 +78,11 @@ class KnnSettings:
     recent: int = 10
     """How many items at the end of the history are asked for their neighbours."""
     smoothing: float = 1.0
-    """Added to both masses before their powers, so that a rare item with one lucky pair does not outweigh everything."""
+    """Added to both masses before their powers, so that a rare item with one lucky pair does not
+    outweigh everything."""
     out_power: float = 0.5
-    """Power of the history item's mass by which its pairs are divided; 0 does not ask how much is taken near it."""
+    """Power of the history item's mass by which its pairs are divided; 0 does not ask how much is
+    taken near it."""
     in_power: float = 0.5
     """The same of the candidate's mass: 0 leans to what is popular, 1 away from it."""
     batch_size: int = 1024
@@ -80,7 +90,8 @@ class KnnSettings:
 
 
 def knn_settings(overrides: list[str] | None, values: dict[str, Any] | None = None) -> KnnSettings:
-    """The defaults, changed by `values` and by `key=value`. Raises ValueError, one line, naming the key that does not fit."""
+    """The defaults, changed by `values` and by `key=value`. Raises ValueError, one line, naming the
+    key that does not fit."""
     settings = section_from(KnnSettings, dict(values or {}), overrides, "knn")
     for key, value in asdict(settings).items():
         least = 1 if key in ("window", "recent", "batch_size") else 0
@@ -92,12 +103,12 @@ def knn_settings(overrides: list[str] | None, values: dict[str, Any] | None = No
 def neighbour_weights(
     sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings
 ) -> sp.csr_matrix:
-    """float64[I, I], row = item of the history, column = candidate: pairs(x, y) / ((out(x) + s)^a (in(y) + s)^b).
+    """float64[I, I], row = item of the history, column = candidate: pairs(x, y) / ((out(x) + s)^a
+    (in(y) + s)^b).
 
-    pairs(x, y) sums forward/d where y follows x by d steps in a training part, and backward/d where it precedes it.
-    Mass: out(x) is x's row sum, in(y) is y's column sum, both of pairs; s is the smoothing, a and b are the powers: by
-    default 1, 1/2 and 1/2.
-    """
+    pairs(x, y) sums forward/d where y follows x by d steps in a training part, and backward/d where
+    it precedes it. Mass: out(x) is x's row sum, in(y) is y's column sum, both of pairs; s is the
+    smoothing, a and b are the powers: by default 1, 1/2 and 1/2."""
     pairs_II = _pairs(sequences, split, trained_through, settings)
     out_I = np.asarray(pairs_II.sum(axis=1)).ravel()
     in_I = np.asarray(pairs_II.sum(axis=0)).ravel()
@@ -105,7 +116,9 @@ def neighbour_weights(
     return (scaled @ sp.diags(_inverse_power(in_I + settings.smoothing, settings.in_power))).tocsr()
 
 
-def _pairs(sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings) -> sp.csr_matrix:
+def _pairs(
+    sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings
+) -> sp.csr_matrix:
     check_trained_through(split, trained_through)
     total = sp.csr_matrix((sequences.num_items, sequences.num_items), dtype=np.float64)
     for part in training_windows(sequences, trained_through):
@@ -114,7 +127,9 @@ def _pairs(sequences: Sequences, split: Split, trained_through: TrainedThrough, 
     return total
 
 
-def _pairs_at(distance: int, part: TrainingPart, shape: tuple[int, int], settings: KnnSettings) -> sp.csr_matrix:
+def _pairs_at(
+    distance: int, part: TrainingPart, shape: tuple[int, int], settings: KnnSettings
+) -> sp.csr_matrix:
     together = part.users[:-distance] == part.users[distance:]
     earlier, later = part.items[:-distance][together], part.items[distance:][together]
     forward = np.full(len(earlier), settings.forward / distance)
@@ -128,8 +143,11 @@ def _inverse_power(mass_I: np.ndarray, power: float) -> np.ndarray:
     return np.divide(1, raised_I, out=np.zeros_like(mass_I), where=mass_I > 0)
 
 
-def asked(items: np.ndarray, offsets: np.ndarray, num_items: int, settings: KnnSettings) -> sp.csr_matrix:
-    """float64 [U, I]: the weight, decay^age, at which each history's recent items are asked for their neighbours.
+def asked(
+    items: np.ndarray, offsets: np.ndarray, num_items: int, settings: KnnSettings
+) -> sp.csr_matrix:
+    """float64 [U, I]: the weight, decay^age, at which each history's recent items are asked for
+    their neighbours.
 
     `items[offsets[u]:offsets[u + 1]]` is a history, oldest first.
     """

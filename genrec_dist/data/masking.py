@@ -1,4 +1,5 @@
-"""Mask strategies: which items of a training part become targets, as pure functions of keyed random numbers."""
+"""Mask strategies: which items of a training part become targets, as pure functions of keyed random
+numbers."""
 
 # B samples, K targets a sample
 
@@ -12,15 +13,18 @@ import numpy as np
 from genrec_dist.config.recipe import Mask
 
 Draw = Callable[[int], np.ndarray]
-"""draw(i) -> float64 [B], the i-th uniform number of each sample, keyed by (seed, epoch, sample id)."""
+"""draw(i) -> float64 [B], the i-th uniform number of each sample, keyed by (seed, epoch, sample
+id)."""
 
 
 @dataclass(frozen=True)
 class Targets:
     positions_BK: np.ndarray
-    """int64 [B, K], positions of the targets among the allowed ones, ascending, -1 where a sample has fewer."""
+    """int64 [B, K], positions of the targets among the allowed ones, ascending, -1 where a sample
+    has fewer."""
     together: bool
-    """True: one mask stands for all, one decoder row generates them in order. False: one mask and row each."""
+    """True: one mask stands for all, one decoder row generates them in order. False: one mask and
+    row each."""
 
 
 def single(lengths_B: np.ndarray, draw: Draw, mask: Mask) -> Targets:
@@ -29,13 +33,15 @@ def single(lengths_B: np.ndarray, draw: Draw, mask: Mask) -> Targets:
 
 
 def last_biased(lengths_B: np.ndarray, draw: Draw, mask: Mask) -> Targets:
-    """The last item with probability p, otherwise any item uniformly (the published code's idea, by whole items)."""
+    """The last item with probability p, otherwise any item uniformly (the published code's idea, by
+    whole items)."""
     positions_B = np.where(draw(1) < mask.p, lengths_B - 1, _uniform(lengths_B, draw(0)))
     return Targets(positions_B[:, None], together=False)
 
 
 def recency(lengths_B: np.ndarray, draw: Draw, mask: Mask) -> Targets:
-    """One item, its age from the end geometric with ratio p, truncated to the sequence: P(age a) ~ (1-p)^a."""
+    """One item, its age from the end geometric with ratio p, truncated to the sequence: P(age a) ~
+    (1-p)^a."""
     if mask.p >= 1:
         return Targets((lengths_B - 1)[:, None], together=False)
     # Inverse of the truncated geometric distribution function.
@@ -54,7 +60,8 @@ def span(lengths_B: np.ndarray, draw: Draw, mask: Mask) -> Targets:
 
 
 def multi(lengths_B: np.ndarray, draw: Draw, mask: Mask) -> Targets:
-    """Up to k distinct items, each with its own mask and decoder row; at least one item in two stays visible.
+    """Up to k distinct items, each with its own mask and decoder row; at least one item in two
+    stays visible.
 
     Sampled without replacement by Floyd's algorithm, vectorised over samples.
     """
@@ -64,7 +71,9 @@ def multi(lengths_B: np.ndarray, draw: Draw, mask: Mask) -> Targets:
         upper_B = lengths_B - counts_B + column
         candidate_B = _uniform(np.maximum(upper_B, 0) + 1, draw(column))
         taken_B = (chosen_BK == candidate_B[:, None]).any(axis=1)
-        chosen_BK[:, column] = np.where(column < counts_B, np.where(taken_B, upper_B, candidate_B), -1)
+        chosen_BK[:, column] = np.where(
+            column < counts_B, np.where(taken_B, upper_B, candidate_B), -1
+        )
     ordered_BK = np.sort(np.where(chosen_BK < 0, np.iinfo(np.int64).max, chosen_BK), axis=1)
     return Targets(np.where(ordered_BK == np.iinfo(np.int64).max, -1, ordered_BK), together=False)
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 WORTH_A_GROUP = 1024
-"""Tokens from which sequences of one length are a rectangle of their own: fewer are padded to a longer neighbour's length."""
+"""Tokens from which sequences of one length are a rectangle of their own: fewer are padded to a
+longer neighbour's length."""
 
 SHORTEST_SHARE = 0.75
 """Of a rectangle's length, from which a shorter sequence may still be padded to it."""
@@ -33,7 +34,8 @@ class Part(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Neighbouring sequences whose attention is computed as one rectangle, on devices without a kernel for ragged ones."""
+    """Neighbouring sequences whose attention is computed as one rectangle, on devices without a
+    kernel for ragged ones."""
 
     size: int
     """Sequences."""
@@ -80,7 +82,8 @@ class Attended:
 
     @cached_property
     def groups(self) -> list[Group]:
-        """The sequences cut into rectangles with little padding; neighbours of like length are the caller's to provide."""
+        """The sequences cut into rectangles with little padding; neighbours of like length are the
+        caller's to provide."""
         return [
             self._group(first, last)
             for first, last in _runs(self.keys.lengths, SHORTEST_SHARE if self.by_length else 0.0)
@@ -94,13 +97,16 @@ class Attended:
         # Where no query stands it sees one key: a softmax of nothing would be no number.
         visible = torch.ones((last - first) * queries.longest, dtype=torch.long)
         places = slice(None) if queries.slots is None else queries.slots
-        visible[places] = torch.from_numpy(self.visible[queries.first : queries.first + queries.number])
+        visible[places] = torch.from_numpy(
+            self.visible[queries.first : queries.first + queries.number]
+        )
         return Group(last - first, queries, keys, visible.view(last - first, queries.longest))
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The three attentions of a packed micro-batch. Decoder rows of one sample stand together and share its encoder tokens."""
+    """The three attentions of a packed micro-batch. Decoder rows of one sample stand together and
+    share its encoder tokens."""
 
     encoder: Spans
     """n encoder tokens by sample."""
@@ -113,7 +119,8 @@ class Packing:
     causal: bool = False
     """Encoder tokens see those before them alone."""
     visible_m: np.ndarray | None = None
-    """int64 [m], encoder tokens that a decoder token may look at, the first so many of its sample's; None: all."""
+    """int64 [m], encoder tokens that a decoder token may look at, the first so many of its
+    sample's; None: all."""
 
     @cached_property
     def within_encoder(self) -> Attended:
@@ -128,24 +135,34 @@ class Packing:
         return Attended(self.targets, self.encoder, visible=self.visible_m)
 
     def to(self, device: torch.device) -> Packing:
-        encoder, targets, rows = (spans.to(device) for spans in (self.encoder, self.targets, self.rows))
+        encoder, targets, rows = (
+            spans.to(device) for spans in (self.encoder, self.targets, self.rows)
+        )
         positions_m = self.positions_m.to(device, non_blocking=True)
         return replace(self, encoder=encoder, targets=targets, rows=rows, positions_m=positions_m)
 
     def last(self) -> tuple[slice, slice, Packing]:
-        """The last sample by itself: (its encoder tokens, those of its last decoder row, their packing)."""
-        tokens, targets = (slice(int(spans.offsets[-2]), int(spans.offsets[-1])) for spans in (self.encoder, self.rows))
+        """The last sample by itself: (its encoder tokens, those of its last decoder row, their
+        packing)."""
+        tokens, targets = (
+            slice(int(spans.offsets[-2]), int(spans.offsets[-1]))
+            for spans in (self.encoder, self.rows)
+        )
         row = spans_of(self.rows.lengths[-1:])
         visible_m = None if self.visible_m is None else self.visible_m[targets]
         encoder = spans_of(self.encoder.lengths[-1:])
-        return tokens, targets, Packing(encoder, row, row, self.positions_m[targets], self.causal, visible_m)
+        return (
+            tokens,
+            targets,
+            Packing(encoder, row, row, self.positions_m[targets], self.causal, visible_m),
+        )
 
 
 def filled_size(num_tokens: int) -> int:
     """The next larger of few numbers of tokens, at most a 32nd away and on average half of that.
 
-    What is prepared for a shape, matrix products of oneDNN (some 3 ms each) and compiled or captured graphs, is then used again.
-    """
+    What is prepared for a shape, matrix products of oneDNN (some 3 ms each) and compiled or
+    captured graphs, is then used again."""
     step = 1 << max(3, num_tokens.bit_length() - 6)
     return -(-num_tokens // step) * step
 
@@ -155,7 +172,8 @@ def spans_of(lengths: np.ndarray) -> Spans:
 
 
 def _runs(lengths_S: np.ndarray, shortest_share: float) -> list[tuple[int, int]]:
-    """[first, last) of each group: neighbours of one length, and of nearly one where those would be few tokens."""
+    """[first, last) of each group: neighbours of one length, and of nearly one where those would be
+    few tokens."""
     if not len(lengths_S):
         return []
     starts = np.concatenate([[0], np.flatnonzero(np.diff(lengths_S)) + 1, [len(lengths_S)]])
@@ -164,7 +182,9 @@ def _runs(lengths_S: np.ndarray, shortest_share: float) -> list[tuple[int, int]]
     for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         length = int(lengths_S[start])
         alike = not shortest_share or shortest_share * longest <= length <= longest
-        large = (start - first) * longest >= WORTH_A_GROUP or (end - start) * length >= WORTH_A_GROUP
+        large = (start - first) * longest >= WORTH_A_GROUP or (
+            end - start
+        ) * length >= WORTH_A_GROUP
         if start > first and (large or not alike):
             runs.append((first, start))
             first, longest = start, length

@@ -1,4 +1,5 @@
-"""Prefixes of sequences as samples: which stretches are encoded, and which targets read how much of each."""
+"""Prefixes of sequences as samples: which stretches are encoded, and which targets read how much of
+each."""
 
 # B samples, P stretches, R decoder rows
 
@@ -29,7 +30,8 @@ class Stretches:
     visible_R: np.ndarray
     """int64 [R], tokens of its stretch that the row reads."""
     learned_R: np.ndarray
-    """bool [R], rows that have a target: a sequence of one item has none, and its row goes through the layers for nothing."""
+    """bool [R], rows that have a target: a sequence of one item has none, and its row goes through
+    the layers for nothing."""
 
     @property
     def first_P(self) -> np.ndarray:
@@ -45,11 +47,12 @@ def cut_prefixes(
     layout: Layout,
     every: bool,
 ) -> Stretches:
-    """Stretches of the sequences [start, end): the last item of each is its target, or, with `every`, each but the first.
+    """Stretches of the sequences [start, end): the last item of each is its target, or, with
+    `every`, each but the first.
 
-    A target reads what a sample of its own would be given: the longest suffix of its history that fits. As long as the whole
-    history fits, targets share a stretch; each one beyond has one to itself.
-    """
+    A target reads what a sample of its own would be given: the longest suffix of its history that
+    fits. As long as the whole history fits, targets share a stretch; each one beyond has one to
+    itself."""
     before = offsets_of(layout.lengths[layout.words.item_words(items)])
     head_B = np.ones(len(starts_B), np.int64)
     if layout.user_ids:
@@ -77,7 +80,9 @@ def cut_prefixes(
     ends_P = np.concatenate([starts_B + np.maximum(shared_B, 1), alone_T])[order]
     rows_P = np.concatenate([np.maximum(shared_B, 1), np.ones_like(alone_T)])[order]
     # The row of a sequence of one item stands for that item itself, before which it sees none.
-    first_targets_P = np.concatenate([np.where(shared_B > 0, starts_B + 1, starts_B), alone_T])[order]
+    first_targets_P = np.concatenate([np.where(shared_B > 0, starts_B + 1, starts_B), alone_T])[
+        order
+    ]
     targets_R, row_offsets_P = ragged(first_targets_P, rows_P)
     stretch_R = np.repeat(np.arange(len(rows_P)), rows_P)
     head_P = head_B[sample_P]

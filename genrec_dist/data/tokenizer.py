@@ -1,4 +1,5 @@
-"""Words and their sub-words: tokenizer, and the table `word -> token ids` that batches gather from."""
+"""Words and their sub-words: tokenizer, and the table `word -> token ids` that batches gather
+from."""
 
 # W words, N items, U users
 
@@ -16,16 +17,20 @@ from genrec_dist.data.word_table import item_text, user_text
 SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 
 
-def train_tokenizer(item_codes: Sequence[str], vocab_size: int, num_masks: int = 1) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over each item's word once; what it learns depends on the catalogue's codes alone.
+def train_tokenizer(
+    item_codes: Sequence[str], vocab_size: int, num_masks: int = 1
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over each item's word once; what it learns depends on the catalogue's codes
+    alone.
 
-    A word is cut before BPE sees it only where `-` begins another level of a hierarchical code, so with a large enough
-    vocabulary an item is one token a level: ` item_a12`, `-b45`, `-c7`.
-    """
+    A word is cut before BPE sees it only where `-` begins another level of a hierarchical code, so
+    with a large enough vocabulary an item is one token a level: ` item_a12`, `-b45`, `-c7`."""
     specials = SPECIAL_TOKENS + [f"<mask_{j}>" for j in range(1, num_masks)]
     smallest = len(specials) + 256
     if vocab_size < smallest:
-        raise ValueError(f"tokens.vocab_size {vocab_size}: at least {smallest} are needed for bytes and special tokens")
+        raise ValueError(
+            f"tokens.vocab_size {vocab_size}: at least {smallest} are needed for bytes and special tokens"
+        )
     tokenizer = Tokenizer(models.BPE(unk_token=None))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -54,7 +59,8 @@ def train_tokenizer(item_codes: Sequence[str], vocab_size: int, num_masks: int =
 
 
 def _words_to_learn(item_codes: Sequence[str]) -> Iterator[str]:
-    # A user's digits are spelled with the pieces of item codes; only the stem is new, as frequent as the items'.
+    # A user's digits are spelled with the pieces of item codes; only the stem is new, as frequent
+    # as the items'.
     for code in item_codes:
         yield item_text(code)
         yield user_text("")
@@ -78,7 +84,9 @@ def load_tokenizer(name: str | Path, num_masks: int = 1) -> PreTrainedTokenizerF
     tokenizer.backend_tokenizer.no_truncation()
     known = tokenizer.get_vocab()
     missing = [f"<mask_{j}>" for j in range(1, num_masks) if f"<mask_{j}>" not in known]
-    tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": missing}, replace_extra_special_tokens=False
+    )
     return tokenizer
 
 
@@ -90,18 +98,21 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str | Path) -> No
             raise ValueError(f"tokens.tokenizer {name}: it has no {role}")
     # Hugging Face makes an empty tokenizer of a directory that holds a model and no vocabulary.
     if not tokenizer.backend_tokenizer.encode(item_text("0"), add_special_tokens=False).ids:
-        raise ValueError(f"tokens.tokenizer {name}: no vocabulary in it; save the tokenizer beside the model")
+        raise ValueError(
+            f"tokens.tokenizer {name}: no vocabulary in it; save the tokenizer beside the model"
+        )
 
 
 def grow_tokenizer(
     tokenizer: PreTrainedTokenizerFast, known_codes: Sequence[str], new_codes: Sequence[str]
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer that also speaks new items as it speaks the known ones: known words keep their tokens.
+    """The tokenizer that also speaks new items as it speaks the known ones: known words keep their
+    tokens.
 
-    Where each part of every known item's word (a level of a code, or all of it) is one token of a byte-level BPE, each part of
-    the new ones becomes one, too, with the next free ids. Elsewhere new words are spelled with the sub-words there are, and it
-    is the same tokenizer that comes back. Raises ValueError where a known word would be cut otherwise.
-    """
+    Where each part of every known item's word (a level of a code, or all of it) is one token of a
+    byte-level BPE, each part of the new ones becomes one, too, with the next free ids. Elsewhere
+    new words are spelled with the sub-words there are, and it is the same tokenizer that comes
+    back. Raises ValueError where a known word would be cut otherwise."""
     backend = tokenizer.backend_tokenizer
     if not new_codes or not all(_is_whole(backend, item_text(code)) for code in known_codes):
         return tokenizer
@@ -115,12 +126,15 @@ def grow_tokenizer(
             if part not in vocabulary:
                 vocabulary[part] = following
                 following += 1
-    # A part that stands in the vocabulary is one token, without merges that would have to lead there.
+    # A part that stands in the vocabulary is one token, without merges that would have to lead
+    # there.
     facts["model"]["ignore_merges"] = True
     roles = tokenizer.special_tokens_map
     grown = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(facts)),
-        additional_special_tokens=[token for token in tokenizer.all_special_tokens if token not in roles.values()],
+        additional_special_tokens=[
+            token for token in tokenizer.all_special_tokens if token not in roles.values()
+        ],
         **roles,
     )
     known = [item_text(code) for code in known_codes]
@@ -135,7 +149,9 @@ def grow_tokenizer(
 
 def _is_whole(backend: Tokenizer, word: str) -> bool:
     """Is each part that is cut before BPE one token?"""
-    return len(backend.encode(word, add_special_tokens=False).ids) == len(backend.pre_tokenizer.pre_tokenize_str(word))
+    return len(backend.encode(word, add_special_tokens=False).ids) == len(
+        backend.pre_tokenizer.pre_tokenize_str(word)
+    )
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> list[list[int]]:

@@ -32,10 +32,12 @@ def user_text(code: str) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens that a trimmed model has rows for, by its own numbers: first what it can speak, then what it only reads."""
+    """The tokens that a trimmed model has rows for, by its own numbers: first what it can speak,
+    then what it only reads."""
 
     tokens: np.ndarray
-    """int64 [V], the tokenizer's id of each number; ascending among the spoken ones, and among the others."""
+    """int64 [V], the tokenizer's id of each number; ascending among the spoken ones, and among the
+    others."""
     num_spoken: int
     """Tokens of items and `</s>`."""
 
@@ -44,7 +46,8 @@ class Vocabulary:
         return len(self.tokens)
 
     def numbers(self, tokens: np.ndarray) -> np.ndarray:
-        """int32, the model's numbers of a tokenizer's ids. Raises ValueError naming one that was not kept."""
+        """int32, the model's numbers of a tokenizer's ids. Raises ValueError naming one that was
+        not kept."""
         order = np.argsort(self.tokens)
         places = np.searchsorted(self.tokens[order], tokens).clip(max=self.size - 1)
         lost = np.flatnonzero(self.tokens[order][places] != tokens)
@@ -57,17 +60,24 @@ class Vocabulary:
 
     def hash(self) -> str:
         """sha256 (hex)."""
-        digest = hashlib.sha256(f"genrec vocabulary {VOCABULARY_FORMAT} {self.num_spoken}\n".encode())
+        digest = hashlib.sha256(
+            f"genrec vocabulary {VOCABULARY_FORMAT} {self.num_spoken}\n".encode()
+        )
         digest.update(np.ascontiguousarray(self.tokens, "<i8").data)
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        facts = {"format_version": VOCABULARY_FORMAT, "num_spoken": self.num_spoken, "tokens": self.tokens.tolist()}
+        facts = {
+            "format_version": VOCABULARY_FORMAT,
+            "num_spoken": self.num_spoken,
+            "tokens": self.tokens.tolist(),
+        }
         Path(path).write_text(json.dumps(facts), encoding="utf-8")
 
 
 def load_vocabulary(path: str | Path, expected_hash: str) -> Vocabulary:
-    """What `Vocabulary.save` wrote. Raises ValueError naming the file if it is missing, damaged or another model's."""
+    """What `Vocabulary.save` wrote. Raises ValueError naming the file if it is missing, damaged or
+    another model's."""
     try:
         facts = json.loads(Path(path).read_text(encoding="utf-8"))
         vocabulary = Vocabulary(np.array(facts["tokens"], np.int64), int(facts["num_spoken"]))
@@ -144,7 +154,9 @@ class WordTable:
 def _check_rows(rows: np.ndarray, num_rows: int, kind: str) -> None:
     if rows.size and (rows.min() < 0 or rows.max() >= num_rows):
         bad = rows[(rows < 0) | (rows >= num_rows)][0]
-        raise ValueError(f"{kind} row {bad} is outside the table of {num_rows} {kind}s: prepare and shard again")
+        raise ValueError(
+            f"{kind} row {bad} is outside the table of {num_rows} {kind}s: prepare and shard again"
+        )
 
 
 def mask_tokens(tokenizer: PreTrainedTokenizerFast, num_masks: int) -> list[int]:
@@ -153,21 +165,27 @@ def mask_tokens(tokenizer: PreTrainedTokenizerFast, num_masks: int) -> list[int]
     names = [f"<mask_{j}>" for j in range(1, num_masks)]
     for name in names:
         if name not in vocabulary:
-            raise ValueError(f"the tokenizer has no {name}: it was made for fewer than {num_masks} masks")
+            raise ValueError(
+                f"the tokenizer has no {name}: it was made for fewer than {num_masks} masks"
+            )
     return [int(tokenizer.mask_token_id), *(vocabulary[name] for name in names)]
 
 
 def build_words(
-    tokenizer: PreTrainedTokenizerFast, item_codes: Sequence[str], user_codes: Sequence[str], num_masks: int = 1
+    tokenizer: PreTrainedTokenizerFast,
+    item_codes: Sequence[str],
+    user_codes: Sequence[str],
+    num_masks: int = 1,
 ) -> WordTable:
     """The word table: one pass of the (Rust) tokenizer over each word, then arrays only.
 
-    Raises ValueError if a word has no sub-words or spells a special token; `build_trie` refuses two items with the same
-    sub-words.
-    """
+    Raises ValueError if a word has no sub-words or spells a special token; `build_trie` refuses two
+    items with the same sub-words."""
     texts = [item_text(code) for code in item_codes] + [user_text(code) for code in user_codes]
     encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-    specials = [[tokenizer.bos_token_id], [tokenizer.eos_token_id]] + [[t] for t in mask_tokens(tokenizer, num_masks)]
+    specials = [[tokenizer.bos_token_id], [tokenizer.eos_token_id]] + [
+        [t] for t in mask_tokens(tokenizer, num_masks)
+    ]
     token_lists = specials + [encoding.ids for encoding in encoded]
     lengths = np.fromiter((len(ids) for ids in token_lists), np.int64, len(token_lists))
     if not lengths.all():
@@ -177,7 +195,11 @@ def build_words(
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     spelled = np.flatnonzero(np.isin(tokens[len(specials) :], tokenizer.all_special_ids))
     if spelled.size:
-        word = texts[int(np.searchsorted(offsets, spelled[0] + len(specials), side="right")) - 1 - len(specials)]
+        word = texts[
+            int(np.searchsorted(offsets, spelled[0] + len(specials), side="right"))
+            - 1
+            - len(specials)
+        ]
         raise ValueError(
             f"the word {word!r} contains a special token: rename that id or prepare with --numbering random"
         )
@@ -185,24 +207,31 @@ def build_words(
 
 
 def trim(words: WordTable, pad_token: int, vocabulary: Vocabulary | None = None) -> WordTable:
-    """The same words in numbers of a trimmed vocabulary: the one given, or that of exactly these words and `<pad>`.
+    """The same words in numbers of a trimmed vocabulary: the one given, or that of exactly these
+    words and `<pad>`.
 
-    `pad_token`: the tokenizer's. Raises ValueError if a word has a token that the given vocabulary lacks.
-    """
+    `pad_token`: the tokenizer's. Raises ValueError if a word has a token that the given vocabulary
+    lacks."""
     assert words.vocabulary is None
     if vocabulary is None:
         eos = words.tokens[words.offsets[EOS_WORD] : words.offsets[EOS_WORD + 1]]
         spoken = np.union1d(words.tokens_of_items()[0], eos)
         read = np.setdiff1d(np.append(words.tokens, pad_token), spoken)
         vocabulary = Vocabulary(np.concatenate([spoken, read]).astype(np.int64), len(spoken))
-    return dataclasses.replace(words, tokens=vocabulary.numbers(words.tokens), vocabulary=vocabulary)
+    return dataclasses.replace(
+        words, tokens=vocabulary.numbers(words.tokens), vocabulary=vocabulary
+    )
 
 
 class ItemTexts:
-    """Reads generated token strings as items: by their whole text, which must be an item's word to the letter."""
+    """Reads generated token strings as items: by their whole text, which must be an item's word to
+    the letter."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, item_codes: Sequence[str], vocabulary: Vocabulary | None = None
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        item_codes: Sequence[str],
+        vocabulary: Vocabulary | None = None,
     ):
         """`vocabulary`: the trimmed one whose numbers are generated."""
         self.tokenizer, self.item_codes, self.vocabulary = tokenizer, item_codes, vocabulary
@@ -212,9 +241,13 @@ class ItemTexts:
         return {item_text(code): row for row, code in enumerate(self.item_codes)}
 
     def rows(self, token_lists: Sequence[Sequence[int]]) -> np.ndarray:
-        """int32 [n], the item whose word these tokens spell, however they cut it; -2 where there is none."""
+        """int32 [n], the item whose word these tokens spell, however they cut it; -2 where there is
+        none."""
         if self.vocabulary is not None:
-            token_lists = [self.vocabulary.tokens[np.asarray(numbers, np.int64)].tolist() for numbers in token_lists]
+            token_lists = [
+                self.vocabulary.tokens[np.asarray(numbers, np.int64)].tolist()
+                for numbers in token_lists
+            ]
         texts = self.tokenizer.backend_tokenizer.decode_batch(
             [list(tokens) for tokens in token_lists], skip_special_tokens=False
         )

@@ -13,11 +13,12 @@ from genrec_dist.model.genrec import POSITION_OFFSET, GenRecForConditionalGenera
 
 
 class DecoderState:
-    """Keys and values of a search: the encoder's and those of the prefix once a user, the rest once a beam.
+    """Keys and values of a search: the encoder's and those of the prefix once a user, the rest once
+    a beam.
 
-    Beams of a user are query rows over her one set of encoder keys, so 20 beams read it once (EL-attention,
-    arXiv 2105.04779). Shapes depend on sizes alone and nothing waits for the device: a search can be captured in a graph.
-    """
+    Beams of a user are query rows over her one set of encoder keys, so 20 beams read it once
+    (EL-attention, arXiv 2105.04779). Shapes depend on sizes alone and nothing waits for the device:
+    a search can be captured in a graph."""
 
     def __init__(
         self,
@@ -27,7 +28,8 @@ class DecoderState:
         *,
         static: bool = False,
     ):
-        """`static`: project padding too, whose number is a value; otherwise the encoder's real tokens alone."""
+        """`static`: project padding too, whose number is a value; otherwise the encoder's real
+        tokens alone."""
         self.model = model
         self.mask_B11L = memory_mask_BL[:, None, None]
         with_state = model.config.decoder_start == "state"
@@ -39,7 +41,8 @@ class DecoderState:
         else:
             memory_nD = memory_BLD.flatten(0, 1)[real_n]
             self.cross = [
-                _keys_and_values_of(layer.encoder_attn, memory_nD, real_n, memory_BLD.shape) for layer in layers
+                _keys_and_values_of(layer.encoder_attn, memory_nD, real_n, memory_BLD.shape)
+                for layer in layers
             ]
         self.prefix: list[tuple[Tensor, Tensor]] = []
         """[B, H, P, D / H] a layer."""
@@ -48,7 +51,8 @@ class DecoderState:
         self.num_tokens = 0
 
     def start(self, prefix_P: Tensor) -> Tensor:
-        """Take in the tokens that every beam of every user begins with; decoder states behind each, float [B, P, D]."""
+        """Take in the tokens that every beam of every user begins with; decoder states behind each,
+        float [B, P, D]."""
         num_users = len(self.mask_B11L)
         hidden_BPD = self._embed(prefix_P, self.start_BD).expand(num_users, -1, -1)
         for number, layer in enumerate(self.model.model.decoder.layers):
@@ -56,7 +60,9 @@ class DecoderState:
             keys, values = _keys_and_values(attention, hidden_BPD)
             self.prefix.append((keys, values))
             query = _heads(attention, attention.q_proj(hidden_BPD))
-            mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=attention.scaling)
+            mixed = F.scaled_dot_product_attention(
+                query, keys, values, is_causal=True, scale=attention.scaling
+            )
             hidden_BPD = self._finish_layer(layer, number, hidden_BPD, _joined(mixed))
         self.num_tokens = len(prefix_P)
         return hidden_BPD
@@ -73,7 +79,10 @@ class DecoderState:
 
     def follow(self, parent_BK: Tensor) -> None:
         """Let each beam continue the beam `parent_BK` names; the number of beams may change."""
-        self.own = [pair and (_take_beams(pair[0], parent_BK), _take_beams(pair[1], parent_BK)) for pair in self.own]
+        self.own = [
+            pair and (_take_beams(pair[0], parent_BK), _take_beams(pair[1], parent_BK))
+            for pair in self.own
+        ]
 
     def fork(self, parent_BK: Tensor) -> DecoderState:
         """Another search from here, as `follow` would leave it; this one stays as it is."""
@@ -83,7 +92,8 @@ class DecoderState:
         return other
 
     def _embed(self, tokens: Tensor, start_BD: Tensor | None = None) -> Tensor:
-        """Tokens of one position a column of [P], or of one position in all of [B, K]. `start_BD`: added to the first column."""
+        """Tokens of one position a column of [P], or of one position in all of [B, K]. `start_BD`:
+        added to the first column."""
         decoder = self.model.model.decoder
         first = POSITION_OFFSET + self.num_tokens
         last = first + (len(tokens) if tokens.dim() == 1 else 1)
@@ -93,7 +103,9 @@ class DecoderState:
             embedded = torch.cat([(embedded[0] + start_BD)[:, None], rest_BPD], 1)
         return decoder.layernorm_embedding(embedded)
 
-    def _finish_layer(self, layer: BartDecoderLayer, number: int, hidden_BKD: Tensor, mixed_BKD: Tensor) -> Tensor:
+    def _finish_layer(
+        self, layer: BartDecoderLayer, number: int, hidden_BKD: Tensor, mixed_BKD: Tensor
+    ) -> Tensor:
         """The layer after its self-attention has mixed values."""
         hidden_BKD = layer.self_attn_layer_norm(hidden_BKD + layer.self_attn.out_proj(mixed_BKD))
         attention = layer.encoder_attn
@@ -106,7 +118,8 @@ class DecoderState:
         return layer.final_layer_norm(hidden_BKD + widened)
 
     def _attend_self(self, attention: BartAttention, number: int, hidden_BKD: Tensor) -> Tensor:
-        """Over the shared prefix by matrix products, over a beam's own few tokens element by element."""
+        """Over the shared prefix by matrix products, over a beam's own few tokens element by
+        element."""
         query_BKHd, key, value = (
             project(hidden_BKD).unflatten(-1, (attention.num_heads, attention.head_dim))
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -127,7 +140,9 @@ class DecoderState:
 
 
 def _keys_and_values(attention: BartAttention, states_BLD: Tensor) -> tuple[Tensor, Tensor]:
-    return _heads(attention, attention.k_proj(states_BLD)), _heads(attention, attention.v_proj(states_BLD))
+    return _heads(attention, attention.k_proj(states_BLD)), _heads(
+        attention, attention.v_proj(states_BLD)
+    )
 
 
 def _keys_and_values_of(

@@ -29,10 +29,13 @@ def score_all(
     memory_BLD: Tensor,
     mask_BL: Tensor,
 ) -> Tensor:
-    """Log-probabilities [B, N] of all items, -inf for those that are not in the trie; each user walks the whole trie once."""
+    """Log-probabilities [B, N] of all items, -inf for those that are not in the trie; each user
+    walks the whole trie once."""
     shape = (len(memory_BLD), len(trie.item_node))
     scores_BN = torch.full(shape, NOTHING, dtype=heads.levels[0].dtype, device=memory_BLD.device)
-    start = torch.full((1,), model.config.decoder_start_token_id, dtype=torch.long, device=memory_BLD.device)
+    start = torch.full(
+        (1,), model.config.decoder_start_token_id, dtype=torch.long, device=memory_BLD.device
+    )
     users_at_once = max(1, ROWS_AT_ONCE // min(NODES_AT_ONCE, trie.num_nodes))
     for first in range(0, len(memory_BLD), users_at_once):
         part = slice(first, first + users_at_once)
@@ -54,12 +57,14 @@ class _Descent:
     found_BN: Tensor
     """Where the scores go."""
 
-    def below(self, state: DecoderState, hidden_BMD: Tensor, scores_BM: Tensor, level: int, first: int) -> None:
-        """Score what ends at the nodes first .. first + M - 1 of a level, then slice by slice what lies below them.
+    def below(
+        self, state: DecoderState, hidden_BMD: Tensor, scores_BM: Tensor, level: int, first: int
+    ) -> None:
+        """Score what ends at the nodes first .. first + M - 1 of a level, then slice by slice what
+        lies below them.
 
-        Siblings stand side by side, so the children of a slice of nodes are a slice again. Slices go down one after another:
-        memory holds one slice a level.
-        """
+        Siblings stand side by side, so the children of a slice of nodes are a slice again. Slices
+        go down one after another: memory holds one slice a level."""
         trie = self.trie
         nodes = slice(first, first + scores_BM.shape[1])
         nodes_M = torch.arange(first, first + scores_BM.shape[1], device=hidden_BMD.device)
@@ -71,7 +76,9 @@ class _Descent:
         num_children_M = trie.num_children[nodes]
         parents = np.repeat(np.arange(len(num_children_M)), num_children_M)
         for start in range(0, len(parents), NODES_AT_ONCE):
-            parent_M = torch.from_numpy(parents[start : start + NODES_AT_ONCE]).to(hidden_BMD.device)
+            parent_M = torch.from_numpy(parents[start : start + NODES_AT_ONCE]).to(
+                hidden_BMD.device
+            )
             child = int(trie.first_child[first]) + start
             children = slice(child, child + len(parent_M))
             further, states_BMD = state, hidden_BMD

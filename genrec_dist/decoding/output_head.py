@@ -1,4 +1,5 @@
-"""The output head of a search: logits where a trie looks, and the softmax's normaliser without keeping its logits."""
+"""The output head of a search: logits where a trie looks, and the softmax's normaliser without
+keeping its logits."""
 
 # B users, K beams, R rows, D width, V tokens of the softmax
 
@@ -13,19 +14,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**19, 2**26
-"""Logits that exist at one time: on a CPU they stay in its cache between the product and the sum (docs/log.md)."""
+"""Logits that exist at one time: on a CPU they stay in its cache between the product and the sum
+(docs/log.md)."""
 SAFE_LOGIT = 75.0
-"""Sums of e^x do not overflow float32 where no |x| exceeds this, whatever the vocabulary below 10^5."""
+"""Sums of e^x do not overflow float32 where no |x| exceeds this, whatever the vocabulary below
+10^5."""
 BFLOAT16_ROUNDING = 3.1 * 2**-9
-"""Bound of a logit's error in bfloat16, as a share of |row| |weight|: both factors and the product are rounded, each by at most
-2^-9 of itself."""
+"""Bound of a logit's error in bfloat16, as a share of |row| |weight|: both factors and the product
+are rounded, each by at most 2^-9 of itself."""
 NEGLIGIBLE = 1e-5
 """Error of a log-probability that float32 itself makes between two orders of summing."""
 FEWEST_ROWS, COLUMNS_OF_BFLOAT16, PROBED = 256, 512, 32
 
 
 class Softmax:
-    """log sum exp of the logits of rows over a set of tokens: all of the vocabulary, or those of a trie."""
+    """log sum exp of the logits of rows over a set of tokens: all of the vocabulary, or those of a
+    trie."""
 
     def __init__(self, weight_VD: Tensor, eos_column: int):
         """`eos_column`: which row of the weights is `</s>`'s."""
@@ -34,27 +38,33 @@ class Softmax:
         self.longest = float(weight_VD.norm(dim=1).max())
 
     def log_normaliser(self, hidden_BKD: Tensor, eos_logit_BK: Tensor) -> Tensor:
-        """float [B, K], in the weights' type. The logit of `</s>` is taken as given: behind a whole item it is nearly all of the
-        sum, and computed twice in two orders it would not cancel to the last digit."""
+        """float [B, K], in the weights' type. The logit of `</s>` is taken as given: behind a whole
+        item it is nearly all of the sum, and computed twice in two orders it would not cancel to
+        the last digit."""
         rows_RD, eos_logit_R = hidden_BKD.flatten(0, -2), eos_logit_BK.flatten()
         on_cpu = rows_RD.device.type == "cpu"
         # Never fewer than make a product run at full speed.
         columns = max(1024, (CPU_LOGITS_AT_ONCE if on_cpu else GPU_LOGITS_AT_ONCE) // len(rows_RD))
         # To look at a value is free on a CPU, and elsewhere a wait.
         if on_cpu and not torch.compiler.is_compiling() and self._bounded(rows_RD):
-            total_R = self._sum_of_exponentials(rows_RD, eos_logit_R, columns).log_().to(rows_RD.dtype)
+            total_R = (
+                self._sum_of_exponentials(rows_RD, eos_logit_R, columns).log_().to(rows_RD.dtype)
+            )
         else:
-            parts = [part_RV.logsumexp(-1) for part_RV in self._parts(rows_RD, eos_logit_R, columns)]
+            parts = [
+                part_RV.logsumexp(-1) for part_RV in self._parts(rows_RD, eos_logit_R, columns)
+            ]
             total_R = parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
         return total_R.unflatten(0, hidden_BKD.shape[:-1])
 
     def log_normaliser_behind_items(self, hidden_BKD: Tensor, eos_logit_BK: Tensor) -> Tensor:
-        """The same for rows behind whole items, where `</s>` has nearly all of the probability: what the other tokens have
-        together is so little that it need not be known to the last digit, and matrix units for bfloat16 are several times faster.
+        """The same for rows behind whole items, where `</s>` has nearly all of the probability:
+        what the other tokens have together is so little that it need not be known to the last
+        digit, and matrix units for bfloat16 are several times faster.
 
-        With S the others' sum over e^(logit of `</s>`), log p(`</s>`) = -log(1 + S) moves by less than what S does. Rows
-        for which the worst case of rounding exceeds `NEGLIGIBLE` are computed in full.
-        """
+        With S the others' sum over e^(logit of `</s>`), log p(`</s>`) = -log(1 + S) moves by less
+        than what S does. Rows for which the worst case of rounding exceeds `NEGLIGIBLE` are
+        computed in full."""
         rows_RD, eos_logit_R = hidden_BKD.flatten(0, -2), eos_logit_BK.flatten()
         error_R = torch.expm1(BFLOAT16_ROUNDING * self.longest * rows_RD.norm(dim=1))
         if not self._worth_bfloat16(rows_RD, eos_logit_R, error_R):
@@ -68,7 +78,11 @@ class Softmax:
 
     def _worth_bfloat16(self, rows_RD: Tensor, eos_logit_R: Tensor, error_R: Tensor) -> bool:
         """On a CPU with units for it, where few rows look doubtful."""
-        if len(rows_RD) < FEWEST_ROWS or rows_RD.dtype != torch.float32 or not _has_bfloat16_units(rows_RD.device.type):
+        if (
+            len(rows_RD) < FEWEST_ROWS
+            or rows_RD.dtype != torch.float32
+            or not _has_bfloat16_units(rows_RD.device.type)
+        ):
             return False
         if not self._bounded(rows_RD):
             return False
@@ -97,7 +111,8 @@ class Softmax:
         return self.weight_VD.bfloat16()
 
     def _bounded(self, rows_RD: Tensor) -> bool:
-        """By Cauchy and Schwarz no logit is larger than the product of the longest row and the longest weight."""
+        """By Cauchy and Schwarz no logit is larger than the product of the longest row and the
+        longest weight."""
         return float(rows_RD.norm(dim=1).max()) * self.longest <= SAFE_LOGIT
 
     def _sum_of_exponentials(self, rows_RD: Tensor, eos_logit_R: Tensor, columns: int) -> Tensor:
@@ -108,9 +123,12 @@ class Softmax:
         return total_R
 
     def _parts(self, rows_RD: Tensor, eos_logit_R: Tensor, columns: int) -> Iterator[Tensor]:
-        """The logits [R, <= columns], part after part; on a CPU in one buffer that is written again and again."""
+        """The logits [R, <= columns], part after part; on a CPU in one buffer that is written again
+        and again."""
         reused = rows_RD.device.type == "cpu" and not torch.compiler.is_compiling()
-        buffer = rows_RD.new_empty(len(rows_RD) * min(columns, len(self.weight_VD))) if reused else None
+        buffer = (
+            rows_RD.new_empty(len(rows_RD) * min(columns, len(self.weight_VD))) if reused else None
+        )
         for first in range(0, len(self.weight_VD), columns):
             weight_VD = self.weight_VD[first : first + columns]
             if buffer is None:
@@ -139,7 +157,8 @@ class Heads:
 
 
 def make_heads(weight_VD: Tensor, eos: int, tokens: Sequence[Tensor]) -> tuple[Heads, Heads]:
-    """With the softmax over all rows of the head, and with the one over `</s>` and the tokens of all levels alone.
+    """With the softmax over all rows of the head, and with the one over `</s>` and the tokens of
+    all levels alone.
 
     `tokens`: int64 [V_l] a level.
     """
@@ -152,8 +171,8 @@ def make_heads(weight_VD: Tensor, eos: int, tokens: Sequence[Tensor]) -> tuple[H
 
 
 def log_probabilities(heads: Heads, level: int, hidden_BKD: Tensor) -> Tensor:
-    """[B, K, 1 + V_l], fresh, of `</s>` and the tokens of a level. Under autocast the head alone stays exact: rounded logits
-    would tie by the hundred."""
+    """[B, K, 1 + V_l], fresh, of `</s>` and the tokens of a level. Under autocast the head alone
+    stays exact: rounded logits would tie by the hundred."""
     softmax = heads.softmax
     # Where no token can follow, all rows stand behind whole items.
     behind_items = level == len(heads.levels) - 1 and not torch.compiler.is_compiling()

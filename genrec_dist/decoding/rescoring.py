@@ -1,4 +1,5 @@
-"""Ranking by the item head, and by the decoder together with the item head and the transition graph."""
+"""Ranking by the item head, and by the decoder together with the item head and the transition
+graph."""
 
 # B users, C candidates, N items, L input tokens, D width, V tokens of a level
 
@@ -32,23 +33,31 @@ class Candidates:
     num_items: int
 
     def mixed(self, mixture: Mixture) -> Tensor:
-        """The scores [B, C] by which they are ranked, as `Mixture` says; -inf where there is no item."""
+        """The scores [B, C] by which they are ranked, as `Mixture` says; -inf where there is no
+        item."""
         mixed_BC = self.spoken_BC.clone()
         if self.named_BC is not None and mixture.item_weight:
             mixed_BC.add_(self.named_BC, alpha=mixture.item_weight)
         if self.shares_BC is not None and mixture.graph_weight:
-            mixed_BC.add_(log_near(self.shares_BC, mixture.epsilon, self.num_items), alpha=mixture.graph_weight)
+            mixed_BC.add_(
+                log_near(self.shares_BC, mixture.epsilon, self.num_items),
+                alpha=mixture.graph_weight,
+            )
         return mixed_BC
 
 
-def item_log_probabilities(model: GenRecForConditionalGeneration, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    """log p of every item under the item head, float [B, N], from the encoder's state at [MASK], the last but </s>; of a causal
-    encoder from the last one.
+def item_log_probabilities(
+    model: GenRecForConditionalGeneration, memory_BLD: Tensor, mask_BL: Tensor
+) -> Tensor:
+    """log p of every item under the item head, float [B, N], from the encoder's state at [MASK],
+    the last but </s>; of a causal encoder from the last one.
 
     Raises ValueError for a model without an item head.
     """
     if not model.config.item_loss:
-        raise ValueError("this model has no item head: train with model.item_loss above 0, or decode in another mode")
+        raise ValueError(
+            "this model has no item head: train with model.item_loss above 0, or decode in another mode"
+        )
     masked_BD = model.masked_states(memory_BLD, mask_BL)
     # As the decoder's head: rounded logits would tie.
     with torch.autocast(memory_BLD.device.type, enabled=False):
@@ -56,8 +65,8 @@ def item_log_probabilities(model: GenRecForConditionalGeneration, memory_BLD: Te
 
 
 def with_best(items_BC: Tensor, scores_BN: Tensor, count: int) -> Tensor:
-    """Candidates int64 [B, C] with the best `count` items by other scores behind them, each once; -1 elsewhere, and where these
-    are -inf."""
+    """Candidates int64 [B, C] with the best `count` items by other scores behind them, each once;
+    -1 elsewhere, and where these are -inf."""
     best = scores_BN.topk(min(count, scores_BN.shape[1]))
     known_BK = (best.indices[:, :, None] == items_BC[:, None]).any(2) | (best.values == NOTHING)
     return torch.cat([items_BC, best.indices.masked_fill(known_BK, -1)], 1)
@@ -71,12 +80,15 @@ def score_candidates(
     mask_BL: Tensor,
     paths_BCT: Tensor,
 ) -> Tensor:
-    """log p [B, C] of the decoder speaking each candidate and then </s>, as the beam and `score_all` score them.
+    """log p [B, C] of the decoder speaking each candidate and then </s>, as the beam and
+    `score_all` score them.
 
-    `paths_BCT`: int64, a candidate's nodes from below the root on, `levels.nowhere` behind its last.
-    """
+    `paths_BCT`: int64, a candidate's nodes from below the root on, `levels.nowhere` behind its
+    last."""
     state = DecoderState(model, memory_BLD, mask_BL)
-    hidden_BKD = state.start(memory_BLD.new_full((1,), model.config.decoder_start_token_id, dtype=torch.long))
+    hidden_BKD = state.start(
+        memory_BLD.new_full((1,), model.config.decoder_start_token_id, dtype=torch.long)
+    )
     total_BC = torch.zeros_like(paths_BCT[..., 0], dtype=memory_BLD.dtype)
     before_BC = torch.zeros_like(paths_BCT[..., 0])
     for level in range(levels.depth + 1):

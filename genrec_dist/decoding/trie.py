@@ -20,14 +20,15 @@ TRIE_FILE = "trie.safetensors"
 
 @dataclass(frozen=True)
 class Trie:
-    """Nodes are numbered level by level, siblings side by side in order of token; node 0 is the root.
+    """Nodes are numbered level by level, siblings side by side in order of token; node 0 is the
+    root.
 
-    The children of node m are `first_child[m] .. first_child[m] + num_children[m] - 1`. An item ends at a node: the end of
-    item (`</s>`) is a child like any other, kept in `end_item` because there is at most one a node.
+    The children of node m are `first_child[m] .. first_child[m] + num_children[m] - 1`. An item
+    ends at a node: the end of item (`</s>`) is a child like any other, kept in `end_item` because
+    there is at most one a node.
 
-    32 bytes a node and 8 an item, in memory and in a file: 40 MB for 10^6 codes of up to 7 digits in BART's sub-words, which have
-    1.01 nodes an item.
-    """
+    32 bytes a node and 8 an item, in memory and in a file: 40 MB for 10^6 codes of up to 7 digits
+    in BART's sub-words, which have 1.01 nodes an item."""
 
     token: np.ndarray
     """int32 [M], token on the edge into a node; -1 at the root."""
@@ -55,7 +56,11 @@ class Trie:
 
     def widest_fan(self, level: int) -> int:
         """Most children of one node of a level."""
-        return int(self.num_children[self.level_offsets[level] : self.level_offsets[level + 1]].max(initial=0))
+        return int(
+            self.num_children[self.level_offsets[level] : self.level_offsets[level + 1]].max(
+                initial=0
+            )
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -68,13 +73,16 @@ class Trie:
 def build_trie(tokens: np.ndarray, offsets: np.ndarray) -> Trie:
     """Trie of items given as ragged token arrays: tokens int32 [total], offsets int64 [N + 1].
 
-    Level by level: the distinct (parent, token) pairs of a level are its nodes, so nothing loops over items.
-    Raises ValueError if two items have the same tokens.
-    """
+    Level by level: the distinct (parent, token) pairs of a level are its nodes, so nothing loops
+    over items. Raises ValueError if two items have the same tokens."""
     lengths = np.diff(offsets)
     num_items = len(lengths)
     node_of_item = np.zeros(num_items, np.int64)
-    node_tokens, parents, level_offsets = [np.array([-1], np.int64)], [np.array([-1], np.int64)], [0, 1]
+    node_tokens, parents, level_offsets = (
+        [np.array([-1], np.int64)],
+        [np.array([-1], np.int64)],
+        [0, 1],
+    )
     span = int(tokens.max(initial=0)) + 1
     for level in range(int(lengths.max(initial=0))):
         here = np.flatnonzero(lengths > level)
@@ -98,7 +106,10 @@ def build_trie(tokens: np.ndarray, offsets: np.ndarray) -> Trie:
 def _children(parent: np.ndarray) -> dict[str, np.ndarray]:
     """`num_children` and `first_child` of nodes that lie in the order of their parents."""
     num_children = np.bincount(parent[1:], minlength=len(parent))
-    return {"num_children": num_children, "first_child": 1 + np.concatenate([[0], np.cumsum(num_children)[:-1]])}
+    return {
+        "num_children": num_children,
+        "first_child": 1 + np.concatenate([[0], np.cumsum(num_children)[:-1]]),
+    }
 
 
 def _end_items(node_of_item: np.ndarray, num_nodes: int) -> np.ndarray:
@@ -116,12 +127,14 @@ def _end_items(node_of_item: np.ndarray, num_nodes: int) -> np.ndarray:
 
 
 def one_way(trie: Trie) -> np.ndarray:
-    """bool [M], nodes from which one way leads on: a single child, or the end of an item and no child."""
+    """bool [M], nodes from which one way leads on: a single child, or the end of an item and no
+    child."""
     return trie.num_children + (trie.end_item >= 0) == 1
 
 
 def certain_tokens(trie: Trie) -> tuple[np.ndarray, np.ndarray]:
-    """(bool [total], bool [N]): which tokens of the items, one after another by row, and which ends stand alone at their node.
+    """(bool [total], bool [N]): which tokens of the items, one after another by row, and which ends
+    stand alone at their node.
 
     No item may be left out of the trie.
     """
@@ -138,7 +151,8 @@ def certain_tokens(trie: Trie) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nodes_in(whole: Trie, part: Trie) -> np.ndarray:
-    """int64 [M of part], where the nodes of what `restrict` left stand in the trie it was taken of."""
+    """int64 [M of part], where the nodes of what `restrict` left stand in the trie it was taken
+    of."""
     nodes = np.zeros(part.num_nodes, np.int64)
     kept = np.flatnonzero(part.item_node >= 0)
     nodes[part.item_node[kept]] = whole.item_node[kept]
@@ -149,10 +163,11 @@ def nodes_in(whole: Trie, part: Trie) -> np.ndarray:
 
 
 def restrict(trie: Trie, keep_rows: np.ndarray) -> Trie:
-    """The trie of these items alone (item rows, int [n], repeats are fine); rows keep their numbers.
+    """The trie of these items alone (item rows, int [n], repeats are fine); rows keep their
+    numbers.
 
-    Rows that the trie leaves out already stay out. Raises ValueError for a row outside the catalogue, or if no item is left.
-    """
+    Rows that the trie leaves out already stay out. Raises ValueError for a row outside the
+    catalogue, or if no item is left."""
     keep_rows = np.asarray(keep_rows, np.int64)
     num_items = len(trie.item_node)
     outside = keep_rows[(keep_rows < 0) | (keep_rows >= num_items)]
@@ -195,7 +210,8 @@ def hash_of_words(tokens: np.ndarray, offsets: np.ndarray) -> str:
 
 
 def save_trie(trie: Trie, path: str | Path, *, numbering_hash: str, words_hash: str) -> None:
-    """Write the trie as safetensors, whole or not at all, bound to the numbering and to the words (`hash_of_words`)."""
+    """Write the trie as safetensors, whole or not at all, bound to the numbering and to the words
+    (`hash_of_words`)."""
     arrays = {name: np.ascontiguousarray(array) for name, array in trie.arrays().items()}
     metadata = {
         "format_version": FORMAT_VERSION,
@@ -208,7 +224,8 @@ def save_trie(trie: Trie, path: str | Path, *, numbering_hash: str, words_hash: 
 
 
 def load_trie(path: str | Path, *, numbering_hash: str, words_hash: str) -> Trie:
-    """What `save_trie` wrote. Raises ValueError naming the file if it is damaged or belongs to another numbering or words."""
+    """What `save_trie` wrote. Raises ValueError naming the file if it is damaged or belongs to
+    another numbering or words."""
     try:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
@@ -216,12 +233,16 @@ def load_trie(path: str | Path, *, numbering_hash: str, words_hash: str) -> Trie
     except (OSError, SafetensorError) as error:
         raise _unfit(path, f"not readable ({error})") from None
     if metadata.get("format_version") != FORMAT_VERSION:
-        raise _unfit(path, f"format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}")
+        raise _unfit(
+            path, f"format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}"
+        )
     for key, expected in (("numbering_hash", numbering_hash), ("words_hash", words_hash)):
         found = metadata.get(key, "")
         if found != expected:
             raise _unfit(path, f"its {key} is {found[:12]!r}, the model's {expected[:12]!r}")
-    if set(arrays) != {field.name for field in fields(Trie)} or _hash_of_arrays(arrays) != metadata.get("arrays_hash"):
+    if set(arrays) != {field.name for field in fields(Trie)} or _hash_of_arrays(
+        arrays
+    ) != metadata.get("arrays_hash"):
         raise _unfit(path, "damaged (its arrays are not those that were written)")
     return Trie(**arrays)
 
@@ -231,7 +252,8 @@ def _unfit(path: str | Path, reason: str) -> ValueError:
 
 
 def _hash_of_arrays(arrays: dict[str, np.ndarray]) -> str:
-    # safetensors checks its header alone: a flipped bit in a node would come back as another catalogue.
+    # safetensors checks its header alone: a flipped bit in a node would come back as another
+    # catalogue.
     digest = hashlib.sha256()
     for name in sorted(arrays):
         array = arrays[name]
@@ -242,10 +264,11 @@ def _hash_of_arrays(arrays: dict[str, np.ndarray]) -> str:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What excluding items takes from the tries of a batch of users: pairs (user, node), ascending, each once.
+    """What excluding items takes from the tries of a batch of users: pairs (user, node), ascending,
+    each once.
 
-    Pairs and not a table of users times nodes: a user loses some dozens of nodes, a catalogue has millions.
-    """
+    Pairs and not a table of users times nodes: a user loses some dozens of nodes, a catalogue has
+    millions."""
 
     end_users: np.ndarray
     """int64 [E], users of the closed ends."""
@@ -254,14 +277,16 @@ class Pruned:
     dead_users: np.ndarray
     """int64 [X], users of the dead nodes."""
     dead_nodes: np.ndarray
-    """int64 [X], nodes below which no item is left, so that a beam never walks into an empty branch."""
+    """int64 [X], nodes below which no item is left, so that a beam never walks into an empty
+    branch."""
 
 
 def pruned(trie: Trie, user_index: np.ndarray, items: np.ndarray) -> Pruned:
-    """Exclude the pairs (user_index int64 [P], items int [P]); repeats are fine, and so are items that the trie leaves out.
+    """Exclude the pairs (user_index int64 [P], items int [P]); repeats are fine, and so are items
+    that the trie leaves out.
 
-    Leaves first, then upwards: a node dies when its own item is excluded or absent and all of its children are dead.
-    """
+    Leaves first, then upwards: a node dies when its own item is excluded or absent and all of its
+    children are dead."""
     num_nodes = trie.num_nodes
     nodes = trie.item_node[items]
     ends = np.unique((np.asarray(user_index, np.int64) * num_nodes + nodes)[nodes >= 0])
@@ -272,7 +297,9 @@ def pruned(trie: Trie, user_index: np.ndarray, items: np.ndarray) -> Pruned:
         closed = ends[level_of_ends == level]
         leaves = closed[trie.num_children[closed % num_nodes] == 0]
         endless = childless[trie.end_item[childless % num_nodes] < 0]
-        dead = np.concatenate([leaves, endless, np.intersect1d(childless, closed, assume_unique=True)])
+        dead = np.concatenate(
+            [leaves, endless, np.intersect1d(childless, closed, assume_unique=True)]
+        )
         dead_of_levels.append(dead)
         users, nodes = np.divmod(dead, num_nodes)
         parents, lost = np.unique(users * num_nodes + trie.parent[nodes], return_counts=True)

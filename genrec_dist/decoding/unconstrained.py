@@ -22,10 +22,11 @@ def generate_freely(
     beam: int,
     top: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The best `top` token strings a user: scores float32 [B, N] best first, tokens [B, N, T], their numbers [B, N].
+    """The best `top` token strings a user: scores float32 [B, N] best first, tokens [B, N, T],
+    their numbers [B, N].
 
-    A string has at most `longest` tokens before its `</s>`, which is in its score and not in its tokens.
-    """
+    A string has at most `longest` tokens before its `</s>`, which is in its score and not in its
+    tokens."""
     device, num_users, eos = memory_BLD.device, len(memory_BLD), model.config.eos_token_id
     state = DecoderState(model, memory_BLD, mask_BL)
     start = torch.full((1,), model.config.decoder_start_token_id, dtype=torch.long, device=device)
@@ -40,10 +41,14 @@ def generate_freely(
             logits_BKV = hidden_BKD.to(weight_VD.dtype) @ weight_VD.T
             reached_BKV = logits_BKV.log_softmax(-1) + scores_BK[..., None]
         # An end is a candidate for the list wherever it stands, as in the trie's search.
-        found_BN, places_BN = torch.cat([found_BN, reached_BKV[..., eos]], 1).sort(dim=1, descending=True, stable=True)
+        found_BN, places_BN = torch.cat([found_BN, reached_BKV[..., eos]], 1).sort(
+            dim=1, descending=True, stable=True
+        )
         found_BN, places_BN = found_BN[:, :top], places_BN[:, :top]
         strings_BNT = _rows(torch.cat([strings_BNT, past_BKT], 1), places_BN)
-        lengths_BN = torch.cat([lengths_BN, torch.full_like(past_BKT[..., 0], length)], 1).gather(1, places_BN)
+        lengths_BN = torch.cat([lengths_BN, torch.full_like(past_BKT[..., 0], length)], 1).gather(
+            1, places_BN
+        )
         if length == longest:
             break
         reached_BKV[..., eos] = NOTHING

@@ -1,4 +1,5 @@
-"""What ranks tell each other besides gradients: numbers, lists and errors, through host memory, so that no device waits."""
+"""What ranks tell each other besides gradients: numbers, lists and errors, through host memory, so
+that no device waits."""
 
 from __future__ import annotations
 
@@ -20,9 +21,8 @@ _PATIENCE = timedelta(days=1)
 def join() -> None:
     """Meet the other ranks of a launched command that only decodes: gloo alone, also on GPUs.
 
-    A rank that has gone is known by its closed connection at once, so patience costs nothing; and rank 0 may take long over its
-    last table while the others wait.
-    """
+    A rank that has gone is known by its closed connection at once, so patience costs nothing; and
+    rank 0 may take long over its last table while the others wait."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=_PATIENCE)
 
@@ -37,15 +37,15 @@ _GONE = " has gone ("
 
 
 class RankGone(ValueError):
-    """Another rank is no longer there. What this one was given is not to blame: another attempt may end well."""
+    """Another rank is no longer there. What this one was given is not to blame: another attempt may
+    end well."""
 
 
 class Ranks:
     """This process among the ranks of a run; alone, every exchange is with itself.
 
-    All that is exchanged goes to rank 0 and back: a rank that has gone is then known by name to every other, and the few bytes
-    take two hops where a ring takes as many as there are ranks.
-    """
+    All that is exchanged goes to rank 0 and back: a rank that has gone is then known by name to
+    every other, and the few bytes take two hops where a ring takes as many as there are ranks."""
 
     def __init__(self) -> None:
         """Collective: all ranks make theirs together, after the process group is there."""
@@ -53,7 +53,11 @@ class Ranks:
         self.rank = dist.get_rank() if launched else 0
         self.size = dist.get_world_size() if launched else 1
         # NCCL would move these few bytes over the GPU and wait for its queue.
-        self.group = dist.new_group(backend="gloo") if self.size > 1 and dist.get_backend() != "gloo" else None
+        self.group = (
+            dist.new_group(backend="gloo")
+            if self.size > 1 and dist.get_backend() != "gloo"
+            else None
+        )
 
     @property
     def is_main(self) -> bool:
@@ -61,13 +65,17 @@ class Ranks:
 
     def exchange(self, values: list[int]) -> list[list[int]]:
         """These int64 values of every rank, by rank; each rank gives equally many."""
-        return [theirs.tolist() for theirs in self._meet(torch.tensor(values, dtype=torch.int64), None, share=True)]
+        return [
+            theirs.tolist()
+            for theirs in self._meet(torch.tensor(values, dtype=torch.int64), None, share=True)
+        ]
 
     def gather(self, mine: Tensor, error: Exception | None = None) -> list[Tensor]:
-        """A tensor of every rank, all of one shape and type and in host memory: by rank on rank 0, nothing on the others.
+        """A tensor of every rank, all of one shape and type and in host memory: by rank on rank 0,
+        nothing on the others.
 
-        A rank that has none gives its `error` and any tensor of that shape; then all raise, as `all_well` does.
-        """
+        A rank that has none gives its `error` and any tensor of that shape; then all raise, as
+        `all_well` does."""
         return self._meet(mine, error, share=False)
 
     def barrier(self) -> None:
@@ -92,25 +100,31 @@ class Ranks:
         return result
 
     def all_well(self, error: Exception | None) -> None:
-        """Raise on all ranks if one has an error or has gone: nobody goes on to a collective that another will never reach.
+        """Raise on all ranks if one has an error or has gone: nobody goes on to a collective that
+        another will never reach.
 
-        Raises the rank's own error where there is one, elsewhere a ValueError that names the rank, or RankGone if that has gone.
-        """
+        Raises the rank's own error where there is one, elsewhere a ValueError that names the rank,
+        or RankGone if that has gone."""
         self._meet(torch.empty(0), error, share=False)
 
     def _meet(self, mine: Tensor, error: Exception | None, share: bool) -> list[Tensor]:
         """What every rank gave, by rank; where it is not shared, on rank 0 alone."""
         everyone, failure = [mine], ""
         if self.size > 1:
-            everyone, failure = (self._hear_all if self.is_main else self._ask_main)(mine, error, share)
+            everyone, failure = (self._hear_all if self.is_main else self._ask_main)(
+                mine, error, share
+            )
         if error is not None:
             raise error
         if failure:
             raise (RankGone if _GONE in failure.split(": ")[0] else ValueError)(failure)
         return everyone
 
-    def _hear_all(self, mine: Tensor, error: Exception | None, share: bool) -> tuple[list[Tensor], str]:
-        """Rank 0's part: what all gave, and what is wrong with the first rank that failed, or ""."""
+    def _hear_all(
+        self, mine: Tensor, error: Exception | None, share: bool
+    ) -> tuple[list[Tensor], str]:
+        """Rank 0's part: what all gave, and what is wrong with the first rank that failed, or
+        ""."""
         others = range(1, self.size)
         frames = [_frame(_WELL, mine)] + [_frame(_WELL, torch.empty_like(mine)) for _ in others]
         wrong = {} if error is None else {0: f"rank 0: {error}"}
@@ -132,17 +146,28 @@ class Ranks:
             _lost(work)
         return everyone, wrong.get(first, "")
 
-    def _ask_main(self, mine: Tensor, error: Exception | None, share: bool) -> tuple[list[Tensor], str]:
+    def _ask_main(
+        self, mine: Tensor, error: Exception | None, share: bool
+    ) -> tuple[list[Tensor], str]:
         """Another rank's part: tell rank 0, and hear what it knows of all."""
-        notes = [_frame(_WELL, mine)] if error is None else [_frame(self.rank, mine), _bytes(f"{error}")]
+        notes = (
+            [_frame(_WELL, mine)]
+            if error is None
+            else [_frame(self.rank, mine), _bytes(f"{error}")]
+        )
         shared = mine.new_empty(self.size, *mine.shape) if share else mine.new_empty(0)
         answer, failure = _frame(_WELL, shared), _bytes("")
-        # Gloo sends at once to whoever waits already, and asks first otherwise: that would be two more hops.
+        # Gloo sends at once to whoever waits already, and asks first otherwise: that would be two
+        # more hops.
         coming = self._post(dist.irecv, answer, 0)
-        lost = next(filter(None, (_lost(self._post(dist.isend, note, 0)) for note in notes)), "") or _lost(coming)
+        lost = next(
+            filter(None, (_lost(self._post(dist.isend, note, 0)) for note in notes)), ""
+        ) or _lost(coming)
         if not lost and _mark(answer) != _WELL:
             lost = _lost(self._post(dist.irecv, failure, 0))
-        return list(_content(answer).view(shared.dtype).view(shared.shape)), _gone(0, lost) if lost else _text(failure)
+        return list(_content(answer).view(shared.dtype).view(shared.shape)), _gone(
+            0, lost
+        ) if lost else _text(failure)
 
     def _post(self, transfer: Callable[..., Any], frame: Tensor, rank: int) -> Any:
         """A transfer under way, or the error of one that cannot begin."""
@@ -159,7 +184,9 @@ def _lost(work: Any) -> str:
             raise work
         work.wait()
     except RuntimeError as error:
-        return str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # not gloo's source file, nor its advice
+        return (
+            str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+        )  # not gloo's source file, nor its advice
     return ""
 
 
@@ -169,7 +196,9 @@ def _gone(rank: int, reason: str) -> str:
 
 def _frame(mark: int, content: Tensor) -> Tensor:
     """uint8: a mark (the rank that failed, or _WELL), then the content's bytes."""
-    return torch.cat([torch.tensor([mark]).view(torch.uint8), content.contiguous().flatten().view(torch.uint8)])
+    return torch.cat(
+        [torch.tensor([mark]).view(torch.uint8), content.contiguous().flatten().view(torch.uint8)]
+    )
 
 
 def _mark(frame: Tensor) -> int:

@@ -1,4 +1,5 @@
-"""When the work has to end: a budget of minutes, or a signal; and a lock, so that two never work in one directory."""
+"""When the work has to end: a budget of minutes, or a signal; and a lock, so that two never work in
+one directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the launcher was asked for, and whether the run got it: processes, ZeRO stage, precision, device."""
+"""What the launcher was asked for, and whether the run got it: processes, ZeRO stage, precision,
+device."""
 
 from __future__ import annotations
 
@@ -20,10 +21,18 @@ CHOICES = {
     "precision": ("fp32", "bf16", "fp16"),
     "device": ("cpu", "gpu"),
 }
-"""What can be asked for, and its values; `processes` is a whole number, `zero=none` is a run without DeepSpeed."""
+"""What can be asked for, and its values; `processes` is a whole number, `zero=none` is a run
+without DeepSpeed."""
 
-# Where a program that starts the ranks by itself tells how many there are; the first one that is set counts.
-_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+# Where a program that starts the ranks by itself tells how many there are; the first one that is
+# set counts.
+_WORLD_SIZES = (
+    "WORLD_SIZE",
+    "PMI_SIZE",
+    "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)
 _LEVELS = 4
 
 
@@ -49,8 +58,8 @@ class Launch:
 def check(accelerator: Accelerator, precision: str) -> None:
     """Compare what was asked for with what this run got; collective.
 
-    `precision`: the recipe's. Raises ValueError, on all ranks, where any rank got something else or another than rank 0.
-    """
+    `precision`: the recipe's. Raises ValueError, on all ranks, where any rank got something else or
+    another than rank 0."""
     got = gotten(accelerator)
     error: ValueError | None = None
     try:
@@ -67,7 +76,9 @@ def check(accelerator: Accelerator, precision: str) -> None:
         raise error
     for rank, (failed, *theirs) in enumerate(everyone):
         if failed:
-            raise ValueError(f"rank {rank} did not get what it was asked for: its own message says what")
+            raise ValueError(
+                f"rank {rank} did not get what it was asked for: its own message says what"
+            )
         for what, first, other in zip(got, everyone[0][1:], theirs, strict=True):
             if first != other:
                 raise ValueError(
@@ -81,7 +92,8 @@ def gotten(accelerator: Accelerator) -> dict[str, str]:
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     zero = "none"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # The very dictionary that the engine will be made from, so neither a flag nor a file counts but what became of them.
+        # The very dictionary that the engine will be made from, so neither a flag nor a file counts
+        # but what became of them.
         config = accelerator.deepspeed_plugin.deepspeed_config
         zero = str(config["zero_optimization"].get("stage", 0))
         enabled = [kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled") is True]
@@ -95,7 +107,8 @@ def gotten(accelerator: Accelerator) -> dict[str, str]:
 
 
 def first_difference(wishes: list[Asked], got: Mapping[str, str]) -> str | None:
-    """A line about the first wish that was not granted: what was asked, by whom, what came, and the way out."""
+    """A line about the first wish that was not granted: what was asked, by whom, what came, and the
+    way out."""
     for wish in wishes:
         if wish.value != got[wish.what]:
             asked_for, came = (_phrase(wish.what, value) for value in (wish.value, got[wish.what]))
@@ -128,7 +141,8 @@ def _way_out(wish: Asked, got: Mapping[str, str]) -> str:
 
 
 def asked(environ: Mapping[str, str], launch: Launch | None) -> list[Asked]:
-    """All that was asked for, in words of GENREC_EXPECT, of the launcher's command line and of its variables.
+    """All that was asked for, in words of GENREC_EXPECT, of the launcher's command line and of its
+    variables.
 
     Raises ValueError for a GENREC_EXPECT or a DeepSpeed file that cannot be read.
     """
@@ -139,7 +153,9 @@ def _expected(environ: Mapping[str, str]) -> Iterator[Asked]:
     """`GENREC_EXPECT=processes=8,zero=3`: the launch scripts' own statement."""
     for part in filter(None, environ.get("GENREC_EXPECT", "").split(",")):
         what, _, value = part.partition("=")
-        if what not in CHOICES or not (value in CHOICES[what] or (what == "processes" and value.isdecimal())):
+        if what not in CHOICES or not (
+            value in CHOICES[what] or (what == "processes" and value.isdecimal())
+        ):
             known = ", ".join(f"{key}={'|'.join(values) or 'N'}" for key, values in CHOICES.items())
             raise ValueError(f"GENREC_EXPECT: {part} is not one of {known}")
         yield Asked(what, value, f"GENREC_EXPECT={environ['GENREC_EXPECT']}")
@@ -169,13 +185,18 @@ def _is_true(text: str | None) -> bool:
 
 
 def _stages(file: str | None, stage: Any, by: str) -> Iterator[Asked]:
-    """What a DeepSpeed file and a stage named beside it ask for; accelerate's own default where both are silent."""
+    """What a DeepSpeed file and a stage named beside it ask for; accelerate's own default where
+    both are silent."""
     in_file = None
     if file and file != "none":
         try:
-            in_file = json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
+            in_file = json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"][
+                "stage"
+            ]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}: no DeepSpeed file with zero_optimization.stage ({error!r})") from None
+            raise ValueError(
+                f"{file}: no DeepSpeed file with zero_optimization.stage ({error!r})"
+            ) from None
     if in_file not in (None, "auto"):
         yield Asked("zero", str(in_file), file or by)
     if stage is not None or in_file in (None, "auto"):
@@ -183,7 +204,8 @@ def _stages(file: str | None, stage: Any, by: str) -> Iterator[Asked]:
 
 
 def _of_launch(launch: Launch) -> Iterator[Asked]:
-    """What accelerate's own parser reads in the command line and the configuration file it names."""
+    """What accelerate's own parser reads in the command line and the configuration file it
+    names."""
     handlers = list(logging.root.handlers)
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
@@ -214,7 +236,8 @@ def _of_launch(launch: Launch) -> Iterator[Asked]:
 
 
 def launch_above() -> Launch | None:
-    """The nearest `accelerate launch` above this process; None where there is none or the system does not tell."""
+    """The nearest `accelerate launch` above this process; None where there is none or the system
+    does not tell."""
     process = os.getppid()
     for _ in range(_LEVELS):
         folder = Path("/proc") / str(process)
@@ -224,14 +247,17 @@ def launch_above() -> Launch | None:
             if arguments is not None:
                 return Launch(arguments, (folder / "cwd").readlink())
             # Behind the name, which may hold anything, in brackets: the state, then the parent.
-            process = int((folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+            process = int(
+                (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+            )
         except (OSError, ValueError, IndexError):
             return None
     return None
 
 
 def launch_arguments(words: list[str]) -> list[str] | None:
-    """What follows `accelerate launch` in a command line, whichever way it is written; None where it is another one."""
+    """What follows `accelerate launch` in a command line, whichever way it is written; None where
+    it is another one."""
     for place, word in enumerate(words):
         name = Path(word).name
         if (
@@ -247,7 +273,13 @@ def launch_arguments(words: list[str]) -> list[str] | None:
 
 
 def _code(what: str, value: str) -> int:
-    return CHOICES[what].index(value) if value in CHOICES[what] else int(value) if value.isdecimal() else -1
+    return (
+        CHOICES[what].index(value)
+        if value in CHOICES[what]
+        else int(value)
+        if value.isdecimal()
+        else -1
+    )
 
 
 def _said(what: str, code: int) -> str:

@@ -10,7 +10,9 @@ from typing import Any
 class Stopped(Exception):
     """A signal asked the run to stop; what it can go on from is written."""
 
-    def __init__(self, number: int, saved: str = "checkpoint written", remedy: str = "--resume latest"):
+    def __init__(
+        self, number: int, saved: str = "checkpoint written", remedy: str = "--resume latest"
+    ):
         super().__init__(f"stopped by {signal.Signals(number).name}, {saved}")
         self.number, self.remedy = number, remedy
 
@@ -20,7 +22,8 @@ class Terminated(BaseException):
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
-    """A signal handler. Left to itself SIGTERM ends a process at once, and what it was writing stays behind."""
+    """A signal handler. Left to itself SIGTERM ends a process at once, and what it was writing
+    stays behind."""
     raise Terminated
 
 
@@ -29,7 +32,8 @@ class NotFinite(ValueError):
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT while it is entered, so that the run can save first; a second SIGINT ends at once."""
+    """Notes SIGTERM and SIGINT while it is entered, so that the run can save first; a second SIGINT
+    ends at once."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -37,13 +41,19 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         try:
-            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {
+                number: signal.signal(number, self._note)
+                for number in (signal.SIGTERM, signal.SIGINT)
+            }
         except ValueError:  # not in the main thread: whoever runs us there handles signals
             self._before = {}
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -55,6 +65,7 @@ class StopRequest:
 
 
 def ignore_signals(_: int) -> None:
-    """For workers that prepare batches: launchers and terminals signal the whole group, the trainer alone ends its workers."""
+    """For workers that prepare batches: launchers and terminals signal the whole group, the trainer
+    alone ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

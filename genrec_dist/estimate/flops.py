@@ -15,14 +15,23 @@ FORMULA = (
     "feed-forward; V: tokens that share the probability; 2 for "
     "multiply and add, 3 for forward and backward"
 )
-"""Matrix products and attention; the embedding sum, norms and the optimiser are left out, as is usual."""
+"""Matrix products and attention; the embedding sum, norms and the optimiser are left out, as is
+usual."""
 
 
 def flops(config: GenRecConfig, work: Work) -> float:
     """Floating-point operations of forward and backward (`FORMULA`)."""
     width, vocabulary = config.d_model, config.spoken_tokens or config.vocab_size
-    encoder = work.inputs * (4 * width**2 + 2 * width * config.encoder_ffn_dim) + 2 * width * work.encoder_pairs
-    decoder = work.targets * (4 * width**2 + 2 * width * config.decoder_ffn_dim) + 2 * width * work.decoder_pairs
+    encoder = (
+        work.inputs * (4 * width**2 + 2 * width * config.encoder_ffn_dim)
+        + 2 * width * work.encoder_pairs
+    )
+    decoder = (
+        work.targets * (4 * width**2 + 2 * width * config.decoder_ffn_dim)
+        + 2 * width * work.decoder_pairs
+    )
     across = (work.inputs + work.targets) * 2 * width**2 + 2 * width * work.cross_pairs
     head = work.labels * width * vocabulary
-    return 6.0 * (config.encoder_layers * encoder + config.decoder_layers * (decoder + across) + head)
+    return 6.0 * (
+        config.encoder_layers * encoder + config.decoder_layers * (decoder + across) + head
+    )

@@ -1,4 +1,5 @@
-"""What a recipe needs before a GPU is rented: which method fits, the largest micro-batch, the time, and plain advice."""
+"""What a recipe needs before a GPU is rented: which method fits, the largest micro-batch, the time,
+and plain advice."""
 
 # L input tokens, T target tokens
 
@@ -45,7 +46,8 @@ RESERVE_GIB = 1.5
 ASSUMED_ITEMS = (5, 5, 5, 6, 6, 7, 8, 10, 14, 24)
 """Items a user where there is no data: about the deciles of Beauty."""
 ASSUMED_ITEM_TOKENS = 4
-"""Sub-words of a user's or an item's word where the tokenizer is not at hand: ` item`, `_` and two pieces of four digits."""
+"""Sub-words of a user's or an item's word where the tokenizer is not at hand: ` item`, `_` and two
+pieces of four digits."""
 MFU = 0.4
 """Share of a card's peak that training on real tokens is taken to reach."""
 
@@ -82,7 +84,9 @@ class Samples:
     @property
     def quantiles(self) -> np.ndarray:
         """Lengths that stand for all, the shortest and the longest among them."""
-        return np.unique(np.quantile(self.lengths, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1), method="nearest"))
+        return np.unique(
+            np.quantile(self.lengths, (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1), method="nearest")
+        )
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ class Catalogue:
     users: int
     items: int
     training_items: np.ndarray
-    """int64, items of each user's training part; where sizes are stated, of a few users who stand for all."""
+    """int64, items of each user's training part; where sizes are stated, of a few users who stand
+    for all."""
     words: WordTable | None
     """None: the tokenizer is not at hand; a vocabulary to be trimmed is then counted whole."""
     vocabulary: int | None
@@ -156,13 +161,16 @@ def forecast(
     card: str | None = None,
     tflops: float | None = None,
 ) -> Forecast:
-    """Work out a recipe on `gpus` GPUs of `memory_gib` each; nothing is trained, downloaded or written.
+    """Work out a recipe on `gpus` GPUs of `memory_gib` each; nothing is trained, downloaded or
+    written.
 
-    `users`, `items`: sizes in place of the recipe's data directory. `zero_files`: directory of zero0.json ... whose bucket
-    sizes count. `tflops`: TFLOP/s a GPU really reaches. Raises ValueError where sizes are missing or do not fit.
-    """
+    `users`, `items`: sizes in place of the recipe's data directory. `zero_files`: directory of
+    zero0.json ... whose bucket sizes count. `tflops`: TFLOP/s a GPU really reaches. Raises
+    ValueError where sizes are missing or do not fit."""
     if memory_gib <= RESERVE_GIB:
-        raise ValueError(f"--memory {memory_gib:g}: {RESERVE_GIB} GiB of it are kept free; give more")
+        raise ValueError(
+            f"--memory {memory_gib:g}: {RESERVE_GIB} GiB of it are kept free; give more"
+        )
     catalogue = read_catalogue(recipe, users, items)
     trimmed = catalogue.words.vocabulary if catalogue.words is not None else None
     spoken = trimmed.num_spoken if trimmed is not None else 0
@@ -170,7 +178,9 @@ def forecast(
     sizes = measure_sizes(recipe, config)
     samples = stage_samples(recipe, catalogue)
     limit = usable_bytes(memory_gib)
-    fits = [_fit(recipe, config, sizes, samples, method, gpus, limit, zero_files) for method in METHODS]
+    fits = [
+        _fit(recipe, config, sizes, samples, method, gpus, limit, zero_files) for method in METHODS
+    ]
     flops = {each.stage: _flops_a_sample(config, each) * each.batch_size for each in samples}
     speed = _speed(recipe, card, tflops)
     result = Forecast(
@@ -189,15 +199,29 @@ def read_catalogue(recipe: Recipe, users: int | None, items: int | None) -> Cata
             raise ValueError(f"--users {users} --items {items}: both must be at least 1")
         source = f"given sizes; users of {min(ASSUMED_ITEMS)} to {max(ASSUMED_ITEMS)} items assumed"
         return Catalogue(
-            users, items, np.array(ASSUMED_ITEMS) - num_held_out(recipe.trained_through), None, None, source
+            users,
+            items,
+            np.array(ASSUMED_ITEMS) - num_held_out(recipe.trained_through),
+            None,
+            None,
+            source,
         )
     if not (Path(recipe.data) / "dataset.json").is_file():
-        raise ValueError(f"{recipe.data}: no data directory there: give --users and --items, or set data to one")
+        raise ValueError(
+            f"{recipe.data}: no data directory there: give --users and --items, or set data to one"
+        )
     dataset = load_dataset(recipe.data)
     words, vocabulary = _words(recipe, dataset)
     sequences = dataset.sequences
     training_items = sequences.training_ends(recipe.trained_through) - sequences.offsets[:-1]
-    return Catalogue(sequences.num_users, sequences.num_items, training_items, words, vocabulary, str(recipe.data))
+    return Catalogue(
+        sequences.num_users,
+        sequences.num_items,
+        training_items,
+        words,
+        vocabulary,
+        str(recipe.data),
+    )
 
 
 def _words(recipe: Recipe, dataset: Dataset) -> tuple[WordTable | None, int | None]:
@@ -220,7 +244,8 @@ def _words(recipe: Recipe, dataset: Dataset) -> tuple[WordTable | None, int | No
 
 
 def stage_samples(recipe: Recipe, catalogue: Catalogue) -> list[Samples]:
-    """Lengths of the samples of each stage that has epochs, all items taken to be of mean length."""
+    """Lengths of the samples of each stage that has epochs, all items taken to be of mean
+    length."""
     training = catalogue.training_items
     return [
         _samples(name, stage, training[training > 1], recipe, catalogue)
@@ -229,7 +254,9 @@ def stage_samples(recipe: Recipe, catalogue: Catalogue) -> list[Samples]:
     ]
 
 
-def _samples(name: str, stage: Stage, training: np.ndarray, recipe: Recipe, catalogue: Catalogue) -> Samples:
+def _samples(
+    name: str, stage: Stage, training: np.ndarray, recipe: Recipe, catalogue: Catalogue
+) -> Samples:
     item_tokens, longest_item, user_tokens = _word_tokens(recipe, catalogue)
     histories = training - 1
     if stage.targets == "every-prefix":
@@ -244,7 +271,12 @@ def _samples(name: str, stage: Stage, training: np.ndarray, recipe: Recipe, cata
         rows = masks = stage.mask.k
     if stage.targets == "mask" and stage.mask.strategy == "span":
         target *= stage.mask.k
-    lengths = 2 + user_tokens + masks + np.ceil(np.maximum(histories + 1 - masks, 0) * item_tokens).astype(np.int64)
+    lengths = (
+        2
+        + user_tokens
+        + masks
+        + np.ceil(np.maximum(histories + 1 - masks, 0) * item_tokens).astype(np.int64)
+    )
     share = catalogue.users / len(catalogue.training_items)
     return Samples(
         name,
@@ -261,7 +293,11 @@ def _word_tokens(recipe: Recipe, catalogue: Catalogue) -> tuple[float, int, int]
     """Sub-words of: the mean item, the longest item, a user."""
     words = catalogue.words
     if words is None:
-        return ASSUMED_ITEM_TOKENS, ASSUMED_ITEM_TOKENS, ASSUMED_ITEM_TOKENS if recipe.model.user_ids else 0
+        return (
+            ASSUMED_ITEM_TOKENS,
+            ASSUMED_ITEM_TOKENS,
+            ASSUMED_ITEM_TOKENS if recipe.model.user_ids else 0,
+        )
     mean = float(np.diff(words.tokens_of_items()[1]).mean())
     return mean, words.longest_item, words.longest_user if recipe.model.user_ids else 0
 
@@ -295,15 +331,24 @@ def _fit(
             for length in each.quantiles
         )
         compute = compute_of(method, bf16)
-        return state.peak(max(activation_bytes(config, sizes, batch, compute, head=head).total for batch in batches))
+        return state.peak(
+            max(
+                activation_bytes(config, sizes, batch, compute, head=head).total
+                for batch in batches
+            )
+        )
 
     return Fit(
-        method, state, peak(recipe.micro_batch_tokens, True), _largest(lambda tokens: peak(tokens, False) <= limit)
+        method,
+        state,
+        peak(recipe.micro_batch_tokens, True),
+        _largest(lambda tokens: peak(tokens, False) <= limit),
     )
 
 
 def _micro_batch(samples: Samples, length: int, tokens: int, gpus: int | None) -> MicroBatch:
-    """The samples of one length that go in at once; `gpus`: no more than a rank's share of a step has."""
+    """The samples of one length that go in at once; `gpus`: no more than a rank's share of a step
+    has."""
     count = max(1, tokens // length)
     if gpus is not None:
         count = min(count, -(-samples.batch_size // gpus))
@@ -328,7 +373,8 @@ def _largest(fits: Any) -> int:
 def _flops_a_sample(config: GenRecConfig, samples: Samples) -> float:
     found, counts = np.unique(samples.lengths, return_counts=True)
     each = [
-        step_flops(config, MicroBatch(1, int(length), samples.target_tokens, samples.rows_a_sample)) for length in found
+        step_flops(config, MicroBatch(1, int(length), samples.target_tokens, samples.rows_a_sample))
+        for length in found
     ]
     return float(np.average(each, weights=counts))
 
@@ -348,15 +394,24 @@ def _speed(recipe: Recipe, card: str | None, tflops: float | None) -> tuple[floa
     return peak * MFU, f"published peak of {peak:g} TFLOP/s x {MFU:g} assumed, not measured"
 
 
-def _duration(config: GenRecConfig, samples: Samples, gpus: int, tflops: float, assumption: str) -> Duration:
+def _duration(
+    config: GenRecConfig, samples: Samples, gpus: int, tflops: float, assumption: str
+) -> Duration:
     epoch = _flops_a_sample(config, samples) * samples.epoch_samples / (gpus * tflops * 1e12)
     return Duration(epoch, epoch * samples.epochs, assumption)
 
 
 def advise(plan: Forecast) -> list[str]:
     """What to do, in whole sentences."""
-    methods = _BY_COST if plan.recipe.precision != "fp16" else _BY_COST[:1]  # training refuses fp16 under DeepSpeed
-    fitting = [fit for method in methods for fit in plan.fits if fit.method == method and fit.fits(plan.limit)]
+    methods = (
+        _BY_COST if plan.recipe.precision != "fp16" else _BY_COST[:1]
+    )  # training refuses fp16 under DeepSpeed
+    fitting = [
+        fit
+        for method in methods
+        for fit in plan.fits
+        if fit.method == method and fit.fits(plan.limit)
+    ]
     ddp = plan.fits[0]
     lines = []
     if ddp in fitting:
@@ -384,7 +439,9 @@ def _advise_ddp(plan: Forecast, ddp: Fit) -> list[str]:
     states = 16 * plan.sizes.dense
     size = f"the states of {plan.sizes.dense / 1e6:,.0f} M parameters are {states / 1e9:.1f} GB"
     if plan.gpus == 1:
-        return [f"Use one process without ZeRO: {size}, they fit, and with one GPU there is nothing to spread."]
+        return [
+            f"Use one process without ZeRO: {size}, they fit, and with one GPU there is nothing to spread."
+        ]
     return [
         f"Use DDP, ZeRO is slower here: {size} and fit on each GPU. DDP sums gradients once a step, while backward is "
         "still running; ZeRO 1 and 2 then also send the weights around, ZeRO 3 fetches them for every forward and backward, "
@@ -393,9 +450,14 @@ def _advise_ddp(plan: Forecast, ddp: Fit) -> list[str]:
 
 
 def _advise_micro_batch(plan: Forecast, fit: Fit) -> list[str]:
-    tokens, share = plan.recipe.micro_batch_tokens, max(_step_tokens(each, plan.gpus) for each in plan.samples)
+    tokens, share = (
+        plan.recipe.micro_batch_tokens,
+        max(_step_tokens(each, plan.gpus) for each in plan.samples),
+    )
     if fit.largest < min(tokens, share):
-        return [f"micro_batch_tokens {tokens:,} only fits as steps are small; at most {fit.largest:,} fits by itself."]
+        return [
+            f"micro_batch_tokens {tokens:,} only fits as steps are small; at most {fit.largest:,} fits by itself."
+        ]
     if tokens >= share:
         return [
             f"A rank's share of a step has at most {share:,} encoder tokens and goes through at once: "
@@ -410,7 +472,9 @@ def _step_tokens(samples: Samples, gpus: int) -> int:
 
 def _advise_lowering(plan: Forecast) -> list[str]:
     best = min(plan.fits, key=lambda fit: fit.peak)
-    lines = [f"Nothing fits: {_NAMES[best.method]} needs least, {gib(best.peak)} of {gib(plan.limit)}."]
+    lines = [
+        f"Nothing fits: {_NAMES[best.method]} needs least, {gib(best.peak)} of {gib(plan.limit)}."
+    ]
     with_room = [fit for fit in plan.fits if fit.largest >= plan.recipe.model.max_tokens]
     if with_room:
         order = {method: place for place, method in enumerate(_BY_COST)}
@@ -463,7 +527,9 @@ def as_dict(plan: Forecast) -> dict[str, Any]:
                 "longest_tokens": int(each.lengths[-1]),
                 "target_tokens": each.target_tokens,
                 "step_flops": plan.step_flops[each.stage],
-                "duration": dataclasses.asdict(plan.duration[each.stage]) if each.stage in plan.duration else None,
+                "duration": dataclasses.asdict(plan.duration[each.stage])
+                if each.stage in plan.duration
+                else None,
             }
             for each in plan.samples
         ],
@@ -499,7 +565,10 @@ def render(plan: Forecast) -> RenderableType:
 
 
 def _head(plan: Forecast) -> Text:
-    sizes, words = plan.sizes, "" if plan.catalogue.words else f"; {ASSUMED_ITEM_TOKENS} sub-words a word assumed"
+    sizes, words = (
+        plan.sizes,
+        "" if plan.catalogue.words else f"; {ASSUMED_ITEM_TOKENS} sub-words a word assumed",
+    )
     return Text(
         f"{sizes.parameters:,} parameters, {sizes.ids:,} of them in id tables; {plan.catalogue.users:,} users, "
         f"{plan.catalogue.items:,} items ({plan.catalogue.source}{words}); {plan.recipe.precision}, "
@@ -508,7 +577,10 @@ def _head(plan: Forecast) -> Text:
 
 
 def _table(plan: Forecast) -> Table:
-    table = Table(title=f"GiB a GPU; micro_batch_tokens {plan.recipe.micro_batch_tokens:,}", title_justify="left")
+    table = Table(
+        title=f"GiB a GPU; micro_batch_tokens {plan.recipe.micro_batch_tokens:,}",
+        title_justify="left",
+    )
     for name in (
         "method",
         "weights",
@@ -526,7 +598,15 @@ def _table(plan: Forecast) -> Table:
     for fit in plan.fits:
         state = fit.state
         optimiser = state.masters + state.moments + state.average
-        sizes = (state.weights, optimiser, state.gradients, state.id_rows, state.buffers, state.total, fit.peak)
+        sizes = (
+            state.weights,
+            optimiser,
+            state.gradients,
+            state.id_rows,
+            state.buffers,
+            state.total,
+            fit.peak,
+        )
         fits = fit.fits(plan.limit)
         table.add_row(
             _NAMES[fit.method],

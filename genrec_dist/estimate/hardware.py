@@ -43,7 +43,8 @@ def peak_of(device: torch.device, precision: str) -> Peak | None:
 
 
 def _measured(dtype: torch.dtype) -> Peak:
-    """The best of a few products of large matrices, by this process's threads: a tenth of a second."""
+    """The best of a few products of large matrices, by this process's threads: a tenth of a
+    second."""
     left, right = (torch.zeros(_SIDE, _SIDE, dtype=dtype) for _ in range(2))
     out = torch.empty_like(left)
     seconds = []
@@ -55,5 +56,6 @@ def _measured(dtype: torch.dtype) -> Peak:
     threads = torch.get_num_threads()
     kind = str(dtype).removeprefix("torch.")
     return Peak(
-        rate, f"measured: a {kind} product of {_SIDE} x {_SIDE} matrices, {threads} threads, {rate / 1e9:,.0f} GFLOP/s"
+        rate,
+        f"measured: a {kind} product of {_SIDE} x {_SIDE} matrices, {threads} threads, {rate / 1e9:,.0f} GFLOP/s",
     )

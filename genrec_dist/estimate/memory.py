@@ -1,9 +1,11 @@
-"""The bytes a training rank holds, by formula: state under DDP and each ZeRO stage, and activations of a micro-batch.
+"""The bytes a training rank holds, by formula: state under DDP and each ZeRO stage, and activations
+of a micro-batch.
 
-The formulas follow what torch 2.13 and DeepSpeed 0.19.8 allocate; tests/unit/estimate/test_memory.py holds them against measured storages.
-"""
+The formulas follow what torch 2.13 and DeepSpeed 0.19.8 allocate;
+tests/unit/estimate/test_memory.py holds them against measured storages."""
 
-# B samples, R decoder rows, L input tokens, T target tokens, D width, F feed-forward width, V vocabulary, N parameters
+# B samples, R decoder rows, L input tokens, T target tokens, D width, F feed-forward width, V
+# vocabulary, N parameters
 
 from __future__ import annotations
 
@@ -32,10 +34,17 @@ Compute = Literal["fp32", "autocast", "bf16"]
 """float32; float32 weights under autocast to 16 bits (DDP); bfloat16 weights (DeepSpeed)."""
 
 ALLREDUCE_ELEMENTS = 500_000_000
-"""Gradients that DeepSpeed copies into one buffer to sum them, where it has not partitioned them."""
+"""Gradients that DeepSpeed copies into one buffer to sum them, where it has not partitioned
+them."""
 
 _BART_BASE = {"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "heads": 12, "ffn": 3072}
-_BART_LARGE = {"d_model": 1024, "encoder_layers": 12, "decoder_layers": 12, "heads": 16, "ffn": 4096}
+_BART_LARGE = {
+    "d_model": 1024,
+    "encoder_layers": 12,
+    "decoder_layers": 12,
+    "heads": 16,
+    "ffn": 4096,
+}
 _KNOWN_BACKBONES = {"facebook/bart-base": _BART_BASE, "facebook/bart-large": _BART_LARGE}
 _BART_VOCABULARY, _BART_POSITIONS = 50265, 1024
 
@@ -53,7 +62,8 @@ class Sizes:
     id_dim: int
     """Width of an id row."""
     ids_outside: bool
-    """Whether the tables lie outside the dense parameters, their rows spread over the ranks (row-adagrad)."""
+    """Whether the tables lie outside the dense parameters, their rows spread over the ranks
+    (row-adagrad)."""
 
     @property
     def dense(self) -> int:
@@ -89,7 +99,8 @@ class State:
     """Bytes of a rank, activations apart. All lie on the GPU but for `host`."""
 
     weights: int
-    """What forward and backward read; at stage 3 this rank's part and the small ones that stay whole."""
+    """What forward and backward read; at stage 3 this rank's part and the small ones that stay
+    whole."""
     masters: int
     """float32 copies that the optimiser steps; 0 where it steps the weights themselves."""
     moments: int
@@ -99,13 +110,16 @@ class State:
     average: int
     """The running average of the weights."""
     id_rows: int
-    """Id tables outside the parameters: this rank's rows with their state, and those of a step with their gradients."""
+    """Id tables outside the parameters: this rank's rows with their state, and those of a step with
+    their gradients."""
     buffers: int
     """Copies for communication: bucket buffers, and stage 3's gathered weights."""
     step_extra: int
-    """Copies made when the backward is through, to sum gradients over ranks or to step; no activations lie beside them."""
+    """Copies made when the backward is through, to sum gradients over ranks or to step; no
+    activations lie beside them."""
     validation_extra: int
-    """The whole float32 model that DeepSpeed's ranks decode with; no gradients or activations lie beside it."""
+    """The whole float32 model that DeepSpeed's ranks decode with; no gradients or activations lie
+    beside it."""
     host: int
     """Bytes in host memory, outside the GPU."""
 
@@ -120,7 +134,8 @@ class State:
         return self.held + self.gradients + self.buffers
 
     def peak(self, activations: int) -> int:
-        """The largest of: a micro-batch of so many bytes, the optimiser's step, a validation (decoding apart)."""
+        """The largest of: a micro-batch of so many bytes, the optimiser's step, a validation
+        (decoding apart)."""
         step = self.held + self.gradients + self.step_extra
         return max(self.total + activations, step, self.held + self.validation_extra)
 
@@ -156,11 +171,11 @@ class Activations:
 def build_config(
     recipe: Recipe, users: int, items: int, vocabulary: int | None = None, spoken: int = 0
 ) -> GenRecConfig:
-    """The model's configuration without weights or network. `vocabulary`: tokens; None: the backbone's or the recipe's. `spoken`:
-    those of them that a trimmed vocabulary speaks.
+    """The model's configuration without weights or network. `vocabulary`: tokens; None: the
+    backbone's or the recipe's. `spoken`: those of them that a trimmed vocabulary speaks.
 
-    Raises ValueError for a backbone that is neither BART-base, BART-large nor a directory with a BART config.json.
-    """
+    Raises ValueError for a backbone that is neither BART-base, BART-large nor a directory with a
+    BART config.json."""
     model, positions = recipe.model, recipe.model.max_tokens
     tokens = recipe.tokens.vocab_size
     if model.backbone is not None:
@@ -184,7 +199,11 @@ def build_config(
 
 def _backbone_shape(backbone: str) -> dict[str, int]:
     if backbone in _KNOWN_BACKBONES:
-        return {**_KNOWN_BACKBONES[backbone], "positions": _BART_POSITIONS, "vocabulary": _BART_VOCABULARY}
+        return {
+            **_KNOWN_BACKBONES[backbone],
+            "positions": _BART_POSITIONS,
+            "vocabulary": _BART_VOCABULARY,
+        }
     path = Path(backbone) / "config.json"
     if not path.is_file():
         raise ValueError(
@@ -199,7 +218,9 @@ def _backbone_shape(backbone: str) -> dict[str, int]:
     }  # fmt: skip
     missing = [name for name in names.values() if not isinstance(values.get(name), int)]
     if missing:
-        raise ValueError(f"{path}: {missing[0]} is missing: is it the configuration of a BART model?")
+        raise ValueError(
+            f"{path}: {missing[0]} is missing: is it the configuration of a BART model?"
+        )
     return {ours: values[theirs] for ours, theirs in names.items()}
 
 
@@ -210,7 +231,8 @@ def measure_sizes(recipe: Recipe, config: GenRecConfig) -> Sizes:
     outside = config.ids_outside
     tables = [rows for rows in (config.num_users, config.num_items) if rows]
     groups = [
-        tuple(p.numel() for p in group["params"]) for group in build_optimizer(model, recipe.optimizer).param_groups
+        tuple(p.numel() for p in group["params"])
+        for group in build_optimizer(model, recipe.optimizer).param_groups
     ]
     linear = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)]
     return Sizes(
@@ -223,7 +245,8 @@ def measure_sizes(recipe: Recipe, config: GenRecConfig) -> Sizes:
 
 
 def read_settings(folder: Path | None, method: Method) -> ZeroSettings:
-    """What `folder/METHOD.json` says, DeepSpeed's defaults for what it leaves out or where there is none."""
+    """What `folder/METHOD.json` says, DeepSpeed's defaults for what it leaves out or where there is
+    none."""
     path = folder / f"{method}.json" if folder else None
     found: dict[str, Any] = {}
     if path is not None and path.is_file():
@@ -253,8 +276,8 @@ def state_bytes(
 ) -> State:
     """Bytes of the fullest rank of `world_size` under AdamW.
 
-    `step_id_rows`: distinct id rows a rank's share of a step touches; read where the tables lie outside the parameters.
-    """
+    `step_id_rows`: distinct id rows a rank's share of a step touches; read where the tables lie
+    outside the parameters."""
     settings = settings or ZeroSettings()
     masters_of = {"ddp": 0, "zero0": 4 * sizes.dense if bf16 else 0}
     parts = _parts(sizes, method, world_size)
@@ -307,19 +330,23 @@ def _zero0(sizes: Sizes, bf16: bool) -> dict[str, int]:
     return {
         "weights": each * sizes.dense,
         "gradients": each * sizes.dense,
-        # The sum over ranks is taken in a copy; in bf16 float32 gradients of the masters then stand beside the others.
-        "step_extra": max(each * min(sizes.dense, ALLREDUCE_ELEMENTS), 4 * sizes.dense if bf16 else 0),
+        # The sum over ranks is taken in a copy; in bf16 float32 gradients of the masters then stand
+        # beside the others.
+        "step_extra": max(
+            each * min(sizes.dense, ALLREDUCE_ELEMENTS), 4 * sizes.dense if bf16 else 0
+        ),
     }
 
 
 def _zero1(sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings) -> dict[str, int]:
     if bf16:
-        # DeepSpeed's BF16_Optimizer keeps the whole float32 gradient beside the bfloat16 one. It is summed over ranks in a
-        # bfloat16 copy, of a float32 copy where there are several groups.
+        # DeepSpeed's BF16_Optimizer keeps the whole float32 gradient beside the bfloat16 one. It is
+        # summed over ranks in a bfloat16 copy, of a float32 copy where there are several groups.
         return {
             "weights": 2 * sizes.dense,
             "gradients": (4 + 2) * sizes.dense,
-            "step_extra": (6 if len(sizes.groups) > 1 else 2) * min(sizes.dense, ALLREDUCE_ELEMENTS),
+            "step_extra": (6 if len(sizes.groups) > 1 else 2)
+            * min(sizes.dense, ALLREDUCE_ELEMENTS),
         }
     return {
         "weights": 4 * sizes.dense,
@@ -329,7 +356,9 @@ def _zero1(sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings) -
     }
 
 
-def _zero2(sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings, world_size: int) -> dict[str, int]:
+def _zero2(
+    sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings, world_size: int
+) -> dict[str, int]:
     each = 2 if bf16 else 4
     return {
         "weights": each * sizes.dense,
@@ -340,7 +369,9 @@ def _zero2(sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings, w
     }
 
 
-def _zero3(sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings, world_size: int) -> dict[str, int]:
+def _zero3(
+    sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings, world_size: int
+) -> dict[str, int]:
     each = 2 if bf16 else 4
     small = sum(n for group in sizes.groups for n in group if n <= settings.persistence_threshold)
     return {
@@ -352,16 +383,17 @@ def _zero3(sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings, w
 
 
 def _norm_and_flat(parts: list[int], largest_piece: int) -> int:
-    """The norm is taken of float64 copies, one parameter at a time; then each group's gradient is put in one piece."""
+    """The norm is taken of float64 copies, one parameter at a time; then each group's gradient is
+    put in one piece."""
     return max(8 * largest_piece, 4 * max(parts))
 
 
 def gathered_elements(sizes: Sizes, settings: ZeroSettings) -> int:
-    """Stage 3: elements that stand whole between forward and backward, beside the small ones that always do.
+    """Stage 3: elements that stand whole between forward and backward, beside the small ones that
+    always do.
 
-    All of them: DeepSpeed's `stage3_max_live_parameters` releases none (measured), and `stage3_max_reuse_distance` only layers, not
-    the embeddings, which the model reads directly.
-    """
+    All of them: DeepSpeed's `stage3_max_live_parameters` releases none (measured), and
+    `stage3_max_reuse_distance` only layers, not the embeddings, which the model reads directly."""
     return sum(n for group in sizes.groups for n in group if n > settings.persistence_threshold)
 
 
@@ -370,9 +402,13 @@ def _buckets(settings: ZeroSettings) -> int:
 
 
 def _reaching_in(sizes: Sizes, world_size: int) -> int:
-    """Elements of the parameters that lie in a rank's partitions at least in part, of the rank with the most."""
+    """Elements of the parameters that lie in a rank's partitions at least in part, of the rank with
+    the most."""
     return max(
-        sum(_elements_reaching_in(group, 2 * -(-sum(group) // (2 * world_size)), rank) for group in sizes.groups)
+        sum(
+            _elements_reaching_in(group, 2 * -(-sum(group) // (2 * world_size)), rank)
+            for group in sizes.groups
+        )
         for rank in range(world_size)
     )
 
@@ -390,10 +426,19 @@ def _offload(state: dict[str, int], sizes: Sizes, bf16: bool, part: int, method:
     """Move to the host what DeepSpeed offloads, with the copies it makes for it."""
     each = 2 if bf16 else 4
     largest = each * sizes.largest
-    host = state["masters"] + state["moments"] + state["average"] + 4 * part  # and the masters' gradients
-    state |= {"masters": 0, "moments": 0, "average": 0, "step_extra": 0}  # the step is taken on the host
+    host = (
+        state["masters"] + state["moments"] + state["average"] + 4 * part
+    )  # and the masters' gradients
+    state |= {
+        "masters": 0,
+        "moments": 0,
+        "average": 0,
+        "step_extra": 0,
+    }  # the step is taken on the host
     if method == "zero2_offload":
-        host += each * part + largest  # a partition on its way to the GPU; a gradient on its way from it
+        host += (
+            each * part + largest
+        )  # a partition on its way to the GPU; a gradient on its way from it
         state["buffers"] += largest
         if not bf16:
             host += state["gradients"]  # accumulated over micro-batches
@@ -416,9 +461,9 @@ def activation_bytes(
 ) -> Activations:
     """What a micro-batch adds, with torch's fused attention.
 
-    `mask_bytes` an element that dropout keeps of what it dropped: 1 on a GPU; None: as on a CPU, an element of the input.
-    Attention dropout and ragged shapes are left out: B x L and R x T rectangles. `head` liger is taken to hold what chunked does.
-    """
+    `mask_bytes` an element that dropout keeps of what it dropped: 1 on a GPU; None: as on a CPU, an
+    element of the input. Attention dropout and ragged shapes are left out: B x L and R x T
+    rectangles. `head` liger is taken to hold what chunked does."""
     linear = 4 if compute == "fp32" else 2
     residual = 2 if compute == "bf16" else 4
     rows = batch.samples * batch.rows_a_sample
@@ -426,14 +471,19 @@ def activation_bytes(
     per_token = _TokenBytes(config, linear, residual, compute == "autocast", mask_bytes)
     device = torch.device("cpu" if mask_bytes is None else "cuda")
     loss = _loss_bytes(config, targets, head, compute, device)
-    encoder = inputs * (per_token.encoder_embedding() + config.encoder_layers * per_token.encoder_layer())
+    encoder = inputs * (
+        per_token.encoder_embedding() + config.encoder_layers * per_token.encoder_layer()
+    )
     decoder = (
-        targets * (per_token.decoder_embedding() + config.decoder_layers * per_token.decoder_layer())
+        targets
+        * (per_token.decoder_embedding() + config.decoder_layers * per_token.decoder_layer())
         + rows * batch.input_tokens * config.decoder_layers * per_token.memory()
         + loss.saved
     )
     if compute == "autocast":  # the weights, cast
-        in_encoder = config.encoder_layers * (4 * config.d_model**2 + 2 * config.d_model * config.encoder_ffn_dim)
+        in_encoder = config.encoder_layers * (
+            4 * config.d_model**2 + 2 * config.d_model * config.encoder_ffn_dim
+        )
         encoder += 2 * in_encoder
         decoder += 2 * (sizes.matmul - in_encoder)
     elif batch.rows_a_sample > 1:  # the encoder's output, repeated; autocast saves its casts alone
@@ -449,7 +499,8 @@ class _LossBytes:
     """Of the cross-entropy over the head's logits."""
 
     saved: int
-    """Between forward and backward; beyond what a full head saves of its weight and input, or less."""
+    """Between forward and backward; beyond what a full head saves of its weight and input, or
+    less."""
     beside: int
     """Beside all that is saved, at their most."""
 
@@ -463,10 +514,18 @@ def _loss_bytes(
         return _LossBytes(targets * tokens * 4, targets * tokens * (4 + 4))
     rows = min(targets, chunk_rows(tokens, width, device))
     gradients = 4 * (tokens + targets) * width
-    # A full head saves its input, and under autocast its weight, cast; this one the gradients of both, in float32.
-    spared = {"fp32": 4 * targets, "autocast": 2 * (targets + tokens), "bf16": 2 * targets}[compute] * width
-    # A chunk of logits; in 16 bits also those in float32, a product of the weight's size, and under autocast the weight, cast.
-    chunk = rows * tokens * 4 if compute == "fp32" else (2 * rows + 4 * exact_rows(rows, tokens, device)) * tokens
+    # A full head saves its input, and under autocast its weight, cast; this one the gradients of
+    # both, in float32.
+    spared = {"fp32": 4 * targets, "autocast": 2 * (targets + tokens), "bf16": 2 * targets}[
+        compute
+    ] * width
+    # A chunk of logits; in 16 bits also those in float32, a product of the weight's size, and under
+    # autocast the weight, cast.
+    chunk = (
+        rows * tokens * 4
+        if compute == "fp32"
+        else (2 * rows + 4 * exact_rows(rows, tokens, device)) * tokens
+    )
     chunk += {"fp32": 0, "autocast": 4, "bf16": 2}[compute] * tokens * width
     # On the way back the gradients are scaled, and where the weights have 16 bits rounded.
     passed_on = gradients + (gradients // 2 if compute == "bf16" else 0)
@@ -475,24 +534,29 @@ def _loss_bytes(
 
 @dataclass(frozen=True)
 class _TokenBytes:
-    """Bytes autograd saves a token: `linear` an element that matrix products see, `residual` one between them."""
+    """Bytes autograd saves a token: `linear` an element that matrix products see, `residual` one
+    between them."""
 
     config: GenRecConfig
     linear: int
     residual: int
     casts: bool
-    """Whether each linear layer saves a cast copy of its own of its input (autocast), or the input itself."""
+    """Whether each linear layer saves a cast copy of its own of its input (autocast), or the input
+    itself."""
     mask_bytes: int | None
 
     def encoder_embedding(self) -> int:
         width = self.config.d_model
         tables = (self.config.num_users > 0) + (self.config.num_items > 0)
         ids = tables * width * self._mask(self.config.id_dropout, self.residual)
-        projected = tables * self.config.id_dim * self.linear if self.config.id_dim not in (0, width) else 0
+        projected = (
+            tables * self.config.id_dim * self.linear if self.config.id_dim not in (0, width) else 0
+        )
         return self._embedding() + ids + projected + 2 * 8
 
     def decoder_embedding(self) -> int:
-        # Under autocast the head, too, saves a copy of its input; otherwise it takes the last layer's place.
+        # Under autocast the head, too, saves a copy of its input; otherwise it takes the last
+        # layer's place.
         return self._embedding() + (self.config.d_model * self.linear if self.casts else 0)
 
     def _embedding(self) -> int:
@@ -506,17 +570,30 @@ class _TokenBytes:
         attention = 4 * width * self.linear + 4 * self.config.encoder_attention_heads
         inputs = 4 * width * self.linear if self.casts else 2 * width * self.residual
         dropped = 2 * width * self._mask(self.config.dropout, self.linear)
-        return attention + inputs + dropped + self._norms(2) + self._feed_forward(self.config.encoder_ffn_dim)
+        return (
+            attention
+            + inputs
+            + dropped
+            + self._norms(2)
+            + self._feed_forward(self.config.encoder_ffn_dim)
+        )
 
     def decoder_layer(self) -> int:
         width = self.config.d_model
         attention = 6 * width * self.linear + 2 * 4 * self.config.decoder_attention_heads
         inputs = 5 * width * self.linear if self.casts else 3 * width * self.residual
         dropped = 3 * width * self._mask(self.config.dropout, self.linear)
-        return attention + inputs + dropped + self._norms(3) + self._feed_forward(self.config.decoder_ffn_dim)
+        return (
+            attention
+            + inputs
+            + dropped
+            + self._norms(3)
+            + self._feed_forward(self.config.decoder_ffn_dim)
+        )
 
     def memory(self) -> int:
-        """An encoder token as a decoder layer sees it: its key and value, and what they were made of."""
+        """An encoder token as a decoder layer sees it: its key and value, and what they were made
+        of."""
         return self.config.d_model * self.linear * (4 if self.casts else 2)
 
     def _norms(self, count: int) -> int:
@@ -540,7 +617,11 @@ def compute_of(method: Method, bf16: bool) -> Compute:
 
 def step_flops(config: GenRecConfig, batch: MicroBatch) -> float:
     """Floating-point operations of forward and backward of full rectangles."""
-    rows, length, targets = batch.samples * batch.rows_a_sample, batch.input_tokens, batch.target_tokens
+    rows, length, targets = (
+        batch.samples * batch.rows_a_sample,
+        batch.input_tokens,
+        batch.target_tokens,
+    )
     counts = Work(
         inputs=batch.samples * length,
         targets=rows * targets,

@@ -1,4 +1,5 @@
-"""Is one run better than another? A paired bootstrap over users, and over seeds where a recipe has several."""
+"""Is one run better than another? A paired bootstrap over users, and over seeds where a recipe has
+several."""
 
 # U users, S seeds (runs of one recipe), K distinct tuples of ranks, M metrics, R resamples
 
@@ -32,7 +33,8 @@ _DEEPEST = 10
 _MUST_AGREE = ("split", "ties", "trained_through", "exclude_history", "users")
 _MAY_DIFFER = ("numbering", "beam", "decode")
 _NOT_THE_RECIPE = frozenset(("seed", "best_epoch", "weight", "epsilon", *MOVES_NO_GRADIENT))
-"""Keys in which two seeds of one recipe may differ: where things lie, what moves no gradient, and what a training found."""
+"""Keys in which two seeds of one recipe may differ: where things lie, what moves no gradient, and
+what a training found."""
 _USERS_AT_ONCE = 65_536
 _DRAWS_AT_ONCE = 4_000_000
 
@@ -92,15 +94,22 @@ class _Run:
 
 
 def compare(
-    run_a: str | Path, run_b: str | Path, *, split: Split = "test", resamples: int = 10_000, seed: int = 0
+    run_a: str | Path,
+    run_b: str | Path,
+    *,
+    split: Split = "test",
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Comparison:
-    """Compare two runs, or two folders of runs that are seeds of one recipe, on the lists of one split.
+    """Compare two runs, or two folders of runs that are seeds of one recipe, on the lists of one
+    split.
 
-    Raises ValueError, one line, if something is missing or unreadable, and if the runs do not share users, targets and
-    protocol (`numbering`, `beam` and `decode` may differ).
-    """
+    Raises ValueError, one line, if something is missing or unreadable, and if the runs do not share
+    users, targets and protocol (`numbering`, `beam` and `decode` may differ)."""
     if resamples < 100:
-        raise ValueError(f"{resamples} resamples tell nothing about a 95 % interval: give 1000 or more")
+        raise ValueError(
+            f"{resamples} resamples tell nothing about a 95 % interval: give 1000 or more"
+        )
     runs_a, runs_b = _seeds_of(Path(run_a), split), _seeds_of(Path(run_b), split)
     runs = runs_a + runs_b
     _check_protocols(runs)
@@ -129,31 +138,35 @@ def compare(
 def bootstrap_difference(
     tuples_KS: np.ndarray, counts_K: np.ndarray, num_a: int, resamples: int = 10_000, seed: int = 0
 ) -> dict[str, Difference]:
-    """Differences of HR and NDCG between A (the first `num_a` columns) and B (the others), with interval and p.
+    """Differences of HR and NDCG between A (the first `num_a` columns) and B (the others), with
+    interval and p.
 
-    `tuples_KS`: distinct tuples of one user's target ranks in all runs (0: absent), `counts_K`: how many users have
-    each. Two things are left to chance, and a resample draws both:
+    `tuples_KS`: distinct tuples of one user's target ranks in all runs (0: absent), `counts_K`: how
+    many users have each. Two things are left to chance, and a resample draws both:
 
-    *Users.* U of the U users with replacement, the same ones for all runs: the comparison is paired. A user enters
-    through her tuple alone, so that is one multinomial draw over the tuples, at a cost that does not grow with U.
+    *Users.* U of the U users with replacement, the same ones for all runs: the comparison is
+    paired. A user enters through her tuple alone, so that is one multinomial draw over the tuples,
+    at a cost that does not grow with U.
 
-    *Seeds*, within A and within B, where there are several. Two models of one recipe differ in their means because the
-    recipe's training varies, and because each has its luck with these users; the users' draws contain the luck. What
-    the variance s^2 of the S means has beyond it (the interaction of users and seeds, estimated by the analysis of
-    variance without replication; nothing where that is negative) is the variance v of training, and the resample adds
-    t * sqrt(v / S), t drawn from Student's t with S - 1 degrees of freedom. Drawing seeds from the seeds would count the
-    interaction three times over (Owen, 2007) and take S values for a whole distribution. Of 300 simulated comparisons of
-    three seeds each, none with a difference, the first alone rejected none where trainings were alike, the second alone
-    11 to 13 % where they were not; what stands here 1 to 4 %.
+    *Seeds*, within A and within B, where there are several. Two models of one recipe differ in
+    their means because the recipe's training varies, and because each has its luck with these
+    users; the users' draws contain the luck. What the variance s^2 of the S means has beyond it
+    (the interaction of users and seeds, estimated by the analysis of variance without replication;
+    nothing where that is negative) is the variance v of training, and the resample adds t * sqrt(v
+    / S), t drawn from Student's t with S - 1 degrees of freedom. Drawing seeds from the seeds would
+    count the interaction three times over (Owen, 2007) and take S values for a whole distribution.
+    Of 300 simulated comparisons of three seeds each, none with a difference, the first alone
+    rejected none where trainings were alike, the second alone 11 to 13 % where they were not; what
+    stands here 1 to 4 %.
 
-    With one seed the interval is about these trained models and says nothing of another training. Interval: percentiles
-    of the resampled differences. p: twice the smaller share of them at or beyond 0, one resample counted on top so that
-    it is never 0; it agrees with the interval. Over the metrics: Holm.
+    With one seed the interval is about these trained models and says nothing of another training.
+    Interval: percentiles of the resampled differences. p: twice the smaller share of them at or
+    beyond 0, one resample counted on top so that it is never 0; it agrees with the interval. Over
+    the metrics: Holm.
 
-    Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 and 15; Owen, The pigeonhole
-    bootstrap, Annals of Applied Statistics 1 (2007); Holm, A simple sequentially rejective multiple test procedure,
-    Scandinavian Journal of Statistics 6 (1979).
-    """
+    Sources: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 13 and 15;
+    Owen, The pigeonhole bootstrap, Annals of Applied Statistics 1 (2007); Holm, A simple
+    sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979)."""
     num_users = int(counts_K.sum())
     gains_KSM = np.stack([WEIGHTS[name][tuples_KS] for name in METRICS], axis=2)
     sides = gains_KSM[:, :num_a], gains_KSM[:, num_a:]
@@ -180,11 +193,12 @@ def bootstrap_difference(
 
 
 def training_variance(gains_KSM: np.ndarray, counts_K: np.ndarray) -> np.ndarray:
-    """float64[M]: how much the mean of a metric varies from one training of the recipe to the next; 0 for one seed.
+    """float64[M]: how much the mean of a metric varies from one training of the recipe to the next;
+    0 for one seed.
 
-    `gains_KSM`: what a user of each tuple counts in each run. The variance of the runs' means without the share that
-    users and seeds have together, which is chance over users and not over trainings; at least 0.
-    """
+    `gains_KSM`: what a user of each tuple counts in each run. The variance of the runs' means
+    without the share that users and seeds have together, which is chance over users and not over
+    trainings; at least 0."""
     S = gains_KSM.shape[1]
     if S == 1:
         return np.zeros(len(METRICS))
@@ -197,7 +211,8 @@ def training_variance(gains_KSM: np.ndarray, counts_K: np.ndarray) -> np.ndarray
 
 
 def holm(p_M: np.ndarray) -> np.ndarray:
-    """Holm's step-down p-values (1979): the smallest times M, the next times M - 1, ..., never falling, at most 1."""
+    """Holm's step-down p-values (1979): the smallest times M, the next times M - 1, ..., never
+    falling, at most 1."""
     order = np.argsort(p_M, kind="stable")
     factors = np.arange(len(p_M), 0, -1)
     adjusted = np.empty(len(p_M))
@@ -206,41 +221,65 @@ def holm(p_M: np.ndarray) -> np.ndarray:
 
 
 def render(found: Comparison) -> Table:
-    """A table with the two values, their difference and what is known about it; `conclusion` stands below."""
+    """A table with the two values, their difference and what is known about it; `conclusion` stands
+    below."""
     table = Table("metric", "A", "B", "A − B", "95 % interval", "p", "p (Holm)")
     for column in table.columns[1:]:
         column.justify = "right"
     for name, row in found.metrics.items():
         interval = f"{_signed(row.ci95[0])} to {_signed(row.ci95[1])}"
-        cells = (_plain(row.a), _plain(row.b), _signed(row.difference), interval, _p(row.p), _p(row.p_holm))
+        cells = (
+            _plain(row.a),
+            _plain(row.b),
+            _signed(row.difference),
+            interval,
+            _p(row.p),
+            _p(row.p_holm),
+        )
         table.add_row(name, *cells, style="bold" if row.p_holm < LEVEL else None)
     return table
 
 
 def conclusion(found: Comparison) -> str:
     """Who A and B are, where their protocols differ, and the verdict; a line each."""
-    lines = [f"{side}: {who.name} ({who.system}, {_runs(who)})" for side, who in (("A", found.a), ("B", found.b))]
-    lines += [f"{key} differs: {_shown(a)} and {_shown(b)}" for key, (a, b) in found.differs.items()]
+    lines = [
+        f"{side}: {who.name} ({who.system}, {_runs(who)})"
+        for side, who in (("A", found.a), ("B", found.b))
+    ]
+    lines += [
+        f"{key} differs: {_shown(a)} and {_shown(b)}" for key, (a, b) in found.differs.items()
+    ]
     return "\n".join([*lines, found.verdict()])
 
 
 def write_json(found: Comparison, path: str | Path) -> None:
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
 
 
 def _user_draws(
-    rng: np.random.Generator, tuples_KS: np.ndarray, counts_K: np.ndarray, num_a: int, resamples: int
+    rng: np.random.Generator,
+    tuples_KS: np.ndarray,
+    counts_K: np.ndarray,
+    num_a: int,
+    resamples: int,
 ) -> np.ndarray:
     """float64[R, M]: the difference of A's and B's means over resampled users."""
-    # The mean over a side's seeds does not ask which seed had which rank, and there are fewer sorted tuples.
-    ranks_KS = np.concatenate([np.sort(tuples_KS[:, :num_a], axis=1), np.sort(tuples_KS[:, num_a:], axis=1)], axis=1)
+    # The mean over a side's seeds does not ask which seed had which rank, and there are fewer
+    # sorted tuples.
+    ranks_KS = np.concatenate(
+        [np.sort(tuples_KS[:, :num_a], axis=1), np.sort(tuples_KS[:, num_a:], axis=1)], axis=1
+    )
     ranks_KS, counts_K = _merged(ranks_KS, counts_K)
     gains_KSM = np.stack([WEIGHTS[name][ranks_KS] for name in METRICS], axis=2)
     gaps_KM = gains_KSM[:, :num_a].mean(axis=1) - gains_KSM[:, num_a:].mean(axis=1)
     num_users, step = int(counts_K.sum()), max(1, _DRAWS_AT_ONCE // len(counts_K))
     parts = [
-        rng.multinomial(num_users, counts_K / num_users, size=min(step, resamples - start)) @ gaps_KM / num_users
+        rng.multinomial(num_users, counts_K / num_users, size=min(step, resamples - start))
+        @ gaps_KM
+        / num_users
         for start in range(0, resamples, step)
     ]
     return np.concatenate(parts)
@@ -254,7 +293,8 @@ def _two_sided(resampled_RM: np.ndarray) -> np.ndarray:
 
 
 def distinct_tuples(ranks_SU: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct tuples of the users' ranks, uint8[K, S], and how many users have each, int64[K]; below rank 10 is 0."""
+    """Distinct tuples of the users' ranks, uint8[K, S], and how many users have each, int64[K];
+    below rank 10 is 0."""
     cut_US = np.where(ranks_SU > _DEEPEST, 0, ranks_SU).T
     return _merged(cut_US, np.ones(len(cut_US), np.int64))
 
@@ -263,26 +303,40 @@ def _merged(ranks_KS: np.ndarray, counts_K: np.ndarray) -> tuple[np.ndarray, np.
     """Each tuple once, the commonest first, with the sum of its counts."""
     tuples_KS, places = np.unique(ranks_KS, axis=0, return_inverse=True)
     sums_K = np.bincount(places.ravel(), weights=counts_K).astype(np.int64)
-    # numpy draws a multinomial one category after the other: the big ones first leave little for the rest.
+    # numpy draws a multinomial one category after the other: the big ones first leave little for
+    # the rest.
     order = np.argsort(-sums_K, kind="stable")
     return tuples_KS[order], sums_K[order]
 
 
 def _seeds_of(path: Path, split: Split) -> list[_Run]:
-    """The run that `path` is, or the runs in it. Raises ValueError where they are not seeds of one recipe."""
+    """The run that `path` is, or the runs in it. Raises ValueError where they are not seeds of one
+    recipe."""
     name = f"metrics-{split}.json"
     if (path / name).is_file():
         return [_load(path, split)]
     if not path.is_dir():
-        raise ValueError(f"{path}: no such directory: give a run, or a folder whose folders are its seeds")
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+        raise ValueError(
+            f"{path}: no such directory: give a run, or a folder whose folders are its seeds"
+        )
+    folders = sorted(
+        folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith(".")
+    )
     runs = [_load(folder, split) for folder in folders if (folder / name).is_file()]
     if not runs:
-        raise ValueError(f"{path}: no {name} in it, nor in a folder of it: run `genrec evaluate ... --split {split}`")
-    left_out = [folder for folder in folders if (folder / "recipe.yaml").is_file() and not (folder / name).is_file()]
+        raise ValueError(
+            f"{path}: no {name} in it, nor in a folder of it: run `genrec evaluate ... --split {split}`"
+        )
+    left_out = [
+        folder
+        for folder in folders
+        if (folder / "recipe.yaml").is_file() and not (folder / name).is_file()
+    ]
     if left_out:
         # Whoever compares the seeds that happen to be evaluated has chosen among them.
-        raise ValueError(f"{left_out[0]}: a run without {name}: evaluate it too, or move it elsewhere")
+        raise ValueError(
+            f"{left_out[0]}: a run without {name}: evaluate it too, or move it elsewhere"
+        )
     _check_seeds(runs)
     return runs
 
@@ -295,7 +349,9 @@ def _load(path: Path, split: Split) -> _Run:
         {key: protocol[key] for key in (*_MUST_AGREE, *_MAY_DIFFER)}
         {key: float(metrics[key]) for key in METRICS}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: not a metrics file of this program ({error}): evaluate again") from None
+        raise ValueError(
+            f"{file}: not a metrics file of this program ({error}): evaluate again"
+        ) from None
     lists = path / lists_name(split, top)
     if not lists.is_file():
         raise ValueError(f"{lists}: no such file: evaluate again")
@@ -308,17 +364,30 @@ def _check_seeds(runs: list[_Run]) -> None:
     for run in runs:
         recipe, theirs = run.metrics.get("recipe") or {}, first.metrics.get("recipe") or {}
         for key in ("system", *_MAY_DIFFER):
-            ours, other = ((r.metrics.get(key), r.metrics["protocol"].get(key)) for r in (run, first))
+            ours, other = (
+                (r.metrics.get(key), r.metrics["protocol"].get(key)) for r in (run, first)
+            )
             if ours != other:
-                raise ValueError(f"{run.path}: not of one recipe with {first.path}: {key} differs; compare them apart")
+                raise ValueError(
+                    f"{run.path}: not of one recipe with {first.path}: {key} differs; compare them apart"
+                )
         odd = next(
-            (key for key in sorted({*recipe, *theirs} - _NOT_THE_RECIPE) if recipe.get(key) != theirs.get(key)), None
+            (
+                key
+                for key in sorted({*recipe, *theirs} - _NOT_THE_RECIPE)
+                if recipe.get(key) != theirs.get(key)
+            ),
+            None,
         )
         if odd is not None:
-            raise ValueError(f"{run.path}: not of one recipe with {first.path}: {odd} differs; compare them apart")
+            raise ValueError(
+                f"{run.path}: not of one recipe with {first.path}: {odd} differs; compare them apart"
+            )
         seed = recipe.get("seed")
         if seed in seeds:
-            raise ValueError(f"{run.path} and {seeds[seed]} both have seed {seed}: one run twice is not two seeds")
+            raise ValueError(
+                f"{run.path} and {seeds[seed]} both have seed {seed}: one run twice is not two seeds"
+            )
         seeds[seed] = run.path
 
 
@@ -341,7 +410,8 @@ def _protocol(run: _Run, key: str) -> Any:
 
 
 def _read_ranks(runs: list[_Run]) -> np.ndarray:
-    """uint8[S, U]: target ranks, 0 below place 20; all files are read side by side, and must name the same users."""
+    """uint8[S, U]: target ranks, 0 below place 20; all files are read side by side, and must name
+    the same users."""
     parts: list[np.ndarray] = []
     with_columns = [_batches(run.lists) for run in runs]
     for number, batches in enumerate(itertools.zip_longest(*with_columns)):
@@ -364,10 +434,14 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
                 )
             yield from file.iter_batches(_USERS_AT_ONCE, columns=["user", "target", "rank"])
     except pa.ArrowException as error:
-        raise ValueError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]}): evaluate again") from None
+        raise ValueError(
+            f"{path}: not readable as Parquet ({str(error).splitlines()[0]}): evaluate again"
+        ) from None
 
 
-def _check_same(first: _Run, run: _Run, ours: pa.RecordBatch | None, theirs: pa.RecordBatch | None, start: int) -> None:
+def _check_same(
+    first: _Run, run: _Run, ours: pa.RecordBatch | None, theirs: pa.RecordBatch | None, start: int
+) -> None:
     if ours is None or theirs is None or len(ours) != len(theirs):
         raise ValueError(
             f"{first.lists} and {run.lists} hold different numbers of users: evaluate both on the same users"
@@ -376,7 +450,9 @@ def _check_same(first: _Run, run: _Run, ours: pa.RecordBatch | None, theirs: pa.
         mine, others = ours.column(column), theirs.column(column)
         if not mine.equals(others):
             at = next(
-                i for i, pair in enumerate(zip(mine.to_pylist(), others.to_pylist(), strict=True)) if len({*pair}) > 1
+                i
+                for i, pair in enumerate(zip(mine.to_pylist(), others.to_pylist(), strict=True))
+                if len({*pair}) > 1
             )
             raise ValueError(
                 f"row {start + at}: {column} {mine[at].as_py()!r} in {first.lists}, {others[at].as_py()!r} in {run.lists}: "
@@ -395,7 +471,9 @@ def _check_metrics(run: _Run, ranks_U: np.ndarray) -> None:
 
 
 def _side(path: Path, runs: list[_Run]) -> Side:
-    return Side(str(path), str(runs[0].metrics.get("system", "genrec")), [str(run.path) for run in runs])
+    return Side(
+        str(path), str(runs[0].metrics.get("system", "genrec")), [str(run.path) for run in runs]
+    )
 
 
 def _verdict(found: Comparison) -> str:
@@ -414,12 +492,12 @@ def _verdict(found: Comparison) -> str:
             rest = ", ".join(name for name in found.metrics if name not in clear)
             sentence += f" In {rest} no difference is shown."
     single = [
-        name for name, side in (("A", found.a), ("B", found.b)) if len(side.runs) == 1 and side.system == "genrec"
+        name
+        for name, side in (("A", found.a), ("B", found.b))
+        if len(side.runs) == 1 and side.system == "genrec"
     ]
     if single:
-        sentence += (
-            f" {' and '.join(single)} stand{'s' * (len(single) == 1)} for one training run: another seed was not asked."
-        )
+        sentence += f" {' and '.join(single)} stand{'s' * (len(single) == 1)} for one training run: another seed was not asked."
     return sentence
 
 

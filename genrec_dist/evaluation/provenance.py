@@ -25,7 +25,8 @@ def hardware() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the code in use, with `+` where files differ from it; None outside a checkout."""
+    """The commit of the code in use, with `+` where files differ from it; None outside a
+    checkout."""
     here = Path(__file__).parent
     try:
         described = subprocess.run(
@@ -39,7 +40,16 @@ def git_commit() -> str | None:
 
 def versions() -> dict[str, str | None]:
     """Versions of what the numbers of a run depend on."""
-    names = ("genrec-dist", "torch", "transformers", "tokenizers", "accelerate", "numpy", "deepspeed", "triton")
+    names = (
+        "genrec-dist",
+        "torch",
+        "transformers",
+        "tokenizers",
+        "accelerate",
+        "numpy",
+        "deepspeed",
+        "triton",
+    )
     return {name: _version(name) for name in names}
 
 

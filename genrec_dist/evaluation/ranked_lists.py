@@ -21,12 +21,14 @@ class Lists(NamedTuple):
     scores_UN: np.ndarray
     """float32[U, N], falling; -inf where the list is empty."""
     tied_beyond_U: np.ndarray | None = None
-    """bool[U], of a rule that scores items: has an item without a place the score of the last one listed?
+    """bool[U], of a rule that scores items: has an item without a place the score of the last one
+    listed?
 
     None: the scores are places, and no two are equal."""
 
     def ranks(self, targets_U: np.ndarray) -> np.ndarray:
-        """int32[U], 1 = first, 0 = not listed: where items tie with the target, all of them count as above it."""
+        """int32[U], 1 = first, 0 = not listed: where items tie with the target, all of them count
+        as above it."""
         ranks_U = target_ranks(self.items_UN, targets_U)
         if self.tied_beyond_U is None:
             return ranks_U
@@ -38,11 +40,14 @@ Rule = Callable[[np.ndarray], Lists]
 
 
 def empty_lists(num_users: int, top: int) -> Lists:
-    return Lists(np.full((num_users, top), EMPTY, np.int32), np.full((num_users, top), -np.inf, np.float32))
+    return Lists(
+        np.full((num_users, top), EMPTY, np.int32), np.full((num_users, top), -np.inf, np.float32)
+    )
 
 
 def first_candidates(candidates_UC: np.ndarray, allowed_UC: np.ndarray, top: int) -> Lists:
-    """The first `top` allowed candidates of each row in their order; the score is 1 / place, the rule has no other."""
+    """The first `top` allowed candidates of each row in their order; the score is 1 / place, the
+    rule has no other."""
     lists = empty_lists(len(candidates_UC), top)
     places_UC = np.cumsum(allowed_UC, axis=1) - 1
     users, columns = np.nonzero(allowed_UC & (places_UC < top))
@@ -62,9 +67,8 @@ def without_last(longer: Lists) -> Lists:
 def tie_order(num_items: int) -> np.ndarray:
     """int64[num_items]: item rows in the order in which items of one score are listed.
 
-    A fixed random order, a function of the catalogue's size alone. Rows follow the items' own ids, which may tell when
-    an item was first taken, and the order of a sort may favour whatever came first; this order knows neither the ids
-    nor any interaction, so no rule is the better for it. What a target's rank is does not depend on it either:
-    `Lists.ranks`.
-    """
+    A fixed random order, a function of the catalogue's size alone. Rows follow the items' own ids,
+    which may tell when an item was first taken, and the order of a sort may favour whatever came
+    first; this order knows neither the ids nor any interaction, so no rule is the better for it.
+    What a target's rank is does not depend on it either: `Lists.ranks`."""
     return keyed_permutation(num_items, _TIE_STREAM)

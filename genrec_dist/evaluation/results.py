@@ -19,14 +19,27 @@ import pyarrow.parquet as pq
 from genrec_shards.atomic import atomic_file
 from genrec_shards.dataset import Dataset
 from genrec_shards.errors import DataError
-from genrec_shards.histories import Histories, check_trained_through, histories, sample_users, training_counts
+from genrec_shards.histories import (
+    Histories,
+    check_trained_through,
+    histories,
+    sample_users,
+    training_counts,
+)
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import Split, TrainedThrough
 from genrec_shards.storage.manifest import MANIFEST, load_manifest
 from rich.table import Table
 
 from genrec_dist.evaluation.list_counts import Tally
-from genrec_dist.evaluation.metrics import EMPTY, TOP, as_written, is_item, pessimistic_ranks, target_ranks
+from genrec_dist.evaluation.metrics import (
+    EMPTY,
+    TOP,
+    as_written,
+    is_item,
+    pessimistic_ranks,
+    target_ranks,
+)
 
 USERS_PER_ROW_GROUP = 65_536
 COLUMNS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
@@ -46,16 +59,19 @@ class Protocol:
     """Everything two numbers must share before they may be compared."""
 
     numbering: str
-    """given, random, train-order, or for hierarchical codes also what they were made from and through which position."""
+    """given, random, train-order, or for hierarchical codes also what they were made from and
+    through which position."""
     ties: str
     """What was done with interactions at one time."""
     split: str
-    """How sequences were cut: leave-one-out, or global-time with the first dates of its validation and test period."""
+    """How sequences were cut: leave-one-out, or global-time with the first dates of its validation
+    and test period."""
     trained_through: TrainedThrough
-    """n-2: validation and test targets unseen in training; n-1: refit with the validation targets. Of a split by time n-2 is
-    the training period, n-1 also the validation period."""
+    """n-2: validation and test targets unseen in training; n-1: refit with the validation targets.
+    Of a split by time n-2 is the training period, n-1 also the validation period."""
     exclude_history: bool | None
-    """Are items of the history left out of the lists? None for a rule whose lists are the history."""
+    """Are items of the history left out of the lists? None for a rule whose lists are the
+    history."""
     beam: int | None = None
     """Width of the beam; None for systems without one."""
     decode: str | None = None
@@ -63,9 +79,11 @@ class Protocol:
     users: str | dict[str, int] = "all"
     """all, or {"sample": n, "seed": s} as in `sample_users`."""
     item_weight: float | None = None
-    """Weight of the item head's log-probability beside the decoder's; None for systems that do not add the two."""
+    """Weight of the item head's log-probability beside the decoder's; None for systems that do not
+    add the two."""
     graph: dict[str, Any] | None = None
-    """Of systems that add the transition graph's log-probability: its weight, epsilon and kNN settings (`Mixture.of_graph`)."""
+    """Of systems that add the transition graph's log-probability: its weight, epsilon and kNN
+    settings (`Mixture.of_graph`)."""
 
     @classmethod
     def of(
@@ -101,17 +119,18 @@ class Protocol:
 
 
 class ResultsWriter:
-    """Takes top lists window by window and leaves `top{N}-SPLIT.parquet` and `metrics-SPLIT.json`, or nothing.
+    """Takes top lists window by window and leaves `top{N}-SPLIT.parquet` and `metrics-SPLIT.json`,
+    or nothing.
 
         with ResultsWriter(run, system="genrec", split="test", ...) as writer:
             for window in windows:
                 writer.add(window.user_rows, window.items, window.scores)
             metrics = writer.finish(seconds, reference_scores)
 
-    Lists are checked as they come, counted into whole numbers and written a row group at a time: memory does not grow
-    with the users, and the bytes do not depend on how the lists were cut into windows. Both files get their names when
-    `finish` has ended well; leaving the block without it leaves nothing behind.
-    """
+    Lists are checked as they come, counted into whole numbers and written a row group at a time:
+    memory does not grow with the users, and the bytes do not depend on how the lists were cut into
+    windows. Both files get their names when `finish` has ended well; leaving the block without it
+    leaves nothing behind."""
 
     def __init__(
         self,
@@ -126,11 +145,13 @@ class ResultsWriter:
     ):
         """`top`: length of the lists, at least 20; metrics are those of the first 20 places.
 
-        Raises ValueError for a split that training has seen, and where the shards beside the data are made from other
-        sequences.
-        """
+        Raises ValueError for a split that training has seen, and where the shards beside the data
+        are made from other sequences."""
         check_trained_through(split, protocol.trained_through)
-        if dataset.info.hierarchy is not None and dataset.info.hierarchy.trained_through is not None:
+        if (
+            dataset.info.hierarchy is not None
+            and dataset.info.hierarchy.trained_through is not None
+        ):
             check_trained_through(split, dataset.info.hierarchy.trained_through)
         if top < TOP:
             raise ValueError(f"lists of {top} items: metrics need {TOP}, give top {TOP} or more")
@@ -145,33 +166,50 @@ class ResultsWriter:
         self._files = contextlib.ExitStack()
 
     def __enter__(self) -> ResultsWriter:
-        # The inner name appears first: a metrics file never stands without the lists it was computed from.
-        self._metrics_file = self._files.enter_context(atomic_file(self.out / f"metrics-{self.split}.json"))
-        lists_file = self._files.enter_context(atomic_file(self.out / lists_name(self.split, self.top)))
-        self._writer = self._files.enter_context(pq.ParquetWriter(lists_file, _SCHEMA, compression="zstd"))
+        # The inner name appears first: a metrics file never stands without the lists it was
+        # computed from.
+        self._metrics_file = self._files.enter_context(
+            atomic_file(self.out / f"metrics-{self.split}.json")
+        )
+        lists_file = self._files.enter_context(
+            atomic_file(self.out / lists_name(self.split, self.top))
+        )
+        self._writer = self._files.enter_context(
+            pq.ParquetWriter(lists_file, _SCHEMA, compression="zstd")
+        )
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if error is None:  # after `finish` there is nothing left to undo
             error = _Abandoned()
         self._files.__exit__(type(error), error, error.__traceback__)
 
     def add(
-        self, user_rows: np.ndarray, items: np.ndarray, scores: np.ndarray, *, tied_beyond: np.ndarray | None = None
+        self,
+        user_rows: np.ndarray,
+        items: np.ndarray,
+        scores: np.ndarray,
+        *,
+        tied_beyond: np.ndarray | None = None,
     ) -> None:
         """Take the lists of the next users, int64[n] ascending and behind all added before.
 
-        `items` int[n, N] item rows, best first, -1 after the end of a short list, -2 for a text that is no item; `scores`
-        float32[n, N]. `tied_beyond` bool[n], of a system that scores all items, says where the tie of the last listed
-        item goes on beyond the list; ties then rank pessimistically. Raises ValueError if a user is missing, comes twice
-        or was not asked for, or if lists and protocol contradict each other.
-        """
+        `items` int[n, N] item rows, best first, -1 after the end of a short list, -2 for a text
+        that is no item; `scores` float32[n, N]. `tied_beyond` bool[n], of a system that scores all
+        items, says where the tie of the last listed item goes on beyond the list; ties then rank
+        pessimistically. Raises ValueError if a user is missing, comes twice or was not asked for,
+        or if lists and protocol contradict each other."""
         self._check_users(user_rows)
         shape = (len(user_rows), self.top)
         if items.shape != shape or scores.shape != shape:
-            raise ValueError(f"lists {items.shape} and scores {scores.shape}, expected {shape}: fill up with -1")
+            raise ValueError(
+                f"lists {items.shape} and scores {scores.shape}, expected {shape}: fill up with -1"
+            )
         start = 0
         while start < len(user_rows):
             part = slice(start, start + self._group.room)
@@ -218,7 +256,13 @@ class ResultsWriter:
         self._files.close()
         return report
 
-    def _take(self, rows: np.ndarray, items: np.ndarray, scores: np.ndarray, tied_beyond: np.ndarray | None) -> None:
+    def _take(
+        self,
+        rows: np.ndarray,
+        items: np.ndarray,
+        scores: np.ndarray,
+        tied_beyond: np.ndarray | None,
+    ) -> None:
         past = histories(self.dataset.sequences, self.split, rows)
         _check_lists(items, scores, past, self.dataset.sequences, rows, self.protocol)
         ranks = target_ranks(items, past.targets_U)
@@ -232,7 +276,9 @@ class ResultsWriter:
         group = self._group
         if group.filled:
             lists_UN, targets_U = group.items_UN[: group.filled], group.targets_U[: group.filled]
-            self.tally.add(lists_UN, group.ranks_U[: group.filled], targets_U, group.lengths_U[: group.filled])
+            self.tally.add(
+                lists_UN, group.ranks_U[: group.filled], targets_U, group.lengths_U[: group.filled]
+            )
             self._writer.write_table(group.table(self.dataset.sequences.user_ids, self._item_ids))
             group.filled = 0
 
@@ -247,12 +293,18 @@ class ResultsWriter:
         row, before = int(user_rows[at]), self.expected[place + at - 1] if place + at else -1
         count = len(self.expected)
         if row == before:
-            raise ValueError(f"user row {row} comes twice ({count} users are asked for): evaluate each user once")
+            raise ValueError(
+                f"user row {row} comes twice ({count} users are asked for): evaluate each user once"
+            )
         if row < before:
-            raise ValueError(f"user row {row} comes after row {before}: add users in ascending order, each once")
+            raise ValueError(
+                f"user row {row} comes after row {before}: add users in ascending order, each once"
+            )
         if at < len(wanted) and row > wanted[at]:
             raise ValueError(_no_list(wanted[at], count))
-        raise ValueError(f"user row {row} was not asked for ({count} users are): evaluate each user once")
+        raise ValueError(
+            f"user row {row} was not asked for ({count} users are): evaluate each user once"
+        )
 
 
 class _Abandoned(Exception):
@@ -276,15 +328,25 @@ class _RowGroup:
         return len(self.rows_U) - self.filled
 
     def append(
-        self, rows: np.ndarray, past: Histories, items: np.ndarray, scores: np.ndarray, ranks: np.ndarray
+        self,
+        rows: np.ndarray,
+        past: Histories,
+        items: np.ndarray,
+        scores: np.ndarray,
+        ranks: np.ndarray,
     ) -> None:
         part = slice(self.filled, self.filled + len(rows))
-        self.rows_U[part], self.targets_U[part], self.lengths_U[part] = rows, past.targets_U, past.lengths_U
+        self.rows_U[part], self.targets_U[part], self.lengths_U[part] = (
+            rows,
+            past.targets_U,
+            past.lengths_U,
+        )
         self.ranks_U[part], self.items_UN[part], self.scores_UN[part] = ranks, items, scores
         self.filled = part.stop
 
     def table(self, user_ids: list[str], item_ids: pa.Array) -> pa.Table:
-        """The rows of the file: ids instead of rows, lists without their empty places, null for a text without item."""
+        """The rows of the file: ids instead of rows, lists without their empty places, null for a
+        text without item."""
         part = slice(0, self.filled)
         filled_UN = self.items_UN[part] != EMPTY
         offsets = pa.array(np.concatenate([[0], filled_UN.sum(axis=1).cumsum()]), pa.int32())
@@ -294,7 +356,9 @@ class _RowGroup:
             pa.ListArray.from_arrays(
                 offsets, item_ids.take(_rows_or_null(self.items_UN[part][filled_UN], len(item_ids)))
             ),
-            pa.ListArray.from_arrays(offsets, pa.array(self.scores_UN[part][filled_UN], pa.float32())),
+            pa.ListArray.from_arrays(
+                offsets, pa.array(self.scores_UN[part][filled_UN], pa.float32())
+            ),
             pa.array(self.ranks_U[part], pa.int32()),
         ]
         return pa.table(columns, schema=_SCHEMA)
@@ -306,11 +370,11 @@ def lists_name(split: str, top: int) -> str:
 
 
 def format_table(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """A closing table out of metrics (what `ResultsWriter.finish` returns, or {"system": ..., "HR@5": ...}).
+    """A closing table out of metrics (what `ResultsWriter.finish` returns, or {"system": ...,
+    "HR@5": ...}).
 
-    Each row is followed by the baselines that stand beside it, unless the table has them already; figures as .0566,
-    a dash where one is missing.
-    """
+    Each row is followed by the baselines that stand beside it, unless the table has them already;
+    figures as .0566, a dash where one is missing."""
     rows = list(rows)
     table = Table("system", *COLUMNS)
     for column in table.columns[1:]:
@@ -326,7 +390,11 @@ def format_table(rows: Iterable[Mapping[str, Any]]) -> Table:
 
 def _beside_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
     beside = metrics.get("beside") or {}
-    return [{**scores, "system": name} for name, scores in beside.items() if scores and name != metrics.get("system")]
+    return [
+        {**scores, "system": name}
+        for name, scores in beside.items()
+        if scores and name != metrics.get("system")
+    ]
 
 
 def expected_users(asked: np.ndarray, protocol: Protocol) -> np.ndarray:
@@ -337,7 +405,9 @@ def expected_users(asked: np.ndarray, protocol: Protocol) -> np.ndarray:
     if isinstance(protocol.users, dict):
         return asked[sample_users(len(asked), protocol.users["sample"], protocol.users["seed"])]
     if protocol.users != "all":
-        raise ValueError(f'protocol.users is {protocol.users!r}: give all or {{"sample": n, "seed": s}}')
+        raise ValueError(
+            f'protocol.users is {protocol.users!r}: give all or {{"sample": n, "seed": s}}'
+        )
     return asked
 
 
@@ -346,12 +416,16 @@ def _no_list(row: int, count: int) -> str:
 
 
 def _check_shards(dataset: Dataset) -> None:
-    """Shards that lie in the data directory were made from its sequences, or the run was trained on others."""
+    """Shards that lie in the data directory were made from its sequences, or the run was trained on
+    others."""
     folder = dataset.path / "shards"
     if not (folder / MANIFEST).is_file():
         return
     manifest, sequences = load_manifest(folder), dataset.sequences
-    if manifest.users != sequences.num_users or manifest.sequences_hash != dataset.info.sequences_hash:
+    if (
+        manifest.users != sequences.num_users
+        or manifest.sequences_hash != dataset.info.sequences_hash
+    ):
         raise DataError(
             f"{folder / MANIFEST}: made from other sequences ({manifest.users:,} users) than {dataset.path} holds "
             f"({sequences.num_users:,} users): run `genrec shard` again"
@@ -377,13 +451,19 @@ def _check_lists(
         _check_history_is_out(lists_UN, past, sequences, rows)
 
 
-def _check_history_is_out(lists_UN: np.ndarray, past: Histories, sequences: Sequences, rows: np.ndarray) -> None:
+def _check_history_is_out(
+    lists_UN: np.ndarray, past: Histories, sequences: Sequences, rows: np.ndarray
+) -> None:
     listed_UN = is_item(lists_UN, sequences.num_items)
-    taken_UN = listed_UN & past.holds(np.arange(past.num_users)[:, None], np.where(listed_UN, lists_UN, 0))
+    taken_UN = listed_UN & past.holds(
+        np.arange(past.num_users)[:, None], np.where(listed_UN, lists_UN, 0)
+    )
     if taken_UN.any():
         user, place = np.argwhere(taken_UN)[0]
         item, owner = sequences.item_ids[lists_UN[user, place]], sequences.user_ids[rows[user]]
-        raise ValueError(f"user {owner!r} has item {item!r} of her history listed, but exclude_history is on")
+        raise ValueError(
+            f"user {owner!r} has item {item!r} of her history listed, but exclude_history is on"
+        )
 
 
 def _provenance() -> dict[str, Any]:

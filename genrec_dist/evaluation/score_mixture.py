@@ -1,4 +1,5 @@
-"""What `hybrid` mixes and by which weights: chosen on validation, kept beside the run, used for test."""
+"""What `hybrid` mixes and by which weights: chosen on validation, kept beside the run, used for
+test."""
 
 # G mixtures of a grid
 
@@ -29,9 +30,9 @@ METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 class Mixture:
     """score = log p + item_weight log p_item + graph_weight log((1 - epsilon) share + epsilon / N)
 
-    log p: of GenRec's decoder; of SASRec's softmax in its control. p_item: the item head's, where there is one. share: the
-    item's part in the kNN scores of the history (`Graph.shares`). N: size of the catalogue.
-    """
+    log p: of GenRec's decoder; of SASRec's softmax in its control. p_item: the item head's, where
+    there is one. share: the item's part in the kNN scores of the history (`Graph.shares`). N: size
+    of the catalogue."""
 
     item_weight: float = 1.0
     graph_weight: float = 0.0
@@ -53,11 +54,16 @@ class Mixture:
         """What the protocol says of the graph; None where it has no weight."""
         if not self.graph_weight:
             return None
-        return {"weight": self.graph_weight, "epsilon": self.epsilon, **dataclasses.asdict(self.graph)}
+        return {
+            "weight": self.graph_weight,
+            "epsilon": self.epsilon,
+            **dataclasses.asdict(self.graph),
+        }
 
 
 def grid(item_weights: Sequence[float], graph: KnnSettings) -> list[Mixture]:
-    """All that is tried, the lighter weights first; without a graph's weight its epsilon does not matter."""
+    """All that is tried, the lighter weights first; without a graph's weight its epsilon does not
+    matter."""
     return [
         Mixture(item_weight, graph_weight, epsilon, graph)
         for item_weight in item_weights
@@ -78,7 +84,10 @@ class Choice:
 
     def told(self) -> str:
         """A line a user may read."""
-        mixed, figures = self.mixture, ", ".join(f"{name} {as_written(self.validation[name])}" for name in METRICS)
+        mixed, figures = (
+            self.mixture,
+            ", ".join(f"{name} {as_written(self.validation[name])}" for name in METRICS),
+        )
         return (
             f"of {len(self.table)} mixtures: item_weight {mixed.item_weight}, graph_weight {mixed.graph_weight}, epsilon "
             f"{mixed.epsilon}; validation {figures}"
@@ -86,20 +95,30 @@ class Choice:
 
 
 def choose(tried: Sequence[Mixture], histograms_G: np.ndarray) -> Choice:
-    """`histograms_G`: int64 [G, 21] as `rank_histogram`, of the validation targets under each mixture."""
+    """`histograms_G`: int64 [G, 21] as `rank_histogram`, of the validation targets under each
+    mixture."""
     metrics = [metrics_from_histogram(histogram) for histogram in histograms_G]
     table = [
         (mixture.item_weight, mixture.graph_weight, mixture.epsilon, found["NDCG@10"])
         for mixture, found in zip(tried, metrics, strict=True)
     ]
     best = int(np.argmax([row[-1] for row in table]))
-    return Choice(tried[best], {name: metrics[best][name] for name in METRICS}, int(histograms_G[best].sum()), table)
+    return Choice(
+        tried[best],
+        {name: metrics[best][name] for name in METRICS},
+        int(histograms_G[best].sum()),
+        table,
+    )
 
 
 def changed(
-    mixture: Mixture, item_weight: float | None, graph_weight: float | None, overrides: Sequence[str] | None
+    mixture: Mixture,
+    item_weight: float | None,
+    graph_weight: float | None,
+    overrides: Sequence[str] | None,
 ) -> Mixture:
-    """Another mixture where something is given; `overrides`: `epsilon=value`, or `key=value` of `KnnSettings`."""
+    """Another mixture where something is given; `overrides`: `epsilon=value`, or `key=value` of
+    `KnnSettings`."""
     held = dataclasses.asdict(mixture)
     of_mixture = [text for text in overrides or [] if text.startswith("epsilon=")]
     of_graph = [text for text in overrides or [] if text not in of_mixture]
@@ -113,14 +132,16 @@ def save(choice: Choice, run: Path, origin: dict[str, Any]) -> Path:
     """`origin`: what the weights are good for: `load` is given the same."""
     path = run / FILE
     with atomic_file(path) as temporary:
-        text = json.dumps({"origin": origin, **dataclasses.asdict(choice)}, indent=1, allow_nan=False)
+        text = json.dumps(
+            {"origin": origin, **dataclasses.asdict(choice)}, indent=1, allow_nan=False
+        )
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
 
 
 def load(run: Path, origin: dict[str, Any]) -> Mixture | None:
-    """The mixture that was chosen for a run; None where none was. Raises ValueError for a damaged file, and for one of another
-    origin."""
+    """The mixture that was chosen for a run; None where none was. Raises ValueError for a damaged
+    file, and for one of another origin."""
     path = run / FILE
     if not path.is_file():
         return None
@@ -128,7 +149,9 @@ def load(run: Path, origin: dict[str, Any]) -> Mixture | None:
         held = json.loads(path.read_text(encoding="utf-8"))
         found, mixture = held["origin"], section_from(Mixture, held["mixture"], None, str(path))
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not readable ({error}): remove it and choose the weights again") from None
+        raise ValueError(
+            f"{path}: not readable ({error}): remove it and choose the weights again"
+        ) from None
     for key, value in origin.items():
         if found.get(key) != value:
             raise ValueError(

@@ -1,4 +1,5 @@
-"""Distributed beam evaluation: each user's top list exactly once, the same whatever the number of ranks."""
+"""Distributed beam evaluation: each user's top list exactly once, the same whatever the number of
+ranks."""
 
 # U users, B users of a batch, N list
 
@@ -38,12 +39,12 @@ def evaluate(
     window: int = WINDOW,
     out_dir: Path | None = None,
 ) -> dict[str, Any] | None:
-    """Decode, score and write `metrics-SPLIT.json` and `topN-SPLIT.parquet` into the run directory or `out_dir`, window by
-    window: the lists of each user who has a target in the split, once. Collective.
+    """Decode, score and write `metrics-SPLIT.json` and `topN-SPLIT.parquet` into the run directory
+    or `out_dir`, window by window: the lists of each user who has a target in the split, once.
+    Collective.
 
-    Returns the metrics on rank 0, None elsewhere. Raises ValueError if the run speaks another numbering; an error of one rank on
-    all of them, and then nothing is written.
-    """
+    Returns the metrics on rank 0, None elsewhere. Raises ValueError if the run speaks another
+    numbering; an error of one rank on all of them, and then nothing is written."""
     ranks = ranks or Ranks()
     view = dataset.sequences.history_and_target(split)
     users_U = view.users
@@ -53,7 +54,9 @@ def evaluate(
         exclude_history=decoding.exclude_history,
         beam=decoding.beam,
         decode=decoding.mode,
-        item_weight=decoding.item_weight if decoding.mode == "hybrid" and run.model.config.item_loss else None,
+        item_weight=decoding.item_weight
+        if decoding.mode == "hybrid" and run.model.config.item_loss
+        else None,
         graph=decoding.mixture.of_graph if decoding.mode == "hybrid" else None,
     )
     graph = None
@@ -66,7 +69,9 @@ def evaluate(
         check_numbering(run, dataset)
         check_split(run, dataset)
         if alike[ranks.rank] != alike[0]:
-            raise ValueError("not the data or the options of rank 0: start all ranks with one command and equal data")
+            raise ValueError(
+                "not the data or the options of rank 0: start all ranks with one command and equal data"
+            )
         if not ranks.is_main:
             return None
         writer = ResultsWriter(

@@ -35,7 +35,8 @@ class Choice:
 def choose_items(
     catalogue: Catalogue, allow: Iterable[str] | None = None, block: Iterable[str] | None = None
 ) -> Choice:
-    """The items of `allow` (None: all of them) without those of `block`. Raises ValueError if that leaves none."""
+    """The items of `allow` (None: all of them) without those of `block`. Raises ValueError if that
+    leaves none."""
     allow_rows, unknown_allow = rows_of(catalogue, () if allow is None else allow)
     block_rows, unknown_block = rows_of(catalogue, () if block is None else block)
     allowed_I = np.full(len(catalogue.item_ids), allow is None)
@@ -51,7 +52,8 @@ def choose_items(
 
 
 def rows_of(catalogue: Catalogue, ids: Iterable[str]) -> tuple[np.ndarray, list[str]]:
-    """(int32 rows of the ids that the catalogue has, the others), in order. Raises ValueError for what is no list of ids."""
+    """(int32 rows of the ids that the catalogue has, the others), in order. Raises ValueError for
+    what is no list of ids."""
     if isinstance(ids, str) or not isinstance(ids, Iterable):
         raise ValueError(f"{ids!r} is not a list of ids: write ids as a list of strings")
     known, unknown = [], []
@@ -72,13 +74,16 @@ def name_some(ids: Sequence[str], most: int = 3) -> str:
 
 
 def read_ids(path: str | Path) -> list[str]:
-    """One id a line, blank lines and the spaces around an id left out. Raises ValueError naming the file."""
+    """One id a line, blank lines and the spaces around an id left out. Raises ValueError naming the
+    file."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text ({error}): give one item id a line in UTF-8") from None
+        raise ValueError(
+            f"{path}: cannot be read as text ({error}): give one item id a line in UTF-8"
+        ) from None
     ids = [line.strip() for line in text.split("\n")]
     ids = [id_ for id_ in ids if id_]
     if not ids:

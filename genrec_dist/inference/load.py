@@ -16,9 +16,23 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from genrec_dist.data.encoder_input import Certain, Layout
-from genrec_dist.data.word_table import VOCABULARY_FILE, ItemTexts, WordTable, build_words, load_vocabulary, trim
+from genrec_dist.data.word_table import (
+    VOCABULARY_FILE,
+    ItemTexts,
+    WordTable,
+    build_words,
+    load_vocabulary,
+    trim,
+)
 from genrec_dist.decoding.searcher import TrieSearcher
-from genrec_dist.decoding.trie import TRIE_FILE, Trie, build_trie, certain_tokens, hash_of_words, load_trie
+from genrec_dist.decoding.trie import (
+    TRIE_FILE,
+    Trie,
+    build_trie,
+    certain_tokens,
+    hash_of_words,
+    load_trie,
+)
 from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
 
 
@@ -68,7 +82,9 @@ def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
 def _certain(words: WordTable) -> Certain:
     """Raises ValueError for a catalogue of one item, about which there is nothing to learn."""
     if words.num_items < 2:
-        raise ValueError("tokens.certain given: a catalogue of one item leaves nothing to learn: set it to learned")
+        raise ValueError(
+            "tokens.certain given: a catalogue of one item leaves nothing to learn: set it to learned"
+        )
     tokens, ends = np.zeros(len(words.tokens), bool), np.zeros(len(words.lengths), bool)
     items = slice(words.first_item_word, words.first_user_word)
     first, last = words.offsets[items.start], words.offsets[items.stop]
@@ -84,15 +100,16 @@ def make_searcher(
     items: np.ndarray | None = None,
     texts: ItemTexts | None = None,
 ) -> TrieSearcher:
-    """A searcher over all items, or over these rows alone; `texts` for mode `free`. Raises ValueError if no item is left or a row
-    is no item's."""
+    """A searcher over all items, or over these rows alone; `texts` for mode `free`. Raises
+    ValueError if no item is left or a row is no item's."""
     trie = build_trie(*words.tokens_of_items())
     searcher = TrieSearcher(model, trie, device, texts=texts)
     return searcher if items is None else searcher.among(items)
 
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
-    """Load `best/` of a run directory for decoding. Raises ValueError naming what is missing, damaged or of another numbering."""
+    """Load `best/` of a run directory for decoding. Raises ValueError naming what is missing,
+    damaged or of another numbering."""
     path = Path(run)
     if not (path / "best" / "config.json").is_file():
         raise ValueError(f"{path}: no best/ in it: {_state_of(path)}")
@@ -100,16 +117,25 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
 
 
 def load_model(best: Path, device: torch.device | str = "cpu") -> LoadedRun:
-    """Load `best/` itself, or a copy of it; its own path stands for the run's. Raises ValueError as `load_run`."""
+    """Load `best/` itself, or a copy of it; its own path stands for the run's. Raises ValueError as
+    `load_run`."""
     logging.disable_progress_bar()  # of transformers: a bar for a file that loads in a second
     try:
-        model = GenRecForConditionalGeneration.from_pretrained(best, dtype=torch.float32).to(device).eval()
+        model = (
+            GenRecForConditionalGeneration.from_pretrained(best, dtype=torch.float32)
+            .to(device)
+            .eval()
+        )
         tokenizer = PreTrainedTokenizerFast.from_pretrained(best)
         catalogue = _read_catalogue(best)
     except Exception as error:  # four libraries, each with errors of its own
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(f"{best}: damaged or incomplete ({reason}): copy it again, or train again") from None
-    words = build_words(tokenizer, catalogue.item_codes, catalogue.user_codes, model.config.num_masks)
+        raise ValueError(
+            f"{best}: damaged or incomplete ({reason}): copy it again, or train again"
+        ) from None
+    words = build_words(
+        tokenizer, catalogue.item_codes, catalogue.user_codes, model.config.num_masks
+    )
     if model.config.spoken_tokens:
         vocabulary = load_vocabulary(best / VOCABULARY_FILE, model.config.vocabulary_hash)
         words = trim(words, tokenizer.pad_token_id, vocabulary)
@@ -148,7 +174,8 @@ def _state_of(path: Path) -> str:
 
 
 def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
-    """Raise ValueError if the run was trained on other codes, or on equal codes that stand for other ids."""
+    """Raise ValueError if the run was trained on other codes, or on equal codes that stand for
+    other ids."""
     expected = run.model.config.numbering_hash
     found = dataset.numbering.numbering_hash()
     if expected != found:
@@ -162,7 +189,9 @@ def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
         ("user", run.catalogue.user_ids, dataset.sequences.user_ids),
     ):
         if ours != theirs:
-            mine, other = next(pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1])
+            mine, other = next(
+                pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]
+            )
             raise ValueError(
                 f"{run.path} knows {kind} {mine!r} where {dataset.path} has {other!r}: "
                 "give --data the directory the run was trained on"
@@ -181,7 +210,10 @@ def check_split(run: LoadedRun, dataset: Dataset) -> None:
 
 def best_device() -> torch.device:
     """This process's GPU, or the CPU where there is none or the launcher wants it."""
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"):
+    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
+        "1",
+        "true",
+    ):
         return torch.device("cpu")
     # A launcher either shows each process one GPU, or all of them.
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

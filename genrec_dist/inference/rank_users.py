@@ -69,13 +69,14 @@ def rank_windows(
     window: int = WINDOW,
     graph: Graph | None = None,
 ) -> Iterator[Window]:
-    """Top items of these users after their histories, window by window in the given order. Collective.
+    """Top items of these users after their histories, window by window in the given order.
+    Collective.
 
-    What shares a batch is a function of users, histories, batch size and `window` alone; batches are dealt to the ranks in turn,
-    so no list depends on the number of ranks. All ranks get equally many windows. `on_batch` hears, on each rank, how many users
-    all ranks together have done since. `graph`: of mode `hybrid`. Raises on all ranks where one fails. What may fail in between,
-    such as writing, belongs into `Ranks.together`, or the others would not hear of it.
-    """
+    What shares a batch is a function of users, histories, batch size and `window` alone; batches
+    are dealt to the ranks in turn, so no list depends on the number of ranks. All ranks get equally
+    many windows. `on_batch` hears, on each rank, how many users all ranks together have done since.
+    `graph`: of mode `hybrid`. Raises on all ranks where one fails. What may fail in between, such
+    as writing, belongs into `Ranks.together`, or the others would not hear of it."""
     times_seen = np.zeros(len(view.starts) if ranks.is_main else 0, np.uint8)
     for start in range(0, len(user_rows_U), window):
         rows_U = user_rows_U[start : start + window]
@@ -107,7 +108,11 @@ def _rank_window(
         parcel, error = _parcel(min(decoding.batch_size, len(rows_U)), decoding.top), None
         try:
             if len(places_B):
-                _pack(parcel, places_B, rank_batch(searcher, layout, view, rows_U[places_B], decoding, graph))
+                _pack(
+                    parcel,
+                    places_B,
+                    rank_batch(searcher, layout, view, rows_U[places_B], decoding, graph),
+                )
         except Exception as raised:
             error = raised
         for theirs in ranks.gather(torch.from_numpy(parcel), error):
@@ -139,7 +144,8 @@ def check_once(times_seen_U: np.ndarray) -> None:
 
 
 def _parcel(batch_size: int, top: int) -> np.ndarray:
-    """int32 [B, 1 + 2 N], of one size for all ranks: place in the window or -1, items, the bits of the scores."""
+    """int32 [B, 1 + 2 N], of one size for all ranks: place in the window or -1, items, the bits of
+    the scores."""
     return np.full((batch_size, 1 + 2 * top), -1, np.int32)
 
 
@@ -156,7 +162,8 @@ def _unpack(parcel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def cut_batches(lengths_U: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Places of users, batch by batch: like lengths share a batch, so that short histories do not pay for long ones."""
+    """Places of users, batch by batch: like lengths share a batch, so that short histories do not
+    pay for long ones."""
     order = np.argsort(lengths_U, kind="stable")
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -182,7 +189,11 @@ def _asked(
     flat, offsets = ragged(view.starts[user_rows_B], lengths_B)
     items = view.items[flat]
     # The whole history is excluded, also what the model's input had no room for.
-    excluded = (np.repeat(np.arange(len(user_rows_B)), lengths_B), items) if decoding.exclude_history else None
+    excluded = (
+        (np.repeat(np.arange(len(user_rows_B)), lengths_B), items)
+        if decoding.exclude_history
+        else None
+    )
     return _Asked(
         encode_histories(items, offsets, user_rows_B, layout).to(searcher.device),
         excluded,

@@ -32,7 +32,8 @@ class Request:
     user: str | None = None
     """A user's id; unknown or None: the model sees the history alone."""
     block: Sequence[str] = ()
-    """Item ids that this answer must not list. Ids to allow are a recommender's: they make a trie of their own."""
+    """Item ids that this answer must not list. Ids to allow are a recommender's: they make a trie
+    of their own."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,11 @@ class Recommendation:
     unknown_items: list[str]
     """Ids of the history that the catalogue lacks; they were skipped."""
     invalid: int | None = None
-    """Texts among the best k that are no item, left out of the list; None in modes that give items alone."""
+    """Texts among the best k that are no item, left out of the list; None in modes that give items
+    alone."""
     duplicates: int | None = None
-    """Texts among the best k that spell an item listed before, left out of the list; None as above."""
+    """Texts among the best k that spell an item listed before, left out of the list; None as
+    above."""
 
     def as_json(self) -> str:
         fields: dict[str, Any] = {} if self.user is None else {"user": self.user}
@@ -76,12 +79,12 @@ class _Piece:
 class Recommender:
     """A loaded run that answers requests, those of many threads at once too.
 
-    Calls that come while a batch is decoded share the next one (`callers.py`); a lone call is decoded at once. What else is
-    in a batch moves scores by float rounding, about 1e-6, so items whose scores are that close can change places.
+    Calls that come while a batch is decoded share the next one (`callers.py`); a lone call is
+    decoded at once. What else is in a batch moves scores by float rounding, about 1e-6, so items
+    whose scores are that close can change places.
 
-    On a CPU, `torch.set_num_threads(1)` gives the shortest latency for small models: the callers' threads would each bring a
-    pool of torch's (docs/log.md).
-    """
+    On a CPU, `torch.set_num_threads(1)` gives the shortest latency for small models: the callers'
+    threads would each bring a pool of torch's (docs/log.md)."""
 
     def __init__(
         self,
@@ -93,7 +96,8 @@ class Recommender:
         allow: Iterable[str] | None = None,
         block: Iterable[str] | None = None,
     ):
-        """`exclude_history`: None asks the run. `allow`, `block`: item ids; None allows all and blocks none.
+        """`exclude_history`: None asks the run. `allow`, `block`: item ids; None allows all and
+        blocks none.
 
         Raises ValueError if no item is left.
         """
@@ -104,7 +108,9 @@ class Recommender:
         self.run = run
         self.beam = beam
         self.mode = mode
-        self.exclude_history = run.model.config.exclude_history if exclude_history is None else exclude_history
+        self.exclude_history = (
+            run.model.config.exclude_history if exclude_history is None else exclude_history
+        )
         self.choice = choose_items(run.catalogue, allow, block)
         self.searcher = _make_searcher(run, self.choice, mode)
         self._callers: Callers[_Piece, TopItems] = Callers(self._decode, REQUESTS_AT_ONCE)
@@ -123,18 +129,24 @@ class Recommender:
     ) -> Recommender:
         """From a run directory; the options are those of `Recommender`."""
         loaded = load_run(run, device)
-        return cls(loaded, beam=beam, mode=mode, exclude_history=exclude_history, allow=allow, block=block)
+        return cls(
+            loaded, beam=beam, mode=mode, exclude_history=exclude_history, allow=allow, block=block
+        )
 
-    def recommend(self, requests: Sequence[Request | Sequence[str]], k: int = TOP) -> list[Recommendation]:
+    def recommend(
+        self, requests: Sequence[Request | Sequence[str]], k: int = TOP
+    ) -> list[Recommendation]:
         """The `k` best items for each request (a Request, or just a history of item ids).
 
-        `k` may be smaller or larger than the beam, which is widened to it. Scores are natural log-probabilities under the
-        mode's own softmax; of equal ones the smaller node of the trie comes first: fewer sub-words, then smaller token ids.
-        Raises ValueError for what is no request, in the thread that asked alone.
-        """
+        `k` may be smaller or larger than the beam, which is widened to it. Scores are natural
+        log-probabilities under the mode's own softmax; of equal ones the smaller node of the trie
+        comes first: fewer sub-words, then smaller token ids. Raises ValueError for what is no
+        request, in the thread that asked alone."""
         return list(self.answers(requests, k))
 
-    def answers(self, requests: Sequence[Request | Sequence[str]], k: int = TOP) -> Iterator[Recommendation]:
+    def answers(
+        self, requests: Sequence[Request | Sequence[str]], k: int = TOP
+    ) -> Iterator[Recommendation]:
         """As `recommend`, each answer as soon as its batch is decoded."""
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k is {k!r}: give a whole number of at least 1")
@@ -144,7 +156,9 @@ class Recommender:
             yield from self._answer(requests[start : start + REQUESTS_AT_ONCE], k)
 
     def _answer(self, requests: Sequence[Request | Sequence[str]], k: int) -> list[Recommendation]:
-        asked = [request if isinstance(request, Request) else Request(request) for request in requests]
+        asked = [
+            request if isinstance(request, Request) else Request(request) for request in requests
+        ]
         read = [rows_of(self.run.catalogue, request.history) for request in asked]
         histories, unknown = [rows for rows, _ in read], [ids for _, ids in read]
         piece = _Piece(
@@ -155,13 +169,17 @@ class Recommender:
         )
         lists = self._callers.ask(piece, self._kind(k), len(piece))
         shown = Shown.of(lists, self.choice, self.mode)
-        return [self._recommendation(i, asked[i], unknown[i], lists, shown) for i in range(len(asked))]
+        return [
+            self._recommendation(i, asked[i], unknown[i], lists, shown) for i in range(len(asked))
+        ]
 
     def _kind(self, k: int) -> Hashable:
-        """What calls must share to be decoded in one batch, each list cut out of the longest: the beam, if the mode has one."""
+        """What calls must share to be decoded in one batch, each list cut out of the longest: the
+        beam, if the mode has one."""
         if self.mode == "all":
             return None
-        # What `free` strikes out of a list is not filled up, so a longer one does not begin with a shorter one.
+        # What `free` strikes out of a list is not filled up, so a longer one does not begin with a
+        # shorter one.
         return max(self.beam, k), k if self.mode == "free" else None
 
     def _excluded(self, request: Request, history: np.ndarray) -> np.ndarray:
@@ -177,7 +195,9 @@ class Recommender:
         """Pieces of one kind in one batch, decoded as long as the longest list asked for."""
         items, offsets = _joined([rows for piece in pieces for rows in piece.histories])
         users_B = np.array([row for piece in pieces for row in piece.user_rows], np.int64)
-        encoder = encode_histories(items, offsets, users_B, self.run.layout).to(self.searcher.device)
+        encoder = encode_histories(items, offsets, users_B, self.run.layout).to(
+            self.searcher.device
+        )
         rows, row_offsets = _joined([rows for piece in pieces for rows in piece.excluded])
         pairs = (np.repeat(np.arange(len(users_B)), np.diff(row_offsets)), rows)
         lists = self.searcher.search(
@@ -189,7 +209,12 @@ class Recommender:
         )
         ends = np.cumsum([len(piece) for piece in pieces])
         return [
-            TopItems(*(values_BN[end - len(piece) : end, : piece.top] for values_BN in (lists.items, lists.scores)))
+            TopItems(
+                *(
+                    values_BN[end - len(piece) : end, : piece.top]
+                    for values_BN in (lists.items, lists.scores)
+                )
+            )
             for piece, end in zip(pieces, ends, strict=True)
         ]
 
@@ -202,7 +227,10 @@ class Recommender:
             [self.run.catalogue.item_ids[item] for item in lists.items[place][keep_N]],
             lists.scores[place][keep_N].tolist(),
             unknown,
-            *(None if counts_B is None else int(counts_B[place]) for counts_B in (shown.invalid_B, shown.duplicates_B)),
+            *(
+                None if counts_B is None else int(counts_B[place])
+                for counts_B in (shown.invalid_B, shown.duplicates_B)
+            ),
         )
 
 
@@ -215,7 +243,9 @@ def _make_searcher(run: LoadedRun, choice: Choice, mode: Mode) -> TrieSearcher:
 def _joined(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """(int32 rows one after another, int64 offsets)."""
     lengths = [len(part) for part in rows]
-    return np.concatenate([np.empty(0, np.int32), *rows]), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return np.concatenate([np.empty(0, np.int32), *rows]), np.concatenate(
+        [[0], np.cumsum(lengths)]
+    ).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -231,7 +261,8 @@ class Shown:
 
     @classmethod
     def of(cls, lists: TopItems, choice: Choice, mode: Mode) -> Shown:
-        """Only `free` gives texts that are no item, spells an item twice, or names one that must not be listed."""
+        """Only `free` gives texts that are no item, spells an item twice, or names one that must
+        not be listed."""
         listed_BN = lists.items >= 0
         if mode != "free":
             return cls(listed_BN, None, None)
@@ -245,13 +276,16 @@ class Shown:
 
 
 def read_requests(path: str | Path) -> Iterator[Request]:
-    """Requests from JSON lines `{"history": [...], "user": ..., "block": [...]}`. Raises ValueError naming file and line."""
+    """Requests from JSON lines `{"history": [...], "user": ..., "block": [...]}`. Raises ValueError
+    naming file and line."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as text ({error}): give JSON lines in UTF-8") from None
+        raise ValueError(
+            f"{path}: cannot be read as text ({error}): give JSON lines in UTF-8"
+        ) from None
     # Not splitlines(): a JSON string may hold U+2028 and its like as they are.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -264,14 +298,20 @@ def _parse_request(line: str, place: str) -> Request:
     except json.JSONDecodeError:
         fields = None
     if not isinstance(fields, dict) or not isinstance(fields.get("history"), list):
-        raise ValueError(f'{place}: not a request; write {{"history": ["item", ...], "user": "optional"}}')
+        raise ValueError(
+            f'{place}: not a request; write {{"history": ["item", ...], "user": "optional"}}'
+        )
     user, block = fields.get("user"), fields.get("block", [])
     if not isinstance(block, list):
         raise ValueError(f'{place}: "block" is {json.dumps(block)}: write a list of item ids')
     for value in (*fields["history"], *block, *([] if user is None else [user])):
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise ValueError(f"{place}: {json.dumps(value)} is not an id: write ids as strings")
-    return Request(list(map(str, fields["history"])), None if user is None else str(user), list(map(str, block)))
+    return Request(
+        list(map(str, fields["history"])),
+        None if user is None else str(user),
+        list(map(str, block)),
+    )
 
 
 def user_request(dataset: Dataset, run: LoadedRun, user: str) -> Request:

@@ -25,19 +25,21 @@ class _Call(Generic[Asked, Answer]):
 
 
 class Callers(Generic[Asked, Answer]):
-    """Threads that call at the same time: what comes while a batch is worked on goes into the next one.
+    """Threads that call at the same time: what comes while a batch is worked on goes into the next
+    one.
 
-    Once nobody works, the thread whose call has waited longest does: on its own call and on those behind it that are of the
-    same kind and fit. The others sleep until they are answered. So no thread lives beside the callers', a lone call waits
-    for nobody, and none is overtaken for long.
+    Once nobody works, the thread whose call has waited longest does: on its own call and on those
+    behind it that are of the same kind and fit. The others sleep until they are answered. So no
+    thread lives beside the callers', a lone call waits for nobody, and none is overtaken for long.
 
-    An interrupt (KeyboardInterrupt) can come between any two steps. So each change is made in an order that leaves nobody
-    behind if the next never comes, and leaving can be done twice. A condition variable would not do: interrupted while it
-    takes its lock back, it gives up a lock that is another's by then.
-    """
+    An interrupt (KeyboardInterrupt) can come between any two steps. So each change is made in an
+    order that leaves nobody behind if the next never comes, and leaving can be done twice. A
+    condition variable would not do: interrupted while it takes its lock back, it gives up a lock
+    that is another's by then."""
 
     def __init__(self, work: Callable[[list[Asked]], list[Answer]], at_once: int):
-        """`work` gives an answer to each call of a batch; `at_once`: what the sizes of a batch add up to at most."""
+        """`work` gives an answer to each call of a batch; `at_once`: what the sizes of a batch add
+        up to at most."""
         self._work = work
         self._at_once = at_once
         self._lock = threading.Lock()
@@ -46,10 +48,11 @@ class Callers(Generic[Asked, Answer]):
         self._leader: _Call[Asked, Answer] | None = None
 
     def ask(self, asked: Asked, kind: Hashable = None, size: int = 1) -> Answer:
-        """The answer to one call. Raises what `work` raised for its batch, in each thread of the batch.
+        """The answer to one call. Raises what `work` raised for its batch, in each thread of the
+        batch.
 
-        A thread that is interrupted leaves, and those whose calls it had in its batch work on them themselves.
-        """
+        A thread that is interrupted leaves, and those whose calls it had in its batch work on them
+        themselves."""
         call: _Call[Asked, Answer] = _Call(asked, kind, size)
         try:
             with self._lock:
@@ -80,7 +83,11 @@ class Callers(Generic[Asked, Answer]):
         with self._lock:
             batch, total = [call], call.size
             for other in self._waiting:
-                if other is not call and other.kind == call.kind and total + other.size <= self._at_once:
+                if (
+                    other is not call
+                    and other.kind == call.kind
+                    and total + other.size <= self._at_once
+                ):
                     batch.append(other)
                     total += other.size
             self._batch = batch

@@ -19,7 +19,8 @@ class Titles:
     """What the items of a data directory are called."""
 
     def __init__(self, dataset: Dataset) -> None:
-        """Titles, or where the table had no column of them the items' texts. Raises ValueError if it has neither."""
+        """Titles, or where the table had no column of them the items' texts. Raises ValueError if
+        it has neither."""
         described = dataset.descriptions
         if described is None:
             info = dataset.info
@@ -27,7 +28,9 @@ class Titles:
                 f"{dataset.path}: its items have no titles: make it once more with `genrec prepare {dataset.path} --out NEW "
                 f"--items META --numbering {info.numbering} --seed {info.seed}` and give --data NEW"
             )
-        self.of_item = dict(zip(dataset.sequences.item_ids, described.titles or described.texts, strict=True))
+        self.of_item = dict(
+            zip(dataset.sequences.item_ids, described.titles or described.texts, strict=True)
+        )
 
     def of(self, item: str) -> str:
         """One line; says so where the item has none."""

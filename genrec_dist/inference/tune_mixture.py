@@ -32,20 +32,24 @@ def tune_mixture(
     ranks: Ranks | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> mixture.Choice:
-    """The weights of mode `hybrid` with the best NDCG@10 on validation, its users; on rank 0 written to the run's `hybrid.json`.
+    """The weights of mode `hybrid` with the best NDCG@10 on validation, its users; on rank 0
+    written to the run's `hybrid.json`.
 
-    Of `decoding` beam, history exclusion and the graph's settings are used. What the parts say of the candidates is computed once
-    and mixed in all ways of the grid. Collective. Raises ValueError if training saw the validation targets.
-    """
+    Of `decoding` beam, history exclusion and the graph's settings are used. What the parts say of
+    the candidates is computed once and mixed in all ways of the grid. Collective. Raises ValueError
+    if training saw the validation targets."""
     ranks = ranks or Ranks()
     ranks.together(partial(check_numbering, run, dataset))
     ranks.together(partial(check_split, run, dataset))
-    graph = ranks.together(lambda: Graph.of(dataset.sequences, "validation", trained_through, decoding.graph))
+    graph = ranks.together(
+        lambda: Graph.of(dataset.sequences, "validation", trained_through, decoding.graph)
+    )
     view = dataset.sequences.history_and_target("validation")
     has_head = bool(run.model.config.item_loss)
     tried = mixture.grid(mixture.ITEM_WEIGHTS if has_head else (1.0,), decoding.graph)
     batches = [
-        view.users[places_B] for places_B in cut_batches((view.ends - view.starts)[view.users], decoding.batch_size)
+        view.users[places_B]
+        for places_B in cut_batches((view.ends - view.starts)[view.users], decoding.batch_size)
     ]
 
     def mine() -> np.ndarray:
@@ -53,9 +57,14 @@ def tune_mixture(
         for rows_B in batches[ranks.rank :: ranks.size]:
             asked = _asked(run.searcher, run.layout, view, rows_B, decoding, graph)
             found = run.searcher.candidates(
-                asked.encoder, beam=max(decoding.beam, TOP), excluded=asked.excluded, shares_BN=asked.shares_BN
+                asked.encoder,
+                beam=max(decoding.beam, TOP),
+                excluded=asked.excluded,
+                shares_BN=asked.shares_BN,
             )
-            targets_B = torch.from_numpy(view.targets[rows_B].astype(np.int64)).to(run.searcher.device)
+            targets_B = torch.from_numpy(view.targets[rows_B].astype(np.int64)).to(
+                run.searcher.device
+            )
             for place, mixed in enumerate(tried):
                 counts_G[place] += rank_histogram(_ranks_of(targets_B, found, mixed, run.searcher))
             if on_batch is not None:
@@ -69,7 +78,9 @@ def tune_mixture(
     return choice
 
 
-def mixture_origin(dataset: Dataset, decoding: Decoding, trained_through: TrainedThrough) -> dict[str, Any]:
+def mixture_origin(
+    dataset: Dataset, decoding: Decoding, trained_through: TrainedThrough
+) -> dict[str, Any]:
     """What chosen weights are good for."""
     return {
         "sequences_hash": dataset.info.sequences_hash,
@@ -89,11 +100,12 @@ def mixed_decoding(
     overrides: list[str] | None = None,
     anew: bool = False,
 ) -> Decoding:
-    """The decoding with the mixture that was chosen for the run (the defaults where none was, or `anew`), changed in what is given.
+    """The decoding with the mixture that was chosen for the run (the defaults where none was, or
+    `anew`), changed in what is given.
 
-    `overrides`: `epsilon=value`, or `key=value` of the graph's `KnnSettings`. Raises ValueError for what does not fit, and where
-    the chosen weights are of other data, another training or another exclusion of the history.
-    """
+    `overrides`: `epsilon=value`, or `key=value` of the graph's `KnnSettings`. Raises ValueError for
+    what does not fit, and where the chosen weights are of other data, another training or another
+    exclusion of the history."""
     origin = mixture_origin(dataset, decoding, trained_through)
     chosen = (None if anew else mixture.load(run.path, origin)) or Mixture()
     mixed = mixture.changed(chosen, item_weight, graph_weight, overrides)
@@ -106,13 +118,18 @@ def mixed_decoding(
     )
 
 
-def _ranks_of(targets_B: torch.Tensor, found: Candidates, mixed: Mixture, searcher: TrieSearcher) -> np.ndarray:
-    """int64 [B], 1 = first, 0 = none of the first 20: as the lists would have it, ties by node included."""
+def _ranks_of(
+    targets_B: torch.Tensor, found: Candidates, mixed: Mixture, searcher: TrieSearcher
+) -> np.ndarray:
+    """int64 [B], 1 = first, 0 = none of the first 20: as the lists would have it, ties by node
+    included."""
     scores_BC, target_B1 = found.mixed(mixed), targets_B[:, None]
     is_target_BC = found.items_BC == target_B1
     target_score_B1 = scores_BC.masked_fill(~is_target_BC, -torch.inf).amax(1, keepdim=True)
     nodes_BC, node_B1 = searcher.item_node[found.items_BC], searcher.item_node[target_B1]
-    above_BC = (scores_BC > target_score_B1) | ((scores_BC == target_score_B1) & (nodes_BC < node_B1))
+    above_BC = (scores_BC > target_score_B1) | (
+        (scores_BC == target_score_B1) & (nodes_BC < node_B1)
+    )
     ranks_B = above_BC.sum(1) + 1
     listed_B = torch.isfinite(target_score_B1[:, 0]) & (ranks_B <= TOP)
     return ranks_B.masked_fill(~listed_B, 0).cpu().numpy()

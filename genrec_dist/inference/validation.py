@@ -26,7 +26,8 @@ def target_histogram(
     decoding: Decoding,
     ranks: Ranks,
 ) -> np.ndarray:
-    """int64 [21], as `rank_histogram`, of these users' targets; the ranks share the batches, and no list travels. Collective."""
+    """int64 [21], as `rank_histogram`, of these users' targets; the ranks share the batches, and no
+    list travels. Collective."""
 
     batches = cut_batches((view.ends - view.starts)[user_rows_U], decoding.batch_size)
 
@@ -54,18 +55,25 @@ def history_loss(
 ) -> float:
     """Cross-entropy a target token of these users' targets, the model as it stands. Collective.
 
-    The ranks share the batches, and the sum of their sums is exact before it is rounded: the same for any number of ranks.
-    """
-    batches = [user_rows_U[start : start + batch_size] for start in range(0, len(user_rows_U), batch_size)]
+    The ranks share the batches, and the sum of their sums is exact before it is rounded: the same
+    for any number of ranks."""
+    batches = [
+        user_rows_U[start : start + batch_size] for start in range(0, len(user_rows_U), batch_size)
+    ]
 
     def mine() -> list[tuple[float, int]]:
-        return [_batch_loss(model, layout, view, users_B) for users_B in batches[ranks.rank :: ranks.size]]
+        return [
+            _batch_loss(model, layout, view, users_B)
+            for users_B in batches[ranks.rank :: ranks.size]
+        ]
 
     sums = ranks.together(mine)
     sums += [(0.0, 0)] * (-(-len(batches) // ranks.size) - len(sums))
     losses, tokens = zip(*sums, strict=True)
     bits = np.array(losses, np.float64).view(np.int64)
-    everyone = np.array(ranks.exchange([*bits.tolist(), *tokens]), np.int64).reshape(ranks.size, 2, -1)
+    everyone = np.array(ranks.exchange([*bits.tolist(), *tokens]), np.int64).reshape(
+        ranks.size, 2, -1
+    )
     total = math.fsum(np.ascontiguousarray(everyone[:, 0]).view(np.float64).flatten())
     return total / int(everyone[:, 1].sum())
 
@@ -77,5 +85,7 @@ def _batch_loss(
     flat, offsets = ragged(view.starts[users_B], (view.ends - view.starts)[users_B])
     encoder = encode_histories(view.items[flat], offsets, users_B, layout)
     batch = target_batch(encoder, view.targets[users_B], layout).to(model.device)
-    logits, labels = model.target_logits(batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels)
+    logits, labels = model.target_logits(
+        batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
+    )
     return float(target_loss(logits, labels, 1)), batch.num_target_tokens

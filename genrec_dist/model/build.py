@@ -1,4 +1,5 @@
-"""A model made: fresh from a recipe's shape, from BART's weights, with the rows of a trimmed vocabulary alone."""
+"""A model made: fresh from a recipe's shape, from BART's weights, with the rows of a trimmed
+vocabulary alone."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def make_config(
     special: dict[str, int],
     ids_outside: bool = False,
 ) -> GenRecConfig:
-    """Configuration of a model from scratch. `special`: bos, pad, eos and mask token ids; `ids_outside`: see GenRecConfig."""
+    """Configuration of a model from scratch. `special`: bos, pad, eos and mask token ids;
+    `ids_outside`: see GenRecConfig."""
     return GenRecConfig(
         vocab_size=vocab_size,
         max_position_embeddings=model.max_tokens,
@@ -47,7 +49,12 @@ def make_config(
 
 
 def _common(
-    model: Model, num_users: int, num_items: int, num_masks: int, special: dict[str, int], ids_outside: bool
+    model: Model,
+    num_users: int,
+    num_items: int,
+    num_masks: int,
+    special: dict[str, int],
+    ids_outside: bool,
 ) -> dict[str, Any]:
     return {
         "dropout": model.dropout,
@@ -88,12 +95,15 @@ def build_model(
 ) -> GenRecForConditionalGeneration:
     """A fresh model, or BART's weights with fresh id tables where the recipe names a backbone.
 
-    `vocab_size`, `special`: in ids of the tokenizer. `vocabulary`: keep its tokens alone, in its order.
+    `vocab_size`, `special`: in ids of the tokenizer. `vocabulary`: keep its tokens alone, in its
+    order.
 
     Raises ValueError naming the backbone and the ways out if it cannot be loaded or does not fit.
     """
     if vocabulary is not None:
-        special = dict(zip(special, vocabulary.numbers(np.array(list(special.values()))).tolist(), strict=True))
+        special = dict(
+            zip(special, vocabulary.numbers(np.array(list(special.values()))).tolist(), strict=True)
+        )
     if model.backbone is None:
         config = make_config(
             model,
@@ -123,9 +133,12 @@ def like_before(
     ids_outside: bool,
     vocabulary: Vocabulary | None,
 ) -> GenRecForConditionalGeneration:
-    """A fresh model of an earlier one's shape, with rows for so many tokens, users and items; arguments as of `build_model`."""
+    """A fresh model of an earlier one's shape, with rows for so many tokens, users and items;
+    arguments as of `build_model`."""
     if vocabulary is not None:
-        special = dict(zip(special, vocabulary.numbers(np.array(list(special.values()))).tolist(), strict=True))
+        special = dict(
+            zip(special, vocabulary.numbers(np.array(list(special.values()))).tolist(), strict=True)
+        )
     shape = {key: value for key, value in before.to_dict().items() if key not in _NOT_SHAPE}
     common = _common(model, num_users, num_items, num_masks, special, ids_outside)
     size = vocab_size if vocabulary is None else vocabulary.size
@@ -135,8 +148,11 @@ def like_before(
     return GenRecForConditionalGeneration(config)
 
 
-def begin_items_with(network: GenRecForConditionalGeneration, vectors_NF: np.ndarray, words: WordTable) -> None:
-    """`turn_rows` of the items' tokens where each item is one token, else of the item id table; vectors float [N, F].
+def begin_items_with(
+    network: GenRecForConditionalGeneration, vectors_NF: np.ndarray, words: WordTable
+) -> None:
+    """`turn_rows` of the items' tokens where each item is one token, else of the item id table;
+    vectors float [N, F].
 
     Raises ValueError where several tokens make an item and there is no item id table.
     """
@@ -159,9 +175,15 @@ def _from_backbone(
     special = {key: value for key, value in common.items() if key.endswith("_token_id")}
     try:
         # Until the rows are picked, the backbone's own special tokens hold.
-        ours = common if vocabulary is None else {key: common[key] for key in common.keys() - special.keys()}
+        ours = (
+            common
+            if vocabulary is None
+            else {key: common[key] for key in common.keys() - special.keys()}
+        )
         config = _backbone_config(model, ours)
-        network = GenRecForConditionalGeneration.from_pretrained(model.backbone, config=config, dtype=torch.float32)
+        network = GenRecForConditionalGeneration.from_pretrained(
+            model.backbone, config=config, dtype=torch.float32
+        )
     except (OSError, SafetensorError):
         raise ValueError(
             f"model.backbone {model.backbone}: neither a directory with BART weights nor reachable on the hub; "
@@ -181,9 +203,14 @@ def _from_backbone(
 def _trimmed(
     network: GenRecForConditionalGeneration, vocabulary: Vocabulary, special: dict[str, Any]
 ) -> GenRecForConditionalGeneration:
-    """The same weights with the embedding's rows of these tokens alone. `special`: the configuration's ids, in its numbers."""
+    """The same weights with the embedding's rows of these tokens alone. `special`: the
+    configuration's ids, in its numbers."""
     config = copy.deepcopy(network.config)
-    kept = {"vocab_size": vocabulary.size, "spoken_tokens": vocabulary.num_spoken, "vocabulary_hash": vocabulary.hash()}
+    kept = {
+        "vocab_size": vocabulary.size,
+        "spoken_tokens": vocabulary.num_spoken,
+        "vocabulary_hash": vocabulary.hash(),
+    }
     config.update({**special, **kept})
     weights = network.state_dict()
     embedding_VD = weights["model.shared.weight"]
@@ -204,7 +231,9 @@ def _trimmed(
 def _backbone_config(model: Model, common: dict[str, Any]) -> GenRecConfig:
     bart = BartConfig.from_pretrained(model.backbone)
     if bart.model_type != "bart":
-        raise ValueError(f"model.backbone {model.backbone}: it is a {bart.model_type} model, only BART fits")
+        raise ValueError(
+            f"model.backbone {model.backbone}: it is a {bart.model_type} model, only BART fits"
+        )
     if bart.max_position_embeddings < model.max_tokens:
         raise ValueError(
             f"model.max_tokens {model.max_tokens}: {model.backbone} has {bart.max_position_embeddings} positions"

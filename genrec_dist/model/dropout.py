@@ -14,7 +14,8 @@ LEVELS = 1 << 16
 
 
 def drop(values: Tensor, share: float, training: bool) -> Tensor:
-    """Zero this share of the values at random and scale up the others, as `torch.nn.functional.dropout`."""
+    """Zero this share of the values at random and scale up the others, as
+    `torch.nn.functional.dropout`."""
     if not training or share == 0:
         return values
     if values.is_cuda or torch.compiler.is_compiling():
@@ -34,11 +35,11 @@ def add_dropped(base: Tensor, values: Tensor, share: float, training: bool) -> T
 
 
 def keep_mask(shape: torch.Size, share: float) -> tuple[Tensor, float]:
-    """(bool, True where a value is kept; what kept values are multiplied by), by torch's CPU generator.
+    """(bool, True where a value is kept; what kept values are multiplied by), by torch's CPU
+    generator.
 
-    Four decisions a random word of 64 bits: `bernoulli_` makes its numbers one at a time and takes five times as long, which is
-    a seventh of a training step (docs/log.md).
-    """
+    Four decisions a random word of 64 bits: `bernoulli_` makes its numbers one at a time and takes
+    five times as long, which is a seventh of a training step (docs/log.md)."""
     numel = shape.numel()
     words = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), None)
     bar = round(share * LEVELS)

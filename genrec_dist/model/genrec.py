@@ -1,4 +1,5 @@
-"""GenRec: a BART encoder-decoder whose encoder adds user and item id embeddings to tokens and positions."""
+"""GenRec: a BART encoder-decoder whose encoder adds user and item id embeddings to tokens and
+positions."""
 
 # B users, R decoder rows, L input tokens, T target tokens, D width, V vocabulary
 
@@ -29,18 +30,18 @@ POSITION_OFFSET = 2
 class GenRecConfig(BartConfig):
     """BART's configuration and the id tables.
 
-    num_users, num_items: rows of the tables without the zero row; 0 leaves a table out. id_dropout: dropout of the id
-    terms alone. encoder_positions: "from-start" (BART) or "from-end". max_input_tokens: where the text is cut.
-    numbering_hash: the numbering this model speaks. split: what was held out of its training, with dates.
-    exclude_history: whether its lists leave out the history by default.
-    encoder_unit: "subword" or "item", what an encoder position stands for. encoder_attention: "bidirectional" or "causal".
-    decoder_start: "mask" or "state", what the decoder's first input is.
-    item_loss: weight of the item head; 0: there is none. id_dim: width of the id tables, then projected to d_model; 0: d_model, no
-    projection. ids_outside: the tables live outside the model (`tables.py`), which sees the rows of a step alone; never so in
-    what is saved as `best`. spoken_tokens: the first so many tokens share the probability, the others are read alone (a trimmed
-    vocabulary, `vocabulary_hash`); 0: all. certain_tokens: "learned", or "given": those that the trie alone decides have
-    probability 1.
-    """
+    num_users, num_items: rows of the tables without the zero row; 0 leaves a table out. id_dropout:
+    dropout of the id terms alone. encoder_positions: "from-start" (BART) or "from-end".
+    max_input_tokens: where the text is cut. numbering_hash: the numbering this model speaks. split:
+    what was held out of its training, with dates. exclude_history: whether its lists leave out the
+    history by default. encoder_unit: "subword" or "item", what an encoder position stands for.
+    encoder_attention: "bidirectional" or "causal". decoder_start: "mask" or "state", what the
+    decoder's first input is. item_loss: weight of the item head; 0: there is none. id_dim: width of
+    the id tables, then projected to d_model; 0: d_model, no projection. ids_outside: the tables
+    live outside the model (`tables.py`), which sees the rows of a step alone; never so in what is
+    saved as `best`. spoken_tokens: the first so many tokens share the probability, the others are
+    read alone (a trimmed vocabulary, `vocabulary_hash`); 0: all. certain_tokens: "learned", or
+    "given": those that the trie alone decides have probability 1."""
 
     model_type = "genrec"
 
@@ -76,7 +77,8 @@ class IdEmbedding(nn.Embedding):
 
 
 class FetchedRows(nn.Module):
-    """The rows of an id table that a step or an evaluation touches, put here from outside; no parameter."""
+    """The rows of an id table that a step or an evaluation touches, put here from outside; no
+    parameter."""
 
     weight: Tensor
     """float32 [u + 1, width]: the zero row and the fetched ones."""
@@ -90,17 +92,19 @@ class FetchedRows(nn.Module):
 
 
 class IdProjection(nn.Linear):
-    """From the width of a factorised id table to the model's; keeps the scale of what goes through."""
+    """From the width of a factorised id table to the model's; keeps the scale of what goes
+    through."""
 
     def __init__(self, id_dim: int, width: int):
         super().__init__(id_dim, width, bias=False)
 
 
 class GenRecForConditionalGeneration(BartForConditionalGeneration):
-    """BART with equation (2) of the paper as its input; loads plain BART weights, the id tables then start fresh.
+    """BART with equation (2) of the paper as its input; loads plain BART weights, the id tables
+    then start fresh.
 
-    `forward` takes Hugging Face's names, so `generate`, `save_pretrained` and `from_pretrained` work.
-    """
+    `forward` takes Hugging Face's names, so `generate`, `save_pretrained` and `from_pretrained`
+    work."""
 
     config_class = GenRecConfig
     config: GenRecConfig
@@ -123,8 +127,11 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         if isinstance(module, IdProjection):
             init.normal_(module.weight, std=module.in_features**-0.5)
 
-    def embed(self, encoder: EncoderInput, plan: SumPlan | None = None, *, normed: bool = False) -> Tensor:
-        """The embedding sum before BART's layer norm, float [B, L, D]; `normed`: behind it. `plan`: the batch's."""
+    def embed(
+        self, encoder: EncoderInput, plan: SumPlan | None = None, *, normed: bool = False
+    ) -> Tensor:
+        """The embedding sum before BART's layer norm, float [B, L, D]; `normed`: behind it. `plan`:
+        the batch's."""
         bart = self.model.encoder
         norm = bart.layernorm_embedding
         tokens = bart.embed_tokens.weight
@@ -158,20 +165,27 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         return norm(embedded_BLD) if normed else embedded_BLD
 
     def encode(self, encoder: EncoderInput, plan: SumPlan | None = None) -> Tensor:
-        """Encoder states, float [B, L, D]. `plan`: for the backward of the embedding kernel (`Batch.plan`)."""
+        """Encoder states, float [B, L, D]. `plan`: for the backward of the embedding kernel
+        (`Batch.plan`)."""
         bart = self.model.encoder
         hidden_BLD = self.embed(encoder, plan, normed=True)
         hidden_BLD = F.dropout(hidden_BLD, bart.dropout, self.training)
         seen = encoder.attention_mask[:, None, None]
         if self.config.encoder_attention == "causal":
-            seen = seen & torch.ones(seen.shape[-1], seen.shape[-1], dtype=torch.bool, device=seen.device).tril()
+            seen = (
+                seen
+                & torch.ones(
+                    seen.shape[-1], seen.shape[-1], dtype=torch.bool, device=seen.device
+                ).tril()
+            )
         bias = attention_bias(seen, hidden_BLD)
         for layer in bart.layers:
             hidden_BLD = layer(hidden_BLD, bias)
         return hidden_BLD
 
     def masked_states(self, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """The encoder's states at the [MASK] behind each history, [B, D]; of a causal encoder at its last token."""
+        """The encoder's states at the [MASK] behind each history, [B, D]; of a causal encoder at
+        its last token."""
         behind = 1 if self.config.encoder_attention == "causal" else 2
         users_B = torch.arange(len(memory_BLD), device=memory_BLD.device)
         return memory_BLD[users_B, mask_BL.sum(1) - behind]
@@ -183,17 +197,22 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         memory_mask_RL: Tensor,
         start_RD: Tensor | None = None,
     ) -> Tensor:
-        """Decoder states of whole target sequences, float [R, T, D]. `start_RD`: added to the first input of each.
+        """Decoder states of whole target sequences, float [R, T, D]. `start_RD`: added to the first
+        input of each.
 
         Rows are padded on the right, so causality alone keeps padding out of sight.
         """
         bart = self.model.decoder
-        hidden_RTD = bart.embed_tokens(decoder_input_ids_RT) + bart.embed_positions(decoder_input_ids_RT)
+        hidden_RTD = bart.embed_tokens(decoder_input_ids_RT) + bart.embed_positions(
+            decoder_input_ids_RT
+        )
         if start_RD is not None:
             hidden_RTD = torch.cat([hidden_RTD[:, :1] + start_RD[:, None], hidden_RTD[:, 1:]], 1)
         hidden_RTD = F.dropout(bart.layernorm_embedding(hidden_RTD), bart.dropout, self.training)
         num_tokens = decoder_input_ids_RT.shape[1]
-        causal_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=hidden_RTD.device).tril()
+        causal_TT = torch.ones(
+            num_tokens, num_tokens, dtype=torch.bool, device=hidden_RTD.device
+        ).tril()
         causal_11TT = attention_bias(causal_TT[None, None], hidden_RTD)
         memory_bias_R11L = attention_bias(memory_mask_RL[:, None, None], hidden_RTD)
         for layer in bart.layers:
@@ -208,7 +227,8 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
 
     @property
     def head_weight(self) -> Tensor:
-        """The head's rows of the tokens that can be spoken, [V, D] or, of a trimmed vocabulary, its first `spoken_tokens`."""
+        """The head's rows of the tokens that can be spoken, [V, D] or, of a trimmed vocabulary, its
+        first `spoken_tokens`."""
         weight_VD: Tensor = self.lm_head.weight
         return weight_VD[: self.config.spoken_tokens] if self.config.spoken_tokens else weight_VD
 
@@ -221,9 +241,16 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         visible_R: Tensor | None = None,
         places_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(logits float [n, V], labels int64 [n]) of the label tokens alone: padding never reaches the head."""
+        """(logits float [n, V], labels int64 [n]) of the label tokens alone: padding never reaches
+        the head."""
         hidden_nD, labels_n = self.target_states(
-            self.encode(encoder), encoder, encoder_row_R, decoder_input_ids_RT, labels_RT, visible_R, places_R
+            self.encode(encoder),
+            encoder,
+            encoder_row_R,
+            decoder_input_ids_RT,
+            labels_RT,
+            visible_R,
+            places_R,
         )
         return F.linear(hidden_nD, self.head_weight), labels_n
 
@@ -237,8 +264,9 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         visible_R: Tensor | None,
         places_R: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """(decoder states float [n, D], labels int64 [n]) of the label tokens alone, behind encoded samples. `visible_R`: tokens of
-        its sample that a row may look at; None: all. `places_R`: of the rows' masks among the encoder's tokens; None: the last."""
+        """(decoder states float [n, D], labels int64 [n]) of the label tokens alone, behind encoded
+        samples. `visible_R`: tokens of its sample that a row may look at; None: all. `places_R`: of
+        the rows' masks among the encoder's tokens; None: the last."""
         mask_BL, start_RD = encoder.attention_mask, None
         if self.config.decoder_start == "state":
             if places_R is not None:
@@ -248,7 +276,9 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         if visible_R is not None or not _is_identity(encoder_row_R, len(memory_BLD)):
             memory_BLD, mask_BL = memory_BLD[encoder_row_R], mask_BL[encoder_row_R]
         if visible_R is not None:
-            mask_BL = mask_BL & (torch.arange(mask_BL.shape[1], device=mask_BL.device) < visible_R[:, None])
+            mask_BL = mask_BL & (
+                torch.arange(mask_BL.shape[1], device=mask_BL.device) < visible_R[:, None]
+            )
         hidden_RTD = self.decode(decoder_input_ids_RT, memory_BLD, mask_BL, start_RD)
         learned_RT = labels_RT != IGNORED
         return hidden_RTD[learned_RT], labels_RT[learned_RT]
@@ -269,7 +299,9 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         """The summed cross-entropy of the item head; `memory`: encoder states [.., D]."""
         learned_R = asked.items_R != IGNORED
         query_RF, table_NF = self._item_head(memory.flatten(0, -2)[asked.places_R[learned_R]])
-        return head_loss(query_RF, table_NF, asked.items_R[learned_R], label_smoothing, self.loss_by)
+        return head_loss(
+            query_RF, table_NF, asked.items_R[learned_R], label_smoothing, self.loss_by
+        )
 
     def packed_states(
         self,
@@ -279,19 +311,26 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         plan: SumPlan | None = None,
         places_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(decoder states of packed targets, float [m, D], encoder states, [n, D]): `encode` and `decode` in one."""
+        """(decoder states of packed targets, float [m, D], encoder states, [n, D]): `encode` and
+        `decode` in one."""
         bart = self.model
-        hidden_nD = drop(self.embed(encoder, plan, normed=True), bart.encoder.dropout, self.training)
+        hidden_nD = drop(
+            self.embed(encoder, plan, normed=True), bart.encoder.dropout, self.training
+        )
         for layer in bart.encoder.layers:
             hidden_nD = self.runner.encode(layer, hidden_nD, packing)
         memory_nD = lowered(hidden_nD)
         hidden_mD = bart.decoder.embed_tokens(decoder_input_ids_m)
-        hidden_mD = hidden_mD + bart.decoder.embed_positions(None, position_ids=packing.positions_m)[0]
+        hidden_mD = (
+            hidden_mD + bart.decoder.embed_positions(None, position_ids=packing.positions_m)[0]
+        )
         if self.config.decoder_start == "state":
             assert places_R is not None
             first_R = torch.from_numpy(packing.rows.offsets[: len(places_R)]).to(hidden_mD.device)
             hidden_mD = hidden_mD.index_add(0, first_R, hidden_nD[places_R].to(hidden_mD.dtype))
-        hidden_mD = drop(bart.decoder.layernorm_embedding(hidden_mD), bart.decoder.dropout, self.training)
+        hidden_mD = drop(
+            bart.decoder.layernorm_embedding(hidden_mD), bart.decoder.dropout, self.training
+        )
         for layer in bart.decoder.layers:
             hidden_mD = self.runner.decode(layer, hidden_mD, memory_nD, packing)
         return hidden_mD, hidden_nD
@@ -316,21 +355,24 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         encoder_outputs: BaseModelOutput | None = None,
         **generation: Any,
     ) -> Any:
-        """With `labels`: the summed cross-entropy of the label tokens, a float32 scalar; in here because under ZeRO-3 the head's
-        weight is whole in here alone. Without: Hugging Face's decoder output.
+        """With `labels`: the summed cross-entropy of the label tokens, a float32 scalar; in here
+        because under ZeRO-3 the head's weight is whole in here alone. Without: Hugging Face's
+        decoder output.
 
-        All integer arrays are [B, L] (encoder) or [R, T] (decoder); `encoder_row` [R] defaults to one row a sample. With
-        `packing` they are [n] and [m] and it says which rows attend to what. `visible` [R]: how many of its
-        encoder tokens a decoder row may look at. With `asked` the item head's loss is added, so many
-        times as if its targets were tokens: `tokens_a_target`, of the whole step.
-        """
+        All integer arrays are [B, L] (encoder) or [R, T] (decoder); `encoder_row` [R] defaults to
+        one row a sample. With `packing` they are [n] and [m] and it says which rows attend to what.
+        `visible` [R]: how many of its encoder tokens a decoder row may look at. With `asked` the
+        item head's loss is added, so many times as if its targets were tokens: `tokens_a_target`,
+        of the whole step."""
         if labels is None:
             if self.config.decoder_start == "state":
                 raise ValueError(
                     "Hugging Face's decoding gives the decoder no state to start from: search with genrec_dist"
                 )
             if encoder_outputs is None:
-                encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids)
+                encoder = self.encoder_input(
+                    input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids
+                )
                 encoder_outputs = BaseModelOutput(last_hidden_state=self.encode(encoder))
                 attention_mask = encoder.attention_mask
             output: Seq2SeqLMOutput = super().forward(
@@ -340,7 +382,9 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
                 **generation,
             )
             return output
-        encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids)
+        encoder = self.encoder_input(
+            input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids
+        )
         if packing is not None:
             assert decoder_input_ids is not None
             hidden_mD, memory = self.packed_states(
@@ -365,7 +409,9 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         loss = head_loss(hidden_nD, self.head_weight, labels_n, label_smoothing, self.loss_by)
         if asked is None or not self.config.item_loss:
             return loss
-        return loss + self.config.item_loss * tokens_a_target * self.item_loss(memory, asked, label_smoothing)
+        return loss + self.config.item_loss * tokens_a_target * self.item_loss(
+            memory, asked, label_smoothing
+        )
 
     def generate(
         self,
@@ -378,13 +424,18 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         encoder_outputs: BaseModelOutput | None = None,
         **generation: Any,
     ) -> Any:
-        """Hugging Face's `generate` behind our encoder; left to itself it would call BART's, which knows no ids."""
+        """Hugging Face's `generate` behind our encoder; left to itself it would call BART's, which
+        knows no ids."""
         if encoder_outputs is None:
-            encoder = self.encoder_input(input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids)
+            encoder = self.encoder_input(
+                input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids
+            )
             with torch.no_grad():
                 encoder_outputs = BaseModelOutput(last_hidden_state=self.encode(encoder))
             attention_mask = encoder.attention_mask
-        return super().generate(encoder_outputs=encoder_outputs, attention_mask=attention_mask, **generation)
+        return super().generate(
+            encoder_outputs=encoder_outputs, attention_mask=attention_mask, **generation
+        )
 
     def encoder_input(
         self,
@@ -395,7 +446,8 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         item_rows: Tensor | None = None,
         further_ids: Tensor | None = None,
     ) -> EncoderInput:
-        """Fill in what a caller with plain Hugging Face inputs leaves out, and check the ranges of ids on CPU.
+        """Fill in what a caller with plain Hugging Face inputs leaves out, and check the ranges of
+        ids on CPU.
 
         Raises ValueError for input longer than the positions or ids outside their tables.
         """
@@ -424,7 +476,9 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         return encoder
 
 
-def _id_table(config: GenRecConfig, num_ids: int) -> tuple[IdEmbedding | FetchedRows | None, IdProjection | None]:
+def _id_table(
+    config: GenRecConfig, num_ids: int
+) -> tuple[IdEmbedding | FetchedRows | None, IdProjection | None]:
     if num_ids == 0:
         return None, None
     width = config.id_dim or config.d_model
@@ -433,7 +487,8 @@ def _id_table(config: GenRecConfig, num_ids: int) -> tuple[IdEmbedding | Fetched
 
 
 def sum_of_rows(ids_BLS: Tensor, table_VD: Tensor, pad_token_id: int) -> Tensor:
-    """The sum of these rows over S, float [B, L, D]; `pad_token_id` adds nothing and learns nothing."""
+    """The sum of these rows over S, float [B, L, D]; `pad_token_id` adds nothing and learns
+    nothing."""
     if not ids_BLS.shape[-1]:
         return table_VD.new_zeros(*ids_BLS.shape[:-1], table_VD.shape[1])
     flat_nS = ids_BLS.flatten(0, -2)
@@ -442,8 +497,11 @@ def sum_of_rows(ids_BLS: Tensor, table_VD: Tensor, pad_token_id: int) -> Tensor:
 
 
 def positions(attention_mask_BL: Tensor, counted: str) -> Tensor:
-    """int64 [B, L], places from <s> ("from-start") or back from </s> ("from-end") in rows padded on the right."""
-    columns_BL = torch.arange(attention_mask_BL.shape[1], device=attention_mask_BL.device).expand_as(attention_mask_BL)
+    """int64 [B, L], places from <s> ("from-start") or back from </s> ("from-end") in rows padded on
+    the right."""
+    columns_BL = torch.arange(
+        attention_mask_BL.shape[1], device=attention_mask_BL.device
+    ).expand_as(attention_mask_BL)
     if counted == "from-start":
         return columns_BL
     return (attention_mask_BL.sum(1, keepdim=True) - 1 - columns_BL).clamp(min=0)
@@ -464,22 +522,26 @@ def check_ranges(encoder: EncoderInput, config: GenRecConfig) -> None:
         low, high = (int(value) for value in torch.aminmax(values))
         if low < 0 or high >= limit:
             bad = low if low < 0 else high
-            raise ValueError(f"{name} id {bad} is outside its table of {limit} rows: prepare and shard again")
+            raise ValueError(
+                f"{name} id {bad} is outside its table of {limit} rows: prepare and shard again"
+            )
 
 
 def attention_bias(seen: Tensor, hidden: Tensor) -> Tensor:
     """0 where `seen` is True, -inf elsewhere, in the precision attention scores will have."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return torch.zeros(seen.shape, dtype=dtype, device=hidden.device).masked_fill_(~seen, float("-inf"))
+    return torch.zeros(seen.shape, dtype=dtype, device=hidden.device).masked_fill_(
+        ~seen, float("-inf")
+    )
 
 
 def choose_attention(model: GenRecForConditionalGeneration, precision: str) -> None:
     """Pick the attention that is fast here; the results agree up to rounding.
 
-    On CPU the backward of torch's fused attention takes 4 times as long in bf16 as plain matrix products do at 40 tokens
-    (docs/log.md, 2026-11-21), in fp32 it is the faster one. On a GPU the fused one is taken, unmeasured so far.
-    """
+    On CPU the backward of torch's fused attention takes 4 times as long in bf16 as plain matrix
+    products do at 40 tokens (docs/log.md, 2026-11-21), in fp32 it is the faster one. On a GPU the
+    fused one is taken, unmeasured so far."""
     plain = model.device.type == "cpu" and precision == "bf16"
     model.set_attn_implementation("eager" if plain else "sdpa")
 
@@ -494,12 +556,16 @@ def choose_layers(model: GenRecForConditionalGeneration, compiled: bool, recompu
     model.runner = LayerRunner(compiled, recompute)
     if recompute:
         # By its newer name where transformers has it.
-        enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable: Any = (
+            getattr(model, "activation_checkpointing_enable", None)
+            or model.gradient_checkpointing_enable
+        )
         enable({"use_reentrant": False})
 
 
 def choose_loss(model: GenRecForConditionalGeneration, how: HeadLoss | Literal["auto"]) -> None:
-    """Let `forward` compute the loss in this way. Raises ValueError where the model's device or the installation lacks it."""
+    """Let `forward` compute the loss in this way. Raises ValueError where the model's device or the
+    installation lacks it."""
     model.loss_by = resolve_head(how, model.device)
 
 

@@ -17,34 +17,48 @@ from genrec_dist.config.recipe import HeadLoss
 CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**25, 2**27
 """Most logits that the chunked loss holds at one time, whatever the number of target tokens."""
 LOGITS_IN_CACHE = 2**22
-"""On a CPU the products of a chunk of these stay in its last cache from one matrix product to the next (docs/log.md)."""
+"""On a CPU the products of a chunk of these stay in its last cache from one matrix product to the
+next (docs/log.md)."""
 LOGITS_IN_CORE = 2**18
-"""What a core goes over some ten times, in float32, without leaving its own cache: a quarter less time for a step's loss."""
+"""What a core goes over some ten times, in float32, without leaving its own cache: a quarter less
+time for a step's loss."""
 
 
-def target_loss(logits_nV: Tensor, labels_n: Tensor, num_target_tokens: int, label_smoothing: float = 0.0) -> Tensor:
-    """Sum of the tokens' cross-entropies over `num_target_tokens`, the target tokens of the whole step.
+def target_loss(
+    logits_nV: Tensor, labels_n: Tensor, num_target_tokens: int, label_smoothing: float = 0.0
+) -> Tensor:
+    """Sum of the tokens' cross-entropies over `num_target_tokens`, the target tokens of the whole
+    step.
 
-    Dividing by the step's total, not the micro-batch's, makes the gradient independent of how the step is cut.
-    """
+    Dividing by the step's total, not the micro-batch's, makes the gradient independent of how the
+    step is cut."""
     return summed_loss(logits_nV, labels_n, label_smoothing) / max(num_target_tokens, 1)
 
 
 def summed_loss(logits_nV: Tensor, labels_n: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Sum of the tokens' cross-entropies, a float32 scalar."""
-    return F.cross_entropy(logits_nV.float(), labels_n, reduction="sum", label_smoothing=label_smoothing)
+    return F.cross_entropy(
+        logits_nV.float(), labels_n, reduction="sum", label_smoothing=label_smoothing
+    )
 
 
 def head_loss(
-    hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, label_smoothing: float = 0.0, how: HeadLoss = "full"
+    hidden_nD: Tensor,
+    weight_VD: Tensor,
+    labels_n: Tensor,
+    label_smoothing: float = 0.0,
+    how: HeadLoss = "full",
 ) -> Tensor:
-    """`summed_loss` of the logits `hidden @ weight.T`; by way of all of them (full), or without ever holding them all."""
+    """`summed_loss` of the logits `hidden @ weight.T`; by way of all of them (full), or without
+    ever holding them all."""
     if how == "full":
         return summed_loss(F.linear(hidden_nD, weight_VD), labels_n, label_smoothing)
     if how == "liger" and len(labels_n):  # an idle micro-batch has no rows, and a kernel no grid
         return _liger_loss(hidden_nD, weight_VD, labels_n, label_smoothing)
     device = hidden_nD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_nD.dtype
+    dtype = (
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_nD.dtype
+    )
     total: Tensor = ChunkedLoss.apply(hidden_nD, weight_VD, labels_n, label_smoothing, dtype)
     return total
 
@@ -56,7 +70,9 @@ def resolve_head(how: HeadLoss | Literal["auto"], device: torch.device) -> HeadL
     if how != "liger":
         return how
     if device.type != "cuda":
-        raise ValueError(f"head liger: its kernels run on a GPU and this run is on {device.type}: set head to chunked")
+        raise ValueError(
+            f"head liger: its kernels run on a GPU and this run is on {device.type}: set head to chunked"
+        )
     if find_spec("liger_kernel") is None:
         raise ValueError(
             "head liger: liger-kernel is not installed: pip install 'genrec-dist[liger]', or set head to chunked"
@@ -67,10 +83,10 @@ def resolve_head(how: HeadLoss | Literal["auto"], device: torch.device) -> HeadL
 class ChunkedLoss(torch.autograd.Function):
     """The summed cross-entropy of a linear head, some rows at a time.
 
-    The loss is the last operation but for a scalar factor, so a chunk's gradients are known once its logits are, and nothing is
-    computed twice: forward leaves the gradients of hidden states and weight, backward multiplies them by the factor. Sums over
-    chunks are taken in float32 (float64 for float64 inputs).
-    """
+    The loss is the last operation but for a scalar factor, so a chunk's gradients are known once
+    its logits are, and nothing is computed twice: forward leaves the gradients of hidden states and
+    weight, backward multiplies them by the factor. Sums over chunks are taken in float32 (float64
+    for float64 inputs)."""
 
     @staticmethod
     def forward(
@@ -92,10 +108,15 @@ class ChunkedLoss(torch.autograd.Function):
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=exact) if of_weight else None
         with torch.autocast(hidden_nD.device.type, enabled=False):
             weight = weight_VD.to(dtype)
-            # Written again and again: fresh memory of this size costs as much as what is done to it.
+            # Written again and again: fresh memory of this size costs as much as what is done to
+            # it.
             products = torch.empty(rows, len(weight), dtype=dtype, device=weight.device)
             rows_exact = exact_rows(rows, len(weight), weight.device)
-            room = products if dtype == exact else products.new_empty(rows_exact, len(weight), dtype=exact)
+            room = (
+                products
+                if dtype == exact
+                else products.new_empty(rows_exact, len(weight), dtype=exact)
+            )
             for hidden_cD, labels_c, grad_cD in zip(
                 hidden_nD.to(dtype).split(rows),
                 labels_n.split(rows),
@@ -104,7 +125,9 @@ class ChunkedLoss(torch.autograd.Function):
             ):
                 products_cV = products[: len(labels_c)]
                 torch.mm(hidden_cD, weight.T, out=products_cV)
-                for part, labels in zip(products_cV.split(rows_exact), labels_c.split(rows_exact), strict=True):
+                for part, labels in zip(
+                    products_cV.split(rows_exact), labels_c.split(rows_exact), strict=True
+                ):
                     logits = part if dtype == exact else room[: len(part)].copy_(part)
                     loss += _loss_and_gradient_(logits, labels, label_smoothing)
                     if logits is not part:
@@ -122,7 +145,10 @@ class ChunkedLoss(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
         # Not in place: a graph may be gone through twice. Rounded after the factor, once.
         gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = (None if gradient is None else (gradient * factor).to(dtype) for gradient, dtype in gradients)
+        scaled = (
+            None if gradient is None else (gradient * factor).to(dtype)
+            for gradient, dtype in gradients
+        )
         return *scaled, None, None, None, None
 
 
@@ -130,8 +156,11 @@ def chunk_rows(num_tokens: int, width: int, device: torch.device) -> int:
     """Rows of logits over so many tokens that are held at one time."""
     if device.type != "cpu":
         return max(1, GPU_LOGITS_AT_ONCE // num_tokens)
-    # Each chunk adds to the whole gradient of the weight: with fewer rows than that is wide, this is most of the work.
-    return max(1, min(CPU_LOGITS_AT_ONCE // num_tokens, max(2 * width, LOGITS_IN_CACHE // num_tokens)))
+    # Each chunk adds to the whole gradient of the weight: with fewer rows than that is wide, this
+    # is most of the work.
+    return max(
+        1, min(CPU_LOGITS_AT_ONCE // num_tokens, max(2 * width, LOGITS_IN_CACHE // num_tokens))
+    )
 
 
 def exact_rows(rows: int, num_tokens: int, device: torch.device) -> int:
@@ -140,7 +169,8 @@ def exact_rows(rows: int, num_tokens: int, device: torch.device) -> int:
 
 
 def _loss_and_gradient_(logits_cV: Tensor, labels_c: Tensor, label_smoothing: float) -> Tensor:
-    """The summed loss; what is predicted less what is asked for, its gradient, takes the logits' place."""
+    """The summed loss; what is predicted less what is asked for, its gradient, takes the logits'
+    place."""
     labels_c1 = labels_c[:, None]
     asked_c = logits_cV.gather(1, labels_c1)[:, 0]
     if label_smoothing:
@@ -150,7 +180,9 @@ def _loss_and_gradient_(logits_cV: Tensor, labels_c: Tensor, label_smoothing: fl
     logits_cV.mul_(total_c.reciprocal()[:, None])
     if label_smoothing:
         logits_cV.sub_(label_smoothing / logits_cV.shape[1])
-    logits_cV.scatter_add_(1, labels_c1, torch.full_like(labels_c1, label_smoothing - 1, dtype=logits_cV.dtype))
+    logits_cV.scatter_add_(
+        1, labels_c1, torch.full_like(labels_c1, label_smoothing - 1, dtype=logits_cV.dtype)
+    )
     return (largest_c + total_c.log() - asked_c).sum()
 
 
@@ -161,7 +193,9 @@ def _add_product_(sum_VD: Tensor, left_Vc: Tensor, right_cD: Tensor) -> None:
         sum_VD += left_Vc @ right_cD
 
 
-def _liger_loss(hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, label_smoothing: float) -> Tensor:
+def _liger_loss(
+    hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, label_smoothing: float
+) -> Tensor:
     """Liger-Kernel's Triton kernels; its sums over chunks in float32, as ours."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 

@@ -14,7 +14,8 @@ MOST_FACTORS = 128
 
 @torch.no_grad()
 def turn_rows(table_VD: Tensor, rows_N: Tensor, vectors_NF: np.ndarray, init_std: float) -> None:
-    """Turn these rows of a table towards the vectors, each as long as a random row of standard deviation `init_std` is.
+    """Turn these rows of a table towards the vectors, each as long as a random row of standard
+    deviation `init_std` is.
 
     Items with a vector of zeros and columns behind F keep what they have.
     """

@@ -12,7 +12,8 @@ from genrec_dist.config.recipe import Optimizer, Stage
 
 
 def build_optimizer(model: nn.Module, optimizer: Optimizer) -> torch.optim.AdamW:
-    """AdamW over all parameters in two groups, decayed and not; the learning rate is set at every step."""
+    """AdamW over all parameters in two groups, decayed and not; the learning rate is set at every
+    step."""
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -38,7 +39,8 @@ def _is_decayed(name: str, parameter: Tensor, optimizer: Optimizer) -> bool:
 
 
 def peak_share(stage: Stage, step: int, num_steps: int) -> float:
-    """Share of the peak learning rate at a step (0-based) of a stage with `num_steps` steps: linear warm-up, then its law."""
+    """Share of the peak learning rate at a step (0-based) of a stage with `num_steps` steps: linear
+    warm-up, then its law."""
     warmup = math.ceil(stage.warmup_fraction * num_steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -51,7 +53,8 @@ def peak_share(stage: Stage, step: int, num_steps: int) -> float:
 
 
 class AveragedWeights:
-    """An exponential running average of parameters, with the bias of its start removed by a growing decay."""
+    """An exponential running average of parameters, with the bias of its start removed by a growing
+    decay."""
 
     def __init__(self, parameters: Iterable[Tensor], decay: float):
         self.parameters = list(parameters)

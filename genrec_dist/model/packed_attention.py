@@ -1,6 +1,8 @@
-"""Attention over packed sequences: a kernel for ragged ones where the device has it, rectangles of like length elsewhere."""
+"""Attention over packed sequences: a kernel for ragged ones where the device has it, rectangles of
+like length elsewhere."""
 
-# n query tokens, k key tokens, H heads, d width of a head, c sequences of a group, Q and K their lengths
+# n query tokens, k key tokens, H heads, d width of a head, c sequences of a group, Q and K their
+# lengths
 
 from __future__ import annotations
 
@@ -15,15 +17,22 @@ from torch.autograd.function import once_differentiable
 from genrec_dist.data.packing import Attended, Group, Part
 
 LONG_ON_CPU = 128
-"""Tokens of a rectangle from which a CPU multiplies in bf16 where that is what it was given. For each new shape oneDNN first
-prepares a product in bf16, which takes as long as a thousand short ones (docs/log.md)."""
+"""Tokens of a rectangle from which a CPU multiplies in bf16 where that is what it was given. For
+each new shape oneDNN first prepares a product in bf16, which takes as long as a thousand short ones
+(docs/log.md)."""
 
 
 @torch.compiler.disable
 def attend(
-    query_nHd: Tensor, key_kHd: Tensor, value_kHd: Tensor, attended: Attended, scale: float, dropout: float = 0.0
+    query_nHd: Tensor,
+    key_kHd: Tensor,
+    value_kHd: Tensor,
+    attended: Attended,
+    scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(Q K^T * scale) V within each pair of sequences, [n, H, d]. `dropout`: of the weights, 0 outside of training."""
+    """softmax(Q K^T * scale) V within each pair of sequences, [n, H, d]. `dropout`: of the weights,
+    0 outside of training."""
     if has_varlen(query_nHd) and dropout == 0 and attended.visible is None:
         return _varlen(query_nHd, key_kHd, value_kHd, attended, scale)
     mixed: Tensor = ByRectangles.apply(query_nHd, key_kHd, value_kHd, attended, scale, dropout)
@@ -54,10 +63,11 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, attended: Attended, scale
 
 
 class ByRectangles(torch.autograd.Function):
-    """One group of sequences after another, each as a rectangle; a group whose sequences have one length is a view.
+    """One group of sequences after another, each as a rectangle; a group whose sequences have one
+    length is a view.
 
-    Forward and backward are written out: some fifty groups of ten operations would otherwise each be a node of the graph.
-    """
+    Forward and backward are written out: some fifty groups of ten operations would otherwise each
+    be a node of the graph."""
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
@@ -75,7 +85,8 @@ class ByRectangles(torch.autograd.Function):
         weights, kept = [], []
         for group in attended.groups:
             query, key, value = _rectangles(group, query_nHd, key_kHd, value_kHd)
-            # Products and softmax in the type that came in, as backward has them, whatever autocast would do.
+            # Products and softmax in the type that came in, as backward has them, whatever autocast
+            # would do.
             weights_cHQK = torch.matmul(query, key.transpose(2, 3)).mul_(scale)
             bias = _bias(group, attended.causal, weights_cHQK)
             if bias is not None:
@@ -83,7 +94,9 @@ class ByRectangles(torch.autograd.Function):
             weights_cHQK = weights_cHQK.softmax(-1)
             weights.append(weights_cHQK)
             if dropout:
-                kept.append(torch.empty_like(weights_cHQK, dtype=torch.bool).bernoulli_(1 - dropout))
+                kept.append(
+                    torch.empty_like(weights_cHQK, dtype=torch.bool).bernoulli_(1 - dropout)
+                )
                 weights_cHQK = weights_cHQK * kept[-1] / (1 - dropout)
             _put(group.queries, out_nHd, torch.matmul(weights_cHQK, value))
         ctx.save_for_backward(query_nHd, key_kHd, value_kHd, *weights, *kept)
@@ -107,16 +120,18 @@ class ByRectangles(torch.autograd.Function):
             if kept_cHQK is not None:
                 used_cHQK = weights_cHQK * kept_cHQK / (1 - ctx.dropout)
                 grad_weights = grad_weights * kept_cHQK / (1 - ctx.dropout)
-            grad_scores = torch._softmax_backward_data(grad_weights, weights_cHQK, -1, weights_cHQK.dtype).mul_(
-                ctx.scale
-            )
+            grad_scores = torch._softmax_backward_data(
+                grad_weights, weights_cHQK, -1, weights_cHQK.dtype
+            ).mul_(ctx.scale)
             _put(group.queries, grads[0], torch.matmul(grad_scores, key))
             _put(group.keys, grads[1], torch.matmul(grad_scores.transpose(2, 3), query))
             _put(group.keys, grads[2], torch.matmul(used_cHQK.transpose(2, 3), grad))
         return *grads, None, None, None
 
 
-def _rectangles(group: Group, query_nHd: Tensor, key_kHd: Tensor, value_kHd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _rectangles(
+    group: Group, query_nHd: Tensor, key_kHd: Tensor, value_kHd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return (
         _take(group.queries, query_nHd, group),
         _take(group.keys, key_kHd, group),
@@ -132,8 +147,12 @@ def _take(part: Part, packed_nHd: Tensor, group: Group) -> Tensor:
         tokens = room.index_copy_(0, part.slots.to(tokens.device), tokens)
     by_head = tokens.view(group.size, part.longest, *tokens.shape[1:]).transpose(1, 2)
     longest = max(group.queries.longest, group.keys.longest)
-    short = by_head.device.type == "cpu" and by_head.dtype == torch.bfloat16 and longest < LONG_ON_CPU
-    room = torch.empty(by_head.shape, dtype=torch.float32 if short else by_head.dtype, device=by_head.device)
+    short = (
+        by_head.device.type == "cpu" and by_head.dtype == torch.bfloat16 and longest < LONG_ON_CPU
+    )
+    room = torch.empty(
+        by_head.shape, dtype=torch.float32 if short else by_head.dtype, device=by_head.device
+    )
     return room.copy_(by_head)
 
 
@@ -144,7 +163,9 @@ def _put(part: Part, packed_nHd: Tensor, rectangle_cHLd: Tensor) -> None:
     if part.slots is None:
         tokens.view(by_token.shape).copy_(by_token)
     else:
-        tokens.copy_(by_token.reshape(-1, *tokens.shape[1:]).index_select(0, part.slots.to(tokens.device)))
+        tokens.copy_(
+            by_token.reshape(-1, *tokens.shape[1:]).index_select(0, part.slots.to(tokens.device))
+        )
 
 
 def _bias(group: Group, causal: bool, like: Tensor) -> Tensor | None:
@@ -160,5 +181,7 @@ def _bias(group: Group, causal: bool, like: Tensor) -> Tensor | None:
         seen = torch.arange(group.keys.longest, device=like.device) < visible
     if causal:
         # Whatever lies behind a sequence's end, causality keeps out of its tokens' sight.
-        seen = torch.ones(group.queries.longest, group.keys.longest, dtype=torch.bool, device=like.device).tril()
+        seen = torch.ones(
+            group.queries.longest, group.keys.longest, dtype=torch.bool, device=like.device
+        ).tril()
     return None if seen is None else like.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)

@@ -1,4 +1,5 @@
-"""BART's layers over packed tokens: the same weights and the same sums, without padding and with few conversions."""
+"""BART's layers over packed tokens: the same weights and the same sums, without padding and with
+few conversions."""
 
 # n encoder tokens, m decoder tokens, D width, H heads, d width of a head
 
@@ -18,18 +19,26 @@ from genrec_dist.model.packed_attention import attend
 
 
 class LayerRunner:
-    """How the layers of a packed micro-batch are run: as they are written, compiled, kept in part."""
+    """How the layers of a packed micro-batch are run: as they are written, compiled, kept in
+    part."""
 
     def __init__(self, compiled: bool = False, recompute: bool = False):
         self.recompute = recompute
-        # Some sizes of micro-batches occur: one graph for all of them. Attention over ragged sequences breaks it in two.
-        self.encoder_layer = torch.compile(encoder_layer, dynamic=True) if compiled else encoder_layer
-        self.decoder_layer = torch.compile(decoder_layer, dynamic=True) if compiled else decoder_layer
+        # Some sizes of micro-batches occur: one graph for all of them. Attention over ragged
+        # sequences breaks it in two.
+        self.encoder_layer = (
+            torch.compile(encoder_layer, dynamic=True) if compiled else encoder_layer
+        )
+        self.decoder_layer = (
+            torch.compile(decoder_layer, dynamic=True) if compiled else decoder_layer
+        )
 
     def encode(self, layer: BartEncoderLayer, hidden_nD: Tensor, packing: Packing) -> Tensor:
         return self._run(layer, self.encoder_layer, hidden_nD, packing)
 
-    def decode(self, layer: BartDecoderLayer, hidden_mD: Tensor, memory_nD: Tensor, packing: Packing) -> Tensor:
+    def decode(
+        self, layer: BartDecoderLayer, hidden_mD: Tensor, memory_nD: Tensor, packing: Packing
+    ) -> Tensor:
         return self._run(layer, self.decoder_layer, hidden_mD, memory_nD, packing)
 
     def _run(self, layer: Any, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
@@ -43,30 +52,47 @@ def encoder_layer(layer: BartEncoderLayer, hidden_nD: Tensor, packing: Packing) 
     """A layer of the encoder, float [n, D]."""
     low_nD = lowered(hidden_nD)
     mixed_nD = _attention(layer.self_attn, low_nD, low_nD, packing.within_encoder)
-    hidden_nD = layer.self_attn_layer_norm(add_dropped(hidden_nD, mixed_nD, layer.dropout, layer.training))
+    hidden_nD = layer.self_attn_layer_norm(
+        add_dropped(hidden_nD, mixed_nD, layer.dropout, layer.training)
+    )
     return _feed_forward(layer, hidden_nD)
 
 
-def decoder_layer(layer: BartDecoderLayer, hidden_mD: Tensor, memory_nD: Tensor, packing: Packing) -> Tensor:
+def decoder_layer(
+    layer: BartDecoderLayer, hidden_mD: Tensor, memory_nD: Tensor, packing: Packing
+) -> Tensor:
     """A layer of the decoder, float [m, D]. `memory_nD`: the encoder's states, `lowered`."""
     low_mD = lowered(hidden_mD)
     mixed_mD = _attention(layer.self_attn, low_mD, low_mD, packing.within_decoder)
-    hidden_mD = layer.self_attn_layer_norm(add_dropped(hidden_mD, mixed_mD, layer.dropout, layer.training))
+    hidden_mD = layer.self_attn_layer_norm(
+        add_dropped(hidden_mD, mixed_mD, layer.dropout, layer.training)
+    )
     mixed_mD = _attention(layer.encoder_attn, lowered(hidden_mD), memory_nD, packing.across)
-    hidden_mD = layer.encoder_attn_layer_norm(add_dropped(hidden_mD, mixed_mD, layer.dropout, layer.training))
+    hidden_mD = layer.encoder_attn_layer_norm(
+        add_dropped(hidden_mD, mixed_mD, layer.dropout, layer.training)
+    )
     return _feed_forward(layer, hidden_mD)
 
 
 def lowered(hidden: Tensor) -> Tensor:
-    """In the type of autocast's products. Left to itself, autocast converts what three projections read three times."""
+    """In the type of autocast's products. Left to itself, autocast converts what three projections
+    read three times."""
     device = hidden.device.type
-    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+    return (
+        hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+    )
 
 
-def _attention(attention: BartAttention, low_nD: Tensor, low_kD: Tensor, attended: Attended) -> Tensor:
+def _attention(
+    attention: BartAttention, low_nD: Tensor, low_kD: Tensor, attended: Attended
+) -> Tensor:
     query, key, value = (
         project(low).unflatten(-1, (attention.num_heads, attention.head_dim))
-        for project, low in ((attention.q_proj, low_nD), (attention.k_proj, low_kD), (attention.v_proj, low_kD))
+        for project, low in (
+            (attention.q_proj, low_nD),
+            (attention.k_proj, low_kD),
+            (attention.v_proj, low_kD),
+        )
     )
     dropout = attention.dropout if attention.training else 0.0
     mixed_nHd = attend(query, key, value, attended, attention.scaling, dropout)
@@ -75,7 +101,9 @@ def _attention(attention: BartAttention, low_nD: Tensor, low_kD: Tensor, attende
 
 
 def _feed_forward(layer: BartEncoderLayer | BartDecoderLayer, hidden_nD: Tensor) -> Tensor:
-    inner = drop(layer.activation_fn(layer.fc1(lowered(hidden_nD))), layer.activation_dropout, layer.training)
+    inner = drop(
+        layer.activation_fn(layer.fc1(lowered(hidden_nD))), layer.activation_dropout, layer.training
+    )
     total_nD = add_dropped(hidden_nD, layer.fc2(inner), layer.dropout, layer.training)
     normed: Tensor = layer.final_layer_norm(total_nD)
     return normed

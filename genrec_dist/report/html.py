@@ -1,4 +1,5 @@
-"""The page that reports are written on: one self-contained HTML file, its parts, and the one door for foreign text."""
+"""The page that reports are written on: one self-contained HTML file, its parts, and the one door
+for foreign text."""
 
 import base64
 import hashlib
@@ -11,8 +12,8 @@ from typing import Any
 def page(title: str, sections: Iterable[str], style: str = "", script: str = "") -> str:
     """A whole document of the sections that are not empty, in the house's style and then `style`.
 
-    It may load nothing and run nothing but `script`, which the policy knows by its hash, whatever a name in it may say.
-    """
+    It may load nothing and run nothing but `script`, which the policy knows by its hash, whatever a
+    name in it may say."""
     style = (resources.files("genrec_dist") / "report.css").read_text(encoding="utf-8") + style
     runs, code = "", ""
     if script:
@@ -37,7 +38,9 @@ def grid(columns: Iterable[str], rows: Iterable[str]) -> str:
 
 def definitions(pairs: Iterable[tuple[str, Any]], kind: str) -> str:
     """Names with their values; `kind` is the list's class."""
-    rows = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in pairs)
+    rows = "".join(
+        f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in pairs
+    )
     return f'<dl class="{kind}">{rows}</dl>'
 
 
@@ -49,7 +52,13 @@ def duration(seconds: float) -> str:
     """Seconds as people say them: 2 h 5 min, 3 min 20 s, 12 s."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
 
 
 def text(value: Any) -> str:

@@ -1,4 +1,5 @@
-"""What a run directory tells about its run: recipe, events, status, audit and metrics, as far as they are there."""
+"""What a run directory tells about its run: recipe, events, status, audit and metrics, as far as
+they are there."""
 
 from __future__ import annotations
 
@@ -28,9 +29,12 @@ class Journal:
         return [line for line in self.events if line.get("event") == event]
 
     def stage(self, event: str, stage: str) -> list[dict[str, Any]]:
-        """Events of a stage by step. A resumed run writes some steps twice: the later ones are the ones it kept."""
+        """Events of a stage by step. A resumed run writes some steps twice: the later ones are the
+        ones it kept."""
         found = {
-            line["step"]: line for line in self.of(event) if line.get("stage") == stage and is_number(line.get("step"))
+            line["step"]: line
+            for line in self.of(event)
+            if line.get("stage") == stage and is_number(line.get("step"))
         }
         return [found[step] for step in sorted(found)]
 
@@ -40,7 +44,13 @@ def read_journal(path: Path) -> Journal:
 
     Raises ValueError for a directory that no command of ours wrote.
     """
-    wanted = ["recipe.yaml", "events.jsonl", "status.json", "metrics-validation.json", "metrics-test.json"]
+    wanted = [
+        "recipe.yaml",
+        "events.jsonl",
+        "status.json",
+        "metrics-validation.json",
+        "metrics-test.json",
+    ]
     if not any((path / name).is_file() for name in wanted):
         raise ValueError(
             f"{path}: none of {', '.join(wanted)} is in it: give a directory of genrec train or genrec baseline"
@@ -66,7 +76,8 @@ def is_number(value: Any) -> TypeGuard[float]:
 
 
 def _read_events(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """All lines that are JSON objects; a killed run can leave its last line torn, which is counted, not hidden."""
+    """All lines that are JSON objects; a killed run can leave its last line torn, which is counted,
+    not hidden."""
     if not path.is_file():
         return []
     events, torn = [], 0

@@ -1,4 +1,5 @@
-"""One page a run, `report.html`: what was trained, how it went, and the honest comparison; opens without a network."""
+"""One page a run, `report.html`: what was trained, how it went, and the honest comparison; opens
+without a network."""
 
 from __future__ import annotations
 
@@ -34,17 +35,30 @@ PROTOCOL = {
     "users": "whose lists are scored",
 }
 BREADTH = {
-    "coverage@10": ("in some list of 10", "share of the catalogue that stands in at least one list"),
+    "coverage@10": (
+        "in some list of 10",
+        "share of the catalogue that stands in at least one list",
+    ),
     "coverage@20": ("in some list of 20", ""),
-    "popularity@10": ("popularity", "training count of a listed item over that of a target, in the mean; 1: no bias"),
-    "gini@10": ("Gini", "0: every item is listed equally often; near 1: a few items fill the lists"),
+    "popularity@10": (
+        "popularity",
+        "training count of a listed item over that of a target, in the mean; 1: no bias",
+    ),
+    "gini@10": (
+        "Gini",
+        "0: every item is listed equally often; near 1: a few items fill the lists",
+    ),
 }
-BREAKDOWN = {"history_length": "items in the history", "target_popularity": "times the target was taken in training"}
+BREAKDOWN = {
+    "history_length": "items in the history",
+    "target_popularity": "times the target was taken in training",
+}
 STAGES = ("pretrain", "finetune")
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write `report.html` into a directory of `genrec train` or `genrec baseline` and return its path.
+    """Write `report.html` into a directory of `genrec train` or `genrec baseline` and return its
+    path.
 
     Missing files leave their parts out; what could not be read is said on the page.
     Raises ValueError if the directory holds nothing that a run writes.
@@ -58,7 +72,8 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def headline(metrics: dict[str, Any], key: str = "NDCG@10") -> str:
-    """The comparison in plain words, as text; it claims no difference that the interval does not carry."""
+    """The comparison in plain words, as text; it claims no difference that the interval does not
+    carry."""
     ours, name = metrics.get(key), _name(metrics.get("system", "genrec"))
     if not is_number(ours):
         return f"{name} has no {key} in its metrics."
@@ -102,7 +117,9 @@ def _header(run: Journal) -> str:
     start = (run.of("start") or [{}])[-1]
     first, last = (run.of("start") or [{}])[0], (run.events or [{}])[-1]
     measured = next(iter(run.metrics.values()), {})
-    status = run.status.get("status") or (run.of("end") or [{}])[-1].get("status") or "no status written"
+    status = (
+        run.status.get("status") or (run.of("end") or [{}])[-1].get("status") or "no status written"
+    )
     facts: list[tuple[str, Any]] = [("status", status)]
     if run.status.get("reason"):
         facts.append(("reason", run.status["reason"]))
@@ -127,7 +144,9 @@ def _header(run: Journal) -> str:
 def _comparison(run: Journal) -> str:
     if not run.metrics:
         how = "<code>genrec evaluate RUN --split test</code>"
-        return f'<section><p class="lead">Not evaluated yet: {how} adds the comparison.</p></section>'
+        return (
+            f'<section><p class="lead">Not evaluated yet: {how} adds the comparison.</p></section>'
+        )
     metrics = next(iter(run.metrics.values()))
     charts = []
     for key in ("NDCG@10", "HR@10"):
@@ -138,9 +157,7 @@ def _comparison(run: Journal) -> str:
         ]
         if dots:
             charts.append(dot_chart(f"{key}, {metrics.get('split', '')}", dots))
-    return (
-        f'<section><p class="lead">{text(headline(metrics))}</p><div class="charts">{"".join(charts)}</div></section>'
-    )
+    return f'<section><p class="lead">{text(headline(metrics))}</p><div class="charts">{"".join(charts)}</div></section>'
 
 
 def _curves(run: Journal) -> str:
@@ -151,13 +168,19 @@ def _curves(run: Journal) -> str:
         losses.append(Line(stage, xs, smooth(ys, len(ys) / 25), color))
         losses.append(
             Line(
-                f"{stage}, validation", *_series(run.stage("validation", stage), "loss"), color, dots=True, dashed=True
+                f"{stage}, validation",
+                *_series(run.stage("validation", stage), "loss"),
+                color,
+                dots=True,
+                dashed=True,
             )
         )
         for offset, key in enumerate(("NDCG@10", "HR@10")):
             xs, ys = _series(run.stage("validation", stage), key)
             name = key if stage == "finetune" else f"{key}, {stage}"
-            scores.append(Line(name, xs, ys, offset if stage == "finetune" else offset + 2, dots=True))
+            scores.append(
+                Line(name, xs, ys, offset if stage == "finetune" else offset + 2, dots=True)
+            )
     if any(len(line.xs) for line in losses):
         charts.append(line_chart("Loss", "step", losses))
     if any(len(line.xs) for line in scores):
@@ -165,7 +188,9 @@ def _curves(run: Journal) -> str:
     if not charts:
         return ""
     users = {count for line in run.of("validation") if is_number(count := line.get("users"))}
-    told = f" Validation: {', '.join(f'{count:,}' for count in sorted(users))} users." if users else ""
+    told = (
+        f" Validation: {', '.join(f'{count:,}' for count in sorted(users))} users." if users else ""
+    )
     return (
         f'<section><h2>Training</h2><div class="charts">{"".join(charts)}</div>'
         f'<p class="small">Faint: as logged; strong: exponential average over a 25th of the curve.{told}</p></section>'
@@ -175,10 +200,14 @@ def _curves(run: Journal) -> str:
 def _table(metrics: dict[str, Any]) -> str:
     rows = []
     for index, (system, row) in enumerate(_systems(metrics)):
-        rows.append(_row(_name(system), [_with_interval(row, key) for key in METRICS], ours=index == 0))
+        rows.append(
+            _row(_name(system), [_with_interval(row, key) for key in METRICS], ours=index == 0)
+        )
     users = f", {metrics['users']:,} users" if is_number(metrics.get("users")) else ""
     more = [
-        f"{key} {score(metrics[key])}" for key in ("HR@1", "HR@20", "NDCG@20", "MRR@20") if is_number(metrics.get(key))
+        f"{key} {score(metrics[key])}"
+        for key in ("HR@1", "HR@20", "NDCG@20", "MRR@20")
+        if is_number(metrics.get(key))
     ]
     more += [
         f"{key.replace('_', ' ')} {percent(metrics[key])}"
@@ -205,11 +234,19 @@ def _breadth(metrics: dict[str, Any]) -> str:
 
 
 def _catalogue(metrics: dict[str, Any]) -> str:
-    systems = [(name, row) for name, row in _systems(metrics) if any(is_number(row.get(key)) for key in BREADTH)]
+    systems = [
+        (name, row)
+        for name, row in _systems(metrics)
+        if any(is_number(row.get(key)) for key in BREADTH)
+    ]
     if not systems:
         return ""
     rows = [
-        _row(_name(name), [_breadth_cell(key, row.get(key)) for key in BREADTH], name == systems[0][0])
+        _row(
+            _name(name),
+            [_breadth_cell(key, row.get(key)) for key in BREADTH],
+            name == systems[0][0],
+        )
         for name, row in systems
     ]
     told = "; ".join(f"{name}: {meaning}" for name, meaning in BREADTH.values() if meaning)
@@ -220,7 +257,11 @@ def _breadth_cell(key: str, value: Any) -> str:
     if not is_number(value):
         return "–"
     return (
-        percent(value) if key.startswith("coverage") else f"{value:.3f}" if key.startswith("gini") else f"{value:.2f}"
+        percent(value)
+        if key.startswith("coverage")
+        else f"{value:.3f}"
+        if key.startswith("gini")
+        else f"{value:.2f}"
     )
 
 
@@ -228,7 +269,10 @@ def _breakdown(metrics: dict[str, Any]) -> str:
     """A table a dimension: the run's own scores by bucket, and those of kNN in the same bucket."""
     tables = []
     for dimension, meaning in BREAKDOWN.items():
-        ours, knn = _buckets(metrics, dimension), _buckets((metrics.get("beside") or {}).get("knn"), dimension)
+        ours, knn = (
+            _buckets(metrics, dimension),
+            _buckets((metrics.get("beside") or {}).get("knn"), dimension),
+        )
         with_knn = bool(knn) and metrics.get("system") != "knn"
         rows = []
         for name, bucket in ours.items():
@@ -245,7 +289,11 @@ def _breakdown(metrics: dict[str, Any]) -> str:
 def _buckets(metrics: Any, dimension: str) -> dict[str, dict[str, Any]]:
     found = (metrics.get("breakdown") or {}) if isinstance(metrics, dict) else {}
     buckets = found.get(dimension) if isinstance(found, dict) else None
-    return {name: row for name, row in buckets.items() if isinstance(row, dict)} if isinstance(buckets, dict) else {}
+    return (
+        {name: row for name, row in buckets.items() if isinstance(row, dict)}
+        if isinstance(buckets, dict)
+        else {}
+    )
 
 
 def _protocol(run: Journal) -> str:
@@ -282,7 +330,9 @@ def _throughput(run: Journal) -> str:
             _figure(steps, "data_wait_share", fmean, "{:.1%}"),
             _figure(steps, "peak_memory_gib", max, "{:.2f} GiB"),
         ]
-        rows.append(f'<tr><th scope="row">{stage}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+        rows.append(
+            f'<tr><th scope="row">{stage}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        )
     if not rows:
         return ""
     return (
@@ -292,7 +342,15 @@ def _throughput(run: Journal) -> str:
     )
 
 
-_RATES = ("stage", "tokens/s", "samples/s", "MFU", "padding", "waiting for data", "memory of rank 0")
+_RATES = (
+    "stage",
+    "tokens/s",
+    "samples/s",
+    "MFU",
+    "padding",
+    "waiting for data",
+    "memory of rank 0",
+)
 
 
 def _peak(run: Journal) -> str:
@@ -307,12 +365,18 @@ def _notes(run: Journal) -> str:
 
 
 def _recipe(run: Journal) -> str:
-    return f"<details><summary>Recipe</summary><pre>{text(run.recipe_text)}</pre></details>" if run.recipe_text else ""
+    return (
+        f"<details><summary>Recipe</summary><pre>{text(run.recipe_text)}</pre></details>"
+        if run.recipe_text
+        else ""
+    )
 
 
 def _systems(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The run's own system first, then those beside it, best NDCG@10 first."""
-    beside = [(name, row) for name, row in (metrics.get("beside") or {}).items() if isinstance(row, dict)]
+    beside = [
+        (name, row) for name, row in (metrics.get("beside") or {}).items() if isinstance(row, dict)
+    ]
     beside.sort(key=lambda pair: -pair[1]["NDCG@10"] if is_number(pair[1].get("NDCG@10")) else 0.0)
     own = str(metrics.get("system", "genrec"))
     return [(own, metrics), *((name, row) for name, row in beside if name != own)]
@@ -351,7 +415,9 @@ def _plain(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return ", ".join(f"{key} {item:,}" if is_number(item) else f"{key} {item}" for key, item in value.items())
+        return ", ".join(
+            f"{key} {item:,}" if is_number(item) else f"{key} {item}" for key, item in value.items()
+        )
     return "not known" if value is None else str(value)
 
 

@@ -1,4 +1,5 @@
-"""Charts as inline SVG: lines over steps, and dots with intervals; colours and type come from the page's style."""
+"""Charts as inline SVG: lines over steps, and dots with intervals; colours and type come from the
+page's style."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ Scale = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Line:
-    """One curve. `color` counts in the page's palette; `dots` marks each point, `dashed` and `faint` set it back."""
+    """One curve. `color` counts in the page's palette; `dots` marks each point, `dashed` and
+    `faint` set it back."""
 
     name: str
     xs: Sequence[float]
@@ -47,7 +49,8 @@ def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
 
 
 def smooth(values: Sequence[float], window: float) -> list[float]:
-    """Exponential moving average with bias correction, so that the first value stands for itself."""
+    """Exponential moving average with bias correction, so that the first value stands for
+    itself."""
     keep = max(0.0, 1 - 2 / (window + 1))
     average, weight, smoothed = 0.0, 0.0, []
     for value in values:
@@ -64,10 +67,11 @@ def short(value: float) -> str:
 
 
 def line_chart(title: str, x_label: str, lines: Sequence[Line], from_zero: bool = False) -> str:
-    """A figure with a legend, axes and one path a line; a `<title>` names the value under the pointer.
+    """A figure with a legend, axes and one path a line; a `<title>` names the value under the
+    pointer.
 
-    `from_zero` begins the value axis at zero, as rates and scores want it; losses are read by their differences.
-    """
+    `from_zero` begins the value axis at zero, as rates and scores want it; losses are read by their
+    differences."""
     lines = [line for line in lines if len(line.xs)]
     ys = [y for line in lines for y in line.ys]
     x_ticks = ticks(0, max(x for line in lines for x in line.xs))
@@ -77,7 +81,9 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], from_zero: bool 
     parts = []
     for tick in y_ticks:
         y = y_scale(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
         parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
     for tick in x_ticks:
         x = x_scale(tick)
@@ -85,10 +91,16 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], from_zero: bool 
             parts.append(
                 f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
             )
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 19}" text-anchor="middle">{short(tick)}</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>')
+            parts.append(
+                f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 19}" text-anchor="middle">{short(tick)}</text>'
+            )
+    parts.append(
+        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
+    )
     middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(
+        f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>'
+    )
     parts += [_path(line, x_scale, y_scale, x_label) for line in lines]
     legend = "".join(
         f'<span><i class="key c{line.color}{" dashed" if line.dashed else ""}"></i>{escape(line.name)}</span>'
@@ -99,31 +111,42 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], from_zero: bool 
 
 
 def dot_chart(title: str, dots: Sequence[Dot]) -> str:
-    """One row a system, best first: a dot at its value, a bar through its interval, the value at the right."""
+    """One row a system, best first: a dot at its value, a bar through its interval, the value at
+    the right."""
     dots = sorted(dots, key=lambda dot: -dot.value)
     left, right, row = 168, 62, 34
     height = TOP + row * len(dots) + 30
-    scale_ticks = ticks(0.0, max(max(dot.value, *(dot.interval or (0.0,))) for dot in dots), wanted=3)
+    scale_ticks = ticks(
+        0.0, max(max(dot.value, *(dot.interval or (0.0,))) for dot in dots), wanted=3
+    )
     scale = _scale(0.0, scale_ticks[-1], left, WIDTH - right)
     floor = height - 30
     parts = []
     for tick in scale_ticks:
         x = scale(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{floor + 19}" text-anchor="middle">{short(tick)}</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{floor + 19}" text-anchor="middle">{short(tick)}</text>'
+        )
     for index, dot in enumerate(dots):
         y = TOP + row * (index + 0.5)
         color, weight = ("c0", ' class="strong"') if dot.ours else ("muted", "")
         told = f" ({score(dot.interval[0])} to {score(dot.interval[1])})" if dot.interval else ""
         parts.append(f"<g><title>{escape(dot.name)}: {score(dot.value)}{told}</title>")
-        parts.append(f'<line class="stem" x1="{left}" x2="{scale(dot.value):.1f}" y1="{y}" y2="{y}"/>')
+        parts.append(
+            f'<line class="stem" x1="{left}" x2="{scale(dot.value):.1f}" y1="{y}" y2="{y}"/>'
+        )
         if dot.interval:
             low, high = (f"{scale(bound):.1f}" for bound in dot.interval)
             whisker = f"M{low},{y - 7}V{y + 7}M{high},{y - 7}V{y + 7}M{low},{y}H{high}"
             parts.append(f'<path class="range {color}" d="{whisker}"/>')
         parts.append(f'<circle class="{color}" cx="{scale(dot.value):.1f}" cy="{y}" r="4.5"/>')
-        parts.append(f'<text{weight} x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(dot.name)}</text>')
-        parts.append(f'<text{weight} x="{WIDTH - 4}" y="{y + 4}" text-anchor="end">{score(dot.value)}</text></g>')
+        parts.append(
+            f'<text{weight} x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(dot.name)}</text>'
+        )
+        parts.append(
+            f'<text{weight} x="{WIDTH - 4}" y="{y + 4}" text-anchor="end">{score(dot.value)}</text></g>'
+        )
     return _figure(title, height, "".join(parts), "")
 
 

@@ -1,1 +1,2 @@
-"""From one file to the tables of both protocols: named steps, each left under a final name and never done twice."""
+"""From one file to the tables of both protocols: named steps, each left under a final name and
+never done twice."""

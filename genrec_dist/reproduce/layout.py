@@ -14,7 +14,10 @@ from genrec_shards.dataset import Dataset, load_dataset
 from genrec_dist.distributed.deadline import Ending
 from genrec_dist.reproduce.systems import Decoded, ProtocolName, Rule, System
 
-NUMBERINGS: dict[ProtocolName, Literal["random", "given"]] = {"leak-free": "random", "paper": "given"}
+NUMBERINGS: dict[ProtocolName, Literal["random", "given"]] = {
+    "leak-free": "random",
+    "paper": "given",
+}
 
 
 @dataclass
@@ -44,14 +47,19 @@ class Place:
     def runs(self, protocol: ProtocolName, system: System) -> list[Path]:
         """Where the metrics of a system lie, seed by seed."""
         folder = self.folder(protocol, system)
-        return [folder] if isinstance(system, Rule) else [folder / f"seed-{seed}" for seed in range(self.seeds)]
+        return (
+            [folder]
+            if isinstance(system, Rule)
+            else [folder / f"seed-{seed}" for seed in range(self.seeds)]
+        )
 
     def trained(self, protocol: ProtocolName, system: Decoded, seed: int) -> Path:
         """The run that a system lists in its own way."""
         return self.runs(protocol, system.of)[seed]
 
     def check_source(self, protocol: ProtocolName) -> None:
-        """Raise ValueError where the data directory was made of another file than the one that is given."""
+        """Raise ValueError where the data directory was made of another file than the one that is
+        given."""
         path = self.data(protocol) / "dataset.json"
         if not path.is_file():
             return
@@ -59,7 +67,9 @@ class Place:
         with self.source.open("rb") as file:
             ours = hashlib.file_digest(file, "sha256").hexdigest()
         if theirs != ours:
-            raise ValueError(f"{self.data(protocol)} was made of another file than {self.source}: choose another --out")
+            raise ValueError(
+                f"{self.data(protocol)} was made of another file than {self.source}: choose another --out"
+            )
 
 
 def read_metrics(run: Path) -> dict[str, Any] | None:
@@ -71,5 +81,7 @@ def read_metrics(run: Path) -> dict[str, Any] | None:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         {key: found[key] for key in ("protocol", "ci95", "users", "seconds", "recipe")}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a metrics file of this program ({error}): remove it, and run again") from None
+        raise ValueError(
+            f"{path}: not a metrics file of this program ({error}): remove it, and run again"
+        ) from None
     return found

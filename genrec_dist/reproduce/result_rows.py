@@ -1,4 +1,5 @@
-"""What the finished rows hold: means over seeds, and beside them how each run came about; merged into a file row by row."""
+"""What the finished rows hold: means over seeds, and beside them how each run came about; merged
+into a file row by row."""
 
 from __future__ import annotations
 
@@ -13,7 +14,16 @@ from genrec_shards.atomic import atomic_file
 
 from genrec_dist.reproduce.layout import Place, read_metrics
 from genrec_dist.reproduce.published import METRICS
-from genrec_dist.reproduce.systems import Decoded, Mixed, ProtocolName, Rule, Sasrec, System, Trained, label_of
+from genrec_dist.reproduce.systems import (
+    Decoded,
+    Mixed,
+    ProtocolName,
+    Rule,
+    Sasrec,
+    System,
+    Trained,
+    label_of,
+)
 from genrec_dist.reproduce.train_process import best_epoch, validated, worked_seconds
 
 STEPS = "steps.jsonl"
@@ -43,12 +53,16 @@ class Row:
         return found
 
     def scores(self) -> dict[str, dict[str, Any]]:
-        """{metric: {mean, std, ci95}}: over seeds; std is null for one run, ci95 the mean of the runs' intervals over users."""
+        """{metric: {mean, std, ci95}}: over seeds; std is null for one run, ci95 the mean of the
+        runs' intervals over users."""
         return {name: self._score(name) for name in METRICS}
 
     def _score(self, name: str) -> dict[str, Any]:
         values = [float(metrics[name]) for metrics in self.metrics]
-        bounds = [statistics.fmean(metrics["ci95"][name][end] for metrics in self.metrics) for end in (0, 1)]
+        bounds = [
+            statistics.fmean(metrics["ci95"][name][end] for metrics in self.metrics)
+            for end in (0, 1)
+        ]
         return {
             "mean": round(statistics.fmean(values), 6),
             "std": round(statistics.stdev(values), 6) if len(values) > 1 else None,
@@ -69,7 +83,8 @@ def rows_of(place: Place, protocol: ProtocolName, systems: list[System]) -> list
 
 
 def told_of(row: Row, place: Place, command: str) -> dict[str, Any]:
-    """How a row came about: command, recipe, protocol, and of each run its seconds, machine and commit."""
+    """How a row came about: command, recipe, protocol, and of each run its seconds, machine and
+    commit."""
     system = row.system
     trained = isinstance(system, Trained)
     return {
@@ -96,11 +111,20 @@ def told_of(row: Row, place: Place, command: str) -> dict[str, Any]:
 def _what(system: System) -> dict[str, Any]:
     """Of which kind a system is, and what was set."""
     if isinstance(system, Trained):
-        found: dict[str, Any] = {"recipe": label_of(system.recipe), "settings": list(system.overrides)}
+        found: dict[str, Any] = {
+            "recipe": label_of(system.recipe),
+            "settings": list(system.overrides),
+        }
         return {"kind": "recipe", **found, "equal_compute": system.equal_compute}
     if isinstance(system, Decoded | Mixed):
-        return {"kind": "recipe" if isinstance(system, Decoded) else "baseline", "of": system.of.name}
-    return {"kind": "baseline", "settings": list(system.settings) if isinstance(system, Sasrec) else []}
+        return {
+            "kind": "recipe" if isinstance(system, Decoded) else "baseline",
+            "of": system.of.name,
+        }
+    return {
+        "kind": "baseline",
+        "settings": list(system.settings) if isinstance(system, Sasrec) else [],
+    }
 
 
 def _training(run: Path) -> dict[str, Any]:
@@ -110,12 +134,16 @@ def _training(run: Path) -> dict[str, Any]:
         "train_seconds": round(worked_seconds(run), 1),
         "best_epoch": best,
         "epochs": found[-1]["epoch"] + 1,
-        "validation": {name: line[name] for line in found if line["epoch"] + 1 == best for name in METRICS},
+        "validation": {
+            name: line[name] for line in found if line["epoch"] + 1 == best for name in METRICS
+        },
         "validation_users": found[-1]["users"],
     }
 
 
-def note_step(place: Place, name: str, run: Path | None, seconds: float, hardware: dict[str, Any]) -> None:
+def note_step(
+    place: Place, name: str, run: Path | None, seconds: float, hardware: dict[str, Any]
+) -> None:
     """Append what a finished step took, and on what."""
     where = None if run is None else str(run.relative_to(place.out))
     line = {"step": name, "run": where, "seconds": round(seconds, 1), "hardware": hardware}
@@ -124,7 +152,8 @@ def note_step(place: Place, name: str, run: Path | None, seconds: float, hardwar
 
 
 def _worked(place: Place, run: Path) -> dict[str, Any]:
-    """Seconds of the step that made a run's lists, with what it learned for them, and the machine."""
+    """Seconds of the step that made a run's lists, with what it learned for them, and the
+    machine."""
     path, found = place.out / STEPS, {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -137,7 +166,8 @@ def _worked(place: Place, run: Path) -> dict[str, Any]:
 
 
 def merge(path: Path, dataset: str, rows: Mapping[str, dict[str, Any]]) -> Quality:
-    """Put {protocol: {system: ...}} into a file beside what it holds, in one step, and give all of it.
+    """Put {protocol: {system: ...}} into a file beside what it holds, in one step, and give all of
+    it.
 
     Raises ValueError, and changes nothing, where the file holds something else.
     """
@@ -164,9 +194,15 @@ def _read(path: Path) -> Quality:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        fits = all(isinstance(systems, dict) for protocols in found.values() for systems in protocols.values())
+        fits = all(
+            isinstance(systems, dict)
+            for protocols in found.values()
+            for systems in protocols.values()
+        )
     except (ValueError, AttributeError):
         fits = False
     if not fits:
-        raise ValueError(f"{path}: not a table {{dataset: {{protocol: {{system: ...}}}}}}: choose another file")
+        raise ValueError(
+            f"{path}: not a table {{dataset: {{protocol: {{system: ...}}}}}}: choose another file"
+        )
     return dict(found)

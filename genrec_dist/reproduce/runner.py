@@ -1,4 +1,5 @@
-"""`genrec reproduce`: the steps one behind another, and after each stop all that is finished, told."""
+"""`genrec reproduce`: the steps one behind another, and after each stop all that is finished,
+told."""
 
 from __future__ import annotations
 
@@ -29,7 +30,15 @@ from genrec_dist.inference.load import best_device
 from genrec_dist.report.run_report import write_report
 from genrec_dist.reproduce.layout import Place
 from genrec_dist.reproduce.published import SetName, odd_sizes
-from genrec_dist.reproduce.result_rows import Row, check_mergeable, merge, note_step, rows_of, runs_file, told_of
+from genrec_dist.reproduce.result_rows import (
+    Row,
+    check_mergeable,
+    merge,
+    note_step,
+    rows_of,
+    runs_file,
+    told_of,
+)
 from genrec_dist.reproduce.steps import Step, check, steps_of
 from genrec_dist.reproduce.systems import (
     PROTOCOLS,
@@ -51,7 +60,8 @@ FROM_SCRATCH = (
     "model.backbone=null", "model.d_model=768", "model.encoder_layers=6", "model.decoder_layers=6", "model.heads=12",
     "model.ffn=3072", "pretrain.learning_rate=1e-4", "finetune.learning_rate=1e-4",
 )  # fmt: skip
-"""BART-base's shape where its weights cannot be had; the paper's 1e-5 moves weights that have learned already."""
+"""BART-base's shape where its weights cannot be had; the paper's 1e-5 moves weights that have
+learned already."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +92,11 @@ class Work:
 
 
 def reproduce(options: Options, console: Console) -> bool:
-    """Do what is left of the steps and tell what is finished. False where the minutes were over before the end.
+    """Do what is left of the steps and tell what is finished. False where the minutes were over
+    before the end.
 
-    Raises ValueError, one line, for files, recipes and results that do not fit, and Stopped after a signal.
-    """
+    Raises ValueError, one line, for files, recipes and results that do not fit, and Stopped after a
+    signal."""
     _refuse_ranks()
     with hold(options.out / ".lock", "another genrec reproduce works in this directory"):
         ending = Ending(options.minutes)
@@ -98,7 +109,10 @@ def reproduce(options: Options, console: Console) -> bool:
             except OutOfTime as over:
                 left = sum(not step.is_done() for step in work.steps)
                 _tell(options, work, console)
-                _say(console, f"{over}: {left} of {len(work.steps)} steps are left; the same command goes on")
+                _say(
+                    console,
+                    f"{over}: {left} of {len(work.steps)} steps are left; the same command goes on",
+                )
                 return False
             _tell(options, work, console)
             return True
@@ -110,10 +124,18 @@ def plan(options: Options, console: Console, ending: Ending | None = None) -> Wo
     sequences = read_sequences(options.data)
     odd = odd_sizes(options.name, sequences.num_users, sequences.num_items)
     notes += [] if odd is None else [odd]
-    place = Place(options.out, options.data, options.seeds, ending or Ending(), lambda text: _say(console, f"  {text}"))
+    place = Place(
+        options.out,
+        options.data,
+        options.seeds,
+        ending or Ending(),
+        lambda text: _say(console, f"  {text}"),
+    )
     resolved = _recipes(choices)
     if not resolved["hybrid"].model.item_loss:
-        notes.append(f"{choices.hybrid_recipe or choices.recipe} has no item head (model.item_loss): no row items")
+        notes.append(
+            f"{choices.hybrid_recipe or choices.recipe} has no item head (model.item_loss): no row items"
+        )
     systems: dict[ProtocolName, list[System]] = {
         protocol: systems_of(protocol, choices, **resolved) for protocol in PROTOCOLS
     }
@@ -138,7 +160,8 @@ def plan(options: Options, console: Console, ending: Ending | None = None) -> Wo
 
 
 def render_plan(work: Work) -> Table:
-    """`--dry-run`: each step, whether it is done, and the seconds it will take where that can be told."""
+    """`--dry-run`: each step, whether it is done, and the seconds it will take where that can be
+    told."""
     table = Table("step", "state", "foretold")
     table.columns[2].justify = "right"
     for step in work.steps:
@@ -153,7 +176,8 @@ def render_plan(work: Work) -> Table:
 
 
 def foretold(step: Step, work: Work) -> str:
-    """Seconds of a training: as long as another seed took, or by `genrec plan` for a card whose peak is published."""
+    """Seconds of a training: as long as another seed took, or by `genrec plan` for a card whose
+    peak is published."""
     if step.run is None or step.recipe is None:
         return ""
     others = [worked_seconds(run) for run in step.run.parent.glob("seed-*") if is_finished(run)]
@@ -166,7 +190,9 @@ def foretold(step: Step, work: Work) -> str:
         recipe = step.recipe()
     except ValueError:  # the refit of a run that is not there yet
         return ""
-    users, items = (None, None) if (Path(recipe.data) / "dataset.json").is_file() else _sizes(work.place)
+    users, items = (
+        (None, None) if (Path(recipe.data) / "dataset.json").is_file() else _sizes(work.place)
+    )
     found = forecast(recipe, users=users, items=items, card=card)
     seconds = sum(duration.total_seconds for duration in found.duration.values())
     return f"{seconds:,.0f} s, by genrec plan"
@@ -183,7 +209,8 @@ def _card() -> str | None:
 
 
 def _settled(choices: Choices) -> tuple[Choices, list[str]]:
-    """The choices with the device's recipe of the paper, from scratch where BART's weights cannot be had; and what to say of it."""
+    """The choices with the device's recipe of the paper, from scratch where BART's weights cannot
+    be had; and what to say of it."""
     notes = []
     if not choices.paper_recipe:
         on_gpu = best_device().type == "cuda"
@@ -211,8 +238,14 @@ def _can_be_had(backbone: str) -> bool:
 
 
 def _recipes(choices: Choices) -> dict[str, Recipe]:
-    names = {"recipe": choices.recipe, "paper": choices.paper_recipe, "hybrid": choices.hybrid_recipe or choices.recipe}
-    return {kind: load_recipe(name, list(choices.overrides_of(name))) for kind, name in names.items()}
+    names = {
+        "recipe": choices.recipe,
+        "paper": choices.paper_recipe,
+        "hybrid": choices.hybrid_recipe or choices.recipe,
+    }
+    return {
+        kind: load_recipe(name, list(choices.overrides_of(name))) for kind, name in names.items()
+    }
 
 
 def _work(options: Options, work: Work, console: Console) -> None:
@@ -235,7 +268,10 @@ def _tables(options: Options) -> list[Path]:
 
 def _write(options: Options, work: Work) -> dict[ProtocolName, list[Row]]:
     """Merge all rows that are finished into the tables, and give them."""
-    rows = {protocol: rows_of(work.place, protocol, systems) for protocol, systems in work.systems.items()}
+    rows = {
+        protocol: rows_of(work.place, protocol, systems)
+        for protocol, systems in work.systems.items()
+    }
     rows = {protocol: found for protocol, found in rows.items() if found}
     scores: dict[str, dict[str, Any]] = {}
     told: dict[str, dict[str, Any]] = {}
@@ -253,7 +289,11 @@ def _tell(options: Options, work: Work, console: Console) -> None:
     rows = _write(options, work)
     for protocol, found in rows.items():
         console.print(table_of(found, protocol, options.name))
-        lines = comparable(found, protocol, options.name) + _compared(options, protocol, found) + _reports(found)
+        lines = (
+            comparable(found, protocol, options.name)
+            + _compared(options, protocol, found)
+            + _reports(found)
+        )
         for line in lines:
             _say(console, line)
         told = "\n".join(f"- {line}" for line in lines)

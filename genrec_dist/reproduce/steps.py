@@ -1,4 +1,5 @@
-"""The steps from a file to the last row: each leaves its result under a final name and is skipped where that is there."""
+"""The steps from a file to the last row: each leaves its result under a final name and is skipped
+where that is there."""
 
 from __future__ import annotations
 
@@ -29,8 +30,22 @@ from genrec_dist.inference.load import LoadedRun, best_device, load_run
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.tune_mixture import mixed_decoding, tune_mixture
 from genrec_dist.reproduce.layout import NUMBERINGS, Place, read_metrics
-from genrec_dist.reproduce.systems import Decoded, Mixed, ProtocolName, Rule, Sasrec, System, Trained
-from genrec_dist.reproduce.train_process import best_epoch, check_same, is_begun, is_finished, train_run
+from genrec_dist.reproduce.systems import (
+    Decoded,
+    Mixed,
+    ProtocolName,
+    Rule,
+    Sasrec,
+    System,
+    Trained,
+)
+from genrec_dist.reproduce.train_process import (
+    best_epoch,
+    check_same,
+    is_begun,
+    is_finished,
+    train_run,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,8 @@ def steps_of(place: Place, protocol: ProtocolName, systems: list[System]) -> lis
 
 
 def check(place: Place, protocol: ProtocolName, systems: list[System]) -> None:
-    """Raise ValueError where what is there was made of other data, by other recipes or other settings than asked for."""
+    """Raise ValueError where what is there was made of other data, by other recipes or other
+    settings than asked for."""
     place.check_source(protocol)
     for system in systems:
         trained = system.of if isinstance(system, Decoded) else system
@@ -77,7 +93,9 @@ def recipe_of(place: Place, protocol: ProtocolName, system: Trained, seed: int) 
     """The recipe of one run. A refit's needs the run that it refits."""
     run = place.runs(protocol, system)[seed]
     where = [f"data={place.data(protocol)}", f"run={run}", "shards=null", f"seed={seed}"]
-    recipe = load_recipe(system.recipe, [*system.overrides, *where, f"trained_through={system.trained_through}"])
+    recipe = load_recipe(
+        system.recipe, [*system.overrides, *where, f"trained_through={system.trained_through}"]
+    )
     if system.equal_compute:
         recipe = _with_equal_compute(recipe)
     if system.trained_through == "n-1":
@@ -85,11 +103,16 @@ def recipe_of(place: Place, protocol: ProtocolName, system: Trained, seed: int) 
     return recipe
 
 
-def _without_validation(recipe: Recipe, place: Place, protocol: ProtocolName, system: Trained) -> Recipe:
-    """The validation targets are training targets here, so the last epoch is kept, and nothing stops before it."""
+def _without_validation(
+    recipe: Recipe, place: Place, protocol: ProtocolName, system: Trained
+) -> Recipe:
+    """The validation targets are training targets here, so the last epoch is kept, and nothing
+    stops before it."""
     epochs = recipe.finetune.epochs
     if system.refit_of is not None:
-        epochs = statistics.median_low([best_epoch(run) for run in place.runs(protocol, system.refit_of)])
+        epochs = statistics.median_low(
+            [best_epoch(run) for run in place.runs(protocol, system.refit_of)]
+        )
     finetune = dataclasses.replace(recipe.finetune, epochs=epochs)
     validation = dataclasses.replace(recipe.validation, every_epochs=max(epochs, 1), patience=0)
     return dataclasses.replace(recipe, finetune=finetune, validation=validation)
@@ -99,7 +122,8 @@ def _with_equal_compute(recipe: Recipe) -> Recipe:
     """Without pretraining, its operations spent on more epochs of finetuning instead."""
     plan = forecast(recipe)
     operations = {
-        each.stage: plan.step_flops[each.stage] / each.batch_size * each.epoch_samples for each in plan.samples
+        each.stage: plan.step_flops[each.stage] / each.batch_size * each.epoch_samples
+        for each in plan.samples
     }
     more = round(recipe.pretrain.epochs * operations["pretrain"] / operations["finetune"])
     return dataclasses.replace(
@@ -112,8 +136,16 @@ def _with_equal_compute(recipe: Recipe) -> Recipe:
 def _data_steps(place: Place, protocol: ProtocolName) -> list[Step]:
     data = place.data(protocol)
     return [
-        Step(f"{protocol}: prepare", (data / "audit.json").is_file, partial(_prepare, place, protocol)),
-        Step(f"{protocol}: shard", (data / "shards" / "manifest.json").is_file, partial(_shard, place, protocol)),
+        Step(
+            f"{protocol}: prepare",
+            (data / "audit.json").is_file,
+            partial(_prepare, place, protocol),
+        ),
+        Step(
+            f"{protocol}: shard",
+            (data / "shards" / "manifest.json").is_file,
+            partial(_shard, place, protocol),
+        ),
     ]
 
 
@@ -129,9 +161,17 @@ def _shard(place: Place, protocol: ProtocolName) -> None:
 
 
 def _steps(place: Place, protocol: ProtocolName, system: System) -> list[Step]:
-    before = _trainings(place, protocol, system.refit_of) if isinstance(system, Trained) and system.refit_of else []
+    before = (
+        _trainings(place, protocol, system.refit_of)
+        if isinstance(system, Trained) and system.refit_of
+        else []
+    )
     if isinstance(system, Trained):
-        return [*before, *_trainings(place, protocol, system), *_evaluations(place, protocol, system)]
+        return [
+            *before,
+            *_trainings(place, protocol, system),
+            *_evaluations(place, protocol, system),
+        ]
     if isinstance(system, Decoded):
         steps = _trainings(place, protocol, system.of)
         for seed, run in enumerate(place.runs(protocol, system) if system.tuned else ()):
@@ -174,7 +214,8 @@ def _trainings(place: Place, protocol: ProtocolName, system: Trained) -> list[St
 
 
 def _evaluations(place: Place, protocol: ProtocolName, system: Trained | Decoded) -> list[Step]:
-    """The only looks at test: one a run and way of listing, and none before all seeds are trained."""
+    """The only looks at test: one a run and way of listing, and none before all seeds are
+    trained."""
     return [
         Step(
             _name(protocol, system, seed, "test"),
@@ -208,7 +249,9 @@ def _sasrec(place: Place, protocol: ProtocolName, system: Sasrec, seed: int) -> 
     if system.refit_of is not None:
         found = [read_metrics(run) for run in place.runs(protocol, system.refit_of)]
         # Their steps come before.
-        epochs = statistics.median_low([metrics["recipe"]["best_epoch"] for metrics in found if metrics is not None])
+        epochs = statistics.median_low(
+            [metrics["recipe"]["best_epoch"] for metrics in found if metrics is not None]
+        )
         settings.append(f"epochs={epochs}")
 
     def ended(epoch: Any) -> None:
@@ -222,7 +265,8 @@ def _sasrec(place: Place, protocol: ProtocolName, system: Sasrec, seed: int) -> 
 
 
 def _mixed(place: Place, protocol: ProtocolName, system: Mixed, seed: int) -> None:
-    """The model is the one that stands as a row of its own; the weights are chosen on validation first."""
+    """The model is the one that stands as a row of its own; the weights are chosen on validation
+    first."""
     out, model = place.runs(protocol, system)[seed], place.runs(protocol, system.of)[seed]
     run_baseline(
         system.name, place.dataset(protocol), "test", out, trained_through=system.trained_through, settings=[f"model={model}"]
@@ -238,7 +282,9 @@ def _check_settings(run: Path, settings: tuple[str, ...]) -> None:
     asked = dataclasses.asdict(sasrec_settings(dict(stored), list(settings)))
     for key, value in stored.items():
         if asked[key] != value:
-            raise ValueError(f"{run} was trained with {key} {value}, not {asked[key]}: choose another --out")
+            raise ValueError(
+                f"{run} was trained with {key} {value}, not {asked[key]}: choose another --out"
+            )
 
 
 def _check_knn(run: Path, settings: tuple[str, ...]) -> None:

@@ -1,4 +1,5 @@
-"""What is compared: the systems of each protocol, one row each. A further system is a line in `systems_of`."""
+"""What is compared: the systems of each protocol, one row each. A further system is a line in
+`systems_of`."""
 
 from __future__ import annotations
 
@@ -15,13 +16,18 @@ ProtocolName = Literal["leak-free", "paper"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
 RULES = ("popularity", "counting", "repeat", "knn")
 BEST, HYBRID, ITEMS = "best", "hybrid", "items"
-"""Rows of `--recipe` by the decoder, of `--hybrid` mixed and by the item head alone, whatever the recipes are called."""
+"""Rows of `--recipe` by the decoder, of `--hybrid` mixed and by the item head alone, whatever the
+recipes are called."""
 CONTROL = "sasrec+knn"
 """Hybrid's control: SASRec mixed with the same graph by the same grid."""
 REFIT = "-n-1"
 """Ends the names of rows trained through t_{n-1}."""
 WITHOUT, EQUAL = "-without-pretraining", "-equal-compute"
-COMPARED: dict[str, tuple[str, ...]] = {BEST: ("knn", "sasrec"), HYBRID: (CONTROL, BEST), ITEMS: ("sasrec",)}
+COMPARED: dict[str, tuple[str, ...]] = {
+    BEST: ("knn", "sasrec"),
+    HYBRID: (CONTROL, BEST),
+    ITEMS: ("sasrec",),
+}
 """Row -> the rows it is set beside, paired, where both are there."""
 EXACT: Mode = "exact"
 ORIGINAL_DECODING: tuple[Mode, int] = ("free", 21)
@@ -33,7 +39,8 @@ SWITCHES: dict[str, tuple[str, ...]] = {
     "length-1024": ("model.max_tokens=1024",),
     "free-decoding": (),
 }
-"""Departures of the published code from the paper, each alone on top of the paper's recipe: name -> what it sets."""
+"""Departures of the published code from the paper, each alone on top of the paper's recipe: name ->
+what it sets."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,8 @@ class Trained:
     refit_of: Trained | None = None
     """The median of its seeds' best epochs is this one's number of epochs."""
     equal_compute: bool = False
-    """Without pretraining, and with as many more epochs of finetuning as pretraining takes operations."""
+    """Without pretraining, and with as many more epochs of finetuning as pretraining takes
+    operations."""
     mode: Mode = "exact"
     beam: int | None = None
     """None: the recipe's `validation.beam`."""
@@ -142,9 +150,12 @@ def label_of(recipe: str) -> str:
 def systems_of(
     protocol: ProtocolName, choices: Choices, *, recipe: Recipe, paper: Recipe, hybrid: Recipe
 ) -> list[System]:
-    """All rows of a protocol, cheap ones first. `recipe`, `paper`, `hybrid`: the recipes of `choices`, resolved."""
+    """All rows of a protocol, cheap ones first. `recipe`, `paper`, `hybrid`: the recipes of
+    `choices`, resolved."""
     best = Trained(BEST, choices.recipe, choices.overrides_of(choices.recipe))
-    found: list[System] = [Rule(name, name, settings=choices.knn if name == "knn" else ()) for name in RULES]
+    found: list[System] = [
+        Rule(name, name, settings=choices.knn if name == "knn" else ()) for name in RULES
+    ]
     if protocol == "leak-free":
         sasrec = Sasrec("sasrec", choices.sasrec)
         found += [sasrec, Mixed(CONTROL, sasrec), best, *_hybrids(choices, best, hybrid)]
@@ -156,9 +167,14 @@ def systems_of(
 
 
 def _hybrids(choices: Choices, best: Trained, hybrid: Recipe) -> list[System]:
-    """The decoder mixed with the transition graph, and with the item head where the recipe has one; and that head alone."""
+    """The decoder mixed with the transition graph, and with the item head where the recipe has one;
+    and that head alone."""
     name = choices.hybrid_recipe or choices.recipe
-    of = best if name == choices.recipe else Trained(f"{HYBRID}-decoder", name, choices.overrides_of(name))
+    of = (
+        best
+        if name == choices.recipe
+        else Trained(f"{HYBRID}-decoder", name, choices.overrides_of(name))
+    )
     rows: list[System] = [Decoded(HYBRID, of, "hybrid", tuned=True)]
     rows += [Decoded(ITEMS, of, "items")] if hybrid.model.item_loss else []
     return rows if of is best else [of, *rows]
@@ -175,7 +191,8 @@ def _refits(choices: Choices, sasrec: Sasrec, best: Trained) -> list[System]:
 
 
 def _papers_own(choices: Choices, paper: Recipe, protocol: ProtocolName) -> list[System]:
-    """The paper's model, its ablation of pretraining, and on its own protocol the published code's switches."""
+    """The paper's model, its ablation of pretraining, and on its own protocol the published code's
+    switches."""
     recipe, overrides = choices.paper_recipe, choices.overrides_of(choices.paper_recipe)
     name = label_of(recipe)
     mode, beam = ORIGINAL_DECODING if name == "original-code" else (EXACT, None)
@@ -189,7 +206,11 @@ def _papers_own(choices: Choices, paper: Recipe, protocol: ProtocolName) -> list
             for more, equal in (("", False), (EQUAL, True)):
                 row = f"{name}{WITHOUT}{more}{end}"
                 without = (*overrides, "pretrain.epochs=0") if not equal else overrides
-                found.append(Trained(row, recipe, without, reading, equal_compute=equal, mode=mode, beam=beam))
+                found.append(
+                    Trained(
+                        row, recipe, without, reading, equal_compute=equal, mode=mode, beam=beam
+                    )
+                )
         if choices.switches and protocol == "paper" and reading == "n-2":
             found += _switched(with_it)
     return found
@@ -202,16 +223,21 @@ def _switched(of: Trained) -> list[System]:
         if switch == "free-decoding":
             rows.append(Decoded(name, of, *ORIGINAL_DECODING))
         else:
-            rows.append(Trained(name, of.recipe, (*of.overrides, *sets), mode=of.mode, beam=of.beam))
+            rows.append(
+                Trained(name, of.recipe, (*of.overrides, *sets), mode=of.mode, beam=of.beam)
+            )
     return rows
 
 
 def chosen(systems: list[System], names: list[str] | None, elsewhere: set[str]) -> list[System]:
-    """The systems that are asked for by name; `elsewhere`: names that the other protocol has. Raises ValueError for others."""
+    """The systems that are asked for by name; `elsewhere`: names that the other protocol has.
+    Raises ValueError for others."""
     if names is None:
         return systems
     known = {system.name for system in systems}
     unknown = [name for name in names if name not in known | elsewhere]
     if unknown:
-        raise ValueError(f"--systems {unknown[0]}: no such row here; there are {', '.join(sorted(known | elsewhere))}")
+        raise ValueError(
+            f"--systems {unknown[0]}: no such row here; there are {', '.join(sorted(known | elsewhere))}"
+        )
     return [system for system in systems if system.name in names]

@@ -1,4 +1,5 @@
-"""What the rows say: tables for the terminal and in Markdown, what is comparable with what, and paired comparisons."""
+"""What the rows say: tables for the terminal and in Markdown, what is comparable with what, and
+paired comparisons."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def cells_of(rows: list[Row], protocol: ProtocolName, name: SetName) -> list[tup
         lines.append((row.name, row.fields["trained_through"], str(len(row.runs)), *figures))
     if protocol == "paper":
         for published, values in published_rows(name).items():
-            lines.append((published, "not said", "–", *(as_written(values[metric]) for metric in METRICS)))
+            lines.append(
+                (published, "not said", "–", *(as_written(values[metric]) for metric in METRICS))
+            )
     return lines
 
 
@@ -51,7 +54,10 @@ def comparable(rows: list[Row], protocol: ProtocolName, name: SetName) -> list[s
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(json.dumps([_field(row, key) for key in FIELDS]), []).append(row)
-    lines = [f"Comparable with each other ({_words(found[0])}): {_names(found)}." for found in groups.values()]
+    lines = [
+        f"Comparable with each other ({_words(found[0])}): {_names(found)}."
+        for found in groups.values()
+    ]
     if protocol == "paper":
         lines += _beside_published(rows, name)
         lines.append(
@@ -71,17 +77,22 @@ def _beside_published(rows: list[Row], name: SetName) -> list[str]:
         "on, whether lists leave out the history and how the epoch was chosen is not said there: they stand beside, unranked."
     ]
     above = [f"{row.name} {_times_above(row, found.pretrained)}" for row in rows]
-    lines.append(f"Metrics, of {len(METRICS)}, in which a row stands above the published GenRec: {', '.join(above)}.")
+    lines.append(
+        f"Metrics, of {len(METRICS)}, in which a row stands above the published GenRec: {', '.join(above)}."
+    )
     return lines
 
 
 def _times_above(row: Row, published: tuple[float, ...]) -> int:
     scores = row.scores()
-    return sum(scores[metric]["mean"] > value for metric, value in zip(METRICS, published, strict=True))
+    return sum(
+        scores[metric]["mean"] > value for metric, value in zip(METRICS, published, strict=True)
+    )
 
 
 def pairs_of(rows: list[Row]) -> list[tuple[Row, Row]]:
-    """Which rows are set beside which: `COMPARED`, their refits among each other, and pretraining beside none."""
+    """Which rows are set beside which: `COMPARED`, their refits among each other, and pretraining
+    beside none."""
     by_name = {row.name: row for row in rows}
     names = [(a, b) for a, others in COMPARED.items() for b in others]
     names += [(a + REFIT, b + REFIT) for a, b in names]
@@ -92,7 +103,8 @@ def pairs_of(rows: list[Row]) -> list[tuple[Row, Row]]:
 
 
 def compared(a: Row, b: Row) -> tuple[Comparison | None, str]:
-    """The paired comparison and a line of it; None and the reason where the two cannot be compared."""
+    """The paired comparison and a line of it; None and the reason where the two cannot be
+    compared."""
     try:
         found = compare(a.folder, b.folder)
     except ValueError as error:

@@ -1,4 +1,5 @@
-"""One training in a process of its own, begun or gone on with, and stopped at a checkpoint when time is over."""
+"""One training in a process of its own, begun or gone on with, and stopped at a checkpoint when
+time is over."""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ def is_begun(run: Path) -> bool:
 
 
 def check_same(run: Path, asked: Recipe) -> None:
-    """Raise ValueError where the run that is there was not trained by the recipe that is asked for."""
+    """Raise ValueError where the run that is there was not trained by the recipe that is asked
+    for."""
     if not (run / "recipe.yaml").is_file() or not (is_begun(run) or is_finished(run)):
         return
     theirs, ours = _flat(load_recipe(run / "recipe.yaml").as_dict()), _flat(asked.as_dict())
@@ -52,12 +54,13 @@ def check_same(run: Path, asked: Recipe) -> None:
 
 
 def train_run(recipe: Recipe, ending: Ending, say: Callable[[str], None]) -> None:
-    """Train a recipe's run to its end, from its last checkpoint where it has one. What it says goes to `RUN.log` beside it.
+    """Train a recipe's run to its end, from its last checkpoint where it has one. What it says goes
+    to `RUN.log` beside it.
 
-    Accelerate keeps one state a process and refuses a second precision, so each training is a process; it is forked off a
-    server that has the libraries loaded, and it saves and ends when this one is gone. Raises what `Ending.check` raises once the
-    run has saved, ValueError with the run's own last line where it failed.
-    """
+    Accelerate keeps one state a process and refuses a second precision, so each training is a
+    process; it is forked off a server that has the libraries loaded, and it saves and ends when
+    this one is gone. Raises what `Ending.check` raises once the run has saved, ValueError with the
+    run's own last line where it failed."""
     run = Path(recipe.run)
     check_same(run, recipe)
     run.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +70,9 @@ def train_run(recipe: Recipe, ending: Ending, say: Callable[[str], None]) -> Non
         while process.exitcode is None:
             process.join(0.2)
             for line in news.validations():
-                say(f"{_epoch(line)}: NDCG@10 {as_written(line['NDCG@10'])} on {line['users']:,} validation users")
+                say(
+                    f"{_epoch(line)}: NDCG@10 {as_written(line['NDCG@10'])} on {line['users']:,} validation users"
+                )
             if ending.is_due:
                 process.terminate()
                 process.join()
@@ -78,7 +83,9 @@ def train_run(recipe: Recipe, ending: Ending, say: Callable[[str], None]) -> Non
     if is_finished(run):
         return
     ending.check()
-    raise ValueError(f"{run}: the training ended with exit code {process.exitcode}: {_last_line(_log_of(run))}")
+    raise ValueError(
+        f"{run}: the training ended with exit code {process.exitcode}: {_last_line(_log_of(run))}"
+    )
 
 
 def worked_seconds(run: Path) -> float:
@@ -93,14 +100,16 @@ def worked_seconds(run: Path) -> float:
 
 
 def validated(run: Path) -> list[dict[str, Any]]:
-    """The validations of a run's last stage, by step; a resumed run's second telling of one counts."""
+    """The validations of a run's last stage, by step; a resumed run's second telling of one
+    counts."""
     journal = read_journal(run)
     told = journal.of("validation")
     return journal.stage("validation", told[-1]["stage"]) if told else []
 
 
 def best_epoch(run: Path) -> int:
-    """The epoch of the last stage that `best/` holds, counted from 1. Raises ValueError for a run that has not come to its end."""
+    """The epoch of the last stage that `best/` holds, counted from 1. Raises ValueError for a run
+    that has not come to its end."""
     if not is_finished(run):
         raise ValueError(f"{run}: not trained to its end yet, so its best epoch is not known")
     step = _status(run)["best_step"]
@@ -135,7 +144,9 @@ def _become(run: str, recipe: str, environment: dict[str, str]) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
             with atomic_file(folder / "recipe.yaml") as temporary:
                 temporary.write_text(recipe, encoding="utf-8")
-            code = exit_code_of(lambda: write_report(train(load_recipe(folder / "recipe.yaml"), resume)))
+            code = exit_code_of(
+                lambda: write_report(train(load_recipe(folder / "recipe.yaml"), resume))
+            )
     except ValueError as error:
         print(f"genrec: {error}", file=sys.stderr)
         code = 1
@@ -171,7 +182,11 @@ class _News:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self.place += len(whole)
-        lines = [json.loads(line) for line in whole.splitlines() if line.startswith(b"{") and line.endswith(b"}")]
+        lines = [
+            json.loads(line)
+            for line in whole.splitlines()
+            if line.startswith(b"{") and line.endswith(b"}")
+        ]
         return [line for line in lines if line["event"] == "validation"]
 
 
@@ -188,7 +203,11 @@ def _status(run: Path) -> dict[str, Any]:
 
 
 def _last_line(path: Path) -> str:
-    lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines() if path.is_file() else []
+    lines = (
+        path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if path.is_file()
+        else []
+    )
     return lines[-1].removeprefix("genrec: ") if lines else "it said nothing"
 
 

@@ -1,4 +1,5 @@
-"""Checkpoints that are complete or absent, and the best model in Hugging Face's form. No pickle anywhere."""
+"""Checkpoints that are complete or absent, and the best model in Hugging Face's form. No pickle
+anywhere."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ FRESH = "fresh"
 
 @dataclass
 class Progress:
-    """Where a run stands; with weights, optimiser and average, all a resume needs: order, masks and dropout are functions."""
+    """Where a run stands; with weights, optimiser and average, all a resume needs: order, masks and
+    dropout are functions."""
 
     step: int = 0
     """Next global step."""
@@ -55,7 +57,8 @@ class State:
     tables: IdTables
     progress: Progress
     identity: dict[str, str]
-    """Hashes of sequences, numbering, recipe, vocabulary and origin that a resume must meet again."""
+    """Hashes of sequences, numbering, recipe, vocabulary and origin that a resume must meet
+    again."""
 
 
 def checkpoint_dir(run: Path, step: int) -> Path:
@@ -63,16 +66,21 @@ def checkpoint_dir(run: Path, step: int) -> Path:
 
 
 def save_checkpoint(run: Path, state: State, keep: int, ranks: Ranks) -> Path:
-    """Write `checkpoints/step-N/` whole under a temporary name, give it its own, and only then drop the oldest.
+    """Write `checkpoints/step-N/` whole under a temporary name, give it its own, and only then drop
+    the oldest.
 
-    Collective. Each rank writes the stretches of weights and moments it owns, so nothing is gathered, and any number of ranks
-    at any ZeRO stage can read them. If one rank cannot write, all raise and nothing is left.
-    """
+    Collective. Each rank writes the stretches of weights and moments it owns, so nothing is
+    gathered, and any number of ranks at any ZeRO stage can read them. If one rank cannot write, all
+    raise and nothing is left."""
     path = checkpoint_dir(run, state.progress.step)
     with contextlib.ExitStack() as stack:
         folder = ranks.text_of_main(
             ranks.together(
-                lambda: str(stack.enter_context(atomic_directory(path, overwrite=True))) if ranks.is_main else ""
+                lambda: (
+                    str(stack.enter_context(atomic_directory(path, overwrite=True)))
+                    if ranks.is_main
+                    else ""
+                )
             )
         )
         written = ranks.texts(ranks.together(lambda: _write_rank(Path(folder), state, ranks)))
@@ -85,12 +93,16 @@ def save_checkpoint(run: Path, state: State, keep: int, ranks: Ranks) -> Path:
 
 
 def _write_rank(folder: Path, state: State, ranks: Ranks) -> str:
-    """Write this rank's files and give their lines of `state.json`; none if others hold all that it holds."""
+    """Write this rank's files and give their lines of `state.json`; none if others hold all that it
+    holds."""
     files = state.tables.save(folder)
     if state.engine.fragments:
         files.append(_write_fragments(folder, state, ranks))
     return json.dumps(
-        [{"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files]
+        [
+            {"name": path.name, "bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in files
+        ]
     )
 
 
@@ -143,7 +155,9 @@ def _write_facts(folder: Path, state: State, lines: list[str], ranks: Ranks) -> 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints, oldest first; directories under temporary names are none."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if (path / "state.json").is_file()]
+    found = [
+        path for path in (run / "checkpoints").glob("step-*") if (path / "state.json").is_file()
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -152,11 +166,15 @@ def find_checkpoint(run: Path, resume: str) -> Path:
     if resume != "latest":
         path = Path(resume)
         if not (path / "state.json").is_file():
-            raise ValueError(f"--resume {resume}: not a checkpoint directory (it has no state.json)")
+            raise ValueError(
+                f"--resume {resume}: not a checkpoint directory (it has no state.json)"
+            )
         return path
     found = list_checkpoints(run)
     if not found:
-        raise ValueError(f"--resume latest: {run / 'checkpoints'} holds no checkpoint; start without --resume")
+        raise ValueError(
+            f"--resume latest: {run / 'checkpoints'} holds no checkpoint; start without --resume"
+        )
     return found[-1]
 
 
@@ -172,8 +190,8 @@ class Checkpoint:
     """A checkpoint that all ranks have found whole, open for reading."""
 
     def __init__(self, path: Path, identity: dict[str, str], ranks: Ranks):
-        """Collective; ranks share the reading that the check takes. Raises ValueError, on all ranks, if it is damaged or
-        belongs to other data or another recipe."""
+        """Collective; ranks share the reading that the check takes. Raises ValueError, on all
+        ranks, if it is damaged or belongs to other data or another recipe."""
         self.path = path
         self.facts: dict[str, Any] = ranks.together(lambda: _read_facts(path, identity))
         ranks.together(lambda: self._check_files(self.facts["files"][ranks.rank :: ranks.size]))
@@ -186,7 +204,11 @@ class Checkpoint:
     def _check_files(self, files: list[dict[str, Any]]) -> None:
         for file in files:
             path = self.path / file["name"]
-            if not path.is_file() or path.stat().st_size != file["bytes"] or file_sha256(path) != file["sha256"]:
+            if (
+                not path.is_file()
+                or path.stat().st_size != file["bytes"]
+                or file_sha256(path) != file["sha256"]
+            ):
                 raise ValueError(f"{path}: damaged or missing; resume from an older checkpoint")
 
     def _index(self) -> dict[str, list[_Piece]]:
@@ -201,7 +223,8 @@ class Checkpoint:
         return pieces
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """float32 [numel] of a flattened parameter from `start` on, whoever wrote it. Raises ValueError for a gap."""
+        """float32 [numel] of a flattened parameter from `start` on, whoever wrote it. Raises
+        ValueError for a gap."""
         values = torch.empty(numel)
         found = 0
         for piece in self.pieces.get(name, []):
@@ -211,7 +234,9 @@ class Checkpoint:
                 continue
             with safe_open(self.path / piece.file, "pt") as tensors:
                 at = part.offset + low - part.start
-                values[low - start : high - start] = tensors.get_slice(f"{kind}.{part.master}")[at : at + high - low]
+                values[low - start : high - start] = tensors.get_slice(f"{kind}.{part.master}")[
+                    at : at + high - low
+                ]
             found += high - low
         if found != numel:
             raise ValueError(
@@ -220,8 +245,12 @@ class Checkpoint:
         return values
 
     def weights(self, kind: str = "weight") -> dict[str, Tensor]:
-        """Each parameter whole and flat, by name: what a checkpoint of any number of ranks holds."""
-        lengths = {name: max(p.fragment.start + p.fragment.numel for p in parts) for name, parts in self.pieces.items()}
+        """Each parameter whole and flat, by name: what a checkpoint of any number of ranks
+        holds."""
+        lengths = {
+            name: max(p.fragment.start + p.fragment.numel for p in parts)
+            for name, parts in self.pieces.items()
+        }
         return {name: self.read(kind, name, 0, length) for name, length in lengths.items()}
 
     @torch.no_grad()
@@ -232,7 +261,8 @@ class Checkpoint:
 
     @torch.no_grad()
     def restore(self, state: State) -> Progress:
-        """Fill moments and average of an engine that was made of a filled model, and the id tables outside it."""
+        """Fill moments and average of an engine that was made of a filled model, and the id tables
+        outside it."""
         state.tables.load(self.path)
         engine, step = state.engine, self.facts["optimizer_step"]
         kinds: dict[str, list[Tensor]] = {}
@@ -242,7 +272,9 @@ class Checkpoint:
                     "step": torch.tensor(float(step), device=master.device),
                     **{key: torch.zeros_like(master, requires_grad=False) for key in _MOMENTS},
                 }
-            kinds = {key: [engine.optimizer.state[m][key] for m in engine.masters] for key in _MOMENTS}
+            kinds = {
+                key: [engine.optimizer.state[m][key] for m in engine.masters] for key in _MOMENTS
+            }
         if state.average is not None:
             kinds["average"] = state.average.values
         # Where ranks hold the same, one writes and all read.
@@ -263,9 +295,13 @@ def _read_facts(path: Path, identity: dict[str, str]) -> dict[str, Any]:
         facts: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         version = facts.get("format_version")
     except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path / 'state.json'}: damaged ({error}); resume from an older checkpoint") from None
+        raise ValueError(
+            f"{path / 'state.json'}: damaged ({error}); resume from an older checkpoint"
+        ) from None
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {version}, this version reads {FORMAT_VERSION}: start without --resume")
+        raise ValueError(
+            f"{path}: format {version}, this version reads {FORMAT_VERSION}: start without --resume"
+        )
     # Checkpoints from before runs could begin from another have no origin.
     found = {"origin": FRESH, **facts["identity"]}
     for key, value in identity.items():
@@ -285,8 +321,8 @@ def save_best(
     data: Path,
     step: int,
 ) -> Path:
-    """Write `best/`: what `from_pretrained` loads, the trie of the words, and the catalogue that turns rows into the user's own
-    ids."""
+    """Write `best/`: what `from_pretrained` loads, the trie of the words, and the catalogue that
+    turns rows into the user's own ids."""
     path = run / "best"
     logging.disable_progress_bar()  # of transformers: a bar for a file that is written in a moment
     with atomic_directory(path, overwrite=True) as folder:
@@ -297,7 +333,12 @@ def save_best(
         for name in ("items.parquet", "users.parquet"):
             shutil.copyfile(data / name, folder / name)
         words_hash = hash_of_words(*words.tokens_of_items())
-        save_trie(trie, folder / TRIE_FILE, numbering_hash=model.config.numbering_hash, words_hash=words_hash)
+        save_trie(
+            trie,
+            folder / TRIE_FILE,
+            numbering_hash=model.config.numbering_hash,
+            words_hash=words_hash,
+        )
         (folder / "step.json").write_text(json.dumps({"step": step}), encoding="utf-8")
     return path
 
@@ -305,4 +346,6 @@ def save_best(
 def write_status(run: Path, status: str, **facts: object) -> None:
     """`status.json`: the truth about a run whatever its launcher returned."""
     with atomic_file(run / "status.json") as temporary:
-        temporary.write_text(json.dumps({"status": status, "pid": os.getpid(), **facts}, indent=1), encoding="utf-8")
+        temporary.write_text(
+            json.dumps({"status": status, "pid": os.getpid(), **facts}, indent=1), encoding="utf-8"
+        )

@@ -11,7 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class EventLog:
-    """Appends one JSON object a line; numbers also go to TensorBoard. `active=False` (other ranks) writes nothing."""
+    """Appends one JSON object a line; numbers also go to TensorBoard. `active=False` (other ranks)
+    writes nothing."""
 
     def __init__(self, run: Path, active: bool = True):
         self.active = active

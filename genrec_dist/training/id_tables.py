@@ -1,4 +1,5 @@
-"""Id tables outside the model: the rows a step touches are fetched, learned and stored, and no others."""
+"""Id tables outside the model: the rows a step touches are fetched, learned and stored, and no
+others."""
 
 # D width of the tables, u rows of a step
 
@@ -26,32 +27,39 @@ Kind = Literal["user", "item"]
 
 
 def plan_ids(step: RankStep, config: GenRecConfig) -> RankStep:
-    """The step with its ids as places among its distinct rows: made by the data worker, so that the loop never sorts."""
+    """The step with its ids as places among its distinct rows: made by the data worker, so that the
+    loop never sorts."""
     encoders = [batch.encoder for batch in step.micro_batches]
     plans: dict[str, Tensor] = {}
     for kind, num_rows in (("user", config.num_users), ("item", config.num_items)):
         if not num_rows:
             continue
         field = f"{kind}_rows"
-        plan, places = plan_rows([getattr(encoder, field).numpy() for encoder in encoders], num_rows)
+        plan, places = plan_rows(
+            [getattr(encoder, field).numpy() for encoder in encoders], num_rows
+        )
         encoders = [
             dataclasses.replace(encoder, **{field: torch.from_numpy(array)})
             for encoder, array in zip(encoders, places, strict=True)
         ]
         plans[kind] = plan.rows
     batches: list[Batch] = [
-        dataclasses.replace(batch, encoder=encoder) for batch, encoder in zip(step.micro_batches, encoders, strict=True)
+        dataclasses.replace(batch, encoder=encoder)
+        for batch, encoder in zip(step.micro_batches, encoders, strict=True)
     ]
     return dataclasses.replace(step, micro_batches=batches, id_rows=plans)
 
 
 class IdTables:
-    """User and item tables, their rows spread over the ranks. Empty for a model that has its tables within."""
+    """User and item tables, their rows spread over the ranks. Empty for a model that has its tables
+    within."""
 
     def __init__(self, config: GenRecConfig, seed: int, ranks: Ranks, device: torch.device):
         self.ranks, self.device = ranks, device
         width = config.id_dim or config.d_model
-        sizes: dict[Kind, int] = {"user": config.num_users, "item": config.num_items} if config.ids_outside else {}
+        sizes: dict[Kind, int] = (
+            {"user": config.num_users, "item": config.num_items} if config.ids_outside else {}
+        )
         self.tables: dict[Kind, RowTable] = {
             kind: RowTable(
                 num_rows,
@@ -68,7 +76,8 @@ class IdTables:
         self.leaves: dict[Kind, Tensor] = {}
 
     def begin_with(self, rows: Mapping[Kind, Tensor]) -> None:
-        """Let the first rows of tables be these, float32 [n, D], the same on each rank; the others keep what they drew."""
+        """Let the first rows of tables be these, float32 [n, D], the same on each rank; the others
+        keep what they drew."""
         for kind, table in self.tables.items():
             if kind in rows:
                 table.begin_with(rows[kind])
@@ -89,11 +98,14 @@ class IdTables:
         for kind, table in self.tables.items():
             leaf = self.leaves.pop(kind)
             gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            # The loss went times the number of ranks into the backward pass, for those who average over them.
+            # The loss went times the number of ranks into the backward pass, for those who average
+            # over them.
             table.update(gradient[1:], learning_rate=learning_rate, scale=1 / self.ranks.size)
 
     @contextlib.contextmanager
-    def serving(self, model: GenRecForConditionalGeneration, view: SplitView, users_U: np.ndarray) -> Iterator[None]:
+    def serving(
+        self, model: GenRecForConditionalGeneration, view: SplitView, users_U: np.ndarray
+    ) -> Iterator[None]:
         """A model that can read these users' histories: their rows are fetched once. Collective."""
         items, _ = ragged(view.starts[users_U], (view.ends - view.starts)[users_U])
         wanted: dict[Kind, np.ndarray] = {"user": users_U, "item": view.items[items]}
@@ -125,7 +137,8 @@ class IdTables:
         return [table.save(folder, f"ids-{kind}") for kind, table in self.tables.items()]
 
     def load(self, folder: Path) -> None:
-        """Read this rank's rows from a checkpoint of any number of ranks. Raises ValueError naming a file that does not fit."""
+        """Read this rank's rows from a checkpoint of any number of ranks. Raises ValueError naming
+        a file that does not fit."""
         for kind, table in self.tables.items():
             table.load(folder, f"ids-{kind}")
 

@@ -22,7 +22,8 @@ from genrec_dist.training.stages import StageSteps, stage_of
 
 
 def plan_sums(step: RankStep, config: GenRecConfig) -> RankStep:
-    """The step with a plan in each micro-batch. Behind `plan_ids`: a plan is for the places that stand in the batches.
+    """The step with a plan in each micro-batch. Behind `plan_ids`: a plan is for the places that
+    stand in the batches.
 
     Raises ValueError for an id outside its table: on a device nobody looks again.
     """
@@ -51,8 +52,8 @@ T = TypeVar("T")
 
 
 def ahead(loader: Iterable[T]) -> Iterator[T]:
-    """A loader's batches, the next one received while this one is worked on: what a worker hands over are handles of memory,
-    and to take up some twenty of them costs the loop milliseconds."""
+    """A loader's batches, the next one received while this one is worked on: what a worker hands
+    over are handles of memory, and to take up some twenty of them costs the loop milliseconds."""
     source = iter(loader)
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, source, None)
@@ -62,7 +63,8 @@ def ahead(loader: Iterable[T]) -> Iterator[T]:
 
 
 class StepBatches(TorchDataset[RankStep]):
-    """Global step -> this rank's share of it. A map, so that loading ahead and resuming need no state."""
+    """Global step -> this rank's share of it. A map, so that loading ahead and resuming need no
+    state."""
 
     def __init__(
         self,
@@ -76,14 +78,23 @@ class StepBatches(TorchDataset[RankStep]):
         sums: GenRecConfig | None = None,
         packed: bool = False,
     ):
-        """`ids_outside`, `sums`: the model's configuration where its id tables live outside it, where its sum takes plans."""
+        """`ids_outside`, `sums`: the model's configuration where its id tables live outside it,
+        where its sum takes plans."""
         self.stages, self.reader, self.layout, self.recipe = stages, reader, layout, recipe
-        self.rank, self.world, self.ids_outside, self.sums, self.packed = rank, world, ids_outside, sums, packed
+        self.rank, self.world, self.ids_outside, self.sums, self.packed = (
+            rank,
+            world,
+            ids_outside,
+            sums,
+            packed,
+        )
 
     def __getitem__(self, step: int) -> RankStep:
         here = stage_of(self.stages, step)
         epoch, step_of_epoch = here.locate(step)
-        samples = split_among_ranks(here.plan.step(here.first_epoch + epoch, step_of_epoch), self.rank, self.world)
+        samples = split_among_ranks(
+            here.plan.step(here.first_epoch + epoch, step_of_epoch), self.rank, self.world
+        )
         share = make_step(
             samples,
             self.reader,

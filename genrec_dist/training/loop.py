@@ -35,7 +35,13 @@ from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.validation import history_loss, target_histogram
 from genrec_dist.model.genrec import GenRecForConditionalGeneration, choose_packing
 from genrec_dist.model.optimizer import AveragedWeights, peak_share
-from genrec_dist.training.checkpoint import Progress, State, save_best, save_checkpoint, write_status
+from genrec_dist.training.checkpoint import (
+    Progress,
+    State,
+    save_best,
+    save_checkpoint,
+    write_status,
+)
 from genrec_dist.training.engine import make_engine
 from genrec_dist.training.event_log import EventLog
 from genrec_dist.training.id_tables import IdTables
@@ -92,7 +98,9 @@ class Loop:
         self.workshop, self.recipe, self.accelerator = workshop, workshop.recipe, accelerator
         self.ranks = ranks or Ranks()
         self.model = model
-        self.num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes most of them away
+        self.num_parameters = sum(
+            p.numel() for p in model.parameters()
+        )  # before ZeRO-3 takes most of them away
         self.engine = make_engine(model, self.recipe, accelerator)
         self.tables = IdTables(model.config, self.recipe.seed, self.ranks, accelerator.device)
         if workshop.begun is not None:
@@ -130,9 +138,13 @@ class Loop:
             begun_from=None if self.workshop.begun is None else self.workshop.begun.as_dict(),
             processes=self.ranks.size,
             distributed_type=str(self.accelerator.distributed_type),
-            zero_stage=self.accelerator.deepspeed_plugin.zero_stage if self.accelerator.deepspeed_plugin else None,
+            zero_stage=self.accelerator.deepspeed_plugin.zero_stage
+            if self.accelerator.deepspeed_plugin
+            else None,
             samples={s.name: s.plan.num_samples for s in self.workshop.stages},
-            users_without_samples={s.name: s.plan.users_without_samples for s in self.workshop.stages},
+            users_without_samples={
+                s.name: s.plan.users_without_samples for s in self.workshop.stages
+            },
         )
         self.write_status("running")
 
@@ -163,18 +175,24 @@ class Loop:
         try:
             yield from zip(steps, shares, strict=True)
         except DataError as error:
-            # A worker's error comes with its traceback for a message; the last line is what it said.
+            # A worker's error comes with its traceback for a message; the last line is what it
+            # said.
             raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
         finally:
-            # Workers ignore signals: while an error keeps this generator alive, nobody else would end them.
+            # Workers ignore signals: while an error keeps this generator alive, nobody else would
+            # end them.
             if self.recipe.workers:
                 shares.close()  # type: ignore[attr-defined]
                 source._shutdown_workers()  # type: ignore[attr-defined]
 
-    def run(self, on_epoch: Callable[[EpochReport], None] | None = None, trace_steps: int = 0) -> None:
+    def run(
+        self, on_epoch: Callable[[EpochReport], None] | None = None, trace_steps: int = 0
+    ) -> None:
         """The training loop."""
         started = time.monotonic()
-        display = TrainingDisplay(self.workshop.stages, self.progress.step, active=self.ranks.is_main)
+        display = TrainingDisplay(
+            self.workshop.stages, self.progress.step, active=self.ranks.is_main
+        )
         meter = Meter(self.model.config, self.accelerator.device, self.peak)
         batches = self.batches()
         trace = Trace(self.workshop.run, self.ranks.rank, trace_steps, self.accelerator.device)
@@ -243,7 +261,8 @@ class Loop:
                     stage.label_smoothing,
                     agreed.target_tokens / max(agreed.targets, 1),
                 )
-                # By the step's tokens, not the micro-batch's: the gradient does not depend on how the step is cut.
+                # By the step's tokens, not the micro-batch's: the gradient does not depend on how
+                # the step is cut.
                 part = summed / max(agreed.target_tokens, 1)
                 self.engine.backward(part)
             loss = loss + part.detach()
@@ -257,12 +276,18 @@ class Loop:
         return loss, norm
 
     def micro_batches(self, share: RankStep, agreed: Agreed) -> list[Batch]:
-        """The share's micro-batches; where ranks must take equally many, with idle ones before them."""
-        missing = agreed.micro_steps - len(share.micro_batches) if self.engine.needs_equal_micro_steps else 0
+        """The share's micro-batches; where ranks must take equally many, with idle ones before
+        them."""
+        missing = (
+            agreed.micro_steps - len(share.micro_batches)
+            if self.engine.needs_equal_micro_steps
+            else 0
+        )
         return [idle_batch(share.micro_batches[-1])] * missing + share.micro_batches
 
     def agree(self, share: RankStep) -> Agreed:
-        """What all ranks have to know of the step before it: they divide by the same tokens and stop at the same step."""
+        """What all ranks have to know of the step before it: they divide by the same tokens and
+        stop at the same step."""
         mine = [
             share.num_target_tokens,
             share.num_targets,
@@ -272,7 +297,9 @@ class Loop:
             len(share.micro_batches),
             self.stop.number,
         ]
-        tokens, targets, samples, padding, digests, micro_steps, stops = zip(*self.ranks.exchange(mine), strict=True)
+        tokens, targets, samples, padding, digests, micro_steps, stops = zip(
+            *self.ranks.exchange(mine), strict=True
+        )
         return Agreed(
             target_tokens=sum(tokens),
             targets=sum(targets),
@@ -284,7 +311,8 @@ class Loop:
         )
 
     def check_finite(self) -> None:
-        """Raise NotFinite naming the first bad step. Steps are looked at together, so that none waits for a device."""
+        """Raise NotFinite naming the first bad step. Steps are looked at together, so that none
+        waits for a device."""
         for step, loss, norm in self.unchecked:
             # fp16 overflows now and then by design: its scaler skips those steps.
             gradient = 0.0 if self.recipe.precision == "fp16" else float(norm)
@@ -300,10 +328,13 @@ class Loop:
         if here is not self.workshop.stages[-1]:
             return False
         epoch = here.locate(step)[0]
-        return (epoch + 1) % self.recipe.validation.every_epochs == 0 or epoch == here.stage.epochs - 1
+        return (
+            epoch + 1
+        ) % self.recipe.validation.every_epochs == 0 or epoch == here.stage.epochs - 1
 
     def validate(self, here: StageSteps, step: int) -> dict[str, float]:
-        """Decode a seeded sample of users on validation, keep the best model, and see whether patience is over."""
+        """Decode a seeded sample of users on validation, keep the best model, and see whether
+        patience is over."""
         start = time.perf_counter()
         scores = self.score_validation()
         gained = scores["NDCG@10"] > self.progress.best_ndcg
@@ -330,7 +361,8 @@ class Loop:
         return EpochReport(here.locate(step)[0] + 1, here.stage.epochs, step, scores, last)
 
     def score_validation(self) -> dict[str, float]:
-        """Loss and metrics; with a running average of the weights, it is the average that is scored and kept."""
+        """Loss and metrics; with a running average of the weights, it is the average that is scored
+        and kept."""
         view = self.workshop.dataset.sequences.history_and_target("validation")
         users_U = self.validation_users()
         with (
@@ -343,22 +375,32 @@ class Loop:
             loss = history_loss(model, self.workshop.layout, view, users_U[:1000], self.ranks)
             validation = self.recipe.validation
             decoding = Decoding(
-                beam=validation.beam, mode=validation.decode, exclude_history=model.config.exclude_history
+                beam=validation.beam,
+                mode=validation.decode,
+                exclude_history=model.config.exclude_history,
             )
-            # Made anew each time: a searcher holds rows of the weights, and amid ZeRO-3 a model has none of its own.
+            # Made anew each time: a searcher holds rows of the weights, and amid ZeRO-3 a model has
+            # none of its own.
             searcher = TrieSearcher(model, self.trie, self.accelerator.device)
-            counts = target_histogram(searcher, self.workshop.layout, view, users_U, decoding, self.ranks)
+            counts = target_histogram(
+                searcher, self.workshop.layout, view, users_U, decoding, self.ranks
+            )
             metrics = metrics_from_histogram(counts)
             if metrics["NDCG@10"] > self.progress.best_ndcg:
                 self.save_best(model)
-        return {"loss": loss, **{key: metrics[key] for key in ("HR@5", "HR@10", "NDCG@5", "NDCG@10")}}
+        return {
+            "loss": loss,
+            **{key: metrics[key] for key in ("HR@5", "HR@10", "NDCG@5", "NDCG@10")},
+        }
 
     def save_best(self, model: GenRecForConditionalGeneration) -> None:
         self.check_finite()
         complete = self.tables.whole(model)
         if complete is not None:
             shop, step = self.workshop, self.progress.step - 1
-            save_best(shop.run, complete, shop.tokenizer, shop.words, self.trie, shop.dataset.path, step)
+            save_best(
+                shop.run, complete, shop.tokenizer, shop.words, self.trie, shop.dataset.path, step
+            )
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -378,8 +420,12 @@ class Loop:
     def save(self) -> None:
         """Write a checkpoint; its bytes are on the disk before an older one goes."""
         self.check_finite()
-        path = save_checkpoint(self.workshop.run, self.state(), self.recipe.keep_checkpoints, self.ranks)
-        self.log.write("checkpoint", step=self.progress.step, path=str(path.relative_to(self.workshop.run)))
+        path = save_checkpoint(
+            self.workshop.run, self.state(), self.recipe.keep_checkpoints, self.ranks
+        )
+        self.log.write(
+            "checkpoint", step=self.progress.step, path=str(path.relative_to(self.workshop.run))
+        )
         self.write_status("running")
 
     def finish(self, seconds: float) -> None:

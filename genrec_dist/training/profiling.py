@@ -24,12 +24,15 @@ WARM_UP = 2
 
 
 class Trace(AbstractContextManager["Trace"]):
-    """Records `steps` steps of this rank into `trace-rank-R.json.gz` of the run; 0 records nothing."""
+    """Records `steps` steps of this rank into `trace-rank-R.json.gz` of the run; 0 records
+    nothing."""
 
     def __init__(self, run: Path, rank: int, steps: int, device: torch.device):
         self.path, self.profiler = run / f"trace-rank-{rank}.json.gz", None
         if steps:
-            activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+            activities = [ProfilerActivity.CPU] + (
+                [ProfilerActivity.CUDA] if device.type == "cuda" else []
+            )
             self.profiler = profile(
                 activities=activities,
                 schedule=schedule(wait=0, warmup=WARM_UP, active=steps, repeat=1),
@@ -42,7 +45,10 @@ class Trace(AbstractContextManager["Trace"]):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.profiler is not None:
             self.profiler.stop()
@@ -89,11 +95,11 @@ class Meter:
         self.work += batch.work
 
     def read(self, num_processes: int) -> dict[str, float]:
-        """Rates of the whole run (this rank's times the number of ranks, which take equal shares), then a fresh start.
+        """Rates of the whole run (this rank's times the number of ranks, which take equal shares),
+        then a fresh start.
 
-        The step that was just logged has been waited for, so the seconds are those of the device. `mfu` is there where the
-        device's peak is known.
-        """
+        The step that was just logged has been waited for, so the seconds are those of the device.
+        `mfu` is there where the device's peak is known."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         rate = flops(self.config, self.work) / seconds
         fields = {
@@ -111,7 +117,8 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes this process has held so far: of the GPU's memory by tensors, of a CPU's by everything."""
+    """Most bytes this process has held so far: of the GPU's memory by tensors, of a CPU's by
+    everything."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux

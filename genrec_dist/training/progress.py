@@ -1,4 +1,5 @@
-"""What a person sees while a run goes: a bar in a terminal, plain lines elsewhere; and the meter behind its figures."""
+"""What a person sees while a run goes: a bar in a terminal, plain lines elsewhere; and the meter
+behind its figures."""
 
 from __future__ import annotations
 
@@ -6,7 +7,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
     from genrec_dist.training.stages import StageSteps
@@ -51,7 +59,10 @@ class TrainingDisplay:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.progress.stop()
 
@@ -85,7 +96,9 @@ class TrainingDisplay:
             )
 
     def _refresh(self) -> None:
-        self.progress.update(self.tasks[self.current], facts=f"{self.facts}  {self.validation}".rstrip())
+        self.progress.update(
+            self.tasks[self.current], facts=f"{self.facts}  {self.validation}".rstrip()
+        )
 
 
 def _clip(steps: int, stage: StageSteps) -> int:

@@ -27,11 +27,11 @@ def train(
 ) -> Path:
     """Train by a recipe and return its run directory.
 
-    `resume`: "latest" or a checkpoint directory. `on_epoch` is called on rank 0 after each validated epoch, when the epoch's
-    checkpoint is written: what it is told can be resumed from. `trace_steps`: so many are recorded (`trace.py`).
-    Raises ValueError for input that does not fit, NotFinite with the step for a loss that is no number, Stopped after a
-    signal, when the checkpoint is written.
-    """
+    `resume`: "latest" or a checkpoint directory. `on_epoch` is called on rank 0 after each
+    validated epoch, when the epoch's checkpoint is written: what it is told can be resumed from.
+    `trace_steps`: so many are recorded (`trace.py`). Raises ValueError for input that does not fit,
+    NotFinite with the step for a loss that is no number, Stopped after a signal, when the
+    checkpoint is written."""
     accelerator = make_accelerator(recipe)
     run = Path(recipe.run)
     if resume is None and (run / "events.jsonl").exists():

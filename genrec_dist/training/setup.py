@@ -1,4 +1,5 @@
-"""Everything a run is made of before its first step: data, tokenizer, words, plans and a fresh model."""
+"""Everything a run is made of before its first step: data, tokenizer, words, plans and a fresh
+model."""
 
 from __future__ import annotations
 
@@ -51,12 +52,15 @@ class Workshop:
 
 
 def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGeneration]:
-    """Data, tokenizer, words, plans and a model with fresh weights (a function of the seed), or with those it begins from."""
+    """Data, tokenizer, words, plans and a model with fresh weights (a function of the seed), or
+    with those it begins from."""
     dataset = load_dataset(recipe.data)
     # One process a node reads every byte to check it; the others trust what it found.
     reader = ShardReader(recipe.shards_dir, verify=os.environ.get("LOCAL_RANK", "0") == "0")
     if reader.manifest.sequences_hash != dataset.sequences.sequences_hash():
-        raise ValueError(f"{recipe.shards_dir}: made from other sequences than {recipe.data}: run `genrec shard` again")
+        raise ValueError(
+            f"{recipe.shards_dir}: made from other sequences than {recipe.data}: run `genrec shard` again"
+        )
     origin = None if recipe.begin_from is None else open_origin(recipe.begin_from)
     if origin is not None:
         check_origin(origin, recipe, dataset)
@@ -92,7 +96,9 @@ def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGenerat
         "origin": FRESH if origin is None else origin.weights_hash,
     }
     stages = plan_stages(recipe, reader)
-    return Workshop(recipe, Path(recipe.run), dataset, reader, tokenizer, words, layout, stages, identity, begun), model
+    return Workshop(
+        recipe, Path(recipe.run), dataset, reader, tokenizer, words, layout, stages, identity, begun
+    ), model
 
 
 def _fresh_model(
@@ -109,7 +115,9 @@ def _fresh_model(
         vocabulary=words.vocabulary,
     )
     if recipe.model.init_items == "cooccurrence":
-        vectors_NF = neighbour_vectors(dataset.sequences, min(recipe.model.d_model, MOST_FACTORS), recipe.seed)
+        vectors_NF = neighbour_vectors(
+            dataset.sequences, min(recipe.model.d_model, MOST_FACTORS), recipe.seed
+        )
         begin_items_with(model, vectors_NF, words)
     return model
 
@@ -121,12 +129,15 @@ def _tokenizer(recipe: Recipe, dataset: Dataset, origin: Origin | None) -> Any:
         return grow_tokenizer(origin.best.tokenizer, codes[:known], codes[known:])
     name = recipe.tokens.tokenizer or recipe.model.backbone
     if name is None:
-        return train_tokenizer(dataset.numbering.item_codes, recipe.tokens.vocab_size, recipe.num_masks)
+        return train_tokenizer(
+            dataset.numbering.item_codes, recipe.tokens.vocab_size, recipe.num_masks
+        )
     return load_tokenizer(name, recipe.num_masks)
 
 
 def _recipe_hash(recipe: Recipe) -> str:
-    """What must not change between a checkpoint and its resume; paths, the cut into micro-batches and the loss's way may."""
+    """What must not change between a checkpoint and its resume; paths, the cut into micro-batches
+    and the loss's way may."""
     values = recipe.as_dict()
     # Of what a run begins from the weights count, which have a hash of their own.
     for key in (*MOVES_NO_GRADIENT, "begin_from", "head", "packing", "recompute"):
@@ -135,7 +146,8 @@ def _recipe_hash(recipe: Recipe) -> str:
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """What a run would do (`--dry-run`): sizes and steps, one batch through the model, nothing written."""
+    """What a run would do (`--dry-run`): sizes and steps, one batch through the model, nothing
+    written."""
     workshop, model = open_workshop(recipe)
     outside = model.config if model.config.ids_outside else None
     share = StepBatches(workshop.stages, workshop.reader, workshop.layout, recipe, 0, 1, outside)[0]

@@ -41,7 +41,8 @@ def stage_of(stages: list[StageSteps], step: int) -> StageSteps:
 
 
 def plan_stages(recipe: Recipe, reader: ShardReader) -> list[StageSteps]:
-    """The stages that have epochs, one behind the other. Epochs are numbered through, so no two stages share an order."""
+    """The stages that have epochs, one behind the other. Epochs are numbered through, so no two
+    stages share an order."""
     stages: list[StageSteps] = []
     first_step = first_epoch = 0
     for name, stage in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune)):

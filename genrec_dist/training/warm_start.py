@@ -1,4 +1,5 @@
-"""A run that begins with another's weights: what it takes over, what must agree, and how rows that are new begin."""
+"""A run that begins with another's weights: what it takes over, what must agree, and how rows that
+are new begin."""
 
 # V tokens, U users, N items, n known ones, M new ones, D width
 
@@ -71,7 +72,8 @@ class Begun:
 
 
 def open_origin(path: str) -> Origin:
-    """The model of a run directory (its `best/`), or of a directory like `best/`. Raises ValueError naming what is missing."""
+    """The model of a run directory (its `best/`), or of a directory like `best/`. Raises ValueError
+    naming what is missing."""
     run = Path(path)
     folder = run / "best" if (run / "best").is_dir() else run
     if not (folder / "config.json").is_file():
@@ -147,16 +149,29 @@ def _yaml(value: Any) -> str:
 def _check_catalogue(origin: Origin, dataset: Dataset) -> None:
     """The origin's rows are the first ones of the data."""
     before, codes = origin.best.catalogue, dataset.numbering
-    rows = [("item", dataset.sequences.item_ids, codes.item_codes, before.item_ids, before.item_codes)]
+    rows = [
+        ("item", dataset.sequences.item_ids, codes.item_codes, before.item_ids, before.item_codes)
+    ]
     if origin.config.num_users:
-        rows.append(("user", dataset.sequences.user_ids, codes.user_codes, before.user_ids, before.user_codes))
+        rows.append(
+            (
+                "user",
+                dataset.sequences.user_ids,
+                codes.user_codes,
+                before.user_ids,
+                before.user_codes,
+            )
+        )
     for kind, ids, words, known_ids, known_words in rows:
         if ids[: len(known_ids)] == known_ids and words[: len(known_words)] == known_words:
             continue
         if len(ids) < len(known_ids):
             reason = f"it knows {len(known_ids):,} {kind}s, {dataset.path} has {len(ids):,}"
         else:
-            ours, theirs = list(zip(ids, words, strict=True)), list(zip(known_ids, known_words, strict=True))
+            ours, theirs = (
+                list(zip(ids, words, strict=True)),
+                list(zip(known_ids, known_words, strict=True)),
+            )
             row = next(row for row, word in enumerate(theirs) if ours[row] != word)
             reason = f"its {kind} row {row} is {_word(theirs[row])}, in {dataset.path} it is {_word(ours[row])}"
         raise ValueError(
@@ -170,15 +185,21 @@ def _word(word: tuple[str, str]) -> str:
 
 
 def begin_model(
-    origin: Origin, recipe: Recipe, dataset: Dataset, words: WordTable, vocab_size: int, special: dict[str, int]
+    origin: Origin,
+    recipe: Recipe,
+    dataset: Dataset,
+    words: WordTable,
+    vocab_size: int,
+    special: dict[str, int],
 ) -> tuple[GenRecForConditionalGeneration, Begun]:
-    """The origin's model with room for the words of the data; a function of the seed torch stands at where rows are new.
+    """The origin's model with room for the words of the data; a function of the seed torch stands
+    at where rows are new.
 
-    Old rows are the origin's to the bit. New rows: an item's (of the id table, and of its token where each item is one
-    token) the mean of the rows of its neighbours in the training parts, weighted by how near they stand; an item without
-    any, and another token that items speak, the mean of the old ones in its place and a fresh row; users' and all else
-    fresh. `vocab_size`, `special`: in ids of the tokenizer, as `build_model` takes them.
-    """
+    Old rows are the origin's to the bit. New rows: an item's (of the id table, and of its token
+    where each item is one token) the mean of the rows of its neighbours in the training parts,
+    weighted by how near they stand; an item without any, and another token that items speak, the
+    mean of the old ones in its place and a fresh row; users' and all else fresh. `vocab_size`,
+    `special`: in ids of the tokenizer, as `build_model` takes them."""
     before = origin.best.model
     model = like_before(
         before.config,
@@ -206,17 +227,20 @@ def begin_model(
 
 
 def neighbour_shares(sequences: Sequences, known: int) -> sp.csr_matrix:
-    """float64 [M, n], how much each known item counts for a new one, rows of sum 1; of zeros where none stands near it.
+    """float64 [M, n], how much each known item counts for a new one, rows of sum 1; of zeros where
+    none stands near it.
 
-    Steps apart and mass of the known item as in `neighbour_vectors`, over the training parts t_1..t_{n-2} alone.
-    """
+    Steps apart and mass of the known item as in `neighbour_vectors`, over the training parts
+    t_1..t_{n-2} alone."""
     if known == sequences.num_items:
         return sp.csr_matrix((0, known))
     weights_NN = cooccurrences(sequences, WINDOW)
     mass_N = np.asarray(weights_NN.sum(axis=1)).ravel()
     near_MN = (weights_NN[known:, :known] @ sp.diags(1 / np.sqrt(mass_N[:known] + 1))).tocsr()
     total_M = np.asarray(near_MN.sum(axis=1)).ravel()
-    return (sp.diags(np.divide(1, total_M, out=np.zeros_like(total_M), where=total_M > 0)) @ near_MN).tocsr()
+    return (
+        sp.diags(np.divide(1, total_M, out=np.zeros_like(total_M), where=total_M > 0)) @ near_MN
+    ).tocsr()
 
 
 def _old_rows(origin: Origin, words: WordTable, vocab_size: int) -> np.ndarray:
@@ -239,7 +263,8 @@ def _fill(
     old_V: np.ndarray,
     nearness_MN: sp.csr_matrix,
 ) -> dict[Kind, Tensor]:
-    """Put the origin's weights in, begin the rows that are new; the first rows of tables that live outside."""
+    """Put the origin's weights in, begin the rows that are new; the first rows of tables that live
+    outside."""
     theirs = dict(before.named_parameters())
     outside: dict[Kind, Tensor] = {}
     kinds: Sequence[Kind] = ("user", "item")
@@ -256,7 +281,11 @@ def _fill(
             continue
         rows = theirs[name].detach()
         if kind == "item":
-            fresh = inside[name][len(rows) :] if name in inside else _drawn(nearness_MN.shape[0], rows, before.config)
+            fresh = (
+                inside[name][len(rows) :]
+                if name in inside
+                else _drawn(nearness_MN.shape[0], rows, before.config)
+            )
             rows = torch.cat([rows, _begun(rows[1:], nearness_MN, fresh)])
         if name in inside:
             inside[name][: len(rows)] = rows
@@ -270,7 +299,11 @@ def _drawn(num_rows: int, like: Tensor, config: GenRecConfig) -> Tensor:
 
 
 def _fill_tokens(
-    table_VD: Tensor, theirs: Tensor, words: WordTable, old_V: np.ndarray, nearness_MN: sp.csr_matrix
+    table_VD: Tensor,
+    theirs: Tensor,
+    words: WordTable,
+    old_V: np.ndarray,
+    nearness_MN: sp.csr_matrix,
 ) -> None:
     kept = torch.from_numpy(old_V >= 0)
     table_VD[kept] = theirs[torch.from_numpy(old_V[old_V >= 0])]
@@ -293,7 +326,8 @@ def _fill_tokens(
 
 
 def _begun(known_ND: Tensor, nearness_MN: sp.csr_matrix, fresh_MD: Tensor) -> Tensor:
-    """[M, D]: the mean of the neighbours' rows, or of all rows and a fresh one, so that no two begin alike."""
+    """[M, D]: the mean of the neighbours' rows, or of all rows and a fresh one, so that no two
+    begin alike."""
     near_MD = torch.from_numpy(nearness_MN @ known_ND.double().numpy()).to(fresh_MD.dtype)
     alone_M = torch.from_numpy(np.diff(nearness_MN.indptr) == 0)
     near_MD[alone_M] = known_ND.mean(0) + fresh_MD[alone_M]

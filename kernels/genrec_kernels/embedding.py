@@ -1,4 +1,5 @@
-"""The embedding sum as the model calls it: the Triton kernel where there is one, plain torch elsewhere."""
+"""The embedding sum as the model calls it: the Triton kernel where there is one, plain torch
+elsewhere."""
 
 # B users, L input tokens, n places, D width, F width of a factorised id table
 
@@ -31,10 +32,13 @@ _said: set[str] = set()
 
 
 def chosen(device_type: str) -> Implementation:
-    """What computes the sum on such a device; said once. Raises ValueError if GENREC_KERNELS asks for what cannot be had."""
+    """What computes the sum on such a device; said once. Raises ValueError if GENREC_KERNELS asks
+    for what cannot be had."""
     asked = os.environ.get(SWITCH, "")
     if asked not in ("", "reference", "triton"):
-        raise ValueError(f"{SWITCH}={asked}: it is reference, triton, or unset for a choice by device")
+        raise ValueError(
+            f"{SWITCH}={asked}: it is reference, triton, or unset for a choice by device"
+        )
     if asked == "triton":
         if not _TRITON:
             raise ValueError(
@@ -46,7 +50,9 @@ def chosen(device_type: str) -> Implementation:
             )
         return _say("triton", f"embedding sum on {device_type}: Triton kernel ({SWITCH}=triton)")
     if asked == "reference":
-        return _say("reference", f"embedding sum on {device_type}: plain torch ({SWITCH}=reference)")
+        return _say(
+            "reference", f"embedding sum on {device_type}: plain torch ({SWITCH}=reference)"
+        )
     if device_type == "cuda" and _TRITON:
         return _say("triton", f"embedding sum on {device_type}: Triton kernel")
     why = "triton is not installed" if device_type == "cuda" else "the kernel is for CUDA"
@@ -87,17 +93,21 @@ def embedding_sum(
     norm_eps: float = 1e-5,
     plan: SumPlan | None = None,
 ) -> Tensor:
-    """`reference.embedding_sum`, which says what it computes, by the kernel where it can: float [B, L, D].
+    """`reference.embedding_sum`, which says what it computes, by the kernel where it can: float [B,
+    L, D].
 
-    The kernel adds in float32 whatever the tables' types; its dropout is a function of a seed drawn from the device's
-    generator, so its masks are not plain torch's. Its backward needs the batch's `plan` (`plan_sum`, with the same
-    `pad_token_id`, and `position_offset` added to the positions); without one, ids on the CPU get theirs here and ids on a
-    device go through plain torch. So do float64 and projections of tables larger than the batch, each said once. Raises
-    ValueError for ids outside their tables where they lie on the CPU; on a device nobody can look without waiting for it.
-    """
+    The kernel adds in float32 whatever the tables' types; its dropout is a function of a seed drawn
+    from the device's generator, so its masks are not plain torch's. Its backward needs the batch's
+    `plan` (`plan_sum`, with the same `pad_token_id`, and `position_offset` added to the positions);
+    without one, ids on the CPU get theirs here and ids on a device go through plain torch. So do
+    float64 and projections of tables larger than the batch, each said once. Raises ValueError for
+    ids outside their tables where they lie on the CPU; on a device nobody can look without waiting
+    for it."""
     ids = (token_ids_BL, position_ids_BL, user_rows_BL, item_rows_BL)
     tables = (token_table, position_table, user_table, item_table)
-    learns = torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in tables)
+    learns = torch.is_grad_enabled() and any(
+        table is not None and table.requires_grad for table in tables
+    )
     if (
         chosen(token_table.device.type) == "reference"
         or _refused(tables, (user_projection, item_projection), token_ids_BL.numel())
@@ -118,9 +128,14 @@ def embedding_sum(
             assert first is not None
             assert second is not None
             plan = plan_sum(first, second, *others)
-    assert plan is None or plan.num_places == token_ids_BL.numel(), (plan.num_places, token_ids_BL.shape)
+    assert plan is None or plan.num_places == token_ids_BL.numel(), (
+        plan.num_places,
+        token_ids_BL.shape,
+    )
     users, items = (
-        table if table is None or projection is None else F.linear(table.to(projection.dtype), projection)
+        table
+        if table is None or projection is None
+        else F.linear(table.to(projection.dtype), projection)
         for table, projection in ((user_table, user_projection), (item_table, item_projection))
     )
     seed = None
@@ -139,7 +154,9 @@ def _learns(parameter: Tensor | None) -> bool:
     return torch.is_grad_enabled() and parameter is not None and parameter.requires_grad
 
 
-def _refused(tables: Sequence[Tensor | None], projections: Sequence[Tensor | None], num_places: int) -> bool:
+def _refused(
+    tables: Sequence[Tensor | None], projections: Sequence[Tensor | None], num_places: int
+) -> bool:
     """Whether this is beyond the kernel, which is then said."""
     token_table = tables[0]
     assert token_table is not None
@@ -148,7 +165,8 @@ def _refused(tables: Sequence[Tensor | None], projections: Sequence[Tensor | Non
     if token_table.shape[1] > _WIDEST:
         return _say_plain(f"width {token_table.shape[1]} above {_WIDEST}")
     for table, projection in zip(tables[2:], projections, strict=True):
-        # The table is projected before it is looked up. That pays for fetched rows, which are never more than the places.
+        # The table is projected before it is looked up. That pays for fetched rows, which are never
+        # more than the places.
         if table is not None and projection is not None and len(table) > num_places + 1:
             return _say_plain(
                 "factorised id tables within the model; fetched rows (optimizer.id_tables) can have the kernel"
@@ -168,7 +186,10 @@ def _say_plain(what: str) -> bool:
 
 
 def _named(
-    ids: Sequence[Tensor], tables: Sequence[Tensor | None], position_offset: int, pad_token_id: int | None
+    ids: Sequence[Tensor],
+    tables: Sequence[Tensor | None],
+    position_offset: int,
+    pad_token_id: int | None,
 ) -> list[Rows | None]:
     names, silent = ("token", "position", "user", "item"), (pad_token_id, None, 0, 0)
     offsets = (0, position_offset, 0, 0)

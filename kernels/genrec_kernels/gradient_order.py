@@ -1,4 +1,5 @@
-"""The order in which a batch's gradients are added, made on the host with the batch: no device ever sorts."""
+"""The order in which a batch's gradients are added, made on the host with the batch: no device ever
+sorts."""
 
 # n places (tokens of a batch, padding included), R rows of a table, D width
 
@@ -16,9 +17,7 @@ CHUNK = 64
 """Occurrences that one program adds up. A row with more of them is summed in two levels."""
 
 _HEADER = 4
-_ALIGN = (
-    4  # int32 numbers: a part that starts at 16 bytes is read in wide loads, and each batch meets one compiled kernel
-)
+_ALIGN = 4  # int32 numbers: a part that starts at 16 bytes is read in wide loads, and each batch meets one compiled kernel
 
 
 class Rows(NamedTuple):
@@ -33,7 +32,8 @@ class Rows(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Where one table's order lies in `SumPlan.packed`, and how large its parts are. All zero: the table has no order."""
+    """Where one table's order lies in `SumPlan.packed`, and how large its parts are. All zero: the
+    table has no order."""
 
     start: int = 0
     order: int = 0
@@ -53,14 +53,16 @@ class Parts(NamedTuple):
     order: Tensor
     """int32 [order]: places, by row, within a row ascending."""
     chunks: Tensor
-    """int32 [chunks, 3]: first entry of `order`, how many, and where their sum goes: a row, or -1 - p for partial sum p."""
+    """int32 [chunks, 3]: first entry of `order`, how many, and where their sum goes: a row, or -1 -
+    p for partial sum p."""
     longs: Tensor
     """int32 [longs, 3]: first partial sum, how many, and the row."""
 
 
 @dataclass(frozen=True)
 class SumPlan:
-    """The orders of a batch's tables: token, position, user, item. Sizes are rounded up, so that few of them occur."""
+    """The orders of a batch's tables: token, position, user, item. Sizes are rounded up, so that
+    few of them occur."""
 
     packed: Tensor
     """int32, all of it in one tensor: one copy takes it to a device."""
@@ -84,8 +86,11 @@ def parts(packed: Tensor, stretch: Sequence[int]) -> Parts:
     return Parts(header, places, chunk_parts.view(chunks, 3), long_parts.view(longs, 3))
 
 
-def plan_sum(token: Rows, position: Rows, user: Rows | None, item: Rows | None, *, static: bool = False) -> SumPlan:
-    """Orders for `embedding_sum`'s backward. `static`: sizes that any batch of this shape fits in, for a CUDA graph.
+def plan_sum(
+    token: Rows, position: Rows, user: Rows | None, item: Rows | None, *, static: bool = False
+) -> SumPlan:
+    """Orders for `embedding_sum`'s backward. `static`: sizes that any batch of this shape fits in,
+    for a CUDA graph.
 
     Raises ValueError for an id outside its table: nobody looks again on the device.
     """
@@ -103,7 +108,9 @@ def plan_sum(token: Rows, position: Rows, user: Rows | None, item: Rows | None, 
         stretches.append(stretch)
         start += stretch.size
     first, second, third, fourth = stretches
-    return SumPlan(torch.from_numpy(np.concatenate(packed)), (first, second, third, fourth), token.ids.size)
+    return SumPlan(
+        torch.from_numpy(np.concatenate(packed)), (first, second, third, fourth), token.ids.size
+    )
 
 
 def check_rows(rows: Rows) -> None:
@@ -113,7 +120,9 @@ def check_rows(rows: Rows) -> None:
     low, high = int(rows.ids.min()), int(rows.ids.max())
     if low < 0 or high >= rows.num_rows:
         bad = low if low < 0 else high
-        raise ValueError(f"{rows.name} id {bad} is outside its table of {rows.num_rows} rows: prepare and shard again")
+        raise ValueError(
+            f"{rows.name} id {bad} is outside its table of {rows.num_rows} rows: prepare and shard again"
+        )
 
 
 def _order(rows: Rows, start: int, static: bool) -> tuple[Stretch, np.ndarray]:
@@ -123,7 +132,11 @@ def _order(rows: Rows, start: int, static: bool) -> tuple[Stretch, np.ndarray]:
     # One sort of whole numbers instead of a stable argsort, which takes several times as long.
     keys = np.sort((ids_n[places].astype(np.int64) << 32) | places)
     row_of, order = keys >> 32, keys & 0xFFFFFFFF
-    firsts = np.flatnonzero(np.concatenate([[True], row_of[1:] != row_of[:-1]])) if len(keys) else np.zeros(0, np.int64)
+    firsts = (
+        np.flatnonzero(np.concatenate([[True], row_of[1:] != row_of[:-1]]))
+        if len(keys)
+        else np.zeros(0, np.int64)
+    )
     counts = np.diff(np.concatenate([firsts, [len(keys)]]))
     pieces = -(-counts // CHUNK)
     segment = np.repeat(np.arange(len(firsts)), pieces)
@@ -134,13 +147,17 @@ def _order(rows: Rows, start: int, static: bool) -> tuple[Stretch, np.ndarray]:
     in_long = pieces[segment] > 1
     target[in_long] = -1 - np.arange(in_long.sum())
     long_pieces = pieces[pieces > 1]
-    longs = np.stack([np.cumsum(long_pieces) - long_pieces, long_pieces, row_of[firsts[pieces > 1]]], 1)
+    longs = np.stack(
+        [np.cumsum(long_pieces) - long_pieces, long_pieces, row_of[firsts[pieces > 1]]], 1
+    )
 
     most_rows = min(num_places, rows.num_rows)
     stretch = Stretch(
         start,
         _rounded(num_places, 0),
-        _rounded(most_rows + num_places // CHUNK, 0) if static else _rounded(len(segment), num_places),
+        _rounded(most_rows + num_places // CHUNK, 0)
+        if static
+        else _rounded(len(segment), num_places),
         _rounded(num_places // CHUNK, 0) if static else _rounded(len(longs), num_places // 16),
     )
     array = np.zeros(stretch.size, np.int32)

@@ -1,4 +1,5 @@
-"""The kernels as operators of torch: what autograd and torch.compile see of them. Triton is imported at the first call."""
+"""The kernels as operators of torch: what autograd and torch.compile see of them. Triton is
+imported at the first call."""
 
 # n places, D width
 
@@ -38,7 +39,8 @@ def embedding_sum(
     norm_eps: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`triton_sum.embedding_sum`. `packed`, `sizes`: a SumPlan's, which the backward alone reads."""
+    """`triton_sum.embedding_sum`. `packed`, `sizes`: a SumPlan's, which the backward alone
+    reads."""
     from genrec_kernels import triton_embedding_sum as triton_sum
 
     return triton_sum.embedding_sum(
@@ -71,7 +73,9 @@ def _(token_ids: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     mutates_args=(),
     schema="(Tensor gradient, Tensor hat, Tensor rstd, Tensor weight) -> (Tensor, Tensor, Tensor)",
 )
-def norm_backward(gradient: Tensor, hat: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward(
+    gradient: Tensor, hat: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """`triton_sum.norm_backward`."""
     from genrec_kernels import triton_embedding_sum as triton_sum
 
@@ -104,16 +108,33 @@ def row_sums(
     from genrec_kernels import triton_embedding_sum as triton_sum
 
     return triton_sum.row_sums(
-        gradient, packed, stretch, num_rows, dtype, scale=scale, seed=seed, id_dropout=id_dropout, table=table
+        gradient,
+        packed,
+        stretch,
+        num_rows,
+        dtype,
+        scale=scale,
+        seed=seed,
+        id_dropout=id_dropout,
+        table=table,
     )
 
 
 @row_sums.register_fake
-def _(gradient: Tensor, packed: Tensor, stretch: list[int], num_rows: int, dtype: torch.dtype, *others: Any) -> Tensor:
+def _(
+    gradient: Tensor,
+    packed: Tensor,
+    stretch: list[int],
+    num_rows: int,
+    dtype: torch.dtype,
+    *others: Any,
+) -> Tensor:
     return gradient.new_empty(num_rows, gradient.shape[1], dtype=dtype)
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _keep_for_backward(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
+) -> None:
     tables, norm_weight, (seed, packed, sizes, scale) = inputs[4:8], inputs[8], inputs[10:14]
     ctx.save_for_backward(norm_weight, seed, packed, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -140,4 +161,6 @@ def _backward(ctx: Any, gradient: Tensor, *_unused: Tensor | None) -> tuple[Tens
     return (None,) * 4 + tuple(grads) + norm + (None,) * 8
 
 
-torch.library.register_autograd("genrec::embedding_sum", _backward, setup_context=_keep_for_backward)
+torch.library.register_autograd(
+    "genrec::embedding_sum", _backward, setup_context=_keep_for_backward
+)

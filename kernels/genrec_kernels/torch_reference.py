@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from genrec_kernels.gradient_order import SumPlan
 
 _BLOCK = 1 << 16
-"""Numbers of the result that a CPU finishes before it goes on: a quarter of a megabyte of float32, which stays in its cache."""
+"""Numbers of the result that a CPU finishes before it goes on: a quarter of a megabyte of float32,
+which stays in its cache."""
 
 _LARGE = 1 << 23
-"""Numbers from which a table's gradient is memory fresh from the system at each step: malloc keeps no 32 MB back."""
+"""Numbers from which a table's gradient is memory fresh from the system at each step: malloc keeps
+no 32 MB back."""
 
 
 def embedding_sum(
@@ -43,14 +45,16 @@ def embedding_sum(
     norm_eps: float = 1e-5,
     plan: SumPlan | None = None,
 ) -> Tensor:
-    """X = EMB(S) * scale + PosEMB + UIDEMB + TIDEMB, float [B, L, D] in the token table's type (GenRec, equation 2).
+    """X = EMB(S) * scale + PosEMB + UIDEMB + TIDEMB, float [B, L, D] in the token table's type
+    (GenRec, equation 2).
 
-    All indices are integer [B, L], or [n] for packed input; tables are [rows, D]; an id table that is None adds nothing.
-    Row 0 of the id tables is the zero row and never learns, nor does the row of `pad_token_id`. Positions count from row
-    `position_offset` of their table. An id table may be factorised: [rows, F] with a projection [D, F]. `id_dropout` drops
-    entries of the id terms alone. With `norm_weight` and `norm_bias`, [D], the layer norm of the sum comes back. `plan` is
-    for a kernel's backward and changes nothing here. Indices must be in range: the caller checks them where batches are made.
-    """
+    All indices are integer [B, L], or [n] for packed input; tables are [rows, D]; an id table that
+    is None adds nothing. Row 0 of the id tables is the zero row and never learns, nor does the row
+    of `pad_token_id`. Positions count from row `position_offset` of their table. An id table may be
+    factorised: [rows, F] with a projection [D, F]. `id_dropout` drops entries of the id terms
+    alone. With `norm_weight` and `norm_bias`, [D], the layer norm of the sum comes back. `plan` is
+    for a kernel's backward and changes nothing here. Indices must be in range: the caller checks
+    them where batches are made."""
     ids = (token_ids_BL, position_ids_BL, user_rows_BL, item_rows_BL)
     plain = user_projection is None and item_projection is None and not (training and id_dropout)
     if plain and token_table.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -77,10 +81,11 @@ def embedding_sum(
 
 
 class _InBlocks(torch.autograd.Function):
-    """The same numbers to the bit, block by block: no array of the result's size is made but the result.
+    """The same numbers to the bit, block by block: no array of the result's size is made but the
+    result.
 
-    Otherwise each term and each sum is one, and on a CPU most of the time goes into fetching memory for them.
-    """
+    Otherwise each term and each sum is one, and on a CPU most of the time goes into fetching memory
+    for them."""
 
     @staticmethod
     def forward(
@@ -111,11 +116,18 @@ class _InBlocks(torch.autograd.Function):
             if table is not None
         ]
         out_nD = token_table.new_empty(token_ids.numel(), token_table.shape[1])
-        seldom = [number for number, (rows_n, _) in enumerate(terms) if number > 1 and _is_seldom(rows_n != 0)]
+        seldom = [
+            number
+            for number, (rows_n, _) in enumerate(terms)
+            if number > 1 and _is_seldom(rows_n != 0)
+        ]
         _add_up(out_nD, [term for number, term in enumerate(terms) if number not in seldom], scale)
         if seldom:
-            # The places of users, where they have tokens of their own: all of their terms once more, in the same order.
-            places = torch.stack([terms[number][0] != 0 for number in seldom]).any(0).nonzero().view(-1)
+            # The places of users, where they have tokens of their own: all of their terms once
+            # more, in the same order.
+            places = (
+                torch.stack([terms[number][0] != 0 for number in seldom]).any(0).nonzero().view(-1)
+            )
             rows_pD = out_nD.new_empty(len(places), out_nD.shape[1])
             _add_up(rows_pD, [(rows_n[places], table) for rows_n, table in terms], scale)
             out_nD.index_copy_(0, places, rows_pD)
@@ -125,18 +137,23 @@ class _InBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_BLD: Tensor) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = []
-        for number, (rows, table, silent) in enumerate(zip(ctx.saved_tensors, ctx.tables, ctx.silent, strict=True)):
+        for number, (rows, table, silent) in enumerate(
+            zip(ctx.saved_tensors, ctx.tables, ctx.silent, strict=True)
+        ):
             if table is None or not ctx.needs_input_grad[4 + number]:
                 grads.append(None)
                 continue
-            scaled_BLD = gradient_BLD * ctx.scale if number == 0 and ctx.scale != 1.0 else gradient_BLD
+            scaled_BLD = (
+                gradient_BLD * ctx.scale if number == 0 and ctx.scale != 1.0 else gradient_BLD
+            )
             num_rows, dtype = table
             grads.append(_row_sums(scaled_BLD, rows, num_rows, silent).to(dtype))
         return (None,) * 4 + tuple(grads) + (None,) * 3
 
 
 def _add_up(out_nD: Tensor, terms: list[tuple[Tensor, Tensor]], scale: float) -> None:
-    """Sum the rows of the terms, (ids [n], table), into `out_nD` from left to right, the first one times `scale`."""
+    """Sum the rows of the terms, (ids [n], table), into `out_nD` from left to right, the first one
+    times `scale`."""
     size = max(1, _BLOCK // out_nD.shape[1] * torch.get_num_threads())
     room_kD = torch.empty_like(out_nD[:size])
     (first_n, first_table), *others = terms
@@ -151,7 +168,8 @@ def _add_up(out_nD: Tensor, terms: list[tuple[Tensor, Tensor]], scale: float) ->
 
 
 def _row_sums(gradient_BLD: Tensor, rows: Tensor, num_rows: int, silent: int | None) -> Tensor:
-    """[num_rows, D], each row's gradients added in the order of their places; nothing in row `silent`."""
+    """[num_rows, D], each row's gradients added in the order of their places; nothing in row
+    `silent`."""
     if gradient_BLD.dtype not in (torch.float32, torch.float64):
         return torch.ops.aten.embedding_dense_backward(
             gradient_BLD.contiguous(), rows, num_rows, -1 if silent is None else silent, False
@@ -161,7 +179,9 @@ def _row_sums(gradient_BLD: Tensor, rows: Tensor, num_rows: int, silent: int | N
         places = loud_n.nonzero().view(-1)
         gradient_nD, rows_n = gradient_nD[places], rows_n[places]
     # In this order too: it sorts the places by row, stably, and adds a row's one by one.
-    grad = _zeros(num_rows, gradient_nD.shape[1], gradient_nD.dtype).index_add_(0, rows_n, gradient_nD)
+    grad = _zeros(num_rows, gradient_nD.shape[1], gradient_nD.dtype).index_add_(
+        0, rows_n, gradient_nD
+    )
     if silent is not None:
         grad[silent] = 0
     return grad
@@ -173,8 +193,9 @@ def _is_seldom(mask_n: Tensor) -> bool:
 
 
 def _zeros(num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Zeros for a table's gradient; of a large table as the system hands them out, so that what a batch does not touch is not
-    written once more. Small pages: large ones would be cleared whole, and the system may have to make room for them first."""
+    """Zeros for a table's gradient; of a large table as the system hands them out, so that what a
+    batch does not touch is not written once more. Small pages: large ones would be cleared whole,
+    and the system may have to make room for them first."""
     count = num_rows * width
     if count < _LARGE:
         return torch.zeros(num_rows, width, dtype=dtype)

@@ -1,4 +1,5 @@
-"""The embedding sum in Triton: one pass forward, and row sums in a fixed order backward. No atomics, no sort."""
+"""The embedding sum in Triton: one pass forward, and row sums in a fixed order backward. No
+atomics, no sort."""
 
 # n places, K places of a tile, D width
 
@@ -24,7 +25,8 @@ _PROGRAMS = 2048  # programs that share a table's row sums; more than a device r
 
 @triton.jit
 def _kept(seed_at, place_K, columns, table: tl.constexpr, dropped):
-    """bool [K, columns]: what dropout keeps, a function of the seed, the place, the column and the table alone."""
+    """bool [K, columns]: what dropout keeps, a function of the seed, the place, the column and the
+    table alone."""
     place_KD = (place_K[:, None] + columns[None, :] * 0).to(tl.uint32)
     column_KD = (place_K[:, None] * 0 + columns[None, :]).to(tl.uint32)
     none_KD = place_KD * 0
@@ -40,9 +42,13 @@ def _id_term(
     """float32 [K, columns] of an id table. Row 0 is zero: it is not read."""
     row_K = tl.load(rows_at + place_K, mask=here_K, other=0).to(tl.int64)
     mask = ((row_K != 0) & here_K)[:, None] & inside[None, :]
-    term_KD = tl.load(table_at + row_K[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    term_KD = tl.load(
+        table_at + row_K[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0
+    ).to(tl.float32)
     if DROPOUT:
-        term_KD = tl.where(_kept(seed_at, place_K, columns, table, dropped), term_KD * kept_scale, 0.0)
+        term_KD = tl.where(
+            _kept(seed_at, place_K, columns, table, dropped), term_KD * kept_scale, 0.0
+        )
     return term_KD
 
 
@@ -60,17 +66,45 @@ def _sum_kernel(
     inside = columns < WIDTH
     mask = here_K[:, None] & inside[None, :]
     token_K = tl.load(tokens_at + place_K, mask=here_K, other=0).to(tl.int64)
-    position_K = tl.load(positions_at + place_K, mask=here_K, other=0).to(tl.int64) + position_offset
-    token_KD = tl.load(token_table + token_K[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0)
-    position_KD = tl.load(position_table + position_K[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0)
+    position_K = (
+        tl.load(positions_at + place_K, mask=here_K, other=0).to(tl.int64) + position_offset
+    )
+    token_KD = tl.load(
+        token_table + token_K[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0
+    )
+    position_KD = tl.load(
+        position_table + position_K[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0
+    )
     sum_KD = token_KD.to(tl.float32) * scale + position_KD.to(tl.float32)
     if USERS:
         sum_KD += _id_term(
-            users_at, user_table, seed_at, place_K, columns, here_K, inside, dropped, kept_scale, WIDTH, 0, DROPOUT
+            users_at,
+            user_table,
+            seed_at,
+            place_K,
+            columns,
+            here_K,
+            inside,
+            dropped,
+            kept_scale,
+            WIDTH,
+            0,
+            DROPOUT,
         )
     if ITEMS:
         sum_KD += _id_term(
-            items_at, item_table, seed_at, place_K, columns, here_K, inside, dropped, kept_scale, WIDTH, 1, DROPOUT
+            items_at,
+            item_table,
+            seed_at,
+            place_K,
+            columns,
+            here_K,
+            inside,
+            dropped,
+            kept_scale,
+            WIDTH,
+            1,
+            DROPOUT,
         )
     at_KD = place_K[:, None].to(tl.int64) * WIDTH + columns[None, :]
     if NORM:
@@ -123,7 +157,8 @@ def _chunk_kernel(
     gradient_at, header_at, order_at, chunks_at, seed_at, out_at, partial_at, scale, dropped, kept_scale,
     WIDTH: tl.constexpr, table: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Level 1: each chunk's occurrences in their order, into the row's gradient or into a partial sum."""
+    """Level 1: each chunk's occurrences in their order, into the row's gradient or into a partial
+    sum."""
     columns = tl.arange(0, BLOCK_D)
     inside = columns < WIDTH
     num_chunks = tl.load(header_at)
@@ -137,9 +172,13 @@ def _chunk_kernel(
             here_K = nth_K < count
             place_K = tl.load(order_at + first + nth_K, mask=here_K, other=0)
             at_KD = place_K[:, None].to(tl.int64) * WIDTH + columns[None, :]
-            part_KD = tl.load(gradient_at + at_KD, mask=here_K[:, None] & inside[None, :], other=0.0).to(tl.float32)
+            part_KD = tl.load(
+                gradient_at + at_KD, mask=here_K[:, None] & inside[None, :], other=0.0
+            ).to(tl.float32)
             if DROPOUT:
-                part_KD = tl.where(_kept(seed_at, place_K, columns, table, dropped), part_KD * kept_scale, 0.0)
+                part_KD = tl.where(
+                    _kept(seed_at, place_K, columns, table, dropped), part_KD * kept_scale, 0.0
+                )
             sum_KD += part_KD
         sum_D = tl.sum(sum_KD, axis=0)
         if target >= 0:
@@ -153,7 +192,8 @@ def _chunk_kernel(
 def _long_kernel(
     partial_at, header_at, longs_at, out_at, scale, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Level 2: the partial sums of each long row. Few rows are long, so columns are shared among programs too."""
+    """Level 2: the partial sums of each long row. Few rows are long, so columns are shared among
+    programs too."""
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < WIDTH
     num_longs = tl.load(header_at + 1)
@@ -183,8 +223,9 @@ def embedding_sum(
     norm_eps: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(X [..., D] in the token table's type, normalised [n, D], 1 / deviation float32 [n]); the last two only with `norm`
-    and `keep`, else empty. `ids`, `tables`: token, position, user, item. Contiguous; one launch."""
+    """(X [..., D] in the token table's type, normalised [n, D], 1 / deviation float32 [n]); the
+    last two only with `norm` and `keep`, else empty. `ids`, `tables`: token, position, user, item.
+    Contiguous; one launch."""
     token_ids, token_table = ids[0], tables[0]
     assert token_table is not None
     num_places, width = token_ids.numel(), token_table.shape[1]
@@ -209,12 +250,17 @@ def embedding_sum(
     return out, hat, rstd
 
 
-def norm_backward(gradient: Tensor, hat: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (the sum [n, D], the norm's weight [D], its bias [D]): strips of places, then the strips in order."""
+def norm_backward(
+    gradient: Tensor, hat: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (the sum [n, D], the norm's weight [D], its bias [D]): strips of places, then
+    the strips in order."""
     num_places, width = hat.shape
     num_strips = triton.cdiv(num_places, _STRIP)
     out = torch.empty_like(gradient)
-    weights, biases = (torch.empty(num_strips, width, dtype=torch.float32, device=hat.device) for _ in range(2))
+    weights, biases = (
+        torch.empty(num_strips, width, dtype=torch.float32, device=hat.device) for _ in range(2)
+    )
     if num_places:
         block_d = triton.next_power_of_2(width)
         block_k = max(1, min(_STRIP, _TILE // block_d))
@@ -238,14 +284,17 @@ def row_sums(
     id_dropout: float,
     table: int,
 ) -> Tensor:
-    """The gradient of a table, [num_rows, D]: the gradients [n, D] of its rows' occurrences in the plan's order, times
-    `scale`; rows without any are zero. `table`: 0 or 1, whose dropout; two launches."""
+    """The gradient of a table, [num_rows, D]: the gradients [n, D] of its rows' occurrences in the
+    plan's order, times `scale`; rows without any are zero. `table`: 0 or 1, whose dropout; two
+    launches."""
     width = gradient.shape[1]
     out = torch.zeros(num_rows, width, dtype=dtype, device=gradient.device)
     header, order, chunks, longs = parts(packed, stretch)
     if not gradient.shape[0]:
         return out
-    partial = torch.empty(2 * len(order) // CHUNK + 1, width, dtype=torch.float32, device=gradient.device)
+    partial = torch.empty(
+        2 * len(order) // CHUNK + 1, width, dtype=torch.float32, device=gradient.device
+    )
     block_d = triton.next_power_of_2(width)
     block_k = max(1, min(8, 2 * _TILE // block_d))
     narrow = min(128, block_d)
@@ -267,7 +316,8 @@ def _kept_scale(id_dropout: float) -> float:
 
 
 def _warps(numbers: int) -> int:
-    """16 numbers of one array a thread, as long as that needs no more than 16 warps: at 32 the registers run out."""
+    """16 numbers of one array a thread, as long as that needs no more than 16 warps: at 32 the
+    registers run out."""
     return min(16, max(1, triton.next_power_of_2(triton.cdiv(numbers, 16 * 32))))
 
 

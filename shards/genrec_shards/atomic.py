@@ -14,16 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STALE_SECONDS = 24 * 3600
-"""How long nothing touches the temporary directory of a process elsewhere before it is taken for gone."""
+"""How long nothing touches the temporary directory of a process elsewhere before it is taken for
+gone."""
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path in the directory of `path`; what is written there becomes `path` when the block ends well.
+    """Yield a temporary path in the directory of `path`; what is written there becomes `path` when
+    the block ends well.
 
-    The parent directory is made if it is missing; an existing file is replaced in one step. When the block raises,
-    the temporary file is removed and `path` stays as it was.
-    """
+    The parent directory is made if it is missing; an existing file is replaced in one step. When
+    the block raises, the temporary file is removed and `path` stays as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_sibling(path, "tmp")
@@ -39,14 +40,17 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | Path, overwrite: bool = False, marker: str | None = None) -> Iterator[Path]:
-    """Yield a new temporary directory beside `path` that takes the name `path` when the block ends well.
+def atomic_directory(
+    path: str | Path, overwrite: bool = False, marker: str | None = None
+) -> Iterator[Path]:
+    """Yield a new temporary directory beside `path` that takes the name `path` when the block ends
+    well.
 
-    `overwrite=False` refuses a `path` that exists (an empty directory is fine). With `overwrite=True` the old directory
-    is moved aside and removed only after the new one bears the name; `marker` names a file or folder it must hold, so
-    that a slip of the pen cannot delete somebody's home. Raises ValueError for both refusals, before the block runs.
-    What a killed process left of the same `path` is removed first.
-    """
+    `overwrite=False` refuses a `path` that exists (an empty directory is fine). With
+    `overwrite=True` the old directory is moved aside and removed only after the new one bears the
+    name; `marker` names a file or folder it must hold, so that a slip of the pen cannot delete
+    somebody's home. Raises ValueError for both refusals, before the block runs. What a killed
+    process left of the same `path` is removed first."""
     path = Path(path)
     _refuse_existing(path, overwrite, marker)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,7 +72,8 @@ def _filled(temporary: Path, path: Path) -> Iterator[Path]:
 
 
 def _held_directory(path: Path, held: contextlib.ExitStack) -> Path:
-    """A new directory beside `path`, locked for as long as this process lives and `held` is open."""
+    """A new directory beside `path`, locked for as long as this process lives and `held` is
+    open."""
     while True:
         temporary = _temporary_sibling(path, "tmp")
         try:
@@ -84,10 +89,11 @@ def _held_directory(path: Path, held: contextlib.ExitStack) -> Path:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[bool | None]:
-    """Is the directory locked by us now, and by nobody else? None where its file system has no locks.
+    """Is the directory locked by us now, and by nobody else? None where its file system has no
+    locks.
 
-    The kernel lets go of a lock when its process ends, however it ends; a forked child that lives on keeps it.
-    """
+    The kernel lets go of a lock when its process ends, however it ends; a forked child that lives
+    on keeps it."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -105,9 +111,9 @@ def _locked(directory: Path) -> Iterator[bool | None]:
 def _sweep(path: Path) -> None:
     """Remove temporary directories of processes that are gone.
 
-    Of this machine since it started: those without a lock. Of others, whose locks may not be seen here: those that nothing
-    has touched for a day besides. A directory put aside (`.old`) stays: it can be the only copy there is.
-    """
+    Of this machine since it started: those without a lock. Of others, whose locks may not be seen
+    here: those that nothing has touched for a day besides. A directory put aside (`.old`) stays: it
+    can be the only copy there is."""
     ours = re.compile(re.escape(f".{path.name}.") + r"\d+\.(?:([0-9a-f]{8})-)?[0-9a-f]{8}\.tmp")
     for folder in path.parent.iterdir():
         name = ours.fullmatch(folder.name)
@@ -115,7 +121,9 @@ def _sweep(path: Path) -> None:
             continue
         # Another process may sweep the same place, and another user may own it.
         with contextlib.suppress(OSError), _locked(folder) as lock:
-            if lock is False or ((lock is None or name[1] != _machine()) and not _untouched(folder)):
+            if lock is False or (
+                (lock is None or name[1] != _machine()) and not _untouched(folder)
+            ):
                 continue
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -145,11 +153,14 @@ def _refuse_existing(path: Path, overwrite: bool, marker: str | None) -> None:
     if not overwrite:
         raise ValueError(f"{path} exists: choose another output, or overwrite it with --overwrite")
     if marker is not None and not (path / marker).exists():
-        raise ValueError(f"{path} holds no {marker}, so it is not ours to overwrite: choose another output")
+        raise ValueError(
+            f"{path} holds no {marker}, so it is not ours to overwrite: choose another output"
+        )
 
 
 def _take_name(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`; two renames where a full directory stood, since POSIX has no swap of two names."""
+    """Rename `temporary` to `path`; two renames where a full directory stood, since POSIX has no
+    swap of two names."""
     if not path.exists():
         os.rename(temporary, path)
         _fsync(path.parent)
@@ -166,17 +177,23 @@ def _take_name(temporary: Path, path: Path) -> None:
 
 
 def _name_place(error: BaseException, temporary: Path, path: Path) -> None:
-    """Let an error of the system name what was to be written: a full disk names no file, others the temporary one."""
-    if not isinstance(error, OSError) or not str(error.filename or temporary).startswith(str(temporary)):
+    """Let an error of the system name what was to be written: a full disk names no file, others the
+    temporary one."""
+    if not isinstance(error, OSError) or not str(error.filename or temporary).startswith(
+        str(temporary)
+    ):
         return
-    if error.errno is None:  # numpy's short writes: words alone, which str() would drop beside a file name
+    if (
+        error.errno is None
+    ):  # numpy's short writes: words alone, which str() would drop beside a file name
         error.args = (f"{path}: {error}",)
     else:
         error.filename = str(path)
 
 
 def _temporary_sibling(path: Path, ending: str) -> Path:
-    """The leading dot hides it from globs, pid and machine tell whose it is, the random part keeps threads apart."""
+    """The leading dot hides it from globs, pid and machine tell whose it is, the random part keeps
+    threads apart."""
     return path.parent / f".{path.name}.{os.getpid()}.{_machine()}-{uuid.uuid4().hex[:8]}.{ending}"
 
 

@@ -25,9 +25,12 @@ class BadLines:
             raise ValueError(f"on_error is {self.on_error!r}: choose stop or skip")
 
     def meet(self, path: Path | str, line: int, reason: str) -> None:
-        """Raises DataError under `stop`; `reason` says what is wrong, without a remedy. `line`: from 1; of Parquet, the row."""
+        """Raises DataError under `stop`; `reason` says what is wrong, without a remedy. `line`:
+        from 1; of Parquet, the row."""
         if self.on_error == "stop":
-            raise DataError(f"{path}:{line}: {reason}: mend it, or use --on-error skip to leave such lines out")
+            raise DataError(
+                f"{path}:{line}: {reason}: mend it, or use --on-error skip to leave such lines out"
+            )
         self.count += 1
         if len(self.shown) < NUM_SHOWN:
             self.shown.append(f"{path}:{line}: {reason}")
@@ -41,4 +44,5 @@ class BadLines:
 
 
 class DataError(ValueError):
-    """Something in a user's data that she can mend; the message is one line: place, value, remedy."""
+    """Something in a user's data that she can mend; the message is one line: place, value,
+    remedy."""

@@ -1,4 +1,5 @@
-"""A lock file that is released when its holder ends, so that two processes never write one directory."""
+"""A lock file that is released when its holder ends, so that two processes never write one
+directory."""
 
 from __future__ import annotations
 
@@ -11,9 +12,11 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def hold(path: Path, who: str, wait: float = 0.0) -> Iterator[int]:
-    """Hold the lock file `path` and yield its descriptor; a child that inherits the descriptor holds the lock too.
+    """Hold the lock file `path` and yield its descriptor; a child that inherits the descriptor
+    holds the lock too.
 
-    The system releases the lock when the last process that has the file open is gone, killed or not.
+    The system releases the lock when the last process that has the file open is gone, killed or
+    not.
 
     Args:
         path: the lock file; it and its directory are created.

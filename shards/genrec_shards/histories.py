@@ -21,14 +21,16 @@ WINDOW = 65_536
 
 @dataclass(frozen=True, eq=False)
 class Histories:
-    """What a rule may look at when it makes the lists of a split, and the targets it is scored against."""
+    """What a rule may look at when it makes the lists of a split, and the targets it is scored
+    against."""
 
     items: np.ndarray
     """int32[total], item rows, user after user, oldest first."""
     offsets: np.ndarray
     """int64[U+1]: the u-th chosen user's history is `items[offsets[u]:offsets[u + 1]]`."""
     targets_U: np.ndarray
-    """int32[U], NO_TARGET of those whom a split by time leaves without; a rule may still make their lists."""
+    """int32[U], NO_TARGET of those whom a split by time leaves without; a rule may still make their
+    lists."""
     num_items: int
     """Size of the catalogue."""
 
@@ -58,16 +60,23 @@ class Histories:
 
 
 def histories(sequences: Sequences, split: Split, users: np.ndarray | None = None) -> Histories:
-    """Histories of these user rows (int64[U], None: all), in their order; it costs what these users have."""
-    view = sequences.history_and_target(split, None if users is None else np.asarray(users, dtype=np.int64))
+    """Histories of these user rows (int64[U], None: all), in their order; it costs what these users
+    have."""
+    view = sequences.history_and_target(
+        split, None if users is None else np.asarray(users, dtype=np.int64)
+    )
     lengths = view.ends - view.starts
     return Histories(
-        view.items[flat_ranges(view.starts, lengths)], _offsets(lengths), view.targets, sequences.num_items
+        view.items[flat_ranges(view.starts, lengths)],
+        _offsets(lengths),
+        view.targets,
+        sequences.num_items,
     )
 
 
 def windows(users: np.ndarray | range, size: int | None = None) -> Iterator[np.ndarray]:
-    """int64 user rows, `size` at a time (None: WINDOW): whoever looks at all users holds few of them at once."""
+    """int64 user rows, `size` at a time (None: WINDOW): whoever looks at all users holds few of
+    them at once."""
     size = size or WINDOW
     for start in range(0, len(users), size):
         yield np.asarray(users[start : start + size], dtype=np.int64)
@@ -80,7 +89,8 @@ def _offsets(lengths: np.ndarray) -> np.ndarray:
 
 
 def exclude_history_default(sequences: Sequences) -> bool:
-    """Leave the history out of the lists? Yes where no target of either split repeats it, no elsewhere."""
+    """Leave the history out of the lists? Yes where no target of either split repeats it, no
+    elsewhere."""
     return not any(repeated_targets(sequences).values())
 
 
@@ -112,13 +122,18 @@ def check_trained_through(split: Split, trained_through: TrainedThrough) -> None
         )
 
 
-def training_part(sequences: Sequences, split: Split, trained_through: TrainedThrough) -> TrainingPart:
-    """t_1..t_{n-2} of all users, or t_1..t_{n-1}, or their periods; other splits' users and targets are never left out."""
+def training_part(
+    sequences: Sequences, split: Split, trained_through: TrainedThrough
+) -> TrainingPart:
+    """t_1..t_{n-2} of all users, or t_1..t_{n-1}, or their periods; other splits' users and targets
+    are never left out."""
     check_trained_through(split, trained_through)
     return _part(sequences, np.arange(sequences.num_users), trained_through)
 
 
-def training_windows(sequences: Sequences, trained_through: TrainedThrough) -> Iterator[TrainingPart]:
+def training_windows(
+    sequences: Sequences, trained_through: TrainedThrough
+) -> Iterator[TrainingPart]:
     """The training part of all users, a window of users after the other."""
     for rows in windows(range(sequences.num_users)):
         yield _part(sequences, rows, trained_through)
@@ -142,10 +157,11 @@ _SAMPLE_STREAM = 0x56A1
 
 
 def sample_users(num_users: int, sample: int, seed: int) -> np.ndarray:
-    """int64 rows of a seeded sample of users, ascending; all of them where the sample is 0 or not smaller.
+    """int64 rows of a seeded sample of users, ascending; all of them where the sample is 0 or not
+    smaller.
 
-    The same rows on every machine and with every version of numpy, so that two runs can be compared on a sample.
-    """
+    The same rows on every machine and with every version of numpy, so that two runs can be compared
+    on a sample."""
     if sample == 0 or sample >= num_users:
         return np.arange(num_users)
     return np.sort(keyed_permutation(num_users, seed, _SAMPLE_STREAM)[:sample])

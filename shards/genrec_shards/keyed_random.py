@@ -1,4 +1,5 @@
-"""Random numbers that are a function of a key: the same on every machine, in every order, in every version of numpy."""
+"""Random numbers that are a function of a key: the same on every machine, in every order, in every
+version of numpy."""
 
 import numpy as np
 
@@ -17,14 +18,16 @@ def mixed_key(*parts: int) -> int:
 
 
 def keyed_bits(key: int, counters: np.ndarray) -> np.ndarray:
-    """uint64, shaped as `counters` (whole numbers): 64 random bits for each counter under this key."""
+    """uint64, shaped as `counters` (whole numbers): 64 random bits for each counter under this
+    key."""
     counters = np.asarray(counters).astype(np.uint64)
     first = _mix(counters * np.uint64(_GOLDEN) + np.uint64(key))
     return _mix(first ^ np.uint64(_mix_one(key ^ _GOLDEN)))
 
 
 def keyed_uniform(seed: int, epoch: int, sample_ids: np.ndarray, draw: int) -> np.ndarray:
-    """float64[B] in [0, 1): draw number `draw` of each sample, a function of its own four keys and of nothing else."""
+    """float64[B] in [0, 1): draw number `draw` of each sample, a function of its own four keys and
+    of nothing else."""
     bits = keyed_bits(mixed_key(seed, epoch, draw), sample_ids)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -32,9 +35,9 @@ def keyed_uniform(seed: int, epoch: int, sample_ids: np.ndarray, draw: int) -> n
 def keyed_permutation(size: int, *key: int) -> np.ndarray:
     """int64[size], a permutation of 0..size-1 under a key of whole numbers (size below 2^31).
 
-    Sorts words whose high bits are random and whose low bits are the index: all words differ, so the order does not
-    depend on the sorting algorithm, and a sort of plain words is several times faster than an argsort.
-    """
+    Sorts words whose high bits are random and whose low bits are the index: all words differ, so
+    the order does not depend on the sorting algorithm, and a sort of plain words is several times
+    faster than an argsort."""
     assert 0 <= size < 1 << 31
     index_bits = np.uint64(max(size - 1, 1).bit_length())
     index = np.arange(size, dtype=np.uint64)

@@ -29,7 +29,15 @@ from genrec_shards.readers.detect_format import LOG_FORMATS, Format, guess_forma
 from genrec_shards.readers.read_log import LogOptions, read_log, source_files
 from genrec_shards.readers.text_blocks import readable
 from genrec_shards.sequences import Sequences, read_sequences
-from genrec_shards.splits import GLOBAL_TIME, LEAVE_ONE_OUT, Cutoff, GlobalTime, Split, TrainedThrough, cutoff_of
+from genrec_shards.splits import (
+    GLOBAL_TIME,
+    LEAVE_ONE_OUT,
+    Cutoff,
+    GlobalTime,
+    Split,
+    TrainedThrough,
+    cutoff_of,
+)
 from genrec_shards.timestamps import moment
 
 Engine = Literal["local", "ray"]
@@ -65,23 +73,24 @@ def prepare(
     engine: Engine = "local",
     ray_address: str | None = None,
 ) -> Dataset:
-    """Read a log and write the data directory `out`, complete or not at all; the same input gives the same bytes.
+    """Read a log and write the data directory `out`, complete or not at all; the same input gives
+    the same bytes.
 
-    `format`: `sequences`; a log (`interactions`, `amazon`, `yelp`: `readers/`), of which `log` says how to read it and
-    `k_core` (default 5), `min_length`, `ties` (default shuffle), `since` and `until` (ISO 8601, both included) what becomes of
-    it (`clean.py`); or `data`, a data
-    directory that is to be numbered anew: its sequences stay what they are, so its shards serve both. `auto` tells them
-    by name and content. `split`: `leave-one-out` (default) or, of a log, `global-time` with its `cutoff` VALIDATION,TEST, the
-    first dates of these periods: core, catalogue and numbering are then those of the training period (`periods.py`); a data
-    directory keeps its own. `min_length`: default 3, by time 1, counted in the training period. `expect`: a published set
-    (`expected.py`) that names the dates, where none are given, and whose counts must come out. `on_error`: what a line that
-    cannot be read does, `stop` or `skip`. `levels`, `vectors`: as in `number` and `read_trained_vectors`. `items`,
-    `item_column`, `text_columns`, `title_column`: as in `read_descriptions`;
-    texts and titles are kept, and `format="data"` finds them again. `engine`: `ray` reads and cleans a log on the cluster at
-    `ray_address`, or by all cores of this machine, to the same bytes; its source may be an address
-    (`ray_engine/`). Raises DataError for what is wrong with a file,
-    ValueError for a wrong argument or an `out` that exists.
-    """
+    `format`: `sequences`; a log (`interactions`, `amazon`, `yelp`: `readers/`), of which `log` says
+    how to read it and `k_core` (default 5), `min_length`, `ties` (default shuffle), `since` and
+    `until` (ISO 8601, both included) what becomes of it (`clean.py`); or `data`, a data directory
+    that is to be numbered anew: its sequences stay what they are, so its shards serve both. `auto`
+    tells them by name and content. `split`: `leave-one-out` (default) or, of a log, `global-time`
+    with its `cutoff` VALIDATION,TEST, the first dates of these periods: core, catalogue and
+    numbering are then those of the training period (`periods.py`); a data directory keeps its own.
+    `min_length`: default 3, by time 1, counted in the training period. `expect`: a published set
+    (`expected.py`) that names the dates, where none are given, and whose counts must come out.
+    `on_error`: what a line that cannot be read does, `stop` or `skip`. `levels`, `vectors`: as in
+    `number` and `read_trained_vectors`. `items`, `item_column`, `text_columns`, `title_column`: as
+    in `read_descriptions`; texts and titles are kept, and `format="data"` finds them again.
+    `engine`: `ray` reads and cleans a log on the cluster at `ray_address`, or by all cores of this
+    machine, to the same bytes; its source may be an address (`ray_engine/`). Raises DataError for
+    what is wrong with a file, ValueError for a wrong argument or an `out` that exists."""
     if engine not in get_args(Engine):
         raise ValueError(f"engine {engine!r}: choose local or ray")
     if engine == "ray":
@@ -89,7 +98,9 @@ def prepare(
 
         out = door.place_of(out)
         if not isinstance(out, Path):
-            raise ValueError(f"{out}: `prepare` makes a directory of this machine; `genrec prepare --out` uploads one")
+            raise ValueError(
+                f"{out}: `prepare` makes a directory of this machine; `genrec prepare --out` uploads one"
+            )
         place = door.place_of(source)
         door.check_source(place)
         format = door.format_of(place) if format == "auto" else format
@@ -114,9 +125,13 @@ def prepare(
             f"of the {format} format: leave them out"
         )
     if format == "data" and out.resolve() == source.resolve():
-        raise ValueError(f"{out} is the data that is to be numbered anew, with its shards: choose another output")
+        raise ValueError(
+            f"{out} is the data that is to be numbered anew, with its shards: choose another output"
+        )
     if items is None and (item_column, text_columns, title_column) != (None, None, None):
-        raise ValueError("a column of item ids, text or titles is named, and no table: give --items META")
+        raise ValueError(
+            "a column of item ids, text or titles is named, and no table: give --items META"
+        )
     bad = BadLines(on_error)
     if expect is not None and format in LOG_FORMATS and (since, until) == (None, None):
         since, until = public_set(expect).since, public_set(expect).until
@@ -129,10 +144,13 @@ def prepare(
         None if until is None else moment(until, "--until", end_of_day=True),
         periods_from,
     )
-    # A log's rows wait beside the output for their users, so a place that cannot be written is told before hours of reading.
+    # A log's rows wait beside the output for their users, so a place that cannot be written is told
+    # before hours of reading.
     with atomic_directory(out, overwrite, marker="dataset.json") as folder:
         if engine == "ray":
-            taken = _read_on_ray(place, format, bad, cleaning, log or LogOptions(), folder, ray_address)
+            taken = _read_on_ray(
+                place, format, bad, cleaning, log or LogOptions(), folder, ray_address
+            )
         else:
             taken = _read(source, format, bad, cleaning, log or LogOptions(), folder)
         sequences, descriptions = taken.sequences, taken.descriptions
@@ -147,7 +165,9 @@ def prepare(
             numbering,
             seed,
             levels=levels,
-            vectors=None if vectors is None else read_trained_vectors(vectors, sequences, vectors_trained_through),
+            vectors=None
+            if vectors is None
+            else read_trained_vectors(vectors, sequences, vectors_trained_through),
             descriptions=descriptions if numbering == "semantic" else None,
         )
         info = DatasetInfo(
@@ -166,20 +186,29 @@ def prepare(
             read=taken.num_read,
             expected=expect,
             hierarchy=codes.hierarchy,
-            described_by=None if descriptions is None else Source(descriptions.name, descriptions.sha256),
+            described_by=None
+            if descriptions is None
+            else Source(descriptions.name, descriptions.sha256),
             appended=taken.appended,
             global_time=taken.global_time,
         )
-        dataset = Dataset(out, sequences, codes, info, descriptions, taken.timestamps, tuple(bad.told()))
+        dataset = Dataset(
+            out, sequences, codes, info, descriptions, taken.timestamps, tuple(bad.told())
+        )
         write_dataset(dataset, folder)
     return dataset
 
 
 def cleaning_told(dataset: Dataset) -> list[str]:
-    """Lines for a person: what was left out of a log and why, and the first lines that could not be read."""
+    """Lines for a person: what was left out of a log and why, and the first lines that could not be
+    read."""
     info, lines = dataset.info, []
     if info.read is not None:
-        parts = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in info.dropped.items() if count]
+        parts = [
+            f"{count:,} {reason.replace('_', ' ')}"
+            for reason, count in info.dropped.items()
+            if count
+        ]
         out = f"; left out: {', '.join(parts)}" if parts else ", none left out"
         later = sum(entry.interactions for entry in info.appended or ())
         lines.append(f"{info.read:,} rows read, {info.interactions - later:,} kept{out}")
@@ -205,7 +234,9 @@ class _Taken:
     global_time: GlobalTime | None = None
 
 
-def _read(source: Path, format: Format, bad: BadLines, cleaning: Cleaning, log: LogOptions, folder: Path) -> _Taken:
+def _read(
+    source: Path, format: Format, bad: BadLines, cleaning: Cleaning, log: LogOptions, folder: Path
+) -> _Taken:
     """`folder`: where a log's rows may lie meanwhile; it is empty again afterwards."""
     if format == "data":
         data = load_dataset(source)
@@ -255,7 +286,9 @@ def _global_time(cutoff: Cutoff | None, found: CleanLog) -> GlobalTime | None:
     if cutoff is None:
         return None
     validation, test = (found.sequences.history_and_target(split) for split in get_args(Split))
-    return GlobalTime(str(cutoff), len(validation.users), len(test.users), found.users_without_history)
+    return GlobalTime(
+        str(cutoff), len(validation.users), len(test.users), found.users_without_history
+    )
 
 
 def _check_choices(format: str, ties: str | None) -> None:
@@ -265,15 +298,20 @@ def _check_choices(format: str, ties: str | None) -> None:
             "data directory anew"
         )
     if format not in LOG_FORMATS and ties not in (None, "keep"):
-        raise ValueError(f"ties {ties!r}: the {format} format has no ties left to order: use --ties keep")
+        raise ValueError(
+            f"ties {ties!r}: the {format} format has no ties left to order: use --ties keep"
+        )
 
 
 def _cutoff(format: str, split: str | None, cutoff: str | None) -> Cutoff | None:
-    """The dates of a split by time; None for leave-one-out, and for a data directory, which is cut already."""
+    """The dates of a split by time; None for leave-one-out, and for a data directory, which is cut
+    already."""
     if split not in (None, LEAVE_ONE_OUT, GLOBAL_TIME):
         raise ValueError(f"split {split!r}: choose {LEAVE_ONE_OUT} or {GLOBAL_TIME}")
     if format == "data" and (split, cutoff) != (None, None):
-        raise ValueError("a data directory keeps its split: leave out --split and --cutoff, or prepare its log again")
+        raise ValueError(
+            "a data directory keeps its split: leave out --split and --cutoff, or prepare its log again"
+        )
     if split != GLOBAL_TIME:
         if cutoff is not None:
             raise ValueError(f"--cutoff {cutoff[:60]}: dates go with --split {GLOBAL_TIME}")

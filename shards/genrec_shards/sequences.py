@@ -1,4 +1,5 @@
-"""Users' item sequences as one flat array with offsets, read from and written to the `sequences` format."""
+"""Users' item sequences as one flat array with offsets, read from and written to the `sequences`
+format."""
 
 import gzip
 import hashlib
@@ -12,7 +13,14 @@ import numpy as np
 
 from genrec_shards.atomic import atomic_file
 from genrec_shards.errors import DataError
-from genrec_shards.splits import MINIMUM_LENGTH, NO_TARGET, Periods, Split, TrainedThrough, num_held_out
+from genrec_shards.splits import (
+    MINIMUM_LENGTH,
+    NO_TARGET,
+    Periods,
+    Split,
+    TrainedThrough,
+    num_held_out,
+)
 
 if TYPE_CHECKING:
     from genrec_shards.errors import BadLines
@@ -26,7 +34,8 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True, eq=False)
 class SplitView:
-    """One split of some users, no copy: the u-th one's history is `items[starts[u]:ends[u]]`, her target `targets[u]`."""
+    """One split of some users, no copy: the u-th one's history is `items[starts[u]:ends[u]]`, her
+    target `targets[u]`."""
 
     split: Split
     items: np.ndarray
@@ -40,7 +49,8 @@ class SplitView:
 
     @property
     def users(self) -> np.ndarray:
-        """int64[V], the places of those who have a target, ascending: who is evaluated, each once."""
+        """int64[V], the places of those who have a target, ascending: who is evaluated, each
+        once."""
         return np.flatnonzero(self.targets != NO_TARGET)
 
 
@@ -77,7 +87,8 @@ class Sequences:
         return np.diff(self.offsets)
 
     def sequences_hash(self) -> str:
-        """sha256 (hex) of offsets, items, both lists of ids and the periods in a form that no platform changes."""
+        """sha256 (hex) of offsets, items, both lists of ids and the periods in a form that no
+        platform changes."""
         digest = hashlib.sha256(b"genrec sequences 1\n")
         digest.update(np.ascontiguousarray(self.offsets, dtype="<i8").data)
         digest.update(np.ascontiguousarray(self.items, dtype="<i4").data)
@@ -90,10 +101,10 @@ class Sequences:
     def history_and_target(self, split: Split, users: np.ndarray | None = None) -> SplitView:
         """What a split asks of these user rows (None: all).
 
-        Leave-one-out: validation asks for t_{n-1} after t_1..t_{n-2}, test for t_n after t_1..t_{n-1}. Split by time:
-        validation asks for the first item of the validation period after those of the training period, test for the first
-        of the test period after all before it; who has none there has no target.
-        """
+        Leave-one-out: validation asks for t_{n-1} after t_1..t_{n-2}, test for t_n after
+        t_1..t_{n-1}. Split by time: validation asks for the first item of the validation period
+        after those of the training period, test for the first of the test period after all before
+        it; who has none there has no target."""
         if split not in ("validation", "test"):
             raise ValueError(f"split is {split!r}: choose validation or test")
         chosen = slice(None) if users is None else users
@@ -111,11 +122,14 @@ class Sequences:
         targets[asked] = self.items[ends[asked]]
         return SplitView(split, self.items, starts, ends, targets)
 
-    def training_ends(self, trained_through: TrainedThrough = "n-2", users: np.ndarray | None = None) -> np.ndarray:
-        """int64[U], exclusive: user u's training part is `items[offsets[u]:training_ends[u]]`; of these user rows (None: all).
+    def training_ends(
+        self, trained_through: TrainedThrough = "n-2", users: np.ndarray | None = None
+    ) -> np.ndarray:
+        """int64[U], exclusive: user u's training part is `items[offsets[u]:training_ends[u]]`; of
+        these user rows (None: all).
 
-        n-2 leaves out what validation and test ask for, or the periods of both; n-1 what test asks for, or its period.
-        """
+        n-2 leaves out what validation and test ask for, or the periods of both; n-1 what test asks
+        for, or its period."""
         held_out = num_held_out(trained_through)
         chosen = slice(None) if users is None else users
         if self.periods is None:
@@ -124,7 +138,8 @@ class Sequences:
 
 
 def flat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """int64[lengths.sum()]: starts[0], starts[0] + 1, ..., then starts[1], ...; of each as many as `lengths` says.
+    """int64[lengths.sum()]: starts[0], starts[0] + 1, ..., then starts[1], ...; of each as many as
+    `lengths` says.
 
     The index that picks many stretches out of one flat array at once.
     """
@@ -133,8 +148,11 @@ def flat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
 
 
-def sequences_from_ids(user_ids: Sequence[str], lengths: Sequence[int] | np.ndarray, ids: Sequence[str]) -> Sequences:
-    """Give rows to ids: users keep their order, items are sorted (by number if all are whole, else by code point).
+def sequences_from_ids(
+    user_ids: Sequence[str], lengths: Sequence[int] | np.ndarray, ids: Sequence[str]
+) -> Sequences:
+    """Give rows to ids: users keep their order, items are sorted (by number if all are whole, else
+    by code point).
 
     `lengths`: items a user, [U]; `ids`: the item ids of all users one after another, [total].
     """
@@ -152,12 +170,14 @@ def sort_ids(ids: Iterable[str]) -> list[str]:
     ids = list(ids)
     if not all(item.isascii() and item.isdigit() for item in ids):
         return sorted(ids)
-    # The length of the digits and then the digits are the numeric order, and int() refuses more than 4,300 digits.
+    # The length of the digits and then the digits are the numeric order, and int() refuses more
+    # than 4,300 digits.
     return sorted(ids, key=lambda item: (len(digits := item.lstrip("0")), digits, item))
 
 
 def update_with_strings(digest: "hashlib._Hash", strings: Sequence[str]) -> None:
-    """Feed strings to a hash so that no two lists look alike: how many, each one's length, then their bytes."""
+    """Feed strings to a hash so that no two lists look alike: how many, each one's length, then
+    their bytes."""
     encoded = [string.encode() for string in strings]
     lengths = np.fromiter(map(len, encoded), dtype="<i8", count=len(encoded))
     digest.update(len(encoded).to_bytes(8, "little"))
@@ -165,13 +185,16 @@ def update_with_strings(digest: "hashlib._Hash", strings: Sequence[str]) -> None
     digest.update(b"".join(encoded))
 
 
-def read_sequences(path: str | Path, bad: "BadLines | None" = None, known: Collection[str] = ()) -> Sequences:
-    """Read `user item item ...`, one user a line, oldest item first, plain or gzipped (told by the content).
+def read_sequences(
+    path: str | Path, bad: "BadLines | None" = None, known: Collection[str] = ()
+) -> Sequences:
+    """Read `user item item ...`, one user a line, oldest item first, plain or gzipped (told by the
+    content).
 
-    Words are separated by spaces or tabs, blank lines are skipped. Raises DataError, one line with file and line, for a
-    file that is missing, empty, binary, not UTF-8 or cut off, for fewer than 3 items and for a user who comes twice.
-    `bad`: takes lines that are wrong in themselves; None stops at the first. `known`: users of whom one item is enough.
-    """
+    Words are separated by spaces or tabs, blank lines are skipped. Raises DataError, one line with
+    file and line, for a file that is missing, empty, binary, not UTF-8 or cut off, for fewer than 3
+    items and for a user who comes twice. `bad`: takes lines that are wrong in themselves; None
+    stops at the first. `known`: users of whom one item is enough."""
     path = Path(path)
     user_ids: list[str] = []
     lengths: list[int] = []
@@ -203,15 +226,25 @@ def read_sequences(path: str | Path, bad: "BadLines | None" = None, known: Colle
 
 
 def write_sequences(sequences: Sequences, path: str | Path) -> None:
-    """Write the `sequences` format, gzipped when the name ends in .gz; the same sequences give the same bytes.
+    """Write the `sequences` format, gzipped when the name ends in .gz; the same sequences give the
+    same bytes.
 
     Raises DataError for an id that is empty or holds white space, which the format cannot carry.
     """
     path = Path(path)
     for kind, ids in (("user", sequences.user_ids), ("item", sequences.item_ids)):
-        unfit = next((item for item in ids if len(item.encode().split()) != 1 or item != item.strip(" \t\r\n")), None)
+        unfit = next(
+            (
+                item
+                for item in ids
+                if len(item.encode().split()) != 1 or item != item.strip(" \t\r\n")
+            ),
+            None,
+        )
         if unfit is not None:
-            raise DataError(f"{path}: {kind} id {_shortened(unfit)} is empty or holds white space: rename it")
+            raise DataError(
+                f"{path}: {kind} id {_shortened(unfit)} is empty or holds white space: rename it"
+            )
     words = np.array(sequences.item_ids, dtype=object)[sequences.items].tolist()
     bounds = zip(sequences.offsets[:-1].tolist(), sequences.offsets[1:].tolist(), strict=True)
     lines = [
@@ -230,19 +263,25 @@ def _text(path: Path, checked: bool = True) -> bytes:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: check the path") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path and its rights") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}): check the path and its rights"
+        ) from None
     if data.startswith(GZIP_MAGIC):
         data = _unpacked(path, data)
     data = data.removeprefix(BYTE_ORDER_MARK)
     if not checked:
         return data
     if (position := data.find(b"\0")) >= 0:
-        raise DataError(f"{path}:{_line_at(data, position)}: binary (a zero byte): expected text, plain or gzipped")
+        raise DataError(
+            f"{path}:{_line_at(data, position)}: binary (a zero byte): expected text, plain or gzipped"
+        )
     try:
         data.decode()
     except UnicodeDecodeError as error:
         line = _line_at(data, error.start)
-        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}): save it as UTF-8 text") from None
+        raise DataError(
+            f"{path}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}): save it as UTF-8 text"
+        ) from None
     return data
 
 
@@ -250,9 +289,13 @@ def _unpacked(path: Path, data: bytes) -> bytes:
     try:
         return gzip.decompress(data)
     except EOFError:
-        raise DataError(f"{path}: the gzip stream is cut off: download or copy the file again") from None
+        raise DataError(
+            f"{path}: the gzip stream is cut off: download or copy the file again"
+        ) from None
     except (zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: the gzip stream is damaged ({error}): download or copy the file again") from None
+        raise DataError(
+            f"{path}: the gzip stream is damaged ({error}): download or copy the file again"
+        ) from None
 
 
 def _line_at(data: bytes, position: int) -> int:

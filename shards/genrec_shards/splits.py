@@ -1,4 +1,5 @@
-"""A split by time: two dates part a log into training, validation and test period, and each user's rows with it."""
+"""A split by time: two dates part a log into training, validation and test period, and each user's
+rows with it."""
 
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -38,9 +39,11 @@ class Cutoff:
         return f"{_text_of(self.validation)},{_text_of(self.test)}"
 
     def periods(self, timestamps: np.ndarray, offsets: np.ndarray) -> "Periods":
-        """Of users' rows in time order, none of whom is without: `timestamps` int64[total], `offsets` int64[U+1]."""
+        """Of users' rows in time order, none of whom is without: `timestamps` int64[total],
+        `offsets` int64[U+1]."""
         training_U, known_U = (
-            np.add.reduceat(timestamps < first, offsets[:-1], dtype=np.int64) for first in (self.validation, self.test)
+            np.add.reduceat(timestamps < first, offsets[:-1], dtype=np.int64)
+            for first in (self.validation, self.test)
         )
         return Periods(training_U, known_U)
 
@@ -66,7 +69,8 @@ class Periods:
     """int64[U], in training and validation period."""
 
     def lengths(self, trained_through: "TrainedThrough") -> np.ndarray:
-        """int64[U], items of each user's training part: n-2 is the training period, n-1 also the validation period."""
+        """int64[U], items of each user's training part: n-2 is the training period, n-1 also the
+        validation period."""
         return self.training_U if trained_through == "n-2" else self.known_U
 
     def flat(self) -> np.ndarray:
@@ -79,7 +83,8 @@ class Periods:
         return cls(*(half.astype(np.int64) for half in np.split(values, 2)))
 
     def fit(self, lengths_U: np.ndarray) -> bool:
-        """May sequences of so many items be cut like this? Each user has something to learn from."""
+        """May sequences of so many items be cut like this? Each user has something to learn
+        from."""
         if len(self.training_U) != len(lengths_U) or len(self.known_U) != len(lengths_U):
             return False
         return bool(
@@ -105,7 +110,8 @@ class GlobalTime:
     """Users with a row in the validation period."""
     test_targets: int
     users_without_history: int
-    """Users with held-out rows who are not among those of the training period: they are left out."""
+    """Users with held-out rows who are not among those of the training period: they are left
+    out."""
 
     def told(self) -> str:
         """A line for a person."""

@@ -1,4 +1,5 @@
-"""Points in time as logs write them: seconds or milliseconds since 1970, or ISO 8601; microseconds since 1970 within."""
+"""Points in time as logs write them: seconds or milliseconds since 1970, or ISO 8601; microseconds
+since 1970 within."""
 
 from __future__ import annotations
 
@@ -17,19 +18,23 @@ END = 4_102_444_800 * 1_000_000
 """2100-01-01: what lies behind is a slip of the pen or of the unit."""
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-# A number of seconds before the year 5138, of milliseconds before 5138, of microseconds from 1973 on.
+# A number of seconds before the year 5138, of milliseconds before 5138, of microseconds from 1973
+# on.
 _LARGEST_SECONDS, _LARGEST_MILLISECONDS = 1e11, 1e14
 
 
 @dataclass
 class Clock:
-    """Reads the times of one log; the unit of numbers, where it is not given, is settled by the first of them."""
+    """Reads the times of one log; the unit of numbers, where it is not given, is settled by the
+    first of them."""
 
     unit: TimeUnit = "auto"
 
     def __post_init__(self) -> None:
         if self.unit not in get_args(TimeUnit):
-            raise ValueError(f"time unit is {self.unit!r}: choose auto, s, ms or us; dates in ISO 8601 need none")
+            raise ValueError(
+                f"time unit is {self.unit!r}: choose auto, s, ms or us; dates in ISO 8601 need none"
+            )
 
     def micros(self, value: Any) -> int | str:
         """Microseconds since 1970 of one value (text or number), or else what is wrong with it."""
@@ -78,7 +83,12 @@ class Clock:
         numbers = values.cast(pl.Float64, strict=False)
         if numbers.null_count() < len(numbers):
             return self._of_floats(numbers)
-        for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%dT%H:%M:%S%.f%#z", "%Y-%m-%dT%H:%M:%S%.f", "%Y-%m-%d"):
+        for form in (
+            "%Y-%m-%d %H:%M:%S%.f",
+            "%Y-%m-%dT%H:%M:%S%.f%#z",
+            "%Y-%m-%dT%H:%M:%S%.f",
+            "%Y-%m-%d",
+        ):
             dates = values.str.to_datetime(form, strict=False, time_unit="us")
             if not dates.null_count():
                 return dates.cast(pl.Int64)
@@ -94,7 +104,10 @@ class Clock:
     def _of_floats(self, values: pl.Series) -> pl.Series:
         import polars as pl
 
-        first = next((value for value in values.head(1000) if value is not None and math.isfinite(value)), None)
+        first = next(
+            (value for value in values.head(1000) if value is not None and math.isfinite(value)),
+            None,
+        )
         if first is None:
             return pl.Series(values.name, [None] * len(values), dtype=pl.Int64)
         micros = (values * self._factor(first) + 0.5).floor()
@@ -112,18 +125,23 @@ class Clock:
     def _factor(self, first: float) -> int:
         if self.unit == "auto":
             size = abs(first)
-            self.unit = "s" if size < _LARGEST_SECONDS else "ms" if size < _LARGEST_MILLISECONDS else "us"
+            self.unit = (
+                "s" if size < _LARGEST_SECONDS else "ms" if size < _LARGEST_MILLISECONDS else "us"
+            )
         return _MICROS[self.unit]
 
 
 def moment(text: str, option: str, end_of_day: bool = False) -> int:
-    """Microseconds since 1970 of a date or time in ISO 8601. `end_of_day`: a date alone means its last microsecond.
+    """Microseconds since 1970 of a date or time in ISO 8601. `end_of_day`: a date alone means its
+    last microsecond.
 
     Raises ValueError that names the option.
     """
     found = _of_date(text.strip())
     if found is None:
-        raise ValueError(f"{option} {text[:40]}: give a date as 2019-12-31, or a time as 2019-12-31T00:00:00")
+        raise ValueError(
+            f"{option} {text[:40]}: give a date as 2019-12-31, or a time as 2019-12-31T00:00:00"
+        )
     return found + (86_400_000_000 - 1 if end_of_day and len(text.strip()) <= 10 else 0)
 
 

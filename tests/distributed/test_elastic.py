@@ -1,4 +1,5 @@
-"""A run that loses its ranks to SIGKILL goes on with another number of them, on the very same samples."""
+"""A run that loses its ranks to SIGKILL goes on with another number of them, on the very same
+samples."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def killed(path: Path, run: Path, after: int) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.005)
     finally:
-        # torchrun gives each rank a session of its own: the group's end would leave the ranks at work beside the next run.
+        # torchrun gives each rank a session of its own: the group's end would leave the ranks at
+        # work beside the next run.
         for process in family(started.pid):
             with contextlib.suppress(ProcessLookupError):  # it has ended already
                 os.kill(process, signal.SIGKILL)
@@ -101,7 +103,9 @@ def test_two_ranks_are_lost_and_three_go_on(tmp_path: Path) -> None:
     # Fewer shards than ranks.
     write_shards(dataset, tmp_path / "data" / "shards", users_per_shard=64, users_per_record=16)
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
-    alone = forked.run(["-m", "genrec_dist.train", recipe(tmp_path, "unbroken")], environment(), timeout=300)
+    alone = forked.run(
+        ["-m", "genrec_dist.train", recipe(tmp_path, "unbroken")], environment(), timeout=300
+    )
     assert alone.returncode == 0, alone
     last = steps(unbroken)[-1]["step"]
     killed(recipe(tmp_path, "broken"), broken, after=random.Random().randrange(5, last - 3))
@@ -110,7 +114,9 @@ def test_two_ranks_are_lost_and_three_go_on(tmp_path: Path) -> None:
     assert not any(rank.returncode for rank in done), done
 
     # Steps between the last checkpoint and the kill were taken twice, by two ranks and by three.
-    taken = [[event for event in steps(broken) if event["step"] == step] for step in range(last + 1)]
+    taken = [
+        [event for event in steps(broken) if event["step"] == step] for step in range(last + 1)
+    ]
     expected = steps(unbroken)
     assert all(taken)
     for step, events in enumerate(taken):
@@ -120,7 +126,10 @@ def test_two_ranks_are_lost_and_three_go_on(tmp_path: Path) -> None:
     for kind in ("weight", "average"):
         one, two = weights(unbroken, kind), weights(broken, kind)
         assert all(torch.allclose(one[name], two[name], atol=5e-4) for name in one)
-    items = [GenRecForConditionalGeneration.from_pretrained(run / "best").item_embedding for run in (unbroken, broken)]
+    items = [
+        GenRecForConditionalGeneration.from_pretrained(run / "best").item_embedding
+        for run in (unbroken, broken)
+    ]
     assert torch.allclose(items[0].weight, items[1].weight, atol=5e-4)
     status = json.loads((broken / "status.json").read_text())
     assert status["status"] == "finished"

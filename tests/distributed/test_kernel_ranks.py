@@ -1,4 +1,5 @@
-"""The embedding kernel, interpreted, on two ranks under DDP and ZeRO-3: the steps that plain torch takes."""
+"""The embedding kernel, interpreted, on two ranks under DDP and ZeRO-3: the steps that plain torch
+takes."""
 
 from __future__ import annotations
 
@@ -36,7 +37,13 @@ validation: {{users: 4}}
 
 
 def jobs(folder: Path, how: str) -> list[dict[str, Any]]:
-    common = {"recipe": str(folder / "recipe.yaml"), "job": "steps", "optimizer": "sgd", "rate": 0.05, "steps": 3}
+    common = {
+        "recipe": str(folder / "recipe.yaml"),
+        "job": "steps",
+        "optimizer": "sgd",
+        "rate": 0.05,
+        "steps": 3,
+    }
     steps = [
         {
             **common,
@@ -46,8 +53,14 @@ def jobs(folder: Path, how: str) -> list[dict[str, Any]]:
         }
         for stage, precision in ((None, "fp32"), (3, "fp32"), (3, "bf16"))
     ]
-    # The whole loop: plans come with the batches, idle micro-batches come without, validation asks for no gradient.
-    whole = [f"run={folder / how}", "finetune.batch_size=120", "pretrain.epochs=0", "optimizer.id_tables=row-adagrad"]
+    # The whole loop: plans come with the batches, idle micro-batches come without, validation asks
+    # for no gradient.
+    whole = [
+        f"run={folder / how}",
+        "finetune.batch_size=120",
+        "pretrain.epochs=0",
+        "optimizer.id_tables=row-adagrad",
+    ]
     train = {
         "name": f"{how}-train",
         "stage": None,
@@ -62,25 +75,37 @@ def jobs(folder: Path, how: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def folder(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("kernel-ranks")
-    (folder / "recipe.yaml").write_text(RECIPE.format(data=tiny_data, folder=folder), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(
+        RECIPE.format(data=tiny_data, folder=folder), encoding="utf-8"
+    )
     for how in ("triton", "reference"):
         path = folder / f"jobs-{how}.json"
         path.write_text(json.dumps(jobs(folder, how)), encoding="utf-8")
         own = deepspeed_environment(GENREC_KERNELS=how, TRITON_INTERPRET="1")
-        done = run_ranks([HELPERS / "zero_rank.py", path], folder / f"logs-{how}", 2, timeout=550, env=own)
+        done = run_ranks(
+            [HELPERS / "zero_rank.py", path], folder / f"logs-{how}", 2, timeout=550, env=own
+        )
         assert done.returncode == 0, done.stderr[0] + done.launcher
     return folder
 
 
 @pytest.mark.parametrize("kind", ["None-fp32", "3-fp32", "3-bf16"])
 def test_steps_with_the_kernel_are_steps_without(folder: Path, kind: str) -> None:
-    ours, theirs = (json.loads((folder / f"{how}-{kind}.json").read_text()) for how in ("triton", "reference"))
+    ours, theirs = (
+        json.loads((folder / f"{how}-{kind}.json").read_text()) for how in ("triton", "reference")
+    )
     assert not any(ours["errors"])
     assert ours["digests"] == theirs["digests"]
     rounding = 1e-5 if kind.endswith("fp32") else 5e-3
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=rounding)
-    moved, expected = (load_file(folder / f"{how}-{kind}.safetensors") for how in ("triton", "reference"))
-    for name in ("model.shared.weight", "model.encoder.embed_positions.weight", "item_embedding.weight"):
+    moved, expected = (
+        load_file(folder / f"{how}-{kind}.safetensors") for how in ("triton", "reference")
+    )
+    for name in (
+        "model.shared.weight",
+        "model.encoder.embed_positions.weight",
+        "item_embedding.weight",
+    ):
         difference = (moved[name] - expected[name]).abs().max()
         assert difference <= max(rounding, 1e-4) * 20 * expected[name].abs().max(), name
         assert expected[name].any()
@@ -91,7 +116,11 @@ def test_a_run_with_the_kernel_learns_what_one_without_learns(folder: Path) -> N
     for how in ("triton", "reference"):
         lines = (folder / how / "events.jsonl").read_text().splitlines()
         losses.append(
-            [event["loss"] for line in lines if (event := json.loads(line))["event"] in ("step", "validation")]
+            [
+                event["loss"]
+                for line in lines
+                if (event := json.loads(line))["event"] in ("step", "validation")
+            ]
         )
     assert len(losses[0]) >= 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -25,8 +25,11 @@ from genrec_dist.training.checkpoint import list_checkpoints
 
 @pytest.fixture
 def backbone(tmp_path: Path) -> Path:
-    """BART-large's configuration with random weights: the published ones need a network, the sizes are the same."""
-    write_sequences(make_process(num_items=256, num_groups=16).sample(32, 5, 12, seed=1), tmp_path / "log.txt")
+    """BART-large's configuration with random weights: the published ones need a network, the sizes
+    are the same."""
+    write_sequences(
+        make_process(num_items=256, num_groups=16).sample(32, 5, 12, seed=1), tmp_path / "log.txt"
+    )
     dataset = prepare(tmp_path / "log.txt", tmp_path / "data")
     write_shards(dataset, tmp_path / "data" / "shards")
     config = BartConfig()  # its defaults are BART-large
@@ -52,10 +55,18 @@ def test_two_steps_of_bart_large_under_zero_3(backbone: Path) -> None:
     for key, value in sets.items():
         command += ["--set", f"{key}={value}"]
     start = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
     seconds = time.monotonic() - start
     assert done.returncode == 0, done.stderr[-3000:]
-    events = [json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()
+    ]
     started = next(event for event in events if event["event"] == "start")
     assert (started["distributed_type"], started["zero_stage"], started["processes"]) == (
         "DistributedType.DEEPSPEED",

@@ -1,4 +1,5 @@
-"""What ranks tell each other, and how each hears of one that fails or is gone, on real gloo ranks."""
+"""What ranks tell each other, and how each hears of one that fails or is gone, on real gloo
+ranks."""
 
 from __future__ import annotations
 
@@ -32,11 +33,16 @@ def test_a_text_is_cut_at_2000_bytes() -> None:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("who", "how", "code"), [(1, "kill", -signal.SIGKILL), pytest.param(0, "exit", 3, marks=pytest.mark.ranks)]
+    ("who", "how", "code"),
+    [(1, "kill", -signal.SIGKILL), pytest.param(0, "exit", 3, marks=pytest.mark.ranks)],
 )
-def test_ranks_meet_and_name_the_one_that_is_gone(tmp_path: Path, who: int, how: str, code: int) -> None:
+def test_ranks_meet_and_name_the_one_that_is_gone(
+    tmp_path: Path, who: int, how: str, code: int
+) -> None:
     done = start_each([SCRIPT, tmp_path, str(who), how], tmp_path / "logs", 3)
-    assert [rank.returncode for rank in done] == [code if rank == who else 0 for rank in range(3)], done
+    assert [rank.returncode for rank in done] == [
+        code if rank == who else 0 for rank in range(3)
+    ], done
     for rank in {0, 1, 2} - {who}:
         answers = json.loads((tmp_path / f"{rank}.json").read_text())
         assert answers["exchange"] == [[k, -(2**62) + k] for k in range(3)]
@@ -49,7 +55,9 @@ def test_ranks_meet_and_name_the_one_that_is_gone(tmp_path: Path, who: int, how:
         assert answers["one fails"] == (own if rank == 1 else theirs.format(1))
         assert answers["main fails"] == (own if rank == 0 else theirs.format(0))
         assert answers["two fail"] == (own if rank else theirs.format(1))
-        assert answers["one has nothing"] == ("ValueError: no list" if rank == 2 else "ValueError: rank 2: no list")
+        assert answers["one has nothing"] == (
+            "ValueError: no list" if rank == 2 else "ValueError: rank 2: no list"
+        )
         assert answers["and on"] == [[0], [1], [2]]
         assert answers["one is gone"].startswith(f"RankGone: rank {who} has gone (")
         assert answers["one is gone"].endswith("): its own message says why, unless it was killed")

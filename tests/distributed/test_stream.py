@@ -1,4 +1,5 @@
-"""One global plan: whatever the ranks, workers and tars, each step holds the same samples with the same masks."""
+"""One global plan: whatever the ranks, workers and tars, each step holds the same samples with the
+same masks."""
 
 from __future__ import annotations
 
@@ -40,12 +41,17 @@ finetune: {epochs: 2, batch_size: 40, targets: every-prefix}
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    """The same records in 1, 3 and 7 tars; the epochs' last steps have fewer samples than eight ranks need."""
+    """The same records in 1, 3 and 7 tars; the epochs' last steps have fewer samples than eight
+    ranks need."""
     folder = tmp_path_factory.mktemp("stream")
-    write_sequences(make_process(num_items=64, num_groups=8).sample(NUM_USERS, 4, 9), folder / "log.txt")
+    write_sequences(
+        make_process(num_items=64, num_groups=8).sample(NUM_USERS, 4, 9), folder / "log.txt"
+    )
     dataset = prepare(folder / "log.txt", folder / "data")
     for number, users_per_shard in TARS.items():
-        manifest = write_shards(dataset, folder / f"{number}-tars", users_per_shard=users_per_shard, users_per_record=4)
+        manifest = write_shards(
+            dataset, folder / f"{number}-tars", users_per_shard=users_per_shard, users_per_record=4
+        )
         assert len(manifest.shards) == number
     (folder / "recipe.yaml").write_text(f"data: {folder / 'data'}\nrun: {folder / 'run'}\n{RECIPE}")
     recipe = load_recipe(folder / "recipe.yaml", [f"shards={folder / '1-tars'}"])
@@ -59,7 +65,9 @@ def shards_of(workshop: Workshop, tars: int) -> Path:
     return Path(workshop.recipe.run).parent / f"{tars}-tars"
 
 
-def seen_by(workshop: Workshop, reader: ShardReader, rank: int, world: int, steps: range, workers: int) -> list[Seen]:
+def seen_by(
+    workshop: Workshop, reader: ShardReader, rank: int, world: int, steps: range, workers: int
+) -> list[Seen]:
     data = StepBatches(workshop.stages, reader, workshop.layout, workshop.recipe, rank, world)
     return walk(data, steps, workers, workshop.words)
 
@@ -75,7 +83,8 @@ def reference(workshop: Workshop) -> list[Seen]:
 
 
 def check_step(parts: list[Seen], expected: Seen) -> None:
-    """What the ranks saw of a step, together, is what one rank sees of it; each took as many rows as the others."""
+    """What the ranks saw of a step, together, is what one rank sees of it; each took as many rows
+    as the others."""
     assert Counter(sample for part in parts for sample in part.samples) == Counter(expected.samples)
     assert sum(part.digest for part in parts) % 2**64 == expected.digest % 2**64
     assert len({part.num_samples + part.num_padding for part in parts}) == 1
@@ -87,11 +96,17 @@ def check_step(parts: list[Seen], expected: Seen) -> None:
 
 def test_an_epoch_is_the_dataset(workshop: Workshop, reference: list[Seen]) -> None:
     sequences = load_dataset(workshop.recipe.data).sequences
-    parts = [sequences.items[sequences.offsets[user] : sequences.offsets[user + 1] - 2] for user in range(NUM_USERS)]
+    parts = [
+        sequences.items[sequences.offsets[user] : sequences.offsets[user + 1] - 2]
+        for user in range(NUM_USERS)
+    ]
     pretrain, finetune = workshop.stages
     masked = [sample for step in reference[: pretrain.end_step] for sample in step.samples]
     # Each user once, and what is seen and what is asked for make up the training part.
-    whole = [(user, *history, *(item for _, items in targets for item in items)) for user, history, targets in masked]
+    whole = [
+        (user, *history, *(item for _, items in targets for item in items))
+        for user, history, targets in masked
+    ]
     assert sorted((sample[0], *sorted(sample[1:])) for sample in whole) == [
         (user, *sorted(part.tolist())) for user, part in enumerate(parts)
     ]
@@ -102,7 +117,10 @@ def test_an_epoch_is_the_dataset(workshop: Workshop, reference: list[Seen]) -> N
     )
     assert set(expected.values()) == {1}
     length = finetune.plan.steps_per_epoch
-    epochs = [reference[start : start + length] for start in range(finetune.first_step, finetune.end_step, length)]
+    epochs = [
+        reference[start : start + length]
+        for start in range(finetune.first_step, finetune.end_step, length)
+    ]
     assert len(epochs) == 2
     for epoch in epochs:
         assert Counter(sample for step in epoch for sample in step.samples) == expected
@@ -110,13 +128,20 @@ def test_an_epoch_is_the_dataset(workshop: Workshop, reference: list[Seen]) -> N
     assert len({step.digest for step in reference}) == len(reference)
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores are wanted here
+@pytest.mark.filterwarnings(
+    "ignore:This DataLoader will create"
+)  # more workers than cores are wanted here
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("tars", TARS)
-def test_any_topology_takes_the_same_steps(workshop: Workshop, reference: list[Seen], tars: int, workers: int) -> None:
+def test_any_topology_takes_the_same_steps(
+    workshop: Workshop, reference: list[Seen], tars: int, workers: int
+) -> None:
     reader = ShardReader(shards_of(workshop, tars))
     for world in WORLDS if workers == 0 else (1, 3):  # workers know nothing of other ranks
-        ranks = [seen_by(workshop, reader, rank, world, all_steps(workshop), workers) for rank in range(world)]
+        ranks = [
+            seen_by(workshop, reader, rank, world, all_steps(workshop), workers)
+            for rank in range(world)
+        ]
         assert {len(steps) for steps in ranks} == {len(reference)}
         for parts, expected in zip(zip(*ranks, strict=True), reference, strict=True):
             check_step(list(parts), expected)
@@ -128,16 +153,27 @@ worlds = st.integers(1, 9)
 @given(before=worlds, after=worlds, tars=st.sampled_from(list(TARS)), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_run_killed_at_any_step_goes_on_with_any_world(
-    workshop: Workshop, reference: list[Seen], before: int, after: int, tars: int, data: st.DataObject
+    workshop: Workshop,
+    reference: list[Seen],
+    before: int,
+    after: int,
+    tars: int,
+    data: st.DataObject,
 ) -> None:
     """Nothing of what the ranks before had seen, or had loaded ahead, is needed or repeated."""
     end = len(reference)
     killed_at = data.draw(st.integers(0, end - 1))
     item_of = items_by_tokens(workshop.words)
     taken = []
-    for world, steps in ((before, range(max(killed_at - 1, 0), killed_at)), (after, range(killed_at, end))):
+    for world, steps in (
+        (before, range(max(killed_at - 1, 0), killed_at)),
+        (after, range(killed_at, end)),
+    ):
         reader = ShardReader(shards_of(workshop, tars), verify=False)
-        ranks = [StepBatches(workshop.stages, reader, workshop.layout, workshop.recipe, r, world) for r in range(world)]
+        ranks = [
+            StepBatches(workshop.stages, reader, workshop.layout, workshop.recipe, r, world)
+            for r in range(world)
+        ]
         for step in steps:
             parts = [read_back(rank[step], workshop.words, item_of) for rank in ranks]
             check_step(parts, reference[step])
@@ -147,7 +183,9 @@ def test_a_run_killed_at_any_step_goes_on_with_any_world(
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 3])
-def test_real_ranks_take_the_same_steps(workshop: Workshop, reference: list[Seen], tmp_path: Path, world: int) -> None:
+def test_real_ranks_take_the_same_steps(
+    workshop: Workshop, reference: list[Seen], tmp_path: Path, world: int
+) -> None:
     """Three ranks share one tar behind an address; the node fetches each record once."""
     with serving(shards_of(workshop, 1).parent) as server:
         shards = f"{server.url}/1-tars" if world == 3 else str(shards_of(workshop, 7))
@@ -155,12 +193,22 @@ def test_real_ranks_take_the_same_steps(workshop: Workshop, reference: list[Seen
         (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
         script = HELPERS / "stream_rank.py"
         env = environment(GENREC_CACHE=str(tmp_path / "cache"))
-        done = start_each([script, tmp_path / "recipe.yaml", tmp_path], tmp_path / "logs", world, timeout=300, env=env)
+        done = start_each(
+            [script, tmp_path / "recipe.yaml", tmp_path],
+            tmp_path / "logs",
+            world,
+            timeout=300,
+            env=env,
+        )
         assert not any(rank.returncode for rank in done), done
         records = [request for request in server.requests if request[1]]
-        assert len(records) == len(set(records)) == (workshop.reader.num_records if world == 3 else 0)
+        assert (
+            len(records) == len(set(records)) == (workshop.reader.num_records if world == 3 else 0)
+        )
     reports = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(world)]
-    assert all(report["digests"] == [step.digest % 2**64 for step in reference] for report in reports)
+    assert all(
+        report["digests"] == [step.digest % 2**64 for step in reference] for report in reports
+    )
     for number, expected in enumerate(reference):
         check_step([seen_from(report["steps"][number]) for report in reports], expected)
 
@@ -177,7 +225,8 @@ def seen_from(fields: dict) -> Seen:
 def test_a_server_that_fails_in_the_middle_ends_the_run_in_one_line(
     workshop: Workshop, tmp_path: Path, workers: int
 ) -> None:
-    """Also where a worker reads: it must neither keep the run from ending nor show its traceback."""
+    """Also where a worker reads: it must neither keep the run from ending nor show its
+    traceback."""
     with serving(shards_of(workshop, 7).parent) as server:
         server.fault = lambda path, number: "404" if path.endswith("shard-000003.tar") else None
         shards, run = f"{server.url}/7-tars", tmp_path / "run"

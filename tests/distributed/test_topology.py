@@ -13,7 +13,14 @@ import pytest
 from places import ROOT
 from two_ranks import deepspeed_environment, environment
 
-from genrec_dist.distributed.launch_check import Asked, Launch, asked, first_difference, launch_above, launch_arguments
+from genrec_dist.distributed.launch_check import (
+    Asked,
+    Launch,
+    asked,
+    first_difference,
+    launch_above,
+    launch_arguments,
+)
 
 BIN = Path(sys.executable).parent
 ONE_PROCESS = {"processes": "1", "zero": "none", "precision": "fp32", "device": "cpu"}
@@ -45,7 +52,12 @@ def test_a_launch_is_known_however_it_is_written(line: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["python train.py", "accelerate config", "bash -c 'accelerate launch x'", "torchrun --nproc_per_node 2 t.py"],
+    [
+        "python train.py",
+        "accelerate config",
+        "bash -c 'accelerate launch x'",
+        "torchrun --nproc_per_node 2 t.py",
+    ],
 )
 def test_other_commands_are_no_launch(line: str) -> None:
     words = line.split() if "'" not in line else ["bash", "-c", "accelerate launch x"]
@@ -57,7 +69,9 @@ def test_nobody_launched_this_test() -> None:
 
 
 def parsed(*arguments: str, folder: Path = ROOT) -> dict[str, list[str]]:
-    return wishes({}, Launch([*arguments, "-m", "genrec_dist.train", "tiny", "--set", "seed=1"], folder))
+    return wishes(
+        {}, Launch([*arguments, "-m", "genrec_dist.train", "tiny", "--set", "seed=1"], folder)
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +115,10 @@ def test_accelerate_reads_its_own_command_line(
 
 def test_what_nobody_said_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parsed() == PLAIN
-    assert wishes({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False", "PATH": "/bin"}) == {}
+    assert (
+        wishes({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False", "PATH": "/bin"})
+        == {}
+    )
 
 
 def test_a_file_is_looked_for_where_the_launcher_stood(tmp_path: Path) -> None:
@@ -120,7 +137,9 @@ def test_reading_a_launch_leaves_logging_alone() -> None:
         "list(asked({}, Launch(['--cpu', 't.py'], Path()))); print(logging.root.handlers)"
     )
     env = environment(ACCELERATE_ENABLE_RICH="true")
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+    )
     assert (done.stdout, done.stderr) == ("[]\n", "")
     assert not logging.getLogger("accelerate.commands.launch").disabled
 
@@ -147,23 +166,32 @@ def test_variables_are_read(environ: str, expected: dict[str, list[str]]) -> Non
 
 
 def test_the_stage_is_read_out_of_the_deepspeed_file(tmp_path: Path) -> None:
-    environ = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json")}
+    environ = {
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json"),
+    }
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 1}}')
     assert asked(environ, None) == [Asked("zero", "1", str(tmp_path / "zero.json"))]
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": "auto"}}')
     assert wishes(environ | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}) == {"zero": ["3"]}
     for text in ("{}", "no json", '{"zero_optimization": 2}'):
         (tmp_path / "zero.json").write_text(text)
-        with pytest.raises(ValueError, match=r"zero\.json: no DeepSpeed file with zero_optimization\.stage"):
+        with pytest.raises(
+            ValueError, match=r"zero\.json: no DeepSpeed file with zero_optimization\.stage"
+        ):
             asked(environ, None)
     (tmp_path / "zero.json").unlink()
     with pytest.raises(ValueError, match=r"zero\.json: no DeepSpeed file"):
         asked(environ, None)
 
 
-@pytest.mark.parametrize("text", ["zero=4", "processes=two", "zero", "stage=2", "precision=fp8", "processes="])
+@pytest.mark.parametrize(
+    "text", ["zero=4", "processes=two", "zero", "stage=2", "precision=fp8", "processes="]
+)
 def test_an_expectation_that_cannot_be_read_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=f"GENREC_EXPECT: {text} is not one of processes=N, zero=none"):
+    with pytest.raises(
+        ValueError, match=f"GENREC_EXPECT: {text} is not one of processes=N, zero=none"
+    ):
         asked({"GENREC_EXPECT": f"device=cpu,{text}"}, None)
 
 
@@ -174,7 +202,8 @@ def test_an_expectation_that_cannot_be_read_is_refused(text: str) -> None:
 def test_every_difference_is_told_with_its_source_and_a_way_out(what: str) -> None:
     other = {"processes": "2", "zero": "3", "precision": "bf16", "device": "gpu"}[what]
     line = first_difference(
-        [*(Asked(k, v, "x") for k, v in ONE_PROCESS.items()), Asked(what, other, "FILE")], ONE_PROCESS
+        [*(Asked(k, v, "x") for k, v in ONE_PROCESS.items()), Asked(what, other, "FILE")],
+        ONE_PROCESS,
     )
     assert line is not None
     assert line.startswith("FILE asks for ")
@@ -185,24 +214,39 @@ def test_every_difference_is_told_with_its_source_and_a_way_out(what: str) -> No
 
 
 def test_no_difference_is_no_word() -> None:
-    assert first_difference([Asked(what, value, "x") for what, value in ONE_PROCESS.items()], ONE_PROCESS) is None
+    assert (
+        first_difference(
+            [Asked(what, value, "x") for what, value in ONE_PROCESS.items()], ONE_PROCESS
+        )
+        is None
+    )
 
 
 def test_deepspeed_that_nobody_asked_for_is_a_difference() -> None:
     line = first_difference([Asked("zero", "none", "FILE")], ONE_PROCESS | {"zero": "2"})
     assert line is not None
-    assert "FILE asks for no DeepSpeed, the run got DeepSpeed ZeRO stage 2: unset ACCELERATE_USE_DEEPSPEED" in line
+    assert (
+        "FILE asks for no DeepSpeed, the run got DeepSpeed ZeRO stage 2: unset ACCELERATE_USE_DEEPSPEED"
+        in line
+    )
 
 
 # Real launches
 
 
-def stopped(command: list[str | Path], folder: Path, env: dict[str, str], recipe: str = "precision: fp32") -> str:
-    """What the trainer said, launched by `command`, if any, so that it has to stop before it opens anything."""
-    (folder / "recipe.yaml").write_text(f"data: {folder}/none\nrun: {folder}/run\n{recipe}\nfinetune: {{epochs: 1}}\n")
+def stopped(
+    command: list[str | Path], folder: Path, env: dict[str, str], recipe: str = "precision: fp32"
+) -> str:
+    """What the trainer said, launched by `command`, if any, so that it has to stop before it opens
+    anything."""
+    (folder / "recipe.yaml").write_text(
+        f"data: {folder}/none\nrun: {folder}/run\n{recipe}\nfinetune: {{epochs: 1}}\n"
+    )
     trainer = ["-m", "genrec_dist.train", folder / "recipe.yaml"]
     if command:
-        done = subprocess.run([*command, *trainer], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [*command, *trainer], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300
+        )
     else:
         done = forked.run(trainer, env, timeout=300)
     assert done.returncode != 0
@@ -222,12 +266,24 @@ def test_two_processes_that_become_one_stop(tmp_path: Path) -> None:
         "start them with launch/cpu_two_ranks.sh or torchrun"
     )
     command: list[str | Path] = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "2"]
-    assert stopped(command, tmp_path, env) == f"genrec: accelerate launch --cpu --num_processes 2 {way_out}"
+    assert (
+        stopped(command, tmp_path, env)
+        == f"genrec: accelerate launch --cpu --num_processes 2 {way_out}"
+    )
     config = (ROOT / "launch" / "cpu_single.yaml").read_text()
     config = config.replace('distributed_type: "NO"', "distributed_type: MULTI_CPU")
     (tmp_path / "multi.yaml").write_text(config.replace("num_processes: 1", "num_processes: 2"))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", tmp_path / "multi.yaml"]
-    assert stopped(command, tmp_path, env) == f"genrec: accelerate launch --config_file {tmp_path}/multi.yaml {way_out}"
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        tmp_path / "multi.yaml",
+    ]
+    assert (
+        stopped(command, tmp_path, env)
+        == f"genrec: accelerate launch --config_file {tmp_path}/multi.yaml {way_out}"
+    )
 
 
 @pytest.mark.dist
@@ -243,15 +299,23 @@ def test_deepspeed_that_the_cpu_switch_turns_off_stops(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 def test_tasks_that_do_not_know_of_each_other_stop(tmp_path: Path) -> None:
-    # As `srun -n 2 genrec train` would start them: each would train the whole run, in one directory.
+    # As `srun -n 2 genrec train` would start them: each would train the whole run, in one
+    # directory.
     said = stopped([], tmp_path, environment(SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0"))
-    assert said.startswith("genrec: SLURM_STEP_NUM_TASKS=2 asks for 2 processes, the run got 1 process: ")
+    assert said.startswith(
+        "genrec: SLURM_STEP_NUM_TASKS=2 asks for 2 processes, the run got 1 process: "
+    )
 
 
 @pytest.mark.dist
 @pytest.mark.ranks
 def test_a_deepspeed_launch_gets_what_it_asks_for_and_no_other(tmp_path: Path) -> None:
-    options = ["--config_file", "launch/cpu_two_ranks_zero.yaml", "--deepspeed_config_file", "launch/zero2.json"]
+    options = [
+        "--config_file",
+        "launch/cpu_two_ranks_zero.yaml",
+        "--deepspeed_config_file",
+        "launch/zero2.json",
+    ]
     done = subprocess.run(
         [BIN / "accelerate", "launch", *options, ROOT / "tests" / "topology_rank.py", tmp_path],
         env=deepspeed_environment(), cwd=ROOT, capture_output=True, text=True, timeout=400,
@@ -261,10 +325,17 @@ def test_a_deepspeed_launch_gets_what_it_asks_for_and_no_other(tmp_path: Path) -
     assert first["got"] == {"processes": "2", "zero": "2", "precision": "bf16", "device": "cpu"}
     for rank in (first, second):
         assert rank["nothing more"] == rank["the same"] == "well"
-        assert "asks for DeepSpeed ZeRO stage 3, the run got DeepSpeed ZeRO stage 2" in rank["another stage"]
-        assert rank["another precision"].startswith("recipe asks for precision fp32, the run got precision bf16")
+        assert (
+            "asks for DeepSpeed ZeRO stage 3, the run got DeepSpeed ZeRO stage 2"
+            in rank["another stage"]
+        )
+        assert rank["another precision"].startswith(
+            "recipe asks for precision fp32, the run got precision bf16"
+        )
         assert "asks for 4 processes, the run got 2 processes" in rank["another number"]
-        assert rank["ranks differ"].startswith("rank 1 got DeepSpeed ZeRO stage 3, rank 0 DeepSpeed ZeRO stage 2")
+        assert rank["ranks differ"].startswith(
+            "rank 1 got DeepSpeed ZeRO stage 3, rank 0 DeepSpeed ZeRO stage 2"
+        )
     elsewhere = "rank {} did not get what it was asked for: its own message says what"
     assert first["one rank asks for more"] == elsewhere.format(1)
     assert "asks for DeepSpeed ZeRO stage 1" in second["one rank asks for more"]

@@ -1,4 +1,5 @@
-"""ZeRO 0 to 3 on real DeepSpeed engines and gloo ranks: the same steps as one process, and checkpoints that fit any of them."""
+"""ZeRO 0 to 3 on real DeepSpeed engines and gloo ranks: the same steps as one process, and
+checkpoints that fit any of them."""
 
 from __future__ import annotations
 
@@ -65,7 +66,10 @@ class Results:
         return load_file(self.folder / f"{name}.safetensors")
 
     def steps(self, run: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in (self.folder / run / "events.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (self.folder / run / "events.jsonl").read_text().splitlines()
+        ]
         return [line for line in lines if line["event"] == "step"]
 
     def weights(self, run: str, kind: str = "weight") -> dict[str, torch.Tensor]:
@@ -80,7 +84,8 @@ ROWS = ("optimizer.id_tables=row-adagrad", "model.id_dim=8")
 
 
 def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
-    """SGD in both precisions at all stages, AdamW in float32, and a rank whose gradient is left out."""
+    """SGD in both precisions at all stages, AdamW in float32, and a rank whose gradient is left
+    out."""
     common = {"recipe": str(folder / "recipe.yaml"), "job": "steps", "steps": 10}
     sgd = {**common, "optimizer": "sgd", "rate": 0.05}
     jobs = [
@@ -102,7 +107,12 @@ def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
     ]
     # Two ranks at stage 3 against a plain process, by either way.
     jobs += [
-        {**sgd, "name": f"trimmed-{how}-{world}", "stage": 3 if world == 2 else None, "set": [f"head={how}", *trimmed]}
+        {
+            **sgd,
+            "name": f"trimmed-{how}-{world}",
+            "stage": 3 if world == 2 else None,
+            "set": [f"head={how}", *trimmed],
+        }
         for how in ("full", "chunked")
     ]
     jobs.append(
@@ -114,14 +124,27 @@ def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
         }
     )
     jobs += [
-        {**common, "name": f"adamw-{stage}-{world}", "stage": stage, "optimizer": "adamw", "rate": 3e-3}
+        {
+            **common,
+            "name": f"adamw-{stage}-{world}",
+            "stage": stage,
+            "optimizer": "adamw",
+            "rate": 3e-3,
+        }
         for stage in (None, *STAGES)
         if stage is None or world == 2
     ]
     if world == 2:
         bf16 = ["precision=bf16"]
         jobs += [
-            {**common, "name": f"adamw-bf16-{stage}", "stage": stage, "optimizer": "adamw", "rate": 3e-3, "set": bf16}
+            {
+                **common,
+                "name": f"adamw-bf16-{stage}",
+                "stage": stage,
+                "optimizer": "adamw",
+                "rate": 3e-3,
+                "set": bf16,
+            }
             for stage in (0, 2)
         ]
         jobs += [
@@ -138,14 +161,25 @@ def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
         ]
         for precision in ("fp32", "bf16"):
             sets = [f"precision={precision}", "optimizer.clip=0.0"]
-            jobs.append({**sgd, "name": f"lost-{precision}", "stage": 2, "set": sets, "leave_out": 1})
+            jobs.append(
+                {**sgd, "name": f"lost-{precision}", "stage": 2, "set": sets, "leave_out": 1}
+            )
     return jobs
 
 
-def a_run(folder: Path, name: str, stage: int | None, *more: str, resume: str | None = None) -> dict[str, Any]:
+def a_run(
+    folder: Path, name: str, stage: int | None, *more: str, resume: str | None = None
+) -> dict[str, Any]:
     sets = [f"run={folder / name}", "optimizer.average=0.9", *more]
     recipe = str(folder / "recipe.yaml")
-    return {"name": name, "stage": stage, "recipe": recipe, "job": "train", "set": sets, "resume": resume}
+    return {
+        "name": name,
+        "stage": stage,
+        "recipe": recipe,
+        "job": "train",
+        "set": sets,
+        "resume": resume,
+    }
 
 
 def broken_off(folder: Path, source: str, name: str, step: int) -> None:
@@ -194,7 +228,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
 
 def is_noise(name: str) -> bool:
-    """Softmax does not feel what a key's bias adds to all scores of a query: its gradient is rounding alone."""
+    """Softmax does not feel what a key's bias adds to all scores of a query: its gradient is
+    rounding alone."""
     return name.endswith("k_proj.bias")
 
 
@@ -203,7 +238,9 @@ def difference(results: Results, one: str, two: str) -> dict[str, float]:
     first, second = results.change(one), results.change(two)
     assert set(first) == set(second)
     return {
-        name: float((second[name] - first[name]).norm() / first[name].norm()) for name in first if not is_noise(name)
+        name: float((second[name] - first[name]).norm() / first[name].norm())
+        for name in first
+        if not is_noise(name)
     }
 
 
@@ -211,7 +248,11 @@ def difference(results: Results, one: str, two: str) -> dict[str, float]:
 def test_the_engine_is_what_was_asked_for(results: Results, stage: int) -> None:
     for precision in ("fp32", "bf16"):
         facts = results.facts(f"{precision}-{stage}-2")
-        assert (facts["distributed_type"], facts["stage"], facts["processes"]) == ("DEEPSPEED", stage, 2)
+        assert (facts["distributed_type"], facts["stage"], facts["processes"]) == (
+            "DEEPSPEED",
+            stage,
+            2,
+        )
         # A rank went through the layers with an idle micro-batch, or the case would not be tested.
         assert facts["idle"] > 0
     assert results.facts("fp32-None-2")["distributed_type"] == "MULTI_CPU"
@@ -241,7 +282,9 @@ def test_a_trimmed_head_takes_the_same_steps(results: Results, how: str) -> None
     assert max(worst.values()) <= SEEN_FP32, max(worst.items(), key=lambda pair: pair[1])
 
 
-def test_samples_that_share_an_encoding_and_both_heads_take_the_same_steps(results: Results) -> None:
+def test_samples_that_share_an_encoding_and_both_heads_take_the_same_steps(
+    results: Results,
+) -> None:
     """Rows of the id table are read by the embedding and by the item head."""
     assert results.facts("shared-2")["stage"] == 3
     assert results.facts("shared-1")["digests"] == results.facts("shared-2")["digests"]
@@ -311,7 +354,8 @@ def parity_table(results: Results) -> list[str]:
 
 
 def test_the_docs_show_the_table(results: Results) -> None:
-    """GENREC_WRITE_DOCS=1 writes it; otherwise what stands there has to keep the bounds and be of today's kind."""
+    """GENREC_WRITE_DOCS=1 writes it; otherwise what stands there has to keep the bounds and be of
+    today's kind."""
     page = ROOT / "docs" / "scale.md"
     before, rest = page.read_text().split("<!-- parity:begin -->\n")
     shown, after = rest.split("<!-- parity:end -->")
@@ -326,47 +370,73 @@ def test_the_docs_show_the_table(results: Results) -> None:
     for row, now in zip(cells[2:], today[2:], strict=True):
         assert max(map(float, row[1:3])) <= SEEN_FP32
         # Another machine sums in another order, and not by another order of magnitude.
-        assert all(abs(math.log10(float(one) / float(two))) < 1.5 for one, two in zip(row[1:], now[1:], strict=True))
+        assert all(
+            abs(math.log10(float(one) / float(two))) < 1.5
+            for one, two in zip(row[1:], now[1:], strict=True)
+        )
 
 
-@pytest.mark.parametrize("name", [*(f"adamw-{stage}-2" for stage in (None, *STAGES)), "adamw-bf16-0", "adamw-bf16-2"])
+@pytest.mark.parametrize(
+    "name", [*(f"adamw-{stage}-2" for stage in (None, *STAGES)), "adamw-bf16-0", "adamw-bf16-2"]
+)
 def test_adamw_counts_the_steps_there_were(results: Results, name: str) -> None:
-    """DeepSpeed makes room for moments by a step without gradients; counted, it would bend the first real ones."""
+    """DeepSpeed makes room for moments by a step without gradients; counted, it would bend the
+    first real ones."""
     assert results.facts(name)["optimizer_step"] == 10
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_gradient_that_is_not_finite_ends_the_run(results: Results, stage: int, precision: str) -> None:
-    """DeepSpeed would skip the step, and with it the samples, without a word; the loss itself is finite here."""
+def test_a_gradient_that_is_not_finite_ends_the_run(
+    results: Results, stage: int, precision: str
+) -> None:
+    """DeepSpeed would skip the step, and with it the samples, without a word; the loss itself is
+    finite here."""
     errors = results.facts(f"spoiled-{precision}-{stage}")["errors"]
     assert len(errors) == 2
-    assert all("the gradient norm is" in error and "at step 2: nothing was saved since" in error for error in errors)
+    assert all(
+        "the gradient norm is" in error and "at step 2: nothing was saved since" in error
+        for error in errors
+    )
 
 
 def test_every_rank_and_stage_takes_the_same_samples(results: Results) -> None:
-    digests = [results.facts(f"fp32-{stage}-{world}")["digests"] for stage in (None, *STAGES) for world in (1, 2)]
+    digests = [
+        results.facts(f"fp32-{stage}-{world}")["digests"]
+        for stage in (None, *STAGES)
+        for world in (1, 2)
+    ]
     assert all(found == digests[0] for found in digests)
     assert len(set(digests[0])) == 10
 
 
 @pytest.mark.parametrize(
-    ("resumed", "whole"), [("three-to-three", "whole-3"), ("two-to-two", "whole-2"), ("bf16-to-bf16", "whole-bf16")]
+    ("resumed", "whole"),
+    [("three-to-three", "whole-3"), ("two-to-two", "whole-2"), ("bf16-to-bf16", "whole-bf16")],
 )
-def test_a_resume_at_the_same_size_is_the_unbroken_run_to_the_bit(results: Results, resumed: str, whole: str) -> None:
+def test_a_resume_at_the_same_size_is_the_unbroken_run_to_the_bit(
+    results: Results, resumed: str, whole: str
+) -> None:
     for kind in ("weight", "exp_avg", "exp_avg_sq", "average"):
         one, two = results.weights(whole, kind), results.weights(resumed, kind)
         for name in one:
             assert torch.equal(one[name], two[name]), (kind, name)
 
 
-@pytest.mark.parametrize("resumed", ["three-to-one", "three-to-ddp", "three-to-plain", "three-to-alone"])
+@pytest.mark.parametrize(
+    "resumed", ["three-to-one", "three-to-ddp", "three-to-plain", "three-to-alone"]
+)
 def test_a_resume_at_another_size_or_stage_goes_on(results: Results, resumed: str) -> None:
-    """The rest of the run takes the same samples and comes to the same weights, up to the order of sums."""
+    """The rest of the run takes the same samples and comes to the same weights, up to the order of
+    sums."""
     whole, rest = results.steps("whole-3"), results.steps(resumed)
     assert [event["step"] for event in rest] == [event["step"] for event in whole][9:]
-    assert [event["samples_digest"] for event in rest] == [event["samples_digest"] for event in whole][9:]
-    assert np.allclose([event["loss"] for event in rest], [event["loss"] for event in whole][9:], rtol=1e-3)
+    assert [event["samples_digest"] for event in rest] == [
+        event["samples_digest"] for event in whole
+    ][9:]
+    assert np.allclose(
+        [event["loss"] for event in rest], [event["loss"] for event in whole][9:], rtol=1e-3
+    )
     for kind in ("weight", "average"):
         one, two = results.weights("whole-3", kind), results.weights(resumed, kind)
         assert all(torch.allclose(one[name], two[name], atol=2e-4) for name in one)
@@ -375,7 +445,10 @@ def test_a_resume_at_another_size_or_stage_goes_on(results: Results, resumed: st
 def test_no_rank_loads_a_torn_checkpoint(results: Results) -> None:
     errors = results.facts("torn")["errors"]
     assert len(errors) == 2
-    assert all("rank-00001-of-00002.safetensors: damaged or missing; resume from an older" in error for error in errors)
+    assert all(
+        "rank-00001-of-00002.safetensors: damaged or missing; resume from an older" in error
+        for error in errors
+    )
 
 
 @pytest.mark.parametrize("stage", [None, 2, 3])
@@ -389,21 +462,36 @@ def test_id_tables_stay_outside_and_learn_the_same(results: Results, stage: int 
         one, two = (getattr(model, name).weight for model in (alone, together))
         assert one.shape[1] == 8
         assert torch.allclose(one, two, atol=2e-4)
-    losses = [[event["loss"] for event in results.steps(run)] for run in ("rows-alone", f"rows-{stage}")]
+    losses = [
+        [event["loss"] for event in results.steps(run)] for run in ("rows-alone", f"rows-{stage}")
+    ]
     assert np.allclose(*losses, rtol=1e-3)
     files = {path.name for path in list_checkpoints(results.folder / f"rows-{stage}")[-1].iterdir()}
-    assert {f"ids-{kind}-{rank:05d}-of-00002.safetensors" for kind in ("user", "item") for rank in (0, 1)} <= files
+    assert {
+        f"ids-{kind}-{rank:05d}-of-00002.safetensors"
+        for kind in ("user", "item")
+        for rank in (0, 1)
+    } <= files
 
 
 def test_lists_amid_a_zero_3_run_are_those_of_one_process(results: Results) -> None:
-    """Decoding is each rank's own affair: unequal numbers of batches hang nobody, and one process finds the same lists."""
+    """Decoding is each rank's own affair: unequal numbers of batches hang nobody, and one process
+    finds the same lists."""
     facts = results.facts("fp32-3-2")
     shop, _ = open_workshop(load_recipe(results.folder / "recipe.yaml"))
     model = GenRecForConditionalGeneration.from_pretrained(results.folder / "fp32-3-2").eval()
     searcher = make_searcher(model, shop.words, torch.device("cpu"))
     view, users = shop.dataset.sequences.history_and_target("validation"), np.arange(90)
     windows = list(
-        rank_windows(searcher, shop.layout, view, users, Decoding(batch_size=16), Ranks(), window=LISTS_WINDOW)
+        rank_windows(
+            searcher,
+            shop.layout,
+            view,
+            users,
+            Decoding(batch_size=16),
+            Ranks(),
+            window=LISTS_WINDOW,
+        )
     )
     assert [window.user_rows.tolist() for window in windows] == facts["users"]
     assert [window.items.tolist() for window in windows] == facts["items"]
@@ -419,7 +507,9 @@ def test_lists_amid_a_zero_3_run_are_those_of_one_process(results: Results) -> N
 def test_best_is_a_plain_model(results: Results, run: str) -> None:
     best = GenRecForConditionalGeneration.from_pretrained(results.folder / run / "best")
     assert {p.dtype for p in best.parameters()} == {torch.float32}
-    assert not list((results.folder / run).glob("**/*.pt")) + list((results.folder / run).glob("**/*.bin"))
+    assert not list((results.folder / run).glob("**/*.pt")) + list(
+        (results.folder / run).glob("**/*.bin")
+    )
     # The averaged masters themselves, not the rounded weights that the layers see.
     status = json.loads((results.folder / run / "status.json").read_text())
     at_best = results.folder / run / "checkpoints" / f"step-{status['best_step'] + 1:08d}"
@@ -429,7 +519,8 @@ def test_best_is_a_plain_model(results: Results, run: str) -> None:
 
 
 def test_padding_samples_are_counted_and_not_learned(results: Results) -> None:
-    """31 samples on two ranks: one is repeated to even them out, and the loss is that of one process."""
+    """31 samples on two ranks: one is repeated to even them out, and the loss is that of one
+    process."""
     steps = results.steps("whole-3")
     assert all(event["padding_samples"] == event["samples"] % 2 for event in steps)
     assert any(event["padding_samples"] for event in steps)

@@ -1,4 +1,5 @@
-"""One rank of test_all_users.py, or the only one: lists all users in several ways, by `all_users_rank.py RUN DATA OUT`."""
+"""One rank of test_all_users.py, or the only one: lists all users in several ways, by
+`all_users_rank.py RUN DATA OUT`."""
 
 from __future__ import annotations
 
@@ -14,7 +15,11 @@ from genrec_dist.inference.export_lists import recommend_all
 from genrec_dist.inference.load import load_run
 from genrec_dist.inference.recommend import Recommender
 
-WAYS = {"five-batches": (25, 120, 20), "windows-that-do-not-divide": (7, 50, 30), "one-batch": (256, 120, 5)}
+WAYS = {
+    "five-batches": (25, 120, 20),
+    "windows-that-do-not-divide": (7, 50, 30),
+    "one-batch": (256, 120, 5),
+}
 """Name -> batch size, users a window, length of the lists. 120 users."""
 
 
@@ -25,7 +30,13 @@ def main(run: str, data: str, out: Path) -> int:
     ranks, recommender, dataset = Ranks(), Recommender(load_run(run)), load_dataset(data)
     for name, (batch_size, window, top) in WAYS.items():
         path = recommend_all(
-            recommender, dataset, out / name, top=top, batch_size=batch_size, window=window, ranks=ranks
+            recommender,
+            dataset,
+            out / name,
+            top=top,
+            batch_size=batch_size,
+            window=window,
+            ranks=ranks,
         )
         assert (path is not None) == ranks.is_main
     return run_command(["recommend", run, "--all-users", "--out", str(out / "command")])

@@ -1,4 +1,5 @@
-"""Calls in threads of their own whose fate a test can ask for; one that is stranded fails the test and does not hold it up."""
+"""Calls in threads of their own whose fate a test can ask for; one that is stranded fails the test
+and does not hold it up."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ PATIENCE = 60
 
 
 def spawn(call: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """The coming result of a call, or its error, KeyboardInterrupt included. (The threads of a pool would be waited for.)"""
+    """The coming result of a call, or its error, KeyboardInterrupt included. (The threads of a pool
+    would be waited for.)"""
     future: Future[Any] = Future()
 
     def run() -> None:

@@ -18,14 +18,20 @@ from genrec_dist.model.build import build_model
 
 NUM_MASKS = 4
 
-# The letter z occurs in the words of held-out items alone, so that a leaking sub-word is known by its letters.
-TRAINING_CODES = [str(code) for code in (1, 12, 123, 2, 27, 7, 99, 1000, 12101, 5, 50, 555, 40404, 8, 81)]
+# The letter z occurs in the words of held-out items alone, so that a leaking sub-word is known by
+# its letters.
+TRAINING_CODES = [
+    str(code) for code in (1, 12, 123, 2, 27, 7, 99, 1000, 12101, 5, 50, 555, 40404, 8, 81)
+]
 
 MARKER_CODES = [f"z{code}" for code in range(100, 200)]
 
 CODES = TRAINING_CODES + MARKER_CODES
 
-USER_CODES = [str(code) for code in (3, 33, 22363, 4, 17, 171, 9, 90, 909, 31, 64, 6464, 2, 22, 222, 1, 11, 111, 5, 55)]
+USER_CODES = [
+    str(code)
+    for code in (3, 33, 22363, 4, 17, 171, 9, 90, 909, 31, 64, 6464, 2, 22, 222, 1, 11, 111, 5, 55)
+]
 
 TOKENIZER = train_tokenizer(CODES, 300, NUM_MASKS)
 
@@ -65,20 +71,37 @@ def marked_sequences(trained_through="n-2", seed=0) -> Lists:
     rng = np.random.default_rng(seed)
     held_out = 2 if trained_through == "n-2" else 1
     markers = iter(range(len(TRAINING_CODES), len(CODES)))
-    training = [rng.integers(0, len(TRAINING_CODES), rng.integers(1, 14)).tolist() for _ in USER_CODES]
+    training = [
+        rng.integers(0, len(TRAINING_CODES), rng.integers(1, 14)).tolist() for _ in USER_CODES
+    ]
     return Lists([row + [next(markers) for _ in range(held_out)] for row in training])
 
 
 def whole_step(source: Lists, space: str, trained_through="n-2", epoch=0) -> StepSamples:
     plan = Plan(
-        source.lengths, 4, space=space, batch_size=1000, seed=1, trained_through=trained_through, window_records=2
+        source.lengths,
+        4,
+        space=space,
+        batch_size=1000,
+        seed=1,
+        trained_through=trained_through,
+        window_records=2,
     )
     return plan.step(epoch, 0)
 
 
-def batches_of(samples, source, where=None, mask=None, epoch=0, budget=WHOLE, packed=False) -> list[Batch]:
+def batches_of(
+    samples, source, where=None, mask=None, epoch=0, budget=WHOLE, packed=False
+) -> list[Batch]:
     return make_step(
-        samples, source, where or layout(), mask=mask, seed=3, epoch=epoch, micro_batch_tokens=budget, packed=packed
+        samples,
+        source,
+        where or layout(),
+        mask=mask,
+        seed=3,
+        epoch=epoch,
+        micro_batch_tokens=budget,
+        packed=packed,
     ).micro_batches
 
 
@@ -94,7 +117,14 @@ def a_model(**shape):
     special = {
         "bos": TOKENIZER.bos_token_id, "pad": PAD, "eos": TOKENIZER.eos_token_id, "mask": mask_tokens(TOKENIZER, 1)[0],
     }  # fmt: skip
-    common = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "ffn": 32, "init_std": 0.2}
+    common = {
+        "d_model": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 1,
+        "heads": 2,
+        "ffn": 32,
+        "init_std": 0.2,
+    }
     return build_model(
         Model(**{**common, "max_tokens": 128, **shape}),
         vocab_size=len(TOKENIZER),

@@ -40,10 +40,14 @@ catalogues = st.lists(
 
 
 @cache
-def sharp_model(vocabulary: int = FIRST + ALPHABET, num_items: int = MOST_ITEMS) -> GenRecForConditionalGeneration:
+def sharp_model(
+    vocabulary: int = FIRST + ALPHABET, num_items: int = MOST_ITEMS
+) -> GenRecForConditionalGeneration:
     """Random weights, large enough that scores lie far apart, in float64."""
     torch.manual_seed(3)
-    shape = Model(d_model=16, encoder_layers=1, decoder_layers=2, heads=2, ffn=32, max_tokens=64, init_std=0.4)
+    shape = Model(
+        d_model=16, encoder_layers=1, decoder_layers=2, heads=2, ffn=32, max_tokens=64, init_std=0.4
+    )
     model = build_model(
         shape,
         vocab_size=vocabulary,
@@ -76,9 +80,15 @@ class World:
         return encode_histories(items, np.cumsum([0, *map(len, histories)]), rows, self.layout)
 
     def search(
-        self, histories: list[History], *, exclude: bool = False, users: list[int] | None = None, **sizes: Any
+        self,
+        histories: list[History],
+        *,
+        exclude: bool = False,
+        users: list[int] | None = None,
+        **sizes: Any,
     ) -> list[list[tuple[int, float]]]:
-        """(item, score) lists, checked for their form: distinct, sorted, -1 and -inf only at the end."""
+        """(item, score) lists, checked for their form: distinct, sorted, -1 and -inf only at the
+        end."""
         index = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
         excluded = (index, np.array([item for history in histories for item in history], np.int32))
         found = self.searcher.search(
@@ -101,19 +111,29 @@ class World:
 
     @torch.inference_mode()
     def brute_force(self, histories: list[History]) -> np.ndarray:
-        """float64 [B, N]: log-probability of each item's tokens and `</s>`, by whole sequences through `decode`."""
+        """float64 [B, N]: log-probability of each item's tokens and `</s>`, by whole sequences
+        through `decode`."""
         encoder = self.encoder(histories)
         memory = self.model.encode(encoder)
         longest = max(map(len, self.items)) + 1
-        inputs = torch.tensor([[MASK, *item, *[PAD] * (longest - 1 - len(item))] for item in self.items])
-        labels = torch.tensor([[*item, EOS, *[-1] * (longest - 1 - len(item))] for item in self.items])
+        inputs = torch.tensor(
+            [[MASK, *item, *[PAD] * (longest - 1 - len(item))] for item in self.items]
+        )
+        labels = torch.tensor(
+            [[*item, EOS, *[-1] * (longest - 1 - len(item))] for item in self.items]
+        )
         scores, copies = [], len(self.items)
         for row in range(len(histories)):
             start = None
             if self.model.config.decoder_start == "state":  # at [MASK], the last but </s>
-                start = memory[row, len(encoder.input_ids[row][encoder.attention_mask[row]]) - 2].expand(copies, -1)
+                start = memory[
+                    row, len(encoder.input_ids[row][encoder.attention_mask[row]]) - 2
+                ].expand(copies, -1)
             hidden = self.model.decode(
-                inputs, memory[row].expand(copies, -1, -1), encoder.attention_mask[row].expand(copies, -1), start
+                inputs,
+                memory[row].expand(copies, -1, -1),
+                encoder.attention_mask[row].expand(copies, -1),
+                start,
             )
             logprobs = self.model.lm_head(hidden).log_softmax(-1)
             gained = logprobs.gather(2, labels.clamp(min=0)[..., None])[..., 0]
@@ -145,7 +165,9 @@ def random_histories(world: World, count: int) -> list[History]:
     return [rng.permutation(len(world.items))[: rng.integers(0, 9)].tolist() for _ in range(count)]
 
 
-def hugging_face(world: World, histories: list[History], beam: int) -> list[tuple[list[int], list[float]]]:
+def hugging_face(
+    world: World, histories: list[History], beam: int
+) -> list[tuple[list[int], list[float]]]:
     """(items, scores) a user as `generate` gives them, up to the first that is no item."""
     after: dict[Word, list[int]] = {}
     for item in world.items:

@@ -10,7 +10,14 @@ from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 
 def model_on_cpu(compute: Compute, *overrides: str) -> tuple[GenRecForConditionalGeneration, Sizes]:
-    settings = ["data=x", "run=x", "model.user_ids=true", "model.heads=4", "model.max_tokens=128", *overrides]
+    settings = [
+        "data=x",
+        "run=x",
+        "model.user_ids=true",
+        "model.heads=4",
+        "model.max_tokens=128",
+        *overrides,
+    ]
     recipe = load_recipe("tiny", settings)
     config = build_config(recipe, 500, 400)
     torch.manual_seed(0)

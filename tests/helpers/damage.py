@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 
 def damaged(whole: bytes, path: Path, data: st.DataObject) -> Path:
-    """`path`, now holding `whole` with up to three bytes changed and, half the time, without its end."""
+    """`path`, now holding `whole` with up to three bytes changed and, half the time, without its
+    end."""
     changed = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 3))):
         changed[data.draw(st.integers(0, len(whole) - 1))] = data.draw(st.integers(0, 255))

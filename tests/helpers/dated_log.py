@@ -22,8 +22,13 @@ def write_log(path: Path, held_out_seed: int = 0, num_items: int = NUM_ITEMS) ->
         dice = np.random.default_rng(stream)
         for user in range(NUM_USERS if first else NUM_USERS - 4):
             for _ in range(dice.integers(0 if first else 4, 9)):
-                day, item = int(dice.integers(first, end)), int(dice.integers(num_items + 2 if first else num_items))
-                rows.append((f"u{user:02}", f"i{item:02}", start + (day * 86_400 + len(rows)) * 1_000_000))
+                day, item = (
+                    int(dice.integers(first, end)),
+                    int(dice.integers(num_items + 2 if first else num_items)),
+                )
+                rows.append(
+                    (f"u{user:02}", f"i{item:02}", start + (day * 86_400 + len(rows)) * 1_000_000)
+                )
     dice.shuffle(rows)
     lines = [f"{user},{item},{time // 1_000_000}" for user, item, time in rows]
     path.write_text("\n".join(["user_id,item_id,timestamp", *lines]) + "\n", encoding="utf-8")

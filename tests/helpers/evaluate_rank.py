@@ -1,4 +1,5 @@
-"""One rank of test_evaluate.py: evaluates a run in several ways. `evaluate_rank.py RUN DATA OUT`: OUT/NAME/ for each way."""
+"""One rank of test_evaluate.py: evaluates a run in several ways. `evaluate_rank.py RUN DATA OUT`:
+OUT/NAME/ for each way."""
 
 from __future__ import annotations
 
@@ -39,9 +40,13 @@ def every_way(loaded: LoadedRun, dataset: Dataset, out: Path, ranks: Ranks) -> N
         )
         assert sum(done) == dataset.sequences.num_users
     view, users = dataset.sequences.history_and_target("validation"), np.arange(3, 120)
-    counts = target_histogram(loaded.searcher, loaded.layout, view, users, Decoding(batch_size=25), ranks)
+    counts = target_histogram(
+        loaded.searcher, loaded.layout, view, users, Decoding(batch_size=25), ranks
+    )
     loss = history_loss(loaded.model, loaded.layout, view, users, ranks, batch_size=25)
-    (out / f"validation-{ranks.rank}.json").write_text(json.dumps({"counts": counts.tolist(), "loss": loss.hex()}))
+    (out / f"validation-{ranks.rank}.json").write_text(
+        json.dumps({"counts": counts.tolist(), "loss": loss.hex()})
+    )
 
 
 def main(run: str, data: str, out: Path) -> None:
@@ -50,7 +55,11 @@ def main(run: str, data: str, out: Path) -> None:
     every_way(loaded, dataset, out, ranks)
     try:  # as if each rank had been started with other options
         evaluate(
-            replace(loaded, path=out / "unlike"), dataset, "test", decoding=Decoding(beam=20 + ranks.rank), ranks=ranks
+            replace(loaded, path=out / "unlike"),
+            dataset,
+            "test",
+            decoding=Decoding(beam=20 + ranks.rank),
+            ranks=ranks,
         )
     except ValueError as error:
         (out / f"unlike-{ranks.rank}.txt").write_text(str(error))

@@ -1,4 +1,5 @@
-"""A real HTTP server on loopback that honours Range and can be told to fail in the ways servers do."""
+"""A real HTTP server on loopback that honours Range and can be told to fail in the ways servers
+do."""
 
 from __future__ import annotations
 
@@ -44,7 +45,9 @@ def serving(folder: Path, context: ssl.SSLContext | None = None) -> Iterator[Fau
     server = _Server(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     if context is not None:
-        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+        server.socket = context.wrap_socket(
+            server.socket, server_side=True, do_handshake_on_connect=False
+        )
     state.url = f"http{'s' if context else ''}://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()

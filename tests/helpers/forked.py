@@ -1,10 +1,12 @@
-"""`python ARGUMENTS` in a process of its own that has the libraries loaded already: forked off a server that did so once.
+"""`python ARGUMENTS` in a process of its own that has the libraries loaded already: forked off a
+server that did so once.
 
-Loading torch, transformers and accelerate takes seconds of a core a process, more than most tests do with it. What is forked here
-is as much a process as any: its own environment, working directory, standard streams, signals and exit code. It shares with its
-siblings what a fresh interpreter draws anew, the seed of hashes alone; tests of launchers and of the installed command start those.
-What a library reads of the environment while it is loaded, as Triton its interpreter's switch, has to be the same for all.
-"""
+Loading torch, transformers and accelerate takes seconds of a core a process, more than most tests
+do with it. What is forked here is as much a process as any: its own environment, working directory,
+standard streams, signals and exit code. It shares with its siblings what a fresh interpreter draws
+anew, the seed of hashes alone; tests of launchers and of the installed command start those. What a
+library reads of the environment while it is loaded, as Triton its interpreter's switch, has to be
+the same for all."""
 
 from __future__ import annotations
 
@@ -30,10 +32,13 @@ class Started:
     """A process under way; its outputs are files."""
 
     def __init__(self, arguments: Sequence[str | Path], out: Path, err: Path, env: dict[str, str]):
-        """`arguments`: `[path, argument, ...]` or `["-m", name, argument, ...]`; `env`: the whole environment."""
+        """`arguments`: `[path, argument, ...]` or `["-m", name, argument, ...]`; `env`: the whole
+        environment."""
         load(env)
         self.arguments, self.out, self.err = list(map(str, arguments)), out, err
-        self._process = _CONTEXT.Process(target=_become, args=(self.arguments, str(out), str(err), env))
+        self._process = _CONTEXT.Process(
+            target=_become, args=(self.arguments, str(out), str(err), env)
+        )
         self._process.start()
 
     @property
@@ -50,8 +55,12 @@ class Started:
         self._process.join(timeout)
         code = self._process.exitcode
         if code is None:
-            raise subprocess.TimeoutExpired(self.arguments, timeout, self.out.read_bytes(), self.err.read_bytes())
-        return subprocess.CompletedProcess(self.arguments, code, self.out.read_text(), self.err.read_text())
+            raise subprocess.TimeoutExpired(
+                self.arguments, timeout, self.out.read_bytes(), self.err.read_bytes()
+            )
+        return subprocess.CompletedProcess(
+            self.arguments, code, self.out.read_text(), self.err.read_text()
+        )
 
     def kill(self) -> None:
         """Also where it has ended already."""
@@ -59,7 +68,9 @@ class Started:
         self._process.join()
 
 
-def run(arguments: Sequence[str | Path], env: dict[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
+def run(
+    arguments: Sequence[str | Path], env: dict[str, str], timeout: float
+) -> subprocess.CompletedProcess[str]:
     """As `subprocess.run`, outputs captured."""
     with tempfile.TemporaryDirectory(prefix="forked-") as folder:
         process = Started(arguments, Path(folder, "out"), Path(folder, "err"), env)
@@ -70,7 +81,8 @@ def run(arguments: Sequence[str | Path], env: dict[str, str], timeout: float) ->
 
 
 def load(env: dict[str, str]) -> None:
-    """See that the server is there, with as many threads as `env` says; it is this process's only one for multiprocessing too."""
+    """See that the server is there, with as many threads as `env` says; it is this process's only
+    one for multiprocessing too."""
     before = os.environ.get("OMP_NUM_THREADS")
     _CONTEXT.set_forkserver_preload(LOADED)
     os.environ["OMP_NUM_THREADS"] = env.get("OMP_NUM_THREADS", "1")

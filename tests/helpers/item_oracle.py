@@ -11,7 +11,9 @@ from beam_oracle import History, Word, World, sharp_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 
-def with_item_head(model: GenRecForConditionalGeneration, weight: float) -> GenRecForConditionalGeneration:
+def with_item_head(
+    model: GenRecForConditionalGeneration, weight: float
+) -> GenRecForConditionalGeneration:
     model = copy.deepcopy(model)
     model.config.item_loss = weight
     return model
@@ -24,7 +26,11 @@ def item_truth(world: World, histories: list[History]) -> np.ndarray:
         encoder = world.encoder([history], users=[row % 6])
         with torch.inference_mode():
             state = world.model.encode(encoder)[0, -2]
-            rows.append((world.model.item_embedding.weight[1:] @ state).log_softmax(0).numpy()[: len(world.items)])
+            rows.append(
+                (world.model.item_embedding.weight[1:] @ state)
+                .log_softmax(0)
+                .numpy()[: len(world.items)]
+            )
     return np.stack(rows)
 
 

@@ -1,4 +1,5 @@
-"""Launch files tried out: what a run says of its start, and a SLURM cluster of stand-ins for its two commands."""
+"""Launch files tried out: what a run says of its start, and a SLURM cluster of stand-ins for its
+two commands."""
 
 from __future__ import annotations
 
@@ -65,18 +66,28 @@ class Cluster:
         path.write_text(text)
         path.chmod(0o755)
 
-    def submit(self, file: str, *arguments: str | Path, nodes: int, gpus: int, **more: str) -> subprocess.Popen[str]:
+    def submit(
+        self, file: str, *arguments: str | Path, nodes: int, gpus: int, **more: str
+    ) -> subprocess.Popen[str]:
         slurm = {
             "SLURM_JOB_ID": "77",
             "SLURM_JOB_NUM_NODES": str(nodes),
             "SLURM_GPUS_ON_NODE": str(gpus),
             "SLURM_JOB_NODELIST": "n[1-2]",
         }
-        env = deepspeed_environment(PATH=f"{self.folder / 'bin'}:{os.environ['PATH']}:{BIN}", **slurm | more)
+        env = deepspeed_environment(
+            PATH=f"{self.folder / 'bin'}:{os.environ['PATH']}:{BIN}", **slurm | more
+        )
         command = ["bash", f"launch/slurm/{file}", *map(str, arguments)]
         pipe = subprocess.PIPE
         job = subprocess.Popen(
-            command, env=env, cwd=self.folder, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True
+            command,
+            env=env,
+            cwd=self.folder,
+            stdout=pipe,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
         )
         self.jobs.append(job)
         return job
@@ -92,7 +103,9 @@ def cluster_in(folder: Path) -> Iterator[Cluster]:
     try:
         yield cluster
     finally:
-        for job in cluster.jobs:  # a test that failed leaves no trainer behind that waits for a signal
+        for (
+            job
+        ) in cluster.jobs:  # a test that failed leaves no trainer behind that waits for a signal
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(job.pid, signal.SIGKILL)
             job.wait(timeout=30)

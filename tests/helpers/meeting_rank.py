@@ -1,4 +1,5 @@
-"""One rank of test_ranks.py: meets the others in every way there is, then some are lost. `meeting_rank.py FOLDER WHO HOW`."""
+"""One rank of test_ranks.py: meets the others in every way there is, then some are lost.
+`meeting_rank.py FOLDER WHO HOW`."""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ def main(folder: Path, who: int, how: str) -> None:
         "exchange": ranks.exchange([ranks.rank, -(2**62) + ranks.rank]),
         "texts": ranks.texts(f"ränk {ranks.rank}"),
         "text of main": ranks.text_of_main(f"said by {ranks.rank}"),
-        "gather": [t.tolist() for t in ranks.gather(torch.tensor([[ranks.rank, 1], [2, 3]], dtype=torch.int32))],
+        "gather": [
+            t.tolist()
+            for t in ranks.gather(torch.tensor([[ranks.rank, 1], [2, 3]], dtype=torch.int32))
+        ],
         "all well": told(lambda: ranks.together(lambda: fail_on())),
         "one fails": told(lambda: ranks.together(lambda: fail_on(1))),
         "main fails": told(lambda: ranks.together(lambda: fail_on(0))),

@@ -1,8 +1,9 @@
-"""One rank of tests/unit/estimate/test_memory.py: trains under each method in turn and measures the storages that then lie there.
+"""One rank of tests/unit/estimate/test_memory.py: trains under each method in turn and measures the
+storages that then lie there.
 
-`memory_rank.py JOBS.json`: a list of {"method", "precision", "settings": DeepSpeed's zero_optimization section}. Rank 0 leaves
-MEASURED.json beside it: per job the kind of its optimiser and, by rank, bytes by category.
-"""
+`memory_rank.py JOBS.json`: a list of {"method", "precision", "settings": DeepSpeed's
+zero_optimization section}. Rank 0 leaves MEASURED.json beside it: per job the kind of its optimiser
+and, by rank, bytes by category."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     def note(**bytes_of: int) -> None:
         most.update({name: max(value, most.get(name, 0)) for name, value in bytes_of.items()})
 
-    # One of the last gradients of a backward: DeepSpeed has its buckets in use, later it may free them.
+    # One of the last gradients of a backward: DeepSpeed has its buckets in use, later it may free
+    # them.
     last = model.model.encoder.layernorm_embedding.weight
     last.register_hook(lambda _: note(buffers=bytes_in(communication_buffers(engine))))
     for step in range(2):
@@ -76,7 +78,10 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
                 engine.backward(loss)
                 del loss
             if step == 1:
-                note(gathered=whole - bytes_in(weights(engine.model)), **classify(engine, average, buckets, earlier))
+                note(
+                    gathered=whole - bytes_in(weights(engine.model)),
+                    **classify(engine, average, buckets, earlier),
+                )
         there = [storage for _, storage in storages()] if step == 1 else []
         with LiveBytes(there) if step == 1 else contextlib.nullcontext() as live:
             engine.step()
@@ -88,7 +93,10 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "distributed_type": accelerator.distributed_type.value,
         "stage": engine.stage if isinstance(engine, Spread) else None,
         "optimizer": type(wrapper).__name__,
-        "bytes": [dict(zip(sorted(most), values, strict=True)) for values in Ranks().exchange(in_order(most))],
+        "bytes": [
+            dict(zip(sorted(most), values, strict=True))
+            for values in Ranks().exchange(in_order(most))
+        ],
     }
     if isinstance(engine, Spread):
         engine.engine.destroy()
@@ -105,8 +113,13 @@ def launch(job: dict[str, Any], folder: Path) -> None:
     os.environ["ACCELERATE_USE_DEEPSPEED"] = str(with_deepspeed).lower()
     os.environ["ACCELERATE_USE_CPU"] = str(not with_deepspeed).lower()
     if with_deepspeed:
-        path = folder / f"{job['method']}-{dist.get_rank() if dist.is_initialized() else os.environ['RANK']}.json"
-        path.write_text(json.dumps({"zero_optimization": job["settings"], "zero_force_ds_cpu_optimizer": False}))
+        path = (
+            folder
+            / f"{job['method']}-{dist.get_rank() if dist.is_initialized() else os.environ['RANK']}.json"
+        )
+        path.write_text(
+            json.dumps({"zero_optimization": job["settings"], "zero_force_ds_cpu_optimizer": False})
+        )
         os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(path)
 
 
@@ -148,17 +161,24 @@ def classify(
     buckets: dict[int, torch.UntypedStorage],
     earlier: dict[int, torch.UntypedStorage],
 ) -> dict[str, int]:
-    """Bytes of all storages made since `earlier`, each counted once; what has no other name counts as gradients."""
+    """Bytes of all storages made since `earlier`, each counted once; what has no other name counts
+    as gradients."""
     found = {place: storage for place, storage in storages() if place not in earlier}
     found |= {storage.data_ptr(): storage for storage in buckets.values()}
     named = {
         "weights": places(weights(engine.model)),
         "masters": places(engine.masters),
-        "moments": places(value for state in engine.optimizer.state.values() for value in state.values()),
+        "moments": places(
+            value for state in engine.optimizer.state.values() for value in state.values()
+        ),
         "average": places(average.values),
-        "buffers": places(communication_buffers(engine)) | {storage.data_ptr() for storage in buckets.values()},
+        "buffers": places(communication_buffers(engine))
+        | {storage.data_ptr() for storage in buckets.values()},
     }
-    sizes = {name: sum(found.pop(place).nbytes() for place in those if place in found) for name, those in named.items()}
+    sizes = {
+        name: sum(found.pop(place).nbytes() for place in those if place in found)
+        for name, those in named.items()
+    }
     return {**sizes, "gradients": sum(storage.nbytes() for storage in found.values())}
 
 
@@ -167,7 +187,9 @@ def places(tensors: Iterable[torch.Tensor]) -> set[int]:
 
 
 def bytes_in(tensors: Iterable[torch.Tensor]) -> int:
-    held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    held = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors
+    }
     return sum(held.values())
 
 
@@ -177,7 +199,11 @@ def storages() -> Iterator[tuple[int, torch.UntypedStorage]]:
     for thing in gc.get_objects():
         if type(thing) in (torch.Tensor, torch.nn.Parameter):
             for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None and tensor.device.type == "cpu" and tensor.untyped_storage().nbytes():
+                if (
+                    tensor is not None
+                    and tensor.device.type == "cpu"
+                    and tensor.untyped_storage().nbytes()
+                ):
                     yield tensor.untyped_storage().data_ptr(), tensor.untyped_storage()
 
 
@@ -207,7 +233,9 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.most = 0
         self.sizes: dict[int, int] = {}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor):

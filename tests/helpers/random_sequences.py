@@ -11,7 +11,9 @@ def random_sequences(num_users: int = 40, num_items: int = 60, seed: int = 0) ->
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, 31, num_users)
     draws = (num_items * rng.random(lengths.sum()) ** 2).astype(int) + 10
-    return sequences_from_ids([f"u{user}" for user in range(num_users)], lengths, [str(item) for item in draws])
+    return sequences_from_ids(
+        [f"u{user}" for user in range(num_users)], lengths, [str(item) for item in draws]
+    )
 
 
 def changed(sequences: Sequences, last: int, seed: int = 5) -> Sequences:
@@ -19,5 +21,7 @@ def changed(sequences: Sequences, last: int, seed: int = 5) -> Sequences:
     items = sequences.items.copy()
     rng = np.random.default_rng(seed)
     for back in range(1, last + 1):
-        items[sequences.offsets[1:] - back] = rng.integers(0, sequences.num_items, sequences.num_users)
+        items[sequences.offsets[1:] - back] = rng.integers(
+            0, sequences.num_items, sequences.num_users
+        )
     return Sequences(items, sequences.offsets, sequences.user_ids, sequences.item_ids)

@@ -1,4 +1,5 @@
-"""Work for a Ray cluster, a job a line of JSON on standard input: [function, arguments, options]; one connection for all."""
+"""Work for a Ray cluster, a job a line of JSON on standard input: [function, arguments, options];
+one connection for all."""
 
 from __future__ import annotations
 

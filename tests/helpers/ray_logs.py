@@ -18,7 +18,8 @@ SMALL = Sizes(block=512, span=4096, bucket=8192, most=9)
 
 
 def rows_of(seed: int, num_rows: int = 1500) -> list[tuple[str, str, int]]:
-    """A log with ties, duplicates, ids of every kind, users and items below any core; in no order."""
+    """A log with ties, duplicates, ids of every kind, users and items below any core; in no
+    order."""
     draw = random.Random(seed)
     users = [f'U{n} "é,{n}' if n % 17 == 0 else f"U{n:04d}" for n in range(num_rows // 12)]
     items = [f"I{n:03d}" for n in range(90)] + ["x" * 300, "a b", "日本"]
@@ -45,14 +46,21 @@ def csv_of(rows, names="user,item,timestamp\n") -> bytes:
 
 def json_of(rows, fields, spell=lambda time: time) -> bytes:
     return "".join(
-        json.dumps(dict(zip(fields, (user, item, spell(time)), strict=True)) | {"text": 'fine, "really"'}) + "\n"
+        json.dumps(
+            dict(zip(fields, (user, item, spell(time)), strict=True)) | {"text": 'fine, "really"'}
+        )
+        + "\n"
         for user, item, time in rows
     ).encode()
 
 
 def parquet_of(rows, path: Path, group: int = 100) -> None:
     columns = [list(column) for column in zip(*rows, strict=True)]
-    pq.write_table(pa.table(dict(zip(("user", "item", "timestamp"), columns, strict=True))), path, row_group_size=group)
+    pq.write_table(
+        pa.table(dict(zip(("user", "item", "timestamp"), columns, strict=True))),
+        path,
+        row_group_size=group,
+    )
 
 
 def parts(rows, number):
@@ -73,7 +81,9 @@ def write_folder(rows, path):
     (folder / "b.csv.gz").write_bytes(gzip.compress(csv_of(found[1])))
     parquet_of(found[2], folder / "c.parquet")
     (folder / "d.tsv").write_bytes(
-        "".join(f"{t}\t{i}\t{cell(u)}\n" for u, i, t in [("user", "item", "timestamp"), *found[3]]).encode()
+        "".join(
+            f"{t}\t{i}\t{cell(u)}\n" for u, i, t in [("user", "item", "timestamp"), *found[3]]
+        ).encode()
     )
     (folder / "e.csv").write_bytes(b"\xef\xbb\xbf" + csv_of(found[4]).replace(b"\n", b"\r\n"))
     return folder, "interactions"
@@ -84,8 +94,13 @@ def write_amazon(rows, path):
     folder.mkdir()
     found = parts(rows, 3)
     (folder / "a.json").write_bytes(json_of(found[0], ("reviewerID", "asin", "unixReviewTime")))
-    (folder / "b.json.gz").write_bytes(gzip.compress(json_of(found[1], ("reviewerID", "asin", "unixReviewTime"))))
-    lines = [repr({"reviewerID": u, "asin": i, "unixReviewTime": t, "helpful": [0, 1]}) for u, i, t in found[2]]
+    (folder / "b.json.gz").write_bytes(
+        gzip.compress(json_of(found[1], ("reviewerID", "asin", "unixReviewTime")))
+    )
+    lines = [
+        repr({"reviewerID": u, "asin": i, "unixReviewTime": t, "helpful": [0, 1]})
+        for u, i, t in found[2]
+    ]
     (folder / "c.json").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder, "amazon"
 

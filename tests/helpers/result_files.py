@@ -25,10 +25,17 @@ def write_results(
     seconds: float,
     recipe: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """`ResultsWriter` for lists that lie in memory as a whole: `user_rows` int64[U] in any order, the rest as in `add`."""
+    """`ResultsWriter` for lists that lie in memory as a whole: `user_rows` int64[U] in any order,
+    the rest as in `add`."""
     order = np.argsort(user_rows, kind="stable")
     with ResultsWriter(
-        out_dir, system=system, split=split, dataset=dataset, protocol=protocol, recipe=recipe, top=lists_UN.shape[1]
+        out_dir,
+        system=system,
+        split=split,
+        dataset=dataset,
+        protocol=protocol,
+        recipe=recipe,
+        top=lists_UN.shape[1],
     ) as writer:
         for part in windows(order):
             writer.add(user_rows[part], lists_UN[part], scores_UN[part])

@@ -1,4 +1,5 @@
-"""One rank of a sharded id table: a few steps with a save, a load and a control, its findings as files in a folder."""
+"""One rank of a sharded id table: a few steps with a save, a load and a control, its findings as
+files in a folder."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from genrec_kernels.sharded_rows import RowTable
 
 NUM_ROWS, DIM, KEY, STD = 1000, 64, 11, 0.5
 RATE = 0.1
-# What rows the ranks have in a step: some of their own, all the same, none at all, nobody any, a single one.
+# What rows the ranks have in a step: some of their own, all the same, none at all, nobody any, a
+# single one.
 KINDS = (
     "overlapping",
     "disjoint",
@@ -46,11 +48,14 @@ def rows_of(kind: str, step: int, rank: int, world_size: int) -> np.ndarray:
 
 
 def gradient_of(step: int, rank: int, num_rows: int, dim: int = DIM) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng([step, rank, 5]).standard_normal((num_rows, dim), np.float32))
+    return torch.from_numpy(
+        np.random.default_rng([step, rank, 5]).standard_normal((num_rows, dim), np.float32)
+    )
 
 
 def train(table: RowTable, lost: bool = False) -> list[torch.Tensor]:
-    """All steps; gives what was fetched. `lost`: the last rank's gradient of step 0 never arrives."""
+    """All steps; gives what was fetched. `lost`: the last rank's gradient of step 0 never
+    arrives."""
     fetched = []
     for step, kind in enumerate(KINDS):
         rows = torch.from_numpy(rows_of(kind, step, table.rank, table.world_size))
@@ -73,7 +78,11 @@ def digests(rank: int, world_size: int, runs: int) -> set[str]:
             rows = np.sort(np.random.default_rng([step, rank]).choice(300, 150, replace=False))
             table.fetch(torch.from_numpy(rows))
             table.update(gradient_of(step, rank, len(rows), 16), learning_rate=RATE)
-        found.add(hashlib.sha256(table.values.numpy().tobytes() + table.squares.numpy().tobytes()).hexdigest())
+        found.add(
+            hashlib.sha256(
+                table.values.numpy().tobytes() + table.squares.numpy().tobytes()
+            ).hexdigest()
+        )
     return found
 
 

@@ -1,4 +1,5 @@
-"""Damage to shards: records replaced, arrays of any header, an object that tells when it is unpickled."""
+"""Damage to shards: records replaced, arrays of any header, an object that tells when it is
+unpickled."""
 
 from __future__ import annotations
 
@@ -25,10 +26,13 @@ def npy(values, **options) -> bytes:
 
 
 def replace_record(shards, change) -> None:
-    """Rewrite record 0 with other members, the manifest in agreement: only the reader's own checks are left."""
+    """Rewrite record 0 with other members, the manifest in agreement: only the reader's own checks
+    are left."""
     reader = ShardReader(shards)
     record = reader.record(0)
-    members = {f"00000000.{name}.npy": npy(getattr(record, name)) for name in ("users", "offsets", "items")}
+    members = {
+        f"00000000.{name}.npy": npy(getattr(record, name)) for name in ("users", "offsets", "items")
+    }
     change(members)
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:

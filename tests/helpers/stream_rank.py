@@ -1,4 +1,5 @@
-"""One rank of test_stream.py: walks the steps of a recipe as training does and writes down what it saw."""
+"""One rank of test_stream.py: walks the steps of a recipe as training does and writes down what it
+saw."""
 
 from __future__ import annotations
 
@@ -37,7 +38,11 @@ class Seen:
 def walk(data: StepBatches, steps: range, workers: int, words: WordTable) -> list[Seen]:
     """The steps as the loop of training gets them."""
     loader: Iterable[RankStep] = DataLoader(
-        data, sampler=steps, batch_size=None, num_workers=workers, prefetch_factor=4 if workers else None
+        data,
+        sampler=steps,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
     )
     item_of = items_by_tokens(words)
     return [read_back(share, words, item_of) for share in loader]
@@ -45,7 +50,10 @@ def walk(data: StepBatches, steps: range, workers: int, words: WordTable) -> lis
 
 def items_by_tokens(words: WordTable) -> dict[tuple[int, ...], int]:
     tokens, offsets = words.tokens_of_items()
-    return {tuple(tokens[offsets[row] : offsets[row + 1]].tolist()): row for row in range(words.num_items)}
+    return {
+        tuple(tokens[offsets[row] : offsets[row + 1]].tolist()): row
+        for row in range(words.num_items)
+    }
 
 
 def read_back(share: RankStep, words: WordTable, item_of: dict[tuple[int, ...], int]) -> Seen:
@@ -60,14 +68,23 @@ def read_back(share: RankStep, words: WordTable, item_of: dict[tuple[int, ...], 
 
 def samples_of(batch: Batch, words: WordTable, item_of: dict[tuple[int, ...], int]) -> list[Sample]:
     targets: list[list[tuple[int, tuple[int, ...]]]] = [[] for _ in batch.encoder.input_ids]
-    masks = [int(token) for token in words.tokens[words.offsets[2] : words.offsets[2 + words.num_masks]]]
+    masks = [
+        int(token) for token in words.tokens[words.offsets[2] : words.offsets[2 + words.num_masks]]
+    ]
     for row, labels, inputs in zip(
-        batch.encoder_row.tolist(), batch.labels.tolist(), batch.decoder_input_ids.tolist(), strict=True
+        batch.encoder_row.tolist(),
+        batch.labels.tolist(),
+        batch.decoder_input_ids.tolist(),
+        strict=True,
     ):
         tokens = [token for token in labels if token >= 0]
         if tokens:
-            targets[row].append((masks.index(inputs[0]), (item_of[tuple(tokens[:-1])],)))  # without </s>
-    rows = zip(batch.encoder.user_rows.tolist(), batch.encoder.item_rows.tolist(), targets, strict=True)
+            targets[row].append(
+                (masks.index(inputs[0]), (item_of[tuple(tokens[:-1])],))
+            )  # without </s>
+    rows = zip(
+        batch.encoder.user_rows.tolist(), batch.encoder.item_rows.tolist(), targets, strict=True
+    )
     return [(max(users) - 1, collapsed(items), tuple(sorted(own))) for users, items, own in rows]
 
 
@@ -81,9 +98,14 @@ def main() -> None:
     dist.init_process_group("gloo")
     ranks = Ranks()
     workshop, _ = ranks.together(lambda: open_workshop(recipe))
-    data = StepBatches(workshop.stages, workshop.reader, workshop.layout, recipe, ranks.rank, ranks.size)
+    data = StepBatches(
+        workshop.stages, workshop.reader, workshop.layout, recipe, ranks.rank, ranks.size
+    )
     seen = walk(data, range(workshop.stages[-1].end_step), recipe.workers, workshop.words)
-    digests = [sum(theirs) % 2**64 for theirs in zip(*ranks.exchange([step.digest for step in seen]), strict=True)]
+    digests = [
+        sum(theirs) % 2**64
+        for theirs in zip(*ranks.exchange([step.digest for step in seen]), strict=True)
+    ]
     report = {"steps": [asdict(step) for step in seen], "digests": digests}
     (out / f"rank-{ranks.rank}.json").write_text(json.dumps(report), encoding="utf-8")
     ranks.barrier()

@@ -22,14 +22,17 @@ GENREC = [sys.executable, "-c", "from genrec_dist.cli import main; main()"]
 def write_space(folder: Path, data: Path, text: str, recipe: str = "") -> Path:
     """A space over the tiny recipe, in `folder`; `recipe`: more lines of it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "base.yaml").write_text(f"data: {data}\nrun: run\n{TINY_RECIPE}{recipe}", encoding="utf-8")
+    (folder / "base.yaml").write_text(
+        f"data: {data}\nrun: run\n{TINY_RECIPE}{recipe}", encoding="utf-8"
+    )
     path = folder / "space.yaml"
     path.write_text(f"base: base.yaml\n{text}", encoding="utf-8")
     return path
 
 
 def start(*arguments: str | Path, **more: str) -> subprocess.Popen[str]:
-    """`genrec tune ...`, in a session of its own so that a test can see what it leaves; `more`: of its environment."""
+    """`genrec tune ...`, in a session of its own so that a test can see what it leaves; `more`: of
+    its environment."""
     command = [*GENREC, "tune", *map(str, arguments)]
     return subprocess.Popen(
         command,
@@ -43,10 +46,14 @@ def start(*arguments: str | Path, **more: str) -> subprocess.Popen[str]:
 
 def run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     command = [*GENREC, "tune", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
 
 
-def wait_for(process: subprocess.Popen[str], there: Callable[[], Any], what: str, seconds: float = 240) -> Any:
+def wait_for(
+    process: subprocess.Popen[str], there: Callable[[], Any], what: str, seconds: float = 240
+) -> Any:
     """What `there` gives once it gives something. Fails if the process ends before."""
     deadline = time.monotonic() + seconds
     while not (found := there()):

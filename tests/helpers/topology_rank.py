@@ -1,4 +1,5 @@
-"""One rank of test_topology.py: really launched, it asks for one thing after the other and tells what the check said."""
+"""One rank of test_topology.py: really launched, it asks for one thing after the other and tells
+what the check said."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def said(accelerator: Accelerator, expect: str, precision: str = "bf16") -> str:
 
 
 def main() -> None:
-    accelerator = Accelerator(mixed_precision="bf16", kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    accelerator = Accelerator(
+        mixed_precision="bf16", kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]
+    )
     rank = accelerator.process_index
     answers = {
         "got": topology.gotten(accelerator),

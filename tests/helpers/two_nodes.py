@@ -1,4 +1,5 @@
-"""Two Ray nodes on this machine, of as many cores each as the argument says, on loopback; they end when standard input does."""
+"""Two Ray nodes on this machine, of as many cores each as the argument says, on loopback; they end
+when standard input does."""
 
 from __future__ import annotations
 

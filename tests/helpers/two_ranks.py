@@ -25,13 +25,23 @@ class Ranks:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment, for a child on one thread of a CPU that takes itself for no rank."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"} | more
+    """This process's environment, for a child on one thread of a CPU that takes itself for no
+    rank."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    return (
+        kept
+        | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        | more
+    )
 
 
 def deepspeed_environment(**more: str) -> dict[str, str]:
-    """As `environment`, for ranks on a CPU under DeepSpeed: accelerate's CPU switch would turn it off without a word."""
+    """As `environment`, for ranks on a CPU under DeepSpeed: accelerate's CPU switch would turn it
+    off without a word."""
     kept = environment(DS_ACCELERATOR="cpu", **more)
     del kept["ACCELERATE_USE_CPU"]
     return kept
@@ -44,19 +54,22 @@ def run_ranks(
     timeout: float = 120,
     env: dict[str, str] | None = None,
 ) -> Ranks:
-    """Run a script (`[path, argument, ...]`) or a module (`["-m", name, argument, ...]`) on `num_ranks` ranks.
+    """Run a script (`[path, argument, ...]`) or a module (`["-m", name, argument, ...]`) on
+    `num_ranks` ranks.
 
-    `env`: the ranks' whole environment, default `environment()`. `logs`: a directory for their outputs. A run that outlives
-    `timeout` seconds is killed and fails the test.
-    """
+    `env`: the ranks' whole environment, default `environment()`. `logs`: a directory for their
+    outputs. A run that outlives `timeout` seconds is killed and fails the test."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks),
         "--master_addr", "127.0.0.1", "--master_port", str(_free_port()),
         "--log_dir", str(logs), "--redirects", "3", *map(str, arguments),
     ]  # fmt: skip
-    done = subprocess.run(command, env=env or environment(), capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        command, env=env or environment(), capture_output=True, text=True, timeout=timeout
+    )
     outputs = {
-        stream: [_text(logs, f"{rank}/{stream}.log") for rank in range(num_ranks)] for stream in ("stdout", "stderr")
+        stream: [_text(logs, f"{rank}/{stream}.log") for rank in range(num_ranks)]
+        for stream in ("stdout", "stderr")
     }
     return Ranks(done.returncode, outputs["stdout"], outputs["stderr"], done.stderr)
 
@@ -68,12 +81,17 @@ def start_each(
     timeout: float = 120,
     env: dict[str, str] | None = None,
 ) -> list[subprocess.CompletedProcess[str]]:
-    """Each rank started by itself as srun does: no agent ends the others when one is gone. Index = rank.
+    """Each rank started by itself as srun does: no agent ends the others when one is gone. Index =
+    rank.
 
     What a launcher has no part in is tested by these: forked, they are there at once.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(num_ranks)}
+    meeting = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(num_ranks),
+    }
     meeting["LOCAL_WORLD_SIZE"] = meeting["WORLD_SIZE"]
     started: list[Started] = []
     deadline = time.monotonic() + timeout

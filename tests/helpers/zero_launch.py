@@ -13,5 +13,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, world: int) -> None:
     path = folder / f"jobs-{world}.json"
     path.write_text(json.dumps(jobs))
     script = Path(__file__).parent / "zero_rank.py"
-    done = start_each([script, path], folder / f"logs-{world}", world, timeout=500, env=deepspeed_environment())
+    done = start_each(
+        [script, path], folder / f"logs-{world}", world, timeout=500, env=deepspeed_environment()
+    )
     assert not any(rank.returncode for rank in done), done

@@ -1,8 +1,9 @@
-"""One rank of tests/distributed/test_zero.py: works through a list of jobs, each with accelerate's state made anew.
+"""One rank of tests/distributed/test_zero.py: works through a list of jobs, each with accelerate's
+state made anew.
 
-`zero_rank.py JOBS.json`: a list of {"name", "stage" (null: no DeepSpeed), "recipe" (path), "job": "steps" | "train", ...}.
-Each job leaves NAME.json (rank 0) beside the list: losses, facts, or the errors of all ranks.
-"""
+`zero_rank.py JOBS.json`: a list of {"name", "stage" (null: no DeepSpeed), "recipe" (path), "job":
+"steps" | "train", ...}. Each job leaves NAME.json (rank 0) beside the list: losses, facts, or the
+errors of all ranks."""
 
 from __future__ import annotations
 
@@ -60,10 +61,13 @@ def main(path: Path) -> None:
 
 
 def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Some steps of a run by an optimiser of the test's choice; the weights before and after are kept."""
+    """Some steps of a run by an optimiser of the test's choice; the weights before and after are
+    kept."""
     recipe = load_recipe(job["recipe"], job.get("set", []))
     if job["optimizer"] == "sgd":
-        genrec_dist.training.engine.build_optimizer = lambda model, _: torch.optim.SGD(model.parameters(), lr=0.0)
+        genrec_dist.training.engine.build_optimizer = lambda model, _: torch.optim.SGD(
+            model.parameters(), lr=0.0
+        )
     accelerator = make_accelerator(recipe)
     workshop, model = open_workshop(recipe)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -93,7 +97,10 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         after = {name: p.detach().float().clone() for name, p in whole.named_parameters()}
         found = lists(loop, whole, folder / job["name"]) if job.get("lists") else {}
     if loop.ranks.is_main:
-        save_file({name: after[name] - before[name] for name in after}, folder / f"{job['name']}.safetensors")
+        save_file(
+            {name: after[name] - before[name] for name in after},
+            folder / f"{job['name']}.safetensors",
+        )
     moments = loop.engine.optimizer.state.get(loop.engine.masters[0], {})
     return {
         "losses": losses,
@@ -101,20 +108,33 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         "digests": digests,
         "idle": sum(row[0] for row in loop.ranks.exchange([idle])),
         "distributed_type": accelerator.distributed_type.value,
-        "stage": loop.engine.engine.zero_optimization_stage() if isinstance(loop.engine, Spread) else None,
+        "stage": loop.engine.engine.zero_optimization_stage()
+        if isinstance(loop.engine, Spread)
+        else None,
         "processes": accelerator.num_processes,
         **found,
     }
 
 
 def lists(loop: Loop, whole: GenRecForConditionalGeneration, folder: Path) -> dict[str, Any]:
-    """Lists, histogram and loss of 90 users in windows and batches that do not divide; the weights go to `folder`."""
+    """Lists, histogram and loss of 90 users in windows and batches that do not divide; the weights
+    go to `folder`."""
     shop, view = loop.workshop, loop.workshop.dataset.sequences.history_and_target("validation")
     users, searcher = np.arange(90), TrieSearcher(whole, loop.trie)
     windows = list(
-        rank_windows(searcher, shop.layout, view, users, Decoding(batch_size=16), loop.ranks, window=LISTS_WINDOW)
+        rank_windows(
+            searcher,
+            shop.layout,
+            view,
+            users,
+            Decoding(batch_size=16),
+            loop.ranks,
+            window=LISTS_WINDOW,
+        )
     )
-    counts = target_histogram(searcher, shop.layout, view, users, Decoding(batch_size=16), loop.ranks)
+    counts = target_histogram(
+        searcher, shop.layout, view, users, Decoding(batch_size=16), loop.ranks
+    )
     loss = history_loss(whole, shop.layout, view, users, loop.ranks, batch_size=16)
     if loop.ranks.is_main:
         whole.save_pretrained(folder)

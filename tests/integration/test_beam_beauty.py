@@ -1,4 +1,5 @@
-"""A thousand users of Beauty, a trained model, several sub-words an item: our lists and those of Hugging Face's `generate`."""
+"""A thousand users of Beauty, a trained model, several sub-words an item: our lists and those of
+Hugging Face's `generate`."""
 
 from __future__ import annotations
 
@@ -31,8 +32,8 @@ CLOSE = 1e-5
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
-    """The run that GENREC_RUN names, or `tiny` for three short epochs, with so few sub-words that items have one to three and
-    many begin alike."""
+    """The run that GENREC_RUN names, or `tiny` for three short epochs, with so few sub-words that
+    items have one to three and many begin alike."""
     if "GENREC_RUN" in os.environ:
         return load_run(os.environ["GENREC_RUN"])
     source = Path(os.environ.get("GENREC_DATA", "data")) / "Beauty.txt.gz"
@@ -51,7 +52,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> LoadedRun:
     }
     overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "genrec_dist.cli", "train", "tiny", *overrides]
-    subprocess.run(command, env=environment(OMP_NUM_THREADS="2"), check=True, timeout=2400, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        command,
+        env=environment(OMP_NUM_THREADS="2"),
+        check=True,
+        timeout=2400,
+        stdout=subprocess.DEVNULL,
+    )
     return load_run(folder / "run")
 
 
@@ -68,10 +75,13 @@ def encoder_of(run: LoadedRun, dataset: Dataset, users: np.ndarray) -> EncoderIn
 
 @torch.inference_mode()
 def hugging_face(run: LoadedRun, encoder: EncoderInput) -> list[tuple[list[int], list[float]]]:
-    """(items, scores) a user, best first, as `generate` gives them with a trie in `prefix_allowed_tokens_fn`."""
+    """(items, scores) a user, best first, as `generate` gives them with a trie in
+    `prefix_allowed_tokens_fn`."""
     tokens, offsets = run.words.tokens_of_items()
     items = [tuple(tokens[start:end].tolist()) for start, end in pairwise(offsets.tolist())]
-    eos, pad, start = (getattr(run.model.config, f"{name}_token_id") for name in ("eos", "pad", "decoder_start"))
+    eos, pad, start = (
+        getattr(run.model.config, f"{name}_token_id") for name in ("eos", "pad", "decoder_start")
+    )
     after: dict[tuple[int, ...], list[int]] = {}
     for node in range(1, run.searcher.trie.num_nodes):
         path = _path(run, node)
@@ -99,7 +109,9 @@ def hugging_face(run: LoadedRun, encoder: EncoderInput) -> list[tuple[list[int],
     scores = output.sequences_scores.view(-1, BEAM).tolist()
     lists = []
     for user_strings, user_scores in zip(strings, scores, strict=True):
-        read = [tuple(token for token in string if token not in (eos, pad)) for string in user_strings]
+        read = [
+            tuple(token for token in string if token not in (eos, pad)) for string in user_strings
+        ]
         valid = [n for n, string in enumerate(read) if string in row_of and user_scores[n] > -1e8]
         lists.append(([row_of[read[n]] for n in valid], [user_scores[n] for n in valid]))
     return lists
@@ -145,7 +157,9 @@ def test_items_have_several_lengths_and_common_beginnings(run: LoadedRun) -> Non
     assert ((trie.num_children > 0) & (trie.end_item >= 0)).any()
 
 
-def test_in_float64_every_list_is_theirs_by_their_rule_for_ends(in_float64: LoadedRun, dataset: Dataset) -> None:
+def test_in_float64_every_list_is_theirs_by_their_rule_for_ends(
+    in_float64: LoadedRun, dataset: Dataset
+) -> None:
     """Hugging Face's valid results are the head of our list, in order, for each of the users."""
     for (theirs, their_scores), (ours, our_scores) in lists_of_both(in_float64, dataset, "ranked"):
         assert len(theirs) >= BEAM - 5
@@ -153,9 +167,11 @@ def test_in_float64_every_list_is_theirs_by_their_rule_for_ends(in_float64: Load
         np.testing.assert_allclose(our_scores[: len(theirs)], their_scores, rtol=1e-6)
 
 
-def test_in_float64_our_own_rule_only_adds_items_that_score_higher(in_float64: LoadedRun, dataset: Dataset) -> None:
-    """By our rule an end is never dropped: their items are in our lists in their order, except for those that an item they
-    dropped pushes out at the end."""
+def test_in_float64_our_own_rule_only_adds_items_that_score_higher(
+    in_float64: LoadedRun, dataset: Dataset
+) -> None:
+    """By our rule an end is never dropped: their items are in our lists in their order, except for
+    those that an item they dropped pushes out at the end."""
     added = 0
     for (theirs, _), (ours, _) in lists_of_both(in_float64, dataset, "kept"):
         shared = [item for item in ours if item in theirs]
@@ -165,14 +181,21 @@ def test_in_float64_our_own_rule_only_adds_items_that_score_higher(in_float64: L
     print(f"{added} of {NUM_USERS * BEAM} places hold an item that `generate` dropped")
 
 
-def test_in_float32_lists_differ_only_where_scores_are_close(run: LoadedRun, dataset: Dataset) -> None:
+def test_in_float32_lists_differ_only_where_scores_are_close(
+    run: LoadedRun, dataset: Dataset
+) -> None:
     differences = []
-    for user, ((theirs, their_scores), (ours, our_scores)) in enumerate(lists_of_both(run, dataset, "ranked")):
+    for user, ((theirs, their_scores), (ours, our_scores)) in enumerate(
+        lists_of_both(run, dataset, "ranked")
+    ):
         their_score_of = dict(zip(theirs, their_scores, strict=True))
         for place, (item, other) in enumerate(zip(theirs, ours, strict=False)):
             if item != other:
                 gap = abs(their_scores[place] - our_scores[place])
                 differences.append((user, place, item, other, gap))
                 assert gap < CLOSE, differences[-1]
-                assert other not in their_score_of or abs(their_score_of[other] - their_scores[place]) < CLOSE
+                assert (
+                    other not in their_score_of
+                    or abs(their_score_of[other] - their_scores[place]) < CLOSE
+                )
     print(f"{len(differences)} places differ in float32:", *differences, sep="\n")

@@ -1,4 +1,5 @@
-"""launch/gpu_check.sh, run for real on a CPU: not installed, without packages a GPU machine lacks, and with steps that fail."""
+"""launch/gpu_check.sh, run for real on a CPU: not installed, without packages a GPU machine lacks,
+and with steps that fail."""
 
 from __future__ import annotations
 
@@ -14,7 +15,15 @@ from genrec_shards.dataset import load_dataset
 from places import ROOT
 from two_ranks import environment
 
-from genrec_dist.bench.gpu_check import LEFT_OUT, MEASURED, foretold_bytes, memory_claim, prefix, run_step, summarise
+from genrec_dist.bench.gpu_check import (
+    LEFT_OUT,
+    MEASURED,
+    foretold_bytes,
+    memory_claim,
+    prefix,
+    run_step,
+    summarise,
+)
 from genrec_dist.config.load import load_recipe
 from genrec_dist.estimate.forecast import forecast
 
@@ -57,7 +66,12 @@ def run_script(
         CUDA_VISIBLE_DEVICES="",
     )
     return subprocess.run(
-        [SCRIPT, *arguments], env=own | more, cwd=folder, capture_output=True, text=True, timeout=1900
+        [SCRIPT, *arguments],
+        env=own | more,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=1900,
     )
 
 
@@ -66,7 +80,9 @@ def test_nothing_of_ours_is_installed_behind_the_blocker(tmp_path: Path) -> None
     for module in ("genrec_dist", "genrec_kernels", "webdataset"):
         own = environment(PYTHONPATH=str(tmp_path), BLOCKED=",".join(MISSING))
         command = [sys.executable, "-c", f"import {module}"]
-        done = subprocess.run(command, env=own, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=own, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
         assert f"No module named '{module}'" in done.stderr
 
 
@@ -90,7 +106,9 @@ def test_the_steps_run_with_this_checkout_alone(tmp_path: Path) -> None:
     own = {"GENREC_COMMIT": "0123456789ab", "GPU_CHECK_STEPS": " ".join(steps)}
     done = run_script(tmp_path, "--cpu", str(out), **own)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sorted(line.split(":")[0] for line in done.stdout.splitlines()[:-1]) == sorted([*steps, "summary"])
+    assert sorted(line.split(":")[0] for line in done.stdout.splitlines()[:-1]) == sorted(
+        [*steps, "summary"]
+    )
     assert done.stdout.splitlines()[-1] == str(out / f"{prefix()}.md")
     written = {path.name.removeprefix(prefix()) for path in out.iterdir()}
     assert written == {".md", "-facts.json", *(f"-{step}.json" for step in measured)}
@@ -135,13 +153,21 @@ def test_a_step_that_fails_or_is_not_to_be_had_stops_no_other(tmp_path: Path) ->
     out = tmp_path / "out"
     own = {"GPU_CHECK_STEPS": "tests beam latency"}
     done = run_script(
-        tmp_path, "--cpu", str(out), blocked=(*MISSING, "pytest", "genrec_dist.bench.beam_fixture"), **own
+        tmp_path,
+        "--cpu",
+        str(out),
+        blocked=(*MISSING, "pytest", "genrec_dist.bench.beam_fixture"),
+        **own,
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "tests: left out, pytest is not installed" in done.stdout
     assert "beam: failed with exit code 1" in done.stdout
     assert "latency: done" in done.stdout
-    assert {path.name.removeprefix(prefix()) for path in out.iterdir()} == {".md", "-latency.json", "-failed.txt"}
+    assert {path.name.removeprefix(prefix()) for path in out.iterdir()} == {
+        ".md",
+        "-latency.json",
+        "-failed.txt",
+    }
     told = (out / f"{prefix()}-failed.txt").read_text()
     assert told.startswith("beam: failed with exit code 1 after ")
     assert "No module named 'genrec_dist.bench.beam_fixture'" in told
@@ -150,17 +176,25 @@ def test_a_step_that_fails_or_is_not_to_be_had_stops_no_other(tmp_path: Path) ->
 
 @pytest.mark.dist
 def test_a_step_that_runs_out_of_time_says_so(tmp_path: Path) -> None:
-    done = run_script(tmp_path, "--cpu", str(tmp_path / "out"), GPU_CHECK_STEPS="facts", GPU_CHECK_SECONDS="1")
+    done = run_script(
+        tmp_path, "--cpu", str(tmp_path / "out"), GPU_CHECK_STEPS="facts", GPU_CHECK_SECONDS="1"
+    )
     assert done.returncode == 1
     assert done.stdout.startswith("facts: ran out of its 1 s\n")
-    assert (tmp_path / "out" / f"{prefix()}-failed.txt").read_text().startswith("facts: ran out of time after ")
+    assert (
+        (tmp_path / "out" / f"{prefix()}-failed.txt")
+        .read_text()
+        .startswith("facts: ran out of time after ")
+    )
 
 
 def test_the_page_tells_of_each_step(tmp_path: Path) -> None:
     run_step("facts", tmp_path, small=True)
     codes = {"facts": "0", "tests": LEFT_OUT, "kernels": "124", "beam": "3"}
     status = tmp_path / "status"
-    status.write_text("".join(f"{name}\t{code}\t7\t40\n" for name, code in codes.items()), encoding="utf-8")
+    status.write_text(
+        "".join(f"{name}\t{code}\t7\t40\n" for name, code in codes.items()), encoding="utf-8"
+    )
     (tmp_path / "beam.log").write_text("first\n" * 40 + "ValueError: last\n", encoding="utf-8")
     failed = tmp_path / f"{prefix()}-failed.txt"
     page = summarise(status, tmp_path, tmp_path).read_text()

@@ -1,4 +1,5 @@
-"""Every launch file is opened: what can run here runs to its end, the rest goes through the parsers of accelerate and DeepSpeed."""
+"""Every launch file is opened: what can run here runs to its end, the rest goes through the parsers
+of accelerate and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -53,20 +54,30 @@ def test_every_file_has_an_expectation() -> None:
         - set(ZERO)
         - RAY
     )
-    assert others == {"README.md", "Dockerfile", *(str(path.relative_to(LAUNCH)) for path in SCRIPTS)}
+    assert others == {
+        "README.md",
+        "Dockerfile",
+        *(str(path.relative_to(LAUNCH)) for path in SCRIPTS),
+    }
 
 
 def test_the_readme_names_every_file() -> None:
     readme = (LAUNCH / "README.md").read_text()
     for path in LAUNCH.rglob("*"):
-        assert path.is_dir() or path.name == "README.md" or f"launch/{path.relative_to(LAUNCH)}" in readme
+        assert (
+            path.is_dir()
+            or path.name == "README.md"
+            or f"launch/{path.relative_to(LAUNCH)}" in readme
+        )
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_accelerate_reads_what_is_meant(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     parser = launch_command_parser()
-    options = parser.parse_args(["--config_file", str(LAUNCH / name), "-m", "genrec_dist.train", "tiny"])
+    options = parser.parse_args(
+        ["--config_file", str(LAUNCH / name), "-m", "genrec_dist.train", "tiny"]
+    )
     options, defaults, precision_in_file = _validate_launch_command(options)
     found = (
         options.multi_gpu,
@@ -77,9 +88,13 @@ def test_accelerate_reads_what_is_meant(name: str, monkeypatch: pytest.MonkeyPat
         options.gpu_ids,
     )
     assert found == EXPECTED[name]
-    assert (options.mixed_precision, precision_in_file) == ("no", name == "cpu_single.yaml")  # the recipe decides
+    assert (options.mixed_precision, precision_in_file) == (
+        "no",
+        name == "cpu_single.yaml",
+    )  # the recipe decides
     if options.use_deepspeed:
-        # Weights are made, or read, whole on each rank; spreading them at birth would need from_pretrained to know of it.
+        # Weights are made, or read, whole on each rank; spreading them at birth would need
+        # from_pretrained to know of it.
         assert options.zero3_init_flag is False
         # Anything but these in one place with a DeepSpeed file is refused at the start.
         assert set(defaults.deepspeed_config) <= {
@@ -106,7 +121,11 @@ def zero_config(content: dict[str, object]) -> object:
     """DeepSpeed's own reading, with what the program puts in."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    filled = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "bf16": {"enabled": True}}
+    filled = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": True},
+    }
     return DeepSpeedConfig(content | filled)
 
 
@@ -117,10 +136,15 @@ def test_deepspeed_reads_what_is_meant(name: str, monkeypatch: pytest.MonkeyPatc
     stage, optimizer, weights = ZERO[name]
     config = zero_config(content)
     zero = config.zero_config  # type: ignore[attr-defined]
-    found = [None if part is None else part.device for part in (zero.offload_optimizer, zero.offload_param)]
+    found = [
+        None if part is None else part.device
+        for part in (zero.offload_optimizer, zero.offload_param)
+    ]
     assert (config.zero_optimization_stage, *found) == (stage, optimizer, weights)  # type: ignore[attr-defined]
     # DeepSpeed looks at no top-level key that it does not know, so all of ours are counted here.
-    assert set(content) == {"zero_optimization"} | ({"zero_force_ds_cpu_optimizer"} if optimizer else set())
+    assert set(content) == {"zero_optimization"} | (
+        {"zero_force_ds_cpu_optimizer"} if optimizer else set()
+    )
     if optimizer:
         assert config.zero_force_ds_cpu_optimizer is False  # type: ignore[attr-defined]
     if stage:
@@ -157,7 +181,9 @@ def test_without_a_recipe_it_says_how(path: Path) -> None:
 
 
 def launch(arguments: list[str | Path], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    env["PATH"] += f":{BIN}"  # behind, so that all tests find the same ninja: another one builds DeepSpeed's parts anew
+    env["PATH"] += (
+        f":{BIN}"  # behind, so that all tests find the same ninja: another one builds DeepSpeed's parts anew
+    )
     done = subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -191,7 +217,11 @@ def test_two_ranks(tiny_recipe: Path) -> None:
     ],
 )
 def test_two_ranks_under_deepspeed(tiny_recipe: Path, stage: str) -> None:
-    # The CPU switch of accelerate, which would turn DeepSpeed off, is in the environment: the script removes it.
-    launch([LAUNCH / "cpu_two_ranks_zero.sh", stage, tiny_recipe, "--set", "precision=bf16"], environment())
+    # The CPU switch of accelerate, which would turn DeepSpeed off, is in the environment: the
+    # script removes it.
+    launch(
+        [LAUNCH / "cpu_two_ranks_zero.sh", stage, tiny_recipe, "--set", "precision=bf16"],
+        environment(),
+    )
     start = started(tiny_recipe.parent / "run")
     assert (start["processes"], start["distributed_type"]) == (2, "DistributedType.DEEPSPEED")

@@ -1,4 +1,5 @@
-"""The batch files of SLURM, under stand-ins for its two commands: signals, requeues, resumes and what cannot start."""
+"""The batch files of SLURM, under stand-ins for its two commands: signals, requeues, resumes and
+what cannot start."""
 
 from __future__ import annotations
 
@@ -33,12 +34,20 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 @pytest.mark.parametrize("name", ["one_node", "two_nodes"])
 def test_the_batch_files_ask_slurm_for_what_they_mean(name: str) -> None:
-    asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", (LAUNCH / "slurm" / f"{name}.sbatch").read_text(), re.M))
+    asked = dict(
+        re.findall(
+            r"^#SBATCH --([\w-]+)(?:=(.*))?$",
+            (LAUNCH / "slurm" / f"{name}.sbatch").read_text(),
+            re.M,
+        )
+    )
     assert "requeue" in asked
     assert asked["signal"] == "B:USR1@120"
     assert asked["ntasks-per-node"] == "1"  # accelerate starts the ranks of a node
     assert asked["nodes"] == {"one_node": "1", "two_nodes": "2"}[name]
-    wait = re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", (LAUNCH / "slurm" / "job.sh").read_text())
+    wait = re.search(
+        r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", (LAUNCH / "slurm" / "job.sh").read_text()
+    )
     assert wait is not None
     assert 30 < int(wait[1]) < 120
 
@@ -46,7 +55,9 @@ def test_the_batch_files_ask_slurm_for_what_they_mean(name: str) -> None:
 def test_a_job_starts_one_launcher_a_node(cluster: Cluster) -> None:
     cluster.stub("accelerate", FAKE)
     code, output = ended(
-        cluster.submit("two_nodes.sbatch", "demo", "a run", "--set", "seed=1", nodes=2, gpus=4, FATE="finished")
+        cluster.submit(
+            "two_nodes.sbatch", "demo", "a run", "--set", "seed=1", nodes=2, gpus=4, FATE="finished"
+        )
     )
     assert (code, output.strip()) == (0, "run a run: finished")
     calls = cluster.calls("accelerate")
@@ -68,7 +79,15 @@ def test_the_time_limit_queues_the_job_again_and_it_resumes(cluster: Cluster) ->
     assert (code, output.strip()) == (0, "run run: stopped after SIGUSR1")
     assert cluster.calls("scontrol") == ["requeue 77"]
     code, _ = ended(
-        cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE="finished", SLURM_RESTART_COUNT="1")
+        cluster.submit(
+            "one_node.sbatch",
+            "demo",
+            "run",
+            nodes=1,
+            gpus=2,
+            FATE="finished",
+            SLURM_RESTART_COUNT="1",
+        )
     )
     assert code == 0
     first, second = cluster.calls("accelerate")
@@ -90,7 +109,15 @@ def test_what_was_cut_off_before_a_checkpoint_makes_room(cluster: Cluster) -> No
     (cluster.folder / "run").mkdir()
     (cluster.folder / "run" / "events.jsonl").write_text("{}\n")
     code, _ = ended(
-        cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE="finished", SLURM_RESTART_COUNT="2")
+        cluster.submit(
+            "one_node.sbatch",
+            "demo",
+            "run",
+            nodes=1,
+            gpus=2,
+            FATE="finished",
+            SLURM_RESTART_COUNT="2",
+        )
     )
     assert code == 0
     assert (cluster.folder / "run.cut-off-2" / "events.jsonl").exists()
@@ -99,7 +126,9 @@ def test_what_was_cut_off_before_a_checkpoint_makes_room(cluster: Cluster) -> No
 
 def test_a_failed_run_fails_the_job(cluster: Cluster) -> None:
     cluster.stub("accelerate", FAKE)
-    code, output = ended(cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE="failed"))
+    code, output = ended(
+        cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE="failed")
+    )
     assert (code, output.strip()) == (1, "run run: failed")
     assert cluster.calls("scontrol") == []
 
@@ -110,7 +139,9 @@ def test_a_job_that_cannot_start_says_why(cluster: Cluster, fault: str) -> None:
         code, output = ended(cluster.submit("one_node.sbatch", nodes=1, gpus=2))
         assert "usage: sbatch" in output
     else:
-        code, output = ended(cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, LAUNCH_FILE="x.yaml"))
+        code, output = ended(
+            cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, LAUNCH_FILE="x.yaml")
+        )
         assert output.strip() == "x.yaml: no such launch file; submit the job from the repository"
     assert code == 2
 
@@ -125,11 +156,20 @@ def on_cpu(cluster: Cluster) -> str:
 
 @pytest.mark.dist
 @pytest.mark.slow
-def test_two_launchers_meet_save_at_the_time_limit_and_resume(cluster: Cluster, tiny_recipe: Path) -> None:
+def test_two_launchers_meet_save_at_the_time_limit_and_resume(
+    cluster: Cluster, tiny_recipe: Path
+) -> None:
     more = {"LAUNCH_FILE": on_cpu(cluster), "GENREC_EXPECT": "processes=2,zero=3,device=cpu"}
     sets = ["--set", "finetune.epochs=60", "--set", "validation.every_epochs=60"]
     job = cluster.submit(
-        "two_nodes.sbatch", tiny_recipe, "run", *sets, nodes=2, gpus=1, SLURM_JOB_ID=job_of_a_free_port(), **more
+        "two_nodes.sbatch",
+        tiny_recipe,
+        "run",
+        *sets,
+        nodes=2,
+        gpus=1,
+        SLURM_JOB_ID=job_of_a_free_port(),
+        **more,
     )
     until(cluster.folder / "run" / "checkpoints", job)
     job.send_signal(signal.SIGUSR1)
@@ -140,13 +180,23 @@ def test_two_launchers_meet_save_at_the_time_limit_and_resume(cluster: Cluster, 
     stopped_at = json.loads((cluster.folder / "run" / "status.json").read_text())["step"]
     more["SLURM_RESTART_COUNT"] = "1"
     job = cluster.submit(
-        "two_nodes.sbatch", tiny_recipe, "run", *sets, nodes=2, gpus=1, SLURM_JOB_ID=job_of_a_free_port(), **more
+        "two_nodes.sbatch",
+        tiny_recipe,
+        "run",
+        *sets,
+        nodes=2,
+        gpus=1,
+        SLURM_JOB_ID=job_of_a_free_port(),
+        **more,
     )
     code, output = ended(job)
     assert code == 0, output[-3000:]
     start = started(cluster.folder / "run")
     assert (start["processes"], start["distributed_type"]) == (2, "DistributedType.DEEPSPEED")
-    events = [json.loads(line) for line in (cluster.folder / "run" / "events.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line)
+        for line in (cluster.folder / "run" / "events.jsonl").read_text().splitlines()
+    ]
     assert [event["resumed_from"] for event in events if event["event"] == "start"] == [
         None,
         f"run/checkpoints/step-{stopped_at:08d}",

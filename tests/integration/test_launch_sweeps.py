@@ -1,4 +1,5 @@
-"""Sweeps launched: Ray's cluster file, KubeRay's job, and SLURM with Ray and genrec stood in for."""
+"""Sweeps launched: Ray's cluster file, KubeRay's job, and SLURM with Ray and genrec stood in
+for."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 def words_of_genrec(line: str) -> list[str]:
-    """The arguments of the `genrec` command in a line of shell, which are seen to be what the command takes."""
+    """The arguments of the `genrec` command in a line of shell, which are seen to be what the
+    command takes."""
     found = re.search(r"genrec (tune [^;'&|]*)", line)
     assert found is not None, line
     words = [word for word in shlex.split(found[1]) if not word.startswith("$")]
@@ -56,7 +58,10 @@ def test_ray_reads_the_cluster_file() -> None:
     with pytest.raises(Exception, match="sety_commands"):
         validate_config(prepare_config({**written, "sety_commands": []}))
     workers = written["provider"]["worker_ips"]
-    assert (config["max_workers"], len({written["provider"]["head_ip"], *workers})) == (len(workers), len(workers) + 1)
+    assert (config["max_workers"], len({written["provider"]["head_ip"], *workers})) == (
+        len(workers),
+        len(workers) + 1,
+    )
     starts = []
     for part in ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
         for line in written[part]:
@@ -66,19 +71,28 @@ def test_ray_reads_the_cluster_file() -> None:
                 starts.append(check_start_of_ray(line))
     head, worker = starts
     assert "--include-dashboard=false" in head
-    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in head  # without it no worker is ever started
+    assert (
+        "--autoscaling-config=~/ray_bootstrap_config.yaml" in head
+    )  # without it no worker is ever started
     assert "--address=$RAY_HEAD_IP:6379" in worker
     # Who starts Ray with a token needs one on every machine.
     assert written["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     extra = re.search(r"--editable '\.\[(.*)\]'", " ".join(written["setup_commands"]))
     assert extra is not None
-    assert extra[1] in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert (
+        extra[1]
+        in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    )
 
 
 def test_the_commands_beside_the_cluster_file_are_ours() -> None:
     from ray.scripts.scripts import cli
 
-    lines = [line[8:] for line in (LAUNCH / "ray_cluster.yaml").read_text().splitlines() if line.startswith("#   ray ")]
+    lines = [
+        line[8:]
+        for line in (LAUNCH / "ray_cluster.yaml").read_text().splitlines()
+        if line.startswith("#   ray ")
+    ]
     assert [line.split()[0] for line in lines] == ["get-auth-token", "up", "exec", "down"]
     for line in lines:
         words = shlex.split(line.split("&&")[0] if "genrec" not in line else line)
@@ -95,7 +109,9 @@ def test_the_kubernetes_job_is_whole() -> None:
     assert cluster["rayVersion"] == importlib.metadata.version("ray")
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
     for group in groups:
-        assert all(isinstance(value, str) for value in group["rayStartParams"].values())  # others KubeRay refuses
+        assert all(
+            isinstance(value, str) for value in group["rayStartParams"].values()
+        )  # others KubeRay refuses
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         assert container["resources"]["limits"] == container["resources"]["requests"]
@@ -106,14 +122,20 @@ def test_the_kubernetes_job_is_whole() -> None:
     assert len({group["template"]["spec"]["containers"][0]["image"] for group in groups}) == 1
     uid = re.search(r"useradd .*--uid (\d+)", (LAUNCH / "Dockerfile").read_text())
     assert uid is not None
-    assert {group["template"]["spec"]["securityContext"]["runAsUser"] for group in groups} == {int(uid[1])}
-    assert all(isinstance(value, str) for value in yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"].values())
+    assert {group["template"]["spec"]["securityContext"]["runAsUser"] for group in groups} == {
+        int(uid[1])
+    }
+    assert all(
+        isinstance(value, str)
+        for value in yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"].values()
+    )
     words_of_genrec(job["spec"]["entrypoint"])
 
 
 @pytest.mark.parametrize("second", [False, True])
 def test_the_kubernetes_job_resumes_at_its_second_try(tmp_path: Path, second: bool) -> None:
-    """Through the two shells that lie between the file and the command: KubeRay's submitter, and Ray's job on the head."""
+    """Through the two shells that lie between the file and the command: KubeRay's submitter, and
+    Ray's job on the head."""
     stub = tmp_path / "genrec"
     stub.write_text('#!/usr/bin/env bash\necho "$@"\n')
     stub.chmod(0o755)
@@ -124,9 +146,18 @@ def test_the_kubernetes_job_resumes_at_its_second_try(tmp_path: Path, second: bo
         (tmp_path / "beauty-sweep" / "sweep.json").touch()
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     run = {"env": env, "capture_output": True, "text": True, "timeout": 30, "check": True}
-    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {entrypoint}"], **run).stdout.split("\0")[:-1]  # type: ignore[call-overload]
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {entrypoint}"], **run).stdout.split(
+        "\0"
+    )[:-1]  # type: ignore[call-overload]
     told = subprocess.run(["sh", "-c", shlex.join(words)], **run).stdout.split()  # type: ignore[call-overload]
-    expected = ["tune", f"{tmp_path}/beauty.yaml", "--out", f"{tmp_path}/beauty-sweep", "--address", "auto"]
+    expected = [
+        "tune",
+        f"{tmp_path}/beauty.yaml",
+        "--out",
+        f"{tmp_path}/beauty-sweep",
+        "--address",
+        "auto",
+    ]
     assert told == expected + ["--resume"] * second
 
 
@@ -185,7 +216,14 @@ def sweep(cluster: Cluster, *more: str, **fate: str) -> subprocess.Popen[str]:
     (cluster.folder / "space.yaml").touch()
     fate.setdefault("SLURM_JOB_ID", job_of_a_free_port())
     return cluster.submit(
-        "tune.sbatch", "space.yaml", "a sweep", *more, nodes=2, gpus=4, SLURM_CPUS_PER_TASK="8", **fate
+        "tune.sbatch",
+        "space.yaml",
+        "a sweep",
+        *more,
+        nodes=2,
+        gpus=4,
+        SLURM_CPUS_PER_TASK="8",
+        **fate,
     )
 
 
@@ -201,10 +239,14 @@ def test_a_sweep_starts_ray_on_every_node_and_one_driver(cluster: Cluster) -> No
     for call in calls:
         options = check_start_of_ray(call.partition("token ")[2].partition(" ")[2])
         assert not tokens & set(options)  # everyone on a node reads command lines
-        assert f"--num-cpus 8 --num-gpus 4 --object-store-memory 83886080 --temp-dir /tmp/ray-{number}" in " ".join(
-            options
+        assert (
+            f"--num-cpus 8 --num-gpus 4 --object-store-memory 83886080 --temp-dir /tmp/ray-{number}"
+            in " ".join(options)
         )
-    assert f"--head --node-ip-address 127.0.0.1 --port {20_000 + int(number)} --include-dashboard=false" in calls[0]
+    assert (
+        f"--head --node-ip-address 127.0.0.1 --port {20_000 + int(number)} --include-dashboard=false"
+        in calls[0]
+    )
     assert f"--address {address}" in calls[1]
     (driver,) = cluster.calls("genrec")
     (token,) = tokens
@@ -277,7 +319,10 @@ def test_a_real_sweep_on_two_real_nodes_of_ray(cluster: Cluster, tiny_recipe: Pa
     )
     code, output = ended(job)
     assert code == 0, output[-3000:]
-    trials = [json.loads(path.read_text()) for path in sorted((cluster.folder / "sweep" / "trials").glob("*.json"))]
+    trials = [
+        json.loads(path.read_text())
+        for path in sorted((cluster.folder / "sweep" / "trials").glob("*.json"))
+    ]
     assert [trial["status"] for trial in trials] == ["finished", "finished"]
     assert (cluster.folder / "sweep" / "best.yaml").exists()
 
@@ -287,7 +332,9 @@ def test_a_sweep_that_cannot_start_says_why(cluster: Cluster, fault: str) -> Non
     words = [] if fault == "no space" else ["x.yaml", "sweep"]
     code, output = ended(cluster.submit("tune.sbatch", *words, nodes=2, gpus=1))
     assert code == 2
-    assert ("usage: sbatch launch/slurm/tune.sbatch" if not words else "x.yaml: no such space file") in output
+    assert (
+        "usage: sbatch launch/slurm/tune.sbatch" if not words else "x.yaml: no such space file"
+    ) in output
 
 
 def test_the_sweep_s_batch_file_asks_slurm_for_what_it_means() -> None:

@@ -1,4 +1,5 @@
-"""The same on a real cluster of two nodes: to the byte, also when a worker is killed in the middle, and absent when all fails."""
+"""The same on a real cluster of two nodes: to the byte, also when a worker is killed in the middle,
+and absent when all fails."""
 
 from __future__ import annotations
 
@@ -46,7 +47,9 @@ class Process:
         assert self.process.stdout is not None
         until = time.monotonic() + seconds
         while b"\n" not in self.waiting:
-            ready, _, _ = select.select([self.process.stdout], [], [], max(until - time.monotonic(), 0))
+            ready, _, _ = select.select(
+                [self.process.stdout], [], [], max(until - time.monotonic(), 0)
+            )
             assert ready, "no answer"
             data = os.read(self.process.stdout.fileno(), 1 << 16)
             if not data:
@@ -63,7 +66,9 @@ class Process:
 
     def ask(self, name: str, *arguments: object, **options: object) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([name, [str(value) for value in arguments], options]).encode() + b"\n")
+        self.process.stdin.write(
+            json.dumps([name, [str(value) for value in arguments], options]).encode() + b"\n"
+        )
         self.process.stdin.flush()
 
     def end(self) -> None:
@@ -100,7 +105,9 @@ def below(cluster: Process) -> Iterator[tuple[int, str]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError, IndexError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(entry.name)] = int(
+                    (entry / "stat").read_text().rpartition(")")[2].split()[1]
+                )
                 names[int(entry.name)] = (entry / "cmdline").read_bytes().split(b"\0")[0].decode()
     for pid, name in names.items():
         above = parents[pid]
@@ -130,11 +137,24 @@ def test_two_nodes_give_what_one_process_gives(tmp_path, driver, write):
     driver.ask("prepare", source, tmp_path / "ray", engine="ray", **more)
     assert driver.answer() == "done"
     assert files(tmp_path / "local") == files(tmp_path / "ray")
-    write_shards(load_dataset(tmp_path / "local"), tmp_path / "shards", users_per_shard=32, users_per_record=16)
-    driver.ask("shard", tmp_path / "ray", tmp_path / "ray-shards", users_per_shard=32, users_per_record=16)
+    write_shards(
+        load_dataset(tmp_path / "local"),
+        tmp_path / "shards",
+        users_per_shard=32,
+        users_per_record=16,
+    )
+    driver.ask(
+        "shard", tmp_path / "ray", tmp_path / "ray-shards", users_per_shard=32, users_per_record=16
+    )
     assert driver.answer() == "done"
     assert files(tmp_path / "shards") == files(tmp_path / "ray-shards")
-    assert {path.name for path in tmp_path.iterdir()} == {"local", "ray", "shards", "ray-shards", source.name}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "local",
+        "ray",
+        "shards",
+        "ray-shards",
+        source.name,
+    }
 
 
 @pytest.mark.ranks

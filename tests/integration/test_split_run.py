@@ -1,4 +1,5 @@
-"""A split by time from the log to the lists, through the real commands: who has a target is asked once, and nobody else."""
+"""A split by time from the log to the lists, through the real commands: who has a target is asked
+once, and nobody else."""
 
 from __future__ import annotations
 
@@ -56,13 +57,16 @@ class World:
         return load_dataset(self.data)
 
     def asked(self, split: Split) -> dict[str, tuple[list[str], str]]:
-        """User -> (history, target), the plain way, for those who are asked; in the order of ids."""
+        """User -> (history, target), the plain way, for those who are asked; in the order of
+        ids."""
         dataset = self.dataset
         items, first = set(dataset.sequences.item_ids), FIRST[split == "test"]
         end = FIRST[1] if split == "validation" else FIRST[1] + 10**15
         found = {}
         for user in dataset.sequences.user_ids:
-            seen = sorted((time, item) for who, item, time in self.rows if who == user and item in items)
+            seen = sorted(
+                (time, item) for who, item, time in self.rows if who == user and item in items
+            )
             later = [item for time, item in seen if first <= time < end]
             if later:
                 found[user] = ([item for time, item in seen if time < first], later[0])
@@ -93,7 +97,9 @@ def other_future(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def events(run: Path, name: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [
+        json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [line for line in lines if line["event"] == name]
 
 
@@ -103,10 +109,13 @@ def results(folder: Path, split: Split) -> tuple[dict[str, Any], list[dict[str, 
 
 
 def check_results(world: World, folder: Path, split: Split) -> dict[str, Any]:
-    """Each user with a target once, in order, asked for her target after her history; figures are those of the lists."""
+    """Each user with a target once, in order, asked for her target after her history; figures are
+    those of the lists."""
     metrics, lists = results(folder, split)
     asked = world.asked(split)
-    assert [(row["user"], row["target"]) for row in lists] == [(user, target) for user, (_, target) in asked.items()]
+    assert [(row["user"], row["target"]) for row in lists] == [
+        (user, target) for user, (_, target) in asked.items()
+    ]
     assert metrics["users"] == len(asked) < world.dataset.sequences.num_users
     assert metrics["protocol"]["split"] == f"global-time {DATES}"
     exact = metrics_from_histogram(rank_histogram(np.array([row["rank"] for row in lists])))
@@ -121,14 +130,22 @@ def check_results(world: World, folder: Path, split: Split) -> dict[str, Any]:
 
 def test_the_same_training_period_trains_the_same_model(world: World, other_future: World) -> None:
     """To the bit, whatever is taken later: no held-out row is seen, counted or numbered."""
-    assert world.dataset.sequences.num_interactions != other_future.dataset.sequences.num_interactions
+    assert (
+        world.dataset.sequences.num_interactions != other_future.dataset.sequences.num_interactions
+    )
     steps, others = (
-        [(step["loss"], step["samples"], step["samples_digest"]) for step in events(one.run, "step")]
+        [
+            (step["loss"], step["samples"], step["samples_digest"])
+            for step in events(one.run, "step")
+        ]
         for one in (world, other_future)
     )
     assert len(steps) > 5
     assert steps == others
-    weights, same = (Checkpoint(list_checkpoints(one.run)[-1], {}, Ranks()).weights() for one in (world, other_future))
+    weights, same = (
+        Checkpoint(list_checkpoints(one.run)[-1], {}, Ranks()).weights()
+        for one in (world, other_future)
+    )
     assert weights.keys() == same.keys()
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     assert {event["users"] for event in events(world.run, "validation")} == {20}
@@ -157,11 +174,18 @@ def test_baselines_ask_the_same_users(
     world: World, tmp_path: Path, name: str, options: list[str], split: Split
 ) -> None:
     more = [text for option in options for text in ("--set", option)]
-    assert run_command(["baseline", name, str(world.data), "--out", str(tmp_path), "--split", split, *more]) == 0
+    assert (
+        run_command(
+            ["baseline", name, str(world.data), "--out", str(tmp_path), "--split", split, *more]
+        )
+        == 0
+    )
     metrics = check_results(world, tmp_path, split)
     if name == "popularity":
         excluded = metrics["protocol"]["exclude_history"]
-        assert [row["rank"] for row in results(tmp_path, split)[1]] == popularity_ranks(world, split, excluded)
+        assert [row["rank"] for row in results(tmp_path, split)[1]] == popularity_ranks(
+            world, split, excluded
+        )
 
 
 def popularity_ranks(world: World, split: Split, excluded: bool) -> list[int]:
@@ -179,20 +203,30 @@ def popularity_ranks(world: World, split: Split, excluded: bool) -> list[int]:
     return ranks
 
 
-def test_weights_of_the_mixture_are_chosen_by_those_who_are_asked(world: World, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(world.run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints")))
+def test_weights_of_the_mixture_are_chosen_by_those_who_are_asked(
+    world: World, tmp_path: Path
+) -> None:
+    run = Path(
+        shutil.copytree(world.run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    )
     hybrid = ["evaluate", str(run), "--split", "validation", "--decode", "hybrid"]
     assert run_command([*hybrid, "--tune-weights"]) == 0
     chosen = json.loads((run / "hybrid.json").read_text(encoding="utf-8"))
     assert chosen["users"] == len(world.asked("validation"))
     assert run_command(hybrid) == 0
-    assert check_results(world, run, "validation")["NDCG@10"] == pytest.approx(chosen["validation"]["NDCG@10"])
+    assert check_results(world, run, "validation")["NDCG@10"] == pytest.approx(
+        chosen["validation"]["NDCG@10"]
+    )
 
 
 @pytest.mark.dist
 def test_two_ranks_write_the_same_lists(world: World, tmp_path: Path) -> None:
     one, two = (
-        Path(shutil.copytree(world.run, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints")))
+        Path(
+            shutil.copytree(
+                world.run, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints")
+            )
+        )
         for name in ("one", "two")
     )
     command = ["-m", "genrec_dist.cli", "evaluate", "--batch-size", "5"]
@@ -206,7 +240,9 @@ def test_two_ranks_write_the_same_lists(world: World, tmp_path: Path) -> None:
 
 def test_requests_see_the_whole_history_of_everyone(world: World, tmp_path: Path) -> None:
     sequences = world.dataset.sequences
-    path = recommend_all(Recommender(load_run(world.run), exclude_history=True), world.dataset, tmp_path)
+    path = recommend_all(
+        Recommender(load_run(world.run), exclude_history=True), world.dataset, tmp_path
+    )
     assert path is not None
     lists = pq.read_table(path).to_pylist()
     assert [row["user"] for row in lists] == sequences.user_ids
@@ -229,19 +265,32 @@ def test_plans_count_what_the_periods_leave(world: World, tmp_path: Path) -> Non
     assert (periods.training_U < periods.known_U).any()
 
 
-def test_two_splits_are_not_compared(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cuts = {"leave-one-out": [], "later": ["--split", "global-time", "--cutoff", "2014-07-01,2014-11-01"]}
-    assert run_command(["baseline", "popularity", str(world.data), "--out", str(tmp_path / "by-time")]) == 0
+def test_two_splits_are_not_compared(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuts = {
+        "leave-one-out": [],
+        "later": ["--split", "global-time", "--cutoff", "2014-07-01,2014-11-01"],
+    }
+    assert (
+        run_command(["baseline", "popularity", str(world.data), "--out", str(tmp_path / "by-time")])
+        == 0
+    )
     for name, options in cuts.items():
         data, out = tmp_path / name / "data", tmp_path / name / "popularity"
-        assert run_command(["prepare", str(world.log), "--out", str(data), "--k-core", "3", *options]) == 0
+        assert (
+            run_command(["prepare", str(world.log), "--out", str(data), "--k-core", "3", *options])
+            == 0
+        )
         assert run_command(["baseline", "popularity", str(data), "--out", str(out)]) == 0
         capsys.readouterr()
         assert run_command(["compare", str(tmp_path / "by-time"), str(out)]) == 1
         assert f'split is "global-time {DATES}" in' in capsys.readouterr().err
 
 
-def test_the_command_says_what_was_cut(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_what_was_cut(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = ["--split", "global-time", "--cutoff", DATES, "--k-core", "3"]
     assert run_command(["prepare", str(world.log), "--out", str(tmp_path / "data"), *options]) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -250,4 +299,7 @@ def test_the_command_says_what_was_cut(world: World, tmp_path: Path, capsys: pyt
     assert "trained before 2014-07-01, validated before 2014-10-01, tested from there on" in said
     assert f"{told.global_time.users_without_history} users without history left out" in said
     assert f"{told.dropped['rows_of_users_without_history']} rows of users without history" in said
-    assert f"{told.dropped['rows_of_items_outside_the_catalogue']} rows of items outside the catalogue" in said
+    assert (
+        f"{told.dropped['rows_of_items_outside_the_catalogue']} rows of items outside the catalogue"
+        in said
+    )

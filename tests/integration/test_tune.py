@@ -1,4 +1,5 @@
-"""A sweep by the real command: reports each epoch, fails on NaN at once, bounds its disk, stays on loopback, leaves test alone."""
+"""A sweep by the real command: reports each epoch, fails on NaN at once, bounds its disk, stays on
+loopback, leaves test alone."""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ def done(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     process = sweeps.start(space, "--out", out)
     try:
         sweeps.wait_for(process, lambda: list((out / "trials").glob("*.json")), "the first trial")
-        raylets = sweeps.processes("/raylet", f"--driver_pid={process.pid}") or sweeps.processes("raylet/raylet")
+        raylets = sweeps.processes("/raylet", f"--driver_pid={process.pid}") or sweeps.processes(
+            "raylet/raylet"
+        )
         sockets, environment = listening(process.pid), environment_of(raylets[0])
         output, errors = process.communicate(timeout=300)
     finally:
@@ -104,8 +107,14 @@ def test_each_epoch_is_in_the_record_as_the_run_wrote_it(done: Done) -> None:
     assert len(finished) >= 2
     for trial in finished:
         validations = sweeps.events(done.out / trial.run, "validation")
-        assert [epoch.NDCG10 for epoch in trial.epochs] == [event["NDCG@10"] for event in validations]
-        assert [epoch.epoch for epoch in trial.epochs] == [1, 2, 3] == list(range(1, trial.planned_epochs + 1))
+        assert [epoch.NDCG10 for epoch in trial.epochs] == [
+            event["NDCG@10"] for event in validations
+        ]
+        assert (
+            [epoch.epoch for epoch in trial.epochs]
+            == [1, 2, 3]
+            == list(range(1, trial.planned_epochs + 1))
+        )
         assert trial.attempts == 1
         assert all(epoch.tokens_per_second > 0 and epoch.train_loss > 0 for epoch in trial.epochs)
         assert 0 < trial.epochs[0].seconds < trial.epochs[-1].seconds
@@ -115,7 +124,9 @@ def test_each_epoch_is_in_the_record_as_the_run_wrote_it(done: Done) -> None:
 
 
 def test_a_loss_that_is_no_number_fails_the_trial_at_once(done: Done) -> None:
-    failed = [trial for trial in done.sweep.trials if trial.values["finetune.learning_rate"] == 1e30]
+    failed = [
+        trial for trial in done.sweep.trials if trial.values["finetune.learning_rate"] == 1e30
+    ]
     assert failed
     for trial in failed:
         assert (trial.status, trial.attempts) == ("failed", 1)
@@ -125,9 +136,15 @@ def test_a_loss_that_is_no_number_fails_the_trial_at_once(done: Done) -> None:
 
 
 def test_the_disk_holds_the_best_trials_weights_alone(done: Done) -> None:
-    best = max((t for t in done.sweep.trials if t.status == "finished"), key=lambda t: t.best_NDCG10 or 0)
+    best = max(
+        (t for t in done.sweep.trials if t.status == "finished"), key=lambda t: t.best_NDCG10 or 0
+    )
     holding = {path.parent.name for path in (done.out / "runs").glob("*/best")}
-    assert holding == {best.id} == {path.parent.name for path in (done.out / "runs").glob("*/checkpoints")}
+    assert (
+        holding
+        == {best.id}
+        == {path.parent.name for path in (done.out / "runs").glob("*/checkpoints")}
+    )
     assert len(list((done.out / "runs").glob("*/events.jsonl"))) == 3
     assert load_run(done.out / best.run).model is not None
 
@@ -135,7 +152,9 @@ def test_the_disk_holds_the_best_trials_weights_alone(done: Done) -> None:
 def test_results_are_written(done: Done) -> None:
     table = pq.read_table(done.out / "sweep.parquet")
     assert table.column("trial").to_pylist() == ["t0000", "t0001", "t0002"]
-    best = max((t for t in done.sweep.trials if t.status == "finished"), key=lambda t: t.best_NDCG10 or 0)
+    best = max(
+        (t for t in done.sweep.trials if t.status == "finished"), key=lambda t: t.best_NDCG10 or 0
+    )
     recipe = load_recipe(done.out / "best.yaml")
     assert recipe.finetune.learning_rate == best.values["finetune.learning_rate"]
     assert "t0000" in (done.out / "report.html").read_text()
@@ -154,7 +173,9 @@ def test_trials_share_the_data(done: Done) -> None:
 
 def test_ray_is_on_loopback_with_a_token_and_without_a_dashboard(done: Done) -> None:
     assert done.sockets
-    assert {address[-8:] for address in done.sockets} <= {"0100007F", "01000000"}, "listens beyond this machine"
+    assert {address[-8:] for address in done.sockets} <= {"0100007F", "01000000"}, (
+        "listens beyond this machine"
+    )
     assert done.environment["RAY_AUTH_MODE"] == "token"
     assert len(done.environment["RAY_AUTH_TOKEN"]) == 64
     assert done.environment["RAY_USAGE_STATS_ENABLED"] == "0"
@@ -166,12 +187,16 @@ def test_nothing_of_ray_is_left(done: Done) -> None:
 
 def test_a_sweep_is_not_begun_over_another(done: Done) -> None:
     before = (done.out / SWEEP_FILE).read_bytes()
-    with pytest.raises(ValueError, match="a sweep is there already: continue it with --resume, or give another --out"):
+    with pytest.raises(
+        ValueError,
+        match="a sweep is there already: continue it with --resume, or give another --out",
+    ):
         run_sweep(load_space(done.space), done.out)
     other = done.space.with_name("other.yaml")
     other.write_text(done.space.read_text().replace("2.0e-3", "3.0e-3"))
     with pytest.raises(
-        ValueError, match=r"^other\.yaml: space\.finetune\.learning_rate\.choice is \[0\.003, .*\[0\.002, "
+        ValueError,
+        match=r"^other\.yaml: space\.finetune\.learning_rate\.choice is \[0\.003, .*\[0\.002, ",
     ):
         run_sweep(load_space(other), done.out, resume=True)
     assert (done.out / SWEEP_FILE).read_bytes() == before
@@ -179,7 +204,10 @@ def test_a_sweep_is_not_begun_over_another(done: Done) -> None:
 
 
 def test_a_sweep_has_one_driver(done: Done) -> None:
-    with hold(done.out / ".lock", "x"), pytest.raises(ValueError, match="another genrec tune works on this sweep"):
+    with (
+        hold(done.out / ".lock", "x"),
+        pytest.raises(ValueError, match="another genrec tune works on this sweep"),
+    ):
         run_sweep(load_space(done.space), done.out, resume=True)
 
 
@@ -208,7 +236,9 @@ def test_an_epoch_is_reported_when_it_can_be_resumed_from(space_file: Path, tmp_
     told: list[EpochReport] = []
 
     def note(report: EpochReport) -> None:
-        steps = [int(path.name.removeprefix("step-")) for path in list_checkpoints(tmp_path / "run")]
+        steps = [
+            int(path.name.removeprefix("step-")) for path in list_checkpoints(tmp_path / "run")
+        ]
         assert max(steps) == report.step + 1
         told.append(report)
 
@@ -219,7 +249,9 @@ def test_an_epoch_is_reported_when_it_can_be_resumed_from(space_file: Path, tmp_
         (3, 3, True),
     ]
     validations = sweeps.events(tmp_path / "run", "validation")
-    assert [report.scores["NDCG@10"] for report in told] == [event["NDCG@10"] for event in validations]
+    assert [report.scores["NDCG@10"] for report in told] == [
+        event["NDCG@10"] for event in validations
+    ]
 
 
 class NodeGone(Exception):
@@ -238,10 +270,13 @@ def made(directory: str, space_file: Path) -> Job:
 def test_a_trial_goes_on_from_its_own_checkpoint_wherever_it_lies(
     space_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """The node dies after two epochs. At an address, another node that has nothing of the run goes on with it."""
-    directory = {"directory": str(tmp_path / "s"), "memory": f"memory://{tmp_path}/s", "file": f"file://{tmp_path}/s"}[
-        kind
-    ]
+    """The node dies after two epochs. At an address, another node that has nothing of the run goes
+    on with it."""
+    directory = {
+        "directory": str(tmp_path / "s"),
+        "memory": f"memory://{tmp_path}/s",
+        "file": f"file://{tmp_path}/s",
+    }[kind]
     job = made(directory, space_file)
     seen: list[dict] = []
 
@@ -276,7 +311,9 @@ def test_a_trial_goes_on_from_its_own_checkpoint_wherever_it_lies(
             assert there == path.read_bytes(), path
 
 
-def test_a_run_has_one_writer(space_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_has_one_writer(
+    space_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = made(str(tmp_path / "s"), space_file)
     monkeypatch.setattr("genrec_tuning.trial.LOCK_SECONDS", 0.3)
     with (
@@ -296,7 +333,10 @@ def test_a_directory_that_a_node_does_not_see_is_named(space_file: Path, tmp_pat
     ("address", "message"),
     [
         ("127.0.0.1:1", r"--address 127\.0\.0\.1:1: nobody answers"),
-        ("http://127.0.0.1:8265", r"--address http://127\.0\.0\.1:8265: give HOST:PORT of the cluster's head, or auto"),
+        (
+            "http://127.0.0.1:8265",
+            r"--address http://127\.0\.0\.1:8265: give HOST:PORT of the cluster's head, or auto",
+        ),
     ],
 )
 def test_a_cluster_that_does_not_answer_is_told_at_once(
@@ -307,7 +347,9 @@ def test_a_cluster_that_does_not_answer_is_told_at_once(
         run_sweep(load_space(space_file), tmp_path / "out", address=address)
 
 
-def test_data_that_no_trial_could_read_are_refused_before_anything_starts(space_file: Path, tmp_path: Path) -> None:
+def test_data_that_no_trial_could_read_are_refused_before_anything_starts(
+    space_file: Path, tmp_path: Path
+) -> None:
     base = space_file.with_name("base.yaml")
     base.write_text(base.read_text().replace("data: ", "data: /nowhere"))
     with pytest.raises(ValueError, match=r"^/nowhere"):
@@ -318,7 +360,8 @@ def test_data_that_no_trial_could_read_are_refused_before_anything_starts(space_
 def test_resources_that_no_node_has_are_named() -> None:
     check_fits(Resources(2, 1), [{"CPU": 1.0}, {"CPU": 4.0, "GPU": 1.0}])
     with pytest.raises(
-        ValueError, match=r"cpu 3, gpu 1: no node has that much \(there are: cpu 2, gpu 4; cpu 8, gpu 0\)"
+        ValueError,
+        match=r"cpu 3, gpu 1: no node has that much \(there are: cpu 2, gpu 4; cpu 8, gpu 0\)",
     ):
         check_fits(Resources(3, 1), [{"CPU": 2.0, "GPU": 4.0}, {"CPU": 8.0}])
 
@@ -326,13 +369,22 @@ def test_resources_that_no_node_has_are_named() -> None:
 def test_a_sweep_ends_when_its_time_is_up() -> None:
     assert Ending(None).reason is None
     assert Ending(1.0).reason is None
-    assert Ending(0.5, started=Ending().started - 1900).reason == "the budget of 0.5 hours was used up"
+    assert (
+        Ending(0.5, started=Ending().started - 1900).reason == "the budget of 0.5 hours was used up"
+    )
 
 
 def test_worked_seconds_leave_out_the_time_between_attempts() -> None:
     def validation(time: float, epoch: int, step: int) -> dict:
         scores = {"NDCG@10": 0.1, "HR@10": 0.2, "loss": 3.0}
-        return {"event": "validation", "time": time, "stage": "finetune", "epoch": epoch, "step": step, **scores}
+        return {
+            "event": "validation",
+            "time": time,
+            "stage": "finetune",
+            "epoch": epoch,
+            "step": step,
+            **scores,
+        }
 
     journal = Journal(Path("run"))
     journal.events = [

@@ -1,4 +1,5 @@
-"""Sweeps under real kills: of a trial, of a rank, of the driver; on two nodes; and the finals with their one look at test."""
+"""Sweeps under real kills: of a trial, of a rank, of the driver; on two nodes; and the finals with
+their one look at test."""
 
 from __future__ import annotations
 
@@ -50,7 +51,11 @@ def epochs_run(run: Path) -> list[int]:
 
 def steps_rerun(run: Path) -> int:
     """Steps before the first checkpoint of a resume that were run again: none may be."""
-    starts = [Path(event["resumed_from"]) for event in sweeps.events(run, "start") if event["resumed_from"]]
+    starts = [
+        Path(event["resumed_from"])
+        for event in sweeps.events(run, "start")
+        if event["resumed_from"]
+    ]
     firsts = [int(path.name.removeprefix("step-")) for path in starts]
     steps = [event["step"] for event in sweeps.events(run, "step")]
     return sum(steps.count(step) - 1 for step in range(min(firsts, default=0)))
@@ -58,8 +63,9 @@ def steps_rerun(run: Path) -> int:
 
 @pytest.fixture(scope="module")
 def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """A sweep of two trials, one after the other: the first is killed; when one is over and the other runs, the driver is; it is
-    resumed with Ray's own files torn, stopped by SIGTERM, resumed for a second, and resumed to its end."""
+    """A sweep of two trials, one after the other: the first is killed; when one is over and the
+    other runs, the driver is; it is resumed with Ray's own files torn, stopped by SIGTERM, resumed
+    for a second, and resumed to its end."""
     folder = tmp_path_factory.mktemp("killed")
     out = folder / "out"
     space = sweeps.write_space(folder, tiny_data, SPACE % (20, CORES, 1), SLOW)
@@ -70,7 +76,11 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
     def finished() -> Trial | None:
         sweep = sweeps.record(out)
-        return next((trial for trial in sweep.trials if trial.status == "finished"), None) if sweep else None
+        return (
+            next((trial for trial in sweep.trials if trial.status == "finished"), None)
+            if sweep
+            else None
+        )
 
     process = sweeps.start(space, "--out", out)
     try:
@@ -88,14 +98,18 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
         sweeps.kill(process.pid)
         process.communicate()
         seen["before"] = read_sweep(out)
-        seen["orphans gone"] = sweeps.gone(lambda: sweeps.processes("raylet/raylet", str(process.pid)))
+        seen["orphans gone"] = sweeps.gone(
+            lambda: sweeps.processes("raylet/raylet", str(process.pid))
+        )
         torn = list((out / "ray").rglob("tuner.pkl"))
         assert torn
         for path in torn:
             path.write_bytes(path.read_bytes()[:100])
         starts = len(sweeps.events(left, "start"))
         process = sweeps.start(space, "--out", out, "--resume")
-        sweeps.wait_for(process, lambda: len(sweeps.events(left, "start")) > starts, "the resumed trial")
+        sweeps.wait_for(
+            process, lambda: len(sweeps.events(left, "start")) > starts, "the resumed trial"
+        )
         process.send_signal(signal.SIGTERM)
         _, seen["told"] = process.communicate(timeout=120)
         seen["code"] = process.returncode
@@ -112,10 +126,16 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 def test_a_killed_trial_is_retried_from_its_own_checkpoint(killed: dict) -> None:
     trial = killed["after"].trials[0]
     run = killed["out"] / trial.run
-    assert (trial.status, [epoch.epoch for epoch in trial.epochs]) == ("finished", list(range(1, 21)))
+    assert (trial.status, [epoch.epoch for epoch in trial.epochs]) == (
+        "finished",
+        list(range(1, 21)),
+    )
     assert trial.attempts == len(sweeps.events(run, "start")) >= 2
     again = sweeps.events(run, "start")[1]
-    assert Path(again["resumed_from"]).name == f"step-{trial.epochs[killed['epochs at the kill'] - 1].step + 1:08d}"
+    assert (
+        Path(again["resumed_from"]).name
+        == f"step-{trial.epochs[killed['epochs at the kill'] - 1].step + 1:08d}"
+    )
     validated = epochs_run(run)
     assert all(validated.count(epoch) == 1 for epoch in range(1, killed["epochs at the kill"] + 1))
     assert steps_rerun(run) == 0
@@ -127,14 +147,19 @@ def test_a_killed_driver_loses_nothing(killed: dict) -> None:
     over, left = killed["over"], killed["left"]
     assert after.trial(over) == before.trial(over)
     assert before.trial(left).status == "running"
-    assert (after.trial(left).status, after.trial(left).values) == ("finished", before.trial(left).values)
+    assert (after.trial(left).status, after.trial(left).values) == (
+        "finished",
+        before.trial(left).values,
+    )
     known = before.trial(left).epochs
     assert known
     assert after.trial(left).epochs[: len(known)] == known
     run = killed["out"] / after.trial(left).run
     assert sweeps.events(run, "start")[before.trial(left).attempts]["resumed_from"] is not None
     assert steps_rerun(run) == 0
-    assert len(sweeps.events(killed["out"] / "runs" / over, "start")) == before.trial(over).attempts, "it ran again"
+    assert (
+        len(sweeps.events(killed["out"] / "runs" / over, "start")) == before.trial(over).attempts
+    ), "it ran again"
     assert after.resumed == 3
     assert after.hours > before.hours
 
@@ -164,7 +189,8 @@ def test_a_budget_ends_a_sweep_in_good_order(killed: dict) -> None:
 
 @pytest.fixture
 def bucket() -> Iterator[dict[str, str]]:
-    """What a process has to have in its environment to reach an S3 server on this machine that holds the bucket `sweeps`."""
+    """What a process has to have in its environment to reach an S3 server on this machine that
+    holds the bucket `sweeps`."""
     import boto3
     from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
@@ -172,7 +198,11 @@ def bucket() -> Iterator[dict[str, str]]:
     server.start()
     url = "http://{}:{}".format(*server.get_host_and_port())
     boto3.client(
-        "s3", endpoint_url=url, region_name="us-east-1", aws_access_key_id="key", aws_secret_access_key="secret"
+        "s3",
+        endpoint_url=url,
+        region_name="us-east-1",
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
     ).create_bucket(Bucket="sweeps")
     yield {
         "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
@@ -203,17 +233,27 @@ def two_nodes(bucket: dict[str, str], tmp_path: Path) -> Iterator[tuple[str, dic
 
 
 def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
-    two_nodes: tuple[str, dict[str, str]], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    two_nodes: tuple[str, dict[str, str]],
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A node has room for one trial, so two lie on two. One loses a rank; the other its process and its node's disk, and goes on
-    from what is in the bucket."""
+    """A node has room for one trial, so two lie on two. One loses a rank; the other its process and
+    its node's disk, and goes on from what is in the bucket."""
     address, more = two_nodes
     for name, value in more.items():
         if name.startswith("AWS"):
             monkeypatch.setenv(name, value)
     space = sweeps.write_space(tmp_path, tiny_data, SPACE % (8, 2, 2), SLOW)
     process = sweeps.start(
-        space, "--out", tmp_path / "two", "--address", address, "--storage", "s3://sweeps/of", **more
+        space,
+        "--out",
+        tmp_path / "two",
+        "--address",
+        address,
+        "--storage",
+        "s3://sweeps/of",
+        **more,
     )
 
     def run_of(number: int) -> Path:
@@ -232,7 +272,9 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
     ranks, trials, raylets = {}, {}, set()
     try:
         for number in range(2):
-            sweeps.wait_for(process, lambda number=number: whole(number), "a checkpoint in the bucket")  # type: ignore[misc]
+            sweeps.wait_for(
+                process, lambda number=number: whole(number), "a checkpoint in the bucket"
+            )  # type: ignore[misc]
             ranks[number] = ranks_of(number)
             assert len(ranks[number]) == 2
             trials[number] = sweeps.parent_of(ranks[number][0])
@@ -241,7 +283,9 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
                 sweeps.kill(ranks[0][-1])
             else:
                 sweeps.kill(trials[1])
-                assert sweeps.gone(lambda: set(ranks[1]) & set(ranks_of(1))), "ranks outlived their trial"
+                assert sweeps.gone(lambda: set(ranks[1]) & set(ranks_of(1))), (
+                    "ranks outlived their trial"
+                )
                 shutil.rmtree(run_of(1))
         assert len(raylets) == 2, "both trials are of one node's raylet"
         for number in range(2):
@@ -256,7 +300,10 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
         process.kill()
     assert process.returncode == 0, errors
     sweep = read_sweep("s3://sweeps/of/two")
-    assert [(trial.status, trial.attempts) for trial in sweep.trials] == [("finished", 2), ("finished", 2)]
+    assert [(trial.status, trial.attempts) for trial in sweep.trials] == [
+        ("finished", 2),
+        ("finished", 2),
+    ]
     for trial in sweep.trials:
         run = run_of(trial.number)
         starts = sweeps.events(run, "start")
@@ -281,7 +328,8 @@ space:
 
 
 def test_the_finals_look_at_test_once(tiny_data: Path, tmp_path: Path) -> None:
-    """Two trials and the base recipe with three seeds; all but one run have been made when the finals are gone on with."""
+    """Two trials and the base recipe with three seeds; all but one run have been made when the
+    finals are gone on with."""
     out = tmp_path / "out"
     space = load_space(sweeps.write_space(tmp_path, tiny_data, FINALS))
     recorder = Recorder(Folder(out), Sweep(space.name, space.as_dict()))
@@ -302,11 +350,14 @@ def test_the_finals_look_at_test_once(tiny_data: Path, tmp_path: Path) -> None:
     for number, job in enumerate(jobs[:-1]):
         scores: list[dict] = []
         run_job(job, scores.append)
-        finals[number] = dataclasses.replace(finals[number], status="finished", NDCG10=scores[-1]["best_NDCG@10"])
+        finals[number] = dataclasses.replace(
+            finals[number], status="finished", NDCG10=scores[-1]["best_NDCG@10"]
+        )
         recorder.put_finals(finals=tuple(finals))
     sweep = finish_sweep(out, against_base=True)
     means = {
-        system: sum(final.NDCG10 or 0 for final in sweep.finals if final.system == system) / len(SEEDS)
+        system: sum(final.NDCG10 or 0 for final in sweep.finals if final.system == system)
+        / len(SEEDS)
         for system in ("t0000", "t0001")
     }
     assert sweep.winner == max(means, key=lambda system: means[system])
@@ -318,6 +369,8 @@ def test_the_finals_look_at_test_once(tiny_data: Path, tmp_path: Path) -> None:
     assert sweep.comparison is not None
     assert sweep.comparison["metrics"]["NDCG@10"].keys() >= {"a", "b", "difference", "ci95"}
     before = {path: path.read_bytes() for path in out.rglob("metrics-test.json")}
-    with pytest.raises(ValueError, match=f"{sweep.winner} was evaluated on test already .* looks at test once"):
+    with pytest.raises(
+        ValueError, match=f"{sweep.winner} was evaluated on test already .* looks at test once"
+    ):
         finish_sweep(out, against_base=True)
     assert before == {path: path.read_bytes() for path in out.rglob("metrics-test.json")}

@@ -20,9 +20,11 @@ ROOMS = {
 DOORS = {"genrec_dist/cli/app.py": {"genrec_tuning"}}
 OURS = set(ROOMS)
 FOLDERS = {"kernels", "shards", "tuning"}
-# A training machine may have none of these, so nothing that trains or evaluates may need them to be imported.
+# A training machine may have none of these, so nothing that trains or evaluates may need them to be
+# imported.
 HEAVY = {"polars", "webdataset", "pydantic", "deepspeed", "ray", "triton"}
-# Files that may import a heavy package at module level, with the package: a kernel file cannot be written otherwise.
+# Files that may import a heavy package at module level, with the package: a kernel file cannot be
+# written otherwise.
 ALLOWED: dict[str, set[str]] = {
     "kernels/genrec_kernels/triton_embedding_sum.py": {"triton"},
     "genrec_dist/bench/kernel_peers.py": {"triton"},
@@ -54,7 +56,8 @@ def imported(nodes: Iterator[ast.AST]) -> set[str]:
 
 
 def at_import_time(tree: ast.Module) -> Iterator[ast.AST]:
-    """Nodes that run when the module is imported: not function bodies, not what only a type checker reads."""
+    """Nodes that run when the module is imported: not function bodies, not what only a type checker
+    reads."""
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
@@ -68,7 +71,8 @@ def at_import_time(tree: ast.Module) -> Iterator[ast.AST]:
 
 
 def breaches(tree: ast.Module) -> list[str]:
-    """Calls that would run foreign code from a file: pickle, torch.load of anything but weights, yaml.load."""
+    """Calls that would run foreign code from a file: pickle, torch.load of anything but weights,
+    yaml.load."""
     found = []
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
@@ -100,7 +104,9 @@ def test_the_rooms_are_where_the_design_says() -> None:
 def test_imports_flow_one_way(package: str) -> None:
     folder, allowed = ROOMS[package]
     for path in folder.rglob("*.py"):
-        foreign = imported(ast.walk(tree_of(path))) & OURS - {package} - DOORS.get(name_of(path), set())
+        foreign = imported(ast.walk(tree_of(path))) & OURS - {package} - DOORS.get(
+            name_of(path), set()
+        )
         assert foreign <= allowed, f"{name_of(path)} imports {', '.join(sorted(foreign - allowed))}"
 
 
@@ -109,17 +115,23 @@ def test_nobody_imports_the_folders(path: Path) -> None:
     assert not imported(ast.walk(tree_of(path))) & FOLDERS
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if "genrec_tuning" not in path.parts], ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in SOURCES if "genrec_tuning" not in path.parts], ids=name_of
+)
 def test_heavy_packages_wait_until_they_are_used(path: Path) -> None:
     heavy = imported(at_import_time(tree_of(path))) & HEAVY - ALLOWED.get(name_of(path), set())
-    assert not heavy, f"{name_of(path)} imports {', '.join(sorted(heavy))} at module level: import inside the function"
+    assert not heavy, (
+        f"{name_of(path)} imports {', '.join(sorted(heavy))} at module level: import inside the function"
+    )
 
 
 @pytest.mark.parametrize("path", SOURCES + TESTS + SCRIPTS, ids=name_of)
 def test_the_first_line_says_the_duty(path: Path) -> None:
     docstring = ast.get_docstring(tree_of(path))
     assert docstring, f"{name_of(path)} has no docstring"
-    assert len(docstring.splitlines()[0]) > 10, f"{name_of(path)} says too little: {docstring.splitlines()[0]}"
+    assert len(docstring.splitlines()[0]) > 10, (
+        f"{name_of(path)} says too little: {docstring.splitlines()[0]}"
+    )
 
 
 @pytest.mark.parametrize("path", SOURCES + SCRIPTS, ids=name_of)
@@ -153,7 +165,9 @@ for module in {modules!r}:
     importlib.import_module(module)
 print(len({modules!r}), sorted({HEAVY!r} & sys.modules.keys()))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split("\n")[-2] == f"{len(modules)} []"
 
@@ -168,8 +182,12 @@ def test_the_rules_catch_what_they_name() -> None:
         "import ray.tune\ntry:\n    from triton import jit\nexcept ImportError:\n    pass\nclass A:\n    import polars\n"
     )
     assert imported(at_import_time(eager)) & HEAVY == {"ray", "triton", "polars"}
-    assert imported(ast.walk(ast.parse("def f():\n    from genrec_dist.train import train"))) == {"genrec_dist"}
+    assert imported(ast.walk(ast.parse("def f():\n    from genrec_dist.train import train"))) == {
+        "genrec_dist"
+    }
     bad = "import pickle\ntorch.load(f)\ntorch.load(f, weights_only=False)\nyaml.load(f)\nnumpy.load(f, allow_pickle=True)\n"
     assert len(breaches(ast.parse(bad))) == 5
-    good = "torch.load(f, weights_only=True)\nyaml.safe_load(f)\nnumpy.load(f, allow_pickle=False)\n"
+    good = (
+        "torch.load(f, weights_only=True)\nyaml.safe_load(f)\nnumpy.load(f, allow_pickle=False)\n"
+    )
     assert breaches(ast.parse(good)) == []

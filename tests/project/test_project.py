@@ -35,7 +35,9 @@ def canonical(name: str) -> str:
 
 
 def lock() -> dict[str, str]:
-    pins = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE)
+    pins = re.findall(
+        r"^([A-Za-z0-9._-]+)==(\S+)$", (ROOT / "requirements.lock").read_text(), flags=re.MULTILINE
+    )
     return {canonical(name): version for name, version in pins}
 
 
@@ -49,13 +51,19 @@ def test_every_make_target_in_the_documents_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", MAKEFILE, flags=re.MULTILINE))
     assert {"demo", "test", "env"} <= targets
     for document in (README, (ROOT / "CONTRIBUTING.md").read_text()):
-        named = {match for line in code_lines(document) for match in re.findall(r"\bmake ([a-z]+)\b", line)}
+        named = {
+            match
+            for line in code_lines(document)
+            for match in re.findall(r"\bmake ([a-z]+)\b", line)
+        }
         assert named <= targets
         assert "test" in named
 
 
 def test_every_command_in_the_readme_exists() -> None:
-    named = {match for line in code_lines(README) for match in re.findall(r"\bgenrec ([a-z]+)", line)}
+    named = {
+        match for line in code_lines(README) for match in re.findall(r"\bgenrec ([a-z]+)", line)
+    }
     assert named == set(click_commands())
 
 
@@ -67,7 +75,9 @@ def test_every_option_in_the_readme_exists() -> None:
         words = line.split("#")[0].split()
         if len(words) < 2:
             continue
-        known = {option for parameter in commands[words[1]].params for option in parameter.opts} | {"--help"}
+        known = {option for parameter in commands[words[1]].params for option in parameter.opts} | {
+            "--help"
+        }
         assert {word for word in words if word.startswith("--")} <= known, line
 
 
@@ -77,7 +87,11 @@ def test_every_command_has_an_example_in_its_help() -> None:
 
 
 def test_shipped_recipes_in_the_readme_exist() -> None:
-    named = {match for line in code_lines(README) for match in re.findall(r"\bgenrec train ([a-z-]+)\b", line)}
+    named = {
+        match
+        for line in code_lines(README)
+        for match in re.findall(r"\bgenrec train ([a-z-]+)\b", line)
+    }
     shipped = {path.stem for path in (ROOT / "genrec_dist" / "recipes").glob("*.yaml")}
     assert named
     assert named <= shipped
@@ -110,17 +124,23 @@ def test_ci_fails_when_the_tests_fail_and_finds_the_data(tmp_path: Path, code: i
     script.write_bytes((ROOT / ".ci" / "run").read_bytes())
     (clone / "Makefile").write_text(f'test:\n\t@echo "data=$$GENREC_DATA"; exit {code}\n')
     environment = {name: value for name, value in os.environ.items() if name != "GENREC_DATA"}
-    done = subprocess.run(["bash", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        ["bash", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30
+    )
     assert (done.returncode != 0) == (code != 0)
     assert f"data={data}" in done.stdout
     environment["GENREC_DATA"] = "/elsewhere"
-    done = subprocess.run(["bash", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(
+        ["bash", script], env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=30
+    )
     assert "data=/elsewhere" in done.stdout
 
 
 def test_the_lock_pins_every_direct_dependency() -> None:
     wanted = PROJECT["dependencies"] + [
-        line for extra in ("zero", "tune", "dev") for line in PROJECT["optional-dependencies"][extra]
+        line
+        for extra in ("zero", "tune", "dev")
+        for line in PROJECT["optional-dependencies"][extra]
     ]
     names = {canonical(re.split(r"[\[<>=!~; ]", line)[0]) for line in wanted}
     assert names <= lock().keys(), names - lock().keys()
@@ -129,7 +149,9 @@ def test_the_lock_pins_every_direct_dependency() -> None:
 def test_the_lock_installs_elsewhere() -> None:
     text = (ROOT / "requirements.lock").read_text()
     for line in text.splitlines():
-        assert re.fullmatch(r"(#.*)?|[A-Za-z0-9._-]+==[A-Za-z0-9.!_-]+", line), f"not a plain pin: {line}"
+        assert re.fullmatch(r"(#.*)?|[A-Za-z0-9._-]+==[A-Za-z0-9.!_-]+", line), (
+            f"not a plain pin: {line}"
+        )
     assert "file:" not in text
     assert "nvidia-" not in text
 
@@ -137,7 +159,9 @@ def test_the_lock_installs_elsewhere() -> None:
 def test_make_env_names_the_remedy_where_python_is_too_old(tmp_path: Path) -> None:
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    done = subprocess.run(["make", "env", "PYTHON=false"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["make", "env", "PYTHON=false"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode != 0
     assert "Python 3.11 or 3.12 with venv is needed" in done.stderr
     assert "make env PYTHON=/path/to/python3.12" in done.stderr
@@ -145,17 +169,22 @@ def test_make_env_names_the_remedy_where_python_is_too_old(tmp_path: Path) -> No
 
 
 def test_make_env_looks_for_a_newer_python(tmp_path: Path) -> None:
-    """`python3` is too old, `python3.12` is not: stubs that say which of them was asked for an environment."""
+    """`python3` is too old, `python3.12` is not: stubs that say which of them was asked for an
+    environment."""
     for name in ("Makefile", "pyproject.toml", "requirements.lock"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     stubs = tmp_path / "bin"
     stubs.mkdir()
     (stubs / "python3").write_text("#!/bin/sh\nexit 1\n")
-    (stubs / "python3.12").write_text('#!/bin/sh\n[ "$2" = venv ] && echo "asked for $3" && exit 7\nexit 0\n')
+    (stubs / "python3.12").write_text(
+        '#!/bin/sh\n[ "$2" = venv ] && echo "asked for $3" && exit 7\nexit 0\n'
+    )
     for stub in stubs.iterdir():
         stub.chmod(0o755)
     environment = os.environ | {"PATH": f"{stubs}:/usr/bin:/bin"}
-    done = subprocess.run(["make", "env"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["make", "env"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
     assert "asked for .venv" in done.stdout
     assert done.returncode != 0
 
@@ -165,7 +194,10 @@ def test_the_citation_is_whole() -> None:
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["version"] == PROJECT["version"]
     assert citation["license"] == PROJECT["license"] == "Apache-2.0"
-    assert [author["family-names"] for author in citation["references"][0]["authors"]] == ["Cao", "Lio"]
+    assert [author["family-names"] for author in citation["references"][0]["authors"]] == [
+        "Cao",
+        "Lio",
+    ]
 
 
 def test_the_license_is_apache_2() -> None:
@@ -193,4 +225,6 @@ def test_the_wheel_holds_the_house(tmp_path: Path) -> None:
     assert recipes
     assert {f"genrec_dist/recipes/{name}" for name in recipes} <= held
     assert any(name.endswith("licenses/LICENSE") for name in held)
-    assert not [name for name in held if name.startswith(("tests/", "kernels/", "shards/", "tuning/"))]
+    assert not [
+        name for name in held if name.startswith(("tests/", "kernels/", "shards/", "tuning/"))
+    ]

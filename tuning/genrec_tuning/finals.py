@@ -1,4 +1,5 @@
-"""The finals of a sweep: its best trials and fresh seeds to the last epoch, a winner by validation, and then, once, test."""
+"""The finals of a sweep: its best trials and fresh seeds to the last epoch, a winner by validation,
+and then, once, test."""
 
 from __future__ import annotations
 
@@ -40,13 +41,13 @@ def finish_sweep(
     address: str | None = None,
     storage: str | None = None,
 ) -> Sweep:
-    """Rerun the best three trials with three fresh seeds, without a scheduler; the highest mean NDCG@10 on validation wins, and
-    the winner's runs alone are evaluated on test, once.
+    """Rerun the best three trials with three fresh seeds, without a scheduler; the highest mean
+    NDCG@10 on validation wins, and the winner's runs alone are evaluated on test, once.
 
-    `against_base`: the base recipe with the same seeds too, evaluated on test with the winner and compared with it, paired. What
-    was interrupted is gone on with by another call. Raises ValueError where no trial has a score and where test was looked at
-    already, Stopped after a signal.
-    """
+    `against_base`: the base recipe with the same seeds too, evaluated on test with the winner and
+    compared with it, paired. What was interrupted is gone on with by another call. Raises
+    ValueError where no trial has a score and where test was looked at already, Stopped after a
+    signal."""
     out, ending = Path(out), Ending(budget_hours)
     folder = place_of(out, storage)
     with hold(out / ".lock", "another genrec tune works on this sweep"):
@@ -87,7 +88,9 @@ def outcome(sweep: Sweep) -> str:
         return f"{left} runs of the finals are left: go on with --finish"
     lines = []
     for system in dict.fromkeys(final.system for final in sweep.finals if final.test):
-        tests = [final.test["NDCG@10"] for final in sweep.finals if final.system == system and final.test]
+        tests = [
+            final.test["NDCG@10"] for final in sweep.finals if final.system == system and final.test
+        ]
         name = "the base recipe" if system == BASE else f"{system}, the winner"
         lines.append(f"{name}: test NDCG@10 {fmean(tests):.4f}, the mean of {len(tests)} seeds")
     return "\n".join([*lines, str(sweep.comparison["verdict"])] if sweep.comparison else lines)
@@ -95,17 +98,30 @@ def outcome(sweep: Sweep) -> str:
 
 def _best(sweep: Sweep) -> list[str]:
     scored = [
-        trial for trial in sweep.trials if trial.status in ("finished", "stopped") and trial.best_NDCG10 is not None
+        trial
+        for trial in sweep.trials
+        if trial.status in ("finished", "stopped") and trial.best_NDCG10 is not None
     ]
     if not scored:
-        raise ValueError(f"{sweep.name}: no trial has come to its end with a score: nothing can be in the finals")
-    return [trial.id for trial in sorted(scored, key=lambda trial: (-(trial.best_NDCG10 or 0.0), trial.id))[:FINALISTS]]
+        raise ValueError(
+            f"{sweep.name}: no trial has come to its end with a score: nothing can be in the finals"
+        )
+    return [
+        trial.id
+        for trial in sorted(scored, key=lambda trial: (-(trial.best_NDCG10 or 0.0), trial.id))[
+            :FINALISTS
+        ]
+    ]
 
 
 def _refuse_second_look(sweep: Sweep) -> None:
     wanted = [final for final in sweep.finals if final.system in (sweep.winner, BASE)]
-    if sweep.winner is not None and all(final.test is not None or final.status == "failed" for final in wanted):
-        scores = [final.test["NDCG@10"] for final in wanted if final.system == sweep.winner and final.test]
+    if sweep.winner is not None and all(
+        final.test is not None or final.status == "failed" for final in wanted
+    ):
+        scores = [
+            final.test["NDCG@10"] for final in wanted if final.system == sweep.winner and final.test
+        ]
         raise ValueError(
             f"{sweep.name}: {sweep.winner} was evaluated on test already (mean NDCG@10 {fmean(scores):.4f}): "
             "a sweep looks at test once; its figures are in finals.json and report.html"
@@ -113,14 +129,21 @@ def _refuse_second_look(sweep: Sweep) -> None:
 
 
 def winner_of(sweep: Sweep) -> str:
-    """The finalist of the highest mean over all seeds. One of which a seed failed cannot win: it is no recipe to recommend."""
+    """The finalist of the highest mean over all seeds. One of which a seed failed cannot win: it is
+    no recipe to recommend."""
     means: dict[str, float] = {}
     for system in dict.fromkeys(final.system for final in sweep.finals if final.system != BASE):
-        scores = [final.NDCG10 for final in sweep.finals if final.system == system and final.status == "finished"]
+        scores = [
+            final.NDCG10
+            for final in sweep.finals
+            if final.system == system and final.status == "finished"
+        ]
         if len(scores) == len(SEEDS):
             means[system] = fmean(score for score in scores if score is not None)
     if not means:
-        raise ValueError(f"{sweep.name}: no finalist came to its end with all seeds: see events.jsonl of its runs")
+        raise ValueError(
+            f"{sweep.name}: no finalist came to its end with all seeds: see events.jsonl of its runs"
+        )
     return max(means, key=lambda system: means[system])
 
 
@@ -150,7 +173,9 @@ def _run(recorder: Recorder, ending: Ending, ray_files: Path, address: str | Non
     sweep, directory = recorder.sweep, recorder.folder.address
     jobs = jobs_of(sweep, directory)
     left = [
-        dataclasses.asdict(jobs[_name(final)]) for final in sweep.finals if final.status not in ("finished", "failed")
+        dataclasses.asdict(jobs[_name(final)])
+        for final in sweep.finals
+        if final.status not in ("finished", "failed")
     ]
     if not left:
         return
@@ -161,7 +186,9 @@ def _run(recorder: Recorder, ending: Ending, ray_files: Path, address: str | Non
             nonlocal shown
             shown = shown.with_trial(trial)
             table.show(shown)
-            recorder.put_finals(finals=tuple(_noted(final, trial) for final in recorder.sweep.finals))
+            recorder.put_finals(
+                finals=tuple(_noted(final, trial) for final in recorder.sweep.finals)
+            )
 
         watch = Watch({}, ending, note, lambda: None)
         resources = Resources(**sweep.space["resources_per_trial"])
@@ -185,9 +212,12 @@ def _noted(final: Final, trial: Trial) -> Final:
 
 
 def _look_at_test(recorder: Recorder) -> None:
-    """Evaluate the winner's runs, and the base's, each that was not yet; the winner is written down before."""
+    """Evaluate the winner's runs, and the base's, each that was not yet; the winner is written down
+    before."""
     jobs = jobs_of(recorder.sweep, recorder.folder.address)
-    chosen = [final for final in recorder.sweep.finals if final.system in (recorder.sweep.winner, BASE)]
+    chosen = [
+        final for final in recorder.sweep.finals if final.system in (recorder.sweep.winner, BASE)
+    ]
     for final in chosen:
         job = jobs[_name(final)]
         mirror = Mirror(job.local_run, recorder.folder / final.run)
@@ -195,21 +225,31 @@ def _look_at_test(recorder: Recorder) -> None:
         if final.test is None and final.status == "finished":
             tested = dataclasses.replace(final, test=_tested(job))
             mirror.push()
-            recorder.put_finals(finals=tuple(tested if one == final else one for one in recorder.sweep.finals))
+            recorder.put_finals(
+                finals=tuple(tested if one == final else one for one in recorder.sweep.finals)
+            )
     finals = recorder.sweep.finals
     folders = {final.system: jobs[_name(final)].local_run.parent for final in finals}
-    if BASE in folders and all(final.status == "finished" for final in finals if final.system == BASE):
+    if BASE in folders and all(
+        final.status == "finished" for final in finals if final.system == BASE
+    ):
         found = compare(folders[str(recorder.sweep.winner)], folders[BASE], split="test")
         recorder.put_finals(comparison=json.loads(json.dumps(found.as_dict())))
     for final in finals:
-        losers = [] if final in chosen or final.system in (recorder.sweep.winner, BASE) else [f"{final.run}/best"]
+        losers = (
+            []
+            if final in chosen or final.system in (recorder.sweep.winner, BASE)
+            else [f"{final.run}/best"]
+        )
         remove(recorder.folder, f"{final.run}/checkpoints", *losers)
 
 
 def _tested(job: Job) -> dict[str, float]:
     """HR and NDCG on test of a finished run; read where an evaluation had come to its end."""
     written = job.local_run / "metrics-test.json"
-    metrics = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else _evaluated(job)
+    metrics = (
+        json.loads(written.read_text(encoding="utf-8")) if written.is_file() else _evaluated(job)
+    )
     return {name: float(metrics[name]) for name in METRICS}
 
 
@@ -220,7 +260,9 @@ def _evaluated(job: Job) -> Mapping[str, Any]:
         run,
         load_dataset(recipe.data),
         "test",
-        decoding=Decoding(beam=recipe.validation.beam, exclude_history=run.model.config.exclude_history),
+        decoding=Decoding(
+            beam=recipe.validation.beam, exclude_history=run.model.config.exclude_history
+        ),
         trained_through=recipe.trained_through,
         recipe=recipe.as_dict(),
     )

@@ -1,4 +1,5 @@
-"""What a person sees while a sweep goes: a table of trials in a terminal, one plain line an event elsewhere."""
+"""What a person sees while a sweep goes: a table of trials in a terminal, one plain line an event
+elsewhere."""
 
 from __future__ import annotations
 
@@ -15,18 +16,27 @@ from genrec_dist.report.svg import score
 from genrec_tuning.record import Sweep, Trial, Value, best_trial, best_validation, epochs_spent
 from genrec_tuning.report.axis import knobs, written
 
-COLORS = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red", "interrupted": "magenta"}
+COLORS = {
+    "running": "cyan",
+    "finished": "green",
+    "stopped": "yellow",
+    "failed": "red",
+    "interrupted": "magenta",
+}
 SHOWN_KEYS = 4
 """Keys of the space that have a column; all of them stand in the report."""
 
 
 class SweepTable:
-    """A table that is drawn anew at each event, running trials first, then the best; off a terminal a line a new epoch or end."""
+    """A table that is drawn anew at each event, running trials first, then the best; off a terminal
+    a line a new epoch or end."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(stderr=True)
         self.live = (
-            Live(console=self.console, auto_refresh=False, transient=False) if self.console.is_terminal else None
+            Live(console=self.console, auto_refresh=False, transient=False)
+            if self.console.is_terminal
+            else None
         )
         self.told: dict[str, tuple[int, str, int]] = {}
         """Trial -> epoch, status and attempts as last said."""
@@ -37,7 +47,10 @@ class SweepTable:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self.live:
             self.live.stop()
@@ -72,7 +85,9 @@ def line(trial: Trial) -> str:
         parts += [f"{last.tokens_per_second:,.0f} tokens/s"]
     else:
         parts += [f"{key} {written(value)}" for key, value in trial.values.items()]
-    parts += [f"attempt {trial.attempts}"] * (trial.attempts > 1) + ([_one_line(trial.reason)] if trial.reason else [])
+    parts += [f"attempt {trial.attempts}"] * (trial.attempts > 1) + (
+        [_one_line(trial.reason)] if trial.reason else []
+    )
     return "  ".join(parts)
 
 
@@ -89,7 +104,9 @@ def drawn(sweep: Sweep, rows: int) -> Group:
     best = best_trial(sweep)
     trials = _by_interest(sweep)
     for trial in trials[:rows]:
-        table.add_row(*_cells(trial, shown), style="bold" if best is not None and trial.id == best.id else "")
+        table.add_row(
+            *_cells(trial, shown), style="bold" if best is not None and trial.id == best.id else ""
+        )
     parts: list[Text | Table] = [Text(_summary(sweep), style="bold"), table]
     if len(trials) > rows:
         parts.append(Text(f"and {len(trials) - rows} more", style="dim"))
@@ -97,7 +114,10 @@ def drawn(sweep: Sweep, rows: int) -> Group:
     if failed:
         parts.append(
             Text(
-                f"{failed[-1].id}: {_one_line(failed[-1].reason or '')}", style="red", no_wrap=True, overflow="ellipsis"
+                f"{failed[-1].id}: {_one_line(failed[-1].reason or '')}",
+                style="red",
+                no_wrap=True,
+                overflow="ellipsis",
             )
         )
     return Group(*parts)
@@ -107,7 +127,9 @@ def _summary(sweep: Sweep) -> str:
     planned = sweep.space.get("trials")
     count = f"{len(sweep.trials)}/{planned}" if isinstance(planned, int) else str(len(sweep.trials))
     states = [(state, sum(trial.status == state for trial in sweep.trials)) for state in COLORS]
-    said = f"{sweep.name}: {count} trials" + "".join(f", {number} {state}" for state, number in states if number)
+    said = f"{sweep.name}: {count} trials" + "".join(
+        f", {number} {state}" for state, number in states if number
+    )
     spent = sum(map(epochs_spent, sweep.trials))
     said += f"; {spent} epochs"
     if sweep.started > 0:

@@ -1,4 +1,5 @@
-"""One rank of a trial on several processes: `train` as under torchrun, in a process that dies with the trial's."""
+"""One rank of a trial on several processes: `train` as under torchrun, in a process that dies with
+the trial's."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent: int) -> None:
-    """Have the kernel end this process with the one that started it, whatever ends that (Linux; nothing elsewhere)."""
+    """Have the kernel end this process with the one that started it, whatever ends that (Linux;
+    nothing elsewhere)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it was gone before

@@ -1,4 +1,5 @@
-"""Ray's side of a sweep: what it tells of trials while they run, when it is to end them all, and how it is set going."""
+"""Ray's side of a sweep: what it tells of trials while they run, when it is to end them all, and
+how it is set going."""
 
 from __future__ import annotations
 
@@ -20,9 +21,15 @@ from genrec_tuning.trial_states import Ending, Watch
 
 
 def run_trials(
-    watch: Watch, config: TuneConfig, jobs: dict[str, Any], resources: Resources, retries: int, directory: Path
+    watch: Watch,
+    config: TuneConfig,
+    jobs: dict[str, Any],
+    resources: Resources,
+    retries: int,
+    directory: Path,
 ) -> None:
-    """Let Ray run the trials that `jobs` (its `param_space`) or the searcher of `config` asks for; `directory` holds its files."""
+    """Let Ray run the trials that `jobs` (its `param_space`) or the searcher of `config` asks for;
+    `directory` holds its files."""
     config.trial_dirname_creator = _folder_name
     tuner = tune.Tuner(
         tune.with_resources(run_trial, {"cpu": resources.cpu, "gpu": resources.gpu}),
@@ -92,7 +99,8 @@ class WhenOver(Stopper):
 
 
 def _folder_name(trial: Any) -> str:
-    """Of Ray's folder: its own names hold the values, and can be longer than a file's name may be."""
+    """Of Ray's folder: its own names hold the values, and can be longer than a file's name may
+    be."""
     return f"{_id(trial).replace('/', '-')}-{trial.trial_id}"
 
 
@@ -101,7 +109,8 @@ def _id(trial: Any) -> str:
 
 
 def _reason(trial: Any) -> str:
-    """What ended the last attempt, in one line, by the file in which Ray notes each failure of a trial."""
+    """What ended the last attempt, in one line, by the file in which Ray notes each failure of a
+    trial."""
     try:
         told = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
     except (OSError, TypeError):  # there is none
@@ -142,23 +151,30 @@ SETTINGS = {
 }
 
 OBJECT_STORE_BYTES = 80 << 20
-"""About the least that Ray takes: trials exchange a few numbers an epoch, their data lie in shards."""
+"""About the least that Ray takes: trials exchange a few numbers an epoch, their data lie in
+shards."""
 
 
 @contextlib.contextmanager
 def connected(address: str | None, resources: Resources) -> Iterator[None]:
-    """Ray while the block runs. `address`: of a running cluster, or None for one of our own, on loopback, that ends with it.
+    """Ray while the block runs. `address`: of a running cluster, or None for one of our own, on
+    loopback, that ends with it.
 
     Raises ValueError if the cluster cannot be reached, or has no node that a trial fits on.
     """
-    with started(address, "--address", object_store_bytes=OBJECT_STORE_BYTES, settings=SETTINGS) as ray:
+    with started(
+        address, "--address", object_store_bytes=OBJECT_STORE_BYTES, settings=SETTINGS
+    ) as ray:
         check_fits(resources, [node["Resources"] for node in ray.nodes() if node["Alive"]])
         yield
 
 
 def check_fits(resources: Resources, nodes: list[dict[str, float]]) -> None:
     """Ray would wait for a node that never comes. Raises ValueError naming what no node has."""
-    if any(node.get("CPU", 0) >= resources.cpu and node.get("GPU", 0) >= resources.gpu for node in nodes):
+    if any(
+        node.get("CPU", 0) >= resources.cpu and node.get("GPU", 0) >= resources.gpu
+        for node in nodes
+    ):
         return
     have = "; ".join(f"cpu {node.get('CPU', 0):g}, gpu {node.get('GPU', 0):g}" for node in nodes)
     raise ValueError(

@@ -1,4 +1,5 @@
-"""The record of a sweep: its trials, their epochs and its finals, in small JSON files that are the truth about it."""
+"""The record of a sweep: its trials, their epochs and its finals, in small JSON files that are the
+truth about it."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ SWEEP_FILE, SPACE_FILE, FINALS_FILE = "sweep.json", "space.yaml", "finals.json"
 
 Value: TypeAlias = bool | int | float | str | None
 Status = Literal["running", "finished", "stopped", "failed", "interrupted"]
-"""stopped: by the scheduler. interrupted: the sweep ended before the trial did, which a resume continues; so does it with
-`running` ones, whose driver is gone. failed: not to be tried again."""
+"""stopped: by the scheduler. interrupted: the sweep ended before the trial did, which a resume
+continues; so does it with `running` ones, whose driver is gone. failed: not to be tried again."""
 DONE: frozenset[Status] = frozenset(("finished", "stopped", "failed"))
 
 _NAMES = {"NDCG10": "NDCG@10", "HR10": "HR@10"}
@@ -46,7 +47,8 @@ class Epoch:
     tokens_per_second: float
     """Real tokens, mean of the epoch's logged steps."""
     seconds: float
-    """That the trial has run until then, its attempts summed; what lies between two of them does not count."""
+    """That the trial has run until then, its attempts summed; what lies between two of them does
+    not count."""
 
     def as_dict(self) -> dict[str, Any]:
         return {_NAMES.get(key, key): value for key, value in dataclasses.asdict(self).items()}
@@ -84,7 +86,8 @@ class Trial:
 
     @property
     def best(self) -> Epoch | None:
-        """Its epoch of the highest NDCG@10; of equal ones the first, which is the one that `best/` holds."""
+        """Its epoch of the highest NDCG@10; of equal ones the first, which is the one that `best/`
+        holds."""
         return max(self.epochs, key=lambda epoch: epoch.NDCG10, default=None)
 
     @property
@@ -106,7 +109,9 @@ class Trial:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trial:
         """Raises KeyError or TypeError for an object that is no trial."""
-        return cls(**{**values, "epochs": tuple(Epoch.from_dict(epoch) for epoch in values["epochs"])})
+        return cls(
+            **{**values, "epochs": tuple(Epoch.from_dict(epoch) for epoch in values["epochs"])}
+        )
 
 
 def trial_id(number: int) -> str:
@@ -115,7 +120,8 @@ def trial_id(number: int) -> str:
 
 @dataclass(frozen=True)
 class Final:
-    """One run of the finals: a trial's values, or the base recipe, with a seed, to the last epoch."""
+    """One run of the finals: a trial's values, or the base recipe, with a seed, to the last
+    epoch."""
 
     system: str
     """The trial's id, or `base`."""
@@ -162,14 +168,17 @@ class Sweep:
 
     def with_trial(self, trial: Trial) -> Sweep:
         others = [one for one in self.trials if one.id != trial.id]
-        return dataclasses.replace(self, trials=tuple(sorted([*others, trial], key=lambda one: one.id)))
+        return dataclasses.replace(
+            self, trials=tuple(sorted([*others, trial], key=lambda one: one.id))
+        )
 
 
 class Folder:
     """A directory here or at an address that fsspec knows, and the small files in it."""
 
     def __init__(self, address: str | Path):
-        """Raises ValueError for an address of a kind that fsspec does not know or that is not installed."""
+        """Raises ValueError for an address of a kind that fsspec does not know or that is not
+        installed."""
         self.address = str(address)
         try:
             self.files, self.path = fsspec.core.url_to_fs(self.address)
@@ -184,7 +193,8 @@ class Folder:
         return posixpath.join(self.path, name)
 
     def write(self, name: str, content: str | bytes) -> None:
-        """A whole file or none: renamed where the file system can, put in one request elsewhere (as object stores do)."""
+        """A whole file or none: renamed where the file system can, put in one request elsewhere (as
+        object stores do)."""
         content = content.encode("utf-8") if isinstance(content, str) else content
         if self.is_local:
             with atomic_file(self.place(name)) as temporary:
@@ -206,7 +216,10 @@ class Folder:
         self.files.invalidate_cache(self.place(name))
         if not self.holds(name):
             return []
-        found = (posixpath.basename(path.rstrip("/")) for path in self.files.ls(self.place(name), detail=False))
+        found = (
+            posixpath.basename(path.rstrip("/"))
+            for path in self.files.ls(self.place(name), detail=False)
+        )
         return sorted(one for one in found if one.endswith(ending) and not one.startswith("."))
 
 
@@ -225,7 +238,10 @@ class Recorder:
     def put_facts(self, **changes: Any) -> None:
         """Change what `sweep.json` holds (`started`, `hours`, `resumed`), and write it."""
         self.sweep = dataclasses.replace(self.sweep, **changes)
-        facts = {key: getattr(self.sweep, key) for key in ("name", "started", "hours", "resumed", "space")}
+        facts = {
+            key: getattr(self.sweep, key)
+            for key in ("name", "started", "hours", "resumed", "space")
+        }
         self.folder.write(SWEEP_FILE, _json({"format_version": FORMAT_VERSION, **facts}))
 
     def put_finals(self, **changes: Any) -> None:
@@ -264,9 +280,13 @@ def _trial(folder: Folder, name: str) -> Trial:
     try:
         trial = Trial.from_dict(_object(folder, name))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder.place(name)}: damaged ({error}); remove it to run this trial anew") from None
+        raise ValueError(
+            f"{folder.place(name)}: damaged ({error}); remove it to run this trial anew"
+        ) from None
     if name != f"{TRIALS}/{trial.id}.json":
-        raise ValueError(f"{folder.place(name)}: it is about trial {trial.id}; give the file its own name back")
+        raise ValueError(
+            f"{folder.place(name)}: it is about trial {trial.id}; give the file its own name back"
+        )
     return trial
 
 
@@ -274,7 +294,9 @@ def _with_finals(folder: Folder, sweep: Sweep) -> Sweep:
     facts = _object(folder, FINALS_FILE)
     try:
         finals = tuple(Final.from_dict(final) for final in facts["finals"])
-        return dataclasses.replace(sweep, finals=finals, winner=facts["winner"], comparison=facts["comparison"])
+        return dataclasses.replace(
+            sweep, finals=finals, winner=facts["winner"], comparison=facts["comparison"]
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder.place(FINALS_FILE)}: damaged ({error})") from None
 
@@ -289,7 +311,9 @@ def _object(folder: Folder, name: str) -> dict[str, Any]:
         raise ValueError(f"{folder.place(name)}: not a JSON object")
     version = found.pop("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
-        raise ValueError(f"{folder.place(name)}: format {version}, this version reads {FORMAT_VERSION}")
+        raise ValueError(
+            f"{folder.place(name)}: format {version}, this version reads {FORMAT_VERSION}"
+        )
     return found
 
 
@@ -300,7 +324,9 @@ def _json(values: dict[str, Any]) -> str:
 def best_validation(trial: Trial) -> Epoch | None:
     """A trial's epoch of the highest NDCG@10; None without one that is a number."""
     return max(
-        (epoch for epoch in trial.epochs if is_number(epoch.NDCG10)), key=lambda epoch: epoch.NDCG10, default=None
+        (epoch for epoch in trial.epochs if is_number(epoch.NDCG10)),
+        key=lambda epoch: epoch.NDCG10,
+        default=None,
     )
 
 
@@ -310,7 +336,8 @@ def epochs_spent(trial: Trial) -> int:
 
 
 def best_trial(sweep: Sweep) -> Trial | None:
-    """The trial of the highest NDCG@10 on validation of those finished or stopped by the scheduler; of equals the first."""
+    """The trial of the highest NDCG@10 on validation of those finished or stopped by the scheduler;
+    of equals the first."""
     scored = [
         (found.NDCG10, trial)
         for trial in sorted(sweep.trials, key=lambda trial: trial.id)

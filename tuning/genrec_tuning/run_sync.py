@@ -1,4 +1,5 @@
-"""A run's directory at an address: what a node needs to go on with a run that another node began."""
+"""A run's directory at an address: what a node needs to go on with a run that another node
+began."""
 
 from __future__ import annotations
 
@@ -17,14 +18,22 @@ class Mirror:
         self.active = not remote.is_local or Path(remote.path).absolute() != local.absolute()
 
     def push(self) -> None:
-        """Send what is new. A checkpoint's `state.json` goes last: without it a checkpoint is none."""
+        """Send what is new. A checkpoint's `state.json` goes last: without it a checkpoint is
+        none."""
         if not self.active:
             return
         there = self._sizes()
-        here = {str(path.relative_to(self.local)): path for path in self.local.rglob("*") if _travels(path)}
+        here = {
+            str(path.relative_to(self.local)): path
+            for path in self.local.rglob("*")
+            if _travels(path)
+        }
         for name in sorted(here, key=lambda name: (_rank(name), name)):
-            # Files of a checkpoint never change; the others are small, or best/ which may change at equal size.
-            if not (name.startswith("checkpoints/") and there.get(name) == here[name].stat().st_size):
+            # Files of a checkpoint never change; the others are small, or best/ which may change at
+            # equal size.
+            if not (
+                name.startswith("checkpoints/") and there.get(name) == here[name].stat().st_size
+            ):
                 self._put(here[name], name)
         for name in sorted(there.keys() - here.keys(), key=_rank, reverse=True):
             self.remote.files.rm_file(self.remote.place(name))
@@ -32,14 +41,16 @@ class Mirror:
     def pull(self) -> None:
         """Fetch the run, unless this place has got further itself.
 
-        A checkpoint that was sent and whose events were not is left: going on from it, the epochs before it would be in no record.
-        """
+        A checkpoint that was sent and whose events were not is left: going on from it, the epochs
+        before it would be in no record."""
         if not self.active:
             return
         there = self._sizes()
         if "events.jsonl" not in there:
             return
-        told = self.remote.files.cat_file(self.remote.place("events.jsonl")).decode("utf-8", "replace")
+        told = self.remote.files.cat_file(self.remote.place("events.jsonl")).decode(
+            "utf-8", "replace"
+        )
         there = {name: size for name, size in there.items() if _is_told(name, told)}
         if not there or self._newest(there) <= self._newest(
             {str(p.relative_to(self.local)) for p in self._local_files()}
@@ -63,13 +74,21 @@ class Mirror:
         if not self.remote.files.exists(self.remote.path):
             return {}
         found = self.remote.files.find(self.remote.path, detail=True)
-        return {posixpath.relpath(path, self.remote.path): facts["size"] for path, facts in found.items()}
+        return {
+            posixpath.relpath(path, self.remote.path): facts["size"]
+            for path, facts in found.items()
+        }
 
     @staticmethod
     def _newest(names: dict[str, int] | set[str]) -> str:
         """The last whole checkpoint; steps are written with leading zeros."""
         return max(
-            (name for name in names if name.startswith("checkpoints/") and name.endswith("/state.json")), default=""
+            (
+                name
+                for name in names
+                if name.startswith("checkpoints/") and name.endswith("/state.json")
+            ),
+            default="",
         )
 
 

@@ -1,4 +1,5 @@
-"""Which point of the space comes next, and which trial goes on: Optuna and ASHA, both rebuilt from the sweep's record."""
+"""Which point of the space comes next, and which trial goes on: Optuna and ASHA, both rebuilt from
+the sweep's record."""
 
 from __future__ import annotations
 
@@ -30,8 +31,9 @@ _STUDY = "sweep"
 
 
 class KeyedSampler(BaseSampler):
-    """A sampler whose draws for a trial depend on (seed, number of the trial) and on what is known, not on what was drawn before:
-    a resumed sweep goes on with the points that an unbroken one would have drawn."""
+    """A sampler whose draws for a trial depend on (seed, number of the trial) and on what is known,
+    not on what was drawn before: a resumed sweep goes on with the points that an unbroken one would
+    have drawn."""
 
     def __init__(self, space: Space):
         self.space = space
@@ -44,13 +46,20 @@ class KeyedSampler(BaseSampler):
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                # group: keys are modelled together where they apply together. constant_liar: trials that still run repel.
+                # group: keys are modelled together where they apply together. constant_liar: trials
+                # that still run repel.
                 self.inner = TPESampler(
-                    seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=startup(self.space)
+                    seed=seed,
+                    multivariate=True,
+                    group=True,
+                    constant_liar=True,
+                    n_startup_trials=startup(self.space),
                 )
         self.inner.before_trial(study, trial)
 
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
         return self.inner.infer_relative_search_space(study, trial)
 
     def sample_relative(
@@ -59,7 +68,11 @@ class KeyedSampler(BaseSampler):
         return self.inner.sample_relative(study, trial, search_space)
 
     def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+        self,
+        study: optuna.Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
     ) -> Any:
         return self.inner.sample_independent(study, trial, param_name, param_distribution)
 
@@ -101,8 +114,8 @@ def as_told(space: Space, trial: Trial) -> _Told:
 
 
 def study_of(space: Space, sweep: Sweep, storage: optuna.storages.BaseStorage) -> optuna.Study:
-    """The study that an unbroken sweep would have: trials that are over with their scores, the others waiting to be started
-    again, each under its own number."""
+    """The study that an unbroken sweep would have: trials that are over with their scores, the
+    others waiting to be started again, each under its own number."""
     study = optuna.create_study(storage=storage, study_name=_STUDY, direction="maximize")
     known = {trial.number: trial for trial in sweep.trials}
     for number in range(max(known, default=-1) + 1):
@@ -112,10 +125,14 @@ def study_of(space: Space, sweep: Sweep, storage: optuna.storages.BaseStorage) -
         elif trial.status not in DONE:
             study.enqueue_trial(as_told(space, trial).params)
         else:
-            told, scored = as_told(space, trial), trial.status != "failed" and trial.best_NDCG10 is not None
+            told, scored = (
+                as_told(space, trial),
+                trial.status != "failed" and trial.best_NDCG10 is not None,
+            )
             study.add_trial(
                 create_trial(
-                    # A failed trial counts as worse than all: the searcher keeps away from where losses are no numbers.
+                    # A failed trial counts as worse than all: the searcher keeps away from where
+                    # losses are no numbers.
                     state=TrialState.COMPLETE if scored else TrialState.PRUNED,
                     value=trial.best_NDCG10 if scored else None,
                     params=told.params,
@@ -126,9 +143,12 @@ def study_of(space: Space, sweep: Sweep, storage: optuna.storages.BaseStorage) -
 
 
 class Search(OptunaSearch):
-    """Ray's search by Optuna, over a study that knows the sweep's record; `config` makes a trial's configuration."""
+    """Ray's search by Optuna, over a study that knows the sweep's record; `config` makes a trial's
+    configuration."""
 
-    def __init__(self, space: Space, sweep: Sweep, config: Callable[[int, dict[str, Value]], dict[str, Any]]):
+    def __init__(
+        self, space: Space, sweep: Sweep, config: Callable[[int, dict[str, Value]], dict[str, Any]]
+    ):
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         storage = optuna.storages.InMemoryStorage()
         study_of(space, sweep, storage)
@@ -137,7 +157,12 @@ class Search(OptunaSearch):
             return config(trial.number, space.sample(trial))
 
         super().__init__(
-            ask, metric=METRIC, mode="max", sampler=KeyedSampler(space), study_name=_STUDY, storage=storage
+            ask,
+            metric=METRIC,
+            mode="max",
+            sampler=KeyedSampler(space),
+            study_name=_STUDY,
+            storage=storage,
         )
 
     def save(self, checkpoint_path: str) -> None:
@@ -147,8 +172,11 @@ class Search(OptunaSearch):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Scores on the way are the scheduler's business."""
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        # Without a result the trial is pruned without a score, which is worse than any. See study_of.
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        # Without a result the trial is pruned without a score, which is worse than any. See
+        # study_of.
         failed = error or result is None or "failed" in result
         super().on_trial_complete(trial_id, None if failed else result)
 
@@ -191,7 +219,9 @@ class Asha(ASHAScheduler):
             return str(TrialScheduler.CONTINUE)
         decision = super().on_trial_result(tune_controller, trial, result)
         # A trial at its last epoch ends by itself, in good order.
-        return str(TrialScheduler.CONTINUE if result["epoch"] >= result["planned_epochs"] else decision)
+        return str(
+            TrialScheduler.CONTINUE if result["epoch"] >= result["planned_epochs"] else decision
+        )
 
 
 def as_result(epoch: Epoch, best: float) -> dict[str, Any]:

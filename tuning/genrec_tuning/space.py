@@ -1,4 +1,5 @@
-"""The space of a sweep: a YAML file, checked before anything starts, from which values are sampled key by key."""
+"""The space of a sweep: a YAML file, checked before anything starts, from which values are sampled
+key by key."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ def as_dicts(domains: Mapping[str, Domain]) -> dict[str, Any]:
 
 
 class Suggest(Protocol):
-    """What a sampler is asked: the interface of optuna's trials, of which this uses three methods."""
+    """What a sampler is asked: the interface of optuna's trials, of which this uses three
+    methods."""
 
     def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float: ...
 
@@ -109,8 +111,11 @@ class Space:
     """Times that a trial whose process dies is started again, from its own checkpoint."""
 
     def as_dict(self) -> dict[str, Any]:
-        """What `sweep.json` and `space.yaml` hold; `recipe` is the resolved base, `space` as in the file."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "resources"}
+        """What `sweep.json` and `space.yaml` hold; `recipe` is the resolved base, `space` as in the
+        file."""
+        values = {
+            f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "resources"
+        }
         return {
             **values,
             "resources_per_trial": dataclasses.asdict(self.resources),
@@ -125,15 +130,21 @@ class Space:
         return recipe_of(self.as_dict(), values, run)
 
 
-def _sampled(domains: Mapping[str, Domain], trial: Suggest, branch: str) -> Iterator[tuple[str, Value]]:
+def _sampled(
+    domains: Mapping[str, Domain], trial: Suggest, branch: str
+) -> Iterator[tuple[str, Value]]:
     for key, domain in domains.items():
         # Named by its branch: under another choice the key has another range and another meaning.
         name = f"{key}{branch}"
         value: Value
         if domain.kind in ("uniform", "loguniform"):
-            value = trial.suggest_float(name, domain.low, domain.high, log=domain.kind == "loguniform")
+            value = trial.suggest_float(
+                name, domain.low, domain.high, log=domain.kind == "loguniform"
+            )
         elif domain.kind in ("int", "logint"):
-            value = trial.suggest_int(name, int(domain.low), int(domain.high), log=domain.kind == "logint")
+            value = trial.suggest_int(
+                name, int(domain.low), int(domain.high), log=domain.kind == "logint"
+            )
         else:
             value = trial.suggest_categorical(name, domain.choices)
         yield key, value
@@ -142,7 +153,8 @@ def _sampled(domains: Mapping[str, Domain], trial: Suggest, branch: str) -> Iter
 
 
 def recipe_of(space: Mapping[str, Any], values: Mapping[str, Value], run: str) -> Recipe:
-    """The whole recipe of a trial. `space`: `Space.as_dict()`, which is `Sweep.space` too; `values`: `Trial.values`.
+    """The whole recipe of a trial. `space`: `Space.as_dict()`, which is `Sweep.space` too;
+    `values`: `Trial.values`.
 
     Raises ValueError naming the key for a value that the recipe refuses.
     """
@@ -193,7 +205,9 @@ def _space(values: dict[str, Any], path: Path) -> Space:
         if not values.get(key):
             raise ValueError(f"{path}: {key} is missing or empty")
     if not isinstance(values["base"], str):
-        raise ValueError(f"{path}: base: {values['base']!r} is no recipe file and no shipped recipe's name")
+        raise ValueError(
+            f"{path}: base: {values['base']!r} is no recipe file and no shipped recipe's name"
+        )
     fixed = _fixed(values.get("set") or {}, path)
     domains = _domains(values["space"], path, "space", set(fixed))
     return Space(
@@ -216,14 +230,18 @@ def _space(values: dict[str, Any], path: Path) -> Space:
 
 def _fixed(values: Any, path: Path) -> dict[str, Value]:
     if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
-        raise ValueError(f"{path}: set: write it as dotted keys and values, such as finetune.epochs: 6")
+        raise ValueError(
+            f"{path}: set: write it as dotted keys and values, such as finetune.epochs: 6"
+        )
     _refuse_places(values, path, "set")
     return {str(key): value for key, value in values.items()}
 
 
 def _refuse_places(keys: Mapping[str, Any], path: Path, where: str) -> None:
     if "run" in keys:
-        raise ValueError(f"{path}: {where}: run: each trial has a run directory of its own; give the sweep's as --out")
+        raise ValueError(
+            f"{path}: {where}: run: each trial has a run directory of its own; give the sweep's as --out"
+        )
 
 
 def _resolved(base: str, fixed: Mapping[str, Value], path: Path) -> dict[str, Any]:
@@ -251,19 +269,26 @@ def _recipe(source: str | Path, values: Mapping[str, Value], where: str) -> Reci
 def _domains(values: Any, path: Path, where: str, taken: set[str]) -> dict[str, Domain]:
     """Domains of a mapping of keys; `taken`: keys that have a value wherever these apply."""
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: {where}: {values!r} is no mapping of recipe keys to what they may be")
+        raise ValueError(
+            f"{path}: {where}: {values!r} is no mapping of recipe keys to what they may be"
+        )
     _refuse_places(values, path, where)
     keys = {str(key) for key in values}
     twice = sorted(keys & taken)
     if twice:
         what = "set and in space" if where == "space" else "a key above it, or set, and there"
         raise ValueError(f"{path}: {where}: {twice[0]} is in {what}: a key has one place")
-    return {str(key): _domain(value, path, f"{where}: {key}", taken | keys) for key, value in values.items()}
+    return {
+        str(key): _domain(value, path, f"{where}: {key}", taken | keys)
+        for key, value in values.items()
+    }
 
 
 def _domain(value: Any, path: Path, where: str, taken: set[str]) -> Domain:
     if not isinstance(value, dict) or len(value) != 1 or next(iter(value)) not in KINDS:
-        raise ValueError(f"{path}: {where}: {value!r} is not one of {', '.join(KINDS)} with what belongs to it")
+        raise ValueError(
+            f"{path}: {where}: {value!r} is not one of {', '.join(KINDS)} with what belongs to it"
+        )
     kind, given = next(iter(value.items()))
     if kind == "choice":
         return _choice(given, path, where, taken)
@@ -272,10 +297,14 @@ def _domain(value: Any, path: Path, where: str, taken: set[str]) -> Domain:
     low, high = (_number(one, path, f"{where}: {kind}") for one in given)
     if kind in ("int", "logint"):
         if low != int(low) or high != int(high):
-            raise ValueError(f"{path}: {where}: {kind}: {given!r} are no whole numbers; take uniform or loguniform")
+            raise ValueError(
+                f"{path}: {where}: {kind}: {given!r} are no whole numbers; take uniform or loguniform"
+            )
         low, high = int(low), int(high)
     if not low < high:
-        raise ValueError(f"{path}: {where}: {kind}: {given!r}: the first has to be below the second")
+        raise ValueError(
+            f"{path}: {where}: {kind}: {given!r}: the first has to be below the second"
+        )
     if kind in ("loguniform", "logint") and low <= 0:
         raise ValueError(f"{path}: {where}: {kind}: {given!r}: a logarithm needs numbers above 0")
     return Domain(kind, low, high)
@@ -283,7 +312,9 @@ def _domain(value: Any, path: Path, where: str, taken: set[str]) -> Domain:
 
 def _choice(given: Any, path: Path, where: str, taken: set[str]) -> Domain:
     if not isinstance(given, list | dict) or not given:
-        raise ValueError(f"{path}: {where}: choice: {given!r}: nothing to choose from; give a list or a mapping")
+        raise ValueError(
+            f"{path}: {where}: choice: {given!r}: nothing to choose from; give a list or a mapping"
+        )
     for one in given:
         if not isinstance(one, bool | int | float | str | None):
             raise ValueError(f"{path}: {where}: choice: {one!r} is no single value")
@@ -317,7 +348,9 @@ def _one_of(values: dict[str, Any], key: str, known: tuple[str, ...], path: Path
     return value
 
 
-def _whole(values: Mapping[str, Any], key: str, default: int, least: int, path: Path, where: str = "") -> int:
+def _whole(
+    values: Mapping[str, Any], key: str, default: int, least: int, path: Path, where: str = ""
+) -> int:
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{path}: {where}{key}: {value!r} is no whole number from {least} on")
@@ -330,14 +363,18 @@ def _resources(values: Any, path: Path) -> Resources:
         raise ValueError(f"{path}: {where}{values!r} is no mapping of cpu, gpu, processes")
     unknown = sorted(set(map(str, values)) - {"cpu", "gpu", "processes"})
     if unknown:
-        raise ValueError(f"{path}: {where}unknown key {unknown[0]}; known here: cpu, gpu, processes")
+        raise ValueError(
+            f"{path}: {where}unknown key {unknown[0]}; known here: cpu, gpu, processes"
+        )
     processes = _whole(values, "processes", 1, 1, path, where)
     cpu = _number(values.get("cpu", processes), path, f"{where}cpu")
     gpu = _number(values.get("gpu", 0), path, f"{where}gpu")
     if cpu <= 0 or gpu < 0:
         raise ValueError(f"{path}: {where}cpu has to be above 0 and gpu 0 or above")
     if gpu and processes > 1 and gpu != processes:
-        raise ValueError(f"{path}: {where}gpu {gpu}, processes {processes}: each process takes one GPU")
+        raise ValueError(
+            f"{path}: {where}gpu {gpu}, processes {processes}: each process takes one GPU"
+        )
     return Resources(cpu, gpu, processes)
 
 
@@ -349,17 +386,21 @@ def _try(space: Space, path: Path) -> None:
             recipe_of(known, values, "runs/trial")
         except ValueError as error:
             key = _guilty(space, values, str(error))
-            raise ValueError(f"{path}: space: {key}: {json.dumps(values.get(key))} is refused: {error}") from None
+            raise ValueError(
+                f"{path}: space: {key}: {json.dumps(values.get(key))} is refused: {error}"
+            ) from None
 
 
 def _guilty(space: Space, values: Mapping[str, Value], message: str) -> str:
-    """The sampled key that is refused: the one that the message names, else the last of the values."""
+    """The sampled key that is refused: the one that the message names, else the last of the
+    values."""
     named = [key for key in values if key in message or key.rpartition(".")[2] in message]
     return max(named, key=len, default=list(values)[-1])
 
 
 def points(domains: Mapping[str, Domain]) -> Iterator[dict[str, Value]]:
-    """Each key's corners and choices: all combinations where they are few, else one key at a time beside the others' first."""
+    """Each key's corners and choices: all combinations where they are few, else one key at a time
+    beside the others' first."""
     alone = {key: list(_alone(key, domain)) for key, domain in domains.items()}
     if math.prod(map(len, alone.values())) <= MOST_CORNERS:
         for chosen in itertools.product(*alone.values()):
@@ -368,7 +409,9 @@ def points(domains: Mapping[str, Domain]) -> Iterator[dict[str, Value]]:
     first = {key: found[0] for key, found in alone.items()}
     for key, found in alone.items():
         for one in found:
-            yield dict(itertools.chain.from_iterable(part.items() for part in {**first, key: one}.values()))
+            yield dict(
+                itertools.chain.from_iterable(part.items() for part in {**first, key: one}.values())
+            )
 
 
 def _alone(key: str, domain: Domain) -> Iterator[dict[str, Value]]:
@@ -378,7 +421,8 @@ def _alone(key: str, domain: Domain) -> Iterator[dict[str, Value]]:
 
 
 def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any], source: str) -> None:
-    """Raise ValueError naming the first key in which a sweep that is resumed would be another one."""
+    """Raise ValueError naming the first key in which a sweep that is resumed would be another
+    one."""
     for key, old, new in _differences(before, after, ""):
         if key.split(".")[0] not in _MAY_CHANGE:
             raise ValueError(
@@ -391,6 +435,8 @@ def _differences(before: Any, after: Any, key: str) -> Iterator[tuple[str, Any, 
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         ours, theirs = ({str(k): v for k, v in one.items()} for one in (before, after))
         for name in dict.fromkeys([*ours, *theirs]):
-            yield from _differences(ours.get(name), theirs.get(name), f"{key}.{name}" if key else name)
+            yield from _differences(
+                ours.get(name), theirs.get(name), f"{key}.{name}" if key else name
+            )
     elif json.dumps(before) != json.dumps(after):
         yield key, before, after

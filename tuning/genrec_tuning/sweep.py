@@ -50,15 +50,16 @@ def run_sweep(
     address: str | None = None,
     storage: str | None = None,
 ) -> Sweep:
-    """Run the trials of a space, or those that are left of it, and give the sweep's record. Nothing here looks at test.
+    """Run the trials of a space, or those that are left of it, and give the sweep's record. Nothing
+    here looks at test.
 
-    `out`: a directory; with `storage`, an address that fsspec knows, the sweep lies there under the directory's name and `out`
-    holds Ray's own files alone. `address`: of a running Ray cluster. A trial whose process dies is started again from its own
-    checkpoint; when `budget_hours` are over, trials that run become `interrupted`, and `resume` goes on with them.
+    `out`: a directory; with `storage`, an address that fsspec knows, the sweep lies there under the
+    directory's name and `out` holds Ray's own files alone. `address`: of a running Ray cluster. A
+    trial whose process dies is started again from its own checkpoint; when `budget_hours` are over,
+    trials that run become `interrupted`, and `resume` goes on with them.
 
-    Raises ValueError, one line, for an `out` that is taken, for a resume of what is another space, and where all trials failed;
-    Stopped after a signal, when the record is written.
-    """
+    Raises ValueError, one line, for an `out` that is taken, for a resume of what is another space,
+    and where all trials failed; Stopped after a signal, when the record is written."""
     out, ending = Path(out), Ending(budget_hours)
     folder = place_of(out, storage)
     if address is None:
@@ -90,7 +91,8 @@ def run_sweep(
 
 
 def check_data(space: Space) -> None:
-    """Raise DataError or ValueError, one line naming the file, for data that no trial could read."""
+    """Raise DataError or ValueError, one line naming the file, for data that no trial could
+    read."""
     recipe = space.recipe_of({}, "runs/trial")
     load_dataset(recipe.data)
     ShardReader(recipe.shards_dir, verify=False).close()
@@ -118,7 +120,9 @@ def _opened(space: Space, folder: Folder, resume: bool) -> Sweep:
     return Sweep(space.name, space.as_dict(), started=time.time())
 
 
-def _run(space: Space, watch: Watch, sweep: Sweep, folder: Folder, ray_files: Path, address: str | None) -> None:
+def _run(
+    space: Space, watch: Watch, sweep: Sweep, folder: Folder, ray_files: Path, address: str | None
+) -> None:
     """Let Ray run what is left of a sweep's trials."""
     done = {trial.id for trial in sweep.trials if trial.status in DONE}
     left = sum(trial_id(number) not in done for number in range(space.trials))
@@ -149,11 +153,18 @@ class Configure:
     def __call__(self, number: int, values: dict[str, Value]) -> dict[str, Any]:
         run = f"{RUNS}/{trial_id(number)}"
         recipe = self.space.recipe_of(values, run).as_dict()
-        return as_config(job_of(trial_id(number), self.directory, run, recipe, values, self.space.resources))
+        return as_config(
+            job_of(trial_id(number), self.directory, run, recipe, values, self.space.resources)
+        )
 
 
 def job_of(
-    id_: str, directory: str, run: str, recipe: dict[str, Any], values: dict[str, Value], resources: Resources
+    id_: str,
+    directory: str,
+    run: str,
+    recipe: dict[str, Any],
+    values: dict[str, Value],
+    resources: Resources,
 ) -> Job:
     return Job(
         id=id_, directory=directory, run=run, recipe=recipe, values=values,
@@ -163,11 +174,14 @@ def job_of(
 
 def _longest(space: Space) -> int:
     """Most epochs that a trial of the space has."""
-    return max(planned_epochs(space.recipe_of(values, "runs/trial")) for values in points(space.space))
+    return max(
+        planned_epochs(space.recipe_of(values, "runs/trial")) for values in points(space.space)
+    )
 
 
 def drop_weights(folder: Folder, sweep: Sweep, keep: int) -> None:
-    """Remove checkpoints and `best/` of trials that are over, but for the best `keep` by validation."""
+    """Remove checkpoints and `best/` of trials that are over, but for the best `keep` by
+    validation."""
     over = [trial for trial in sweep.trials if trial.status in DONE]
     scored = [trial for trial in over if trial.status != "failed" and trial.best_NDCG10 is not None]
     kept = sorted(scored, key=lambda trial: (-(trial.best_NDCG10 or 0.0), trial.id))[:keep]
@@ -191,7 +205,9 @@ def close(sweep: Sweep, ending: Ending) -> None:
         raise Stopped(ending.stop.number, "what the trials had saved is kept", "--resume")
     failed = [trial for trial in sweep.trials if trial.status == "failed"]
     if failed and len(failed) == len(sweep.trials):
-        raise ValueError(f"all {len(failed)} trials failed; the first, {failed[0].id}: {failed[0].reason}")
+        raise ValueError(
+            f"all {len(failed)} trials failed; the first, {failed[0].id}: {failed[0].reason}"
+        )
 
 
 def told(sweep: Sweep, out: str) -> str:
@@ -200,7 +216,9 @@ def told(sweep: Sweep, out: str) -> str:
     best = best_trial(sweep)
     lines = []
     if best is not None:
-        lines.append(f"{best.id} is the best of {len(sweep.trials)} trials: validation NDCG@10 {best.best_NDCG10:.4f}")
+        lines.append(
+            f"{best.id} is the best of {len(sweep.trials)} trials: validation NDCG@10 {best.best_NDCG10:.4f}"
+        )
     failed = [trial for trial in sweep.trials if trial.status == "failed"]
     if failed:
         lines.append(f"{len(failed)} trials failed; the first, {failed[0].id}: {failed[0].reason}")

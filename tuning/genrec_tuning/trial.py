@@ -1,4 +1,5 @@
-"""A trial where it runs: the same `train` as everyone's, resumed from its own checkpoint, reported epoch by epoch."""
+"""A trial where it runs: the same `train` as everyone's, resumed from its own checkpoint, reported
+epoch by epoch."""
 
 from __future__ import annotations
 
@@ -72,13 +73,15 @@ class Job:
 class Reports:
     """Tells of each epoch once an attempt, in order, and of none before it can be resumed from."""
 
-    def __init__(self, run: Path, mirror: Mirror, tell: Callable[[dict[str, Any]], None], planned: int):
+    def __init__(
+        self, run: Path, mirror: Mirror, tell: Callable[[dict[str, Any]], None], planned: int
+    ):
         self.run, self.mirror, self.tell, self.planned = run, mirror, tell, planned
         self.told: list[Epoch] = []
 
     def catch_up(self) -> None:
-        """Report what `events.jsonl` holds and was not reported yet: on a resume also what earlier attempts ran, since the
-        last of it may never have arrived."""
+        """Report what `events.jsonl` holds and was not reported yet: on a resume also what earlier
+        attempts ran, since the last of it may never have arrived."""
         if not (self.run / "events.jsonl").is_file():
             return
         new = epochs_of(read_journal(self.run))[len(self.told) :]
@@ -102,9 +105,8 @@ class Reports:
 def run_trial(config: dict[str, Any]) -> None:
     """Ray's function trainable. `config["job"]`: a `Job` as plain values.
 
-    A loss that is no number and a recipe or data that do not fit end the trial with its reason and without a score;
-    whatever else ends it is raised, and Ray starts it again.
-    """
+    A loss that is no number and a recipe or data that do not fit end the trial with its reason and
+    without a score; whatever else ends it is raised, and Ray starts it again."""
     from ray import tune
 
     job = Job(**config["job"])
@@ -124,7 +126,9 @@ def run_job(job: Job, tell: Callable[[dict[str, Any]], None]) -> None:
         )
     recipe = job.resolved(run)
     mirror = Mirror(run, folder / job.run)
-    with hold(run.parent / f".{run.name}.lock", "another process still trains this run", LOCK_SECONDS) as lock:
+    with hold(
+        run.parent / f".{run.name}.lock", "another process still trains this run", LOCK_SECONDS
+    ) as lock:
         mirror.pull()
         resume = "latest" if list_checkpoints(run) else None
         if resume is None:  # whatever an attempt left before its first checkpoint
@@ -143,7 +147,9 @@ def epochs_of(journal: Journal) -> list[Epoch]:
     if not validations:
         return []
     stage = validations[-1]["stage"]
-    saved = max([line["step"] for line in journal.of("checkpoint")] + _resumed_steps(journal), default=-1)
+    saved = max(
+        [line["step"] for line in journal.of("checkpoint")] + _resumed_steps(journal), default=-1
+    )
     steps = journal.stage("step", stage)
     worked = _worked_seconds(journal.events)
     found = {}
@@ -164,7 +170,8 @@ def epochs_of(journal: Journal) -> list[Epoch]:
 
 
 def _resumed_steps(journal: Journal) -> list[int]:
-    """Steps of checkpoints that were resumed from: killed between a checkpoint and its event, a run has no event of it."""
+    """Steps of checkpoints that were resumed from: killed between a checkpoint and its event, a run
+    has no event of it."""
     paths = [line["resumed_from"] for line in journal.of("start") if line.get("resumed_from")]
     return [int(Path(path).name.removeprefix("step-")) for path in paths]
 
@@ -174,7 +181,8 @@ def _mean(values: list[float]) -> float:
 
 
 def _worked_seconds(events: list[dict[str, Any]]) -> dict[int, float]:
-    """Step of a validation -> seconds that its attempts had worked by then, without what lay between them."""
+    """Step of a validation -> seconds that its attempts had worked by then, without what lay
+    between them."""
     before, started, last = 0.0, 0.0, 0.0
     found = {}
     for line in events:
@@ -186,16 +194,25 @@ def _worked_seconds(events: list[dict[str, Any]]) -> dict[int, float]:
     return found
 
 
-def train_on_ranks(job: Job, recipe: Recipe, resume: str | None, lock: int, on_news: Callable[[], None]) -> None:
-    """Train on `job.processes` ranks, each a process that dies with this one; `on_news` is called while they work.
+def train_on_ranks(
+    job: Job, recipe: Recipe, resume: str | None, lock: int, on_news: Callable[[], None]
+) -> None:
+    """Train on `job.processes` ranks, each a process that dies with this one; `on_news` is called
+    while they work.
 
-    Raises ValueError for what the ranks refused, RuntimeError naming the rank and what it last said when one died.
-    """
+    Raises ValueError for what the ranks refused, RuntimeError naming the rank and what it last said
+    when one died."""
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     with atomic_file(run / "recipe.yaml") as temporary:
         temporary.write_text(dump_recipe(recipe), encoding="utf-8")
-    command = [sys.executable, "-m", "genrec_tuning.rank_process", str(os.getpid()), str(run / "recipe.yaml")]
+    command = [
+        sys.executable,
+        "-m",
+        "genrec_tuning.rank_process",
+        str(os.getpid()),
+        str(run / "recipe.yaml"),
+    ]
     command += ["--resume", resume] if resume else []
     ranks: list[subprocess.Popen[bytes]] = []
     failed = None
@@ -207,7 +224,12 @@ def train_on_ranks(job: Job, recipe: Recipe, resume: str | None, lock: int, on_n
                 # The lock goes with them: a run is free when its last writer is gone.
                 ranks.append(
                     subprocess.Popen(
-                        command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock]
+                        command,
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        pass_fds=[lock],
                     )
                 )
         while failed is None and any(process.poll() is None for process in ranks):
@@ -223,7 +245,8 @@ def train_on_ranks(job: Job, recipe: Recipe, resume: str | None, lock: int, on_n
 
 
 def _first_to_blame(codes: list[int | None]) -> int | None:
-    """The rank whose end ended the group: one that was killed before one that ended by itself because of it."""
+    """The rank whose end ended the group: one that was killed before one that ended by itself
+    because of it."""
     ended = [rank for rank, code in enumerate(codes) if code]
     return min(ended, key=lambda rank: (codes[rank] or 0) > 0, default=None)
 
@@ -232,7 +255,12 @@ def _raise_for(run: Path, rank: int, code: int) -> None:
     reason = read_journal(run).status.get("reason", "")
     if code == 1 and str(reason).split(":")[0] in _REFUSALS:
         raise ValueError(reason)
-    lines = (run / f"rank-{rank}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    lines = (
+        (run / f"rank-{rank}.log")
+        .read_text(encoding="utf-8", errors="replace")
+        .strip()
+        .splitlines()
+    )
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     raise RuntimeError(f"rank {rank} ended by {how}: {lines[-1] if lines else 'it said nothing'}")
 

@@ -1,4 +1,5 @@
-"""What becomes of trials, from the news of them: status, attempts and epochs, kept current and handed on."""
+"""What becomes of trials, from the news of them: status, attempts and epochs, kept current and
+handed on."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class Ending:
 
 @dataclass
 class Watch:
-    """Keeps trials current. `on_change` gets each trial that has changed, `on_end` is called when one is over."""
+    """Keeps trials current. `on_change` gets each trial that has changed, `on_end` is called when
+    one is over."""
 
     trials: dict[str, Trial]
     ending: Ending
@@ -51,7 +53,12 @@ class Watch:
         if trial is None:
             recipe = job.resolved(Path(job.run))
             trial = Trial(
-                job.id, job.values, recipe.seed, "running", planned_epochs=planned_epochs(recipe), run=job.run
+                job.id,
+                job.values,
+                recipe.seed,
+                "running",
+                planned_epochs=planned_epochs(recipe),
+                run=job.run,
             )
         # Why the attempt before this one died stays with it; why a driver left it does not.
         reason = trial.reason if trial.status == "running" else None
@@ -75,7 +82,8 @@ class Watch:
         self.on_end()
 
     def completed(self, id_: str) -> None:
-        """Nothing more comes of a trial: it said why, or the scheduler stopped it, or all are ending."""
+        """Nothing more comes of a trial: it said why, or the scheduler stopped it, or all are
+        ending."""
         trial = self.trials[id_]
         if trial.status == "running" and self.ending.reason is None:
             last = trial.epochs[-1].epoch if trial.epochs else 0

@@ -1,4 +1,5 @@
-"""New interactions beside a data directory: what it knows keeps its row, what is new gets the next numbers."""
+"""New interactions beside a data directory: what it knows keeps its row, what is new gets the next
+numbers."""
 
 from __future__ import annotations
 
@@ -46,10 +47,14 @@ class Incoming:
     def keep(self, kept_R: np.ndarray) -> Incoming:
         """The rows at these places, or where a mask says so."""
         times_R = None if self.times_R is None else self.times_R[kept_R]
-        return replace(self, users_R=self.users_R[kept_R], items_R=self.items_R[kept_R], times_R=times_R)
+        return replace(
+            self, users_R=self.users_R[kept_R], items_R=self.items_R[kept_R], times_R=times_R
+        )
 
 
-def read_incoming(path: Path, format: Format, data: Dataset, bad: BadLines, log: LogOptions) -> Incoming:
+def read_incoming(
+    path: Path, format: Format, data: Dataset, bad: BadLines, log: LogOptions
+) -> Incoming:
     """Read a source of any format but `auto`. Raises DataError, one line, as its reader does."""
     users = {id_: row for row, id_ in enumerate(data.sequences.user_ids)}
     items = {id_: row for row, id_ in enumerate(data.sequences.item_ids)}
@@ -57,7 +62,8 @@ def read_incoming(path: Path, format: Format, data: Dataset, bad: BadLines, log:
     if format in LOG_FORMATS:
         rows = [_numbered(found, users, items) for found in read_log(path, format, bad, log)]
         users_R, items_R, times_R = (
-            np.concatenate([np.zeros(0, np.int64), *(part[place] for part in rows)]) for place in range(3)
+            np.concatenate([np.zeros(0, np.int64), *(part[place] for part in rows)])
+            for place in range(3)
         )
         origin = source_of(path, source_files(path, format))
         return Incoming(users_R, items_R, times_R, list(users), list(items), origin, is_log=True)
@@ -67,14 +73,17 @@ def read_incoming(path: Path, format: Format, data: Dataset, bad: BadLines, log:
     else:
         other = load_dataset(path)
         if other.info.split != LEAVE_ONE_OUT:
-            raise DataError(f"{path}: a split by time ({other.info.split}) cannot be appended: append its log")
+            raise DataError(
+                f"{path}: a split by time ({other.info.split}) cannot be appended: append its log"
+            )
         found, times_R, origin = other.sequences, other.timestamps, other.info.source
     users_R, items_R = _rows_of(found, users, items)
     return Incoming(users_R, items_R, times_R, list(users), list(items), origin, is_log=False)
 
 
 def in_order(new: Incoming, ties: Ties, seed: int) -> Incoming:
-    """Sorted by user and time, rows of one user and time as `clean` has them; untouched where there are no times."""
+    """Sorted by user and time, rows of one user and time as `clean` has them; untouched where there
+    are no times."""
     if new.times_R is None:
         return new
     if ties == "keep":
@@ -86,9 +95,14 @@ def in_order(new: Incoming, ties: Ties, seed: int) -> Incoming:
 
 
 def without_known(new: Incoming, data: Dataset) -> Incoming:
-    """Without rows that equal an earlier one, or one of the data, in user, item and time; as it is where there are no times."""
+    """Without rows that equal an earlier one, or one of the data, in user, item and time; as it is
+    where there are no times."""
     if new.times_R is None or data.timestamps is None:
-        return new if new.times_R is None else new.keep(_first_of_equals(new.users_R, new.items_R, new.times_R))
+        return (
+            new
+            if new.times_R is None
+            else new.keep(_first_of_equals(new.users_R, new.items_R, new.times_R))
+        )
     users = np.repeat(np.arange(data.sequences.num_users), data.sequences.lengths)
     asked = np.zeros(len(new.user_ids), bool)
     asked[new.users_R] = True
@@ -105,14 +119,17 @@ def _first_of_equals(users: np.ndarray, items: np.ndarray, times: np.ndarray) ->
     """bool, whether no row before it is the same."""
     order = np.lexsort((items, times, users))  # stable: of equal rows the first comes first
     again = np.zeros(len(order), bool)
-    again[1:] = np.logical_and.reduce([column[order][1:] == column[order][:-1] for column in (users, items, times)])
+    again[1:] = np.logical_and.reduce(
+        [column[order][1:] == column[order][:-1] for column in (users, items, times)]
+    )
     first = np.empty(len(order), bool)
     first[order] = ~again
     return first
 
 
 def check_not_there(new: Incoming, data: Dataset, place: str) -> None:
-    """Without times nothing tells a repeat from a row that is there already: what looks like an old source is refused."""
+    """Without times nothing tells a repeat from a row that is there already: what looks like an old
+    source is refused."""
     info = data.info
     known = [info.source.sha256, *(entry.source.sha256 for entry in info.appended or ())]
     if new.source.sha256 in known:
@@ -125,7 +142,10 @@ def check_not_there(new: Incoming, data: Dataset, place: str) -> None:
         return
     sequences = data.sequences
     for what, same in (("end with", _ends_with), ("begin", _begins)):
-        if all(same(sequences.items[sequences.offsets[u] : sequences.offsets[u + 1]], found) for u, found in stretches):
+        if all(
+            same(sequences.items[sequences.offsets[u] : sequences.offsets[u + 1]], found)
+            for u, found in stretches
+        ):
             raise DataError(
                 f"{place}: the items of all {len(stretches):,} known users in it {what} what {data.path} holds of them, and "
                 "without times they cannot be told from new ones: give what is new alone"
@@ -145,7 +165,9 @@ def _stretches(new: Incoming, num_known: int) -> Iterable[tuple[int, np.ndarray]
     order = np.argsort(new.users_R, kind="stable")
     users, starts = np.unique(new.users_R[order], return_index=True)
     parts = np.split(new.items_R[order], starts[1:])
-    return [(user, part) for user, part in zip(users.tolist(), parts, strict=True) if user < num_known]
+    return [
+        (user, part) for user, part in zip(users.tolist(), parts, strict=True) if user < num_known
+    ]
 
 
 def _numbered(
@@ -158,7 +180,9 @@ def _numbered(
     )
 
 
-def _rows_of(found: Sequences, users: dict[str, int], items: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
+def _rows_of(
+    found: Sequences, users: dict[str, int], items: dict[str, int]
+) -> tuple[np.ndarray, np.ndarray]:
     user_numbers, item_numbers = _numbers(found.user_ids, users), _numbers(found.item_ids, items)
     return np.repeat(user_numbers, found.lengths), item_numbers[found.items]
 

@@ -1,4 +1,5 @@
-"""A log on its way to sequences: rows of numbers in files by user, so that memory holds one bucket and not the log."""
+"""A log on its way to sequences: rows of numbers in files by user, so that memory holds one bucket
+and not the log."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ ROW = np.dtype([("time", "<i8"), ("user", "<u4"), ("item", "<u4")])
 class Numbers:
     """Numbers 0, 1, ... for ids, the same for an id wherever it comes again.
 
-    polars' own table of categories: a tenth of the time of a Python dictionary, at the same 125 bytes an id.
-    """
+    polars' own table of categories: a tenth of the time of a Python dictionary, at the same 125
+    bytes an id."""
 
     def __init__(self) -> None:
         import polars as pl
@@ -37,7 +38,8 @@ class Numbers:
         return self._count
 
     def of(self, ids: pl.Series) -> np.ndarray:
-        """uint32[n], the number of each id. Raises DataError where there are more ids than numbers."""
+        """uint32[n], the number of each id. Raises DataError where there are more ids than
+        numbers."""
         import polars as pl
 
         try:
@@ -83,10 +85,11 @@ class Rows(Protocol):
 
 
 class Buckets:
-    """Files of rows: a user's are all in one of them, in the order of the log until `replace` sorts them.
+    """Files of rows: a user's are all in one of them, in the order of the log until `replace` sorts
+    them.
 
-    A sort of the whole log by polars' streaming engine holds it in memory: 57 bytes a row of 16 (2.1.0, 10^7 rows in Parquet).
-    """
+    A sort of the whole log by polars' streaming engine holds it in memory: 57 bytes a row of 16
+    (2.1.0, 10^7 rows in Parquet)."""
 
     def __init__(self, folder: Path) -> None:
         """`folder`: an empty directory that is the buckets' own."""

@@ -1,4 +1,5 @@
-"""From a log to sequences: duplicates, order and ties, k-core and shortest length; each row left out is counted."""
+"""From a log to sequences: duplicates, order and ties, k-core and shortest length; each row left
+out is counted."""
 
 from __future__ import annotations
 
@@ -36,13 +37,16 @@ class Cleaning:
     min_length: int = MINIMUM_LENGTH
     """Fewest items of a user; of a split by time: of her training period."""
     ties: Ties = "shuffle"
-    """Rows of one user and time: in an order drawn from seed, user, item and time, or as the log has them."""
+    """Rows of one user and time: in an order drawn from seed, user, item and time, or as the log
+    has them."""
     seed: int = 0
     since: int | None = None
     until: int | None = None
-    """Microseconds since 1970, both included: rows before and after are left out before all else."""
+    """Microseconds since 1970, both included: rows before and after are left out before all
+    else."""
     cutoff: Cutoff | None = None
-    """Of a split by time: the core is that of the training period, and held-out rows of others are left out."""
+    """Of a split by time: the core is that of the training period, and held-out rows of others are
+    left out."""
 
     def __post_init__(self) -> None:
         if self.ties not in get_args(Ties):
@@ -53,11 +57,14 @@ class Cleaning:
             raise ValueError("since lies after until: no row can be between them")
         if self.min_length < shortest(self.cutoff):
             why = "training, validation, test" if self.cutoff is None else "in the training period"
-            raise ValueError(f"min_length is {self.min_length}: at least {shortest(self.cutoff)} are needed ({why})")
+            raise ValueError(
+                f"min_length is {self.min_length}: at least {shortest(self.cutoff)} are needed ({why})"
+            )
 
 
 def shortest(cutoff: Cutoff | None) -> int:
-    """The least that `min_length` may be: an item to train on, and under leave-one-out one each to validate and test with."""
+    """The least that `min_length` may be: an item to train on, and under leave-one-out one each to
+    validate and test with."""
     return MINIMUM_LENGTH if cutoff is None else 1
 
 
@@ -74,25 +81,32 @@ class CleanLog:
     dropped: dict[str, int]
     """Rows left out, by reason; all reasons are there."""
     users_without_history: int = 0
-    """Of a split by time, users with held-out rows who are not among those of the training period's core."""
+    """Of a split by time, users with held-out rows who are not among those of the training period's
+    core."""
 
 
-def clean(frames: Iterable[pl.DataFrame], cleaning: Cleaning, folder: Path, source: str) -> CleanLog:
-    """Frames of a reader -> sequences. `folder`: an empty directory to work in; `source`: the log's name in messages.
+def clean(
+    frames: Iterable[pl.DataFrame], cleaning: Cleaning, folder: Path, source: str
+) -> CleanLog:
+    """Frames of a reader -> sequences. `folder`: an empty directory to work in; `source`: the log's
+    name in messages.
 
-    In this order: of equal rows (user, item and time) the first is kept; rows are sorted by user and time; then users with
-    fewer than max(k_core, min_length) rows and items with fewer than k_core go, again and again until all have enough. Of a
-    split by time only rows of the training period count, so that no held-out row decides on a user or an item; held-out
-    rows of users and items that are not left then go too.
-    Memory: a bucket of rows, what users and items take, and 12 bytes for each row that stays. Raises DataError where
-    nothing is left, OSError where the disk is full.
-    """
+    In this order: of equal rows (user, item and time) the first is kept; rows are sorted by user
+    and time; then users with fewer than max(k_core, min_length) rows and items with fewer than
+    k_core go, again and again until all have enough. Of a split by time only rows of the training
+    period count, so that no held-out row decides on a user or an item; held-out rows of users and
+    items that are not left then go too. Memory: a bucket of rows, what users and items take, and 12
+    bytes for each row that stays. Raises DataError where nothing is left, OSError where the disk is
+    full."""
     buckets, num_read = Buckets(folder), 0
     for found in frames:
         num_read += found.height
         buckets.add(between(found, cleaning))
     check_read(num_read, source)
-    dropped = {"outside_dates": num_read - buckets.num_rows, "duplicates": sort_buckets(buckets, cleaning)}
+    dropped = {
+        "outside_dates": num_read - buckets.num_rows,
+        "duplicates": sort_buckets(buckets, cleaning),
+    }
     core = Core(buckets, cleaning)
     while True:
         counts_N = core.count(buckets)
@@ -122,7 +136,9 @@ def nobody_left(
 ) -> DataError:  # fmt: skip
     """What to raise where no user stays of so many."""
     told = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
-    later = "" if cleaning.cutoff is None else f", or give later dates than --cutoff {cleaning.cutoff}"
+    later = (
+        "" if cleaning.cutoff is None else f", or give later dates than --cutoff {cleaning.cutoff}"
+    )
     return DataError(
         f"{source}: no user is left of {num_users:,} with {num_read:,} rows ({told}): "
         f"lower --k-core {cleaning.k_core} or --min-length {cleaning.min_length}{later}"
@@ -177,8 +193,11 @@ def _repeats(rows_R: np.ndarray) -> np.ndarray:
     return same
 
 
-def tie_keys(rows_R: np.ndarray, user_hashes: np.ndarray, item_hashes: np.ndarray, seed: int) -> np.ndarray:
-    """uint64[R], random numbers that are a function of the interaction itself, so that no order of the log counts."""
+def tie_keys(
+    rows_R: np.ndarray, user_hashes: np.ndarray, item_hashes: np.ndarray, seed: int
+) -> np.ndarray:
+    """uint64[R], random numbers that are a function of the interaction itself, so that no order of
+    the log counts."""
     key = mixed_key(seed, _TIE_STREAM)
     bits_R = keyed_bits(key, item_hashes[rows_R["item"]])
     bits_R = keyed_bits(key, bits_R ^ user_hashes[rows_R["user"]])
@@ -194,9 +213,9 @@ def id_hashes(names: Iterable[str]) -> np.ndarray:
 class Core:
     """The users and items that stay, and how many rows the others took along.
 
-    First `count` and `drop` in turn, until `few_items` and `few_users` name nobody; then `settle`. Of several cores with the
-    users of one log among them, and the same items, the items' counts are to be added up. Its arrays are never written into.
-    """
+    First `count` and `drop` in turn, until `few_items` and `few_users` name nobody; then `settle`.
+    Of several cores with the users of one log among them, and the same items, the items' counts are
+    to be added up. Its arrays are never written into."""
 
     def __init__(self, buckets: Rows, cleaning: Cleaning) -> None:
         self.cleaning, self.cutoff = cleaning, cleaning.cutoff
@@ -229,7 +248,8 @@ class Core:
         self.items_N = self.items_N & ~few_N
 
     def settle(self, buckets: Rows, counts_N: np.ndarray) -> None:
-        """Nobody has too few rows any more: which items are left, and what became of the rows. `counts_N`: the last ones."""
+        """Nobody has too few rows any more: which items are left, and what became of the rows.
+        `counts_N`: the last ones."""
         self.catalogue_N, self.lengths_U = self.items_N & (counts_N > 0), self.lengths_U.copy()
         self.dropped = self._dropped(buckets, self.short_U)
         if self.cutoff is not None:
@@ -245,7 +265,10 @@ class Core:
 
     def _counts(self, buckets: Rows) -> tuple[np.ndarray, np.ndarray]:
         """int64[U] and int64[N], rows that stay so far."""
-        counts_U, counts_N = np.zeros(len(self.users_U), np.int64), np.zeros(len(self.items_N), np.int64)
+        counts_U, counts_N = (
+            np.zeros(len(self.users_U), np.int64),
+            np.zeros(len(self.items_N), np.int64),
+        )
         for rows_R in buckets:
             rows_R = self._training(rows_R)
             rows_R = rows_R[self.users_U[rows_R["user"]] & self.items_N[rows_R["item"]]]
@@ -264,10 +287,15 @@ class Core:
             of_items += int(by_item_R.sum())
             of_short += short
             of_users += int(by_user_R.sum()) - short
-        return {"items_below_k_core": of_items, "users_below_k_core": of_users, "users_below_min_length": of_short}
+        return {
+            "items_below_k_core": of_items,
+            "users_below_k_core": of_users,
+            "users_below_min_length": of_short,
+        }
 
     def _dropped_held_out(self, buckets: Rows) -> dict[str, int]:
-        """A row of a user who goes counts with her, whatever its item: she is not asked. The rows that stay lengthen users."""
+        """A row of a user who goes counts with her, whatever its item: she is not asked. The rows
+        that stay lengthen users."""
         assert self.cutoff is not None
         of_users = of_items = 0
         without_U = np.zeros(len(self.users_U), bool)
@@ -280,7 +308,10 @@ class Core:
             of_items += int((~by_user_R & ~stay_R).sum())
             _count_users(rows_R[stay_R], self.lengths_U)
         self.users_without_history = int(without_U.sum())
-        return {"rows_of_users_without_history": of_users, "rows_of_items_outside_the_catalogue": of_items}
+        return {
+            "rows_of_users_without_history": of_users,
+            "rows_of_items_outside_the_catalogue": of_items,
+        }
 
 
 def _count_users(rows_R: np.ndarray, counts_U: np.ndarray) -> None:

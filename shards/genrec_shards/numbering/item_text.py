@@ -1,4 +1,5 @@
-"""What items are: their text and attributes, read from a table beside the log, and vectors of their words."""
+"""What items are: their text and attributes, read from a table beside the log, and vectors of their
+words."""
 
 import ast
 import csv
@@ -42,7 +43,8 @@ class Descriptions:
     """File name without its folder."""
     sha256: str
     titles: list[str] | None = None
-    """What a person calls each item, '' where the file does not say; None where it has no titles."""
+    """What a person calls each item, '' where the file does not say; None where it has no
+    titles."""
 
     @property
     def num_described(self) -> int:
@@ -57,44 +59,55 @@ def read_descriptions(
     text_columns: Sequence[str] | None = None,
     title_column: str | None = None,
 ) -> Descriptions:
-    """Texts of these items out of a CSV, Parquet or JSON-lines file (`.csv`, `.parquet`, `.jsonl`, `.json`; `.gz` too).
+    """Texts of these items out of a CSV, Parquet or JSON-lines file (`.csv`, `.parquet`, `.jsonl`,
+    `.json`; `.gz` too).
 
-    `id_column`: None looks for one of ID_COLUMNS. `text_columns`: None takes every other column. `title_column`: None
-    looks for one of TITLE_COLUMNS, and there need be none. A cell's text is what it says, of lists and objects what is in
-    them. Items that the file lacks have the text ''; its other items are left out; where an id comes twice the first row
-    counts. JSON lines may be Python's, as in Amazon's 2014 release; nothing is run. Raises DataError, one line with file,
-    line and remedy.
-    """
+    `id_column`: None looks for one of ID_COLUMNS. `text_columns`: None takes every other column.
+    `title_column`: None looks for one of TITLE_COLUMNS, and there need be none. A cell's text is
+    what it says, of lists and objects what is in them. Items that the file lacks have the text '';
+    its other items are left out; where an id comes twice the first row counts. JSON lines may be
+    Python's, as in Amazon's 2014 release; nothing is run. Raises DataError, one line with file,
+    line and remedy."""
     path = Path(path)
     row_of = {item: row for row, item in enumerate(item_ids)}
     texts, titles = [""] * len(item_ids), [""] * len(item_ids)
     try:
-        for row, text, title in _matched(path, _records(path), row_of, id_column, text_columns, title_column):
+        for row, text, title in _matched(
+            path, _records(path), row_of, id_column, text_columns, title_column
+        ):
             texts[row], titles[row] = texts[row] or text, titles[row] or title
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: check the path") from None
     except EOFError:
-        raise DataError(f"{path}: the gzip stream is cut off: download or copy the file again") from None
+        raise DataError(
+            f"{path}: the gzip stream is cut off: download or copy the file again"
+        ) from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: the gzip stream is damaged ({error}): download or copy the file again") from None
+        raise DataError(
+            f"{path}: the gzip stream is damaged ({error}): download or copy the file again"
+        ) from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: not UTF-8 text: save it as UTF-8") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}): check the path and its rights") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}): check the path and its rights"
+        ) from None
     found = Descriptions(texts, path.name, digest, titles if any(titles) else None)
     if not found.num_described:
-        raise DataError(f"{path}: describes none of the {len(item_ids)} items: check that its ids are those of the log")
+        raise DataError(
+            f"{path}: describes none of the {len(item_ids)} items: check that its ids are those of the log"
+        )
     return found
 
 
 def text_vectors(texts: Sequence[str], dims: int, seed: int) -> np.ndarray:
-    """float64[N, D], D = min(dims, N): near each other where texts share rare words. Zeros for an item without a text.
+    """float64[N, D], D = min(dims, N): near each other where texts share rare words. Zeros for an
+    item without a text.
 
-    Words (of Unicode, in lower case) hashed into FEATURES buckets, (1 + log count) log((1 + N) / (1 + texts with it)),
-    rows of length 1, then the largest factors.
-    """
+    Words (of Unicode, in lower case) hashed into FEATURES buckets, (1 + log count) log((1 + N) / (1
+    + texts with it)), rows of length 1, then the largest factors."""
     return factor_rows(word_weights(texts), dims, seed)
 
 
@@ -109,9 +122,14 @@ def word_weights(texts: Sequence[str]) -> sp.csr_matrix:
     used = np.unique(counts_NF.indices)
     counts_NF = counts_NF[:, used]
     texts_with_F = np.bincount(counts_NF.indices, minlength=len(used))
-    counts_NF.data = (1 + np.log(counts_NF.data)) * np.log((1 + len(texts)) / (1 + texts_with_F))[counts_NF.indices]
+    counts_NF.data = (1 + np.log(counts_NF.data)) * np.log((1 + len(texts)) / (1 + texts_with_F))[
+        counts_NF.indices
+    ]
     lengths_N = np.sqrt(np.asarray(counts_NF.multiply(counts_NF).sum(axis=1)).ravel())
-    return (sp.diags(np.divide(1, lengths_N, out=np.zeros_like(lengths_N), where=lengths_N > 0)) @ counts_NF).tocsr()
+    return (
+        sp.diags(np.divide(1, lengths_N, out=np.zeros_like(lengths_N), where=lengths_N > 0))
+        @ counts_NF
+    ).tocsr()
 
 
 def _buckets(text: str) -> list[int]:
@@ -142,7 +160,11 @@ def _matched(
             )
         row = row_of.get(_text_of(record[column]))
         if row is not None:
-            names = text_columns if text_columns is not None else [name for name in record if name != column]
+            names = (
+                text_columns
+                if text_columns is not None
+                else [name for name in record if name != column]
+            )
             title = next((name for name in titled if name in record), None)
             text = " ".join(filter(None, (_text_of(record.get(name)) for name in names)))
             # A title is shown on a line of its own.
@@ -151,9 +173,13 @@ def _matched(
         raise DataError(f"{path}: empty: expected a record an item")
     missing = [name for name in text_columns or () if name not in seen_columns]
     if missing:
-        raise DataError(f"{path}: no column {missing[0]}, only {_listed(seen_columns)}: check --text-columns")
+        raise DataError(
+            f"{path}: no column {missing[0]}, only {_listed(seen_columns)}: check --text-columns"
+        )
     if title_column is not None and title_column not in seen_columns:
-        raise DataError(f"{path}: no column {title_column}, only {_listed(seen_columns)}: check --title-column")
+        raise DataError(
+            f"{path}: no column {title_column}, only {_listed(seen_columns)}: check --title-column"
+        )
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -161,7 +187,8 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _text_of(value: Any) -> str:
-    """What a cell says; of lists and objects what is in them, in their order. No recursion: a line may be nested deeply."""
+    """What a cell says; of lists and objects what is in them, in their order. No recursion: a line
+    may be nested deeply."""
     words, waiting = [], [value]
     while waiting:
         part = waiting.pop()
@@ -202,7 +229,8 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except (pa.ArrowException, ValueError, OverflowError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        # Arrow tells damage as an OSError too, of several lines; and Python has no date for some of Arrow's.
+        # Arrow tells damage as an OSError too, of several lines; and Python has no date for some of
+        # Arrow's.
         reason = str(error).partition("\n")[0]
         raise DataError(f"{path}: not readable as Parquet ({reason}): save it again") from None
 
@@ -219,7 +247,9 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     )
                 yield reader.line_num, record
     except csv.Error as error:
-        raise DataError(f"{path}:{reader.line_num}: not readable as CSV ({error}): mend the line") from None
+        raise DataError(
+            f"{path}:{reader.line_num}: not readable as CSV ({error}): mend the line"
+        ) from None
     finally:
         csv.field_size_limit(before)
 
@@ -231,7 +261,9 @@ def _json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             record = _parsed(line)
             if not isinstance(record, dict):
-                raise DataError(f"{path}:{number}: not an object in JSON: expected one item a line; mend the line")
+                raise DataError(
+                    f"{path}:{number}: not an object in JSON: expected one item a line; mend the line"
+                )
             yield number, record
 
 

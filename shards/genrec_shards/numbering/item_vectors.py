@@ -1,4 +1,5 @@
-"""Item vectors that a model has learned: a safetensors file, bound to the sequences it was trained on."""
+"""Item vectors that a model has learned: a safetensors file, bound to the sequences it was trained
+on."""
 
 import hashlib
 from dataclasses import dataclass
@@ -29,12 +30,12 @@ class TrainedVectors:
 def read_trained_vectors(
     path: str | Path, sequences: Sequences, trained_through: TrainedThrough = "n-2"
 ) -> TrainedVectors:
-    """Read a safetensors file of one tensor [items, D] by item row, floats, with its origin in the metadata.
+    """Read a safetensors file of one tensor [items, D] by item row, floats, with its origin in the
+    metadata.
 
-    Metadata: `sequences_hash`, that of these sequences, and `trained_through`, which must be the one asked for: vectors
-    trained through n-1 have seen the validation targets, and codes made of them tell them. Raises DataError, one line
-    with the file, for any other file.
-    """
+    Metadata: `sequences_hash`, that of these sequences, and `trained_through`, which must be the
+    one asked for: vectors trained through n-1 have seen the validation targets, and codes made of
+    them tell them. Raises DataError, one line with the file, for any other file."""
     num_held_out(trained_through)
     path = Path(path)
     try:
@@ -53,19 +54,27 @@ def read_trained_vectors(
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: check the path") from None
     except SafetensorError as error:
-        raise DataError(f"{path}: not a safetensors file ({error}): save the item vectors again") from None
+        raise DataError(
+            f"{path}: not a safetensors file ({error}): save the item vectors again"
+        ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}): check the path and its rights") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}): check the path and its rights"
+        ) from None
     unfit = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if unfit.size:
         raise DataError(f"{path}: the vector of item row {unfit[0]} is not finite: train again")
     return TrainedVectors(values, path.name, digest, trained_through)
 
 
-def _check_origin(path: Path, metadata: dict[str, str], sequences: Sequences, trained_through: TrainedThrough) -> None:
+def _check_origin(
+    path: Path, metadata: dict[str, str], sequences: Sequences, trained_through: TrainedThrough
+) -> None:
     for key in ("sequences_hash", "trained_through"):
         if key not in metadata:
-            raise DataError(f"{path}: no {key} in its metadata, so nobody knows what it has seen: save it with that")
+            raise DataError(
+                f"{path}: no {key} in its metadata, so nobody knows what it has seen: save it with that"
+            )
     ours = sequences.sequences_hash()
     if metadata["sequences_hash"] != ours:
         raise DataError(
@@ -82,11 +91,17 @@ def _check_origin(path: Path, metadata: dict[str, str], sequences: Sequences, tr
             if found == "n-2"
             else "train them again"
         )
-        raise DataError(f"{path}: trained through {found[:20]}, asked for {trained_through}: {way_out}")
+        raise DataError(
+            f"{path}: trained through {found[:20]}, asked for {trained_through}: {way_out}"
+        )
 
 
 def _check_shape(path: Path, shape: list[int], dtype: str, num_items: int) -> None:
     if len(shape) != 2 or shape[0] != num_items or shape[1] == 0:
-        raise DataError(f"{path}: shape {shape}, expected [{num_items}, width], a row an item: save it by item row")
+        raise DataError(
+            f"{path}: shape {shape}, expected [{num_items}, width], a row an item: save it by item row"
+        )
     if dtype not in FLOATS:
-        raise DataError(f"{path}: type {dtype}, expected one of {', '.join(FLOATS)}: save it as float32")
+        raise DataError(
+            f"{path}: type {dtype}, expected one of {', '.join(FLOATS)}: save it as float32"
+        )

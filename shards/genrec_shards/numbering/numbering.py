@@ -9,8 +9,18 @@ import numpy as np
 
 from genrec_shards.keyed_random import keyed_permutation
 from genrec_shards.numbering.balanced_clusters import places_in_tree
-from genrec_shards.numbering.cooccurrence import WINDOW, cooccurrence_vectors, training_counts, training_items
-from genrec_shards.numbering.hierarchical_codes import MOST_LEVELS, balance, code_texts, num_collisions
+from genrec_shards.numbering.cooccurrence import (
+    WINDOW,
+    cooccurrence_vectors,
+    training_counts,
+    training_items,
+)
+from genrec_shards.numbering.hierarchical_codes import (
+    MOST_LEVELS,
+    balance,
+    code_texts,
+    num_collisions,
+)
 from genrec_shards.numbering.item_text import Descriptions, text_vectors
 from genrec_shards.numbering.item_vectors import TrainedVectors
 from genrec_shards.sequences import Sequences, update_with_strings
@@ -85,14 +95,15 @@ def number(
 ) -> Numbering:
     """Give each row its code. Only `given` may leak: it repeats the ids, whatever they tell.
 
-    `random`: 1..N in a seeded order of the sorted catalogue. `train-order`: 1.. by first appearance in the training
-    parts t_1..t_{n-2}, users in row order; items that never occur there take the remaining numbers in a seeded order.
-    `collaborative`: words `a12-b45-c7`, a place in a tree of balanced clusters (`clusters.py`; the idea of codes from
-    co-occurrence: Hua et al., arXiv 2305.06569) of items that are taken near each other in the training parts, or of
-    trained `vectors`; items unseen there get seeded places. `semantic`: the same of the items' `descriptions`. Residual
-    quantisation would make neither unique nor balanced codes. `levels`: clusters at each level; None: `default_levels`.
-    Users: a seeded order of 1..U, except under `given`. Raises ValueError for another name or what does not go with it.
-    """
+    `random`: 1..N in a seeded order of the sorted catalogue. `train-order`: 1.. by first appearance
+    in the training parts t_1..t_{n-2}, users in row order; items that never occur there take the
+    remaining numbers in a seeded order. `collaborative`: words `a12-b45-c7`, a place in a tree of
+    balanced clusters (`clusters.py`; the idea of codes from co-occurrence: Hua et al., arXiv
+    2305.06569) of items that are taken near each other in the training parts, or of trained
+    `vectors`; items unseen there get seeded places. `semantic`: the same of the items'
+    `descriptions`. Residual quantisation would make neither unique nor balanced codes. `levels`:
+    clusters at each level; None: `default_levels`. Users: a seeded order of 1..U, except under
+    `given`. Raises ValueError for another name or what does not go with it."""
     _check(numbering, levels, vectors, descriptions)
     if numbering == "given":
         return Numbering(numbering, seed, list(sequences.item_ids), list(sequences.user_ids))
@@ -108,7 +119,8 @@ def number(
 
 
 def default_levels(num_items: int) -> tuple[int, ...]:
-    """Two equally wide levels, or as many as keep each within WIDEST_DEFAULT, that leave about three items in a leaf."""
+    """Two equally wide levels, or as many as keep each within WIDEST_DEFAULT, that leave about
+    three items in a leaf."""
     leaves = max(num_items / ITEMS_A_LEAF, 1)
     depth = 2
     while leaves ** (1 / depth) > WIDEST_DEFAULT:
@@ -117,7 +129,8 @@ def default_levels(num_items: int) -> tuple[int, ...]:
 
 
 def told(numbering: Numbering) -> list[str]:
-    """Lines for a person: what hierarchical codes were made of and how even they are; none of other numberings."""
+    """Lines for a person: what hierarchical codes were made of and how even they are; none of other
+    numberings."""
     made = numbering.hierarchy
     if made is None:
         return []
@@ -142,16 +155,22 @@ def _check(
     descriptions: Descriptions | None,
 ) -> None:
     if numbering not in get_args(NumberingName):
-        raise ValueError(f"numbering is {numbering!r}: choose one of {', '.join(get_args(NumberingName))}")
+        raise ValueError(
+            f"numbering is {numbering!r}: choose one of {', '.join(get_args(NumberingName))}"
+        )
     if levels is not None:
         if numbering not in HIERARCHICAL:
-            raise ValueError(f"levels with numbering {numbering}: only {' and '.join(HIERARCHICAL)} have levels")
+            raise ValueError(
+                f"levels with numbering {numbering}: only {' and '.join(HIERARCHICAL)} have levels"
+            )
         if not 1 <= len(levels) < MOST_LEVELS or min(levels) < 1:
             raise ValueError(
                 f"levels {','.join(map(str, levels)) or 'none'}: give 1 to {MOST_LEVELS - 1} whole numbers above 0, as 64,64"
             )
     if vectors is not None and numbering != "collaborative":
-        raise ValueError(f"vectors with numbering {numbering}: only collaborative codes are made of vectors")
+        raise ValueError(
+            f"vectors with numbering {numbering}: only collaborative codes are made of vectors"
+        )
     if (descriptions is None) == (numbering == "semantic"):
         raise ValueError(
             "numbering semantic needs the items' text or attributes: give --items META"

@@ -15,11 +15,12 @@ _SWEEPS = 40
 
 
 def factor_rows(matrix_NF: sp.csr_matrix, dims: int, seed: int) -> np.ndarray:
-    """float64[N, D], D = min(dims, N, F): row i is U_i sqrt(S) of the truncated singular value decomposition U S V'.
+    """float64[N, D], D = min(dims, N, F): row i is U_i sqrt(S) of the truncated singular value
+    decomposition U S V'.
 
-    Orthogonal iteration of a random block (Halko, Martinsson and Tropp, 2011) from signs keyed by the seed. No BLAS: it
-    splits sums by the number of threads, and one bit more or less can move an item to another cluster.
-    """
+    Orthogonal iteration of a random block (Halko, Martinsson and Tropp, 2011) from signs keyed by
+    the seed. No BLAS: it splits sums by the number of threads, and one bit more or less can move an
+    item to another cluster."""
     transposed_FN = matrix_NF.T.tocsr()
     dims = min(dims, *matrix_NF.shape)
     block_NB = _signs(matrix_NF.shape[0], min(dims + _SPARE, *matrix_NF.shape), seed)
@@ -32,7 +33,8 @@ def factor_rows(matrix_NF: sp.csr_matrix, dims: int, seed: int) -> np.ndarray:
 
 
 def symmetric_eigen(matrix_BB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(values float64[B] from the largest down, vectors float64[B, B] by column) of a symmetric matrix.
+    """(values float64[B] from the largest down, vectors float64[B, B] by column) of a symmetric
+    matrix.
 
     Jacobi's rotations, disjoint pairs of a round at once: elementwise arithmetic only.
     """
@@ -46,9 +48,13 @@ def symmetric_eigen(matrix_BB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             break
         for first, second in _rounds(size):
             cosine, sine = _rotation(left[first, first], left[second, second], left[first, second])
-            left[first], left[second] = _turned(left[first], left[second], cosine[:, None], sine[:, None])
+            left[first], left[second] = _turned(
+                left[first], left[second], cosine[:, None], sine[:, None]
+            )
             left[:, first], left[:, second] = _turned(left[:, first], left[:, second], cosine, sine)
-            vectors[:, first], vectors[:, second] = _turned(vectors[:, first], vectors[:, second], cosine, sine)
+            vectors[:, first], vectors[:, second] = _turned(
+                vectors[:, first], vectors[:, second], cosine, sine
+            )
     order = np.argsort(-np.diag(left), kind="stable")
     return np.diag(left)[order], vectors[:, order]
 
@@ -88,7 +94,9 @@ def _rounds(size: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return rounds
 
 
-def _rotation(first: np.ndarray, second: np.ndarray, between: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _rotation(
+    first: np.ndarray, second: np.ndarray, between: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Cosine and sine of the rotations that bring `between` to zero."""
     apart = second - first
     longer = np.abs(apart) + np.sqrt(apart * apart + 4 * between * between)

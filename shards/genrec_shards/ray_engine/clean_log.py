@@ -1,4 +1,5 @@
-"""A log on a cluster: read, shuffled by user, peeled to its core and put in order; one process holds ids and counts alone."""
+"""A log on a cluster: read, shuffled by user, peeled to its core and put in order; one process
+holds ids and counts alone."""
 
 from __future__ import annotations
 
@@ -12,7 +13,15 @@ import numpy as np
 import pyarrow as pa
 
 from genrec_shards.cleaning.buckets import ROW, Numbers
-from genrec_shards.cleaning.clean import Cleaning, CleanLog, Core, check_read, check_targets, nobody_left, sort_buckets
+from genrec_shards.cleaning.clean import (
+    Cleaning,
+    CleanLog,
+    Core,
+    check_read,
+    check_targets,
+    nobody_left,
+    sort_buckets,
+)
 from genrec_shards.dataset import Source, source_named
 from genrec_shards.errors import NUM_SHOWN, BadLines, DataError
 from genrec_shards.ray_engine.log_spans import Sizes, planned
@@ -37,14 +46,22 @@ def clean_log(
     tasks: Tasks,
     sizes: Sizes,
 ) -> CleanLog:
-    """What `clean` gives, to the byte. `folder`: an empty directory of this process to work in; `source`: as messages name it.
+    """What `clean` gives, to the byte. `folder`: an empty directory of this process to work in;
+    `source`: as messages name it.
 
-    This process holds each user and item once (id, row, count) and one range of users at a time; the sequences lie in files
-    under `folder`, 12 bytes a row, mapped and not read. A task holds 1 / `Sizes.num_buckets` of the log, or one gzip.
-    """
+    This process holds each user and item once (id, row, count) and one range of users at a time;
+    the sequences lie in files under `folder`, 12 bytes a row, mapped and not read. A task holds 1 /
+    `Sizes.num_buckets` of the log, or one gzip."""
     clock = clock_of(format, options)
     total = sum(file.size for file in files)
-    reading = Reading(format, options, bad.on_error, cleaning, sizes.num_buckets(total, tasks.num_cpus), sizes.block)
+    reading = Reading(
+        format,
+        options,
+        bad.on_error,
+        cleaning,
+        sizes.num_buckets(total, tasks.num_cpus),
+        sizes.block,
+    )
     spans = planned(files, format == "interactions", sizes, tasks)
     met, parts_TP = _read(spans, clock.unit, reading, bad, tasks)
     num_read = sum(part.num_read for part in met)
@@ -61,7 +78,9 @@ def clean_log(
     for reason in settled[0].dropped:
         dropped[reason] = sum(part.dropped[reason] for part in settled)
     if not any(len(part.lengths_U) for part in settled):
-        raise nobody_left(sum(bucket.num_users for bucket in buckets), num_read, dropped, cleaning, source)
+        raise nobody_left(
+            sum(bucket.num_users for bucket in buckets), num_read, dropped, cleaning, source
+        )
     sequences, timestamps = _in_order(
         buckets, settled, item_ids, stay_N & (counts_N > 0), cleaning, folder, tasks
     )  # fmt: skip
@@ -78,9 +97,15 @@ def hashes_of(files: list[LogFile], tasks: Tasks) -> list[Any]:
     return [tasks.start(_sha256, file) for file in files]
 
 
-def source_from(name: str, files: list[LogFile], is_folder: bool, hashes: list[Any], tasks: Tasks) -> Source:
+def source_from(
+    name: str, files: list[LogFile], is_folder: bool, hashes: list[Any], tasks: Tasks
+) -> Source:
     """What `source_of` says of them."""
-    return source_named(name, [(file.name, tasks.get(one)) for file, one in zip(files, hashes, strict=True)], is_folder)
+    return source_named(
+        name,
+        [(file.name, tasks.get(one)) for file, one in zip(files, hashes, strict=True)],
+        is_folder,
+    )
 
 
 def _sha256(file: LogFile) -> str:
@@ -94,18 +119,24 @@ def _sha256(file: LogFile) -> str:
 def _read(
     spans: Sequence[Any], unit: Any, reading: Reading, bad: BadLines, tasks: Tasks
 ) -> tuple[list[Met], list[list[Any]]]:
-    """What was met, and references to the rows of each bucket, by task: what a reader from first to last would have met.
+    """What was met, and references to the rows of each bucket, by task: what a reader from first to
+    last would have met.
 
-    Of numbers without a unit the first one of the log settles it. All tasks begin at once as if theirs were the first; one that
-    took its numbers for another unit than the log's is done again.
+    Of numbers without a unit the first one of the log settles it. All tasks begin at once as if
+    theirs were the first; one that took its numbers for another unit than the log's is done again.
     """
-    started = [tasks.start(read_spans, part, unit, reading, parts=reading.num_buckets + 1) for part in spans]
+    started = [
+        tasks.start(read_spans, part, unit, reading, parts=reading.num_buckets + 1)
+        for part in spans
+    ]
     found: list[Met] = []
     try:
         for number, part in enumerate(spans):
             met = tasks.get(started[number][0])
             if unit != "auto" and met.unit not in ("auto", unit):
-                started[number] = tasks.start(read_spans, part, unit, reading, parts=reading.num_buckets + 1)
+                started[number] = tasks.start(
+                    read_spans, part, unit, reading, parts=reading.num_buckets + 1
+                )
                 met = tasks.get(started[number][0])
             unit = met.unit if unit == "auto" else unit
             bad.count += met.bad
@@ -165,7 +196,8 @@ class _Bucket:
 
 
 def _gathered(cleaning: Cleaning, *parts: Any) -> tuple[np.ndarray, Any, Any, tuple[int, int]]:
-    """The fields of a `_Bucket`, of its rows from all tasks in the log's order; sorted, without duplicates."""
+    """The fields of a `_Bucket`, of its rows from all tasks in the log's order; sorted, without
+    duplicates."""
     pl = polars()
     users, items = Numbers(), Numbers()
     found = [np.zeros(0, ROW)]
@@ -195,8 +227,11 @@ def _number_items(buckets: list[_Bucket], tasks: Tasks) -> list[str]:
 # Core
 
 
-def _peel(buckets: list[_Bucket], num_items: int, cleaning: Cleaning, tasks: Tasks) -> tuple[np.ndarray, np.ndarray]:
-    """int64[N] the items' last counts and bool[N] which stay; of each round only counts are exchanged."""
+def _peel(
+    buckets: list[_Bucket], num_items: int, cleaning: Cleaning, tasks: Tasks
+) -> tuple[np.ndarray, np.ndarray]:
+    """int64[N] the items' last counts and bool[N] which stay; of each round only counts are
+    exchanged."""
     stay_N = np.ones(num_items, bool)
     few: Any = None
     while True:
@@ -227,8 +262,8 @@ def _round(
     few_N: np.ndarray | None,
     cleaning: Cleaning,
 ) -> tuple[Core, np.ndarray, bool]:
-    """The bucket's core without the items that were found to have too few rows, int64[N] the others' rows, and whether a user
-    has too few."""
+    """The bucket's core without the items that were found to have too few rows, int64[N] the
+    others' rows, and whether a user has too few."""
     held = _Held(rows_R, range(num_users), range(len(item_numbers)))
     if core is None:
         core = Core(held, cleaning)
@@ -252,7 +287,15 @@ class _Settled:
 
 def _settle(buckets: list[_Bucket], counts: Any, tasks: Tasks) -> list[_Settled]:
     started = [
-        tasks.start(_settled, bucket.rows, bucket.user_ids, bucket.item_numbers, bucket.core, counts, parts=2)
+        tasks.start(
+            _settled,
+            bucket.rows,
+            bucket.user_ids,
+            bucket.item_numbers,
+            bucket.core,
+            counts,
+            parts=2,
+        )
         for bucket in buckets
     ]
     for bucket, (core, _) in zip(buckets, started, strict=True):
@@ -263,9 +306,13 @@ def _settle(buckets: list[_Bucket], counts: Any, tasks: Tasks) -> list[_Settled]
 def _settled(
     rows_R: np.ndarray, user_ids: Any, item_numbers: np.ndarray, core: Core, counts_N: np.ndarray
 ) -> tuple[Core, _Settled]:
-    core.settle(_Held(rows_R, range(len(user_ids)), range(len(item_numbers))), counts_N[item_numbers])
+    core.settle(
+        _Held(rows_R, range(len(user_ids)), range(len(item_numbers))), counts_N[item_numbers]
+    )
     names = user_ids.filter(pa.array(core.users_U)).to_pylist()
-    return core, _Settled(names, core.lengths_U[core.users_U], core.dropped, core.users_without_history)
+    return core, _Settled(
+        names, core.lengths_U[core.users_U], core.dropped, core.users_without_history
+    )
 
 
 # Order
@@ -280,7 +327,9 @@ def _in_order(
     folder: Path,
     tasks: Tasks,
 ) -> tuple[Sequences, np.ndarray]:
-    item_ids = sort_ids(name for name, stays in zip(names_N, catalogue_N.tolist(), strict=True) if stays)
+    item_ids = sort_ids(
+        name for name, stays in zip(names_N, catalogue_N.tolist(), strict=True) if stays
+    )
     item_rows = tasks.put(_rows_of(item_ids, names_N))
     user_ids = sort_ids(name for part in settled for name in part.user_ids)
     row_of = {name: row for row, name in enumerate(user_ids)}
@@ -293,7 +342,14 @@ def _in_order(
         offsets[1:][rows_U] = part.lengths_U
         dealt.append(
             tasks.start(
-                _dealt, bucket.rows, bucket.item_numbers, bucket.core, rows_U, item_rows, borders, parts=len(buckets)
+                _dealt,
+                bucket.rows,
+                bucket.item_numbers,
+                bucket.core,
+                rows_U,
+                item_rows,
+                borders,
+                parts=len(buckets),
             )
         )
     del row_of
@@ -301,7 +357,9 @@ def _in_order(
     # Of one part Ray gives a reference and not a list of one.
     dealt = dealt if len(buckets) > 1 else [[part] for part in dealt]
     ranges = [
-        tasks.start(_joined, borders[number], borders[number + 1], *(parts[number] for parts in dealt))
+        tasks.start(
+            _joined, borders[number], borders[number + 1], *(parts[number] for parts in dealt)
+        )
         for number in range(len(buckets))
     ]
     with (folder / "items").open("wb") as items_file, (folder / "times").open("wb") as times_file:

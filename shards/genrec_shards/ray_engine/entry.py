@@ -27,10 +27,15 @@ def clean_on_ray(
     folder: Path,
     address: str | None,
 ) -> tuple[CleanLog, Source]:
-    """As `clean_log`, and where it came from. `address`: of the cluster, None for one of our own."""
+    """As `clean_log`, and where it came from. `address`: of the cluster, None for one of our
+    own."""
     files = log_files_of(source, format)
     is_folder = [file.place for file in files] != [str(source)]
-    name = Path(source).resolve().name if is_folder and isinstance(source, Path) else str(source).rpartition("/")[2]
+    name = (
+        Path(source).resolve().name
+        if is_folder and isinstance(source, Path)
+        else str(source).rpartition("/")[2]
+    )
     with connected(address) as tasks:
         hashes = hashes_of(files, tasks)
         found = clean_log(files, format, bad, cleaning, options, folder, str(source), tasks, SIZES)

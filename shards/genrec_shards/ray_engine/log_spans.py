@@ -1,4 +1,5 @@
-"""Which part of a log one task reads: cut where a reader of the whole log begins a block anew, line numbers known."""
+"""Which part of a log one task reads: cut where a reader of the whole log begins a block anew, line
+numbers known."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class Span:
 
 
 def planned(files: list[LogFile], is_table: bool, sizes: Sizes, tasks: Tasks) -> list[list[Span]]:
-    """The spans of each task, in the log's order. `is_table`: may cells be quoted, or files be Parquet?
+    """The spans of each task, in the log's order. `is_table`: may cells be quoted, or files be
+    Parquet?
 
     A gzip cannot be entered half-way, so it is one span.
     """
@@ -127,26 +129,37 @@ def row_groups(file: LogFile) -> list[tuple[int, int]]:
     """(rows, bytes) of each row group; none of a file that cannot be opened as Parquet."""
     try:
         with file.open() as raw, pq.ParquetFile(raw) as table:
-            groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
+            groups = [
+                table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)
+            ]
             return [(group.num_rows, group.total_byte_size) for group in groups]
     except (pa.ArrowException, OSError):
         return []
 
 
 def survey(file: LogFile, first: int, end: int, size: int) -> np.ndarray:
-    """int64[C, 4] of the pieces first..end-1: line ends, bytes through the last of them, quotes through it and behind it."""
+    """int64[C, 4] of the pieces first..end-1: line ends, bytes through the last of them, quotes
+    through it and behind it."""
     found = np.zeros((end - first, 4), np.int64)
     with file.open() as raw:
         raw.seek(first * size)
         for row in found:
             data = raw.read(size)
             through = data.rfind(b"\n") + 1
-            row[:] = data.count(b"\n"), through, data.count(b'"', 0, through), data.count(b'"', through)
+            row[:] = (
+                data.count(b"\n"),
+                through,
+                data.count(b'"', 0, through),
+                data.count(b'"', through),
+            )
     return found
 
 
-def cuts(found_C4: np.ndarray, size: int, quoted: bool, start: int = 0) -> Iterator[tuple[int, int, int]]:
-    """(byte, piece, line) where `whole_lines`, and of quoted text `with_whole_cells`, begins anew. `start`: the first line's byte.
+def cuts(
+    found_C4: np.ndarray, size: int, quoted: bool, start: int = 0
+) -> Iterator[tuple[int, int, int]]:
+    """(byte, piece, line) where `whole_lines`, and of quoted text `with_whole_cells`, begins anew.
+    `start`: the first line's byte.
 
     None come behind a line that is too long: there the reader stops.
     """

@@ -1,4 +1,5 @@
-"""What a reading task does: the readers of one machine on a part of the log, its rows dealt to buckets by their user."""
+"""What a reading task does: the readers of one machine on a part of the log, its rows dealt to
+buckets by their user."""
 
 from __future__ import annotations
 
@@ -13,7 +14,13 @@ from genrec_shards.errors import BadLines, DataError, OnError
 from genrec_shards.ray_engine.log_spans import Span
 from genrec_shards.ray_engine.sources import LogFile
 from genrec_shards.readers.frames import polars
-from genrec_shards.readers.json_reviews import AMAZON_RELEASES, YELP_RELEASES, Fields, read_reviews, release_of
+from genrec_shards.readers.json_reviews import (
+    AMAZON_RELEASES,
+    YELP_RELEASES,
+    Fields,
+    read_reviews,
+    release_of,
+)
 from genrec_shards.readers.read_log import LogOptions
 from genrec_shards.readers.tabular import head, is_parquet, read_parquet, read_text
 from genrec_shards.readers.text_blocks import Block, unpacked, whole_lines
@@ -54,11 +61,11 @@ class Met:
 
 
 def read_spans(spans: list[Span], unit: TimeUnit, reading: Reading) -> tuple[Any, ...]:
-    """What was met, and for each of P buckets its rows as an Arrow table in the log's order, or None.
+    """What was met, and for each of P buckets its rows as an Arrow table in the log's order, or
+    None.
 
-    `unit`: of times, as the log before these spans has settled it. What is wrong with a file is told and not raised: an
-    earlier task may have met something, and the first counts.
-    """
+    `unit`: of times, as the log before these spans has settled it. What is wrong with a file is
+    told and not raised: an earlier task may have met something, and the first counts."""
     bad, clock = BadLines(reading.on_error), Clock(unit)
     parts: list[list[pl.DataFrame]] = [[] for _ in range(reading.num_buckets)]
     num_read = num_within = 0
@@ -78,7 +85,11 @@ def read_spans(spans: list[Span], unit: TimeUnit, reading: Reading) -> tuple[Any
 
 def _joined(frames: list[pl.DataFrame]) -> Any:
     pl = polars()
-    return pl.concat(frames, rechunk=True).to_arrow(compat_level=pl.CompatLevel.oldest()) if frames else None
+    return (
+        pl.concat(frames, rechunk=True).to_arrow(compat_level=pl.CompatLevel.oldest())
+        if frames
+        else None
+    )
 
 
 def _dealt(found: pl.DataFrame, num_buckets: int) -> Iterator[tuple[int, pl.DataFrame]]:
@@ -116,7 +127,9 @@ def _blocks(span: Span, raw: BinaryIO, size: int) -> Iterator[Block]:
     """The blocks that a reader of the whole file has there."""
     if span.end is None:
         return whole_lines(span.file.place, unpacked(span.file.place, raw))
-    return whole_lines(span.file.place, _pieces(span, span.end, raw, size), span.line, start=not span.start)
+    return whole_lines(
+        span.file.place, _pieces(span, span.end, raw, size), span.line, start=not span.start
+    )
 
 
 def _pieces(span: Span, end: int, raw: BinaryIO, size: int) -> Iterator[bytes]:
@@ -125,7 +138,9 @@ def _pieces(span: Span, end: int, raw: BinaryIO, size: int) -> Iterator[bytes]:
     while at < end:
         data = raw.read(min((piece + 1) * size, end) - at)
         if not data:
-            raise DataError(f"{span.file.place}: became shorter while it was read: leave it alone meanwhile")
+            raise DataError(
+                f"{span.file.place}: became shorter while it was read: leave it alone meanwhile"
+            )
         yield data
         at += len(data)
         piece = at // size

@@ -1,4 +1,5 @@
-"""Ray while a block runs: a quiet one of its own on this machine, on loopback alone, or a cluster that runs already."""
+"""Ray while a block runs: a quiet one of its own on this machine, on loopback alone, or a cluster
+that runs already."""
 
 from __future__ import annotations
 
@@ -26,13 +27,18 @@ def started(
     object_store_bytes: int | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[Any]:
-    """The module `ray`, connected. `address`: of a running cluster, or None for one of our own that ends with the block.
+    """The module `ray`, connected. `address`: of a running cluster, or None for one of our own that
+    ends with the block.
 
-    `option`: what the user gives the address by; `settings`: environment variables that Ray reads when it is imported, where the
-    user has none of her own. In a process that is connected already nothing is started and nothing ended. Raises ValueError, one
-    line, where Ray is not installed, nobody answers, or Ray would listen elsewhere than on loopback.
-    """
-    _set_environment(own=address is None, inside=address is None or _is_loopback(address), settings=settings or {})
+    `option`: what the user gives the address by; `settings`: environment variables that Ray reads
+    when it is imported, where the user has none of her own. In a process that is connected already
+    nothing is started and nothing ended. Raises ValueError, one line, where Ray is not installed,
+    nobody answers, or Ray would listen elsewhere than on loopback."""
+    _set_environment(
+        own=address is None,
+        inside=address is None or _is_loopback(address),
+        settings=settings or {},
+    )
     try:
         import ray
         import ray.exceptions
@@ -65,13 +71,18 @@ def _is_loopback(address: str) -> bool:
 
 
 def _set_environment(own: bool, inside: bool, settings: Mapping[str, str]) -> None:
-    """Before Ray is imported, which reads it then. `inside`: is all of it on loopback? Values of the user's own stay."""
-    if own and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+    """Before Ray is imported, which reads it then. `inside`: is all of it on loopback? Values of
+    the user's own stay."""
+    if (
+        own
+        and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token"
+        and "RAY_AUTH_TOKEN_PATH" not in os.environ
+    ):
         # Of this cluster alone: nothing is left in the home directory.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     if inside:
-        # Or Ray listens on this machine's outer address, and looks there for a cluster on loopback. The switch is named after
-        # the systems where that is the default.
+        # Or Ray listens on this machine's outer address, and looks there for a cluster on loopback.
+        # The switch is named after the systems where that is the default.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     for name, value in (_QUIET | dict(settings)).items():
         os.environ.setdefault(name, value)
@@ -88,14 +99,18 @@ def _start(ray: Any, address: str | None, option: str, object_store_bytes: int |
         return
     ray.init(
         address="local",
-        num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        num_cpus=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         include_dashboard=False,
         object_store_memory=object_store_bytes,
         log_to_driver=False,
         logging_level=logging.ERROR,
         _node_ip_address=LOOPBACK,
     )
-    outside = [node["NodeManagerAddress"] for node in ray.nodes() if node["NodeManagerAddress"] != LOOPBACK]
+    outside = [
+        node["NodeManagerAddress"] for node in ray.nodes() if node["NodeManagerAddress"] != LOOPBACK
+    ]
     if outside:
         raise ValueError(
             f"Ray listens on {outside[0]}: it was imported before it could be kept on loopback: use a "

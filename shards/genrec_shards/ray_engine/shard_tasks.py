@@ -37,18 +37,28 @@ def write_shards_on_ray(
     overwrite: bool = False,
     address: str | None = None,
 ) -> Manifest:
-    """As `write_shards`, to the byte, of the data directory at a path or address, into a path that all nodes see or to s3.
+    """As `write_shards`, to the byte, of the data directory at a path or address, into a path that
+    all nodes see or to s3.
 
-    This process holds ids, and the sequences in mapped files. On s3 there is no rename: the manifest is written last and makes
-    the directory complete. `address`: of the cluster, None for one of our own. Raises ValueError and DataError, one line.
-    """
+    This process holds ids, and the sequences in mapped files. On s3 there is no rename: the
+    manifest is written last and makes the directory complete. `address`: of the cluster, None for
+    one of our own. Raises ValueError and DataError, one line."""
     check_sizes(users_per_shard, users_per_record)
     source, target = place_of(data), place_of(out)
     with tempfile.TemporaryDirectory(prefix="genrec-") as scratch:
         if isinstance(target, Path):
             dataset = _loaded(source, Path(scratch))
-            with connected(address) as tasks, atomic_directory(target, overwrite, marker=MANIFEST) as folder:
-                entries = _tars(dataset.sequences, str(folder.resolve()), users_per_shard, users_per_record, tasks)
+            with (
+                connected(address) as tasks,
+                atomic_directory(target, overwrite, marker=MANIFEST) as folder,
+            ):
+                entries = _tars(
+                    dataset.sequences,
+                    str(folder.resolve()),
+                    users_per_shard,
+                    users_per_record,
+                    tasks,
+                )
                 for left in folder.glob(".*"):  # of a worker that was lost
                     shutil.rmtree(left, ignore_errors=True)
                 return finish_shards(folder, dataset, entries, users_per_record)
@@ -58,7 +68,9 @@ def write_shards_on_ray(
         with connected(address) as tasks:
             if taken:
                 files.remove(MANIFEST)
-            entries = _tars(dataset.sequences, files.address, users_per_shard, users_per_record, tasks)
+            entries = _tars(
+                dataset.sequences, files.address, users_per_shard, users_per_record, tasks
+            )
         made = Path(scratch) / "made"
         made.mkdir()
         manifest = finish_shards(made, dataset, entries, users_per_record)
@@ -73,7 +85,9 @@ def _loaded(source: str | Path, scratch: Path) -> Dataset:
         return load_dataset(source, lambda: _mapped_lists(file, scratch))
     files = RemoteFiles(source, Patience())
     for name in ("dataset.json", "users.parquet", "items.parquet"):
-        (scratch / name).write_bytes(files.fetch(name, f"{files.address}/{name}", count=lambda size: None))
+        (scratch / name).write_bytes(
+            files.fetch(name, f"{files.address}/{name}", count=lambda size: None)
+        )
     place = f"{files.address}/sequences.parquet"
     file = LogFile(place, files.size("sequences.parquet", place))
     return load_dataset(scratch, lambda: _mapped_lists(file, scratch))
@@ -88,7 +102,9 @@ def _mapped_lists(file: LogFile, scratch: Path) -> tuple[np.ndarray, np.ndarray,
             held = [name for name in kinds if name in table.schema_arrow.names]
             for name in held:
                 if table.schema_arrow.field(name).type != pa.list_(kinds[name][0]):
-                    raise DataError(f"{file.place}: column {name} is no list<{kinds[name][0]}>: prepare again")
+                    raise DataError(
+                        f"{file.place}: column {name} is no list<{kinds[name][0]}>: prepare again"
+                    )
             if "items" not in held:
                 raise DataError(f"{file.place}: no column items: prepare again")
             for number in range(table.num_row_groups):
@@ -97,7 +113,9 @@ def _mapped_lists(file: LogFile, scratch: Path) -> tuple[np.ndarray, np.ndarray,
                     chunks = group.column(name).chunks
                     with (scratch / name).open("ab") as to:
                         for chunk in chunks:
-                            to.write(chunk.flatten().to_numpy().astype(kinds[name][1], copy=False).data)
+                            to.write(
+                                chunk.flatten().to_numpy().astype(kinds[name][1], copy=False).data
+                            )
                     if name == "items":
                         lengths += [chunk.value_lengths().to_numpy() for chunk in chunks]
     except (pa.ArrowException, OSError) as error:
@@ -120,7 +138,11 @@ def _tars(
         offsets = sequences.offsets[first : end + 1]
         items = sequences.items[offsets[0] : offsets[-1]]
         name = f"shard-{number:06d}.tar"
-        waiting.append(tasks.start(write_tar, target, name, items, offsets - offsets[0], first, users_per_record))
+        waiting.append(
+            tasks.start(
+                write_tar, target, name, items, offsets - offsets[0], first, users_per_record
+            )
+        )
         if len(waiting) >= TARS_A_CORE * tasks.num_cpus:
             entries.append(tasks.get(waiting.pop(0)))
     return entries + [tasks.get(reference) for reference in waiting]
@@ -131,14 +153,22 @@ def _ranges(num_users: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def write_tar(
-    target: str, name: str, items: np.ndarray, offsets: np.ndarray, first_user: int, users_per_record: int
+    target: str,
+    name: str,
+    items: np.ndarray,
+    offsets: np.ndarray,
+    first_user: int,
+    users_per_record: int,
 ) -> ShardEntry:
-    """Write one tar into a folder or to an address. A task that is done again puts the same in its place."""
+    """Write one tar into a folder or to an address. A task that is done again puts the same in its
+    place."""
     part = Sequences(items, offsets, [], [])
     end_user = first_user + len(offsets) - 1
     if is_address(target):
         with tempfile.TemporaryDirectory(prefix="genrec-") as scratch:
-            entry = write_shard(part, Path(scratch) / name, first_user, end_user, users_per_record, first_user)
+            entry = write_shard(
+                part, Path(scratch) / name, first_user, end_user, users_per_record, first_user
+            )
             writable(target).put(name, Path(scratch) / name)
             return entry
     folder = Path(target)
@@ -147,6 +177,8 @@ def write_tar(
             f"{folder.parent}: not seen by a node of the cluster: choose an output on a path that all nodes share, or s3://"
         )
     with tempfile.TemporaryDirectory(prefix=".", dir=folder) as scratch:
-        entry = write_shard(part, Path(scratch) / name, first_user, end_user, users_per_record, first_user)
+        entry = write_shard(
+            part, Path(scratch) / name, first_user, end_user, users_per_record, first_user
+        )
         os.replace(Path(scratch) / name, folder / name)
     return entry

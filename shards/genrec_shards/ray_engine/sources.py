@@ -42,7 +42,9 @@ class LogFile:
                 f"{self.place}: not seen by a node of the cluster: put it on a path that all nodes share, or behind an address"
             ) from None
         except OSError as error:
-            raise DataError(f"{self.place}: cannot be read ({error.strerror}): check the path and its rights") from None
+            raise DataError(
+                f"{self.place}: cannot be read ({error.strerror}): check the path and its rights"
+            ) from None
 
 
 class _Remote(io.RawIOBase):
@@ -50,7 +52,12 @@ class _Remote(io.RawIOBase):
 
     def __init__(self, address: str, size: int) -> None:
         folder, _, self.base = address.rpartition("/")
-        self.files, self.address, self.size, self.at = RemoteFiles(folder, Patience()), address, size, 0
+        self.files, self.address, self.size, self.at = (
+            RemoteFiles(folder, Patience()),
+            address,
+            size,
+            0,
+        )
 
     def readable(self) -> bool:
         return True
@@ -69,14 +76,17 @@ class _Remote(io.RawIOBase):
         end = min(self.at + len(buffer), self.size)
         if end <= self.at:
             return 0
-        data = self.files.fetch(self.base, self.address, part=(self.at, end), count=lambda size: None)
+        data = self.files.fetch(
+            self.base, self.address, part=(self.at, end), count=lambda size: None
+        )
         buffer[: len(data)] = data
         self.at = end
         return len(data)
 
 
 def place_of(source: str | Path) -> str | Path:
-    """An address, or a path: of `file://` too. Raises ValueError for `file://` of another machine."""
+    """An address, or a path: of `file://` too. Raises ValueError for `file://` of another
+    machine."""
     if not str(source).startswith("file:"):
         return str(source) if is_address(source) else Path(source)
     parts = urlsplit(str(source))
@@ -86,7 +96,8 @@ def place_of(source: str | Path) -> str | Path:
 
 
 def check_source(source: str | Path) -> None:
-    """Raises ValueError or DataError, one line, for a path that cannot be read or an address that is not allowed."""
+    """Raises ValueError or DataError, one line, for a path that cannot be read or an address that
+    is not allowed."""
     if isinstance(source, Path):
         readable(source)
     else:
@@ -104,7 +115,10 @@ def format_of(source: str | Path) -> Format:
 def log_files_of(source: str | Path, format: str | None) -> list[LogFile]:
     """The files of a log, as `source_files`. `format`: None where it is still to be guessed."""
     if isinstance(source, Path):
-        return [LogFile(str(file), file.stat().st_size) for file in source_files(source, format or "interactions")]
+        return [
+            LogFile(str(file), file.stat().st_size)
+            for file in source_files(source, format or "interactions")
+        ]
     folder, _, name = source.rstrip("/").rpartition("/")
     if source.startswith("s3:"):
         found = RemoteFiles(source, Patience()).listed()
@@ -113,10 +127,13 @@ def log_files_of(source: str | Path, format: str | None) -> list[LogFile]:
         chosen = [
             LogFile(f"{source.rstrip('/')}/{entry}", size)
             for entry, size in sorted(found)
-            if entry.lower().removesuffix(".gz").rpartition(".")[2] in endings and not entry.startswith((".", "_"))
+            if entry.lower().removesuffix(".gz").rpartition(".")[2] in endings
+            and not entry.startswith((".", "_"))
         ]
         if found and not chosen:
-            raise DataError(f"{source}: no file that ends in .{', .'.join(endings)}: check the path")
+            raise DataError(
+                f"{source}: no file that ends in .{', .'.join(endings)}: check the path"
+            )
         if chosen:
             return chosen
     return [LogFile(source, RemoteFiles(folder, Patience()).size(name, source))]

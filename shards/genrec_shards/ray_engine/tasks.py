@@ -15,7 +15,8 @@ Result = TypeVar("Result")
 
 
 class Tasks:
-    """Functions run by Ray's workers; results stay where they were made until they are asked for."""
+    """Functions run by Ray's workers; results stay where they were made until they are asked
+    for."""
 
     def __init__(self, ray: Any) -> None:
         self.ray = ray
@@ -23,15 +24,20 @@ class Tasks:
         self._remote: dict[tuple[Callable[..., Any], int], Any] = {}
 
     def start(self, function: Callable[..., Any], *arguments: Any, parts: int = 1) -> Any:
-        """A reference to what the function will give, or `parts` of them; arguments that are references are waited for."""
+        """A reference to what the function will give, or `parts` of them; arguments that are
+        references are waited for."""
         if (function, parts) not in self._remote:
             self._remote[function, parts] = self.ray.remote(function).options(
-                num_cpus=1, num_returns=parts, max_retries=MOST_RETRIES, scheduling_strategy="SPREAD"
+                num_cpus=1,
+                num_returns=parts,
+                max_retries=MOST_RETRIES,
+                scheduling_strategy="SPREAD",
             )
         return self._remote[function, parts].remote(*arguments)
 
     def get(self, reference: Any) -> Any:
-        """The value. Raises what the function raised where that is the user's to mend, else RuntimeError in one line."""
+        """The value. Raises what the function raised where that is the user's to mend, else
+        RuntimeError in one line."""
         exceptions = self.ray.exceptions
         try:
             return self.ray.get(reference)
@@ -53,7 +59,8 @@ class Tasks:
 
 @contextlib.contextmanager
 def connected(address: str | None) -> Iterator[Tasks]:
-    """Ray while the block runs. `address`: of a running cluster, or None for one of our own, on loopback, that ends with it.
+    """Ray while the block runs. `address`: of a running cluster, or None for one of our own, on
+    loopback, that ends with it.
 
     Raises ValueError, one line, where Ray is not installed or nobody answers.
     """
@@ -67,7 +74,8 @@ def _last_line(error: BaseException) -> str:
 
 
 def cancel(tasks: Tasks, references: Sequence[Any]) -> None:
-    """Let go of tasks that nobody waits for any more; a cluster that is not ours goes on without them."""
+    """Let go of tasks that nobody waits for any more; a cluster that is not ours goes on without
+    them."""
     for reference in references:
         with contextlib.suppress(Exception):
             tasks.ray.cancel(reference, force=False)

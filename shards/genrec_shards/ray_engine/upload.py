@@ -1,4 +1,5 @@
-"""A directory behind an address: its files come one by one, and the one that makes it complete comes last."""
+"""A directory behind an address: its files come one by one, and the one that makes it complete
+comes last."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ from genrec_shards.storage.remote import Patience, RemoteFiles
 
 @contextlib.contextmanager
 def uploaded_directory(address: str, overwrite: bool, marker: str) -> Iterator[Path]:
-    """Yield a path of this machine where a directory is to be made; when the block ends well, its files go to the address.
+    """Yield a path of this machine where a directory is to be made; when the block ends well, its
+    files go to the address.
 
-    There is no rename there, so `marker` makes the directory complete: it is the first file that an overwriting run removes
-    and the last that it writes. Raises ValueError, before the block runs, for an address that is not s3 or is taken.
-    """
+    There is no rename there, so `marker` makes the directory complete: it is the first file that an
+    overwriting run removes and the last that it writes. Raises ValueError, before the block runs,
+    for an address that is not s3 or is taken."""
     files = writable(address)
     taken = claim(files, overwrite, marker)
     with tempfile.TemporaryDirectory(prefix="genrec-") as scratch:
@@ -31,7 +33,9 @@ def writable(address: str) -> RemoteFiles:
     """Raises ValueError for an address that cannot be written to."""
     files = RemoteFiles(address, Patience())
     if files.scheme != "s3":
-        raise ValueError(f"{files.address}: cannot be written to: choose a path, or an address of s3://")
+        raise ValueError(
+            f"{files.address}: cannot be written to: choose a path, or an address of s3://"
+        )
     return files
 
 
@@ -41,9 +45,13 @@ def claim(files: RemoteFiles, overwrite: bool, marker: str) -> bool:
     if not names:
         return False
     if not overwrite:
-        raise ValueError(f"{files.address} exists: choose another output, or overwrite it with --overwrite")
+        raise ValueError(
+            f"{files.address} exists: choose another output, or overwrite it with --overwrite"
+        )
     if marker not in names:
-        raise ValueError(f"{files.address} holds no {marker}, so it is not ours to overwrite: choose another output")
+        raise ValueError(
+            f"{files.address} holds no {marker}, so it is not ours to overwrite: choose another output"
+        )
     return True
 
 

@@ -14,17 +14,25 @@ LOG_FORMATS = ("interactions", "amazon", "yelp")
 
 
 def guess_format(path: Path) -> Format:
-    """By name and first line; what nothing speaks against is taken for `sequences`. Raises DataError as `blocks`."""
+    """By name and first line; what nothing speaks against is taken for `sequences`. Raises
+    DataError as `blocks`."""
     if path.is_dir():
         if (path / "dataset.json").exists():
             return "data"
-        files = sorted(file for file in path.iterdir() if _ending(file) in (*ENDINGS, *JSON_ENDINGS))
-        return "interactions" if not files or _ending(files[0]) in ENDINGS else _of_json(_first_line(files[0]))
+        files = sorted(
+            file for file in path.iterdir() if _ending(file) in (*ENDINGS, *JSON_ENDINGS)
+        )
+        return (
+            "interactions"
+            if not files or _ending(files[0]) in ENDINGS
+            else _of_json(_first_line(files[0]))
+        )
     return guess_by_name(path.name, lambda: _first_line(path))
 
 
 def guess_by_name(name: str, first_line: Callable[[], bytes]) -> Format:
-    """The same of a file that lies anywhere; its first line is asked for only where the name does not tell."""
+    """The same of a file that lies anywhere; its first line is asked for only where the name does
+    not tell."""
     ending = name.lower().removesuffix(".gz").rpartition(".")[2]
     if ending in ENDINGS:
         return "interactions"
@@ -36,7 +44,8 @@ def _first_line(path: Path) -> bytes:
 
 
 def _of_json(first: bytes) -> Format:
-    """Yelp's reviews name a business, Amazon's anything else; the reader tells what a line lacks."""
+    """Yelp's reviews name a business, Amazon's anything else; the reader tells what a line
+    lacks."""
     try:
         record = json.loads(first)
     except (ValueError, RecursionError):

@@ -12,22 +12,28 @@ from genrec_shards.timestamps import Clock
 if TYPE_CHECKING:
     import polars as pl
 
-# A frame has the columns user (String), item (String) and time (Int64, microseconds since 1970), without gaps.
+# A frame has the columns user (String), item (String) and time (Int64, microseconds since 1970),
+# without gaps.
 
 
 def polars() -> Any:
-    """The package, imported when a log is read and not before: a machine that trains need not have it."""
+    """The package, imported when a log is read and not before: a machine that trains need not have
+    it."""
     try:
         import polars as pl
     except ImportError:
-        raise DataError("polars is not installed, and logs are read with it: pip install polars") from None
+        raise DataError(
+            "polars is not installed, and logs are read with it: pip install polars"
+        ) from None
     return pl
 
 
 def frame(users: pl.Series, items: pl.Series, times: pl.Series) -> pl.DataFrame:
     """A frame of three columns of equal length."""
     pl = polars()
-    return pl.DataFrame({"user": users.cast(pl.String), "item": items.cast(pl.String), "time": times})
+    return pl.DataFrame(
+        {"user": users.cast(pl.String), "item": items.cast(pl.String), "time": times}
+    )
 
 
 def has_gaps(found: pl.DataFrame) -> bool:
@@ -37,7 +43,10 @@ def has_gaps(found: pl.DataFrame) -> bool:
 
 
 def frame_one_by_one(
-    path: Path | str, rows: Iterable[tuple[int, tuple[Any, Any, Any] | str]], clock: Clock, bad: BadLines
+    path: Path | str,
+    rows: Iterable[tuple[int, tuple[Any, Any, Any] | str]],
+    clock: Clock,
+    bad: BadLines,
 ) -> pl.DataFrame:
     """The good ones of (line, (user, item, time) or what is wrong); the others are `bad`'s."""
     pl = polars()
@@ -61,7 +70,9 @@ def _good(row: tuple[Any, Any, Any], clock: Clock) -> tuple[str, str, int] | str
     for kind, value in zip(("user", "item"), row[:2], strict=True):
         name = _identifier(value)
         if name is None:
-            return f"{kind} is {str(value)[:40]!r}, no id" if value not in (None, "") else f"no {kind}"
+            return (
+                f"{kind} is {str(value)[:40]!r}, no id" if value not in (None, "") else f"no {kind}"
+            )
         names.append(name)
     time = clock.micros(row[2])
     return time if isinstance(time, str) else (names[0], names[1], time)

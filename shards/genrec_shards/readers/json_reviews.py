@@ -28,9 +28,8 @@ def read_json_lines(
 ) -> Iterator[pl.DataFrame]:
     """Frames (`frames.py`) of a file, or of a folder's files by name.
 
-    `releases`: the fields of each release; that of the first object counts for its file. Raises DataError, one line with
-    file and line.
-    """
+    `releases`: the fields of each release; that of the first object counts for its file. Raises
+    DataError, one line with file and line."""
     for file in log_files(path, JSON_ENDINGS):
         yield from read_reviews(str(file), blocks(file), releases, format, bad, clock)
         if file.stat().st_size == 0:
@@ -46,7 +45,8 @@ def read_reviews(
     clock: Clock,
     fields: Fields | None = None,
 ) -> Iterator[pl.DataFrame]:
-    """Frames of a file's blocks. `path`: its name in messages; `fields`: of the release, where earlier blocks told it."""
+    """Frames of a file's blocks. `path`: its name in messages; `fields`: of the release, where
+    earlier blocks told it."""
     for block in found:
         fields = fields or release_of(block, releases)
         if fields is None:
@@ -54,7 +54,11 @@ def read_reviews(
             yield frame_one_by_one(path, rows, clock, bad)
             continue
         fast = _fast(block, fields, clock)
-        yield fast if fast is not None else frame_one_by_one(path, _rows(block, fields, format), clock, bad)
+        yield (
+            fast
+            if fast is not None
+            else frame_one_by_one(path, _rows(block, fields, format), clock, bad)
+        )
 
 
 def release_of(block: Block, releases: Sequence[Fields]) -> Fields | None:
@@ -74,15 +78,19 @@ def _fast(block: Block, fields: Fields, clock: Clock) -> pl.DataFrame | None:
     for kind in (pl.Int64, pl.String):
         try:
             found = pl.read_ndjson(
-                io.BytesIO(block.data), schema={fields[0]: pl.String, fields[1]: pl.String, fields[2]: kind}
+                io.BytesIO(block.data),
+                schema={fields[0]: pl.String, fields[1]: pl.String, fields[2]: kind},
             )
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
             continue
         if found.height != lines:
             return None
-        # Polars spells lists, truth values and fractions as text too, and replaces half a surrogate pair. Ids come first: the
-        # time of a row without them settles no unit.
-        if any(found[name].null_count() or not found[name].str.contains(_PLAIN_ID).all() for name in fields[:2]):
+        # Polars spells lists, truth values and fractions as text too, and replaces half a surrogate
+        # pair. Ids come first: the time of a row without them settles no unit.
+        if any(
+            found[name].null_count() or not found[name].str.contains(_PLAIN_ID).all()
+            for name in fields[:2]
+        ):
             continue
         rows = frame(found[fields[0]], found[fields[1]], clock.column(found[fields[2]]))
         if not has_gaps(rows):
@@ -90,9 +98,15 @@ def _fast(block: Block, fields: Fields, clock: Clock) -> pl.DataFrame | None:
     return None
 
 
-def _rows(block: Block, fields: Fields, format: str) -> Iterator[tuple[int, tuple[Any, Any, Any] | str]]:
+def _rows(
+    block: Block, fields: Fields, format: str
+) -> Iterator[tuple[int, tuple[Any, Any, Any] | str]]:
     for line, record in _records(block):
-        missing = next((name for name in fields if name not in record), None) if isinstance(record, dict) else None
+        missing = (
+            next((name for name in fields if name not in record), None)
+            if isinstance(record, dict)
+            else None
+        )
         if isinstance(record, dict) and missing is None:
             yield line, (record[fields[0]], record[fields[1]], record[fields[2]])
         else:
@@ -128,8 +142,16 @@ def _records(block: Block) -> Iterator[tuple[int, Any]]:
 
 
 AMAZON_RELEASES: tuple[Fields, ...] = (
-    ("reviewerID", "asin", "unixReviewTime"),  # 2014, some lines in Python's spelling, and 2018: seconds
-    ("user_id", "parent_asin", "timestamp"),  # 2023: milliseconds; variants of a product share its parent
+    (
+        "reviewerID",
+        "asin",
+        "unixReviewTime",
+    ),  # 2014, some lines in Python's spelling, and 2018: seconds
+    (
+        "user_id",
+        "parent_asin",
+        "timestamp",
+    ),  # 2023: milliseconds; variants of a product share its parent
 )
 
 

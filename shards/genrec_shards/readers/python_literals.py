@@ -1,7 +1,8 @@
-"""Lines that Python wrote with `repr` and not as JSON, as in Amazon's releases of 2014: respelled as JSON, never run.
+"""Lines that Python wrote with `repr` and not as JSON, as in Amazon's releases of 2014: respelled
+as JSON, never run.
 
-`ast.literal_eval` would read them too, but slowly, and on CPython 3.11 several threads must not compile at once.
-"""
+`ast.literal_eval` would read them too, but slowly, and on CPython 3.11 several threads must not
+compile at once."""
 
 import json
 import re
@@ -12,7 +13,9 @@ _TOKEN = re.compile(
     r"""|(?P<number>[+-]?[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)L?|(?P<sign>[{}\[\]():,]))""",
     re.DOTALL,
 )
-_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{1,3})|(.))", re.DOTALL)
+_ESCAPE = re.compile(
+    r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{1,3})|(.))", re.DOTALL
+)
 _NAMES = {"True": "true", "False": "false", "None": "null"}
 _SIGNS = {"(": "[", ")": "]"}
 _LETTERS = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "\n": ""}

@@ -21,7 +21,8 @@ class LogOptions:
     """How a log is to be read."""
 
     columns: tuple[str, ...] | None = None
-    """Names of the columns of users, items and times of `interactions`; None looks for usual ones."""
+    """Names of the columns of users, items and times of `interactions`; None looks for usual
+    ones."""
     time_unit: TimeUnit = "auto"
     """Of times that are numbers; `auto` is settled by the first of them."""
 
@@ -37,9 +38,13 @@ def read_log(path: Path, format: str, bad: BadLines, options: LogOptions) -> Ite
 def clock_of(format: str, options: LogOptions) -> Clock:
     """What reads a log's times. Raises ValueError where the options do not go with the format."""
     if options.columns is not None and len(options.columns) != 3:
-        raise ValueError(f"columns {','.join(options.columns)}: give three names, as userId,movieId,timestamp")
+        raise ValueError(
+            f"columns {','.join(options.columns)}: give three names, as userId,movieId,timestamp"
+        )
     if options.columns is not None and format != "interactions":
-        raise ValueError(f"columns with the {format} format, whose columns have names of their own: leave them out")
+        raise ValueError(
+            f"columns with the {format} format, whose columns have names of their own: leave them out"
+        )
     return Clock(options.time_unit)
 
 

@@ -1,4 +1,5 @@
-"""Logs with a column each of users, items and times: CSV and its kin, Parquet, folders of either."""
+"""Logs with a column each of users, items and times: CSV and its kin, Parquet, folders of
+either."""
 
 from __future__ import annotations
 
@@ -22,11 +23,22 @@ if TYPE_CHECKING:
 
 COLUMNS = (
     ("user", "user_id", "userid", "reviewerid", "customer_id", "visitorid", "uid"),
-    ("item", "item_id", "itemid", "parent_asin", "asin", "business_id", "product_id", "productid", "movieid", "iid"),
+    (
+        "item",
+        "item_id",
+        "itemid",
+        "parent_asin",
+        "asin",
+        "business_id",
+        "product_id",
+        "productid",
+        "movieid",
+        "iid",
+    ),
     ("timestamp", "time", "date", "datetime", "unixreviewtime", "ts"),
 )
-"""Where users, items and times are looked for, in this order, unless columns are named; capitals do not matter, and what
-stands behind a colon, as in RecBole's `user_id:token`, neither."""
+"""Where users, items and times are looked for, in this order, unless columns are named; capitals do
+not matter, and what stands behind a colon, as in RecBole's `user_id:token`, neither."""
 ENDINGS = ("csv", "tsv", "inter", "parquet")
 KINDS = ("users", "items", "times")
 DELIMITERS = (",", "\t", ";", "|")
@@ -40,11 +52,12 @@ def read_interactions(
 ) -> Iterator[pl.DataFrame]:
     """Frames (`frames.py`) of a file, or of all files of a folder in the order of their names.
 
-    `columns`: the names of the columns of users, items and times; None looks for COLUMNS. Whole numbers are places, from 0:
-    a text file then has no line with names. Else text files have a first line with names. They are separated by one of
-    DELIMITERS (told by the first line), may be gzipped and may quote cells, which then may hold line ends. A row with more cells
-    than the first line is bad, so is one without user, item or time. Raises DataError, one line with file and line.
-    """
+    `columns`: the names of the columns of users, items and times; None looks for COLUMNS. Whole
+    numbers are places, from 0: a text file then has no line with names. Else text files have a
+    first line with names. They are separated by one of DELIMITERS (told by the first line), may be
+    gzipped and may quote cells, which then may hold line ends. A row with more cells than the first
+    line is bad, so is one without user, item or time. Raises DataError, one line with file and
+    line."""
     for file in log_files(Path(path), ENDINGS):
         if is_parquet(file.name):
             yield from read_parquet(str(file), file, bad, clock, columns)
@@ -58,7 +71,8 @@ def is_parquet(name: str) -> bool:
 
 
 def log_files(path: Path, endings: Sequence[str]) -> list[Path]:
-    """The path itself, or a folder's files of these endings, `.gz` or not, by name; hidden ones are left out."""
+    """The path itself, or a folder's files of these endings, `.gz` or not, by name; hidden ones are
+    left out."""
     readable(path)
     if not path.is_dir():
         return [path]
@@ -76,7 +90,9 @@ def _ending(path: Path) -> str:
 
 
 def _are_places(columns: Sequence[str] | None) -> bool:
-    return columns is not None and all(name.isascii() and name.isdigit() and len(name) < 6 for name in columns)
+    return columns is not None and all(
+        name.isascii() and name.isdigit() and len(name) < 6 for name in columns
+    )
 
 
 def _places(path: str, names: list[str], columns: Sequence[str] | None) -> list[int]:
@@ -99,7 +115,9 @@ def _places(path: str, names: list[str], columns: Sequence[str] | None) -> list[
             wanted = f"column of {kind}"
         if place is None:
             listed = ", ".join(name[:40] for name in names[:12]) or "none"
-            raise DataError(f"{path}:1: no {wanted}, only {listed}: name the three with --columns USER,ITEM,TIME")
+            raise DataError(
+                f"{path}:1: no {wanted}, only {listed}: name the three with --columns USER,ITEM,TIME"
+            )
         places.append(place)
     return places
 
@@ -115,7 +133,8 @@ def read_text(
     columns: Sequence[str] | None,
     table: Table | None = None,
 ) -> Iterator[pl.DataFrame]:
-    """Frames of a text's blocks. `path`: its name in messages; `table`: of its first line, where that is not among the blocks."""
+    """Frames of a text's blocks. `path`: its name in messages; `table`: of its first line, where
+    that is not among the blocks."""
     for block in with_whole_cells(found):
         if table is None:
             table, block = head(path, block, columns)
@@ -128,29 +147,37 @@ def read_text(
 
 
 class Table:
-    """What the first line of a text file tells: its cells, what separates them and where the three columns stand."""
+    """What the first line of a text file tells: its cells, what separates them and where the three
+    columns stand."""
 
     def __init__(self, names: list[str], delimiter: str, places: list[int]) -> None:
         self.names, self.delimiter, self.places = names, delimiter, places
         sign = re.escape(delimiter.encode())
         self.stray_quote = re.compile(b'[^\n"' + sign + b']"[^\r\n"' + sign + b"]")
-        """A quote that neither begins nor ends a cell, of which readers of CSV think differently."""
+        """A quote that neither begins nor ends a cell, of which readers of CSV think
+        differently."""
 
 
 def head(path: str, block: Block, columns: Sequence[str] | None) -> tuple[Table, Block]:
     """The table of a file's first block, and the rows of the block."""
     line, _, rest = block.data.partition(b"\n")
     if b"\0" in line:
-        raise DataError(f"{path}:1: binary (a zero byte): expected text with the columns' names, plain or gzipped")
+        raise DataError(
+            f"{path}:1: binary (a zero byte): expected text with the columns' names, plain or gzipped"
+        )
     try:
         text = line.decode().rstrip("\r")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}:1: not UTF-8 (byte 0x{line[error.start]:02x}): save it as UTF-8 text") from None
+        raise DataError(
+            f"{path}:1: not UTF-8 (byte 0x{line[error.start]:02x}): save it as UTF-8 text"
+        ) from None
     delimiter = max(DELIMITERS, key=text.count)
     try:
         names = next(csv.reader([text], delimiter=delimiter, strict=True), [])
     except csv.Error as error:
-        raise DataError(f"{path}:1: the columns' names are not readable as CSV ({error}): mend the line") from None
+        raise DataError(
+            f"{path}:1: the columns' names are not readable as CSV ({error}): mend the line"
+        ) from None
     if _are_places(columns):
         # These cells are a row, whatever they say: they name no column.
         return Table(names, delimiter, _places(path, [""] * len(names), columns)), block
@@ -158,7 +185,8 @@ def head(path: str, block: Block, columns: Sequence[str] | None) -> tuple[Table,
 
 
 def with_whole_cells(pieces: Iterator[Block]) -> Iterator[Block]:
-    """Blocks joined until their quotes are even, so that no quoted cell is cut; a stray quote ends the joining early."""
+    """Blocks joined until their quotes are even, so that no quoted cell is cut; a stray quote ends
+    the joining early."""
     waiting: Block | None = None
     for block in pieces:
         block = block if waiting is None else Block(waiting.first_line, waiting.data + block.data)
@@ -190,7 +218,9 @@ def _fast(block: Block, table: Table, clock: Clock) -> pl.DataFrame | None:
         return None
     users, items, times = (cells[str(place)] for place in table.places)
     # Ids come first: the time of a row without them settles no unit.
-    if times.null_count() or any(ids.null_count() or (ids.str.len_bytes() == 0).any() for ids in (users, items)):
+    if times.null_count() or any(
+        ids.null_count() or (ids.str.len_bytes() == 0).any() for ids in (users, items)
+    ):
         return None
     found = frame(users, items, clock.column(times))
     return None if has_gaps(found) else found
@@ -209,7 +239,8 @@ def _rows(block: Block, table: Table) -> Iterator[tuple[int, tuple[str, str, str
         end = at + 1
         quotes = lines[at].count(b'"')
         if isinstance(row, str) and quotes % 2:
-            # A quoted cell may go on in the next lines; if that leads nowhere, this line alone is bad.
+            # A quoted cell may go on in the next lines; if that leads nowhere, this line alone is
+            # bad.
             while quotes % 2 and end < len(lines):
                 quotes += lines[end].count(b'"')
                 end += 1
@@ -229,7 +260,11 @@ def _cells(data: bytes, table: Table) -> tuple[str, str, str] | str:
     limit = csv.field_size_limit(LONGEST_LINE)
     try:
         found = list(
-            csv.reader(io.StringIO(text.removesuffix("\r"), newline=""), delimiter=table.delimiter, strict=True)
+            csv.reader(
+                io.StringIO(text.removesuffix("\r"), newline=""),
+                delimiter=table.delimiter,
+                strict=True,
+            )
         )
     except csv.Error as error:
         return f"not readable as CSV ({error})"
@@ -256,7 +291,8 @@ def read_parquet(
     groups: Sequence[int] | None = None,
     first: int = 1,
 ) -> Iterator[pl.DataFrame]:
-    """Frames of a Parquet file. `path`: its name in messages; `groups`: row groups, all by default, `first` the first's row."""
+    """Frames of a Parquet file. `path`: its name in messages; `groups`: row groups, all by default,
+    `first` the first's row."""
     try:
         with pq.ParquetFile(source) as file:
             names = list(file.schema_arrow.names)
@@ -266,8 +302,12 @@ def read_parquet(
                 first += batch.num_rows
     except (pa.ArrowException, OSError, KeyError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise DataError(f"{path}: cannot be read ({error.strerror}): check the path and its rights") from None
-        raise DataError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]}): save it again") from None
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}): check the path and its rights"
+            ) from None
+        raise DataError(
+            f"{path}: not readable as Parquet ({str(error).splitlines()[0]}): save it again"
+        ) from None
 
 
 def _usable(kind: Any) -> bool:
@@ -276,16 +316,27 @@ def _usable(kind: Any) -> bool:
     if types.is_dictionary(kind):
         return _usable(kind.value_type)
     texts = types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
-    numbers = types.is_integer(kind) or types.is_float32(kind) or types.is_float64(kind) or types.is_null(kind)
+    numbers = (
+        types.is_integer(kind)
+        or types.is_float32(kind)
+        or types.is_float64(kind)
+        or types.is_null(kind)
+    )
     return texts or numbers or types.is_timestamp(kind) or types.is_date(kind)
 
 
-def _of_batch(path: str, first: int, columns: list[Any], bad: BadLines, clock: Clock) -> pl.DataFrame:
+def _of_batch(
+    path: str, first: int, columns: list[Any], bad: BadLines, clock: Clock
+) -> pl.DataFrame:
     pl = polars()
     for kind, column in zip(KINDS, columns, strict=True):
         if not _usable(column.type):
-            raise DataError(f"{path}: the column of {kind} is {column.type}: expected text, whole numbers or times")
-    series = [pl.Series(name, pl.from_arrow(column)) for name, column in zip("uit", columns, strict=True)]
+            raise DataError(
+                f"{path}: the column of {kind} is {column.type}: expected text, whole numbers or times"
+            )
+    series = [
+        pl.Series(name, pl.from_arrow(column)) for name, column in zip("uit", columns, strict=True)
+    ]
     if all(kind.dtype == pl.String or kind.dtype.is_integer() for kind in series[:2]):
         # Ids come first: the time of a row without them settles no unit.
         ids = [column.cast(pl.String) for column in series[:2]]

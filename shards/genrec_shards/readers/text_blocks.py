@@ -29,15 +29,19 @@ class Block:
 
 
 def blocks(path: Path) -> Iterator[Block]:
-    """Blocks of about BLOCK_BYTES, one after another; gzip is told by the content, a byte-order mark is left out.
+    """Blocks of about BLOCK_BYTES, one after another; gzip is told by the content, a byte-order
+    mark is left out.
 
-    Raises DataError, one line, for a file that is missing, cannot be read, is a damaged gzip or has a line without end.
-    """
+    Raises DataError, one line, for a file that is missing, cannot be read, is a damaged gzip or has
+    a line without end."""
     return whole_lines(str(path), _pieces(path))
 
 
-def whole_lines(path: str, pieces: Iterator[bytes], line: int = 1, start: bool = True) -> Iterator[Block]:
-    """Blocks of a text that comes in pieces. `line`: number of the first one; `start`: is it the file's first?"""
+def whole_lines(
+    path: str, pieces: Iterator[bytes], line: int = 1, start: bool = True
+) -> Iterator[Block]:
+    """Blocks of a text that comes in pieces. `line`: number of the first one; `start`: is it the
+    file's first?"""
     rest = b""
     for data in pieces:
         if start:
@@ -69,7 +73,9 @@ def readable(path: Path) -> None:
         raise DataError(f"{path}: no such file: check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(f"{path}: cannot be read ({reason}): check the path and its rights") from None
+        raise DataError(
+            f"{path}: cannot be read ({reason}): check the path and its rights"
+        ) from None
 
 
 def _pieces(path: Path) -> Iterator[bytes]:
@@ -78,11 +84,14 @@ def _pieces(path: Path) -> Iterator[bytes]:
         with path.open("rb") as raw:
             yield from unpacked(str(path), raw)
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error}): check the path and its rights") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}): check the path and its rights"
+        ) from None
 
 
 def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
-    """Pieces of BLOCK_BYTES of an open file, plain or gzipped. Raises DataError for a damaged gzip."""
+    """Pieces of BLOCK_BYTES of an open file, plain or gzipped. Raises DataError for a damaged
+    gzip."""
     packed = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
     raw.seek(0)
     file = gzip.GzipFile(fileobj=raw) if packed else raw
@@ -90,6 +99,10 @@ def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
         while data := file.read(BLOCK_BYTES):
             yield data
     except EOFError:
-        raise DataError(f"{path}: the gzip stream is cut off: download or copy the file again") from None
+        raise DataError(
+            f"{path}: the gzip stream is cut off: download or copy the file again"
+        ) from None
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: the gzip stream is damaged ({error}): download or copy the file again") from None
+        raise DataError(
+            f"{path}: the gzip stream is damaged ({error}): download or copy the file again"
+        ) from None

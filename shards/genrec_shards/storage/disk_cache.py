@@ -1,4 +1,5 @@
-"""Records that the processes of a node share on its disk: a bounded number of bytes, the longest unused goes first."""
+"""Records that the processes of a node share on its disk: a bounded number of bytes, the longest
+unused goes first."""
 
 import contextlib
 import fcntl
@@ -14,7 +15,8 @@ from genrec_shards.atomic import atomic_file
 DEFAULT_BYTES = 20 << 30
 # Eviction makes room for more than the one record, since it looks at every file.
 _FILL_AFTER_EVICTION = 0.9
-# Files whose locks stand for a record each; two records may share one, which costs a wait and nothing else.
+# Files whose locks stand for a record each; two records may share one, which costs a wait and
+# nothing else.
 _NUM_TURNS = 64
 _POLL_SECONDS = 0.01
 
@@ -22,15 +24,16 @@ _POLL_SECONDS = 0.01
 class NodeCache:
     """Files of known sha256 under one directory, for any number of processes at once.
 
-    A process may be killed at any moment: files come by rename, locks are the kernel's and go with their holder, the
-    count of bytes is raised before a file is written, and what is read is believed only if its sha256 agrees.
-    """
+    A process may be killed at any moment: files come by rename, locks are the kernel's and go with
+    their holder, the count of bytes is raised before a file is written, and what is read is
+    believed only if its sha256 agrees."""
 
     def __init__(self, directory: str | Path | None = None, max_bytes: int | None = None) -> None:
-        """By default GENREC_CACHE (`~/.cache/genrec`) and GENREC_CACHE_BYTES (20 GiB); 0 bytes: nothing is kept.
+        """By default GENREC_CACHE (`~/.cache/genrec`) and GENREC_CACHE_BYTES (20 GiB); 0 bytes:
+        nothing is kept.
 
-        Raises ValueError naming the directory where it cannot be made, or the variable that is no number.
-        """
+        Raises ValueError naming the directory where it cannot be made, or the variable that is no
+        number."""
         self.directory = Path(directory) if directory is not None else _default_directory()
         self.max_bytes = _default_bytes() if max_bytes is None else max_bytes
         if self.max_bytes < 0:
@@ -46,19 +49,23 @@ class NodeCache:
                 "set GENREC_CACHE to a directory on this node's disk, or GENREC_CACHE_BYTES=0"
             ) from None
 
-    def get(self, key: str, sha256: str, fetch: Callable[[], bytes], patience: float) -> tuple[bytes, bool]:
-        """(the bytes, whether they were here). `fetch` brings what is missing; its sha256 is the caller's to check.
+    def get(
+        self, key: str, sha256: str, fetch: Callable[[], bytes], patience: float
+    ) -> tuple[bytes, bool]:
+        """(the bytes, whether they were here). `fetch` brings what is missing; its sha256 is the
+        caller's to check.
 
-        `key`: `set/name`, a relative path. Of several processes that miss the same key one fetches and the others wait
-        for it, `patience` seconds at most: then they fetch for themselves.
-        """
+        `key`: `set/name`, a relative path. Of several processes that miss the same key one fetches
+        and the others wait for it, `patience` seconds at most: then they fetch for themselves."""
         if self.max_bytes == 0:
             return fetch(), False
         path = self.directory / "files" / key
         data = _whole(path, sha256)
         if data is not None:
             return data, True
-        with self._locked(f"turn-{int(hashlib.sha256(key.encode()).hexdigest(), 16) % _NUM_TURNS:02d}", patience):
+        with self._locked(
+            f"turn-{int(hashlib.sha256(key.encode()).hexdigest(), 16) % _NUM_TURNS:02d}", patience
+        ):
             data = _whole(path, sha256)
             if data is not None:
                 return data, True
@@ -67,7 +74,9 @@ class NodeCache:
                 self._keep(path, data, patience)
             except OSError as error:
                 # A disk that is full or gone must not end a training that needs no disk.
-                warnings.warn(f"{self.directory}: shards are not cached ({error.strerror})", stacklevel=2)
+                warnings.warn(
+                    f"{self.directory}: shards are not cached ({error.strerror})", stacklevel=2
+                )
         return data, False
 
     def num_bytes(self) -> int:
@@ -75,7 +84,8 @@ class NodeCache:
         return sum(size for _, size, _ in self._files())
 
     def _keep(self, path: Path, data: bytes, patience: float) -> None:
-        """Write a file if it fits. Writers hold the gate together; who must evict holds it alone, so that nobody writes."""
+        """Write a file if it fits. Writers hold the gate together; who must evict holds it alone,
+        so that nobody writes."""
         if len(data) > self.max_bytes:
             return
         with self._locked("gate", patience, shared=True) as open_:
@@ -90,7 +100,8 @@ class NodeCache:
             _write(path, data)
 
     def _reserve(self, size: int, patience: float) -> bool:
-        """Count `size` bytes more unless that is too much. A count that is unreadable is too much: looking will mend it."""
+        """Count `size` bytes more unless that is too much. A count that is unreadable is too much:
+        looking will mend it."""
         with self._locked("account", patience) as open_:
             used = self._account()
             if not open_ or used is None or used + size > self.max_bytes:
@@ -99,10 +110,14 @@ class NodeCache:
             return True
 
     def _evict(self, size: int) -> None:
-        """Let the longest unused go until `size` more bytes fit. The gate is held alone, so a temporary file is a dead one's."""
+        """Let the longest unused go until `size` more bytes fit. The gate is held alone, so a
+        temporary file is a dead one's."""
         room = min(int(self.max_bytes * _FILL_AFTER_EVICTION), self.max_bytes - size)
         # Temporary ones first, then by time of last use.
-        files = sorted((not path.name.endswith(".tmp"), used_at, size, path) for used_at, size, path in self._files())
+        files = sorted(
+            (not path.name.endswith(".tmp"), used_at, size, path)
+            for used_at, size, path in self._files()
+        )
         used = sum(file_size for _, _, file_size, _ in files)
         for is_complete, _, file_size, path in files:
             if is_complete and used <= room:
@@ -135,7 +150,8 @@ class NodeCache:
 
     @contextlib.contextmanager
     def _locked(self, name: str, patience: float, shared: bool = False) -> Iterator[bool]:
-        """Hold a lock of the node; False after `patience` seconds without it (a stopped process can hold one for ever)."""
+        """Hold a lock of the node; False after `patience` seconds without it (a stopped process can
+        hold one for ever)."""
         deadline = time.monotonic() + patience
         mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB
         descriptor = self._lock_file(name)
@@ -155,7 +171,8 @@ class NodeCache:
                 os.close(descriptor)
 
     def _lock_file(self, name: str) -> int | None:
-        """A descriptor, or None where there can be none any more: somebody may clear the directory at any time."""
+        """A descriptor, or None where there can be none any more: somebody may clear the directory
+        at any time."""
         with contextlib.suppress(OSError):
             path = self.directory / "locks" / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,5 +207,7 @@ def _default_directory() -> Path:
 def _default_bytes() -> int:
     text = os.environ.get("GENREC_CACHE_BYTES") or str(DEFAULT_BYTES)
     if not text.isascii() or not text.isdigit():
-        raise ValueError(f"GENREC_CACHE_BYTES is {text!r}: give a whole number of bytes, 0 to keep nothing")
+        raise ValueError(
+            f"GENREC_CACHE_BYTES is {text!r}: give a whole number of bytes, 0 to keep nothing"
+        )
     return int(text)

@@ -1,4 +1,5 @@
-"""The manifest of a shard directory: what each tar holds, where each record begins, and how to know it is whole."""
+"""The manifest of a shard directory: what each tar holds, where each record begins, and how to know
+it is whole."""
 
 import dataclasses
 import hashlib
@@ -25,7 +26,8 @@ class RecordEntry:
     first_user: int
     users: int
     sha256: str
-    """Of these bytes: a record that comes over a network, or out of a cache, is checked by itself."""
+    """Of these bytes: a record that comes over a network, or out of a cache, is checked by
+    itself."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` holds. Record r is the users from r * users_per_record on, in all shards together."""
+    """What `manifest.json` holds. Record r is the users from r * users_per_record on, in all shards
+    together."""
 
     format_version: int
     users: int
@@ -62,30 +65,38 @@ class Manifest:
 
 def write_manifest(manifest: Manifest, directory: str | Path) -> None:
     """Write `manifest.json` into a directory that is still under its temporary name."""
-    fields = {key: value for key, value in dataclasses.asdict(manifest).items() if value is not None}
+    fields = {
+        key: value for key, value in dataclasses.asdict(manifest).items() if value is not None
+    }
     text = json.dumps(fields, indent=1)
     (Path(directory) / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def load_manifest(directory: str | Path) -> Manifest:
-    """Read and check `manifest.json`. Raises DataError for one that is missing, damaged or of another version."""
+    """Read and check `manifest.json`. Raises DataError for one that is missing, damaged or of
+    another version."""
     path = Path(directory) / MANIFEST
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: give a directory made by `genrec shard`") from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path and its rights") from None
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}): check the path and its rights"
+        ) from None
     return parse_manifest(data, str(path))
 
 
 def parse_manifest(data: bytes, place: str) -> Manifest:
-    """The manifest in these bytes, checked. Raises DataError naming `place`, the file or address they came from."""
+    """The manifest in these bytes, checked. Raises DataError naming `place`, the file or address
+    they came from."""
     try:
         fields = json.loads(data.decode("utf-8"))
         version = fields["format_version"]
         if version != FORMAT_VERSION:
-            raise DataError(f"{place}: format_version {version}, this program reads {FORMAT_VERSION}: shard again")
+            raise DataError(
+                f"{place}: format_version {version}, this program reads {FORMAT_VERSION}: shard again"
+            )
         manifest = Manifest(**{**fields, "shards": tuple(map(_shard_entry, fields["shards"]))})
         _check_totals(place, manifest)
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -94,20 +105,25 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
 
 
 def verify_manifest(directory: str | Path, manifest: Manifest) -> None:
-    """Check each tar's size and sha256; sizes first, since they cost nothing. Raises DataError naming the shard.
+    """Check each tar's size and sha256; sizes first, since they cost nothing. Raises DataError
+    naming the shard.
 
-    A tar cut between two members reads without an error and without its end: only the manifest can tell.
-    """
+    A tar cut between two members reads without an error and without its end: only the manifest can
+    tell."""
     paths = [Path(directory) / shard.name for shard in manifest.shards]
     for path, shard in zip(paths, manifest.shards, strict=True):
         if not path.is_file():
             raise DataError(f"{path}: no such shard: copy it again or shard again")
         if path.stat().st_size != shard.bytes:
-            raise DataError(f"{path}: {path.stat().st_size} bytes, expected {shard.bytes}: copy it or shard again")
+            raise DataError(
+                f"{path}: {path.stat().st_size} bytes, expected {shard.bytes}: copy it or shard again"
+            )
     for path, shard in zip(paths, manifest.shards, strict=True):
         found = file_sha256(path)
         if found != shard.sha256:
-            raise DataError(f"{path}: sha256 {found[:12]}, expected {shard.sha256[:12]}: copy it or shard again")
+            raise DataError(
+                f"{path}: sha256 {found[:12]}, expected {shard.sha256[:12]}: copy it or shard again"
+            )
 
 
 def file_sha256(path: Path) -> str:
@@ -119,14 +135,20 @@ def _shard_entry(fields: dict[str, Any]) -> ShardEntry:
     name = fields["name"]
     # It becomes a file's name here and a part of an address elsewhere.
     if not _NAME.fullmatch(name):
-        raise DataError(f"shard name {name!r} in the manifest leads out of its directory: shard again")
-    shard = ShardEntry(**{**fields, "records": tuple(RecordEntry(**record) for record in fields["records"])})
+        raise DataError(
+            f"shard name {name!r} in the manifest leads out of its directory: shard again"
+        )
+    shard = ShardEntry(
+        **{**fields, "records": tuple(RecordEntry(**record) for record in fields["records"])}
+    )
     for record in shard.records:
         numbers = (shard.bytes, record.offset, record.bytes, record.first_user, record.users)
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise TypeError(f"{name}: a size or place is no whole number")
         if record.offset + record.bytes > shard.bytes:
-            raise DataError(f"{name}: a record lies behind the end of its tar, says the manifest: shard again")
+            raise DataError(
+                f"{name}: a record lies behind the end of its tar, says the manifest: shard again"
+            )
     return shard
 
 
@@ -136,10 +158,16 @@ def _check_totals(place: str, manifest: Manifest) -> None:
     for record in (record for shard in manifest.shards for record in shard.records):
         expected = min(manifest.users_per_record, manifest.users - next_user)
         if (record.first_user, record.users) != (next_user, expected):
-            raise DataError(f"{place}: the record at user {next_user} does not follow on: shard again")
+            raise DataError(
+                f"{place}: the record at user {next_user} does not follow on: shard again"
+            )
         next_user += record.users
     if next_user != manifest.users:
-        raise DataError(f"{place}: records of {next_user} users, {manifest.users} expected: shard again")
+        raise DataError(
+            f"{place}: records of {next_user} users, {manifest.users} expected: shard again"
+        )
     for shard in manifest.shards:
         if sum(record.users for record in shard.records) != shard.users:
-            raise DataError(f"{place}: {shard.name} does not hold its {shard.users} users: shard again")
+            raise DataError(
+                f"{place}: {shard.name} does not hold its {shard.users} users: shard again"
+            )

@@ -23,10 +23,12 @@ from genrec_shards.storage.store import Traffic, open_store
 
 _MEMBERS = ("users", "offsets", "items")
 
-# The header of version 1.0 that numpy writes for an array of ours. Others go through np.load, whose parser of Python literals
-# fails at times where several threads read ("AST constructor recursion depth mismatch", CPython 3.11).
+# The header of version 1.0 that numpy writes for an array of ours. Others go through np.load, whose
+# parser of Python literals fails at times where several threads read ("AST constructor recursion
+# depth mismatch", CPython 3.11).
 _OURS = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '<i4', 'fortran_order': False, 'shape': \((\d+),\), \} *\n", re.DOTALL
+    rb"\x93NUMPY\x01\x00..\{'descr': '<i4', 'fortran_order': False, 'shape': \((\d+),\), \} *\n",
+    re.DOTALL,
 )
 
 
@@ -44,14 +46,15 @@ class Record:
 
 
 class ShardReader:
-    """Random access to a shard directory, here or at an address; it can be pickled, and used after a fork.
+    """Random access to a shard directory, here or at an address; it can be pickled, and used after
+    a fork.
 
-    `path`: a directory, or `https://`, `s3://` or (on this machine) `http://` text. `verify` compares every tar of a directory
-    with the manifest before the first record is read; records of an address are compared one by one as they come. Members are
-    decoded here, by name and type, and nothing in them is ever run. `cache_records` decoded records are kept, the longest
-    unused goes first. `cache_dir`, `cache_bytes`: the disk cache of remote records that all processes of a node share, see
-    `NodeCache` for the defaults. `patience`: how long a server may fail.
-    """
+    `path`: a directory, or `https://`, `s3://` or (on this machine) `http://` text. `verify`
+    compares every tar of a directory with the manifest before the first record is read; records of
+    an address are compared one by one as they come. Members are decoded here, by name and type, and
+    nothing in them is ever run. `cache_records` decoded records are kept, the longest unused goes
+    first. `cache_dir`, `cache_bytes`: the disk cache of remote records that all processes of a node
+    share, see `NodeCache` for the defaults. `patience`: how long a server may fail."""
 
     def __init__(
         self,
@@ -63,20 +66,27 @@ class ShardReader:
         cache_bytes: int | None = None,
         patience: Patience | None = None,
     ) -> None:
-        """Raises DataError, one line naming the file, for whatever does not agree with the manifest.
+        """Raises DataError, one line naming the file, for whatever does not agree with the
+        manifest.
 
-        Raises ValueError for an address that is not allowed and for a cache directory that cannot be made.
-        """
+        Raises ValueError for an address that is not allowed and for a cache directory that cannot
+        be made."""
         self._store = open_store(path, cache_dir, cache_bytes, patience or Patience())
         self.manifest: Manifest = self._store.manifest
         self.lengths: np.ndarray = _lengths(
             self._store.lengths(), self._store.place(LENGTHS), self.manifest
         )  # int32[U]
-        self.periods: Periods | None = _periods(self._store.periods(), self._store.place(PERIODS), self.lengths)
+        self.periods: Periods | None = _periods(
+            self._store.periods(), self._store.place(PERIODS), self.lengths
+        )
         if verify:
             self._store.verify()
         self._cache_records = max(cache_records, 1)
-        self._places = [(s, r) for s, shard in enumerate(self.manifest.shards) for r in range(len(shard.records))]
+        self._places = [
+            (s, r)
+            for s, shard in enumerate(self.manifest.shards)
+            for r in range(len(shard.records))
+        ]
         self._open()
 
     @property
@@ -89,9 +99,12 @@ class ShardReader:
         return len(self._places)
 
     def record(self, index: int) -> Record:
-        """Record number `index` of the directory. Raises DataError naming shard and record if it is damaged."""
+        """Record number `index` of the directory. Raises DataError naming shard and record if it is
+        damaged."""
         if not 0 <= index < len(self._places):
-            raise ValueError(f"record {index} of {len(self._places)} in {self._store.address}: count from 0")
+            raise ValueError(
+                f"record {index} of {len(self._places)} in {self._store.address}: count from 0"
+            )
         with self._lock:
             if index in self._cache:
                 self._cache.move_to_end(index)
@@ -106,11 +119,13 @@ class ShardReader:
     def gather(self, user_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The whole sequences of these users, in this order, repeats allowed.
 
-        `user_rows`: int64[B]. Returns items int32[total] and offsets int64[B+1]. Each record is visited once.
-        """
+        `user_rows`: int64[B]. Returns items int32[total] and offsets int64[B+1]. Each record is
+        visited once."""
         user_rows = np.asarray(user_rows, dtype=np.int64)
         if len(user_rows) and not (user_rows.min() >= 0 and user_rows.max() < self.manifest.users):
-            raise ValueError(f"user row outside 0..{self.manifest.users - 1} asked of {self._store.address}")
+            raise ValueError(
+                f"user row outside 0..{self.manifest.users - 1} asked of {self._store.address}"
+            )
         offsets = np.concatenate([[0], np.cumsum(self.lengths[user_rows], dtype=np.int64)])
         items = np.empty(offsets[-1], dtype=np.int32)
         record_of = user_rows // self.manifest.users_per_record
@@ -123,7 +138,9 @@ class ShardReader:
             record = ahead.get(index) or self.record(index)
             local = user_rows[places] - record.first_user
             lengths = self.lengths[user_rows[places]]
-            items[flat_ranges(offsets[places], lengths)] = record.items[flat_ranges(record.offsets[local], lengths)]
+            items[flat_ranges(offsets[places], lengths)] = record.items[
+                flat_ranges(record.offsets[local], lengths)
+            ]
         return items, offsets
 
     def close(self) -> None:
@@ -144,7 +161,8 @@ class ShardReader:
         self._lock = threading.Lock()
 
     def _fetch_ahead(self, indices: list[int]) -> dict[int, Record]:
-        """The records that are not at hand, side by side; nothing where a store gains nothing by it."""
+        """The records that are not at hand, side by side; nothing where a store gains nothing by
+        it."""
         with self._lock:
             missing = [index for index in indices if index not in self._cache]
         if self._store.at_once == 1 or len(missing) < 2:
@@ -158,7 +176,10 @@ class ShardReader:
         shard = self.manifest.shards[shard_number]
         entry = shard.records[record_number]
         place = f"{self._store.place(shard.name)}: record {index}"
-        record = Record(entry.first_user, *_decoded(self._store.record(shard, entry, index), f"{index:08d}", place))
+        record = Record(
+            entry.first_user,
+            *_decoded(self._store.record(shard, entry, index), f"{index:08d}", place),
+        )
         self._check(record, entry, place)
         return record
 
@@ -169,22 +190,32 @@ class ShardReader:
             raise DataError(f"{place}: holds other users than the manifest says: shard again")
         if len(record.offsets) != entry.users + 1 or record.offsets[0] != 0:
             raise DataError(f"{place}: offsets do not fit {entry.users} users: shard again")
-        if not np.array_equal(np.diff(record.offsets), self.lengths[users]) or record.offsets[-1] != len(record.items):
+        if not np.array_equal(np.diff(record.offsets), self.lengths[users]) or record.offsets[
+            -1
+        ] != len(record.items):
             raise DataError(f"{place}: lengths differ from lengths.npy: shard again")
-        if len(record.items) and not (record.items.min() >= 0 and record.items.max() < self.manifest.items):
-            raise DataError(f"{place}: an item row is outside 0..{self.manifest.items - 1}: shard again")
+        if len(record.items) and not (
+            record.items.min() >= 0 and record.items.max() < self.manifest.items
+        ):
+            raise DataError(
+                f"{place}: an item row is outside 0..{self.manifest.items - 1}: shard again"
+            )
 
 
 def _decoded(data: bytes, key: str, place: str) -> list[np.ndarray]:
     """The arrays users, offsets, items. Only these three members, as int32 arrays, are accepted."""
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-            members = {member.name: tar.extractfile(member).read() for member in tar if member.isreg()}  # type: ignore[union-attr]
+            members = {
+                member.name: tar.extractfile(member).read() for member in tar if member.isreg()
+            }  # type: ignore[union-attr]
     except tarfile.TarError as error:
         raise DataError(f"{place}: not a readable tar ({error}): shard again") from None
     expected = [f"{key}.{name}.npy" for name in _MEMBERS]
     if sorted(members) != sorted(expected):
-        raise DataError(f"{place}: members {', '.join(sorted(members))}; expected {', '.join(expected)}: shard again")
+        raise DataError(
+            f"{place}: members {', '.join(sorted(members))}; expected {', '.join(expected)}: shard again"
+        )
     return [_array(members[name], f"{place}: {name}") for name in expected]
 
 
@@ -195,10 +226,14 @@ def _array(data: bytes, place: str) -> np.ndarray:
     try:
         values = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise DataError(f"{place}: not a plain array ({str(error).splitlines()[0]}): shard again") from None
+        raise DataError(
+            f"{place}: not a plain array ({str(error).splitlines()[0]}): shard again"
+        ) from None
     if not isinstance(values, np.ndarray) or values.dtype != np.dtype("<i4") or values.ndim != 1:
         kind = f"{getattr(values, 'dtype', type(values).__name__)} of {getattr(values, 'ndim', 0)} dimensions"
-        raise DataError(f"{place}: {kind}, expected little-endian int32 of one dimension: shard again")
+        raise DataError(
+            f"{place}: {kind}, expected little-endian int32 of one dimension: shard again"
+        )
     return values.astype(np.int32, copy=False)
 
 

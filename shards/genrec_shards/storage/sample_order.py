@@ -1,4 +1,5 @@
-"""The order of samples: a pure function of (seed, epoch, step) that knows no rank, worker or shard."""
+"""The order of samples: a pure function of (seed, epoch, step) that knows no rank, worker or
+shard."""
 
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -25,16 +26,19 @@ class StepSamples:
     """The samples of one step, or one rank's part of them."""
 
     sample_ids: np.ndarray
-    """int64[B]: the user row (`user`, `last`), or where the target stands among all interactions (`every-prefix`), of a split by
-    time among those of the training parts."""
+    """int64[B]: the user row (`user`, `last`), or where the target stands among all interactions
+    (`every-prefix`), of a split by time among those of the training parts."""
     user_rows: np.ndarray
     """int64[B]"""
     target_positions: np.ndarray
-    """int32[B], place of the target in the user's sequence, from 0; -1 for `user`: the mask will choose."""
+    """int32[B], place of the target in the user's sequence, from 0; -1 for `user`: the mask will
+    choose."""
     training_lengths: np.ndarray
-    """int32[B], items in the user's training part: what lies behind must be neither seen nor learned."""
+    """int32[B], items in the user's training part: what lies behind must be neither seen nor
+    learned."""
     is_padding: np.ndarray
-    """bool[B], True for a repeated sample that only evens out the ranks: mask it out of loss and counts."""
+    """bool[B], True for a repeated sample that only evens out the ranks: mask it out of loss and
+    counts."""
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -70,10 +74,10 @@ class _Window:
 class Plan:
     """Which samples make up each step, for every epoch, in any order of asking.
 
-    Records are permuted by (seed, epoch); the samples of `window_records` consecutive permuted records are permuted by
-    (seed, epoch, window). A step therefore touches few records, and any step is found from cumulative counts by
-    record: nothing is replayed. Each sample comes once an epoch; the last step is smaller, never dropped.
-    """
+    Records are permuted by (seed, epoch); the samples of `window_records` consecutive permuted
+    records are permuted by (seed, epoch, window). A step therefore touches few records, and any
+    step is found from cumulative counts by record: nothing is replayed. Each sample comes once an
+    epoch; the last step is smaller, never dropped."""
 
     def __init__(
         self,
@@ -87,9 +91,9 @@ class Plan:
         window_records: int = 64,
         periods: Periods | None = None,
     ) -> None:
-        """`lengths`: int[U], items a user by user row; `batch_size` is global. `periods`: of a split by time; no number of the
-        plan then depends on what is held out. Raises ValueError for an empty plan.
-        """
+        """`lengths`: int[U], items a user by user row; `batch_size` is global. `periods`: of a
+        split by time; no number of the plan then depends on what is held out. Raises ValueError for
+        an empty plan."""
         if space not in get_args(Space):
             raise ValueError(f"space is {space!r}: choose one of {', '.join(get_args(Space))}")
         for name, value in (("users_per_record", users_per_record), ("batch_size", batch_size)):
@@ -109,7 +113,9 @@ class Plan:
         self.window_records = window_records
         self._count_by_record()
         if self.num_samples == 0:
-            raise ValueError(f"no sample in {len(self.lengths)} users for space {space}: longer sequences are needed")
+            raise ValueError(
+                f"no sample in {len(self.lengths)} users for space {space}: longer sequences are needed"
+            )
         self._make_caches()
 
     @property
@@ -117,9 +123,12 @@ class Plan:
         return -(-self.num_samples // self.batch_size)
 
     def step(self, epoch: int, step: int) -> StepSamples:
-        """The global samples of one step of one epoch, both counted from 0. Raises ValueError for a step outside."""
+        """The global samples of one step of one epoch, both counted from 0. Raises ValueError for a
+        step outside."""
         if not 0 <= step < self.steps_per_epoch:
-            raise ValueError(f"step {step} of an epoch of {self.steps_per_epoch} steps: count from 0 in each epoch")
+            raise ValueError(
+                f"step {step} of an epoch of {self.steps_per_epoch} steps: count from 0 in each epoch"
+            )
         start = step * self.batch_size
         end = min(start + self.batch_size, self.num_samples)
         window_starts = self._epoch(epoch).window_starts
@@ -131,7 +140,12 @@ class Plan:
             parts.append(self._samples(epoch, window, slice(*bounds)))
         if len(parts) == 1:
             return parts[0]
-        return StepSamples(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(StepSamples)))
+        return StepSamples(
+            *(
+                np.concatenate([getattr(part, f.name) for part in parts])
+                for f in fields(StepSamples)
+            )
+        )
 
     def _count_by_record(self) -> None:
         """Totals and counts by record; what is kept is 16 bytes a record."""
@@ -141,7 +155,9 @@ class Plan:
         self.users_without_samples = int((counts == 0).sum())
         self._record_samples = np.add.reduceat(counts, first_users)  # int64[R]
         record_items = np.add.reduceat(self.lengths, first_users, dtype=np.int64)
-        self._record_starts = np.cumsum(record_items) - record_items  # int64[R], interactions before each record
+        self._record_starts = (
+            np.cumsum(record_items) - record_items
+        )  # int64[R], interactions before each record
         self.num_samples = int(self._record_samples.sum())
 
     def _num_samples_of(self, lengths: np.ndarray) -> np.ndarray:
@@ -154,12 +170,17 @@ class Plan:
         return np.maximum(training_lengths - 1, 0)
 
     def _make_caches(self) -> None:
-        """Caches belong to the object, so that they go with it and do not travel when it is pickled."""
+        """Caches belong to the object, so that they go with it and do not travel when it is
+        pickled."""
         self._epoch = lru_cache(maxsize=2)(self._order_records)
         self._window = lru_cache(maxsize=_CACHED_WINDOWS)(self._order_window)
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_epoch", "_window")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_epoch", "_window")
+        }
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -179,7 +200,9 @@ class Plan:
         users = np.repeat(first_users - first_places, num_users) + np.arange(num_users.sum())
         lengths = self.lengths[users].astype(np.int64)
         starts = np.cumsum(lengths) - lengths
-        flat_starts = starts + np.repeat(self._record_starts[records] - starts[first_places], num_users)
+        flat_starts = starts + np.repeat(
+            self._record_starts[records] - starts[first_places], num_users
+        )
         sample_ends = np.cumsum(self._num_samples_of(lengths))
         order = keyed_permutation(int(sample_ends[-1]), self.seed, epoch, window, _WINDOW_STREAM)
         return _Window(users, sample_ends, flat_starts, order)
@@ -198,14 +221,16 @@ class Plan:
             firsts = np.where(places > 0, window.sample_ends[places - 1], 0)
             positions = (picks - firsts + 1).astype(np.int32)
             ids = window.flat_starts[places] + positions
-        return StepSamples(ids, users, positions, training_lengths, np.zeros(len(users), dtype=bool))
+        return StepSamples(
+            ids, users, positions, training_lengths, np.zeros(len(users), dtype=bool)
+        )
 
 
 def split_among_ranks(samples: StepSamples, rank: int, world_size: int) -> StepSamples:
     """This rank's contiguous part of a step, as long as every other rank's.
 
-    Parts differ by at most one sample; shorter ones repeat their last sample (the step's first one if they have none)
-    with `is_padding` True. Raises ValueError for a rank outside 0..world_size-1.
+    Parts differ by at most one sample; shorter ones repeat their last sample (the step's first one
+    if they have none) with `is_padding` True. Raises ValueError for a rank outside 0..world_size-1.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank {rank} of {world_size}: ranks count from 0")
@@ -216,5 +241,9 @@ def split_among_ranks(samples: StepSamples, rank: int, world_size: int) -> StepS
     index = np.arange(start, start + size)
     part = samples[np.where(index < end, index, end - 1 if end > start else 0)]
     return StepSamples(
-        part.sample_ids, part.user_rows, part.target_positions, part.training_lengths, part.is_padding | (index >= end)
+        part.sample_ids,
+        part.user_rows,
+        part.target_positions,
+        part.training_lengths,
+        part.is_padding | (index >= end),
     )

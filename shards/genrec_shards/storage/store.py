@@ -1,4 +1,5 @@
-"""Where the bytes of shards come from: a directory of this machine, or an address with the node's cache before it."""
+"""Where the bytes of shards come from: a directory of this machine, or an address with the node's
+cache before it."""
 
 import hashlib
 import os
@@ -24,7 +25,8 @@ from genrec_shards.storage.remote import Patience, RemoteFiles, is_address
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one process has asked of a server and of the node's cache; nothing where the shards are local."""
+    """What one process has asked of a server and of the node's cache; nothing where the shards are
+    local."""
 
     requests: int = 0
     """Failed ones too."""
@@ -36,7 +38,8 @@ class Traffic:
 
 
 class LocalStore:
-    """A shard directory. Nothing is opened before the first read; it can be pickled and used after a fork."""
+    """A shard directory. Nothing is opened before the first read; it can be pickled and used after
+    a fork."""
 
     at_once = 1
 
@@ -63,10 +66,14 @@ class LocalStore:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}): copy it or shard again") from None
+            raise DataError(
+                f"{path}: cannot be read ({error.strerror}): copy it or shard again"
+            ) from None
         found = hashlib.sha256(data).hexdigest()
         if found != expected:
-            raise DataError(f"{path}: sha256 {found[:12]}, expected {expected[:12]}: copy it or shard again")
+            raise DataError(
+                f"{path}: sha256 {found[:12]}, expected {expected[:12]}: copy it or shard again"
+            )
         return data
 
     def verify(self) -> None:
@@ -81,11 +88,15 @@ class LocalStore:
                 try:
                     self._descriptors[shard.name] = os.open(self.path / shard.name, os.O_RDONLY)
                 except OSError as error:
-                    raise DataError(f"{place}: cannot be opened ({error.strerror}): copy it or shard again") from None
+                    raise DataError(
+                        f"{place}: cannot be opened ({error.strerror}): copy it or shard again"
+                    ) from None
         # pread has no file position, so a forked child and its parent may share the descriptor.
         data = os.pread(self._descriptors[shard.name], entry.bytes, entry.offset)
         if len(data) != entry.bytes:
-            raise DataError(f"{place}: {len(data)} bytes, expected {entry.bytes}: the tar is cut off, shard again")
+            raise DataError(
+                f"{place}: {len(data)} bytes, expected {entry.bytes}: the tar is cut off, shard again"
+            )
         return data
 
     def close(self) -> None:
@@ -98,7 +109,11 @@ class LocalStore:
             self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_descriptors", "_lock")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_descriptors", "_lock")
+        }
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -110,7 +125,8 @@ class LocalStore:
 
 
 class RemoteStore:
-    """Shards at an address. Single records are asked for: the plan takes them from all tars in an order of its own."""
+    """Shards at an address. Single records are asked for: the plan takes them from all tars in an
+    order of its own."""
 
     at_once = 8
     """Requests side by side: a round trip is most of what a record costs."""
@@ -130,12 +146,18 @@ class RemoteStore:
 
     def lengths(self) -> bytes:
         """`lengths.npy`."""
-        return self._cached(LENGTHS, LENGTHS, None, self.manifest.lengths_sha256, self.place(LENGTHS))
+        return self._cached(
+            LENGTHS, LENGTHS, None, self.manifest.lengths_sha256, self.place(LENGTHS)
+        )
 
     def periods(self) -> bytes | None:
         """`periods.npy`; None under leave-one-out."""
         expected = self.manifest.periods_sha256
-        return None if expected is None else self._cached(PERIODS, PERIODS, None, expected, self.place(PERIODS))
+        return (
+            None
+            if expected is None
+            else self._cached(PERIODS, PERIODS, None, expected, self.place(PERIODS))
+        )
 
     def verify(self) -> None:
         """Nothing: each record is compared with the manifest when it comes."""
@@ -149,11 +171,17 @@ class RemoteStore:
     def close(self) -> None:
         """Nothing: connections belong to the process and serve its other readers."""
 
-    def _cached(self, key: str, name: str, part: tuple[int, int] | None, sha256: str, place: str) -> bytes:
+    def _cached(
+        self, key: str, name: str, part: tuple[int, int] | None, sha256: str, place: str
+    ) -> bytes:
         def fetch() -> bytes:
-            return self.files.fetch(name, place, part=part, sha256=sha256, count=self._count_request)
+            return self.files.fetch(
+                name, place, part=part, sha256=sha256, count=self._count_request
+            )
 
-        data, was_cached = self.cache.get(f"{self._set}/{key}", sha256, fetch, self.files.patience.deadline)
+        data, was_cached = self.cache.get(
+            f"{self._set}/{key}", sha256, fetch, self.files.patience.deadline
+        )
         self._count(cache_hits=int(was_cached), bytes_used=len(data))
         return data
 
@@ -176,7 +204,8 @@ class RemoteStore:
 def open_store(
     path: str | Path, cache_dir: str | Path | None, cache_bytes: int | None, patience: Patience
 ) -> LocalStore | RemoteStore:
-    """The store of a directory or address. Raises ValueError or DataError, one line, for one that cannot be had."""
+    """The store of a directory or address. Raises ValueError or DataError, one line, for one that
+    cannot be had."""
     if is_address(path):
         return RemoteStore(str(path), NodeCache(cache_dir, cache_bytes), patience)
     return LocalStore(Path(path))

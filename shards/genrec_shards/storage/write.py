@@ -34,14 +34,14 @@ def write_shards(
     users_per_record: int = 1024,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write `shard-000000.tar` ..., `lengths.npy` and `manifest.json` into `out`, complete or not at all.
+    """Write `shard-000000.tar` ..., `lengths.npy` and `manifest.json` into `out`, complete or not
+    at all.
 
-    Of a split by time also `periods.npy`: each user's items in the training period, behind them each user's in training and
-    validation period. The tars hold whole sequences.
+    Of a split by time also `periods.npy`: each user's items in the training period, behind them
+    each user's in training and validation period. The tars hold whole sequences.
 
-    `users_per_shard` is a multiple of `users_per_record`: the record of a user is found by division.
-    Raises ValueError for sizes that are not, and for an `out` that exists.
-    """
+    `users_per_shard` is a multiple of `users_per_record`: the record of a user is found by
+    division. Raises ValueError for sizes that are not, and for an `out` that exists."""
     check_sizes(users_per_shard, users_per_record)
     sequences = dataset.sequences
     with atomic_directory(out, overwrite, marker=MANIFEST) as folder:
@@ -62,7 +62,9 @@ def check_sizes(users_per_shard: int, users_per_record: int) -> None:
         )
 
 
-def finish_shards(folder: Path, dataset: Dataset, shards: list[ShardEntry], users_per_record: int) -> Manifest:
+def finish_shards(
+    folder: Path, dataset: Dataset, shards: list[ShardEntry], users_per_record: int
+) -> Manifest:
     """Write what stands beside the tars."""
     sequences = dataset.sequences
     lengths = _npy(sequences.lengths)
@@ -86,19 +88,34 @@ def finish_shards(folder: Path, dataset: Dataset, shards: list[ShardEntry], user
 
 
 def write_shard(
-    sequences: Sequences, path: Path, first_user: int, end_user: int, users_per_record: int, base: int = 0
+    sequences: Sequences,
+    path: Path,
+    first_user: int,
+    end_user: int,
+    users_per_record: int,
+    base: int = 0,
 ) -> ShardEntry:
     """Write the tar of users first_user..end_user-1. `base`: row of the sequences' first user."""
     places = []
-    # The writer is closed before its file also where a disk is full, or it would complain when it is collected.
+    # The writer is closed before its file also where a disk is full, or it would complain when it
+    # is collected.
     with path.open("wb") as file, contextlib.closing(_tar_writer(file)) as writer:
         for start, end in _ranges(first_user, end_user, users_per_record):
             offset = writer.tarstream.offset
-            writer.write({"__key__": f"{start // users_per_record:08d}", **_members(sequences, start, end, base)})
+            writer.write(
+                {
+                    "__key__": f"{start // users_per_record:08d}",
+                    **_members(sequences, start, end, base),
+                }
+            )
             places.append((offset, writer.tarstream.offset - offset, start, end - start))
     with path.open("rb") as tar:
-        records = tuple(RecordEntry(*place, sha256=_part_sha256(tar, *place[:2])) for place in places)
-    return ShardEntry(path.name, path.stat().st_size, file_sha256(path), end_user - first_user, records)
+        records = tuple(
+            RecordEntry(*place, sha256=_part_sha256(tar, *place[:2])) for place in places
+        )
+    return ShardEntry(
+        path.name, path.stat().st_size, file_sha256(path), end_user - first_user, records
+    )
 
 
 # Time and owner are fixed, or the same sequences would give other bytes tomorrow.
@@ -111,7 +128,9 @@ def _tar_writer(file: BinaryIO) -> Any:
         import webdataset as wds
     except ModuleNotFoundError:
         return _PlainTarWriter(file)
-    return wds.TarWriter(file, encoder=False, mtime=0, user=_OWNER, group=_OWNER, mode=_MODE, compress=False)
+    return wds.TarWriter(
+        file, encoder=False, mtime=0, user=_OWNER, group=_OWNER, mode=_MODE, compress=False
+    )
 
 
 class _PlainTarWriter:

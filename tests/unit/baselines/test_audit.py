@@ -15,7 +15,8 @@ from genrec_dist.baselines.leak_audit import audit
 
 
 def fresh_items(num_users: int = 300) -> Sequences:
-    """Numbered by first appearance, and every second user's last item is new to the corpus: the leak in its pure form."""
+    """Numbered by first appearance, and every second user's last item is new to the corpus: the
+    leak in its pure form."""
     rng = np.random.default_rng(0)
     ids: list[str] = []
     newest = 5
@@ -41,15 +42,24 @@ def test_first_appearance_leaks_and_a_random_numbering_does_not():
 
 
 def test_a_handful_of_users_raises_no_alarm():
-    ids = [*("1", "2", "3"), *("9", "5", "40"), *("8", "4", "55"), *(str(item) for item in range(6, 61))]
-    found = audit(sequences_from_ids(["a", "b", "c", "d"], [3, 3, 3, 55], ids), [str(code) for code in range(1, 61)])
+    ids = [
+        *("1", "2", "3"),
+        *("9", "5", "40"),
+        *("8", "4", "55"),
+        *(str(item) for item in range(6, 61)),
+    ]
+    found = audit(
+        sequences_from_ids(["a", "b", "c", "d"], [3, 3, 3, 55], ids),
+        [str(code) for code in range(1, 61)],
+    )
     assert found.counting["test"]["HR@5"] == 0.5
     assert found.popularity["test"]["HR@5"] == 0.25
     assert not found.leaks
 
 
 def test_shares_by_hand():
-    # a: test repeats 1; b: validation repeats 4, test 5 unseen; c: test 6 unseen; d: nothing of the kind.
+    # a: test repeats 1; b: validation repeats 4, test 5 unseen; c: test 6 unseen; d: nothing of the
+    # kind.
     ids = [*("1", "2", "3", "1"), *("4", "1", "4", "5"), *("2", "4", "6"), *("1", "4", "2")]
     sequences = sequences_from_ids(["a", "b", "c", "d"], [4, 4, 3, 3], ids)
     found = audit(sequences, sequences.item_ids)
@@ -71,9 +81,15 @@ def test_ties_are_counted_within_users():
 
 def test_history_is_excluded_by_default_only_where_no_target_repeats():
     assert exclude_history_default(fresh_items())
-    assert not exclude_history_default(sequences_from_ids(["a", "b"], [3, 3], list("121345")))  # test target
-    assert not exclude_history_default(sequences_from_ids(["a", "b"], [3, 3], list("112345")))  # validation target
-    assert exclude_history_default(sequences_from_ids(["a", "b"], [4, 3], list("1123456")))  # training part only
+    assert not exclude_history_default(
+        sequences_from_ids(["a", "b"], [3, 3], list("121345"))
+    )  # test target
+    assert not exclude_history_default(
+        sequences_from_ids(["a", "b"], [3, 3], list("112345"))
+    )  # validation target
+    assert exclude_history_default(
+        sequences_from_ids(["a", "b"], [4, 3], list("1123456"))
+    )  # training part only
 
 
 def test_words_as_codes_are_said_to_be_beyond_the_rule():
@@ -120,11 +136,15 @@ def test_real_data(name, size, expected):
     assert time.perf_counter() - start < 10  # 0.5 s alone; room for a busy machine
     metrics = found.counting["test"]
     assert (found.users, found.items) == size
-    assert [metrics[key] for key in ("HR@5", "NDCG@5", "HR@10", "NDCG@10")] == pytest.approx(expected, abs=6e-5)
+    assert [metrics[key] for key in ("HR@5", "NDCG@5", "HR@10", "NDCG@10")] == pytest.approx(
+        expected, abs=6e-5
+    )
     assert found.leaks
     assert f"HR@5 {expected[0]:.4f}".replace("0.", ".") in found.sentence()
     assert found.repeated_targets == {"validation": 0.0, "test": 0.0}
     found = audit(sequences, number(sequences, "random", seed=0).item_codes)
-    assert max(found.counting["test"][key] for key in ("HR@5", "NDCG@5", "HR@10", "NDCG@10")) < 0.002
+    assert (
+        max(found.counting["test"][key] for key in ("HR@5", "NDCG@5", "HR@10", "NDCG@10")) < 0.002
+    )
     assert not found.leaks
     assert not audit(sequences, number(sequences, "train-order", seed=0).item_codes).leaks

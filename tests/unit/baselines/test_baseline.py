@@ -52,17 +52,24 @@ def test_counting_equals_the_rule_in_a_loop(split):
     codes = np.random.default_rng(1).permutation(sequences.num_items) + 1
     lists = counting.recommend(sequences, split, codes=[str(code) for code in codes])
     for user in range(sequences.num_users):
-        assert filled(lists.items_UN[user]) == counting_by_loop(past_of(sequences, user, split), codes.tolist())
+        assert filled(lists.items_UN[user]) == counting_by_loop(
+            past_of(sequences, user, split), codes.tolist()
+        )
     assert (lists.items_UN == -1).any()
 
 
 def test_counting_passes_over_numbers_that_no_item_bears():
     sequences = sequences_from_ids(["u"], [3], ["10", "14", "30"])  # history 10, 14; rows 0, 1, 2
     assert counting.recommend(sequences, "test", codes=["10", "14", "30"]).items_UN[0, 0] == -1
-    assert counting.recommend(sequences, "test", codes=["10", "14", "27"]).items_UN[0].tolist() == [2] + [-1] * 19
+    assert (
+        counting.recommend(sequences, "test", codes=["10", "14", "27"]).items_UN[0].tolist()
+        == [2] + [-1] * 19
+    )
 
 
-@pytest.mark.parametrize("codes", [["1", "2", "x3"], ["1", "01", "2"], ["1", "2", "-3"], ["1", "2", "9" * 30]])
+@pytest.mark.parametrize(
+    "codes", [["1", "2", "x3"], ["1", "01", "2"], ["1", "2", "-3"], ["1", "2", "9" * 30]]
+)
 def test_counting_refuses_codes_that_are_not_distinct_whole_numbers(codes):
     sequences = sequences_from_ids(["u"], [3], ["a", "b", "c"])
     assert counting.whole_numbers(codes) is None
@@ -88,7 +95,11 @@ def test_popularity_equals_a_loop(exclude, split, through, held_out):
     sequences = random_sequences()
     counts = np.zeros(sequences.num_items, int)
     for user in range(sequences.num_users):
-        np.add.at(counts, sequences.items[sequences.offsets[user] : sequences.offsets[user + 1] - held_out], 1)
+        np.add.at(
+            counts,
+            sequences.items[sequences.offsets[user] : sequences.offsets[user + 1] - held_out],
+            1,
+        )
     place = np.argsort(tie_order(sequences.num_items))
     order = sorted(range(sequences.num_items), key=lambda item: (-counts[item], place[item]))
     lists = popularity.recommend(sequences, split, exclude_history=exclude, trained_through=through)
@@ -104,7 +115,9 @@ def knn_by_loop(
 ) -> list[int]:
     pairs: dict[tuple[int, int], float] = defaultdict(float)
     for someone in range(sequences.num_users):
-        part = sequences.items[sequences.offsets[someone] : sequences.offsets[someone + 1] - held_out].tolist()
+        part = sequences.items[
+            sequences.offsets[someone] : sequences.offsets[someone + 1] - held_out
+        ].tolist()
         for later in range(len(part)):
             for earlier in range(max(0, later - chosen.window), later):
                 pairs[part[earlier], part[later]] += chosen.forward / (later - earlier)
@@ -127,9 +140,18 @@ def knn_by_loop(
     return sorted(free, key=lambda item: (-np.float32(scores[item]), place[item]))[:20]
 
 
-DEFAULTS = KnnSettings(window=6, forward=1.0, backward=0.5, decay=0.7, recent=10, smoothing=1.0, batch_size=7)
+DEFAULTS = KnnSettings(
+    window=6, forward=1.0, backward=0.5, decay=0.7, recent=10, smoothing=1.0, batch_size=7
+)
 OTHERS = KnnSettings(
-    window=3, forward=0.8, backward=0.1, decay=0.4, recent=4, smoothing=0.3, out_power=0.9, in_power=0.2
+    window=3,
+    forward=0.8,
+    backward=0.1,
+    decay=0.4,
+    recent=4,
+    smoothing=0.3,
+    out_power=0.9,
+    in_power=0.2,
 )
 
 
@@ -138,7 +160,9 @@ OTHERS = KnnSettings(
 @pytest.mark.parametrize("chosen", [DEFAULTS, OTHERS], ids=["defaults", "others"])
 def test_knn_equals_a_loop(exclude, split, through, held_out, chosen):
     sequences = random_sequences(num_users=30, num_items=50)
-    lists = knn.recommend(sequences, split, exclude_history=exclude, trained_through=through, settings=chosen)
+    lists = knn.recommend(
+        sequences, split, exclude_history=exclude, trained_through=through, settings=chosen
+    )
     for user in range(sequences.num_users):
         expected = knn_by_loop(sequences, split, held_out, exclude, user, chosen)
         assert filled(lists.items_UN[user]) == expected
@@ -171,18 +195,30 @@ def test_settings_are_set_by_name_and_stand_in_the_metrics(tiny_data, tmp_path):
         ("recent=some", "knn: recent: 'some' is not of type int"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_with_nothing_written(override, said, tiny_data, tmp_path, capsys):
-    assert run_command(["baseline", "knn", str(tiny_data), "--out", str(tmp_path / "run"), "--set", override]) == 1
+def test_settings_that_do_not_fit_are_refused_with_nothing_written(
+    override, said, tiny_data, tmp_path, capsys
+):
+    assert (
+        run_command(
+            ["baseline", "knn", str(tiny_data), "--out", str(tmp_path / "run"), "--set", override]
+        )
+        == 1
+    )
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 def test_equal_scores_follow_the_tie_rule():
-    # Everybody took h, then one of 40 others, once each: all 40 have one and the same score after h.
+    # Everybody took h, then one of 40 others, once each: all 40 have one and the same score after
+    # h.
     others = [f"x{number:02}" for number in range(40)]
     ids = [item for other in others for item in ("h", other, "p", "q")] + ["h", "p", "q"]
     sequences = sequences_from_ids([f"u{user}" for user in range(41)], [4] * 40 + [3], ids)
-    tied = [item for item in tie_order(sequences.num_items).tolist() if sequences.item_ids[item].startswith("x")]
+    tied = [
+        item
+        for item in tie_order(sequences.num_items).tolist()
+        if sequences.item_ids[item].startswith("x")
+    ]
     for lists in (
         knn.recommend(sequences, "validation", exclude_history=True),
         popularity.recommend(sequences, "validation", exclude_history=True),
@@ -196,7 +232,8 @@ def test_equal_scores_follow_the_tie_rule():
 @pytest.mark.parametrize("exclude", [True, False])
 @pytest.mark.parametrize("rule", [popularity, knn])
 def test_all_items_that_tie_with_a_target_rank_above_it(rule, exclude):
-    """Against scores of the whole catalogue: a target's rank is the number of items that score as high or higher."""
+    """Against scores of the whole catalogue: a target's rank is the number of items that score as
+    high or higher."""
     # Everybody begins with 0, and few numbers of pairs occur after it: many scores are equal.
     rng = np.random.default_rng(3)
     draws = [str(item) for user in range(150) for item in (0, *rng.integers(1, 70, 2))]
@@ -248,7 +285,11 @@ def test_training_counts_equal_a_loop(through, held_out, monkeypatch):
     sequences = random_sequences()
     expected = np.zeros(sequences.num_items, int)
     for user in range(sequences.num_users):
-        np.add.at(expected, sequences.items[sequences.offsets[user] : sequences.offsets[user + 1] - held_out], 1)
+        np.add.at(
+            expected,
+            sequences.items[sequences.offsets[user] : sequences.offsets[user + 1] - held_out],
+            1,
+        )
     assert training_counts(sequences, through).tolist() == expected.tolist()
 
 
@@ -257,10 +298,13 @@ def test_training_counts_equal_a_loop(through, held_out, monkeypatch):
     ("split", "through", "last"), [("validation", "n-2", 2), ("test", "n-2", 1), ("test", "n-1", 1)]
 )
 def test_held_out_items_change_no_list(name, split, through, last):
-    """Not even other users' ones: whatever stands after the history leaves scores and lists as they are."""
+    """Not even other users' ones: whatever stands after the history leaves scores and lists as they
+    are."""
     sequences = random_sequences()
     lists, others = (
-        baseline.recommend(name, data, data.item_ids, split, exclude_history=True, trained_through=through)
+        baseline.recommend(
+            name, data, data.item_ids, split, exclude_history=True, trained_through=through
+        )
         for data in (sequences, changed(sequences, last))
     )
     assert np.array_equal(lists.items_UN, others.items_UN)
@@ -284,7 +328,9 @@ def test_chosen_users_get_the_lists_that_all_users_get(name):
     sequences = random_sequences()
     rows = np.array([17, 3, 39, 4])
     some, everybody = (
-        baseline.recommend(name, sequences, sequences.item_ids, "test", exclude_history=True, users=users)
+        baseline.recommend(
+            name, sequences, sequences.item_ids, "test", exclude_history=True, users=users
+        )
         for users in (rows, None)
     )
     assert np.array_equal(some.items_UN, everybody.items_UN[rows])
@@ -296,7 +342,12 @@ def test_training_that_saw_the_targets_is_refused(name):
     sequences = random_sequences()
     with pytest.raises(ValueError, match="n-1 has seen the validation targets"):
         baseline.recommend(
-            name, sequences, sequences.item_ids, "validation", exclude_history=True, trained_through="n-1"
+            name,
+            sequences,
+            sequences.item_ids,
+            "validation",
+            exclude_history=True,
+            trained_through="n-1",
         )
 
 
@@ -309,11 +360,15 @@ def test_unknown_name_is_refused():
 def test_beside_scores_exactly_these_users():
     sequences = random_sequences()
     rows = np.array([5, 8, 13, 21, 34])
-    beside = baseline.beside(sequences, sequences.item_ids, "test", exclude_history=False, users=rows)
+    beside = baseline.beside(
+        sequences, sequences.item_ids, "test", exclude_history=False, users=rows
+    )
     assert list(beside) == ["counting", "popularity", "knn"]
     past = histories(sequences, "test", rows)
     for name, metrics in beside.items():
-        lists = baseline.recommend(name, sequences, sequences.item_ids, "test", exclude_history=False, users=rows)
+        lists = baseline.recommend(
+            name, sequences, sequences.item_ids, "test", exclude_history=False, users=rows
+        )
         tally = Tally(training_counts(sequences, "n-2"))
         tally.add(lists.items_UN, lists.ranks(past.targets_U), past.targets_U, past.lengths_U)
         assert metrics == tally.metrics()
@@ -349,7 +404,9 @@ def test_knn_figures_on_real_data(name, through, expected):
     lists = knn.recommend(sequences, "test", exclude_history=True, trained_through=through)
     targets = sequences.history_and_target("test").targets
     metrics = metrics_from_histogram(rank_histogram(lists.ranks(targets)))
-    assert [metrics[key] for key in ("HR@5", "NDCG@5", "HR@10", "NDCG@10")] == pytest.approx(expected, abs=6e-5)
+    assert [metrics[key] for key in ("HR@5", "NDCG@5", "HR@10", "NDCG@10")] == pytest.approx(
+        expected, abs=6e-5
+    )
 
 
 @pytest.mark.data

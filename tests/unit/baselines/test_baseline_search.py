@@ -1,4 +1,5 @@
-"""The search of baselines' settings: its draws, its moves, and the script that goes on where it stopped and looks at test once."""
+"""The search of baselines' settings: its draws, its moves, and the script that goes on where it
+stopped and looks at test once."""
 
 from __future__ import annotations
 
@@ -27,7 +28,9 @@ def test_a_range_and_a_choice_reach_from_end_to_end() -> None:
 
 
 @pytest.mark.parametrize(("of", "settings"), [(KNN, KnnSettings), (SASREC, SasrecSettings)])
-def test_draws_are_settings_of_the_space_and_the_same_on_every_machine(of: Search, settings: type) -> None:
+def test_draws_are_settings_of_the_space_and_the_same_on_every_machine(
+    of: Search, settings: type
+) -> None:
     draws = [of.settings(number, 0, []) for number in range(len(of.moves), len(of.moves) + 50)]
     assert {*of.space} <= {field.name for field in fields(settings)}
     for draw in draws:
@@ -40,7 +43,9 @@ def test_draws_are_settings_of_the_space_and_the_same_on_every_machine(of: Searc
             assert found == set(domain.values)
         else:
             assert min(found) < domain.at(0.2) < domain.at(0.8) < max(found)
-    assert draws[3] == of.settings(len(of.moves) + 3, 0, []) != of.settings(len(of.moves) + 3, 1, [])
+    assert (
+        draws[3] == of.settings(len(of.moves) + 3, 0, []) != of.settings(len(of.moves) + 3, 1, [])
+    )
 
 
 def test_a_draw_is_what_was_published() -> None:
@@ -87,12 +92,17 @@ def run_script(script: ModuleType, data: Path, tmp_path: Path, *words: str) -> d
 def test_a_search_goes_on_where_it_stopped_and_the_winner_alone_is_tested(
     script: ModuleType, tiny_data: Path, tmp_path: Path
 ) -> None:
-    first = run_script(script, tiny_data, tmp_path, "--system", "knn", "--tries", "3", "--minutes", "0")
+    first = run_script(
+        script, tiny_data, tmp_path, "--system", "knn", "--tries", "3", "--minutes", "0"
+    )
     assert first["log knn"]["tries"] == []
     three = run_script(script, tiny_data, tmp_path, "--system", "knn", "--tries", "3")["log knn"]
     five = run_script(script, tiny_data, tmp_path, "--system", "knn", "--tries", "5")["log knn"]
     assert five["tries"][:3] == three["tries"]
-    assert [row["settings"] for row in five["tries"]] == [{}, *(KNN.settings(n, 0, []) for n in range(1, 5))]
+    assert [row["settings"] for row in five["tries"]] == [
+        {},
+        *(KNN.settings(n, 0, []) for n in range(1, 5)),
+    ]
     winner = max(five["tries"], key=lambda row: row["score"])
     assert five["winner"]["number"] == winner["number"]
     (scores,) = five["winner"]["all_users"]
@@ -113,16 +123,24 @@ def test_a_search_of_trainings_keeps_its_curves_and_failures(
     monkeypatch.setattr(script, "SASREC", Search(SASREC.space, moves))
     monkeypatch.setattr(script, "HOPELESS_AT", 2)
     monkeypatch.setattr(script, "HOPELESS_BELOW", 1e9)
-    found = run_script(script, tiny_data, tmp_path, "--system", "sasrec", "--tries", "4")["log sasrec"]
+    found = run_script(script, tiny_data, tmp_path, "--system", "sasrec", "--tries", "4")[
+        "log sasrec"
+    ]
     rows = found["tries"]
     assert len(rows[0]["curve"]) == 3
-    assert rows[0]["score"] == max(epoch[-1] for epoch in rows[0]["curve"]) == rows[0]["validation"]["NDCG@10"]
+    assert (
+        rows[0]["score"]
+        == max(epoch[-1] for epoch in rows[0]["curve"])
+        == rows[0]["validation"]["NDCG@10"]
+    )
     assert rows[1]["score"] is None
     assert "lower learning_rate" in rows[1]["ended"]
     assert (rows[2]["settings"], rows[2]["ended"]) == ({**small, "epochs": 1}, "finished")
     assert rows[3]["ended"].startswith("ended after 2 epochs: below")
     assert len(rows[3]["curve"]) == 2
-    done = run_script(script, tiny_data, tmp_path, "--system", "sasrec", "--finish", "--seeds", "0,1")["log sasrec"]
+    done = run_script(
+        script, tiny_data, tmp_path, "--system", "sasrec", "--finish", "--seeds", "0,1"
+    )["log sasrec"]
     assert [row["seed"] for row in done["winner"]["all_users"]] == [0, 1]
     assert (
         done["winner"]["settings"]

@@ -1,4 +1,5 @@
-"""The benchmark of the embedding kernel at small sizes: its ids, its bytes, its claims, and the peer that adds by atomics."""
+"""The benchmark of the embedding kernel at small sizes: its ids, its bytes, its claims, and the
+peer that adds by atomics."""
 
 from __future__ import annotations
 
@@ -42,12 +43,20 @@ from genrec_dist.bench.kernels import (
 from genrec_dist.bench.measure import Claim, format_claims, write_table
 
 CPU = torch.device("cpu")
-TINY = ("model.d_model=16", "model.heads=2", "model.ffn=16", "tokens.vocab_size=300", "finetune.batch_size=64")
+TINY = (
+    "model.d_model=16",
+    "model.heads=2",
+    "model.ffn=16",
+    "tokens.vocab_size=300",
+    "finetune.batch_size=64",
+)
 SMALL = Sizes(
     tokens=(300, 500), shapes=(Shape(16, torch.float32),), users=200, items=60, repeats=2, fewest_sets=2, growth=(1000, 4000),
     growth_dim=8, growth_tokens=400, growth_rows=100, steps=(StepShape("tiny", TINY),), step_repeats=2,
 )  # fmt: skip
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="launch/gpu_check.sh measures on a GPU")
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="launch/gpu_check.sh measures on a GPU"
+)
 
 
 # What is summed.
@@ -66,7 +75,10 @@ def test_places_are_those_of_spelled_histories() -> None:
     assert 0.15 < shares["token"] < 0.35
     assert shares["item"] > 0.02
     again = draw_places(make_users(500, 300), 4000, seed=3)
-    assert all(torch.equal(one, other) for one, other in zip(again, (tokens, positions, users, items), strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(again, (tokens, positions, users, items), strict=True)
+    )
     assert not torch.equal(draw_places(make_users(500, 300), 4000, seed=4)[0], tokens)
 
 
@@ -90,7 +102,11 @@ def test_bytes_are_counted_by_the_rows_that_are_read_and_learn() -> None:
 @pytest.mark.parametrize("norm", [False, True])
 def test_a_sum_that_is_less_exact_is_not_measured(norm: bool) -> None:
     case = small_case(norm)
-    rivals = {name: rival for name, rival in make_rivals(Shape(16, torch.float32), CPU).items() if name != COMPILED}
+    rivals = {
+        name: rival
+        for name, rival in make_rivals(Shape(16, torch.float32), CPU).items()
+        if name != COMPILED
+    }
     found = check_errors(rivals, case)
     assert found[OURS]["sum"] < 1e-6
     assert 0 < found[EAGER]["gradients"] < 1e-5
@@ -120,11 +136,14 @@ print(sum(bool(one.any()) for one in results[0]), results[0][1][PAD].any(), resu
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed; it is there for Linux alone"
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed; it is there for Linux alone",
 )
 def test_atomics_give_the_same_sums_in_the_interpreter() -> None:
     own = environment(TRITON_INTERPRET="1")
-    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=own, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=own, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == "5 tensor(False) tensor(False)\n"
 
@@ -143,18 +162,28 @@ def measured() -> tuple[list[Claim], dict[str, Any]]:
 @pytest.mark.dist
 @pytest.mark.ranks
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
-def test_every_claim_is_made_of_what_was_measured(measured: tuple[list[Claim], dict[str, Any]], tmp_path: Path) -> None:
+def test_every_claim_is_made_of_what_was_measured(
+    measured: tuple[list[Claim], dict[str, Any]], tmp_path: Path
+) -> None:
     claims, table = measured
-    names = ["d=16 float32, 300 tokens", "d=16 float32, 300 tokens, layer norm", "d=16 float32, 500 tokens"]
+    names = [
+        "d=16 float32, 300 tokens",
+        "d=16 float32, 300 tokens, layer norm",
+        "d=16 float32, 500 tokens",
+    ]
     assert list(table["sums"]) == names
     expected = [(f"forward+backward, {name}", peer) for name in names for peer in (COMPILED, EAGER)]
     expected.insert(4, ("id part of a step, 4e+03 rows", "the same, 1e+03 rows"))
     assert [(claim.id, claim.peer) for claim in claims] == expected
     for claim in claims:
         if claim.id.startswith("forward"):
-            seconds = table["sums"][claim.id.removeprefix("forward+backward, ")]["seconds"]["forward and backward"]
+            seconds = table["sums"][claim.id.removeprefix("forward+backward, ")]["seconds"][
+                "forward and backward"
+            ]
             assert claim.ours == 1e3 * np.median(seconds[OURS])
-            assert claim.ratio == pytest.approx(np.median(seconds[claim.peer]) / np.median(seconds[OURS]))
+            assert claim.ratio == pytest.approx(
+                np.median(seconds[claim.peer]) / np.median(seconds[OURS])
+            )
             assert claim.holds == (claim.ratio >= 1)
             assert claim.goal == ">= 1x"
             assert {name: len(values) for name, values in seconds.items()} == dict.fromkeys(
@@ -196,7 +225,9 @@ def test_goals_on_a_gpu_are_those_that_were_set() -> None:
         (ATOMICS, ">= 1x", True),
     ]
     assert claims[0].ratio == 0.79
-    slower = bench._claims_on_gpu("x", {"forward": forward | {COMPILED: 0.95}, "forward and backward": both})
+    slower = bench._claims_on_gpu(
+        "x", {"forward": forward | {COMPILED: 0.95}, "forward and backward": both}
+    )
     assert not slower[1].holds
 
 

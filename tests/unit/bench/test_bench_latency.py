@@ -1,4 +1,5 @@
-"""The benchmark of latency on small sizes: every caller asks for its share, and every claim is made of what was measured."""
+"""The benchmark of latency on small sizes: every caller asks for its share, and every claim is made
+of what was measured."""
 
 from __future__ import annotations
 
@@ -43,7 +44,9 @@ def measured() -> tuple[list[Claim], dict[str, Any]]:
     return found
 
 
-def test_every_claim_is_made_of_what_was_measured(measured: tuple[list[Claim], dict[str, Any]], tmp_path: Path) -> None:
+def test_every_claim_is_made_of_what_was_measured(
+    measured: tuple[list[Claim], dict[str, Any]], tmp_path: Path
+) -> None:
     claims, table = measured
     rows = {(row["way"], row["callers"]): row for row in table["measured"]}
     assert set(rows) == {(way, callers) for way in (SHARED, LOCKED) for callers in (1, 3)}
@@ -91,7 +94,9 @@ def test_each_caller_is_a_thread_and_asks_for_every_history_of_its_own() -> None
     assert sorted(by_thread.values()) == [[number] * 3 for number in range(4)]
 
 
-def test_other_lists_in_a_batch_are_no_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_lists_in_a_batch_are_no_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dataset = make_data(tmp_path / "made", 60, 40)
     run = random_run([f"item {number}" for number in range(40)])
     recommender, histories = Recommender(run), histories_of(dataset, run.catalogue)
@@ -107,7 +112,9 @@ def test_other_lists_in_a_batch_are_no_measurement(tmp_path: Path, monkeypatch: 
         check_same(recommender, histories[:10])
 
 
-def test_a_real_run_is_measured_on_its_own_data_alone(tiny_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_real_run_is_measured_on_its_own_data_alone(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
     claims, table = bench_latency(tiny_run, tiny_data, SMALL)
     assert len(claims) == 3
     assert table["data"]["items"] == 64

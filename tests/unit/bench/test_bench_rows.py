@@ -1,4 +1,5 @@
-"""The benchmark of id tables on small sizes: the draws, the task's ceiling, and every claim it has to make."""
+"""The benchmark of id tables on small sizes: the draws, the task's ceiling, and every claim it has
+to make."""
 
 from __future__ import annotations
 
@@ -50,13 +51,19 @@ def test_the_hidden_vectors_are_in_reach_of_a_learner() -> None:
     task = Task(100, 16, 1000)
     ids, contexts, _, odds = task.batch(0)
     best = torch.from_numpy(task.hidden_NH) @ task.mix_HD
-    torch.testing.assert_close((best[torch.from_numpy(ids) - 1] * contexts).sum(1), odds, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        (best[torch.from_numpy(ids) - 1] * contexts).sum(1), odds, rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.dist
-def test_every_claim_is_made_and_follows_from_its_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_claim_is_made_and_follows_from_its_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forked.load(environment())  # the ranks need not load what it has
-    monkeypatch.setattr(torch.multiprocessing, "spawn", partial(start_processes, start_method="forkserver"))
+    monkeypatch.setattr(
+        torch.multiprocessing, "spawn", partial(start_processes, start_method="forkserver")
+    )
     claims, table = bench_rows(SMALL)
     write_table(table, tmp_path / "rows.json")
     back = json.loads((tmp_path / "rows.json").read_text())
@@ -64,9 +71,13 @@ def test_every_claim_is_made_and_follows_from_its_numbers(tmp_path: Path, monkey
     assert len({claim.id for claim in claims}) == len(claims)
     for claim in claims:
         bound = float(claim.goal.split()[1].removesuffix("x"))
-        assert claim.holds == (claim.ratio <= bound if claim.goal.startswith("<=") else claim.ratio >= bound), claim
+        assert claim.holds == (
+            claim.ratio <= bound if claim.goal.startswith("<=") else claim.ratio >= bound
+        ), claim
         shown = claim.ours / claim.theirs
-        assert claim.ratio == pytest.approx(shown if claim.goal.startswith("<=") else 1 / shown), claim
+        assert claim.ratio == pytest.approx(shown if claim.goal.startswith("<=") else 1 / shown), (
+            claim
+        )
         assert claim.id in format_claims(claims)
     # Learning is no matter of speed: both come near the best loss there is.
     losses = back["quality"]
@@ -76,7 +87,9 @@ def test_every_claim_is_made_and_follows_from_its_numbers(tmp_path: Path, monkey
     wire = back["wire"]["uniform"]
     assert wire["rows_by_rank"] == [SMALL.steps * SMALL.rows] * 2
     others = sum(
-        np.count_nonzero((draw_ids("uniform", SMALL.peers, SMALL.rows, 2 * step + rank) - 1) // BLOCK % 2 != rank)
+        np.count_nonzero(
+            (draw_ids("uniform", SMALL.peers, SMALL.rows, 2 * step + rank) - 1) // BLOCK % 2 != rank
+        )
         for step in range(SMALL.steps)
         for rank in range(2)
     )

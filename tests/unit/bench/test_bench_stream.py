@@ -1,4 +1,5 @@
-"""The benchmark of streaming on small sizes: both layouts hold the same, and every claim is made of what was measured."""
+"""The benchmark of streaming on small sizes: both layouts hold the same, and every claim is made of
+what was measured."""
 
 from __future__ import annotations
 
@@ -45,10 +46,18 @@ def measured() -> tuple[list[Claim], dict[str, Any]]:
     return bench_stream(sizes=SMALL)
 
 
-def test_every_claim_is_made_of_what_was_measured(measured: tuple[list[Claim], dict[str, Any]], tmp_path: Path) -> None:
+def test_every_claim_is_made_of_what_was_measured(
+    measured: tuple[list[Claim], dict[str, Any]], tmp_path: Path
+) -> None:
     claims, table = measured
     by_id = {claim.id: claim for claim in claims}
-    assert set(by_id) == {"decode", "bytes", "resume", "network, 1 ranks a node", "network, 2 ranks a node"}
+    assert set(by_id) == {
+        "decode",
+        "bytes",
+        "resume",
+        "network, 1 ranks a node",
+        "network, 2 ranks a node",
+    }
     rates = table["decoding"]["samples_per_second"]
     assert by_id["decode"].ratio == pytest.approx(rates["ours"] / rates["theirs"])
     assert by_id["decode"].holds == (by_id["decode"].ratio >= 30)
@@ -56,23 +65,33 @@ def test_every_claim_is_made_of_what_was_measured(measured: tuple[list[Claim], d
     assert by_id["bytes"].ratio == sizes["tars"] / sizes["raw"]
     assert sizes["raw"] < sizes["tars"] < sizes["with manifest and lengths"] < sizes["json tars"]
     assert len(table["decoding"]["seconds"]["theirs"]) == 2
-    assert table["resuming"]["steps"]["90 %"] == table["resuming"]["steps_per_epoch"] * 90 // 100 > 0
+    assert (
+        table["resuming"]["steps"]["90 %"] == table["resuming"]["steps_per_epoch"] * 90 // 100 > 0
+    )
     write_table(table, tmp_path / "stream.json")
     assert json.loads((tmp_path / "stream.json").read_text())["name"] == "stream"
     assert "webdataset" in format_claims(claims)
 
 
-def test_a_node_fetches_once_what_its_cache_holds(measured: tuple[list[Claim], dict[str, Any]]) -> None:
+def test_a_node_fetches_once_what_its_cache_holds(
+    measured: tuple[list[Claim], dict[str, Any]],
+) -> None:
     """However many ranks; without a cache each rank fetches for itself, in each epoch."""
-    fetched = {name: case["amplification"] for name, case in measured[1]["network"]["cases"].items()}
+    fetched = {
+        name: case["amplification"] for name, case in measured[1]["network"]["cases"].items()
+    }
     beside = 0.1  # each rank asks for the manifest
     for ranks in (1, 2):
-        assert fetched[f"{ranks} ranks, cache larger than the data"] == pytest.approx([1, 0], abs=beside * ranks)
+        assert fetched[f"{ranks} ranks, cache larger than the data"] == pytest.approx(
+            [1, 0], abs=beside * ranks
+        )
         first, second = fetched[f"{ranks} ranks, cache a quarter of the data"]
         assert 0.9 <= first < 1 + beside * ranks  # the end of a tar is never asked for
         assert 0.2 < second <= 1
         first, second = fetched[f"{ranks} ranks, cache none"]
-        assert 0.8 * ranks <= first < ranks * (1 + beside)  # a rank can miss a record that holds ten users
+        assert (
+            0.8 * ranks <= first < ranks * (1 + beside)
+        )  # a rank can miss a record that holds ten users
         assert 0.2 * ranks < second <= ranks
 
 

@@ -1,4 +1,5 @@
-"""The command line: exit codes, one line for each mistake, and nothing half-made under a final name."""
+"""The command line: exit codes, one line for each mistake, and nothing half-made under a final
+name."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ GOOD = "ann a b c d\nbob b c a d\ncy c d b a e\n"
 
 
 def refused(capfd: pytest.CaptureFixture[str], code: int, arguments: list[Any]) -> str:
-    """Run a command that must fail: its exit code, one line on standard error, nothing on standard output."""
+    """Run a command that must fail: its exit code, one line on standard error, nothing on standard
+    output."""
     assert run_command([str(argument) for argument in arguments]) == code
     captured = capfd.readouterr()
     assert captured.out == ""
@@ -70,7 +72,9 @@ def test_without_a_command_the_commands_are_listed(capfd: pytest.CaptureFixture[
     assert all(name in listed for name in COMMANDS)
 
 
-def test_prepare_and_shard_say_what_they_made(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_prepare_and_shard_say_what_they_made(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     log = write(tmp_path / "log.txt", GOOD)
     assert run_command(["prepare", str(log), "--out", str(tmp_path / "data")]) == 0
     assert "3 users, 5 items, 13 interactions, numbering random" in capfd.readouterr().out
@@ -78,18 +82,30 @@ def test_prepare_and_shard_say_what_they_made(tmp_path: Path, capfd: pytest.Capt
     assert names(tmp_path / "data") == files
     assert run_command(["shard", str(tmp_path / "data")]) == 0
     assert "1 tars, 3 users" in capfd.readouterr().out
-    assert names(tmp_path / "data" / "shards") == ["lengths.npy", "manifest.json", "shard-000000.tar"]
+    assert names(tmp_path / "data" / "shards") == [
+        "lengths.npy",
+        "manifest.json",
+        "shard-000000.tar",
+    ]
 
 
-def test_prepare_warns_of_numbers_that_leak(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Numbers by first appearance, users in order: a new item's number tells when it was first taken."""
+def test_prepare_warns_of_numbers_that_leak(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Numbers by first appearance, users in order: a new item's number tells when it was first
+    taken."""
     lines, fresh = [], 1
     for user in range(300):
         new = [str(fresh + n) for n in range(4)]
         fresh += 4
         lines.append(" ".join([f"u{user}", *new]))
     log = write(tmp_path / "log.txt", "\n".join(lines))
-    assert run_command(["prepare", str(log), "--out", str(tmp_path / "leaking"), "--numbering", "given"]) == 0
+    assert (
+        run_command(
+            ["prepare", str(log), "--out", str(tmp_path / "leaking"), "--numbering", "given"]
+        )
+        == 0
+    )
     said = " ".join(capfd.readouterr().out.split())
     assert "a rule that learns nothing scores HR@5" in said
     assert "use --numbering random" in said
@@ -107,7 +123,10 @@ def test_overwrite_replaces_what_is_ours(tmp_path: Path, capfd: pytest.CaptureFi
     assert f"{out} exists" in said
     assert "--overwrite" in said
     assert (out / "users.parquet").read_bytes() == before
-    assert run_command(["prepare", str(log), "--out", str(out), "--numbering", "given", "--overwrite"]) == 0
+    assert (
+        run_command(["prepare", str(log), "--out", str(out), "--numbering", "given", "--overwrite"])
+        == 0
+    )
     assert pq.read_table(out / "users.parquet").column("code").to_pylist() == ["ann", "bob", "cy"]
     assert run_command(["shard", str(out)]) == 0
     capfd.readouterr()
@@ -116,14 +135,28 @@ def test_overwrite_replaces_what_is_ours(tmp_path: Path, capfd: pytest.CaptureFi
     (tmp_path / "home").mkdir()
     write(tmp_path / "home" / "letters.txt", "dear")
     capfd.readouterr()
-    assert "not ours" in refused(capfd, 1, ["prepare", log, "--out", tmp_path / "home", "--overwrite"])
+    assert "not ours" in refused(
+        capfd, 1, ["prepare", log, "--out", tmp_path / "home", "--overwrite"]
+    )
     assert names(tmp_path) == ["data", "home", "log.txt"]
 
 
 def test_recommend_prints_json_lines(tiny_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     user = pq.read_table(tiny_run / "best" / "users.parquet").column("id")[3].as_py()
     items = pq.read_table(tiny_run / "best" / "items.parquet").column("id").to_pylist()
-    assert run_command(["recommend", str(tiny_run), "--history", f"{items[0]}, {items[1]},,absent", "--top", "5"]) == 0
+    assert (
+        run_command(
+            [
+                "recommend",
+                str(tiny_run),
+                "--history",
+                f"{items[0]}, {items[1]},,absent",
+                "--top",
+                "5",
+            ]
+        )
+        == 0
+    )
     captured = capfd.readouterr()
     (line,) = captured.out.splitlines()
     answer = json.loads(line)
@@ -140,11 +173,21 @@ def test_recommend_prints_json_lines(tiny_run: Path, capfd: pytest.CaptureFixtur
 def test_recommend_answers_a_file_and_all_users(
     tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    requests = write(tmp_path / "requests.jsonl", '{"history": []}\n{"history": ["absent"], "user": "x"}\n')
-    assert run_command(["recommend", str(tiny_run), "--file", str(requests), "--exclude-history", "no"]) == 0
+    requests = write(
+        tmp_path / "requests.jsonl", '{"history": []}\n{"history": ["absent"], "user": "x"}\n'
+    )
+    assert (
+        run_command(
+            ["recommend", str(tiny_run), "--file", str(requests), "--exclude-history", "no"]
+        )
+        == 0
+    )
     lines = capfd.readouterr().out.splitlines()
     assert [json.loads(line).get("user") for line in lines] == [None, "x"]
-    assert run_command(["recommend", str(tiny_run), "--all-users", "--out", str(tmp_path / "lists")]) == 0
+    assert (
+        run_command(["recommend", str(tiny_run), "--all-users", "--out", str(tmp_path / "lists")])
+        == 0
+    )
     assert names(tmp_path / "lists") == ["top20.parquet"]
     assert pq.read_table(tmp_path / "lists" / "top20.parquet").num_rows == 120
 
@@ -153,27 +196,64 @@ def test_evaluate_and_report_write_into_the_run(
     tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = copy_of(tiny_run, tmp_path / "run")
-    assert run_command(["evaluate", str(run), "--split", "validation", "--exclude-history", "no", "--beam", "25"]) == 0
+    assert (
+        run_command(
+            [
+                "evaluate",
+                str(run),
+                "--split",
+                "validation",
+                "--exclude-history",
+                "no",
+                "--beam",
+                "25",
+            ]
+        )
+        == 0
+    )
     said = capfd.readouterr().out
     assert "genrec" in said
     assert "knn" in said
     protocol = json.loads((run / "metrics-validation.json").read_text())["protocol"]
-    assert (protocol["exclude_history"], protocol["beam"], protocol["trained_through"]) == (False, 25, "n-2")
+    assert (protocol["exclude_history"], protocol["beam"], protocol["trained_through"]) == (
+        False,
+        25,
+        "n-2",
+    )
     assert {"metrics-validation.json", "top20-validation.parquet", "report.html"} <= set(names(run))
     before = (run / "metrics-validation.json").read_bytes()
     beside = tmp_path / "compact"
     assert (
-        run_command(["evaluate", str(run), "--split", "validation", "--decode", "compact", "--out", str(beside)]) == 0
+        run_command(
+            [
+                "evaluate",
+                str(run),
+                "--split",
+                "validation",
+                "--decode",
+                "compact",
+                "--out",
+                str(beside),
+            ]
+        )
+        == 0
     )
-    assert {"metrics-validation.json", "top20-validation.parquet", "report.html"} == set(names(beside))
-    assert json.loads((beside / "metrics-validation.json").read_text())["protocol"]["decode"] == "compact"
+    assert {"metrics-validation.json", "top20-validation.parquet", "report.html"} == set(
+        names(beside)
+    )
+    assert (
+        json.loads((beside / "metrics-validation.json").read_text())["protocol"]["decode"]
+        == "compact"
+    )
     assert (run / "metrics-validation.json").read_bytes() == before
     (run / "report.html").unlink()
     assert run_command(["report", str(run)]) == 0
     assert (run / "report.html").stat().st_size > 1000
 
 
-def test_a_dry_run_writes_nothing(tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_writes_nothing(
+    tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     recipe = recipe_file(tmp_path, data=tiny_data, run=tmp_path / "run")
     assert run_command(["train", str(recipe), "--dry-run"]) == 0
     assert json.loads(capfd.readouterr().out)["users"] == 120
@@ -181,7 +261,9 @@ def test_a_dry_run_writes_nothing(tiny_data: Path, tmp_path: Path, capfd: pytest
 
 
 def test_a_baseline_writes_its_metrics(tiny_data: Path, tmp_path: Path) -> None:
-    assert run_command(["baseline", "popularity", str(tiny_data), "--out", str(tmp_path / "out")]) == 0
+    assert (
+        run_command(["baseline", "popularity", str(tiny_data), "--out", str(tmp_path / "out")]) == 0
+    )
     assert names(tmp_path / "out") == ["metrics-test.json", "top20-test.parquet"]
 
 
@@ -236,7 +318,9 @@ def test_a_bad_log_is_named_and_nothing_is_left(
 
 
 @pytest.mark.parametrize("option", [["--numbering", "magic"], ["--format", "amazon"]])
-def test_a_choice_that_prepare_lacks(option: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_choice_that_prepare_lacks(
+    option: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     log = write(tmp_path / "log.txt", GOOD)
     line = refused(capfd, 1, ["prepare", log, "--out", tmp_path / "data", *option])
     assert option[1] in line
@@ -244,15 +328,23 @@ def test_a_choice_that_prepare_lacks(option: list[str], tmp_path: Path, capfd: p
     assert names(tmp_path) == ["log.txt"]
 
 
-def test_recipes_that_do_not_fit(tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_recipes_that_do_not_fit(
+    tiny_data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     recipe = recipe_file(tmp_path, data=tiny_data, run=tmp_path / "run")
     for arguments, said in (
         (["absent"], "absent: no such recipe file; shipped recipes: best, demo"),
         ([recipe, "--set", "model.d_modle=8"], "unknown key model.d_modle; known here: d_model"),
         ([recipe, "--set", "model.d_model=wide"], "model.d_model: 'wide' is not of type int"),
         ([recipe, "--set", "seed"], "--set seed: write it as dotted.key=value"),
-        ([recipe, "--set", f"data={tmp_path / 'absent'}"], "give a data directory made by `genrec prepare`"),
-        ([recipe, "--set", f"shards={tmp_path / 'absent'}"], "give a directory made by `genrec shard`"),
+        (
+            [recipe, "--set", f"data={tmp_path / 'absent'}"],
+            "give a data directory made by `genrec prepare`",
+        ),
+        (
+            [recipe, "--set", f"shards={tmp_path / 'absent'}"],
+            "give a directory made by `genrec shard`",
+        ),
         ([recipe, "--resume", "latest"], "holds no checkpoint; start without --resume"),
         ([recipe, "--resume", str(tmp_path)], "not a checkpoint directory"),
     ):
@@ -286,7 +378,9 @@ def test_runs_that_cannot_be_decoded(
     run = copy_of(tiny_run, tmp_path / "run")
     commands = (["evaluate", run], ["recommend", run, "--history", "a"])
     assert "no recipe.yaml in it" in refused(capfd, 1, ["evaluate", tmp_path / "absent"])
-    assert "no best/ in it" in refused(capfd, 1, ["recommend", tmp_path / "absent", "--history", "a"])
+    assert "no best/ in it" in refused(
+        capfd, 1, ["recommend", tmp_path / "absent", "--history", "a"]
+    )
     assert "no such run directory" in refused(capfd, 1, ["report", tmp_path / "absent"])
     whole = (run / "best" / "model.safetensors").read_bytes()
     for damage in (whole[:-100], whole[:40], b""):
@@ -302,7 +396,9 @@ def test_runs_that_cannot_be_decoded(
         (run / "best" / name).write_bytes(kept)
     shutil.rmtree(run / "best")
     for command in commands:
-        assert f"{run}: no best/ in it: the run's status is 'finished'" in refused(capfd, 1, command)
+        assert f"{run}: no best/ in it: the run's status is 'finished'" in refused(
+            capfd, 1, command
+        )
     assert not list(run.glob("*-test.*"))
 
 
@@ -311,22 +407,35 @@ def test_data_that_the_run_does_not_know(
 ) -> None:
     run, other = copy_of(tiny_run, tmp_path / "run"), tmp_path / "data"
     before = names(run)
-    assert run_command(["prepare", str(tiny_data.parent / "log.txt"), "--out", str(other), "--seed", "5"]) == 0
+    assert (
+        run_command(
+            ["prepare", str(tiny_data.parent / "log.txt"), "--out", str(other), "--seed", "5"]
+        )
+        == 0
+    )
     capfd.readouterr()
     for command in (["evaluate", run], ["recommend", run, "--user", "user-3"],
                     ["recommend", run, "--all-users", "--out", tmp_path / "lists"]):  # fmt: skip
         line = refused(capfd, 1, [*command, "--data", other])
         assert "give --data the directory the run was trained on" in line
-        assert "dataset.json: no such file" in refused(capfd, 1, [*command, "--data", tmp_path / "absent"])
+        assert "dataset.json: no such file" in refused(
+            capfd, 1, [*command, "--data", tmp_path / "absent"]
+        )
     assert "user 'nobody' is not in" in refused(capfd, 1, ["recommend", run, "--user", "nobody"])
     assert names(run) == before
     assert not (tmp_path / "lists").exists()
 
 
-def test_a_bad_request_file(tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_request_file(
+    tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     file = write(tmp_path / "requests.jsonl", '{"history": []}\n{"history": 5}\n')
-    assert f"{file}:2: not a request; write" in refused(capfd, 1, ["recommend", tiny_run, "--file", file])
-    assert "no such file" in refused(capfd, 1, ["recommend", tiny_run, "--file", tmp_path / "absent"])
+    assert f"{file}:2: not a request; write" in refused(
+        capfd, 1, ["recommend", tiny_run, "--file", file]
+    )
+    assert "no such file" in refused(
+        capfd, 1, ["recommend", tiny_run, "--file", tmp_path / "absent"]
+    )
 
 
 def test_an_output_that_is_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -342,7 +451,9 @@ def test_an_output_that_is_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[s
 
 def genrec(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "genrec_dist.cli", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        command, env=environment(), capture_output=True, text=True, timeout=120, **options
+    )
 
 
 def limit_files(size: int) -> Any:
@@ -365,14 +476,18 @@ def test_a_process_returns_the_codes(tmp_path: Path) -> None:
 
 
 def test_an_output_without_rights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Root may write everywhere but into the kernel's own directories, which refuse any new file."""
+    """Root may write everywhere but into the kernel's own directories, which refuse any new
+    file."""
     log = write(tmp_path / "log.txt", GOOD)
     shut = tmp_path / "shut"
     shut.mkdir(mode=0o555)
     out = Path("/proc/genrec") if os.access(shut, os.W_OK) else shut / "data"
     line = refused(capfd, 1, ["prepare", log, "--out", out])
     assert str(out) in line
-    assert "change its rights or choose another place" in line or "no such file or directory: check the path" in line
+    assert (
+        "change its rights or choose another place" in line
+        or "no such file or directory: check the path" in line
+    )
     assert names(shut) == []
 
 

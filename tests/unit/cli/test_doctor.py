@@ -1,4 +1,5 @@
-"""The doctor: finds what is there, names the remedy for what is not, and imports nothing heavy for a version."""
+"""The doctor: finds what is there, names the remedy for what is not, and imports nothing heavy for
+a version."""
 
 import io
 import json
@@ -24,13 +25,24 @@ def test_this_machine_is_fit() -> None:
     findings = examine()
     assert healthy(findings), [finding for finding in findings if finding.state == "broken"]
     named = by_name(findings)
-    assert {"Python", "memory", "torch", "deepspeed", "ray", "GPU", "processes (gloo)", "writing here"} <= named.keys()
+    assert {
+        "Python",
+        "memory",
+        "torch",
+        "deepspeed",
+        "ray",
+        "GPU",
+        "processes (gloo)",
+        "writing here",
+    } <= named.keys()
     assert metadata.version("torch") in named["torch"].detail
     for check in ("torch computes", "tar in a temporary directory", "writing here"):
         assert named[check].state == "ok"
 
 
-def test_a_missing_required_package_is_broken_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_required_package_is_broken_with_its_command(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     real = metadata.version
 
     def version(name: str) -> str:
@@ -41,7 +53,10 @@ def test_a_missing_required_package_is_broken_with_its_command(monkeypatch: pyte
     monkeypatch.setattr(doctor.metadata, "version", version)
     named = by_name(examine())
     assert (named["pyarrow"].state, named["pyarrow"].remedy) == ("broken", "pip install pyarrow")
-    assert (named["deepspeed"].state, named["deepspeed"].remedy) == ("absent", "pip install 'genrec-dist[zero]'")
+    assert (named["deepspeed"].state, named["deepspeed"].remedy) == (
+        "absent",
+        "pip install 'genrec-dist[zero]'",
+    )
     assert not healthy(list(named.values()))
     assert healthy([finding for finding in named.values() if finding.what != "pyarrow"])
 
@@ -111,5 +126,7 @@ def test_imports_nothing_heavy() -> None:
         "import sys; from genrec_dist.cli.doctor import examine; examine(); "
         "print([name for name in ('deepspeed', 'ray', 'triton', 'optuna', 'transformers') if name in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
     assert done.stdout.strip() == "[]"

@@ -1,4 +1,5 @@
-"""The recipe: what does not fit is refused by name, in one line; what is written down reads back equal."""
+"""The recipe: what does not fit is refused by name, in one line; what is written down reads back
+equal."""
 
 import dataclasses
 from pathlib import Path
@@ -50,7 +51,10 @@ def refusal(path, overrides=None) -> str:
         ({"model": {"dropout": True}}, "model.dropout: True is not of type float"),
         ({"model": None}, "model: None is not a section"),
         ({"precision": "fp8"}, "precision: 'fp8' is none of fp32, bf16, fp16"),
-        ({"pretrain": {"mask": {"strategy": "last"}}}, "pretrain.mask.strategy: 'last' is none of single,"),
+        (
+            {"pretrain": {"mask": {"strategy": "last"}}},
+            "pretrain.mask.strategy: 'last' is none of single,",
+        ),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas: [0.9] is not a list of 2 values"),
         ({"optimizer": {"betas": [0.9, "x"]}}, "optimizer.betas: 'x' is not a number"),
     ],
@@ -74,7 +78,10 @@ def test_a_file_that_is_no_recipe_is_named(write, tmp_path):
 
 def test_set_reaches_nested_keys_and_makes_missing_sections(write):
     path = write(SMALLEST)
-    recipe = load_recipe(path, ["pretrain.mask.strategy=multi", "pretrain.epochs=2", "model.d_model=64", "shards=null"])
+    recipe = load_recipe(
+        path,
+        ["pretrain.mask.strategy=multi", "pretrain.epochs=2", "model.d_model=64", "shards=null"],
+    )
     assert recipe.pretrain.mask == Mask(strategy="multi")
     assert (recipe.pretrain.epochs, recipe.model.d_model, recipe.shards) == (2, 64, None)
     assert recipe.finetune.epochs == 1
@@ -130,12 +137,17 @@ def test_values_no_run_can_have_are_refused_with_key_and_value(write, override):
 
 def test_values_that_do_not_go_together_are_refused(write):
     path = write(SMALLEST)
-    assert "model.d_model 130 is no multiple of model.heads 4" in refusal(path, ["model.d_model=130"])
+    assert "model.d_model 130 is no multiple of model.heads 4" in refusal(
+        path, ["model.d_model=130"]
+    )
     assert "nothing to train" in refusal(path, ["finetune.epochs=0"])
 
 
 def test_every_number_of_a_recipe_has_its_limit():
-    free = {"seed", "tokens.vocab_size"}  # any seed will do; the tokenizer knows its own smallest size
+    free = {
+        "seed",
+        "tokens.vocab_size",
+    }  # any seed will do; the tokenizer knows its own smallest size
     assert _numbers(Recipe("d", "r"), "") - free == set(LIMITS)
 
 
@@ -156,9 +168,16 @@ recipes = st.builds(
     run=st.sampled_from(["null", "1e3", "007", "no", "a: b", "~"]),
     shards=st.none() | st.just("elsewhere"),
     seed=st.integers(),
-    model=st.builds(Model, dropout=st.floats(0, 0.99), backbone=st.none() | st.just("facebook/bart-base")),
-    pretrain=st.builds(Stage, epochs=st.just(1), learning_rate=st.floats(1e-12, 10), targets=st.just("last")),
-    finetune=st.builds(Stage, mask=st.builds(Mask, strategy=st.sampled_from(["span", "multi"]), k=st.integers(1, 9))),
+    model=st.builds(
+        Model, dropout=st.floats(0, 0.99), backbone=st.none() | st.just("facebook/bart-base")
+    ),
+    pretrain=st.builds(
+        Stage, epochs=st.just(1), learning_rate=st.floats(1e-12, 10), targets=st.just("last")
+    ),
+    finetune=st.builds(
+        Stage,
+        mask=st.builds(Mask, strategy=st.sampled_from(["span", "multi"]), k=st.integers(1, 9)),
+    ),
 )
 
 
@@ -179,13 +198,20 @@ def test_every_shipped_recipe_loads_by_name_and_survives_a_round_trip(path, writ
 
 
 def test_the_recipes_the_readme_names_are_shipped():
-    assert {"best", "demo", "tiny", "small", "paper-base", "paper-large"} <= {path.stem for path in SHIPPED}
+    assert {"best", "demo", "tiny", "small", "paper-base", "paper-large"} <= {
+        path.stem for path in SHIPPED
+    }
 
 
 def test_pretraining_masks_unless_it_says_otherwise(write):
     assert load_recipe(write(SMALLEST)).pretrain.targets == "mask"
     assert load_recipe(write({**SMALLEST, "pretrain": {"epochs": 1}})).pretrain.targets == "mask"
-    assert load_recipe(write({**SMALLEST, "pretrain": {"epochs": 1, "targets": "last"}})).pretrain.targets == "last"
+    assert (
+        load_recipe(
+            write({**SMALLEST, "pretrain": {"epochs": 1, "targets": "last"}})
+        ).pretrain.targets
+        == "last"
+    )
     assert load_recipe(write(SMALLEST)).finetune.targets == "last"
 
 
@@ -194,7 +220,10 @@ def test_masks_are_counted_only_where_a_stage_numbers_them():
     assert Recipe("d", "r", pretrain=multi).num_masks == 5
     assert Recipe("d", "r", pretrain=dataclasses.replace(multi, epochs=0)).num_masks == 1
     assert Recipe("d", "r", pretrain=dataclasses.replace(multi, targets="last")).num_masks == 1
-    assert Recipe("d", "r", pretrain=Stage(epochs=1, targets="mask", mask=Mask("span", k=5))).num_masks == 1
+    assert (
+        Recipe("d", "r", pretrain=Stage(epochs=1, targets="mask", mask=Mask("span", k=5))).num_masks
+        == 1
+    )
 
 
 def test_shards_lie_inside_the_data_unless_named():

@@ -1,4 +1,5 @@
-"""Batches: no held-out item in any array, no input that the target moves, and the text they stand for."""
+"""Batches: no held-out item in any array, no input that the target moves, and the text they stand
+for."""
 
 from dataclasses import fields, replace
 from itertools import pairwise
@@ -46,20 +47,36 @@ def unpacked(batch: Batch) -> Batch:
         parts = values.split(spans.lengths.tolist())[:-1]
         return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=fill)
 
-    fills = {"input_ids": PAD, "attention_mask": False, "position_ids": 0, "user_rows": 0, "item_rows": 0}
+    fills = {
+        "input_ids": PAD,
+        "attention_mask": False,
+        "position_ids": 0,
+        "user_rows": 0,
+        "item_rows": 0,
+    }
     encoder = EncoderInput(
-        **{name: rows(getattr(batch.encoder, name), packing.encoder, fill) for name, fill in fills.items()}
+        **{
+            name: rows(getattr(batch.encoder, name), packing.encoder, fill)
+            for name, fill in fills.items()
+        }
     )
     labels = rows(batch.labels, packing.rows, IGNORED)
     decoder_input_ids = rows(batch.decoder_input_ids, packing.rows, PAD)
-    return replace(batch, encoder=encoder, labels=labels, decoder_input_ids=decoder_input_ids, packing=None)
+    return replace(
+        batch, encoder=encoder, labels=labels, decoder_input_ids=decoder_input_ids, packing=None
+    )
 
 
 def arrays(part) -> dict[str, torch.Tensor]:
-    return {f.name: value for f in fields(part) if isinstance(value := getattr(part, f.name), torch.Tensor)}
+    return {
+        f.name: value
+        for f in fields(part)
+        if isinstance(value := getattr(part, f.name), torch.Tensor)
+    }
 
 
-# --- No leak -------------------------------------------------------------------------------------------------------
+# --- No leak
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("trained_through", ["n-2", "n-1"])
@@ -91,7 +108,9 @@ def test_the_markers_would_be_seen_if_they_were_training_items():
     assert marker_tokens & learned
 
 
-@pytest.mark.parametrize("where", [layout(), layout(TIGHT), layout(user_ids=False)], ids=["wide", "tight", "no-user"])
+@pytest.mark.parametrize(
+    "where", [layout(), layout(TIGHT), layout(user_ids=False)], ids=["wide", "tight", "no-user"]
+)
 @pytest.mark.parametrize(("space", "mask"), cases())
 def test_another_target_of_any_length_moves_no_input(space, mask, where):
     source = marked_sequences()
@@ -131,7 +150,10 @@ def test_other_targets_of_a_whole_step_move_neither_inputs_nor_the_cut(mask, whe
     for user, row in zip(samples.user_rows, positions, strict=True):
         for position in row[row >= 0]:
             changed.sequences[user][position] = int(rng.integers(len(TRAINING_CODES)))
-    before, after = (batches_of(samples, which, where, mask, budget=150, packed=packed) for which in (source, changed))
+    before, after = (
+        batches_of(samples, which, where, mask, budget=150, packed=packed)
+        for which in (source, changed)
+    )
     assert len(before) == len(after) > 1
     for first, second in zip(before, after, strict=True):
         for name, value in arrays(first.encoder).items():
@@ -139,16 +161,23 @@ def test_other_targets_of_a_whole_step_move_neither_inputs_nor_the_cut(mask, whe
         assert torch.equal(first.encoder_row, second.encoder_row)
 
 
-# --- Against the text, sentence by sentence --------------------------------------------------------------------------
+# --- Against the text, sentence by sentence
+# --------------------------------------------------------------------------
 
 
 def sentence(user: int | None, words: list, where: Layout) -> tuple:
-    """(input ids, positions, user rows, item rows) of one row; `words` are item rows and mask names, oldest first."""
+    """(input ids, positions, user rows, item rows) of one row; `words` are item rows and mask
+    names, oldest first."""
     lengths = {word: len(_ids(_text(word))) for word in words}
     user_ids = _ids(user_text(USER_CODES[user])) if user is not None else []
     while 2 + len(user_ids) + sum(lengths[word] for word in words) > where.max_tokens:
         words = words[1:]
-    text = "<s>" + (user_text(USER_CODES[user]) if user is not None else "") + "".join(map(_text, words)) + "</s>"
+    text = (
+        "<s>"
+        + (user_text(USER_CODES[user]) if user is not None else "")
+        + "".join(map(_text, words))
+        + "</s>"
+    )
     ids = _ids(text)
     item_rows = [0] + [0] * len(user_ids)
     for word in words:
@@ -156,7 +185,11 @@ def sentence(user: int | None, words: list, where: Layout) -> tuple:
     positions = list(range(len(ids)))
     if where.positions == "from-end":
         positions = positions[::-1]
-    user_rows = [0] + [0 if user is None else user + 1] * len(user_ids) + [0] * (len(ids) - 1 - len(user_ids))
+    user_rows = (
+        [0]
+        + [0 if user is None else user + 1] * len(user_ids)
+        + [0] * (len(ids) - 1 - len(user_ids))
+    )
     return tuple(ids), tuple(positions), tuple(user_rows), (*item_rows, 0)
 
 
@@ -190,8 +223,12 @@ def expected_sample(samples, index: int, source: Lists, where: Layout, mask: Mas
     places = [int(place) for place in chosen if place >= 0]
     if mask.strategy == "span":
         words = [*training[: places[0]], "<mask>", *training[places[-1] + 1 :]]
-        return sentence(shown_user, words, where), (decoder_row("<mask>", [training[p] for p in places]),)
-    words = [mask_name(places.index(p)) if p in places else training[p] for p in range(len(training))]
+        return sentence(shown_user, words, where), (
+            decoder_row("<mask>", [training[p] for p in places]),
+        )
+    words = [
+        mask_name(places.index(p)) if p in places else training[p] for p in range(len(training))
+    ]
     rows = tuple(decoder_row(mask_name(number), [training[p]]) for number, p in enumerate(places))
     return sentence(shown_user, words, where), rows
 
@@ -207,7 +244,9 @@ def read_back(batches: list[Batch]) -> list[tuple]:
             parts = (encoder.input_ids, encoder.position_ids, encoder.user_rows, encoder.item_rows)
             assert (encoder.input_ids[row, length:] == PAD).all()
             assert not any(part[row, length:].any() for part in parts[1:])
-            decoded = tuple(_decoder_row(batch, int(r)) for r in torch.nonzero(batch.encoder_row == row)[:, 0])
+            decoded = tuple(
+                _decoder_row(batch, int(r)) for r in torch.nonzero(batch.encoder_row == row)[:, 0]
+            )
             found.append((tuple(tuple(part[row, :length].tolist()) for part in parts), decoded))
     return found
 
@@ -220,7 +259,9 @@ def _decoder_row(batch: Batch, row: int) -> tuple:
     # The mask that the row fills stands in the sentence: truncation never takes it.
     sentence_ids = batch.encoder.input_ids[batch.encoder_row[row]]
     assert (sentence_ids == batch.decoder_input_ids[row, 0]).sum() == 1
-    return tuple(batch.decoder_input_ids[row, :length].tolist()), tuple(batch.labels[row, :length].tolist())
+    return tuple(batch.decoder_input_ids[row, :length].tolist()), tuple(
+        batch.labels[row, :length].tolist()
+    )
 
 
 @given(
@@ -233,12 +274,16 @@ def _decoder_row(batch: Batch, row: int) -> tuple:
     seed=st.integers(0, 50),
 )
 @settings(max_examples=60, deadline=None)
-def test_batches_hold_the_tokenised_text_of_each_sample(space, mask, max_tokens, user_ids, positions, budget, seed):
+def test_batches_hold_the_tokenised_text_of_each_sample(
+    space, mask, max_tokens, user_ids, positions, budget, seed
+):
     source = marked_sequences(seed=seed)
     samples = whole_step(source, space)
     where = layout(max_tokens, user_ids, positions)
     used = mask if space == "user" else None
-    expected = [expected_sample(samples, index, source, where, used) for index in range(len(samples))]
+    expected = [
+        expected_sample(samples, index, source, where, used) for index in range(len(samples))
+    ]
     batches = batches_of(samples, source, where, used, budget=budget)
     assert sorted(read_back(batches)) == sorted(expected)
     for batch in batches:
@@ -264,40 +309,56 @@ def test_truncation_drops_whole_oldest_items_and_keeps_user_and_mask():
 
 
 @given(
-    histories=st.lists(st.lists(st.integers(0, len(CODES) - 1), max_size=9), min_size=1, max_size=6),
+    histories=st.lists(
+        st.lists(st.integers(0, len(CODES) - 1), max_size=9), min_size=1, max_size=6
+    ),
     users=st.lists(st.integers(-1, len(USER_CODES) - 1), min_size=6, max_size=6),
     max_tokens=st.sampled_from([TIGHT, 512]),
     user_ids=st.booleans(),
 )
 @settings(max_examples=60, deadline=None)
-def test_histories_to_decode_are_written_as_finetuning_writes_them(histories, users, max_tokens, user_ids):
+def test_histories_to_decode_are_written_as_finetuning_writes_them(
+    histories, users, max_tokens, user_ids
+):
     where = layout(max_tokens, user_ids)
     users = users[: len(histories)]
     items, offsets = Lists(histories).gather(range(len(histories)))
     encoder = encode_histories(items, offsets, np.array(users), where)
     known = [user if user >= 0 and user_ids else None for user in users]
-    expected = [(sentence(user, [*row, "<mask>"], where), ()) for user, row in zip(known, histories, strict=True)]
+    expected = [
+        (sentence(user, [*row, "<mask>"], where), ())
+        for user, row in zip(known, histories, strict=True)
+    ]
     batch = Batch(encoder, torch.zeros(0), torch.zeros(0), torch.zeros(0), 0, 0, 0, 0, 0)
     assert read_back([batch]) == expected
     asked = target_batch(encoder, np.arange(len(histories)), where)
-    assert [rows for _, rows in read_back([asked])] == [(decoder_row("<mask>", [i]),) for i in range(len(histories))]
+    assert [rows for _, rows in read_back([asked])] == [
+        (decoder_row("<mask>", [i]),) for i in range(len(histories))
+    ]
     assert asked.num_samples == len(histories)
 
 
 def test_an_unknown_user_has_no_word_and_no_id():
     items, offsets = Lists([[0, 1], [0, 1]]).gather([0, 1])
     encoder = encode_histories(items, offsets, np.array([-1, 4]), layout())
-    assert TOKENIZER.decode(encoder.input_ids[0][encoder.attention_mask[0]]) == "<s> item_1 item_12<mask></s>"
+    assert (
+        TOKENIZER.decode(encoder.input_ids[0][encoder.attention_mask[0]])
+        == "<s> item_1 item_12<mask></s>"
+    )
     assert TOKENIZER.decode(encoder.input_ids[1]) == "<s> user_17 item_1 item_12<mask></s>"
     assert encoder.user_rows[0].unique().tolist() == [0]
     assert encoder.user_rows[1].unique().tolist() == [0, 5]
 
 
 def test_no_history_at_all_leaves_the_mask():
-    encoder = encode_histories(np.zeros(0, np.int32), np.zeros(3, np.int64), np.array([-1, 0]), layout())
+    encoder = encode_histories(
+        np.zeros(0, np.int32), np.zeros(3, np.int64), np.array([-1, 0]), layout()
+    )
     assert TOKENIZER.decode(encoder.input_ids[0][encoder.attention_mask[0]]) == "<s><mask></s>"
     assert TOKENIZER.decode(encoder.input_ids[1]) == "<s> user_3<mask></s>"
-    nobody = encode_histories(np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64), layout())
+    nobody = encode_histories(
+        np.zeros(0, np.int32), np.zeros(1, np.int64), np.zeros(0, np.int64), layout()
+    )
     assert len(nobody.input_ids) == 0
 
 
@@ -308,7 +369,8 @@ def test_an_item_outside_the_catalogue_is_named():
         encode_histories(np.array([0]), np.array([0, 1]), np.array([20]), layout())
 
 
-# --- Micro-batches ---------------------------------------------------------------------------------------------------
+# --- Micro-batches
+# ---------------------------------------------------------------------------------------------------
 
 
 @given(tokens=st.lists(st.integers(1, 500), min_size=1, max_size=200), budget=st.integers(1, 5000))
@@ -356,7 +418,9 @@ def test_a_packed_batch_holds_what_a_padded_one_holds(space, mask, budget):
         pad = batch.encoder.input_ids == PAD
         assert torch.equal(pad, ~batch.encoder.attention_mask)
     for count in ("num_samples", "num_target_tokens", "num_tokens"):
-        assert sum(getattr(b, count) for b in packed) == sum(getattr(b, count) for b in padded), count
+        assert sum(getattr(b, count) for b in packed) == sum(getattr(b, count) for b in padded), (
+            count
+        )
     for batch in packed:
         assert batch.num_slots == len(batch.encoder.input_ids) + len(batch.labels)
         # What fills it up carries no id and asks for nothing.
@@ -373,10 +437,14 @@ def test_padding_samples_have_no_label_and_are_not_counted(space, mask):
     samples = whole_step(source, space)
     samples = samples[: len(samples) - (len(samples) % 3 == 0)]
     whole = batches_of(samples, source, mask=mask)
-    parts = [batches_of(split_among_ranks(samples, rank, 3), source, mask=mask) for rank in range(3)]
+    parts = [
+        batches_of(split_among_ranks(samples, rank, 3), source, mask=mask) for rank in range(3)
+    ]
     shared = [batch for part in parts for batch in part]
     for count in ("num_samples", "num_target_tokens", "num_tokens"):
-        assert sum(getattr(b, count) for b in shared) == sum(getattr(b, count) for b in whole), count
+        assert sum(getattr(b, count) for b in shared) == sum(getattr(b, count) for b in whole), (
+            count
+        )
     assert sum(len(b.encoder.input_ids) for b in shared) > len(samples)
     for batch in shared:
         assert int((batch.labels != IGNORED).sum()) == batch.num_target_tokens
@@ -389,7 +457,9 @@ def _without_unlabelled(batches: list[Batch]) -> list[tuple]:
     for batch in batches:
         labelled = (batch.labels != IGNORED).any(dim=1)
         rows = torch.isin(torch.arange(len(batch.encoder.input_ids)), batch.encoder_row[labelled])
-        encoder = EncoderInput(**{name: value[rows] for name, value in arrays(batch.encoder).items()})
+        encoder = EncoderInput(
+            **{name: value[rows] for name, value in arrays(batch.encoder).items()}
+        )
         renumbered = (torch.cumsum(rows, 0) - 1)[batch.encoder_row[labelled]]
         kept.append(
             replace(
@@ -430,8 +500,11 @@ def test_how_a_step_is_cut_changes_neither_loss_nor_gradient(model, space, mask)
 @pytest.mark.parametrize("padding_samples", [False, True])
 @pytest.mark.parametrize("head", ["full", "chunked"])
 @pytest.mark.parametrize(("space", "mask"), cases())
-def test_packing_changes_neither_loss_nor_gradient(model, space, mask, head, padding_samples, monkeypatch):
-    """To 1e-5 in float32, all parameters: also where rows share an encoded sequence and where sequences are cut short."""
+def test_packing_changes_neither_loss_nor_gradient(
+    model, space, mask, head, padding_samples, monkeypatch
+):
+    """To 1e-5 in float32, all parameters: also where rows share an encoded sequence and where
+    sequences are cut short."""
     monkeypatch.setattr(model, "loss_by", head)
     source = marked_sequences()
     samples = whole_step(source, space)[:60]
@@ -448,7 +521,9 @@ def test_packing_changes_neither_loss_nor_gradient(model, space, mask, head, pad
 
 def test_an_idle_packed_batch_goes_through_the_layers_and_teaches_nothing(model):
     source = marked_sequences()
-    batches = batches_of(whole_step(source, "user"), source, mask=Mask("multi", k=NUM_MASKS), packed=True)
+    batches = batches_of(
+        whole_step(source, "user"), source, mask=Mask("multi", k=NUM_MASKS), packed=True
+    )
     idle = idle_batch(batches[-1])
     model.zero_grad()
     engine_loss(model, idle).backward()
@@ -465,7 +540,9 @@ def test_how_a_step_is_split_among_ranks_changes_no_mask(mask):
     whole = read_back(batches_of(samples, source, mask=mask))
     halves = [split_among_ranks(samples, rank, 2) for rank in range(2)]
     assert not any(half.is_padding.any() for half in halves)
-    shared = [sample for half in halves for sample in read_back(batches_of(half, source, mask=mask))]
+    shared = [
+        sample for half in halves for sample in read_back(batches_of(half, source, mask=mask))
+    ]
     assert sorted(shared) == sorted(whole)
     assert sorted(read_back(batches_of(samples, source, mask=mask, epoch=1))) != sorted(whole)
 
@@ -474,11 +551,16 @@ def test_a_batch_moves_whole():
     source = marked_sequences()
     (batch,) = batches_of(whole_step(source, "last"), source)
     moved = batch.to(torch.device("meta"))
-    assert all(value.device.type == "meta" for part in (moved, moved.encoder) for value in arrays(part).values())
+    assert all(
+        value.device.type == "meta"
+        for part in (moved, moved.encoder)
+        for value in arrays(part).values()
+    )
     assert moved.num_samples == batch.num_samples
 
 
-# --- Layouts that cannot be ------------------------------------------------------------------------------------------
+# --- Layouts that cannot be
+# ------------------------------------------------------------------------------------------
 
 
 def test_room_for_less_than_one_item_is_refused():

@@ -1,4 +1,5 @@
-"""Tokens about which the catalogue leaves no choice: probability 1 in every search, and no part of the loss."""
+"""Tokens about which the catalogue leaves no choice: probability 1 in every search, and no part of
+the loss."""
 
 from __future__ import annotations
 
@@ -45,7 +46,9 @@ def certain_model() -> GenRecForConditionalGeneration:
 def continuations(items: list[Word], said: Word) -> set[int]:
     """What can follow these tokens, by the definition: looked up in the list of all items."""
     longer = [(*item, EOS) for item in items]
-    return {item[len(said)] for item in longer if item[: len(said)] == said and len(item) > len(said)}
+    return {
+        item[len(said)] for item in longer if item[: len(said)] == said and len(item) > len(said)
+    }
 
 
 def learned(items: list[Word], item: Word) -> list[bool]:
@@ -61,10 +64,16 @@ def brute_force(world: World, histories: list[History]) -> np.ndarray:
         memory = world.model.encode(encoder)
         for item in world.items:
             inputs = torch.tensor([[4, *item]]).expand(len(histories), -1)
-            logprobs = world.model.lm_head(world.model.decode(inputs, memory, encoder.attention_mask)).log_softmax(-1)
+            logprobs = world.model.lm_head(
+                world.model.decode(inputs, memory, encoder.attention_mask)
+            ).log_softmax(-1)
             said = [*item, EOS]
             scores.append(
-                sum(logprobs[:, t, said[t]] for t, is_open in enumerate(learned(world.items, item)) if is_open)
+                sum(
+                    logprobs[:, t, said[t]]
+                    for t, is_open in enumerate(learned(world.items, item))
+                    if is_open
+                )
             )
     return torch.stack(scores, 1).numpy()  # type: ignore[arg-type]
 
@@ -75,7 +84,9 @@ def assert_lists(world: World, histories: list[History], exclude: bool, **sizes:
     for history, found, truth_N in zip(histories, lists, truth_BN, strict=True):
         expected = best_first(truth_N, history if exclude else [])[: sizes["top"]]
         assert [item for item, _ in found] == expected
-        np.testing.assert_allclose([score for _, score in found], truth_N[expected], rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(
+            [score for _, score in found], truth_N[expected], rtol=1e-6, atol=1e-9
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -110,13 +121,17 @@ def test_among_some_items_scores_stay_those_of_the_whole_catalogue(
         np.testing.assert_allclose(scores[: len(rows)], truth_N[expected], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("items", [PREFIXES, ONE_TOKEN, CHAIN], ids=["prefixes", "one token", "chain"])
+@pytest.mark.parametrize(
+    "items", [PREFIXES, ONE_TOKEN, CHAIN], ids=["prefixes", "one token", "chain"]
+)
 def test_a_static_search_finds_the_same(items: list[Word]) -> None:
     world = World(items, certain_model())
     model = copy.deepcopy(world.model).float()
     encoder, excluded = world.encoder([[0, 1], [1]]), (np.array([0]), np.array([1], np.int32))
     static, plain = (
-        TrieSearcher(model, world.searcher.trie, static=static).search(encoder, beam=5, top=4, excluded=excluded)
+        TrieSearcher(model, world.searcher.trie, static=static).search(
+            encoder, beam=5, top=4, excluded=excluded
+        )
         for static in (True, False)
     )
     assert np.array_equal(static.items, plain.items)
@@ -179,8 +194,16 @@ def test_free_decoding_is_refused() -> None:
 
 
 def test_spans_are_refused() -> None:
-    span = ["tokens.certain=given", "pretrain.epochs=1", "pretrain.mask.strategy=span", "run=r", "data=d"]
-    with pytest.raises(ValueError, match=r"pretrain\.mask\.strategy span: .* tokens\.certain learned"):
+    span = [
+        "tokens.certain=given",
+        "pretrain.epochs=1",
+        "pretrain.mask.strategy=span",
+        "run=r",
+        "data=d",
+    ]
+    with pytest.raises(
+        ValueError, match=r"pretrain\.mask\.strategy span: .* tokens\.certain learned"
+    ):
         load_recipe("tiny", span)
 
 

@@ -1,4 +1,5 @@
-"""An encoder position an item: what stands there, what is cut, and that packing, padding and searching see the same."""
+"""An encoder position an item: what stands there, what is cut, and that packing, padding and
+searching see the same."""
 
 from dataclasses import replace
 
@@ -39,11 +40,20 @@ def model() -> GenRecForConditionalGeneration:
 
 
 def test_a_position_is_the_sum_of_its_words_sub_words(model):
-    """Each with BART's scale, and one position and id embedding (X = sum of EMB(S) + PosEMB + IDEMB)."""
+    """Each with BART's scale, and one position and id embedding (X = sum of EMB(S) + PosEMB +
+    IDEMB)."""
     longest = int(np.argmax(WORDS.lengths[WORDS.item_words(np.arange(len(CODES)))]))
     user, items = 3, [4, longest, 0]
-    encoder = encode_histories(np.array(items, np.int32), np.array([0, 3]), np.array([user]), by_items())
-    texts = ["<s>", user_text(USER_CODES[user]), *(item_text(CODES[item]) for item in items), "<mask>", "</s>"]
+    encoder = encode_histories(
+        np.array(items, np.int32), np.array([0, 3]), np.array([user]), by_items()
+    )
+    texts = [
+        "<s>",
+        user_text(USER_CODES[user]),
+        *(item_text(CODES[item]) for item in items),
+        "<mask>",
+        "</s>",
+    ]
     assert encoder.input_ids.shape == (1, len(texts))
     tokens, places = model.model.shared.weight, model.model.encoder.embed_positions.weight
     expected = []
@@ -54,9 +64,13 @@ def test_a_position_is_the_sum_of_its_words_sub_words(model):
     for number, item in enumerate(items):
         expected[2 + number] = expected[2 + number] + model.item_embedding.weight[item + 1]
     torch.testing.assert_close(model.embed(encoder)[0], torch.stack(expected))
-    normed = F.layer_norm(torch.stack(expected), (16,), *model.model.encoder.layernorm_embedding.parameters())
+    normed = F.layer_norm(
+        torch.stack(expected), (16,), *model.model.encoder.layernorm_embedding.parameters()
+    )
     torch.testing.assert_close(model.embed(encoder, normed=True)[0], normed)
-    assert max(len(TOKENIZER.encode(text, add_special_tokens=False)) for text in texts) > 2, "nothing was summed"
+    assert max(len(TOKENIZER.encode(text, add_special_tokens=False)) for text in texts) > 2, (
+        "nothing was summed"
+    )
 
 
 def test_whole_oldest_items_go_where_there_are_more_than_fit():
@@ -69,11 +83,15 @@ def test_whole_oldest_items_go_where_there_are_more_than_fit():
 
 def test_too_few_positions_for_an_item_are_refused():
     assert by_items(max_tokens=4).sure_items == 1
-    with pytest.raises(ValueError, match=r"max_tokens 3: too few for the longest user and item, 1 and 1 positions"):
+    with pytest.raises(
+        ValueError, match=r"max_tokens 3: too few for the longest user and item, 1 and 1 positions"
+    ):
         by_items(max_tokens=3)
 
 
-@pytest.mark.parametrize("where", [by_items(), by_items(8), by_items(user_ids=False, positions="from-end")])
+@pytest.mark.parametrize(
+    "where", [by_items(), by_items(8), by_items(user_ids=False, positions="from-end")]
+)
 @pytest.mark.parametrize(("space", "mask"), cases())
 def test_packing_changes_neither_loss_nor_gradient(model, space, mask, where):
     source = marked_sequences()
@@ -105,15 +123,21 @@ def test_a_search_in_static_shapes_lists_the_same(start):
     model = a_model(max_tokens=64, encoder_unit="item", decoder_start=start)
     histories = [[4, 12, 0], [], list(range(15))]
     items = np.array([item for history in histories for item in history], np.int32)
-    encoder = encode_histories(items, np.cumsum([0, *map(len, histories)]), np.array([1, -1, 2]), by_items())
+    encoder = encode_histories(
+        items, np.cumsum([0, *map(len, histories)]), np.array([1, -1, 2]), by_items()
+    )
     trie = build_trie(*WORDS.tokens_of_items())
     plain, static = (
-        TrieSearcher(model, trie, static=static).search(encoder, beam=30, top=10) for static in (False, True)
+        TrieSearcher(model, trie, static=static).search(encoder, beam=30, top=10)
+        for static in (False, True)
     )
     np.testing.assert_array_equal(plain.items, static.items)
     for row, history in enumerate(histories):
         alone = encode_histories(
-            np.array(history, np.int32), np.array([0, len(history)]), np.array([[1, -1, 2][row]]), by_items()
+            np.array(history, np.int32),
+            np.array([0, len(history)]),
+            np.array([[1, -1, 2][row]]),
+            by_items(),
         )
         found = TrieSearcher(model, trie).search(alone, beam=30, top=10)
         np.testing.assert_array_equal(found.items[0], plain.items[row])

@@ -73,7 +73,10 @@ def test_outside_of_training_nothing_is_computed_twice(model):
 @pytest.mark.slow
 def test_compiled_layers_have_the_numbers_of_the_plain_ones(model):
     source = marked_sequences()
-    sizes = [batches_of(whole_step(source, "every-prefix")[:n], source, layout(90), packed=True) for n in (10, 25, 40)]
+    sizes = [
+        batches_of(whole_step(source, "every-prefix")[:n], source, layout(90), packed=True)
+        for n in (10, 25, 40)
+    ]
     plain = [loss_and_gradients(model, batches) for batches in sizes]
     choose_layers(model, compiled=True, recompute=False)
     try:

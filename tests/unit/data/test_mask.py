@@ -56,12 +56,19 @@ def test_a_mask_is_a_function_of_seed_epoch_and_sample_alone(name):
     whole = choose(name, lengths, ids, seed=3, epoch=2).positions_BK
     assert np.array_equal(whole, choose(name, lengths, ids, seed=3, epoch=2).positions_BK)
     order = rng.permutation(400)
-    assert np.array_equal(whole[order], choose(name, lengths[order], ids[order], seed=3, epoch=2).positions_BK)
-    alone = [choose(name, lengths[i : i + 1], ids[i : i + 1], seed=3, epoch=2).positions_BK[0] for i in range(50)]
+    assert np.array_equal(
+        whole[order], choose(name, lengths[order], ids[order], seed=3, epoch=2).positions_BK
+    )
+    alone = [
+        choose(name, lengths[i : i + 1], ids[i : i + 1], seed=3, epoch=2).positions_BK[0]
+        for i in range(50)
+    ]
     assert np.array_equal(whole[:50], alone)
     for other in ({"seed": 4, "epoch": 2}, {"seed": 3, "epoch": 1}):
         assert (choose(name, lengths, ids, **other).positions_BK != whole).any(axis=1).mean() > 0.3
-    assert (choose(name, lengths, ids + 10_000, seed=3, epoch=2).positions_BK != whole).any(axis=1).mean() > 0.3
+    assert (choose(name, lengths, ids + 10_000, seed=3, epoch=2).positions_BK != whole).any(
+        axis=1
+    ).mean() > 0.3
 
 
 @pytest.mark.parametrize("length", [1, 2, 7])
@@ -104,7 +111,9 @@ def test_span_is_neighbours_of_uniform_width_at_a_uniform_place_generated_togeth
     for width in (1, 2, 3):
         rows = targets.positions_BK[widths == width, :width]
         assert (np.diff(rows, axis=1) == 1).all()
-        assert fits(np.bincount(rows[:, 0], minlength=8 - width), np.full(8 - width, 1 / (8 - width)))
+        assert fits(
+            np.bincount(rows[:, 0], minlength=8 - width), np.full(8 - width, 1 / (8 - width))
+        )
 
 
 def test_a_span_is_no_wider_than_its_sequence():
@@ -112,7 +121,9 @@ def test_a_span_is_no_wider_than_its_sequence():
     assert fits(np.bincount(widths, minlength=3)[1:], [0.5, 0.5])
 
 
-@pytest.mark.parametrize(("length", "k", "count"), [(1, 4, 1), (2, 4, 1), (3, 4, 1), (4, 4, 2), (8, 4, 4), (50, 4, 4)])
+@pytest.mark.parametrize(
+    ("length", "k", "count"), [(1, 4, 1), (2, 4, 1), (3, 4, 1), (4, 4, 2), (8, 4, 4), (50, 4, 4)]
+)
 def test_multi_masks_up_to_k_and_at_most_half(length, k, count):
     targets = choose("multi", np.full(500, length), k=k)
     assert not targets.together

@@ -1,4 +1,5 @@
-"""Samples of one user behind one encoded sequence: those of every-prefix, to which a causal encoder gives the same loss."""
+"""Samples of one user behind one encoded sequence: those of every-prefix, to which a causal encoder
+gives the same loss."""
 
 from dataclasses import replace
 
@@ -35,7 +36,9 @@ def causal(max_tokens=90, user_ids=True, unit="subword") -> Layout:
     return Layout(WORDS, PAD, max_tokens, user_ids, "from-start", unit, causal=True)
 
 
-def make_model(unit: str, user_ids: bool = True, start: str = "mask") -> GenRecForConditionalGeneration:
+def make_model(
+    unit: str, user_ids: bool = True, start: str = "mask"
+) -> GenRecForConditionalGeneration:
     return a_model(
         encoder_layers=2, max_tokens=90, encoder_attention="causal", item_loss=0.5,
         encoder_unit=unit, user_ids=user_ids, decoder_start=start,
@@ -51,7 +54,10 @@ def step_of(source, space, where, *, every, packed, budget=WHOLE, samples=None):
 
 
 def loss_and_gradient(model, batches: list[Batch]) -> tuple[float, torch.Tensor]:
-    tokens, targets = (sum(getattr(batch, name) for batch in batches) for name in ("num_target_tokens", "num_targets"))
+    tokens, targets = (
+        sum(getattr(batch, name) for batch in batches)
+        for name in ("num_target_tokens", "num_targets")
+    )
     model.zero_grad()
     value = 0.0
     for batch in batches:
@@ -76,19 +82,24 @@ LAYOUTS = [
 @pytest.mark.parametrize("start", ["mask", "state"])
 @pytest.mark.parametrize("where", LAYOUTS, ids=["wide", "tight", "items", "items-no-user"])
 def test_shared_samples_teach_what_samples_alone_do(where, start):
-    """Loss and every gradient, packed and padded, also where histories are longer than what is read."""
+    """Loss and every gradient, packed and padded, also where histories are longer than what is
+    read."""
     source = marked_sequences()
     model = make_model(where.unit, where.user_ids, start)
     alone = step_of(source, "every-prefix", where, every=False, packed=False).micro_batches
     loss, gradient = loss_and_gradient(model, alone)
     positions = sum(int(batch.encoder.attention_mask.sum()) for batch in alone)
     for packed, budget in ((False, WHOLE), (True, WHOLE), (True, 90), (False, 120)):
-        shared = step_of(source, "user", where, every=True, packed=packed, budget=budget).micro_batches
+        shared = step_of(
+            source, "user", where, every=True, packed=packed, budget=budget
+        ).micro_batches
         other_loss, other_gradient = loss_and_gradient(model, shared)
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert (other_gradient - gradient).norm() <= 1e-5 * gradient.norm()
         for count in ("num_target_tokens", "num_targets"):
-            assert sum(getattr(b, count) for b in shared) == sum(getattr(b, count) for b in alone), count
+            assert sum(getattr(b, count) for b in shared) == sum(
+                getattr(b, count) for b in alone
+            ), count
     assert sum(b.work.inputs for b in shared) < 0.8 * positions
 
 
@@ -97,7 +108,9 @@ def test_the_padded_rows_are_those_of_a_model_asked_one_by_one(start):
     """Against the encoder input of evaluation: each history by itself, its next item asked."""
     source, where = marked_sequences(), causal()
     model = make_model("subword", start=start)
-    loss, _ = loss_and_gradient(model, step_of(source, "user", where, every=True, packed=True).micro_batches)
+    loss, _ = loss_and_gradient(
+        model, step_of(source, "user", where, every=True, packed=True).micro_batches
+    )
     total, tokens, named, targets = 0.0, 0, 0.0, 0
     for user, sequence in enumerate(source.sequences):
         for place in range(1, len(sequence) - 2):
@@ -106,11 +119,18 @@ def test_the_padded_rows_are_those_of_a_model_asked_one_by_one(start):
             memory = model.encode(encoder)
             word = WORDS.item_words(np.array([sequence[place]]))[0]
             label = torch.tensor(
-                [[*WORDS.tokens[WORDS.offsets[word] : WORDS.offsets[word + 1]].tolist(), TOKENIZER.eos_token_id]]
+                [
+                    [
+                        *WORDS.tokens[WORDS.offsets[word] : WORDS.offsets[word + 1]].tolist(),
+                        TOKENIZER.eos_token_id,
+                    ]
+                ]
             )
             inputs = torch.cat([torch.tensor([[TOKENIZER.mask_token_id]]), label[:, :-1]], 1)
             state = memory[:, -1] if start == "state" else None
-            logits = model.decode(inputs, memory, encoder.attention_mask, state) @ model.head_weight.T
+            logits = (
+                model.decode(inputs, memory, encoder.attention_mask, state) @ model.head_weight.T
+            )
             total += torch.nn.functional.cross_entropy(logits[0], label[0], reduction="sum").item()
             tokens += label.numel()
             named += torch.nn.functional.cross_entropy(
@@ -129,14 +149,17 @@ def test_nothing_behind_a_position_moves_what_is_encoded_of_it():
     other = items.copy()
     other[4] = 7
     assert not torch.equal(
-        whole[:, -1], model.encode(encode_histories(other, np.array([0, 5]), np.array([2]), where))[:, -1]
+        whole[:, -1],
+        model.encode(encode_histories(other, np.array([0, 5]), np.array([2]), where))[:, -1],
     )
 
 
 def test_each_target_reads_what_fits_of_its_history():
     where = causal(2 + 3, unit="item")  # <s>, user, three items
     items = np.arange(10, dtype=np.int32)
-    cut = cut_prefixes(items, np.array([0, 7]), np.array([7, 10]), np.array([0, 1]), where, every=True)
+    cut = cut_prefixes(
+        items, np.array([0, 7]), np.array([7, 10]), np.array([0, 1]), where, every=True
+    )
     assert cut.sample_P.tolist() == [0, 0, 0, 0, 1]
     assert list(zip(cut.starts_P.tolist(), cut.ends_P.tolist(), strict=True)) == [
         (0, 3),
@@ -149,7 +172,9 @@ def test_each_target_reads_what_fits_of_its_history():
     assert cut.visible_R.tolist() == [3, 4, 5, 5, 5, 5, 3, 4]
     assert cut.tokens_P.tolist() == [5, 5, 5, 5, 4]
     assert cut.first_P.tolist() == [True, False, False, False, True]
-    last = cut_prefixes(items, np.array([0, 7]), np.array([7, 10]), np.array([0, 1]), where, every=False)
+    last = cut_prefixes(
+        items, np.array([0, 7]), np.array([7, 10]), np.array([0, 1]), where, every=False
+    )
     assert list(zip(last.starts_P.tolist(), last.ends_P.tolist(), strict=True)) == [(3, 6), (7, 9)]
     assert last.targets_R.tolist() == [6, 9]
 
@@ -169,7 +194,9 @@ def test_users_of_one_item_teach_nothing_and_are_no_error():
 def test_no_held_out_item_is_seen_or_learned(packed):
     source = marked_sequences()
     markers = set(range(len(TRAINING_CODES), len(CODES)))
-    for batch in step_of(source, "user", causal(), every=True, packed=packed, budget=300).micro_batches:
+    for batch in step_of(
+        source, "user", causal(), every=True, packed=packed, budget=300
+    ).micro_batches:
         assert not markers & set((batch.encoder.item_rows - 1).unique().tolist())
         assert not markers & set(batch.asked.items_R.tolist())
 
@@ -179,7 +206,14 @@ def test_samples_that_even_out_ranks_are_not_learned_from():
     samples = whole_step(source, "user")[:10]
     whole = step_of(source, "user", where, every=True, packed=True, samples=samples)
     parts = [
-        step_of(source, "user", where, every=True, packed=True, samples=split_among_ranks(samples, rank, 3))
+        step_of(
+            source,
+            "user",
+            where,
+            every=True,
+            packed=True,
+            samples=split_among_ranks(samples, rank, 3),
+        )
         for rank in range(3)
     ]
     assert sum(part.num_padding for part in parts) == 2
@@ -188,7 +222,12 @@ def test_samples_that_even_out_ranks_are_not_learned_from():
     assert sum(part.samples_digest for part in parts) % 2**64 == whole.samples_digest % 2**64
 
     def learned(steps):
-        items = [item for step in steps for batch in step.micro_batches for item in batch.asked.items_R.tolist()]
+        items = [
+            item
+            for step in steps
+            for batch in step.micro_batches
+            for item in batch.asked.items_R.tolist()
+        ]
         return sorted(item for item in items if item != IGNORED)
 
     assert learned(parts) == learned([whole])
@@ -215,12 +254,18 @@ def test_a_padded_search_lists_what_each_user_alone_is_listed():
     searcher = TrieSearcher(model, build_trie(*WORDS.tokens_of_items()))
     histories = [[3, 1, 4, 5], [], [9]]
     items = np.array([item for history in histories for item in history], np.int32)
-    together = encode_histories(items, np.cumsum([0, *map(len, histories)]), np.array([0, 1, -1]), where)
+    together = encode_histories(
+        items, np.cumsum([0, *map(len, histories)]), np.array([0, 1, -1]), where
+    )
     assert isinstance(together, EncoderInput)
     found = searcher.search(together, beam=20, top=10)
     for row, (history, user) in enumerate(zip(histories, (0, 1, -1), strict=True)):
-        alone = encode_histories(np.array(history, np.int32), np.array([0, len(history)]), np.array([user]), where)
-        np.testing.assert_array_equal(searcher.search(alone, beam=20, top=10).items[0], found.items[row])
+        alone = encode_histories(
+            np.array(history, np.int32), np.array([0, len(history)]), np.array([user]), where
+        )
+        np.testing.assert_array_equal(
+            searcher.search(alone, beam=20, top=10).items[0], found.items[row]
+        )
 
 
 def test_a_run_of_shared_samples_learns_and_is_loaded(tiny_recipe):
@@ -241,8 +286,14 @@ def test_a_run_of_shared_samples_learns_and_is_loaded(tiny_recipe):
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["finetune.targets=all-prefixes"], r"finetune\.targets all-prefixes: set model\.encoder_attention causal"),
-        (["model.encoder_attention=causal", "pretrain.epochs=1"], r"pretrain\.targets mask: a causal encoder"),
+        (
+            ["finetune.targets=all-prefixes"],
+            r"finetune\.targets all-prefixes: set model\.encoder_attention causal",
+        ),
+        (
+            ["model.encoder_attention=causal", "pretrain.epochs=1"],
+            r"pretrain\.targets mask: a causal encoder",
+        ),
         (
             ["model.encoder_attention=causal", "pretrain.epochs=0", "model.positions=from-end"],
             r"model\.positions from-end: under causal",

@@ -1,4 +1,5 @@
-"""Words: their sub-words are those of the whole text, a function of the catalogue alone, for any fast tokenizer."""
+"""Words: their sub-words are those of the whole text, a function of the catalogue alone, for any
+fast tokenizer."""
 
 import hashlib
 import json
@@ -35,17 +36,25 @@ logging.set_verbosity_error()
 ITEM_CODES = [str(code) for code in (1, 12, 123, 2, 21, 7, 99, 1000, 12101)]
 USER_CODES = [str(code) for code in (3, 33, 22363)]
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
-CORPUS = ["the items user 12 liked in 2019 were seen again _ _1 item user"] * 3 + [str(n) for n in range(60)]
+CORPUS = ["the items user 12 liked in 2019 were seen again _ _1 item user"] * 3 + [
+    str(n) for n in range(60)
+]
 
 
 def sequences(items: list[list[int]], num_items: int) -> Sequences:
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in items])]).astype(np.int64)
     flat = np.concatenate(items).astype(np.int32)
-    return Sequences(flat, offsets, [str(u + 1) for u in range(len(items))], [str(i + 1) for i in range(num_items)])
+    return Sequences(
+        flat,
+        offsets,
+        [str(u + 1) for u in range(len(items))],
+        [str(i + 1) for i in range(num_items)],
+    )
 
 
 def bart_style(directory):
-    """A byte-level BPE as BART's: the text is cut into letters, digits and the rest before BPE sees it."""
+    """A byte-level BPE as BART's: the text is cut into letters, digits and the rest before BPE sees
+    it."""
     backend = Tokenizer(models.BPE(unk_token=None))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -54,7 +63,9 @@ def bart_style(directory):
         vocab_size=330, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(CORPUS, trainer)
-    backend.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), add_prefix_space=False)
+    backend.post_processor = processors.RobertaProcessing(
+        ("</s>", 2), ("<s>", 0), add_prefix_space=False
+    )
     names = {
         "bos_token": "<s>",
         "pad_token": "<pad>",
@@ -104,7 +115,10 @@ def test_the_table_holds_each_word_as_the_tokenizer_alone_gives_it(tokenizer):
     assert (words.lengths == np.diff(words.offsets)).all()
 
 
-@given(rows=st.lists(st.integers(0, len(ITEM_CODES) - 1), max_size=12), user=st.integers(0, len(USER_CODES) - 1))
+@given(
+    rows=st.lists(st.integers(0, len(ITEM_CODES) - 1), max_size=12),
+    user=st.integers(0, len(USER_CODES) - 1),
+)
 @settings(max_examples=60, deadline=None)
 def test_a_sentence_is_the_concatenation_of_its_words(tokenizer, rows, user):
     words = build_words(tokenizer, ITEM_CODES, USER_CODES)
@@ -112,7 +126,10 @@ def test_a_sentence_is_the_concatenation_of_its_words(tokenizer, rows, user):
     joined = [*words.user_words(np.array([user])), *words.item_words(np.array(rows, np.int64))]
     expected = [token for word in joined for token in tokens_of(words, int(word))]
     assert tokenizer.encode(text, add_special_tokens=False) == expected
-    assert tokenizer.encode(text) in (expected, [tokenizer.bos_token_id, *expected, tokenizer.eos_token_id])
+    assert tokenizer.encode(text) in (
+        expected,
+        [tokenizer.bos_token_id, *expected, tokenizer.eos_token_id],
+    )
 
 
 def test_the_leading_space_lies_inside_the_first_sub_word(tokenizer):
@@ -122,7 +139,11 @@ def test_the_leading_space_lies_inside_the_first_sub_word(tokenizer):
         assert len(first) > 1
 
 
-@given(code=st.text(st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1, max_size=8))
+@given(
+    code=st.text(
+        st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1, max_size=8
+    )
+)
 @settings(max_examples=60, deadline=None)
 def test_decoding_gives_the_word_back_whatever_its_letters(tokenizer, code):
     for text in (item_text(code), user_text(code)):
@@ -136,15 +157,21 @@ def test_prefix_items_have_strings_of_their_own(tokenizer):
     strings = [tuple(tokens[start:end]) for start, end in pairwise(offsets)]
     assert offsets[0] == 0
     assert offsets[-1] == len(tokens)
-    assert strings == [tuple(tokenizer.encode(item_text(code), add_special_tokens=False)) for code in ITEM_CODES]
+    assert strings == [
+        tuple(tokenizer.encode(item_text(code), add_special_tokens=False)) for code in ITEM_CODES
+    ]
     assert len(set(strings)) == len(ITEM_CODES)
 
 
 def test_the_longest_words_are_found(tokenizer):
     words = build_words(tokenizer, ITEM_CODES, USER_CODES)
     encode = tokenizer.encode
-    assert words.longest_item == max(len(encode(item_text(c), add_special_tokens=False)) for c in ITEM_CODES)
-    assert words.longest_user == max(len(encode(user_text(c), add_special_tokens=False)) for c in USER_CODES)
+    assert words.longest_item == max(
+        len(encode(item_text(c), add_special_tokens=False)) for c in ITEM_CODES
+    )
+    assert words.longest_user == max(
+        len(encode(user_text(c), add_special_tokens=False)) for c in USER_CODES
+    )
     assert build_words(tokenizer, ITEM_CODES, []).longest_user == 0
 
 
@@ -167,8 +194,11 @@ def test_a_vocabulary_below_the_bytes_is_refused():
 @pytest.mark.parametrize("numbering", ["random", "train-order"])
 def test_the_tokenizer_is_byte_identical_when_held_out_interactions_change(numbering):
     rng = np.random.default_rng(0)
-    # Users 0..3 together hold the whole catalogue in training, so it stays whatever the held-out items are.
-    first = [rng.permutation(40).tolist() + [int(rng.integers(40)) for _ in range(2)] for _ in range(4)]
+    # Users 0..3 together hold the whole catalogue in training, so it stays whatever the held-out
+    # items are.
+    first = [
+        rng.permutation(40).tolist() + [int(rng.integers(40)) for _ in range(2)] for _ in range(4)
+    ]
     other = [row[:-2] + [int(rng.integers(40)) for _ in range(2)] for row in first]
     assert first != other
     tables = []
@@ -176,7 +206,9 @@ def test_the_tokenizer_is_byte_identical_when_held_out_interactions_change(numbe
         codes = number(sequences(items, 40), numbering, 5)
         trained = train_tokenizer(codes.item_codes, 300, num_masks=2)
         words = build_words(trained, codes.item_codes, codes.user_codes, 2)
-        tables.append((trained.backend_tokenizer.to_str(), words.tokens.tobytes(), words.offsets.tobytes()))
+        tables.append(
+            (trained.backend_tokenizer.to_str(), words.tokens.tobytes(), words.offsets.tobytes())
+        )
     assert tables[0] == tables[1]
 
 
@@ -187,10 +219,19 @@ def test_training_a_tokenizer_gives_the_same_bytes_in_every_process():
         "text = train([str(c) for c in range(1, 200)], 400).backend_tokenizer.to_str(); "
         "print(hashlib.sha256(text.encode()).hexdigest())"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": "7", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "7",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+    )
     ours = [train_tokenizer(codes, 400).backend_tokenizer.to_str() for _ in range(3)]
-    assert {hashlib.sha256(text.encode()).hexdigest() for text in ours} == {done.stdout.strip().splitlines()[-1]}
+    assert {hashlib.sha256(text.encode()).hexdigest() for text in ours} == {
+        done.stdout.strip().splitlines()[-1]
+    }
 
 
 def test_numbered_masks_are_single_tokens_in_trained_and_loaded_tokenizers(tmp_path):
@@ -205,7 +246,9 @@ def test_numbered_masks_are_single_tokens_in_trained_and_loaded_tokenizers(tmp_p
         assert masks[0] == tokenizer.mask_token_id
         assert tokenizer.encode(" item_1<mask_2>", add_special_tokens=False)[-1] == masks[2]
         words = build_words(tokenizer, ITEM_CODES, USER_CODES, 3)
-        assert [tokens_of(words, FIRST_MASK_WORD + j) for j in range(3)] == [[token] for token in masks]
+        assert [tokens_of(words, FIRST_MASK_WORD + j) for j in range(3)] == [
+            [token] for token in masks
+        ]
         assert words.first_item_word == FIRST_MASK_WORD + 3
         with pytest.raises(ValueError, match="no <mask_3>: it was made for fewer than 4 masks"):
             build_words(tokenizer, ITEM_CODES, USER_CODES, 4)
@@ -273,9 +316,18 @@ def test_what_cannot_be_loaded_is_named_with_two_ways_out(tmp_path):
 
 
 def test_a_hub_name_without_a_network_is_named_with_two_ways_out(tmp_path):
-    program = "from genrec_dist.data.tokenizer import load_tokenizer as load; load('facebook/bart-base')"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    program = (
+        "from genrec_dist.data.tokenizer import load_tokenizer as load; load('facebook/bart-base')"
+    )
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: tokens.tokenizer facebook/bart-base: ")

@@ -1,4 +1,5 @@
-"""The trimmed vocabulary: the same model with fewer rows, stored with its run, and speaking nothing but items."""
+"""The trimmed vocabulary: the same model with fewer rows, stored with its run, and speaking nothing
+but items."""
 
 from __future__ import annotations
 
@@ -39,8 +40,11 @@ from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.run import train
 from genrec_dist.training.setup import Workshop, open_workshop
 
-UNUSED_CODES = [f"Z{number}{letters}" for number, letters in enumerate(["QX", "KJ", "WV", "PLU"] * 40)]
-"""Codes of no item: a tokenizer that has learned them, too, has tokens that no word of the catalogue uses."""
+UNUSED_CODES = [
+    f"Z{number}{letters}" for number, letters in enumerate(["QX", "KJ", "WV", "PLU"] * 40)
+]
+"""Codes of no item: a tokenizer that has learned them, too, has tokens that no word of the
+catalogue uses."""
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +74,21 @@ Shop = tuple[Workshop, GenRecForConditionalGeneration]
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_data: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Shop, Shop]:
-    """The backbone under the whole vocabulary and under the trimmed one, with the same id tables."""
+def pair(
+    tiny_data: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Shop, Shop]:
+    """The backbone under the whole vocabulary and under the trimmed one, with the same id
+    tables."""
     folder = tmp_path_factory.mktemp("pair")
-    sets = [f"model.backbone={backbone}", "model.dropout=0.0", "micro_batch_tokens=512", "tokens.trim="]
+    sets = [
+        f"model.backbone={backbone}",
+        "model.dropout=0.0",
+        "micro_batch_tokens=512",
+        "tokens.trim=",
+    ]
     whole, trimmed = (
-        open_workshop(a_recipe(tiny_data, folder / "run", *sets[:-1], sets[-1] + trim)) for trim in ("false", "true")
+        open_workshop(a_recipe(tiny_data, folder / "run", *sets[:-1], sets[-1] + trim))
+        for trim in ("false", "true")
     )
     for name in ("user_embedding", "item_embedding"):
         theirs = getattr(whole[1], name).weight
@@ -113,7 +126,9 @@ def test_a_token_that_was_not_kept_is_named(pair: tuple[Shop, Shop]) -> None:
     vocabulary = trimmed.words.vocabulary
     assert vocabulary is not None
     fewer = Vocabulary(vocabulary.tokens[1:], vocabulary.num_spoken - 1)
-    with pytest.raises(ValueError, match=rf"^token {vocabulary.tokens[0]} of the tokenizer has no row"):
+    with pytest.raises(
+        ValueError, match=rf"^token {vocabulary.tokens[0]} of the tokenizer has no row"
+    ):
         trim(whole.words, whole.tokenizer.pad_token_id, fewer)
 
 
@@ -125,11 +140,15 @@ def test_a_stored_vocabulary_is_the_models_or_refused(tmp_path: Path) -> None:
     assert loaded.tokens.tolist() == vocabulary.tokens.tolist()
     assert loaded.num_spoken == 3
     for other in (Vocabulary(vocabulary.tokens, 4), Vocabulary(np.array([4, 9, 301, 0, 1]), 3)):
-        with pytest.raises(ValueError, match=r"vocabulary.json: not the vocabulary of the model beside it"):
+        with pytest.raises(
+            ValueError, match=r"vocabulary.json: not the vocabulary of the model beside it"
+        ):
             load_vocabulary(path, other.hash())
     for damaged in ("", "[]", '{"tokens": ["x"], "num_spoken": 1}', '{"tokens": [1]}'):
         path.write_text(damaged)
-        with pytest.raises(ValueError, match=r"vocabulary.json: missing or damaged .*: copy the run again"):
+        with pytest.raises(
+            ValueError, match=r"vocabulary.json: missing or damaged .*: copy the run again"
+        ):
             load_vocabulary(path, vocabulary.hash())
     with pytest.raises(ValueError, match="missing or damaged"):
         load_vocabulary(tmp_path / "nowhere", vocabulary.hash())
@@ -157,7 +176,9 @@ def test_the_trimmed_backbone_is_the_backbone_on_the_kept_tokens(pair: tuple[Sho
     spoken = kept[: vocabulary.num_spoken]
     model.eval()
     small.eval()
-    shares = [StepBatches(s.stages, s.reader, s.layout, s.recipe, 0, 1)[0] for s in (whole, trimmed)]
+    shares = [
+        StepBatches(s.stages, s.reader, s.layout, s.recipe, 0, 1)[0] for s in (whole, trimmed)
+    ]
     for theirs, ours in zip(*(share.micro_batches for share in shares), strict=True):
         assert torch.equal(kept[ours.encoder.input_ids], theirs.encoder.input_ids)
         with torch.no_grad():
@@ -165,7 +186,9 @@ def test_the_trimmed_backbone_is_the_backbone_on_the_kept_tokens(pair: tuple[Sho
             logits, labels = model.target_logits(
                 theirs.encoder, theirs.encoder_row, theirs.decoder_input_ids, theirs.labels
             )
-            found, own = small.target_logits(ours.encoder, ours.encoder_row, ours.decoder_input_ids, ours.labels)
+            found, own = small.target_logits(
+                ours.encoder, ours.encoder_row, ours.decoder_input_ids, ours.labels
+            )
         torch.testing.assert_close(states[1], states[0])
         torch.testing.assert_close(found, logits[:, spoken])
         assert torch.equal(spoken[own], labels)
@@ -176,7 +199,9 @@ def test_what_shares_the_embedding_still_shares_it(pair: tuple[Shop, Shop], tmp_
     vocabulary = trimmed.words.vocabulary
     shared = small.model.shared.weight
     assert shared is small.lm_head.weight
-    assert shared is small.model.encoder.embed_tokens.weight is small.model.decoder.embed_tokens.weight
+    assert (
+        shared is small.model.encoder.embed_tokens.weight is small.model.decoder.embed_tokens.weight
+    )
     assert shared.requires_grad
     assert len(shared) == vocabulary.size == small.config.vocab_size
     assert small.model.shared.padding_idx == small.config.pad_token_id
@@ -184,15 +209,21 @@ def test_what_shares_the_embedding_still_shares_it(pair: tuple[Shop, Shop], tmp_
     loaded = GenRecForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.config.spoken_tokens == vocabulary.num_spoken
     assert loaded.final_logits_bias.isneginf().sum() == vocabulary.size - vocabulary.num_spoken
-    for (name, one), (_, other) in zip(small.state_dict().items(), loaded.state_dict().items(), strict=True):
+    for (name, one), (_, other) in zip(
+        small.state_dict().items(), loaded.state_dict().items(), strict=True
+    ):
         assert torch.equal(one, other), name
 
 
 def test_hugging_faces_generate_speaks_no_other_token(pair: tuple[Shop, Shop]) -> None:
     _, (trimmed, small) = pair
     words = trimmed.words
-    ids = torch.from_numpy(words.tokens[words.offsets[words.first_item_word] :][:6].astype(np.int64))[None]
-    made = small.generate(ids, num_beams=4, num_return_sequences=4, max_new_tokens=5, do_sample=False)
+    ids = torch.from_numpy(
+        words.tokens[words.offsets[words.first_item_word] :][:6].astype(np.int64)
+    )[None]
+    made = small.generate(
+        ids, num_beams=4, num_return_sequences=4, max_new_tokens=5, do_sample=False
+    )
     logits = small(ids, decoder_input_ids=made).logits
     assert logits[..., words.vocabulary.num_spoken :].isneginf().all()
     assert logits[..., : words.vocabulary.num_spoken].isfinite().all()
@@ -202,12 +233,17 @@ def test_hugging_faces_generate_speaks_no_other_token(pair: tuple[Shop, Shop]) -
     assert made[:, 0].eq(small.config.decoder_start_token_id).all()
 
 
-def test_it_learns_what_a_whole_model_learns_whose_other_logits_are_closed(pair: tuple[Shop, Shop]) -> None:
+def test_it_learns_what_a_whole_model_learns_whose_other_logits_are_closed(
+    pair: tuple[Shop, Shop],
+) -> None:
     """Five steps of AdamW, label smoothing included (over the spoken tokens)."""
     (whole, model), (trimmed, small) = pair
     vocabulary = trimmed.words.vocabulary
     spoken = torch.from_numpy(vocabulary.tokens[: vocabulary.num_spoken])
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=3e-3, eps=1e-4, weight_decay=0.0) for m in (model, small)]
+    optimizers = [
+        torch.optim.AdamW(m.parameters(), lr=3e-3, eps=1e-4, weight_decay=0.0)
+        for m in (model, small)
+    ]
     data = [StepBatches(s.stages, s.reader, s.layout, s.recipe, 0, 1) for s in (whole, trimmed)]
     losses: tuple[list[float], list[float]] = ([], [])
     before = model.model.shared.weight.detach().clone()
@@ -220,7 +256,9 @@ def test_it_learns_what_a_whole_model_learns_whose_other_logits_are_closed(pair:
             renumbered = torch.from_numpy(vocabulary.numbers(labels.numpy())).long()
             one = target_loss(logits[:, spoken], renumbered, 100, 0.1)
             given = {**vars(ours.encoder), "encoder_row": ours.encoder_row, "labels": ours.labels}
-            other = small(**given, decoder_input_ids=ours.decoder_input_ids, label_smoothing=0.1) / 100
+            other = (
+                small(**given, decoder_input_ids=ours.decoder_input_ids, label_smoothing=0.1) / 100
+            )
             one.backward()
             other.backward()
             losses[0].append(float(one.detach()))
@@ -230,7 +268,10 @@ def test_it_learns_what_a_whole_model_learns_whose_other_logits_are_closed(pair:
             optimizer.zero_grad(set_to_none=True)
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     kept = torch.from_numpy(vocabulary.tokens)
-    moved, ours = (model.model.shared.weight - before)[kept], small.model.shared.weight - before[kept]
+    moved, ours = (
+        (model.model.shared.weight - before)[kept],
+        small.model.shared.weight - before[kept],
+    )
     size = float(moved.detach().norm())
     assert size > 0.1
     assert float((moved - ours).detach().norm()) < 1e-3 * size
@@ -243,7 +284,11 @@ def test_it_learns_what_a_whole_model_learns_whose_other_logits_are_closed(pair:
 def run(tiny_data: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trimmed")
     shutil.copytree(backbone, folder / "tokenizer")
-    sets = [f"tokens.tokenizer={folder / 'tokenizer'}", "tokens.trim=true", "pretrain.mask={strategy: multi, k: 2}"]
+    sets = [
+        f"tokens.tokenizer={folder / 'tokenizer'}",
+        "tokens.trim=true",
+        "pretrain.mask={strategy: multi, k: 2}",
+    ]
     return train(a_recipe(tiny_data, folder / "run", *sets))
 
 
@@ -252,7 +297,9 @@ def loaded(run: Path) -> LoadedRun:
     return load_run(run)
 
 
-def lists(loaded: LoadedRun, data: Path, mode: str, users: int = 60) -> tuple[np.ndarray, np.ndarray]:
+def lists(
+    loaded: LoadedRun, data: Path, mode: str, users: int = 60
+) -> tuple[np.ndarray, np.ndarray]:
     view = load_dataset(data).sequences.history_and_target("test")
     decoding = Decoding(mode=mode, top=10, exclude_history=mode != "free")  # type: ignore[arg-type]
     found = rank_batch(loaded.searcher, loaded.layout, view, np.arange(users), decoding)
@@ -268,27 +315,39 @@ def test_a_loaded_run_speaks_its_vocabulary(run: Path, loaded: LoadedRun, tiny_d
     assert config.vocabulary_hash == vocabulary.hash()
     assert len(loaded.model.model.shared.weight) == vocabulary.size < len(loaded.tokenizer)
     assert config.num_masks == 2  # numbered masks are read, too
-    again = build_words(loaded.tokenizer, loaded.catalogue.item_codes, loaded.catalogue.user_codes, 2)
+    again = build_words(
+        loaded.tokenizer, loaded.catalogue.item_codes, loaded.catalogue.user_codes, 2
+    )
     assert np.array_equal(vocabulary.tokens[words.tokens], again.tokens)
     validated = [event for event in map(json.loads, (run / "events.jsonl").read_text().splitlines())
                  if event["event"] == "validation"][-1]  # fmt: skip
     view = load_dataset(tiny_data).sequences.history_and_target("validation")
     users = np.arange(words.num_users)
     assert np.isfinite(validated["loss"])
-    # All of the probability is the items': an untrained softmax over the whole tokenizer would be at the log of its size.
-    assert history_loss(loaded.model, loaded.layout, view, users, Ranks()) < np.log(vocabulary.num_spoken) + 0.5
+    # All of the probability is the items': an untrained softmax over the whole tokenizer would be
+    # at the log of its size.
+    assert (
+        history_loss(loaded.model, loaded.layout, view, users, Ranks())
+        < np.log(vocabulary.num_spoken) + 0.5
+    )
 
 
 def test_compact_is_exact(loaded: LoadedRun, tiny_data: Path) -> None:
     """No token outside the trie has probability, in training or in decoding."""
-    (items, scores), (found, their_scores) = (lists(loaded, tiny_data, mode) for mode in ("exact", "compact"))
+    (items, scores), (found, their_scores) = (
+        lists(loaded, tiny_data, mode) for mode in ("exact", "compact")
+    )
     assert np.array_equal(items, found)
     assert np.allclose(scores, their_scores, rtol=1e-6)
 
 
-def test_the_control_compact_is_not_exact_over_a_whole_vocabulary(tiny_run: Path, tiny_data: Path) -> None:
+def test_the_control_compact_is_not_exact_over_a_whole_vocabulary(
+    tiny_run: Path, tiny_data: Path
+) -> None:
     whole = load_run(tiny_run)
-    assert not np.allclose(lists(whole, tiny_data, "exact")[1], lists(whole, tiny_data, "compact")[1], rtol=1e-3)
+    assert not np.allclose(
+        lists(whole, tiny_data, "exact")[1], lists(whole, tiny_data, "compact")[1], rtol=1e-3
+    )
 
 
 def test_mode_free_reads_items_back(loaded: LoadedRun, tiny_data: Path) -> None:
@@ -314,12 +373,16 @@ def lists_of_all(loaded: LoadedRun, data: Path) -> tuple[np.ndarray, np.ndarray]
 def test_a_run_without_its_vocabulary_is_refused(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "best", tmp_path / "run" / "best")
     (tmp_path / "run" / "best" / VOCABULARY_FILE).unlink()
-    with pytest.raises(ValueError, match=r"vocabulary.json: missing or damaged .*: copy the run again, or train again"):
+    with pytest.raises(
+        ValueError,
+        match=r"vocabulary.json: missing or damaged .*: copy the run again, or train again",
+    ):
         load_run(tmp_path / "run")
 
 
 def test_a_resume_with_another_mapping_is_refused(run: Path, tiny_data: Path) -> None:
-    """The tokenizer's directory is another one's now; its name, the data and the recipe are the same."""
+    """The tokenizer's directory is another one's now; its name, the data and the recipe are the
+    same."""
     recipe = load_recipe(run / "recipe.yaml")
     shop, _ = open_workshop(recipe)
     path = find_checkpoint(run, "latest")
@@ -327,7 +390,9 @@ def test_a_resume_with_another_mapping_is_refused(run: Path, tiny_data: Path) ->
     folder = Path(str(recipe.tokens.tokenizer))
     before = PreTrainedTokenizerFast.from_pretrained(folder)
     try:
-        train_tokenizer([*UNUSED_CODES, *load_dataset(tiny_data).numbering.item_codes], 420).save_pretrained(folder)
+        train_tokenizer(
+            [*UNUSED_CODES, *load_dataset(tiny_data).numbering.item_codes], 420
+        ).save_pretrained(folder)
         other, _ = open_workshop(recipe)
         assert other.identity["recipe"] == shop.identity["recipe"]
         with pytest.raises(ValueError, match="its vocabulary is not this run's"):

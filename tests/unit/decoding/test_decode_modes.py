@@ -1,4 +1,5 @@
-"""The other ways to decode, each against brute force: compact, all, free; and the search in shapes that a graph can capture."""
+"""The other ways to decode, each against brute force: compact, all, free; and the search in shapes
+that a graph can capture."""
 
 from __future__ import annotations
 
@@ -53,7 +54,13 @@ def in_float32(world: World, **options: Any) -> TrieSearcher:
 
 
 @settings(max_examples=30, deadline=None)
-@given(catalogues, histories_of, st.booleans(), st.sampled_from([1, 5, MOST_ITEMS]), st.sampled_from([1, 3, 2048]))
+@given(
+    catalogues,
+    histories_of,
+    st.booleans(),
+    st.sampled_from([1, 5, MOST_ITEMS]),
+    st.sampled_from([1, 3, 2048]),
+)
 @example(PREFIXES, [[0, 3], [], [1, 1, 2]], True, 7, 2)
 def test_all_scores_the_whole_catalogue(
     items: list[Word], draws: list[History], exclude: bool, top: int, nodes_at_once: int
@@ -68,7 +75,9 @@ def test_all_scores_the_whole_catalogue(
         lists = world.search(histories, beam=1, top=top, exclude=exclude, mode="all")
     for history, found, truth_N in zip(histories, lists, truth_BN, strict=True):
         assert [item for item, _ in found] == best_first(truth_N, history if exclude else [])[:top]
-        np.testing.assert_allclose([score for _, score in found], truth_N[[item for item, _ in found]], rtol=1e-6)
+        np.testing.assert_allclose(
+            [score for _, score in found], truth_N[[item for item, _ in found]], rtol=1e-6
+        )
 
 
 @settings(max_examples=40, deadline=None)
@@ -81,7 +90,9 @@ def test_a_beam_as_wide_as_the_trie_is_the_oracle(
     world = World(items, sharp_model())
     wide = world.search(histories, beam=world.widest_level, top=top, exclude=exclude)
     oracle = world.search(histories, beam=1, top=top, exclude=exclude, mode="all")
-    assert [[item for item, _ in found] for found in wide] == [[item for item, _ in found] for found in oracle]
+    assert [[item for item, _ in found] for found in wide] == [
+        [item for item, _ in found] for found in oracle
+    ]
 
 
 # compact: the softmax over the trie's tokens.
@@ -90,8 +101,11 @@ def test_a_beam_as_wide_as_the_trie_is_the_oracle(
 @settings(max_examples=30, deadline=None)
 @given(catalogues, histories_of, st.booleans())
 @example(PREFIXES, [[0, 3], []], False)
-def test_compact_normalises_over_the_trie_alone(items: list[Word], draws: list[History], exclude: bool) -> None:
-    """Equal to `exact` with a model that gives all other tokens no probability, as one does that was trained without them."""
+def test_compact_normalises_over_the_trie_alone(
+    items: list[Word], draws: list[History], exclude: bool
+) -> None:
+    """Equal to `exact` with a model that gives all other tokens no probability, as one does that
+    was trained without them."""
     histories = [[draw % len(items) for draw in history] for history in draws]
     world = World(items, sharp_model())
     used = sorted({EOS, *(token for item in items for token in item)})
@@ -109,7 +123,9 @@ def brute_force_over(world: World, histories: list[History], tokens: list[int]) 
     """As `World.brute_force`, the logits of all other tokens at -inf."""
     others = torch.ones(world.model.config.vocab_size, dtype=torch.bool)
     others[tokens] = False
-    hook = world.model.lm_head.register_forward_hook(lambda *call: call[2].masked_fill(others, -torch.inf))
+    hook = world.model.lm_head.register_forward_hook(
+        lambda *call: call[2].masked_fill(others, -torch.inf)
+    )
     try:
         return world.brute_force(histories)
     finally:
@@ -118,12 +134,16 @@ def brute_force_over(world: World, histories: list[History], tokens: list[int]) 
 
 def test_compact_and_exact_differ_where_the_softmaxes_do() -> None:
     world = World([(5,), (6,)], sharp_model())
-    exact, compact = (world.search([[0]], beam=2, top=2, mode=mode)[0] for mode in ("exact", "compact"))
+    exact, compact = (
+        world.search([[0]], beam=2, top=2, mode=mode)[0] for mode in ("exact", "compact")
+    )
     assert all(c > e for (_, e), (_, c) in zip(sorted(exact), sorted(compact), strict=True))
 
 
 def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(ValueError, match="decode mode 'greedy': choose one of exact, compact, free, all"):
+    with pytest.raises(
+        ValueError, match="decode mode 'greedy': choose one of exact, compact, free, all"
+    ):
         World(PREFIXES, sharp_model()).search([[0]], beam=1, top=1, mode="greedy")
 
 
@@ -137,7 +157,9 @@ class Letters:
         self.row_of = {item: row for row, item in enumerate(items)}
 
     def rows(self, strings: list[np.ndarray]) -> np.ndarray:
-        return np.array([self.row_of.get(tuple(string.tolist()), -2) for string in strings], np.int32)
+        return np.array(
+            [self.row_of.get(tuple(string.tolist()), -2) for string in strings], np.int32
+        )
 
 
 def free_searcher(world: World) -> TrieSearcher:
@@ -145,7 +167,9 @@ def free_searcher(world: World) -> TrieSearcher:
 
 
 @torch.inference_mode()
-def strings_best_first(world: World, history: History, user: int, longest: int) -> list[tuple[Word, float]]:
+def strings_best_first(
+    world: World, history: History, user: int, longest: int
+) -> list[tuple[Word, float]]:
     """Every token string there is, by log-probability, `</s>` included."""
     encoder = world.encoder([history], [user])
     memory = world.model.encode(encoder)
@@ -181,7 +205,9 @@ def test_free_strikes_excluded_items_out_and_the_list_closes_up() -> None:
     world, searcher = World(items, sharp_model()), free_searcher(World(items, sharp_model()))
     encoder = world.encoder([[0], [2, 1]])
     plain = searcher.search(encoder, beam=81, top=81, mode="free")
-    struck = searcher.search(encoder, beam=81, top=81, mode="free", excluded=pairs_of([[0], [2, 1]]))
+    struck = searcher.search(
+        encoder, beam=81, top=81, mode="free", excluded=pairs_of([[0], [2, 1]])
+    )
     for row, history in enumerate([[0], [2, 1]]):
         kept = [
             (i, s)
@@ -201,13 +227,16 @@ def test_free_without_a_tokenizer_is_refused() -> None:
 
 
 def test_texts_are_read_by_the_numbering_and_to_the_letter() -> None:
-    """Other cuts of an item's word are that item, and so may stand twice; digits inside another text are none."""
+    """Other cuts of an item's word are that item, and so may stand twice; digits inside another
+    text are none."""
     codes = [str(number) for number in range(120)]
     tokenizer = train_tokenizer(codes, 280)
     texts = ItemTexts(tokenizer, codes)
 
     def spelled(*parts: str) -> list[int]:
-        return [token for part in parts for token in tokenizer.encode(part, add_special_tokens=False)]
+        return [
+            token for part in parts for token in tokenizer.encode(part, add_special_tokens=False)
+        ]
 
     word = item_text("117")
     assert texts.rows([spelled(word), spelled(*word)]).tolist() == [117, 117]
@@ -241,7 +270,8 @@ def test_ranked_ends_give_the_lists_of_hugging_face_for_items_of_all_lengths(bea
 def test_the_normaliser_is_that_of_the_whole_softmax(
     columns: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In parts, with and without the pass for the largest logit; logits in the hundreds do not overflow."""
+    """In parts, with and without the pass for the largest logit; logits in the hundreds do not
+    overflow."""
     monkeypatch.setattr(head, "CPU_LOGITS_AT_ONCE", 7 * columns)
     torch.manual_seed(0)
     weight, hidden = scale * torch.randn(3000, 16), torch.randn(7, 1, 16)
@@ -249,13 +279,16 @@ def test_the_normaliser_is_that_of_the_whole_softmax(
     assert softmax._bounded(hidden[:, 0]) == (scale < 1)
     eos = hidden @ weight[2047]
     expected = (hidden.double() @ weight.double().T).logsumexp(-1)
-    torch.testing.assert_close(softmax.log_normaliser(hidden, eos).double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        softmax.log_normaliser(hidden, eos).double(), expected, rtol=1e-6, atol=1e-6
+    )
     other = softmax.log_normaliser(hidden, eos + 20 * scale)
     assert (other > expected).all()  # the logit of </s> is the one that was given
 
 
 def rows_behind_items(shares: list[float]) -> tuple[Softmax, torch.Tensor]:
-    """A head of 3,000 tokens and rows [R, 1, D] after which all tokens but `</s>` together have these shares of probability."""
+    """A head of 3,000 tokens and rows [R, 1, D] after which all tokens but `</s>` together have
+    these shares of probability."""
     torch.manual_seed(1)
     weight = 0.05 * torch.randn(3000, 32)
     weight[2] *= 10  # the longest, as `</s>` has it in a trained head
@@ -272,8 +305,11 @@ def rows_behind_items(shares: list[float]) -> tuple[Softmax, torch.Tensor]:
 
 
 @pytest.mark.parametrize("doubtful", [0, 20, 300])
-def test_behind_items_bfloat16_moves_no_score(doubtful: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows where `</s>` is certain go through bfloat16, others through float32; all come out as float32 has them."""
+def test_behind_items_bfloat16_moves_no_score(
+    doubtful: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows where `</s>` is certain go through bfloat16, others through float32; all come out as
+    float32 has them."""
     monkeypatch.setattr(head, "_has_bfloat16_units", lambda device: True)
     rng = np.random.default_rng(0)
     shares = rng.permutation([1e-6] * (320 - doubtful) + [0.3] * doubtful).tolist()
@@ -286,9 +322,13 @@ def test_behind_items_bfloat16_moves_no_score(doubtful: int, monkeypatch: pytest
     in_bfloat16, in_full = softmax._sum_of_others_in_bfloat16, softmax.log_normaliser
     full: list[int] = []
     monkeypatch.setattr(
-        softmax, "_sum_of_others_in_bfloat16", lambda rows: rough.append(len(rows)) or in_bfloat16(rows)
+        softmax,
+        "_sum_of_others_in_bfloat16",
+        lambda rows: rough.append(len(rows)) or in_bfloat16(rows),
     )
-    monkeypatch.setattr(softmax, "log_normaliser", lambda rows, eos: full.append(len(rows)) or in_full(rows, eos))
+    monkeypatch.setattr(
+        softmax, "log_normaliser", lambda rows, eos: full.append(len(rows)) or in_full(rows, eos)
+    )
     found = softmax.log_normaliser_behind_items(hidden, eos)
     torch.testing.assert_close(found.double(), expected, rtol=3e-7, atol=0)
     if doubtful == 300:
@@ -296,7 +336,9 @@ def test_behind_items_bfloat16_moves_no_score(doubtful: int, monkeypatch: pytest
     else:
         assert rough == [320]
         assert full[1:] == ([doubtful] if doubtful else [])
-    unchecked = (eos + torch.log1p(in_bfloat16(hidden[:, 0])[:, None] * (-eos.double()).exp())).float()
+    unchecked = (
+        eos + torch.log1p(in_bfloat16(hidden[:, 0])[:, None] * (-eos.double()).exp())
+    ).float()
     if doubtful:
         assert (unchecked - expected).abs().max() > head.NEGLIGIBLE  # what the check keeps out
 
@@ -316,15 +358,25 @@ def test_histories_of_like_length_are_encoded_together() -> None:
 
 
 class Watch(TorchDispatchMode):
-    """Names and shapes of all operators, none of which may hand a value to Python or make a shape of one."""
+    """Names and shapes of all operators, none of which may hand a value to Python or make a shape
+    of one."""
 
-    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "unique", "repeat_interleave")
+    FORBIDDEN = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "is_nonzero",
+        "unique",
+        "repeat_interleave",
+    )
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[str, tuple[Any, ...]]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         name = func.__name__ if hasattr(func, "__name__") else str(func)
         assert not any(name.startswith(word) for word in self.FORBIDDEN), f"{name} looks at values"
         result = func(*args, **(kwargs or {}))
@@ -341,7 +393,9 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(part)
 
 
-def static_walk(world: World, searcher: TrieSearcher, histories: list[History], **sizes: int) -> list[Any]:
+def static_walk(
+    world: World, searcher: TrieSearcher, histories: list[History], **sizes: int
+) -> list[Any]:
     """What the walk does after the encoder, which is where a captured graph would begin."""
     seen: list[Any] = []
     walk = searcher._walk
@@ -354,7 +408,9 @@ def static_walk(world: World, searcher: TrieSearcher, histories: list[History], 
 
     searcher._walk = watched
     try:
-        searcher.search(world.encoder(histories), excluded=pairs_of(histories), mode="exact", **sizes)
+        searcher.search(
+            world.encoder(histories), excluded=pairs_of(histories), mode="exact", **sizes
+        )
     finally:
         searcher._walk = walk
     return seen
@@ -364,7 +420,8 @@ def static_walk(world: World, searcher: TrieSearcher, histories: list[History], 
 def test_a_static_search_is_the_same_operators_in_the_same_shapes_for_all_users(
     table_entries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a CUDA graph asks for: no value of a tensor decides anything. The dynamic search does look at values."""
+    """What a CUDA graph asks for: no value of a tensor decides anything. The dynamic search does
+    look at values."""
     world = World(all_pairs(), sharp_model())
     monkeypatch.setattr(Softmax, "_bounded", lambda *_: False)  # of the CPU alone
     monkeypatch.setattr(trie_walk, "TABLE_ENTRIES", table_entries)
@@ -391,7 +448,8 @@ def test_a_static_search_finds_what_a_dynamic_one_does(
         patch.setattr(trie_walk, "TABLE_ENTRIES", 2**22 if by_table else 0)
         searchers = [in_float32(world, static=static) for static in (True, False)]
     static, dynamic = (
-        searcher.search(world.encoder(histories), beam=beam, top=top, excluded=excluded) for searcher in searchers
+        searcher.search(world.encoder(histories), beam=beam, top=top, excluded=excluded)
+        for searcher in searchers
     )
     assert (static.items == dynamic.items).all()
     np.testing.assert_allclose(static.scores, dynamic.scores, rtol=1e-5, atol=1e-5)
@@ -410,8 +468,8 @@ def test_static_shapes_repeat_the_last_user_and_pad_the_text() -> None:
 
 
 def test_the_walk_compiles_into_one_graph() -> None:
-    """`torch.compile(fullgraph=True)`: no break, and the lists of the plain search. The backend is AOT autograd's, which traces
-    and lowers as inductor does and needs no compiler of C++."""
+    """`torch.compile(fullgraph=True)`: no break, and the lists of the plain search. The backend is
+    AOT autograd's, which traces and lowers as inductor does and needs no compiler of C++."""
     world = World(all_pairs(), sharp_model())
     plain = in_float32(world, static=True)
     compiled = plain.compiled(backend="aot_eager")
@@ -425,12 +483,15 @@ def test_the_walk_compiles_into_one_graph() -> None:
 
 def test_float64_has_no_static_search() -> None:
     world = World(PREFIXES, sharp_model())
-    with pytest.raises(ValueError, match=r"scores in float32, the model's weights are torch.float64"):
+    with pytest.raises(
+        ValueError, match=r"scores in float32, the model's weights are torch.float64"
+    ):
         TrieSearcher(world.model, world.searcher.trie, static=True)
 
 
 def test_under_autocast_a_padded_batch_is_searched_too() -> None:
-    """As validation in a bf16 run does: histories of several lengths, projections in bfloat16, scores near those of float32."""
+    """As validation in a bf16 run does: histories of several lengths, projections in bfloat16,
+    scores near those of float32."""
     world = World(all_pairs(), sharp_model())
     searcher, encoder = in_float32(world), world.encoder([[0], [1, 2, 3, 4, 5], [7, 8]])
     plain = searcher.search(encoder, beam=64, top=20)

@@ -1,4 +1,5 @@
-"""The item head: what it is asked, its loss, and ranking by it and by both heads, against brute force."""
+"""The item head: what it is asked, its loss, and ranking by it and by both heads, against brute
+force."""
 
 from __future__ import annotations
 
@@ -9,7 +10,17 @@ import pytest
 import torch
 from batch_cases import CODES, WHOLE, cases, layout, marked_sequences, whole_step
 from batch_cases import model as plain_model
-from beam_oracle import MOST_ITEMS, PREFIXES, History, Word, World, best_first, catalogues, histories_of, sharp_model
+from beam_oracle import (
+    MOST_ITEMS,
+    PREFIXES,
+    History,
+    Word,
+    World,
+    best_first,
+    catalogues,
+    histories_of,
+    sharp_model,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from item_oracle import item_truth, item_world, with_item_head
@@ -70,13 +81,17 @@ def test_each_mask_is_asked_for_its_own_item(space, mask, packed):
 
 @pytest.mark.parametrize("head", ["full", "chunked"])
 @pytest.mark.parametrize(("space", "mask"), cases())
-def test_its_loss_is_added_a_target_whatever_the_cut_or_packing(plain_model, space, mask, head, monkeypatch):
+def test_its_loss_is_added_a_target_whatever_the_cut_or_packing(
+    plain_model, space, mask, head, monkeypatch
+):
     model = with_item_head(plain_model, 0.7)
     monkeypatch.setattr(model, "loss_by", head)
     source, samples = marked_sequences(), whole_step(marked_sequences(), space)[:40]
 
     def loss_and_gradient(batches, item_head=True):
-        tokens, targets = (sum(getattr(b, name) for b in batches) for name in ("num_target_tokens", "num_targets"))
+        tokens, targets = (
+            sum(getattr(b, name) for b in batches) for name in ("num_target_tokens", "num_targets")
+        )
         model.zero_grad()
         value = 0.0
         for batch in batches:
@@ -87,7 +102,9 @@ def test_its_loss_is_added_a_target_whatever_the_cut_or_packing(plain_model, spa
             ) / tokens  # fmt: skip
             loss.backward()
             value += loss.item()
-        return value, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return value, torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        )
 
     padded = asking(samples, source, mask, False)
     loss, gradient = loss_and_gradient(padded)
@@ -125,18 +142,28 @@ def test_an_idle_batch_asks_for_nothing(plain_model, packed):
 @settings(max_examples=20, deadline=None)
 @given(catalogues, histories_of, st.booleans(), st.sampled_from([1, 5, MOST_ITEMS]))
 @example(PREFIXES, [[0, 3], [], [1, 1, 2]], True, 7)
-def test_items_ranks_by_the_item_head_alone(items: list[Word], draws: list[History], exclude: bool, top: int) -> None:
+def test_items_ranks_by_the_item_head_alone(
+    items: list[Word], draws: list[History], exclude: bool, top: int
+) -> None:
     histories = [[draw % len(items) for draw in history] for history in draws]
     world = item_world(items)
     truth_BN = item_truth(world, histories)
     lists = world.search(histories, beam=1, top=top, exclude=exclude, mode="items")
     for history, found, truth_N in zip(histories, lists, truth_BN, strict=True):
         assert [item for item, _ in found] == best_first(truth_N, history if exclude else [])[:top]
-        np.testing.assert_allclose([score for _, score in found], truth_N[[item for item, _ in found]], rtol=1e-6)
+        np.testing.assert_allclose(
+            [score for _, score in found], truth_N[[item for item, _ in found]], rtol=1e-6
+        )
 
 
 @settings(max_examples=30, deadline=None)
-@given(catalogues, histories_of, st.booleans(), st.sampled_from([0.0, 0.5, 2.0]), st.sampled_from(["mask", "state"]))
+@given(
+    catalogues,
+    histories_of,
+    st.booleans(),
+    st.sampled_from([0.0, 0.5, 2.0]),
+    st.sampled_from(["mask", "state"]),
+)
 @example(PREFIXES, [[0, 3], [], [1, 1, 2]], True, 1.0, "state")
 def test_hybrid_with_a_wide_beam_is_the_weighted_sum_of_both(
     items: list[Word], draws: list[History], exclude: bool, weight: float, start: str
@@ -145,11 +172,18 @@ def test_hybrid_with_a_wide_beam_is_the_weighted_sum_of_both(
     world = item_world(items, start)
     truth_BN = world.brute_force(histories) + weight * item_truth(world, histories)
     lists = world.search(
-        histories, beam=world.widest_level, top=len(items), exclude=exclude, mode="hybrid", mixture=Mixture(weight)
+        histories,
+        beam=world.widest_level,
+        top=len(items),
+        exclude=exclude,
+        mode="hybrid",
+        mixture=Mixture(weight),
     )
     for history, found, truth_N in zip(histories, lists, truth_BN, strict=True):
         assert [item for item, _ in found] == best_first(truth_N, history if exclude else [])
-        np.testing.assert_allclose([score for _, score in found], truth_N[[item for item, _ in found]], rtol=1e-6)
+        np.testing.assert_allclose(
+            [score for _, score in found], truth_N[[item for item, _ in found]], rtol=1e-6
+        )
 
 
 @settings(max_examples=20, deadline=None)
@@ -162,14 +196,19 @@ def test_a_decoder_that_starts_from_a_state_is_searched_as_it_is_trained(
     histories = [[draw % len(items) for draw in history] for history in draws]
     world = item_world(items, "state")
     truth_BN = world.brute_force(histories)
-    lists = world.search(histories, beam=world.widest_level, top=len(items), exclude=exclude, mode=mode)
+    lists = world.search(
+        histories, beam=world.widest_level, top=len(items), exclude=exclude, mode=mode
+    )
     for history, found, truth_N in zip(histories, lists, truth_BN, strict=True):
         assert [item for item, _ in found] == best_first(truth_N, history if exclude else [])
-        np.testing.assert_allclose([score for _, score in found], truth_N[[item for item, _ in found]], rtol=1e-6)
+        np.testing.assert_allclose(
+            [score for _, score in found], truth_N[[item for item, _ in found]], rtol=1e-6
+        )
 
 
 def test_hybrid_lists_what_only_one_head_finds() -> None:
-    """A narrow beam and few of the item head's: each of the two best lists is among the candidates."""
+    """A narrow beam and few of the item head's: each of the two best lists is among the
+    candidates."""
     world = item_world([(5, a, b) for a in (5, 6, 7, 8) for b in (5, 6, 7, 8)])
     (spoken,) = world.search([[1, 2]], beam=2, top=2)
     (named,) = world.search([[1, 2]], beam=2, top=2, mode="items")
@@ -179,7 +218,9 @@ def test_hybrid_lists_what_only_one_head_finds() -> None:
     assert [item for item, _ in heavy] == [item for item, _ in named]
     candidates = {item for item, _ in spoken + named}
     truth_N = world.brute_force([[1, 2]])[0]
-    assert [item for item, _ in light] == [item for item in best_first(truth_N, []) if item in candidates][:2]
+    assert [item for item, _ in light] == [
+        item for item in best_first(truth_N, []) if item in candidates
+    ][:2]
 
 
 @pytest.mark.parametrize("mode", ["items", "hybrid"])
@@ -219,7 +260,10 @@ def test_a_run_with_an_item_head_trains_validates_by_it_and_is_loaded(tiny_recip
 def test_evaluate_names_what_is_ranked_by_both_heads(tiny_recipe):
     """By the command itself: a row of its own, and its weight in the protocol."""
     run = train(load_recipe(tiny_recipe, ["model.item_loss=0.5"]))
-    for mode, system, weight in (("hybrid", "genrec, hybrid", 0.25), ("items", "genrec, item head", None)):
+    for mode, system, weight in (
+        ("hybrid", "genrec, hybrid", 0.25),
+        ("items", "genrec, item head", None),
+    ):
         assert run_command(["evaluate", str(run), "--decode", mode, "--item-weight", "0.25"]) == 0
         found = json.loads((run / "metrics-test.json").read_text())
         assert (found["system"], found["protocol"]["decode"], found["protocol"]["item_weight"]) == (
@@ -232,14 +276,19 @@ def test_evaluate_names_what_is_ranked_by_both_heads(tiny_recipe):
 def _histories(run):
     from genrec_dist.data.encoder_input import encode_histories
 
-    return encode_histories(np.array([0, 1, 2, 3], np.int32), np.array([0, 1, 4]), np.array([0, 1]), run.layout)
+    return encode_histories(
+        np.array([0, 1, 2, 3], np.int32), np.array([0, 1, 4]), np.array([0, 1]), run.layout
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "told"),
     [
         (["model.item_loss=0.5", "model.item_ids=false"], "set model.item_ids true"),
-        (["model.item_loss=0.5", "optimizer.id_tables=row-adagrad"], r"set optimizer\.id_tables dense"),
+        (
+            ["model.item_loss=0.5", "optimizer.id_tables=row-adagrad"],
+            r"set optimizer\.id_tables dense",
+        ),
         (["validation.decode=items"], r"there is no item head: set model\.item_loss"),
     ],
 )

@@ -1,4 +1,5 @@
-"""The trie against a dict of dicts, what exclusion takes from it against brute force, and its file."""
+"""The trie against a dict of dicts, what exclusion takes from it against brute force, and its
+file."""
 
 from __future__ import annotations
 
@@ -32,7 +33,10 @@ Word = tuple[int, ...]
 PREFIXES: list[Word] = [(5,), (5, 0), (5, 0, 0), (0,), (5, 7), (3, 3, 3, 3)]
 
 catalogues = st.lists(
-    st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple), min_size=1, max_size=40, unique=True
+    st.lists(st.integers(0, 3), min_size=1, max_size=5).map(tuple),
+    min_size=1,
+    max_size=40,
+    unique=True,
 )
 
 
@@ -67,7 +71,9 @@ def test_the_trie_equals_a_dict_of_prefixes(items: list[Word]) -> None:
     assert [prefixes[node] for node in trie.item_node] == items
     for node, prefix in enumerate(prefixes):
         children = range(trie.first_child[node], trie.first_child[node] + trie.num_children[node])
-        assert [prefixes[child] for child in children] == [p for p in prefixes if p and p[:-1] == prefix]
+        assert [prefixes[child] for child in children] == [
+            p for p in prefixes if p and p[:-1] == prefix
+        ]
         assert all(trie.parent[child] == node for child in children)
     assert trie.depth == max(map(len, items))
     for level in range(trie.depth + 1):
@@ -79,7 +85,9 @@ def test_the_trie_equals_a_dict_of_prefixes(items: list[Word]) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(catalogues, st.data())
-def test_the_same_tokens_twice_are_refused_by_both_rows(items: list[Word], data: st.DataObject) -> None:
+def test_the_same_tokens_twice_are_refused_by_both_rows(
+    items: list[Word], data: st.DataObject
+) -> None:
     again = data.draw(st.integers(0, len(items) - 1))
     with pytest.raises(ValueError) as refusal:
         build_trie(*ragged([*items, items[again]]))
@@ -90,7 +98,9 @@ def test_the_same_tokens_twice_are_refused_by_both_rows(items: list[Word], data:
 @settings(max_examples=150, deadline=None)
 @given(catalogues, st.data())
 def test_pruned_equals_brute_force(items: list[Word], data: st.DataObject) -> None:
-    assert_pruned_equals_brute_force(build_trie(*ragged(items)), items, items, draw_pairs(items, data))
+    assert_pruned_equals_brute_force(
+        build_trie(*ragged(items)), items, items, draw_pairs(items, data)
+    )
 
 
 def draw_pairs(items: list[Word], data: st.DataObject) -> list[tuple[int, int]]:
@@ -106,7 +116,11 @@ def assert_pruned_equals_brute_force(
     trie: Trie, items: list[Word], in_trie: list[Word], pairs: list[tuple[int, int]]
 ) -> None:
     """`in_trie`: those of the catalogue's items that the trie holds."""
-    found = pruned(trie, np.array([user for user, _ in pairs], np.int64), np.array([i for _, i in pairs], np.int64))
+    found = pruned(
+        trie,
+        np.array([user for user, _ in pairs], np.int64),
+        np.array([i for _, i in pairs], np.int64),
+    )
     prefixes = [prefix_of(trie, node) for node in range(trie.num_nodes)]
     dead, ends = [], []
     for user in range(3):
@@ -131,7 +145,9 @@ def assert_same(one: Trie, other: Trie) -> None:
 @settings(max_examples=150, deadline=None)
 @given(catalogues, st.data())
 @example(PREFIXES, None)
-def test_a_restricted_trie_is_that_of_the_kept_items(items: list[Word], data: st.DataObject | None) -> None:
+def test_a_restricted_trie_is_that_of_the_kept_items(
+    items: list[Word], data: st.DataObject | None
+) -> None:
     """All but the rows, which keep their numbers; also when restricted again."""
     rows = st.lists(st.integers(0, len(items) - 1), min_size=1, max_size=2 * len(items))
     trie = build_trie(*ragged(items))
@@ -159,7 +175,9 @@ def test_a_restricted_trie_is_that_of_the_kept_items(items: list[Word], data: st
 def test_pruned_knows_only_what_the_trie_holds(items: list[Word], data: st.DataObject) -> None:
     keep = data.draw(st.sets(st.integers(0, len(items) - 1), min_size=1))
     cut = restrict(build_trie(*ragged(items)), np.array(sorted(keep)))
-    assert_pruned_equals_brute_force(cut, items, [items[row] for row in keep], draw_pairs(items, data))
+    assert_pruned_equals_brute_force(
+        cut, items, [items[row] for row in keep], draw_pairs(items, data)
+    )
 
 
 def test_keeping_everything_changes_nothing() -> None:
@@ -169,7 +187,11 @@ def test_keeping_everything_changes_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "message"),
-    [([], "no item is left to list: allow more items"), ([0, 6], "item row 6 is outside"), ([-1], "item row -1 is")],
+    [
+        ([], "no item is left to list: allow more items"),
+        ([0, 6], "item row 6 is outside"),
+        ([-1], "item row -1 is"),
+    ],
 )
 def test_rows_that_cannot_be_kept_are_refused(rows: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -198,7 +220,9 @@ NUMBERING = "ab" * 32
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "model" / TRIE_FILE
     arrays = ragged(PREFIXES)
-    save_trie(build_trie(*arrays), path, numbering_hash=NUMBERING, words_hash=hash_of_words(*arrays))
+    save_trie(
+        build_trie(*arrays), path, numbering_hash=NUMBERING, words_hash=hash_of_words(*arrays)
+    )
     assert [file.name for file in path.parent.iterdir()] == [TRIE_FILE]
     return path
 
@@ -215,7 +239,8 @@ def test_a_saved_trie_comes_back_equal(saved: Path) -> None:
 
 def test_a_trie_of_another_numbering_or_of_other_words_is_refused(saved: Path) -> None:
     with pytest.raises(
-        ValueError, match=f"{saved}: its numbering_hash is 'abababababab', the model's 'cdcd.*: delete it"
+        ValueError,
+        match=f"{saved}: its numbering_hash is 'abababababab', the model's 'cdcd.*: delete it",
     ):
         load(saved, numbering_hash="cd" * 32)
     with pytest.raises(ValueError, match=f"{saved}: its words_hash .*: delete it, it is rebuilt"):
@@ -228,10 +253,14 @@ def test_a_trie_of_another_numbering_or_of_other_words_is_refused(saved: Path) -
 def test_a_damaged_file_is_refused_whatever_is_damaged(saved: Path) -> None:
     whole = saved.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
-    flipped = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(header, len(whole), 7)]
+    flipped = [
+        whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(header, len(whole), 7)
+    ]
     for bad in [b"", whole[:5], whole[: len(whole) // 2], whole[:-1], b"x" * 500, *flipped]:
         saved.write_bytes(bad)
-        with pytest.raises(ValueError, match=r"trie\.safetensors: .*: delete it, it is rebuilt") as refusal:
+        with pytest.raises(
+            ValueError, match=r"trie\.safetensors: .*: delete it, it is rebuilt"
+        ) as refusal:
             load(saved)
         assert "\n" not in str(refusal.value)
     saved.write_bytes(whole)
@@ -260,7 +289,9 @@ def run(tiny_run: Path, tmp_path: Path) -> Path:
     return shutil.copytree(tiny_run, tmp_path / "run")
 
 
-def test_a_run_brings_its_trie_and_none_is_built(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_brings_its_trie_and_none_is_built(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaded = load_run(run)
     built = build_trie(*loaded.words.tokens_of_items())
     monkeypatch.setattr(run_module, "build_trie", lambda *_: pytest.fail("it was built"))
@@ -306,9 +337,14 @@ def test_a_searcher_over_some_items(tiny_run: Path) -> None:
 def test_a_million_items_build_in_seconds() -> None:
     """Prints, asserts only what is built: time is the machine's."""
     dice = np.random.default_rng(0)
-    # As BART spells ` item_1234567`: two sub-words, then `1`, `234` and `567`, each a sub-word of its own.
-    chunks = [f"{code:,}".split(",") for code in dice.choice(9_999_999, 1_000_000, replace=False) + 1]
-    number = {chunk: 7 + n for n, chunk in enumerate(sorted({chunk for item in chunks for chunk in item}))}
+    # As BART spells ` item_1234567`: two sub-words, then `1`, `234` and `567`, each a sub-word of
+    # its own.
+    chunks = [
+        f"{code:,}".split(",") for code in dice.choice(9_999_999, 1_000_000, replace=False) + 1
+    ]
+    number = {
+        chunk: 7 + n for n, chunk in enumerate(sorted({chunk for item in chunks for chunk in item}))
+    }
     tokens, offsets = ragged([(5, 6, *(number[chunk] for chunk in item)) for item in chunks])
     start = time.perf_counter()
     trie = build_trie(tokens, offsets)

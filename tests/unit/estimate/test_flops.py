@@ -1,11 +1,21 @@
-"""Operations: what torch counts of the same micro-batch, packed, and nothing for padding and repeated samples."""
+"""Operations: what torch counts of the same micro-batch, packed, and nothing for padding and
+repeated samples."""
 
 import copy
 
 import numpy as np
 import pytest
 import torch
-from batch_cases import MASKS, WHOLE, batches_of, cases, engine_loss, layout, marked_sequences, whole_step
+from batch_cases import (
+    MASKS,
+    WHOLE,
+    batches_of,
+    cases,
+    engine_loss,
+    layout,
+    marked_sequences,
+    whole_step,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 from genrec_dist.data.batch import Batch, Work
@@ -29,14 +39,19 @@ def eager(model):
 
 @pytest.mark.parametrize(("space", "mask"), cases())
 def test_they_are_what_torch_counts_to_the_operation(eager, space, mask):
-    """A sample alone, its decoder rows of one length: no rectangle of attention has a place that is filled up."""
+    """A sample alone, its decoder rows of one length: no rectangle of attention has a place that is
+    filled up."""
     source = marked_sequences()
     samples = whole_step(source, space)
     exact = 0
     for number in range(len(samples)):
         (batch,) = batches_of(samples[number : number + 1], source, layout(90), mask)
-        if batch.work.targets == batch.labels.numel() and batch.work.inputs == batch.encoder.input_ids.numel():
-            # The formula has a history's keys and values once a sample, as packed steps do; here each further row makes them again.
+        if (
+            batch.work.targets == batch.labels.numel()
+            and batch.work.inputs == batch.encoder.input_ids.numel()
+        ):
+            # The formula has a history's keys and values once a sample, as packed steps do; here
+            # each further row makes them again.
             again = 6 * (len(batch.labels) - 1) * batch.work.inputs * 2 * eager.config.d_model**2
             assert flops(eager.config, batch.work) + again == counted(eager, batch)
             exact += 1
@@ -45,14 +60,19 @@ def test_they_are_what_torch_counts_to_the_operation(eager, space, mask):
 
 @pytest.mark.parametrize(("space", "mask"), cases())
 def test_they_are_what_torch_counts_where_no_rectangle_holds_padding(model, space, mask):
-    """Samples of one length, so that the rectangles of attention are full; what fills the micro-batch up is left out."""
+    """Samples of one length, so that the rectangles of attention are full; what fills the
+    micro-batch up is left out."""
     source = marked_sequences()
     samples = whole_step(source, space)
     (whole,) = batches_of(samples, source, layout(90), mask)
     lengths = whole.encoder.attention_mask.sum(1)
     common = int(lengths.mode().values)
-    # Order by length is the batch's own: the samples of one length are found by asking for each alone.
-    alone = [batches_of(samples[i : i + 1], source, layout(90), mask, packed=True)[0] for i in range(len(samples))]
+    # Order by length is the batch's own: the samples of one length are found by asking for each
+    # alone.
+    alone = [
+        batches_of(samples[i : i + 1], source, layout(90), mask, packed=True)[0]
+        for i in range(len(samples))
+    ]
     kept = [i for i, batch in enumerate(alone) if batch.work.inputs == common]
     (batch,) = batches_of(samples[np.array(kept)], source, layout(90), mask, packed=True)
     assert batch.work.inputs == common * len(kept)
@@ -65,7 +85,8 @@ def test_they_are_what_torch_counts_where_no_rectangle_holds_padding(model, spac
         labels=len(batch.labels) - batch.work.labels,
         encoder_pairs=filler**2,
     )
-    # Targets of a sample look at it side by side, padded where their lengths differ; the filler's at each other.
+    # Targets of a sample look at it side by side, padded where their lengths differ; the filler's
+    # at each other.
     wasted = Work(cross_pairs=batch.work.cross_pairs, decoder_pairs=4 * batch.work.decoder_pairs)
     assert found <= flops(model.config, batch.work + slack + wasted) * 1.02
 
@@ -92,7 +113,13 @@ def test_packed_and_padded_batches_need_the_same(mask):
     source = marked_sequences()
     samples = whole_step(source, "user")
     needs = [
-        sum((batch.work for batch in batches_of(samples, source, mask=mask, budget=budget, packed=packed)), Work())
+        sum(
+            (
+                batch.work
+                for batch in batches_of(samples, source, mask=mask, budget=budget, packed=packed)
+            ),
+            Work(),
+        )
         for budget, packed in ((WHOLE, False), (WHOLE, True), (200, False), (200, True))
     ]
     assert len(set(needs)) == 1

@@ -22,17 +22,35 @@ from genrec_dist.estimate.forecast import (
     read_catalogue,
     stage_samples,
 )
-from genrec_dist.estimate.memory import METHODS, MicroBatch, activation_bytes, build_config, compute_of
+from genrec_dist.estimate.memory import (
+    METHODS,
+    MicroBatch,
+    activation_bytes,
+    build_config,
+    compute_of,
+)
 
 BEAUTY: dict[str, Any] = {"users": 22_363, "items": 12_101}
 LAUNCH = ROOT / "launch"
 
 
 def test_the_papers_recipes_on_24_gib(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The command's figures for Beauty's sizes; the largest micro-batch fits and the next larger one does not."""
+    """The command's figures for Beauty's sizes; the largest micro-batch fits and the next larger
+    one does not."""
     for name, parameters in (("paper-base", 165_890_304), ("paper-large", 441_584_640)):
         path = tmp_path / f"{name}.json"
-        arguments = ["plan", name, "--gpus", "1", "--memory", "24", "--users", "22363", "--items", "12101"]
+        arguments = [
+            "plan",
+            name,
+            "--gpus",
+            "1",
+            "--memory",
+            "24",
+            "--users",
+            "22363",
+            "--items",
+            "12101",
+        ]
         assert run_command([*arguments, "--launch", str(LAUNCH), "--json", str(path)]) == 0
         assert "Use one process without ZeRO" in capfd.readouterr().out
         written = json.loads(path.read_text())
@@ -55,7 +73,9 @@ def peak_of(name: str, state: int, tokens: int) -> int:
         for each in plan.samples
         for length in {shortest, *each.quantiles}
     ]
-    return state + max(activation_bytes(config, plan.sizes, batch, "fp32").total for batch in batches)
+    return state + max(
+        activation_bytes(config, plan.sizes, batch, "fp32").total for batch in batches
+    )
 
 
 def plan_of(name: str = "paper-base", *overrides: str, **options: Any) -> Forecast:
@@ -70,10 +90,13 @@ def test_what_fits_with_ddp_is_left_to_ddp() -> None:
 
 
 def test_the_least_stage_is_taken_where_ddp_is_too_large() -> None:
-    """A whole range of cards: first nothing fits, then slower methods, last DDP; the fastest that fits is named."""
+    """A whole range of cards: first nothing fits, then slower methods, last DDP; the fastest that
+    fits is named."""
     said = []
     for memory in (2.6, 3.4, 4.2, 5.5):
-        plan = plan_of("paper-base", "micro_batch_tokens=512", gpus=8, memory_gib=memory, zero_files=LAUNCH)
+        plan = plan_of(
+            "paper-base", "micro_batch_tokens=512", gpus=8, memory_gib=memory, zero_files=LAUNCH
+        )
         fits = {fit.method for fit in plan.fits if fit.fits(plan.limit)}
         said.append(next((method for method in module._BY_COST if method in fits), None))
         line = plan.advice[0]
@@ -83,7 +106,9 @@ def test_the_least_stage_is_taken_where_ddp_is_too_large() -> None:
             assert line.startswith("Use DDP")
         else:
             assert f"use {module._NAMES[said[-1]]}, the fastest method that fits" in line
-    places = [len(module._BY_COST) if each is None else module._BY_COST.index(each) for each in said]
+    places = [
+        len(module._BY_COST) if each is None else module._BY_COST.index(each) for each in said
+    ]
     assert places == sorted(places, reverse=True)
     assert said[-1] == "ddp"
     assert len(set(said)) >= 3, said
@@ -109,7 +134,9 @@ def test_large_id_tables_are_named_and_outside_they_are_not_state() -> None:
     many: dict[str, Any] = {"users": 3_000_000, "items": 500_000}
     inside = plan_of("tiny", "model.user_ids=true", gpus=4, **many)
     assert "row-adagrad" in " ".join(inside.advice)
-    outside = plan_of("tiny", "model.user_ids=true", "optimizer.id_tables=row-adagrad", gpus=4, **many)
+    outside = plan_of(
+        "tiny", "model.user_ids=true", "optimizer.id_tables=row-adagrad", gpus=4, **many
+    )
     assert "row-adagrad" not in " ".join(outside.advice)
     ids = 3_500_000 * 128
     assert inside.sizes.ids == ids + 2 * 128
@@ -120,13 +147,17 @@ def test_large_id_tables_are_named_and_outside_they_are_not_state() -> None:
 
 def test_lengths_come_from_the_data(tiny_data: Path) -> None:
     """120 users of 4 to 64 items, tokenised by the run's own vocabulary."""
-    recipe = load_recipe("tiny", [f"data={tiny_data}", "run=x", "tokens.vocab_size=4096", "pretrain.epochs=1"])
+    recipe = load_recipe(
+        "tiny", [f"data={tiny_data}", "run=x", "tokens.vocab_size=4096", "pretrain.epochs=1"]
+    )
     catalogue = read_catalogue(recipe, None, None)
     assert (catalogue.users, catalogue.items) == (120, 64)
     assert catalogue.words is not None
     pretrain, finetune = stage_samples(recipe, catalogue)
     # One token an item and no user: <s>, the items, one of them a mask, </s>.
-    assert pretrain.lengths.tolist() == sorted(min(int(n) + 2, 50) for n in catalogue.training_items)
+    assert pretrain.lengths.tolist() == sorted(
+        min(int(n) + 2, 50) for n in catalogue.training_items
+    )
     prefixes = sorted(min(k + 3, 50) for n in catalogue.training_items for k in range(1, int(n)))
     assert finetune.lengths.tolist() == prefixes
     assert (finetune.target_tokens, finetune.epoch_samples) == (2, len(prefixes))
@@ -148,7 +179,10 @@ def test_time_is_told_only_from_a_stated_speed() -> None:
     ("options", "message"),
     [
         ({"users": 10, "items": None}, "--users and --items belong together"),
-        ({"users": None, "items": None}, "nowhere: no data directory there: give --users and --items"),
+        (
+            {"users": None, "items": None},
+            "nowhere: no data directory there: give --users and --items",
+        ),
         ({"users": 0, "items": 5}, "both must be at least 1"),
         ({"memory_gib": 1.0}, "--memory 1: 1.5 GiB of it are kept free"),
         ({"card": "RTX 9"}, "--card RTX 9: known are RTX 3090"),

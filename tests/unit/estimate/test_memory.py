@@ -60,12 +60,17 @@ KINDS = {
 }
 
 
-# Their gradients are summed in a copy at the end of the backward, which is not watched; the others copy in the step.
+# Their gradients are summed in a copy at the end of the backward, which is not watched; the others
+# copy in the step.
 SUMMED_IN_A_COPY = {("zero0", "fp32"), ("zero1", "bf16")}
 
 
 def zero_section(method: str) -> dict[str, Any]:
-    section: dict[str, Any] = {"stage": int(method[4]), "reduce_bucket_size": BUCKET, "overlap_comm": False}
+    section: dict[str, Any] = {
+        "stage": int(method[4]),
+        "reduce_bucket_size": BUCKET,
+        "overlap_comm": False,
+    }
     if method.endswith("offload"):
         section["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     if method == "zero3_offload":
@@ -75,11 +80,14 @@ def zero_section(method: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the recipe, and with a DeepSpeed file for each method, as `launch/` has them."""
+    """A directory with the recipe, and with a DeepSpeed file for each method, as `launch/` has
+    them."""
     path = tmp_path_factory.mktemp("memory")
     (path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     for method in METHODS[1:]:
-        (path / f"{method}.json").write_text(json.dumps({"zero_optimization": zero_section(method)}))
+        (path / f"{method}.json").write_text(
+            json.dumps({"zero_optimization": zero_section(method)})
+        )
     return path
 
 
@@ -87,14 +95,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def measured(folder: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """Every method in both precisions on two real ranks, one launch for all."""
     jobs = [
-        {"method": method, "precision": precision, "settings": zero_section(method) if method != "ddp" else None}
+        {
+            "method": method,
+            "precision": precision,
+            "settings": zero_section(method) if method != "ddp" else None,
+        }
         for method, precision in CASES
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     ranks = start_each([memory_rank.__file__, folder / "jobs.json"], folder / "logs", timeout=550)
     assert not any(rank.returncode for rank in ranks), ranks[0].stderr[-3000:]
     results = json.loads((folder / "MEASURED.json").read_text())
-    return {(job["method"], job["precision"]): result for job, result in zip(jobs, results, strict=True)}
+    return {
+        (job["method"], job["precision"]): result for job, result in zip(jobs, results, strict=True)
+    }
 
 
 def sizes_of(folder: Path) -> Sizes:
@@ -104,19 +118,25 @@ def sizes_of(folder: Path) -> Sizes:
 
 def predicted(folder: Path, method: Any, precision: str) -> State:
     settings = read_settings(folder, method)
-    return state_bytes(sizes_of(folder), method, 2, precision == "bf16", settings=settings, average=True)
+    return state_bytes(
+        sizes_of(folder), method, 2, precision == "bf16", settings=settings, average=True
+    )
 
 
 def far_off(found: int, expected: int, whole: int = 0) -> bool:
-    """More than 5 % off; of what is small beside the whole, more than half a percent of the whole."""
+    """More than 5 % off; of what is small beside the whole, more than half a percent of the
+    whole."""
     return abs(found - expected) > max(0.05 * expected, 0.005 * whole)
 
 
 @pytest.mark.dist
 @pytest.mark.ranks
 @pytest.mark.parametrize(("method", "precision"), CASES)
-def test_state_bytes_are_the_measured_ones(folder: Path, measured: Any, method: Any, precision: str) -> None:
-    """On two ranks, for the one that holds most; a prediction that is off by one copy of the weights would be found out."""
+def test_state_bytes_are_the_measured_ones(
+    folder: Path, measured: Any, method: Any, precision: str
+) -> None:
+    """On two ranks, for the one that holds most; a prediction that is off by one copy of the
+    weights would be found out."""
     result, state = measured[method, precision], predicted(folder, method, precision)
     assert result["distributed_type"] == ("MULTI_CPU" if method == "ddp" else "DEEPSPEED")
     assert result["stage"] == (None if method == "ddp" else int(method[4]))
@@ -124,7 +144,9 @@ def test_state_bytes_are_the_measured_ones(folder: Path, measured: Any, method: 
     sizes = sizes_of(folder)
     gathered = 0
     if method.startswith("zero3"):
-        gathered = gathered_elements(sizes, read_settings(folder, method)) * (2 if precision == "bf16" else 4)
+        gathered = gathered_elements(sizes, read_settings(folder, method)) * (
+            2 if precision == "bf16" else 4
+        )
     found = max(result["bytes"], key=lambda rank: rank["gradients"])
     total, foretold = sum(found[name] for name in CATEGORIES), state.total - gathered + state.host
     assert not far_off(total, foretold)
@@ -174,12 +196,24 @@ def saved_bytes(model: GenRecForConditionalGeneration, batch: MicroBatch, comput
             kept[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), micro_batch_loss(model, batch, compute):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        micro_batch_loss(model, batch, compute),
+    ):
         return sum(storage.nbytes() for storage in kept.values())
 
 
-LAYERS = ("model.encoder_layers=3", "model.decoder_layers=2", "model.ffn=512", "tokens.vocab_size=4000")
-MICRO_BATCHES = [MicroBatch(16, 60, 5), MicroBatch(8, 100, 6), MicroBatch(6, 40, 4, rows_a_sample=3)]
+LAYERS = (
+    "model.encoder_layers=3",
+    "model.decoder_layers=2",
+    "model.ffn=512",
+    "tokens.vocab_size=4000",
+)
+MICRO_BATCHES = [
+    MicroBatch(16, 60, 5),
+    MicroBatch(8, 100, 6),
+    MicroBatch(6, 40, 4, rows_a_sample=3),
+]
 
 
 @pytest.mark.parametrize("batch", MICRO_BATCHES, ids=str)
@@ -195,12 +229,19 @@ def test_saved_activations_are_the_measured_ones(
     for head in ("full", "chunked"):
         choose_loss(model, head)
         found = saved_bytes(model, batch, compute)
-        foretold = activation_bytes(model.config, sizes, batch, compute, mask_bytes=None, head=head).saved
+        foretold = activation_bytes(
+            model.config, sizes, batch, compute, mask_bytes=None, head=head
+        ).saved
         assert foretold == pytest.approx(found, rel=0.02), head
 
 
-# Long inputs, a head that is most of it, and so little input that the embedding's gradients are most of it.
-PEAKS = [(1000, MicroBatch(16, 60, 5)), (8000, MicroBatch(8, 100, 6)), (20000, MicroBatch(32, 20, 6))]
+# Long inputs, a head that is most of it, and so little input that the embedding's gradients are
+# most of it.
+PEAKS = [
+    (1000, MicroBatch(16, 60, 5)),
+    (8000, MicroBatch(8, 100, 6)),
+    (20000, MicroBatch(32, 20, 6)),
+]
 
 
 @pytest.mark.parametrize("head", ["full", "chunked"])
@@ -210,18 +251,26 @@ def test_the_peak_of_a_micro_batch_is_the_measured_one(
     vocabulary: int, batch: MicroBatch, compute: Compute, head: HeadLoss
 ) -> None:
     model, sizes = model_on_cpu(
-        compute, "model.encoder_layers=3", "model.decoder_layers=3", "model.ffn=512", f"tokens.vocab_size={vocabulary}"
+        compute,
+        "model.encoder_layers=3",
+        "model.decoder_layers=3",
+        "model.ffn=512",
+        f"tokens.vocab_size={vocabulary}",
     )
     choose_loss(model, head)
     with micro_batch_loss(model, batch, compute) as loss:
         loss.backward()  # from here on the gradients are there
-    tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None] + list(model.buffers())
+    tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None] + list(
+        model.buffers()
+    )
     with (
         LiveBytes(tensor.untyped_storage() for tensor in tensors) as live,
         micro_batch_loss(model, batch, compute) as loss,
     ):
         loss.backward()
-    foretold = activation_bytes(model.config, sizes, batch, compute, mask_bytes=None, head=head).total
+    foretold = activation_bytes(
+        model.config, sizes, batch, compute, mask_bytes=None, head=head
+    ).total
     assert foretold == pytest.approx(live.most, rel=0.1)
 
 
@@ -245,22 +294,33 @@ def test_a_backbone_directory_gives_its_shape(tmp_path: Path) -> None:
 
 
 def test_tables_outside_are_those_that_a_rank_holds() -> None:
-    """Rows of this rank and the squares beside them, and a step's rows with their gradients; nothing of them in ZeRO."""
-    recipe = load_recipe("tiny", ["data=x", "run=x", "optimizer.id_tables=row-adagrad", "model.id_dim=32"])
+    """Rows of this rank and the squares beside them, and a step's rows with their gradients;
+    nothing of them in ZeRO."""
+    recipe = load_recipe(
+        "tiny", ["data=x", "run=x", "optimizer.id_tables=row-adagrad", "model.id_dim=32"]
+    )
     config = build_config(recipe, 0, 7900)
     sizes = measure_sizes(recipe, config)
     table = RowTable(7900, 32, init_std=0.02, key=1)
-    assert sizes.parameters == 7900 * 32 + sum(p.numel() for p in GenRecForConditionalGeneration(config).parameters())
+    assert sizes.parameters == 7900 * 32 + sum(
+        p.numel() for p in GenRecForConditionalGeneration(config).parameters()
+    )
     state = state_bytes(sizes, "zero2", 1, True, step_id_rows=100)
     held = sum(value.nbytes for value in vars(table).values() if isinstance(value, torch.Tensor))
     assert state.id_rows - 2 * 4 * 100 * 32 == pytest.approx(held, rel=0.01)
 
 
 def test_operations_follow_the_field_notes_order_of_magnitude() -> None:
-    """About 18 GFLOP a sample of 50 source and 6 target tokens at BART-base; matrix products counted by torch itself."""
+    """About 18 GFLOP a sample of 50 source and 6 target tokens at BART-base; matrix products
+    counted by torch itself."""
     config = build_config(load_recipe("paper-base"), 22_363, 12_101)
     assert step_flops(config, MicroBatch(1, 50, 6)) == pytest.approx(18e9, rel=0.1)
     model, _ = model_on_cpu("fp32", *LAYERS)
-    with FlopCounterMode(display=False) as counted, micro_batch_loss(model, MicroBatch(4, 60, 5), "fp32") as loss:
+    with (
+        FlopCounterMode(display=False) as counted,
+        micro_batch_loss(model, MicroBatch(4, 60, 5), "fp32") as loss,
+    ):
         loss.backward()
-    assert step_flops(model.config, MicroBatch(4, 60, 5)) == pytest.approx(counted.get_total_flops(), rel=0.1)
+    assert step_flops(model.config, MicroBatch(4, 60, 5)) == pytest.approx(
+        counted.get_total_flops(), rel=0.1
+    )

@@ -1,4 +1,5 @@
-"""Compare: honest error rates on simulated runs, equality with brute force, Holm by hand, and what is refused."""
+"""Compare: honest error rates on simulated runs, equality with brute force, Holm by hand, and what
+is refused."""
 
 import json
 import shutil
@@ -26,9 +27,14 @@ from genrec_dist.evaluation.results import Protocol
 
 
 def simulated(
-    rng: np.random.Generator, num_users: int, seeds: tuple[int, int], training: float = 0.0, better: float = 0.0
+    rng: np.random.Generator,
+    num_users: int,
+    seeds: tuple[int, int],
+    training: float = 0.0,
+    better: float = 0.0,
 ) -> np.ndarray:
-    """Ranks int[S, U]: some users are easier than others, each run has its luck with each, trainings differ by `training`."""
+    """Ranks int[S, U]: some users are easier than others, each run has its luck with each,
+    trainings differ by `training`."""
     easy_U = rng.normal(-1.5, 1.0, num_users)
     runs = []
     for shift, count in zip((better, 0.0), seeds, strict=True):
@@ -40,11 +46,14 @@ def simulated(
 
 
 def share_rejected(seeds: tuple[int, int], times: int, **options) -> tuple[float, float]:
-    """How often NDCG@10 is found to differ, and how often any metric after Holm, out of so many simulated comparisons."""
+    """How often NDCG@10 is found to differ, and how often any metric after Holm, out of so many
+    simulated comparisons."""
     one = any_ = 0
     for number in range(times):
         ranks_SU = simulated(np.random.default_rng(number), 400, seeds, **options)
-        found = bootstrap_difference(*distinct_tuples(ranks_SU), seeds[0], resamples=300, seed=number)
+        found = bootstrap_difference(
+            *distinct_tuples(ranks_SU), seeds[0], resamples=300, seed=number
+        )
         one += found["NDCG@10"].p < 0.05
         any_ += any(row.p_holm < 0.05 for row in found.values())
     return one / times, any_ / times
@@ -82,7 +91,8 @@ def test_it_equals_a_bootstrap_by_brute_force():
     gains_SUM = np.stack([WEIGHTS[name][ranks_SU] for name in METRICS], axis=2)
     rng = np.random.default_rng(6)
     spreads = [
-        (dof, np.sqrt(variance_by_loop(part) / len(part))) for part, dof in ((gains_SUM[:3], 2), (gains_SUM[3:], 1))
+        (dof, np.sqrt(variance_by_loop(part) / len(part)))
+        for part, dof in ((gains_SUM[:3], 2), (gains_SUM[3:], 1))
     ]
     draws = []
     for _ in range(8000):
@@ -94,10 +104,14 @@ def test_it_equals_a_bootstrap_by_brute_force():
     found = bootstrap_difference(*distinct_tuples(ranks_SU), 3, resamples=40_000)
     for m, name in enumerate(METRICS):
         ours, theirs = found[name], np.array(draws)[:, m]
-        assert ours.difference == pytest.approx(gains_SUM[:3, :, m].mean() - gains_SUM[3:, :, m].mean())
+        assert ours.difference == pytest.approx(
+            gains_SUM[:3, :, m].mean() - gains_SUM[3:, :, m].mean()
+        )
         low, high = np.percentile(theirs, [2.5, 97.5])
         assert ours.ci95 == pytest.approx((low, high), abs=0.12 * (high - low)), name
-        assert ours.p == pytest.approx(2 * min((theirs <= 0).mean(), (theirs >= 0).mean()), abs=0.03)
+        assert ours.p == pytest.approx(
+            2 * min((theirs <= 0).mean(), (theirs >= 0).mean()), abs=0.03
+        )
 
 
 def variance_by_loop(gains_SUM: np.ndarray) -> np.ndarray:
@@ -108,14 +122,18 @@ def variance_by_loop(gains_SUM: np.ndarray) -> np.ndarray:
         table = gains_SUM[:, :, m]
         between = U * sum((table[s].mean() - table.mean()) ** 2 for s in range(S)) / (S - 1)
         rest = sum(
-            (table[s, u] - table[s].mean() - table[:, u].mean() + table.mean()) ** 2 for s in range(S) for u in range(U)
+            (table[s, u] - table[s].mean() - table[:, u].mean() + table.mean()) ** 2
+            for s in range(S)
+            for u in range(U)
         ) / ((S - 1) * (U - 1))
         found.append(max(between - rest, 0.0) / U)
     return np.array(found)
 
 
 def test_training_variance_is_that_of_the_analysis_of_variance():
-    ranks_SU = np.where((found := simulated(np.random.default_rng(1), 90, (4, 0), training=0.3)) > 10, 0, found)
+    ranks_SU = np.where(
+        (found := simulated(np.random.default_rng(1), 90, (4, 0), training=0.3)) > 10, 0, found
+    )
     tuples_KS, counts_K = distinct_tuples(ranks_SU)
     gains = np.stack([WEIGHTS[name][tuples_KS] for name in METRICS], axis=2)
     expected = variance_by_loop(np.stack([WEIGHTS[name][ranks_SU] for name in METRICS], axis=2))
@@ -125,24 +143,30 @@ def test_training_variance_is_that_of_the_analysis_of_variance():
 
 
 def test_seeds_whose_means_differ_widen_the_interval():
-    """The same ranks of each user dealt to other seeds: all users keep their means, the seeds lose their difference."""
+    """The same ranks of each user dealt to other seeds: all users keep their means, the seeds lose
+    their difference."""
     ranks_SU = simulated(np.random.default_rng(2), 400, (3, 3), training=0.3)
     rng = np.random.default_rng(0)
-    dealt_SU = np.concatenate([rng.permuted(ranks_SU[:3], axis=0), rng.permuted(ranks_SU[3:], axis=0)])
+    dealt_SU = np.concatenate(
+        [rng.permuted(ranks_SU[:3], axis=0), rng.permuted(ranks_SU[3:], axis=0)]
+    )
     wide, narrow = (
-        bootstrap_difference(*distinct_tuples(ranks), 3, resamples=4000)["NDCG@10"] for ranks in (ranks_SU, dealt_SU)
+        bootstrap_difference(*distinct_tuples(ranks), 3, resamples=4000)["NDCG@10"]
+        for ranks in (ranks_SU, dealt_SU)
     )
     assert wide.difference == pytest.approx(narrow.difference)
     assert wide.ci95[1] - wide.ci95[0] > 1.5 * (narrow.ci95[1] - narrow.ci95[0])
 
 
 def test_pairing_counts():
-    """Two runs that agree on most users differ less by chance than two that have nothing in common."""
+    """Two runs that agree on most users differ less by chance than two that have nothing in
+    common."""
     rng = np.random.default_rng(3)
     a = simulated(rng, 400, (1, 0))[0]
     b = np.where(rng.random(400) < 0.1, rng.permutation(a), a)
     close, apart = (
-        bootstrap_difference(*distinct_tuples(np.stack([a, other])), 1)["HR@10"] for other in (b, rng.permutation(b))
+        bootstrap_difference(*distinct_tuples(np.stack([a, other])), 1)["HR@10"]
+        for other in (b, rng.permutation(b))
     )
     assert close.difference == pytest.approx(apart.difference)
     assert close.ci95[1] - close.ci95[0] < 0.6 * (apart.ci95[1] - apart.ci95[0])
@@ -159,7 +183,9 @@ def test_resamples_are_seeded_and_a_run_is_equal_to_itself():
     assert bootstrap_difference(*tuples, 1, 500) == bootstrap_difference(*tuples, 1, 500)
     assert bootstrap_difference(*tuples, 1, 500) != bootstrap_difference(*tuples, 1, 500, seed=1)
     ranks_U = simulated(np.random.default_rng(4), 200, (1, 0))[0]
-    for row in bootstrap_difference(*distinct_tuples(np.stack([ranks_U, ranks_U])), 1, 500).values():
+    for row in bootstrap_difference(
+        *distinct_tuples(np.stack([ranks_U, ranks_U])), 1, 500
+    ).values():
         assert (row.difference, row.ci95, row.p, row.p_holm) == (0.0, (0.0, 0.0), 1.0, 1.0)
 
 
@@ -171,14 +197,21 @@ def dataset(tmp_path_factory) -> Dataset:
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     lines = [
-        f"user-{user} " + " ".join(f"i{item}" for item in rng.permutation(NUM_ITEMS)[:6]) for user in range(NUM_USERS)
+        f"user-{user} " + " ".join(f"i{item}" for item in rng.permutation(NUM_ITEMS)[:6])
+        for user in range(NUM_USERS)
     ]
     (folder / "log.txt").write_text("\n".join(lines))
     return prepare(folder / "log.txt", folder / "prepared")
 
 
 def make_run(
-    out: Path, dataset: Dataset, seed: int = 0, hits: float = 0.3, recipe: dict | None = None, top: int = 20, **protocol
+    out: Path,
+    dataset: Dataset,
+    seed: int = 0,
+    hits: float = 0.3,
+    recipe: dict | None = None,
+    top: int = 20,
+    **protocol,
 ) -> Path:
     """Random lists with the target somewhere in the first ten for a share of the users."""
     rng = np.random.default_rng(seed)
@@ -187,7 +220,9 @@ def make_run(
     for user in np.flatnonzero(rng.random(NUM_USERS) < hits):
         others = lists_UN[user][lists_UN[user] != targets_U[user]][: top - 1]
         lists_UN[user] = np.insert(others, rng.integers(0, 10), targets_U[user])[:top]
-    told = Protocol.of(dataset, **{"exclude_history": False, "beam": 20, "decode": "exact", **protocol})
+    told = Protocol.of(
+        dataset, **{"exclude_history": False, "beam": 20, "decode": "exact", **protocol}
+    )
     write_results(
         out, system="genrec", split="test", dataset=dataset, user_rows=np.arange(NUM_USERS), lists_UN=lists_UN,
         scores_UN=-np.arange(top, dtype=np.float32) * np.ones((NUM_USERS, 1), np.float32),
@@ -205,7 +240,10 @@ def edit(run: Path, **changes) -> None:
 
 
 def test_two_runs_from_their_files(tmp_path, dataset):
-    good, bad = make_run(tmp_path / "good", dataset, hits=0.9, top=30), make_run(tmp_path / "bad", dataset, hits=0.05)
+    good, bad = (
+        make_run(tmp_path / "good", dataset, hits=0.9, top=30),
+        make_run(tmp_path / "bad", dataset, hits=0.05),
+    )
     found = compare(good, bad)
     for side, run in (("a", good), ("b", bad)):
         metrics = json.loads((run / "metrics-test.json").read_text())
@@ -218,7 +256,9 @@ def test_two_runs_from_their_files(tmp_path, dataset):
     assert "A and B stand for one training run" in words
     assert "B is better in" in compare(bad, good).verdict()
     assert "No difference that these lists can show" in compare(bad, bad).verdict()
-    assert json.loads(json.dumps(found.as_dict()))["metrics"]["HR@5"]["p"] == found.metrics["HR@5"].p
+    assert (
+        json.loads(json.dumps(found.as_dict()))["metrics"]["HR@5"]["p"] == found.metrics["HR@5"].p
+    )
 
 
 def test_baselines_are_runs_too(tmp_path, dataset):
@@ -227,7 +267,10 @@ def test_baselines_are_runs_too(tmp_path, dataset):
     found = compare(tmp_path / "popularity", tmp_path / "knn", split="validation", resamples=200)
     assert (found.a.system, found.b.system, found.split) == ("popularity", "knn", "validation")
     assert "training run" not in found.verdict()
-    assert compare(tmp_path / "repeat", tmp_path / "knn", split="validation", resamples=200).users == NUM_USERS
+    assert (
+        compare(tmp_path / "repeat", tmp_path / "knn", split="validation", resamples=200).users
+        == NUM_USERS
+    )
 
 
 def test_a_folder_of_runs_is_one_recipe_with_several_seeds(tmp_path, dataset, monkeypatch):
@@ -236,7 +279,8 @@ def test_a_folder_of_runs_is_one_recipe_with_several_seeds(tmp_path, dataset, mo
         make_run(tmp_path / "b" / f"seed-{seed}", dataset, 10 + seed, hits=0.2)
     found = compare(tmp_path / "a", tmp_path / "b", resamples=500)
     means = [
-        json.loads((tmp_path / "a" / f"seed-{seed}" / "metrics-test.json").read_text())["HR@10"] for seed in range(3)
+        json.loads((tmp_path / "a" / f"seed-{seed}" / "metrics-test.json").read_text())["HR@10"]
+        for seed in range(3)
     ]
     assert found.metrics["HR@10"].a == pytest.approx(np.mean(means))
     assert len(found.a.runs) == len(found.b.runs) == 3
@@ -247,17 +291,28 @@ def test_a_folder_of_runs_is_one_recipe_with_several_seeds(tmp_path, dataset, mo
 
 
 def test_what_may_differ_is_told(tmp_path, dataset):
-    a, b = make_run(tmp_path / "a", dataset), make_run(tmp_path / "b", dataset, beam=50, decode="compact")
+    a, b = (
+        make_run(tmp_path / "a", dataset),
+        make_run(tmp_path / "b", dataset, beam=50, decode="compact"),
+    )
     edit(b, numbering="given")
     found = compare(a, b, resamples=200)
-    assert found.differs == {"numbering": ["random", "given"], "beam": [20, 50], "decode": ["exact", "compact"]}
+    assert found.differs == {
+        "numbering": ["random", "given"],
+        "beam": [20, 50],
+        "decode": ["exact", "compact"],
+    }
     assert "beam differs: 20 and 50" in conclusion(found)
 
 
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("ties", "shuffle", 'ties is "keep" in .*a and "shuffle" in .*b: evaluate both under one protocol'),
+        (
+            "ties",
+            "shuffle",
+            'ties is "keep" in .*a and "shuffle" in .*b: evaluate both under one protocol',
+        ),
         ("trained_through", "n-1", 'trained_through is "n-2"'),
         ("exclude_history", True, "exclude_history is false in .*a and true in .*b"),
         ("users", {"sample": 60, "seed": 1}, 'users is "all"'),
@@ -277,7 +332,8 @@ def test_other_users_and_targets_are_refused(tmp_path, dataset):
     users = table.column("user").to_pylist()
     pq.write_table(table.set_column(0, "user", [[*users[:41], "somebody", *users[42:]]]), lists)
     with pytest.raises(
-        ValueError, match=r"row 41: user 'user-41' in .*a.*, 'somebody' in .*b.*: both runs need the same"
+        ValueError,
+        match=r"row 41: user 'user-41' in .*a.*, 'somebody' in .*b.*: both runs need the same",
     ):
         compare(a, b)
     targets = table.column("target").to_pylist()
@@ -292,11 +348,15 @@ def test_other_users_and_targets_are_refused(tmp_path, dataset):
 def test_files_that_do_not_belong_together_are_refused(tmp_path, dataset):
     a, b = make_run(tmp_path / "a", dataset), make_run(tmp_path / "b", dataset, seed=1)
     shutil.copy(a / "top20-test.parquet", b / "top20-test.parquet")
-    with pytest.raises(ValueError, match=r"b: the lists give HR@5 .*, metrics say .*: evaluate again"):
+    with pytest.raises(
+        ValueError, match=r"b: the lists give HR@5 .*, metrics say .*: evaluate again"
+    ):
         compare(a, b)
     table = pq.read_table(b / "top20-test.parquet")
     pq.write_table(table.drop_columns("rank"), b / "top20-test.parquet")
-    with pytest.raises(ValueError, match=r"no column rank: it was written by an older version; evaluate again"):
+    with pytest.raises(
+        ValueError, match=r"no column rank: it was written by an older version; evaluate again"
+    ):
         compare(a, b)
     (b / "top20-test.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match="not readable as Parquet"):
@@ -315,7 +375,9 @@ def test_runs_that_are_not_seeds_of_one_recipe_are_refused(tmp_path, dataset):
         compare(folder, other)
     make_run(folder / "0", dataset, 0)
     make_run(folder / "1", dataset, 1, recipe={"width": 128})
-    with pytest.raises(ValueError, match=r"1: not of one recipe with .*0: width differs; compare them apart"):
+    with pytest.raises(
+        ValueError, match=r"1: not of one recipe with .*0: width differs; compare them apart"
+    ):
         compare(folder, other)
     make_run(folder / "1", dataset, 1, beam=50)
     with pytest.raises(ValueError, match="beam differs"):
@@ -328,7 +390,8 @@ def test_runs_that_are_not_seeds_of_one_recipe_are_refused(tmp_path, dataset):
     with pytest.raises(ValueError, match=r"1: a run without metrics-test\.json: evaluate it too"):
         compare(folder, other)
     with pytest.raises(
-        ValueError, match=r"no metrics-validation\.json in it, nor in a folder of it: run `genrec evaluate"
+        ValueError,
+        match=r"no metrics-validation\.json in it, nor in a folder of it: run `genrec evaluate",
     ):
         compare(other, other, split="validation")
     with pytest.raises(ValueError, match="50 resamples tell nothing"):
@@ -339,7 +402,12 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path, dataset, capfd):
     from genrec_dist.cli.app import run_command
 
     a, b = make_run(tmp_path / "a", dataset, hits=0.9), make_run(tmp_path / "b", dataset, hits=0.1)
-    assert run_command(["compare", str(a), str(b), "--resamples", "300", "--json", str(tmp_path / "c.json")]) == 0
+    assert (
+        run_command(
+            ["compare", str(a), str(b), "--resamples", "300", "--json", str(tmp_path / "c.json")]
+        )
+        == 0
+    )
     printed = capfd.readouterr().out
     for words in ("95 % interval", "p (Holm)", f"A: {a} (genrec, 1 run)", "A is better in HR@5"):
         assert words in printed, printed

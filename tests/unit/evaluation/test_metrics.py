@@ -1,4 +1,5 @@
-"""Metrics against two other libraries, their additivity, their intervals and the faults of lists."""
+"""Metrics against two other libraries, their additivity, their intervals and the faults of
+lists."""
 
 import ir_measures
 import numpy as np
@@ -26,10 +27,14 @@ from genrec_dist.evaluation.metrics import (
 NAMES = {"HR@1", "HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR@20"}
 
 
-def random_lists(num_users: int = 60, num_items: int = 45, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def random_lists(
+    num_users: int = 60, num_items: int = 45, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Lists of 20 distinct items, some cut short, and targets that are often in them."""
     rng = np.random.default_rng(seed)
-    lists_UN = np.stack([rng.permutation(num_items)[:20] for _ in range(num_users)]).astype(np.int32)
+    lists_UN = np.stack([rng.permutation(num_items)[:20] for _ in range(num_users)]).astype(
+        np.int32
+    )
     for user in range(0, num_users, 4):
         lists_UN[user, rng.integers(0, 20) :] = EMPTY
     return lists_UN, rng.integers(0, num_items, num_users).astype(np.int32)
@@ -63,7 +68,8 @@ def test_metrics_equal_torchmetrics():
     places = torch.arange(20, 0, -1).float()
     theirs = dict.fromkeys(NAMES, 0.0)
     for row, target in zip(lists_UN, targets_U, strict=True):
-        # A relevant document that was not retrieved goes behind the list, out of every cutoff's sight.
+        # A relevant document that was not retrieved goes behind the list, out of every cutoff's
+        # sight.
         preds = torch.cat([places, torch.tensor([-1.0])])
         relevant = torch.cat([torch.from_numpy(row == target), torch.tensor([target not in row])])
         for k in (1, 5, 10, 20):
@@ -107,12 +113,15 @@ def test_bootstrap_equals_drawing_users():
     ours = bootstrap_ci95(rank_histogram(ranks), resamples=4000)
     rng = np.random.default_rng(3)
     draws = [
-        metrics_from_histogram(rank_histogram(ranks[rng.integers(0, len(ranks), len(ranks))])) for _ in range(4000)
+        metrics_from_histogram(rank_histogram(ranks[rng.integers(0, len(ranks), len(ranks))]))
+        for _ in range(4000)
     ]
     for name in NAMES:
         low, high = np.percentile([draw[name] for draw in draws], [2.5, 97.5])
         assert ours[name] == pytest.approx([low, high], abs=0.004), name
-    assert ours["HR@10"][1] - ours["HR@10"][0] == pytest.approx(2 * 1.96 * np.sqrt(0.5 * 0.5 / 400), rel=0.15)
+    assert ours["HR@10"][1] - ours["HR@10"][0] == pytest.approx(
+        2 * 1.96 * np.sqrt(0.5 * 0.5 / 400), rel=0.15
+    )
 
 
 def test_bootstrap_is_seeded():
@@ -129,7 +138,10 @@ def test_repeats_are_marked_from_the_second_on():
 def test_faults_are_shares_of_the_filled_places():
     lists_UN = np.array([[0, 1, 1, EMPTY, EMPTY], [2, INVALID, 9, INVALID, EMPTY]])
     assert list_faults(lists_UN, num_items=9) == {"invalid_rate": 3 / 7, "duplicate_rate": 1 / 7}
-    assert list_faults(np.full((2, 3), EMPTY), num_items=9) == {"invalid_rate": 0.0, "duplicate_rate": 0.0}
+    assert list_faults(np.full((2, 3), EMPTY), num_items=9) == {
+        "invalid_rate": 0.0,
+        "duplicate_rate": 0.0,
+    }
 
 
 def test_errors_name_the_value():
@@ -144,14 +156,26 @@ def test_errors_name_the_value():
 
 
 def test_figures_as_the_field_writes_them():
-    assert [as_written(value) for value in (0.0566, 0.0, 1.0, None)] == [".0566", ".0000", "1.0000", "–"]
+    assert [as_written(value) for value in (0.0566, 0.0, 1.0, None)] == [
+        ".0566",
+        ".0000",
+        "1.0000",
+        "–",
+    ]
 
 
 def test_ties_rank_pessimistically():
     lists_UN = np.array([[4, 2, 7, 1]] * 3 + [[4, 2, EMPTY, EMPTY]] * 2, dtype=np.int32)
-    scores_UN = np.array([[3, 2, 2, 1]] * 2 + [[3, 2, 2, 2]] + [[2, 2, -np.inf, -np.inf]] * 2, dtype=np.float32)
+    scores_UN = np.array(
+        [[3, 2, 2, 1]] * 2 + [[3, 2, 2, 2]] + [[2, 2, -np.inf, -np.inf]] * 2, dtype=np.float32
+    )
     beyond_U = np.array([False, True, True, False, True])
-    for target, expected in ((4, [1, 1, 1, 2, 0]), (2, [3, 3, 0, 2, 0]), (1, [4, 0, 0, 0, 0]), (9, [0] * 5)):
+    for target, expected in (
+        (4, [1, 1, 1, 2, 0]),
+        (2, [3, 3, 0, 2, 0]),
+        (1, [4, 0, 0, 0, 0]),
+        (9, [0] * 5),
+    ):
         ranks = target_ranks(lists_UN, np.full(5, target))
         assert pessimistic_ranks(ranks, scores_UN, beyond_U).tolist() == expected, target
 

@@ -22,13 +22,39 @@ from rich.console import Console
 from genrec_dist.baselines import registry as baseline
 from genrec_dist.baselines.run import run_baseline
 from genrec_dist.data.item_graph import KnnSettings
-from genrec_dist.evaluation.metrics import bootstrap_ci95, metrics_from_histogram, rank_histogram, target_ranks
+from genrec_dist.evaluation.metrics import (
+    bootstrap_ci95,
+    metrics_from_histogram,
+    rank_histogram,
+    target_ranks,
+)
 from genrec_dist.evaluation.results import Protocol, ResultsWriter, format_table
 
 FIELDS = {
-    *("system", "split", "users", "HR@1", "HR@5", "HR@10", "HR@20", "NDCG@5", "NDCG@10", "NDCG@20", "MRR@20"),
+    *(
+        "system",
+        "split",
+        "users",
+        "HR@1",
+        "HR@5",
+        "HR@10",
+        "HR@20",
+        "NDCG@5",
+        "NDCG@10",
+        "NDCG@20",
+        "MRR@20",
+    ),
     *("coverage@10", "coverage@20", "popularity@10", "gini@10", "breakdown", "top"),
-    *("invalid_rate", "duplicate_rate", "ci95", "protocol", "beside", "users_per_second", "seconds", "recipe"),
+    *(
+        "invalid_rate",
+        "duplicate_rate",
+        "ci95",
+        "protocol",
+        "beside",
+        "users_per_second",
+        "seconds",
+        "recipe",
+    ),
     *("git", "versions"),
 }
 
@@ -39,7 +65,10 @@ def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     rng = np.random.default_rng(0)
     histories = [rng.permutation(70)[: rng.integers(3, 9)] for _ in range(50)]
-    lines = [" ".join([f"user-{user}", *(f"item-{item}" for item in past)]) for user, past in enumerate(histories)]
+    lines = [
+        " ".join([f"user-{user}", *(f"item-{item}" for item in past)])
+        for user, past in enumerate(histories)
+    ]
     (folder / "log.txt").write_text("\n".join(lines))
     return prepare(folder / "log.txt", folder / "prepared", numbering="random")
 
@@ -72,13 +101,28 @@ def test_metrics_file_holds_the_contract(tmp_path, dataset, lists):
     assert report == returned
     assert set(report) == FIELDS
     assert report["protocol"] == {
-        **{"numbering": "random", "ties": "keep", "split": "leave-one-out", "trained_through": "n-2"},
-        **{"exclude_history": True, "beam": 20, "decode": "exact", "users": "all", "item_weight": None, "graph": None},
+        **{
+            "numbering": "random",
+            "ties": "keep",
+            "split": "leave-one-out",
+            "trained_through": "n-2",
+        },
+        **{
+            "exclude_history": True,
+            "beam": 20,
+            "decode": "exact",
+            "users": "all",
+            "item_weight": None,
+            "graph": None,
+        },
     }
     assert (report["system"], report["split"], report["users"]) == ("genrec", "test", 50)
     assert (report["users_per_second"], report["recipe"]) == (25.0, {"width": 64})
     assert {"python", "torch", "transformers", "genrec-dist"} <= set(report["versions"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics-test.json", "top20-test.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "metrics-test.json",
+        "top20-test.parquet",
+    ]
 
 
 def test_metrics_can_be_computed_again_from_the_lists(tmp_path, dataset, lists):
@@ -86,7 +130,10 @@ def test_metrics_can_be_computed_again_from_the_lists(tmp_path, dataset, lists):
     rows = pq.read_table(tmp_path / "top20-test.parquet").to_pylist()
     assert [row["user"] for row in rows] == [f"user-{user}" for user in range(50)]
     assert rows[0].keys() == {"user", "target", "items", "scores", "rank"}
-    ranks = [row["items"].index(row["target"]) + 1 if row["target"] in row["items"] else 0 for row in rows]
+    ranks = [
+        row["items"].index(row["target"]) + 1 if row["target"] in row["items"] else 0
+        for row in rows
+    ]
     assert [row["rank"] for row in rows] == ranks
     hist = rank_histogram(np.array(ranks))
     assert hist[1:].sum() > 0
@@ -100,7 +147,9 @@ def test_baselines_stand_beside_on_the_same_users(tmp_path, dataset):
     rows = sample_users(50, **users)
     report = run_baseline("knn", dataset, "validation", tmp_path, users=users)
     codes = dataset.numbering.item_codes
-    expected = baseline.beside(dataset.sequences, codes, "validation", exclude_history=True, users=rows)
+    expected = baseline.beside(
+        dataset.sequences, codes, "validation", exclude_history=True, users=rows
+    )
     assert report["beside"] == expected
     assert report["users"] == 12
     assert report["protocol"]["users"] == users
@@ -110,7 +159,11 @@ def test_baselines_stand_beside_on_the_same_users(tmp_path, dataset):
 def test_lists_in_any_order_give_the_same_bytes(tmp_path, dataset, lists):
     write(tmp_path / "a", dataset, lists)
     order = np.random.default_rng(1).permutation(50)
-    shuffled = {"user_rows": order, "lists_UN": lists.items_UN[order], "scores_UN": lists.scores_UN[order]}
+    shuffled = {
+        "user_rows": order,
+        "lists_UN": lists.items_UN[order],
+        "scores_UN": lists.scores_UN[order],
+    }
     write(tmp_path / "b", dataset, lists, **shuffled)
     for name in ("top20-test.parquet", "metrics-test.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
@@ -124,7 +177,9 @@ def test_row_groups_hold_the_same_rows(tmp_path, dataset, lists, monkeypatch):
     assert one.to_pylist() == many.to_pylist()
 
 
-def test_short_lists_are_shorter_in_the_file_and_texts_without_item_are_null(tmp_path, dataset, lists):
+def test_short_lists_are_shorter_in_the_file_and_texts_without_item_are_null(
+    tmp_path, dataset, lists
+):
     items_UN = lists.items_UN.copy()
     items_UN[0, 3:] = -1
     items_UN[1, 0] = -2
@@ -140,7 +195,13 @@ def test_short_lists_are_shorter_in_the_file_and_texts_without_item_are_null(tmp
 def cut_into(dataset, lists, out, edges):
     """The files of these lists, added in parts that end at the edges."""
     protocol = Protocol.of(dataset, exclude_history=True)
-    options = {"system": "x", "split": "test", "dataset": dataset, "protocol": protocol, "recipe": None}
+    options = {
+        "system": "x",
+        "split": "test",
+        "dataset": dataset,
+        "protocol": protocol,
+        "recipe": None,
+    }
     with ResultsWriter(out, **options, top=lists.items_UN.shape[1]) as writer:
         for first, last in zip([0, *edges], [*edges, len(lists.items_UN)], strict=True):
             rows = np.arange(first, last)
@@ -152,16 +213,26 @@ def cut_into(dataset, lists, out, edges):
 def test_bytes_do_not_depend_on_how_the_lists_were_cut(tmp_path, dataset, lists, monkeypatch):
     monkeypatch.setattr("genrec_dist.evaluation.results.USERS_PER_ROW_GROUP", 16)
     whole = cut_into(dataset, lists, tmp_path / "whole", [])
-    for place, edges in enumerate(([16, 32, 48], [1, 2, 3, 30], [0, 0, 17, 17, 49], list(range(1, 50)))):
+    for place, edges in enumerate(
+        ([16, 32, 48], [1, 2, 3, 30], [0, 0, 17, 17, 49], list(range(1, 50)))
+    ):
         assert cut_into(dataset, lists, tmp_path / str(place), edges) == whole
     file = pq.ParquetFile(tmp_path / "whole" / "top20-test.parquet")
-    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [16, 16, 16, 2]
+    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [
+        16,
+        16,
+        16,
+        2,
+    ]
 
 
 def test_lists_longer_than_twenty_are_kept_whole_and_scored_at_twenty(tmp_path, dataset):
     targets = dataset.sequences.history_and_target("test").targets
     longer = baseline.popularity.recommend(dataset.sequences, "test", exclude_history=True, top=30)
-    assert cut_into(dataset, longer, tmp_path, []).keys() == {"top30-test.parquet", "metrics-test.json"}
+    assert cut_into(dataset, longer, tmp_path, []).keys() == {
+        "top30-test.parquet",
+        "metrics-test.json",
+    }
     rows = pq.read_table(tmp_path / "top30-test.parquet").to_pylist()
     ranks = target_ranks(longer.items_UN, targets)
     assert [len(row["items"]) for row in rows] == [30] * 50
@@ -170,12 +241,21 @@ def test_lists_longer_than_twenty_are_kept_whole_and_scored_at_twenty(tmp_path, 
     report = json.loads((tmp_path / "metrics-test.json").read_text())
     assert report["top"] == 30
     assert report["HR@20"] == ((ranks > 0) & (ranks <= 20)).mean()
-    assert report["coverage@20"] == len(np.unique(longer.items_UN[:, :20])) / dataset.sequences.num_items
+    assert (
+        report["coverage@20"]
+        == len(np.unique(longer.items_UN[:, :20])) / dataset.sequences.num_items
+    )
 
 
 def test_leaving_without_finish_leaves_nothing_behind(tmp_path, dataset, lists):
     protocol = Protocol.of(dataset, exclude_history=True)
-    options = {"system": "x", "split": "test", "dataset": dataset, "protocol": protocol, "recipe": None}
+    options = {
+        "system": "x",
+        "split": "test",
+        "dataset": dataset,
+        "protocol": protocol,
+        "recipe": None,
+    }
     with ResultsWriter(tmp_path, **options) as writer:
         writer.add(np.arange(50), lists.items_UN, lists.scores_UN)
     assert not list(tmp_path.iterdir())
@@ -189,7 +269,13 @@ def test_leaving_without_finish_leaves_nothing_behind(tmp_path, dataset, lists):
 def test_users_are_checked_as_they_come(tmp_path, dataset, lists):
     def add(rows, users=None):
         protocol = Protocol.of(dataset, exclude_history=True, users=users or "all")
-        options = {"system": "x", "split": "test", "dataset": dataset, "protocol": protocol, "recipe": None}
+        options = {
+            "system": "x",
+            "split": "test",
+            "dataset": dataset,
+            "protocol": protocol,
+            "recipe": None,
+        }
         with ResultsWriter(tmp_path, **options) as writer:
             for part in rows:
                 writer.add(np.array(part), lists.items_UN[part], lists.scores_UN[part])
@@ -202,15 +288,28 @@ def test_users_are_checked_as_they_come(tmp_path, dataset, lists):
         ("user row 1 comes twice", [[0, 1, 1]], None),
         ("user row 0 comes after row 2", [[0, 1, 2], [0]], None),
         ("user row 0 was not asked for", [[0]], {"sample": 10, "seed": 0}),
-        (f"user row {sampled[1]} has no list", [sampled[:1], sampled[2:]], {"sample": 10, "seed": 0}),
+        (
+            f"user row {sampled[1]} has no list",
+            [sampled[:1], sampled[2:]],
+            {"sample": 10, "seed": 0},
+        ),
         ("user row 49 comes twice", [list(range(50)), [49]], None),
     ):
         with pytest.raises(ValueError, match=message):
             add(rows, users)
     protocol = Protocol.of(dataset, exclude_history=False)
     zeros = np.zeros((51, 20), np.int32)
-    options = {"system": "x", "split": "test", "dataset": dataset, "protocol": protocol, "recipe": None}
-    with ResultsWriter(tmp_path, **options) as writer, pytest.raises(ValueError, match="row 50 was not asked for"):
+    options = {
+        "system": "x",
+        "split": "test",
+        "dataset": dataset,
+        "protocol": protocol,
+        "recipe": None,
+    }
+    with (
+        ResultsWriter(tmp_path, **options) as writer,
+        pytest.raises(ValueError, match="row 50 was not asked for"),
+    ):
         writer.add(np.arange(51), zeros, zeros.astype(np.float32))
     assert not list(tmp_path.iterdir())
 
@@ -224,13 +323,17 @@ def test_shards_made_from_other_sequences_are_refused(tmp_path, dataset, lists):
     manifest = here.path / "shards" / "manifest.json"
     good = manifest.read_text()
     manifest.write_text(good.replace(here.info.sequences_hash, "0" * 64))
-    with pytest.raises(DataError, match=r"shards/manifest\.json: made from other sequences \(50 users\)"):
+    with pytest.raises(
+        DataError, match=r"shards/manifest\.json: made from other sequences \(50 users\)"
+    ):
         write(tmp_path / "again", here, lists)
     (tmp_path / "few.txt").write_text("\n".join(log.split("\n")[:20]))
     few = prepare(tmp_path / "few.txt", tmp_path / "few", numbering="random")
     (here.path / "shards").rename(few.path / "shards")
     (few.path / "shards" / "manifest.json").write_text(good)
-    with pytest.raises(DataError, match=r"\(50 users\) than .*few holds \(20 users\): run `genrec shard` again"):
+    with pytest.raises(
+        DataError, match=r"\(50 users\) than .*few holds \(20 users\): run `genrec shard` again"
+    ):
         run_baseline("popularity", few, "test", tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
@@ -247,7 +350,8 @@ def synthetic_users(folder, num_users, num_items=50):
 
 
 def test_memory_does_not_grow_with_the_users(tmp_path, monkeypatch):
-    """Windows of 256 users, 1,000 and 8,000 of them, baselines beside: the peak above the data set is one window's."""
+    """Windows of 256 users, 1,000 and 8,000 of them, baselines beside: the peak above the data set
+    is one window's."""
     for where in ("results.USERS_PER_ROW_GROUP", "baseline.history.WINDOW"):
         monkeypatch.setattr(f"genrec_dist.{where}", 256)
     lists_UN = np.tile(np.arange(20, dtype=np.int32), (256, 1))
@@ -257,19 +361,26 @@ def test_memory_does_not_grow_with_the_users(tmp_path, monkeypatch):
         dataset = synthetic_users(tmp_path, num_users)
         options = {"system": "x", "split": "test", "recipe": None, "dataset": dataset}
         tracemalloc.start()
-        with ResultsWriter(tmp_path, **options, protocol=Protocol.of(dataset, exclude_history=False)) as writer:
+        with ResultsWriter(
+            tmp_path, **options, protocol=Protocol.of(dataset, exclude_history=False)
+        ) as writer:
             for first in range(0, num_users, 256):
                 rows = np.arange(first, min(num_users, first + 256))
                 writer.add(rows, lists_UN[: len(rows)], scores_UN[: len(rows)])
             writer.finish(1.0, {})
-        # What a row of a row group says of itself in the footer is a few hundred bytes; lists would be 160 a user.
+        # What a row of a row group says of itself in the footer is a few hundred bytes; lists would
+        # be 160 a user.
         peaks.append(tracemalloc.get_traced_memory()[1] + pa.total_allocated_bytes())
         tracemalloc.stop()
     assert peaks[2] < 1.2 * peaks[1], peaks
 
 
 def without(lists, user):
-    return np.delete(np.arange(50), user), np.delete(lists.items_UN, user, 0), np.delete(lists.scores_UN, user, 0)
+    return (
+        np.delete(np.arange(50), user),
+        np.delete(lists.items_UN, user, 0),
+        np.delete(lists.scores_UN, user, 0),
+    )
 
 
 def test_each_user_must_stand_exactly_once(tmp_path, dataset, lists):
@@ -300,7 +411,13 @@ def test_lists_that_contradict_the_protocol_are_refused(tmp_path, dataset, lists
     kept = Protocol.of(dataset, exclude_history=False)
     write(tmp_path / "kept", dataset, lists, lists_UN=items_UN, protocol=kept)
     with pytest.raises(ValueError, match="n-1 has seen the validation targets"):
-        write(tmp_path, dataset, lists, split="validation", protocol=replace(kept, trained_through="n-1"))
+        write(
+            tmp_path,
+            dataset,
+            lists,
+            split="validation",
+            protocol=replace(kept, trained_through="n-1"),
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["kept"]
 
 
@@ -308,7 +425,13 @@ def test_malformed_lists_are_refused(tmp_path, dataset, lists):
     with pytest.raises(ValueError, match=r"scores \(50, 10\), expected \(50, 20\)"):
         write(tmp_path, dataset, lists, scores_UN=lists.scores_UN[:, :10])
     with pytest.raises(ValueError, match="lists of 10 items: metrics need 20"):
-        write(tmp_path, dataset, lists, lists_UN=lists.items_UN[:, :10], scores_UN=lists.scores_UN[:, :10])
+        write(
+            tmp_path,
+            dataset,
+            lists,
+            lists_UN=lists.items_UN[:, :10],
+            scores_UN=lists.scores_UN[:, :10],
+        )
     gap_UN = lists.items_UN.copy()
     gap_UN[2, 5] = -1
     with pytest.raises(ValueError, match="empty place before a filled one"):
@@ -329,7 +452,9 @@ def test_a_failure_leaves_neither_file(tmp_path, dataset, lists, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("name", "told"), [("popularity", True), ("knn", True), ("counting", True), ("repeat", None)])
+@pytest.mark.parametrize(
+    ("name", "told"), [("popularity", True), ("knn", True), ("counting", True), ("repeat", None)]
+)
 def test_protocol_of_a_baseline_says_what_it_does(tmp_path, dataset, name, told):
     report = run_baseline(name, dataset, "test", tmp_path)
     assert report["system"] == name
@@ -337,7 +462,9 @@ def test_protocol_of_a_baseline_says_what_it_does(tmp_path, dataset, name, told)
     assert (report["protocol"]["beam"], report["protocol"]["decode"]) == (None, None)
     assert report["recipe"] == (asdict(KnnSettings()) if name == "knn" else None)
     assert report["duplicate_rate"] == report["invalid_rate"] == 0.0
-    kept = run_baseline(name, dataset, "test", tmp_path, exclude_history=False)["protocol"]["exclude_history"]
+    kept = run_baseline(name, dataset, "test", tmp_path, exclude_history=False)["protocol"][
+        "exclude_history"
+    ]
     assert kept is {"counting": True, "repeat": None}.get(name, False)
     if name != "repeat":
         assert report["HR@10"] == report["beside"][name]["HR@10"]
@@ -347,7 +474,13 @@ def test_sampled_users_are_a_function_of_the_seed():
     assert np.array_equal(sample_users(1000, 50, 1), sample_users(1000, 50, 1))
     assert not np.array_equal(sample_users(1000, 50, 1), sample_users(1000, 50, 2))
     assert len(set(sample_users(1000, 50, 1).tolist())) == 50
-    assert sample_users(1000, 5, 0).tolist() == [236, 345, 416, 774, 952]  # elsewhere and in years to come
+    assert sample_users(1000, 5, 0).tolist() == [
+        236,
+        345,
+        416,
+        774,
+        952,
+    ]  # elsewhere and in years to come
     assert np.array_equal(sample_users(10, 0, 1), np.arange(10))
 
 

@@ -1,4 +1,5 @@
-"""Coverage, popularity, Gini and the breakdown against plain loops, and the same counts whatever the parts."""
+"""Coverage, popularity, Gini and the breakdown against plain loops, and the same counts whatever
+the parts."""
 
 import itertools
 
@@ -17,16 +18,27 @@ from genrec_dist.evaluation.metrics import (
 NUM_ITEMS = 60
 
 
-def users(num_users: int = 300, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Training counts; lists with short ends, texts without item and repeats; ranks, targets and history lengths."""
+def users(
+    num_users: int = 300, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Training counts; lists with short ends, texts without item and repeats; ranks, targets and
+    history lengths."""
     rng = np.random.default_rng(seed)
     counts_I = (rng.random(NUM_ITEMS) ** 4 * 70).astype(np.int64)
-    lists_UN = np.stack([rng.permutation(NUM_ITEMS)[:25] for _ in range(num_users)]).astype(np.int32)
+    lists_UN = np.stack([rng.permutation(NUM_ITEMS)[:25] for _ in range(num_users)]).astype(
+        np.int32
+    )
     lists_UN[::5, 3] = -2
     lists_UN[::7, 4] = lists_UN[::7, 2]
     lists_UN[::9, 6:] = -1
     ranks_U = rng.choice([0, 0, 1, 3, 8, 15, 24], num_users)
-    return counts_I, lists_UN, ranks_U, rng.integers(0, NUM_ITEMS, num_users), rng.geometric(0.06, num_users)
+    return (
+        counts_I,
+        lists_UN,
+        ranks_U,
+        rng.integers(0, NUM_ITEMS, num_users),
+        rng.geometric(0.06, num_users),
+    )
 
 
 def tally_of(edges=(), **changes) -> Tally:
@@ -39,8 +51,22 @@ def tally_of(edges=(), **changes) -> Tally:
 
 
 def test_bucket_names_are_as_people_write_them():
-    assert bucket_names(BUCKETS["history_length"]) == ["1-2", "3-5", "6-10", "11-20", "21-50", "51+"]
-    assert bucket_names(BUCKETS["target_popularity"]) == ["0", "1-4", "5-9", "10-19", "20-49", "50+"]
+    assert bucket_names(BUCKETS["history_length"]) == [
+        "1-2",
+        "3-5",
+        "6-10",
+        "11-20",
+        "21-50",
+        "51+",
+    ]
+    assert bucket_names(BUCKETS["target_popularity"]) == [
+        "0",
+        "1-4",
+        "5-9",
+        "10-19",
+        "20-49",
+        "50+",
+    ]
 
 
 @pytest.mark.parametrize("edges", [[1], [100, 200], [0, 7, 7, 299]])
@@ -57,7 +83,9 @@ def test_coverage_and_bias_equal_loops():
         shown = {item for row in lists_UN for item in row[:k].tolist() if item >= 0}
         assert found[f"coverage@{k}"] == len(shown) / NUM_ITEMS
     listed = [item for row in lists_UN for item in row[:10].tolist() if item >= 0]
-    assert found["popularity@10"] == pytest.approx(counts_I[listed].mean() / counts_I[targets_U].mean())
+    assert found["popularity@10"] == pytest.approx(
+        counts_I[listed].mean() / counts_I[targets_U].mean()
+    )
     amounts = np.bincount(listed, minlength=NUM_ITEMS).astype(float)
     pairs = np.abs(amounts[:, None] - amounts[None]).sum()
     assert found["gini@10"] == pytest.approx(pairs / (2 * NUM_ITEMS * amounts.sum()))
@@ -72,7 +100,10 @@ def test_gini_of_known_shares():
 def test_the_breakdown_is_the_metrics_of_each_bucket():
     counts_I, _, ranks_U, targets_U, lengths_U = users()
     found = tally_of().metrics()["breakdown"]
-    for name, values_U in (("history_length", lengths_U), ("target_popularity", counts_I[targets_U])):
+    for name, values_U in (
+        ("history_length", lengths_U),
+        ("target_popularity", counts_I[targets_U]),
+    ):
         assert list(found[name]) == bucket_names(BUCKETS[name])
         assert sum(bucket["users"] for bucket in found[name].values()) == 300
         for written, bucket in found[name].items():
@@ -107,5 +138,7 @@ def test_nothing_listed_or_nothing_known_has_no_ratio():
     tally.add(*users()[1:])
     assert tally.metrics()["popularity@10"] is None
     tally = Tally(np.ones(NUM_ITEMS, np.int64))
-    tally.add(np.full((2, 20), -1), np.zeros(2, np.int64), np.zeros(2, np.int64), np.ones(2, np.int64))
+    tally.add(
+        np.full((2, 20), -1), np.zeros(2, np.int64), np.zeros(2, np.int64), np.ones(2, np.int64)
+    )
     assert (tally.metrics()["popularity@10"], tally.metrics()["gini@10"]) == (None, None)

@@ -1,4 +1,5 @@
-"""All users in one file: each once, in their own ids, the same bytes for any number of ranks, and nothing where it fails."""
+"""All users in one file: each once, in their own ids, the same bytes for any number of ranks, and
+nothing where it fails."""
 
 from __future__ import annotations
 
@@ -30,7 +31,11 @@ def recommender(tiny_run: Path) -> Recommender:
     run = load_run(tiny_run)
     model = run.model.double()
     return Recommender(
-        replace(run, model=model, searcher=make_searcher(model, run.words, "cpu", texts=run.searcher.texts))
+        replace(
+            run,
+            model=model,
+            searcher=make_searcher(model, run.words, "cpu", texts=run.searcher.texts),
+        )
     )
 
 
@@ -39,9 +44,13 @@ def dataset(tiny_data: Path) -> Dataset:
     return load_dataset(tiny_data)
 
 
-def test_all_users_get_one_row_each(recommender: Recommender, dataset: Dataset, tmp_path: Path) -> None:
+def test_all_users_get_one_row_each(
+    recommender: Recommender, dataset: Dataset, tmp_path: Path
+) -> None:
     done: list[int] = []
-    path = recommend_all(recommender, dataset, tmp_path, top=10, batch_size=50, on_batch=done.append)
+    path = recommend_all(
+        recommender, dataset, tmp_path, top=10, batch_size=50, on_batch=done.append
+    )
     assert path == tmp_path / "top10.parquet"
     assert [entry.name for entry in tmp_path.iterdir()] == ["top10.parquet"]
     assert sum(done) == 120
@@ -59,29 +68,43 @@ def test_all_users_get_one_row_each(recommender: Recommender, dataset: Dataset, 
     assert table.column("scores")[17].as_py() == pytest.approx(answer.scores, rel=1e-6)
 
 
-def test_a_window_is_a_row_group_and_moves_no_list(recommender: Recommender, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_window_is_a_row_group_and_moves_no_list(
+    recommender: Recommender, dataset: Dataset, tmp_path: Path
+) -> None:
     whole = recommend_all(recommender, dataset, tmp_path / "whole")
     parts = recommend_all(recommender, dataset, tmp_path / "parts", batch_size=7, window=50)
     assert whole is not None
     assert parts is not None
     assert pq.ParquetFile(whole).num_row_groups == 1
     file = pq.ParquetFile(parts)
-    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [50, 50, 20]
+    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [
+        50,
+        50,
+        20,
+    ]
     left, right = pq.read_table(whole), pq.read_table(parts)
     assert left.select(["user", "items"]) == right.select(["user", "items"])
 
 
-def test_lists_hold_what_the_recommender_may_list(recommender: Recommender, dataset: Dataset, tmp_path: Path) -> None:
+def test_lists_hold_what_the_recommender_may_list(
+    recommender: Recommender, dataset: Dataset, tmp_path: Path
+) -> None:
     """Other options than a run's own: history kept in, items chosen, texts without a trie."""
     allow = dataset.sequences.item_ids[:30]
     chosen = Recommender(recommender.run, exclude_history=False, allow=allow, block=allow[:3])
     path = recommend_all(chosen, dataset, tmp_path / "chosen", top=40)
-    assert all(set(row) == set(allow[3:]) for row in pq.read_table(path).column("items").to_pylist())
+    assert all(
+        set(row) == set(allow[3:]) for row in pq.read_table(path).column("items").to_pylist()
+    )
     freely = Recommender(recommender.run, mode="free", exclude_history=False, block=allow[:3])
     table = pq.read_table(recommend_all(freely, dataset, tmp_path / "free"))
     (answer,) = freely.recommend([user_request(dataset, recommender.run, "user-17")])
     row = table.slice(17, 1).to_pylist()[0]
-    assert (row["items"], row["invalid"], row["duplicates"]) == (answer.items, answer.invalid, answer.duplicates)
+    assert (row["items"], row["invalid"], row["duplicates"]) == (
+        answer.items,
+        answer.invalid,
+        answer.duplicates,
+    )
     assert sum(table.column("invalid").to_pylist()) > 0
 
 
@@ -90,7 +113,11 @@ def test_one_schema_also_where_nobody_has_anything_left(
 ) -> None:
     """Columns of empty lists keep their types."""
     with ListsFile(tmp_path / "lists.parquet", ["a", "b"], recommender) as lists:
-        lists.add(Window(np.arange(2), np.full((2, 20), -1, np.int32), np.full((2, 20), -np.inf, np.float32)))
+        lists.add(
+            Window(
+                np.arange(2), np.full((2, 20), -1, np.int32), np.full((2, 20), -np.inf, np.float32)
+            )
+        )
         lists.finish()
     table = pq.read_table(tmp_path / "lists.parquet")
     assert table.schema.field("items").type == pa.list_(pa.string())
@@ -98,15 +125,21 @@ def test_one_schema_also_where_nobody_has_anything_left(
 
 
 @pytest.mark.parametrize("rows", [[[0, 1]], [[0, 1], [1]], [[0, 2]], [[1, 0]], [[0, 1, 2], [3]]])
-def test_a_user_twice_or_never_leaves_no_file(recommender: Recommender, tmp_path: Path, rows: list[list[int]]) -> None:
+def test_a_user_twice_or_never_leaves_no_file(
+    recommender: Recommender, tmp_path: Path, rows: list[list[int]]
+) -> None:
     def write() -> None:
         with ListsFile(tmp_path / "lists.parquet", ["a", "b", "c"], recommender) as lists:
             for part in rows:
                 shape = (len(part), 20)
-                lists.add(Window(np.array(part), np.zeros(shape, np.int32), np.zeros(shape, np.float32)))
+                lists.add(
+                    Window(np.array(part), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+                )
             lists.finish()
 
-    with pytest.raises(RuntimeError, match=r"come others than the next ones|of 3 users have a list"):
+    with pytest.raises(
+        RuntimeError, match=r"come others than the next ones|of 3 users have a list"
+    ):
         write()
     assert list(tmp_path.iterdir()) == []
 
@@ -152,13 +185,18 @@ def alone(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFact
 def test_any_number_of_ranks_writes_the_same_bytes(
     alone: Path, tiny_run: Path, tiny_data: Path, tmp_path: Path, num_ranks: int
 ) -> None:
-    """Real gloo ranks; numbers of batches that 2 and 3 do not divide, and one batch for all ranks."""
-    done = start_each([SCRIPT, tiny_run, tiny_data, tmp_path / "out"], tmp_path / "logs", num_ranks, timeout=300)
+    """Real gloo ranks; numbers of batches that 2 and 3 do not divide, and one batch for all
+    ranks."""
+    done = start_each(
+        [SCRIPT, tiny_run, tiny_data, tmp_path / "out"], tmp_path / "logs", num_ranks, timeout=300
+    )
     assert not any(rank.returncode for rank in done), done
     assert "120 users, 64 items to choose from" in done[0].stdout
     assert done[0].stdout.count("\n") == 1
     assert not any(rank.stdout for rank in done[1:])  # rank 0 alone speaks
-    files = sorted(path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.parquet"))
+    files = sorted(
+        path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.parquet")
+    )
     assert {file.parts[0] for file in files} == {*WAYS, "command"}
     assert files == sorted(path.relative_to(alone) for path in alone.rglob("*") if path.is_file())
     for file in files:

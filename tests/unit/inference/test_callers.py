@@ -1,4 +1,5 @@
-"""Threads that call together: shared batches in order, errors to whom they belong, and nobody left behind by an interrupt."""
+"""Threads that call together: shared batches in order, errors to whom they belong, and nobody left
+behind by an interrupt."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from genrec_dist.inference.request_batching import Callers
 
 
 class Work:
-    """Doubles numbers; notes each batch and who worked on it. Negative numbers are an error; it waits while it is `held`."""
+    """Doubles numbers; notes each batch and who worked on it. Negative numbers are an error; it
+    waits while it is `held`."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -49,8 +51,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def queued(callers: Callers[int, int], work: Work, calls: list[tuple[int, str, int]]) -> Iterator[list[Future[int]]]:
-    """The first call is worked on, and held, while the others come, in this order; then all go on."""
+def queued(
+    callers: Callers[int, int], work: Work, calls: list[tuple[int, str, int]]
+) -> Iterator[list[Future[int]]]:
+    """The first call is worked on, and held, while the others come, in this order; then all go
+    on."""
     work.held.clear()
     try:
         futures = [spawn(callers.ask, *calls[0])]
@@ -87,11 +92,21 @@ def test_calls_that_come_meanwhile_share_the_next_batch() -> None:
 
 def test_batches_hold_one_kind_and_what_fits_the_oldest_first() -> None:
     callers = Callers(work := Work(), 4)
-    calls = [(0, "a", 1), (1, "b", 2), (2, "a", 1), (3, "b", 3), (4, "b", 2), (5, "a", 9), (6, "a", 3), (7, "b", 1)]
+    calls = [
+        (0, "a", 1),
+        (1, "b", 2),
+        (2, "a", 1),
+        (3, "b", 3),
+        (4, "b", 2),
+        (5, "a", 9),
+        (6, "a", 3),
+        (7, "b", 1),
+    ]
     with queued(callers, work, calls) as futures:
         pass
     assert results(futures) == [2 * number for number in range(8)]
-    # Larger than a batch: alone. What did not fit waits for the next of its kind, led by its own thread.
+    # Larger than a batch: alone. What did not fit waits for the next of its kind, led by its own
+    # thread.
     assert work.batches == [[0], [1, 4], [2, 6], [3, 7], [5]]
 
 
@@ -151,7 +166,9 @@ def test_control_c_ends_the_call_of_the_main_thread_alone(leads: bool) -> None:
         # Whoever leads, two others wait, besides the main thread or behind it.
         more = [spawn(_ask_when, callers, number, work.begun.is_set) for number in (2, 3)]
         waiting = 2 if leads else 3
-        kill = spawn(_interrupt_when, lambda: work.begun.is_set() and len(callers._waiting) == waiting)
+        kill = spawn(
+            _interrupt_when, lambda: work.begun.is_set() and len(callers._waiting) == waiting
+        )
         with pytest.raises(KeyboardInterrupt):
             callers.ask(9)
     finally:
@@ -182,7 +199,9 @@ def test_many_threads_get_their_own_answers() -> None:
             if dice.random() < 0.05:
                 with pytest.raises(ValueError, match="is negative"):
                     callers.ask(-number - 1, kind="bad")
-            assert callers.ask(number, kind=dice.choice("ab"), size=dice.choice([1, 2])) == 2 * number
+            assert (
+                callers.ask(number, kind=dice.choice("ab"), size=dice.choice([1, 2])) == 2 * number
+            )
 
     for future in [spawn(one_thread, seed) for seed in range(8)]:
         future.result(PATIENCE)
@@ -191,7 +210,8 @@ def test_many_threads_get_their_own_answers() -> None:
 
 
 def test_an_interrupt_between_any_two_steps_strands_nobody() -> None:
-    """Threads are interrupted again and again, wherever they happen to be; all the others' calls are answered."""
+    """Threads are interrupted again and again, wherever they happen to be; all the others' calls
+    are answered."""
     callers: Callers[int, int] = Callers(lambda asked: [2 * number for number in asked], 4)
     stop, counts = threading.Event(), {"answered": 0, "interrupted": 0}
     busy: set[int] = set()
@@ -208,7 +228,9 @@ def test_an_interrupt_between_any_two_steps_strands_nobody() -> None:
             except KeyboardInterrupt:
                 counts["interrupted"] += 1
 
-    threads = [threading.Thread(target=_shielded, args=(victim, seed), daemon=True) for seed in range(8)]
+    threads = [
+        threading.Thread(target=_shielded, args=(victim, seed), daemon=True) for seed in range(8)
+    ]
     for thread in threads:
         thread.start()
     dice, end = random.Random(0), time.monotonic() + PATIENCE
@@ -216,7 +238,9 @@ def test_an_interrupt_between_any_two_steps_strands_nobody() -> None:
         ident = dice.choice(threads).ident
         if ident in busy:
             busy.discard(ident)  # once a call: what is interrupted while it leaves is let go
-            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(ident), ctypes.py_object(KeyboardInterrupt))
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                ctypes.c_ulong(ident), ctypes.py_object(KeyboardInterrupt)
+            )
         time.sleep(dice.random() * 1e-3)
     stop.set()
     for thread in threads:

@@ -1,4 +1,5 @@
-"""Each user once, the same lists for any batch size and any number of ranks, and no file where a rank fails."""
+"""Each user once, the same lists for any batch size and any number of ranks, and no file where a
+rank fails."""
 
 from __future__ import annotations
 
@@ -66,7 +67,8 @@ elif how == "killed-while-others-decode":
     evaluation.rank_batch = slow
 main()
 """
-"""`genrec evaluate` of which one rank has something happen to it in its second batch, or a disk with room for 2,048 bytes."""
+"""`genrec evaluate` of which one rank has something happen to it in its second batch, or a disk
+with room for 2,048 bytes."""
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +76,15 @@ def loaded(tiny_run: Path) -> LoadedRun:
     """In float64, so that the order of lists does not hang on rounding."""
     run = load_run(tiny_run)
     model = run.model.double()
-    return replace(run, model=model, searcher=make_searcher(model, run.words, "cpu", texts=run.searcher.texts))
+    return replace(
+        run, model=model, searcher=make_searcher(model, run.words, "cpu", texts=run.searcher.texts)
+    )
 
 
 def copy_of(run: Path, target: Path) -> Path:
-    return Path(shutil.copytree(run, target, ignore=shutil.ignore_patterns("checkpoints", "tensorboard")))
+    return Path(
+        shutil.copytree(run, target, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+    )
 
 
 def without_times(path: Path) -> dict:
@@ -97,12 +103,16 @@ def rank_users(
     on_batch: Callable[[int], None] | None = None,
 ) -> Window:
     """All lists in one window."""
-    (window,) = rank_windows(loaded.searcher, loaded.layout, view, users, decoding, Ranks(), on_batch)
+    (window,) = rank_windows(
+        loaded.searcher, loaded.layout, view, users, decoding, Ranks(), on_batch
+    )
     return window
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
-def test_lists_do_not_depend_on_the_batch_size(loaded: LoadedRun, tiny_data: Path, batch_size: int) -> None:
+def test_lists_do_not_depend_on_the_batch_size(
+    loaded: LoadedRun, tiny_data: Path, batch_size: int
+) -> None:
     sequences = load_dataset(tiny_data).sequences
     view = sequences.history_and_target("test")
     users = np.random.default_rng(0).permutation(sequences.num_users)
@@ -116,8 +126,11 @@ def test_lists_do_not_depend_on_the_batch_size(loaded: LoadedRun, tiny_data: Pat
     assert max(done) <= batch_size
 
 
-def test_the_whole_history_is_left_out_also_where_the_input_is_cut(loaded: LoadedRun, tiny_data: Path) -> None:
-    """The last user has all 64 items: her input holds some of them, her list the one that is left."""
+def test_the_whole_history_is_left_out_also_where_the_input_is_cut(
+    loaded: LoadedRun, tiny_data: Path
+) -> None:
+    """The last user has all 64 items: her input holds some of them, her list the one that is
+    left."""
     sequences = load_dataset(tiny_data).sequences
     view = sequences.history_and_target("test")
     lists = rank_users(loaded, view, np.arange(120), Decoding())
@@ -130,18 +143,24 @@ def test_the_whole_history_is_left_out_also_where_the_input_is_cut(loaded: Loade
         assert not history & set(listed)
     again = rank_users(loaded, view, np.arange(120), Decoding(exclude_history=False))
     assert (again.items >= 0).all()
-    assert any(set(again.items[u]) & set(view.items[view.starts[u] : view.ends[u]]) for u in range(119))
+    assert any(
+        set(again.items[u]) & set(view.items[view.starts[u] : view.ends[u]]) for u in range(119)
+    )
 
 
 def test_windows_come_in_order_and_none_is_larger(loaded: LoadedRun, tiny_data: Path) -> None:
     view = load_dataset(tiny_data).sequences.history_and_target("test")
     users = np.random.default_rng(0).permutation(120)[:100]
     windows = list(
-        rank_windows(loaded.searcher, loaded.layout, view, users, Decoding(batch_size=16), Ranks(), window=30)
+        rank_windows(
+            loaded.searcher, loaded.layout, view, users, Decoding(batch_size=16), Ranks(), window=30
+        )
     )
     assert [len(window.user_rows) for window in windows] == [30, 30, 30, 10]
     assert np.concatenate([window.user_rows for window in windows]).tolist() == users.tolist()
-    assert {(window.items.dtype.name, window.scores.dtype.name) for window in windows} == {("int32", "float32")}
+    assert {(window.items.dtype.name, window.scores.dtype.name) for window in windows} == {
+        ("int32", "float32")
+    }
     whole = rank_users(loaded, view, users, Decoding())
     assert (np.concatenate([window.items for window in windows]) == whole.items).all()
 
@@ -150,11 +169,20 @@ def test_like_lengths_share_a_batch_and_everybody_is_in_one() -> None:
     lengths = np.array([5, 1, 9, 1, 5, 2, 7])
     batches = cut_batches(lengths, 3)
     assert [lengths[batch].tolist() for batch in batches] == [[1, 1, 2], [5, 5, 7], [9]]
-    assert np.concatenate(batches).tolist() == [1, 3, 5, 0, 4, 6, 2]  # equal lengths in the users' order
+    assert np.concatenate(batches).tolist() == [
+        1,
+        3,
+        5,
+        0,
+        4,
+        6,
+        2,
+    ]  # equal lengths in the users' order
 
 
 class Forgetful(Ranks):
-    """As if parcels on their way had been lost, or had come twice: what no check of sizes could tell."""
+    """As if parcels on their way had been lost, or had come twice: what no check of sizes could
+    tell."""
 
     def __init__(self, times: list[int]):
         super().__init__()
@@ -165,44 +193,73 @@ class Forgetful(Ranks):
 
 
 @pytest.mark.parametrize("times", [[1, 0, 1], [1, 1, 2]])
-def test_a_user_twice_or_never_is_an_error(loaded: LoadedRun, tiny_data: Path, times: list[int]) -> None:
+def test_a_user_twice_or_never_is_an_error(
+    loaded: LoadedRun, tiny_data: Path, times: list[int]
+) -> None:
     view = load_dataset(tiny_data).sequences.history_and_target("test")
     windows = rank_windows(
-        loaded.searcher, loaded.layout, view, np.arange(45), Decoding(batch_size=15), Forgetful(times)
+        loaded.searcher,
+        loaded.layout,
+        view,
+        np.arange(45),
+        Decoding(batch_size=15),
+        Forgetful(times),
     )
     with pytest.raises(RuntimeError, match="15 of 45 users were not ranked exactly once"):
         list(windows)
 
 
 def test_a_user_asked_for_twice_is_an_error(loaded: LoadedRun, tiny_data: Path) -> None:
-    view, users = load_dataset(tiny_data).sequences.history_and_target("test"), np.array([3, 4, 5, 3])
+    view, users = (
+        load_dataset(tiny_data).sequences.history_and_target("test"),
+        np.array([3, 4, 5, 3]),
+    )
     with pytest.raises(RuntimeError, match="2 of 4 users were not ranked exactly once"):
-        list(rank_windows(loaded.searcher, loaded.layout, view, users, Decoding(), Ranks(), window=2))
+        list(
+            rank_windows(loaded.searcher, loaded.layout, view, users, Decoding(), Ranks(), window=2)
+        )
 
 
 def test_the_histogram_is_that_of_the_lists(loaded: LoadedRun, tiny_data: Path) -> None:
-    view, users = load_dataset(tiny_data).sequences.history_and_target("validation"), np.arange(5, 115)
+    view, users = (
+        load_dataset(tiny_data).sequences.history_and_target("validation"),
+        np.arange(5, 115),
+    )
     lists = rank_users(loaded, view, users, Decoding())
     expected = rank_histogram(target_ranks(lists.items, view.targets[users]))
-    counts = target_histogram(loaded.searcher, loaded.layout, view, users, Decoding(batch_size=32), Ranks())
+    counts = target_histogram(
+        loaded.searcher, loaded.layout, view, users, Decoding(batch_size=32), Ranks()
+    )
     assert counts.tolist() == expected.tolist()
     assert counts.sum() == 110
 
 
 def test_the_loss_does_not_depend_on_the_batches(loaded: LoadedRun, tiny_data: Path) -> None:
     view, users = load_dataset(tiny_data).sequences.history_and_target("validation"), np.arange(110)
-    losses = [history_loss(loaded.model, loaded.layout, view, users, Ranks(), batch_size=size) for size in (250, 30, 1)]
+    losses = [
+        history_loss(loaded.model, loaded.layout, view, users, Ranks(), batch_size=size)
+        for size in (250, 30, 1)
+    ]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
     assert 0 < losses[0] < 10
 
 
-def test_lists_shorter_than_metrics_look_at_are_refused(loaded: LoadedRun, tiny_data: Path, tmp_path: Path) -> None:
+def test_lists_shorter_than_metrics_look_at_are_refused(
+    loaded: LoadedRun, tiny_data: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="metrics need 20"):
-        evaluate(replace(loaded, path=tmp_path), load_dataset(tiny_data), "test", decoding=Decoding(top=10))
+        evaluate(
+            replace(loaded, path=tmp_path),
+            load_dataset(tiny_data),
+            "test",
+            decoding=Decoding(top=10),
+        )
     assert not list(tmp_path.iterdir())
 
 
-def test_evaluate_writes_every_user_once_in_order(loaded: LoadedRun, tiny_data: Path, tmp_path: Path) -> None:
+def test_evaluate_writes_every_user_once_in_order(
+    loaded: LoadedRun, tiny_data: Path, tmp_path: Path
+) -> None:
     dataset = load_dataset(tiny_data)
     run = replace(loaded, path=tmp_path)
     metrics = evaluate(run, dataset, "test", decoding=Decoding(batch_size=50))
@@ -210,10 +267,14 @@ def test_evaluate_writes_every_user_once_in_order(loaded: LoadedRun, tiny_data: 
     table = pq.read_table(tmp_path / "top20-test.parquet")
     assert table.column("user").to_pylist() == dataset.sequences.user_ids
     view = dataset.sequences.history_and_target("test")
-    assert table.column("target").to_pylist() == [dataset.sequences.item_ids[row] for row in view.targets]
+    assert table.column("target").to_pylist() == [
+        dataset.sequences.item_ids[row] for row in view.targets
+    ]
     hits = [
         target in items[:10]
-        for target, items in zip(table["target"].to_pylist(), table["items"].to_pylist(), strict=True)
+        for target, items in zip(
+            table["target"].to_pylist(), table["items"].to_pylist(), strict=True
+        )
     ]
     assert metrics["HR@10"] == pytest.approx(np.mean(hits))
     assert metrics["users"] == 120
@@ -225,12 +286,16 @@ def test_evaluate_writes_every_user_once_in_order(loaded: LoadedRun, tiny_data: 
 
 def test_another_numbering_is_refused(loaded: LoadedRun, tiny_data: Path, tmp_path: Path) -> None:
     other = prepare(tiny_data.parent / "log.txt", tmp_path / "data", numbering="random", seed=1)
-    with pytest.raises(ValueError, match=r"speaks numbering .* give --data the directory the run was trained on"):
+    with pytest.raises(
+        ValueError, match=r"speaks numbering .* give --data the directory the run was trained on"
+    ):
         check_numbering(loaded, other)
     check_numbering(loaded, load_dataset(tiny_data))
 
 
-@pytest.mark.parametrize(("old", "new", "kind"), [(" B", " C", "item"), ("user-", "person-", "user")])
+@pytest.mark.parametrize(
+    ("old", "new", "kind"), [(" B", " C", "item"), ("user-", "person-", "user")]
+)
 def test_equal_codes_of_other_ids_are_refused(
     loaded: LoadedRun, tiny_data: Path, tmp_path: Path, old: str, new: str, kind: str
 ) -> None:
@@ -238,7 +303,9 @@ def test_equal_codes_of_other_ids_are_refused(
     (tmp_path / "log.txt").write_text((tiny_data.parent / "log.txt").read_text().replace(old, new))
     other = prepare(tmp_path / "log.txt", tmp_path / "data", numbering="random")
     assert other.numbering.numbering_hash() == loaded.model.config.numbering_hash
-    with pytest.raises(ValueError, match=f"knows {kind} .* give --data the directory the run was trained on"):
+    with pytest.raises(
+        ValueError, match=f"knows {kind} .* give --data the directory the run was trained on"
+    ):
         check_numbering(loaded, other)
 
 
@@ -259,13 +326,20 @@ def test_one_and_two_ranks_write_the_same_bytes(tiny_run: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("mode", ["compact", "free", "all"])
-def test_the_protocol_names_the_mode(loaded: LoadedRun, tiny_data: Path, tmp_path: Path, mode: Mode) -> None:
+def test_the_protocol_names_the_mode(
+    loaded: LoadedRun, tiny_data: Path, tmp_path: Path, mode: Mode
+) -> None:
     decoding = Decoding(mode=mode, top=25, batch_size=50)
-    metrics = evaluate(replace(loaded, path=tmp_path), load_dataset(tiny_data), "validation", decoding=decoding)
+    metrics = evaluate(
+        replace(loaded, path=tmp_path), load_dataset(tiny_data), "validation", decoding=decoding
+    )
     assert metrics is not None
     assert metrics["protocol"]["decode"] == mode
     assert (metrics["invalid_rate"] > 0) == (mode == "free")
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics-validation.json", "top25-validation.parquet"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "metrics-validation.json",
+        "top25-validation.parquet",
+    }
 
 
 class Overfull:
@@ -277,14 +351,20 @@ class Overfull:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
 
-def test_memory_that_is_full_names_the_way_out(loaded: LoadedRun, tiny_data: Path, tmp_path: Path) -> None:
+def test_memory_that_is_full_names_the_way_out(
+    loaded: LoadedRun, tiny_data: Path, tmp_path: Path
+) -> None:
     run = replace(loaded, path=tmp_path, searcher=Overfull())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"32 users at once, beam 20, do not fit .* lower --batch-size"):
+    with pytest.raises(
+        ValueError, match=r"32 users at once, beam 20, do not fit .* lower --batch-size"
+    ):
         evaluate(run, load_dataset(tiny_data), "test", decoding=Decoding(batch_size=32))
     assert not list(tmp_path.iterdir())
 
 
-def test_short_lists_are_a_mistake_in_the_command(tiny_run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_short_lists_are_a_mistake_in_the_command(
+    tiny_run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert run_command(["evaluate", str(tiny_run), "--top", "10"]) == 2
     said = capfd.readouterr().err
     assert said.startswith("genrec: --top 10: metrics look at 20 places, give --top 20 or more")
@@ -305,7 +385,9 @@ def alone(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFact
 def test_any_number_of_ranks_writes_the_same_bytes(
     alone: Path, tiny_run: Path, tiny_data: Path, tmp_path: Path, num_ranks: int
 ) -> None:
-    done = start_each([SCRIPT, tiny_run, tiny_data, tmp_path / "out"], tmp_path / "logs", num_ranks, timeout=300)
+    done = start_each(
+        [SCRIPT, tiny_run, tiny_data, tmp_path / "out"], tmp_path / "logs", num_ranks, timeout=300
+    )
     assert [rank.returncode for rank in done] == [0] * num_ranks, done
     out = tmp_path / "out"
     for name, (decoding, _) in WAYS.items():
@@ -318,19 +400,28 @@ def test_any_number_of_ranks_writes_the_same_bytes(
     assert unlike[0].startswith("rank 1: ")
     assert not (out / "unlike").exists() or not list((out / "unlike").iterdir())
     expected = (alone / "validation-0.json").read_text()
-    assert [(out / f"validation-{rank}.json").read_text() for rank in range(num_ranks)] == [expected] * num_ranks
+    assert [(out / f"validation-{rank}.json").read_text() for rank in range(num_ranks)] == [
+        expected
+    ] * num_ranks
 
 
 @pytest.mark.dist
 @pytest.mark.ranks
-def test_under_the_launcher_of_zero_3_the_bytes_are_the_same(tiny_run: Path, tmp_path: Path) -> None:
+def test_under_the_launcher_of_zero_3_the_bytes_are_the_same(
+    tiny_run: Path, tmp_path: Path
+) -> None:
     """Whoever trained with a launch file evaluates with it."""
     one, two = copy_of(tiny_run, tmp_path / "1"), copy_of(tiny_run, tmp_path / "2")
     command = ["-m", "genrec_dist.cli", "evaluate", "--batch-size", "25"]
     alone = forked.run([*command, one], environment(), timeout=120)
     assert alone.returncode == 0, alone
     launch = ROOT / "launch"
-    files = ["--config_file", launch / "cpu_two_ranks_zero.yaml", "--deepspeed_config_file", launch / "zero3.json"]
+    files = [
+        "--config_file",
+        launch / "cpu_two_ranks_zero.yaml",
+        "--deepspeed_config_file",
+        launch / "zero3.json",
+    ]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
@@ -344,8 +435,11 @@ def test_under_the_launcher_of_zero_3_the_bytes_are_the_same(tiny_run: Path, tmp
     assert without_times(one) == without_times(two)
 
 
-def spoiled(run: Path, folder: Path, who: int, how: str, launcher: bool = False) -> tuple[list[str], list[str]]:
-    """(what each rank says in lines of its own, new files in the run directory) of three ranks one of which is spoiled."""
+def spoiled(
+    run: Path, folder: Path, who: int, how: str, launcher: bool = False
+) -> tuple[list[str], list[str]]:
+    """(what each rank says in lines of its own, new files in the run directory) of three ranks one
+    of which is spoiled."""
     copy = copy_of(run, folder / "run")
     before = {path.name for path in copy.iterdir()}
     (folder / "spoiled.py").write_text(SPOILED)
@@ -362,12 +456,17 @@ def spoiled(run: Path, folder: Path, who: int, how: str, launcher: bool = False)
         ]
         said = [rank.stderr for rank in each]
     assert not any("Traceback" in text for text in said), said
-    lines = ["\n".join(line for line in text.splitlines() if line.startswith("genrec: ")) for text in said]
+    lines = [
+        "\n".join(line for line in text.splitlines() if line.startswith("genrec: "))
+        for text in said
+    ]
     return lines, sorted({path.name for path in copy.iterdir()} - before)
 
 
 @pytest.mark.dist
-def test_a_rank_that_fails_stops_the_others_and_leaves_no_file(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_rank_that_fails_stops_the_others_and_leaves_no_file(
+    tiny_run: Path, tmp_path: Path
+) -> None:
     said, new = spoiled(tiny_run, tmp_path, who=1, how="decoding")
     reason = "user row 7 is outside the table of 5 users: prepare and shard again"
     assert said == [f"genrec: rank 1: {reason}", f"genrec: {reason}", f"genrec: rank 1: {reason}"]
@@ -376,7 +475,9 @@ def test_a_rank_that_fails_stops_the_others_and_leaves_no_file(tiny_run: Path, t
 
 @pytest.mark.dist
 @pytest.mark.ranks
-def test_a_full_disk_of_rank_0_stops_the_others_and_leaves_no_file(tiny_run: Path, tmp_path: Path) -> None:
+def test_a_full_disk_of_rank_0_stops_the_others_and_leaves_no_file(
+    tiny_run: Path, tmp_path: Path
+) -> None:
     said, new = spoiled(tiny_run, tmp_path, who=0, how="full-disk")
     assert "top20-test.parquet: file too large: make room or choose another output" in said[0]
     assert said[1] == said[2]
@@ -401,7 +502,9 @@ def test_rank_0_killed_is_named_and_leaves_no_result(tiny_run: Path, tmp_path: P
     said, new = spoiled(tiny_run, tmp_path, who=0, how="killed")
     assert said[0] == ""
     assert all(text.startswith("genrec: rank 0 has gone (") for text in said[1:])
-    assert all(name.startswith(".") for name in new)  # hidden and under no final name: nobody is left to remove them
+    assert all(
+        name.startswith(".") for name in new
+    )  # hidden and under no final name: nobody is left to remove them
 
 
 @pytest.mark.dist

@@ -1,4 +1,5 @@
-"""Own ids in, own ids out: single requests and files, unknown users and items, chosen items, modes, many threads."""
+"""Own ids in, own ids out: single requests and files, unknown users and items, chosen items, modes,
+many threads."""
 
 from __future__ import annotations
 
@@ -25,7 +26,14 @@ from genrec_dist.decoding.searcher import Mode, TopItems
 from genrec_dist.inference import recommend as recommendation
 from genrec_dist.inference.item_filter import Choice, choose_items, name_some, read_ids
 from genrec_dist.inference.load import load_run, make_searcher
-from genrec_dist.inference.recommend import Recommendation, Recommender, Request, Shown, read_requests, user_request
+from genrec_dist.inference.recommend import (
+    Recommendation,
+    Recommender,
+    Request,
+    Shown,
+    read_requests,
+    user_request,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,9 @@ def history_of(dataset: Dataset, user: int) -> list[str]:
     return [dataset.sequences.item_ids[row] for row in dataset.sequences.items[first:last]]
 
 
-def test_a_history_gives_twenty_other_items_in_own_ids(recommender: Recommender, dataset: Dataset) -> None:
+def test_a_history_gives_twenty_other_items_in_own_ids(
+    recommender: Recommender, dataset: Dataset
+) -> None:
     history = history_of(dataset, 3)
     (answer,) = recommender.recommend([history])
     assert len(set(answer.items)) == 20
@@ -57,14 +67,18 @@ def test_a_history_gives_twenty_other_items_in_own_ids(recommender: Recommender,
     assert answer.unknown_items == []
 
 
-def test_the_model_reads_the_history_and_its_order(recommender: Recommender, dataset: Dataset) -> None:
+def test_the_model_reads_the_history_and_its_order(
+    recommender: Recommender, dataset: Dataset
+) -> None:
     history = history_of(dataset, 3)
     answers = recommender.recommend([history, history[::-1], history_of(dataset, 4)])
     assert answers[0].scores != answers[1].scores
     assert answers[0].items != answers[2].items
 
 
-def test_a_known_user_is_seen_and_an_unknown_one_is_as_none(recommender: Recommender, dataset: Dataset) -> None:
+def test_a_known_user_is_seen_and_an_unknown_one_is_as_none(
+    recommender: Recommender, dataset: Dataset
+) -> None:
     history = history_of(dataset, 3)
     known, unknown, nobody = recommender.recommend(
         [Request(history, "user-3"), Request(history, "a stranger"), Request(history)]
@@ -104,7 +118,9 @@ def test_the_same_answer_alone_and_in_a_batch(
         assert alone.scores == pytest.approx(together[number].scores, rel=1e-6)
 
 
-def test_lists_are_as_long_as_asked_for_or_as_there_are_items(recommender: Recommender, dataset: Dataset) -> None:
+def test_lists_are_as_long_as_asked_for_or_as_there_are_items(
+    recommender: Recommender, dataset: Dataset
+) -> None:
     history = history_of(dataset, 3)
     assert [len(recommender.recommend([history], k=k)[0].items) for k in (1, 5, 50)] == [
         1,
@@ -112,17 +128,25 @@ def test_lists_are_as_long_as_asked_for_or_as_there_are_items(recommender: Recom
         min(50, 64 - len(history)),
     ]
     assert recommender.recommend([history_of(dataset, 119)])[0].items == []  # she has all items
-    repeated = Recommender(recommender.run, exclude_history=False).recommend([history_of(dataset, 119)])
+    repeated = Recommender(recommender.run, exclude_history=False).recommend(
+        [history_of(dataset, 119)]
+    )
     assert len(repeated[0].items) == 20
 
 
 def test_a_users_request_is_her_whole_sequence(recommender: Recommender, dataset: Dataset) -> None:
-    assert user_request(dataset, recommender.run, "user-3") == Request(history_of(dataset, 3), "user-3")
-    with pytest.raises(ValueError, match=r"user 'a stranger' is not in .*; give her items with --history"):
+    assert user_request(dataset, recommender.run, "user-3") == Request(
+        history_of(dataset, 3), "user-3"
+    )
+    with pytest.raises(
+        ValueError, match=r"user 'a stranger' is not in .*; give her items with --history"
+    ):
         user_request(dataset, recommender.run, "a stranger")
 
 
-def test_a_user_of_other_data_is_refused(recommender: Recommender, dataset: Dataset, tmp_path: Path) -> None:
+def test_a_user_of_other_data_is_refused(
+    recommender: Recommender, dataset: Dataset, tmp_path: Path
+) -> None:
     log = dataset.path.parent / "log.txt"
     other = prepare(log, tmp_path / "data", numbering="random", seed=1)
     with pytest.raises(ValueError, match="give --data the directory the run was trained on"):
@@ -194,7 +218,9 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
         ([[]], True, "k is True"),
     ],
 )
-def test_what_is_no_request_is_named(recommender: Recommender, requests: Any, k: Any, words: str) -> None:
+def test_what_is_no_request_is_named(
+    recommender: Recommender, requests: Any, k: Any, words: str
+) -> None:
     with pytest.raises(ValueError) as refusal:
         recommender.recommend(requests, k)
     assert words in str(refusal.value)
@@ -202,7 +228,9 @@ def test_what_is_no_request_is_named(recommender: Recommender, requests: Any, k:
 
 
 def test_an_unknown_mode_and_no_beam_are_refused(recommender: Recommender) -> None:
-    with pytest.raises(ValueError, match="decode mode 'fast': choose one of exact, compact, free, all"):
+    with pytest.raises(
+        ValueError, match="decode mode 'fast': choose one of exact, compact, free, all"
+    ):
         Recommender(recommender.run, mode="fast")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="beam 0: give"):
         Recommender(recommender.run, beam=0)
@@ -212,9 +240,14 @@ def test_an_unknown_mode_and_no_beam_are_refused(recommender: Recommender) -> No
 
 
 @pytest.mark.parametrize("mode", ["exact", "compact", "all"])
-def test_items_to_allow_and_to_block(recommender: Recommender, dataset: Dataset, mode: Mode) -> None:
+def test_items_to_allow_and_to_block(
+    recommender: Recommender, dataset: Dataset, mode: Mode
+) -> None:
     """The rest of the whole list, in its order and with its scores."""
-    ids, histories = dataset.sequences.item_ids, [history_of(dataset, 3), [], history_of(dataset, 17)]
+    ids, histories = (
+        dataset.sequences.item_ids,
+        [history_of(dataset, 3), [], history_of(dataset, 17)],
+    )
     whole = Recommender(recommender.run, mode=mode).recommend(histories, k=64)
     allow, block = ids[5:40], ids[30:64:2]
     for options in ({"allow": allow}, {"block": block}, {"allow": allow, "block": block}):
@@ -233,16 +266,24 @@ def test_a_request_blocks_for_itself_alone(recommender: Recommender, dataset: Da
     history = history_of(dataset, 3)
     (every,) = recommender.recommend([history], k=50)
     block = [*every.items[:5], "nothing we sell"]
-    answers = recommender.recommend([Request(history), Request(history, block=block), Request(history)])
+    answers = recommender.recommend(
+        [Request(history), Request(history, block=block), Request(history)]
+    )
     assert answers[0].items == answers[2].items == every.items[:20]
     assert answers[1].items == every.items[5:25]
-    also_history = Recommender(recommender.run, exclude_history=False).recommend([Request(history, block=history)], 50)
+    also_history = Recommender(recommender.run, exclude_history=False).recommend(
+        [Request(history, block=history)], 50
+    )
     assert also_history[0].items == every.items
 
 
-def test_ids_that_the_catalogue_lacks_are_counted(recommender: Recommender, dataset: Dataset) -> None:
+def test_ids_that_the_catalogue_lacks_are_counted(
+    recommender: Recommender, dataset: Dataset
+) -> None:
     ids = dataset.sequences.item_ids
-    chosen = Recommender(recommender.run, allow=["x", *ids[:9], "y", ids[0]], block=["z", ids[4]]).choice
+    chosen = Recommender(
+        recommender.run, allow=["x", *ids[:9], "y", ids[0]], block=["z", ids[4]]
+    ).choice
     assert chosen.rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
     assert (chosen.unknown_allow, chosen.unknown_block) == (["x", "y"], ["z"])
     assert name_some(list("abc")) == "a, b, c"
@@ -258,7 +299,9 @@ def test_no_item_left_is_refused_in_one_line(recommender: Recommender, which: st
         "both": (catalogue.item_ids[:3], catalogue.item_ids[:4]),
         "all": (None, catalogue.item_ids),
     }[which]
-    with pytest.raises(ValueError, match=r"no item is left to list: .*; allow more or block fewer") as refusal:
+    with pytest.raises(
+        ValueError, match=r"no item is left to list: .*; allow more or block fewer"
+    ) as refusal:
         choose_items(catalogue, allow, block)
     assert "\n" not in str(refusal.value)
     assert ("x, y, x2 and 1 more" in str(refusal.value)) == (which == "unknown")
@@ -284,14 +327,38 @@ def test_the_command_takes_files_of_items_and_a_mode(
     allow.write_text("\n".join([*ids[:9], "x", "", "y", "z", "w"]))
     block.write_text(ids[4])
     chosen = ["--allow", str(allow), "--block", str(block)]
-    assert run_command(["recommend", str(tiny_run), "--history", "", *chosen, "--decode", "all", "--beam", "3"]) == 0
+    assert (
+        run_command(
+            ["recommend", str(tiny_run), "--history", "", *chosen, "--decode", "all", "--beam", "3"]
+        )
+        == 0
+    )
     said = capfd.readouterr()
     assert set(json.loads(said.out)["items"]) == {*ids[:4], *ids[5:9]}
     assert said.err == f"{allow}: 4 ids are not in the catalogue, skipped: x, y, z and 1 more\n"
-    assert run_command(["recommend", str(tiny_run), "--all-users", "--out", str(tmp_path), *chosen, "--top", "4"]) == 0
+    assert (
+        run_command(
+            [
+                "recommend",
+                str(tiny_run),
+                "--all-users",
+                "--out",
+                str(tmp_path),
+                *chosen,
+                "--top",
+                "4",
+            ]
+        )
+        == 0
+    )
     said = capfd.readouterr()
     assert said.out == f"{tmp_path / 'top4.parquet'}: 120 users, 8 items to choose from\n"
-    assert run_command(["recommend", str(tiny_run), "--history", "", "--decode", "free", "--top", "30"]) == 0
+    assert (
+        run_command(
+            ["recommend", str(tiny_run), "--history", "", "--decode", "free", "--top", "30"]
+        )
+        == 0
+    )
     answer = json.loads(capfd.readouterr().out)
     assert len(answer["items"]) + answer["invalid"] + answer["duplicates"] == 30
     block.write_text("\n".join(ids))
@@ -312,14 +379,18 @@ def test_all_finds_what_a_wide_beam_finds(recommender: Recommender, dataset: Dat
     assert "invalid" not in wide.as_json()
 
 
-def test_free_leaves_out_what_is_no_item_and_counts_it(recommender: Recommender, dataset: Dataset) -> None:
+def test_free_leaves_out_what_is_no_item_and_counts_it(
+    recommender: Recommender, dataset: Dataset
+) -> None:
     history = history_of(dataset, 3)
     freely = Recommender(recommender.run, mode="free", exclude_history=False)
     answers = freely.recommend([history, []], k=30)
     for answer in answers:
         assert answer.invalid is not None
         assert answer.duplicates is not None
-        assert len(set(answer.items)) == len(answer.items) == 30 - answer.invalid - answer.duplicates
+        assert (
+            len(set(answer.items)) == len(answer.items) == 30 - answer.invalid - answer.duplicates
+        )
         assert json.loads(answer.as_json())["invalid"] == answer.invalid
     assert sum(answer.invalid or 0 for answer in answers) > 0
     seen = [item for answer in answers for item in answer.items]
@@ -328,7 +399,9 @@ def test_free_leaves_out_what_is_no_item_and_counts_it(recommender: Recommender,
     blocking = Recommender(recommender.run, mode="free", exclude_history=True, block=seen[:1])
     for answer, before in zip(blocking.recommend([history, []], k=30), answers, strict=True):
         assert answer.items == [
-            item for item in before.items if item != seen[0] and (before is answers[1] or item not in history)
+            item
+            for item in before.items
+            if item != seen[0] and (before is answers[1] or item not in history)
         ]
 
 
@@ -382,7 +455,10 @@ class Watched:
             return call()
 
         futures += [spawn(with_the_others, call) for call in calls[1:]]
-        while len(self.recommender._callers._waiting) + sum(future.done() for future in futures) < len(calls) - 1:
+        while (
+            len(self.recommender._callers._waiting) + sum(future.done() for future in futures)
+            < len(calls) - 1
+        ):
             time.sleep(0.001)
         self.held.set()
         return [future.exception(PATIENCE) or future.result() for future in futures]
@@ -390,7 +466,8 @@ class Watched:
 
 @pytest.fixture
 def one_torch_thread() -> Iterator[None]:
-    """Callers that each bring their own pool of torch's threads would wait for one another most of the time."""
+    """Callers that each bring their own pool of torch's threads would wait for one another most of
+    the time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -398,7 +475,9 @@ def one_torch_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_torch_thread")
-def test_answers_of_many_threads_are_those_given_alone(recommender: Recommender, dataset: Dataset) -> None:
+def test_answers_of_many_threads_are_those_given_alone(
+    recommender: Recommender, dataset: Dataset
+) -> None:
     """8 threads, 400 calls of several lengths and sizes, some of them wrong."""
     histories = [history_of(dataset, user) for user in range(60)] + [[]]
     alone = [recommender.recommend([history], 50)[0] for history in histories]
@@ -410,7 +489,10 @@ def test_answers_of_many_threads_are_those_given_alone(recommender: Recommender,
             if dice.random() < 0.1:
                 with pytest.raises(ValueError, match="is not an id"):
                     recommender.recommend([[f"{seed}", 7]])  # type: ignore[list-item]
-            k, places = dice.choice([1, 5, 20, 50]), dice.choices(range(len(histories)), k=dice.choice([1, 1, 1, 3]))
+            k, places = (
+                dice.choice([1, 5, 20, 50]),
+                dice.choices(range(len(histories)), k=dice.choice([1, 1, 1, 3])),
+            )
             answers = recommender.recommend([histories[place] for place in places], k)
             for place, answer in zip(places, answers, strict=True):
                 expected = (alone if k == 50 else narrow)[place]
@@ -426,7 +508,10 @@ def test_calls_that_wait_share_a_batch_if_they_take_one_beam(
 ) -> None:
     histories = [history_of(dataset, user) for user in range(8)]
     lengths = [20, 20, 5, 30, 1, 20, 30, 7]
-    expected = [recommender.recommend([history], k)[0].items for history, k in zip(histories, lengths, strict=True)]
+    expected = [
+        recommender.recommend([history], k)[0].items
+        for history, k in zip(histories, lengths, strict=True)
+    ]
     watched = Watched(recommender.run, monkeypatch)
     ask = watched.recommender.recommend
     found = watched.with_all_waiting(
@@ -439,7 +524,11 @@ def test_calls_that_wait_share_a_batch_if_they_take_one_beam(
 
 @pytest.mark.parametrize(("mode", "batches"), [("all", [4]), ("free", [1, 1, 2])])
 def test_what_shares_a_batch_in_other_modes(
-    recommender: Recommender, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, mode: Mode, batches: list[int]
+    recommender: Recommender,
+    dataset: Dataset,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: Mode,
+    batches: list[int],
 ) -> None:
     """`all` has no beam; in `free` a longer list does not begin with a shorter one."""
     history, lengths = history_of(dataset, 3), [20, 5, 20, 30, 5]

@@ -1,4 +1,5 @@
-"""Titles from the table of items into the data directory, and from there beside the recommendations."""
+"""Titles from the table of items into the data directory, and from there beside the
+recommendations."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def titled(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset
     """The tiny catalogue once more, under its own codes, every item but the first with a title."""
     folder = tmp_path_factory.mktemp("titled")
     plain = load_dataset(tiny_data)
-    records = [{"item": item, "title": f"A  thing\ncalled {item}"} for item in plain.sequences.item_ids[1:]]
+    records = [
+        {"item": item, "title": f"A  thing\ncalled {item}"} for item in plain.sequences.item_ids[1:]
+    ]
     meta = folder / "meta.jsonl"
     meta.write_text("\n".join(map(json.dumps, records)))
     info = plain.info
@@ -30,7 +33,9 @@ def titled(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset
     )  # fmt: skip
 
 
-def test_titles_are_in_the_data_directory_and_the_codes_are_what_they_were(titled: Dataset, tiny_data: Path) -> None:
+def test_titles_are_in_the_data_directory_and_the_codes_are_what_they_were(
+    titled: Dataset, tiny_data: Path
+) -> None:
     rows = pq.read_table(titled.path / "items.parquet").to_pylist()
     assert rows[0]["title"] == ""
     assert rows[1]["title"] == f"A thing called {rows[1]['id']}"
@@ -84,7 +89,12 @@ def test_data_without_titles_says_how_to_get_them(
     tiny_run: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     item = load_dataset(tiny_data).sequences.item_ids[0]
-    assert run_command(["recommend", str(tiny_run), "--history", item, "--data", str(tiny_data), "--titles"]) == 1
+    assert (
+        run_command(
+            ["recommend", str(tiny_run), "--history", item, "--data", str(tiny_data), "--titles"]
+        )
+        == 1
+    )
     said = capsys.readouterr().err
     assert "its items have no titles" in said
     assert "--items META" in said

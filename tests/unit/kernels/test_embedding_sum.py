@@ -1,4 +1,5 @@
-"""The embedding sum on a CPU: the twin, its plan, the choice by device, and the kernel in Triton's interpreter."""
+"""The embedding sum on a CPU: the twin, its plan, the choice by device, and the kernel in Triton's
+interpreter."""
 
 from __future__ import annotations
 
@@ -35,10 +36,16 @@ PAD = 3
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU")
 @pytest.mark.ranks
 def test_the_kernel_in_the_interpreter() -> None:
-    """In a process of its own: the switch must stand before Triton is imported, and holds for all it runs."""
+    """In a process of its own: the switch must stand before Triton is imported, and holds for all
+    it runs."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNEL_TESTS)]
     done = subprocess.run(
-        command, env=environment(TRITON_INTERPRET="1"), cwd=ROOT, capture_output=True, text=True, timeout=500
+        command,
+        env=environment(TRITON_INTERPRET="1"),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     last = done.stdout.strip().splitlines()[-1]
@@ -90,7 +97,11 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(capability: int, tmp_pat
     script = tmp_path / "compile.py"
     script.write_text(NATIVE, encoding="utf-8")
     done = subprocess.run(
-        [sys.executable, script, str(capability)], env=own, capture_output=True, text=True, timeout=500
+        [sys.executable, script, str(capability)],
+        env=own,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["_sum_kernel", "_norm_kernel", "_chunk_kernel", "_long_kernel"]
@@ -107,14 +118,22 @@ def arguments(
     sizes = (11, 9, 4, 13)
     ids = [torch.randint(0, size, shape, generator=dice) for size in sizes]
     ids[2] *= torch.rand(shape, generator=dice) < 0.1
-    tables = [torch.randn(size, width, generator=dice, dtype=torch.float64).to(dtype) for size in sizes]
+    tables = [
+        torch.randn(size, width, generator=dice, dtype=torch.float64).to(dtype) for size in sizes
+    ]
     tables[2][0] = tables[3][0] = 0
     return ids, [table.requires_grad_(learns) for table in tables]
 
 
 def plain(ids: list[Tensor], tables: list[Tensor], scale: float) -> Tensor:
-    summed = F.embedding(ids[0], tables[0], padding_idx=PAD) * scale + F.embedding(ids[1], tables[1])
-    return summed + F.embedding(ids[2], tables[2], padding_idx=0) + F.embedding(ids[3], tables[3], padding_idx=0)
+    summed = F.embedding(ids[0], tables[0], padding_idx=PAD) * scale + F.embedding(
+        ids[1], tables[1]
+    )
+    return (
+        summed
+        + F.embedding(ids[2], tables[2], padding_idx=0)
+        + F.embedding(ids[3], tables[3], padding_idx=0)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -122,10 +141,16 @@ def plain(ids: list[Tensor], tables: list[Tensor], scale: float) -> Tensor:
 @pytest.mark.parametrize("shape", [(5, 7), (300,), (0, 4)], ids=str)
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
 def test_block_by_block_it_is_plain_torch_to_the_bit(
-    large: bool, shape: tuple[int, ...], scale: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    large: bool,
+    shape: tuple[int, ...],
+    scale: float,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(reference, "_LARGE", 0 if large else 1 << 23)
-    monkeypatch.setattr(reference, "_BLOCK", 6 * 16)  # six places a block: many blocks, the last one short
+    monkeypatch.setattr(
+        reference, "_BLOCK", 6 * 16
+    )  # six places a block: many blocks, the last one short
     ids, tables = arguments(shape, 16, dtype)
     gradient = torch.randn(*shape, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
     ours = reference.embedding_sum(*ids, *tables, scale=scale, pad_token_id=PAD)
@@ -143,7 +168,8 @@ def test_positions_count_from_their_offset() -> None:
     moved[1] = moved[1].clamp(max=8)
     shifted[1] = moved[1] - 2
     assert torch.equal(
-        reference.embedding_sum(*shifted, *tables, position_offset=2), reference.embedding_sum(*moved, *tables)
+        reference.embedding_sum(*shifted, *tables, position_offset=2),
+        reference.embedding_sum(*moved, *tables),
     )
 
 
@@ -154,7 +180,10 @@ def test_the_twins_gradients_are_its_derivatives(options: str) -> None:
     more: dict[str, Any] = {"scale": 2.0}
     learned: dict[str, Tensor] = {}
     if options == "norm":
-        learned = {name: torch.randn(4, generator=dice, dtype=torch.float64) for name in ("norm_weight", "norm_bias")}
+        learned = {
+            name: torch.randn(4, generator=dice, dtype=torch.float64)
+            for name in ("norm_weight", "norm_bias")
+        }
     if options == "projection":
         tables[3] = torch.randn(13, 3, generator=dice, dtype=torch.float64, requires_grad=True)
         learned = {"item_projection": torch.randn(4, 3, generator=dice, dtype=torch.float64)}
@@ -163,7 +192,11 @@ def test_the_twins_gradients_are_its_derivatives(options: str) -> None:
         more["position_offset"] = 2
     if options in ("sum", "offset"):
         ids[2][0, 0], ids[3][:] = 2, ids[3].clamp(min=1)
-    present = [table for number, table in enumerate(tables) if not (options == "without users" and number == 2)]
+    present = [
+        table
+        for number, table in enumerate(tables)
+        if not (options == "without users" and number == 2)
+    ]
     names = list(learned)
     learned_list = [tensor.requires_grad_() for tensor in learned.values()]
 
@@ -171,7 +204,9 @@ def test_the_twins_gradients_are_its_derivatives(options: str) -> None:
         chosen = list(values[: len(present)])
         if options == "without users":
             chosen.insert(2, None)  # type: ignore[arg-type]
-        return reference.embedding_sum(*ids, *chosen, **more, **dict(zip(names, values[len(present) :], strict=True)))
+        return reference.embedding_sum(
+            *ids, *chosen, **more, **dict(zip(names, values[len(present) :], strict=True))
+        )
 
     # Row 0 of an id table is held at zero: no derivative is asked of it.
     free = [rows > 0 for rows in ids[2:]]
@@ -184,7 +219,9 @@ def test_the_twins_gradients_are_its_derivatives(options: str) -> None:
 def test_the_norm_is_torchs_layer_norm() -> None:
     ids, tables = arguments((3, 5), 8, torch.float32)
     weight, bias = torch.randn(8), torch.randn(8)
-    normed = reference.embedding_sum(*ids, *tables, norm_weight=weight, norm_bias=bias, norm_eps=0.1)
+    normed = reference.embedding_sum(
+        *ids, *tables, norm_weight=weight, norm_bias=bias, norm_eps=0.1
+    )
     assert torch.equal(normed, F.layer_norm(plain(ids, tables, 1.0), (8,), weight, bias, 0.1))
 
 
@@ -202,7 +239,8 @@ def test_an_id_table_of_another_type_is_added_in_the_tokens_and_learns_in_its_ow
 
 
 def sums_by(plan: SumPlan, number: int, values_nD: np.ndarray, num_rows: int) -> np.ndarray:
-    """What a kernel makes of an order: chunks, then the partial sums of long rows; counted, so that nothing comes twice."""
+    """What a kernel makes of an order: chunks, then the partial sums of long rows; counted, so that
+    nothing comes twice."""
     found = parts(plan.packed, plan.stretches[number])
     num_chunks, num_longs, _, _ = found.header.tolist()
     order = found.order.numpy()
@@ -244,7 +282,10 @@ def test_a_plan_names_each_occurrence_once_and_in_order(
         assert np.array_equal(sums_by(plan, number, values, num_rows), expected)
     if static:
         other = [rows._replace(ids=dice.permutation(rows.ids) * 0) for rows in tables]
-        assert plan_sum(other[0], other[1], other[2], other[3], static=True).stretches == plan.stretches
+        assert (
+            plan_sum(other[0], other[1], other[2], other[3], static=True).stretches
+            == plan.stretches
+        )
 
 
 def test_a_table_that_is_not_there_has_no_order() -> None:
@@ -257,7 +298,10 @@ def test_a_table_that_is_not_there_has_no_order() -> None:
 @pytest.mark.parametrize("bad", [-1, 5])
 def test_an_id_outside_its_table_makes_no_plan(bad: int) -> None:
     good = Rows("token", np.array([[1, 2]]), 3)
-    with pytest.raises(ValueError, match=rf"^item id {bad} is outside its table of 5 rows: prepare and shard again$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^item id {bad} is outside its table of 5 rows: prepare and shard again$",
+    ):
         plan_sum(good, good, None, Rows("item", np.array([[4, bad]]), 5))
 
 
@@ -289,7 +333,11 @@ def test_on_a_cpu_it_is_plain_torch_and_that_is_said_once(caplog: pytest.LogCapt
     [
         ("fast", True, "GENREC_KERNELS=fast: it is reference, triton, or unset"),
         ("triton", True, "GENREC_KERNELS=triton: there is no Triton for cpu; unset it"),
-        ("triton", False, r"GENREC_KERNELS=triton: triton is not installed; pip install 'genrec-dist\[kernels\]'"),
+        (
+            "triton",
+            False,
+            r"GENREC_KERNELS=triton: triton is not installed; pip install 'genrec-dist\[kernels\]'",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_one_line(
@@ -306,9 +354,16 @@ def test_what_cannot_be_had_is_one_line(
 @pytest.mark.usefixtures("nothing_said")
 @pytest.mark.parametrize(
     ("asked", "installed", "expected"),
-    [("", True, "triton"), ("", False, "reference"), ("reference", True, "reference"), ("triton", True, "triton")],
+    [
+        ("", True, "triton"),
+        ("", False, "reference"),
+        ("reference", True, "reference"),
+        ("triton", True, "triton"),
+    ],
 )
-def test_the_choice_on_cuda(asked: str, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_choice_on_cuda(
+    asked: str, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("GENREC_KERNELS", asked)
     monkeypatch.setattr(embedding, "_TRITON", installed)
     assert embedding.chosen("cuda") == expected
@@ -317,7 +372,9 @@ def test_the_choice_on_cuda(asked: str, installed: bool, expected: str, monkeypa
 def test_importing_the_package_is_light() -> None:
     code = "import sys, genrec_kernels; print(sorted({'triton', 'torch._dynamo', 'genrec_dist'} & sys.modules.keys()))"
     own = environment(PYTHONPATH=str(ROOT / "kernels"))
-    done = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=own, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout == "[]\n", done.stderr
 
 

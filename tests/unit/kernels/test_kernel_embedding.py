@@ -1,4 +1,5 @@
-"""The Triton embedding sum against fp64 truth: natively on a GPU; elsewhere test_embedding_sum.py runs this in the interpreter."""
+"""The Triton embedding sum against fp64 truth: natively on a GPU; elsewhere test_embedding_sum.py
+runs this in the interpreter."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ DEVICE = "cuda" if NATIVE else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not NATIVE and not INTERPRETED, reason="no GPU here; test_embedding_sum.py interprets these"),
+    pytest.mark.skipif(
+        not NATIVE and not INTERPRETED, reason="no GPU here; test_embedding_sum.py interprets these"
+    ),
 ]
 
 PAD, OFFSET = 1, 2
@@ -44,7 +47,8 @@ def _by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class Case:
-    """Ids on the CPU, and tables in fp64: token, position, user, item, the norm's weight and bias."""
+    """Ids on the CPU, and tables in fp64: token, position, user, item, the norm's weight and
+    bias."""
 
     ids: list[Tensor]
     tables: list[Tensor]
@@ -63,13 +67,23 @@ class Case:
             **more,
         )
 
-    def run(self, sum_of: Callable[..., Tensor], dtype: torch.dtype, device: str = DEVICE, **more: Any) -> list[Tensor]:
+    def run(
+        self, sum_of: Callable[..., Tensor], dtype: torch.dtype, device: str = DEVICE, **more: Any
+    ) -> list[Tensor]:
         """[X, gradient of each table] in `dtype`."""
         tables = [table.to(device, dtype).requires_grad_() for table in self.tables]
         used = tables if self.norm else tables[:4]
         norm = {"norm_weight": tables[4], "norm_bias": tables[5]} if self.norm else {}
         ids = [rows.to(device) for rows in self.ids]
-        summed = sum_of(*ids, *tables[:4], scale=self.scale, position_offset=OFFSET, pad_token_id=PAD, **norm, **more)
+        summed = sum_of(
+            *ids,
+            *tables[:4],
+            scale=self.scale,
+            position_offset=OFFSET,
+            pad_token_id=PAD,
+            **norm,
+            **more,
+        )
         assert summed.dtype == dtype
         assert summed.shape == (*self.ids[0].shape, self.tables[0].shape[1])
         grads = torch.autograd.grad(summed, used, self.gradient.to(device, dtype))
@@ -80,9 +94,16 @@ class Case:
 
 
 def make(
-    shape: tuple[int, ...], width: int, *, norm: bool = False, scale: float = 1.0, hot: float = 0.3, seed: int = 0
+    shape: tuple[int, ...],
+    width: int,
+    *,
+    norm: bool = False,
+    scale: float = 1.0,
+    hot: float = 0.3,
+    seed: int = 0,
 ) -> Case:
-    """Ids as they come: a hot sub-word, padding, positions in order, and a user or an item or neither at a place."""
+    """Ids as they come: a hot sub-word, padding, positions in order, and a user or an item or
+    neither at a place."""
     dice = np.random.default_rng(seed)
     num_tokens, num_positions, num_users, num_items = 37, 300, 5, 19
     tokens = np.where(dice.random(shape) < hot, 7, dice.integers(0, num_tokens, shape))
@@ -96,14 +117,25 @@ def make(
     tables[2][0] = tables[3][0] = 0
     tables += [torch.from_numpy(dice.standard_normal(width)) for _ in range(2)]
     gradient = torch.from_numpy(dice.standard_normal((*shape, width)))
-    return Case([torch.from_numpy(rows) for rows in (tokens, positions, users, items)], tables, gradient, norm, scale)
+    return Case(
+        [torch.from_numpy(rows) for rows in (tokens, positions, users, items)],
+        tables,
+        gradient,
+        norm,
+        scale,
+    )
 
 
 def plain(*arguments: Any, **more: Any) -> Tensor:
-    """Equation 2 as anybody writes it, of torch's own lookups: what the kernel must not be less exact than."""
+    """Equation 2 as anybody writes it, of torch's own lookups: what the kernel must not be less
+    exact than."""
     tokens, positions, users, items, token, position, user, item = arguments
-    summed = F.embedding(tokens, token, padding_idx=PAD) * more["scale"] + F.embedding(positions + OFFSET, position)
-    summed = summed + F.embedding(users, user, padding_idx=0) + F.embedding(items, item, padding_idx=0)
+    summed = F.embedding(tokens, token, padding_idx=PAD) * more["scale"] + F.embedding(
+        positions + OFFSET, position
+    )
+    summed = (
+        summed + F.embedding(users, user, padding_idx=0) + F.embedding(items, item, padding_idx=0)
+    )
     if "norm_weight" in more:
         summed = F.layer_norm(summed, summed.shape[-1:], more["norm_weight"], more["norm_bias"])
     return summed
@@ -119,16 +151,24 @@ def check(case: Case, dtype: torch.dtype, found: list[Tensor]) -> None:
     expected = truth.run(plain, torch.float64, "cpu")
     eager = case.run(plain, dtype, "cpu")
     for name, ours, theirs, exact in zip(NAMES, found, eager, expected, strict=False):
-        ours_off, theirs_off = ((result.cpu().double() - exact).abs().max().item() for result in (ours, theirs))
+        ours_off, theirs_off = (
+            (result.cpu().double() - exact).abs().max().item() for result in (ours, theirs)
+        )
         # The result's own, and those of float32 on the way to it.
-        rounding = (torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps) * exact.abs().max().item()
+        rounding = (
+            torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+        ) * exact.abs().max().item()
         assert ours_off <= theirs_off + rounding, (name, ours_off, theirs_off)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("norm", [False, True], ids=["sum", "norm"])
-@pytest.mark.parametrize(("shape", "width"), [((3, 11), 16), ((1, 257), 123), ((2, 5), 768)], ids=str)
-def test_it_is_as_exact_as_plain_torch(shape: tuple[int, ...], width: int, norm: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("shape", "width"), [((3, 11), 16), ((1, 257), 123), ((2, 5), 768)], ids=str
+)
+def test_it_is_as_exact_as_plain_torch(
+    shape: tuple[int, ...], width: int, norm: bool, dtype: torch.dtype
+) -> None:
     case = make(shape, width, norm=norm, scale=3.0)
     check(case, dtype, case.kernel(dtype))
 
@@ -146,8 +186,12 @@ def test_a_row_of_thousands_of_places_is_summed_in_two_levels() -> None:
 
 def test_what_is_packed_is_what_is_padded() -> None:
     padded = make((4, 9), 24, norm=True)
-    packed = replace(padded, ids=[rows.view(-1) for rows in padded.ids], gradient=padded.gradient.view(-1, 24))
-    for ours, theirs in zip(packed.kernel(torch.float32), padded.kernel(torch.float32), strict=True):
+    packed = replace(
+        padded, ids=[rows.view(-1) for rows in padded.ids], gradient=padded.gradient.view(-1, 24)
+    )
+    for ours, theirs in zip(
+        packed.kernel(torch.float32), padded.kernel(torch.float32), strict=True
+    ):
         assert torch.equal(ours, theirs.view_as(ours))
 
 
@@ -186,7 +230,10 @@ def test_a_hundred_runs_are_one_to_the_bit() -> None:
     case = make((1, 2 * CHUNK + 9), 16, norm=True, hot=0.9)
     first = case.kernel(torch.bfloat16)
     for _ in range(100 if NATIVE else 2):
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(case.kernel(torch.bfloat16), first, strict=True))
+        assert all(
+            torch.equal(ours, theirs)
+            for ours, theirs in zip(case.kernel(torch.bfloat16), first, strict=True)
+        )
 
 
 def test_plans_of_any_size_give_one_result() -> None:
@@ -212,15 +259,25 @@ def test_without_a_plan_the_result_is_the_same() -> None:
 
 @pytest.mark.parametrize(("which", "name"), enumerate(("token", "position", "user", "item")))
 @pytest.mark.parametrize("bad", [-7, 300])
-def test_an_id_outside_its_table_is_named_before_any_launch(which: int, name: str, bad: int) -> None:
+def test_an_id_outside_its_table_is_named_before_any_launch(
+    which: int, name: str, bad: int
+) -> None:
     case = make((2, 6), 16)
     case.ids[which][1, 3] = bad
     shown = bad + OFFSET if name == "position" else bad
-    with pytest.raises(ValueError, match=f"^{name} id {shown} is outside its table of {len(case.tables[which])} rows"):
+    with pytest.raises(
+        ValueError,
+        match=f"^{name} id {shown} is outside its table of {len(case.tables[which])} rows",
+    ):
         case.plan()
     if not NATIVE:
-        with pytest.raises(ValueError, match=f"^{name} id {shown} is outside its table"), torch.no_grad():
-            embedding_sum(*case.ids, *(table.float() for table in case.tables[:4]), position_offset=OFFSET)
+        with (
+            pytest.raises(ValueError, match=f"^{name} id {shown} is outside its table"),
+            torch.no_grad(),
+        ):
+            embedding_sum(
+                *case.ids, *(table.float() for table in case.tables[:4]), position_offset=OFFSET
+            )
 
 
 def test_tables_that_are_left_out_or_frozen() -> None:
@@ -239,13 +296,17 @@ def test_tables_that_are_left_out_or_frozen() -> None:
     assert not embedding_sum(*ids, token, position, None, None).requires_grad
 
 
-def test_fetched_rows_are_float32_beside_bf16_layers_and_their_gradient_is_no_larger_than_they() -> None:
+def test_fetched_rows_are_float32_beside_bf16_layers_and_their_gradient_is_no_larger_than_they() -> (
+    None
+):
     case = make((3, 30), 16)
     tables = [table.to(DEVICE, torch.bfloat16) for table in case.tables[:3]]
     fetched = case.tables[3].to(DEVICE, torch.float32).requires_grad_()
     ids = [rows.to(DEVICE) for rows in case.ids]
     plan = case.plan().to(torch.device(DEVICE))
-    summed = embedding_sum(*ids, *tables, fetched, position_offset=OFFSET, pad_token_id=PAD, plan=plan)
+    summed = embedding_sum(
+        *ids, *tables, fetched, position_offset=OFFSET, pad_token_id=PAD, plan=plan
+    )
     assert summed.dtype == torch.bfloat16
     (found,) = torch.autograd.grad(summed, fetched, case.gradient.to(DEVICE, torch.bfloat16))
     assert (found.dtype, found.shape) == (torch.float32, fetched.shape)
@@ -266,8 +327,15 @@ def test_few_factorised_rows_are_projected_before_they_are_looked_up() -> None:
         tables = [table.to(DEVICE, dtype) for table in case.tables[:3]]
         learned = [tensor.to(DEVICE, dtype).requires_grad_() for tensor in (narrow, projection)]
         plan = case.plan().to(torch.device(DEVICE))
-        summed = sum_of(*ids, *tables, learned[0], item_projection=learned[1], pad_token_id=PAD, plan=plan)
-        found.append([summed.detach(), *torch.autograd.grad(summed, learned, case.gradient.to(DEVICE, dtype))])
+        summed = sum_of(
+            *ids, *tables, learned[0], item_projection=learned[1], pad_token_id=PAD, plan=plan
+        )
+        found.append(
+            [
+                summed.detach(),
+                *torch.autograd.grad(summed, learned, case.gradient.to(DEVICE, dtype)),
+            ]
+        )
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-5)
 
@@ -275,12 +343,19 @@ def test_few_factorised_rows_are_projected_before_they_are_looked_up() -> None:
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_dropout_drops_in_the_backward_what_it_dropped_in_the_forward(share: float) -> None:
     case = make((4, 40), 32)
-    token, position = (torch.zeros_like(table, dtype=torch.float32, device=DEVICE) for table in case.tables[:2])
+    token, position = (
+        torch.zeros_like(table, dtype=torch.float32, device=DEVICE) for table in case.tables[:2]
+    )
     users, items = (torch.ones(rows, 32, device=DEVICE) for rows in (5, 19))
     users[0] = items[0] = 0
     ids = [rows.to(DEVICE) for rows in case.ids]
     plan = case.plan().to(torch.device(DEVICE))
-    arguments: dict[str, Any] = {"id_dropout": share, "training": True, "plan": plan, "pad_token_id": PAD}
+    arguments: dict[str, Any] = {
+        "id_dropout": share,
+        "training": True,
+        "plan": plan,
+        "pad_token_id": PAD,
+    }
     tables = [users.requires_grad_(), items.requires_grad_()]
     torch.manual_seed(5)
     summed = embedding_sum(*ids, token, position, *tables, **arguments)
@@ -300,7 +375,9 @@ def test_dropout_drops_in_the_backward_what_it_dropped_in_the_forward(share: flo
         torch.testing.assert_close(grad, expected)
     torch.manual_seed(5)
     assert torch.equal(embedding_sum(*ids, token, position, *tables, **arguments), summed)
-    assert share == 1 or not torch.equal(embedding_sum(*ids, token, position, *tables, **arguments), summed)
+    assert share == 1 or not torch.equal(
+        embedding_sum(*ids, token, position, *tables, **arguments), summed
+    )
     still = embedding_sum(*ids, token, position, *tables, **arguments | {"training": False})
     assert still[seen].eq(1).all()
 
@@ -333,10 +410,13 @@ def test_the_operators_keep_torchs_rules() -> None:
     )
     gradient = torch.randn(18, 16, device=DEVICE)
     torch.library.opcheck(
-        operators.row_sums.default, (gradient, plan.packed, plan.sizes()[:4], 37, torch.bfloat16, 2.0, None, 0.0, 0)
+        operators.row_sums.default,
+        (gradient, plan.packed, plan.sizes()[:4], 37, torch.bfloat16, 2.0, None, 0.0, 0),
     )
     weight = tables[4].detach()
-    torch.library.opcheck(operators.norm_backward.default, (gradient, gradient, gradient[:, 0].abs(), weight))
+    torch.library.opcheck(
+        operators.norm_backward.default, (gradient, gradient, gradient[:, 0].abs(), weight)
+    )
 
 
 def test_torch_compile_sees_one_operator_and_changes_no_bit() -> None:
@@ -355,7 +435,9 @@ def test_torch_compile_sees_one_operator_and_changes_no_bit() -> None:
     expected = case.run(embedding_sum, torch.float32, plan=plan)
     for backend in (watch, "aot_eager"):
         torch._dynamo.reset()
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(run(backend), expected, strict=True))
+        assert all(
+            torch.equal(ours, theirs) for ours, theirs in zip(run(backend), expected, strict=True)
+        )
     assert [name for name in called if "getitem" not in name] == ["genrec.embedding_sum.default"]
 
 
@@ -365,7 +447,8 @@ USERS, ITEMS, VOCABULARY = 7, 30, 40
 
 
 def step_of(number: int) -> RankStep:
-    """Two sentences of nine places, and targets that depend on them, so that there is something to learn."""
+    """Two sentences of nine places, and targets that depend on them, so that there is something to
+    learn."""
     dice = np.random.default_rng(number)
     mask = np.arange(9) < np.array([[9], [6]])
     items = dice.integers(1, ITEMS + 1, (2, 9)) * mask
@@ -384,12 +467,21 @@ def step_of(number: int) -> RankStep:
     return RankStep([batch], 0, 2, 0)
 
 
-def train(how: str, monkeypatch: pytest.MonkeyPatch, *, outside: bool) -> tuple[list[float], dict[str, Tensor]]:
+def train(
+    how: str, monkeypatch: pytest.MonkeyPatch, *, outside: bool
+) -> tuple[list[float], dict[str, Tensor]]:
     """(losses of 20 steps, weights behind them)."""
     monkeypatch.setenv("GENREC_KERNELS", how)
     torch.manual_seed(0)
     shape = Model(
-        d_model=8, encoder_layers=1, decoder_layers=1, heads=2, ffn=8, max_tokens=16, init_std=0.3, dropout=0.0
+        d_model=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        heads=2,
+        ffn=8,
+        max_tokens=16,
+        init_std=0.3,
+        dropout=0.0,
     )
     special = {"bos": 0, "pad": PAD, "eos": 2, "mask": 4}
     model: GenRecForConditionalGeneration = build_model(
@@ -429,7 +521,9 @@ def train(how: str, monkeypatch: pytest.MonkeyPatch, *, outside: bool) -> tuple[
 
 
 @pytest.mark.parametrize("outside", [False, True], ids=["dense", "row-adagrad"])
-def test_twenty_steps_with_the_kernel_are_twenty_steps_without(outside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twenty_steps_with_the_kernel_are_twenty_steps_without(
+    outside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     losses, weights = train("triton", monkeypatch, outside=outside)
     others, other_weights = train("reference", monkeypatch, outside=outside)
     assert losses == pytest.approx(others, rel=1e-5)

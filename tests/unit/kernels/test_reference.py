@@ -48,14 +48,20 @@ def test_a_missing_table_adds_nothing():
 def test_gradients_count_repeated_rows_and_spare_row_0_and_padding():
     token, position, user, item = tables()
     weight = torch.randn(B, L, D, dtype=torch.float64)
-    (embedding_sum(*INDICES, token, position, user, item, scale=2.0, pad_token_id=3) * weight).sum().backward()
+    (
+        embedding_sum(*INDICES, token, position, user, item, scale=2.0, pad_token_id=3) * weight
+    ).sum().backward()
     for table, rows, factor, silent in (
         (token, TOKENS, 2.0, 3),
         (position, POSITIONS, 1.0, None),
         (user, USERS, 1.0, 0),
         (item, ITEMS, 1.0, 0),
     ):
-        expected = torch.zeros_like(table).index_add_(0, rows.flatten(), weight.flatten(0, 1) * factor).detach()
+        expected = (
+            torch.zeros_like(table)
+            .index_add_(0, rows.flatten(), weight.flatten(0, 1) * factor)
+            .detach()
+        )
         if silent is not None:
             expected[silent] = 0
         torch.testing.assert_close(table.grad, expected)
@@ -66,9 +72,12 @@ def test_id_dropout_drops_the_id_terms_alone_and_only_in_training():
     plain = embedding_sum(*INDICES, token, position, None, None)
     whole = embedding_sum(*INDICES, token, position, user, item)
     assert torch.equal(embedding_sum(*INDICES, token, position, user, item, id_dropout=0.5), whole)
-    assert torch.equal(embedding_sum(*INDICES, token, position, user, item, id_dropout=1.0, training=True), plain)
+    assert torch.equal(
+        embedding_sum(*INDICES, token, position, user, item, id_dropout=1.0, training=True), plain
+    )
     torch.manual_seed(0)
     total = sum(
-        embedding_sum(*INDICES, token, position, user, item, id_dropout=0.5, training=True) for _ in range(4000)
+        embedding_sum(*INDICES, token, position, user, item, id_dropout=0.5, training=True)
+        for _ in range(4000)
     )
     torch.testing.assert_close(total / 4000, whole, atol=0.15, rtol=0)

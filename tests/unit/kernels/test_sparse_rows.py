@@ -1,4 +1,5 @@
-"""Id tables outside autograd: the rule against dense references, any number of ranks, and no more than the rows touched."""
+"""Id tables outside autograd: the rule against dense references, any number of ranks, and no more
+than the rows touched."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ def table_of(num_rows: int = NUM_ROWS, dim: int = DIM, **more: Any) -> RowTable:
 
 
 def some_rows(num_rows: int, count: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False)))
+    return torch.from_numpy(
+        np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False))
+    )
 
 
 # The plan.
@@ -39,15 +42,24 @@ def some_rows(num_rows: int, count: int, seed: int = 0) -> torch.Tensor:
 @settings(deadline=None)
 @given(
     st.sampled_from([40, 3_000_000]),
-    st.lists(st.tuples(st.lists(st.integers(0, 40), max_size=30), st.sampled_from([np.int32, np.int64])), max_size=3),
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 40), max_size=30), st.sampled_from([np.int32, np.int64])),
+        max_size=3,
+    ),
     st.data(),
 )
-def test_a_plan_names_each_row_once_and_the_arrays_find_them(num_rows: int, parts: list, data: Any) -> None:
-    arrays = [np.array(values, kind).reshape(-1, 1 if len(values) % 2 else 2) for values, kind in parts]
+def test_a_plan_names_each_row_once_and_the_arrays_find_them(
+    num_rows: int, parts: list, data: Any
+) -> None:
+    arrays = [
+        np.array(values, kind).reshape(-1, 1 if len(values) % 2 else 2) for values, kind in parts
+    ]
     if arrays and arrays[0].size and num_rows > 40:
         arrays[0].flat[0] = data.draw(st.integers(0, num_rows))
     plan, local = plan_rows(arrays, num_rows)
-    everything = np.unique(np.concatenate([np.zeros(1, np.int64), *(array.reshape(-1) for array in arrays)]))
+    everything = np.unique(
+        np.concatenate([np.zeros(1, np.int64), *(array.reshape(-1) for array in arrays)])
+    )
     assert plan.rows.dtype == torch.int64
     assert plan.rows.tolist() == (everything[1:] - 1).tolist()
     with_zero = np.concatenate([[0], plan.rows.numpy() + 1])
@@ -93,7 +105,9 @@ def test_a_row_starts_as_a_function_of_key_and_row() -> None:
     assert torch.equal(small.values, table_of(100).values)
     assert not torch.isclose(small.values, table_of(100, key=KEY + 1).values).any()
     assert len(large.values.unique(dim=0)) == len(large.values)
-    assert large.values.mean().item() == pytest.approx(0, abs=5 * STD / len(large.values.view(-1)) ** 0.5)
+    assert large.values.mean().item() == pytest.approx(
+        0, abs=5 * STD / len(large.values.view(-1)) ** 0.5
+    )
     assert large.values.std().item() == pytest.approx(STD, rel=0.02)
     assert not table_of(100, init_std=0).values.any()
     assert torch.equal(table_of(100, key=-1).values, table_of(100, key=2**64 - 1).values)
@@ -116,8 +130,11 @@ def test_sizes_that_make_no_table(sizes: dict, said: str) -> None:
 # The rule.
 
 
-def rowwise_adagrad(values: np.ndarray, steps: list, rate: float, eps: float) -> tuple[np.ndarray, np.ndarray]:
-    """The rule on a dense table in fp64, from its formula: what every entry of every row would be."""
+def rowwise_adagrad(
+    values: np.ndarray, steps: list, rate: float, eps: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The rule on a dense table in fp64, from its formula: what every entry of every row would
+    be."""
     values, squares = values.astype(np.float64), np.zeros(len(values))
     for rows, gradient in steps:
         dense = np.zeros_like(values)
@@ -155,7 +172,9 @@ def test_at_width_one_it_is_torchs_adagrad() -> None:
         parameter.grad = torch.zeros_like(parameter).index_copy_(0, rows, gradient)
         rival.step()
     torch.testing.assert_close(table.values, parameter.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(table.squares[:, None], rival.state[parameter]["sum"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        table.squares[:, None], rival.state[parameter]["sum"], rtol=1e-5, atol=0
+    )
 
 
 def test_scale_multiplies_the_gradient() -> None:
@@ -213,7 +232,10 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and tensor.untyped_storage().data_ptr() not in self.known
+            ):
                 self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
         return result
 
@@ -271,7 +293,9 @@ def trained_alone(num_ranks: int) -> RowTable:
     table = table_of()
     for step, kind in enumerate(KINDS):
         total = torch.zeros(NUM_ROWS, DIM)
-        parts = [torch.from_numpy(rows_of(kind, step, rank, num_ranks)) for rank in range(num_ranks)]
+        parts = [
+            torch.from_numpy(rows_of(kind, step, rank, num_ranks)) for rank in range(num_ranks)
+        ]
         for rank, rows in enumerate(parts):
             total[rows] += gradient_of(step, rank, len(rows))
         union = torch.cat(parts).unique()
@@ -295,12 +319,22 @@ def test_a_saved_table_comes_back_to_the_bit(tmp_path: Path) -> None:
 
 
 def save_by_hand(table: RowTable, folder: Path, num_ranks: int) -> None:
-    """The files that so many ranks write, from their description: blocks in turn, and the table's sizes as metadata."""
+    """The files that so many ranks write, from their description: blocks in turn, and the table's
+    sizes as metadata."""
     for rank in range(num_ranks):
-        facts = {"num_rows": table.num_rows, "dim": table.dim, "block": BLOCK, "rank": rank, "world_size": num_ranks}
+        facts = {
+            "num_rows": table.num_rows,
+            "dim": table.dim,
+            "block": BLOCK,
+            "rank": rank,
+            "world_size": num_ranks,
+        }
         parts = {"values": table.values, "squares": table.squares}
         save_file(
-            {name: torch.cat(tensor.split(BLOCK)[rank::num_ranks]) for name, tensor in parts.items()},
+            {
+                name: torch.cat(tensor.split(BLOCK)[rank::num_ranks])
+                for name, tensor in parts.items()
+            },
             folder / f"items-{rank:05d}-of-{num_ranks:05d}.safetensors",
             metadata={"rows": json.dumps(facts)},
         )
@@ -323,7 +357,8 @@ def test_files_that_do_not_make_the_table_are_named(tmp_path: Path) -> None:
     first = tmp_path / "items-00000-of-00001.safetensors"
     for other in (table_of(NUM_ROWS + 1), table_of(dim=DIM + 1)):
         with pytest.raises(
-            ValueError, match=f"{first}: not rank 0 of a table of {other.num_rows} rows of width {other.dim}"
+            ValueError,
+            match=f"{first}: not rank 0 of a table of {other.num_rows} rows of width {other.dim}",
         ):
             other.load(tmp_path, "items")
     whole = first.read_bytes()
@@ -355,7 +390,8 @@ class Found:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
-    """Two ranks, then three; each loads what one process and what four saved, the three also what the two saved."""
+    """Two ranks, then three; each loads what one process and what four saved, the three also what
+    the two saved."""
     base = tmp_path_factory.mktemp("rows")
     alone = base / "alone"
     alone.mkdir()
@@ -377,10 +413,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
 @pytest.mark.dist
 @pytest.mark.parametrize("num_ranks", [2, 3])
 class TestRanks:
-    def test_the_start_is_that_of_one_process(self, found: dict[int, Found], num_ranks: int) -> None:
+    def test_the_start_is_that_of_one_process(
+        self, found: dict[int, Found], num_ranks: int
+    ) -> None:
         assert torch.equal(found[num_ranks].table("initial"), table_of().values)
 
-    def test_the_end_is_that_of_one_process_to_the_bit(self, found: dict[int, Found], num_ranks: int) -> None:
+    def test_the_end_is_that_of_one_process_to_the_bit(
+        self, found: dict[int, Found], num_ranks: int
+    ) -> None:
         # Whatever rows the ranks have: the one process adds their gradients in the same order.
         alone = trained_alone(num_ranks)
         assert torch.equal(found[num_ranks].table("trained"), alone.values)
@@ -390,24 +430,40 @@ class TestRanks:
         difference = found[num_ranks].table("lost") - trained_alone(num_ranks).values
         assert difference.abs().max() > 1e-3
 
-    def test_every_rank_is_given_the_rows_it_asked_for(self, found: dict[int, Found], num_ranks: int) -> None:
+    def test_every_rank_is_given_the_rows_it_asked_for(
+        self, found: dict[int, Found], num_ranks: int
+    ) -> None:
         alone = table_of()
-        fetched = [np.load(found[num_ranks].folder / f"fetched-{rank}.npz") for rank in range(num_ranks)]
+        fetched = [
+            np.load(found[num_ranks].folder / f"fetched-{rank}.npz") for rank in range(num_ranks)
+        ]
         for step, kind in enumerate(KINDS):
-            parts = [torch.from_numpy(rows_of(kind, step, rank, num_ranks)) for rank in range(num_ranks)]
+            parts = [
+                torch.from_numpy(rows_of(kind, step, rank, num_ranks)) for rank in range(num_ranks)
+            ]
             total = torch.zeros(NUM_ROWS, DIM)
             for rank, rows in enumerate(parts):
-                assert np.array_equal(fetched[rank][f"arr_{step}"], alone.values[rows].numpy()), (kind, rank)
+                assert np.array_equal(fetched[rank][f"arr_{step}"], alone.values[rows].numpy()), (
+                    kind,
+                    rank,
+                )
                 total[rows] += gradient_of(step, rank, len(rows))
             union = torch.cat(parts).unique()
             alone.fetch(union)
             alone.update(total[union], learning_rate=RATE, scale=0.5)
 
-    def test_a_hundred_runs_give_the_same_bits(self, found: dict[int, Found], num_ranks: int) -> None:
-        assert [found[num_ranks].facts(rank)["digests"] for rank in range(num_ranks)] == [1] * num_ranks
+    def test_a_hundred_runs_give_the_same_bits(
+        self, found: dict[int, Found], num_ranks: int
+    ) -> None:
+        assert [found[num_ranks].facts(rank)["digests"] for rank in range(num_ranks)] == [
+            1
+        ] * num_ranks
 
-    def test_only_touched_rows_are_on_the_wire(self, found: dict[int, Found], num_ranks: int) -> None:
-        # A remote row costs its id (int32) on the way there, its values back, its gradient there; a step its counts (int64).
+    def test_only_touched_rows_are_on_the_wire(
+        self, found: dict[int, Found], num_ranks: int
+    ) -> None:
+        # A remote row costs its id (int32) on the way there, its values back, its gradient there; a
+        # step its counts (int64).
         sent = [8 * (num_ranks - 1) * len(KINDS)] * num_ranks
         touched = 0
         for step, kind in enumerate(KINDS):
@@ -423,7 +479,9 @@ class TestRanks:
         assert sum(one["rows_fetched"] for one in facts) == touched
         assert sum(sent) <= 2 * touched * DIM * 4
 
-    def test_files_load_at_any_number_of_ranks(self, found: dict[int, Found], num_ranks: int, tmp_path: Path) -> None:
+    def test_files_load_at_any_number_of_ranks(
+        self, found: dict[int, Found], num_ranks: int, tmp_path: Path
+    ) -> None:
         back = table_of(init_std=0)
         back.load(found[num_ranks].folder, "items")
         alone = trained_alone(num_ranks)

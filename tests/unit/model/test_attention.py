@@ -1,4 +1,5 @@
-"""Attention over packed sequences, against attention written out sequence by sequence in float64."""
+"""Attention over packed sequences, against attention written out sequence by sequence in
+float64."""
 
 from dataclasses import replace
 
@@ -17,7 +18,9 @@ DEVICE = torch.device("cuda")
 
 def drawn(lengths: list[int], seed: int, dtype=torch.float64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(sum(lengths), HEADS, WIDTH, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(sum(lengths), HEADS, WIDTH, generator=generator, dtype=torch.float64).to(
+        dtype
+    )
 
 
 def by_hand(query, key, value, attended: Attended) -> torch.Tensor:
@@ -29,14 +32,20 @@ def by_hand(query, key, value, attended: Attended) -> torch.Tensor:
     for q, k, v in zip(*parts, strict=True):
         scores = torch.einsum("qhd,khd->hqk", q, k) * SCALE
         if attended.causal:
-            scores = scores.masked_fill(~torch.ones(scores.shape[1:], dtype=torch.bool).tril(), float("-inf"))
+            scores = scores.masked_fill(
+                ~torch.ones(scores.shape[1:], dtype=torch.bool).tril(), float("-inf")
+            )
         out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
     return torch.cat(out)
 
 
 def compared(attended: Attended, dtype=torch.float64) -> float:
     """Largest difference of result and gradients to those written out."""
-    lengths = attended.queries.lengths.tolist(), attended.keys.lengths.tolist(), attended.keys.lengths.tolist()
+    lengths = (
+        attended.queries.lengths.tolist(),
+        attended.keys.lengths.tolist(),
+        attended.keys.lengths.tolist(),
+    )
     inputs = [drawn(each, seed, dtype).requires_grad_() for seed, each in enumerate(lengths)]
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     grad = drawn(lengths[0], 9)
@@ -66,7 +75,9 @@ def test_its_gradient_is_that_of_its_function(causal):
     spans = spans_of(np.array([5, 4, 4, 2, 1]))
     attended = Attended(spans, spans, causal=causal, by_length=not causal)
     inputs = [drawn(spans.lengths.tolist(), seed).requires_grad_() for seed in range(3)]
-    assert torch.autograd.gradcheck(lambda *qkv: ByRectangles.apply(*qkv, attended, SCALE, 0.0), inputs)
+    assert torch.autograd.gradcheck(
+        lambda *qkv: ByRectangles.apply(*qkv, attended, SCALE, 0.0), inputs
+    )
 
 
 @pytest.mark.parametrize("longest", [LONG_ON_CPU // 4, LONG_ON_CPU + 7], ids=["short", "long"])
@@ -80,23 +91,34 @@ def test_in_bfloat16_it_errs_by_bfloat16(longest):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("width", [32, 64])
 def test_the_kernel_for_ragged_sequences_gives_the_same(width):
-    """On a GPU: bfloat16 as autocast hands it over, and what a rectangle of the same numbers gives."""
+    """On a GPU: bfloat16 as autocast hands it over, and what a rectangle of the same numbers
+    gives."""
     generator = torch.Generator().manual_seed(0)
     keys, asked = np.array([300, 41, 41, 9, 1]), np.array([4, 2, 6, 2, 0])
     for queries, causal in ((keys, False), (asked, False), (keys, True)):
         attended = Attended(spans_of(queries), spans_of(keys), causal=causal)
-        there = replace(attended, queries=attended.queries.to(DEVICE), keys=attended.keys.to(DEVICE))
+        there = replace(
+            attended, queries=attended.queries.to(DEVICE), keys=attended.keys.to(DEVICE)
+        )
         inputs = [
-            torch.randn(int(lengths.sum()), 4, width, generator=generator).to(DEVICE, torch.bfloat16).requires_grad_()
+            torch.randn(int(lengths.sum()), 4, width, generator=generator)
+            .to(DEVICE, torch.bfloat16)
+            .requires_grad_()
             for lengths in (queries, keys, keys)
         ]
         assert has_varlen(inputs[0])
         twins = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-        got, wanted = attend(*inputs, there, SCALE), ByRectangles.apply(*twins, attended, SCALE, 0.0)
+        got, wanted = (
+            attend(*inputs, there, SCALE),
+            ByRectangles.apply(*twins, attended, SCALE, 0.0),
+        )
         grad = torch.randn(got.shape, generator=generator).to(DEVICE, torch.bfloat16)
         got.backward(grad)
         wanted.backward(grad)
-        for a, b in ((got, wanted), *((x.grad, y.grad) for x, y in zip(inputs, twins, strict=True))):
+        for a, b in (
+            (got, wanted),
+            *((x.grad, y.grad) for x, y in zip(inputs, twins, strict=True)),
+        ):
             torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
 
 
@@ -152,9 +174,9 @@ def _seeded(spans):
 def test_groups_hold_each_sequence_once_with_little_padding(lengths):
     spans = spans_of(np.array(sorted(lengths, reverse=True)))
     groups = Attended(spans, spans).groups
-    assert [group.keys.first for group in groups] == np.cumsum([0, *(group.keys.number for group in groups)])[
-        :-1
-    ].tolist()
+    assert [group.keys.first for group in groups] == np.cumsum(
+        [0, *(group.keys.number for group in groups)]
+    )[:-1].tolist()
     assert sum(group.size for group in groups) == len(lengths)
     assert sum(group.keys.number for group in groups) == sum(lengths)
     for group in groups:

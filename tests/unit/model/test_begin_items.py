@@ -1,4 +1,5 @@
-"""Item rows that begin with co-occurrence: the factors of the training parts, where they go, and that nothing leaks into them."""
+"""Item rows that begin with co-occurrence: the factors of the training parts, where they go, and
+that nothing leaks into them."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def opened(recipe: Path, *overrides: str) -> tuple[Workshop, GenRecForConditiona
 
 
 def directions(rows_NF: np.ndarray) -> np.ndarray:
-    """Cosines of all pairs: what is left where factors may be turned and mirrored. Ours are iterated eight times, to two digits."""
+    """Cosines of all pairs: what is left where factors may be turned and mirrored. Ours are
+    iterated eight times, to two digits."""
     units_NF = rows_NF / np.maximum(np.linalg.norm(rows_NF, axis=1, keepdims=True), 1e-12)
     return units_NF @ units_NF.T
 
@@ -47,7 +49,9 @@ def sequences(tiny_data: Path) -> Sequences:
     return load_dataset(tiny_data).sequences
 
 
-def test_one_token_an_item_begins_in_the_rows_of_the_tokens(tiny_recipe: Path, sequences: Sequences) -> None:
+def test_one_token_an_item_begins_in_the_rows_of_the_tokens(
+    tiny_recipe: Path, sequences: Sequences
+) -> None:
     one_token = "tokens.vocab_size=600"
     workshop, model = opened(tiny_recipe, one_token, BEGUN)
     _, plain = opened(tiny_recipe, one_token)
@@ -56,7 +60,9 @@ def test_one_token_an_item_begins_in_the_rows_of_the_tokens(tiny_recipe: Path, s
     rows = model.model.shared.weight.detach().numpy()
     expected, known = expected_directions(sequences, 16)
     np.testing.assert_allclose(directions(rows[tokens][known]), expected, atol=0.02)
-    np.testing.assert_allclose(np.linalg.norm(rows[tokens][known], axis=1), 0.3 * 16**0.5, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.linalg.norm(rows[tokens][known], axis=1), 0.3 * 16**0.5, rtol=1e-5
+    )
     begun = np.zeros(len(rows), bool)
     begun[tokens[known]] = True
     assert np.array_equal(rows[~begun], plain.model.shared.weight.detach().numpy()[~begun])
@@ -64,7 +70,9 @@ def test_one_token_an_item_begins_in_the_rows_of_the_tokens(tiny_recipe: Path, s
     assert model.lm_head.weight.data_ptr() == model.model.shared.weight.data_ptr()
 
 
-def test_several_tokens_an_item_begin_in_the_id_table(tiny_recipe: Path, sequences: Sequences) -> None:
+def test_several_tokens_an_item_begin_in_the_id_table(
+    tiny_recipe: Path, sequences: Sequences
+) -> None:
     _, model = opened(tiny_recipe, BEGUN)
     _, plain = opened(tiny_recipe)
     assert torch.equal(model.model.shared.weight, plain.model.shared.weight)
@@ -83,7 +91,9 @@ def test_rows_wider_than_there_are_factors_keep_their_other_columns(
     expected, known = expected_directions(sequences, 6)
     rows = model.item_embedding.weight.detach().numpy()[1:][known]
     np.testing.assert_allclose(directions(rows[:, :6]), expected, atol=0.02)
-    assert np.array_equal(rows[:, 6:], plain.item_embedding.weight.detach().numpy()[1:][known][:, 6:])
+    assert np.array_equal(
+        rows[:, 6:], plain.item_embedding.weight.detach().numpy()[1:][known][:, 6:]
+    )
 
 
 def test_sasrec_as_its_control_begins_so_too(sequences: Sequences) -> None:
@@ -104,10 +114,17 @@ def test_sasrec_as_its_control_begins_so_too(sequences: Sequences) -> None:
 @given(st.data())
 def test_no_held_out_item_moves_a_bit(data: st.DataObject) -> None:
     num_items = 12
-    users = data.draw(st.lists(st.lists(st.integers(0, num_items - 1), min_size=3, max_size=9), min_size=2, max_size=8))
+    users = data.draw(
+        st.lists(
+            st.lists(st.integers(0, num_items - 1), min_size=3, max_size=9), min_size=2, max_size=8
+        )
+    )
     found = []
     for _ in range(2):
-        held_out = [data.draw(st.lists(st.integers(0, num_items - 1), min_size=2, max_size=2)) for _ in users]
+        held_out = [
+            data.draw(st.lists(st.integers(0, num_items - 1), min_size=2, max_size=2))
+            for _ in users
+        ]
         items = [[*user[:-2], *last] for user, last in zip(users, held_out, strict=True)]
         found.append(
             neighbour_vectors(
@@ -130,5 +147,7 @@ def test_several_tokens_without_ids_have_no_row_to_begin(tiny_recipe: Path) -> N
 
 
 def test_tables_outside_the_model_are_refused(tiny_recipe: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.init_items cooccurrence: .* optimizer\.id_tables dense"):
+    with pytest.raises(
+        ValueError, match=r"model\.init_items cooccurrence: .* optimizer\.id_tables dense"
+    ):
         load_recipe(tiny_recipe, [BEGUN, "optimizer.id_tables=row-adagrad", "optimizer.decay=none"])

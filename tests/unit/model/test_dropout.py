@@ -1,4 +1,5 @@
-"""Dropout: the share it drops, the scale it keeps, the gradient it gives, and that it is a function of the seed."""
+"""Dropout: the share it drops, the scale it keeps, the gradient it gives, and that it is a function
+of the seed."""
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ def test_kept_values_are_scaled_and_dropped_ones_are_zero_forward_and_backward(s
     out = drop(values, 0.25, True)
     assert out.dtype == dtype
     kept = out != 0
-    torch.testing.assert_close(out[kept], values[kept] / 0.75, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=0)
+    torch.testing.assert_close(
+        out[kept], values[kept] / 0.75, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=0
+    )
     out.backward(torch.ones_like(out))
     torch.testing.assert_close(
         values.grad, kept.to(dtype) / 0.75, rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=0

@@ -25,7 +25,9 @@ def test_it_is_minus_the_log_probability():
 def test_label_smoothing_mixes_in_the_uniform_law():
     logprobs = LOGITS.float().log_softmax(-1)
     picked, uniform = logprobs[torch.arange(12), LABELS], logprobs.mean(-1)
-    torch.testing.assert_close(target_loss(LOGITS, LABELS, 12, 0.3), -(0.7 * picked + 0.3 * uniform).mean())
+    torch.testing.assert_close(
+        target_loss(LOGITS, LABELS, 12, 0.3), -(0.7 * picked + 0.3 * uniform).mean()
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -33,7 +35,9 @@ def test_the_parts_of_a_step_add_up_in_value_and_gradient(smoothing):
     whole = LOGITS.float().requires_grad_()
     target_loss(whole, LABELS, 12, smoothing).backward()
     cut = LOGITS.float().requires_grad_()
-    losses = [target_loss(cut[part], LABELS[part], 12, smoothing) for part in (slice(0, 5), slice(5, 12))]
+    losses = [
+        target_loss(cut[part], LABELS[part], 12, smoothing) for part in (slice(0, 5), slice(5, 12))
+    ]
     sum(losses).backward()
     torch.testing.assert_close(sum(losses), target_loss(whole, LABELS, 12, smoothing))
     torch.testing.assert_close(cut.grad, whole.grad)

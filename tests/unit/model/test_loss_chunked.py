@@ -26,10 +26,19 @@ from genrec_dist.training.setup import open_workshop
 ROWS, TOKENS, WIDTH = 23, 41, 8
 
 
-def inputs(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def inputs(
+    dtype: torch.dtype = torch.float32, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dice = torch.Generator().manual_seed(0)
-    hidden = torch.randn(ROWS, WIDTH, generator=dice, dtype=torch.float64).mul(scale).to(dtype).requires_grad_()
-    weight = torch.randn(TOKENS, WIDTH, generator=dice, dtype=torch.float64).to(dtype).requires_grad_()
+    hidden = (
+        torch.randn(ROWS, WIDTH, generator=dice, dtype=torch.float64)
+        .mul(scale)
+        .to(dtype)
+        .requires_grad_()
+    )
+    weight = (
+        torch.randn(TOKENS, WIDTH, generator=dice, dtype=torch.float64).to(dtype).requires_grad_()
+    )
     return hidden, weight, torch.randint(0, TOKENS, (ROWS,), generator=dice)
 
 
@@ -49,15 +58,21 @@ def five_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_its_gradient_is_the_derivative(rows_at_once: int, smoothing: float) -> None:
     hidden, weight, labels = inputs(torch.float64)
-    hidden, weight = (tensor.detach()[:rows].requires_grad_() for tensor, rows in ((hidden, 7), (weight, 11)))
+    hidden, weight = (
+        tensor.detach()[:rows].requires_grad_() for tensor, rows in ((hidden, 7), (weight, 11))
+    )
     labels = labels[:7] % 11
 
     def summed(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        total: torch.Tensor = ChunkedLoss.apply(hidden, weight, labels, smoothing, torch.float64, rows_at_once)
+        total: torch.Tensor = ChunkedLoss.apply(
+            hidden, weight, labels, smoothing, torch.float64, rows_at_once
+        )
         return total
 
     assert torch.autograd.gradcheck(summed, (hidden, weight))
-    expected = F.cross_entropy(hidden @ weight.T, labels, reduction="sum", label_smoothing=smoothing)
+    expected = F.cross_entropy(
+        hidden @ weight.T, labels, reduction="sum", label_smoothing=smoothing
+    )
     torch.testing.assert_close(summed(hidden, weight), expected, rtol=1e-12, atol=0)
 
 
@@ -65,10 +80,12 @@ def test_its_gradient_is_the_derivative(rows_at_once: int, smoothing: float) -> 
 @pytest.mark.parametrize("scale", [1.0, 40.0])
 @pytest.mark.usefixtures("five_rows")
 def test_it_is_the_full_head_to_rounding(smoothing: float, scale: float) -> None:
-    """Also where the model is so sure that a softmax without its largest logit taken away would overflow."""
+    """Also where the model is so sure that a softmax without its largest logit taken away would
+    overflow."""
     hidden, weight, labels = inputs(scale=scale)
     full, chunked = (
-        gradients(head_loss(hidden, weight, labels, smoothing, how), hidden, weight) for how in ("full", "chunked")
+        gradients(head_loss(hidden, weight, labels, smoothing, how), hidden, weight)
+        for how in ("full", "chunked")
     )
     for expected, found in zip(full, chunked, strict=True):
         assert found.dtype == expected.dtype
@@ -90,7 +107,10 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_the_full_head(case: str) -> N
         found = gradients(total, hidden, weight)
         assert [grad.dtype for grad in found[1:]] == [hidden.dtype, weight.dtype]
         errors.append(
-            [float((one.double() - other).norm() / other.norm()) for one, other in zip(found, truth, strict=True)]
+            [
+                float((one.double() - other).norm() / other.norm())
+                for one, other in zip(found, truth, strict=True)
+            ]
         )
     for full, chunked in zip(*errors, strict=True):
         assert chunked <= 1.2 * full + 1e-4, errors
@@ -128,8 +148,12 @@ def test_a_chunk_is_bounded_and_wide_enough_to_be_worth_its_sum() -> None:
 def test_what_needs_no_gradient_gets_none() -> None:
     hidden, weight, labels = inputs()
     expected = gradients(head_loss(hidden, weight, labels), hidden, weight)
-    (of_hidden,) = torch.autograd.grad(head_loss(hidden, weight.detach(), labels, how="chunked") / 7, hidden)
-    (of_weight,) = torch.autograd.grad(head_loss(hidden.detach(), weight, labels, how="chunked") / 7, weight)
+    (of_hidden,) = torch.autograd.grad(
+        head_loss(hidden, weight.detach(), labels, how="chunked") / 7, hidden
+    )
+    (of_weight,) = torch.autograd.grad(
+        head_loss(hidden.detach(), weight, labels, how="chunked") / 7, weight
+    )
     torch.testing.assert_close((of_hidden, of_weight), expected[1:])
     with torch.no_grad():
         total = head_loss(hidden, weight, labels, how="chunked")
@@ -168,7 +192,8 @@ def test_what_is_no_number_stays_so(bad: float) -> None:
 
 def test_liger_is_refused_where_it_cannot_run() -> None:
     with pytest.raises(
-        ValueError, match=r"^head liger: its kernels run on a GPU and this run is on cpu: set head to chunked$"
+        ValueError,
+        match=r"^head liger: its kernels run on a GPU and this run is on cpu: set head to chunked$",
     ):
         resolve_head("liger", torch.device("cpu"))
     model, _ = model_on_cpu("fp32")
@@ -184,7 +209,8 @@ def test_what_auto_means() -> None:
 
 
 def test_a_run_learns_the_same_by_either(tiny_data: Path, tmp_path: Path) -> None:
-    """Several micro-batches a step, label smoothing, and the head's weight tied to the embedding."""
+    """Several micro-batches a step, label smoothing, and the head's weight tied to the
+    embedding."""
     shape = "model={d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 32, max_tokens: 64, dropout: 0.0}"
     recipe = load_recipe(
         "tiny",
@@ -200,7 +226,9 @@ def test_a_run_learns_the_same_by_either(tiny_data: Path, tmp_path: Path) -> Non
         for step in range(5):
             share = data[step]
             assert len(share.micro_batches) > 1
-            losses[how].append(float(loop.take_step(step, share, loop.agree(share), recipe.finetune, 1.0)[0]))
+            losses[how].append(
+                float(loop.take_step(step, share, loop.agree(share), recipe.finetune, 1.0)[0])
+            )
     assert losses["full"][-1] < losses["full"][0]
     assert losses["chunked"] == pytest.approx(losses["full"], rel=1e-5)
 

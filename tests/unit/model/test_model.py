@@ -1,4 +1,5 @@
-"""The model: BART's numbers with equation (2) as input, checked against Hugging Face's BART and by hand."""
+"""The model: BART's numbers with equation (2) as input, checked against Hugging Face's BART and by
+hand."""
 
 import json
 import os
@@ -52,8 +53,22 @@ BART_TINY = {
     "max_position_embeddings": 32,
     "init_std": 0.3,
 }
-BASE = {"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "heads": 12, "ffn": 3072, "max_tokens": 1024}
-LARGE = {"d_model": 1024, "encoder_layers": 12, "decoder_layers": 12, "heads": 16, "ffn": 4096, "max_tokens": 1024}
+BASE = {
+    "d_model": 768,
+    "encoder_layers": 6,
+    "decoder_layers": 6,
+    "heads": 12,
+    "ffn": 3072,
+    "max_tokens": 1024,
+}
+LARGE = {
+    "d_model": 1024,
+    "encoder_layers": 12,
+    "decoder_layers": 12,
+    "heads": 16,
+    "ffn": 4096,
+    "max_tokens": 1024,
+}
 
 
 def make(seed=0, vocab_size=VOCAB, num_users=USERS, num_items=ITEMS, num_masks=1, **shape):
@@ -96,17 +111,27 @@ def num_parameters(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-# --- Size ------------------------------------------------------------------------------------------------------------
+# --- Size
+# ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num_users", "num_items", "extra_masks"), [(22363, 12101, 0), (35598, 18357, 3)])
+@pytest.mark.parametrize(
+    ("num_users", "num_items", "extra_masks"), [(22363, 12101, 0), (35598, 18357, 3)]
+)
 def test_the_base_shape_has_barts_parameters_and_the_id_rows(num_users, num_items, extra_masks):
     with torch.device("meta"):
         model = make(
-            vocab_size=50265 + extra_masks, num_users=num_users, num_items=num_items, num_masks=1 + extra_masks, **BASE
+            vocab_size=50265 + extra_masks,
+            num_users=num_users,
+            num_items=num_items,
+            num_masks=1 + extra_masks,
+            **BASE,
         )
     # BART-base, the ids, one zero row a table, the numbered masks.
-    assert num_parameters(model) == 139_420_416 + (num_users + num_items) * 768 + 2 * 768 + extra_masks * 768
+    assert (
+        num_parameters(model)
+        == 139_420_416 + (num_users + num_items) * 768 + 2 * 768 + extra_masks * 768
+    )
     assert tuple(model.user_embedding.weight.shape) == (num_users + 1, 768)
     assert tuple(model.item_embedding.weight.shape) == (num_items + 1, 768)
 
@@ -133,7 +158,10 @@ def test_a_shape_without_ids_has_exactly_hugging_faces_parameters(shape):
 @pytest.mark.parametrize(("user_ids", "item_ids"), [(True, False), (False, True), (False, False)])
 def test_an_id_table_that_is_off_is_not_there(user_ids, item_ids):
     model = make(user_ids=user_ids, item_ids=item_ids)
-    assert (model.user_embedding is not None, model.item_embedding is not None) == (user_ids, item_ids)
+    assert (model.user_embedding is not None, model.item_embedding is not None) == (
+        user_ids,
+        item_ids,
+    )
     whole = make()
     encoder = make_input()
     left_out = torch.zeros_like(encoder.user_rows)
@@ -148,7 +176,8 @@ def test_an_id_table_that_is_off_is_not_there(user_ids, item_ids):
     assert torch.equal(model.embed(encoder), whole.embed(blind))
 
 
-# --- Equation (2) ----------------------------------------------------------------------------------------------------
+# --- Equation (2)
+# ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scale_embedding", [False, True])
@@ -170,8 +199,12 @@ def test_the_encoder_sees_token_position_user_and_item(scale_embedding):
 def test_users_and_items_of_one_number_have_rows_of_their_own():
     model, encoder = make(), make_input(ids=False)
     rows = encoder.attention_mask.long() * 3
-    as_user = EncoderInput(encoder.input_ids, encoder.attention_mask, encoder.position_ids, rows, rows * 0)
-    as_item = EncoderInput(encoder.input_ids, encoder.attention_mask, encoder.position_ids, rows * 0, rows)
+    as_user = EncoderInput(
+        encoder.input_ids, encoder.attention_mask, encoder.position_ids, rows, rows * 0
+    )
+    as_item = EncoderInput(
+        encoder.input_ids, encoder.attention_mask, encoder.position_ids, rows * 0, rows
+    )
     assert not torch.allclose(model.embed(as_user), model.embed(as_item))
     assert model.user_embedding.weight.data_ptr() != model.item_embedding.weight.data_ptr()
 
@@ -188,7 +221,8 @@ def test_id_dropout_is_off_in_evaluation_and_on_in_training():
     assert not torch.equal(moved, still)
 
 
-# --- Against Hugging Face's BART ---------------------------------------------------------------------------------------
+# --- Against Hugging Face's BART
+# ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -196,7 +230,11 @@ def test_id_dropout_is_off_in_evaluation_and_on_in_training():
 def test_without_ids_the_logits_are_barts(attention, scale_embedding):
     ours = make(scale_embedding=scale_embedding).double()
     ours.set_attn_implementation(attention)
-    theirs = BartForConditionalGeneration(BartConfig(**BART_TINY, scale_embedding=scale_embedding)).double().eval()
+    theirs = (
+        BartForConditionalGeneration(BartConfig(**BART_TINY, scale_embedding=scale_embedding))
+        .double()
+        .eval()
+    )
     missing = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert not missing.missing_keys
     assert set(missing.unexpected_keys) == {"user_embedding.weight", "item_embedding.weight"}
@@ -212,12 +250,18 @@ def test_without_ids_the_logits_are_barts(attention, scale_embedding):
     logits, kept = ours.target_logits(encoder, torch.arange(3), decoder_inputs, labels)
     torch.testing.assert_close(logits, expected, atol=1e-10, rtol=0)
     assert torch.equal(kept, labels[labels != IGNORED])
-    through_forward = ours(encoder.input_ids, encoder.attention_mask, decoder_input_ids=decoder_inputs, labels=labels)
+    through_forward = ours(
+        encoder.input_ids, encoder.attention_mask, decoder_input_ids=decoder_inputs, labels=labels
+    )
     summed = target_loss(expected, kept, 1)
     torch.testing.assert_close(through_forward, summed)
     with torch.no_grad():
-        ours.user_embedding.weight[1:, :8] = 1.0  # not all columns: the layer norm takes a constant away
-    assert not torch.allclose(ours.target_logits(encoder, torch.arange(3), decoder_inputs, labels)[0], expected)
+        ours.user_embedding.weight[1:, :8] = (
+            1.0  # not all columns: the layer norm takes a constant away
+        )
+    assert not torch.allclose(
+        ours.target_logits(encoder, torch.arange(3), decoder_inputs, labels)[0], expected
+    )
 
 
 def test_eager_and_fused_attention_agree_in_value_and_gradient():
@@ -227,7 +271,12 @@ def test_eager_and_fused_attention_agree_in_value_and_gradient():
         model.set_attn_implementation(attention)
         logits, labels = model.target_logits(make_input(), torch.arange(3), *make_targets())
         F.cross_entropy(logits, labels).backward()
-        found.append((logits.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        found.append(
+            (
+                logits.detach(),
+                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
+            )
+        )
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-10, rtol=0)
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-9, rtol=0)
 
@@ -246,13 +295,17 @@ def test_the_attention_that_is_chosen_gives_the_logits_of_fp32_up_to_rounding(pr
 
 def test_the_attention_bias_has_the_precision_of_the_scores():
     seen = torch.tensor([True, False])
-    assert attention_bias(seen, torch.zeros(1, dtype=torch.float64)).tolist() == [0.0, float("-inf")]
+    assert attention_bias(seen, torch.zeros(1, dtype=torch.float64)).tolist() == [
+        0.0,
+        float("-inf"),
+    ]
     assert attention_bias(seen, torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
         assert attention_bias(seen, torch.zeros(1)).dtype == torch.bfloat16
 
 
-# --- Padding, several decoder rows -----------------------------------------------------------------------------------
+# --- Padding, several decoder rows
+# -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -276,7 +329,9 @@ def test_decoder_rows_that_share_a_sentence_read_it_as_if_it_were_repeated():
     rows = torch.tensor([0, 0, 1, 2, 2])
     encoder, (inputs, labels) = make_input(), make_targets(lengths=(3, 1, 4, 2, 4))
     shared, _ = model.target_logits(encoder, rows, inputs, labels)
-    expected, _ = model.target_logits(encoder.map(lambda values: values[rows]), torch.arange(5), inputs, labels)
+    expected, _ = model.target_logits(
+        encoder.map(lambda values: values[rows]), torch.arange(5), inputs, labels
+    )
     torch.testing.assert_close(shared, expected, atol=1e-10, rtol=0)
 
 
@@ -291,7 +346,8 @@ def test_no_target_sees_what_comes_behind_it():
     assert not torch.equal(before[3], after[3])
 
 
-# --- Hugging Face's forward and generate -----------------------------------------------------------------------------
+# --- Hugging Face's forward and generate
+# -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("positions", ["from-start", "from-end"])
@@ -301,7 +357,11 @@ def test_forward_without_labels_gives_the_same_logits_and_fills_in_what_is_left_
     if positions == "from-end":
         backward = encoder.attention_mask.sum(1, keepdim=True) - 1 - torch.arange(12)
         encoder = EncoderInput(
-            encoder.input_ids, encoder.attention_mask, backward.clamp(min=0), encoder.user_rows, encoder.item_rows
+            encoder.input_ids,
+            encoder.attention_mask,
+            backward.clamp(min=0),
+            encoder.user_rows,
+            encoder.item_rows,
         )
     expected, _ = model.target_logits(encoder, torch.arange(3), inputs, labels)
     ids = {"user_rows": encoder.user_rows, "item_rows": encoder.item_rows}
@@ -317,7 +377,9 @@ def test_forward_without_labels_gives_the_same_logits_and_fills_in_what_is_left_
 def greedy(model, encoder: EncoderInput, steps: int) -> torch.Tensor:
     tokens = torch.full((len(encoder.input_ids), 1), SPECIAL["mask"])
     for _ in range(steps):
-        logits = model.lm_head(model.decode(tokens, model.encode(encoder), encoder.attention_mask))[:, -1]
+        logits = model.lm_head(model.decode(tokens, model.encode(encoder), encoder.attention_mask))[
+            :, -1
+        ]
         tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
     return tokens
 
@@ -326,7 +388,9 @@ def test_generate_works_from_our_encoder_states_and_from_plain_inputs():
     model, encoder = make().double(), make_input()
     states = BaseModelOutput(last_hidden_state=model.encode(encoder))
     knobs = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False}
-    from_states = model.generate(encoder_outputs=states, attention_mask=encoder.attention_mask, **knobs)
+    from_states = model.generate(
+        encoder_outputs=states, attention_mask=encoder.attention_mask, **knobs
+    )
     names = ("input_ids", "attention_mask", "position_ids", "user_rows", "item_rows")
     from_inputs = model.generate(**{name: getattr(encoder, name) for name in names}, **knobs)
     assert torch.equal(from_states, from_inputs)
@@ -336,12 +400,16 @@ def test_generate_works_from_our_encoder_states_and_from_plain_inputs():
     assert not torch.equal(blind, from_inputs)
     model.config.eos_token_id = model.generation_config.eos_token_id = None
     alone = model.generate(
-        **{name: getattr(encoder, name) for name in names}, max_new_tokens=4, do_sample=False, num_beams=1
+        **{name: getattr(encoder, name) for name in names},
+        max_new_tokens=4,
+        do_sample=False,
+        num_beams=1,
     )
     assert torch.equal(alone, greedy(model, encoder, 4))
 
 
-# --- Ranges ----------------------------------------------------------------------------------------------------------
+# --- Ranges
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -360,7 +428,9 @@ def test_an_id_outside_its_table_is_named_before_any_lookup(field, name, limit, 
     values = getattr(encoder, field).clone()
     values[1, 2] = limit if side == "above" else -1
     given = {n: getattr(encoder, n) for n in EncoderInput.__dataclass_fields__} | {field: values}
-    with pytest.raises(ValueError, match=f"^{name} id {values[1, 2]} is outside its table of {limit} rows") as caught:
+    with pytest.raises(
+        ValueError, match=f"^{name} id {values[1, 2]} is outside its table of {limit} rows"
+    ) as caught:
         model(**given, decoder_input_ids=make_targets()[0], labels=make_targets()[1])
     assert "\n" not in str(caught.value)
     values[1, 2] = limit - 1
@@ -375,7 +445,8 @@ def test_too_long_an_input_names_what_to_lower():
         make()(decoder_input_ids=tokens[:, :1])
 
 
-# --- Row 0 -----------------------------------------------------------------------------------------------------------
+# --- Row 0
+# -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", ["all", "matrices"])
@@ -396,7 +467,8 @@ def test_row_0_of_both_tables_stays_zero_while_the_others_learn(decay):
     assert not torch.equal(model.item_embedding.weight, before)
 
 
-# --- Saved and loaded ------------------------------------------------------------------------------------------------
+# --- Saved and loaded
+# ------------------------------------------------------------------------------------------------
 
 
 def same_weights(first, second) -> bool:
@@ -411,7 +483,9 @@ def test_a_saved_model_loads_back_bit_for_bit(tmp_path):
     again = GenRecForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert same_weights(model, again)
     inputs, labels = make_targets()
-    logits = [m.target_logits(make_input(), torch.arange(3), inputs, labels)[0] for m in (model, again)]
+    logits = [
+        m.target_logits(make_input(), torch.arange(3), inputs, labels)[0] for m in (model, again)
+    ]
     assert torch.equal(*logits)
     for name in (
         "num_users", "num_items", "num_masks", "id_dropout", "encoder_positions", "max_input_tokens",
@@ -419,7 +493,9 @@ def test_a_saved_model_loads_back_bit_for_bit(tmp_path):
     ):  # fmt: skip
         assert getattr(again.config, name) == getattr(model.config, name), name
     assert again.config.encoder_positions == "from-end"
-    assert again.lm_head.weight is again.model.shared.weight is again.model.encoder.embed_tokens.weight
+    assert (
+        again.lm_head.weight is again.model.shared.weight is again.model.encoder.embed_tokens.weight
+    )
 
 
 def test_the_configuration_survives_json():
@@ -429,12 +505,14 @@ def test_the_configuration_survives_json():
     assert GenRecConfig.from_dict(values).to_dict() == config.to_dict()
 
 
-# --- Backbones -------------------------------------------------------------------------------------------------------
+# --- Backbones
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module", params=["with head", "without head"])
 def backbone(request, tmp_path_factory):
-    """(directory, model) of small BART weights, as BART with its head and as the published files without."""
+    """(directory, model) of small BART weights, as BART with its head and as the published files
+    without."""
     path = tmp_path_factory.mktemp("bart")
     torch.manual_seed(7)
     bart = BartForConditionalGeneration(BartConfig(**BART_TINY, activation_function="relu"))
@@ -454,7 +532,11 @@ def test_bart_weights_load_and_the_id_tables_start_fresh(backbone):
         assert (table.weight[0] == 0).all()
         assert 0.15 < table.weight[1:].std() < 0.6
     config = model.config
-    assert (config.dropout, config.activation_function, config.max_input_tokens) == (0.25, "relu", 20)
+    assert (config.dropout, config.activation_function, config.max_input_tokens) == (
+        0.25,
+        "relu",
+        20,
+    )
     assert (config.decoder_start_token_id, config.forced_eos_token_id) == (4, None)
     assert model.generation_config.decoder_start_token_id == 4
     assert model.generation_config.forced_eos_token_id is None
@@ -465,7 +547,9 @@ def test_a_backbone_with_silent_ids_speaks_as_it_did(backbone):
     model = make(backbone=str(path))
     encoder, (inputs, labels) = make_input(ids=False), make_targets()
     expected = bart(
-        input_ids=encoder.input_ids, attention_mask=encoder.attention_mask.long(), decoder_input_ids=inputs
+        input_ids=encoder.input_ids,
+        attention_mask=encoder.attention_mask.long(),
+        decoder_input_ids=inputs,
     ).logits[labels != IGNORED]
     logits, _ = model.target_logits(encoder, torch.arange(3), inputs, labels)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
@@ -483,7 +567,9 @@ def test_a_larger_vocabulary_adds_rows_behind_the_old_ones(backbone, tmp_path):
     model = make(backbone=str(path), vocab_size=VOCAB + 3)
     assert model.config.vocab_size == len(model.model.shared.weight) == VOCAB + 3
     assert torch.equal(model.model.shared.weight[:VOCAB], bart.model.shared.weight)
-    assert model.lm_head.weight is model.model.shared.weight is model.model.decoder.embed_tokens.weight
+    assert (
+        model.lm_head.weight is model.model.shared.weight is model.model.decoder.embed_tokens.weight
+    )
     assert model.model.encoder.embed_tokens.weight is model.model.shared.weight
     model.save_pretrained(tmp_path)
     assert same_weights(model, GenRecForConditionalGeneration.from_pretrained(tmp_path))
@@ -498,7 +584,9 @@ def test_a_backbone_with_a_bias_on_its_head_speaks_one_language_in_training_and_
     encoder, (inputs, labels) = make_input(), make_targets()
     ours, _ = model.target_logits(encoder, torch.arange(3), inputs, labels)
     names = ("input_ids", "attention_mask", "position_ids", "user_rows", "item_rows")
-    theirs = model(**{name: getattr(encoder, name) for name in names}, decoder_input_ids=inputs).logits
+    theirs = model(
+        **{name: getattr(encoder, name) for name in names}, decoder_input_ids=inputs
+    ).logits
     torch.testing.assert_close(ours, theirs[labels != IGNORED], atol=1e-5, rtol=0)
 
 
@@ -511,12 +599,17 @@ def refusal(**shape) -> str:
 
 def test_a_backbone_that_does_not_fit_is_named(backbone, tmp_path):
     path, _ = backbone
-    assert refusal(backbone=str(path), max_tokens=33) == f"model.max_tokens 33: {path} has 32 positions"
+    assert (
+        refusal(backbone=str(path), max_tokens=33)
+        == f"model.max_tokens 33: {path} has 32 positions"
+    )
     T5Config().save_pretrained(tmp_path)
     assert "it is a t5 model, only BART fits" in refusal(backbone=str(tmp_path))
 
 
-@pytest.mark.parametrize("what", ["nothing", "no weights", "broken weights", "broken configuration"])
+@pytest.mark.parametrize(
+    "what", ["nothing", "no weights", "broken weights", "broken configuration"]
+)
 def test_a_backbone_that_cannot_be_loaded_is_named_with_two_ways_out(tmp_path, what):
     path = tmp_path / "backbone"
     if what != "nothing":
@@ -536,8 +629,15 @@ def test_a_hub_name_without_a_network_is_named_with_two_ways_out(tmp_path):
         "build_model(Model(backbone='facebook/bart-base'), vocab_size=9, num_users=1, num_items=1, num_masks=1, "
         "special={'bos': 0, 'pad': 1, 'eos': 2, 'mask': 4})"
     )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ValueError: model.backbone facebook/bart-base: ")

@@ -21,9 +21,15 @@ def model():
 
 def decay_by_name(model, decay: str) -> dict[str, float]:
     optimizer = build_optimizer(model, Optimizer(decay=decay, weight_decay=0.25))
-    decay_of = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(decay_of)  # none twice
-    return {name: decay_of[id(parameter)] for name, parameter in model.named_parameters()}  # none left out
+    decay_of = {
+        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
+    }
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
+        decay_of
+    )  # none twice
+    return {
+        name: decay_of[id(parameter)] for name, parameter in model.named_parameters()
+    }  # none left out
 
 
 def test_all_decays_everything_and_none_nothing(model):
@@ -37,14 +43,18 @@ def test_matrices_spares_biases_norms_and_id_tables(model):
     for name, value in decayed.items():
         if "bias" in name or "norm" in name:
             assert value == 0.0, name
-        elif name.endswith("proj.weight") or name.endswith(("fc1.weight", "fc2.weight", "shared.weight")):
+        elif name.endswith("proj.weight") or name.endswith(
+            ("fc1.weight", "fc2.weight", "shared.weight")
+        ):
             assert value == 0.25, name
     assert sum(value > 0 for value in decayed.values()) > 10
 
 
 def test_the_recipe_reaches_adamw(model):
     optimizer = build_optimizer(model, Optimizer(betas=(0.7, 0.8), eps=1e-5))
-    assert all((group["betas"], group["eps"]) == ((0.7, 0.8), 1e-5) for group in optimizer.param_groups)
+    assert all(
+        (group["betas"], group["eps"]) == ((0.7, 0.8), 1e-5) for group in optimizer.param_groups
+    )
 
 
 def rates(num_steps: int, **knobs) -> list[float]:

@@ -1,4 +1,5 @@
-"""The report: right words and curves, nothing from outside, nothing unescaped, whatever is missing."""
+"""The report: right words and curves, nothing from outside, nothing unescaped, whatever is
+missing."""
 
 import json
 import math
@@ -27,7 +28,15 @@ def metrics_of(split: str) -> dict:
         "system": "genrec",
         "split": split,
         "users": 22363,
-        **rows(HR_1=0.0121, HR_5=0.0541, HR_10=0.0788, HR_20=0.1102, NDCG_5=0.0397, NDCG_10=0.0476, NDCG_20=0.0552),
+        **rows(
+            HR_1=0.0121,
+            HR_5=0.0541,
+            HR_10=0.0788,
+            HR_20=0.1102,
+            NDCG_5=0.0397,
+            NDCG_10=0.0476,
+            NDCG_20=0.0552,
+        ),
         "MRR@20": 0.0391,
         "invalid_rate": 0.0,
         "duplicate_rate": 0.0,
@@ -61,7 +70,8 @@ def metrics_of(split: str) -> dict:
 
 
 def broad_metrics(split: str = "test") -> dict:
-    """With what lists show of the catalogue and the breakdown, also of kNN; one bucket has no users."""
+    """With what lists show of the catalogue and the breakdown, also of kNN; one bucket has no
+    users."""
 
     def buckets(*names: str) -> dict:
         full = {
@@ -70,11 +80,20 @@ def broad_metrics(split: str = "test") -> dict:
             "NDCG@10": 0.0433,
             "ci95": {"HR@10": [0.06, 0.08], "NDCG@10": [0.03, 0.05]},
         }
-        return {**dict.fromkeys(names, full), "51+": {"users": 0, "HR@10": None, "NDCG@10": None, "ci95": {}}}
+        return {
+            **dict.fromkeys(names, full),
+            "51+": {"users": 0, "HR@10": None, "NDCG@10": None, "ci95": {}},
+        }
 
     metrics = metrics_of(split)
     told = {"coverage@10": 0.312, "coverage@20": 0.456, "popularity@10": 2.34, "gini@10": 0.8125}
-    more = {**told, "breakdown": {"history_length": buckets("1-2", "3-5"), "target_popularity": buckets("0", "1-4")}}
+    more = {
+        **told,
+        "breakdown": {
+            "history_length": buckets("1-2", "3-5"),
+            "target_popularity": buckets("0", "1-4"),
+        },
+    }
     metrics["beside"]["knn"] = {**metrics["beside"]["knn"], **more, "coverage@10": 0.996}
     metrics["beside"]["knn"]["breakdown"] = {"history_length": {"1-2": {"NDCG@10": 0.0987}}}
     return {**metrics, **more, "top": 50}
@@ -91,7 +110,9 @@ def events_of(stages: tuple[str, ...]) -> list[dict]:
             for _ in range(40):
                 step, now = step + 10, now + 1.7
                 start = 6.9 if stage == "pretrain" else 4.6
-                loss = 2.4 + (start - 2.4) * math.exp(-((step - 1) % 3200) / 900) + dice.gauss(0, 0.09)
+                loss = (
+                    2.4 + (start - 2.4) * math.exp(-((step - 1) % 3200) / 900) + dice.gauss(0, 0.09)
+                )
                 events.append(
                     {"time": now, "event": "step", "stage": stage, "epoch": epoch, "step": step, "loss": loss,
                      "learning_rate": 1e-3, "gradient_norm": 0.8, "tokens_per_second": 21_000 + dice.gauss(0, 600),
@@ -108,12 +129,16 @@ def events_of(stages: tuple[str, ...]) -> list[dict]:
 
 
 def make_run(
-    run: Path, stages: tuple[str, ...] = ("pretrain", "finetune"), splits: tuple[str, ...] = ("test",)
+    run: Path,
+    stages: tuple[str, ...] = ("pretrain", "finetune"),
+    splits: tuple[str, ...] = ("test",),
 ) -> Path:
     run.mkdir(parents=True)
     events = events_of(stages)
     (run / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    (run / "recipe.yaml").write_text(f"data: {run.parent / 'data'}\nrun: {run}\nseed: 0\nprecision: bf16\n")
+    (run / "recipe.yaml").write_text(
+        f"data: {run.parent / 'data'}\nrun: {run}\nseed: 0\nprecision: bf16\n"
+    )
     (run / "status.json").write_text(json.dumps({"status": "finished", "step": 6400, "of": 6400}))
     for split in splits:
         (run / f"metrics-{split}.json").write_text(json.dumps(metrics_of(split)))
@@ -185,7 +210,8 @@ def test_breadth_and_breakdown_are_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "broken", [[], {"history_length": []}, {"history_length": {"1-2": 3}}, {"history_length": {"1-2": {}}}]
+    "broken",
+    [[], {"history_length": []}, {"history_length": {"1-2": 3}}, {"history_length": {"1-2": {}}}],
 )
 def test_a_breakdown_of_another_shape_breaks_no_page(tmp_path: Path, broken: object) -> None:
     run = make_run(tmp_path / "run", splits=())
@@ -215,8 +241,21 @@ def test_nothing_from_outside(tmp_path: Path) -> None:
     assert "@import" not in source
     assert "url(" not in source
     for tag, attributes in read(path).tags:
-        assert tag not in {"script", "link", "img", "iframe", "object", "embed", "base", "image", "use"}
-        assert not {"src", "href", "srcset", "xlink:href", "action"} & attributes.keys(), (tag, attributes)
+        assert tag not in {
+            "script",
+            "link",
+            "img",
+            "iframe",
+            "object",
+            "embed",
+            "base",
+            "image",
+            "use",
+        }
+        assert not {"src", "href", "srcset", "xlink:href", "action"} & attributes.keys(), (
+            tag,
+            attributes,
+        )
         assert not [name for name in attributes if name.startswith("on")]
     assert "default-src 'none'" in source
 
@@ -227,13 +266,20 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     metrics.update(system=EVIL, split=EVIL, git=EVIL, versions={"torch": EVIL})
     metrics["protocol"] = {EVIL: EVIL, "users": {EVIL: EVIL}}
     metrics["beside"][EVIL] = metrics["beside"]["knn"]
-    metrics |= {"coverage@10": 0.5, "top": 20, "breakdown": {"history_length": {EVIL: {"users": EVIL, "HR@10": EVIL}}}}
+    metrics |= {
+        "coverage@10": 0.5,
+        "top": 20,
+        "breakdown": {"history_length": {EVIL: {"users": EVIL, "HR@10": EVIL}}},
+    }
     (run / "metrics-test.json").write_text(json.dumps(metrics))
     (run / "audit.json").write_text(json.dumps({"sentence": EVIL}))
     (run / "recipe.yaml").write_text(f"data: {json.dumps(EVIL)}\n")
     (run / "status.json").write_text(json.dumps({"status": EVIL, "reason": EVIL}))
     with (run / "events.jsonl").open("a") as file:
-        file.write(json.dumps({"event": "start", "time": 1.0, "git": EVIL, "versions": {"torch": EVIL}}) + "\n")
+        file.write(
+            json.dumps({"event": "start", "time": 1.0, "git": EVIL, "versions": {"torch": EVIL}})
+            + "\n"
+        )
     path = write_report(run)
     assert "<script" not in path.read_text()
     page = read(path)
@@ -241,7 +287,9 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     assert {tag for tag, _ in page.tags}.isdisjoint({"script"})
 
 
-@pytest.mark.parametrize("kept", ["events.jsonl", "recipe.yaml", "status.json", "metrics-test.json"])
+@pytest.mark.parametrize(
+    "kept", ["events.jsonl", "recipe.yaml", "status.json", "metrics-test.json"]
+)
 def test_any_part_may_be_alone(tmp_path: Path, kept: str) -> None:
     run = make_run(tmp_path / "run")
     for path in run.iterdir():
@@ -249,7 +297,9 @@ def test_any_part_may_be_alone(tmp_path: Path, kept: str) -> None:
             path.unlink()
     page = read(write_report(run))
     assert ("Not evaluated yet" in page.text) == (kept != "metrics-test.json")
-    assert any(tag == "svg" for tag, _ in page.tags) == (kept in ("events.jsonl", "metrics-test.json"))
+    assert any(tag == "svg" for tag, _ in page.tags) == (
+        kept in ("events.jsonl", "metrics-test.json")
+    )
 
 
 def test_interrupted_in_pretraining(tmp_path: Path) -> None:
@@ -264,10 +314,18 @@ def test_interrupted_in_pretraining(tmp_path: Path) -> None:
 
 def test_values_that_cannot_be_drawn_are_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    broken = {"event": "step", "stage": "finetune", "step": 9000, "loss": None, "tokens_per_second": "fast"}
+    broken = {
+        "event": "step",
+        "stage": "finetune",
+        "step": 9000,
+        "loss": None,
+        "tokens_per_second": "fast",
+    }
     with (run / "events.jsonl").open("a") as file:
         file.write(
-            json.dumps(broken) + "\n[1, 2]\n" + '{"event": "step", "stage": "finetune", "step": 9010, "loss": NaN}\n'
+            json.dumps(broken)
+            + "\n[1, 2]\n"
+            + '{"event": "step", "stage": "finetune", "step": 9010, "loss": NaN}\n'
         )
     source = write_report(run).read_text()
     assert "nan" not in source
@@ -278,13 +336,19 @@ def test_a_resumed_run_keeps_the_later_of_two_steps(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     lines = [{"event": "start", "time": 0.0}]
-    lines += [{"event": "step", "stage": "finetune", "step": step, "loss": 9.0} for step in (10, 20, 30)]
+    lines += [
+        {"event": "step", "stage": "finetune", "step": step, "loss": 9.0} for step in (10, 20, 30)
+    ]
     lines += [{"event": "start", "time": 1.0}]
-    lines += [{"event": "step", "stage": "finetune", "step": step, "loss": 5.0} for step in (20, 30, 40)]
+    lines += [
+        {"event": "step", "stage": "finetune", "step": step, "loss": 5.0} for step in (20, 30, 40)
+    ]
     (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     page = read(write_report(run))
     assert "resumed 1 ×" in page.text
-    faint = next(attributes["d"] for _, attributes in page.tags if attributes.get("class") == "c1 faint")
+    faint = next(
+        attributes["d"] for _, attributes in page.tags if attributes.get("class") == "c1 faint"
+    )
     assert faint is not None
     assert len(faint.split("L")) == 4
 
@@ -306,21 +370,41 @@ def test_unreadable_metrics_are_said_not_hidden(tmp_path: Path) -> None:
     [
         (0.06, 0.05, [0.055, 0.065], "GenRec is 20.0 % above it."),
         (0.04, 0.05, [0.035, 0.045], "GenRec is 20.0 % below it."),
-        (0.05, 0.049, [0.045, 0.055], "2.0 % above it, a gap that the interval does not tell from none."),
+        (
+            0.05,
+            0.049,
+            [0.045, 0.055],
+            "2.0 % above it, a gap that the interval does not tell from none.",
+        ),
         (0.01, 0.0, None, "GenRec is above it."),
         (0.0, 0.0, None, "neither finds anything."),
     ],
 )
 def test_headline(ours: float, knn: float, interval: list[float] | None, said: str) -> None:
-    metrics = {"system": "genrec", "split": "test", "NDCG@10": ours, "beside": {"knn": {"NDCG@10": knn}}}
+    metrics = {
+        "system": "genrec",
+        "split": "test",
+        "NDCG@10": ours,
+        "beside": {"knn": {"NDCG@10": knn}},
+    }
     metrics["ci95"] = {"NDCG@10": interval} if interval else {}
     assert headline(metrics).endswith(said)
 
 
 def test_headline_of_a_baseline_and_of_the_ceiling() -> None:
-    metrics = {"system": "knn", "split": "test", "NDCG@10": 0.05, "beside": {"knn": {"NDCG@10": 0.05}}}
+    metrics = {
+        "system": "knn",
+        "split": "test",
+        "NDCG@10": 0.05,
+        "beside": {"knn": {"NDCG@10": 0.05}},
+    }
     assert headline(metrics) == "co-occurrence kNN reaches NDCG@10 .0500 on test."
-    metrics = {"system": "genrec", "split": "test", "NDCG@10": 0.3, "beside": {"ceiling": {"NDCG@10": 0.4}}}
+    metrics = {
+        "system": "genrec",
+        "split": "test",
+        "NDCG@10": 0.3,
+        "beside": {"ceiling": {"NDCG@10": 0.4}},
+    }
     assert headline(metrics).endswith("The oracle's ceiling is .4000; GenRec reaches 75.0 % of it.")
 
 
@@ -341,11 +425,19 @@ def test_smoothing_keeps_constants_and_starts_at_the_first_value() -> None:
 
 
 def test_scores_are_written_as_the_field_does() -> None:
-    assert [score(x) for x in (0.0493, 0.0, 1.0, 0.99999, None)] == [".0493", ".0000", "1.0000", "1.0000", "–"]
+    assert [score(x) for x in (0.0493, 0.0, 1.0, 0.99999, None)] == [
+        ".0493",
+        ".0000",
+        "1.0000",
+        "1.0000",
+        "–",
+    ]
 
 
 def test_charts_place_points_where_the_axes_say() -> None:
-    page = Page(line_chart("t", "step", [Line("a", [0, 100], [0.0, 1.0], 0, dots=True)], from_zero=True))
+    page = Page(
+        line_chart("t", "step", [Line("a", [0, 100], [0.0, 1.0], 0, dots=True)], from_zero=True)
+    )
     first, last = [attributes for tag, attributes in page.tags if tag == "circle"][::-1]
     assert (first["cx"], first["cy"]) == ("58.0", "224.0")
     assert (last["cx"], last["cy"]) == ("464.0", "14.0")
@@ -356,14 +448,18 @@ def test_charts_place_points_where_the_axes_say() -> None:
 
 
 def test_many_points_are_thinned_and_the_last_is_kept() -> None:
-    source = line_chart("t", "step", [Line("a", range(100_000), [float(x) for x in range(100_000)], 0)])
+    source = line_chart(
+        "t", "step", [Line("a", range(100_000), [float(x) for x in range(100_000)], 0)]
+    )
     assert len(source) < 40_000
     assert "99,999" in source
 
 
 @pytest.mark.slow
 def test_chromium_opens_it_without_a_network(tmp_path: Path) -> None:
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if browser is None:
         pytest.skip("no Chromium on PATH")
     path = write_report(make_run(tmp_path / "run"))

@@ -1,4 +1,5 @@
-"""A data directory grows: old rows and codes stay, every new row is counted, nothing doubles, and no held-out item tells."""
+"""A data directory grows: old rows and codes stay, every new row is counted, nothing doubles, and
+no held-out item tells."""
 
 import gzip
 import json
@@ -32,14 +33,23 @@ START = 1_400_000_000
 
 
 def log_rows(seed: int = 0) -> list[Row]:
-    """1,500 rows of distinct times in their order; behind row 900 there are new users and new items."""
+    """1,500 rows of distinct times in their order; behind row 900 there are new users and new
+    items."""
     dice = random.Random(seed)
-    early = [(f"u{dice.randrange(60)}", f"i{int(40 * dice.random() ** 1.5)}", START + n) for n in range(900)]
-    return early + [(f"u{dice.randrange(80)}", f"i{int(60 * dice.random())}", START + n) for n in range(900, 1500)]
+    early = [
+        (f"u{dice.randrange(60)}", f"i{int(40 * dice.random() ** 1.5)}", START + n)
+        for n in range(900)
+    ]
+    return early + [
+        (f"u{dice.randrange(80)}", f"i{int(60 * dice.random())}", START + n)
+        for n in range(900, 1500)
+    ]
 
 
 def csv(path: Path, rows: list[Row]) -> Path:
-    path.write_text("user,item,timestamp\n" + "".join(f"{user},{item},{time}\n" for user, item, time in rows))
+    path.write_text(
+        "user,item,timestamp\n" + "".join(f"{user},{item},{time}\n" for user, item, time in rows)
+    )
     return path
 
 
@@ -55,21 +65,36 @@ def by_user(data: Dataset) -> dict[str, list[tuple[str, int]]]:
         times = np.zeros(told.num_interactions, np.int64)
     parts = [slice(*told.offsets[user : user + 2]) for user in range(told.num_users)]
     return {
-        id_: [(told.item_ids[item], int(time)) for item, time in zip(told.items[part], times[part], strict=True)]
+        id_: [
+            (told.item_ids[item], int(time))
+            for item, time in zip(told.items[part], times[part], strict=True)
+        ]
         for id_, part in zip(told.user_ids, parts, strict=True)
     }
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def old_and_new(tmp_path: Path, numbering: str = "random", **rules: int) -> tuple[Dataset, Dataset]:
     rows = log_rows()
     ids = sorted({row[1] for row in rows})
     texts = {"items": meta(tmp_path / "meta.csv", ids)} if numbering == "semantic" else {}
-    old = prepare(csv(tmp_path / "old.csv", rows[:900]), tmp_path / "old", numbering=numbering, **texts)  # type: ignore[arg-type]
-    new = append(csv(tmp_path / "new.csv", rows[900:]), tmp_path / "old", tmp_path / "grown", **rules, **texts)  # type: ignore[arg-type]
+    old = prepare(
+        csv(tmp_path / "old.csv", rows[:900]), tmp_path / "old", numbering=numbering, **texts
+    )  # type: ignore[arg-type]
+    new = append(
+        csv(tmp_path / "new.csv", rows[900:]),
+        tmp_path / "old",
+        tmp_path / "grown",
+        **rules,
+        **texts,
+    )  # type: ignore[arg-type]
     return old, new
 
 
@@ -120,12 +145,18 @@ def test_old_rows_and_codes_stay_and_new_codes_are_words(tmp_path: Path, numberi
     assert again.numbering == new.numbering
     assert again.info == new.info
     tokenizer = train_tokenizer(old.numbering.item_codes, 400)
-    trie = build_trie(*build_words(tokenizer, new.numbering.item_codes, new.numbering.user_codes).tokens_of_items())
+    trie = build_trie(
+        *build_words(
+            tokenizer, new.numbering.item_codes, new.numbering.user_codes
+        ).tokens_of_items()
+    )
     assert (trie.item_node > 0).all()
 
 
 def test_the_same_bytes_whatever_the_order_of_the_new_log(tmp_path: Path) -> None:
-    rows = [(user, item, START + (time - START) // 7) for user, item, time in log_rows()]  # with ties
+    rows = [
+        (user, item, START + (time - START) // 7) for user, item, time in log_rows()
+    ]  # with ties
     prepare(csv(tmp_path / "old.csv", rows[:896]), tmp_path / "old")
     append(csv(tmp_path / "new.csv", rows[896:]), tmp_path / "old", tmp_path / "one")
     shuffled = rows[896:]
@@ -133,7 +164,9 @@ def test_the_same_bytes_whatever_the_order_of_the_new_log(tmp_path: Path) -> Non
     append(csv(tmp_path / "new.csv", shuffled), tmp_path / "old", tmp_path / "two")
     one, two = files(tmp_path / "one"), files(tmp_path / "two")
     for found in (one, two):
-        found["dataset.json"] = json.dumps(json.loads(found["dataset.json"]) | {"appended": None}).encode()
+        found["dataset.json"] = json.dumps(
+            json.loads(found["dataset.json"]) | {"appended": None}
+        ).encode()
     assert one == two
 
 
@@ -141,7 +174,11 @@ def test_every_row_is_counted_and_told(tmp_path: Path) -> None:
     rows = log_rows()
     prepare(csv(tmp_path / "old.csv", rows[:900]), tmp_path / "data")
     kept = load_dataset(tmp_path / "data")
-    there = next(row for row in rows[:900] if row[1] in kept.sequences.item_ids and row[0] in kept.sequences.user_ids)
+    there = next(
+        row
+        for row in rows[:900]
+        if row[1] in kept.sequences.item_ids and row[0] in kept.sequences.user_ids
+    )
     known_user, known_item = there[:2]
     more = [
         *rows[900:],
@@ -164,7 +201,10 @@ def test_every_row_is_counted_and_told(tmp_path: Path) -> None:
     assert "brief" not in new.sequences.user_ids
     assert new.info.interactions == kept.info.interactions + entry.interactions
     assert new.info.read == kept.info.read
-    assert (new.info.users, new.info.items) == (kept.info.users + entry.users, kept.info.items + entry.items)
+    assert (new.info.users, new.info.items) == (
+        kept.info.users + entry.users,
+        kept.info.items + entry.items,
+    )
     first, *others = appended_told(new)
     assert f"{entry.read:,} rows read, {entry.interactions:,} appended" in first
     assert "3 duplicates" in first
@@ -177,11 +217,21 @@ def test_every_row_is_counted_and_told(tmp_path: Path) -> None:
 def test_new_ones_need_each_other_until_all_have_enough(tmp_path: Path) -> None:
     """The user who falls short takes the item with her that had enough rows by her alone."""
     rows = [
-        (user, item, START + 10 * n + m) for n, (user, item) in enumerate([("a", "x"), ("b", "y")]) for m in range(5)
+        (user, item, START + 10 * n + m)
+        for n, (user, item) in enumerate([("a", "x"), ("b", "y")])
+        for m in range(5)
     ]
     prepare(csv(tmp_path / "old.csv", rows), tmp_path / "data", k_core=0)
-    new = [("a", "n", START + 100), ("d", "n", START + 101), ("d", "lone", START + 102), ("d", "x", START + 103)]
-    with pytest.raises(DataError, match=r"nothing .*\(1 duplicates|3 new_items_below_k, 1 new_users_below_min_length"):
+    new = [
+        ("a", "n", START + 100),
+        ("d", "n", START + 101),
+        ("d", "lone", START + 102),
+        ("d", "x", START + 103),
+    ]
+    with pytest.raises(
+        DataError,
+        match=r"nothing .*\(1 duplicates|3 new_items_below_k, 1 new_users_below_min_length",
+    ):
         append(csv(tmp_path / "new.csv", new), tmp_path / "data", k_core=2)
     grown = append(csv(tmp_path / "new.csv", new), tmp_path / "data", k_core=1)
     assert grown.sequences.item_ids == ["x", "y", "lone", "n"]
@@ -196,18 +246,28 @@ def test_the_same_log_twice_is_refused_and_changes_nothing(tmp_path: Path) -> No
     before = files(tmp_path / "data")
     random_order = rows[900:]
     random.Random(1).shuffle(random_order)
-    for again in (new, csv(tmp_path / "resaved.csv", random_order), csv(tmp_path / "part.csv", rows[1000:1100])):
-        with pytest.raises(DataError, match=r"nothing in it that .* lacks and may take .*duplicates") as caught:
+    for again in (
+        new,
+        csv(tmp_path / "resaved.csv", random_order),
+        csv(tmp_path / "part.csv", rows[1000:1100]),
+    ):
+        with pytest.raises(
+            DataError, match=r"nothing in it that .* lacks and may take .*duplicates"
+        ) as caught:
             append(again, tmp_path / "data")
         assert "\n" not in str(caught.value)
         assert files(tmp_path / "data") == before
     # With a new row in it, that row alone is taken.
-    grown = append(csv(tmp_path / "more.csv", [*rows[900:], ("u1", "i1", START + 9000)]), tmp_path / "data")
+    grown = append(
+        csv(tmp_path / "more.csv", [*rows[900:], ("u1", "i1", START + 9000)]), tmp_path / "data"
+    )
     assert grown.info.appended is not None
     assert [entry.interactions for entry in grown.info.appended][1:] == [1]
 
 
-def test_in_place_the_shards_go_and_the_command_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_in_place_the_shards_go_and_the_command_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = log_rows()
     data = tmp_path / "data"
     write_shards(prepare(csv(tmp_path / "old.csv", rows[:900]), data), data / "shards")
@@ -217,7 +277,7 @@ def test_in_place_the_shards_go_and_the_command_says_so(tmp_path: Path, capsys: 
     assert f"next: genrec shard {data}" in said
     assert "600 rows read" in said
     assert {path.name for path in data.iterdir()} == {
-        *("sequences.parquet", "items.parquet", "users.parquet", "dataset.json", "audit.json"),
+        *("sequences.parquet", "items.parquet", "users.parquet", "dataset.json", "audit.json")
     }
     assert json.loads((data / "audit.json").read_text())["users"] == load_dataset(data).info.users
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -229,13 +289,17 @@ def test_what_is_not_ours_is_not_taken_along(tmp_path: Path) -> None:
     prepare(csv(tmp_path / "old.csv", rows[:900]), data)
     (data / "notes.txt").write_text("mine")
     new = csv(tmp_path / "new.csv", rows[900:])
-    with pytest.raises(ValueError, match=r"notes\.txt is no part of a data directory and would be lost: .* --out"):
+    with pytest.raises(
+        ValueError, match=r"notes\.txt is no part of a data directory and would be lost: .* --out"
+    ):
         append(new, data)
     assert append(new, data, tmp_path / "other").info.users
     assert (data / "notes.txt").read_text() == "mine"
 
 
-def test_the_old_one_stays_until_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_old_one_stays_until_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = log_rows()
     data = tmp_path / "data"
     prepare(csv(tmp_path / "old.csv", rows[:900]), data)
@@ -267,7 +331,9 @@ def test_sequences_go_behind_the_old_ones(tmp_path: Path) -> None:
 def test_a_new_user_of_sequences_needs_three_items(tmp_path: Path) -> None:
     prepare(sequence_file(tmp_path / "old.txt", OLD_LINES), tmp_path / "data")
     new = sequence_file(tmp_path / "new.txt", {"a": "w", "new": "x y"})
-    with pytest.raises(DataError, match=r"new\.txt:2: user 'new' has 2 items, at least 3 are needed"):
+    with pytest.raises(
+        DataError, match=r"new\.txt:2: user 'new' has 2 items, at least 3 are needed"
+    ):
         append(new, tmp_path / "data")
     grown = append(new, tmp_path / "data", on_error="skip")
     assert grown.info.appended is not None
@@ -305,7 +371,10 @@ def test_times_and_no_times(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"plain\.txt: no times, and the rows of .*timed have some"):
         append(plain, tmp_path / "timed")
     prepare(sequence_file(tmp_path / "old.txt", OLD_LINES), tmp_path / "plain")
-    grown = append(csv(tmp_path / "new.csv", [("a", "w", 30), ("a", "y", 20), ("a", "y", 20)]), tmp_path / "plain")
+    grown = append(
+        csv(tmp_path / "new.csv", [("a", "w", 30), ("a", "y", 20), ("a", "y", 20)]),
+        tmp_path / "plain",
+    )
     assert [item for item, _ in by_user(grown)["a"]] == ["x", "y", "z", "y", "w"]
     assert grown.timestamps is None
     assert grown.info.appended is not None
@@ -328,7 +397,10 @@ def test_a_data_directory_is_a_source_too(tmp_path: Path) -> None:
 def test_a_split_by_time_is_refused(tmp_path: Path) -> None:
     rows = log_rows()
     dates = "2014-05-13T17:30:00,2014-05-13T17:50:00"
-    path = csv(tmp_path / "log.csv", [(user, item, START + 3 * (time - START)) for user, item, time in rows])
+    path = csv(
+        tmp_path / "log.csv",
+        [(user, item, START + 3 * (time - START)) for user, item, time in rows],
+    )
     prepare(path, tmp_path / "data", split="global-time", cutoff=dates)
     with pytest.raises(DataError, match=r"split global-time: .* prepare the whole log again"):
         append(path, tmp_path / "data")
@@ -350,7 +422,9 @@ def test_texts_come_from_the_table_and_old_ones_stay(tmp_path: Path) -> None:
     assert new.info.appended[0].described_by.name == "other.csv"
     without = append(tmp_path / "new.csv", tmp_path / "old", tmp_path / "third")
     assert without.descriptions is not None
-    assert without.descriptions.texts[old.info.items :] == [""] * (without.info.items - old.info.items)
+    assert without.descriptions.texts[old.info.items :] == [""] * (
+        without.info.items - old.info.items
+    )
 
 
 def words(codes: list[str]) -> list[str]:
@@ -358,7 +432,8 @@ def words(codes: list[str]) -> list[str]:
 
 
 def test_a_new_item_goes_to_the_leaf_of_its_neighbours_and_of_its_words() -> None:
-    """Items of one kind are taken together; the new one is taken with kind 1, and described as kind 2."""
+    """Items of one kind are taken together; the new one is taken with kind 1, and described as kind
+    2."""
     dice = random.Random(0)
     kinds = [[f"{kind}{n}" for n in range(6)] for kind in range(4)]
     ids = [id_ for kind in kinds for id_ in kind]
@@ -368,10 +443,14 @@ def test_a_new_item_goes_to_the_leaf_of_its_neighbours_and_of_its_words() -> Non
 
     def sequences(lists: list[list[str]], catalogue: list[str]) -> Sequences:
         flat = np.array([rows[id_] for items in lists for id_ in items], np.int32)
-        return Sequences(flat, np.cumsum([0, *map(len, lists)]), [str(n) for n in range(len(lists))], catalogue)
+        return Sequences(
+            flat, np.cumsum([0, *map(len, lists)]), [str(n) for n in range(len(lists))], catalogue
+        )
 
     before = sequences(users, ids)
-    more = [[*items[:3], "new", *items[3:]] if n % 4 == 1 else items for n, items in enumerate(users)]
+    more = [
+        [*items[:3], "new", *items[3:]] if n % 4 == 1 else items for n, items in enumerate(users)
+    ]
     after = sequences(more, [*ids, "new"])
     taken = continued(number(before, "collaborative", 0, levels=[4]), after)
     leaf = dict(zip([*ids, "new"], words(taken.item_codes), strict=True))
@@ -379,13 +458,19 @@ def test_a_new_item_goes_to_the_leaf_of_its_neighbours_and_of_its_words() -> Non
     assert taken.hierarchy is not None
     assert (taken.hierarchy.unseen, taken.hierarchy.placed_at_random) == (0, 0)
     told = Descriptions([*texts, "the word2 of kind2"], "meta", "0")
-    described = number(before, "semantic", 0, levels=[4], descriptions=Descriptions(texts, "meta", "0"))
-    leaf = dict(zip([*ids, "new"], words(continued(described, after, told).item_codes), strict=True))
+    described = number(
+        before, "semantic", 0, levels=[4], descriptions=Descriptions(texts, "meta", "0")
+    )
+    leaf = dict(
+        zip([*ids, "new"], words(continued(described, after, told).item_codes), strict=True)
+    )
     assert leaf["new"] == leaf["21"]
     told.texts[-1] = ""  # no text: as it is taken, whatever the codes are made of
     near = [leaf_ for leaf_, n in zip(words(described.item_codes), ids, strict=True) if n[0] == "1"]
     assert words(continued(described, after, told).item_codes)[-1] in near
-    nobody = continued(number(before, "collaborative", 0, levels=[4]), sequences(users, [*ids, "new"]))
+    nobody = continued(
+        number(before, "collaborative", 0, levels=[4]), sequences(users, [*ids, "new"])
+    )
     assert nobody.hierarchy is not None
     assert nobody.hierarchy.placed_at_random == 1
     assert num_collisions(nobody.item_codes) == 0
@@ -406,8 +491,13 @@ def test_no_held_out_item_of_the_longer_sequences_moves_a_code(
 ) -> None:
     dice, num_old = random.Random(seed), 10
     catalogue = [f"i{n:02d}" for n in range(num_old + num_new)]
-    users = [[dice.randrange(len(catalogue)) for _ in range(dice.randint(3, 8))] for _ in range(num_users)]
-    texts = Descriptions([f"kind{n % 3} word{n}" if n % 4 else "" for n in range(len(catalogue))], "meta", "0")
+    users = [
+        [dice.randrange(len(catalogue)) for _ in range(dice.randint(3, 8))]
+        for _ in range(num_users)
+    ]
+    texts = Descriptions(
+        [f"kind{n % 3} word{n}" if n % 4 else "" for n in range(len(catalogue))], "meta", "0"
+    )
 
     def sequences(lists: list[list[int]], num_items: int) -> Sequences:
         flat = np.array([item for items in lists for item in items], np.int32)
@@ -421,7 +511,10 @@ def test_no_held_out_item_of_the_longer_sequences_moves_a_code(
     )  # fmt: skip
     found = []
     for _ in range(2):
-        lists = [[*items[:-2], dice.randrange(len(catalogue)), dice.randrange(len(catalogue))] for items in users]
+        lists = [
+            [*items[:-2], dice.randrange(len(catalogue)), dice.randrange(len(catalogue))]
+            for items in users
+        ]
         longer = sequences(lists, len(catalogue))
         found.append(continued(before, longer, texts if numbering == "semantic" else None))
     assert found[0].numbering_hash() == found[1].numbering_hash()
@@ -434,7 +527,10 @@ def test_no_held_out_item_of_the_longer_sequences_moves_a_code(
         (["--append", "n", "--out", "o"], "--append n needs --to DATA"),
         (["s", "--append", "n", "--to", "d"], "give SOURCE s or --append n, not both"),
         (["s", "--to", "d", "--out", "o"], "--to DATA belongs to --append NEW"),
-        (["--append", "n", "--to", "d", "--numbering", "given"], "--numbering with --append: d has settled it"),
+        (
+            ["--append", "n", "--to", "d", "--numbering", "given"],
+            "--numbering with --append: d has settled it",
+        ),
         (["--append", "n", "--to", "d", "--seed", "0"], "--seed with --append"),
         (["--append", "n", "--to", "d", "--ties", "keep"], "--ties with --append"),
         (["s"], "give --out"),

@@ -54,7 +54,10 @@ def test_overwriting_asks_for_the_flag_and_for_the_marker(tmp_path):
     path = tmp_path / "out"
     with atomic_directory(path) as temporary:
         (temporary / "marker").write_text("1")
-    for arguments, message in (({}, "--overwrite"), ({"overwrite": True, "marker": "other"}, "not ours")):
+    for arguments, message in (
+        ({}, "--overwrite"),
+        ({"overwrite": True, "marker": "other"}, "not ours"),
+    ):
         with pytest.raises(ValueError, match=message), atomic_directory(path, **arguments):
             raise AssertionError("the block must not run")
     with pytest.raises(RuntimeError), atomic_directory(path, overwrite=True, marker="marker"):
@@ -65,7 +68,10 @@ def test_overwriting_asks_for_the_flag_and_for_the_marker(tmp_path):
     assert (path / "marker").read_text() == "2"
     assert list(tmp_path.iterdir()) == [path]
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="not a directory"), atomic_directory(tmp_path / "file", overwrite=True):
+    with (
+        pytest.raises(ValueError, match="not a directory"),
+        atomic_directory(tmp_path / "file", overwrite=True),
+    ):
         raise AssertionError("the block must not run")
 
 
@@ -103,7 +109,9 @@ with atomic_directory(sys.argv[1]) as temporary:
 
 
 def writer_of(path) -> tuple[subprocess.Popen, Path]:
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+    )
     return process, Path(process.stdout.readline().strip())
 
 
@@ -111,7 +119,9 @@ def test_what_a_killed_writer_left_goes_with_the_next_run_and_what_a_living_one_
     out = tmp_path / "out"
     (killed, left), (living, busy) = writer_of(out), writer_of(out)
     # The name of a neighbour, a file put aside, and one of another machine.
-    others = [tmp_path / name for name in (".out.more.1.0123abcd.tmp", f".out.1.{'0' * 8}-0123abcd.tmp")]
+    others = [
+        tmp_path / name for name in (".out.more.1.0123abcd.tmp", f".out.1.{'0' * 8}-0123abcd.tmp")
+    ]
     aside = tmp_path / left.name.replace(".tmp", ".old")
     for folder in (*others, aside):
         folder.mkdir()

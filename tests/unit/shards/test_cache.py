@@ -1,4 +1,5 @@
-"""The node's cache: bounded at every moment, shared by processes that may be killed, believed only where sha256 agrees."""
+"""The node's cache: bounded at every moment, shared by processes that may be killed, believed only
+where sha256 agrees."""
 
 import hashlib
 import multiprocessing
@@ -24,7 +25,9 @@ def sha256(number: int) -> str:
     return hashlib.sha256(content(number)).hexdigest()
 
 
-def get(cache: NodeCache, number: int, fetched: list[int] | None = None, patience: float = 60) -> bool:
+def get(
+    cache: NodeCache, number: int, fetched: list[int] | None = None, patience: float = 60
+) -> bool:
     """Whether it was cached; what came is compared."""
 
     def fetch() -> bytes:
@@ -117,7 +120,9 @@ def test_a_cache_that_is_cleared_meanwhile_fills_again(tmp_path):
 def test_a_full_disk_costs_the_cache_and_not_the_data(tmp_path):
     cache = NodeCache(tmp_path)
     (tmp_path / "files").rmdir()
-    (tmp_path / "files").write_bytes(b"")  # no directory can be made below it: the system refuses as a full disk would
+    (tmp_path / "files").write_bytes(
+        b""
+    )  # no directory can be made below it: the system refuses as a full disk would
     with pytest.warns(UserWarning, match="shards are not cached"):
         assert not get(cache, 0)
 
@@ -137,7 +142,10 @@ def test_defaults_come_from_the_environment(tmp_path, monkeypatch):
         NodeCache()
     monkeypatch.delenv("GENREC_CACHE_BYTES")
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"file/x: the cache .* cannot be made \(Not a directory\): set GENREC_CACHE"):
+    with pytest.raises(
+        ValueError,
+        match=r"file/x: the cache .* cannot be made \(Not a directory\): set GENREC_CACHE",
+    ):
         NodeCache(tmp_path / "file" / "x")
     with pytest.raises(ValueError, match="-1 bytes"):
         NodeCache(tmp_path, -1)
@@ -162,7 +170,8 @@ def test_processes_that_miss_together_fetch_once(tmp_path):
     start = FORK.Barrier(4)
     (tmp_path / "log").touch()
     processes = [
-        FORK.Process(target=fetch_all_slowly, args=(tmp_path / "cache", tmp_path / "log", start)) for _ in range(4)
+        FORK.Process(target=fetch_all_slowly, args=(tmp_path / "cache", tmp_path / "log", start))
+        for _ in range(4)
     ]
     [process.start() for process in processes]
     [process.join(120) for process in processes]
@@ -178,7 +187,9 @@ def use_at_random(directory: Path, max_bytes: int, seed: int, times: int) -> Non
 
 def test_processes_that_evict_at_once_stay_below_the_bound(tmp_path):
     """40 kB of files in 8 kB, four processes: nearly every write must evict."""
-    processes = [FORK.Process(target=use_at_random, args=(tmp_path, 8000, seed, 60)) for seed in range(4)]
+    processes = [
+        FORK.Process(target=use_at_random, args=(tmp_path, 8000, seed, 60)) for seed in range(4)
+    ]
     [process.start() for process in processes]
     most = 0
     while any(process.is_alive() for process in processes):
@@ -193,7 +204,10 @@ def test_processes_that_evict_at_once_stay_below_the_bound(tmp_path):
 def test_killed_processes_leave_nothing_that_is_believed_or_that_stays(tmp_path):
     dice = random.Random(0)
     for turn in range(12):
-        processes = [FORK.Process(target=use_at_random, args=(tmp_path, 8000, 2 * turn + k, 10**9)) for k in range(2)]
+        processes = [
+            FORK.Process(target=use_at_random, args=(tmp_path, 8000, 2 * turn + k, 10**9))
+            for k in range(2)
+        ]
         [process.start() for process in processes]
         time.sleep(dice.uniform(0.02, 0.1))
         for process in processes:
@@ -223,7 +237,9 @@ def test_a_process_that_stops_for_good_does_not_stop_the_others(tmp_path, name):
     cache = NodeCache(tmp_path)
     get(cache, 0)
     if name == "turn":
-        name = next(path.name for path in (tmp_path / "locks").iterdir() if path.name.startswith("turn"))
+        name = next(
+            path.name for path in (tmp_path / "locks").iterdir() if path.name.startswith("turn")
+        )
     held = FORK.Event()
     process = FORK.Process(target=hold, args=(tmp_path, name, held))
     process.start()

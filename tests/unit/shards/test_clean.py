@@ -1,4 +1,5 @@
-"""From a log to sequences: nothing is lost unseen, no order of the log counts, the core is the core."""
+"""From a log to sequences: nothing is lost unseen, no order of the log counts, the core is the
+core."""
 
 import random
 from collections import Counter
@@ -17,7 +18,8 @@ Row = tuple[str, str, int]
 def frames_of(rows: list[Row], size: int = 7) -> list[pl.DataFrame]:
     schema = {"user": pl.String, "item": pl.String, "time": pl.Int64}
     return [
-        pl.DataFrame(rows[first : first + size], schema=schema, orient="row") for first in range(0, len(rows), size)
+        pl.DataFrame(rows[first : first + size], schema=schema, orient="row")
+        for first in range(0, len(rows), size)
     ]
 
 
@@ -31,7 +33,9 @@ def told(found) -> dict[str, list[tuple[str, int]]]:
     sequences, result = found.sequences, {}
     for row, user in enumerate(sequences.user_ids):
         places = range(sequences.offsets[row], sequences.offsets[row + 1])
-        result[user] = [(sequences.item_ids[sequences.items[at]], int(found.timestamps[at])) for at in places]
+        result[user] = [
+            (sequences.item_ids[sequences.items[at]], int(found.timestamps[at])) for at in places
+        ]
     return result
 
 
@@ -50,20 +54,31 @@ def test_dates_are_cut_before_all_else(tmp_path_factory):
     rows = [("u", "a", n) for n in range(6)] * 2
     found = cleaned(rows, tmp_path_factory, k_core=3, since=1, until=3)
     assert [time for _, time in told(found)["u"]] == [1, 2, 3]
-    assert (found.dropped["outside_dates"], found.dropped["duplicates"], found.num_read) == (6, 3, 12)
+    assert (found.dropped["outside_dates"], found.dropped["duplicates"], found.num_read) == (
+        6,
+        3,
+        12,
+    )
     with pytest.raises(ValueError, match="since lies after until"):
         Cleaning(since=2, until=1)
 
 
 logs = st.lists(
-    st.tuples(st.sampled_from([f"u{n}" for n in range(9)]), st.sampled_from("abcdefg"), st.integers(0, 12)),
+    st.tuples(
+        st.sampled_from([f"u{n}" for n in range(9)]), st.sampled_from("abcdefg"), st.integers(0, 12)
+    ),
     min_size=1,
     max_size=150,
 )
 
 
 @settings(max_examples=120, deadline=None)
-@given(rows=logs, k=st.integers(0, 4), ties=st.sampled_from(["shuffle", "keep"]), size=st.sampled_from([1, 3, 100]))
+@given(
+    rows=logs,
+    k=st.integers(0, 4),
+    ties=st.sampled_from(["shuffle", "keep"]),
+    size=st.sampled_from([1, 3, 100]),
+)
 def test_what_is_kept_and_what_is_dropped_add_up_to_the_log(tmp_path_factory, rows, k, ties, size):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buckets_module, "USERS_A_BUCKET", size)
@@ -84,7 +99,9 @@ def test_what_is_kept_and_what_is_dropped_add_up_to_the_log(tmp_path_factory, ro
 
 @settings(max_examples=40, deadline=None)
 @given(rows=logs, seed=st.integers(0, 3), shuffler=st.randoms(use_true_random=False))
-def test_the_order_of_the_log_does_not_count_where_ties_are_shuffled(tmp_path_factory, rows, seed, shuffler):
+def test_the_order_of_the_log_does_not_count_where_ties_are_shuffled(
+    tmp_path_factory, rows, seed, shuffler
+):
     rows += [(user, item, 50 + n) for user in ("u0", "u1") for n, item in enumerate("abc")]
     first = cleaned(rows, tmp_path_factory, k_core=0, seed=seed)
     mixed = list(rows)
@@ -100,7 +117,10 @@ def test_ties_are_kept_or_drawn_anew_by_each_seed(tmp_path_factory):
     rows = [("u", item, 5) for item in items]
     kept = cleaned(rows, tmp_path_factory, k_core=0, ties="keep")
     assert [item for item, _ in told(kept)["u"]] == items
-    orders = {tuple(item for item, _ in told(cleaned(rows, tmp_path_factory, k_core=0, seed=n))["u"]) for n in range(5)}
+    orders = {
+        tuple(item for item, _ in told(cleaned(rows, tmp_path_factory, k_core=0, seed=n))["u"])
+        for n in range(5)
+    }
     assert len(orders) == 5
     assert all(sorted(order) == sorted(items) for order in orders)
     assert tuple(items) not in orders

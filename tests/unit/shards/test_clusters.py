@@ -1,10 +1,15 @@
-"""Balanced clusters: nobody is too full, the assignment is nearly the best, alike items share their branches."""
+"""Balanced clusters: nobody is too full, the assignment is nearly the best, alike items share their
+branches."""
 
 import itertools
 
 import numpy as np
 import pytest
-from genrec_shards.numbering.balanced_clusters import balanced_assignment, balanced_clusters, places_in_tree
+from genrec_shards.numbering.balanced_clusters import (
+    balanced_assignment,
+    balanced_clusters,
+    places_in_tree,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
@@ -13,7 +18,11 @@ from scipy.optimize import linear_sum_assignment
 @st.composite
 def costs_and_capacity(draw):
     num_rows, num_columns = draw(st.integers(0, 30)), draw(st.integers(1, 7))
-    whole = draw(st.lists(st.integers(0, 6), min_size=num_rows * num_columns, max_size=num_rows * num_columns))
+    whole = draw(
+        st.lists(
+            st.integers(0, 6), min_size=num_rows * num_columns, max_size=num_rows * num_columns
+        )
+    )
     scale = draw(st.sampled_from([0.0, 1e-9, 0.25, 1e6]))
     costs = np.array(whole, np.float64).reshape(num_rows, num_columns) * scale
     return costs, -(-num_rows // num_columns) + draw(st.integers(0, 2))
@@ -28,7 +37,11 @@ def test_the_assignment_is_within_capacity_and_nearly_the_best(case):
     rows, slots = linear_sum_assignment(np.repeat(costs, capacity, axis=1))
     best = costs[rows, slots // max(capacity, 1)].sum()
     total = costs[np.arange(len(costs)), found].sum()
-    assert best - 1e-9 * abs(best) <= total <= best + len(costs) * costs.max(initial=0) / 500 * (1 + 1e-6)
+    assert (
+        best - 1e-9 * abs(best)
+        <= total
+        <= best + len(costs) * costs.max(initial=0) / 500 * (1 + 1e-6)
+    )
 
 
 def blobs(num_blobs: int, size: int, noise: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
@@ -48,12 +61,21 @@ def test_planted_clusters_are_found():
     assert together[alike].mean() > 0.85  # 0.125 by chance
 
 
-@given(st.integers(0, 40), st.lists(st.integers(1, 9), min_size=1, max_size=3), st.integers(0, 2), st.data())
+@given(
+    st.integers(0, 40),
+    st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    st.integers(0, 2),
+    st.data(),
+)
 @settings(max_examples=150, deadline=None)
 def test_places_differ_and_branches_are_about_equally_full(num_items, levels, seed, data):
-    small = st.lists(st.integers(-1, 1), min_size=3 * num_items, max_size=3 * num_items)  # zeros and equals among them
+    small = st.lists(
+        st.integers(-1, 1), min_size=3 * num_items, max_size=3 * num_items
+    )  # zeros and equals among them
     vectors = np.array(data.draw(small), np.float64).reshape(num_items, 3)
-    counts = np.array(data.draw(st.lists(st.integers(0, 3), min_size=num_items, max_size=num_items)), np.int64)
+    counts = np.array(
+        data.draw(st.lists(st.integers(0, 3), min_size=num_items, max_size=num_items)), np.int64
+    )
     places = places_in_tree(vectors, counts, levels, seed)
     assert places.shape == (num_items, len(levels) + 1)
     assert len({tuple(row) for row in places.tolist()}) == num_items
@@ -61,7 +83,10 @@ def test_places_differ_and_branches_are_about_equally_full(num_items, levels, se
     limit, prefixes = num_items, [()] * num_items
     for level, num_clusters in enumerate(levels):
         limit = -(-limit // num_clusters)
-        prefixes = [(*prefix, place) for prefix, place in zip(prefixes, places[:, level].tolist(), strict=True)]
+        prefixes = [
+            (*prefix, place)
+            for prefix, place in zip(prefixes, places[:, level].tolist(), strict=True)
+        ]
         assert places[:, level].max(initial=0) < num_clusters
         assert max((prefixes.count(prefix) for prefix in set(prefixes)), default=0) <= limit
     for leaf in set(prefixes):
@@ -84,7 +109,8 @@ def test_items_of_which_nothing_is_known_are_spread_over_the_room():
 
 
 def test_an_order_of_rows_gives_no_code_away():
-    """Rows follow ids, and ids may tell when an item was first taken: among equal items rows must not matter."""
+    """Rows follow ids, and ids may tell when an item was first taken: among equal items rows must
+    not matter."""
     places = places_in_tree(np.ones((300, 4)), np.ones(300, np.int64), [4], seed=0)
     order = np.lexsort(places.T[::-1])
     assert abs(np.corrcoef(order, np.arange(300))[0, 1]) < 0.25

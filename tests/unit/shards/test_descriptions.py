@@ -1,4 +1,5 @@
-"""Items' texts: read from every kind of table, bad ones named by line, and vectors that bring like texts together."""
+"""Items' texts: read from every kind of table, bad ones named by line, and vectors that bring like
+texts together."""
 
 import gzip
 import hashlib
@@ -16,7 +17,13 @@ from hypothesis import strategies as st
 
 IDS = ["B1", "B2", "B3"]
 RECORDS = [
-    {"asin": "B2", "title": 'Red "rose" soap', "brand": "Äther", "price": 3.5, "categories": [["Beauty", "Bath"]]},
+    {
+        "asin": "B2",
+        "title": 'Red "rose" soap',
+        "brand": "Äther",
+        "price": 3.5,
+        "categories": [["Beauty", "Bath"]],
+    },
     {"asin": "B9", "title": "of another catalogue", "brand": "x", "price": 1.0, "categories": []},
     {"asin": "B1", "title": "Comb\nof wood", "brand": None, "price": 2.0, "categories": []},
     {"asin": "B2", "title": "again", "brand": "y", "price": 9.0, "categories": []},
@@ -31,7 +38,12 @@ def csv_text() -> str:
         text = "" if value is None else str(value)
         return '"' + text.replace('"', '""') + '"'
 
-    return "\r\n".join(",".join(map(cell, row)) for row in [list(RECORDS[0]), *(r.values() for r in RECORDS)]) + "\r\n"
+    return (
+        "\r\n".join(
+            ",".join(map(cell, row)) for row in [list(RECORDS[0]), *(r.values() for r in RECORDS)]
+        )
+        + "\r\n"
+    )
 
 
 def written(folder, kind: str):
@@ -49,15 +61,22 @@ def written(folder, kind: str):
     return path
 
 
-@pytest.mark.parametrize("kind", ["csv", "csv.gz", "jsonl", "jsonl.gz", "json", "json.gz", "parquet"])
+@pytest.mark.parametrize(
+    "kind", ["csv", "csv.gz", "jsonl", "jsonl.gz", "json", "json.gz", "parquet"]
+)
 def test_every_kind_of_table_gives_the_same_texts(tmp_path, kind):
     path = written(tmp_path, kind)
     found = read_descriptions(path, IDS)
     assert found.texts == EXPECTED
     assert found.num_described == 2
     assert (found.name, found.sha256) == (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
-    assert read_descriptions(path, IDS, text_columns=["brand", "title"]).texts[1] == 'Äther Red "rose" soap'
-    assert read_descriptions(path, ["Äther"], id_column="brand", text_columns=["asin"]).texts == ["B2"]
+    assert (
+        read_descriptions(path, IDS, text_columns=["brand", "title"]).texts[1]
+        == 'Äther Red "rose" soap'
+    )
+    assert read_descriptions(path, ["Äther"], id_column="brand", text_columns=["asin"]).texts == [
+        "B2"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl.gz", "json", "parquet"])
@@ -128,9 +147,13 @@ def texts_or_message(path) -> list[str] | str:
 
 
 @given(
-    st.lists(SCRAPS | st.binary(max_size=8), max_size=9), st.sampled_from(["csv", "jsonl", "parquet"]), st.booleans()
+    st.lists(SCRAPS | st.binary(max_size=8), max_size=9),
+    st.sampled_from(["csv", "jsonl", "parquet"]),
+    st.booleans(),
 )
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_whatever_a_file_holds_it_is_read_or_told_in_one_line(tmp_path, scraps, kind, packed):
     path = tmp_path / f"meta.{kind}"
     path.write_bytes(gzip.compress(b"".join(scraps)) if packed else b"".join(scraps))
@@ -145,7 +168,10 @@ def test_whatever_a_file_holds_it_is_read_or_told_in_one_line(tmp_path, scraps, 
 
 @given(st.data())
 @settings(
-    max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_a_damaged_parquet_file_is_read_or_told_in_one_line(tmp_path, data):
     whole = written(tmp_path, "parquet").read_bytes()
@@ -155,7 +181,9 @@ def test_a_damaged_parquet_file_is_read_or_told_in_one_line(tmp_path, data):
 
 def test_columns_that_are_not_there_are_named(tmp_path):
     path = written(tmp_path, "csv")
-    with pytest.raises(DataError, match=r":2: no column sku, only asin, brand, categories, price, title"):
+    with pytest.raises(
+        DataError, match=r":2: no column sku, only asin, brand, categories, price, title"
+    ):
         read_descriptions(path, IDS, id_column="sku")
     with pytest.raises(DataError, match=r"no column colour, only asin.*--text-columns"):
         read_descriptions(path, IDS, text_columns=["title", "colour"])

@@ -1,4 +1,5 @@
-"""The largest factors of a sparse matrix: numpy's, and the same bits whatever the number of threads."""
+"""The largest factors of a sparse matrix: numpy's, and the same bits whatever the number of
+threads."""
 
 import os
 import subprocess
@@ -24,12 +25,17 @@ def test_eigenvalues_and_vectors_are_those_of_numpy(size):
 def decaying(rows: int, columns: int) -> np.ndarray:
     """A matrix whose singular values fall from 30 to nothing, half of them each."""
     rng = np.random.default_rng(0)
-    left, right = np.linalg.qr(rng.normal(size=(rows, rows)))[0], np.linalg.qr(rng.normal(size=(columns, columns)))[0]
+    left, right = (
+        np.linalg.qr(rng.normal(size=(rows, rows)))[0],
+        np.linalg.qr(rng.normal(size=(columns, columns)))[0],
+    )
     rank = min(rows, columns)
     return left[:, :rank] @ np.diag(30 * 0.5 ** np.arange(rank)) @ right[:, :rank].T
 
 
-@pytest.mark.parametrize(("rows", "columns", "dims"), [(60, 40, 8), (40, 60, 8), (12, 5, 64), (3, 3, 64), (1, 9, 4)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "dims"), [(60, 40, 8), (40, 60, 8), (12, 5, 64), (3, 3, 64), (1, 9, 4)]
+)
 def test_factor_rows_are_those_of_the_singular_value_decomposition(rows, columns, dims):
     matrix = decaying(rows, columns)
     found = factor_rows(sp.csr_matrix(matrix), dims, seed=3)
@@ -44,7 +50,9 @@ def test_factor_rows_are_those_of_the_singular_value_decomposition(rows, columns
 def test_a_matrix_of_lower_rank_and_one_of_zeros_have_factors():
     one = np.outer(np.arange(1, 7), np.ones(5))
     found = factor_rows(sp.csr_matrix(one), 4, seed=0)
-    np.testing.assert_allclose(found @ found.T, np.outer(np.arange(1, 7), np.arange(1, 7)) * (5 / np.sqrt(91 * 5)))
+    np.testing.assert_allclose(
+        found @ found.T, np.outer(np.arange(1, 7), np.arange(1, 7)) * (5 / np.sqrt(91 * 5))
+    )
     assert not factor_rows(sp.csr_matrix((6, 5)), 4, seed=0).any()
 
 
@@ -61,10 +69,17 @@ print(hashlib.sha256(factor_rows(matrix, 64, 0).tobytes()).hexdigest())
 def test_the_bits_do_not_depend_on_threads():
     digests = set()
     for threads in ("1", "2", "5"):
-        limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+        limits = dict.fromkeys(
+            ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads
+        )
         environment = {**os.environ, **limits, "PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(
-            [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment, check=True, timeout=300
+            [sys.executable, "-c", PROGRAM],
+            capture_output=True,
+            text=True,
+            env=environment,
+            check=True,
+            timeout=300,
         )
         digests.add(done.stdout.strip())
     assert len(digests) == 1

@@ -1,4 +1,5 @@
-"""Hierarchical codes through the doors: what prepare keeps of them, says of them and refuses, and how words are cut."""
+"""Hierarchical codes through the doors: what prepare keeps of them, says of them and refuses, and
+how words are cut."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def data(log: Path) -> Path:
 
 def digests(folder: Path) -> dict[str, str]:
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir()) if path.is_file()
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.is_file()
     }
 
 
@@ -62,7 +65,11 @@ def refused(capfd: pytest.CaptureFixture[str], code: int, arguments: list[Any]) 
 
 def table(folder: Path, items: list[str]) -> Path:
     path = folder / "meta.csv"
-    lines = [f"{item},thing number {row % 9} of kind {row % 5}" for row, item in enumerate(items) if row % 4]
+    lines = [
+        f"{item},thing number {row % 9} of kind {row % 5}"
+        for row, item in enumerate(items)
+        if row % 4
+    ]
     path.write_text("\n".join(["asin,title", *lines]) + "\n")
     return path
 
@@ -108,7 +115,10 @@ def test_texts_are_kept_and_found_again(log, data, tmp_path):
     made = prepare(log, tmp_path / "made", numbering="semantic", items=meta)
     assert made.numbering.hierarchy is not None
     assert made.numbering.hierarchy.placed_at_random == 32
-    assert (made.numbering.hierarchy.made_from, made.numbering.hierarchy.trained_through) == ("text", None)
+    assert (made.numbering.hierarchy.made_from, made.numbering.hierarchy.trained_through) == (
+        "text",
+        None,
+    )
     assert made.numbering.hierarchy.file_sha256 == hashlib.sha256(meta.read_bytes()).hexdigest()
     kept = prepare(log, tmp_path / "kept", items=meta)  # random codes, texts beside them
     loaded = load_dataset(tmp_path / "kept")
@@ -132,14 +142,20 @@ def test_prepare_says_what_codes_are_made_of_and_how_even_they_are(log, data, tm
     command = ["prepare", str(log), "--numbering", "collaborative", "--levels", "6,4", "--out"]
     assert run_command([*command, str(tmp_path / "one")]) == 0
     said = capfd.readouterr().out
-    assert "made from co-occurrence, trained through n-2; 0 collisions; 0 items unseen in training" in said
+    assert (
+        "made from co-occurrence, trained through n-2; 0 collisions; 0 items unseen in training"
+        in said
+    )
     assert "level 1: 6 beginnings of 20 to 22 items" in said
     assert "level 3: 128 beginnings of 1 to 1 items (median 1), entropy share 1.0000" in said
     assert json.loads((tmp_path / "one" / "audit.json").read_text())["leaks"] is False
     vectors = vectors_file(tmp_path / "v.safetensors", data)
     assert run_command([*command, str(tmp_path / "two"), "--vectors", str(vectors)]) == 0
     assert "made from vectors (v.safetensors), trained through n-2" in capfd.readouterr().out
-    assert info(tmp_path / "two")["hierarchy"]["file_sha256"] == hashlib.sha256(vectors.read_bytes()).hexdigest()
+    assert (
+        info(tmp_path / "two")["hierarchy"]["file_sha256"]
+        == hashlib.sha256(vectors.read_bytes()).hexdigest()
+    )
     vectors_file(vectors, data, "n-1")
     arguments = [*command, tmp_path / "three", "--vectors", vectors]
     assert "have seen the validation targets" in refused(capfd, 1, arguments)
@@ -159,24 +175,33 @@ def test_prepare_says_what_codes_are_made_of_and_how_even_they_are(log, data, tm
         tmp_path / "four",
     ]
     assert run_command([str(argument) for argument in [*arguments, "--text-columns", "title"]]) == 0
-    assert "made from text (meta.csv); 0 collisions; 0 items unseen in training, 32 placed at random" in (
-        capfd.readouterr().out
+    assert (
+        "made from text (meta.csv); 0 collisions; 0 items unseen in training, 32 placed at random"
+        in (capfd.readouterr().out)
     )
 
 
 def test_refusals_are_one_line_and_leave_nothing(log, data, tmp_path, capfd):
     out = tmp_path / "out"
     start = ["prepare", log, "--out", out]
-    assert "as 64,64" in refused(capfd, 2, [*start, "--numbering", "collaborative", "--levels", "64;64"])
-    assert "levels 0: give" in refused(capfd, 1, [*start, "--numbering", "collaborative", "--levels", "0"])
+    assert "as 64,64" in refused(
+        capfd, 2, [*start, "--numbering", "collaborative", "--levels", "64;64"]
+    )
+    assert "levels 0: give" in refused(
+        capfd, 1, [*start, "--numbering", "collaborative", "--levels", "0"]
+    )
     assert "only collaborative and semantic" in refused(capfd, 1, [*start, "--levels", "8"])
     assert "give --items META" in refused(capfd, 1, [*start, "--numbering", "semantic"])
     absent = tmp_path / "absent.safetensors"
-    assert f"{absent}: no such file" in refused(capfd, 1, [*start, "--numbering", "collaborative", "--vectors", absent])
+    assert f"{absent}: no such file" in refused(
+        capfd, 1, [*start, "--numbering", "collaborative", "--vectors", absent]
+    )
     assert "choose another output" in refused(
         capfd, 1, ["prepare", data, "--format", "data", "--out", data, "--overwrite"]
     )
-    assert "dataset.json: no such file" in refused(capfd, 1, ["prepare", tmp_path, "--format", "data", "--out", out])
+    assert "dataset.json: no such file" in refused(
+        capfd, 1, ["prepare", tmp_path, "--format", "data", "--out", out]
+    )
     assert list(tmp_path.iterdir()) == []
     assert (data / "shards" / "manifest.json").exists()
 
@@ -184,17 +209,31 @@ def test_refusals_are_one_line_and_leave_nothing(log, data, tmp_path, capfd):
 def test_the_bytes_do_not_depend_on_threads_or_process(log, tmp_path):
     found = set()
     for threads in ("1", "3"):
-        limits = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
-        environment = {**os.environ, **limits, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": threads}
+        limits = dict.fromkeys(
+            ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads
+        )
+        environment = {
+            **os.environ,
+            **limits,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "PYTHONHASHSEED": threads,
+        }
         program = (
             "import sys; from genrec_shards.prepare import prepare; "
             "prepare(sys.argv[1], sys.argv[2], numbering='collaborative')"
         )
         out = tmp_path / threads
-        subprocess.run([sys.executable, "-c", program, str(log), str(out)], env=environment, check=True, timeout=300)
+        subprocess.run(
+            [sys.executable, "-c", program, str(log), str(out)],
+            env=environment,
+            check=True,
+            timeout=300,
+        )
         found.add(json.dumps(digests(out)))
     assert len(found) == 1
-    assert digests(prepare(log, tmp_path / "here", numbering="collaborative").path) == json.loads(found.pop())
+    assert digests(prepare(log, tmp_path / "here", numbering="collaborative").path) == json.loads(
+        found.pop()
+    )
 
 
 def test_a_large_vocabulary_makes_each_level_one_token_of_its_own(log, tmp_path):
@@ -209,14 +248,20 @@ def test_a_large_vocabulary_makes_each_level_one_token_of_its_own(log, tmp_path)
     assert not (spoken[0] & spoken[1])
     assert not (spoken[0] & spoken[2])
     assert not (spoken[1] & spoken[2])
-    assert [len(level) for level in spoken] == [12, 4, len({code.split("-")[2] for code in codes.item_codes})]
+    assert [len(level) for level in spoken] == [
+        12,
+        4,
+        len({code.split("-")[2] for code in codes.item_codes}),
+    ]
     assert tokenizer.tokenize(f" item_{codes.item_codes[0]}")[1:] == [
         f"-{part}" for part in codes.item_codes[0].split("-")[1:]
     ]
 
 
 def test_a_small_vocabulary_never_joins_two_levels(log, tmp_path):
-    codes = prepare(log, tmp_path / "data", numbering="collaborative", levels=[12, 4]).numbering.item_codes
+    codes = prepare(
+        log, tmp_path / "data", numbering="collaborative", levels=[12, 4]
+    ).numbering.item_codes
     tokenizer = train_tokenizer(codes, 290)
     for code in codes:
         pieces = tokenizer.tokenize(f" item_{code}")
@@ -224,7 +269,9 @@ def test_a_small_vocabulary_never_joins_two_levels(log, tmp_path):
         assert tokenizer.decode(tokenizer.convert_tokens_to_ids(pieces)) == f" item_{code}"
 
 
-@pytest.mark.parametrize("code", ["-", "--", "a-", "-a", "a--b", "a-b-c", "550e8400-e29b-41d4", "x-é-7"])
+@pytest.mark.parametrize(
+    "code", ["-", "--", "a-", "-a", "a--b", "a-b-c", "550e8400-e29b-41d4", "x-é-7"]
+)
 def test_ids_that_hold_the_separator_come_back(code):
     tokenizer = train_tokenizer([code, "a1-b2", "12"], 300)
     for text in (f" item_{code}", f" user_{code}"):

@@ -13,7 +13,9 @@ from genrec_shards.synthetic import make_process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-LOG = sequences_from_ids(["a", "b", "c"], [4, 3, 5], ["5", "3", "9", "1", "3", "7", "9", "9", "5", "3", "8", "2"])
+LOG = sequences_from_ids(
+    ["a", "b", "c"], [4, 3, 5], ["5", "3", "9", "1", "3", "7", "9", "9", "5", "3", "8", "2"]
+)
 
 
 def test_given_repeats_the_ids():
@@ -23,7 +25,11 @@ def test_given_repeats_the_ids():
 
 
 def test_random_is_a_permutation_of_the_catalogue_under_the_seed():
-    first, second, other = number(LOG, "random", 0), number(LOG, "random", 0), number(LOG, "random", 1)
+    first, second, other = (
+        number(LOG, "random", 0),
+        number(LOG, "random", 0),
+        number(LOG, "random", 1),
+    )
     assert sorted(first.item_codes, key=int) == [str(n) for n in range(1, 8)]
     assert sorted(first.user_codes, key=int) == ["1", "2", "3"]
     assert first == second
@@ -34,13 +40,19 @@ def test_random_is_a_permutation_of_the_catalogue_under_the_seed():
 def test_train_order_counts_training_parts_then_the_rest():
     numbering = number(LOG, "train-order", 0)
     code = dict(zip(LOG.item_ids, numbering.item_codes, strict=True))
-    assert [code[item] for item in ("5", "3", "9")] == ["1", "2", "3"]  # training parts: 5 3 | 3 | 9 5 3
+    assert [code[item] for item in ("5", "3", "9")] == [
+        "1",
+        "2",
+        "3",
+    ]  # training parts: 5 3 | 3 | 9 5 3
     assert sorted(code[item] for item in ("1", "2", "7", "8")) == ["4", "5", "6", "7"]
     assert len({tuple(number(LOG, "train-order", seed).item_codes) for seed in range(20)}) > 5
 
 
 def test_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="choose one of given, random, train-order, collaborative, semantic"):
+    with pytest.raises(
+        ValueError, match="choose one of given, random, train-order, collaborative, semantic"
+    ):
         number(LOG, "magic", 0)  # type: ignore[arg-type]
 
 
@@ -74,14 +86,21 @@ def log_and_changed_log(draw) -> tuple[Sequences, Sequences]:
 
 
 def numbered(sequences: Sequences, name: str, seed: int) -> Numbering:
-    """By any numbering but `given`: `vectors` is collaborative by trained vectors; texts and vectors are of the catalogue."""
+    """By any numbering but `given`: `vectors` is collaborative by trained vectors; texts and
+    vectors are of the catalogue."""
     dice = np.random.default_rng([5, sequences.num_items])
     if name == "vectors":
-        vectors = TrainedVectors(dice.normal(size=(sequences.num_items, 4)), "v.safetensors", "0" * 64, "n-2")
+        vectors = TrainedVectors(
+            dice.normal(size=(sequences.num_items, 4)), "v.safetensors", "0" * 64, "n-2"
+        )
         return number(sequences, "collaborative", seed, vectors=vectors, levels=[3, 2])
     if name == "semantic":
-        texts = [" ".join(dice.choice(["red", "blue", "soap", "comb"], 2)) for _ in sequences.item_ids]
-        return number(sequences, "semantic", seed, descriptions=Descriptions(texts, "meta.csv", "0" * 64))
+        texts = [
+            " ".join(dice.choice(["red", "blue", "soap", "comb"], 2)) for _ in sequences.item_ids
+        ]
+        return number(
+            sequences, "semantic", seed, descriptions=Descriptions(texts, "meta.csv", "0" * 64)
+        )
     return number(sequences, name, seed)  # type: ignore[arg-type]
 
 
@@ -134,7 +153,9 @@ def share_of_alike_pairs(codes: list[str], group: np.ndarray) -> tuple[float, fl
 
 def test_items_of_one_hidden_group_begin_alike():
     sequences, group = planted()
-    alike, chance = share_of_alike_pairs(number(sequences, "collaborative", 0, levels=[16]).item_codes, group)
+    alike, chance = share_of_alike_pairs(
+        number(sequences, "collaborative", 0, levels=[16]).item_codes, group
+    )
     assert chance < 0.07
     assert alike > 3 * chance
     alike, chance = share_of_alike_pairs(number(sequences, "random", 0).item_codes, group)
@@ -145,12 +166,19 @@ def test_the_direction_of_trained_vectors_and_the_words_of_texts_decide_as_well(
     sequences, group = planted()
     rng = np.random.default_rng(0)
     near = rng.normal(size=(16, 8))[group] + 0.2 * rng.normal(size=(sequences.num_items, 8))
-    vectors = TrainedVectors(near * rng.uniform(0.1, 9, (sequences.num_items, 1)), "v.safetensors", "ab", "n-2")
+    vectors = TrainedVectors(
+        near * rng.uniform(0.1, 9, (sequences.num_items, 1)), "v.safetensors", "ab", "n-2"
+    )
     made = number(sequences, "collaborative", 0, levels=[16], vectors=vectors)
     alike, chance = share_of_alike_pairs(made.item_codes, group)
     assert alike > 8 * chance
-    texts = [f"Item {row} of the brand{number} (kind{number % 7})" for row, number in enumerate(group.tolist())]
-    made = number(sequences, "semantic", 0, levels=[16], descriptions=Descriptions(texts, "meta.csv", "cd"))
+    texts = [
+        f"Item {row} of the brand{number} (kind{number % 7})"
+        for row, number in enumerate(group.tolist())
+    ]
+    made = number(
+        sequences, "semantic", 0, levels=[16], descriptions=Descriptions(texts, "meta.csv", "cd")
+    )
     alike, chance = share_of_alike_pairs(made.item_codes, group)
     assert alike > 8 * chance
 
@@ -162,7 +190,11 @@ def test_codes_are_words_and_say_what_they_were_made_of():
     assert {code[0] for code in made.item_codes} == {"a"}
     assert set(beginnings(made.item_codes, 1)) == {f"a{n}" for n in range(1, 6)}
     assert made.hierarchy is not None
-    assert (made.hierarchy.made_from, made.hierarchy.levels, made.hierarchy.window) == ("co-occurrence", (5, 4), 6)
+    assert (made.hierarchy.made_from, made.hierarchy.levels, made.hierarchy.window) == (
+        "co-occurrence",
+        (5, 4),
+        6,
+    )
     assert made.hierarchy.trained_through == "n-2"
     assert made == number(sequences, "collaborative", 3, levels=[5, 4])
     assert made.item_codes != number(sequences, "collaborative", 4, levels=[5, 4]).item_codes
@@ -192,7 +224,9 @@ def test_the_most_taken_item_of_a_leaf_comes_first():
 def test_unseen_items_are_counted_and_spread():
     ids = [f"x{n}" for n in range(40)]
     users = [[*ids[k : k + 4], f"new{2 * k}", f"new{2 * k + 1}"] for k in range(0, 36)]
-    sequences = sequences_from_ids([f"u{k}" for k in range(36)], [6] * 36, [item for user in users for item in user])
+    sequences = sequences_from_ids(
+        [f"u{k}" for k in range(36)], [6] * 36, [item for user in users for item in user]
+    )
     made = number(sequences, "collaborative", 0, levels=[7])
     assert made.hierarchy is not None
     unseen = np.array([item.startswith("new") for item in sequences.item_ids])
@@ -204,7 +238,9 @@ def test_unseen_items_are_counted_and_spread():
     vectors = TrainedVectors(np.ones((sequences.num_items, 4)), "v.safetensors", "ab", "n-2")
     by_vectors = number(sequences, "collaborative", 0, levels=[7], vectors=vectors)
     assert by_vectors.hierarchy is not None
-    assert by_vectors.hierarchy.placed_at_random == 72  # what an untrained row holds decides nothing
+    assert (
+        by_vectors.hierarchy.placed_at_random == 72
+    )  # what an untrained row holds decides nothing
 
 
 @pytest.mark.parametrize("num_items", [3, 4, 9])
@@ -227,13 +263,29 @@ def test_default_levels_leave_about_three_items_in_a_leaf():
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("random", {"levels": [4]}, "levels with numbering random: only collaborative and semantic"),
-        ("collaborative", {"levels": []}, "levels none: give 1 to 25 whole numbers above 0, as 64,64"),
+        (
+            "random",
+            {"levels": [4]},
+            "levels with numbering random: only collaborative and semantic",
+        ),
+        (
+            "collaborative",
+            {"levels": []},
+            "levels none: give 1 to 25 whole numbers above 0, as 64,64",
+        ),
         ("collaborative", {"levels": [8, 0]}, "levels 8,0: give"),
         ("collaborative", {"levels": [2] * 26}, "give 1 to 25"),
         ("semantic", {}, "needs the items' text or attributes: give --items META"),
-        ("collaborative", {"descriptions": Descriptions(["x"] * 7, "m", "0")}, "only semantic codes are made of text"),
-        ("random", {"vectors": TrainedVectors(np.ones((7, 2)), "v", "0", "n-2")}, "only collaborative codes"),
+        (
+            "collaborative",
+            {"descriptions": Descriptions(["x"] * 7, "m", "0")},
+            "only semantic codes are made of text",
+        ),
+        (
+            "random",
+            {"vectors": TrainedVectors(np.ones((7, 2)), "v", "0", "n-2")},
+            "only collaborative codes",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(name, more, message):

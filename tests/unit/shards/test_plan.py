@@ -1,4 +1,5 @@
-"""The plan: every sample once an epoch, the same steps at every world size, any step without a replay."""
+"""The plan: every sample once an epoch, the same steps at every world size, any step without a
+replay."""
 
 import pickle
 import time
@@ -13,7 +14,9 @@ LENGTHS = np.random.default_rng(0).integers(3, 12, 500)
 PARTS = ("sample_ids", "user_rows", "target_positions", "training_lengths", "is_padding")
 
 
-def make_plan(lengths=LENGTHS, users_per_record=16, space="every-prefix", batch_size=37, seed=1, **more) -> Plan:
+def make_plan(
+    lengths=LENGTHS, users_per_record=16, space="every-prefix", batch_size=37, seed=1, **more
+) -> Plan:
     return Plan(lengths, users_per_record, space=space, batch_size=batch_size, seed=seed, **more)
 
 
@@ -34,7 +37,12 @@ def expected_samples(lengths, space: str, held_out: int) -> list[tuple[int, int,
 
 def rows(samples: StepSamples) -> list[tuple[int, int, int]]:
     return list(
-        zip(samples.sample_ids.tolist(), samples.user_rows.tolist(), samples.target_positions.tolist(), strict=True)
+        zip(
+            samples.sample_ids.tolist(),
+            samples.user_rows.tolist(),
+            samples.target_positions.tolist(),
+            strict=True,
+        )
     )
 
 
@@ -88,7 +96,13 @@ def test_an_epoch_holds_every_sample_exactly_once(
 def test_dtypes_of_a_step():
     for space in ("user", "last", "every-prefix"):
         step = make_plan(space=space).step(0, 0)
-        assert [getattr(step, part).dtype for part in PARTS] == [np.int64, np.int64, np.int32, np.int32, bool]
+        assert [getattr(step, part).dtype for part in PARTS] == [
+            np.int64,
+            np.int64,
+            np.int32,
+            np.int32,
+            bool,
+        ]
 
 
 @pytest.mark.parametrize("space", ["user", "last", "every-prefix"])
@@ -123,13 +137,17 @@ def test_the_order_itself_is_frozen():
 
 def test_each_epoch_brings_other_records_together():
     plan = make_plan(window_records=4, batch_size=100)
-    first_windows = [frozenset((plan.step(epoch, 0).user_rows // 16).tolist()) for epoch in range(4)]
+    first_windows = [
+        frozenset((plan.step(epoch, 0).user_rows // 16).tolist()) for epoch in range(4)
+    ]
     assert len(set(first_windows)) == 4
 
 
 def test_epochs_and_seeds_differ_and_are_well_mixed():
     plan = make_plan()
-    orders = [np.concatenate([step.sample_ids for step in epoch_of(plan, epoch)]) for epoch in (0, 1)]
+    orders = [
+        np.concatenate([step.sample_ids for step in epoch_of(plan, epoch)]) for epoch in (0, 1)
+    ]
     orders.append(np.concatenate([step.sample_ids for step in epoch_of(make_plan(seed=2), 0)]))
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert (orders[first] == orders[second]).mean() < 0.02
@@ -156,14 +174,22 @@ def test_a_plan_travels_to_another_process():
 
 def test_windows_keep_a_step_within_few_records():
     plan = make_plan(np.full(20_000, 8), users_per_record=100, window_records=10, batch_size=64)
-    records = [len(set((plan.step(0, step).user_rows // 100).tolist())) for step in range(0, 500, 50)]
+    records = [
+        len(set((plan.step(0, step).user_rows // 100).tolist())) for step in range(0, 500, 50)
+    ]
     assert max(records) <= 20
     assert min(records) >= 8
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"space": "all"}, {"batch_size": 0}, {"users_per_record": 0}, {"trained_through": "n"}, {"window_records": 0}],
+    [
+        {"space": "all"},
+        {"batch_size": 0},
+        {"users_per_record": 0},
+        {"trained_through": "n"},
+        {"window_records": 0},
+    ],
 )
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong.values()))}"):
@@ -207,10 +233,17 @@ def test_keyed_uniform_is_uniform_and_independent_across_keys():
     base = keyed_uniform(0, 0, ids, 0)
     assert base.min() >= 0
     assert base.max() < 1
-    others = [keyed_uniform(0, 0, ids, 1), keyed_uniform(0, 1, ids, 0), keyed_uniform(1, 0, ids, 0), np.roll(base, 1)]
+    others = [
+        keyed_uniform(0, 0, ids, 1),
+        keyed_uniform(0, 1, ids, 0),
+        keyed_uniform(1, 0, ids, 0),
+        np.roll(base, 1),
+    ]
     for values in [base, *others]:
         counts = np.histogram(values, bins=100, range=(0, 1))[0]
-        assert ((counts - 1000.0) ** 2 / 1000).sum() < 160  # chi-square, 99 degrees of freedom: 1 in 10,000
+        assert (
+            (counts - 1000.0) ** 2 / 1000
+        ).sum() < 160  # chi-square, 99 degrees of freedom: 1 in 10,000
     for values in others:
         joint = np.histogram2d(base, values, bins=10, range=((0, 1), (0, 1)))[0]
         assert ((joint - 1000) ** 2 / 1000).sum() < 160

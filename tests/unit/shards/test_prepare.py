@@ -1,4 +1,5 @@
-"""The data directory: what is in it, that it is reproducible, and that damage is told in one line."""
+"""The data directory: what is in it, that it is reproducible, and that damage is told in one
+line."""
 
 import hashlib
 import json
@@ -23,7 +24,10 @@ def log(tmp_path):
 
 
 def digests(folder) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
 
 
 def test_files_and_columns_are_as_documented(log, tmp_path):
@@ -44,10 +48,23 @@ def test_files_and_columns_are_as_documented(log, tmp_path):
     assert [row["id"] for row in users] == ["u2", "u1", "u3"]
     info = json.loads((dataset.path / "dataset.json").read_text())
     assert set(info) == {
-        *("format_version", "source", "users", "items", "interactions", "numbering", "seed", "split", "ties"),
+        *(
+            "format_version",
+            "source",
+            "users",
+            "items",
+            "interactions",
+            "numbering",
+            "seed",
+            "split",
+            "ties",
+        ),
         *("sequences_hash", "numbering_hash", "dropped"),
     }
-    assert info["source"] == {"name": "log.txt", "sha256": hashlib.sha256(TEXT.encode()).hexdigest()}
+    assert info["source"] == {
+        "name": "log.txt",
+        "sha256": hashlib.sha256(TEXT.encode()).hexdigest(),
+    }
     assert (info["users"], info["items"], info["interactions"], info["dropped"]) == (3, 5, 12, {})
 
 
@@ -139,8 +156,14 @@ def swap_codes(folder):
         (lambda folder: damage_json(folder, sequences_hash="0" * 64), "sequences_hash"),
         (swap_codes, "numbering_hash"),
         (lambda folder: (folder / "users.parquet").unlink(), "users.parquet: no such file"),
-        (lambda folder: (folder / "items.parquet").write_bytes(b"PAR1"), "items.parquet: not readable as Parquet"),
-        (lambda folder: shutil.copy(folder / "users.parquet", folder / "sequences.parquet"), "no column items"),
+        (
+            lambda folder: (folder / "items.parquet").write_bytes(b"PAR1"),
+            "items.parquet: not readable as Parquet",
+        ),
+        (
+            lambda folder: shutil.copy(folder / "users.parquet", folder / "sequences.parquet"),
+            "no column items",
+        ),
     ],
 )
 def test_damage_is_told_in_one_line(log, tmp_path, damage, message):

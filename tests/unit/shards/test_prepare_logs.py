@@ -1,4 +1,5 @@
-"""A log becomes a data directory: the same as its sequences would, told, leak-free, complete or absent."""
+"""A log becomes a data directory: the same as its sequences would, told, leak-free, complete or
+absent."""
 
 import hashlib
 import json
@@ -42,7 +43,9 @@ def rows_of(sequences: Sequences, start: int = 1_400_000_000) -> list[tuple[str,
 
 
 def write_csv(rows, path):
-    path.write_text("user,item,timestamp\n" + "".join(f"{user},{item},{time}\n" for user, item, time in rows))
+    path.write_text(
+        "user,item,timestamp\n" + "".join(f"{user},{item},{time}\n" for user, item, time in rows)
+    )
     return path
 
 
@@ -63,7 +66,10 @@ def test_a_log_gives_what_its_sequences_give_to_the_last_byte_of_the_shards(tmp_
     assert (log.info.ties, plain.info.ties, log.info.read) == ("shuffle", "keep", len(rows))
     for name in ("plain", "log"):
         write_shards(
-            load_dataset(tmp_path / name), tmp_path / f"{name}-shards", users_per_shard=128, users_per_record=64
+            load_dataset(tmp_path / name),
+            tmp_path / f"{name}-shards",
+            users_per_shard=128,
+            users_per_record=64,
         )
     assert files(tmp_path / "plain-shards") == files(tmp_path / "log-shards")
 
@@ -80,7 +86,7 @@ def test_what_a_log_leaves_is_as_documented_and_reads_back(tmp_path):
             "items_below_k_core",
             "users_below_k_core",
             "users_below_min_length",
-        ),
+        )
     }
     assert info["read"] == len(rows) == info["interactions"] + sum(info["dropped"].values())
     assert info["dropped"]["duplicates"] == 1
@@ -90,17 +96,23 @@ def test_what_a_log_leaves_is_as_documented_and_reads_back(tmp_path):
     assert loaded.info == made.info
     assert loaded.timestamps.tolist() == made.timestamps.tolist()
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [
-        *("dataset.json", "items.parquet", "sequences.parquet", "users.parquet"),
+        *("dataset.json", "items.parquet", "sequences.parquet", "users.parquet")
     ]
     line = cleaning_told(made)[0]
-    assert line.startswith(f"{len(rows):,} rows read, {info['interactions']:,} kept; left out: 1 duplicates, ")
+    assert line.startswith(
+        f"{len(rows):,} rows read, {info['interactions']:,} kept; left out: 1 duplicates, "
+    )
 
 
 def test_numbering_anew_keeps_times_and_what_was_dropped(tmp_path):
     made = prepare(write_csv(rows_of(beauty_like()), tmp_path / "log.csv"), tmp_path / "data")
     again = prepare(tmp_path / "data", tmp_path / "again", numbering="train-order")
     assert again.timestamps.tolist() == made.timestamps.tolist()
-    assert (again.info.read, again.info.dropped, again.info.ties) == (made.info.read, made.info.dropped, "shuffle")
+    assert (again.info.read, again.info.dropped, again.info.ties) == (
+        made.info.read,
+        made.info.dropped,
+        "shuffle",
+    )
 
 
 def test_ties_are_audited(tmp_path):
@@ -125,9 +137,15 @@ def test_formats_are_told_by_name_and_content(tmp_path):
 
 @pytest.mark.parametrize("numbering", ["random", "train-order", "collaborative"])
 @settings(max_examples=15, deadline=None)
-@given(changes=st.dictionaries(st.integers(0, 39), st.integers(0, 11), min_size=1, max_size=40), which=st.booleans())
-def test_held_out_interactions_change_nothing_that_is_derived(tmp_path_factory, numbering, changes, which):
-    """Another item in the place of held-out ones, the catalogue and the users fixed: codes and popularity stay."""
+@given(
+    changes=st.dictionaries(st.integers(0, 39), st.integers(0, 11), min_size=1, max_size=40),
+    which=st.booleans(),
+)
+def test_held_out_interactions_change_nothing_that_is_derived(
+    tmp_path_factory, numbering, changes, which
+):
+    """Another item in the place of held-out ones, the catalogue and the users fixed: codes and
+    popularity stay."""
     folder = tmp_path_factory.mktemp("leak")
     rows = [
         (f"u{n:02d}", f"i{(n * n + 5 * m) % 12}", 1_400_000_000 + 100 * m + n)
@@ -183,13 +201,20 @@ def test_skipped_lines_are_counted_shown_and_part_of_the_sum(tmp_path, capfd):
 
 
 def test_sequences_skip_bad_lines_too(tmp_path):
-    (tmp_path / "log.txt").write_bytes(b"u1 1 2 3\nu2 1 2\nu1 4 5 6\nu3 \xff 1 2 3\nu4 1\x002 3 4\nu5 3 2 1\n")
+    (tmp_path / "log.txt").write_bytes(
+        b"u1 1 2 3\nu2 1 2\nu1 4 5 6\nu3 \xff 1 2 3\nu4 1\x002 3 4\nu5 3 2 1\n"
+    )
     with pytest.raises(DataError, match=r"log.txt:5: binary"):
         prepare(tmp_path / "log.txt", tmp_path / "data")
     made = prepare(tmp_path / "log.txt", tmp_path / "data", on_error="skip")
     assert made.sequences.user_ids == ["u1", "u5"]
     assert made.info.dropped == {"bad_lines": 4}
-    assert [line.split(": ")[0].rpartition(":")[2] for line in made.bad_lines[1:]] == ["2", "3", "4", "5"]
+    assert [line.split(": ")[0].rpartition(":")[2] for line in made.bad_lines[1:]] == [
+        "2",
+        "3",
+        "4",
+        "5",
+    ]
     assert replace(made, bad_lines=()).info == load_dataset(tmp_path / "data").info
 
 
@@ -200,10 +225,13 @@ def in_a_process(*command, **options) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("size", [20, 5_000, 30_000])
 def test_a_full_disk_is_told_wherever_it_fills(tmp_path, size):
-    """While rows wait for their users, while they are sorted, while Parquet is written: never half a data directory."""
+    """While rows wait for their users, while they are sorted, while Parquet is written: never half
+    a data directory."""
     log = write_csv(rows_of(beauty_like(400)), tmp_path / "log.csv")
     limit = (resource.RLIMIT_FSIZE, (size, size))
-    done = in_a_process("prepare", log, "--out", tmp_path / "data", preexec_fn=lambda: resource.setrlimit(*limit))
+    done = in_a_process(
+        "prepare", log, "--out", tmp_path / "data", preexec_fn=lambda: resource.setrlimit(*limit)
+    )
     assert done.returncode == 1, done
     assert done.stderr.count("\n") == 1, done.stderr
     assert f"{tmp_path / 'data'}" in done.stderr
@@ -257,7 +285,9 @@ def test_strange_ids_come_back_as_they_were(tmp_path):
         " edge ",
     ]
     quoted = ['"' + name.replace('"', '""') + '"' for name in ids]
-    lines = [f"{user},{item},{1_400_000_000 + n}\n" for user in quoted for n, item in enumerate(quoted)]
+    lines = [
+        f"{user},{item},{1_400_000_000 + n}\n" for user in quoted for n, item in enumerate(quoted)
+    ]
     (tmp_path / "log.csv").write_text("user,item,timestamp\n" + "".join(lines))
     prepare(tmp_path / "log.csv", tmp_path / "data")
     loaded = load_dataset(tmp_path / "data")

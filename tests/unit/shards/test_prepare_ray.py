@@ -1,4 +1,5 @@
-"""A log on a cluster becomes to the byte what it becomes on one machine, whatever is cut where, and says the same of bad lines."""
+"""A log on a cluster becomes to the byte what it becomes on one machine, whatever is cut where, and
+says the same of bad lines."""
 
 from __future__ import annotations
 
@@ -27,7 +28,19 @@ from genrec_shards.storage.reader import ShardReader
 from genrec_shards.storage.write import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray_logs import SMALL, START, WRITERS, csv_of, files, json_of, parquet_of, parts, rows_of, write_csv, write_folder
+from ray_logs import (
+    SMALL,
+    START,
+    WRITERS,
+    csv_of,
+    files,
+    json_of,
+    parquet_of,
+    parts,
+    rows_of,
+    write_csv,
+    write_folder,
+)
 
 from genrec_dist.cli.app import run_command
 
@@ -65,7 +78,9 @@ def told(source, out, engine, **more) -> str:
     with pytest.raises(ValueError) as caught:
         prepare(source, out, engine=engine, **more)
     assert "\n" not in str(caught.value)
-    assert not [path.name for path in out.parent.iterdir() if path.name.lstrip(".").startswith(out.name)]
+    assert not [
+        path.name for path in out.parent.iterdir() if path.name.lstrip(".").startswith(out.name)
+    ]
     return str(caught.value)
 
 
@@ -82,14 +97,24 @@ def check_alike(source, tmp_path, **more) -> Any:
 @pytest.mark.parametrize("write", WRITERS)
 def test_every_format_to_the_byte(tmp_path, in_process, write, ties):
     source, format = WRITERS[write](rows_of(1), tmp_path)
-    made = check_alike(source, tmp_path, format=format, ties=ties, seed=4, k_core=6, numbering="train-order")
-    assert all(made.info.dropped[reason] for reason in ("duplicates", "items_below_k_core", "users_below_k_core"))
+    made = check_alike(
+        source, tmp_path, format=format, ties=ties, seed=4, k_core=6, numbering="train-order"
+    )
+    assert all(
+        made.info.dropped[reason]
+        for reason in ("duplicates", "items_below_k_core", "users_below_k_core")
+    )
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_nothing_depends_on_how_the_work_is_cut(tmp_path, in_process, monkeypatch, seed):
     draw = random.Random(seed)
-    sizes = Sizes(*(draw.choice(sizes) for sizes in ((64, 700, 1 << 20), (64, 9000, 1 << 25), (64, 9000), (1, 2, 13))))
+    sizes = Sizes(
+        *(
+            draw.choice(sizes)
+            for sizes in ((64, 700, 1 << 20), (64, 9000, 1 << 25), (64, 9000), (1, 2, 13))
+        )
+    )
     monkeypatch.setattr(door, "SIZES", sizes)
     source, format = WRITERS[draw.choice(list(WRITERS))](rows_of(seed, 600), tmp_path)
     check_alike(
@@ -111,11 +136,20 @@ def test_blocks_outside_the_dates_are_left_out_by_both(tmp_path, in_process):
 
 def test_a_split_by_time_to_the_byte(tmp_path, in_process):
     source, _ = write_csv(rows_of(3), tmp_path)
-    made = check_alike(source, tmp_path, split="global-time", cutoff="2014-12-01,2015-03-01", k_core=3)
+    made = check_alike(
+        source, tmp_path, split="global-time", cutoff="2014-12-01,2015-03-01", k_core=3
+    )
     assert made.info.global_time is not None
     assert made.info.global_time.test_targets > 0
-    write_shards(load_dataset(tmp_path / "local"), tmp_path / "shards", users_per_shard=32, users_per_record=16)
-    write_shards_on_ray(tmp_path / "local", tmp_path / "ray-shards", users_per_shard=32, users_per_record=16)
+    write_shards(
+        load_dataset(tmp_path / "local"),
+        tmp_path / "shards",
+        users_per_shard=32,
+        users_per_record=16,
+    )
+    write_shards_on_ray(
+        tmp_path / "local", tmp_path / "ray-shards", users_per_shard=32, users_per_record=16
+    )
     assert files(tmp_path / "shards") == files(tmp_path / "ray-shards")
     assert "periods.npy" in files(tmp_path / "shards")
 
@@ -135,7 +169,9 @@ def test_bad_lines_are_counted_and_told_as_by_one_machine(tmp_path, in_process, 
         lines = csv_of(part).decode().splitlines()
         # Cells with line ends move what comes behind them, quotes that nobody closes join blocks.
         for place in sorted(draw.sample(range(2, len(lines)), 12)):
-            lines[place] = draw.choice(BAD if draw.random() < 0.6 else ('U7,"two\nlines",1400000000',))
+            lines[place] = draw.choice(
+                BAD if draw.random() < 0.6 else ('U7,"two\nlines",1400000000',)
+            )
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     made = check_alike(folder, tmp_path, on_error="skip", k_core=2)
     assert len(made.bad_lines) == 11
@@ -145,7 +181,11 @@ def test_bad_lines_are_counted_and_told_as_by_one_machine(tmp_path, in_process, 
 
 
 def test_bad_reviews_are_told_as_by_one_machine(tmp_path, in_process):
-    lines = json_of(rows_of(0), ("user_id", "parent_asin", "timestamp"), lambda time: time * 1000).decode().splitlines()
+    lines = (
+        json_of(rows_of(0), ("user_id", "parent_asin", "timestamp"), lambda time: time * 1000)
+        .decode()
+        .splitlines()
+    )
     for place in (0, 1, 500, 501, 900):
         lines[place] = '{"no": "review"}' if place % 2 else "nonsense"
     (tmp_path / "log.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
@@ -166,7 +206,11 @@ def test_the_first_number_of_the_log_settles_the_unit_wherever_it_is_read(tmp_pa
         (tmp_path / name / "log.csv").write_bytes(csv_of(log))
         check_alike(tmp_path / name / "log.csv", tmp_path / name, k_core=2)
     with pytest.raises(ValueError, match="far future"):
-        prepare(write_csv([*rows[:-1], ("u", "i", START * 1000)], tmp_path)[0], tmp_path / "out", engine="ray")
+        prepare(
+            write_csv([*rows[:-1], ("u", "i", START * 1000)], tmp_path)[0],
+            tmp_path / "out",
+            engine="ray",
+        )
 
 
 @pytest.mark.parametrize(
@@ -185,12 +229,17 @@ def test_the_first_number_of_the_log_settles_the_unit_wherever_it_is_read(tmp_pa
 )
 def test_what_is_wrong_with_a_file_is_said_alike(tmp_path, in_process, name, content):
     (tmp_path / name).write_bytes(content)
-    assert told(tmp_path / name, tmp_path / "out", "ray") == told(tmp_path / name, tmp_path / "out", "local")
+    assert told(tmp_path / name, tmp_path / "out", "ray") == told(
+        tmp_path / name, tmp_path / "out", "local"
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.sampled_from([b'"', b"\n", b"a,b", b'"x\ny"', b"\r\n", b"0123456789", b"\n\n"]), max_size=120),
+    st.lists(
+        st.sampled_from([b'"', b"\n", b"a,b", b'"x\ny"', b"\r\n", b"0123456789", b"\n\n"]),
+        max_size=120,
+    ),
     st.sampled_from([3, 7, 16]),
     st.booleans(),
 )
@@ -229,8 +278,12 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, monkeypatch):
     ):
         assert re.search(message, told(place, tmp_path / "out", "ray", **options)), place
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert told(source, tmp_path / "out", "ray").endswith("ray is not installed: pip install 'genrec-dist[tune]'")
-    assert "goes with --engine ray" in told(source, tmp_path / "out", "local", ray_address="127.0.0.1:1")
+    assert told(source, tmp_path / "out", "ray").endswith(
+        "ray is not installed: pip install 'genrec-dist[tune]'"
+    )
+    assert "goes with --engine ray" in told(
+        source, tmp_path / "out", "local", ray_address="127.0.0.1:1"
+    )
 
 
 @pytest.mark.parametrize("format", ["csv", "amazon", "parquet", "csv.gz"])
@@ -241,13 +294,19 @@ def test_a_log_behind_a_web_server(tmp_path, in_process, format):
     if format == "parquet":
         parquet_of(rows, folder / name)
     else:
-        text = json_of(rows, ("user_id", "parent_asin", "timestamp")) if format == "amazon" else csv_of(rows)
+        text = (
+            json_of(rows, ("user_id", "parent_asin", "timestamp"))
+            if format == "amazon"
+            else csv_of(rows)
+        )
         (folder / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
     local = prepare(folder / name, tmp_path / "local", k_core=3)
     with serving(folder) as server:
         prepare(f"{server.url}/{name}", tmp_path / "ray", engine="ray", k_core=3)
         assert files(tmp_path / "local") == files(tmp_path / "ray")
-        assert f"{server.url}/none.csv: no such file" in told(f"{server.url}/none.csv", tmp_path / "none", "ray")
+        assert f"{server.url}/none.csv: no such file" in told(
+            f"{server.url}/none.csv", tmp_path / "none", "ray"
+        )
     assert local.info.source.name == name
     uri = (folder / name).as_uri()
     prepare(uri, (tmp_path / "by uri").as_uri(), engine="ray", k_core=3)
@@ -261,8 +320,16 @@ def test_from_s3_to_s3(tmp_path, in_process, s3, monkeypatch):
         path.touch()
         s3.upload_file(str(path), "bucket", f"logs/{path.name}")
     data = "s3://bucket/data"
-    assert run_command(["prepare", str(source), "--out", str(tmp_path / "local"), "--k-core", "3"]) == 0
-    assert run_command(["prepare", "s3://bucket/logs", "--out", data, "--k-core", "3", "--engine", "ray"]) == 0
+    assert (
+        run_command(["prepare", str(source), "--out", str(tmp_path / "local"), "--k-core", "3"])
+        == 0
+    )
+    assert (
+        run_command(
+            ["prepare", "s3://bucket/logs", "--out", data, "--k-core", "3", "--engine", "ray"]
+        )
+        == 0
+    )
     found = stored(s3, "data")
     made = files(tmp_path / "local")
     for held in (found, made):  # which bear the folder's name
@@ -270,7 +337,10 @@ def test_from_s3_to_s3(tmp_path, in_process, s3, monkeypatch):
     assert found == made
     assert run_command(["prepare", "s3://bucket/logs", "--out", data, "--engine", "ray"]) == 1
     shards = write_shards(
-        load_dataset(tmp_path / "local"), tmp_path / "shards", users_per_shard=32, users_per_record=16
+        load_dataset(tmp_path / "local"),
+        tmp_path / "shards",
+        users_per_shard=32,
+        users_per_record=16,
     )
     again = {"users_per_shard": 32, "users_per_record": 16}
     assert write_shards_on_ray(data, f"{data}/shards", **again) == shards
@@ -284,7 +354,9 @@ def test_from_s3_to_s3(tmp_path, in_process, s3, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         write_shards_on_ray(data, f"{data}/shards", overwrite=True, **again)
     assert "manifest.json" not in stored(s3, "data/shards")
-    with pytest.raises(ValueError, match=r"cannot be written to: choose a path, or an address of s3://"):
+    with pytest.raises(
+        ValueError, match=r"cannot be written to: choose a path, or an address of s3://"
+    ):
         write_shards_on_ray(tmp_path / "local", "https://127.0.0.1/shards", **again)
 
 
@@ -301,7 +373,11 @@ def s3(monkeypatch):
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
+    for name, value in (
+        ("ACCESS_KEY_ID", "key"),
+        ("SECRET_ACCESS_KEY", "secret"),
+        ("DEFAULT_REGION", "us-east-1"),
+    ):
         monkeypatch.setenv(f"AWS_{name}", value)
     monkeypatch.setattr("genrec_shards.storage.remote._clients", {})
     client = boto3.client("s3")
@@ -312,8 +388,12 @@ def s3(monkeypatch):
 
 def stored(s3: Any, folder: str) -> dict[str, bytes]:
     """The files right below a folder of the bucket."""
-    listed = s3.list_objects_v2(Bucket="bucket", Prefix=f"{folder}/", Delimiter="/").get("Contents", [])
+    listed = s3.list_objects_v2(Bucket="bucket", Prefix=f"{folder}/", Delimiter="/").get(
+        "Contents", []
+    )
     return {
-        entry["Key"].rpartition("/")[2]: s3.get_object(Bucket="bucket", Key=entry["Key"])["Body"].read()
+        entry["Key"].rpartition("/")[2]: s3.get_object(Bucket="bucket", Key=entry["Key"])[
+            "Body"
+        ].read()
         for entry in listed
     }

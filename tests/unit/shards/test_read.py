@@ -1,4 +1,5 @@
-"""Reading shards: every record and user exact, damage told by name, nothing in a member ever run."""
+"""Reading shards: every record and user exact, damage told by name, nothing in a member ever
+run."""
 
 import io
 import multiprocessing
@@ -29,7 +30,9 @@ def made(tmp_path_factory) -> Dataset:
     rng = np.random.default_rng(1)
     lengths = rng.integers(3, 20, NUM_USERS)
     ids = [str(item) for item in rng.integers(0, 60, lengths.sum())]
-    write_sequences(sequences_from_ids([f"u{u}" for u in range(NUM_USERS)], lengths, ids), folder / "log.txt")
+    write_sequences(
+        sequences_from_ids([f"u{u}" for u in range(NUM_USERS)], lengths, ids), folder / "log.txt"
+    )
     dataset = prepare(folder / "log.txt", folder / "data")
     write_shards(dataset, folder / "shards", users_per_shard=64, users_per_record=16)
     return dataset
@@ -62,7 +65,9 @@ def test_records_tile_the_users(made):
     for index in range(reader.num_records):
         record = reader.record(index)
         assert record.first_user == record.users[0]
-        assert {record.users.dtype, record.offsets.dtype, record.items.dtype} == {np.dtype(np.int32)}
+        assert {record.users.dtype, record.offsets.dtype, record.items.dtype} == {
+            np.dtype(np.int32)
+        }
         users += record.users.tolist()
         for place, user in enumerate(record.users):
             own = record.items[record.offsets[place] : record.offsets[place + 1]]
@@ -77,7 +82,11 @@ def test_records_tile_the_users(made):
 @settings(max_examples=60, deadline=None)
 def test_gather_gives_any_users_in_any_order(made, users):
     for cache_records in (1, 256):
-        check_gather(ShardReader(made.path.parent / "shards", verify=False, cache_records=cache_records), made, users)
+        check_gather(
+            ShardReader(made.path.parent / "shards", verify=False, cache_records=cache_records),
+            made,
+            users,
+        )
 
 
 def test_gather_refuses_users_that_do_not_exist(made):
@@ -152,26 +161,68 @@ def flip(path, position: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda s: os.truncate(s / "shard-000001.tar", 512 * 8), "shard-000001.tar: 4096 bytes, expected"),
-        (lambda s: flip(s / "shard-000002.tar", 3), "shard-000002.tar: sha256 .* expected .* shard again"),
+        (
+            lambda s: os.truncate(s / "shard-000001.tar", 512 * 8),
+            "shard-000001.tar: 4096 bytes, expected",
+        ),
+        (
+            lambda s: flip(s / "shard-000002.tar", 3),
+            "shard-000002.tar: sha256 .* expected .* shard again",
+        ),
         (lambda s: flip(s / "shard-000000.tar", 5000), "shard-000000.tar: sha256"),
         (lambda s: (s / "shard-000001.tar").unlink(), "shard-000001.tar: no such shard"),
         (lambda s: (s / "manifest.json").unlink(), "manifest.json: no such file"),
         (lambda s: (s / "manifest.json").write_text("{"), "not a manifest"),
         (lambda s: (s / "manifest.json").write_text("[1]"), "not a manifest"),
-        (lambda s: change_manifest(s, lambda m: m.update(format_version=1)), "format_version 1, .* 2: shard again"),
-        (lambda s: change_manifest(s, lambda m: m.update(interactions=7)), "lengths.npy: .* interactions of 150 users"),
-        (lambda s: change_manifest(s, lambda m: m["shards"][0]["records"][0].update(offset=-1)), "no whole number"),
-        (lambda s: change_manifest(s, lambda m: m["shards"][0]["records"][0].update(bytes="9")), "no whole number"),
-        (lambda s: change_manifest(s, lambda m: m["shards"][0]["records"][3].update(offset=10**9)), "behind the end"),
+        (
+            lambda s: change_manifest(s, lambda m: m.update(format_version=1)),
+            "format_version 1, .* 2: shard again",
+        ),
+        (
+            lambda s: change_manifest(s, lambda m: m.update(interactions=7)),
+            "lengths.npy: .* interactions of 150 users",
+        ),
+        (
+            lambda s: change_manifest(s, lambda m: m["shards"][0]["records"][0].update(offset=-1)),
+            "no whole number",
+        ),
+        (
+            lambda s: change_manifest(s, lambda m: m["shards"][0]["records"][0].update(bytes="9")),
+            "no whole number",
+        ),
+        (
+            lambda s: change_manifest(
+                s, lambda m: m["shards"][0]["records"][3].update(offset=10**9)
+            ),
+            "behind the end",
+        ),
         (lambda s: change_manifest(s, lambda m: m.update(users=151)), "expected|follow"),
-        (lambda s: change_manifest(s, lambda m: m["shards"].pop()), "records of 128 users, 150 expected"),
-        (lambda s: change_manifest(s, lambda m: m["shards"][0].update(users=63)), "does not hold its 63 users"),
+        (
+            lambda s: change_manifest(s, lambda m: m["shards"].pop()),
+            "records of 128 users, 150 expected",
+        ),
+        (
+            lambda s: change_manifest(s, lambda m: m["shards"][0].update(users=63)),
+            "does not hold its 63 users",
+        ),
         (lambda s: change_manifest(s, lambda m: m["shards"][0]["records"].reverse()), "follow"),
-        (lambda s: change_manifest(s, lambda m: m["shards"][0].update(name="../data/x.tar")), "leads out"),
+        (
+            lambda s: change_manifest(s, lambda m: m["shards"][0].update(name="../data/x.tar")),
+            "leads out",
+        ),
         *(
-            (lambda s, name=name: change_manifest(s, lambda m: m["shards"][0].update(name=name)), "leads out")
-            for name in ("..", "", "a/b.tar", "pipe:touch canary", "%2e%2e%2fx.tar", "x.tar?versionId=1")
+            (
+                lambda s, name=name: change_manifest(s, lambda m: m["shards"][0].update(name=name)),
+                "leads out",
+            )
+            for name in (
+                "..",
+                "",
+                "a/b.tar",
+                "pipe:touch canary",
+                "%2e%2e%2fx.tar",
+                "x.tar?versionId=1",
+            )
         ),
         (lambda s: flip(s / "lengths.npy", 200), "lengths.npy: sha256 .* expected .* shard again"),
         (lambda s: (s / "lengths.npy").unlink(), "lengths.npy: cannot be read"),
@@ -212,13 +263,31 @@ def test_pickled_members_are_refused_and_never_run(shards, tmp_path, member):
         (lambda m: m.pop("00000000.users.npy"), "members"),
         (lambda m: m.update({"00000001.users.npy": m.pop("00000000.users.npy")}), "members"),
         (lambda m: m.update({"00000000.items.npy": b""}), "not a plain array"),
-        (lambda m: m.update({"00000000.items.npy": m["00000000.items.npy"][:-4]}), "not a plain array"),
-        (lambda m: m.update({"00000000.items.npy": npy(np.zeros(5, np.int64))}), "int64 of 1 dimensions"),
-        (lambda m: m.update({"00000000.items.npy": npy(np.zeros((5, 1), np.int32))}), "of 2 dimensions"),
+        (
+            lambda m: m.update({"00000000.items.npy": m["00000000.items.npy"][:-4]}),
+            "not a plain array",
+        ),
+        (
+            lambda m: m.update({"00000000.items.npy": npy(np.zeros(5, np.int64))}),
+            "int64 of 1 dimensions",
+        ),
+        (
+            lambda m: m.update({"00000000.items.npy": npy(np.zeros((5, 1), np.int32))}),
+            "of 2 dimensions",
+        ),
         (lambda m: m.update({"00000000.items.npy": npy(np.zeros(5, np.int32))}), "lengths differ"),
-        (lambda m: m.update({"00000000.users.npy": npy(np.arange(1, 17, dtype=np.int32))}), "other users"),
-        (lambda m: m.update({"00000000.offsets.npy": npy(np.arange(16, dtype=np.int32))}), "offsets do not fit"),
-        (lambda m: m.update({"00000000.offsets.npy": npy(np.arange(17, dtype=np.int32))}), "lengths differ"),
+        (
+            lambda m: m.update({"00000000.users.npy": npy(np.arange(1, 17, dtype=np.int32))}),
+            "other users",
+        ),
+        (
+            lambda m: m.update({"00000000.offsets.npy": npy(np.arange(16, dtype=np.int32))}),
+            "offsets do not fit",
+        ),
+        (
+            lambda m: m.update({"00000000.offsets.npy": npy(np.arange(17, dtype=np.int32))}),
+            "lengths differ",
+        ),
     ],
 )
 def test_a_record_that_is_not_ours_is_named(shards, change, message):

@@ -1,4 +1,5 @@
-"""More than a thousand damaged files of every format: a reader reads them or says in one line why not."""
+"""More than a thousand damaged files of every format: a reader reads them or says in one line why
+not."""
 
 import gzip
 import io
@@ -24,17 +25,24 @@ NOISE = [
 
 
 def csv_file(draw: random.Random) -> bytes:
-    rows = [f"u{draw.randrange(9)},i{draw.randrange(9)},{AT + draw.randrange(99)}\n" for _ in range(30)]
+    rows = [
+        f"u{draw.randrange(9)},i{draw.randrange(9)},{AT + draw.randrange(99)}\n" for _ in range(30)
+    ]
     return ("user,item,timestamp\n" + "".join(rows)).encode()
 
 
 def json_file(draw: random.Random, names: tuple[str, str, str], spell=json.dumps) -> bytes:
-    rows = [(f"u{draw.randrange(9)}", f"i{draw.randrange(9)}", AT + draw.randrange(99)) for _ in range(30)]
+    rows = [
+        (f"u{draw.randrange(9)}", f"i{draw.randrange(9)}", AT + draw.randrange(99))
+        for _ in range(30)
+    ]
     return "".join(spell(dict(zip(names, row, strict=True))) + "\n" for row in rows).encode()
 
 
 def sequences_file(draw: random.Random) -> bytes:
-    return "".join(f"u{n} " + " ".join(str(draw.randrange(99)) for _ in range(5)) + "\n" for n in range(20)).encode()
+    return "".join(
+        f"u{n} " + " ".join(str(draw.randrange(99)) for _ in range(5)) + "\n" for n in range(20)
+    ).encode()
 
 
 def parquet_file(draw: random.Random) -> bytes:

@@ -1,4 +1,5 @@
-"""The reader of interactions: every way a table may be written reads alike, and a bad row is told with its line."""
+"""The reader of interactions: every way a table may be written reads alike, and a bad row is told
+with its line."""
 
 import datetime
 import gzip
@@ -16,9 +17,16 @@ from genrec_shards.timestamps import Clock
 
 SECOND = 1_000_000
 AT = 1_400_000_000
-ROWS = [("u1", "i9", AT), ("u1", "i7", AT + 5), ("u 2", 'say "x"', AT + 6), ("é.3", "日本,1", AT + 7)]
+ROWS = [
+    ("u1", "i9", AT),
+    ("u1", "i7", AT + 5),
+    ("u 2", 'say "x"', AT + 6),
+    ("é.3", "日本,1", AT + 7),
+]
 TIMES = [str(time) for _, _, time in ROWS]
-CSV = 'user,item,timestamp\nu1,i9,{}\nu1,i7,{}\nu 2,"say ""x""",{}\né.3,"日本,1",{}\n'.format(*TIMES)
+CSV = 'user,item,timestamp\nu1,i9,{}\nu1,i7,{}\nu 2,"say ""x""",{}\né.3,"日本,1",{}\n'.format(
+    *TIMES
+)
 
 
 def rows_of(path, columns=None, on_error="stop", unit="auto"):
@@ -48,7 +56,10 @@ def put(tmp_path, content, name="log.csv"):
         ("no_last_end.csv", CSV.rstrip("\n")),
         ("blank_lines.csv", CSV.replace("\n", "\n\n  \n")),
         ("capitals.csv", CSV.replace("user,item,timestamp", "UserId,movieId,Date")),
-        ("recbole.inter", CSV.replace(",", "\t").replace("日本\t1", "日本,1").replace("user", "user_id:token", 1)),
+        (
+            "recbole.inter",
+            CSV.replace(",", "\t").replace("日本\t1", "日本,1").replace("user", "user_id:token", 1),
+        ),
         ("semicolons.csv", CSV.replace(",", ";").replace("日本;1", "日本,1")),
     ],
 )
@@ -90,7 +101,9 @@ def test_dates_alone_are_midnight(tmp_path):
 
 def test_columns_are_named_where_they_have_other_names(tmp_path):
     path = put(tmp_path, CSV.replace("user,item,timestamp", "who,what,when"))
-    with pytest.raises(DataError, match=r":1: no column of users, only who, what, when: name .* --columns"):
+    with pytest.raises(
+        DataError, match=r":1: no column of users, only who, what, when: name .* --columns"
+    ):
         rows_of(path)
     assert rows_of(path, ("who", "what", "when"))[0] == expected()
     with pytest.raises(DataError, match="no column whom"):
@@ -112,7 +125,11 @@ def table(**changes):
     [
         {},
         {"timestamp": pa.array([time * 1000 for _, _, time in ROWS], pa.timestamp("ms"))},
-        {"timestamp": pa.array([time * 10**9 for _, _, time in ROWS], pa.timestamp("ns", "Europe/Berlin"))},
+        {
+            "timestamp": pa.array(
+                [time * 10**9 for _, _, time in ROWS], pa.timestamp("ns", "Europe/Berlin")
+            )
+        },
         {"timestamp": pa.array([float(time) for _, _, time in ROWS])},
         {"timestamp": pa.array([time for _, _, time in ROWS], pa.uint32())},
         {"timestamp": pa.array([iso(time) for _, _, time in ROWS])},
@@ -150,12 +167,18 @@ def test_an_empty_folder_is_told(tmp_path):
 def test_the_size_of_blocks_changes_nothing(tmp_path, monkeypatch, size):
     monkeypatch.setattr(blocks_module, "BLOCK_BYTES", size)
     text = CSV + '"two\nlines",i1,1400000009\n' * 3 + "u5,i5,1400000010\n"
-    wanted = [*expected(), *[("two\nlines", "i1", 1400000009 * SECOND)] * 3, ("u5", "i5", 1400000010 * SECOND)]
+    wanted = [
+        *expected(),
+        *[("two\nlines", "i1", 1400000009 * SECOND)] * 3,
+        ("u5", "i5", 1400000010 * SECOND),
+    ]
     assert rows_of(put(tmp_path, text))[0] == wanted
 
 
 def test_many_rows_take_the_fast_way_and_the_same(tmp_path):
-    made = pl.DataFrame({"user": range(5000), "item": range(5000), "timestamp": range(AT, AT + 5000)})
+    made = pl.DataFrame(
+        {"user": range(5000), "item": range(5000), "timestamp": range(AT, AT + 5000)}
+    )
     buffer = io.BytesIO()
     made.write_csv(buffer)
     found = rows_of(put(tmp_path, buffer.getvalue()))[0]
@@ -184,7 +207,12 @@ BAD = [
 @pytest.mark.parametrize(("line", "reason"), BAD)
 def test_a_bad_line_in_the_middle(tmp_path, line, reason):
     lines = CSV.encode().splitlines(keepends=True)
-    path = put(tmp_path, b"".join([*lines[:3], line if isinstance(line, bytes) else line.encode(), b"\n", *lines[3:]]))
+    path = put(
+        tmp_path,
+        b"".join(
+            [*lines[:3], line if isinstance(line, bytes) else line.encode(), b"\n", *lines[3:]]
+        ),
+    )
     with pytest.raises(DataError, match=f"log.csv:4: .*{reason}") as caught:
         rows_of(path)
     assert "\n" not in str(caught.value)
@@ -196,7 +224,10 @@ def test_a_bad_line_in_the_middle(tmp_path, line, reason):
 
 
 def test_a_quote_within_a_plain_cell_is_a_quote(tmp_path):
-    path = put(tmp_path, f'user,item,timestamp\nu1,12" disc,{AT}\nu1,5" or 7",{AT}\nu1,"two\nlines",{AT}\nu2,b,{AT}\n')
+    path = put(
+        tmp_path,
+        f'user,item,timestamp\nu1,12" disc,{AT}\nu1,5" or 7",{AT}\nu1,"two\nlines",{AT}\nu2,b,{AT}\n',
+    )
     assert [row[:2] for row in rows_of(path)[0]] == [
         ("u1", '12" disc'),
         ("u1", '5" or 7"'),
@@ -264,7 +295,13 @@ def test_parquet_without_the_column_or_of_a_type_that_is_none(tmp_path):
     pq.write_table(table().drop_columns(["item"]), path)
     with pytest.raises(DataError, match="no column of items, only rating, timestamp, user"):
         rows_of(path)
-    for strange in ([[1], [2], [3], [4]], [b"1"] * 4, [True] * 4, [datetime.timedelta(1)] * 4, [{"a": 1}] * 4):
+    for strange in (
+        [[1], [2], [3], [4]],
+        [b"1"] * 4,
+        [True] * 4,
+        [datetime.timedelta(1)] * 4,
+        [{"a": 1}] * 4,
+    ):
         pq.write_table(table(item=pa.array(strange)), path)
         with pytest.raises(DataError, match="the column of items is "):
             rows_of(path)
@@ -274,7 +311,20 @@ def test_parquet_without_the_column_or_of_a_type_that_is_none(tmp_path):
 
 
 def test_strange_ids_stay_what_they_are(tmp_path):
-    ids = ["x" * 10_000, "1" * 5_000, "a.b", "it's", "é", "🙂", "no\u00a0break", " edge ", "%,;", "NULL", "nan", "007"]
+    ids = [
+        "x" * 10_000,
+        "1" * 5_000,
+        "a.b",
+        "it's",
+        "é",
+        "🙂",
+        "no\u00a0break",
+        " edge ",
+        "%,;",
+        "NULL",
+        "nan",
+        "007",
+    ]
     quoted = [name.replace('"', '""') for name in ids]
     text = "user,item,time\n" + "".join(f'"{name}","{name}",{AT}\n' for name in quoted)
     assert [row[0] for row in rows_of(put(tmp_path, text))[0]] == ids
@@ -305,7 +355,11 @@ def test_whole_numbers_are_places_of_a_text_without_names(tmp_path, content, col
 
 def test_a_name_that_is_a_number_is_a_place_in_text_and_a_name_in_parquet(tmp_path):
     table = pa.table(
-        {"2": [user for user, _, _ in ROWS], "0": [item for _, item, _ in ROWS], "1": [t for _, _, t in ROWS]}
+        {
+            "2": [user for user, _, _ in ROWS],
+            "0": [item for _, item, _ in ROWS],
+            "1": [t for _, _, t in ROWS],
+        }
     )
     pq.write_table(table, tmp_path / "log.parquet")
     assert rows_of(tmp_path / "log.parquet", ("2", "0", "1"))[0] == expected()
@@ -314,7 +368,11 @@ def test_a_name_that_is_a_number_is_a_place_in_text_and_a_name_in_parquet(tmp_pa
     assert rows_of(tmp_path / "log.parquet", ("0", "1", "2"))[0] == expected()
     # A line with names is a row like the others, and its time is none.
     found, bad = rows_of(put(tmp_path, CSV), ("0", "1", "2"), "skip")
-    assert (found, bad.count, bad.shown[0].split(": ")[0]) == (expected(), 1, f"{tmp_path / 'log.csv'}:1")
+    assert (found, bad.count, bad.shown[0].split(": ")[0]) == (
+        expected(),
+        1,
+        f"{tmp_path / 'log.csv'}:1",
+    )
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])

@@ -81,7 +81,12 @@ def review_yelp(user: str, item: str, day: int) -> dict:
     }
 
 
-ROWS = [("A3", "B001", 14_000), ("A3", "B002", 14_001), ("A1", "B001", 14_000), ("A_é", "0007", 14_500)]
+ROWS = [
+    ("A3", "B001", 14_000),
+    ("A3", "B002", 14_001),
+    ("A1", "B001", 14_000),
+    ("A_é", "0007", 14_500),
+]
 SHAPES = {"2014": review_2014, "2018": review_2018, "2023": review_2023}
 WRITERS = {
     "2014": lambda row: json.dumps(row),
@@ -112,13 +117,19 @@ def test_each_release_of_amazon_reads_alike(tmp_path, release, name):
 
 
 def test_lines_of_json_and_of_python_may_stand_in_one_file(tmp_path):
-    path = written(tmp_path, [(repr if n % 2 else json.dumps)(review_2014(*row)) for n, row in enumerate(ROWS)])
+    path = written(
+        tmp_path, [(repr if n % 2 else json.dumps)(review_2014(*row)) for n, row in enumerate(ROWS)]
+    )
     assert read(read_amazon, path)[0] == [(user, item, day * DAY) for user, item, day in ROWS]
 
 
 def test_yelp_is_read_within_its_dates(tmp_path):
     rows = [(f"u{user}", f"b{item}", 28 * item + user) for user in range(5) for item in range(5)]
-    path = written(tmp_path, [json.dumps(review_yelp(*row)) for row in rows], "yelp_academic_dataset_review.json")
+    path = written(
+        tmp_path,
+        [json.dumps(review_yelp(*row)) for row in rows],
+        "yelp_academic_dataset_review.json",
+    )
     assert guess_format(path) == "yelp"
     found = read(read_yelp, path)[0]
     assert [(user, item) for user, item, _ in found] == [row[:2] for row in rows]
@@ -182,7 +193,10 @@ BAD = [
     ("{", "no object in JSON"),
     ("[1, 2]", "no object in JSON"),
     ("nothing at all", "no object in JSON"),
-    ('{"asin": "B1"}', "no review of --format amazon: fields reviewerID, asin, unixReviewTime are needed, it has asin"),
+    (
+        '{"asin": "B1"}',
+        "no review of --format amazon: fields reviewerID, asin, unixReviewTime are needed, it has asin",
+    ),
     (json.dumps(review_2014("A1", "B1", 1) | {"unixReviewTime": None}), "no time"),
     (json.dumps(review_2014("A1", "B1", 1) | {"unixReviewTime": -5}), "negative"),
     (json.dumps(review_2014("A1", "B1", 1) | {"unixReviewTime": 10**12}), "far future"),
@@ -237,8 +251,12 @@ def test_files_that_are_no_reviews(tmp_path, reader, format, content, message):
 
 
 def test_a_set_that_is_not_the_published_one_is_refused(tmp_path):
-    path = written(tmp_path, [json.dumps(review_2014(f"u{n}", f"i{m}", m)) for n in range(5) for m in range(5)])
-    with pytest.raises(DataError, match=r"5 users and 5 items, the paper's Table 2 has 22,363 and 12,101 of beauty"):
+    path = written(
+        tmp_path, [json.dumps(review_2014(f"u{n}", f"i{m}", m)) for n in range(5) for m in range(5)]
+    )
+    with pytest.raises(
+        DataError, match=r"5 users and 5 items, the paper's Table 2 has 22,363 and 12,101 of beauty"
+    ):
         prepare(path, tmp_path / "data", expect="beauty")
     assert not (tmp_path / "data").exists()
 

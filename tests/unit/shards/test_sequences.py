@@ -8,7 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from genrec_shards.errors import DataError
-from genrec_shards.sequences import flat_ranges, read_sequences, sequences_from_ids, sort_ids, write_sequences
+from genrec_shards.sequences import (
+    flat_ranges,
+    read_sequences,
+    sequences_from_ids,
+    sort_ids,
+    write_sequences,
+)
 
 TEXT = "u2 10 9 100\nu1 9 10 9 7\n"
 
@@ -40,7 +46,10 @@ def test_ids_sort_by_number_only_if_all_are_whole_numbers():
 
 def test_plain_gz_by_content_crlf_tabs_blank_lines_and_bom_read_alike(tmp_path):
     wanted = read_text(tmp_path, TEXT).sequences_hash()
-    assert read_text(tmp_path, gzip.compress(TEXT.encode()), "named_plain.txt").sequences_hash() == wanted
+    assert (
+        read_text(tmp_path, gzip.compress(TEXT.encode()), "named_plain.txt").sequences_hash()
+        == wanted
+    )
     assert read_text(tmp_path, TEXT, "named.gz").sequences_hash() == wanted
     messy = "\ufeff" + TEXT.replace("\n", "\r\n\r\n  \n").replace(" ", " \t ")
     assert read_text(tmp_path, messy).sequences_hash() == wanted
@@ -48,7 +57,10 @@ def test_plain_gz_by_content_crlf_tabs_blank_lines_and_bom_read_alike(tmp_path):
 
 def test_splits_and_training_ends(tmp_path):
     sequences = read_text(tmp_path, TEXT)
-    validation, test = sequences.history_and_target("validation"), sequences.history_and_target("test")
+    validation, test = (
+        sequences.history_and_target("validation"),
+        sequences.history_and_target("test"),
+    )
     assert validation.starts.tolist() == [0, 3]
     assert validation.ends.tolist() == [1, 5]
     assert [sequences.item_ids[row] for row in validation.targets] == ["9", "9"]
@@ -94,14 +106,26 @@ def test_missing_file_and_directory(tmp_path):
 
 
 def test_strange_ids_survive_a_round_trip(tmp_path):
-    ids = ["x" * 10_000, "1" * 10_000, "a.b", '"q"', "été", "日本", "no\u00a0break", "\u2028", "%,;"]
+    ids = [
+        "x" * 10_000,
+        "1" * 10_000,
+        "a.b",
+        '"q"',
+        "été",
+        "日本",
+        "no\u00a0break",
+        "\u2028",
+        "%,;",
+    ]
     sequences = sequences_from_ids(["u.1", "ü"], [4, 5], ids)
     for name in ("out.txt", "out.txt.gz"):
         write_sequences(sequences, tmp_path / name)
         again = read_sequences(tmp_path / name)
         assert again.sequences_hash() == sequences.sequences_hash()
         assert (again.user_ids, again.item_ids) == (sequences.user_ids, sequences.item_ids)
-    assert (tmp_path / "out.txt.gz").read_bytes()[4:8] == bytes(4)  # no time stamp: the same bytes tomorrow
+    assert (tmp_path / "out.txt.gz").read_bytes()[4:8] == bytes(
+        4
+    )  # no time stamp: the same bytes tomorrow
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
@@ -134,9 +158,17 @@ def test_beauty_and_sports_match_the_papers_table_2():
     started = time.perf_counter()
     beauty = read_sequences(folder / "Beauty.txt.gz")
     assert time.perf_counter() - started < 2
-    assert (beauty.num_users, beauty.num_items, beauty.num_interactions) == (22_363, 12_101, 198_502)
+    assert (beauty.num_users, beauty.num_items, beauty.num_interactions) == (
+        22_363,
+        12_101,
+        198_502,
+    )
     sports = read_sequences(folder / "Sports_and_Outdoors.txt.gz")
-    assert (sports.num_users, sports.num_items, sports.num_interactions) == (35_598, 18_357, 296_337)
+    assert (sports.num_users, sports.num_items, sports.num_interactions) == (
+        35_598,
+        18_357,
+        296_337,
+    )
 
 
 def test_flat_ranges_lay_stretches_end_to_end():

@@ -1,4 +1,5 @@
-"""A split by time: the core, histories and targets of a ten-line reference, and nothing derived that a held-out row moves."""
+"""A split by time: the core, histories and targets of a ten-line reference, and nothing derived
+that a held-out row moves."""
 
 from __future__ import annotations
 
@@ -45,7 +46,10 @@ CUTOFF = Cutoff(10, 20)
 
 def cleaned(rows: list[Row], tmp_path_factory: pytest.TempPathFactory, **options: Any) -> CleanLog:
     schema = {"user": pl.String, "item": pl.String, "time": pl.Int64}
-    frames = [pl.DataFrame(rows[first : first + 9], schema=schema, orient="row") for first in range(0, len(rows), 9)]
+    frames = [
+        pl.DataFrame(rows[first : first + 9], schema=schema, orient="row")
+        for first in range(0, len(rows), 9)
+    ]
     cleaning = Cleaning(**{"cutoff": CUTOFF, "min_length": 1, **options})
     return clean(frames, cleaning, tmp_path_factory.mktemp("rows"), "log.csv")
 
@@ -81,7 +85,10 @@ class Expected:
             "rows_of_items_outside_the_catalogue": len(unknown),
             "duplicates": len(log) - len(once),
         }
-        rows = {user: sorted((time, item) for who, item, time in kept if who == user) for user in sorted(users)}
+        rows = {
+            user: sorted((time, item) for who, item, time in kept if who == user)
+            for user in sorted(users)
+        }
         return cls(dropped, len({row[0] for row in strangers}), rows)
 
     def asked(self, user: str, split: Split) -> tuple[int, int]:
@@ -92,7 +99,9 @@ class Expected:
 
 
 logs = st.lists(
-    st.tuples(st.sampled_from([f"u{n}" for n in range(7)]), st.sampled_from("abcdef"), st.integers(0, 29)),
+    st.tuples(
+        st.sampled_from([f"u{n}" for n in range(7)]), st.sampled_from("abcdef"), st.integers(0, 29)
+    ),
     min_size=20,
     max_size=150,
 )
@@ -103,21 +112,29 @@ logs = st.lists(
     rows=logs, k=st.integers(0, 4), min_length=st.integers(1, 5), ties=st.sampled_from(["shuffle", "keep"]),
     size=st.sampled_from([1, 3, 100]),
 )  # fmt: skip
-def test_core_histories_and_targets_are_those_of_the_plain_way(tmp_path_factory, rows, k, min_length, ties, size):
+def test_core_histories_and_targets_are_those_of_the_plain_way(
+    tmp_path_factory, rows, k, min_length, ties, size
+):
     wanted = Expected.of(rows, k, min_length)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(buckets_module, "USERS_A_BUCKET", size)
-        asked = {split: [u for u in wanted.rows if wanted.asked(u, split)[1]] for split in ("validation", "test")}
+        asked = {
+            split: [u for u in wanted.rows if wanted.asked(u, split)[1]]
+            for split in ("validation", "test")
+        }
         if not all(asked.values()):
             with pytest.raises(
-                DataError, match=r"no user is left|none of .* users of the training period has a row in"
+                DataError,
+                match=r"no user is left|none of .* users of the training period has a row in",
             ):
                 cleaned(rows, tmp_path_factory, k_core=k, min_length=min_length, ties=ties)
             return
         found = cleaned(rows, tmp_path_factory, k_core=k, min_length=min_length, ties=ties)
     sequences = found.sequences
     assert sequences.user_ids == list(wanted.rows)
-    assert sequences.item_ids == sorted({item for seen in wanted.rows.values() for time, item in seen if time < 10})
+    assert sequences.item_ids == sorted(
+        {item for seen in wanted.rows.values() for time, item in seen if time < 10}
+    )
     assert {key: found.dropped[key] for key in wanted.dropped} == wanted.dropped
     assert sum(found.dropped.values()) + sequences.num_interactions == found.num_read == len(rows)
     assert found.users_without_history == wanted.users_without_history
@@ -128,21 +145,31 @@ def test_core_histories_and_targets_are_those_of_the_plain_way(tmp_path_factory,
             length, _ = wanted.asked(name, split)
             assert view.ends[user] - view.starts[user] == length
             places = range(sequences.offsets[user], sequences.offsets[user + 1])
-            told = [(int(found.timestamps[place]), sequences.item_ids[sequences.items[place]]) for place in places]
+            told = [
+                (int(found.timestamps[place]), sequences.item_ids[sequences.items[place]])
+                for place in places
+            ]
             assert sorted(told) == wanted.rows[name]
             assert [time for time, _ in told] == [time for time, _ in wanted.rows[name]]
             target = NO_TARGET if name not in asked[split] else sequences.items[view.ends[user]]
             assert view.targets[user] == target
             chosen = sequences.history_and_target(split, np.array([user]))
-            assert (chosen.starts[0], chosen.ends[0], chosen.targets[0]) == (view.starts[user], view.ends[user], target)
+            assert (chosen.starts[0], chosen.ends[0], chosen.targets[0]) == (
+                view.starts[user],
+                view.ends[user],
+                target,
+            )
     for through, first in (("n-2", 10), ("n-1", 20)):
         parts = sequences.training_ends(through) - sequences.offsets[:-1]
-        assert parts.tolist() == [sum(time < first for time, _ in seen) for seen in wanted.rows.values()]
+        assert parts.tolist() == [
+            sum(time < first for time, _ in seen) for seen in wanted.rows.values()
+        ]
 
 
 @st.composite
 def log_and_changed_log(draw: st.DrawFn) -> tuple[list[Row], list[Row]]:
-    """Two logs that differ only in held-out rows: items of the catalogue, strangers' too, any number of them."""
+    """Two logs that differ only in held-out rows: items of the catalogue, strangers' too, any
+    number of them."""
     users, items = [f"u{n}" for n in range(8)], [f"i{n:02}" for n in range(draw(st.integers(3, 9)))]
     training = [(user, item, time) for user, item, time in draw(st.lists(
         st.tuples(st.sampled_from(users[:6]), st.sampled_from(items), st.integers(0, 9)), min_size=15, max_size=60
@@ -150,7 +177,9 @@ def log_and_changed_log(draw: st.DrawFn) -> tuple[list[Row], list[Row]]:
     # Everyone's training period is enough for the core, and somebody is asked in each period.
     training += [(user, items[place], place) for user in users[:4] for place in range(3)]
     # u6 and u7 have no training row: nothing of theirs may count.
-    held_out = st.lists(st.tuples(st.sampled_from(users), st.sampled_from(items), st.integers(10, 29)), max_size=40)
+    held_out = st.lists(
+        st.tuples(st.sampled_from(users), st.sampled_from(items), st.integers(10, 29)), max_size=40
+    )
     asked = [("u0", items[0], 12), ("u1", items[1], 23)]
     before, after = draw(held_out) + asked, draw(held_out) + asked
     return training + before, draw(st.permutations(training + after))
@@ -162,14 +191,20 @@ def derived(found: CleanLog, name: str, seed: int) -> dict[str, Any]:
     dice = np.random.default_rng([5, sequences.num_items])
     more: dict[str, Any] = {}
     if name == "vectors":
-        more["vectors"] = TrainedVectors(dice.normal(size=(sequences.num_items, 4)), "v", "0" * 64, "n-2")
+        more["vectors"] = TrainedVectors(
+            dice.normal(size=(sequences.num_items, 4)), "v", "0" * 64, "n-2"
+        )
     if name == "semantic":
-        texts = [" ".join(dice.choice(["red", "blue", "soap", "comb"], 2)) for _ in sequences.item_ids]
+        texts = [
+            " ".join(dice.choice(["red", "blue", "soap", "comb"], 2)) for _ in sequences.item_ids
+        ]
         more["descriptions"] = Descriptions(texts, "meta.csv", "0" * 64)
     kind: NumberingName = "collaborative" if name == "vectors" else name  # type: ignore[assignment]
     codes = number(sequences, kind, seed, **more)
     plans = [
-        Plan(sequences.lengths, 4, space=space, batch_size=1000, seed=seed, periods=sequences.periods)
+        Plan(
+            sequences.lengths, 4, space=space, batch_size=1000, seed=seed, periods=sequences.periods
+        )
         for space in ("user", "last", "every-prefix")
     ]
     batches = TrainingParts(sequences, SasrecSettings(), "n-2").batches(1)
@@ -180,10 +215,15 @@ def derived(found: CleanLog, name: str, seed: int) -> dict[str, Any]:
         "vocabulary": train_tokenizer(codes.item_codes, 300, 1).get_vocab(),
         "training parts": [part.tolist() for part in training_items(sequences)],
         "popularity": training_counts(sequences, "n-2").tolist(),
-        "neighbours": neighbour_weights(sequences, "test", "n-2", KnnSettings()).toarray().tobytes(),
+        "neighbours": neighbour_weights(sequences, "test", "n-2", KnnSettings())
+        .toarray()
+        .tobytes(),
         "vectors": neighbour_vectors(sequences, 4, seed).tobytes(),
         "samples": [
-            [getattr(plan.step(0, 0), field).tolist() for field in plan.step(0, 0).__dataclass_fields__]
+            [
+                getattr(plan.step(0, 0), field).tolist()
+                for field in plan.step(0, 0).__dataclass_fields__
+            ]
             for plan in plans
         ],
         "sasrec": [(packed.items_n.tolist(), labels.tolist()) for packed, labels in batches],
@@ -204,11 +244,14 @@ def test_nothing_derived_moves_when_a_held_out_row_changes(tmp_path_factory, nam
 def test_the_property_sees_a_core_that_counts_held_out_rows(tmp_path_factory):
     """Leave-one-out counts all rows of the log: the same property fails of it."""
 
-    @settings(max_examples=200, deadline=None, database=None, derandomize=True, phases=[Phase.generate])
+    @settings(
+        max_examples=200, deadline=None, database=None, derandomize=True, phases=[Phase.generate]
+    )
     @given(logs=log_and_changed_log())
     def leaks(logs):
         before, after = (
-            cleaned(log, tmp_path_factory, k_core=3, cutoff=None, min_length=3).sequences.user_ids for log in logs
+            cleaned(log, tmp_path_factory, k_core=3, cutoff=None, min_length=3).sequences.user_ids
+            for log in logs
         )
         assert before == after
 
@@ -218,23 +261,33 @@ def test_the_property_sees_a_core_that_counts_held_out_rows(tmp_path_factory):
 
 # Files.
 
-META = "item,title\n" + "".join(f"i{n:02},{'red soap' if n % 2 else 'blue comb'} {n}\n" for n in range(NUM_ITEMS))
+META = "item,title\n" + "".join(
+    f"i{n:02},{'red soap' if n % 2 else 'blue comb'} {n}\n" for n in range(NUM_ITEMS)
+)
 
 
-def prepared(folder: Path, numbering: NumberingName = "random", held_out_seed: int = 0, **options: Any) -> Path:
+def prepared(
+    folder: Path, numbering: NumberingName = "random", held_out_seed: int = 0, **options: Any
+) -> Path:
     """A data directory with shards of 8 users a record."""
     folder.mkdir(parents=True)
     write_log(folder / "log.csv", held_out_seed=held_out_seed)
     (folder / "meta.csv").write_text(META, encoding="utf-8")
     dates = {"split": "global-time", "cutoff": DATES} | options
     texts = {"items": folder / "meta.csv"} if numbering == "semantic" else {}
-    dataset = prepare(folder / "log.csv", folder / "data", numbering=numbering, k_core=3, **dates, **texts)
+    dataset = prepare(
+        folder / "log.csv", folder / "data", numbering=numbering, k_core=3, **dates, **texts
+    )
     write_shards(dataset, folder / "data" / "shards", users_per_shard=16, users_per_record=8)
     return folder / "data"
 
 
-@pytest.mark.parametrize("numbering", ["random", "train-order", "collaborative", "semantic", "given"])
-def test_no_byte_of_catalogue_codes_and_training_parts_moves_when_held_out_rows_change(tmp_path, numbering):
+@pytest.mark.parametrize(
+    "numbering", ["random", "train-order", "collaborative", "semantic", "given"]
+)
+def test_no_byte_of_catalogue_codes_and_training_parts_moves_when_held_out_rows_change(
+    tmp_path, numbering
+):
     one, two = (prepared(tmp_path / f"{seed}", numbering, seed) for seed in (0, 1))
     for name in ("items.parquet", "users.parquet"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
@@ -258,11 +311,19 @@ def test_a_data_directory_says_its_dates_and_is_checked_against_them(tmp_path):
     view = {split: dataset.sequences.history_and_target(split) for split in ("validation", "test")}
     assert info["split"] == "global-time"
     assert info["global_time"]["cutoff"] == DATES
-    assert info["global_time"]["validation_targets"] == len(view["validation"].users) < dataset.sequences.num_users
-    assert info["global_time"]["test_targets"] == len(view["test"].users) < dataset.sequences.num_users
+    assert (
+        info["global_time"]["validation_targets"]
+        == len(view["validation"].users)
+        < dataset.sequences.num_users
+    )
+    assert (
+        info["global_time"]["test_targets"] == len(view["test"].users) < dataset.sequences.num_users
+    )
     assert info["global_time"]["users_without_history"] >= 4  # u36 to u39 come in July
     assert info["interactions"] + sum(info["dropped"].values()) == info["read"]
-    assert f"tested from there on: {len(view['validation'].users)} users" in cleaning_told(dataset)[1]
+    assert (
+        f"tested from there on: {len(view['validation'].users)} users" in cleaning_told(dataset)[1]
+    )
     assert dataset.info.split_told == f"global-time {DATES}"
     assert dataset.sequences.periods is not None
     loaded = [dataset.sequences.periods.training_U, dataset.sequences.periods.known_U]
@@ -272,7 +333,8 @@ def test_a_data_directory_says_its_dates_and_is_checked_against_them(tmp_path):
         [sum(time < date for time in seen) for seen in table] for date in first
     ]
 
-    # The hash covers the cut: other dates that part rows otherwise are told, and so are other times.
+    # The hash covers the cut: other dates that part rows otherwise are told, and so are other
+    # times.
     info["global_time"]["cutoff"] = "2014-07-01,2014-11-15"
     (path / "dataset.json").write_text(json.dumps(info), encoding="utf-8")
     with pytest.raises(DataError, match=r"sequences_hash is .* dataset.json says"):
@@ -318,8 +380,13 @@ def test_shards_tell_where_training_ends(tmp_path):
         assert (step.target_positions < ends).all()
         assert len(step) == (sequences.periods.lengths(through) - 1).sum()
         assert len(np.unique(step.sample_ids)) == len(step)
-    assert "periods.npy" not in {file.name for file in prepared(tmp_path / "b", split=None, cutoff=None).rglob("*")}
-    for change, told in ((lambda data: data[:-8] + b"\x7f" * 8, "sha256"), (None, "cannot be read")):
+    assert "periods.npy" not in {
+        file.name for file in prepared(tmp_path / "b", split=None, cutoff=None).rglob("*")
+    }
+    for change, told in (
+        (lambda data: data[:-8] + b"\x7f" * 8, "sha256"),
+        (None, "cannot be read"),
+    ):
         file = path / "shards" / "periods.npy"
         file.write_bytes(change(file.read_bytes())) if change else file.unlink()
         with pytest.raises(DataError, match=rf"periods\.npy: {told}"):
@@ -335,19 +402,34 @@ def test_shards_of_another_cut_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"split": "global-time"}, "needs the first dates of the validation and the test period: give --cutoff"),
+        (
+            {"split": "global-time"},
+            "needs the first dates of the validation and the test period: give --cutoff",
+        ),
         ({"cutoff": DATES}, "dates go with --split global-time"),
         ({"split": "by-user"}, "choose leave-one-out or global-time"),
         ({"split": "global-time", "cutoff": "2014-07-01"}, "as 2014-01-01,2014-04-01"),
         ({"split": "global-time", "cutoff": "2014-07-01,soon"}, "--cutoff soon: give a date as"),
-        ({"split": "global-time", "cutoff": "2014-07-01,2014-07-01"}, "give the earlier date first"),
-        ({"split": "global-time", "cutoff": DATES, "min_length": 0}, "at least 1 are needed .in the training period"),
+        (
+            {"split": "global-time", "cutoff": "2014-07-01,2014-07-01"},
+            "give the earlier date first",
+        ),
+        (
+            {"split": "global-time", "cutoff": DATES, "min_length": 0},
+            "at least 1 are needed .in the training period",
+        ),
         (
             {"split": "global-time", "cutoff": "2013-01-01,2014-01-01"},
             "or give later dates than --cutoff 2013-01-01,2014",
         ),
-        ({"split": "global-time", "cutoff": "2014-07-01,2015-02-01"}, "has a row in the test period: give other dates"),
-        ({"split": "global-time", "cutoff": "2014-07-01,2014-07-01T00:00:01"}, "has a row in the validation period"),
+        (
+            {"split": "global-time", "cutoff": "2014-07-01,2015-02-01"},
+            "has a row in the test period: give other dates",
+        ),
+        (
+            {"split": "global-time", "cutoff": "2014-07-01,2014-07-01T00:00:01"},
+            "has a row in the validation period",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, options, told):
@@ -364,8 +446,13 @@ def test_sequences_without_times_cannot_be_cut_by_time(tmp_path):
 
 
 def test_equal_moments_are_told_alike():
-    assert str(cutoff_of("2014-07-01T00:00:00,2014-10-01T12:30:00+02:00")) == "2014-07-01,2014-10-01T10:30:00Z"
-    assert cutoff_of(str(cutoff_of("1969-12-31T23:59:59.5,2014-01-01"))) == Cutoff(-500_000, moment("2014-01-01", ""))
+    assert (
+        str(cutoff_of("2014-07-01T00:00:00,2014-10-01T12:30:00+02:00"))
+        == "2014-07-01,2014-10-01T10:30:00Z"
+    )
+    assert cutoff_of(str(cutoff_of("1969-12-31T23:59:59.5,2014-01-01"))) == Cutoff(
+        -500_000, moment("2014-01-01", "")
+    )
 
 
 # Rules and audit.
@@ -376,7 +463,9 @@ def two_users() -> Sequences:
     items = [0, 1, 2, 3, 1, 4, 5, 3, 2, 0]
     periods = Periods(np.array([2, 2, 2]), np.array([3, 2, 2]))
     offsets = np.array([0, 5, 8, 10])
-    return Sequences(np.array(items, np.int32), offsets, ["u0", "u1", "u2"], list("abcdef"), periods)
+    return Sequences(
+        np.array(items, np.int32), offsets, ["u0", "u1", "u2"], list("abcdef"), periods
+    )
 
 
 def test_rules_take_each_user_with_a_target_once():
@@ -386,7 +475,9 @@ def test_rules_take_each_user_with_a_target_once():
         assert (view.users.tolist(), view.targets[view.users].tolist()) == (users, targets)
         for name in ("popularity", "counting", "repeat", "knn"):
             codes = [str(n) for n in range(6)]
-            assert len(baseline.recommend(name, sequences, codes, split, exclude_history=False).items_UN) == len(users)
+            assert len(
+                baseline.recommend(name, sequences, codes, split, exclude_history=False).items_UN
+            ) == len(users)
     assert training_counts(sequences, "n-2").tolist() == [2, 1, 1, 0, 1, 1]
     assert training_counts(sequences, "n-1").tolist() == [2, 1, 2, 0, 1, 1]
 
@@ -396,7 +487,10 @@ def test_the_audit_counts_those_who_are_asked():
     found = audit(sequences, list("012345"), np.array([1, 1, 12, 22, 23, 1, 2, 25, 3, 3]))
     assert found.users == 3
     assert found.repeated_targets == {"validation": 0.0, "test": 0.0}
-    assert found.unseen_targets == {"validation": 0.0, "test": 1.0}  # item d is in no training period
+    assert found.unseen_targets == {
+        "validation": 0.0,
+        "test": 1.0,
+    }  # item d is in no training period
     assert (found.tied_users, found.tied_held_out) == (pytest.approx(2 / 3), 0.0)
     assert found.counting is not None
     assert found.counting["validation"]["HR@1"] == 1.0  # 0 1 -> 2

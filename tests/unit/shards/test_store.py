@@ -1,4 +1,5 @@
-"""Shards behind an address: exact, one record at a time, patient with servers that fail, deaf to addresses that are no data."""
+"""Shards behind an address: exact, one record at a time, patient with servers that fail, deaf to
+addresses that are no data."""
 
 import gc
 import multiprocessing
@@ -52,23 +53,36 @@ def open_remote(server: FaultyServer, patience: Patience = QUICK, **more) -> Sha
 def check_everyone(reader: ShardReader, dataset: Dataset) -> None:
     items, offsets = reader.gather(EVERYONE)
     assert np.array_equal(np.diff(offsets), dataset.sequences.lengths[EVERYONE])
-    expected = [dataset.sequences.items[slice(*dataset.sequences.offsets[[user, user + 1]])] for user in EVERYONE]
+    expected = [
+        dataset.sequences.items[slice(*dataset.sequences.offsets[[user, user + 1]])]
+        for user in EVERYONE
+    ]
     assert np.array_equal(items, np.concatenate(expected))
 
 
 def fail(server: FaultyServer, fault: str, name: str, times: int = 10**9) -> None:
     """The first `times` requests of the file meet the fault."""
-    server.fault = lambda path, number: fault if path.endswith(name) and len(server.of(name)) <= times else None
+    server.fault = lambda path, number: (
+        fault if path.endswith(name) and len(server.of(name)) <= times else None
+    )
 
 
 def test_an_address_gives_what_the_directory_gives_and_asks_for_each_record_once(made, server):
     reader = open_remote(server)
     check_everyone(reader, made)
     check_everyone(reader, made)
-    parts = {(shard.name, record.offset, record.bytes) for shard in reader.manifest.shards for record in shard.records}
-    asked = [(path, re.fullmatch(r"bytes=(\d+)-(\d+)", part)) for path, part in server.requests if part]
+    parts = {
+        (shard.name, record.offset, record.bytes)
+        for shard in reader.manifest.shards
+        for record in shard.records
+    }
+    asked = [
+        (path, re.fullmatch(r"bytes=(\d+)-(\d+)", part)) for path, part in server.requests if part
+    ]
     assert len(asked) == 10
-    assert {(path.removeprefix("/shards/"), int(m[1]), int(m[2]) - int(m[1]) + 1) for path, m in asked} == parts
+    assert {
+        (path.removeprefix("/shards/"), int(m[1]), int(m[2]) - int(m[1]) + 1) for path, m in asked
+    } == parts
     assert len(server.requests) == reader.traffic.requests == 12  # and the manifest and the lengths
     assert server.bytes_sent == reader.traffic.bytes_fetched
     assert reader.traffic.bytes_used == sum(size for *_, size in parts) + len(
@@ -76,7 +90,10 @@ def test_an_address_gives_what_the_directory_gives_and_asks_for_each_record_once
     )
     second = open_remote(server)
     check_everyone(second, made)
-    assert (second.traffic.requests, second.traffic.cache_hits) == (1, 11)  # the manifest alone comes again
+    assert (second.traffic.requests, second.traffic.cache_hits) == (
+        1,
+        11,
+    )  # the manifest alone comes again
     assert ShardReader(made.path.parent / "shards").traffic.requests == 0
 
 
@@ -97,14 +114,18 @@ FAULTS = [
 
 @pytest.mark.parametrize(("fault", "message", "attempts"), FAULTS)
 def test_a_lasting_fault_ends_in_one_line_that_names_the_shard(server, fault, message, attempts):
-    reader = open_remote(server, Patience(attempts=3, first_wait=0.02, stall=0.5, deadline=60), cache_bytes=0)
+    reader = open_remote(
+        server, Patience(attempts=3, first_wait=0.02, stall=0.5, deadline=60), cache_bytes=0
+    )
     fail(server, fault, "shard-000001.tar")
     with pytest.raises(DataError, match=message) as caught:
         reader.gather(np.array([70]))
     assert f"{server.url}/shards/shard-000001.tar: record 4: " in str(caught.value)
     assert "\n" not in str(caught.value)
     assert attempts is None or len(server.of("shard-000001.tar")) == attempts
-    assert reader.gather(np.array([0]))[1][1] == reader.lengths[0]  # the other tars are as they were
+    assert (
+        reader.gather(np.array([0]))[1][1] == reader.lengths[0]
+    )  # the other tars are as they were
 
 
 @pytest.mark.parametrize("fault", [fault for fault, _, attempts in FAULTS if attempts != 1])
@@ -115,7 +136,9 @@ def test_a_passing_fault_is_survived(made, server, fault):
     assert len(server.of("shard-000001.tar")) >= 6  # four records and two failures
 
 
-@pytest.mark.parametrize(("name", "fault"), [("manifest.json", "truncate"), ("lengths.npy", "wrong bytes")])
+@pytest.mark.parametrize(
+    ("name", "fault"), [("manifest.json", "truncate"), ("lengths.npy", "wrong bytes")]
+)
 def test_manifest_and_lengths_are_asked_for_as_patiently(made, server, name, fault):
     fail(server, fault, name, times=1)
     check_everyone(open_remote(server), made)
@@ -231,7 +254,12 @@ def test_a_password_is_refused_and_not_shown(address):
 
 
 def test_what_is_an_address():
-    allowed = ["https://example.invalid/a/b/", "s3://my.bucket-1/x", "http://127.0.0.1:8000/x", "http://127.9.0.1/x"]
+    allowed = [
+        "https://example.invalid/a/b/",
+        "s3://my.bucket-1/x",
+        "http://127.0.0.1:8000/x",
+        "http://127.9.0.1/x",
+    ]
     for address in [*allowed, "http://localhost:80/x", "http://[::1]:8000/x"]:
         assert check_address(address) == address.rstrip("/")
     assert not any(map(is_address, ["shards", "/a/b:c", "./pipe:x", "C:\\shards", "a b/c"]))
@@ -242,7 +270,12 @@ def test_redirects_lead_to_allowed_servers_alone(made, server, tmp_path):
     with serving(tmp_path / "empty") as first:
         first.redirect = lambda path: server.url + path
         check_everyone(open_remote(first, cache_bytes=0), made)
-        for target in ("http://192.0.2.1/x", "http://example.invalid/x", "file:///etc/passwd", "pipe:touch CANARY"):
+        for target in (
+            "http://192.0.2.1/x",
+            "http://example.invalid/x",
+            "file:///etc/passwd",
+            "pipe:touch CANARY",
+        ):
             first.redirect = lambda path, target=target: target
             with pytest.raises(DataError, match=r"is not allowed|connection fails"):
                 open_remote(first)
@@ -315,7 +348,9 @@ def test_a_pickle_from_a_server_is_refused_and_never_run(made, tmp_path, member)
     write_shards(made, tmp_path / "shards", users_per_shard=64, users_per_record=16)
     canary = Canary(tmp_path / "canary")
     pickled = npy(np.array([canary], dtype=object), allow_pickle=True)
-    replace_record(tmp_path / "shards", lambda members: members.update({f"00000000.{member}": pickled}))
+    replace_record(
+        tmp_path / "shards", lambda members: members.update({f"00000000.{member}": pickled})
+    )
     with serving(tmp_path) as server:
         reader = open_remote(server)
         for _ in range(2):  # from the server, then from the cache
@@ -334,9 +369,13 @@ def gathered(reader: ShardReader, users: np.ndarray, queue) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_used_reader_works_in_another_process_and_still_in_its_own(made, server, method):
-    """A forked child must leave its parent's connections alone: closed there, they fall silent here."""
+    """A forked child must leave its parent's connections alone: closed there, they fall silent
+    here."""
     once = Patience(attempts=1, stall=20, deadline=60)
-    reader, local = open_remote(server, once, cache_bytes=0, cache_records=1), ShardReader(made.path.parent / "shards")
+    reader, local = (
+        open_remote(server, once, cache_bytes=0, cache_records=1),
+        ShardReader(made.path.parent / "shards"),
+    )
     context = multiprocessing.get_context(method)
     for turn in range(3):
         users = np.arange(turn, NUM_USERS, 7)
@@ -378,7 +417,9 @@ def test_a_local_directory_needs_no_package_for_remote_ones(made, monkeypatch):
     command = [sys.executable, "-c", program, str(made.path.parent / "shards")]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "0\n"
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(ValueError, match=r"s3:// needs a package .*: pip install 'genrec-dist\[remote\]'"):
+    with pytest.raises(
+        ValueError, match=r"s3:// needs a package .*: pip install 'genrec-dist\[remote\]'"
+    ):
         ShardReader("s3://bucket/shards")
 
 
@@ -396,9 +437,15 @@ def s3(monkeypatch):
 
 def use_endpoint(monkeypatch, url: str) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret"), ("DEFAULT_REGION", "us-east-1")):
+    for name, value in (
+        ("ACCESS_KEY_ID", "key"),
+        ("SECRET_ACCESS_KEY", "secret"),
+        ("DEFAULT_REGION", "us-east-1"),
+    ):
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr("genrec_shards.storage.remote._clients", {})  # which were made for another endpoint
+    monkeypatch.setattr(
+        "genrec_shards.storage.remote._clients", {}
+    )  # which were made for another endpoint
 
 
 def test_shards_come_from_s3(made, s3):
@@ -415,13 +462,17 @@ def test_shards_come_from_s3(made, s3):
         (made.path.parent / "shards" / "manifest.json").read_bytes()
     )
     client.delete_object(Bucket="bucket", Key="some/shards/shard-000001.tar")
-    with pytest.raises(DataError, match=r"s3://bucket/some/shards/shard-000001.tar: record 4: no such file"):
+    with pytest.raises(
+        DataError, match=r"s3://bucket/some/shards/shard-000001.tar: record 4: no such file"
+    ):
         ShardReader("s3://bucket/some/shards", patience=QUICK, cache_bytes=0).record(4)
     with pytest.raises(DataError, match=r"s3://nobody/manifest.json: no such file"):
         ShardReader("s3://nobody", patience=QUICK)
     body = (made.path.parent / "shards" / "shard-000000.tar").read_bytes()
     client.put_object(Bucket="bucket", Key="some/shards/shard-000000.tar", Body=body[:1000])
-    with pytest.raises(DataError, match=r"shard-000000.tar: record 0: 1000 bytes came, expected .* \(3 attempts"):
+    with pytest.raises(
+        DataError, match=r"shard-000000.tar: record 0: 1000 bytes came, expected .* \(3 attempts"
+    ):
         ShardReader("s3://bucket/some/shards", patience=QUICK, cache_bytes=0).record(0)
     s3.stop()
     with pytest.raises(DataError, match=r"s3://bucket/some/shards/manifest.json: .* \(3 attempts"):
@@ -442,7 +493,9 @@ def test_shards_come_from_s3(made, s3):
 def test_s3_is_asked_as_patiently_and_no_more(made, server, monkeypatch, fault, message):
     """A read of S3 is an HTTP GET of /bucket/key, so the server that fails can stand for it."""
     use_endpoint(monkeypatch, server.url)
-    reader = ShardReader("s3://shards", patience=Patience(attempts=3, first_wait=0.02, stall=0.5, deadline=60))
+    reader = ShardReader(
+        "s3://shards", patience=Patience(attempts=3, first_wait=0.02, stall=0.5, deadline=60)
+    )
     fail(server, fault, "shard-000001.tar", times=2)
     if fault != "403":
         check_everyone(reader, made)

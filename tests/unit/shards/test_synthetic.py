@@ -1,10 +1,17 @@
-"""The demo's catalogue: exact conditionals, an oracle that is a ceiling, pairs needed to reach it."""
+"""The demo's catalogue: exact conditionals, an oracle that is a ceiling, pairs needed to reach
+it."""
 
 import time
 
 import numpy as np
 import pytest
-from genrec_shards.sequences import Sequences, flat_ranges, read_sequences, sequences_from_ids, write_sequences
+from genrec_shards.sequences import (
+    Sequences,
+    flat_ranges,
+    read_sequences,
+    sequences_from_ids,
+    write_sequences,
+)
 from genrec_shards.synthetic import make_process
 
 
@@ -28,7 +35,9 @@ def hit_rate(lists: np.ndarray, targets: np.ndarray, k: int) -> float:
 
 
 def ndcg(lists: np.ndarray, targets: np.ndarray, k: int) -> float:
-    return float(((lists[:, :k] == targets[:, None]) / np.log2(np.arange(k) + 2)).sum(axis=1).mean())
+    return float(
+        ((lists[:, :k] == targets[:, None]) / np.log2(np.arange(k) + 2)).sum(axis=1).mean()
+    )
 
 
 def test_shape_of_the_sample(process, sequences):
@@ -83,7 +92,8 @@ def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("length", [1, 2, 3, 9])
 def test_frequencies_agree_with_the_exact_conditionals(length):
-    """The last of `length` items against its distribution given the others, by item and by place in the ranking."""
+    """The last of `length` items against its distribution given the others, by item and by place in
+    the ranking."""
     process = make_process(64, 8, seed=3, num_classes=3)
     num_users, size = 6000, max(length, 3)
     items = numbers_of(process.sample(num_users, size, size)).reshape(num_users, size)
@@ -92,7 +102,9 @@ def test_frequencies_agree_with_the_exact_conditionals(length):
     by_item = chi_square(np.bincount(targets, minlength=64), probabilities.sum(axis=0))
     ranking = np.argsort(-probabilities, axis=1, kind="stable")
     ranks = np.argmax(ranking == targets[:, None], axis=1)
-    by_rank = chi_square(np.bincount(ranks, minlength=64), np.sort(probabilities, axis=1)[:, ::-1].sum(axis=0))
+    by_rank = chi_square(
+        np.bincount(ranks, minlength=64), np.sort(probabilities, axis=1)[:, ::-1].sum(axis=0)
+    )
     assert abs(by_item) < 5
     assert abs(by_rank) < 5
 
@@ -100,7 +112,10 @@ def test_frequencies_agree_with_the_exact_conditionals(length):
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_the_oracle_is_the_ranking_by_exact_probability(process, split):
     few = process.sample(200, 3, 9, seed=5)
-    view, numbers = few.history_and_target(split), np.array([int(item) - 1 for item in few.item_ids])
+    view, numbers = (
+        few.history_and_target(split),
+        np.array([int(item) - 1 for item in few.item_ids]),
+    )
     lists = process.oracle_lists(few, split)
     assert (lists.shape, lists.dtype) == ((200, 20), np.int32)
     for user in range(few.num_users):
@@ -112,7 +127,9 @@ def test_the_oracle_is_the_ranking_by_exact_probability(process, split):
         assert len(set(lists[user])) == 20
 
 
-def test_the_oracles_hit_rate_is_the_mass_of_its_list_and_a_counter_stays_far_below(process, sequences):
+def test_the_oracles_hit_rate_is_the_mass_of_its_list_and_a_counter_stays_far_below(
+    process, sequences
+):
     view = sequences.history_and_target("test")
     started = time.perf_counter()
     lists = process.oracle_lists(sequences, "test")
@@ -126,15 +143,20 @@ def test_the_oracles_hit_rate_is_the_mass_of_its_list_and_a_counter_stays_far_be
         for u in users
     ]
     ceiling = hit_rate(lists, view.targets, 10)
-    assert abs(hit_rate(lists[users], view.targets[users], 10) - np.mean(mass)) < 4 * 0.5 / np.sqrt(len(users))
+    assert abs(hit_rate(lists[users], view.targets[users], 10) - np.mean(mass)) < 4 * 0.5 / np.sqrt(
+        len(users)
+    )
     assert 0.6 < ceiling < 0.8
     counter = hit_rate(bigram_lists(sequences), view.targets, 10)
-    print(f"oracle HR@10 {ceiling:.4f} NDCG@10 {ndcg(lists, view.targets, 10):.4f}, bigram HR@10 {counter:.4f}")
+    print(
+        f"oracle HR@10 {ceiling:.4f} NDCG@10 {ndcg(lists, view.targets, 10):.4f}, bigram HR@10 {counter:.4f}"
+    )
     assert 0.2 < counter < 0.65 * ceiling
 
 
 def bigram_lists(sequences: Sequences) -> np.ndarray:
-    """int[U, 10]: what followed the last item most often in the training parts, history excluded."""
+    """int[U, 10]: what followed the last item most often in the training parts, history
+    excluded."""
     in_training = np.zeros(sequences.num_interactions, dtype=bool)
     in_training[flat_ranges(sequences.offsets[:-1], sequences.lengths - 2)] = True
     users = np.repeat(np.arange(sequences.num_users), sequences.lengths)
@@ -144,7 +166,9 @@ def bigram_lists(sequences: Sequences) -> np.ndarray:
     view = sequences.history_and_target("test")
     scores = counts[view.items[view.ends - 1]]
     lengths = view.ends - view.starts
-    scores[np.repeat(np.arange(len(lengths)), lengths), view.items[flat_ranges(view.starts, lengths)]] = -1
+    scores[
+        np.repeat(np.arange(len(lengths)), lengths), view.items[flat_ranges(view.starts, lengths)]
+    ] = -1
     return np.argsort(-scores, axis=1, kind="stable")[:, :10]
 
 
@@ -152,7 +176,9 @@ def test_the_oracle_knows_sequences_that_went_through_a_file(process, sequences,
     write_sequences(sequences, tmp_path / "log.txt.gz")
     again = read_sequences(tmp_path / "log.txt.gz")
     assert again.sequences_hash() == sequences.sequences_hash()
-    few = process.sample(30, 3, 5)  # most of the catalogue is missing: rows are not the process's numbers
+    few = process.sample(
+        30, 3, 5
+    )  # most of the catalogue is missing: rows are not the process's numbers
     write_sequences(few, tmp_path / "few.txt")
     lists = process.oracle_lists(read_sequences(tmp_path / "few.txt"), "test")
     assert lists.max() < few.num_items
@@ -162,7 +188,11 @@ def test_the_oracle_knows_sequences_that_went_through_a_file(process, sequences,
 
 
 def test_wrong_settings_are_refused(process):
-    for settings in ((100, 32, {}), (64, 8, {"num_classes": 9}), (64, 8, {"rule_probability": 0.95})):
+    for settings in (
+        (100, 32, {}),
+        (64, 8, {"num_classes": 9}),
+        (64, 8, {"rule_probability": 0.95}),
+    ):
         with pytest.raises(ValueError, match=r"items|shares"):
             make_process(settings[0], settings[1], **settings[2])
     for lengths in ((2, 5), (6, 5), (3, 600)):

@@ -1,4 +1,5 @@
-"""Trained item vectors: read as they were saved, and refused where they are another data's or have seen too much."""
+"""Trained item vectors: read as they were saved, and refused where they are another data's or have
+seen too much."""
 
 import hashlib
 
@@ -31,11 +32,15 @@ def test_vectors_come_back_by_item_row(tmp_path, kind):
 def test_vectors_trained_through_n_1_must_be_asked_for(tmp_path):
     path = tmp_path / "items.safetensors"
     save_file({"items": VALUES}, path, metadata=ORIGIN | {"trained_through": "n-1"})
-    with pytest.raises(DataError, match=r"have seen the validation targets.*--vectors-trained-through n-1"):
+    with pytest.raises(
+        DataError, match=r"have seen the validation targets.*--vectors-trained-through n-1"
+    ):
         read_trained_vectors(path, LOG)
     assert read_trained_vectors(path, LOG, "n-1").trained_through == "n-1"
     save_file({"items": VALUES}, path, metadata=ORIGIN)
-    with pytest.raises(DataError, match="trained through n-2, asked for n-1: say --vectors-trained-through n-2"):
+    with pytest.raises(
+        DataError, match="trained through n-2, asked for n-1: say --vectors-trained-through n-2"
+    ):
         read_trained_vectors(path, LOG, "n-1")
 
 
@@ -43,9 +48,21 @@ def test_vectors_trained_through_n_1_must_be_asked_for(tmp_path):
     ("tensors", "origin", "message"),
     [
         ({"items": VALUES}, {}, "no sequences_hash in its metadata"),
-        ({"items": VALUES}, {"sequences_hash": ORIGIN["sequences_hash"]}, "no trained_through in its metadata"),
-        ({"items": VALUES}, ORIGIN | {"sequences_hash": "f" * 64}, "trained on other sequences .ffffffffffff"),
-        ({"items": VALUES}, ORIGIN | {"trained_through": "n"}, "trained through n, asked for n-2: train them again"),
+        (
+            {"items": VALUES},
+            {"sequences_hash": ORIGIN["sequences_hash"]},
+            "no trained_through in its metadata",
+        ),
+        (
+            {"items": VALUES},
+            ORIGIN | {"sequences_hash": "f" * 64},
+            "trained on other sequences .ffffffffffff",
+        ),
+        (
+            {"items": VALUES},
+            ORIGIN | {"trained_through": "n"},
+            "trained through n, asked for n-2: train them again",
+        ),
         ({"items": VALUES[:4]}, ORIGIN, r"shape \[4, 2\], expected \[5, width\]"),
         ({"items": VALUES[:, 0].copy()}, ORIGIN, r"shape \[5\], expected"),
         ({"items": VALUES.astype(np.int32)}, ORIGIN, "type I32, expected one of F16"),
@@ -79,7 +96,9 @@ def test_a_folder_is_named(tmp_path):
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 def test_a_damaged_file_is_read_or_told_in_one_line(tmp_path, data):
     path = tmp_path / "items.safetensors"
     save_file({"items": VALUES}, path, metadata=ORIGIN)

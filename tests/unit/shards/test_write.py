@@ -1,4 +1,5 @@
-"""Shards: the same bytes from the same sequences, little more than the raw numbers, readable by plain webdataset."""
+"""Shards: the same bytes from the same sequences, little more than the raw numbers, readable by
+plain webdataset."""
 
 import hashlib
 import io
@@ -14,7 +15,10 @@ from shard_data import make_dataset
 
 
 def digests(folder) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+    }
 
 
 def test_two_writings_are_byte_equal(tmp_path):
@@ -36,25 +40,46 @@ def test_the_manifest_is_as_documented(tmp_path):
     manifest = write_shards(dataset, tmp_path / "shards", users_per_shard=64, users_per_record=16)
     stored = json.loads((tmp_path / "shards" / "manifest.json").read_text())
     assert set(stored) == {
-        *("format_version", "users", "items", "interactions", "sequences_hash", "users_per_record", "lengths_sha256"),
+        *(
+            "format_version",
+            "users",
+            "items",
+            "interactions",
+            "sequences_hash",
+            "users_per_record",
+            "lengths_sha256",
+        ),
         "shards",
     }
     assert stored["format_version"] == 2
     assert set(stored["shards"][0]) == {"name", "bytes", "sha256", "users", "records"}
-    assert set(stored["shards"][0]["records"][0]) == {"offset", "bytes", "first_user", "users", "sha256"}
+    assert set(stored["shards"][0]["records"][0]) == {
+        "offset",
+        "bytes",
+        "first_user",
+        "users",
+        "sha256",
+    }
     assert [shard["users"] for shard in stored["shards"]] == [64, 64, 22]
-    assert [record["first_user"] for shard in stored["shards"] for record in shard["records"]] == list(
-        range(0, 150, 16)
-    )
+    assert [
+        record["first_user"] for shard in stored["shards"] for record in shard["records"]
+    ] == list(range(0, 150, 16))
     assert stored["sequences_hash"] == dataset.info.sequences_hash
-    assert (manifest.users, manifest.items, manifest.interactions) == (150, 40, dataset.sequences.num_interactions)
+    assert (manifest.users, manifest.items, manifest.interactions) == (
+        150,
+        40,
+        dataset.sequences.num_interactions,
+    )
     for shard in stored["shards"]:
         data = (tmp_path / "shards" / shard["name"]).read_bytes()
         assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
         for record in shard["records"]:
             part = data[record["offset"] : record["offset"] + record["bytes"]]
             assert hashlib.sha256(part).hexdigest() == record["sha256"]
-    assert hashlib.sha256((tmp_path / "shards" / "lengths.npy").read_bytes()).hexdigest() == stored["lengths_sha256"]
+    assert (
+        hashlib.sha256((tmp_path / "shards" / "lengths.npy").read_bytes()).hexdigest()
+        == stored["lengths_sha256"]
+    )
     lengths = np.load(tmp_path / "shards" / "lengths.npy", allow_pickle=False)
     assert lengths.dtype == np.dtype("<i4")
     assert np.array_equal(lengths, dataset.sequences.lengths)
@@ -75,7 +100,9 @@ def test_plain_webdataset_reads_every_record(tmp_path):
         assert all(values.dtype == np.dtype("<i4") for values in record.values())
         for place, user in enumerate(record["users"]):
             own = record["items"][record["offsets"][place] : record["offsets"][place + 1]]
-            assert np.array_equal(own, sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]])
+            assert np.array_equal(
+                own, sequences.items[sequences.offsets[user] : sequences.offsets[user + 1]]
+            )
         keys.append(sample["__key__"])
         users += record["users"].tolist()
         items += record["items"].tolist()
@@ -109,12 +136,16 @@ def test_wrong_sizes_and_existing_outputs_are_refused(tmp_path):
     dataset = make_dataset(tmp_path)
     for sizes in ((100, 16), (0, 16), (16, 0), (16, 32)):
         with pytest.raises(ValueError, match="multiple"):
-            write_shards(dataset, tmp_path / "shards", users_per_shard=sizes[0], users_per_record=sizes[1])
+            write_shards(
+                dataset, tmp_path / "shards", users_per_shard=sizes[0], users_per_record=sizes[1]
+            )
     assert not (tmp_path / "shards").exists()
     write_shards(dataset, tmp_path / "shards")
     with pytest.raises(ValueError, match="--overwrite"):
         write_shards(dataset, tmp_path / "shards")
-    write_shards(dataset, tmp_path / "shards", users_per_shard=16, users_per_record=16, overwrite=True)
+    write_shards(
+        dataset, tmp_path / "shards", users_per_shard=16, users_per_record=16, overwrite=True
+    )
     assert len(list((tmp_path / "shards").glob("*.tar"))) == 10
     with pytest.raises(ValueError, match="not ours"):
         write_shards(dataset, tmp_path / "data", overwrite=True)
@@ -137,7 +168,14 @@ def test_what_killed_writers_left_is_swept_after_a_day(tmp_path):
         folder.mkdir()
         (folder / "shard-000000.tar").write_bytes(b"half")
     os.utime(running / "shard-000000.tar")  # its directory was last changed when this file was made
-    for path in (old / "shard-000000.tar", old, running, aside / "shard-000000.tar", aside, foreign):
+    for path in (
+        old / "shard-000000.tar",
+        old,
+        running,
+        aside / "shard-000000.tar",
+        aside,
+        foreign,
+    ):
         os.utime(path, (yesterday, yesterday))
     os.utime(foreign / "shard-000000.tar", (yesterday, yesterday))
     write_shards(dataset, tmp_path / "shards")

@@ -1,4 +1,5 @@
-"""A run that begins with another's weights: what was there stays to the bit, what is new has a row, what contradicts is refused."""
+"""A run that begins with another's weights: what was there stays to the bit, what is new has a row,
+what contradicts is refused."""
 
 from __future__ import annotations
 
@@ -42,7 +43,12 @@ WHOLE = [
 ]  # fmt: skip
 """As the recipe `best`: each item one token, of a trimmed vocabulary."""
 ROWS = ["optimizer.id_tables=row-adagrad"]
-KINDS = {"whole": WHOLE, "spelled": [], "spelled-trimmed": ["tokens.trim=true", "model.id_dim=8"], "rows": ROWS}
+KINDS = {
+    "whole": WHOLE,
+    "spelled": [],
+    "spelled-trimmed": ["tokens.trim=true", "model.id_dim=8"],
+    "rows": ROWS,
+}
 NUM_OLD_USERS, NUM_OLD_ITEMS, NUM_NEW_ITEMS = 120, 64, 9
 
 
@@ -51,18 +57,24 @@ def old_lines() -> list[list[str]]:
 
 
 def new_lines() -> list[str]:
-    """Known users go on, new ones come; of nine new items one stands beside new items alone in each training part."""
+    """Known users go on, new ones come; of nine new items one stands beside new items alone in each
+    training part."""
     items = old_lines()[-1][1:]
     known = [
-        f"user-{n} {items[n % 64]} new-{n % 8} {items[(n + 7) % 64]} {items[(n + 9) % 64]}" for n in range(0, 100, 3)
+        f"user-{n} {items[n % 64]} new-{n % 8} {items[(n + 7) % 64]} {items[(n + 9) % 64]}"
+        for n in range(0, 100, 3)
     ]
-    fresh = [f"fresh-{n} {items[n]} new-{n % 8} {items[n + 1]} {items[n + 2]} {items[n + 3]}" for n in range(12)]
+    fresh = [
+        f"fresh-{n} {items[n]} new-{n % 8} {items[n + 1]} {items[n + 2]} {items[n + 3]}"
+        for n in range(12)
+    ]
     return [*known, *fresh, "loner new-lonely new-1 new-2"]
 
 
 @dataclass(frozen=True)
 class World:
-    """Old data, longer data, and models trained on the old ones, or rather: with weights that are none of a fresh model."""
+    """Old data, longer data, and models trained on the old ones, or rather: with weights that are
+    none of a fresh model."""
 
     folder: Path
     old: Path
@@ -115,7 +127,9 @@ def opened(
     world: World, kind: str, data: Path, *more: str
 ) -> tuple[Workshop, GenRecForConditionalGeneration, GenRecForConditionalGeneration]:
     """(workshop, its model whole, the origin's model)."""
-    recipe = world.recipe(kind, data, world.folder / "unset", f"begin_from={world.origin(kind)}", *more)
+    recipe = world.recipe(
+        kind, data, world.folder / "unset", f"begin_from={world.origin(kind)}", *more
+    )
     shop, model = open_workshop(recipe)
     tables = IdTables(model.config, recipe.seed, Ranks(), torch.device("cpu"))
     assert shop.begun is not None
@@ -127,7 +141,10 @@ def opened(
 
 def rows_by_word(model: GenRecForConditionalGeneration, words) -> list[torch.Tensor]:
     table = model.model.shared.weight.detach()
-    return [table[words.tokens[slice(*words.offsets[n : n + 2])].astype(np.int64)] for n in range(len(words.lengths))]
+    return [
+        table[words.tokens[slice(*words.offsets[n : n + 2])].astype(np.int64)]
+        for n in range(len(words.lengths))
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,7 +171,9 @@ def test_old_rows_stay_to_the_bit_where_there_are_new_ones(world: World, kind: s
     loaded = load_run(world.origin(kind))
     ours, theirs = rows_by_word(model, shop.words), rows_by_word(before, loaded.words)
     first, first_before = shop.words.first_user_word, loaded.words.first_user_word
-    same = [*zip(ours[: NUM_OLD_ITEMS + 2 + shop.words.num_masks], theirs[:first_before], strict=True)]
+    same = [
+        *zip(ours[: NUM_OLD_ITEMS + 2 + shop.words.num_masks], theirs[:first_before], strict=True)
+    ]
     same += zip(ours[first : first + NUM_OLD_USERS], theirs[first_before:], strict=True)
     assert len(same) == len(theirs)
     assert all(torch.equal(one, other) for one, other in same)
@@ -166,7 +185,9 @@ def test_old_rows_stay_to_the_bit_where_there_are_new_ones(world: World, kind: s
         elif name != "model.shared.weight":
             assert torch.equal(parameter, held[name]), name
     assert model.config.num_items == NUM_OLD_ITEMS + NUM_NEW_ITEMS
-    assert (model.config.num_users or NUM_OLD_USERS) == (NUM_OLD_USERS + 13 if kind != "whole" else NUM_OLD_USERS)
+    assert (model.config.num_users or NUM_OLD_USERS) == (
+        NUM_OLD_USERS + 13 if kind != "whole" else NUM_OLD_USERS
+    )
     assert model.lm_head.weight.data_ptr() == model.model.shared.weight.data_ptr()
     assert model.config.numbering_hash == load_dataset(world.longer).numbering.numbering_hash()
     if kind == "whole":
@@ -192,13 +213,18 @@ def test_old_items_have_their_logits_after_an_old_users_history(world: World, ki
     items = np.concatenate([view.items[view.starts[u] : view.ends[u]] for u in users])
     offsets = np.concatenate([[0], np.cumsum((view.ends - view.starts)[users])])
     found = []
-    for network, words, layout in ((model, shop.words, shop.layout), (before, loaded.words, loaded.layout)):
+    for network, words, layout in (
+        (model, shop.words, shop.layout),
+        (before, loaded.words, loaded.layout),
+    ):
         encoder = encode_histories(items, offsets, users, layout)
         assert encoder.attention_mask.sum() > 0
         with torch.inference_mode():
             memory = network.encode(encoder)
             start = torch.full((len(users), 1), network.config.decoder_start_token_id)
-            state = network.masked_states(memory, encoder.attention_mask) if kind == "whole" else None
+            state = (
+                network.masked_states(memory, encoder.attention_mask) if kind == "whole" else None
+            )
             hidden = network.decode(start, memory, encoder.attention_mask, state)[:, 0]
             tokens, spans = words.tokens_of_items()
             firsts = torch.from_numpy(tokens[spans[:NUM_OLD_ITEMS]].astype(np.int64))
@@ -243,7 +269,9 @@ def test_new_users_begin_like_untrained_ones(world: World) -> None:
 
 
 def test_tables_outside_the_model_hold_the_rows_before_any_step(world: World) -> None:
-    recipe = world.recipe("rows", world.longer, world.folder / "unset", f"begin_from={world.origin('rows')}")
+    recipe = world.recipe(
+        "rows", world.longer, world.folder / "unset", f"begin_from={world.origin('rows')}"
+    )
     shop, model = open_workshop(recipe)
     tables = Loop(shop, model, make_accelerator(recipe)).tables.tables
     before = load_run(world.origin("rows")).model
@@ -272,7 +300,10 @@ def test_new_words_become_whole_where_the_old_ones_are(codes: str, tmp_path: Pat
     tokenizer = train_tokenizer(known, 4096, num_masks=3)
     grown = grow_tokenizer(tokenizer, known, new)
     users = [str(n) for n in range(200)]
-    before, after = build_words(tokenizer, known, users, 3), build_words(grown, [*known, *new], users, 3)
+    before, after = (
+        build_words(tokenizer, known, users, 3),
+        build_words(grown, [*known, *new], users, 3),
+    )
     for kind in ("item", "user"):
         first, second = (getattr(words, f"first_{kind}_word") for words in (before, after))
         for place in range(len(known) if kind == "item" else len(users)):
@@ -281,17 +312,28 @@ def test_new_words_become_whole_where_the_old_ones_are(codes: str, tmp_path: Pat
                 for words, at in ((before, first), (after, second))
             )
             assert np.array_equal(one, other)
-    parts = [len(grown.backend_tokenizer.pre_tokenizer.pre_tokenize_str(item_text(code))) for code in [*known, *new]]
+    parts = [
+        len(grown.backend_tokenizer.pre_tokenizer.pre_tokenize_str(item_text(code)))
+        for code in [*known, *new]
+    ]
     assert np.diff(after.tokens_of_items()[1]).tolist() == parts
     assert build_trie(*after.tokens_of_items()).item_node.min() > 0
     assert len(grown) == len(set(grown.get_vocab().values()))
-    assert [grown.mask_token_id, grown.pad_token_id] == [tokenizer.mask_token_id, tokenizer.pad_token_id]
+    assert [grown.mask_token_id, grown.pad_token_id] == [
+        tokenizer.mask_token_id,
+        tokenizer.pad_token_id,
+    ]
     texts = [item_text(code) for code in [*known, *new]]
-    ids = [encoding.ids for encoding in grown.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+    ids = [
+        encoding.ids
+        for encoding in grown.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    ]
     assert grown.backend_tokenizer.decode_batch(ids) == texts
     grown.save_pretrained(tmp_path)
     again = type(grown).from_pretrained(tmp_path)
-    assert [e.ids for e in again.backend_tokenizer.encode_batch(texts, add_special_tokens=False)] == ids
+    assert [
+        e.ids for e in again.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    ] == ids
     assert set(again.all_special_ids) == set(tokenizer.all_special_ids)
 
 
@@ -309,7 +351,11 @@ def test_spelled_words_keep_their_tokenizer() -> None:
 @pytest.mark.parametrize(
     ("kind", "override", "said"),
     [
-        ("spelled", "model.d_model=32", "model.d_model is 32 in the recipe and 16 in its model: set model.d_model=16"),
+        (
+            "spelled",
+            "model.d_model=32",
+            "model.d_model is 32 in the recipe and 16 in its model: set model.d_model=16",
+        ),
         ("spelled", "model.encoder_layers=2", "model.encoder_layers is 2"),
         ("spelled", "model.decoder_layers=3", "model.decoder_layers is 3"),
         ("spelled", "model.heads=4", "model.heads is 4"),
@@ -328,7 +374,9 @@ def test_spelled_words_keep_their_tokenizer() -> None:
         ("whole", "tokens.trim=false", "tokens.trim is false"),
     ],
 )
-def test_what_contradicts_the_model_is_refused_by_its_key(world: World, kind: str, override: str, said: str) -> None:
+def test_what_contradicts_the_model_is_refused_by_its_key(
+    world: World, kind: str, override: str, said: str
+) -> None:
     with pytest.raises(ValueError) as caught:
         opened(world, kind, world.longer, override)
     assert said in str(caught.value)
@@ -338,10 +386,18 @@ def test_what_contradicts_the_model_is_refused_by_its_key(world: World, kind: st
 
 def test_what_may_change_may(world: World) -> None:
     """Rates, dropout, losses, a shorter text, where the id tables live."""
-    more = ["model.dropout=0.3", "model.max_tokens=40", "model.init_std=0.5", "tokens.vocab_size=9999", *ROWS]
+    more = [
+        "model.dropout=0.3",
+        "model.max_tokens=40",
+        "model.init_std=0.5",
+        "tokens.vocab_size=9999",
+        *ROWS,
+    ]
     shop, model, before = opened(world, "spelled", world.longer, *more)
     assert (model.config.dropout, model.config.max_input_tokens) == (0.3, 40)
-    assert torch.equal(model.item_embedding.weight[: NUM_OLD_ITEMS + 1], before.item_embedding.weight)  # type: ignore[union-attr]
+    assert torch.equal(
+        model.item_embedding.weight[: NUM_OLD_ITEMS + 1], before.item_embedding.weight
+    )  # type: ignore[union-attr]
     assert len(shop.tokenizer) == len(load_run(world.origin("spelled")).tokenizer)
 
 
@@ -349,7 +405,8 @@ def test_other_data_are_refused(world: World, tmp_path: Path) -> None:
     other = prepare(world.folder / "old.txt", tmp_path / "other", seed=1)
     write_shards(other, tmp_path / "other" / "shards")
     with pytest.raises(
-        ValueError, match=r"its item row 0 is 'B\d+' with code '\d+', in .*other it is 'B\d+' with code"
+        ValueError,
+        match=r"its item row 0 is 'B\d+' with code '\d+', in .*other it is 'B\d+' with code",
     ):
         opened(world, "spelled", tmp_path / "other")
     lines = tiny_log().splitlines()
@@ -358,8 +415,12 @@ def test_other_data_are_refused(world: World, tmp_path: Path) -> None:
     write_shards(fewer, tmp_path / "fewer" / "shards")
     with pytest.raises(ValueError, match=r"user|item"):
         opened(world, "spelled", tmp_path / "fewer")
-    with pytest.raises(ValueError, match=r"nowhere: neither a run with best/ in it nor a model's directory"):
-        open_workshop(world.recipe("spelled", world.longer, "unset", f"begin_from={tmp_path / 'nowhere'}"))
+    with pytest.raises(
+        ValueError, match=r"nowhere: neither a run with best/ in it nor a model's directory"
+    ):
+        open_workshop(
+            world.recipe("spelled", world.longer, "unset", f"begin_from={tmp_path / 'nowhere'}")
+        )
 
 
 def test_weights_that_have_seen_validation_stay_out_of_it(world: World, tmp_path: Path) -> None:
@@ -367,9 +428,13 @@ def test_weights_that_have_seen_validation_stay_out_of_it(world: World, tmp_path
     shutil.copytree(world.origin("spelled"), seen)
     text = (seen / "recipe.yaml").read_text()
     (seen / "recipe.yaml").write_text(text.replace("trained_through: n-2", "trained_through: n-1"))
-    with pytest.raises(ValueError, match=r"trained_through n-2, and its weights have learned validation items"):
+    with pytest.raises(
+        ValueError, match=r"trained_through n-2, and its weights have learned validation items"
+    ):
         open_workshop(world.recipe("spelled", world.longer, "unset", f"begin_from={seen}"))
-    refit = world.recipe("spelled", world.longer, "unset", f"begin_from={seen}", "trained_through=n-1")
+    refit = world.recipe(
+        "spelled", world.longer, "unset", f"begin_from={seen}", "trained_through=n-1"
+    )
     assert open_workshop(refit)[0].begun is not None
 
 
@@ -381,13 +446,24 @@ def test_weights_of_another_split_may_know_what_is_held_out(world: World, tmp_pa
     config["split"] = "global-time 2014-05-01,2014-06-01"
     (other / "best" / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match=r"learned under the split global-time 2014-05-01,2014-06-01, .* has leave-one-out: they may"
+        ValueError,
+        match=r"learned under the split global-time 2014-05-01,2014-06-01, .* has leave-one-out: they may",
     ):
         open_workshop(world.recipe("spelled", world.longer, "unset", f"begin_from={other}"))
     assert run_command(["evaluate", str(other), "--data", str(world.old)]) == 1
     assert not list(other.glob("metrics-*.json"))
     assert (
-        run_command(["evaluate", str(world.origin("spelled")), "--data", str(world.old), "--out", str(tmp_path)]) == 0
+        run_command(
+            [
+                "evaluate",
+                str(world.origin("spelled")),
+                "--data",
+                str(world.old),
+                "--out",
+                str(tmp_path),
+            ]
+        )
+        == 0
     )
 
 
@@ -446,9 +522,14 @@ def test_the_command_begins_from_a_run_and_from_a_copy_of_its_model(
     assert run_command(["train", str(path), "--from", str(tmp_path / "model"), "--dry-run"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["items"] == NUM_OLD_ITEMS + NUM_NEW_ITEMS
-    by_run = describe(world.recipe("whole", world.longer, tmp_path / "run", f"begin_from={world.origin('whole')}"))
+    by_run = describe(
+        world.recipe("whole", world.longer, tmp_path / "run", f"begin_from={world.origin('whole')}")
+    )
     assert by_run["first loss"] == told["first loss"]
-    assert describe(world.recipe("whole", world.longer, tmp_path / "run"))["first loss"] != told["first loss"]
+    assert (
+        describe(world.recipe("whole", world.longer, tmp_path / "run"))["first loss"]
+        != told["first loss"]
+    )
     assert run_command(["train", str(path), "--from", str(tmp_path / "gone")]) == 1
     assert "gone: neither a run" in capsys.readouterr().err
 
@@ -456,16 +537,36 @@ def test_the_command_begins_from_a_run_and_from_a_copy_of_its_model(
 @pytest.mark.dist
 @pytest.mark.ranks
 def test_two_ranks_begin_with_the_same_weights(world: World, tmp_path: Path) -> None:
-    """At a rate that moves nothing, what is kept of a run over two ranks is what it began with: DDP with tables dealt to the ranks,
-    and weights that ZeRO has cut into pieces."""
-    still = ["finetune.learning_rate=1e-12", "pretrain.epochs=0", "optimizer.weight_decay=0.0", "validation.users=10"]
+    """At a rate that moves nothing, what is kept of a run over two ranks is what it began with: DDP
+    with tables dealt to the ranks, and weights that ZeRO has cut into pieces."""
+    still = [
+        "finetune.learning_rate=1e-12",
+        "pretrain.epochs=0",
+        "optimizer.weight_decay=0.0",
+        "validation.users=10",
+    ]
     jobs = []
-    for name, kind, stage in (("ddp", "rows", None), ("zero-2", "whole", 2), ("zero-3", "spelled", 3)):
+    for name, kind, stage in (
+        ("ddp", "rows", None),
+        ("zero-2", "whole", 2),
+        ("zero-3", "spelled", 3),
+    ):
         more = [*still, "optimizer.id_learning_rate=1e-12"]
-        recipe = world.recipe(kind, world.longer, tmp_path / name, f"begin_from={world.origin(kind)}", *more)
+        recipe = world.recipe(
+            kind, world.longer, tmp_path / name, f"begin_from={world.origin(kind)}", *more
+        )
         (tmp_path / f"{name}.yaml").write_text(dump_recipe(recipe))
         recipe_path = str(tmp_path / f"{name}.yaml")
-        jobs.append({"name": name, "stage": stage, "recipe": recipe_path, "job": "train", "set": [], "resume": None})
+        jobs.append(
+            {
+                "name": name,
+                "stage": stage,
+                "recipe": recipe_path,
+                "job": "train",
+                "set": [],
+                "resume": None,
+            }
+        )
     launch(jobs, tmp_path, 2)
     for job, kind in zip(jobs, ("rows", "whole", "spelled"), strict=True):
         assert json.loads((tmp_path / f"{job['name']}.json").read_text()).get("error") is None

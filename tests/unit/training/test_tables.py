@@ -1,4 +1,5 @@
-"""Id tables outside the model: the same numbers as tables within, only touched rows changed, a plain model as `best`."""
+"""Id tables outside the model: the same numbers as tables within, only touched rows changed, a
+plain model as `best`."""
 
 from __future__ import annotations
 
@@ -72,7 +73,9 @@ def test_rows_from_outside_are_read_and_learned_as_rows_within(recipe: Recipe) -
     for here, there in zip(places.micro_batches, rows.micro_batches, strict=True):
         logits = []
         for which, batch in ((model, here), (inside, there)):
-            found, labels = which.target_logits(batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels)
+            found, labels = which.target_logits(
+                batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
+            )
             torch.nn.functional.cross_entropy(found, labels, reduction="sum").backward()
             logits.append(found)
         assert torch.equal(*logits)
@@ -120,7 +123,8 @@ def test_a_resume_goes_on_to_the_bit(recipe: Recipe) -> None:
 
 @pytest.mark.parametrize("recipe", [6], indirect=True)
 def test_rows_alone_lower_the_loss(recipe: Recipe, tmp_path: Path) -> None:
-    """All else stands still, so what is learned is the tables'; and with tables that stand still too, nothing is."""
+    """All else stands still, so what is learned is the tables'; and with tables that stand still
+    too, nothing is."""
     # Steps count here, so that each is a plain one and no checkpoint is left but the last.
     stage = replace(recipe.finetune, epochs=8, learning_rate=1e-9)
     still = replace(recipe, finetune=stage, model=replace(recipe.model, dropout=0.0))
@@ -128,11 +132,16 @@ def test_rows_alone_lower_the_loss(recipe: Recipe, tmp_path: Path) -> None:
     fallen = []
     for name, rate in (("learning", 0.3), ("frozen", 1e-9)):
         optimizer = replace(recipe.optimizer, id_learning_rate=rate)
-        events = (train(replace(still, run=str(tmp_path / name), optimizer=optimizer)) / "events.jsonl").read_text()
-        losses = [json.loads(line)["loss"] for line in events.splitlines() if '"event": "step"' in line]
+        events = (
+            train(replace(still, run=str(tmp_path / name), optimizer=optimizer)) / "events.jsonl"
+        ).read_text()
+        losses = [
+            json.loads(line)["loss"] for line in events.splitlines() if '"event": "step"' in line
+        ]
         epoch = len(losses) // 8
         fallen.append(np.mean(losses[:epoch]) - np.mean(losses[-epoch:]))
-    # An epoch's steps are not of one size, so also without learning two epochs' means differ a little.
+    # An epoch's steps are not of one size, so also without learning two epochs' means differ a
+    # little.
     assert fallen[0] > 0.01
     assert abs(fallen[1]) < 0.006
 

@@ -37,7 +37,12 @@ from genrec_dist.training.run import train
 from genrec_dist.training.setup import describe, open_workshop
 from genrec_dist.training.stages import plan_stages
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +111,16 @@ def test_a_run_leaves_what_the_design_says(recipe: Recipe) -> None:
     assert [event["step"] for event in steps] == list(range(total))
     assert {event["stage"] for event in steps} == {"pretrain", "finetune"}
     assert all(math.isfinite(event["loss"]) and event["tokens_per_second"] > 0 for event in steps)
-    assert all(0 <= event["padding_share"] < 1 and 0 <= event["data_wait_share"] <= 1 for event in steps)
+    assert all(
+        0 <= event["padding_share"] < 1 and 0 <= event["data_wait_share"] <= 1 for event in steps
+    )
     (begun,) = events(run, "start")
     assert "cross-attention" in begun["flops_formula"]
     for event in steps:
         # The share is what it says: of the peak that the run has stated at its start.
-        assert event["mfu"] == pytest.approx(event["tflops_per_second"] * 1e12 / begun["peak"]["flops"])
+        assert event["mfu"] == pytest.approx(
+            event["tflops_per_second"] * 1e12 / begun["peak"]["flops"]
+        )
         assert 0.05 < event["peak_memory_gib"] < 24
     assert [event["epoch"] for event in events(run, "validation")] == [0, 1]
     assert status(run)["status"] == "finished"
@@ -123,7 +132,11 @@ def test_a_run_leaves_what_the_design_says(recipe: Recipe) -> None:
 
 
 def test_training_learns(recipe: Recipe) -> None:
-    longer = replace(recipe, finetune=replace(recipe.finetune, epochs=12, learning_rate=1e-2), checkpoint_every=10_000)
+    longer = replace(
+        recipe,
+        finetune=replace(recipe.finetune, epochs=12, learning_rate=1e-2),
+        checkpoint_every=10_000,
+    )
     run = train(longer)
     losses = [event["loss"] for event in events(run, "step") if event["stage"] == "finetune"]
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
@@ -137,7 +150,9 @@ def test_best_is_the_best_validation_not_the_last(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("average", [0.0, pytest.param(0.9, marks=pytest.mark.ranks)])
-def test_sigkill_at_a_random_step_resumes_to_the_same_bits(recipe: Recipe, tmp_path: Path, average: float) -> None:
+def test_sigkill_at_a_random_step_resumes_to_the_same_bits(
+    recipe: Recipe, tmp_path: Path, average: float
+) -> None:
     recipe = replace(recipe, optimizer=replace(recipe.optimizer, average=average), workers=1)
     unbroken = replace(recipe, run=str(tmp_path / "unbroken"))
     process = start(unbroken, tmp_path)
@@ -160,7 +175,9 @@ def test_sigkill_at_a_random_step_resumes_to_the_same_bits(recipe: Recipe, tmp_p
     expected, found = weights(tmp_path / "unbroken"), weights(Path(recipe.run))
     assert expected.keys() == found.keys()
     for name, tensor in expected.items():
-        assert torch.equal(tensor, found[name]), f"{name} differs after a kill at step {step} (seed {seed})"
+        assert torch.equal(tensor, found[name]), (
+            f"{name} differs after a kill at step {step} (seed {seed})"
+        )
     assert status(Path(recipe.run))["best_step"] == status(tmp_path / "unbroken")["best_step"]
 
 
@@ -188,7 +205,9 @@ def test_a_signal_saves_and_says_so(recipe: Recipe, tmp_path: Path, number: int,
     assert "Traceback" not in errors
 
 
-def test_nan_names_the_step_and_saves_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_names_the_step_and_saves_nothing(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import genrec_dist.model.genrec as module
 
     real, calls = module.head_loss, []
@@ -208,11 +227,16 @@ def test_nan_names_the_step_and_saves_nothing(recipe: Recipe, monkeypatch: pytes
     named = int(str(caught.value).split("at step ")[1].split(":")[0])
     assert all(int(path.name.removeprefix("step-")) <= named for path in list_checkpoints(run))
     for path in list_checkpoints(run):
-        assert all(tensor.isfinite().all() for tensor in Checkpoint(path, {}, Ranks()).weights().values())
+        assert all(
+            tensor.isfinite().all() for tensor in Checkpoint(path, {}, Ranks()).weights().values()
+        )
 
 
-def test_a_gradient_that_is_no_number_saves_nothing(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finite loss can have an infinite gradient; the weights it spoils must not reach a checkpoint."""
+def test_a_gradient_that_is_no_number_saves_nothing(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finite loss can have an infinite gradient; the weights it spoils must not reach a
+    checkpoint."""
     real = Loop.take_step
 
     def poisoned(self: Loop, step: int, *rest: object) -> object:
@@ -238,7 +262,12 @@ def test_resume_refuses_another_recipe_and_other_data(recipe: Recipe, tmp_path: 
     with pytest.raises(ValueError, match="another recipe"):
         train(other, resume="latest")
     prepare(Path(recipe.data).parent / "log.txt", tmp_path / "data", seed=5)
-    write_shards(load_dataset(tmp_path / "data"), tmp_path / "data" / "shards", users_per_shard=32, users_per_record=16)
+    write_shards(
+        load_dataset(tmp_path / "data"),
+        tmp_path / "data" / "shards",
+        users_per_shard=32,
+        users_per_record=16,
+    )
     with pytest.raises(ValueError, match="numbering"):
         train(replace(recipe, data=str(tmp_path / "data")), resume="latest")
 
@@ -249,7 +278,9 @@ def test_resume_without_a_checkpoint_says_so(recipe: Recipe) -> None:
 
 
 def test_shards_of_other_sequences_are_refused(recipe: Recipe, tmp_path: Path) -> None:
-    write_sequences(make_process(num_items=64, num_groups=8).sample(40, 5, 9, seed=9), tmp_path / "log.txt")
+    write_sequences(
+        make_process(num_items=64, num_groups=8).sample(40, 5, 9, seed=9), tmp_path / "log.txt"
+    )
     other = prepare(tmp_path / "log.txt", tmp_path / "data")
     write_shards(other, tmp_path / "shards", users_per_shard=32, users_per_record=16)
     with pytest.raises(ValueError, match="genrec shard"):
@@ -314,12 +345,15 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(recipe: Recipe) -
 
 @pytest.mark.dist
 def test_two_ranks_train_what_one_trains(recipe: Recipe, tmp_path: Path) -> None:
-    """Without dropout two gloo ranks and one process end with the same weights, up to the order of sums."""
+    """Without dropout two gloo ranks and one process end with the same weights, up to the order of
+    sums."""
     calm = replace(
         recipe,
         model=replace(recipe.model, dropout=0.0),
         finetune=replace(recipe.finetune, epochs=1),
-        optimizer=replace(recipe.optimizer, eps=1e-4),  # AdamW would blow rounding up where gradients are almost zero
+        optimizer=replace(
+            recipe.optimizer, eps=1e-4
+        ),  # AdamW would blow rounding up where gradients are almost zero
     )
     alone = weights(train(replace(calm, run=str(tmp_path / "alone"))))
     path = tmp_path / "two.yaml"
@@ -339,7 +373,9 @@ def test_two_ranks_train_what_one_trains(recipe: Recipe, tmp_path: Path) -> None
     together = weights(tmp_path / "two")
     for name, tensor in alone.items():
         assert torch.allclose(tensor, together[name], atol=2e-4), name
-    losses = [[event["loss"] for event in events(tmp_path / run, "step")] for run in ("alone", "two")]
+    losses = [
+        [event["loss"] for event in events(tmp_path / run, "step")] for run in ("alone", "two")
+    ]
     assert np.allclose(*losses, rtol=1e-3)
     assert len(events(tmp_path / "two", "step")) == len(events(tmp_path / "alone", "step"))
 
@@ -365,10 +401,15 @@ def test_the_next_batch_is_received_while_this_one_is_worked_on() -> None:
     assert list(ahead([[], [5]])) == [[], [5]]
 
 
-def test_deepspeed_that_is_asked_for_and_missing_is_named(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deepspeed_that_is_asked_for_and_missing_is_named(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setitem(sys.modules, "deepspeed", None)  # what the import system takes for "not installed"
+    monkeypatch.setitem(
+        sys.modules, "deepspeed", None
+    )  # what the import system takes for "not installed"
     with pytest.raises(
-        ValueError, match=r"DeepSpeed was asked for and is not installed: pip install 'genrec-dist\[zero\]'"
+        ValueError,
+        match=r"DeepSpeed was asked for and is not installed: pip install 'genrec-dist\[zero\]'",
     ):
         make_accelerator(recipe)

@@ -1,4 +1,5 @@
-"""The record of a sweep: written whole, read back equal, here and at an address, and never guessed at when it is damaged."""
+"""The record of a sweep: written whole, read back equal, here and at an address, and never guessed
+at when it is damaged."""
 
 from __future__ import annotations
 
@@ -18,7 +19,11 @@ def an_epoch(number: int, ndcg: float) -> Epoch:
 
 
 def a_trial(number: int, **changes: object) -> Trial:
-    values = {"finetune.learning_rate": 1e-3, "pretrain.mask.strategy": "last-biased", "pretrain.mask.p": 0.25}
+    values = {
+        "finetune.learning_rate": 1e-3,
+        "pretrain.mask.strategy": "last-biased",
+        "pretrain.mask.p": 0.25,
+    }
     facts: dict = {
         "id": trial_id(number), "values": values, "seed": 0, "status": "running", "attempts": 1,
         "planned_epochs": 6, "run": f"runs/{trial_id(number)}",
@@ -28,7 +33,14 @@ def a_trial(number: int, **changes: object) -> Trial:
 
 @pytest.mark.parametrize(
     ("codes", "blamed"),
-    [([None, None], None), ([0, None], None), ([1, -9], 1), ([-9, 1], 0), ([None, 1], 1), ([1, 1], 0)],
+    [
+        ([None, None], None),
+        ([0, None], None),
+        ([1, -9], 1),
+        ([-9, 1], 0),
+        ([None, 1], 1),
+        ([1, 1], 0),
+    ],
 )
 def test_a_killed_rank_is_blamed_before_those_that_end_because_of_it(
     codes: list[int | None], blamed: int | None
@@ -40,15 +52,22 @@ def record(address: str) -> Recorder:
     recorder = Recorder(Folder(address), Sweep("beauty", {"trials": 2}))
     recorder.put_facts(started=1.7e9, hours=0.5, resumed=1)
     recorder.put(a_trial(1, status="failed", reason="the loss is nan at step 3"))
-    recorder.put(a_trial(0).with_epoch(an_epoch(1, 0.02)).with_epoch(an_epoch(2, 0.04)).with_epoch(an_epoch(3, 0.04)))
+    recorder.put(
+        a_trial(0)
+        .with_epoch(an_epoch(1, 0.02))
+        .with_epoch(an_epoch(2, 0.04))
+        .with_epoch(an_epoch(3, 0.04))
+    )
     return recorder
 
 
 @pytest.mark.parametrize("kind", ["directory", "file", "memory"])
 def test_what_is_written_is_read_back(tmp_path: Path, kind: str) -> None:
-    address = {"directory": str(tmp_path / "a b"), "file": f"file://{tmp_path}/s", "memory": f"memory://{tmp_path}/s"}[
-        kind
-    ]
+    address = {
+        "directory": str(tmp_path / "a b"),
+        "file": f"file://{tmp_path}/s",
+        "memory": f"memory://{tmp_path}/s",
+    }[kind]
     recorder = record(address)
     found = read_sweep(address)
     assert found == recorder.sweep
@@ -72,15 +91,28 @@ def test_keys_are_those_of_the_other_files(tmp_path: Path) -> None:
 
 
 def test_an_epoch_that_comes_again_changes_nothing() -> None:
-    trial = a_trial(0).with_epoch(an_epoch(2, 0.04)).with_epoch(an_epoch(1, 0.02)).with_epoch(an_epoch(2, 0.5))
+    trial = (
+        a_trial(0)
+        .with_epoch(an_epoch(2, 0.04))
+        .with_epoch(an_epoch(1, 0.02))
+        .with_epoch(an_epoch(2, 0.5))
+    )
     assert [(epoch.epoch, epoch.NDCG10) for epoch in trial.epochs] == [(1, 0.02), (2, 0.04)]
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("trials/t0000.json", '{"id": "t00', r"trials/t0000\.json: damaged .*; remove it to run this trial anew"),
-        ("trials/t0000.json", '{"id": "t0000", "epochs": []}', r"trials/t0000\.json: damaged .*; remove it"),
+        (
+            "trials/t0000.json",
+            '{"id": "t00',
+            r"trials/t0000\.json: damaged .*; remove it to run this trial anew",
+        ),
+        (
+            "trials/t0000.json",
+            '{"id": "t0000", "epochs": []}',
+            r"trials/t0000\.json: damaged .*; remove it",
+        ),
         ("trials/t0000.json", "[]", r"t0000\.json: not a JSON object"),
         ("sweep.json", '{"format_version": 9}', r"sweep\.json: format 9, this version reads 1"),
         ("sweep.json", '{"name": "x"}', r"sweep\.json: 'space' is missing"),
@@ -95,7 +127,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str, message: 
 
 def test_another_trials_file_is_refused(tmp_path: Path) -> None:
     record(str(tmp_path))
-    (tmp_path / "trials" / "t0007.json").write_bytes((tmp_path / "trials" / "t0000.json").read_bytes())
+    (tmp_path / "trials" / "t0007.json").write_bytes(
+        (tmp_path / "trials" / "t0000.json").read_bytes()
+    )
     with pytest.raises(ValueError, match=r"t0007\.json: it is about trial t0000"):
         read_sweep(tmp_path)
 
@@ -117,7 +151,10 @@ def test_the_record_is_read_without_ray_and_optuna() -> None:
     [
         ("NotFinite: the loss is nan at step 3: nothing was saved since", ValueError),
         ("ValueError: model.d_model 10 is no multiple of model.heads 4", ValueError),
-        ("RankGone: rank 1 has gone (Connection reset by peer): its own message says why", RuntimeError),
+        (
+            "RankGone: rank 1 has gone (Connection reset by peer): its own message says why",
+            RuntimeError,
+        ),
         ("RuntimeError: [enforce fail at pair.cc] connection closed", RuntimeError),
     ],
 )
@@ -132,7 +169,8 @@ def test_what_a_rank_died_of_decides_whether_the_trial_is_tried_again(
 
 
 def test_a_checkpoint_that_the_events_do_not_speak_of_is_left(tmp_path: Path) -> None:
-    """Killed between the two, a trial would go on from a checkpoint whose epochs stand in no record."""
+    """Killed between the two, a trial would go on from a checkpoint whose epochs stand in no
+    record."""
     there, here = tmp_path / "there", tmp_path / "here"
     for step in ("step-1", "step-2"):
         (there / "checkpoints" / step).mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""The page of a sweep: right words and places, nothing from outside, nothing unescaped; and what a real browser makes of it."""
+"""The page of a sweep: right words and places, nothing from outside, nothing unescaped; and what a
+real browser makes of it."""
 
 from __future__ import annotations
 
@@ -57,7 +58,11 @@ class Page(HTMLParser):
             self.words.append(data)
 
     def classes(self, kind: str) -> list[dict[str, str | None]]:
-        return [attributes for _, attributes in self.tags if kind in (attributes.get("class") or "").split()]
+        return [
+            attributes
+            for _, attributes in self.tags
+            if kind in (attributes.get("class") or "").split()
+        ]
 
 
 def page_of(sweep: Sweep) -> Page:
@@ -66,8 +71,18 @@ def page_of(sweep: Sweep) -> Page:
 
 def numbers(sweep: Sweep) -> list[float]:
     """All numbers that the page's drawings hold."""
-    drawn = re.sub(r"<(style|script|pre).*?</\1>|<text.*?</text>|<title>.*?</title>", "", report_of(sweep), flags=re.S)
-    return [float(found) for found in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", " ".join(re.findall(r'"([^"]*)"', drawn)))]
+    drawn = re.sub(
+        r"<(style|script|pre).*?</\1>|<text.*?</text>|<title>.*?</title>",
+        "",
+        report_of(sweep),
+        flags=re.S,
+    )
+    return [
+        float(found)
+        for found in re.findall(
+            r"-?\d+\.?\d*(?:e-?\d+)?", " ".join(re.findall(r'"([^"]*)"', drawn))
+        )
+    ]
 
 
 # What it says
@@ -83,7 +98,9 @@ def test_an_ordinary_sweep_says_everything() -> None:
         "genrec tune --finish", "choice: single: {}", "with other seeds",
     ):  # fmt: skip
         assert words in text, words
-    assert text.count("loss is NaN at step 120 of finetune") > 4  # two trials, each in the table and under the pointer
+    assert (
+        text.count("loss is NaN at step 120 of finetune") > 4
+    )  # two trials, each in the table and under the pointer
 
 
 def test_what_the_finals_say() -> None:
@@ -100,7 +117,10 @@ def test_what_the_finals_say() -> None:
 def test_finals_that_show_no_difference_claim_none() -> None:
     sweep = with_finals(ordinary_sweep())
     assert sweep.comparison is not None
-    sweep.comparison["metrics"]["NDCG@10"] = {**sweep.comparison["metrics"]["NDCG@10"], "p_holm": 0.4}
+    sweep.comparison["metrics"]["NDCG@10"] = {
+        **sweep.comparison["metrics"]["NDCG@10"],
+        "p_holm": 0.4,
+    }
     assert "p 0.4000 after Holm), which is not told from none." in page_of(sweep).text
     lost = dataclasses.replace(sweep, comparison=None)
     assert "t0015 wins on validation; on test it has not been compared" in page_of(lost).text
@@ -132,13 +152,22 @@ def test_the_saving_counts_what_the_scheduler_spared_and_nothing_else() -> None:
     ("sweep", "said"),
     [
         (EMPTY, "No trial has been started yet."),
-        (Sweep("s", SPACE, (trial(0, [], "running"),)), "No trial has come to an end with a score yet; running: 1."),
-        (Sweep("s", SPACE, (trial(0, [], "failed", reason="out of memory"),)), "No trial has a score"),
+        (
+            Sweep("s", SPACE, (trial(0, [], "running"),)),
+            "No trial has come to an end with a score yet; running: 1.",
+        ),
+        (
+            Sweep("s", SPACE, (trial(0, [], "failed", reason="out of memory"),)),
+            "No trial has a score",
+        ),
         (
             Sweep("s", SPACE, (trial(0, [0.02, 0.01]),)),
             "t0000 leads with validation NDCG@10 .0200, reached at epoch 1 of 9.",
         ),
-        (Sweep("s", SPACE, (trial(0, [0.02], "stopped"),)), "It was stopped by the scheduler after 1 epochs."),
+        (
+            Sweep("s", SPACE, (trial(0, [0.02], "stopped"),)),
+            "It was stopped by the scheduler after 1 epochs.",
+        ),
     ],
 )
 def test_little_or_nothing_is_a_page_that_says_so(sweep: Sweep, said: str) -> None:
@@ -152,7 +181,9 @@ def test_little_or_nothing_is_a_page_that_says_so(sweep: Sweep, said: str) -> No
 
 def test_one_trial_is_no_best_of_several() -> None:
     assert "flatters" not in headline(Sweep("s", SPACE, (trial(0, [0.02]),)))
-    assert "flatters" in headline(Sweep("s", SPACE, (trial(0, [0.02]), trial(1, [0.01], "stopped"))))
+    assert "flatters" in headline(
+        Sweep("s", SPACE, (trial(0, [0.02]), trial(1, [0.01], "stopped")))
+    )
 
 
 # What it draws
@@ -161,9 +192,13 @@ def test_one_trial_is_no_best_of_several() -> None:
 def test_a_trial_is_in_every_chart_and_in_the_table() -> None:
     page = page_of(ordinary_sweep())
     for number in range(24):
-        marked = [tag for tag, attributes in page.tags if attributes.get("data-trial") == f"t{number:04d}"]
+        marked = [
+            tag for tag, attributes in page.tags if attributes.get("data-trial") == f"t{number:04d}"
+        ]
         assert marked.count("tr") == 1
-        scored = not any(t.status == "failed" and t.id == f"t{number:04d}" for t in ordinary_sweep().trials)
+        scored = not any(
+            t.status == "failed" and t.id == f"t{number:04d}" for t in ordinary_sweep().trials
+        )
         assert marked.count("g") >= (
             6 if scored else 3
         )  # two drawings of the parallel coordinates, the knobs, the curves
@@ -176,15 +211,25 @@ def test_stopped_trials_are_told_apart() -> None:
     assert stopped
     assert failed
     assert {
-        attributes["data-trial"] for attributes in page.classes("thread") if "stopped" in str(attributes["class"])
+        attributes["data-trial"]
+        for attributes in page.classes("thread")
+        if "stopped" in str(attributes["class"])
     } == stopped
     assert {
-        attributes["data-trial"] for attributes in page.classes("curve") if "stopped" in str(attributes["class"])
+        attributes["data-trial"]
+        for attributes in page.classes("curve")
+        if "stopped" in str(attributes["class"])
     } == stopped
     assert {
-        attributes["data-trial"] for attributes in page.classes("thread") if "failed" in str(attributes["class"])
+        attributes["data-trial"]
+        for attributes in page.classes("thread")
+        if "failed" in str(attributes["class"])
     } == failed
-    assert {attributes["data-trial"] for attributes in page.classes("best") if "data-trial" in attributes} == {"t0011"}
+    assert {
+        attributes["data-trial"]
+        for attributes in page.classes("best")
+        if "data-trial" in attributes
+    } == {"t0011"}
 
 
 def test_threads_pass_their_axes_where_the_values_lie() -> None:
@@ -222,12 +267,22 @@ def test_rungs_are_where_asha_compares() -> None:
 
 
 def test_shapes_differ() -> None:
-    assert len({re.sub(r"c\d", "", mark(group, 0, 0)) for group in range(6)} | {mark(0, 0, 0, look="failed")}) == 7
+    assert (
+        len(
+            {re.sub(r"c\d", "", mark(group, 0, 0)) for group in range(6)}
+            | {mark(0, 0, 0, look="failed")}
+        )
+        == 7
+    )
 
 
 def test_the_bars_of_an_epoch_stand_on_each_other() -> None:
     page = Page(stacked("t", "epoch", "trials", [("run", [4, 2]), ("spared", [0, 2])]))
-    boxes = [{k: float(a[k] or 0) for k in ("x", "y", "width", "height")} for tag, a in page.tags if tag == "rect"]
+    boxes = [
+        {k: float(a[k] or 0) for k in ("x", "y", "width", "height")}
+        for tag, a in page.tags
+        if tag == "rect"
+    ]
     assert len(boxes) == 3
     assert boxes[0]["height"] == pytest.approx(2 * boxes[1]["height"], abs=0.11)
     assert boxes[2]["y"] + boxes[2]["height"] == pytest.approx(boxes[1]["y"], abs=0.11)
@@ -239,13 +294,19 @@ def test_the_bars_of_an_epoch_stand_on_each_other() -> None:
 
 def test_axes_follow_the_space() -> None:
     axes = axes_of(SPACE["space"], [one.values for one in ordinary_sweep().trials])
-    assert [(axis.name, axis.kind, axis.low, axis.high) for axis in axes if axis.kind != "choice"] == [
+    assert [
+        (axis.name, axis.kind, axis.low, axis.high) for axis in axes if axis.kind != "choice"
+    ] == [
         ("finetune.learning_rate", "log", 3e-4, 1e-2),
         ("pretrain.mask.p", "linear", 0.2, 0.9),
         ("pretrain.mask.k", "linear", 2, 6),
     ]
     assert axes[1].choices == ("single", "last-biased", "recency", "span", "multi")
-    assert [axis.name for axis in axes][:3] == ["finetune.learning_rate", "pretrain.mask.strategy", "pretrain.mask.p"]
+    assert [axis.name for axis in axes][:3] == [
+        "finetune.learning_rate",
+        "pretrain.mask.strategy",
+        "pretrain.mask.p",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +319,10 @@ def test_axes_follow_the_space() -> None:
         (Axis("a", "linear", 0.2, 0.9), ["0.2", "0.4", "0.6", "0.8"]),
         (Axis("a", "linear", 3, 3), ["3"]),
         (Axis("a", "linear", 0, 3e-14), ["0", "3e-14"]),
-        (Axis("a", "linear", 0.04, 0.0401), ["0.04", "0.04002", "0.04004", "0.04006", "0.04008", "0.0401"]),
+        (
+            Axis("a", "linear", 0.04, 0.0401),
+            ["0.04", "0.04002", "0.04004", "0.04006", "0.04008", "0.0401"],
+        ),
         (Axis("a", "choice", choices=("x", "true")), ["x", "true"]),
     ],
 )
@@ -273,7 +337,9 @@ def test_ticks(axis: Axis, labels: list[str]) -> None:
     st.integers(4, 9),
 )
 @settings(deadline=None)
-def test_ticks_lie_on_their_axis_in_order(kind: Any, low: float, factor: float, wanted: int) -> None:
+def test_ticks_lie_on_their_axis_in_order(
+    kind: Any, low: float, factor: float, wanted: int
+) -> None:
     axis = Axis("a", kind, low, low * factor)
     marks = axis.ticks(wanted)
     shares = [share for share, _ in marks]
@@ -286,7 +352,13 @@ def test_ticks_lie_on_their_axis_in_order(kind: Any, low: float, factor: float, 
 
 @given(
     st.lists(
-        st.one_of(st.booleans(), st.integers(-5, 5), st.floats(allow_nan=True), st.text(max_size=4), st.none()),
+        st.one_of(
+            st.booleans(),
+            st.integers(-5, 5),
+            st.floats(allow_nan=True),
+            st.text(max_size=4),
+            st.none(),
+        ),
         min_size=1,
     )
 )
@@ -330,7 +402,17 @@ def test_nothing_from_outside() -> None:
     for forbidden in ("http:", "https:", "@import", "url(", "//cdn", "src="):
         assert forbidden not in source, forbidden
     for tag, attributes in Page(source).tags:
-        assert tag not in {"link", "img", "iframe", "object", "embed", "base", "image", "use", "form"}
+        assert tag not in {
+            "link",
+            "img",
+            "iframe",
+            "object",
+            "embed",
+            "base",
+            "image",
+            "use",
+            "form",
+        }
         assert not {"src", "href", "srcset", "xlink:href", "action"} & attributes.keys()
         assert not [name for name in attributes if name.startswith("on")]
 
@@ -339,7 +421,10 @@ def test_everything_is_escaped_and_one_script_may_run() -> None:
     source = report_of(awkward_sweep(EVIL))
     (script,) = re.findall(r"<script>(.*?)</script>", source, re.S)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'" in source
+    assert (
+        f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+        in source
+    )
     page = Page(source)
     assert sum(tag == "script" for tag, _ in page.tags) == 1
     assert page.text.count(EVIL) > 10
@@ -351,8 +436,16 @@ def test_everything_is_escaped_and_one_script_may_run() -> None:
             st.sampled_from(["running", "finished", "stopped", "failed", "interrupted"]),
             st.lists(st.floats(0, 1), max_size=4),
             st.dictionaries(
-                st.sampled_from(["seed", "finetune.learning_rate", "pretrain.mask.strategy", "a.b"]),
-                st.one_of(st.floats(1e-9, 1e9), st.integers(-9, 9), st.booleans(), st.none(), st.text(max_size=5)),
+                st.sampled_from(
+                    ["seed", "finetune.learning_rate", "pretrain.mask.strategy", "a.b"]
+                ),
+                st.one_of(
+                    st.floats(1e-9, 1e9),
+                    st.integers(-9, 9),
+                    st.booleans(),
+                    st.none(),
+                    st.text(max_size=5),
+                ),
             ),
             st.integers(0, 5),
         ),
@@ -369,7 +462,13 @@ def test_any_sweep_has_a_page(drawn: list[Any]) -> None:
 
 
 def test_what_is_no_number_is_not_drawn() -> None:
-    odd = Trial("t0000", {"finetune.learning_rate": math.nan, "a": math.inf}, 0, "failed", epochs=(epoch(1, math.nan),))
+    odd = Trial(
+        "t0000",
+        {"finetune.learning_rate": math.nan, "a": math.inf},
+        0,
+        "failed",
+        epochs=(epoch(1, math.nan),),
+    )
     good = trial(1, [0.02], values={"finetune.learning_rate": 1e-3, "a": 1.0})
     source = report_of(Sweep("s", SPACE, (odd, good)))
     assert "t0001 leads" in source
@@ -385,7 +484,9 @@ def test_it_is_written_whole(tmp_path: Path) -> None:
 
 # In a browser
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 PROBE = """
 const seen = (node) => node.getClientRects().length > 0 && getComputedStyle(node).visibility !== "hidden";
 const named = (node) => (node.tagName + "." + (node.getAttribute("class") ?? "") + ": " + node.textContent.slice(0, 40)).trim();
@@ -441,7 +542,8 @@ NARROW = """<!doctype html><iframe src="page.html" style="width:WIDTHpx; height:
 
 
 def browse(tmp_path: Path, sweep: Sweep, width: int, dark: bool = False) -> dict[str, Any]:
-    """What the probe, run inside the page in a real browser, measured; fails on anything that the console says."""
+    """What the probe, run inside the page in a real browser, measured; fails on anything that the
+    console says."""
     if BROWSER is None:
         pytest.skip("no Chromium on PATH")
     digest = base64.b64encode(hashlib.sha256(PROBE.encode()).digest()).decode()
@@ -463,7 +565,9 @@ def browse(tmp_path: Path, sweep: Sweep, width: int, dark: bool = False) -> dict
     assert [line for line in done.stderr.splitlines() if ":CONSOLE" in line] == []
     told = re.search(r"<output>(.*)</output>", done.stdout, re.S)
     assert told is not None, done.stdout[-2000:]
-    found: dict[str, Any] = json.loads(told[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    found: dict[str, Any] = json.loads(
+        told[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    )
     return found
 
 
@@ -482,7 +586,9 @@ def test_a_browser_lays_it_out(tmp_path: Path, width: int) -> None:
     check_layout(found)
     assert found["shown"] == ["across" if width > 760 else "down"]
     assert found["charts"] == 8
-    assert found["lit"] >= 5  # it stands out in both drawings, in knobs and curves, and in the table
+    assert (
+        found["lit"] >= 5
+    )  # it stands out in both drawings, in knobs and curves, and in the table
     assert found["others"] == 0
     assert found["told"]
 
@@ -497,7 +603,9 @@ def test_a_browser_paints_it_light_and_dark(tmp_path: Path) -> None:
     for found in (light, dark):
         assert contrast(found["ink"], found["paper"]) > 7
         assert contrast(found["group"], found["paper"]) > 3
-        assert contrast(found["best"], found["paper"]) > 2 * contrast(found["worst"], found["paper"])
+        assert contrast(found["best"], found["paper"]) > 2 * contrast(
+            found["worst"], found["paper"]
+        )
 
 
 def test_a_browser_lays_out_what_is_awkward(tmp_path: Path) -> None:
@@ -518,5 +626,7 @@ def contrast(one: str, other: str) -> float:
 
 def luminance(color: str) -> float:
     parts = [int(part) / 255 for part in re.findall(r"\d+", color)[:3]]
-    red, green, blue = (part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    red, green, blue = (
+        part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    )
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue

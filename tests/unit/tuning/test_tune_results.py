@@ -1,4 +1,5 @@
-"""What a sweep leaves: its table, live and in Parquet, and the recipe of its best trial, which `genrec train` takes as it is."""
+"""What a sweep leaves: its table, live and in Parquet, and the recipe of its best trial, which
+`genrec train` takes as it is."""
 
 from __future__ import annotations
 
@@ -21,7 +22,13 @@ import pytest
 import typer
 import yaml
 from conftest import TINY_RECIPE
-from genrec_tuning.export import COLUMNS, table_of, write_best_yaml, write_results, write_sweep_parquet
+from genrec_tuning.export import (
+    COLUMNS,
+    table_of,
+    write_best_yaml,
+    write_results,
+    write_sweep_parquet,
+)
 from genrec_tuning.live_table import SweepTable, line
 from genrec_tuning.record import Sweep, Trial, best_trial
 from genrec_tuning.space import load_space
@@ -51,16 +58,27 @@ space:
 @pytest.fixture
 def real_space(tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
     """A space as a sweep's record holds it, over the tiny recipe."""
-    (tmp_path / "recipe.yaml").write_text(f"data: {tiny_data}\nrun: unused\n{TINY_RECIPE}", encoding="utf-8")
+    (tmp_path / "recipe.yaml").write_text(
+        f"data: {tiny_data}\nrun: unused\n{TINY_RECIPE}", encoding="utf-8"
+    )
     (tmp_path / "space.yaml").write_text(SPACE_FILE, encoding="utf-8")
     found: dict[str, Any] = json.loads(json.dumps(load_space(tmp_path / "space.yaml").as_dict()))
     return found
 
 
 def real_sweep(space: dict[str, Any]) -> Sweep:
-    values = {"finetune.learning_rate": 0.004, "pretrain.mask.strategy": "multi", "pretrain.mask.k": 3}
+    values = {
+        "finetune.learning_rate": 0.004,
+        "pretrain.mask.strategy": "multi",
+        "pretrain.mask.k": 3,
+    }
     trials = (
-        trial(0, [0.1, 0.2], values={"finetune.learning_rate": 0.001, "pretrain.mask.strategy": "single"}, seed=7),
+        trial(
+            0,
+            [0.1, 0.2],
+            values={"finetune.learning_rate": 0.001, "pretrain.mask.strategy": "single"},
+            seed=7,
+        ),
         trial(1, [0.1, 0.3, 0.2], "stopped", values=values, seed=7),
         trial(2, [0.9], "interrupted", values=values, seed=7),
     )
@@ -118,7 +136,9 @@ def test_types_follow_the_values() -> None:
         {},
     ]
     trials = tuple(trial(n, [0.1], values=v, seed=v.get("seed", 0)) for n, v in enumerate(values))
-    table = table_of(Sweep("s", {"space": {"never": {"uniform": [0, 1]}, "chosen": {"choice": ["a"]}}}, trials))
+    table = table_of(
+        Sweep("s", {"space": {"never": {"uniform": [0, 1]}, "chosen": {"choice": ["a"]}}}, trials)
+    )
     kinds = {name: table.schema.field(name).type for name in table.schema.names[len(COLUMNS) :]}
     assert kinds == {
         "never": pa.float64(), "chosen": pa.string(), "whole": pa.int64(), "number": pa.float64(), "truth": pa.bool_(),
@@ -151,24 +171,37 @@ def test_any_values_come_back_or_as_text(drawn: list[dict[str, Any]]) -> None:
 # best.yaml
 
 
-def test_the_best_recipe_is_whole_and_says_whose_it_is(real_space: dict[str, Any], tmp_path: Path) -> None:
+def test_the_best_recipe_is_whole_and_says_whose_it_is(
+    real_space: dict[str, Any], tmp_path: Path
+) -> None:
     write_best_yaml(real_sweep(real_space), tmp_path / "best.yaml")
     first = (tmp_path / "best.yaml").read_text().splitlines()[0]
     assert first == "# t0001 of the sweep tiny: validation NDCG@10 0.3000 at epoch 2 of 9"
     recipe = load_recipe(tmp_path / "best.yaml")
-    assert (recipe.finetune.learning_rate, recipe.pretrain.mask.strategy, recipe.pretrain.mask.k) == (0.004, "multi", 3)
+    assert (
+        recipe.finetune.learning_rate,
+        recipe.pretrain.mask.strategy,
+        recipe.pretrain.mask.k,
+    ) == (0.004, "multi", 3)
     assert (recipe.seed, recipe.run, recipe.model.d_model) == (7, "runs/tiny-best", 16)
 
 
-def test_without_a_score_there_is_no_best_recipe(real_space: dict[str, Any], tmp_path: Path) -> None:
+def test_without_a_score_there_is_no_best_recipe(
+    real_space: dict[str, Any], tmp_path: Path
+) -> None:
     sweep = dataclasses.replace(real_sweep(real_space), trials=(trial(0, [], "failed"),))
     with pytest.raises(ValueError, match="tiny: no trial has come to its end with a score"):
         write_best_yaml(sweep, tmp_path / "best.yaml")
     write_results(sweep, tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "sweep.parquet"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "report.html",
+        "sweep.parquet",
+    ]
 
 
-def test_a_name_over_several_lines_stays_a_comment(real_space: dict[str, Any], tmp_path: Path) -> None:
+def test_a_name_over_several_lines_stays_a_comment(
+    real_space: dict[str, Any], tmp_path: Path
+) -> None:
     sweep = dataclasses.replace(real_sweep(real_space), name="a\nseed: 99")
     write_best_yaml(sweep, tmp_path / "best.yaml")
     assert load_recipe(tmp_path / "best.yaml").seed == 7
@@ -199,7 +232,9 @@ def test_results_lie_at_any_address(real_space: dict[str, Any]) -> None:
 def test_the_page_and_the_table_need_no_ray() -> None:
     code = "import sys; sys.modules['ray'] = sys.modules['optuna'] = None\n"
     code += "import genrec_tuning.live_table, genrec_tuning.report.page, genrec_tuning.record, genrec_tuning.export"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -208,7 +243,9 @@ def test_the_page_and_the_table_need_no_ray() -> None:
 
 def spoken(*sweeps: Sweep, terminal: bool = False, height: int = 30) -> str:
     file = io.StringIO()
-    console = Console(file=file, force_terminal=terminal, width=130, height=height, color_system=None)
+    console = Console(
+        file=file, force_terminal=terminal, width=130, height=height, color_system=None
+    )
     with SweepTable(console) as table:
         for sweep in sweeps:
             table.show(sweep)
@@ -241,15 +278,21 @@ def test_what_an_earlier_driver_finished_is_no_news() -> None:
 
 
 def test_markup_in_a_value_is_text() -> None:
-    assert "[red]x[/red]" in spoken(Sweep("s", SPACE, (trial(0, [], "running", values={"a": "[red]x[/red]"}),)))
+    assert "[red]x[/red]" in spoken(
+        Sweep("s", SPACE, (trial(0, [], "running", values={"a": "[red]x[/red]"}),))
+    )
     one = trial(0, [0.1], "failed", values={"[i]a": "[bold]x"}, reason="[/no] such tag")
     text = spoken(Sweep("[b]s", {}, (one,)), terminal=True)
-    assert all(words in text for words in ("[b]s: 1 trials", "[i]a", "[bold]x", "t0000: [/no] such tag"))
+    assert all(
+        words in text for words in ("[b]s: 1 trials", "[i]a", "[bold]x", "t0000: [/no] such tag")
+    )
 
 
 def test_in_a_terminal_the_table_shows_running_ones_first_and_the_best_next() -> None:
     sweep = ordinary_sweep(12)
-    sweep = dataclasses.replace(sweep, started=0.0, trials=(*sweep.trials, trial(12, [0.001], "running")))
+    sweep = dataclasses.replace(
+        sweep, started=0.0, trials=(*sweep.trials, trial(12, [0.001], "running"))
+    )
     text = spoken(sweep, terminal=True)
     rows = re.findall(r"^(t\d{4}) ", text[: text.index("\x1b[?25h")].split("\x1b[2K")[0], re.M)
     best = best_trial(sweep)
@@ -278,14 +321,18 @@ DOCS = ROOT / "docs" / "tuning.md"
 
 def test_the_documented_space_is_one(tiny_data: Path, tmp_path: Path) -> None:
     text = re.findall(r"```yaml\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)[0]
-    (tmp_path / "space.yaml").write_text(text.replace("/shared/data/beauty", str(tiny_data)), encoding="utf-8")
+    (tmp_path / "space.yaml").write_text(
+        text.replace("/shared/data/beauty", str(tiny_data)), encoding="utf-8"
+    )
     space = load_space(tmp_path / "space.yaml")
     assert (space.trials, space.reduction, len(space.space)) == (16, 3, 3)
     # Every key that a space file may have is in it.
     written = set(yaml.safe_load(text))
-    assert written == {field.name for field in dataclasses.fields(space)} - {"name", "recipe", "resources"} | {
-        "resources_per_trial"
-    }
+    assert written == {field.name for field in dataclasses.fields(space)} - {
+        "name",
+        "recipe",
+        "resources",
+    } | {"resources_per_trial"}
 
 
 def test_the_documented_commands_are_ours_and_every_option_is_named() -> None:
@@ -296,6 +343,8 @@ def test_the_documented_commands_are_ours_and_every_option_is_named() -> None:
     for words in told:
         command.make_context("tune", shlex.split(words))
     for parameter in command.params:
-        assert parameter.param_type_name == "argument" or f"| `{parameter.opts[0]}" in text, parameter.opts
+        assert parameter.param_type_name == "argument" or f"| `{parameter.opts[0]}" in text, (
+            parameter.opts
+        )
     for column in COLUMNS:
         assert f"`{column}`" in text, column

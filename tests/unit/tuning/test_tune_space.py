@@ -1,4 +1,5 @@
-"""The space of a sweep: refused in one line before anything starts, sampled by seed, conditional keys only where they apply."""
+"""The space of a sweep: refused in one line before anything starts, sampled by seed, conditional
+keys only where they apply."""
 
 from __future__ import annotations
 
@@ -50,22 +51,42 @@ def space_of(folder: Path, text: str = SPACE) -> Space:
 
 def test_a_space_is_read_with_its_recipe(folder: Path) -> None:
     space = space_of(folder)
-    assert (space.search, space.scheduler, space.grace, space.reduction, space.keep) == ("optuna", "asha", 2, 3, 3)
+    assert (space.search, space.scheduler, space.grace, space.reduction, space.keep) == (
+        "optuna",
+        "asha",
+        2,
+        3,
+        3,
+    )
     assert space.recipe["finetune"]["batch_size"] == 32
     assert Path(space.recipe["data"]).is_absolute()
     assert planned_epochs(space.recipe_of({}, "run")) == 4
     known = json.loads(json.dumps(space.as_dict()))
     assert known["space"]["finetune.learning_rate"] == {"loguniform": [3e-4, 5e-3]}
-    assert known["space"]["pretrain.mask.strategy"]["choice"]["multi"] == {"pretrain.mask.k": {"int": [2, 6]}}
-    values = {"pretrain.mask.strategy": "multi", "pretrain.mask.k": 3, "finetune.learning_rate": 1e-3}
+    assert known["space"]["pretrain.mask.strategy"]["choice"]["multi"] == {
+        "pretrain.mask.k": {"int": [2, 6]}
+    }
+    values = {
+        "pretrain.mask.strategy": "multi",
+        "pretrain.mask.k": 3,
+        "finetune.learning_rate": 1e-3,
+    }
     recipe = recipe_of(known, values, "runs/x")
-    assert (recipe.pretrain.mask.k, recipe.finetune.learning_rate, recipe.run) == (3, 1e-3, "runs/x")
+    assert (recipe.pretrain.mask.k, recipe.finetune.learning_rate, recipe.run) == (
+        3,
+        1e-3,
+        "runs/x",
+    )
 
 
 def test_the_corners_that_are_tried_are_all_of_them(folder: Path) -> None:
     found = list(points(space_of(folder).space))
     assert len(found) == 2 * (1 + 2 + 2 + 2)
-    assert {"finetune.learning_rate": 5e-3, "pretrain.mask.strategy": "recency", "pretrain.mask.p": 0.05} in found
+    assert {
+        "finetune.learning_rate": 5e-3,
+        "pretrain.mask.strategy": "recency",
+        "pretrain.mask.p": 0.05,
+    } in found
 
 
 @pytest.mark.parametrize(
@@ -96,7 +117,9 @@ def test_the_corners_that_are_tried_are_all_of_them(folder: Path) -> None:
         ("trials: 6", "resources_per_trial: {gpu: 1, processes: 2}", r"each process takes one GPU"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_in_one_line(folder: Path, before: str, after: str, message: str) -> None:
+def test_what_cannot_be_is_refused_in_one_line(
+    folder: Path, before: str, after: str, message: str
+) -> None:
     assert before in SPACE
     with pytest.raises(ValueError, match=message) as caught:
         space_of(folder, SPACE.replace(before, after, 1))
@@ -107,16 +130,22 @@ def test_what_cannot_be_is_refused_in_one_line(folder: Path, before: str, after:
 def test_keys_that_do_not_go_together_are_refused(folder: Path) -> None:
     """No key is wrong alone: 24 is no multiple of 16 heads."""
     text = "base: base.yaml\nspace:\n  model.d_model: {choice: [16, 24]}\n  model.heads: {choice: [2, 16]}\n"
-    with pytest.raises(ValueError, match=r"model\.heads: 16 is refused|model\.d_model: 24 is refused"):
+    with pytest.raises(
+        ValueError, match=r"model\.heads: 16 is refused|model\.d_model: 24 is refused"
+    ):
         space_of(folder, text)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tuning" / "spaces").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "tuning" / "spaces").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_shipped_spaces_are_good(path: Path) -> None:
     assert load_space(path).trials >= 4
 
 
-def sampled(space: Space, known: tuple[Trial, ...] = (), scores: bool = True, upto: int | None = None) -> list[Trial]:
+def sampled(
+    space: Space, known: tuple[Trial, ...] = (), scores: bool = True, upto: int | None = None
+) -> list[Trial]:
     """What the search gives one after another, each told a score made of its values."""
     from genrec_tuning.search import Search
     from genrec_tuning.trial import METRIC
@@ -132,7 +161,9 @@ def sampled(space: Space, known: tuple[Trial, ...] = (), scores: bool = True, up
         score = given["values"]["finetune.learning_rate"] * 100
         search.on_trial_complete(f"ray-{turn}", {METRIC: score} if scores else {"failed": "nan"})
         epoch = Epoch(1, 1, score, 0.0, 1.0, 1.0, 1.0, 1.0)
-        found.append(Trial(trial_id(given["number"]), given["values"], 0, "finished", epochs=(epoch,)))
+        found.append(
+            Trial(trial_id(given["number"]), given["values"], 0, "finished", epochs=(epoch,))
+        )
     return found
 
 
@@ -157,18 +188,22 @@ def test_sampling_is_by_seed_and_conditional(folder: Path, search: str) -> None:
 
 @pytest.mark.parametrize("search", ["optuna", "random"])
 def test_a_resumed_search_goes_on_as_an_unbroken_one(folder: Path, search: str) -> None:
-    """Finished trials are known with their scores, one that was interrupted comes again under its own number and values."""
+    """Finished trials are known with their scores, one that was interrupted comes again under its
+    own number and values."""
     space = space_of(folder, SPACE.replace("trials: 6", f"trials: 20\nsearch: {search}"))
     unbroken = sampled(space)
     cut = dataclasses.replace(unbroken[8], status="interrupted", epochs=())
     resumed = sampled(space, (*unbroken[:8], cut, *unbroken[9:12]))
     assert resumed[0].id == "t0008"
     assert resumed[0].values == unbroken[8].values
-    assert [(trial.id, trial.values) for trial in resumed[1:]] == [(t.id, t.values) for t in unbroken[12:]]
+    assert [(trial.id, trial.values) for trial in resumed[1:]] == [
+        (t.id, t.values) for t in unbroken[12:]
+    ]
 
 
 def test_what_the_searcher_is_told_moves_it(folder: Path) -> None:
-    """The test above can fail: with other scores, or with failed trials, it draws other points once it has learned."""
+    """The test above can fail: with other scores, or with failed trials, it draws other points once
+    it has learned."""
     space = space_of(folder, SPACE.replace("trials: 6", "trials: 20"))
     good, bad = sampled(space), sampled(space, scores=False)
     assert [trial.values for trial in good[:6]] == [trial.values for trial in bad[:6]]
@@ -188,8 +223,12 @@ def test_a_failed_trial_counts_as_worse_than_all(folder: Path) -> None:
 
     space = space_of(folder)
     trials = sampled(space)
-    failed = dataclasses.replace(trials[0], status="failed")  # its epochs before the NaN had a good score
-    study = study_of(space, Sweep("s", {}, (failed, *trials[1:])), optuna.storages.InMemoryStorage())
+    failed = dataclasses.replace(
+        trials[0], status="failed"
+    )  # its epochs before the NaN had a good score
+    study = study_of(
+        space, Sweep("s", {}, (failed, *trials[1:])), optuna.storages.InMemoryStorage()
+    )
     assert study.trials[0].state == optuna.trial.TrialState.PRUNED
     assert study.trials[0].value is None
     assert study.best_trial.number != 0
@@ -205,19 +244,39 @@ def test_a_failed_trial_counts_as_worse_than_all(folder: Path) -> None:
         ("      single: {}\n", "", r"pretrain\.mask\.strategy\.choice\.single"),
     ],
 )
-def test_a_changed_space_is_named_on_resume(folder: Path, before: str, after: str, key: str) -> None:
-    old, new = space_of(folder).as_dict(), space_of(folder, SPACE.replace(before, after, 1)).as_dict()
-    with pytest.raises(ValueError, match=rf"^space\.yaml: \S*{key} is .* begun with .* another --out"):
+def test_a_changed_space_is_named_on_resume(
+    folder: Path, before: str, after: str, key: str
+) -> None:
+    old, new = (
+        space_of(folder).as_dict(),
+        space_of(folder, SPACE.replace(before, after, 1)).as_dict(),
+    )
+    with pytest.raises(
+        ValueError, match=rf"^space\.yaml: \S*{key} is .* begun with .* another --out"
+    ):
         refuse_changes(old, new, "space.yaml")
 
 
 def test_more_trials_and_other_resources_are_no_other_space(folder: Path) -> None:
-    changed = SPACE.replace("trials: 6", "trials: 9\nkeep: 1\nretries: 5\nresources_per_trial: {cpu: 2}")
+    changed = SPACE.replace(
+        "trials: 6", "trials: 9\nkeep: 1\nretries: 5\nresources_per_trial: {cpu: 2}"
+    )
     refuse_changes(space_of(folder).as_dict(), space_of(folder, changed).as_dict(), "space.yaml")
 
 
 def test_what_reads_a_sweep_needs_neither_ray_nor_optuna() -> None:
-    names = ("record", "space", "trial", "watch", "mirror", "sweep", "finish", "results", "report", "table")
+    names = (
+        "record",
+        "space",
+        "trial",
+        "watch",
+        "mirror",
+        "sweep",
+        "finish",
+        "results",
+        "report",
+        "table",
+    )
     modules = ", ".join(f"genrec_tuning.{name}" for name in names)
     code = f"import sys; sys.modules.update(ray=None, optuna=None); import {modules}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -243,7 +302,9 @@ def told(asha: Any, number: int, scores: list[float], planned: int = 4) -> str:
 
 
 def tried(number: int, scores: list[float], status: Any = "finished") -> Trial:
-    epochs = tuple(Epoch(n, n, score, 0.0, 1.0, 1.0, 1.0, 1.0) for n, score in enumerate(scores, start=1))
+    epochs = tuple(
+        Epoch(n, n, score, 0.0, 1.0, 1.0, 1.0, 1.0) for n, score in enumerate(scores, start=1)
+    )
     return Trial(trial_id(number), {}, 0, status, epochs=epochs, planned_epochs=4)
 
 
@@ -266,7 +327,11 @@ def test_a_resumed_asha_knows_who_was_there(folder: Path) -> None:
     from genrec_tuning.search import Asha
 
     space = space_of(folder, SPACE.replace("trials: 6", "trials: 6\ngrace: 1\nreduction: 2"))
-    known = (tried(0, [0.5, 0.5, 0.5, 0.5]), tried(1, [0.9], "failed"), tried(2, [0.3, 0.3], "interrupted"))
+    known = (
+        tried(0, [0.5, 0.5, 0.5, 0.5]),
+        tried(1, [0.9], "failed"),
+        tried(2, [0.3, 0.3], "interrupted"),
+    )
     asha = Asha(space, Sweep("s", {}, known), 4)
     assert told(asha, 3, [0.4]) == "STOP 1", "0.5 was there before it"
     assert told(asha, 4, [0.6]) == "CONTINUE", "a failed trial's 0.9 does not count"

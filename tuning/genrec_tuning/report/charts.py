@@ -1,4 +1,5 @@
-"""The charts of a sweep on two axes: a knob against the score, scores by choice, learning curves, epochs by what became of them."""
+"""The charts of a sweep on two axes: a knob against the score, scores by choice, learning curves,
+epochs by what became of them."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ class Frame:
 
     @property
     def left(self) -> float:
-        """Room for the longest label of y, and for its title, also in the larger type of a narrow page."""
+        """Room for the longest label of y, and for its title, also in the larger type of a narrow
+        page."""
         return 28 + 9.6 * max((len(label) for _, label in self.y.ticks(5)), default=0)
 
     def place(self, x: float, y: float) -> tuple[float, float]:
@@ -72,17 +74,29 @@ class Frame:
         left, right, parts = self.left, self.width - RIGHT, []
         for share, label in self.y.ticks(5):
             y = self.floor - share * (self.floor - TOP)
-            parts.append(f'<line class="grid" x1="{left:.1f}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{text(label)}</text>')
+            parts.append(
+                f'<line class="grid" x1="{left:.1f}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            )
+            parts.append(
+                f'<text x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{text(label)}</text>'
+            )
         for share, label in self.x.ticks(6):
             if only_whole and (not label.isdigit() or label == "0"):
                 continue
             x = left + share * (right - left)
-            parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{self.floor}" y2="{self.floor + 5}"/>')
-            parts.append(f'<text x="{x:.1f}" y="{self.floor + 20}" text-anchor="middle">{text(label)}</text>')
-        parts.append(f'<line class="axis" x1="{left:.1f}" x2="{right}" y1="{self.floor}" y2="{self.floor}"/>')
+            parts.append(
+                f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{self.floor}" y2="{self.floor + 5}"/>'
+            )
+            parts.append(
+                f'<text x="{x:.1f}" y="{self.floor + 20}" text-anchor="middle">{text(label)}</text>'
+            )
+        parts.append(
+            f'<line class="axis" x1="{left:.1f}" x2="{right}" y1="{self.floor}" y2="{self.floor}"/>'
+        )
         middle, half = (left + right) / 2, (TOP + self.floor) / 2
-        parts.append(f'<text x="{middle:.1f}" y="{self.height - 8}" text-anchor="middle">{text(self.x_label)}</text>')
+        parts.append(
+            f'<text x="{middle:.1f}" y="{self.height - 8}" text-anchor="middle">{text(self.x_label)}</text>'
+        )
         turned = f'transform="translate(13 {half:.1f}) rotate(-90)" text-anchor="middle"'
         return "".join(parts) + f"<text {turned}>{text(self.y_label)}</text>"
 
@@ -97,15 +111,20 @@ def figure(title: str, width: float, height: float, body: str, keys: str = "") -
 
 
 def mark(group: int, x: float, y: float, size: float = 5.5, look: str = "") -> str:
-    """The group's shape in its colour: circle, square, triangle, diamond, plus, triangle on its tip; a cross if `failed`."""
+    """The group's shape in its colour: circle, square, triangle, diamond, plus, triangle on its
+    tip; a cross if `failed`."""
     classes = f"mark c{group % GROUPS} {look}".strip()
     return f'<path class="{text(classes)}" d="{_shape(-1 if "failed" in look else group % GROUPS, x, y, size)}"/>'
 
 
 def keys_of(groups: Sequence[str], looks: Sequence[tuple[str, str]] = ()) -> str:
     """Keys of a chart: each group's shape, and what a look means."""
-    shown = [(index, "", name) for index, name in enumerate(groups)] + [(0, look, name) for look, name in looks]
-    return "".join(f"<span>{key_mark(index, look)}{text(name)}</span>" for index, look, name in shown)
+    shown = [(index, "", name) for index, name in enumerate(groups)] + [
+        (0, look, name) for look, name in looks
+    ]
+    return "".join(
+        f"<span>{key_mark(index, look)}{text(name)}</span>" for index, look, name in shown
+    )
 
 
 def key_mark(group: int, look: str = "") -> str:
@@ -125,58 +144,87 @@ def scatter(title: str, frame: Frame, points: Sequence[Point], keys: str) -> str
     return figure(title, frame.width, frame.height, "".join(parts), keys)
 
 
-def strips(title: str, axis: Axis, groups: Sequence[str], points: Sequence[Point], x_label: str) -> str:
+def strips(
+    title: str, axis: Axis, groups: Sequence[str], points: Sequence[Point], x_label: str
+) -> str:
     """One row a group: its trials by score, their median as a bar, how many they are."""
     # Half of the last tick's label reaches beyond the axis.
-    left, right, row, top = 128.0, 474 - 3.7 * max(len(label) for _, label in axis.ticks(4)), 52.0, 10.0
+    left, right, row, top = (
+        128.0,
+        474 - 3.7 * max(len(label) for _, label in axis.ticks(4)),
+        52.0,
+        10.0,
+    )
     height = top + row * len(groups) + BOTTOM
     floor, parts = height - BOTTOM, []
     for share, label in axis.ticks(4):
         x = left + share * (right - left)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{floor}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{floor + 20}" text-anchor="middle">{text(label)}</text>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{floor + 20}" text-anchor="middle">{text(label)}</text>'
+        )
     parts.append(f'<line class="axis" x1="{left}" x2="{right}" y1="{floor}" y2="{floor}"/>')
-    parts.append(f'<text x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">{text(x_label)}</text>')
+    parts.append(
+        f'<text x="{(left + right) / 2}" y="{height - 8}" text-anchor="middle">{text(x_label)}</text>'
+    )
     for index, name in enumerate(groups):
         middle = top + row * (index + 0.5)
         here = [point for point in points if point.group == index]
-        scored = sorted((point for point in here if point.y is not None), key=lambda point: point.y or 0.0)
+        scored = sorted(
+            (point for point in here if point.y is not None), key=lambda point: point.y or 0.0
+        )
         parts.append(
             f'<text class="strong" x="{left - 14}" y="{middle - 1:.1f}" text-anchor="end">{_short(name)}</text>'
         )
         count = f"{len(here)} trial{'s' * (len(here) != 1)}"
-        parts.append(f'<text class="few" x="{left - 14}" y="{middle + 14:.1f}" text-anchor="end">{count}</text>')
+        parts.append(
+            f'<text class="few" x="{left - 14}" y="{middle + 14:.1f}" text-anchor="end">{count}</text>'
+        )
         places = [left + axis.at(point.y) * (right - left) for point in scored]
         if places:
             at = median(places)
             told = f"median of {text(name)}: {score(median(point.y or 0.0 for point in scored))}"
             bar = f'x1="{at:.1f}" x2="{at:.1f}" y1="{middle - 18}" y2="{middle + 18}"'
-            parts.append(f'<g><title>{told}</title><line class="median c{index % GROUPS}" {bar}/></g>')
+            parts.append(
+                f'<g><title>{told}</title><line class="median c{index % GROUPS}" {bar}/></g>'
+            )
         for point, x, shift in zip(scored, places, _apart(places), strict=True):
-            parts.append(_of_trial(point.id, point.told, mark(index, x, middle + shift, look=point.look)))
+            parts.append(
+                _of_trial(point.id, point.told, mark(index, x, middle + shift, look=point.look))
+            )
     return figure(title, 480, height, "".join(parts), '<span><i class="bar"></i>median</span>')
 
 
-def curves(title: str, frame: Frame, lines: Sequence[Curve], rungs: Sequence[int], keys: str) -> str:
-    """The score over the epochs; a trial that was stopped is dashed and ends in a mark, `rungs` are where trials are compared."""
+def curves(
+    title: str, frame: Frame, lines: Sequence[Curve], rungs: Sequence[int], keys: str
+) -> str:
+    """The score over the epochs; a trial that was stopped is dashed and ends in a mark, `rungs` are
+    where trials are compared."""
     parts = [frame.drawn(only_whole=True)]
     for rung in rungs:
         x, _ = frame.place(rung, frame.y.low)
         told = f"<title>ASHA compares here: epoch {rung}</title>"
-        parts.append(f'<g>{told}<line class="rung" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 8}" y2="{frame.floor}"/></g>')
+        parts.append(
+            f'<g>{told}<line class="rung" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 8}" y2="{frame.floor}"/></g>'
+        )
     for line in sorted(lines, key=lambda line: ("best" in line.look, "stopped" not in line.look)):
         points = [frame.place(x, y) for x, y in zip(line.xs, line.ys, strict=True)]
         path = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
         x, y = points[-1]
         label = _beside(line.id, x, y, frame) if "best" in line.look else ""
-        body = f'<path class="hit" d="{path}"/><path class="line c{line.group % GROUPS}" d="{path}"/>'
+        body = (
+            f'<path class="hit" d="{path}"/><path class="line c{line.group % GROUPS}" d="{path}"/>'
+        )
         body += mark(line.group, x, y, 3.6 if "stopped" in line.look else 4.5, line.look) + label
         parts.append(_of_trial(line.id, line.told, body, f"curve {line.look}"))
     return figure(title, frame.width, frame.height, "".join(parts), keys)
 
 
-def stacked(title: str, x_label: str, y_label: str, layers: Sequence[tuple[str, Sequence[int]]]) -> str:
-    """A bar an epoch, counted from 1: how many trials ran it, and what became of the others, one layer each."""
+def stacked(
+    title: str, x_label: str, y_label: str, layers: Sequence[tuple[str, Sequence[int]]]
+) -> str:
+    """A bar an epoch, counted from 1: how many trials ran it, and what became of the others, one
+    layer each."""
     length = max(len(counts) for _, counts in layers)
     most = max(sum(counts[index] for _, counts in layers) for index in range(length))
     whole = max(1, -(-most // 4))
@@ -220,7 +268,8 @@ def _beside(label: str, x: float, y: float, frame: Frame) -> str:
 
 
 def _apart(places: Sequence[float], near: float = 11.0) -> list[float]:
-    """How far each of the sorted places moves aside, so that marks of like score do not cover each other."""
+    """How far each of the sorted places moves aside, so that marks of like score do not cover each
+    other."""
     lanes: list[float] = []
     shifts = []
     for place in places:
@@ -234,7 +283,9 @@ def _apart(places: Sequence[float], near: float = 11.0) -> list[float]:
 
 
 def _short(name: str, most: int = 12) -> str:
-    return text(name) if len(name) <= most else f"{text(name[: most - 1])}…<title>{text(name)}</title>"
+    return (
+        text(name) if len(name) <= most else f"{text(name[: most - 1])}…<title>{text(name)}</title>"
+    )
 
 
 def _shape(kind: int, x: float, y: float, size: float) -> str:

@@ -1,4 +1,5 @@
-"""One page a sweep, `report.html`: which trial leads, which knobs matter, what was stopped and spared; opens without a network."""
+"""One page a sweep, `report.html`: which trial leads, which knobs matter, what was stopped and
+spared; opens without a network."""
 
 from __future__ import annotations
 
@@ -16,9 +17,29 @@ import yaml
 from genrec_dist.report.html import definitions, duration, grid, page, percent, text
 from genrec_dist.report.run_files import is_number
 from genrec_dist.report.svg import score
-from genrec_tuning.record import Epoch, Final, Folder, Status, Sweep, Trial, best_trial, best_validation, epochs_spent
+from genrec_tuning.record import (
+    Epoch,
+    Final,
+    Folder,
+    Status,
+    Sweep,
+    Trial,
+    best_trial,
+    best_validation,
+    epochs_spent,
+)
 from genrec_tuning.report.axis import Axis, knobs, score_axis, written
-from genrec_tuning.report.charts import Curve, Frame, Point, curves, key_mark, keys_of, scatter, stacked, strips
+from genrec_tuning.report.charts import (
+    Curve,
+    Frame,
+    Point,
+    curves,
+    key_mark,
+    keys_of,
+    scatter,
+    stacked,
+    strips,
+)
 from genrec_tuning.report.parallel_coordinates import Thread, parallel_coordinates
 
 SCORE = "NDCG@10"
@@ -35,7 +56,8 @@ STATES: dict[Status, str] = {
 
 
 def write_report(sweep: Sweep, path: str | Path) -> None:
-    """Write the page of a sweep to a file, here or at an address that fsspec knows. One without trials has a page too."""
+    """Write the page of a sweep to a file, here or at an address that fsspec knows. One without
+    trials has a page too."""
     folder, _, name = str(path).rpartition("/")
     Folder(folder or ".").write(name, report_of(sweep))
 
@@ -56,12 +78,15 @@ def report_of(sweep: Sweep) -> str:
         _space(sweep),
     ]
     room = resources.files("genrec_tuning")
-    style, script = (room.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    style, script = (
+        room.joinpath(f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js")
+    )
     return page(sweep.name, sections, style, script)
 
 
 class _View:
-    """What several parts of the page need: the axes of the space, and the groups in which trials are told apart."""
+    """What several parts of the page need: the axes of the space, and the groups in which trials
+    are told apart."""
 
     def __init__(self, sweep: Sweep):
         self.sweep = sweep
@@ -70,7 +95,11 @@ class _View:
         self.axes = knobs(sweep)
         self.grouping = self._grouping()
         names = list(self.grouping.choices) if self.grouping else []
-        missing = any(self.grouping.name not in trial.values for trial in self.trials) if self.grouping else True
+        missing = (
+            any(self.grouping.name not in trial.values for trial in self.trials)
+            if self.grouping
+            else True
+        )
         self.groups = names + ["not applied" if names else "all trials"] * missing
         self.scores = [found.NDCG10 for trial in self.trials if (found := best_validation(trial))]
         self.axis = score_axis(SCORE, self.scores)
@@ -87,7 +116,9 @@ class _View:
             return len(self.groups) - 1
         value = trial.values[self.grouping.name]
         return next(
-            i for i, one in enumerate(self.grouping.choices) if self.grouping.at(one) == self.grouping.at(value)
+            i
+            for i, one in enumerate(self.grouping.choices)
+            if self.grouping.at(one) == self.grouping.at(value)
         )
 
     def look(self, trial: Trial) -> str:
@@ -118,7 +149,9 @@ def _header(view: _View) -> str:
     facts += [(said, states[state]) for state, said in STATES.items() if states[state]]
     facts += [(key, space[key]) for key in ("base", "search") if space.get(key) is not None]
     if space.get("scheduler") is not None:
-        rungs = f", grace {space.get('grace')}, reduction {space.get('reduction')}" * (space["scheduler"] == "asha")
+        rungs = f", grace {space.get('grace')}, reduction {space.get('reduction')}" * (
+            space["scheduler"] == "asha"
+        )
         facts.append(("scheduler", f"{space['scheduler']}{rungs}"))
     if space.get("seed") is not None:
         facts.append(("seed", space["seed"]))
@@ -128,9 +161,7 @@ def _header(view: _View) -> str:
         facts.append(("worked on", duration(sweep.hours * 3600)))
     if sweep.resumed:
         facts.append(("resumed", f"{sweep.resumed} ×"))
-    return (
-        f'<header><p class="kicker">GenRec sweep</p><h1>{text(sweep.name)}</h1>{definitions(facts, "facts")}</header>'
-    )
+    return f'<header><p class="kicker">GenRec sweep</p><h1>{text(sweep.name)}</h1>{definitions(facts, "facts")}</header>'
 
 
 def _lead(view: _View) -> str:
@@ -156,7 +187,9 @@ def headline(sweep: Sweep) -> str:
     said = f"{best.id} leads with validation {SCORE} {score(found.NDCG10)}, "
     said += f"reached at epoch {found.epoch} of {best.planned_epochs}."
     ranked = [
-        trial for trial in _ranked(sweep.trials) if trial.id != best.id and trial.status in ("finished", "stopped")
+        trial
+        for trial in _ranked(sweep.trials)
+        if trial.id != best.id and trial.status in ("finished", "stopped")
     ]
     second = best_validation(ranked[0]) if ranked else None
     if second is not None:
@@ -186,9 +219,7 @@ def _parallel(view: _View) -> str:
     keys = '<span><i class="key line"></i>run to its end</span>'
     keys += '<span><i class="key line stopped"></i>not run to its end</span>' * ("stopped" in looks)
     keys += '<span><i class="key line dotted"></i>no score</span>' * ("failed" in looks)
-    caption = (
-        f'<figcaption><b>Every trial, coloured by validation {SCORE}</b><span class="keys">{keys}</span></figcaption>'
-    )
+    caption = f'<figcaption><b>Every trial, coloured by validation {SCORE}</b><span class="keys">{keys}</span></figcaption>'
     return f"<section><h2>Trials and their values</h2><figure>{caption}{drawing}</figure></section>"
 
 
@@ -213,29 +244,51 @@ def _against(view: _View, axis: Axis) -> str:
     told = ", log scale" if axis.kind == "log" else ""
     points = [view.point(trial, float(trial.values[axis.name] or 0)) for trial in shown]
     frame = Frame(axis, view.axis, f"{axis.name}{told}", f"best validation {SCORE}")
-    return scatter(f"{SCORE} against {axis.name.rpartition('.')[2]}", frame, points, view.keys(shown))
+    return scatter(
+        f"{SCORE} against {axis.name.rpartition('.')[2]}", frame, points, view.keys(shown)
+    )
 
 
 def _courses(view: _View) -> str:
     shown = [trial for trial in view.trials if trial.epochs]
     if not shown:
         return ""
-    length = max([trial.planned_epochs for trial in shown] + [epochs_spent(trial) for trial in shown])
-    x, rungs, keys = Axis("epoch", "linear", 0, float(length)), _rungs(view.sweep, length), _curve_keys(view, shown)
+    length = max(
+        [trial.planned_epochs for trial in shown] + [epochs_spent(trial) for trial in shown]
+    )
+    x, rungs, keys = (
+        Axis("epoch", "linear", 0, float(length)),
+        _rungs(view.sweep, length),
+        _curve_keys(view, shown),
+    )
     charts = []
     for title, read in (("Validation NDCG@10", _NDCG10), ("Validation loss", _loss)):
         lines = []
         for trial in shown:
-            points = [(epoch.epoch, read(epoch)) for epoch in trial.epochs if is_number(read(epoch))]
+            points = [
+                (epoch.epoch, read(epoch)) for epoch in trial.epochs if is_number(read(epoch))
+            ]
             if points:
                 xs, ys = zip(*points, strict=True)
-                lines.append(Curve(trial.id, _told(trial), xs, ys, view.group(trial), view.look(trial)))
+                lines.append(
+                    Curve(trial.id, _told(trial), xs, ys, view.group(trial), view.look(trial))
+                )
         if lines:
             axis = score_axis(title, [y for line in lines for y in line.ys], padded="NDCG" in title)
             charts.append(
-                curves(title, Frame(x, axis, "epoch", title.lower().replace("ndcg", "NDCG")), lines, rungs, keys)
+                curves(
+                    title,
+                    Frame(x, axis, "epoch", title.lower().replace("ndcg", "NDCG")),
+                    lines,
+                    rungs,
+                    keys,
+                )
             )
-    told = " Dotted uprights: epochs at which ASHA compares trials and stops the losing ones." if rungs else ""
+    told = (
+        " Dotted uprights: epochs at which ASHA compares trials and stops the losing ones."
+        if rungs
+        else ""
+    )
     return (
         f'<section><h2>Learning curves</h2><div class="charts">{"".join(charts)}</div>'
         f'<p class="small">Epochs are those of the last stage, counted from 1.{told}</p></section>'
@@ -245,7 +298,9 @@ def _courses(view: _View) -> str:
 
 
 def _curve_keys(view: _View, shown: Sequence[Trial]) -> str:
-    keys = "".join(f"<span>{key_mark(index)}{text(name)}</span>" for index, name in enumerate(view.groups))
+    keys = "".join(
+        f"<span>{key_mark(index)}{text(name)}</span>" for index, name in enumerate(view.groups)
+    )
     stopped = any("stopped" in view.look(trial) for trial in shown)
     return keys + '<span><i class="key line stopped"></i>not run to its end</span>' * stopped
 
@@ -257,13 +312,19 @@ def _rungs(sweep: Sweep, length: int) -> list[int]:
         return []
     if grace < 1 or reduction <= 1:
         return []
-    powers = itertools.takewhile(lambda epoch: epoch < length, (grace * reduction**power for power in range(64)))
+    powers = itertools.takewhile(
+        lambda epoch: epoch < length, (grace * reduction**power for power in range(64))
+    )
     return [int(epoch) for epoch in powers]
 
 
 def saving(sweep: Sweep) -> str:
     """What the scheduler spared of the epochs that were planned, in plain words."""
-    ended = [trial for trial in sweep.trials if trial.status in ("finished", "stopped") and trial.planned_epochs]
+    ended = [
+        trial
+        for trial in sweep.trials
+        if trial.status in ("finished", "stopped") and trial.planned_epochs
+    ]
     if not ended:
         return "No trial has come to an end yet."
     planned, run = sum(trial.planned_epochs for trial in ended), sum(map(epochs_spent, ended))
@@ -284,7 +345,9 @@ def saving(sweep: Sweep) -> str:
 
 
 def _epochs(view: _View) -> str:
-    length = max((max(trial.planned_epochs, epochs_spent(trial)) for trial in view.trials), default=0)
+    length = max(
+        (max(trial.planned_epochs, epochs_spent(trial)) for trial in view.trials), default=0
+    )
     if not length:
         return ""
     counts = {name: [0] * length for name in ("run", "spared", "patience", "open")}
@@ -320,7 +383,10 @@ def _finals(sweep: Sweep) -> str:
     if not sweep.finals:
         return ""
     systems = list(dict.fromkeys(final.system for final in sweep.finals))
-    means = {system: _mean([final for final in sweep.finals if final.system == system]) for system in systems}
+    means = {
+        system: _mean([final for final in sweep.finals if final.system == system])
+        for system in systems
+    }
     systems.sort(key=lambda system: -(means[system] or 0.0))
     rows = []
     for system in systems:
@@ -331,10 +397,18 @@ def _finals(sweep: Sweep) -> str:
             f"{_score(means[system])}{each}",
         ]
         cells += [_score(_mean_test(runs, key)) for key in METRICS]
-        name = "base recipe" if system == "base" else f"{system} (winner)" if system == sweep.winner else system
+        name = (
+            "base recipe"
+            if system == "base"
+            else f"{system} (winner)"
+            if system == sweep.winner
+            else system
+        )
         mine = ' class="ours"' if system == sweep.winner else ""
         inside = "".join(f"<td>{cell}</td>" for cell in cells)
-        rows.append(f'<tr{mine} data-trial="{text(system)}"><th scope="row">{text(name)}</th>{inside}</tr>')
+        rows.append(
+            f'<tr{mine} data-trial="{text(system)}"><th scope="row">{text(name)}</th>{inside}</tr>'
+        )
     columns = ("", "seeds run", f"validation {SCORE}", *(f"test {key}" for key in METRICS))
     return (
         f'<section><h2>Finals</h2><p class="lead">{_unbroken(_verdict(sweep))}</p><div class="trials">{grid(columns, rows)}</div>'
@@ -350,7 +424,12 @@ def _looked_at(sweep: Sweep) -> str:
     ]
     rule = "The winner is the one with the best mean on validation; "
     return text(
-        rule + (f"test was looked at by {' and '.join(looked)} alone." if looked else "test was not looked at yet.")
+        rule
+        + (
+            f"test was looked at by {' and '.join(looked)} alone."
+            if looked
+            else "test was not looked at yet."
+        )
     )
 
 
@@ -380,8 +459,16 @@ def _comparison(sweep: Sweep) -> str:
             f"{_signed(row['difference'])}<small>{_signed(low)} to {_signed(high)}</small>",
             f"{row['p_holm']:.4f}",
         )
-        rows.append(f'<tr><th scope="row">{text(key)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
-    columns = ("on test, paired over users and seeds", text(sweep.winner), "base recipe", "difference", "p after Holm")
+        rows.append(
+            f'<tr><th scope="row">{text(key)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
+        )
+    columns = (
+        "on test, paired over users and seeds",
+        text(sweep.winner),
+        "base recipe",
+        "difference",
+        "p after Holm",
+    )
     return f'<div class="paired">{grid(columns, rows)}</div>'
 
 
@@ -435,13 +522,25 @@ def _table(view: _View) -> str:
             ("", f"{found.loss:.3f}" if found and is_number(found.loss) else "–"),
             ("", str(found.epoch) if found else "–"),
         ]
-        speeds = [epoch.tokens_per_second for epoch in trial.epochs if is_number(epoch.tokens_per_second)]
+        speeds = [
+            epoch.tokens_per_second for epoch in trial.epochs if is_number(epoch.tokens_per_second)
+        ]
         cells += [("", f"{fmean(speeds):,.0f}" if speeds else "–")]
-        cells += [("", duration(trial.epochs[-1].seconds) if trial.epochs else "–"), ("", str(trial.seed))]
-        cells += [("", str(trial.attempts))] * again + [("word reason", text(trial.reason or ""))] * reasons
-        inside = "".join(f'<td class="{kind}">{cell}</td>' if kind else f"<td>{cell}</td>" for kind, cell in cells)
+        cells += [
+            ("", duration(trial.epochs[-1].seconds) if trial.epochs else "–"),
+            ("", str(trial.seed)),
+        ]
+        cells += [("", str(trial.attempts))] * again + [
+            ("word reason", text(trial.reason or ""))
+        ] * reasons
+        inside = "".join(
+            f'<td class="{kind}">{cell}</td>' if kind else f"<td>{cell}</td>"
+            for kind, cell in cells
+        )
         mine = ' class="ours"' if best else ""
-        rows.append(f'<tr{mine} data-trial="{text(trial.id)}"><th scope="row">{text(trial.id)}</th>{inside}</tr>')
+        rows.append(
+            f'<tr{mine} data-trial="{text(trial.id)}"><th scope="row">{text(trial.id)}</th>{inside}</tr>'
+        )
     return (
         f'<section><h2>All trials</h2><div class="trials">{grid(columns, rows)}</div><p class="small">Scores are those of '
         "each trial's best epoch on validation. –: not known, or does not apply. The same table: sweep.parquet.</p></section>"
@@ -473,7 +572,9 @@ def _ranked(trials: Sequence[Trial]) -> list[Trial]:
 def _told(trial: Trial) -> str:
     """What the pointer is told about a trial, one line a fact."""
     found = best_validation(trial)
-    lines = [f"{trial.id} · {trial.status} after {epochs_spent(trial)} of {trial.planned_epochs} epochs"]
+    lines = [
+        f"{trial.id} · {trial.status} after {epochs_spent(trial)} of {trial.planned_epochs} epochs"
+    ]
     if found:
         lines.append(f"{SCORE} {score(found.NDCG10)} at epoch {found.epoch}")
     elif trial.reason:

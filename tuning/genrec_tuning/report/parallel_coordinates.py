@@ -1,4 +1,5 @@
-"""Parallel coordinates: one axis a knob, the score last, one line a trial in the colour of its score."""
+"""Parallel coordinates: one axis a knob, the score last, one line a trial in the colour of its
+score."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from genrec_tuning.report.axis import Axis
 TONES = 9
 """Shades of the score's scale, `q0` (worst) to `q8`; the page's style knows their colours."""
 BAND = 0.13
-"""Largest share of an axis over which the lines through one choice are spread, so that they stay apart."""
+"""Largest share of an axis over which the lines through one choice are spread, so that they stay
+apart."""
 
 Way = Literal["across", "down"]
 
@@ -34,8 +36,11 @@ class Thread:
     """Classes: stopped, failed, best."""
 
 
-def parallel_coordinates(axes: Sequence[Axis], threads: Sequence[Thread], absent: Mapping[str, str]) -> str:
-    """Two drawings of the same, of which the page shows one: axes side by side, or one below the other where it is narrow.
+def parallel_coordinates(
+    axes: Sequence[Axis], threads: Sequence[Thread], absent: Mapping[str, str]
+) -> str:
+    """Two drawings of the same, of which the page shows one: axes side by side, or one below the
+    other where it is narrow.
 
     `absent` names an axis's place for those that have no value on it.
     """
@@ -49,28 +54,40 @@ def tone(rank: float) -> str:
 
 
 class _Drawing:
-    """One of the two: everything is placed by (axis, share of the way), which alone knows which way the axes run."""
+    """One of the two: everything is placed by (axis, share of the way), which alone knows which way
+    the axes run."""
 
-    def __init__(self, axes: Sequence[Axis], threads: Sequence[Thread], absent: Mapping[str, str], way: Way):
+    def __init__(
+        self, axes: Sequence[Axis], threads: Sequence[Thread], absent: Mapping[str, str], way: Way
+    ):
         self.axes, self.threads, self.absent, self.way = axes, threads, absent, way
         self.gap = max(100.0, 854 / max(1, len(axes) - 1)) if way == "across" else 84.0
         steps = self.gap * (len(axes) - 1)
         self.width, self.height = (steps + 130, 388.0) if way == "across" else (360.0, steps + 92)
-        self.gone = {axis.name for axis in axes if any(axis.name not in thread.values for thread in threads)}
+        self.gone = {
+            axis.name for axis in axes if any(axis.name not in thread.values for thread in threads)
+        }
         self.spread = {axis.name: self._spread(axis) for axis in axes}
 
     def drawn(self) -> str:
         body = "".join(self._thread(thread) for thread in self.threads)
         body += "".join(self._axis(index) for index in range(len(self.axes)))
         box = f'viewBox="0 0 {self.width:.0f} {self.height:.0f}"'
-        least = f' style="min-width:{self.width:.0f}px"' if self.way == "across" and len(self.axes) > 9 else ""
+        least = (
+            f' style="min-width:{self.width:.0f}px"'
+            if self.way == "across" and len(self.axes) > 9
+            else ""
+        )
         label = "Each trial as a line through its values to its score"
         return f'<div class="wide {self.way}"><svg {box}{least} role="img" aria-label="{label}">{body}</svg></div>'
 
     def place(self, index: int, share: float) -> tuple[float, float]:
-        """A share of -1 is the place beside the axis, of those without a value; what is less or more lies about it."""
+        """A share of -1 is the place beside the axis, of those without a value; what is less or
+        more lies about it."""
         if self.way == "across":
-            return 65 + index * self.gap, 352 - (share + 1) * 40 if share < -0.5 else 312 - share * 250
+            return 65 + index * self.gap, 352 - (
+                share + 1
+            ) * 40 if share < -0.5 else 312 - share * 250
         return 36 + (share + 1) * 40 if share < -0.5 else 92 + share * 246, 48 + index * self.gap
 
     def _spread(self, axis: Axis) -> dict[str, float]:
@@ -78,7 +95,13 @@ class _Drawing:
         here: dict[int, list[str]] = {}
         for thread in self.threads:
             value = thread.values.get(axis.name)
-            where = -1 if axis.name not in thread.values else axis.index(value) if axis.kind == "choice" else -2
+            where = (
+                -1
+                if axis.name not in thread.values
+                else axis.index(value)
+                if axis.kind == "choice"
+                else -2
+            )
             here.setdefault(where, []).append(thread.id)
         return {
             id_: (order + 0.5) / len(ids) - 0.5
@@ -100,7 +123,9 @@ class _Drawing:
         return share if axis.kind != "choice" else _band(axis) / 2 + share * (1 - _band(axis))
 
     def _thread(self, thread: Thread) -> str:
-        points = [self.place(index, self._share(axis, thread)) for index, axis in enumerate(self.axes)]
+        points = [
+            self.place(index, self._share(axis, thread)) for index, axis in enumerate(self.axes)
+        ]
         path = f"M{points[0][0]:.1f},{points[0][1]:.1f}"
         bend = self.gap * 0.42
         for (x0, y0), (x1, y1) in itertools.pairwise(points):
@@ -132,7 +157,10 @@ class _Drawing:
         """The score's own axis shows which colour means what."""
         parts = []
         for step in range(TONES):
-            (x0, y0), (x1, y1) = self.place(index, step / TONES), self.place(index, (step + 1) / TONES)
+            (x0, y0), (x1, y1) = (
+                self.place(index, step / TONES),
+                self.place(index, (step + 1) / TONES),
+            )
             if self.way == "across":
                 parts.append(
                     f'<rect class="q{step}" x="{x0 - 4:.1f}" y="{y1:.1f}" width="8" height="{y0 - y1 + 0.4:.1f}"/>'
@@ -154,7 +182,9 @@ class _Drawing:
         if self.way == "across":
             side = 1 if last else -1
             stroke = f'x1="{x:.1f}" x2="{x + 5 * side:.1f}" y1="{y:.1f}" y2="{y:.1f}"'
-            where = f'x="{x + 9 * side:.1f}" y="{y + 4:.1f}" text-anchor="{"start" if last else "end"}"'
+            where = (
+                f'x="{x + 9 * side:.1f}" y="{y + 4:.1f}" text-anchor="{"start" if last else "end"}"'
+            )
             most = int((58 if index == 0 or last else self.gap - 24) / 6.6)
         else:
             count = max(1, len(self.axes[index].choices))
@@ -174,7 +204,11 @@ class _Drawing:
             label = f"{section}.{key}" if section else key
             return f'<text class="strong" x="14" y="{y - 14:.1f}">{_fitted(label, 46)}</text>'
         most = int(self.gap / 7.2)
-        above = f'<text x="{x:.1f}" y="24" text-anchor="middle">{_fitted(section, most)}</text>' if section else ""
+        above = (
+            f'<text x="{x:.1f}" y="24" text-anchor="middle">{_fitted(section, most)}</text>'
+            if section
+            else ""
+        )
         return f'{above}<text class="strong" x="{x:.1f}" y="42" text-anchor="middle">{_fitted(key, most)}</text>'
 
 
