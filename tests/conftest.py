@@ -2,45 +2,20 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import forked
 import pytest
 from genrec_shards.prepare import prepare
 from genrec_shards.storage.write import write_shards
+from tiny import TINY_RECIPE, tiny_log
 from two_ranks import environment
-
-NUM_USERS, NUM_ITEMS = 120, 64
-
-TINY_RECIPE = """
-workers: 0
-log_every: 1
-micro_batch_tokens: 2048
-model: {d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 32, max_tokens: 64, init_std: 0.3}
-tokens: {vocab_size: 285}
-pretrain: {epochs: 1, batch_size: 40}
-finetune: {epochs: 1, batch_size: 40, learning_rate: 3.0e-3}
-validation: {users: 50, patience: 0}
-"""
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """Bytes are named by their argument: gzip writes down the second, and all workers have to
     collect the same names."""
     return argname if isinstance(val, bytes) else None
-
-
-def tiny_log() -> str:
-    """120 users of 4 to 24 of 64 items, none twice; ids that are no numbers, so that a row cannot
-    pass for an id."""
-    dice = random.Random(7)
-    items = [f"B{dice.randrange(10**6):06d}" for _ in range(NUM_ITEMS)]
-    lines = [
-        " ".join([f"user-{n}", *dice.sample(items, dice.randint(4, 24))])
-        for n in range(NUM_USERS - 1)
-    ]
-    return "\n".join([*lines, " ".join([f"user-{NUM_USERS - 1}", *items])]) + "\n"
 
 
 @pytest.fixture(scope="session")

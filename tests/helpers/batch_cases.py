@@ -149,3 +149,14 @@ def engine_loss(model, batch: Batch) -> torch.Tensor:
         labels=batch.labels,
         packing=batch.packing,
     )
+
+
+def loss_and_gradient(model, batches: list[Batch]) -> tuple[float, torch.Tensor]:
+    total = sum(batch.num_target_tokens for batch in batches)
+    model.zero_grad()
+    value = 0.0
+    for batch in batches:
+        loss = engine_loss(model, batch) / total
+        loss.backward()
+        value += loss.item()
+    return value, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

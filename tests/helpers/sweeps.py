@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from conftest import TINY_RECIPE
 from genrec_tuning.record import Sweep, read_sweep
+from tiny import TINY_RECIPE
 from two_ranks import environment
 
 GENREC = [sys.executable, "-c", "from genrec_dist.cli import main; main()"]

@@ -19,8 +19,8 @@ from typing import Any
 
 import forked
 import pytest
-from conftest import TINY_RECIPE, tiny_log
 from places import ROOT
+from tiny import TINY_RECIPE, tiny_log
 from two_ranks import environment
 
 from genrec_dist.cli.app import run_command

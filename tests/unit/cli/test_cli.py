@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import TINY_RECIPE
+from tiny import TINY_RECIPE
 from two_ranks import environment
 from typer.main import get_command
 

@@ -23,6 +23,7 @@ from batch_cases import (
     cases,
     engine_loss,
     layout,
+    loss_and_gradient,
     marked_sequences,
     whole_step,
 )
@@ -471,17 +472,6 @@ def _without_unlabelled(batches: list[Batch]) -> list[tuple]:
             )
         )
     return read_back([batch for batch in kept if len(batch.labels)])
-
-
-def loss_and_gradient(model, batches: list[Batch]) -> tuple[float, torch.Tensor]:
-    total = sum(batch.num_target_tokens for batch in batches)
-    model.zero_grad()
-    value = 0.0
-    for batch in batches:
-        loss = engine_loss(model, batch) / total
-        loss.backward()
-        value += loss.item()
-    return value, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 @pytest.mark.parametrize(("space", "mask"), cases())

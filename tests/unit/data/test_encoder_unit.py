@@ -17,10 +17,10 @@ from batch_cases import (
     a_model,
     batches_of,
     cases,
+    loss_and_gradient,
     marked_sequences,
     whole_step,
 )
-from test_batch import loss_and_gradient
 from torch.nn import functional as F
 
 from genrec_dist.data.encoder_input import Layout, encode_histories

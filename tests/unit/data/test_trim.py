@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RECIPE
 from genrec_shards.dataset import load_dataset
+from tiny import TINY_RECIPE
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from genrec_dist.config.load import load_recipe

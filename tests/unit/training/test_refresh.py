@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_RECIPE, tiny_log
 from genrec_shards.append import append
 from genrec_shards.dataset import load_dataset
 from genrec_shards.numbering.cooccurrence import cooccurrences
 from genrec_shards.prepare import prepare
 from genrec_shards.storage.write import write_shards
+from tiny import TINY_RECIPE, tiny_log
 from zero_launch import launch
 
 from genrec_dist.cli.app import run_command

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
-from conftest import TINY_RECIPE
 from genrec_tuning.export import (
     COLUMNS,
     table_of,
@@ -37,6 +36,7 @@ from hypothesis import strategies as st
 from made_sweeps import SPACE, epoch, ordinary_sweep, trial
 from places import ROOT
 from rich.console import Console
+from tiny import TINY_RECIPE
 from two_ranks import environment
 
 from genrec_dist.cli.app import app
