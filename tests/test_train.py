@@ -274,7 +274,7 @@ def test_shards_of_other_sequences_are_refused(recipe: Recipe, tmp_path: Path) -
         train(replace(recipe, shards=str(tmp_path / "shards")))
 
 
-def test_patience_ends_the_run(recipe: Recipe) -> None:
+def test_patience_ends_the_run_and_of_equal_epochs_the_first_stays_best(recipe: Recipe) -> None:
     # A learning rate of almost nothing: no validation can gain on the first.
     stuck = replace(
         recipe,
@@ -283,9 +283,13 @@ def test_patience_ends_the_run(recipe: Recipe) -> None:
         validation=replace(recipe.validation, patience=2),
     )
     run = train(stuck)
-    assert len(events(run, "validation")) == 3
+    validations = events(run, "validation")
+    assert len(validations) == 3
     assert status(run)["status"] == "finished"
-    assert status(run)["best_step"] == events(run, "validation")[0]["step"]
+    # As good is not better: the model that is kept is that of the first epoch.
+    assert len({event["NDCG@10"] for event in validations}) == 1
+    assert status(run)["best_step"] == validations[0]["step"]
+    assert json.loads((run / "best" / "step.json").read_text())["step"] == validations[0]["step"]
 
 
 def test_dry_run_writes_nothing(recipe: Recipe) -> None:
