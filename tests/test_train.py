@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -332,6 +333,101 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(recipe: Recipe) -
         assert (len(data[0].micro_batches) > 1) == (tokens == 64)
     for one, many in zip(*found, strict=True):
         assert torch.allclose(one, many, atol=1e-6, rtol=1e-4)
+
+
+def loop_of(recipe: Recipe, steps: int) -> Loop:
+    """A training loop that has taken so many steps."""
+    workshop, model = open_workshop(recipe)
+    loop = Loop(workshop, model, make_accelerator(recipe))
+    for step, share in itertools.islice(loop.batches(), steps):
+        loop.take_step(step, share, loop.agree(share), recipe.pretrain, 1.0)
+        loop.progress.step = step + 1
+    return loop
+
+
+def test_dropout_is_a_function_of_seed_step_and_rank_alone(recipe: Recipe) -> None:
+    loop = loop_of(recipe, 0)
+    share = next(iter(loop.batches()))[1]
+
+    def loss(step: int) -> float:
+        # A learning rate of 0: the weights stay, and all that a loss can differ by is dropout.
+        return float(loop.take_step(step, share, loop.agree(share), recipe.pretrain, 0.0)[0])
+
+    first = loss(5)
+    others = [loss(step) for step in (0, 1, 6, 7)]
+    assert len({first, *others}) == 5
+    torch.rand(7)
+    assert loss(5) == first
+    loop.ranks.rank = 1
+    assert loss(5) not in (first, *others)
+    loop.ranks.rank = 0
+    loop.recipe = replace(recipe, seed=recipe.seed + 1)
+    assert loss(5) not in (first, *others)
+    loop.recipe = recipe
+    assert loss(5) == first
+
+
+def test_resume_restores_the_running_average(recipe: Recipe) -> None:
+    averaged = replace(recipe, optimizer=replace(recipe.optimizer, average=0.9))
+    loop = loop_of(averaged, 4)
+    loop.save()
+    workshop, model = open_workshop(averaged)
+    checkpoint = Checkpoint(list_checkpoints(workshop.run)[-1], workshop.identity, Ranks())
+    checkpoint.fill_model(model)
+    again = Loop(workshop, model, make_accelerator(averaged))
+    assert checkpoint.restore(again.state()) == loop.progress
+    pairs = zip(loop.engine.masters, again.engine.masters, strict=True)
+    for number, (old, new) in enumerate(pairs):
+        assert torch.equal(old, new)
+        kept, found = loop.average.values[number], again.average.values[number]
+        assert torch.equal(kept, found)
+        assert not torch.equal(found, new)
+        kept, found = loop.engine.optimizer.state[old], again.engine.optimizer.state[new]
+        assert kept.keys() == found.keys()
+        for key, values in kept.items():
+            assert torch.equal(values, found[key]), key
+
+
+def test_a_checkpoint_with_one_wrong_bit_is_refused(recipe: Recipe) -> None:
+    outside = replace(recipe, optimizer=replace(recipe.optimizer, id_tables="row-adagrad"))
+    loop_of(outside, 1).save()
+    (folder,) = list_checkpoints(Path(recipe.run))
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 1
+    for path in files:
+        content = path.read_bytes()
+        # In the last number, where neither the length nor the header of the file can tell.
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ValueError, match=f"{path}: damaged or missing; resume from an older"):
+            train(outside, resume="latest")
+        path.write_bytes(content)
+    Checkpoint(folder, {}, Ranks())
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_oldest_checkpoint_goes_only_after_the_new_one_has_its_name(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    loop = loop_of(replace(recipe, keep_checkpoints=keep), 0)
+    run, real, seen = Path(recipe.run), os.rename, []
+
+    def names() -> list[int]:
+        return [int(path.name.removeprefix("step-")) for path in list_checkpoints(run)]
+
+    def rename(source: Path, target: Path) -> None:
+        before = names()
+        real(source, target)
+        seen.append((before, names()))
+
+    monkeypatch.setattr(os, "rename", rename)
+    for step in range(1, 5):
+        seen.clear()
+        loop.progress.step = step
+        old = names()
+        loop.save()
+        # Nothing that was there is gone when the new one appears, and then no more than one goes.
+        assert seen == [(old, [*old, step])]
+        assert names() == [*old, step][-keep:]
 
 
 @pytest.mark.dist
