@@ -537,6 +537,24 @@ def test_how_a_step_is_split_among_ranks_changes_no_mask(mask):
     assert sorted(read_back(batches_of(samples, source, mask=mask, epoch=1))) != sorted(whole)
 
 
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.strategy)
+def test_the_digest_is_that_of_the_samples_and_of_their_masks_on_any_number_of_ranks(mask):
+    source = marked_sequences()
+    samples = whole_step(source, "user")
+
+    def digest_of(part: StepSamples, epoch: int) -> int:
+        options = {"mask": mask, "seed": 3, "epoch": epoch, "micro_batch_tokens": WHOLE}
+        return make_step(part, source, layout(), **options).samples_digest % 2**64
+
+    # The same samples each epoch; all that differs are the masks drawn for them.
+    digests = [digest_of(samples, epoch) for epoch in range(4)]
+    assert len(set(digests)) == 4
+    assert digest_of(samples[:-1], 0) != digests[0]
+    for size in (1, 3):  # 20 samples on three ranks: one is there twice and does not count
+        shares = [digest_of(split_among_ranks(samples, rank, size), 0) for rank in range(size)]
+        assert sum(shares) % 2**64 == digests[0]
+
+
 def test_a_batch_moves_whole():
     source = marked_sequences()
     (batch,) = batches_of(whole_step(source, "last"), source)

@@ -1,6 +1,7 @@
 """Complete or absent: what a failure leaves behind, and what may be overwritten."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,6 +35,86 @@ def test_a_failed_block_leaves_the_old_file_and_nothing_else(tmp_path):
         fail_half_way(temporary)
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
     assert path.read_text() == "old"
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[str, ...]]:
+    """The calls that decide what a power cut leaves, in their order, with their places."""
+    made: list[tuple[str, ...]] = []
+    fsync, rmtree = os.fsync, shutil.rmtree
+
+    def told_fsync(descriptor):
+        fsync(descriptor)
+        made.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def told_rmtree(path, *more, **options):
+        made.append(("rmtree", str(path)))
+        rmtree(path, *more, **options)
+
+    def told_rename(real):
+        def rename(source, target):
+            real(source, target)
+            made.append(("rename", str(source), str(target)))
+
+        return rename
+
+    monkeypatch.setattr(os, "fsync", told_fsync)
+    monkeypatch.setattr(shutil, "rmtree", told_rmtree)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, told_rename(getattr(os, name)))
+    return made
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, calls):
+    path = tmp_path / "a.txt"
+    for text in ("one", "two"):
+        calls.clear()
+        with atomic_file(path) as temporary:
+            temporary.write_text(text)
+        assert calls == [
+            ("fsync", str(temporary)),
+            ("rename", str(temporary), str(path)),
+            ("fsync", str(tmp_path)),
+        ]
+
+
+def test_a_whole_directory_is_on_the_disk_before_it_takes_its_name(tmp_path, calls):
+    path = tmp_path / "out"
+    with atomic_directory(path) as temporary:
+        (temporary / "deep").mkdir()
+        for name in ("x", "deep/y", "deep/z"):
+            (temporary / name).write_text(name)
+    within = [temporary, *(temporary / name for name in ("x", "deep", "deep/y", "deep/z"))]
+    *before, named, after = calls
+    assert sorted(before) == sorted(("fsync", str(place)) for place in within)
+    assert named == ("rename", str(temporary), str(path))
+    assert after == ("fsync", str(tmp_path))
+
+
+def test_the_old_directory_goes_only_after_the_new_one_has_its_name_on_the_disk(tmp_path, calls):
+    path = tmp_path / "out"
+    for text in ("old", "new"):
+        calls.clear()
+        with atomic_directory(path, overwrite=True) as temporary:
+            (temporary / "x").write_text(text)
+    _, moved, named, synced, removed = [call for call in calls if call[1] != str(temporary / "x")]
+    aside = moved[2]
+    assert moved == ("rename", str(path), aside)
+    assert named == ("rename", str(temporary), str(path))
+    assert synced == ("fsync", str(tmp_path))
+    assert removed == ("rmtree", aside)
+    assert (path / "x").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_old_directory_stays_where_the_new_one_cannot_take_its_name(tmp_path):
+    path = tmp_path / "out"
+    with atomic_directory(path) as temporary:
+        (temporary / "x").write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_directory(path, overwrite=True) as temporary:
+        temporary.rmdir()  # somebody's broom: there is nothing to rename when the block has ended
+    assert (path / "x").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):

@@ -126,6 +126,17 @@ def test_ties_are_kept_or_drawn_anew_by_each_seed(tmp_path_factory):
     assert tuple(items) not in orders
 
 
+def test_ties_are_drawn_for_each_user_and_each_time(tmp_path_factory):
+    """Ten items come together again and again, for each user and time in another order."""
+    items = [f"i{n}" for n in range(10)]
+    rows = [(user, item, time) for user in ("u", "v") for time in (5, 6, 7) for item in items]
+    orders = set()
+    for row in told(cleaned(rows, tmp_path_factory, k_core=0)).values():
+        orders |= {tuple(item for item, at in row if at == time) for time in (5, 6, 7)}
+    assert len(orders) == 6
+    assert all(sorted(order) == items for order in orders)
+
+
 def test_shuffled_ties_favour_no_item(tmp_path_factory):
     """Each of three items of one time comes first for about a third of 3,000 users."""
     rows = [(f"u{n}", item, 5) for n in range(3000) for item in "abc"]

@@ -299,10 +299,11 @@ def test_a_record_that_is_not_ours_is_named(shards, change, message):
     assert ShardReader(shards).record(1).first_user == 16
 
 
-def test_items_outside_the_catalogue_are_refused(shards):
+@pytest.mark.parametrize("row", [-1, -(2**31), 60])
+def test_items_outside_the_catalogue_are_refused(shards, row):
     def change(members):
         items = np.load(io.BytesIO(members["00000000.items.npy"]))
-        items[3] = 60
+        items[3] = row
         members["00000000.items.npy"] = npy(items)
 
     replace_record(shards, change)

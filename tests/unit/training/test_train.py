@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -83,8 +84,22 @@ def status(run: Path) -> dict:
     return json.loads((run / "status.json").read_text())
 
 
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return Checkpoint(list_checkpoints(run)[-1], {}, Ranks()).weights()
+def weights(run: Path, kind: str = "weight") -> dict[str, torch.Tensor]:
+    return Checkpoint(list_checkpoints(run)[-1], {}, Ranks()).weights(kind)
+
+
+def files_of(folder: Path) -> dict[str, object]:
+    """The bytes of each file; of safetensors what the header says and the bytes behind it, since
+    two writings of the same header may name its notes in another order."""
+    found: dict[str, object] = {}
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        if path.suffix == ".safetensors":
+            end = 8 + int.from_bytes(content[:8], "little")
+            found[path.name] = (json.loads(content[8:end]), content[end:])
+        else:
+            found[path.name] = content
+    return found
 
 
 def start(recipe: Recipe, folder: Path, *more: str) -> subprocess.Popen:
@@ -144,12 +159,14 @@ def test_training_learns(recipe: Recipe) -> None:
 
 def test_best_is_the_best_validation_not_the_last(recipe: Recipe) -> None:
     run = train(recipe)
+    # Of equal ones `max` takes the first, and so does training.
     best = max(events(run, "validation"), key=lambda event: event["NDCG@10"])
     assert status(run)["best_step"] == best["step"]
     assert json.loads((run / "best" / "step.json").read_text())["step"] == best["step"]
 
 
-@pytest.mark.parametrize("average", [0.0, pytest.param(0.9, marks=pytest.mark.ranks)])
+# With the running average there is more to restore, so it is the one of the two that always runs.
+@pytest.mark.parametrize("average", [pytest.param(0.0, marks=pytest.mark.ranks), 0.9])
 def test_sigkill_at_a_random_step_resumes_to_the_same_bits(
     recipe: Recipe, tmp_path: Path, average: float
 ) -> None:
@@ -172,13 +189,17 @@ def test_sigkill_at_a_random_step_resumes_to_the_same_bits(
     assert process.returncode == 0, errors
     assert events(Path(recipe.run), "start")[1]["resumed_from"]
 
-    expected, found = weights(tmp_path / "unbroken"), weights(Path(recipe.run))
-    assert expected.keys() == found.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(tensor, found[name]), (
-            f"{name} differs after a kill at step {step} (seed {seed})"
-        )
+    where = f"after a kill at step {step} (seed {seed})"
+    for kind in ("weight", "exp_avg", "exp_avg_sq", *(["average"] if average else [])):
+        expected, found = (weights(run, kind) for run in (tmp_path / "unbroken", Path(recipe.run)))
+        assert expected.keys() == found.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(tensor, found[name]), f"{kind} of {name} differs {where}"
     assert status(Path(recipe.run))["best_step"] == status(tmp_path / "unbroken")["best_step"]
+    expected, found = (files_of(run / "best") for run in (tmp_path / "unbroken", Path(recipe.run)))
+    assert expected.keys() == found.keys()
+    for name, content in expected.items():
+        assert content == found[name], f"best/{name} differs {where}"
 
 
 def test_dropout_and_order_matter_to_the_bits(recipe: Recipe, tmp_path: Path) -> None:
@@ -287,7 +308,7 @@ def test_shards_of_other_sequences_are_refused(recipe: Recipe, tmp_path: Path) -
         train(replace(recipe, shards=str(tmp_path / "shards")))
 
 
-def test_patience_ends_the_run(recipe: Recipe) -> None:
+def test_patience_ends_the_run_and_of_equal_epochs_the_first_stays_best(recipe: Recipe) -> None:
     # A learning rate of almost nothing: no validation can gain on the first.
     stuck = replace(
         recipe,
@@ -296,9 +317,13 @@ def test_patience_ends_the_run(recipe: Recipe) -> None:
         validation=replace(recipe.validation, patience=2),
     )
     run = train(stuck)
-    assert len(events(run, "validation")) == 3
+    validations = events(run, "validation")
+    assert len(validations) == 3
     assert status(run)["status"] == "finished"
-    assert status(run)["best_step"] == events(run, "validation")[0]["step"]
+    # As good is not better: the model that is kept is that of the first epoch.
+    assert len({event["NDCG@10"] for event in validations}) == 1
+    assert status(run)["best_step"] == validations[0]["step"]
+    assert json.loads((run / "best" / "step.json").read_text())["step"] == validations[0]["step"]
 
 
 def test_dry_run_writes_nothing(recipe: Recipe) -> None:
@@ -341,6 +366,101 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(recipe: Recipe) -
         assert (len(data[0].micro_batches) > 1) == (tokens == 64)
     for one, many in zip(*found, strict=True):
         assert torch.allclose(one, many, atol=1e-6, rtol=1e-4)
+
+
+def loop_of(recipe: Recipe, steps: int) -> Loop:
+    """A training loop that has taken so many steps."""
+    workshop, model = open_workshop(recipe)
+    loop = Loop(workshop, model, make_accelerator(recipe))
+    for step, share in itertools.islice(loop.batches(), steps):
+        loop.take_step(step, share, loop.agree(share), recipe.pretrain, 1.0)
+        loop.progress.step = step + 1
+    return loop
+
+
+def test_dropout_is_a_function_of_seed_step_and_rank_alone(recipe: Recipe) -> None:
+    loop = loop_of(recipe, 0)
+    share = next(iter(loop.batches()))[1]
+
+    def loss(step: int) -> float:
+        # A learning rate of 0: the weights stay, and all that a loss can differ by is dropout.
+        return float(loop.take_step(step, share, loop.agree(share), recipe.pretrain, 0.0)[0])
+
+    first = loss(5)
+    others = [loss(step) for step in (0, 1, 6, 7)]
+    assert len({first, *others}) == 5
+    torch.rand(7)
+    assert loss(5) == first
+    loop.ranks.rank = 1
+    assert loss(5) not in (first, *others)
+    loop.ranks.rank = 0
+    loop.recipe = replace(recipe, seed=recipe.seed + 1)
+    assert loss(5) not in (first, *others)
+    loop.recipe = recipe
+    assert loss(5) == first
+
+
+def test_resume_restores_the_running_average(recipe: Recipe) -> None:
+    averaged = replace(recipe, optimizer=replace(recipe.optimizer, average=0.9))
+    loop = loop_of(averaged, 4)
+    loop.save()
+    workshop, model = open_workshop(averaged)
+    checkpoint = Checkpoint(list_checkpoints(workshop.run)[-1], workshop.identity, Ranks())
+    checkpoint.fill_model(model)
+    again = Loop(workshop, model, make_accelerator(averaged))
+    assert checkpoint.restore(again.state()) == loop.progress
+    pairs = zip(loop.engine.masters, again.engine.masters, strict=True)
+    for number, (old, new) in enumerate(pairs):
+        assert torch.equal(old, new)
+        kept, found = loop.average.values[number], again.average.values[number]
+        assert torch.equal(kept, found)
+        assert not torch.equal(found, new)
+        kept, found = loop.engine.optimizer.state[old], again.engine.optimizer.state[new]
+        assert kept.keys() == found.keys()
+        for key, values in kept.items():
+            assert torch.equal(values, found[key]), key
+
+
+def test_a_checkpoint_with_one_wrong_bit_is_refused(recipe: Recipe) -> None:
+    outside = replace(recipe, optimizer=replace(recipe.optimizer, id_tables="row-adagrad"))
+    loop_of(outside, 1).save()
+    (folder,) = list_checkpoints(Path(recipe.run))
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 1
+    for path in files:
+        content = path.read_bytes()
+        # In the last number, where neither the length nor the header of the file can tell.
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(ValueError, match=f"{path}: damaged or missing; resume from an older"):
+            train(outside, resume="latest")
+        path.write_bytes(content)
+    Checkpoint(folder, {}, Ranks())
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_oldest_checkpoint_goes_only_after_the_new_one_has_its_name(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    loop = loop_of(replace(recipe, keep_checkpoints=keep), 0)
+    run, real, seen = Path(recipe.run), os.rename, []
+
+    def names() -> list[int]:
+        return [int(path.name.removeprefix("step-")) for path in list_checkpoints(run)]
+
+    def rename(source: Path, target: Path) -> None:
+        before = names()
+        real(source, target)
+        seen.append((before, names()))
+
+    monkeypatch.setattr(os, "rename", rename)
+    for step in range(1, 5):
+        seen.clear()
+        loop.progress.step = step
+        old = names()
+        loop.save()
+        # Nothing that was there is gone when the new one appears, and then no more than one goes.
+        assert seen == [(old, [*old, step])]
+        assert names() == [*old, step][-keep:]
 
 
 @pytest.mark.dist
