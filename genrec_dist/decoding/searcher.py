@@ -348,6 +348,10 @@ def _without(
     )
 
 
+def _upper_left(rows: list[int], width: int, values: Tensor) -> Tensor:
+    return values[rows, :width]
+
+
 def encode_by_length(model: GenRecForConditionalGeneration, encoder: EncoderInput) -> Tensor:
     """Encoder states [B, L, D], rows of like length encoded together: a short history does not pay
     for a long one."""
@@ -358,9 +362,8 @@ def encode_by_length(model: GenRecForConditionalGeneration, encoder: EncoderInpu
     memory_BLD = None
     for rows in _groups(order, lengths_B[order].tolist()):
         width = int(lengths_B[rows[-1]])
-        states_BLD = model.encode(
-            encoder.map(lambda values, rows=rows, width=width: values[rows, :width])
-        )  # type: ignore[misc]
+        group = encoder.map(partial(_upper_left, rows, width))
+        states_BLD = model.encode(group)
         if memory_BLD is None:
             memory_BLD = states_BLD.new_zeros(*encoder.input_ids.shape, states_BLD.shape[-1])
         memory_BLD[rows, :width] = states_BLD

@@ -545,7 +545,7 @@ def write_json(plan: Forecast, path: Path) -> None:
 
 
 UNCHECKED = [
-    "States are held against measured storages of two CPU ranks (tests/unit/estimate/test_memory.py); no figure was checked on a GPU.",
+    "States are held against measured storages of two CPU ranks (test_memory.py); no figure was checked on a GPU.",
     "Activations are held against autograd's on a CPU; on a GPU dropout keeps 1 byte an element, and attention's own "
     "workspaces, the decoding of a validation and NCCL's buffers are left to the reserve.",
     "Times count matrix products and attention of real tokens alone: no padding, no communication, no waiting for data.",

@@ -27,13 +27,20 @@ from batch_cases import (
     marked_sequences,
     whole_step,
 )
-from genrec_shards.storage.sample_order import split_among_ranks
+from genrec_shards.storage.sample_order import StepSamples, split_among_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrec_dist.config.recipe import Mask
 from genrec_dist.data.batch import IGNORED, Batch, idle_batch
-from genrec_dist.data.collate import WORTH_A_CUT, choose_targets, cut, cut_packed, target_batch
+from genrec_dist.data.collate import (
+    WORTH_A_CUT,
+    choose_targets,
+    cut,
+    cut_packed,
+    make_step,
+    target_batch,
+)
 from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_histories
 from genrec_dist.data.word_table import build_words, item_text, user_text
 
