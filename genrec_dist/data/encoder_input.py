@@ -107,7 +107,7 @@ class EncoderInput:
         """With each array changed."""
         return EncoderInput(
             *(None if values is None else change(values) for values in vars(self).values())
-        )  # type: ignore[arg-type]
+        )
 
     def to(self, device: torch.device) -> EncoderInput:
         return self.map(partial(Tensor.to, device=device, non_blocking=True))

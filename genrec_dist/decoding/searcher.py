@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -348,7 +348,7 @@ def _without(
     )
 
 
-def _upper_left(rows: list[int], width: int, values: Tensor) -> Tensor:
+def _upper_left(rows: Tensor, width: int, values: Tensor) -> Tensor:
     return values[rows, :width]
 
 
