@@ -11,7 +11,12 @@ import torch
 from genrec_kernels import SumPlan, embedding_sum
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BartConfig, BartForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BartForConditionalGeneration,
+)
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
@@ -572,3 +577,8 @@ def choose_loss(model: GenRecForConditionalGeneration, how: HeadLoss | Literal["
 def _is_identity(rows_R: Tensor, num_rows: int) -> bool:
     # Decoder rows are numbered by sample, ascending: as many rows as samples means one each.
     return len(rows_R) == num_rows
+
+
+# `genrec_dist.auto_classes` imports this module when transformers' auto classes are loaded.
+AutoConfig.register(GenRecConfig.model_type, GenRecConfig, exist_ok=True)
+AutoModelForSeq2SeqLM.register(GenRecConfig, GenRecForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,93 @@
+"""The functions a notebook calls: train by a recipe, evaluate a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from genrec_shards.splits import Split
+
+    from genrec_dist.config.recipe import Recipe
+    from genrec_dist.decoding.searcher import Mode
+
+
+def train(recipe: Recipe | str | Path, *, resume: str | None = None) -> Path:
+    """Train by a recipe, write the run's report, and return the run directory.
+
+    Args:
+        recipe: a recipe, the name of a shipped one, or the path of a YAML file; `load_recipe`
+            takes `dotted.key=value` overrides, at least `data` and `run`.
+        resume: "latest" or a checkpoint directory, to continue the run that is in `recipe.run`.
+
+    Raises:
+        ValueError: the recipe, the data or the run directory does not fit, with the remedy.
+        genrec_dist.distributed.signals.NotFinite: the loss is no number; the message has the step.
+        genrec_dist.distributed.signals.Stopped: a signal ended the run; a checkpoint is written.
+    """
+    from genrec_dist.config.load import load_recipe
+    from genrec_dist.config.recipe import Recipe
+    from genrec_dist.report.run_report import write_report
+    from genrec_dist.training.run import train as run_train
+
+    run = run_train(recipe if isinstance(recipe, Recipe) else load_recipe(recipe), resume)
+    write_report(run)
+    return run
+
+
+def evaluate(
+    run: str | Path,
+    split: Split = "test",
+    *,
+    data: str | Path | None = None,
+    decode: Mode = "exact",
+    beam: int = 20,
+    out_dir: str | Path | None = None,
+    device: str | None = None,
+) -> dict[str, Any]:
+    """Rank every user's items once, write metrics and lists, and return the metrics.
+
+    Args:
+        run: directory of `train`.
+        split: "validation" or "test".
+        data: directory of `genrec prepare`; None takes the one that the run was trained on.
+        decode: the search mode, as `genrec evaluate --decode` (docs/decoding.md).
+        beam: width of the beam.
+        out_dir: where `metrics-SPLIT.json` and `top20-SPLIT.parquet` go; None: the run directory.
+        device: "cpu" or "cuda"; None takes a GPU where there is one.
+
+    Returns:
+        What `metrics-SPLIT.json` holds: scores, 95 % intervals, the protocol, and the baselines on
+        the same users under `beside`.
+
+    Raises:
+        ValueError: the data have another numbering or split than the run.
+    """
+    from genrec_shards.dataset import load_dataset
+
+    from genrec_dist.config.load import load_recipe
+    from genrec_dist.inference.evaluate import evaluate as run_evaluate
+    from genrec_dist.inference.load import best_device, load_run
+    from genrec_dist.inference.rank_users import Decoding
+    from genrec_dist.inference.tune_mixture import mixed_decoding
+
+    recipe = load_recipe(Path(run) / "recipe.yaml")
+    dataset = load_dataset(data or recipe.data)
+    loaded = load_run(run, best_device() if device is None else device)
+    decoding = Decoding(beam=beam, mode=decode, exclude_history=loaded.model.config.exclude_history)
+    if decode == "hybrid":
+        decoding = mixed_decoding(
+            loaded, dataset, decoding, recipe.trained_through,
+            item_weight=None, graph_weight=None, overrides=None, anew=False,
+        )  # fmt: skip
+    metrics = run_evaluate(
+        loaded,
+        dataset,
+        split,
+        decoding=decoding,
+        trained_through=recipe.trained_through,
+        recipe=recipe.as_dict(),
+        out_dir=None if out_dir is None else Path(out_dir),
+    )
+    assert metrics is not None  # a single process is rank 0
+    return metrics

@@ -1,0 +1,92 @@
+"""The public API: small, lazy, known to transformers, and enough for a notebook."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from genrec_shards.prepare import prepare
+from two_ranks import environment
+
+import genrec_dist
+
+PUBLIC = [
+    "GenRecConfig",
+    "GenRecForConditionalGeneration",
+    "Recommender",
+    "evaluate",
+    "load_recipe",
+    "train",
+]
+
+
+def in_fresh_python(code: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment()
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+def test_import_loads_neither_torch_nor_transformers() -> None:
+    code = "import sys, genrec_dist; print({'torch', 'transformers'} & sys.modules.keys())"
+    assert in_fresh_python(code) == "set()"
+
+
+def test_every_public_name_is_listed_and_documented() -> None:
+    assert genrec_dist.__all__ == PUBLIC
+    assert set(PUBLIC) <= set(dir(genrec_dist))
+    for name in PUBLIC:
+        text = getattr(genrec_dist, name).__doc__
+        assert text, name
+        assert len(text) > 60, name
+    with pytest.raises(AttributeError, match="has no attribute 'Trainer'"):
+        genrec_dist.Trainer  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import genrec_dist; from transformers import AutoConfig, AutoModelForSeq2SeqLM",
+        "from transformers import AutoConfig, AutoModelForSeq2SeqLM; import genrec_dist",
+        "import genrec_dist.model.genrec; from transformers import AutoConfig, AutoModelForSeq2SeqLM",
+    ],
+)
+def test_auto_classes_load_a_run(tiny_run: Path, imports: str) -> None:
+    code = f"""
+{imports}
+print(type(AutoConfig.from_pretrained({str(tiny_run / "best")!r})).__name__)
+print(type(AutoModelForSeq2SeqLM.from_pretrained({str(tiny_run / "best")!r})).__name__)
+"""
+    assert in_fresh_python(code).split() == ["GenRecConfig", "GenRecForConditionalGeneration"]
+
+
+def test_a_notebook_trains_evaluates_and_recommends(tiny_recipe: Path, tiny_data: Path) -> None:
+    from genrec_dist import Recommender, evaluate, load_recipe, train
+
+    recipe = load_recipe(tiny_recipe, ["pretrain.epochs=0"])
+    run = train(recipe)
+    assert run == Path(recipe.run)
+    assert (run / "report.html").is_file()
+    metrics = evaluate(run, "test", out_dir=run / "lists")
+    written = json.loads((run / "lists" / "metrics-test.json").read_text())
+    assert json.loads(json.dumps(metrics)) == written
+    assert written["recipe"] == json.loads(json.dumps(recipe.as_dict()))
+    lists = pq.read_table(run / "lists" / "top20-test.parquet")
+    assert lists.num_rows == metrics["users"]
+    history = pq.read_table(tiny_data / "items.parquet")["id"].to_pylist()[:3]
+    (answer,) = Recommender.load(run).recommend([history], k=5)
+    assert len(answer.items) == 5
+    assert not {*answer.items} & {*history}
+
+
+def test_evaluate_refuses_other_data(tiny_run: Path, tmp_path: Path) -> None:
+    from genrec_dist import evaluate
+
+    (tmp_path / "log.txt").write_text("".join(f"u{n} a b c d{n}\n" for n in range(9)))
+    prepare(tmp_path / "log.txt", tmp_path / "data")
+    with pytest.raises(ValueError, match="numbering"):
+        evaluate(tiny_run, data=tmp_path / "data", out_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
