@@ -1,4 +1,4 @@
-"""GenRec in transformers' auto classes, registered when transformers itself loads them."""
+"""GenRec in transformers' auto classes, without importing transformers for it."""
 
 import importlib.abc
 import importlib.machinery
@@ -6,28 +6,46 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 MODEL = "genrec_dist.model.genrec"
-AUTO = "transformers.models.auto.modeling_auto"
-"""Nothing inside transformers needs this module while its base classes are being imported, unlike
-`configuration_auto`, so that the model can be imported right after it."""
+MODEL_TYPE = "genrec"
+AUTO = "transformers.models.auto.configuration_auto"
 
 
 def register() -> None:
-    """Make AutoConfig and AutoModelForSeq2SeqLM know GenRec, without importing transformers now.
+    """Make AutoConfig and AutoModelForSeq2SeqLM know GenRec.
 
-    The module of the model registers itself. If the auto classes are loaded already, it is
-    imported at once. Otherwise an import hook waits for them; it finds nothing by itself, it only
-    imports the model's module after the real loader of an auto class has run.
+    The module of the model registers its classes when it is imported. What is added here is the
+    moment: whoever asks AutoConfig for the model type "genrec" imports that module. If transformers
+    is not loaded yet, an import hook waits for AutoConfig's module; it finds nothing by itself.
     """
     if AUTO in sys.modules:
-        import_module(MODEL)
+        _await(sys.modules[AUTO])
     elif not any(isinstance(finder, _AfterAuto) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterAuto())
 
 
+def _await(module: ModuleType) -> None:
+    # transformers keeps what users register in this dictionary, by model type. The model cannot be
+    # imported here: transformers' own base classes may be in the middle of their import.
+    mapping = module.CONFIG_MAPPING
+    mapping._extra_content = _ImportsOnDemand(mapping._extra_content)
+
+
+class _ImportsOnDemand(dict[str, Any]):
+    def __contains__(self, key: object) -> bool:
+        return key == MODEL_TYPE or super().__contains__(key)
+
+    def __missing__(self, key: str) -> Any:
+        if key != MODEL_TYPE:
+            raise KeyError(key)
+        import_module(MODEL)  # which registers itself
+        return self[key]
+
+
 class _AfterAuto(importlib.abc.MetaPathFinder):
-    """Finds the auto classes as Python would, and adds a step after their loading."""
+    """Finds AutoConfig's module as Python would, and adds a step after its loading."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -36,11 +54,11 @@ class _AfterAuto(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)
+            spec.loader = _ThenAwait(spec.loader)
         return spec
 
 
-class _ThenRegister(importlib.abc.Loader):
+class _ThenAwait(importlib.abc.Loader):
     def __init__(self, loader: importlib.abc.Loader):
         self.loader = loader
 
@@ -49,6 +67,4 @@ class _ThenRegister(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        # A model's module that is being imported just now registers itself at its end.
-        if MODEL not in sys.modules:
-            import_module(MODEL)
+        _await(module)
