@@ -10,7 +10,7 @@ STAMP := .venv/.made
 PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: env demo test check slow lock clean
+.PHONY: env demo test check slow docs lock clean
 
 env: $(STAMP)
 
@@ -53,6 +53,12 @@ test: check
 
 slow: env
 	$(PYTEST) -m slow
+
+# The documentation site in build/site: the command reference from the commands, the API from docstrings.
+docs: env
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),--constraint $(LOCK)) --editable '.[$(EXTRAS),docs]'
+	$(BIN)/python -m typer genrec_dist.cli.app utils docs --name genrec --output docs/reference/commands.md
+	$(BIN)/python -m mkdocs build --strict
 
 # Writes down the versions of this environment as the tested ones: without local labels (`+cpu`), which other machines'
 # indexes do not know, and without packages that came from a file.
