@@ -75,31 +75,31 @@ class Ranks:
         nothing on the others.
 
         A rank that has none gives its `error` and any tensor of that shape; then all raise, as
-        `all_well` does."""
+        `raise_if_any_failed` does."""
         return self._meet(mine, error, share=False)
 
     def barrier(self) -> None:
-        self.all_well(None)
+        self.raise_if_any_failed(None)
 
-    def text_of_main(self, text: str) -> str:
+    def broadcast_str(self, text: str) -> str:
         """Rank 0's text, on every rank."""
-        return self.texts(text)[0]
+        return self.all_gather_str(text)[0]
 
-    def texts(self, text: str) -> list[str]:
+    def all_gather_str(self, text: str) -> list[str]:
         """A text of every rank, cut at 2,000 bytes."""
         return [_text(theirs) for theirs in self._meet(_bytes(text), None, share=True)]
 
-    def together(self, action: Callable[[], T]) -> T:
+    def run_on_all(self, action: Callable[[], T]) -> T:
         """Do a rank's own part of something, which may raise; if one rank's part did, all raise."""
         error: Exception | None = None
         try:
             result = action()
         except Exception as raised:
             error = raised
-        self.all_well(error)
+        self.raise_if_any_failed(error)
         return result
 
-    def all_well(self, error: Exception | None) -> None:
+    def raise_if_any_failed(self, error: Exception | None) -> None:
         """Raise on all ranks if one has an error or has gone: nobody goes on to a collective that
         another will never reach.
 

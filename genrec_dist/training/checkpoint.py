@@ -74,8 +74,8 @@ def save_checkpoint(run: Path, state: State, keep: int, ranks: Ranks) -> Path:
     raise and nothing is left."""
     path = checkpoint_dir(run, state.progress.step)
     with contextlib.ExitStack() as stack:
-        folder = ranks.text_of_main(
-            ranks.together(
+        folder = ranks.broadcast_str(
+            ranks.run_on_all(
                 lambda: (
                     str(stack.enter_context(atomic_directory(path, overwrite=True)))
                     if ranks.is_main
@@ -83,9 +83,11 @@ def save_checkpoint(run: Path, state: State, keep: int, ranks: Ranks) -> Path:
                 )
             )
         )
-        written = ranks.texts(ranks.together(lambda: _write_rank(Path(folder), state, ranks)))
-        ranks.together(lambda: _write_facts(Path(folder), state, written, ranks))
-        ranks.together(stack.close)  # the directory takes its name
+        written = ranks.all_gather_str(
+            ranks.run_on_all(lambda: _write_rank(Path(folder), state, ranks))
+        )
+        ranks.run_on_all(lambda: _write_facts(Path(folder), state, written, ranks))
+        ranks.run_on_all(stack.close)  # the directory takes its name
     if ranks.is_main:
         for old in list_checkpoints(run)[:-keep]:
             shutil.rmtree(old)
@@ -193,9 +195,9 @@ class Checkpoint:
         """Collective; ranks share the reading that the check takes. Raises ValueError, on all
         ranks, if it is damaged or belongs to other data or another recipe."""
         self.path = path
-        self.facts: dict[str, Any] = ranks.together(lambda: _read_facts(path, identity))
-        ranks.together(lambda: self._check_files(self.facts["files"][ranks.rank :: ranks.size]))
-        self.pieces: dict[str, list[_Piece]] = ranks.together(self._index)
+        self.facts: dict[str, Any] = ranks.run_on_all(lambda: _read_facts(path, identity))
+        ranks.run_on_all(lambda: self._check_files(self.facts["files"][ranks.rank :: ranks.size]))
+        self.pieces: dict[str, list[_Piece]] = ranks.run_on_all(self._index)
 
     @property
     def progress(self) -> Progress:

@@ -39,7 +39,7 @@ def train(
             f"{run}: a run is there already: continue it with --resume latest, or set another run directory"
         )
     ranks = Ranks()
-    workshop, model = ranks.together(lambda: open_workshop(recipe))
+    workshop, model = ranks.run_on_all(lambda: open_workshop(recipe))
     model.config.exclude_history = exclude_history_default(workshop.dataset.sequences)
     checkpoint = _checkpoint(run, resume, workshop, ranks) if resume else None
     if checkpoint is not None:
@@ -60,8 +60,8 @@ def train(
 
 def _checkpoint(run: Path, resume: str, workshop: Workshop, ranks: Ranks) -> Checkpoint:
     # Only one rank looks for the latest: a directory may show up on other nodes a moment later.
-    found = ranks.together(lambda: str(find_checkpoint(run, resume)) if ranks.is_main else "")
-    return Checkpoint(Path(ranks.text_of_main(found)), workshop.identity, ranks)
+    found = ranks.run_on_all(lambda: str(find_checkpoint(run, resume)) if ranks.is_main else "")
+    return Checkpoint(Path(ranks.broadcast_str(found)), workshop.identity, ranks)
 
 
 def _copy_audit(workshop: Workshop) -> None:

@@ -97,7 +97,7 @@ def main() -> None:
     recipe, out = load_recipe(sys.argv[1]), Path(sys.argv[2])
     dist.init_process_group("gloo")
     ranks = Ranks()
-    workshop, _ = ranks.together(lambda: open_workshop(recipe))
+    workshop, _ = ranks.run_on_all(lambda: open_workshop(recipe))
     data = StepBatches(
         workshop.stages, workshop.reader, workshop.layout, recipe, ranks.rank, ranks.size
     )

@@ -50,7 +50,7 @@ def main(path: Path) -> None:
         except ValueError as error:
             facts = {"error": str(error)}
         ranks = Ranks()
-        facts["errors"] = ranks.texts(facts.get("error", ""))
+        facts["errors"] = ranks.all_gather_str(facts.get("error", ""))
         if ranks.is_main:
             (path.parent / f"{job['name']}.json").write_text(json.dumps(facts))
     if dist.is_initialized():
