@@ -27,7 +27,7 @@ from genrec_dist.bench.measure import Claim, format_claims, table, write_table
 from genrec_dist.config.load import load_recipe
 from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loop import Loop
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 
 WARM, STEPS = 4, 12
 """Steps of each way before the clock starts and while it runs; of the latter the median counts."""
@@ -52,8 +52,8 @@ def work(data: str, out: str) -> None:
             "tiny", [f"data={data}", f"run={room}/run", "workers=1", "log_every=1000000"]
         )
         accelerator = make_accelerator(recipe)
-        workshop, model = open_workshop(recipe)
-        loop = Loop(workshop, model, accelerator)
+        setup, model = build_setup(recipe)
+        loop = Loop(setup, model, accelerator)
         seconds: dict[str, list[float]] = {"together": [], "apart": []}
         tokens = 0
         with contextlib.closing(loop.batches()) as batches:  # type: ignore[type-var]

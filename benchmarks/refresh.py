@@ -35,7 +35,7 @@ from genrec_dist.inference.load import LoadedRun, load_run, make_searcher
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.validation import target_histogram
 from genrec_dist.training.run import train
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 
 HELD_BACK = 2
 """Items of each old user that are new."""
@@ -85,10 +85,10 @@ def before_any_step(recipe: Recipe) -> LoadedRun:
     """The model that a run begins with."""
     assert recipe.begin_from is not None
     origin = load_run(recipe.begin_from)
-    shop, model = open_workshop(recipe)
+    setup, model = build_setup(recipe)
     model.config.exclude_history = origin.model.config.exclude_history
-    searcher = make_searcher(model.eval(), shop.words, torch.device("cpu"))
-    return replace(origin, model=model, words=shop.words, layout=shop.layout, searcher=searcher)
+    searcher = make_searcher(model.eval(), setup.words, torch.device("cpu"))
+    return replace(origin, model=model, words=setup.words, layout=setup.layout, searcher=searcher)
 
 
 def measure(source: Path, num_users: int, folder: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches, ahead
 from genrec_dist.training.profiling import Meter, Trace
 from genrec_dist.training.progress import TrainingDisplay
-from genrec_dist.training.setup import Workshop
+from genrec_dist.training.setup import TrainingSetup
 from genrec_dist.training.stages import StageSteps, stage_of
 
 
@@ -90,12 +90,12 @@ class Loop:
 
     def __init__(
         self,
-        workshop: Workshop,
+        setup: TrainingSetup,
         model: GenRecForConditionalGeneration,
         accelerator: Accelerator,
         ranks: Ranks | None = None,
     ):
-        self.workshop, self.recipe, self.accelerator = workshop, workshop.recipe, accelerator
+        self.setup, self.recipe, self.accelerator = setup, setup.recipe, accelerator
         self.ranks = ranks or Ranks()
         self.model = model
         self.num_parameters = sum(
@@ -103,29 +103,29 @@ class Loop:
         )  # before ZeRO-3 takes most of them away
         self.engine = make_engine(model, self.recipe, accelerator)
         self.tables = IdTables(model.config, self.recipe.seed, self.ranks, accelerator.device)
-        if workshop.begun is not None:
-            self.tables.begin_with(workshop.begun.id_rows)
+        if setup.begun is not None:
+            self.tables.begin_with(setup.begun.id_rows)
         self.average = (
             AveragedWeights(self.engine.masters, self.recipe.optimizer.average)
             if self.recipe.optimizer.average
             else None
         )
         self.progress = Progress()
-        self.trie = build_trie(*workshop.words.tokens_of_items())
+        self.trie = build_trie(*setup.words.tokens_of_items())
         self.stop = StopRequest()
         self.peak = peak_of(self.accelerator.device, self.recipe.precision)
-        self.log = EventLog(workshop.run, active=False)
+        self.log = EventLog(setup.run, active=False)
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
     def state(self) -> State:
-        return State(self.engine, self.average, self.tables, self.progress, self.workshop.identity)
+        return State(self.engine, self.average, self.tables, self.progress, self.setup.identity)
 
     @property
     def end_step(self) -> int:
-        return self.workshop.stages[-1].end_step
+        return self.setup.stages[-1].end_step
 
     def start(self, resumed_from: str | None) -> None:
-        self.log = EventLog(self.workshop.run, active=self.ranks.is_main)
+        self.log = EventLog(self.setup.run, active=self.ranks.is_main)
         self.log.write(
             "start",
             recipe=self.recipe.as_dict(),
@@ -135,25 +135,23 @@ class Loop:
             peak=dataclasses.asdict(self.peak) if self.peak else None,
             flops_formula=FORMULA,
             resumed_from=resumed_from,
-            begun_from=None if self.workshop.begun is None else self.workshop.begun.as_dict(),
+            begun_from=None if self.setup.begun is None else self.setup.begun.as_dict(),
             processes=self.ranks.size,
             distributed_type=str(self.accelerator.distributed_type),
             zero_stage=self.accelerator.deepspeed_plugin.zero_stage
             if self.accelerator.deepspeed_plugin
             else None,
-            samples={s.name: s.plan.num_samples for s in self.workshop.stages},
-            users_without_samples={
-                s.name: s.plan.users_without_samples for s in self.workshop.stages
-            },
+            samples={s.name: s.plan.num_samples for s in self.setup.stages},
+            users_without_samples={s.name: s.plan.users_without_samples for s in self.setup.stages},
         )
         self.write_status("running")
 
     def batches(self) -> Iterator[tuple[int, RankStep]]:
         """(global step, this rank's share of it) from where the run stands."""
         data = StepBatches(
-            self.workshop.stages,
-            self.workshop.reader,
-            self.workshop.layout,
+            self.setup.stages,
+            self.setup.reader,
+            self.setup.layout,
             self.recipe,
             self.ranks.rank,
             self.ranks.size,
@@ -190,17 +188,15 @@ class Loop:
     ) -> None:
         """The training loop."""
         started = time.monotonic()
-        display = TrainingDisplay(
-            self.workshop.stages, self.progress.step, active=self.ranks.is_main
-        )
+        display = TrainingDisplay(self.setup.stages, self.progress.step, active=self.ranks.is_main)
         meter = Meter(self.model.config, self.accelerator.device, self.peak)
         batches = self.batches()
-        trace = Trace(self.workshop.run, self.ranks.rank, trace_steps, self.accelerator.device)
+        trace = Trace(self.setup.run, self.ranks.rank, trace_steps, self.accelerator.device)
         with display, trace, contextlib.closing(batches):  # type: ignore[type-var]
             while self.progress.step < self.end_step and self.progress.stage_ended_early < 0:
                 with meter.waiting():
                     step, share = next(batches)
-                here = stage_of(self.workshop.stages, step)
+                here = stage_of(self.setup.stages, step)
                 share_of_peak = peak_share(here.stage, step - here.first_step, here.num_steps)
                 agreed = self.agree(share)
                 loss, norm = self.take_step(step, share, agreed, here.stage, share_of_peak)
@@ -325,7 +321,7 @@ class Loop:
         self.unchecked.clear()
 
     def validates(self, here: StageSteps, step: int) -> bool:
-        if here is not self.workshop.stages[-1]:
+        if here is not self.setup.stages[-1]:
             return False
         epoch = here.locate(step)[0]
         return (
@@ -353,7 +349,7 @@ class Loop:
         else:
             self.progress.validations_without_gain += 1
             if 0 < self.recipe.validation.patience <= self.progress.validations_without_gain:
-                self.progress.stage_ended_early = self.workshop.stages.index(here)
+                self.progress.stage_ended_early = self.setup.stages.index(here)
         return scores
 
     def report(self, here: StageSteps, step: int, scores: dict[str, float]) -> EpochReport:
@@ -363,7 +359,7 @@ class Loop:
     def score_validation(self) -> dict[str, float]:
         """Loss and metrics; with a running average of the weights, it is the average that is scored
         and kept."""
-        view = self.workshop.dataset.sequences.history_and_target("validation")
+        view = self.setup.dataset.sequences.history_and_target("validation")
         users_U = self.validation_users()
         with (
             self.averaged(),
@@ -372,7 +368,7 @@ class Loop:
             torch.inference_mode(),
         ):
             # Under a thousand users the loss is steady enough for a curve.
-            loss = history_loss(model, self.workshop.layout, view, users_U[:1000], self.ranks)
+            loss = history_loss(model, self.setup.layout, view, users_U[:1000], self.ranks)
             validation = self.recipe.validation
             decoding = Decoding(
                 beam=validation.beam,
@@ -383,7 +379,7 @@ class Loop:
             # none of its own.
             searcher = TrieSearcher(model, self.trie, self.accelerator.device)
             counts = target_histogram(
-                searcher, self.workshop.layout, view, users_U, decoding, self.ranks
+                searcher, self.setup.layout, view, users_U, decoding, self.ranks
             )
             metrics = metrics_from_histogram(counts)
             if metrics["NDCG@10"] > self.progress.best_ndcg:
@@ -397,9 +393,15 @@ class Loop:
         self.check_finite()
         complete = self.tables.whole(model)
         if complete is not None:
-            shop, step = self.workshop, self.progress.step - 1
+            setup, step = self.setup, self.progress.step - 1
             save_best(
-                shop.run, complete, shop.tokenizer, shop.words, self.trie, shop.dataset.path, step
+                setup.run,
+                complete,
+                setup.tokenizer,
+                setup.words,
+                self.trie,
+                setup.dataset.path,
+                step,
             )
 
     @contextlib.contextmanager
@@ -414,17 +416,17 @@ class Loop:
             self.average.swap()
 
     def validation_users(self) -> np.ndarray:
-        asked = self.workshop.dataset.sequences.history_and_target("validation").users
+        asked = self.setup.dataset.sequences.history_and_target("validation").users
         return asked[sample_users(len(asked), self.recipe.validation.users, self.recipe.seed)]
 
     def save(self) -> None:
         """Write a checkpoint; its bytes are on the disk before an older one goes."""
         self.check_finite()
         path = save_checkpoint(
-            self.workshop.run, self.state(), self.recipe.keep_checkpoints, self.ranks
+            self.setup.run, self.state(), self.recipe.keep_checkpoints, self.ranks
         )
         self.log.write(
-            "checkpoint", step=self.progress.step, path=str(path.relative_to(self.workshop.run))
+            "checkpoint", step=self.progress.step, path=str(path.relative_to(self.setup.run))
         )
         self.write_status("running")
 
@@ -443,7 +445,7 @@ class Loop:
     def write_status(self, status: str, **facts: Any) -> None:
         if self.ranks.is_main:
             write_status(
-                self.workshop.run,
+                self.setup.run,
                 status,
                 step=self.progress.step,
                 of=self.end_step,

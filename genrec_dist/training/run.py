@@ -16,7 +16,7 @@ from genrec_dist.distributed.signals import Stopped
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
 from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loop import EpochReport, Loop
-from genrec_dist.training.setup import Workshop, open_workshop
+from genrec_dist.training.setup import TrainingSetup, build_setup
 
 
 def train(
@@ -39,35 +39,35 @@ def train(
             f"{run}: a run is there already: continue it with --resume latest, or set another run directory"
         )
     ranks = Ranks()
-    workshop, model = ranks.run_on_all(lambda: open_workshop(recipe))
-    model.config.exclude_history = exclude_history_default(workshop.dataset.sequences)
-    checkpoint = _checkpoint(run, resume, workshop, ranks) if resume else None
+    setup, model = ranks.run_on_all(lambda: build_setup(recipe))
+    model.config.exclude_history = exclude_history_default(setup.dataset.sequences)
+    checkpoint = _checkpoint(run, resume, setup, ranks) if resume else None
     if checkpoint is not None:
         checkpoint.fill_model(model)
-    loop = Loop(workshop, model, accelerator, ranks)
+    loop = Loop(setup, model, accelerator, ranks)
     if checkpoint is not None:
         loop.progress = checkpoint.restore(loop.state())
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         with atomic_file(run / "recipe.yaml") as temporary:
             temporary.write_text(dump_recipe(recipe), encoding="utf-8")
-        _copy_audit(workshop)
+        _copy_audit(setup)
     with _status_of(loop), loop.stop:
         loop.start(str(checkpoint.path) if checkpoint else None)
         loop.run(on_epoch, trace_steps)
     return run
 
 
-def _checkpoint(run: Path, resume: str, workshop: Workshop, ranks: Ranks) -> Checkpoint:
+def _checkpoint(run: Path, resume: str, setup: TrainingSetup, ranks: Ranks) -> Checkpoint:
     # Only one rank looks for the latest: a directory may show up on other nodes a moment later.
     found = ranks.run_on_all(lambda: str(find_checkpoint(run, resume)) if ranks.is_main else "")
-    return Checkpoint(Path(ranks.broadcast_str(found)), workshop.identity, ranks)
+    return Checkpoint(Path(ranks.broadcast_str(found)), setup.identity, ranks)
 
 
-def _copy_audit(workshop: Workshop) -> None:
-    source = workshop.dataset.path / "audit.json"
+def _copy_audit(setup: TrainingSetup) -> None:
+    source = setup.dataset.path / "audit.json"
     if source.is_file():
-        with atomic_file(workshop.run / "audit.json") as temporary:
+        with atomic_file(setup.run / "audit.json") as temporary:
             temporary.write_bytes(source.read_bytes())
 
 

@@ -35,7 +35,7 @@ from genrec_dist.training.warm_start import Begun, Origin, begin_model, check_or
 
 
 @dataclass(frozen=True)
-class Workshop:
+class TrainingSetup:
     """Everything a run is made of, before its first step."""
 
     recipe: Recipe
@@ -51,7 +51,7 @@ class Workshop:
     """Of a run that begins with another's weights."""
 
 
-def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGeneration]:
+def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGeneration]:
     """Data, tokenizer, words, plans and a model with fresh weights (a function of the seed), or
     with those it begins from."""
     dataset = load_dataset(recipe.data)
@@ -96,7 +96,7 @@ def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGenerat
         "origin": FRESH if origin is None else origin.weights_hash,
     }
     stages = plan_stages(recipe, reader)
-    return Workshop(
+    return TrainingSetup(
         recipe, Path(recipe.run), dataset, reader, tokenizer, words, layout, stages, identity, begun
     ), model
 
@@ -148,12 +148,12 @@ def _recipe_hash(recipe: Recipe) -> str:
 def describe(recipe: Recipe) -> dict[str, Any]:
     """What a run would do (`--dry-run`): sizes and steps, one batch through the model, nothing
     written."""
-    workshop, model = open_workshop(recipe)
+    setup, model = build_setup(recipe)
     outside = model.config if model.config.ids_outside else None
-    share = StepBatches(workshop.stages, workshop.reader, workshop.layout, recipe, 0, 1, outside)[0]
+    share = StepBatches(setup.stages, setup.reader, setup.layout, recipe, 0, 1, outside)[0]
     tables = IdTables(model.config, recipe.seed, Ranks(), model.device)
-    if workshop.begun is not None:
-        tables.begin_with(workshop.begun.id_rows)
+    if setup.begun is not None:
+        tables.begin_with(setup.begun.id_rows)
     tables.attach(model, share)
     batches = share.micro_batches
     with torch.inference_mode():
@@ -164,11 +164,11 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         )  # fmt: skip
         loss = float(target_loss(logits, labels, first.num_target_tokens))
     return {
-        "users": workshop.words.num_users,
-        "items": workshop.words.num_items,
+        "users": setup.words.num_users,
+        "items": setup.words.num_items,
         "parameters": sum(p.numel() for p in model.parameters()) + tables.num_parameters,
         "vocabulary": model.config.vocab_size,
-        "tokens an item": float(np.diff(workshop.words.tokens_of_items()[1]).mean()),
+        "tokens an item": float(np.diff(setup.words.tokens_of_items()[1]).mean()),
         "first loss": loss,
         "stages": {
             s.name: {
@@ -178,6 +178,6 @@ def describe(recipe: Recipe) -> dict[str, Any]:
                 "epochs": s.stage.epochs,
                 "first batch": list(batches[-1].encoder.input_ids.shape),
             }
-            for s in workshop.stages
+            for s in setup.stages
         },
     }

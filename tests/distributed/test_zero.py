@@ -30,7 +30,7 @@ from genrec_dist.inference.rank_users import Decoding, rank_windows
 from genrec_dist.inference.validation import history_loss, target_histogram
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 
 pytestmark = [pytest.mark.dist, pytest.mark.ranks]
 
@@ -478,14 +478,14 @@ def test_lists_amid_a_zero_3_run_are_those_of_one_process(results: Results) -> N
     """Decoding is each rank's own affair: unequal numbers of batches hang nobody, and one process
     finds the same lists."""
     facts = results.facts("fp32-3-2")
-    shop, _ = open_workshop(load_recipe(results.folder / "recipe.yaml"))
+    setup, _ = build_setup(load_recipe(results.folder / "recipe.yaml"))
     model = GenRecForConditionalGeneration.from_pretrained(results.folder / "fp32-3-2").eval()
-    searcher = make_searcher(model, shop.words, torch.device("cpu"))
-    view, users = shop.dataset.sequences.history_and_target("validation"), np.arange(90)
+    searcher = make_searcher(model, setup.words, torch.device("cpu"))
+    view, users = setup.dataset.sequences.history_and_target("validation"), np.arange(90)
     windows = list(
         rank_windows(
             searcher,
-            shop.layout,
+            setup.layout,
             view,
             users,
             Decoding(batch_size=16),
@@ -497,9 +497,9 @@ def test_lists_amid_a_zero_3_run_are_those_of_one_process(results: Results) -> N
     assert [window.items.tolist() for window in windows] == facts["items"]
     for window, theirs in zip(windows, facts["scores"], strict=True):
         assert np.allclose(window.scores, theirs, rtol=1e-5)
-    counts = target_histogram(searcher, shop.layout, view, users, Decoding(batch_size=16), Ranks())
+    counts = target_histogram(searcher, setup.layout, view, users, Decoding(batch_size=16), Ranks())
     assert counts.tolist() == facts["counts"]
-    loss = history_loss(model, shop.layout, view, users, Ranks(), batch_size=16)
+    loss = history_loss(model, setup.layout, view, users, Ranks(), batch_size=16)
     assert loss == pytest.approx(facts["validation_loss"], rel=1e-6)
 
 

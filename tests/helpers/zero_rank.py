@@ -32,7 +32,7 @@ from genrec_dist.training.engine import Spread, make_accelerator
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.loop import Loop
 from genrec_dist.training.run import train
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 
 LISTS_WINDOW = 70
 """Users a window of the lists: five batches and two, on two ranks."""
@@ -69,15 +69,15 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             model.parameters(), lr=0.0
         )
     accelerator = make_accelerator(recipe)
-    workshop, model = open_workshop(recipe)
+    setup, model = build_setup(recipe)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    loop = Loop(workshop, model, accelerator)
+    loop = Loop(setup, model, accelerator)
     genrec_dist.training.engine.build_optimizer = build_optimizer
     if job.get("leave_out") == loop.ranks.rank:
         backward = loop.engine.backward
         loop.engine.backward = lambda loss: backward(loss * 0.0)
     data = StepBatches(
-        workshop.stages, workshop.reader, workshop.layout, recipe, loop.ranks.rank, loop.ranks.size
+        setup.stages, setup.reader, setup.layout, recipe, loop.ranks.rank, loop.ranks.size
     )  # fmt: skip
     losses, digests, idle = [], [], 0
     for step in range(job["steps"]):
@@ -119,12 +119,12 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 def lists(loop: Loop, whole: GenRecForConditionalGeneration, folder: Path) -> dict[str, Any]:
     """Lists, histogram and loss of 90 users in windows and batches that do not divide; the weights
     go to `folder`."""
-    shop, view = loop.workshop, loop.workshop.dataset.sequences.history_and_target("validation")
+    setup, view = loop.setup, loop.setup.dataset.sequences.history_and_target("validation")
     users, searcher = np.arange(90), TrieSearcher(whole, loop.trie)
     windows = list(
         rank_windows(
             searcher,
-            shop.layout,
+            setup.layout,
             view,
             users,
             Decoding(batch_size=16),
@@ -133,9 +133,9 @@ def lists(loop: Loop, whole: GenRecForConditionalGeneration, folder: Path) -> di
         )
     )
     counts = target_histogram(
-        searcher, shop.layout, view, users, Decoding(batch_size=16), loop.ranks
+        searcher, setup.layout, view, users, Decoding(batch_size=16), loop.ranks
     )
-    loss = history_loss(whole, shop.layout, view, users, loop.ranks, batch_size=16)
+    loss = history_loss(whole, setup.layout, view, users, loop.ranks, batch_size=16)
     if loop.ranks.is_main:
         whole.save_pretrained(folder)
     return {

@@ -35,7 +35,7 @@ from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loop import Loop
 from genrec_dist.training.run import train
-from genrec_dist.training.setup import Workshop, describe, open_workshop
+from genrec_dist.training.setup import TrainingSetup, build_setup, describe
 
 WHOLE = [
     "tokens.vocab_size=4096", "tokens.trim=true", "tokens.certain=given", "model.user_ids=false", "model.decoder_start=state",
@@ -106,7 +106,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def keep_a_model(recipe: Recipe) -> None:
     """`best/` as a run leaves it, of weights that no fresh model has."""
-    shop, model = open_workshop(recipe)
+    setup, model = build_setup(recipe)
     torch.manual_seed(99)
     tables = IdTables(model.config, 17, Ranks(), torch.device("cpu"))
     with torch.no_grad():
@@ -117,26 +117,26 @@ def keep_a_model(recipe: Recipe) -> None:
             parameter += moved
     whole = tables.whole(model)
     assert whole is not None
-    shop.run.mkdir()
-    (shop.run / "recipe.yaml").write_text(dump_recipe(recipe))
-    trie = build_trie(*shop.words.tokens_of_items())
-    save_best(shop.run, whole, shop.tokenizer, shop.words, trie, shop.dataset.path, step=0)
+    setup.run.mkdir()
+    (setup.run / "recipe.yaml").write_text(dump_recipe(recipe))
+    trie = build_trie(*setup.words.tokens_of_items())
+    save_best(setup.run, whole, setup.tokenizer, setup.words, trie, setup.dataset.path, step=0)
 
 
 def opened(
     world: World, kind: str, data: Path, *more: str
-) -> tuple[Workshop, GenRecForConditionalGeneration, GenRecForConditionalGeneration]:
-    """(workshop, its model whole, the origin's model)."""
+) -> tuple[TrainingSetup, GenRecForConditionalGeneration, GenRecForConditionalGeneration]:
+    """(setup, its model whole, the origin's model)."""
     recipe = world.recipe(
         kind, data, world.folder / "unset", f"begin_from={world.origin(kind)}", *more
     )
-    shop, model = open_workshop(recipe)
+    setup, model = build_setup(recipe)
     tables = IdTables(model.config, recipe.seed, Ranks(), torch.device("cpu"))
-    assert shop.begun is not None
-    tables.begin_with(shop.begun.id_rows)
+    assert setup.begun is not None
+    tables.begin_with(setup.begun.id_rows)
     whole = tables.whole(model)
     assert whole is not None
-    return shop, whole.eval(), load_run(world.origin(kind)).model
+    return setup, whole.eval(), load_run(world.origin(kind)).model
 
 
 def rows_by_word(model: GenRecForConditionalGeneration, words) -> list[torch.Tensor]:
@@ -149,17 +149,17 @@ def rows_by_word(model: GenRecForConditionalGeneration, words) -> list[torch.Ten
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_the_same_data_it_is_the_same_model(world: World, kind: str) -> None:
-    shop, model, before = opened(world, kind, world.old)
+    setup, model, before = opened(world, kind, world.old)
     theirs = dict(before.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, theirs.pop(name)), name
     assert not theirs
-    assert shop.begun is not None
-    assert (shop.begun.users, shop.begun.items, shop.begun.tokens) == (0, 0, 0)
+    assert setup.begun is not None
+    assert (setup.begun.users, setup.begun.items, setup.begun.tokens) == (0, 0, 0)
     loaded = load_run(world.origin(kind))
     view = load_dataset(world.old).sequences.history_and_target("test")
     users, decoding = np.arange(40), Decoding(mode="all", exclude_history=False)
-    now = rank_batch(make_searcher(model, shop.words, "cpu"), shop.layout, view, users, decoding)
+    now = rank_batch(make_searcher(model, setup.words, "cpu"), setup.layout, view, users, decoding)
     then = rank_batch(loaded.searcher, loaded.layout, view, users, decoding)
     assert np.array_equal(now.items, then.items)
     assert np.array_equal(now.scores, then.scores)
@@ -167,12 +167,12 @@ def test_with_the_same_data_it_is_the_same_model(world: World, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_old_rows_stay_to_the_bit_where_there_are_new_ones(world: World, kind: str) -> None:
-    shop, model, before = opened(world, kind, world.longer)
+    setup, model, before = opened(world, kind, world.longer)
     loaded = load_run(world.origin(kind))
-    ours, theirs = rows_by_word(model, shop.words), rows_by_word(before, loaded.words)
-    first, first_before = shop.words.first_user_word, loaded.words.first_user_word
+    ours, theirs = rows_by_word(model, setup.words), rows_by_word(before, loaded.words)
+    first, first_before = setup.words.first_user_word, loaded.words.first_user_word
     same = [
-        *zip(ours[: NUM_OLD_ITEMS + 2 + shop.words.num_masks], theirs[:first_before], strict=True)
+        *zip(ours[: NUM_OLD_ITEMS + 2 + setup.words.num_masks], theirs[:first_before], strict=True)
     ]
     same += zip(ours[first : first + NUM_OLD_USERS], theirs[first_before:], strict=True)
     assert len(same) == len(theirs)
@@ -191,10 +191,10 @@ def test_old_rows_stay_to_the_bit_where_there_are_new_ones(world: World, kind: s
     assert model.lm_head.weight.data_ptr() == model.model.shared.weight.data_ptr()
     assert model.config.numbering_hash == load_dataset(world.longer).numbering.numbering_hash()
     if kind == "whole":
-        tokens, offsets = shop.words.tokens_of_items()
+        tokens, offsets = setup.words.tokens_of_items()
         assert (np.diff(offsets) == 1).all()
-        assert shop.begun is not None
-        assert shop.begun.tokens == NUM_NEW_ITEMS == shop.begun.items
+        assert setup.begun is not None
+        assert setup.begun.tokens == NUM_NEW_ITEMS == setup.begun.items
         assert (tokens < model.config.spoken_tokens).all()
     bias = model.final_logits_bias[0]
     spoken = model.config.spoken_tokens or model.config.vocab_size
@@ -206,7 +206,7 @@ def test_old_rows_stay_to_the_bit_where_there_are_new_ones(world: World, kind: s
 @pytest.mark.parametrize("kind", ["whole", "spelled", "rows"])
 def test_old_items_have_their_logits_after_an_old_users_history(world: World, kind: str) -> None:
     """The softmax has more tokens now; what the model says of the old ones is the same."""
-    shop, model, before = opened(world, kind, world.longer)
+    setup, model, before = opened(world, kind, world.longer)
     loaded = load_run(world.origin(kind))
     view = load_dataset(world.old).sequences.history_and_target("test")
     users = np.arange(30)
@@ -214,7 +214,7 @@ def test_old_items_have_their_logits_after_an_old_users_history(world: World, ki
     offsets = np.concatenate([[0], np.cumsum((view.ends - view.starts)[users])])
     found = []
     for network, words, layout in (
-        (model, shop.words, shop.layout),
+        (model, setup.words, setup.layout),
         (before, loaded.words, loaded.layout),
     ):
         encoder = encode_histories(items, offsets, users, layout)
@@ -236,11 +236,11 @@ def test_old_items_have_their_logits_after_an_old_users_history(world: World, ki
 
 
 def test_a_new_items_rows_begin_among_its_neighbours(world: World) -> None:
-    shop, model, _ = opened(world, "whole", world.longer)
+    setup, model, _ = opened(world, "whole", world.longer)
     sequences = load_dataset(world.longer).sequences
     near = cooccurrences(sequences, 6).toarray()
     shares = near[:, :NUM_OLD_ITEMS] / np.sqrt(near.sum(1)[:NUM_OLD_ITEMS] + 1)
-    tokens = shop.words.tokens_of_items()[0].astype(np.int64)
+    tokens = setup.words.tokens_of_items()[0].astype(np.int64)
     rows = {
         "token": model.model.shared.weight.detach()[tokens],
         "id": model.item_embedding.weight.detach()[1:],  # type: ignore[union-attr]
@@ -272,8 +272,8 @@ def test_tables_outside_the_model_hold_the_rows_before_any_step(world: World) ->
     recipe = world.recipe(
         "rows", world.longer, world.folder / "unset", f"begin_from={world.origin('rows')}"
     )
-    shop, model = open_workshop(recipe)
-    tables = Loop(shop, model, make_accelerator(recipe)).tables.tables
+    setup, model = build_setup(recipe)
+    tables = Loop(setup, model, make_accelerator(recipe)).tables.tables
     before = load_run(world.origin("rows")).model
     for kind, num_old in (("item", NUM_OLD_ITEMS), ("user", NUM_OLD_USERS)):
         rows = tables[kind].full()  # type: ignore[index]
@@ -393,12 +393,12 @@ def test_what_may_change_may(world: World) -> None:
         "tokens.vocab_size=9999",
         *ROWS,
     ]
-    shop, model, before = opened(world, "spelled", world.longer, *more)
+    setup, model, before = opened(world, "spelled", world.longer, *more)
     assert (model.config.dropout, model.config.max_input_tokens) == (0.3, 40)
     assert torch.equal(
         model.item_embedding.weight[: NUM_OLD_ITEMS + 1], before.item_embedding.weight
     )  # type: ignore[union-attr]
-    assert len(shop.tokenizer) == len(load_run(world.origin("spelled")).tokenizer)
+    assert len(setup.tokenizer) == len(load_run(world.origin("spelled")).tokenizer)
 
 
 def test_other_data_are_refused(world: World, tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_other_data_are_refused(world: World, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"nowhere: neither a run with best/ in it nor a model's directory"
     ):
-        open_workshop(
+        build_setup(
             world.recipe("spelled", world.longer, "unset", f"begin_from={tmp_path / 'nowhere'}")
         )
 
@@ -431,11 +431,11 @@ def test_weights_that_have_seen_validation_stay_out_of_it(world: World, tmp_path
     with pytest.raises(
         ValueError, match=r"trained_through n-2, and its weights have learned validation items"
     ):
-        open_workshop(world.recipe("spelled", world.longer, "unset", f"begin_from={seen}"))
+        build_setup(world.recipe("spelled", world.longer, "unset", f"begin_from={seen}"))
     refit = world.recipe(
         "spelled", world.longer, "unset", f"begin_from={seen}", "trained_through=n-1"
     )
-    assert open_workshop(refit)[0].begun is not None
+    assert build_setup(refit)[0].begun is not None
 
 
 def test_weights_of_another_split_may_know_what_is_held_out(world: World, tmp_path: Path) -> None:
@@ -449,7 +449,7 @@ def test_weights_of_another_split_may_know_what_is_held_out(world: World, tmp_pa
         ValueError,
         match=r"learned under the split global-time 2014-05-01,2014-06-01, .* has leave-one-out: they may",
     ):
-        open_workshop(world.recipe("spelled", world.longer, "unset", f"begin_from={other}"))
+        build_setup(world.recipe("spelled", world.longer, "unset", f"begin_from={other}"))
     assert run_command(["evaluate", str(other), "--data", str(world.old)]) == 1
     assert not list(other.glob("metrics-*.json"))
     assert (

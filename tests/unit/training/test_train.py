@@ -35,7 +35,7 @@ from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loader import StepBatches, ahead
 from genrec_dist.training.loop import Loop
 from genrec_dist.training.run import train
-from genrec_dist.training.setup import describe, open_workshop
+from genrec_dist.training.setup import build_setup, describe
 from genrec_dist.training.stages import plan_stages
 
 ENVIRONMENT = {
@@ -122,7 +122,7 @@ def test_a_run_leaves_what_the_design_says(recipe: Recipe) -> None:
     run = train(recipe)
     assert load_recipe(run / "recipe.yaml") == recipe
     steps = events(run, "step")
-    total = sum(stage.num_steps for stage in open_workshop(recipe)[0].stages)
+    total = sum(stage.num_steps for stage in build_setup(recipe)[0].stages)
     assert [event["step"] for event in steps] == list(range(total))
     assert {event["stage"] for event in steps} == {"pretrain", "finetune"}
     assert all(math.isfinite(event["loss"]) and event["tokens_per_second"] > 0 for event in steps)
@@ -335,8 +335,8 @@ def test_dry_run_writes_nothing(recipe: Recipe) -> None:
 
 
 def test_stages_follow_each_other_and_share_no_epoch(recipe: Recipe) -> None:
-    workshop, _ = open_workshop(recipe)
-    first, second = plan_stages(recipe, workshop.reader)
+    setup, _ = build_setup(recipe)
+    first, second = plan_stages(recipe, setup.reader)
     assert (first.first_step, first.end_step) == (0, second.first_step)
     assert second.first_epoch == recipe.pretrain.epochs
     assert second.locate(second.first_step) == (0, 0)
@@ -360,9 +360,9 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(recipe: Recipe) -
     found = []
     for tokens in (64, 100_000):
         cut = replace(recipe, micro_batch_tokens=tokens, model=replace(recipe.model, dropout=0.0))
-        workshop, model = open_workshop(cut)
-        data = StepBatches(workshop.stages, workshop.reader, workshop.layout, cut, 0, 1)
-        found.append(gradients(Loop(workshop, model, make_accelerator(cut)), data[0]))
+        setup, model = build_setup(cut)
+        data = StepBatches(setup.stages, setup.reader, setup.layout, cut, 0, 1)
+        found.append(gradients(Loop(setup, model, make_accelerator(cut)), data[0]))
         assert (len(data[0].micro_batches) > 1) == (tokens == 64)
     for one, many in zip(*found, strict=True):
         assert torch.allclose(one, many, atol=1e-6, rtol=1e-4)
@@ -370,8 +370,8 @@ def test_gradients_do_not_depend_on_the_cut_into_micro_batches(recipe: Recipe) -
 
 def loop_of(recipe: Recipe, steps: int) -> Loop:
     """A training loop that has taken so many steps."""
-    workshop, model = open_workshop(recipe)
-    loop = Loop(workshop, model, make_accelerator(recipe))
+    setup, model = build_setup(recipe)
+    loop = Loop(setup, model, make_accelerator(recipe))
     for step, share in itertools.islice(loop.batches(), steps):
         loop.take_step(step, share, loop.agree(share), recipe.pretrain, 1.0)
         loop.progress.step = step + 1
@@ -404,10 +404,10 @@ def test_resume_restores_the_running_average(recipe: Recipe) -> None:
     averaged = replace(recipe, optimizer=replace(recipe.optimizer, average=0.9))
     loop = loop_of(averaged, 4)
     loop.save()
-    workshop, model = open_workshop(averaged)
-    checkpoint = Checkpoint(list_checkpoints(workshop.run)[-1], workshop.identity, Ranks())
+    setup, model = build_setup(averaged)
+    checkpoint = Checkpoint(list_checkpoints(setup.run)[-1], setup.identity, Ranks())
     checkpoint.fill_model(model)
-    again = Loop(workshop, model, make_accelerator(averaged))
+    again = Loop(setup, model, make_accelerator(averaged))
     assert checkpoint.restore(again.state()) == loop.progress
     pairs = zip(loop.engine.masters, again.engine.masters, strict=True)
     for number, (old, new) in enumerate(pairs):
