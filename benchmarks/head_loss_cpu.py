@@ -104,7 +104,7 @@ def _stepper(loop: Loop, shares: list[Any]) -> Callable[[], object]:
 
     def step() -> object:
         number, share = next(numbered)
-        return loop.take_step(number, share, loop.agree(share), loop.recipe.finetune, 1.0)
+        return loop.take_step(number, share, loop.step_totals(share), loop.recipe.finetune, 1.0)
 
     return step
 

@@ -59,13 +59,13 @@ def work(data: str, out: str) -> None:
         with contextlib.closing(loop.batches()) as batches:  # type: ignore[type-var]
             for number in range(2 * (WARM + STEPS)):
                 step, share = next(batches)
-                agreed = loop.agree(share)
+                totals = loop.step_totals(share)
                 if dist.is_initialized():
                     dist.barrier()
                 way = "apart" if number % 2 else "together"
                 started = time.perf_counter()
                 with apart(loop) if way == "apart" else contextlib.nullcontext():
-                    loop.take_step(step, share, agreed, recipe.finetune, 0.1)
+                    loop.take_step(step, share, totals, recipe.finetune, 0.1)
                 if number >= 2 * WARM:
                     seconds[way].append(time.perf_counter() - started)
                     tokens += (

@@ -703,7 +703,7 @@ def _take_step(loop: Loop, way: str, device: torch.device, numbered: tuple[int, 
     try:
         step, share = numbered
         here = stage_of(loop.setup.stages, step)
-        loop.take_step(step, share, loop.agree(share), here.stage, 1.0)
+        loop.take_step(step, share, loop.step_totals(share), here.stage, 1.0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     finally:

@@ -69,7 +69,7 @@ class EpochReport:
 
 
 @dataclass(frozen=True)
-class Agreed:
+class StepTotals:
     """What the ranks know of a step together."""
 
     target_tokens: int
@@ -198,8 +198,8 @@ class Loop:
                     step, share = next(batches)
                 here = stage_of(self.setup.stages, step)
                 share_of_peak = peak_share(here.stage, step - here.first_step, here.num_steps)
-                agreed = self.agree(share)
-                loss, norm = self.take_step(step, share, agreed, here.stage, share_of_peak)
+                totals = self.step_totals(share)
+                loss, norm = self.take_step(step, share, totals, here.stage, share_of_peak)
                 for batch in share.micro_batches:
                     meter.count(batch)
                 self.progress.step = step + 1
@@ -219,9 +219,9 @@ class Loop:
                         loss=float(loss),
                         learning_rate=here.stage.learning_rate * share_of_peak,
                         gradient_norm=float(norm),
-                        samples=agreed.samples,
-                        padding_samples=agreed.padding_samples,
-                        samples_digest=agreed.samples_digest,
+                        samples=totals.samples,
+                        padding_samples=totals.padding_samples,
+                        samples_digest=totals.samples_digest,
                         **fields,
                     )
                     display.show(float(loss), fields)
@@ -229,25 +229,25 @@ class Loop:
                     scores = self.validate(here, step)
                     display.show_validation(here.name, here.locate(step)[0], scores)
                     meter.restart()
-                if agreed.stop or at_end or self.progress.step % self.recipe.checkpoint_every == 0:
+                if totals.stop or at_end or self.progress.step % self.recipe.checkpoint_every == 0:
                     self.save()
                     meter.restart()
                 if scores is not None and on_epoch is not None and self.ranks.is_main:
                     on_epoch(self.report(here, step, scores))
                     meter.restart()
-                if agreed.stop:
-                    raise Stopped(agreed.stop)
+                if totals.stop:
+                    raise Stopped(totals.stop)
         self.finish(time.monotonic() - started)
 
     def take_step(
-        self, step: int, share: RankStep, agreed: Agreed, stage: Stage, share_of_peak: float
+        self, step: int, share: RankStep, totals: StepTotals, stage: Stage, share_of_peak: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One optimiser step: (loss a target token over all ranks, gradient norm)."""
         for group in self.engine.optimizer.param_groups:
             group["lr"] = stage.learning_rate * share_of_peak
         # Dropout is a function of the step too: a resumed run draws what the unbroken one draws.
         torch.manual_seed(mixed_key(self.recipe.seed, 0xD209, step, self.ranks.rank) >> 1)
-        micro_batches = self.micro_batches(share, agreed)
+        micro_batches = self.micro_batches(share, totals)
         self.tables.attach(self.model, share)
         loss = torch.zeros((), device=self.accelerator.device)
         for number, batch in enumerate(micro_batches):
@@ -255,11 +255,11 @@ class Loop:
                 summed = self.engine.loss(
                     batch.to(self.accelerator.device),
                     stage.label_smoothing,
-                    agreed.target_tokens / max(agreed.targets, 1),
+                    totals.target_tokens / max(totals.targets, 1),
                 )
                 # By the step's tokens, not the micro-batch's: the gradient does not depend on how
                 # the step is cut.
-                part = summed / max(agreed.target_tokens, 1)
+                part = summed / max(totals.target_tokens, 1)
                 self.engine.backward(part)
             loss = loss + part.detach()
         norm = self.engine.step()
@@ -271,17 +271,17 @@ class Loop:
         self.unchecked.append((step, loss, norm))
         return loss, norm
 
-    def micro_batches(self, share: RankStep, agreed: Agreed) -> list[Batch]:
+    def micro_batches(self, share: RankStep, totals: StepTotals) -> list[Batch]:
         """The share's micro-batches; where ranks must take equally many, with idle ones before
         them."""
         missing = (
-            agreed.micro_steps - len(share.micro_batches)
+            totals.micro_steps - len(share.micro_batches)
             if self.engine.needs_equal_micro_steps
             else 0
         )
         return [idle_batch(share.micro_batches[-1])] * missing + share.micro_batches
 
-    def agree(self, share: RankStep) -> Agreed:
+    def step_totals(self, share: RankStep) -> StepTotals:
         """What all ranks have to know of the step before it: they divide by the same tokens and
         stop at the same step."""
         mine = [
@@ -296,7 +296,7 @@ class Loop:
         tokens, targets, samples, padding, digests, micro_steps, stops = zip(
             *self.ranks.exchange(mine), strict=True
         )
-        return Agreed(
+        return StepTotals(
             target_tokens=sum(tokens),
             targets=sum(targets),
             samples=sum(samples),

@@ -86,12 +86,12 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         ):  # a finite norm of the step before must not pass for this one's
             spoil(loop.engine)
         share = data[step]
-        agreed = loop.agree(share)
-        idle += len(loop.micro_batches(share, agreed)) - len(share.micro_batches)
+        totals = loop.step_totals(share)
+        idle += len(loop.micro_batches(share, totals)) - len(share.micro_batches)
         stage = replace(recipe.finetune, learning_rate=job["rate"])
-        loss, _ = loop.take_step(step, share, agreed, stage, 1.0)
+        loss, _ = loop.take_step(step, share, totals, stage, 1.0)
         losses.append(float(loss))
-        digests.append(agreed.samples_digest)
+        digests.append(totals.samples_digest)
     loop.check_finite()
     with loop.engine.whole() as whole:
         after = {name: p.detach().float().clone() for name, p in whole.named_parameters()}

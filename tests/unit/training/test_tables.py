@@ -93,7 +93,7 @@ def test_a_step_changes_touched_rows_alone(recipe: Recipe) -> None:
     loop = Loop(setup, model, make_accelerator(recipe))
     before = {kind: table.full().clone() for kind, table in loop.tables.tables.items()}
     step, share = next(loop.batches())
-    loop.take_step(step, share, loop.agree(share), recipe.finetune, 1.0)
+    loop.take_step(step, share, loop.step_totals(share), recipe.finetune, 1.0)
     for kind, table in loop.tables.tables.items():
         changed = (table.full() != before[kind]).any(dim=1)
         assert torch.equal(torch.nonzero(changed).flatten(), share.id_rows[kind])

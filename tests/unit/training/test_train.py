@@ -352,7 +352,7 @@ def gradients(loop: Loop, share: RankStep) -> list[torch.Tensor]:
         return step()
 
     loop.engine.step = kept_and_stepped  # type: ignore[method-assign]
-    loop.take_step(0, share, loop.agree(share), loop.recipe.pretrain, 0.0)
+    loop.take_step(0, share, loop.step_totals(share), loop.recipe.pretrain, 0.0)
     return kept
 
 
@@ -373,7 +373,7 @@ def loop_of(recipe: Recipe, steps: int) -> Loop:
     setup, model = build_setup(recipe)
     loop = Loop(setup, model, make_accelerator(recipe))
     for step, share in itertools.islice(loop.batches(), steps):
-        loop.take_step(step, share, loop.agree(share), recipe.pretrain, 1.0)
+        loop.take_step(step, share, loop.step_totals(share), recipe.pretrain, 1.0)
         loop.progress.step = step + 1
     return loop
 
@@ -384,7 +384,7 @@ def test_dropout_is_a_function_of_seed_step_and_rank_alone(recipe: Recipe) -> No
 
     def loss(step: int) -> float:
         # A learning rate of 0: the weights stay, and all that a loss can differ by is dropout.
-        return float(loop.take_step(step, share, loop.agree(share), recipe.pretrain, 0.0)[0])
+        return float(loop.take_step(step, share, loop.step_totals(share), recipe.pretrain, 0.0)[0])
 
     first = loss(5)
     others = [loss(step) for step in (0, 1, 6, 7)]
