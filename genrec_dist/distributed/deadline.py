@@ -14,7 +14,7 @@ class OutOfTime(Exception):
     """The budget is used up; what is finished or in a checkpoint stays."""
 
 
-class Ending:
+class Deadline:
     """A deadline and the signals SIGTERM and SIGINT, asked for between two pieces of work."""
 
     def __init__(self, minutes: float | None = None):
