@@ -83,8 +83,8 @@ def scores(loaded: LoadedRun, data: Path, num_old_items: int) -> dict[str, float
 
 def before_any_step(recipe: Recipe) -> LoadedRun:
     """The model that a run begins with."""
-    assert recipe.begin_from is not None
-    origin = load_run(recipe.begin_from)
+    assert recipe.init_from is not None
+    origin = load_run(recipe.init_from)
     setup, model = build_setup(recipe)
     model.config.exclude_history = origin.model.config.exclude_history
     searcher = make_searcher(model.eval(), setup.words, torch.device("cpu"))
@@ -107,7 +107,7 @@ def measure(source: Path, num_users: int, folder: Path) -> dict[str, Any]:
         ]
         return load_recipe("best", [*sets, *more])
 
-    begin = f"begin_from={folder / 'origin'}"
+    begin = f"init_from={folder / 'origin'}"
     train(recipe("old", "origin", 6))
     plans = {
         "refreshed, 1 epoch": recipe("longer", "refreshed-1", 1, begin),

@@ -166,7 +166,7 @@ def _deepspeed_plugin(recipe: Recipe) -> DeepSpeedPlugin | None:
         # engine which is the last.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": recipe.optimizer.clip,
+        "gradient_clipping": recipe.optimizer.max_grad_norm,
         "bf16": {"enabled": recipe.precision == "bf16"},
         "fp16": {"enabled": False},
         "zero_allow_untested_optimizer": True,
@@ -185,7 +185,7 @@ def make_engine(
     """Put a model on its device and under its optimiser; under DeepSpeed, spread it. Collective."""
     choose_attention(model.to(accelerator.device), recipe.precision)
     choose_loss(model, recipe.head)
-    choose_layers(model, recipe.compile == "layers", recipe.recompute)
+    choose_layers(model, recipe.compile == "layers", recipe.activation_checkpointing)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return Spread(model, recipe, accelerator)
     return Replicated(model, recipe, accelerator)
@@ -201,7 +201,7 @@ class Replicated:
         self, model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator
     ):
         self.model, self.accelerator = model, accelerator
-        self.clip = recipe.optimizer.clip or math.inf
+        self.clip = recipe.optimizer.max_grad_norm or math.inf
         self.optimizer = build_optimizer(model, recipe.optimizer)
         self.prepared, self.prepared_optimizer = accelerator.prepare(model, self.optimizer)
         named = dict(model.named_parameters())
@@ -341,7 +341,7 @@ class Spread:
         norm = None
         if not self.wrapped:  # DeepSpeed would clip as well, and keep the norm to itself
             norm = nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.recipe.optimizer.clip or math.inf
+                self.model.parameters(), self.recipe.optimizer.max_grad_norm or math.inf
             )
         self.engine.step()
         if getattr(self.engine.optimizer, "overflow", False):

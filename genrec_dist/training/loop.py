@@ -106,8 +106,8 @@ class Loop:
         if setup.begun is not None:
             self.tables.begin_with(setup.begun.id_rows)
         self.average = (
-            AveragedWeights(self.engine.masters, self.recipe.optimizer.average)
-            if self.recipe.optimizer.average
+            AveragedWeights(self.engine.masters, self.recipe.optimizer.ema_decay)
+            if self.recipe.optimizer.ema_decay
             else None
         )
         self.progress = Progress()
@@ -316,7 +316,7 @@ class Loop:
                 if not math.isfinite(value):
                     raise NotFinite(
                         f"the {what} is {value} at step {step}: nothing was saved since; "
-                        "lower learning_rate, raise warmup_fraction or set optimizer.clip"
+                        "lower learning_rate, raise warmup_fraction or set optimizer.max_grad_norm"
                     )
         self.unchecked.clear()
 

@@ -17,6 +17,7 @@ from genrec_shards.keyed_random import mixed_key
 from genrec_shards.numbering.cooccurrence import neighbour_vectors
 from genrec_shards.storage.reader import ShardReader
 
+from genrec_dist.config.load import with_old_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
 from genrec_dist.data.encoder_input import Layout
 from genrec_dist.data.tokenizer import grow_tokenizer, load_tokenizer, train_tokenizer
@@ -61,7 +62,7 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGene
         raise ValueError(
             f"{recipe.shards_dir}: made from other sequences than {recipe.data}: run `genrec shard` again"
         )
-    origin = None if recipe.begin_from is None else open_origin(recipe.begin_from)
+    origin = None if recipe.init_from is None else open_origin(recipe.init_from)
     if origin is not None:
         check_origin(origin, recipe, dataset)
     tokenizer = _tokenizer(recipe, dataset, origin)
@@ -86,7 +87,7 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGene
         model, begun = begin_model(origin, recipe, dataset, words, vocab_size, special)
     model.config.numbering_hash = codes.numbering_hash()
     model.config.split = dataset.info.split_told
-    model.config.certain_tokens = recipe.tokens.certain
+    model.config.certain_tokens = recipe.tokens.forced
     layout = make_layout(words, model.config)
     identity = {
         "sequences": dataset.sequences.sequences_hash(),
@@ -138,8 +139,8 @@ def _tokenizer(recipe: Recipe, dataset: Dataset, origin: Origin | None) -> Any:
 def _recipe_hash(recipe: Recipe) -> str:
     """What must not change between a checkpoint and its resume; paths, the cut into micro-batches
     and the loss's way may."""
-    values = recipe.as_dict()
-    # Of what a run begins from the weights count, which have a hash of their own.
+    values = with_old_keys(recipe.as_dict())  # so that checkpoints of earlier versions match
+    # The weights that a run starts from have a hash of their own.
     for key in (*MOVES_NO_GRADIENT, "begin_from", "head", "packing", "recompute"):
         del values[key]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

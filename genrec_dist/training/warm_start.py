@@ -78,7 +78,7 @@ def open_origin(path: str) -> Origin:
     folder = run / "best" if (run / "best").is_dir() else run
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"begin_from {path}: neither a run with best/ in it nor a model's directory: give a run of `genrec train` that has "
+            f"init_from {path}: neither a run with best/ in it nor a model's directory: give a run of `genrec train` that has "
             "finished an epoch of finetuning"
         )
     digest = hashlib.sha256()
@@ -102,7 +102,7 @@ def check_origin(origin: Origin, recipe: Recipe, dataset: Dataset) -> None:
         "model.positions": (model.positions, config.encoder_positions),
         "model.decoder_start": (model.decoder_start, config.decoder_start),
         "tokens.trim": (recipe.tokens.trim, config.spoken_tokens > 0),
-        "tokens.certain": (recipe.tokens.certain, config.certain_tokens),
+        "tokens.forced": (recipe.tokens.forced, config.certain_tokens),
     }
     if model.backbone is None:  # else its weights have set these, and the origin has them
         told |= {
@@ -116,27 +116,27 @@ def check_origin(origin: Origin, recipe: Recipe, dataset: Dataset) -> None:
     for key, (ours, theirs) in told.items():
         if ours != theirs:
             raise ValueError(
-                f"begin_from {origin.path}: {key} is {_yaml(ours)} in the recipe and {_yaml(theirs)} in its model: set {key}="
+                f"init_from {origin.path}: {key} is {_yaml(ours)} in the recipe and {_yaml(theirs)} in its model: set {key}="
                 f"{_yaml(theirs)}, or begin anew"
             )
     if model.max_tokens > config.max_position_embeddings:
         raise ValueError(
-            f"begin_from {origin.path}: model.max_tokens {model.max_tokens}: its model has "
+            f"init_from {origin.path}: model.max_tokens {model.max_tokens}: its model has "
             f"{config.max_position_embeddings} positions"
         )
     if recipe.num_masks > config.num_masks:
         raise ValueError(
-            f"begin_from {origin.path}: mask.k {recipe.num_masks}: its tokenizer has {config.num_masks} masks: lower it, or "
+            f"init_from {origin.path}: mask.k {recipe.num_masks}: its tokenizer has {config.num_masks} masks: lower it, or "
             "begin anew"
         )
     if origin.trained_through == "n-1" and recipe.trained_through == "n-2":
         raise ValueError(
-            f"begin_from {origin.path}: trained_through n-2, and its weights have learned validation items (n-1): set "
+            f"init_from {origin.path}: trained_through n-2, and its weights have learned validation items (n-1): set "
             "trained_through=n-1, or begin from a run of n-2"
         )
     if origin.config.split != dataset.info.split_told:
         raise ValueError(
-            f"begin_from {origin.path}: its weights were learned under the split {origin.config.split}, {dataset.path} has "
+            f"init_from {origin.path}: its weights were learned under the split {origin.config.split}, {dataset.path} has "
             f"{dataset.info.split_told}: they may know what is held out here; begin from a run on this split"
         )
     _check_catalogue(origin, dataset)
@@ -175,7 +175,7 @@ def _check_catalogue(origin: Origin, dataset: Dataset) -> None:
             row = next(row for row, word in enumerate(theirs) if ours[row] != word)
             reason = f"its {kind} row {row} is {_word(theirs[row])}, in {dataset.path} it is {_word(ours[row])}"
         raise ValueError(
-            f"begin_from {origin.path}: {reason}: give its own data, or what `genrec prepare --append` has made of them"
+            f"init_from {origin.path}: {reason}: give its own data, or what `genrec prepare --append` has made of them"
         )
 
 

@@ -41,7 +41,7 @@ model: {{d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 16, m
 tokens: {{vocab_size: 300}}
 pretrain: {{epochs: 2, batch_size: 13, mask: {{strategy: multi, k: 2}}}}
 finetune: {{epochs: 3, batch_size: 17, targets: every-prefix}}
-optimizer: {{id_tables: row-adagrad, average: 0.9, eps: 1.0e-4}}
+optimizer: {{id_tables: row-adagrad, ema_decay: 0.9, eps: 1.0e-4}}
 validation: {{users: 30, patience: 0}}
 """
 

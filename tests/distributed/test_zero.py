@@ -49,7 +49,7 @@ keep_checkpoints: 99
 model: {{d_model: 32, encoder_layers: 2, decoder_layers: 2, heads: 2, ffn: 64, max_tokens: 64, dropout: 0.0, init_std: 0.1}}
 tokens: {{vocab_size: 300}}
 finetune: {{epochs: 2, batch_size: 31, targets: every-prefix}}
-optimizer: {{clip: 1.0, eps: 1.0e-4}}
+optimizer: {{max_grad_norm: 1.0, eps: 1.0e-4}}
 validation: {{users: 30}}
 """
 # `eps`: AdamW would blow rounding up where gradients are almost zero.
@@ -93,13 +93,13 @@ def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
             **sgd,
             "name": f"{precision}-{stage}-{world}",
             "stage": stage,
-            "set": [f"precision={precision}", "optimizer.clip=0.0"],
+            "set": [f"precision={precision}", "optimizer.max_grad_norm=0.0"],
             "lists": stage == 3 and world == 2,
         }
         for precision in ("fp32", "bf16")
         for stage in (None, *STAGES)
     ]
-    trimmed = ["tokens.trim=true", "precision=fp32", "optimizer.clip=0.0"]
+    trimmed = ["tokens.trim=true", "precision=fp32", "optimizer.max_grad_norm=0.0"]
     jobs += [
         {**sgd, "name": f"full-{stage}-{world}", "stage": stage, "set": ["head=full", *trimmed[1:]]}
         for stage in (None, 2, 3)
@@ -120,7 +120,7 @@ def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
             **sgd,
             "name": f"shared-{world}",
             "stage": 3 if world == 2 else None,
-            "set": ["precision=fp32", "optimizer.clip=0.0", *SHARED],
+            "set": ["precision=fp32", "optimizer.max_grad_norm=0.0", *SHARED],
         }
     )
     jobs += [
@@ -160,7 +160,7 @@ def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
             for precision in ("fp32", "bf16")
         ]
         for precision in ("fp32", "bf16"):
-            sets = [f"precision={precision}", "optimizer.clip=0.0"]
+            sets = [f"precision={precision}", "optimizer.max_grad_norm=0.0"]
             jobs.append(
                 {**sgd, "name": f"lost-{precision}", "stage": 2, "set": sets, "leave_out": 1}
             )
@@ -170,7 +170,7 @@ def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
 def a_run(
     folder: Path, name: str, stage: int | None, *more: str, resume: str | None = None
 ) -> dict[str, Any]:
-    sets = [f"run={folder / name}", "optimizer.average=0.9", *more]
+    sets = [f"run={folder / name}", "optimizer.ema_decay=0.9", *more]
     recipe = str(folder / "recipe.yaml")
     return {
         "name": name,

@@ -112,7 +112,9 @@ def test_every_way_to_write_a_rate_is_a_number(write, text):
 
 
 def test_a_whole_number_serves_as_a_rate_and_stays_a_float(write):
-    rate = load_recipe(write({**SMALLEST, "optimizer": {"clip": 1}})).optimizer.clip
+    rate = load_recipe(
+        write({**SMALLEST, "optimizer": {"max_grad_norm": 1}})
+    ).optimizer.max_grad_norm
     assert isinstance(rate, float)
 
 
@@ -124,8 +126,8 @@ def test_a_whole_number_serves_as_a_rate_and_stays_a_float(write):
         "finetune.label_smoothing=1", "model.heads=0", "model.d_model=0", "model.dropout=1", "model.embedding_dropout=-.1",
         "model.max_tokens=15", "micro_batch_tokens=100", "workers=-1", "keep_checkpoints=0", "checkpoint_every=0",
         "log_every=0", "validation.users=-1", "validation.beam=0", "validation.every_epochs=0", "validation.patience=-1",
-        "optimizer.average=1", "optimizer.betas=[1, 0.9]", "optimizer.eps=0", "optimizer.weight_decay=-1",
-        "optimizer.clip=-1", "model.encoder_layers=0", "model.init_std=0",
+        "optimizer.ema_decay=1", "optimizer.betas=[1, 0.9]", "optimizer.eps=0", "optimizer.weight_decay=-1",
+        "optimizer.max_grad_norm=-1", "model.encoder_layers=0", "model.init_std=0",
     ],
 )  # fmt: skip
 def test_values_no_run_can_have_are_refused_with_key_and_value(write, override):

@@ -38,7 +38,7 @@ from genrec_dist.training.run import train
 from genrec_dist.training.setup import TrainingSetup, build_setup, describe
 
 WHOLE = [
-    "tokens.vocab_size=4096", "tokens.trim=true", "tokens.certain=given", "model.user_ids=false", "model.decoder_start=state",
+    "tokens.vocab_size=4096", "tokens.trim=true", "tokens.forced=given", "model.user_ids=false", "model.decoder_start=state",
     "model.encoder_attention=causal", "finetune.targets=all-prefixes", "pretrain.epochs=0", "finetune.epochs=2",
 ]  # fmt: skip
 """As the recipe `best`: each item one token, of a trimmed vocabulary."""
@@ -128,7 +128,7 @@ def opened(
 ) -> tuple[TrainingSetup, GenRecForConditionalGeneration, GenRecForConditionalGeneration]:
     """(setup, its model whole, the origin's model)."""
     recipe = world.recipe(
-        kind, data, world.folder / "unset", f"begin_from={world.origin(kind)}", *more
+        kind, data, world.folder / "unset", f"init_from={world.origin(kind)}", *more
     )
     setup, model = build_setup(recipe)
     tables = IdTables(model.config, recipe.seed, Ranks(), torch.device("cpu"))
@@ -270,7 +270,7 @@ def test_new_users_begin_like_untrained_ones(world: World) -> None:
 
 def test_tables_outside_the_model_hold_the_rows_before_any_step(world: World) -> None:
     recipe = world.recipe(
-        "rows", world.longer, world.folder / "unset", f"begin_from={world.origin('rows')}"
+        "rows", world.longer, world.folder / "unset", f"init_from={world.origin('rows')}"
     )
     setup, model = build_setup(recipe)
     tables = Loop(setup, model, make_accelerator(recipe)).tables.tables
@@ -368,7 +368,7 @@ def test_spelled_words_keep_their_tokenizer() -> None:
         ("spelled", "model.positions=from-end", "model.positions is from-end"),
         ("spelled", "model.decoder_start=state", "model.decoder_start is state"),
         ("spelled", "tokens.trim=true", "tokens.trim is true"),
-        ("spelled", "tokens.certain=given", "tokens.certain is given"),
+        ("spelled", "tokens.forced=given", "tokens.forced is given"),
         ("spelled", "model.max_tokens=80", "model.max_tokens 80: its model has 64 positions"),
         ("spelled", "pretrain.mask={strategy: multi, k: 3}", "mask.k 3: its tokenizer has 1 masks"),
         ("whole", "tokens.trim=false", "tokens.trim is false"),
@@ -419,7 +419,7 @@ def test_other_data_are_refused(world: World, tmp_path: Path) -> None:
         ValueError, match=r"nowhere: neither a run with best/ in it nor a model's directory"
     ):
         build_setup(
-            world.recipe("spelled", world.longer, "unset", f"begin_from={tmp_path / 'nowhere'}")
+            world.recipe("spelled", world.longer, "unset", f"init_from={tmp_path / 'nowhere'}")
         )
 
 
@@ -431,9 +431,9 @@ def test_weights_that_have_seen_validation_stay_out_of_it(world: World, tmp_path
     with pytest.raises(
         ValueError, match=r"trained_through n-2, and its weights have learned validation items"
     ):
-        build_setup(world.recipe("spelled", world.longer, "unset", f"begin_from={seen}"))
+        build_setup(world.recipe("spelled", world.longer, "unset", f"init_from={seen}"))
     refit = world.recipe(
-        "spelled", world.longer, "unset", f"begin_from={seen}", "trained_through=n-1"
+        "spelled", world.longer, "unset", f"init_from={seen}", "trained_through=n-1"
     )
     assert build_setup(refit)[0].begun is not None
 
@@ -449,7 +449,7 @@ def test_weights_of_another_split_may_know_what_is_held_out(world: World, tmp_pa
         ValueError,
         match=r"learned under the split global-time 2014-05-01,2014-06-01, .* has leave-one-out: they may",
     ):
-        build_setup(world.recipe("spelled", world.longer, "unset", f"begin_from={other}"))
+        build_setup(world.recipe("spelled", world.longer, "unset", f"init_from={other}"))
     assert run_command(["evaluate", str(other), "--data", str(world.old)]) == 1
     assert not list(other.glob("metrics-*.json"))
     assert (
@@ -484,13 +484,13 @@ def test_such_a_run_says_so_and_resumes_to_the_bit(world: World, kind: str, tmp_
     origin = tmp_path / "origin"
     shutil.copytree(world.origin(kind), origin)
     recipe = world.recipe(
-        kind, world.longer, tmp_path / "run", f"begin_from={origin}", "checkpoint_every=2", "keep_checkpoints=99"
+        kind, world.longer, tmp_path / "run", f"init_from={origin}", "checkpoint_every=2", "keep_checkpoints=99"
     )  # fmt: skip
     run = train(recipe)
-    assert load_recipe(run / "recipe.yaml").begin_from == str(origin)
+    assert load_recipe(run / "recipe.yaml").init_from == str(origin)
     (start,) = events(run, "start")
     told = start["begun_from"]
-    assert told["path"] == start["recipe"]["begin_from"] == str(origin)
+    assert told["path"] == start["recipe"]["init_from"] == str(origin)
     assert (told["new_items"], told["new_users"]) == (NUM_NEW_ITEMS, 0 if kind == "whole" else 13)
     assert load_run(run).words.num_items == NUM_OLD_ITEMS + NUM_NEW_ITEMS
     state = json.loads((list_checkpoints(run)[0] / "state.json").read_text())
@@ -523,7 +523,7 @@ def test_the_command_begins_from_a_run_and_from_a_copy_of_its_model(
     told = json.loads(capsys.readouterr().out)
     assert told["items"] == NUM_OLD_ITEMS + NUM_NEW_ITEMS
     by_run = describe(
-        world.recipe("whole", world.longer, tmp_path / "run", f"begin_from={world.origin('whole')}")
+        world.recipe("whole", world.longer, tmp_path / "run", f"init_from={world.origin('whole')}")
     )
     assert by_run["first loss"] == told["first loss"]
     assert (
@@ -553,7 +553,7 @@ def test_two_ranks_begin_with_the_same_weights(world: World, tmp_path: Path) -> 
     ):
         more = [*still, "optimizer.id_learning_rate=1e-12"]
         recipe = world.recipe(
-            kind, world.longer, tmp_path / name, f"begin_from={world.origin(kind)}", *more
+            kind, world.longer, tmp_path / name, f"init_from={world.origin(kind)}", *more
         )
         (tmp_path / f"{name}.yaml").write_text(dump_recipe(recipe))
         recipe_path = str(tmp_path / f"{name}.yaml")

@@ -170,7 +170,7 @@ def test_best_is_the_best_validation_not_the_last(recipe: Recipe) -> None:
 def test_sigkill_at_a_random_step_resumes_to_the_same_bits(
     recipe: Recipe, tmp_path: Path, average: float
 ) -> None:
-    recipe = replace(recipe, optimizer=replace(recipe.optimizer, average=average), workers=1)
+    recipe = replace(recipe, optimizer=replace(recipe.optimizer, ema_decay=average), workers=1)
     unbroken = replace(recipe, run=str(tmp_path / "unbroken"))
     process = start(unbroken, tmp_path)
     _, errors = process.communicate(timeout=120)
@@ -401,7 +401,7 @@ def test_dropout_is_a_function_of_seed_step_and_rank_alone(recipe: Recipe) -> No
 
 
 def test_resume_restores_the_running_average(recipe: Recipe) -> None:
-    averaged = replace(recipe, optimizer=replace(recipe.optimizer, average=0.9))
+    averaged = replace(recipe, optimizer=replace(recipe.optimizer, ema_decay=0.9))
     loop = loop_of(averaged, 4)
     loop.save()
     setup, model = build_setup(averaged)
