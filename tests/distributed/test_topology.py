@@ -104,7 +104,7 @@ GENREC_EXPECT=processes=8,zero=none,precision=fp16,device=gpu \
 
 
 def rows(table: str) -> list[list[str]]:
-    lines = table.replace("\\\n", " ").strip().splitlines()
+    lines = table.strip().splitlines()
     return [[cell.strip() for cell in line.split("|")] for line in lines]
 
 
