@@ -73,9 +73,7 @@ def examine() -> list[Finding]:
         _attempt("GPU", _gpu, "", required=False),
         _attempt("processes (gloo)", _gloo, "install a torch build with torch.distributed", False),
         _attempt(
-            "tar in a temporary directory",
-            _tar_round_trip,
-            f"free or set TMPDIR (now {temporary})",
+            "tar in a temporary directory", _tar_round_trip, f"free or set TMPDIR (now {temporary})"
         ),
         _attempt(
             "writing here", _writes_here, f"cd to a directory you may write to (now {Path.cwd()})"

@@ -46,7 +46,8 @@ workers: 0
 log_every: 1
 checkpoint_every: 3
 keep_checkpoints: 99
-model: {{d_model: 32, encoder_layers: 2, decoder_layers: 2, heads: 2, ffn: 64, max_tokens: 64, dropout: 0.0, init_std: 0.1}}
+model: {{d_model: 32, encoder_layers: 2, decoder_layers: 2, heads: 2, ffn: 64,
+  max_tokens: 64, dropout: 0.0, init_std: 0.1}}
 tokens: {{vocab_size: 300}}
 finetune: {{epochs: 2, batch_size: 31, targets: every-prefix}}
 optimizer: {{max_grad_norm: 1.0, eps: 1.0e-4}}
@@ -77,9 +78,13 @@ class Results:
 
 
 SHARED = (
-    "finetune.targets=all-prefixes", "model.encoder_attention=causal", "model.encoder_unit=item", "model.decoder_start=state",
-    "model.item_loss=0.5", "finetune.batch_size=11",
-)  # fmt: skip
+    "finetune.targets=all-prefixes",
+    "finetune.batch_size=11",
+    "model.encoder_attention=causal",
+    "model.encoder_unit=item",
+    "model.decoder_start=state",
+    "model.item_loss=0.5",
+)
 ROWS = ("optimizer.id_tables=row-adagrad", "model.id_dim=8")
 
 
@@ -155,11 +160,12 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     first.append(a_run(folder, "whole-bf16", 2, "precision=bf16"))
     first += [a_run(folder, f"rows-{stage}", stage, *ROWS) for stage in (None, 2, 3)]
     launch(some_steps(folder, 2) + first, folder, 2)
-    for name, source in (
-        ("three-to-three", "whole-3"), ("two-to-two", "whole-2"), ("three-to-one", "whole-3"), ("three-to-ddp", "whole-3"),
-        ("bf16-to-bf16", "whole-bf16"), ("three-to-plain", "whole-3"), ("three-to-alone", "whole-3"), ("torn", "whole-3"),
-    ):  # fmt: skip
+    for name in ("three-to-three", "three-to-one", "three-to-ddp", "three-to-plain"):
+        broken_off(folder, "whole-3", name, step=9)
+    for name, source in (("two-to-two", "whole-2"), ("bf16-to-bf16", "whole-bf16")):
         broken_off(folder, source, name, step=9)
+    for name in ("three-to-alone", "torn"):
+        broken_off(folder, "whole-3", name, step=9)
     torn = next((folder / "torn" / "checkpoints" / "step-00000009").glob("rank-00001-*"))
     torn.write_bytes(torn.read_bytes()[:-4] + b"\0\0\1\0")
     to_stage = {"three-to-three": 3, "two-to-two": 2, "three-to-one": 1, "three-to-ddp": None}
@@ -263,9 +269,13 @@ def test_adamw_follows_the_same_curve(results: Results, stage: int | None) -> No
 
 
 COLUMNS = (
-    "engine", "fp32: 2 ranks against 1", "fp32: against a plain process", "bf16: 2 ranks against 1", "bf16: shared embedding",
+    "engine",
+    "fp32: 2 ranks against 1",
+    "fp32: against a plain process",
+    "bf16: 2 ranks against 1",
+    "bf16: shared embedding",
     "bf16: against a plain process",
-)  # fmt: skip
+)
 HEAD = ("| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS))
 
 

@@ -35,7 +35,7 @@ from genrec_dist.training.run import train
 from genrec_dist.training.setup import build_setup
 
 LISTS_WINDOW = 70
-"""Users a window of the lists: five batches and two, on two ranks."""
+"""Users per window of the lists: five batches and two, on two ranks."""
 
 
 def main(path: Path) -> None:
@@ -76,14 +76,12 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     if job.get("leave_out") == loop.ranks.rank:
         backward = loop.engine.backward
         loop.engine.backward = lambda loss: backward(loss * 0.0)
-    data = StepBatches(
-        setup.stages, setup.reader, setup.layout, recipe, loop.ranks.rank, loop.ranks.size
-    )  # fmt: skip
+    rank, world = loop.ranks.rank, loop.ranks.size
+    data = StepBatches(setup.stages, setup.reader, setup.layout, recipe, rank, world)
     losses, digests, idle = [], [], 0
     for step in range(job["steps"]):
-        if (
-            job.get("spoil") and step == job["steps"] - 1
-        ):  # a finite norm of the step before must not pass for this one's
+        # Not the first step: a finite norm of the step before must not be taken for this one's.
+        if job.get("spoil") and step == job["steps"] - 1:
             spoil(loop.engine)
         share = data[step]
         totals = loop.step_totals(share)
@@ -97,10 +95,8 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         after = {name: p.detach().float().clone() for name, p in whole.named_parameters()}
         found = lists(loop, whole, folder / job["name"]) if job.get("lists") else {}
     if loop.ranks.is_main:
-        save_file(
-            {name: after[name] - before[name] for name in after},
-            folder / f"{job['name']}.safetensors",
-        )
+        change = {name: after[name] - before[name] for name in after}
+        save_file(change, folder / f"{job['name']}.safetensors")
     moments = loop.engine.optimizer.state.get(loop.engine.masters[0], {})
     return {
         "losses": losses,
@@ -121,21 +117,11 @@ def lists(loop: Loop, whole: GenRecForConditionalGeneration, folder: Path) -> di
     go to `folder`."""
     setup, view = loop.setup, loop.setup.dataset.sequences.history_and_target("validation")
     users, searcher = np.arange(90), TrieSearcher(whole, loop.trie)
-    windows = list(
-        rank_windows(
-            searcher,
-            setup.layout,
-            view,
-            users,
-            Decoding(batch_size=16),
-            loop.ranks,
-            window=LISTS_WINDOW,
-        )
-    )
-    counts = target_histogram(
-        searcher, setup.layout, view, users, Decoding(batch_size=16), loop.ranks
-    )
-    loss = history_loss(whole, setup.layout, view, users, loop.ranks, batch_size=16)
+    layout, ranks, decoding = setup.layout, loop.ranks, Decoding(batch_size=16)
+    found = rank_windows(searcher, layout, view, users, decoding, ranks, window=LISTS_WINDOW)
+    windows = list(found)
+    counts = target_histogram(searcher, layout, view, users, decoding, ranks)
+    loss = history_loss(whole, layout, view, users, ranks, batch_size=16)
     if loop.ranks.is_main:
         whole.save_pretrained(folder)
     return {

@@ -38,9 +38,10 @@ from genrec_dist.training.run import train
 from genrec_dist.training.setup import TrainingSetup, build_setup, describe
 
 WHOLE = [
-    "tokens.vocab_size=4096", "tokens.trim=true", "tokens.forced=given", "model.user_ids=false", "model.decoder_start=state",
-    "model.encoder_attention=causal", "finetune.targets=all-prefixes", "pretrain.epochs=0", "finetune.epochs=2",
-]  # fmt: skip
+    *("tokens.vocab_size=4096", "tokens.trim=true", "tokens.forced=given"),
+    *("model.user_ids=false", "model.decoder_start=state", "model.encoder_attention=causal"),
+    *("finetune.targets=all-prefixes", "pretrain.epochs=0", "finetune.epochs=2"),
+]
 """As the recipe `best`: each item one token, of a trimmed vocabulary."""
 ROWS = ["optimizer.id_tables=row-adagrad"]
 KINDS = {

@@ -33,7 +33,8 @@ workers: 0
 log_every: 1
 checkpoint_every: 8
 keep_checkpoints: 99
-model: {{d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 16, max_tokens: 64, id_dim: {id_dim}, init_std: 0.1}}
+model: {{d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 16,
+  max_tokens: 64, id_dim: {id_dim}, init_std: 0.1}}
 tokens: {{vocab_size: 300}}
 finetune: {{epochs: 2, batch_size: 100, targets: every-prefix}}
 optimizer: {{id_tables: row-adagrad}}
