@@ -25,7 +25,7 @@ from genrec_dist.model.head_loss import head_loss
 from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.loop import Loop
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 
 # Name -> (n label tokens, V vocabulary, D width, whether under autocast to bfloat16)
 SHAPES = {
@@ -91,9 +91,9 @@ def step_seconds(data: str) -> dict[str, list[float]]:
         recipe = load_recipe("tiny", [f"data={data}", f"run={folder}/run", "workers=0"])
         steps: dict[str, Callable[[], object]] = {}
         for how in WAYS:
-            shop, model = open_workshop(replace(recipe, head=how))
-            loop = Loop(shop, model, make_accelerator(recipe))
-            batches = StepBatches(shop.stages, shop.reader, shop.layout, recipe, 0, 1)
+            setup, model = build_setup(replace(recipe, head=how))
+            loop = Loop(setup, model, make_accelerator(recipe))
+            batches = StepBatches(setup.stages, setup.reader, setup.layout, recipe, 0, 1)
             shares = [batches[step] for step in range(STEPS + 1)]
             steps[how] = _stepper(loop, shares)
         return in_turn(steps, STEPS)
@@ -104,7 +104,7 @@ def _stepper(loop: Loop, shares: list[Any]) -> Callable[[], object]:
 
     def step() -> object:
         number, share = next(numbered)
-        return loop.take_step(number, share, loop.agree(share), loop.recipe.finetune, 1.0)
+        return loop.take_step(number, share, loop.step_totals(share), loop.recipe.finetune, 1.0)
 
     return step
 

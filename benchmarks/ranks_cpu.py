@@ -27,7 +27,7 @@ from genrec_dist.bench.measure import Claim, format_claims, table, write_table
 from genrec_dist.config.load import load_recipe
 from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loop import Loop
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 
 WARM, STEPS = 4, 12
 """Steps of each way before the clock starts and while it runs; of the latter the median counts."""
@@ -52,20 +52,20 @@ def work(data: str, out: str) -> None:
             "tiny", [f"data={data}", f"run={room}/run", "workers=1", "log_every=1000000"]
         )
         accelerator = make_accelerator(recipe)
-        workshop, model = open_workshop(recipe)
-        loop = Loop(workshop, model, accelerator)
+        setup, model = build_setup(recipe)
+        loop = Loop(setup, model, accelerator)
         seconds: dict[str, list[float]] = {"together": [], "apart": []}
         tokens = 0
         with contextlib.closing(loop.batches()) as batches:  # type: ignore[type-var]
             for number in range(2 * (WARM + STEPS)):
                 step, share = next(batches)
-                agreed = loop.agree(share)
+                totals = loop.step_totals(share)
                 if dist.is_initialized():
                     dist.barrier()
                 way = "apart" if number % 2 else "together"
                 started = time.perf_counter()
                 with apart(loop) if way == "apart" else contextlib.nullcontext():
-                    loop.take_step(step, share, agreed, recipe.finetune, 0.1)
+                    loop.take_step(step, share, totals, recipe.finetune, 0.1)
                 if number >= 2 * WARM:
                     seconds[way].append(time.perf_counter() - started)
                     tokens += (

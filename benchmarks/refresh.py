@@ -35,7 +35,7 @@ from genrec_dist.inference.load import LoadedRun, load_run, make_searcher
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.validation import target_histogram
 from genrec_dist.training.run import train
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 
 HELD_BACK = 2
 """Items of each old user that are new."""
@@ -83,12 +83,12 @@ def scores(loaded: LoadedRun, data: Path, num_old_items: int) -> dict[str, float
 
 def before_any_step(recipe: Recipe) -> LoadedRun:
     """The model that a run begins with."""
-    assert recipe.begin_from is not None
-    origin = load_run(recipe.begin_from)
-    shop, model = open_workshop(recipe)
+    assert recipe.init_from is not None
+    origin = load_run(recipe.init_from)
+    setup, model = build_setup(recipe)
     model.config.exclude_history = origin.model.config.exclude_history
-    searcher = make_searcher(model.eval(), shop.words, torch.device("cpu"))
-    return replace(origin, model=model, words=shop.words, layout=shop.layout, searcher=searcher)
+    searcher = make_searcher(model.eval(), setup.words, torch.device("cpu"))
+    return replace(origin, model=model, words=setup.words, layout=setup.layout, searcher=searcher)
 
 
 def measure(source: Path, num_users: int, folder: Path) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def measure(source: Path, num_users: int, folder: Path) -> dict[str, Any]:
         ]
         return load_recipe("best", [*sets, *more])
 
-    begin = f"begin_from={folder / 'origin'}"
+    begin = f"init_from={folder / 'origin'}"
     train(recipe("old", "origin", 6))
     plans = {
         "refreshed, 1 epoch": recipe("longer", "refreshed-1", 1, begin),

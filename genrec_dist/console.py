@@ -13,15 +13,16 @@ from rich.console import Console
 
 
 def exit_code_of(action: Callable[[], object]) -> int:
-    """Run `action`, say in one line why it failed, and return the process's exit code.
+    """Run `action`, print in one line why it failed, and return the process's exit code.
 
     Returns:
-        0 ok, 1 failure, 2 usage, 130 and 143 after signals; a code that `action` itself returns.
+        The code that `action` returns; else 0 after success, 1 after a failure, 2 for wrong usage,
+        130 and 143 after signals.
     """
     from genrec_dist.distributed.signals import Stopped, Terminated
 
     try:
-        # A typer.Exit comes back as its code, everything else that ends well as None.
+        # Typer returns the code of a typer.Exit, and None for commands that succeed.
         code = action()
         return code if isinstance(code, int) else 0
     except ClickException as error:
@@ -37,15 +38,15 @@ def exit_code_of(action: Callable[[], object]) -> int:
         typer.echo(f"genrec: {stop}; continue with {stop.remedy}", err=True)
         return 128 + stop.number
     except (ValueError, OSError) as error:
-        typer.echo(f"genrec: {_one_line(_told(error))}", err=True)
+        typer.echo(f"genrec: {_one_line(_message(error))}", err=True)
         return 1
 
 
-def _told(error: ValueError | OSError) -> str:
-    """An error's own words; those of the operating system with the file and a way out."""
+def _message(error: ValueError | OSError) -> str:
+    """An error's own message; of the operating system's errors the reason, file and remedy."""
     if not isinstance(error, OSError):
         return str(error)
-    if error.errno is None:  # numpy says in words how much of an array it could not write
+    if error.errno is None:  # numpy's message says how much of an array it could not write
         return f"{error}: make room or choose another output"
     reason = os.strerror(error.errno).lower()
     place = f"{error.filename}: " if error.filename else ""
@@ -62,21 +63,23 @@ def _one_line(text: str) -> str:
 
 out = Console()
 
-# typer brings its own click or the real one, by its version: only these two bases are public in
-# both.
+# By its version typer has its own click or the real one: only these bases are public in both.
 UsageError: Any = typer.BadParameter.__base__
 
 ClickException: Any = UsageError.__base__
 
 
 def say(text: str, style: str = "") -> None:
-    """A line as it is: a path is neither broken at the terminal's width nor taken for markup."""
+    """Print a line as it is: paths are neither wrapped at the terminal's width nor read as
+    markup."""
     out.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
 
 
 def rank() -> int:
+    """Number of this process among those of its launcher; 0 for a process alone."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
+    """Number of processes of this launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,4 +1,4 @@
-"""Training: pretrain, then finetune, from one recipe; one loop that reads top to bottom."""
+"""The entry of `accelerate launch -m genrec_dist.train` and torchrun."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m genrec_dist.train RECIPE [--set a.b=c ...] [--resume latest|PATH]`, for accelerate
-    launch and torchrun."""
+    """Run `genrec train` with these arguments and return its exit code:
+    `python -m genrec_dist.train RECIPE [--set a.b=c ...] [--resume latest|PATH]`."""
     from genrec_dist.cli.app import run_command
 
     return run_command(["train", *(sys.argv[1:] if arguments is None else arguments)])
@@ -23,6 +23,6 @@ if __name__ == "__main__":
         dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads of collectives can outlive their groups; the interpreter's end would then abort a run
-    # that has ended well.
+    # Threads of collectives can outlive their groups; the interpreter's shutdown would then abort a
+    # run that has succeeded.
     os._exit(code) if launched or code else sys.exit(0)

@@ -45,7 +45,7 @@ from genrec_dist.data.encoder_input import Layout, encode_histories, ragged
 from genrec_dist.model.genrec import POSITION_OFFSET
 from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loop import Loop
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 from genrec_dist.training.stages import stage_of
 
 OURS, EAGER, COMPILED, CLONE = "ours", "eager", "torch.compile", "clone() of the same bytes"
@@ -643,8 +643,8 @@ def measure_steps(data: Path | None, sizes: Sizes, device: torch.device) -> Meas
 
 
 def measure_step(recipe: Recipe, sizes: Sizes, device: torch.device) -> dict[str, Any]:
-    workshop, model = open_workshop(recipe)
-    loop = Loop(workshop, model, make_accelerator(recipe))
+    setup, model = build_setup(recipe)
+    loop = Loop(setup, model, make_accelerator(recipe))
     # Seen once, used again: making a batch is not the device's work.
     with contextlib.closing(loop.batches()) as batches:  # type: ignore[type-var]
         shares = list(islice(batches, sizes.step_repeats + 1))
@@ -702,8 +702,8 @@ def _take_step(loop: Loop, way: str, device: torch.device, numbered: tuple[int, 
     os.environ["GENREC_KERNELS"] = way
     try:
         step, share = numbered
-        here = stage_of(loop.workshop.stages, step)
-        loop.take_step(step, share, loop.agree(share), here.stage, 1.0)
+        here = stage_of(loop.setup.stages, step)
+        loop.take_step(step, share, loop.step_totals(share), here.stage, 1.0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     finally:

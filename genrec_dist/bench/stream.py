@@ -32,7 +32,7 @@ from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.inference.load import make_layout
 from genrec_dist.training.loader import StepBatches
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 from genrec_dist.training.stages import plan_stages
 
 # U users, n samples
@@ -221,9 +221,9 @@ def measure_resuming(dataset: Dataset, sizes: Sizes) -> tuple[list[Claim], dict[
     """Seconds from a fresh reader and plan to the first batch, at the beginning and at 90 % of an
     epoch."""
     recipe = _recipe(dataset, dataset.path / "shards")
-    workshop, model = open_workshop(recipe)
-    layout = make_layout(workshop.words, model.config)
-    num_steps = workshop.stages[-1].plan.steps_per_epoch
+    setup, model = build_setup(recipe)
+    layout = make_layout(setup.words, model.config)
+    num_steps = setup.stages[-1].plan.steps_per_epoch
 
     def first_batch(step: int) -> None:
         reader = ShardReader(recipe.shards_dir, verify=False)
@@ -308,9 +308,9 @@ def _steps(run: Path) -> list[dict[str, Any]]:
 
 
 def _seconds_a_batch(dataset: Dataset, shards: Path, num_steps: int = 20) -> float:
-    workshop, _ = open_workshop(_recipe(dataset, shards))
-    data = StepBatches(workshop.stages, workshop.reader, workshop.layout, workshop.recipe, 0, 1)
-    end = min(num_steps, workshop.stages[-1].end_step)
+    setup, _ = build_setup(_recipe(dataset, shards))
+    data = StepBatches(setup.stages, setup.reader, setup.layout, setup.recipe, 0, 1)
+    end = min(num_steps, setup.stages[-1].end_step)
     start = time.perf_counter()
     for step in range(end):
         data[step]

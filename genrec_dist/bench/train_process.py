@@ -48,7 +48,7 @@ OURS = {
     "ours, padded": ("packing=padded",),
     "ours, whole head": ("head=full",),
     "ours, compiled": ("compile=layers",),
-    "ours, recomputed": ("recompute=true",),
+    "ours, recomputed": ("activation_checkpointing=true",),
     "ours, float32": ("precision=fp32",),
 }
 """What `genrec train` does by default, and with one switch of the recipe set otherwise."""

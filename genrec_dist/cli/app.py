@@ -53,12 +53,12 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")
     ] = None,
-    begin_from: Annotated[
+    init_from: Annotated[
         Path | None,
         typer.Option(
             "--from",
             metavar="RUN",
-            help="Begin with this run's weights: --set begin_from=RUN (docs/refresh.md).",
+            help="Begin with this run's weights: --set init_from=RUN (docs/refresh.md).",
         ),
     ] = None,
     resume: Annotated[str | None, typer.Option(help="latest, or a checkpoint directory.")] = None,
@@ -82,8 +82,8 @@ def train(
     from genrec_dist.training.setup import describe
 
     resolved = load_recipe(recipe, overrides)
-    if begin_from is not None:
-        resolved = dataclasses.replace(resolved, begin_from=str(begin_from))
+    if init_from is not None:
+        resolved = dataclasses.replace(resolved, init_from=str(init_from))
     if dry_run:
         out.print_json(data=describe(resolved))
         return

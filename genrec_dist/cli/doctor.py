@@ -21,11 +21,10 @@ from rich.text import Text
 
 State = Literal["ok", "absent", "untested", "broken"]
 
-REQUIRED = (
-    "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy", "scipy", "pyarrow", "PyYAML", "rich",
-    "typer", "tensorboard", "webdataset",
-)  # fmt: skip
-# What each optional package is for, and the extra that brings it.
+_MODEL = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "tensorboard")
+_DATA = ("numpy", "scipy", "pyarrow", "webdataset")
+REQUIRED = (*_MODEL, *_DATA, "PyYAML", "rich", "typer")
+# What each optional package is for, and the extra that installs it.
 OPTIONAL = {
     "deepspeed": ("ZeRO", "zero"),
     "triton": ("GPU kernels", "kernels"),
@@ -40,8 +39,8 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination. `required` and `broken` together make the machine unfit;
-    `remedy` is a command."""
+    """One line of the examination. A machine with a finding that is `required` and `broken` is
+    unfit; `remedy` is a command."""
 
     what: str
     state: State
@@ -51,33 +50,30 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at the machine, the packages and what really works; takes seconds and leaves nothing
-    behind."""
+    """Look at the machine and the packages, and try what has to work. Takes seconds, and leaves no
+    file."""
+    glibc, temporary = platform.libc_ver()[1] or "none", tempfile.gettempdir()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    python: State = "ok" if sys.version_info < (3, 13) else "untested"
+    try:
+        pages = os.sysconf("SC_PHYS_PAGES")
+        memory = f"{os.sysconf('SC_PAGE_SIZE') * pages / 2**30:.1f} GiB"
+    except (AttributeError, OSError, ValueError):
+        memory = "not known"
     tested = locked_versions()
     return [
-        _python(),
-        Finding(
-            "platform",
-            "ok",
-            f"{platform.system()} {platform.machine()}, glibc {platform.libc_ver()[1] or 'none'}",
-        ),
-        Finding("processor", "ok", f"{_cores()} cores for this process"),
-        Finding("memory", "ok", _memory()),
+        Finding("Python", python, f"{platform.python_version()} at {sys.prefix}"),
+        Finding("platform", "ok", f"{platform.system()} {platform.machine()}, glibc {glibc}"),
+        Finding("processor", "ok", f"{cores or 1} cores for this process"),
+        Finding("memory", "ok", memory),
         *(_package(name, tested) for name in REQUIRED),
         *(_package(name, tested, *uses) for name, uses in OPTIONAL.items()),
         _attempt("torch computes", _torch_computes, "make env"),
         _attempt("bf16 on this CPU", _cpu_bf16, "", required=False),
         _attempt("GPU", _gpu, "", required=False),
+        _attempt("processes (gloo)", _gloo, "install a torch build with torch.distributed", False),
         _attempt(
-            "processes (gloo)",
-            _gloo,
-            "install a torch build with torch.distributed",
-            required=False,
-        ),
-        _attempt(
-            "tar in a temporary directory",
-            _tar_round_trip,
-            f"free or set TMPDIR (now {tempfile.gettempdir()})",
+            "tar in a temporary directory", _tar_round_trip, f"free or set TMPDIR (now {temporary})"
         ),
         _attempt(
             "writing here", _writes_here, f"cd to a directory you may write to (now {Path.cwd()})"
@@ -92,10 +88,8 @@ def healthy(findings: list[Finding]) -> bool:
 
 def as_json(findings: list[Finding]) -> str:
     """`{"healthy": bool, "findings": [{what, state, detail, remedy, required}, ...]}`."""
-    return json.dumps(
-        {"healthy": healthy(findings), "findings": [asdict(finding) for finding in findings]},
-        indent=1,
-    )
+    found = {"healthy": healthy(findings), "findings": [asdict(finding) for finding in findings]}
+    return json.dumps(found, indent=1)
 
 
 def render(findings: list[Finding]) -> Table:
@@ -115,44 +109,28 @@ def render(findings: list[Finding]) -> Table:
 
 def locked_versions(lock: Path | None = None) -> dict[str, str]:
     """Versions of `requirements.lock` by lower-case name; empty where there is no checkout."""
-    lock = lock or Path(__file__).resolve().parent.parent / "requirements.lock"
-    if not lock.is_file():
-        return {}
-    pins = re.findall(
-        r"^([A-Za-z0-9._-]+)==(\S+)", lock.read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
+    lock = lock or Path(__file__).resolve().parents[2] / "requirements.lock"
+    text = lock.read_text(encoding="utf-8") if lock.is_file() else ""
+    pins = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", text, flags=re.MULTILINE)
     return {name.lower(): version for name, version in pins}
 
 
-def _python() -> Finding:
-    version = platform.python_version()
-    return Finding(
-        "Python", "ok" if sys.version_info < (3, 13) else "untested", f"{version} at {sys.prefix}"
-    )
-
-
 def _package(name: str, tested: dict[str, str], use: str = "", extra: str = "") -> Finding:
-    """Its version from its metadata: importing deepspeed or ray would take seconds and start
-    things."""
+    """By the package's metadata: importing deepspeed or ray would take seconds and start things."""
     required = not extra
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        remedy = f"pip install {name}" if required else f"pip install 'genrec-dist[{extra}]'"
-        return Finding(
-            name, "broken" if required else "absent", f"for {use}" if use else "", remedy, required
-        )
-    wanted = tested.get(name.lower())
+        if required:
+            return Finding(name, "broken", "", f"pip install {name}")
+        remedy = f"pip install 'genrec-dist[{extra}]'"
+        return Finding(name, "absent", f"for {use}", remedy, required=False)
+    wanted = tested.get(name.lower(), version)
     # A local label (2.13.0+cpu) names a build of the same version.
-    if wanted is None or version.split("+")[0] == wanted.split("+")[0]:
+    if version.split("+")[0] == wanted.split("+")[0]:
         return Finding(name, "ok", version, required=required)
-    return Finding(
-        name,
-        "untested",
-        f"{version}; tested: {wanted}",
-        f"pip install '{name}=={wanted}'",
-        required,
-    )
+    remedy = f"pip install '{name}=={wanted}'"
+    return Finding(name, "untested", f"{version}; tested: {wanted}", remedy, required)
 
 
 def _attempt(
@@ -160,27 +138,28 @@ def _attempt(
 ) -> Finding:
     try:
         state, detail = check()
-    except Exception as error:  # whatever fails is the finding
-        return Finding(
-            what, "broken", " ".join(f"{type(error).__name__}: {error}".split()), remedy, required
-        )
+    except Exception as error:  # any failure is the finding
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return Finding(what, "broken", text, remedy, required)
     return Finding(what, state, detail, "" if state == "ok" else remedy, required)
 
 
-def _torch_computes() -> tuple[State, str]:
+def _multiply(device: str, dtype: str) -> None:
     torch = importlib.import_module("torch")
-    ones = torch.ones(64, 64)
-    if (ones @ ones).sum().item() != 64.0**3:
-        raise ArithmeticError("a product of ones is wrong")
-    return "ok", f"fp32, {torch.get_num_threads()} threads"
+    ones = torch.ones(64, 64, device=device, dtype=getattr(torch, dtype))
+    if (ones @ ones)[0, 0].item() != 64.0:
+        raise ArithmeticError(f"a {dtype} product of ones is wrong on {device}")
+
+
+def _torch_computes() -> tuple[State, str]:
+    _multiply("cpu", "float32")
+    return "ok", f"fp32, {importlib.import_module('torch').get_num_threads()} threads"
 
 
 def _cpu_bf16() -> tuple[State, str]:
-    torch = importlib.import_module("torch")
-    ones = torch.ones(64, 64, dtype=torch.bfloat16)
-    if (ones @ ones)[0, 0].item() != 64.0:
-        raise ArithmeticError("a bf16 product of ones is wrong")
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: None)()
+    _multiply("cpu", "bfloat16")
+    cpu = importlib.import_module("torch").cpu
+    amx = getattr(cpu, "_is_amx_tile_supported", lambda: None)()
     return "ok", f"right; AMX {'not known' if amx is None else 'yes' if amx else 'no'}"
 
 
@@ -188,21 +167,16 @@ def _gpu() -> tuple[State, str]:
     torch = importlib.import_module("torch")
     if not torch.cuda.is_available():
         return "absent", f"none that this torch sees (built for CUDA {torch.version.cuda or 'no'})"
-    names = []
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        names.append(f"{properties.name} {properties.total_memory / 2**30:.0f} GiB")
-    ones = torch.ones(64, 64, device="cuda", dtype=torch.bfloat16)
-    if (ones @ ones)[0, 0].item() != 64.0:
-        raise ArithmeticError("a bf16 product of ones is wrong on the GPU")
-    return "ok", ", ".join(names)
+    _multiply("cuda", "bfloat16")
+    gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return "ok", ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
 
 
 def _gloo() -> tuple[State, str]:
     distributed = importlib.import_module("torch.distributed")
     if not distributed.is_available() or not distributed.is_gloo_available():
         return "absent", "this torch was built without gloo"
-    # A group of one, met in a file: opens no port that another process could mistake for its own.
+    # A store in a file opens no port that another process could take for its own.
     with tempfile.TemporaryDirectory() as directory:
         store = distributed.FileStore(str(Path(directory) / "store"), 1)
         store.set("greeting", "hello")
@@ -220,7 +194,7 @@ def _tar_round_trip() -> tuple[State, str]:
         with tarfile.open(path) as tar:
             found = tar.extractfile(member.name)
             if found is None or found.read() != bytes(range(256)):
-                raise OSError("what was written is not what is read")
+                raise OSError("what was read is not what was written")
     return "ok", f"written and read in {tempfile.gettempdir()}"
 
 
@@ -230,15 +204,3 @@ def _writes_here() -> tuple[State, str]:
         file.flush()
         os.fsync(file.fileno())
     return "ok", str(Path.cwd())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory() -> str:
-    try:
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return "not known"
-    return f"{total / 2**30:.1f} GiB"

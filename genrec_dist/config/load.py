@@ -13,14 +13,35 @@ import yaml
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.config.validate import check_recipe
 
+RENAMED_KEYS = {
+    "begin_from": "init_from",
+    "recompute": "activation_checkpointing",
+    "tokens.certain": "tokens.forced",
+    "optimizer.clip": "optimizer.max_grad_norm",
+    "optimizer.average": "optimizer.ema_decay",
+}
+"""Keys of a recipe by their old names, which are still read, and their names today."""
+
+Section = TypeVar("Section")
+
 
 def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe from a YAML file, or by name from those shipped with the package.
 
-    `overrides` are `dotted.key=value` strings (`--set`), the value in YAML.
-    Raises ValueError naming the file and the key for anything that does not fit.
+    Args:
+        source: a file, or the name of a shipped recipe.
+        overrides: `dotted.key=value` strings (`--set`), the value in YAML.
+
+    Raises:
+        ValueError: naming the file and the key for anything that does not fit.
     """
-    path = _find(source)
+    path = Path(source)
+    if not path.is_file():
+        shipped = Path(str(resources.files("genrec_dist") / "recipes"))
+        path = shipped / f"{source}.yaml"
+        if not path.is_file():
+            names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
+            raise ValueError(f"{source}: no such recipe file; shipped recipes: {names}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -33,51 +54,69 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
 def recipe_from(
     values: dict[str, Any], overrides: list[str] | None = None, source: str = "recipe"
 ) -> Recipe:
-    """A recipe of nested keys and values, as YAML has them; `overrides` change `values`.
+    """A checked recipe of nested keys and values, as YAML has them; `overrides` change `values`.
 
-    Raises ValueError naming `source` and the key for anything that does not fit.
+    Raises:
+        ValueError: naming `source` and the key for anything that does not fit.
     """
-    for override in overrides or []:
-        _set(values, override)
-    recipe: Recipe = _build(Recipe, values, source, "")
+    use_current_keys(values, source)
+    overridden = {override.partition("=")[0] for override in overrides or []}
+    for old, new in RENAMED_KEYS.items():
+        if {old, new} <= overridden:
+            raise ValueError(f"--set {old}: the old name of {new}, which is set too: set one")
+    recipe = section_from(Recipe, values, overrides, source)
     check_recipe(recipe, source)
     return recipe
-
-
-Section = TypeVar("Section")
 
 
 def section_from(
     kind: type[Section], values: dict[str, Any], overrides: list[str] | None, source: str
 ) -> Section:
-    """Any dataclass of typed knobs from keys and values, as `recipe_from` makes a recipe; what
-    values may be is not checked.
+    """A dataclass of typed settings from keys and values; their limits are not checked.
 
-    Raises ValueError naming `source` and the key for one that is unknown, missing or of another
-    type."""
+    Raises:
+        ValueError: naming `source` and the key for one that is unknown, missing or of another type.
+    """
     for override in overrides or []:
         _set(values, override)
+    if kind is Recipe:  # an override may have set a whole section
+        use_current_keys(values, source)
     section: Section = _build(kind, values, source, "")
     return section
 
 
-def _find(source: str | Path) -> Path:
-    path = Path(source)
-    if path.is_file():
-        return path
-    shipped = Path(str(resources.files("genrec_dist") / "recipes"))
-    named = shipped / f"{source}.yaml"
-    if named.is_file():
-        return named
-    names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
-    raise ValueError(f"{source}: no such recipe file; shipped recipes: {names}")
+def use_current_keys(values: dict[str, Any], source: str) -> None:
+    """Give the keys of a nested recipe that have old names their names of today, in place.
+
+    Raises:
+        ValueError: naming `source` and the key where both names are given.
+    """
+    for old, new in RENAMED_KEYS.items():
+        parent, _, old_name = old.rpartition(".")
+        section = values.get(parent) if parent else values
+        if not isinstance(section, dict) or old_name not in section:
+            continue
+        new_name = new.rpartition(".")[2]
+        if new_name in section:
+            raise ValueError(f"{source}: {old} is the old name of {new}: give one of them")
+        section[new_name] = section.pop(old_name)
+
+
+def with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a nested recipe with the old names: what checkpoints have always hashed."""
+    renamed = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
+    for old, new in RENAMED_KEYS.items():
+        parent, _, new_name = new.rpartition(".")
+        section = renamed[parent] if parent else renamed
+        section[old.rpartition(".")[2]] = section.pop(new_name)
+    return renamed
 
 
 def _set(values: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"--set {override}: write it as dotted.key=value")
-    *parents, last = key.split(".")
+    *parents, last = RENAMED_KEYS.get(key, key).split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
@@ -89,69 +128,51 @@ def _set(values: dict[str, Any], override: str) -> None:
 
 
 def _build(kind: Any, value: Any, source: str, key: str) -> Any:
+    """`value` as `kind`, which is a dataclass, Literal, optional, tuple or scalar type."""
+    where = f"{source}: {key}"
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
         return _build_section(kind, value, source, key)
-    origin = get_origin(kind)
+    origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
-        if value in get_args(kind):
-            return value
-        raise ValueError(
-            f"{source}: {key}: {value!r} is none of {', '.join(map(str, get_args(kind)))}"
-        )
+        if value not in parts:
+            raise ValueError(f"{where}: {value!r} is none of {', '.join(map(str, parts))}")
+        return value
     if origin in (types.UnionType, Union):
-        if value is None and type(None) in get_args(kind):
+        if value is None and type(None) in parts:
             return None
-        inner = next(part for part in get_args(kind) if part is not type(None))
-        return _build(inner, value, source, key)
+        return _build(next(p for p in parts if p is not type(None)), value, source, key)
     if origin is tuple:
-        parts = get_args(kind)
         if not isinstance(value, list | tuple) or len(value) != len(parts):
-            raise ValueError(f"{source}: {key}: {value!r} is not a list of {len(parts)} values")
-        return tuple(
-            _build(part, item, source, key) for part, item in zip(parts, value, strict=True)
-        )
-    return _scalar(kind, value, source, key)
-
-
-def _scalar(kind: type, value: Any, source: str, key: str) -> Any:
+            raise ValueError(f"{where}: {value!r} is not a list of {len(parts)} values")
+        items = zip(parts, value, strict=True)
+        return tuple(_build(part, item, source, key) for part, item in items)
     if kind is float and isinstance(value, str):
         try:  # YAML 1.1 reads 1e-3 as text
             value = float(value)
         except ValueError:
-            raise ValueError(f"{source}: {key}: {value!r} is not a number") from None
+            raise ValueError(f"{where}: {value!r} is not a number") from None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{source}: {key}: {value!r} is not of type {kind.__name__}")
+        raise ValueError(f"{where}: {value!r} is not of type {kind.__name__}")
     return value
 
 
 def _build_section(kind: type, value: Any, source: str, key: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{source}: {key or 'recipe'}: {value!r} is not a section")
-    hints = get_type_hints(kind)
-    unknown = sorted(set(map(str, value)) - set(hints))
-    if unknown:
-        where = f"{key}." if key else ""
-        raise ValueError(
-            f"{source}: unknown key {where}{unknown[0]}; known here: {', '.join(hints)}"
-        )
-    prefix = f"{key}." if key else ""
-    built = {
-        name: _build(hints[name], item, source, f"{prefix}{name}") for name, item in value.items()
-    }
-    defaults = {f.name: f for f in dataclasses.fields(kind)}
-    missing = [
-        name
-        for name, f in defaults.items()
-        if name not in built
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ValueError(
-            f"{source}: {prefix}{missing[0]} is missing; add it or pass --set {prefix}{missing[0]}=VALUE"
-        )
+    hints, prefix = get_type_hints(kind), f"{key}." if key else ""
+    for name in sorted(set(map(str, value)) - set(hints)):
+        known = ", ".join(hints)
+        raise ValueError(f"{source}: unknown key {prefix}{name}; known here: {known}")
+    built = {n: _build(hints[n], item, source, f"{prefix}{n}") for n, item in value.items()}
+    for field in dataclasses.fields(kind):
+        defaults = (field.default, field.default_factory)
+        if field.name not in built and all(d is dataclasses.MISSING for d in defaults):
+            missing = f"{prefix}{field.name}"
+            raise ValueError(
+                f"{source}: {missing} is missing; add it or pass --set {missing}=VALUE"
+            )
     if kind is Recipe and "targets" not in value.get("pretrain", {"targets": ""}):
         # A pretraining section that names no targets means the mask strategy, as in the paper.
         built["pretrain"] = dataclasses.replace(built["pretrain"], targets="mask")

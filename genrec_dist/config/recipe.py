@@ -1,4 +1,4 @@
-"""The recipe: every knob of a run, typed, once; unknown keys are refused."""
+"""The recipe: every setting of a run, typed, once; unknown keys are refused."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ EncoderUnit = Literal["subword", "item"]
 """What an encoder position stands for: see `Model.encoder_unit`."""
 
 
-MOVES_NO_GRADIENT = (
-    "data", "run", "shards", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_tokens",
-)  # fmt: skip
-"""Keys of a recipe that say where things lie and how work is cut: two runs that differ in them
-alone are one recipe's."""
+_PATHS = ("data", "run", "shards")
+_PACE = ("workers", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_tokens")
+MOVES_NO_GRADIENT = (*_PATHS, *_PACE)
+"""Keys of a recipe that say where files are and how work is divided: runs that differ in these
+alone have the same recipe."""
 
 
 @dataclass(frozen=True)
 class Model:
+    """Shape and parts of the model."""
+
     d_model: int = 128
     """Width of every layer."""
     encoder_layers: int = 2
@@ -50,19 +52,19 @@ class Model:
     plus the encoder's state at this [MASK] (of a causal encoder: at the last item), which so
     reaches the output without going through cross-attention."""
     item_loss: float = 0.0
-    """Weight, a target item, of a second head beside the decoder's loss a token: it names the item
-    from the encoder's state at [MASK] by a softmax over the whole catalogue, whose rows are the
-    item id table's. 0: no such head."""
+    """Weight per target item of a second head, beside the decoder's loss per token: it predicts the
+    item from the encoder's state at [MASK] by a softmax over the whole catalogue, whose rows are
+    the item id table's. 0: no such head."""
     id_dim: int = 0
     """Width of the id tables, projected to d_model where it differs; 0: d_model, as in the paper.
     Many ids: 64."""
     encoder_unit: EncoderUnit = "subword"
     """subword: each sub-word has an encoder position (BART, the paper). item: each word has one,
     its embedding the sum of its sub-words', so that a history is as long as it has items. The
-    decoder speaks sub-words either way."""
+    decoder's output is sub-words either way."""
     encoder_attention: Literal["bidirectional", "causal"] = "bidirectional"
     """bidirectional: every position sees all others (BART, the paper). causal: only those before
-    it, and no [MASK] or </s> stands behind a history; what is encoded of it is then the same for
+    it, and no [MASK] or </s> follows a history; the encoding of a history is then the same inside
     each longer one, which `targets: all-prefixes` needs."""
     positions: Literal["from-start", "from-end"] = "from-start"
     """Count encoder positions from <s> (BART, the paper) or back from </s>, so that an item's
@@ -72,13 +74,15 @@ class Model:
     init_std: float = 0.02
     """Standard deviation of the initial weights, id tables included."""
     init_items: Literal["random", "cooccurrence"] = "random"
-    """What the items' rows begin with. cooccurrence: directions that items share with their
+    """Initial values of the items' rows. cooccurrence: directions that items share with their
     neighbours in the training parts (t_1..t_{n-2} whatever `trained_through`), as long as random
     ones; in the rows of their tokens where each item is one token, else in the item id table."""
 
 
 @dataclass(frozen=True)
 class Tokens:
+    """Tokenizer and output vocabulary."""
+
     tokenizer: str | None = None
     """Name or directory of a Hugging Face fast tokenizer. null: the backbone's, or a byte-level BPE
     trained on the item words."""
@@ -86,17 +90,19 @@ class Tokens:
     """Size of the BPE that is trained when no tokenizer is named; large enough, each item becomes
     one token."""
     trim: bool = False
-    """Keep the tokens that words use alone: the others have no row in embedding and head, of BART's
-    50,265 all but about 1,100. Tokens of items and </s> share the probability; users' tokens, masks
-    and <s> are read and never spoken."""
-    certain: Literal["learned", "given"] = "learned"
-    """Tokens about which the catalogue leaves no choice: an item's only continuation, and </s>
-    where nothing else can follow. learned: in loss and score like all others, as in the paper.
-    given: in neither, their probability is 1."""
+    """Keep only the tokens that words use: the others have no row in embedding and head, of BART's
+    50,265 all but about 1,100. The output vocabulary is the tokens of items and </s>; users'
+    tokens, masks and <s> are input only."""
+    forced: Literal["learned", "given"] = "learned"
+    """Tokens that the catalogue leaves no choice about: an item's only continuation, and </s> where
+    nothing else can follow. learned: in loss and score like all others, as in the paper. given: in
+    neither, their probability is 1."""
 
 
 @dataclass(frozen=True)
 class Mask:
+    """The masking strategy of a stage whose targets are `mask`."""
+
     strategy: Literal["single", "last-biased", "recency", "span", "multi"] = "single"
     """Which items of the training part become the target of a pretraining sample."""
     p: float = 0.5
@@ -108,19 +114,21 @@ class Mask:
 
 @dataclass(frozen=True)
 class Stage:
+    """Pretraining or finetuning."""
+
     epochs: int = 0
     """Passes over the stage's samples; 0 skips the stage."""
     batch_size: int = 256
-    """Samples of a step over all ranks."""
+    """Samples per step over all ranks."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     warmup_fraction: float = 0.05
     """Share of the stage's steps with rising learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """What follows the warm-up, down to zero at the stage's end."""
+    """Learning rate after the warm-up, down to zero at the stage's end."""
     targets: Literal["mask", "last", "every-prefix", "all-prefixes"] = "last"
     """mask: the strategy below chooses inside the training part. last, every-prefix: [MASK] after
-    the history. all-prefixes: the samples of every-prefix, those of a user in one step and behind
+    the history. all-prefixes: the samples of every-prefix, those of a user in one step and with
     one encoded sequence (causal encoders); a batch counts users."""
     mask: Mask = field(default_factory=Mask)
     """Read when targets is mask."""
@@ -129,28 +137,32 @@ class Stage:
 
 @dataclass(frozen=True)
 class Optimizer:
+    """AdamW, gradient clipping, the id tables' optimiser and the average of the weights."""
+
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.01
     decay: Literal["all", "matrices", "none"] = "matrices"
     """What is decayed: everything (the paper's code), all but biases, norms and id tables, or
     nothing."""
-    clip: float = 1.0
-    """Largest gradient norm; 0 does not clip."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 does not clip."""
     id_tables: Literal["dense", "row-adagrad"] = "dense"
-    """Where the id tables live. dense: parameters among the others. row-adagrad: outside autograd
-    and ZeRO, rows sharded over the ranks, of which a step fetches, learns (row-wise Adagrad) and
-    sends only those it touches: for millions of ids."""
+    """dense: the id tables are parameters among the others. row-adagrad: they are outside autograd
+    and ZeRO, rows sharded over the ranks; a step fetches, updates (row-wise Adagrad) and sends only
+    the rows it uses: for millions of ids."""
     id_learning_rate: float = 0.05
     """Peak learning rate of row-adagrad; it follows the stage's schedule. Such tables are neither
     decayed nor clipped."""
-    average: float = 0.0
+    ema_decay: float = 0.0
     """Decay of the running average of the weights that is validated and kept as `best`; 0 keeps the
-    weights themselves. Id tables of row-adagrad are kept as they are."""
+    weights themselves. Id tables of row-adagrad are not averaged."""
 
 
 @dataclass(frozen=True)
 class Validation:
+    """What is decoded between epochs of finetuning, and early stopping by it."""
+
     users: int = 2000
     """Users of the seeded sample that is decoded after each epoch of finetuning; 0: all."""
     beam: int = 20
@@ -170,10 +182,10 @@ class Recipe:
     """Directory of `genrec prepare`."""
     run: str
     """Directory of the run."""
-    begin_from: str | None = None
-    """Run directory, or a directory like its `best/`, whose weights and tokenizer this run begins
-    with (`genrec train --from`); rows are added for users and items that are new (docs/refresh.md).
-    null: it begins anew."""
+    init_from: str | None = None
+    """Run directory, or a directory like its `best/`, whose weights and tokenizer this run starts
+    from (`genrec train --from`); rows are added for users and items that are new
+    (docs/refresh.md). null: fresh weights."""
     shards: str | None = None
     """Directory of `genrec shard`. null: `shards/` inside the data directory."""
     seed: int = 0
@@ -183,25 +195,25 @@ class Recipe:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     micro_batch_tokens: int = 8192
     """Encoder tokens, padding included, that a rank takes through the model at once; a step
-    accumulates as many micro-batches of samples of like length as its share needs."""
+    accumulates as many micro-batches of samples of similar length as its share needs."""
     head: Literal["auto", HeadLoss] = "auto"
-    """How the loss of the output head is computed. full: with the logits of all target tokens of a
-    micro-batch over the whole vocabulary at once, and their gradients. chunked: some rows of them
-    at a time. liger: so, too, by Liger-Kernel on a GPU. auto: chunked on a CPU, where it is the
-    faster one as well (docs/log.md), full elsewhere until it is measured there."""
+    """How the loss of the output head is computed. full: the logits of all target tokens of a
+    micro-batch at once, and their gradients. chunked: some rows of them at a time. liger: the same
+    by Liger-Kernel on a GPU. auto: chunked on a CPU, where it is also faster (docs/log.md), full
+    elsewhere until it is measured there."""
     packing: Literal["auto", "packed", "padded"] = "auto"
-    """How the sequences of a micro-batch lie in memory. packed: one behind another, no padding; on
+    """How the sequences of a micro-batch lie in memory. packed: one after another, no padding; on
     a GPU attention then takes torch's kernel for ragged sequences. padded: side by side, to the
     longest one. auto: packed on a CPU, where it is measured (docs/speed.md), padded elsewhere until
     it is measured there. Losses and gradients are the same to rounding."""
     compile: Literal["none", "layers"] = "none"
-    """layers: torch.compile of what lies around attention in each layer, of packed micro-batches.
-    It takes a minute at the start; what it gains is in docs/speed.md."""
-    recompute: bool = False
-    """Keep the input of each layer alone and compute the rest again in the backward pass
-    (activation checkpointing): a third more operations for a fraction of the memory."""
+    """layers: torch.compile of each layer around its attention, for packed micro-batches. It takes
+    a minute at the start; the gain is in docs/speed.md."""
+    activation_checkpointing: bool = False
+    """Keep only the input of each layer and compute the rest again in the backward pass: a third
+    more operations for a fraction of the memory."""
     workers: int = 1
-    """Processes a rank that prepare batches ahead; 0 prepares them in the training process."""
+    """Processes per rank that prepare batches ahead; 0 prepares them in the training process."""
     log_every: int = 10
     """Steps between two `step` events."""
     checkpoint_every: int = 500
@@ -217,17 +229,15 @@ class Recipe:
     @property
     def num_masks(self) -> int:
         """Mask tokens the tokenizer needs: `multi` numbers its targets."""
-        masks = [stage.mask.k for stage in (self.pretrain, self.finetune) if _numbers_masks(stage)]
-        return max(masks, default=1)
+        stages = (self.pretrain, self.finetune)
+        masking = [stage.mask for stage in stages if stage.epochs > 0 and stage.targets == "mask"]
+        return max([mask.k for mask in masking if mask.strategy == "multi"], default=1)
 
     @property
     def shards_dir(self) -> str:
-        """A directory, or a URL as it was given."""
+        """Where the shards are: a directory, or a URL as it was given."""
         return str(Path(self.data) / "shards") if self.shards is None else self.shards
 
     def as_dict(self) -> dict[str, Any]:
+        """Nested keys and values."""
         return dataclasses.asdict(self)
-
-
-def _numbers_masks(stage: Stage) -> bool:
-    return stage.epochs > 0 and stage.targets == "mask" and stage.mask.strategy == "multi"

@@ -142,7 +142,7 @@ def grow_tokenizer(
         if before != after:
             raise ValueError(
                 f"the tokenizer cannot take {len(new_codes):,} new items without cutting the word "
-                f"{tokenizer.decode(before)!r} anew: train without begin_from"
+                f"{tokenizer.decode(before)!r} anew: train without init_from"
             )
     return grown
 

@@ -300,7 +300,7 @@ class TrieSearcher:
             )
         if self.certain is not None:
             raise ValueError(
-                "decode mode free: this model never learned the tokens that only a trie makes certain: train with tokens.certain "
+                "decode mode free: this model never learned the tokens that only a trie makes certain: train with tokens.forced "
                 "learned, or decode in another mode"
             )
         memory_BLD = encode_by_length(self.model, encoder)

@@ -1,5 +1,5 @@
-"""What ranks tell each other besides gradients: numbers, lists and errors, through host memory, so
-that no device waits."""
+"""What ranks exchange besides gradients: numbers, texts and errors, through host memory, so that no
+device waits."""
 
 from __future__ import annotations
 
@@ -13,180 +13,184 @@ from torch import Tensor
 
 T = TypeVar("T")
 
-_LONGEST_TEXT = 2000
-_WELL = -1
-_PATIENCE = timedelta(days=1)
+_TEXT_BYTES = 2000
+_NO_RANK = -1
+_TIMEOUT = timedelta(days=1)
+_GONE = " has gone ("
 
 
 def join() -> None:
-    """Meet the other ranks of a launched command that only decodes: gloo alone, also on GPUs.
+    """Start the process group of a launched command that only decodes: gloo, also on GPUs.
 
-    A rank that has gone is known by its closed connection at once, so patience costs nothing; and
-    rank 0 may take long over its last table while the others wait."""
+    A rank that has gone is noticed at once by its closed connection, so a long timeout costs
+    nothing, and rank 0 may take long over its last table while the others wait."""
     if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=_PATIENCE)
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
 
 
 def leave() -> None:
-    """Part from the other ranks after all have come to the end."""
+    """Destroy the process group after all ranks have come to their end."""
     Ranks().barrier()
     dist.destroy_process_group()
 
 
-_GONE = " has gone ("
-
-
 class RankGone(ValueError):
-    """Another rank is no longer there. What this one was given is not to blame: another attempt may
-    end well."""
+    """Another rank is no longer there. The input is not to blame: another attempt may succeed."""
 
 
 class Ranks:
-    """This process among the ranks of a run; alone, every exchange is with itself.
+    """This process among the ranks of a run; a process alone exchanges with itself.
 
-    All that is exchanged goes to rank 0 and back: a rank that has gone is then known by name to
-    every other, and the few bytes take two hops where a ring takes as many as there are ranks."""
+    Everything is sent to rank 0 and back, not around a ring: all ranks then learn the name of a
+    rank that has gone (torch's own collectives name a connection), and a few bytes take two hops,
+    however many ranks there are. Nothing is pickled."""
 
     def __init__(self) -> None:
-        """Collective: all ranks make theirs together, after the process group is there."""
+        """Collective: all ranks make theirs together, once the process group is there."""
         launched = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if launched else 0
         self.size = dist.get_world_size() if launched else 1
         # NCCL would move these few bytes over the GPU and wait for its queue.
-        self.group = (
-            dist.new_group(backend="gloo")
-            if self.size > 1 and dist.get_backend() != "gloo"
-            else None
-        )
+        needs_gloo = self.size > 1 and dist.get_backend() != "gloo"
+        self.group = dist.new_group(backend="gloo") if needs_gloo else None
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def exchange(self, values: list[int]) -> list[list[int]]:
-        """These int64 values of every rank, by rank; each rank gives equally many."""
-        return [
-            theirs.tolist()
-            for theirs in self._meet(torch.tensor(values, dtype=torch.int64), None, share=True)
-        ]
+        """The values of every rank, by rank: int64, equally many on each."""
+        everyone = self._meet(torch.tensor(values, dtype=torch.int64), None, share=True)
+        return [theirs.tolist() for theirs in everyone]
 
     def gather(self, mine: Tensor, error: Exception | None = None) -> list[Tensor]:
-        """A tensor of every rank, all of one shape and type and in host memory: by rank on rank 0,
-        nothing on the others.
+        """The tensors of every rank, by rank, on rank 0; on the others an empty list.
 
-        A rank that has none gives its `error` and any tensor of that shape; then all raise, as
-        `all_well` does."""
+        Args:
+            mine: in host memory, of one shape and type on all ranks.
+            error: of a rank that has no tensor (it gives any of that shape).
+
+        Raises:
+            Exception: on all ranks if one has an error, as `raise_if_any_failed` does.
+        """
         return self._meet(mine, error, share=False)
 
     def barrier(self) -> None:
-        self.all_well(None)
+        """Wait for all ranks."""
+        self.raise_if_any_failed(None)
 
-    def text_of_main(self, text: str) -> str:
+    def broadcast_str(self, text: str) -> str:
         """Rank 0's text, on every rank."""
-        return self.texts(text)[0]
+        return self.all_gather_str(text)[0]
 
-    def texts(self, text: str) -> list[str]:
-        """A text of every rank, cut at 2,000 bytes."""
+    def all_gather_str(self, text: str) -> list[str]:
+        """The texts of every rank, by rank, each cut at 2,000 bytes."""
         return [_text(theirs) for theirs in self._meet(_bytes(text), None, share=True)]
 
-    def together(self, action: Callable[[], T]) -> T:
-        """Do a rank's own part of something, which may raise; if one rank's part did, all raise."""
+    def run_on_all(self, action: Callable[[], T]) -> T:
+        """The result of this rank's action; if the action of any rank raised, all raise."""
         error: Exception | None = None
         try:
             result = action()
         except Exception as raised:
             error = raised
-        self.all_well(error)
+        self.raise_if_any_failed(error)
         return result
 
-    def all_well(self, error: Exception | None) -> None:
-        """Raise on all ranks if one has an error or has gone: nobody goes on to a collective that
-        another will never reach.
+    def raise_if_any_failed(self, error: Exception | None) -> None:
+        """Raise on all ranks if one has an error or has gone, so that no rank enters a collective
+        that another will never reach.
 
-        Raises the rank's own error where there is one, elsewhere a ValueError that names the rank,
-        or RankGone if that has gone."""
+        Raises:
+            Exception: `error`, where it is not None.
+            ValueError: elsewhere, naming the first rank that failed and its error.
+            RankGone: if that rank has gone.
+        """
         self._meet(torch.empty(0), error, share=False)
 
     def _meet(self, mine: Tensor, error: Exception | None, share: bool) -> list[Tensor]:
-        """What every rank gave, by rank; where it is not shared, on rank 0 alone."""
+        """The tensors of every rank, by rank; where they are not shared, on rank 0 alone.
+
+        Each rank sends rank 0 a frame: 8 bytes with the number of the rank that failed (or -1),
+        then the tensor's bytes; one that failed sends its error's text after it. Rank 0 answers
+        with a frame of the same form that holds all tensors, and with the text of the first error.
+        """
         everyone, failure = [mine], ""
         if self.size > 1:
-            everyone, failure = (self._hear_all if self.is_main else self._ask_main)(
-                mine, error, share
-            )
+            exchange = self._collect if self.is_main else self._report
+            everyone, failure = exchange(mine, error, share)
         if error is not None:
             raise error
         if failure:
             raise (RankGone if _GONE in failure.split(": ")[0] else ValueError)(failure)
         return everyone
 
-    def _hear_all(
+    def _collect(
         self, mine: Tensor, error: Exception | None, share: bool
     ) -> tuple[list[Tensor], str]:
-        """Rank 0's part: what all gave, and what is wrong with the first rank that failed, or
-        ""."""
+        """Rank 0's part of a meeting: all tensors, and the first failed rank's error or ""."""
         others = range(1, self.size)
-        frames = [_frame(_WELL, mine)] + [_frame(_WELL, torch.empty_like(mine)) for _ in others]
-        wrong = {} if error is None else {0: f"rank 0: {error}"}
-        coming = [self._post(dist.irecv, frames[rank], rank) for rank in others]
-        for rank, work in zip(others, coming, strict=True):
-            lost, text = _lost(work), _bytes("")
-            if not lost and _mark(frames[rank]) != _WELL:
-                lost = _lost(self._post(dist.irecv, text, rank))
-                wrong[rank] = f"rank {rank}: {_text(text)}"
-            if lost:
-                wrong[rank] = _gone(rank, lost)
-        first = min(wrong, default=_WELL)
-        everyone = [_content(frame).view(mine.dtype).view(mine.shape) for frame in frames]
-        notes = [_frame(first, torch.stack(everyone) if share else torch.empty(0))]
-        if wrong:
-            notes.append(_bytes(wrong[first]))
-        # Whoever is not there to hear it is named at the next meeting at the latest.
-        for work in [self._post(dist.isend, note, rank) for rank in others for note in notes]:
-            _lost(work)
-        return everyone, wrong.get(first, "")
+        frames = [
+            _frame(_NO_RANK, mine if rank == 0 else torch.empty_like(mine))
+            for rank in range(self.size)
+        ]
+        failures = {} if error is None else {0: f"rank 0: {error}"}
+        receiving = [self._start(dist.irecv, frames[rank], rank) for rank in others]
+        for rank, transfer in zip(others, receiving, strict=True):
+            problem = _wait(transfer)
+            if not problem and _mark(frames[rank]) != _NO_RANK:
+                text = _bytes("")
+                problem = _wait(self._start(dist.irecv, text, rank))
+                failures[rank] = f"rank {rank}: {_text(text)}"
+            if problem:
+                failures[rank] = _gone(rank, problem)
+        first = min(failures, default=_NO_RANK)
+        everyone = [frame[8:].view(mine.dtype).view(mine.shape) for frame in frames]
+        answers = [_frame(first, torch.stack(everyone) if share else torch.empty(0))]
+        if failures:
+            answers.append(_bytes(failures[first]))
+        sending = [self._start(dist.isend, data, rank) for rank in others for data in answers]
+        for transfer in sending:
+            _wait(transfer)  # a rank that has gone since is named at the next meeting
+        return everyone, failures.get(first, "")
 
-    def _ask_main(
+    def _report(
         self, mine: Tensor, error: Exception | None, share: bool
     ) -> tuple[list[Tensor], str]:
-        """Another rank's part: tell rank 0, and hear what it knows of all."""
-        notes = (
-            [_frame(_WELL, mine)]
-            if error is None
-            else [_frame(self.rank, mine), _bytes(f"{error}")]
-        )
-        shared = mine.new_empty(self.size, *mine.shape) if share else mine.new_empty(0)
-        answer, failure = _frame(_WELL, shared), _bytes("")
-        # Gloo sends at once to whoever waits already, and asks first otherwise: that would be two
-        # more hops.
-        coming = self._post(dist.irecv, answer, 0)
-        lost = next(
-            filter(None, (_lost(self._post(dist.isend, note, 0)) for note in notes)), ""
-        ) or _lost(coming)
-        if not lost and _mark(answer) != _WELL:
-            lost = _lost(self._post(dist.irecv, failure, 0))
-        return list(_content(answer).view(shared.dtype).view(shared.shape)), _gone(
-            0, lost
-        ) if lost else _text(failure)
+        """Another rank's part of a meeting: send to rank 0, and receive its answer."""
+        sent = [_frame(_NO_RANK if error is None else self.rank, mine)]
+        if error is not None:
+            sent.append(_bytes(str(error)))
+        shared = mine.new_empty(self.size if share else 0, *mine.shape)
+        answer, failure = _frame(_NO_RANK, shared), _bytes("")
+        # Posted before sending: gloo sends at once to a rank that is already waiting, and otherwise
+        # asks first, which would take two more hops.
+        receiving = self._start(dist.irecv, answer, 0)
+        problems = [_wait(self._start(dist.isend, data, 0)) for data in sent]
+        problem = next(filter(None, problems), "") or _wait(receiving)
+        if not problem and _mark(answer) != _NO_RANK:
+            problem = _wait(self._start(dist.irecv, failure, 0))
+        everyone = list(answer[8:].view(shared.dtype).view(shared.shape))
+        return everyone, _gone(0, problem) if problem else _text(failure)
 
-    def _post(self, transfer: Callable[..., Any], frame: Tensor, rank: int) -> Any:
+    def _start(self, transfer: Callable[..., Any], data: Tensor, rank: int) -> Any:
         """A transfer under way, or the error of one that cannot begin."""
         try:
-            return transfer(frame, rank, group=self.group)
+            return transfer(data, rank, group=self.group)
         except RuntimeError as error:
             return error
 
 
-def _lost(work: Any) -> str:
+def _wait(transfer: Any) -> str:
     """Wait for a transfer; why it did not take place, or ""."""
     try:
-        if isinstance(work, RuntimeError):
-            raise work
-        work.wait()
+        if isinstance(transfer, RuntimeError):
+            raise transfer
+        transfer.wait()
     except RuntimeError as error:
-        return (
-            str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
-        )  # not gloo's source file, nor its advice
+        # Without gloo's source file before the reason and its advice after it.
+        return str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
     return ""
 
 
@@ -195,24 +199,18 @@ def _gone(rank: int, reason: str) -> str:
 
 
 def _frame(mark: int, content: Tensor) -> Tensor:
-    """uint8: a mark (the rank that failed, or _WELL), then the content's bytes."""
-    return torch.cat(
-        [torch.tensor([mark]).view(torch.uint8), content.contiguous().flatten().view(torch.uint8)]
-    )
+    head, data = torch.tensor([mark]), content.contiguous().flatten()
+    return torch.cat([head.view(torch.uint8), data.view(torch.uint8)])
 
 
 def _mark(frame: Tensor) -> int:
     return int(frame[:8].view(torch.int64))
 
 
-def _content(frame: Tensor) -> Tensor:
-    return frame[8:]
-
-
 def _bytes(text: str) -> Tensor:
-    data = text.encode()[:_LONGEST_TEXT].ljust(_LONGEST_TEXT, b"\0")
+    data = text.encode()[:_TEXT_BYTES].ljust(_TEXT_BYTES, b"\0")
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def _text(frame: Tensor) -> str:
-    return bytes(frame.tolist()).rstrip(b"\0").decode(errors="replace")
+def _text(data: Tensor) -> str:
+    return bytes(data.tolist()).rstrip(b"\0").decode(errors="replace")

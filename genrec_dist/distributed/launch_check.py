@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
+from accelerate.utils import str_to_bool
 
-CHOICES = {
+from genrec_dist.distributed.collectives import Ranks
+
+VALUES = {
     "processes": (),
     "zero": ("none", "0", "1", "2", "3"),
     "precision": ("fp32", "bf16", "fp16"),
@@ -24,8 +25,7 @@ CHOICES = {
 """What can be asked for, and its values; `processes` is a whole number, `zero=none` is a run
 without DeepSpeed."""
 
-# Where a program that starts the ranks by itself tells how many there are; the first one that is
-# set counts.
+# Where a program that starts the ranks writes how many there are; the first one that is set counts.
 _WORLD_SIZES = (
     "WORLD_SIZE",
     "PMI_SIZE",
@@ -33,13 +33,16 @@ _WORLD_SIZES = (
     "MV2_COMM_WORLD_SIZE",
     "SLURM_STEP_NUM_TASKS",
 )
-_LEVELS = 4
+_ANCESTORS = 4
+"""How many processes above this one may be the launcher."""
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
+    """One thing that was asked for."""
+
     what: str
-    """One of CHOICES."""
+    """A key of VALUES."""
     value: str
     by: str
     """Who asked: a variable, a file or a command line."""
@@ -50,50 +53,51 @@ class Launch:
     """A process above this one that is `accelerate launch`."""
 
     arguments: list[str]
-    """Behind the word `launch`."""
+    """After the word `launch`."""
     folder: Path
-    """Where it was started; a configuration file may be named from there."""
+    """Its working directory; a configuration file may be named relative to it."""
 
 
 def check(accelerator: Accelerator, precision: str) -> None:
-    """Compare what was asked for with what this run got; collective.
+    """Compare what was asked for with what this run got. Collective.
 
-    `precision`: the recipe's. Raises ValueError, on all ranks, where any rank got something else or
-    another than rank 0."""
+    Args:
+        accelerator: of the run.
+        precision: the recipe's.
+
+    Raises:
+        ValueError: on all ranks, where any rank got something else, or not the same as rank 0.
+    """
     got = gotten(accelerator)
-    error: ValueError | None = None
     try:
-        difference = first_difference(
-            [*asked(os.environ, launch_above()), Asked("precision", precision, "recipe")], got
-        )
-    except ValueError as raised:  # what was asked cannot be read
-        error = raised
-    else:
-        error = ValueError(difference) if difference else None
-    codes = [_code(what, value) for what, value in got.items()]
-    everyone = _exchange([int(error is not None), *codes], accelerator)
-    if error is not None:
-        raise error
-    for rank, (failed, *theirs) in enumerate(everyone):
+        requests = requested(os.environ, launch_above())
+        problem = first_difference([*requests, Request("precision", precision, "recipe")], got)
+    except ValueError as error:  # what was asked for cannot be read
+        problem = str(error)
+    mine = json.dumps([problem is not None, got])
+    everyone = [json.loads(theirs) for theirs in Ranks().all_gather_str(mine)]
+    if problem is not None:
+        raise ValueError(problem)
+    for rank, (failed, theirs) in enumerate(everyone):
         if failed:
             raise ValueError(
                 f"rank {rank} did not get what it was asked for: its own message says what"
             )
-        for what, first, other in zip(got, everyone[0][1:], theirs, strict=True):
-            if first != other:
+        for what, first in everyone[0][1].items():
+            if theirs[what] != first:
+                other = _phrase(what, theirs[what])
                 raise ValueError(
-                    f"rank {rank} got {_said(what, other)}, rank 0 {_said(what, first)}: "
+                    f"rank {rank} got {other}, rank 0 {_phrase(what, first)}: "
                     "start all ranks with the same file, variables and machines alike"
                 )
 
 
 def gotten(accelerator: Accelerator) -> dict[str, str]:
-    """What this rank has, by the keys of CHOICES."""
+    """What this rank has, by the keys of VALUES."""
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     zero = "none"
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        # The very dictionary that the engine will be made from, so neither a flag nor a file counts
-        # but what became of them.
+        # The dictionary that the engine is made from: flags and files count by their effect on it.
         config = accelerator.deepspeed_plugin.deepspeed_config
         zero = str(config["zero_optimization"].get("stage", 0))
         enabled = [kind for kind in ("bf16", "fp16") if config.get(kind, {}).get("enabled") is True]
@@ -106,13 +110,40 @@ def gotten(accelerator: Accelerator) -> dict[str, str]:
     }
 
 
-def first_difference(wishes: list[Asked], got: Mapping[str, str]) -> str | None:
-    """A line about the first wish that was not granted: what was asked, by whom, what came, and the
-    way out."""
-    for wish in wishes:
-        if wish.value != got[wish.what]:
-            asked_for, came = (_phrase(wish.what, value) for value in (wish.value, got[wish.what]))
-            return f"{wish.by} asks for {asked_for}, the run got {came}: {_way_out(wish, got)}"
+def first_difference(requests: list[Request], got: Mapping[str, str]) -> str | None:
+    """A line about the first request that was not met: what was asked, by whom, what came, and the
+    remedy; None where all were met."""
+    for request in requests:
+        what, value, came = request.what, request.value, got[request.what]
+        if value == came:
+            continue
+        if what == "processes" and came == "1" and got["device"] == "cpu":
+            remedy = (
+                "accelerate alone starts one process on a CPU; start them with "
+                "launch/cpu_two_ranks.sh or torchrun"
+            )
+        elif what == "processes":
+            remedy = (
+                "start all ranks with one launcher (launch/README.md), or ask for what there is"
+            )
+        elif what == "zero" and came == "none":
+            remedy = (
+                "unset ACCELERATE_USE_CPU, which turns DeepSpeed off; on a CPU set "
+                "DS_ACCELERATOR=cpu instead"
+            )
+        elif what == "zero" and value == "none":
+            remedy = "unset ACCELERATE_USE_DEEPSPEED, which outlives the launch that set it"
+        elif what == "zero":
+            remedy = "let one place name the stage: the DeepSpeed file that the launch file names"
+        elif what == "precision":
+            remedy = "set the recipe's `precision` and the launcher's mixed_precision to the same"
+        else:
+            remedy = (
+                "launch with a file for this machine (launch/README.md), and see that torch finds "
+                "its GPUs (genrec doctor)"
+            )
+        asked_for = _phrase(what, value)
+        return f"{request.by} asks for {asked_for}, the run got {_phrase(what, came)}: {remedy}"
     return None
 
 
@@ -124,173 +155,127 @@ def _phrase(what: str, value: str) -> str:
     return f"{what} {value}"
 
 
-def _way_out(wish: Asked, got: Mapping[str, str]) -> str:
-    if wish.what == "processes" and got["processes"] == "1" and got["device"] == "cpu":
-        return "accelerate alone starts one process on a CPU; start them with launch/cpu_two_ranks.sh or torchrun"
-    if wish.what == "processes":
-        return "start all ranks with one launcher (launch/README.md), or ask for what there is"
-    if wish.what == "zero" and got["zero"] == "none":
-        return "unset ACCELERATE_USE_CPU, which turns DeepSpeed off; on a CPU set DS_ACCELERATOR=cpu instead"
-    if wish.what == "zero" and wish.value == "none":
-        return "unset ACCELERATE_USE_DEEPSPEED, which outlives the launch that set it"
-    if wish.what == "zero":
-        return "let one place name the stage: the DeepSpeed file that the launch file names"
-    if wish.what == "precision":
-        return "set the recipe's `precision` and the launcher's mixed_precision to the same"
-    return "launch with a file for this machine (launch/README.md), and see that torch finds its GPUs (genrec doctor)"
+def requested(environ: Mapping[str, str], launch: Launch | None) -> list[Request]:
+    """All that was asked for: by GENREC_EXPECT, the launcher's command line and its variables.
 
-
-def asked(environ: Mapping[str, str], launch: Launch | None) -> list[Asked]:
-    """All that was asked for, in words of GENREC_EXPECT, of the launcher's command line and of its
-    variables.
-
-    Raises ValueError for a GENREC_EXPECT or a DeepSpeed file that cannot be read.
+    Raises:
+        ValueError: for a GENREC_EXPECT or a DeepSpeed file that cannot be read.
     """
-    return [*_expected(environ), *(_of_launch(launch) if launch else []), *_of_environment(environ)]
-
-
-def _expected(environ: Mapping[str, str]) -> Iterator[Asked]:
-    """`GENREC_EXPECT=processes=8,zero=3`: the launch scripts' own statement."""
-    for part in filter(None, environ.get("GENREC_EXPECT", "").split(",")):
-        what, _, value = part.partition("=")
-        if what not in CHOICES or not (
-            value in CHOICES[what] or (what == "processes" and value.isdecimal())
-        ):
-            known = ", ".join(f"{key}={'|'.join(values) or 'N'}" for key, values in CHOICES.items())
-            raise ValueError(f"GENREC_EXPECT: {part} is not one of {known}")
-        yield Asked(what, value, f"GENREC_EXPECT={environ['GENREC_EXPECT']}")
-
-
-def _of_environment(environ: Mapping[str, str]) -> Iterator[Asked]:
-    for name in _WORLD_SIZES:
-        if environ.get(name):
-            yield Asked("processes", environ[name], f"{name}={environ[name]}")
-            break
-    if _is_true(environ.get("ACCELERATE_USE_DEEPSPEED")):
-        yield from _stages(
-            environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"),
-            environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
-            "ACCELERATE_USE_DEEPSPEED",
-        )
-    # Accelerate sets "no" where nobody said anything, so that is no statement.
+    requests = [*_of_expect(environ.get("GENREC_EXPECT", ""))]
+    if launch is not None:
+        requests += _of_launch(launch)
+    size = next((name for name in _WORLD_SIZES if environ.get(name)), None)
+    if size is not None:
+        requests.append(Request("processes", environ[size], f"{size}={environ[size]}"))
+    if _is_true(environ, "ACCELERATE_USE_DEEPSPEED"):
+        file = environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE")
+        requests += _stages(file, stage, "ACCELERATE_USE_DEEPSPEED")
+    # Accelerate sets "no" where nothing was said, so that is no request.
     precision = environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
-        yield Asked("precision", precision, f"ACCELERATE_MIXED_PRECISION={precision}")
-    if _is_true(environ.get("ACCELERATE_USE_CPU")):
-        yield Asked("device", "cpu", "ACCELERATE_USE_CPU")
+        requests.append(Request("precision", precision, f"ACCELERATE_MIXED_PRECISION={precision}"))
+    if _is_true(environ, "ACCELERATE_USE_CPU"):
+        requests.append(Request("device", "cpu", "ACCELERATE_USE_CPU"))
+    return requests
 
 
-def _is_true(text: str | None) -> bool:
-    return (text or "").lower() in ("1", "true", "yes", "on", "y", "t")
+def _is_true(environ: Mapping[str, str], name: str) -> bool:
+    try:
+        return bool(str_to_bool(environ.get(name) or "no"))
+    except ValueError:
+        return False
 
 
-def _stages(file: str | None, stage: Any, by: str) -> Iterator[Asked]:
-    """What a DeepSpeed file and a stage named beside it ask for; accelerate's own default where
-    both are silent."""
+def _of_expect(text: str) -> Iterator[Request]:
+    """`GENREC_EXPECT=processes=8,zero=3`: the launch scripts' own statement."""
+    for part in filter(None, text.split(",")):
+        what, _, value = part.partition("=")
+        is_count = what == "processes" and value.isdecimal()
+        if value not in VALUES.get(what, ()) and not is_count:
+            known = ", ".join(f"{key}={'|'.join(values) or 'N'}" for key, values in VALUES.items())
+            raise ValueError(f"GENREC_EXPECT: {part} is not one of {known}")
+        yield Request(what, value, f"GENREC_EXPECT={text}")
+
+
+def _stages(file: str | None, stage: Any, by: str) -> Iterator[Request]:
+    """The ZeRO stages that a DeepSpeed file and a setting beside it ask for; accelerate's own
+    default where neither names one."""
     in_file = None
     if file and file != "none":
         try:
-            in_file = json.loads(Path(file).read_text(encoding="utf-8"))["zero_optimization"][
-                "stage"
-            ]
+            config = json.loads(Path(file).read_text(encoding="utf-8"))
+            in_file = config["zero_optimization"]["stage"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file}: no DeepSpeed file with zero_optimization.stage ({error!r})"
             ) from None
     if in_file not in (None, "auto"):
-        yield Asked("zero", str(in_file), file or by)
+        yield Request("zero", str(in_file), file or by)
     if stage is not None or in_file in (None, "auto"):
-        yield Asked("zero", str(2 if stage is None else stage), by)
+        yield Request("zero", str(2 if stage is None else stage), by)
 
 
-def _of_launch(launch: Launch) -> Iterator[Asked]:
-    """What accelerate's own parser reads in the command line and the configuration file it
-    names."""
+def _of_launch(launch: Launch) -> Iterator[Request]:
+    """What accelerate's own parser reads in the command line and the configuration file it names.
+
+    The environment alone does not say it: on a CPU `accelerate launch --num_processes 2` starts one
+    process and leaves no trace of the other."""
     handlers = list(logging.root.handlers)
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-    logging.root.handlers[:] = handlers  # that import takes over the logging of whoever does it
+    logging.root.handlers[:] = handlers  # that import replaces the handlers of whoever imports it
     options = launch_command_parser().parse_args(launch.arguments)
     own = launch.arguments[: -1 - len(options.training_script_args)]
     by = " ".join(["accelerate launch", *own]).removesuffix(" -m").removesuffix(" --module")
     if options.config_file:
         options.config_file = str(launch.folder / options.config_file)
-    silent, gpu_ids = options.num_processes is None, options.gpu_ids
+    count_given, gpu_ids = options.num_processes is not None, options.gpu_ids
     logger = logging.getLogger("accelerate.commands.launch")
-    logger.disabled = True  # what it fills in and says so, the launcher has said already
+    logger.disabled = True  # the launcher itself has reported the defaults it fills in
     options, defaults, _ = _validate_launch_command(options)
     logger.disabled = False
-    if not (silent and defaults is None):
-        yield Asked("processes", str(options.num_processes), by)
+    if count_given or defaults is not None:
+        yield Request("processes", str(options.num_processes), by)
     if options.use_deepspeed:
         yield from _stages(options.deepspeed_config_file, options.zero_stage, by)
     else:
-        yield Asked("zero", "none", by)
+        yield Request("zero", "none", by)
     if options.mixed_precision != "no":
-        yield Asked("precision", options.mixed_precision, by)
-    gpu_ids = gpu_ids or (defaults.gpu_ids if defaults else None)
+        yield Request("precision", options.mixed_precision, by)
     if options.cpu or options.use_cpu:
-        yield Asked("device", "cpu", by)
-    elif options.multi_gpu or gpu_ids:
-        yield Asked("device", "gpu", by)
+        yield Request("device", "cpu", by)
+    elif options.multi_gpu or gpu_ids or (defaults and defaults.gpu_ids):
+        yield Request("device", "gpu", by)
 
 
 def launch_above() -> Launch | None:
-    """The nearest `accelerate launch` above this process; None where there is none or the system
-    does not tell."""
+    """The nearest `accelerate launch` above this process; None where there is none, or no /proc."""
     process = os.getppid()
-    for _ in range(_LEVELS):
+    for _ in range(_ANCESTORS):
         folder = Path("/proc") / str(process)
         try:
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
             arguments = launch_arguments(words)
             if arguments is not None:
                 return Launch(arguments, (folder / "cwd").readlink())
-            # Behind the name, which may hold anything, in brackets: the state, then the parent.
-            process = int(
-                (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
-            )
+            # "12 (any name) S 11 ...": after the name in brackets come the state and the parent.
+            stat = (folder / "stat").read_text(errors="replace")
+            process = int(stat.rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):
             return None
     return None
 
 
 def launch_arguments(words: list[str]) -> list[str] | None:
-    """What follows `accelerate launch` in a command line, whichever way it is written; None where
-    it is another one."""
+    """What follows `accelerate launch` in a command line, however it is written; None for other
+    commands."""
     for place, word in enumerate(words):
         name = Path(word).name
-        if (
-            name == "accelerate-launch"
-            or word == "accelerate.commands.launch"
-            or word.endswith("accelerate/commands/launch.py")
-        ):
+        is_launch = name == "accelerate-launch" or word == "accelerate.commands.launch"
+        if is_launch or word.endswith("accelerate/commands/launch.py"):
             return words[place + 1 :]
-        is_door = name == "accelerate" or word == "accelerate.commands.accelerate_cli"
-        if is_door and words[place + 1 : place + 2] == ["launch"]:
+        is_cli = name == "accelerate" or word == "accelerate.commands.accelerate_cli"
+        if is_cli and words[place + 1 : place + 2] == ["launch"]:
             return words[place + 2 :]
     return None
-
-
-def _code(what: str, value: str) -> int:
-    return (
-        CHOICES[what].index(value)
-        if value in CHOICES[what]
-        else int(value)
-        if value.isdecimal()
-        else -1
-    )
-
-
-def _said(what: str, code: int) -> str:
-    return _phrase(what, CHOICES[what][code] if CHOICES[what] and code >= 0 else str(code))
-
-
-def _exchange(codes: list[int], accelerator: Accelerator) -> list[list[int]]:
-    """These numbers of every rank, by rank."""
-    if accelerator.num_processes == 1 or not dist.is_initialized():
-        return [codes]
-    mine = torch.tensor(codes, dtype=torch.int64, device=accelerator.device)
-    everyone = [torch.empty_like(mine) for _ in range(accelerator.num_processes)]
-    dist.all_gather(everyone, mine)
-    return [theirs.tolist() for theirs in everyone]

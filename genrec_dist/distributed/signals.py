@@ -1,14 +1,14 @@
-"""How a run is asked to stop, and how it says that it did."""
+"""Signals that ask a run to stop, and the exceptions with which it ends."""
 
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop; what it can go on from is written."""
+    """A signal asked the run to stop; what it can be resumed from is written."""
 
     def __init__(
         self, number: int, saved: str = "checkpoint written", remedy: str = "--resume latest"
@@ -18,12 +18,13 @@ class Stopped(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM reached a command that has nothing to save: it tidies up on its way out."""
+    """SIGTERM reached a command that has nothing to save; temporary files are removed on the way
+    out."""
 
 
 def terminate(number: int, frame: FrameType | None) -> None:
-    """A signal handler. Left to itself SIGTERM ends a process at once, and what it was writing
-    stays behind."""
+    """A signal handler that raises Terminated. By default SIGTERM ends a process at once, and
+    leaves its temporary files."""
     raise Terminated
 
 
@@ -32,8 +33,8 @@ class NotFinite(ValueError):
 
 
 class StopRequest:
-    """Notes SIGTERM and SIGINT while it is entered, so that the run can save first; a second SIGINT
-    ends at once."""
+    """Context that records SIGTERM and SIGINT in `number`, so that the run can save first; a second
+    SIGINT ends it at once."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -45,16 +46,11 @@ class StopRequest:
                 number: signal.signal(number, self._note)
                 for number in (signal.SIGTERM, signal.SIGINT)
             }
-        except ValueError:  # not in the main thread: whoever runs us there handles signals
+        except ValueError:  # not in the main thread: the caller's process handles signals
             self._before = {}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -65,7 +61,7 @@ class StopRequest:
 
 
 def ignore_signals(_: int) -> None:
-    """For workers that prepare batches: launchers and terminals signal the whole group, the trainer
-    alone ends its workers."""
+    """For workers that prepare batches: launchers and terminals signal the whole process group, but
+    only the trainer ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

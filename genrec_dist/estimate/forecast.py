@@ -320,7 +320,7 @@ def _fit(
         gpus,
         bf16,
         settings=read_settings(zero_files, method),
-        average=recipe.optimizer.average > 0,
+        average=recipe.optimizer.ema_decay > 0,
         step_id_rows=max(_step_id_rows(each, gpus) for each in samples),
     )
 

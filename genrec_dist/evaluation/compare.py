@@ -20,6 +20,7 @@ from genrec_shards.atomic import atomic_file
 from genrec_shards.splits import Split
 from rich.table import Table
 
+from genrec_dist.config.load import use_current_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT
 from genrec_dist.evaluation.metrics import TOP, WEIGHTS, metrics_from_histogram, rank_histogram
 from genrec_dist.evaluation.results import lists_name
@@ -345,6 +346,8 @@ def _load(path: Path, split: Split) -> _Run:
     file = path / f"metrics-{split}.json"
     try:
         metrics = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(metrics.get("recipe"), dict):
+            use_current_keys(metrics["recipe"], str(file))
         protocol, top = metrics["protocol"], int(metrics.get("top", TOP))
         {key: protocol[key] for key in (*_MUST_AGREE, *_MAY_DIFFER)}
         {key: float(metrics[key]) for key in METRICS}

@@ -63,7 +63,7 @@ def evaluate(
     if protocol.graph is not None:
         graph = Graph.of(dataset.sequences, split, trained_through, decoding.graph)
 
-    alike = ranks.texts(f"{dataset.info.sequences_hash} {decoding}")
+    alike = ranks.all_gather_str(f"{dataset.info.sequences_hash} {decoding}")
 
     def opened() -> ResultsWriter | None:
         check_numbering(run, dataset)
@@ -90,12 +90,12 @@ def evaluate(
             writer.add(found.user_rows, found.items, found.scores)
 
     with contextlib.ExitStack() as files:
-        writer = ranks.together(opened)
+        writer = ranks.run_on_all(opened)
         start = time.perf_counter()
         for found in rank_windows(
             run.searcher, run.layout, view, users_U, decoding, ranks, on_batch, window=window, graph=graph
         ):  # fmt: skip
-            ranks.together(partial(add, found))
+            ranks.run_on_all(partial(add, found))
         seconds = time.perf_counter() - start
 
         def finish() -> dict[str, Any] | None:
@@ -104,4 +104,4 @@ def evaluate(
             beside = reference_scores(dataset, split, protocol, writer.expected)
             return writer.finish(seconds, beside)
 
-        return ranks.together(finish)
+        return ranks.run_on_all(finish)

@@ -71,7 +71,7 @@ def recommend_all(
             lists.add(found)
 
     with contextlib.ExitStack() as files:
-        lists = ranks.together(opened)
+        lists = ranks.run_on_all(opened)
         users_U, searcher, layout = (
             np.arange(sequences.num_users),
             recommender.searcher,
@@ -80,8 +80,8 @@ def recommend_all(
         for found in rank_windows(
             searcher, layout, view, users_U, decoding, ranks, on_batch, window=window
         ):
-            ranks.together(partial(add, found))
-        ranks.together(lambda: None if lists is None else lists.finish())
+            ranks.run_on_all(partial(add, found))
+        ranks.run_on_all(lambda: None if lists is None else lists.finish())
     return path if ranks.is_main else None
 
 

@@ -83,7 +83,7 @@ def _certain(words: WordTable) -> Certain:
     """Raises ValueError for a catalogue of one item, about which there is nothing to learn."""
     if words.num_items < 2:
         raise ValueError(
-            "tokens.certain given: a catalogue of one item leaves nothing to learn: set it to learned"
+            "tokens.forced given: a catalogue of one item leaves nothing to learn: set it to learned"
         )
     tokens, ends = np.zeros(len(words.tokens), bool), np.zeros(len(words.lengths), bool)
     items = slice(words.first_item_word, words.first_user_word)

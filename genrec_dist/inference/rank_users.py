@@ -76,16 +76,16 @@ def rank_windows(
     are dealt to the ranks in turn, so no list depends on the number of ranks. All ranks get equally
     many windows. `on_batch` hears, on each rank, how many users all ranks together have done since.
     `graph`: of mode `hybrid`. Raises on all ranks where one fails. What may fail in between, such
-    as writing, belongs into `Ranks.together`, or the others would not hear of it."""
+    as writing, belongs into `Ranks.run_on_all`, or the others would not hear of it."""
     times_seen = np.zeros(len(view.starts) if ranks.is_main else 0, np.uint8)
     for start in range(0, len(user_rows_U), window):
         rows_U = user_rows_U[start : start + window]
         lists = _WindowLists(rows_U if ranks.is_main else rows_U[:0], decoding.top)
         _rank_window(searcher, layout, view, rows_U, decoding, ranks, lists, on_batch, graph)
-        ranks.together(partial(check_once, lists.times_seen_U))
+        ranks.run_on_all(partial(check_once, lists.times_seen_U))
         np.add.at(times_seen, lists.rows_U, 1)
         yield Window(lists.rows_U, lists.items_UN, lists.scores_UN)
-    ranks.together(lambda: check_once(times_seen[user_rows_U]) if ranks.is_main else None)
+    ranks.run_on_all(lambda: check_once(times_seen[user_rows_U]) if ranks.is_main else None)
 
 
 def _rank_window(

@@ -39,9 +39,9 @@ def tune_mixture(
     the candidates is computed once and mixed in all ways of the grid. Collective. Raises ValueError
     if training saw the validation targets."""
     ranks = ranks or Ranks()
-    ranks.together(partial(check_numbering, run, dataset))
-    ranks.together(partial(check_split, run, dataset))
-    graph = ranks.together(
+    ranks.run_on_all(partial(check_numbering, run, dataset))
+    ranks.run_on_all(partial(check_split, run, dataset))
+    graph = ranks.run_on_all(
         lambda: Graph.of(dataset.sequences, "validation", trained_through, decoding.graph)
     )
     view = dataset.sequences.history_and_target("validation")
@@ -71,7 +71,7 @@ def tune_mixture(
                 on_batch(len(rows_B))
         return counts_G
 
-    parts = ranks.exchange(ranks.together(mine).flatten().tolist())
+    parts = ranks.exchange(ranks.run_on_all(mine).flatten().tolist())
     choice = mixture.choose(tried, np.sum(parts, axis=0).reshape(len(tried), -1))
     if ranks.is_main:
         mixture.save(choice, run.path, mixture_origin(dataset, decoding, trained_through))

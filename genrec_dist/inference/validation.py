@@ -39,7 +39,7 @@ def target_histogram(
             counts += rank_histogram(target_ranks(lists.items, view.targets[rows_B]))
         return counts
 
-    total: np.ndarray = np.sum(ranks.exchange(ranks.together(mine).tolist()), axis=0)
+    total: np.ndarray = np.sum(ranks.exchange(ranks.run_on_all(mine).tolist()), axis=0)
     assert total.sum() == len(user_rows_U)
     return total
 
@@ -67,7 +67,7 @@ def history_loss(
             for users_B in batches[ranks.rank :: ranks.size]
         ]
 
-    sums = ranks.together(mine)
+    sums = ranks.run_on_all(mine)
     sums += [(0.0, 0)] * (-(-len(batches) // ranks.size) - len(sums))
     losses, tokens = zip(*sums, strict=True)
     bits = np.array(losses, np.float64).view(np.int64)

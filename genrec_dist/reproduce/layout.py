@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from genrec_shards.dataset import Dataset, load_dataset
 
-from genrec_dist.distributed.deadline import Ending
+from genrec_dist.distributed.deadline import Deadline
 from genrec_dist.reproduce.systems import Decoded, ProtocolName, Rule, System
 
 NUMBERINGS: dict[ProtocolName, Literal["random", "given"]] = {
@@ -28,7 +28,7 @@ class Place:
     source: Path
     """The file of sequences."""
     seeds: int
-    ending: Ending
+    ending: Deadline
     say: Callable[[str], None]
     _datasets: dict[str, Dataset] = field(default_factory=dict)
 

@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 from genrec_dist.baselines import counting
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
-from genrec_dist.distributed.deadline import Ending, OutOfTime
+from genrec_dist.distributed.deadline import Deadline, OutOfTime
 from genrec_dist.estimate.forecast import forecast
 from genrec_dist.estimate.hardware import CARDS
 from genrec_dist.evaluation.compare import write_json
@@ -99,7 +99,7 @@ def reproduce(options: Options, console: Console) -> bool:
     signal."""
     _refuse_ranks()
     with hold(options.out / ".lock", "another genrec reproduce works in this directory"):
-        ending = Ending(options.minutes)
+        ending = Deadline(options.minutes)
         with ending.stop:
             work = plan(options, console, ending)
             for note in work.notes:
@@ -118,7 +118,7 @@ def reproduce(options: Options, console: Console) -> bool:
             return True
 
 
-def plan(options: Options, console: Console, ending: Ending | None = None) -> Work:
+def plan(options: Options, console: Console, ending: Deadline | None = None) -> Work:
     """All steps, checked against what is there; nothing is written."""
     choices, notes = _settled(options.choices)
     sequences = read_sequences(options.data)
@@ -128,7 +128,7 @@ def plan(options: Options, console: Console, ending: Ending | None = None) -> Wo
         options.out,
         options.data,
         options.seeds,
-        ending or Ending(),
+        ending or Deadline(),
         lambda text: _say(console, f"  {text}"),
     )
     resolved = _recipes(choices)

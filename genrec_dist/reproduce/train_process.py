@@ -21,7 +21,7 @@ from genrec_shards.file_lock import hold
 from genrec_dist.config.load import dump_recipe, load_recipe
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
 from genrec_dist.console import exit_code_of
-from genrec_dist.distributed.deadline import Ending
+from genrec_dist.distributed.deadline import Deadline
 from genrec_dist.evaluation.metrics import as_written
 from genrec_dist.report.run_files import read_journal
 from genrec_dist.training.checkpoint import list_checkpoints
@@ -53,13 +53,13 @@ def check_same(run: Path, asked: Recipe) -> None:
             )
 
 
-def train_run(recipe: Recipe, ending: Ending, say: Callable[[str], None]) -> None:
+def train_run(recipe: Recipe, ending: Deadline, say: Callable[[str], None]) -> None:
     """Train a recipe's run to its end, from its last checkpoint where it has one. What it says goes
     to `RUN.log` beside it.
 
     Accelerate keeps one state a process and refuses a second precision, so each training is a
     process; it is forked off a server that has the libraries loaded, and it saves and ends when
-    this one is gone. Raises what `Ending.check` raises once the run has saved, ValueError with the
+    this one is gone. Raises what `Deadline.check` raises once the run has saved, ValueError with the
     run's own last line where it failed."""
     run = Path(recipe.run)
     check_same(run, recipe)

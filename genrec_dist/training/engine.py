@@ -1,4 +1,4 @@
-"""How weights lie over ranks and take a step: whole on each (alone, DDP), or spread by DeepSpeed's
+"""The optimiser step of a run: weights whole on each rank (alone, DDP), or sharded by DeepSpeed's
 ZeRO."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Batch
-from genrec_dist.distributed import launch_check as topology
+from genrec_dist.distributed import launch_check
 from genrec_dist.model.genrec import (
     GenRecForConditionalGeneration,
     choose_attention,
@@ -38,44 +38,57 @@ SUPPORTED = (
     DistributedType.DEEPSPEED,
 )
 
-# What the recipe decides, under its names in a DeepSpeed file.
+# What the recipe decides, by its keys in a DeepSpeed file.
 _DECIDED_BY_RECIPE = ("gradient_clipping", "bf16", "fp16", "optimizer", "scheduler")
 
 
 @dataclass(frozen=True)
-class Fragment:
-    """A stretch of one parameter that this rank owns, as a stretch of one of its masters."""
+class Segment:
+    """Consecutive elements of one parameter, and their place in one of this rank's masters.
+
+    An example: ZeRO-1 on two ranks concatenates parameters a (6 elements) and b (4) into one flat
+    tensor and gives each rank half of it as its master 0:
+
+        a: 0 1 2 3 4 | 5      b: 6 7 8 9
+           rank 0         rank 1
+
+    Rank 0 has Segment("a", start=0, master=0, offset=0, numel=5); rank 1 has Segment("a", start=5,
+    master=0, offset=0, numel=1) and Segment("b", start=0, master=0, offset=1, numel=4).
+    """
 
     name: str
     """Of the parameter in the model."""
     start: int
     """First element, counted in the flattened parameter."""
     master: int
-    """Place in `Engine.masters`."""
+    """Index in `Engine.masters`."""
     offset: int
     """First element, counted in the flattened master."""
     numel: int
 
+    def of(self, masters: list[Tensor]) -> Tensor:
+        """A flat view of these elements in the masters, or in tensors of their shapes."""
+        return masters[self.master].detach().view(-1)[self.offset : self.offset + self.numel]
+
 
 class Engine(Protocol):
-    """One optimiser step, whatever the spread; and what a checkpoint has to know of it."""
+    """One optimiser step, however the weights are stored; and what a checkpoint has to know."""
 
     optimizer: torch.optim.AdamW
-    """Ours, stepping `masters`; its groups' `lr` counts."""
+    """Steps `masters`; the `lr` of its groups counts."""
     masters: list[Tensor]
-    """float32, what the optimiser steps: the parameters themselves, or this rank's flat partitions
-    of them."""
-    fragments_read: list[Fragment]
-    """What of the model lies in this rank's masters."""
-    fragments: list[Fragment]
-    """What of it this rank stores in a checkpoint; over all ranks each element of each parameter
-    once."""
+    """float32, what the optimiser steps: the parameters themselves, or this rank's flat shards of
+    them."""
+    segments_read: list[Segment]
+    """What of the model is in this rank's masters."""
+    segments: list[Segment]
+    """What this rank stores in a checkpoint; over all ranks each element of each parameter once."""
     needs_equal_micro_steps: bool
-    """Whether a rank with fewer micro-batches than another would leave it waiting."""
+    """Whether all ranks must take equally many micro-batches per step."""
 
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch; at the last one of a step the ranks'
-        gradients meet."""
+        """Context of forward and backward of a micro-batch; in the last one of a step the ranks'
+        gradients are summed."""
 
     def loss(self, batch: Batch, label_smoothing: float, tokens_a_target: float = 1.0) -> Tensor:
         """The summed cross-entropy of a micro-batch on the device, in training mode: a float32
@@ -86,8 +99,8 @@ class Engine(Protocol):
         ranks."""
 
     def step(self) -> Tensor:
-        """Clip, step, forget the gradients; the global gradient norm before clipping. Not finite:
-        nothing was stepped or the weights are lost, and the run has to end."""
+        """Clip, step and clear the gradients; returns the global gradient norm before clipping. If
+        it is not finite, nothing was stepped or the weights are lost, and the run has to end."""
 
     def whole(self) -> AbstractContextManager[GenRecForConditionalGeneration]:
         """Collective: the model with the masters' values in float32, for decoding and for
@@ -98,41 +111,39 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate's state for this recipe; topology comes from the launcher, the rest from the
     recipe.
 
-    Raises ValueError where the launcher's files decide what the recipe decides, or ask for what is
-    not supported."""
-    precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
+    Raises:
+        ValueError: where the launcher's files decide what the recipe decides, or ask for what is
+            not supported.
+    """
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision fp16 needs a GPU: use bf16 or fp32 here")
     on_gpu = torch.accelerator.is_available()
     if not on_gpu:
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # what DeepSpeed would find anyway, and warn of
+        # What DeepSpeed would find anyway, with a warning.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     plugin = _deepspeed_plugin(recipe)
-    gloo = [_gloo_for_deepspeed()] if plugin is not None and not on_gpu else None
+    handlers = None
+    if plugin is not None and not on_gpu:
+        # Plain gloo. Otherwise DeepSpeed would look for a collective library of its own on a CPU,
+        # and at each start compile one for the ranks of a node, under a lock that a killed run
+        # leaves to all later ones.
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        handlers = [InitProcessGroupKwargs(backend="gloo")]
+    precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
     accelerator = Accelerator(
-        mixed_precision=precision, deepspeed_plugin=plugin, kwargs_handlers=gloo
+        mixed_precision=precision, deepspeed_plugin=plugin, kwargs_handlers=handlers
     )
-    # Otherwise from_pretrained would spread a backbone that is still to be read and given its id
-    # tables.
+    # Otherwise from_pretrained would shard a backbone before it has its weights and id tables.
     unset_hf_deepspeed_config()
     if accelerator.distributed_type not in SUPPORTED:
         names = ", ".join(str(kind.value) for kind in SUPPORTED)
         raise ValueError(
             f"{accelerator.distributed_type.value}: not supported; launch with one of {names}"
         )
-    topology.check(accelerator, recipe.precision)
+    launch_check.check(accelerator, recipe.precision)
     return accelerator
-
-
-def _gloo_for_deepspeed() -> InitProcessGroupKwargs:
-    """Plain gloo. Left to itself, DeepSpeed would look for a collective library of its own on a
-    CPU, and at each start compile one for ranks of a node, behind a lock that a killed run leaves
-    to all later ones."""
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return InitProcessGroupKwargs(backend="gloo")
 
 
 def _deepspeed_plugin(recipe: Recipe) -> DeepSpeedPlugin | None:
@@ -141,38 +152,39 @@ def _deepspeed_plugin(recipe: Recipe) -> DeepSpeedPlugin | None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
         return None
     if AcceleratorState._shared_state and AcceleratorState().deepspeed_plugin is not None:
-        return None  # a second loop of one process, as in tests: the state stands
+        return None  # a second loop in one process, as in tests: accelerate keeps its state
     if find_spec("deepspeed") is None:
         raise ValueError(
-            "DeepSpeed was asked for and is not installed: pip install 'genrec-dist[zero]', or launch with DDP"
+            "DeepSpeed was asked for and is not installed: pip install 'genrec-dist[zero]', or "
+            "launch with DDP"
         )
     if recipe.precision == "fp16":
         raise ValueError(
-            "precision fp16 under DeepSpeed: not supported, its loss scale is in no checkpoint; use bf16"
+            "precision fp16 under DeepSpeed: not supported, its loss scale is in no checkpoint; "
+            "use bf16"
         )
     plugin = DeepSpeedPlugin()
     source = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "the launcher's DeepSpeed settings")
     config = plugin.deepspeed_config
     for key in _DECIDED_BY_RECIPE:
         found = config.get(key)
-        if found not in (None, "auto") and not (
-            isinstance(found, dict) and set(found.values()) <= {"auto"}
-        ):
+        values = list(found.values()) if isinstance(found, dict) else [found]
+        if any(value not in (None, "auto") for value in values):
             raise ValueError(
                 f"{source}: {key} is {found}: the recipe decides it; remove it or write auto"
             )
     config |= {
-        # A step's micro-batches are cut by tokens and may differ in number: the loop tells the
-        # engine which is the last.
+        # Micro-batches are cut by tokens, so their number varies from step to step: the loop tells
+        # the engine which is the last.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": recipe.optimizer.clip,
+        "gradient_clipping": recipe.optimizer.max_grad_norm,
         "bf16": {"enabled": recipe.precision == "bf16"},
         "fp16": {"enabled": False},
         "zero_allow_untested_optimizer": True,
     }
     if plugin.zero_stage > 0:
-        # bf16 sums over micro-batches would lose what small gradients add; stage 0 knows no other.
+        # bf16 sums over micro-batches would lose small gradients; stage 0 has no other dtype.
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     config.pop("train_batch_size", None)
     config.setdefault("steps_per_print", 2**62)  # it prints to standard output
@@ -182,18 +194,17 @@ def _deepspeed_plugin(recipe: Recipe) -> DeepSpeedPlugin | None:
 def make_engine(
     model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator
 ) -> Engine:
-    """Put a model on its device and under its optimiser; under DeepSpeed, spread it. Collective."""
+    """The engine of a model, on its device; under DeepSpeed it shards the model. Collective."""
     choose_attention(model.to(accelerator.device), recipe.precision)
     choose_loss(model, recipe.head)
-    choose_layers(model, recipe.compile == "layers", recipe.recompute)
+    choose_layers(model, recipe.compile == "layers", recipe.activation_checkpointing)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return Spread(model, recipe, accelerator)
     return Replicated(model, recipe, accelerator)
 
 
 class Replicated:
-    """Whole weights in float32 on each rank; gradients are summed by DDP where there is more than
-    one."""
+    """Whole float32 weights on each rank; DDP sums the gradients of several ranks."""
 
     needs_equal_micro_steps = False
 
@@ -201,17 +212,17 @@ class Replicated:
         self, model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator
     ):
         self.model, self.accelerator = model, accelerator
-        self.clip = recipe.optimizer.clip or math.inf
+        self.max_grad_norm = recipe.optimizer.max_grad_norm or math.inf
         self.optimizer = build_optimizer(model, recipe.optimizer)
         self.prepared, self.prepared_optimizer = accelerator.prepare(model, self.optimizer)
         named = dict(model.named_parameters())
         self.masters: list[Tensor] = list(named.values())
-        self.fragments_read = [
-            Fragment(name, 0, place, 0, p.numel()) for place, (name, p) in enumerate(named.items())
+        self.segments_read = [
+            Segment(name, start=0, master=number, offset=0, numel=p.numel())
+            for number, (name, p) in enumerate(named.items())
         ]
-        self.fragments = (
-            self.fragments_read if accelerator.is_main_process else []
-        )  # the others hold the same
+        # The other ranks hold the same.
+        self.segments = self.segments_read if accelerator.is_main_process else []
 
     def micro_step(self, last: bool) -> AbstractContextManager[None]:
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared)
@@ -225,7 +236,9 @@ class Replicated:
         self.accelerator.backward(loss * self.accelerator.num_processes)
 
     def step(self) -> Tensor:
-        norm: Tensor = self.accelerator.clip_grad_norm_(self.prepared.parameters(), self.clip)
+        norm: Tensor = self.accelerator.clip_grad_norm_(
+            self.prepared.parameters(), self.max_grad_norm
+        )
         self.prepared_optimizer.step()
         self.prepared_optimizer.zero_grad(set_to_none=True)
         return norm
@@ -246,83 +259,73 @@ class Spread:
         self, model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator
     ):
         self.model, self.recipe, self.accelerator = model, recipe, accelerator
-        ours = build_optimizer(model, recipe.optimizer)
-        low = recipe.precision != "fp32"
-        exact = {
-            name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if low
-        }
-        self.engine, _ = accelerator.prepare(model, ours)
+        optimizer = build_optimizer(model, recipe.optimizer)
+        exact = {}
+        if recipe.precision != "fp32":
+            exact = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters()}
+        self.engine, _ = accelerator.prepare(model, optimizer)
         self.stage = self.engine.zero_optimization_stage()
-        # Float32 at stage 0 alone has no wrapper that keeps masters: the parameters are stepped
-        # themselves.
+        # Only stage 0 in float32 has no wrapper that keeps masters: its parameters are stepped.
         self.wrapped = self.engine.optimizer is not self.engine.basic_optimizer
         self.optimizer = self.engine.basic_optimizer
         for state in self.optimizer.state.values():
-            # At stage 0 in bf16 DeepSpeed makes room for the moments by a step without gradients,
-            # and AdamW counts it.
+            # At stage 0 in bf16 DeepSpeed allocates the moments by a step without gradients, which
+            # AdamW counts.
             state["step"].zero_()
-        self.masters = self._masters()
-        self.fragments_read = self._fragments()
-        self.fragments = self.fragments_read if self.stage or accelerator.is_main_process else []
-        if low:
-            self._fill_masters(exact)
+        self.masters, self.segments_read = self._masters_and_segments()
+        self.segments = self.segments_read if self.stage or accelerator.is_main_process else []
+        # DeepSpeed makes its float32 masters of weights that it has rounded to bf16 before; a
+        # resumed run would drift.
+        for segment in self.segments_read if exact else []:
+            values = exact[segment.name].view(-1)[segment.start : segment.start + segment.numel]
+            segment.of(self.masters).copy_(values)
 
-    @torch.no_grad()
-    def _fill_masters(self, exact: dict[str, Tensor]) -> None:
-        """DeepSpeed makes its float32 masters of weights that it has rounded to bf16 before; a
-        resume would drift."""
-        for fragment in self.fragments_read:
-            values = exact[fragment.name].view(-1)[fragment.start : fragment.start + fragment.numel]
-            master = self.masters[fragment.master].view(-1)
-            master[fragment.offset : fragment.offset + fragment.numel] = values.to(master.device)
-
-    def _masters(self) -> list[Tensor]:
-        wrapper = self.engine.optimizer
+    def _masters_and_segments(self) -> tuple[list[Tensor], list[Segment]]:
+        """The float32 tensors that DeepSpeed's optimiser steps, and the model's segments in
+        them."""
+        wrapper, named = self.engine.optimizer, dict(self.model.named_parameters())
         if self.stage == 0:
-            return [master for _, master in self._pairs()]
+            pairs = [(parameter, parameter) for parameter in named.values()]
+            if self.wrapped:
+                groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+                pairs = [pair for group in groups for pair in zip(*group, strict=True)]
+            number_of = {id(parameter): number for number, (parameter, _) in enumerate(pairs)}
+            segments = [
+                Segment(name, start=0, master=number_of[id(p)], offset=0, numel=p.numel())
+                for name, p in named.items()
+            ]
+            return [master for _, master in pairs], segments
         for name in (
-            "fp32_partitioned_groups_flat",
-            "single_partition_of_fp32_groups",
-            "fp32_groups_flat_partition",
+            "fp32_partitioned_groups_flat",  # ZeRO-3
+            "single_partition_of_fp32_groups",  # ZeRO-1 and -2
+            "fp32_groups_flat_partition",  # ZeRO-1 in bf16
         ):
-            if hasattr(wrapper, name):  # ZeRO-3, ZeRO-1 and -2, ZeRO-1 in bf16
-                return list(getattr(wrapper, name))
+            if hasattr(wrapper, name):
+                find = self._zero3_segment if self.stage == 3 else self._flat_segment
+                found = [find(parameter_name, p) for parameter_name, p in named.items()]
+                masters = list(getattr(wrapper, name))
+                return masters, [segment for segment in found if segment is not None]
         raise ValueError(
-            f"{type(wrapper).__name__} of this DeepSpeed is unknown here: use a version pyproject.toml names"
+            f"{type(wrapper).__name__} of this DeepSpeed is unknown here: use a version that "
+            "pyproject.toml names"
         )
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Stage 0: (parameter, its master); in float32 the two are one."""
-        wrapper = self.engine.optimizer
-        if not self.wrapped:
-            return [(parameter, parameter) for parameter in self.model.parameters()]
-        groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
-        return [pair for ours, masters in groups for pair in zip(ours, masters, strict=True)]
-
-    def _fragments(self) -> list[Fragment]:
-        named = self.model.named_parameters()
-        if self.stage == 0:
-            place = {id(parameter): k for k, (parameter, _) in enumerate(self._pairs())}
-            return [Fragment(name, 0, place[id(p)], 0, p.numel()) for name, p in named]
-        found = self._zero3_fragment if self.stage == 3 else self._flat_fragment
-        return [fragment for name, p in named if (fragment := found(name, p)) is not None]
-
-    def _flat_fragment(self, name: str, parameter: Any) -> Fragment | None:
-        """Stages 1 and 2 cut the concatenation of a group's parameters into as many pieces as there
-        are ranks."""
+    def _flat_segment(self, name: str, parameter: Any) -> Segment | None:
+        """Of stages 1 and 2, which cut the concatenation of a group's parameters into as many
+        shards as there are ranks."""
         mapping = parameter._hp_mapping
         if mapping is None:
             return None
-        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-        return Fragment(name, here.start, mapping.param_group_index, there.start, here.numel)
+        low, high = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return Segment(name, low.start, mapping.param_group_index, high.start, low.numel)
 
-    def _zero3_fragment(self, name: str, parameter: Any) -> Fragment | None:
-        """Stage 3 cuts each parameter into equal pieces, the last one padded."""
+    def _zero3_segment(self, name: str, parameter: Any) -> Segment | None:
+        """Of stage 3, which cuts each parameter into equal shards, the last one padded."""
         wrapper = self.engine.optimizer
         group, offset, numel = wrapper.grad_position[wrapper.get_param_id(parameter)]
         start = self.accelerator.process_index * numel
         held = min(numel, parameter.ds_numel - start)
-        return Fragment(name, start, group, offset, held) if held > 0 else None
+        return Segment(name, start, group, offset, held) if held > 0 else None
 
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
@@ -339,53 +342,41 @@ class Spread:
 
     def step(self) -> Tensor:
         norm = None
-        if not self.wrapped:  # DeepSpeed would clip as well, and keep the norm to itself
-            norm = nn.utils.clip_grad_norm_(
-                self.model.parameters(), self.recipe.optimizer.clip or math.inf
-            )
+        if not self.wrapped:  # DeepSpeed would clip as well, without giving the norm
+            limit = self.recipe.optimizer.max_grad_norm or math.inf
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         self.engine.step()
         if getattr(self.engine.optimizer, "overflow", False):
-            # DeepSpeed has skipped the step and would go on without a word.
+            # DeepSpeed has skipped the step and would go on silently.
             return torch.tensor(math.nan)
-        return torch.as_tensor(
-            self.engine.get_global_grad_norm() if norm is None else norm, dtype=torch.float32
-        )
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        return torch.as_tensor(norm, dtype=torch.float32)
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[GenRecForConditionalGeneration]:
-        model = self._empty_copy()
         device = self.accelerator.device
-        mine = {
-            fragment.name: fragment for fragment in self.fragments
-        }  # each element once over all ranks
+        with torch.device("meta"):
+            model = GenRecForConditionalGeneration(self.model.config)
+        model.to_empty(device=device)
+        model.tie_weights()
+        buffers = zip(model.named_buffers(), self.model.named_buffers(), strict=True)
+        for (_, copy), (_, buffer) in buffers:
+            copy.copy_(buffer)
+        choose_attention(model, self.recipe.precision)
+        model.eval()
+        mine = {segment.name: segment for segment in self.segments}
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                # A sum of one number and zeros is that number.
+                # Each element is in the segments of one rank alone, and a sum of one number and
+                # zeros is that number.
                 flat = torch.zeros(parameter.numel(), device=device)
                 if name in mine:
-                    part = mine[name]
-                    values = (
-                        self.masters[part.master]
-                        .detach()
-                        .view(-1)[part.offset : part.offset + part.numel]
-                    )
-                    flat[part.start : part.start + part.numel] = values.to(device)
+                    start, numel = mine[name].start, mine[name].numel
+                    flat[start : start + numel] = mine[name].of(self.masters).to(device)
                 dist.all_reduce(flat)
                 parameter.copy_(flat.view_as(parameter))
         with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
             yield model
-
-    def _empty_copy(self) -> GenRecForConditionalGeneration:
-        with torch.device("meta"):
-            model = GenRecForConditionalGeneration(self.model.config)
-        model.to_empty(device=self.accelerator.device)
-        model.tie_weights()
-        for (_, ours), (_, theirs) in zip(
-            model.named_buffers(), self.model.named_buffers(), strict=True
-        ):
-            ours.copy_(theirs)
-        choose_attention(model, self.recipe.precision)
-        return model.eval()
 
 
 def _loss(prepared: Any, batch: Batch, label_smoothing: float, tokens_a_target: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: `events.jsonl` and TensorBoard."""
+"""The events of a run: `events.jsonl` and TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class EventLog:
-    """Appends one JSON object a line; numbers also go to TensorBoard. `active=False` (other ranks)
-    writes nothing."""
+    """Appends one JSON object per line; numbers of steps and validations also go to TensorBoard.
+    `active=False` (other ranks) writes nothing."""
 
     def __init__(self, run: Path, active: bool = True):
         self.active = active
@@ -23,6 +23,7 @@ class EventLog:
         self.board = SummaryWriter(str(run / "tensorboard"))
 
     def write(self, event: str, **fields: Any) -> None:
+        """Append an event, with the time."""
         if not self.active:
             return
         line = {"time": round(time.time(), 3), "event": event, **fields}
@@ -33,6 +34,7 @@ class EventLog:
                     self.board.add_scalar(f"{event}/{name}", value, fields["step"])
 
     def close(self) -> None:
+        """Flush and close both files."""
         if self.active:
             self.file.close()
             self.board.close()

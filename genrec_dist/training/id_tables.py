@@ -1,5 +1,4 @@
-"""Id tables outside the model: the rows a step touches are fetched, learned and stored, and no
-others."""
+"""Id tables outside the model: a step fetches, updates and stores only the rows that it uses."""
 
 # D width of the tables, u rows of a step
 
@@ -27,8 +26,12 @@ Kind = Literal["user", "item"]
 
 
 def plan_ids(step: RankStep, config: GenRecConfig) -> RankStep:
-    """The step with its ids as places among its distinct rows: made by the data worker, so that the
-    loop never sorts."""
+    """The step with its ids as indices into its distinct rows. Data workers do this, so that the
+    loop never sorts.
+
+    An example: two micro-batches have the item rows [7, 3] and [3, 0, 9], where 0 means no item.
+    `id_rows["item"]` is [2, 6, 8], the table rows of the ids 3, 7 and 9, and the micro-batches
+    get [2, 1] and [1, 0, 3]: index 0 is the zero row."""
     encoders = [batch.encoder for batch in step.micro_batches]
     plans: dict[str, Tensor] = {}
     for kind, num_rows in (("user", config.num_users), ("item", config.num_items)):
@@ -51,8 +54,8 @@ def plan_ids(step: RankStep, config: GenRecConfig) -> RankStep:
 
 
 class IdTables:
-    """User and item tables, their rows spread over the ranks. Empty for a model that has its tables
-    within."""
+    """User and item tables, their rows sharded over the ranks. Empty for a model that has them
+    inside."""
 
     def __init__(self, config: GenRecConfig, seed: int, ranks: Ranks, device: torch.device):
         self.ranks, self.device = ranks, device
@@ -76,47 +79,54 @@ class IdTables:
         self.leaves: dict[Kind, Tensor] = {}
 
     def begin_with(self, rows: Mapping[Kind, Tensor]) -> None:
-        """Let the first rows of tables be these, float32 [n, D], the same on each rank; the others
-        keep what they drew."""
+        """Set the first rows of tables, float32 [n, D], the same on each rank; the others keep
+        their random values."""
         for kind, table in self.tables.items():
             if kind in rows:
                 table.begin_with(rows[kind])
 
     @property
     def num_parameters(self) -> int:
+        """Of the tables of all ranks."""
         return sum(table.num_rows * table.dim for table in self.tables.values())
 
     def attach(self, model: GenRecForConditionalGeneration, step: RankStep) -> None:
-        """Fetch a step's rows and put them where its micro-batches look for them. Collective."""
+        """Fetch a step's rows and put them into the model, for its micro-batches. Collective."""
         for kind, table in self.tables.items():
             self.leaves[kind] = table.fetch(step.id_rows[kind], zero_row=True).requires_grad_()
-            _place_of(model, kind).weight = self.leaves[kind]
-            _place_of(model, kind).rows = None
+            module = _module_of(model, kind)
+            module.weight, module.rows = self.leaves[kind], None
 
     def learn(self, learning_rate: float) -> None:
-        """Give the rows of the attached step their gradients. Collective."""
+        """Update the rows of the attached step by their gradients. Collective."""
         for kind, table in self.tables.items():
             leaf = self.leaves.pop(kind)
             gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
-            # The loss went times the number of ranks into the backward pass, for those who average
-            # over them.
+            # Engines multiply the loss by the number of ranks before the backward pass, since DDP
+            # and DeepSpeed average over ranks.
             table.update(gradient[1:], learning_rate=learning_rate, scale=1 / self.ranks.size)
 
     @contextlib.contextmanager
     def serving(
         self, model: GenRecForConditionalGeneration, view: SplitView, users_U: np.ndarray
     ) -> Iterator[None]:
-        """A model that can read these users' histories: their rows are fetched once. Collective."""
+        """Context in which the model can encode these users' histories. Collective.
+
+        Args:
+            model: without tables inside.
+            view: histories of all users.
+            users_U: int64 [U], whose rows are fetched, once.
+        """
         items, _ = ragged(view.starts[users_U], (view.ends - view.starts)[users_U])
-        wanted: dict[Kind, np.ndarray] = {"user": users_U, "item": view.items[items]}
+        used: dict[Kind, np.ndarray] = {"user": users_U, "item": view.items[items]}
         for kind, table in self.tables.items():
-            rows_u = torch.from_numpy(np.unique(wanted[kind]).astype(np.int64))
-            place = _place_of(model, kind)
-            place.weight, place.rows = table.fetch(rows_u, zero_row=True), rows_u.to(self.device)
+            rows_u = torch.from_numpy(np.unique(used[kind]).astype(np.int64))
+            module = _module_of(model, kind)
+            module.weight, module.rows = table.fetch(rows_u, zero_row=True), rows_u.to(self.device)
         yield
 
     def whole(self, model: GenRecForConditionalGeneration) -> GenRecForConditionalGeneration | None:
-        """The model with its tables within, on rank 0's CPU; None elsewhere. Collective."""
+        """The model with its tables inside, on rank 0's CPU; None elsewhere. Collective."""
         if not self.tables:
             return model if self.ranks.is_main else None
         rows = {f"{kind}_embedding.weight": table.full() for kind, table in self.tables.items()}
@@ -125,7 +135,12 @@ class IdTables:
         config = GenRecConfig(**{**model.config.to_dict(), "ids_outside": False})
         with torch.device("meta"):
             complete = GenRecForConditionalGeneration(config)
-        tables = {name: _with_zero_row(table) for name, table in rows.items() if table is not None}
+        # Before the rows is the zero row, which all positions without an id use.
+        tables = {
+            name: torch.cat([table.new_zeros(1, table.shape[1]), table])
+            for name, table in rows.items()
+            if table is not None
+        }
         inside = {name: value.detach().cpu() for name, value in model.state_dict().items()}
         complete.load_state_dict({**inside, **tables}, assign=True)
         complete.tie_weights()
@@ -133,22 +148,20 @@ class IdTables:
         return complete.eval()
 
     def save(self, folder: Path) -> list[Path]:
-        """Write this rank's rows into a checkpoint's folder; the files written."""
+        """Write this rank's rows into a checkpoint's folder; returns the files."""
         return [table.save(folder, f"ids-{kind}") for kind, table in self.tables.items()]
 
     def load(self, folder: Path) -> None:
-        """Read this rank's rows from a checkpoint of any number of ranks. Raises ValueError naming
-        a file that does not fit."""
+        """Read this rank's rows from a checkpoint of any number of ranks.
+
+        Raises:
+            ValueError: naming a file that does not fit.
+        """
         for kind, table in self.tables.items():
             table.load(folder, f"ids-{kind}")
 
 
-def _with_zero_row(rows_uD: Tensor) -> Tensor:
-    """The zero row before them, at which all places without an id point."""
-    return torch.cat([rows_uD.new_zeros(1, rows_uD.shape[1]), rows_uD])
-
-
-def _place_of(model: GenRecForConditionalGeneration, kind: Kind) -> FetchedRows:
-    place = model.user_embedding if kind == "user" else model.item_embedding
-    assert isinstance(place, FetchedRows)
-    return place
+def _module_of(model: GenRecForConditionalGeneration, kind: Kind) -> FetchedRows:
+    module = model.user_embedding if kind == "user" else model.item_embedding
+    assert isinstance(module, FetchedRows)
+    return module

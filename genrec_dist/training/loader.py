@@ -1,4 +1,4 @@
-"""The batches of each step, made ahead of the model."""
+"""The batches of each step, prepared ahead of the model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from genrec_kernels import Rows, SumPlan, plan_sum
+from genrec_kernels import Rows, plan_sum
 from genrec_shards.storage.reader import ShardReader
 from genrec_shards.storage.sample_order import split_among_ranks
 from torch.utils.data import Dataset as TorchDataset
@@ -15,45 +15,45 @@ from torch.utils.data import Dataset as TorchDataset
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import RankStep
 from genrec_dist.data.collate import make_step
-from genrec_dist.data.encoder_input import EncoderInput, Layout
+from genrec_dist.data.encoder_input import Layout
 from genrec_dist.model.genrec import POSITION_OFFSET, GenRecConfig
 from genrec_dist.training.id_tables import plan_ids
 from genrec_dist.training.stages import StageSteps, stage_of
 
 
 def plan_sums(step: RankStep, config: GenRecConfig) -> RankStep:
-    """The step with a plan in each micro-batch. Behind `plan_ids`: a plan is for the places that
-    stand in the batches.
+    """The step with a plan of its embedding sum in each micro-batch. Run after `plan_ids`, which
+    changes the row numbers that are planned.
 
-    Raises ValueError for an id outside its table: on a device nobody looks again.
+    Raises:
+        ValueError: for an id outside its table; the kernel on the device does not check.
     """
     if config.ids_outside:
         num_users, num_items = (len(step.id_rows.get(kind, ())) for kind in ("user", "item"))
     else:
         num_users, num_items = config.num_users, config.num_items
-    batches = [
-        dataclasses.replace(batch, plan=_plan(batch.encoder, config, num_users, num_items))
-        for batch in step.micro_batches
-    ]
+    num_positions = config.max_position_embeddings + POSITION_OFFSET
+    batches = []
+    for batch in step.micro_batches:
+        encoder = batch.encoder
+        positions = encoder.position_ids.numpy() + POSITION_OFFSET
+        users, items = encoder.user_rows.numpy(), encoder.item_rows.numpy()
+        plan = plan_sum(
+            Rows("token", encoder.input_ids.numpy(), config.vocab_size, config.pad_token_id),
+            Rows("position", positions, num_positions),
+            Rows("user", users, num_users + 1, 0) if config.num_users else None,
+            Rows("item", items, num_items + 1, 0) if config.num_items else None,
+        )
+        batches.append(dataclasses.replace(batch, plan=plan))
     return dataclasses.replace(step, micro_batches=batches)
-
-
-def _plan(encoder: EncoderInput, config: GenRecConfig, num_users: int, num_items: int) -> SumPlan:
-    positions = encoder.position_ids.numpy() + POSITION_OFFSET
-    return plan_sum(
-        Rows("token", encoder.input_ids.numpy(), config.vocab_size, config.pad_token_id),
-        Rows("position", positions, config.max_position_embeddings + POSITION_OFFSET),
-        Rows("user", encoder.user_rows.numpy(), num_users + 1, 0) if config.num_users else None,
-        Rows("item", encoder.item_rows.numpy(), num_items + 1, 0) if config.num_items else None,
-    )
 
 
 T = TypeVar("T")
 
 
 def ahead(loader: Iterable[T]) -> Iterator[T]:
-    """A loader's batches, the next one received while this one is worked on: what a worker hands
-    over are handles of memory, and to take up some twenty of them costs the loop milliseconds."""
+    """A loader's batches, the next one received while the current one is used: a worker sends
+    handles of shared memory, and opening some twenty of them takes milliseconds."""
     source = iter(loader)
     with ThreadPoolExecutor(1) as thread:
         coming = thread.submit(next, source, None)
@@ -63,8 +63,8 @@ def ahead(loader: Iterable[T]) -> Iterator[T]:
 
 
 class StepBatches(TorchDataset[RankStep]):
-    """Global step -> this rank's share of it. A map, so that loading ahead and resuming need no
-    state."""
+    """Global step -> this rank's share of it. A map-style data set, so that loading ahead and
+    resuming need no state."""
 
     def __init__(
         self,
@@ -78,30 +78,36 @@ class StepBatches(TorchDataset[RankStep]):
         sums: GenRecConfig | None = None,
         packed: bool = False,
     ):
-        """`ids_outside`, `sums`: the model's configuration where its id tables live outside it,
-        where its sum takes plans."""
+        """A data set of all steps.
+
+        Args:
+            stages: of the run.
+            reader: of the shards.
+            layout: of encoder inputs.
+            recipe: of the run.
+            rank: whose share is made.
+            world: number of ranks.
+            ids_outside: the model's configuration, if its id tables are outside it.
+            sums: the model's configuration, if its embedding sum takes plans.
+            packed: whether micro-batches are packed.
+        """
         self.stages, self.reader, self.layout, self.recipe = stages, reader, layout, recipe
-        self.rank, self.world, self.ids_outside, self.sums, self.packed = (
-            rank,
-            world,
-            ids_outside,
-            sums,
-            packed,
-        )
+        self.rank, self.world, self.packed = rank, world, packed
+        self.ids_outside, self.sums = ids_outside, sums
 
     def __getitem__(self, step: int) -> RankStep:
         here = stage_of(self.stages, step)
         epoch, step_of_epoch = here.locate(step)
-        samples = split_among_ranks(
-            here.plan.step(here.first_epoch + epoch, step_of_epoch), self.rank, self.world
-        )
+        epoch += here.first_epoch
+        all_samples = here.plan.step(epoch, step_of_epoch)
+        samples = split_among_ranks(all_samples, self.rank, self.world)
         share = make_step(
             samples,
             self.reader,
             self.layout,
             mask=here.stage.mask if here.stage.targets == "mask" else None,
             seed=self.recipe.seed,
-            epoch=here.first_epoch + epoch,
+            epoch=epoch,
             micro_batch_tokens=self.recipe.micro_batch_tokens,
             packed=self.packed,
             all_prefixes=here.stage.targets == "all-prefixes",

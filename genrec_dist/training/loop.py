@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -48,29 +47,29 @@ from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches, ahead
 from genrec_dist.training.profiling import Meter, Trace
 from genrec_dist.training.progress import TrainingDisplay
-from genrec_dist.training.setup import Workshop
+from genrec_dist.training.setup import TrainingSetup
 from genrec_dist.training.stages import StageSteps, stage_of
 
 
 @dataclass(frozen=True)
 class EpochReport:
-    """An epoch that is over: validated, and in a checkpoint that a run can go on from."""
+    """A finished epoch: validated, and in a checkpoint that a run can be resumed from."""
 
     epoch: int
     """Of the last stage, counted from 1."""
     epochs: int
-    """That the stage has."""
+    """Of the stage."""
     step: int
-    """Global step it follows."""
+    """Its last global step."""
     scores: dict[str, float]
     """`loss`, `HR@5`, `HR@10`, `NDCG@5`, `NDCG@10` on validation."""
     last: bool
-    """Training is at its end, be it for want of patience."""
+    """Whether training has ended, also by early stopping."""
 
 
 @dataclass(frozen=True)
-class Agreed:
-    """What the ranks know of a step together."""
+class StepTotals:
+    """What the ranks must know of a step together, summed over them."""
 
     target_tokens: int
     targets: int
@@ -82,50 +81,56 @@ class Agreed:
     micro_steps: int
     """Most micro-batches that a rank has."""
     stop: int
-    """Signal that any rank has caught, or 0."""
+    """Signal that any rank has received, or 0."""
 
 
 class Loop:
-    """The loop and what it carries from step to step."""
+    """The training loop and its state between steps."""
 
     def __init__(
         self,
-        workshop: Workshop,
+        setup: TrainingSetup,
         model: GenRecForConditionalGeneration,
         accelerator: Accelerator,
         ranks: Ranks | None = None,
     ):
-        self.workshop, self.recipe, self.accelerator = workshop, workshop.recipe, accelerator
-        self.ranks = ranks or Ranks()
-        self.model = model
-        self.num_parameters = sum(
-            p.numel() for p in model.parameters()
-        )  # before ZeRO-3 takes most of them away
+        self.setup, self.recipe, self.accelerator = setup, setup.recipe, accelerator
+        self.model, self.ranks = model, ranks or Ranks()
+        # Counted before ZeRO-3 takes most of them away.
+        self.num_parameters = sum(p.numel() for p in model.parameters())
         self.engine = make_engine(model, self.recipe, accelerator)
         self.tables = IdTables(model.config, self.recipe.seed, self.ranks, accelerator.device)
-        if workshop.begun is not None:
-            self.tables.begin_with(workshop.begun.id_rows)
-        self.average = (
-            AveragedWeights(self.engine.masters, self.recipe.optimizer.average)
-            if self.recipe.optimizer.average
-            else None
-        )
+        if setup.warm_start is not None:
+            self.tables.begin_with(setup.warm_start.id_rows)
+        decay = self.recipe.optimizer.ema_decay
+        self.average = AveragedWeights(self.engine.masters, decay) if decay else None
         self.progress = Progress()
-        self.trie = build_trie(*workshop.words.tokens_of_items())
+        self.trie = build_trie(*setup.words.tokens_of_items())
         self.stop = StopRequest()
-        self.peak = peak_of(self.accelerator.device, self.recipe.precision)
-        self.log = EventLog(workshop.run, active=False)
+        self.peak = peak_of(accelerator.device, self.recipe.precision)
+        self.log = EventLog(setup.run, active=False)
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        """(step, loss, gradient norm) of the steps since `check_finite`."""
 
     def state(self) -> State:
-        return State(self.engine, self.average, self.tables, self.progress, self.workshop.identity)
+        """What a checkpoint of now stores."""
+        return State(self.engine, self.average, self.tables, self.progress, self.setup.identity)
 
     @property
     def end_step(self) -> int:
-        return self.workshop.stages[-1].end_step
+        """Global step after the last one."""
+        return self.setup.stages[-1].end_step
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all steps are done, or early stopping has ended the last stage."""
+        return self.progress.step >= self.end_step or self.progress.stage_ended_early >= 0
 
     def start(self, resumed_from: str | None) -> None:
-        self.log = EventLog(self.workshop.run, active=self.ranks.is_main)
+        """Open the event log and write the start event."""
+        warm_start, stages = self.setup.warm_start, self.setup.stages
+        plugin = self.accelerator.deepspeed_plugin
+        self.log = EventLog(self.setup.run, active=self.ranks.is_main)
         self.log.write(
             "start",
             recipe=self.recipe.as_dict(),
@@ -135,82 +140,86 @@ class Loop:
             peak=dataclasses.asdict(self.peak) if self.peak else None,
             flops_formula=FORMULA,
             resumed_from=resumed_from,
-            begun_from=None if self.workshop.begun is None else self.workshop.begun.as_dict(),
+            begun_from=None if warm_start is None else warm_start.as_dict(),
             processes=self.ranks.size,
             distributed_type=str(self.accelerator.distributed_type),
-            zero_stage=self.accelerator.deepspeed_plugin.zero_stage
-            if self.accelerator.deepspeed_plugin
-            else None,
-            samples={s.name: s.plan.num_samples for s in self.workshop.stages},
-            users_without_samples={
-                s.name: s.plan.users_without_samples for s in self.workshop.stages
-            },
+            zero_stage=plugin.zero_stage if plugin else None,
+            samples={s.name: s.plan.num_samples for s in stages},
+            users_without_samples={s.name: s.plan.users_without_samples for s in stages},
         )
         self.write_status("running")
 
     def batches(self) -> Iterator[tuple[int, RankStep]]:
-        """(global step, this rank's share of it) from where the run stands."""
+        """(global step, this rank's share of it) from the run's next step on."""
+        config, device, workers = self.model.config, self.accelerator.device, self.recipe.workers
         data = StepBatches(
-            self.workshop.stages,
-            self.workshop.reader,
-            self.workshop.layout,
+            self.setup.stages,
+            self.setup.reader,
+            self.setup.layout,
             self.recipe,
             self.ranks.rank,
             self.ranks.size,
-            self.model.config if self.model.config.ids_outside else None,
-            self.model.config if wants_plan(self.accelerator.device.type) else None,
-            choose_packing(self.recipe.packing, self.accelerator.device),
+            ids_outside=config if config.ids_outside else None,
+            sums=config if wants_plan(device.type) else None,
+            packed=choose_packing(self.recipe.packing, device),
         )
         steps = range(self.progress.step, self.end_step)
         loader = DataLoader(
             data,
             sampler=steps,
             batch_size=None,
-            num_workers=self.recipe.workers,
-            prefetch_factor=4 if self.recipe.workers else None,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
             worker_init_fn=ignore_signals,
         )
         source = iter(loader)
-        shares = ahead(source) if self.recipe.workers else source
+        shares = ahead(source) if workers else source
         try:
             yield from zip(steps, shares, strict=True)
         except DataError as error:
-            # A worker's error comes with its traceback for a message; the last line is what it
-            # said.
+            # A worker's error has its traceback as message; the last line is its own message.
             raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
         finally:
-            # Workers ignore signals: while an error keeps this generator alive, nobody else would
+            # Workers ignore signals: while an error keeps this generator alive, nothing else would
             # end them.
-            if self.recipe.workers:
+            if workers:
                 shares.close()  # type: ignore[attr-defined]
                 source._shutdown_workers()  # type: ignore[attr-defined]
 
     def run(
         self, on_epoch: Callable[[EpochReport], None] | None = None, trace_steps: int = 0
     ) -> None:
-        """The training loop."""
+        """The training loop.
+
+        Args:
+            on_epoch: called on rank 0 after each validated epoch, once its checkpoint is written.
+            trace_steps: how many steps are recorded (`profiling.Trace`).
+
+        Raises:
+            Stopped: after a signal, once the checkpoint is written.
+            NotFinite: naming the first step whose loss or gradient is not finite.
+        """
         started = time.monotonic()
-        display = TrainingDisplay(
-            self.workshop.stages, self.progress.step, active=self.ranks.is_main
-        )
-        meter = Meter(self.model.config, self.accelerator.device, self.peak)
+        stages, device = self.setup.stages, self.accelerator.device
+        display = TrainingDisplay(stages, self.progress.step, active=self.ranks.is_main)
+        meter = Meter(self.model.config, device, self.peak)
+        trace = Trace(self.setup.run, self.ranks.rank, trace_steps, device)
         batches = self.batches()
-        trace = Trace(self.workshop.run, self.ranks.rank, trace_steps, self.accelerator.device)
         with display, trace, contextlib.closing(batches):  # type: ignore[type-var]
-            while self.progress.step < self.end_step and self.progress.stage_ended_early < 0:
+            while not self.has_ended:
                 with meter.waiting():
                     step, share = next(batches)
-                here = stage_of(self.workshop.stages, step)
+                here = stage_of(stages, step)
+                epoch, at_end = here.locate(step)[0], here.ends_epoch(step)
                 share_of_peak = peak_share(here.stage, step - here.first_step, here.num_steps)
-                agreed = self.agree(share)
-                loss, norm = self.take_step(step, share, agreed, here.stage, share_of_peak)
+                totals = self.step_totals(share)
+                loss, norm = self.take_step(step, share, totals, here.stage, share_of_peak)
                 for batch in share.micro_batches:
                     meter.count(batch)
                 self.progress.step = step + 1
                 trace.step()
                 display.advance(here.name, step + 1)
 
-                at_end = here.ends_epoch(step)
                 scores = None
                 if step % self.recipe.log_every == 0 or at_end:
                     self.check_finite()
@@ -218,218 +227,32 @@ class Loop:
                     self.log.write(
                         "step",
                         stage=here.name,
-                        epoch=here.locate(step)[0],
+                        epoch=epoch,
                         step=step,
                         loss=float(loss),
                         learning_rate=here.stage.learning_rate * share_of_peak,
                         gradient_norm=float(norm),
-                        samples=agreed.samples,
-                        padding_samples=agreed.padding_samples,
-                        samples_digest=agreed.samples_digest,
+                        samples=totals.samples,
+                        padding_samples=totals.padding_samples,
+                        samples_digest=totals.samples_digest,
                         **fields,
                     )
                     display.show(float(loss), fields)
                 if at_end and self.validates(here, step):
                     scores = self.validate(here, step)
-                    display.show_validation(here.name, here.locate(step)[0], scores)
+                    display.show_validation(here.name, epoch, scores)
                     meter.restart()
-                if agreed.stop or at_end or self.progress.step % self.recipe.checkpoint_every == 0:
+                if totals.stop or at_end or self.progress.step % self.recipe.checkpoint_every == 0:
                     self.save()
                     meter.restart()
                 if scores is not None and on_epoch is not None and self.ranks.is_main:
-                    on_epoch(self.report(here, step, scores))
+                    epochs = here.stage.epochs
+                    on_epoch(EpochReport(epoch + 1, epochs, step, scores, last=self.has_ended))
                     meter.restart()
-                if agreed.stop:
-                    raise Stopped(agreed.stop)
-        self.finish(time.monotonic() - started)
-
-    def take_step(
-        self, step: int, share: RankStep, agreed: Agreed, stage: Stage, share_of_peak: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One optimiser step: (loss a target token over all ranks, gradient norm)."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = stage.learning_rate * share_of_peak
-        # Dropout is a function of the step too: a resumed run draws what the unbroken one draws.
-        torch.manual_seed(mixed_key(self.recipe.seed, 0xD209, step, self.ranks.rank) >> 1)
-        micro_batches = self.micro_batches(share, agreed)
-        self.tables.attach(self.model, share)
-        loss = torch.zeros((), device=self.accelerator.device)
-        for number, batch in enumerate(micro_batches):
-            with self.engine.micro_step(last=number == len(micro_batches) - 1):
-                summed = self.engine.loss(
-                    batch.to(self.accelerator.device),
-                    stage.label_smoothing,
-                    agreed.target_tokens / max(agreed.targets, 1),
-                )
-                # By the step's tokens, not the micro-batch's: the gradient does not depend on how
-                # the step is cut.
-                part = summed / max(agreed.target_tokens, 1)
-                self.engine.backward(part)
-            loss = loss + part.detach()
-        norm = self.engine.step()
-        self.tables.learn(self.recipe.optimizer.id_learning_rate * share_of_peak)
-        if self.average is not None:
-            self.average.update(step)
-        if self.ranks.size > 1:
-            dist.all_reduce(loss)
-        self.unchecked.append((step, loss, norm))
-        return loss, norm
-
-    def micro_batches(self, share: RankStep, agreed: Agreed) -> list[Batch]:
-        """The share's micro-batches; where ranks must take equally many, with idle ones before
-        them."""
-        missing = (
-            agreed.micro_steps - len(share.micro_batches)
-            if self.engine.needs_equal_micro_steps
-            else 0
-        )
-        return [idle_batch(share.micro_batches[-1])] * missing + share.micro_batches
-
-    def agree(self, share: RankStep) -> Agreed:
-        """What all ranks have to know of the step before it: they divide by the same tokens and
-        stop at the same step."""
-        mine = [
-            share.num_target_tokens,
-            share.num_targets,
-            share.num_samples,
-            share.num_padding,
-            share.samples_digest,
-            len(share.micro_batches),
-            self.stop.number,
-        ]
-        tokens, targets, samples, padding, digests, micro_steps, stops = zip(
-            *self.ranks.exchange(mine), strict=True
-        )
-        return Agreed(
-            target_tokens=sum(tokens),
-            targets=sum(targets),
-            samples=sum(samples),
-            padding_samples=sum(padding),
-            samples_digest=f"{sum(digests) % 2**64:016x}",
-            micro_steps=max(micro_steps),
-            stop=signal.SIGTERM if signal.SIGTERM in stops else max(stops),
-        )
-
-    def check_finite(self) -> None:
-        """Raise NotFinite naming the first bad step. Steps are looked at together, so that none
-        waits for a device."""
-        for step, loss, norm in self.unchecked:
-            # fp16 overflows now and then by design: its scaler skips those steps.
-            gradient = 0.0 if self.recipe.precision == "fp16" else float(norm)
-            for what, value in (("loss", float(loss)), ("gradient norm", gradient)):
-                if not math.isfinite(value):
-                    raise NotFinite(
-                        f"the {what} is {value} at step {step}: nothing was saved since; "
-                        "lower learning_rate, raise warmup_fraction or set optimizer.clip"
-                    )
-        self.unchecked.clear()
-
-    def validates(self, here: StageSteps, step: int) -> bool:
-        if here is not self.workshop.stages[-1]:
-            return False
-        epoch = here.locate(step)[0]
-        return (
-            epoch + 1
-        ) % self.recipe.validation.every_epochs == 0 or epoch == here.stage.epochs - 1
-
-    def validate(self, here: StageSteps, step: int) -> dict[str, float]:
-        """Decode a seeded sample of users on validation, keep the best model, and see whether
-        patience is over."""
-        start = time.perf_counter()
-        scores = self.score_validation()
-        gained = scores["NDCG@10"] > self.progress.best_ndcg
-        self.log.write(
-            "validation",
-            stage=here.name,
-            epoch=here.locate(step)[0],
-            step=step,
-            users=self.validation_users().size,
-            seconds=time.perf_counter() - start,
-            **scores,
-        )
-        if gained:
-            self.progress.best_step, self.progress.best_ndcg = step, scores["NDCG@10"]
-            self.progress.validations_without_gain = 0
-        else:
-            self.progress.validations_without_gain += 1
-            if 0 < self.recipe.validation.patience <= self.progress.validations_without_gain:
-                self.progress.stage_ended_early = self.workshop.stages.index(here)
-        return scores
-
-    def report(self, here: StageSteps, step: int, scores: dict[str, float]) -> EpochReport:
-        last = self.progress.step >= self.end_step or self.progress.stage_ended_early >= 0
-        return EpochReport(here.locate(step)[0] + 1, here.stage.epochs, step, scores, last)
-
-    def score_validation(self) -> dict[str, float]:
-        """Loss and metrics; with a running average of the weights, it is the average that is scored
-        and kept."""
-        view = self.workshop.dataset.sequences.history_and_target("validation")
-        users_U = self.validation_users()
-        with (
-            self.averaged(),
-            self.engine.whole() as model,
-            self.tables.serving(model, view, users_U),
-            torch.inference_mode(),
-        ):
-            # Under a thousand users the loss is steady enough for a curve.
-            loss = history_loss(model, self.workshop.layout, view, users_U[:1000], self.ranks)
-            validation = self.recipe.validation
-            decoding = Decoding(
-                beam=validation.beam,
-                mode=validation.decode,
-                exclude_history=model.config.exclude_history,
-            )
-            # Made anew each time: a searcher holds rows of the weights, and amid ZeRO-3 a model has
-            # none of its own.
-            searcher = TrieSearcher(model, self.trie, self.accelerator.device)
-            counts = target_histogram(
-                searcher, self.workshop.layout, view, users_U, decoding, self.ranks
-            )
-            metrics = metrics_from_histogram(counts)
-            if metrics["NDCG@10"] > self.progress.best_ndcg:
-                self.save_best(model)
-        return {
-            "loss": loss,
-            **{key: metrics[key] for key in ("HR@5", "HR@10", "NDCG@5", "NDCG@10")},
-        }
-
-    def save_best(self, model: GenRecForConditionalGeneration) -> None:
+                if totals.stop:
+                    raise Stopped(totals.stop)
         self.check_finite()
-        complete = self.tables.whole(model)
-        if complete is not None:
-            shop, step = self.workshop, self.progress.step - 1
-            save_best(
-                shop.run, complete, shop.tokenizer, shop.words, self.trie, shop.dataset.path, step
-            )
-
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        if self.average is None:
-            yield
-            return
-        self.average.swap()
-        try:
-            yield
-        finally:
-            self.average.swap()
-
-    def validation_users(self) -> np.ndarray:
-        asked = self.workshop.dataset.sequences.history_and_target("validation").users
-        return asked[sample_users(len(asked), self.recipe.validation.users, self.recipe.seed)]
-
-    def save(self) -> None:
-        """Write a checkpoint; its bytes are on the disk before an older one goes."""
-        self.check_finite()
-        path = save_checkpoint(
-            self.workshop.run, self.state(), self.recipe.keep_checkpoints, self.ranks
-        )
-        self.log.write(
-            "checkpoint", step=self.progress.step, path=str(path.relative_to(self.workshop.run))
-        )
-        self.write_status("running")
-
-    def finish(self, seconds: float) -> None:
-        self.check_finite()
+        seconds = time.monotonic() - started
         self.log.write(
             "end",
             status="finished",
@@ -440,13 +263,181 @@ class Loop:
         )
         self.write_status("finished", seconds=round(seconds, 1))
 
-    def write_status(self, status: str, **facts: Any) -> None:
-        if self.ranks.is_main:
-            write_status(
-                self.workshop.run,
-                status,
-                step=self.progress.step,
-                of=self.end_step,
-                best_step=self.progress.best_step,
-                **facts,
+    def take_step(
+        self, step: int, share: RankStep, totals: StepTotals, stage: Stage, share_of_peak: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One optimiser step. Collective.
+
+        Args:
+            step: global step.
+            share: this rank's samples.
+            totals: of the step over all ranks.
+            stage: whose learning rate and label smoothing count.
+            share_of_peak: the learning rate, as a share of its peak.
+
+        Returns:
+            The loss per target token over all ranks, and the gradient norm: scalars on the device.
+        """
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = stage.learning_rate * share_of_peak
+        # Dropout is a function of the step too: a resumed run draws what an unbroken one draws.
+        torch.manual_seed(mixed_key(self.recipe.seed, 0xD209, step, self.ranks.rank) >> 1)
+        micro_batches = self.micro_batches(share, totals)
+        self.tables.attach(self.model, share)
+        loss = torch.zeros((), device=self.accelerator.device)
+        tokens_per_target = totals.target_tokens / max(totals.targets, 1)
+        for number, batch in enumerate(micro_batches):
+            with self.engine.micro_step(last=number == len(micro_batches) - 1):
+                on_device = batch.to(self.accelerator.device)
+                summed = self.engine.loss(on_device, stage.label_smoothing, tokens_per_target)
+                # Divided by the tokens of the step, not of the micro-batch: the gradient does not
+                # depend on how the step is cut.
+                term = summed / max(totals.target_tokens, 1)
+                self.engine.backward(term)
+            loss = loss + term.detach()
+        norm = self.engine.step()
+        self.tables.learn(self.recipe.optimizer.id_learning_rate * share_of_peak)
+        if self.average is not None:
+            self.average.update(step)
+        if self.ranks.size > 1:
+            dist.all_reduce(loss)
+        self.unchecked.append((step, loss, norm))
+        return loss, norm
+
+    def micro_batches(self, share: RankStep, totals: StepTotals) -> list[Batch]:
+        """The share's micro-batches; where ranks must take equally many, dummy ones before them, so
+        that collectives stay aligned."""
+        missing = 0
+        if self.engine.needs_equal_micro_steps:
+            missing = totals.micro_steps - len(share.micro_batches)
+        return [idle_batch(share.micro_batches[-1])] * missing + share.micro_batches
+
+    def step_totals(self, share: RankStep) -> StepTotals:
+        """The totals of a step, before it is taken: all ranks divide by the same tokens and stop at
+        the same step. Collective."""
+        mine = [
+            share.num_target_tokens,
+            share.num_targets,
+            share.num_samples,
+            share.num_padding,
+            share.samples_digest,
+            len(share.micro_batches),
+            self.stop.number,
+        ]
+        everyone = self.ranks.exchange(mine)
+        tokens, targets, samples, padding, digests, micro_steps, stops = zip(*everyone, strict=True)
+        return StepTotals(
+            target_tokens=sum(tokens),
+            targets=sum(targets),
+            samples=sum(samples),
+            padding_samples=sum(padding),
+            samples_digest=f"{sum(digests) % 2**64:016x}",
+            micro_steps=max(micro_steps),
+            stop=signal.SIGTERM if signal.SIGTERM in stops else max(stops),
+        )
+
+    def check_finite(self) -> None:
+        """Check the steps since the last call, together, so that no step waits for a device.
+
+        Raises:
+            NotFinite: naming the first step whose loss or gradient norm is not finite.
+        """
+        for step, loss, norm in self.unchecked:
+            # fp16 overflows now and then by design: its scaler skips those steps.
+            gradient = 0.0 if self.recipe.precision == "fp16" else float(norm)
+            for what, value in (("loss", float(loss)), ("gradient norm", gradient)):
+                if not math.isfinite(value):
+                    raise NotFinite(
+                        f"the {what} is {value} at step {step}: nothing was saved since; "
+                        "lower learning_rate, raise warmup_fraction or set optimizer.max_grad_norm"
+                    )
+        self.unchecked.clear()
+
+    def validates(self, here: StageSteps, step: int) -> bool:
+        """Whether the epoch that `step` ends is validated."""
+        epoch, every = here.locate(step)[0], self.recipe.validation.every_epochs
+        is_due = (epoch + 1) % every == 0 or epoch == here.stage.epochs - 1
+        return is_due and here is self.setup.stages[-1]
+
+    def validate(self, here: StageSteps, step: int) -> dict[str, float]:
+        """Score a seeded sample of users on validation, keep the best model, and decide on early
+        stopping. Collective.
+
+        Returns:
+            `loss`, `HR@5`, `HR@10`, `NDCG@5`, `NDCG@10`.
+        """
+        start, progress = time.perf_counter(), self.progress
+        view = self.setup.dataset.sequences.history_and_target("validation")
+        validation, users_U = self.recipe.validation, view.users
+        users_U = users_U[sample_users(len(users_U), validation.users, self.recipe.seed)]
+        with (
+            self.averaged(),
+            self.engine.whole() as model,
+            self.tables.serving(model, view, users_U),
+            torch.inference_mode(),
+        ):
+            # Under a thousand users the loss is steady enough for a curve.
+            loss = history_loss(model, self.setup.layout, view, users_U[:1000], self.ranks)
+            decoding = Decoding(
+                beam=validation.beam,
+                mode=validation.decode,
+                exclude_history=model.config.exclude_history,
             )
+            # Made anew each time: a searcher holds rows of the weights, which under ZeRO-3 exist in
+            # this context alone.
+            searcher = TrieSearcher(model, self.trie, self.accelerator.device)
+            counts = target_histogram(
+                searcher, self.setup.layout, view, users_U, decoding, self.ranks
+            )
+            metrics = metrics_from_histogram(counts)
+            gained = metrics["NDCG@10"] > progress.best_ndcg
+            if gained:
+                self.check_finite()
+                complete = self.tables.whole(model)
+                if complete is not None:
+                    save_best(self.setup, complete, self.trie, step)
+        kept = ("HR@5", "HR@10", "NDCG@5", "NDCG@10")
+        scores = {"loss": loss, **{key: metrics[key] for key in kept}}
+        self.log.write(
+            "validation",
+            stage=here.name,
+            epoch=here.locate(step)[0],
+            step=step,
+            users=users_U.size,
+            seconds=time.perf_counter() - start,
+            **scores,
+        )
+        if gained:
+            progress.best_step, progress.best_ndcg = step, scores["NDCG@10"]
+            progress.validations_without_gain = 0
+        else:
+            progress.validations_without_gain += 1
+            if 0 < validation.patience <= progress.validations_without_gain:
+                progress.stage_ended_early = self.setup.stages.index(here)
+        return scores
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Swap the running average of the weights in, where there is one: it is scored and kept."""
+        if self.average is None:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
+            self.average.swap()
+
+    def save(self) -> None:
+        """Write a checkpoint; its bytes are on disk before an older one is removed."""
+        self.check_finite()
+        run, keep = self.setup.run, self.recipe.keep_checkpoints
+        path = save_checkpoint(run, self.state(), keep, self.ranks)
+        self.log.write("checkpoint", step=self.progress.step, path=str(path.relative_to(run)))
+        self.write_status("running")
+
+    def write_status(self, status: str, **facts: Any) -> None:
+        """Write `status.json`, on rank 0."""
+        if self.ranks.is_main:
+            facts = {"of": self.end_step, "best_step": self.progress.best_step, **facts}
+            write_status(self.setup.run, status, step=self.progress.step, **facts)

@@ -1,4 +1,5 @@
-"""A trace of a few training steps, which Perfetto (ui.perfetto.dev) or chrome://tracing opens."""
+"""The speed of training: rates per step, and a trace of a few steps that Perfetto
+(ui.perfetto.dev) or chrome://tracing opens."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from genrec_shards.atomic import atomic_file
@@ -20,7 +20,7 @@ from genrec_dist.estimate.hardware import Peak
 from genrec_dist.model.genrec import GenRecConfig
 
 WARM_UP = 2
-"""Steps that are let pass before: the first ones prepare what the others use again."""
+"""Steps that are not recorded first: they allocate what the others use again."""
 
 
 class Trace(AbstractContextManager["Trace"]):
@@ -30,9 +30,9 @@ class Trace(AbstractContextManager["Trace"]):
     def __init__(self, run: Path, rank: int, steps: int, device: torch.device):
         self.path, self.profiler = run / f"trace-rank-{rank}.json.gz", None
         if steps:
-            activities = [ProfilerActivity.CPU] + (
-                [ProfilerActivity.CUDA] if device.type == "cuda" else []
-            )
+            activities = [ProfilerActivity.CPU]
+            if device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
             self.profiler = profile(
                 activities=activities,
                 schedule=schedule(wait=0, warmup=WARM_UP, active=steps, repeat=1),
@@ -44,12 +44,7 @@ class Trace(AbstractContextManager["Trace"]):
             self.profiler.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.profiler is not None:
             self.profiler.stop()
 
@@ -73,33 +68,35 @@ class Meter:
     """Real tokens, samples, operations, padding and waiting since the last reading."""
 
     def __init__(self, config: GenRecConfig, device: torch.device, peak: Peak | None):
-        """`peak`: of one process's device, for the share of it that is reached."""
+        """`peak`: of one process's device, for the share of it that is reached (`mfu`)."""
         self.config, self.device, self.peak = config, device, peak
         self.restart()
 
     def restart(self) -> None:
+        """Forget what was counted, and start the clock again."""
         self.tokens = self.slots = self.samples = 0
         self.work = Work()
         self.wait_seconds, self.started = 0.0, time.perf_counter()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
+        """Context of waiting for data."""
         start = time.perf_counter()
         yield
         self.wait_seconds += time.perf_counter() - start
 
     def count(self, batch: Batch) -> None:
+        """Count a micro-batch that was trained on."""
         self.tokens += batch.num_tokens
         self.slots += batch.num_slots
         self.samples += batch.num_samples
         self.work += batch.work
 
     def read(self, num_processes: int) -> dict[str, float]:
-        """Rates of the whole run (this rank's times the number of ranks, which take equal shares),
-        then a fresh start.
+        """Rates of the whole run since the last reading: this rank's times the number of ranks,
+        since all take equal shares. `mfu` is among them where the device's peak is known.
 
-        The step that was just logged has been waited for, so the seconds are those of the device.
-        `mfu` is there where the device's peak is known."""
+        The loop has waited for the step that it logs, so the seconds are those of the device."""
         seconds = max(time.perf_counter() - self.started, 1e-9)
         rate = flops(self.config, self.work) / seconds
         fields = {
@@ -117,7 +114,7 @@ class Meter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes this process has held so far: of the GPU's memory by tensors, of a CPU's by
+    """Most bytes that this process has held so far: tensors in the GPU's memory, or on a CPU
     everything."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,9 +1,7 @@
-"""What a person sees while a run goes: a bar in a terminal, plain lines elsewhere; and the meter
-behind its figures."""
+"""The display of a run's progress: a bar in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -20,11 +18,11 @@ if TYPE_CHECKING:
     from genrec_dist.training.stages import StageSteps
 
 WORTH_SHOWING = 0.03
-"""Share of padding or waiting from which the bar names it."""
+"""Share of padding or waiting from which the bar shows it."""
 
 
 class TrainingDisplay:
-    """One bar a stage with loss, real tokens a second, the last validation and the time left."""
+    """One bar per stage: loss, real tokens per second, the last validation and the time left."""
 
     def __init__(self, stages: list[StageSteps], step: int, active: bool = True):
         self.console = Console(stderr=True)
@@ -43,7 +41,7 @@ class TrainingDisplay:
             stage.name: self.progress.add_task(
                 stage.name,
                 total=stage.num_steps,
-                completed=_clip(step - stage.first_step, stage),
+                completed=min(max(step - stage.first_step, 0), stage.num_steps),
                 start=False,
                 facts="",
             )
@@ -58,15 +56,11 @@ class TrainingDisplay:
         self.progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.progress.stop()
 
     def advance(self, name: str, step: int) -> None:
+        """Move the bar of stage `name` to the global step `step`."""
         if name not in self.started:
             self.started.add(name)
             self.progress.start_task(self.tasks[name])
@@ -74,11 +68,11 @@ class TrainingDisplay:
         self.progress.update(self.tasks[name], completed=step - self.stages[name].first_step)
 
     def show(self, loss: float, fields: dict[str, float]) -> None:
-        """`fields`: what the meter has read."""
+        """Show the loss and rates; `fields` are those of `Meter.read`."""
         self.facts = f"loss {loss:.3f}  {fields['tokens_per_second']:,.0f} tokens/s"
         if "mfu" in fields:
             self.facts += f"  MFU {fields['mfu']:.0%}"
-        # What costs time without need is shown where it does.
+        # Shown only where they cost a noticeable share of the time.
         for name, what in (("padding_share", "padding"), ("data_wait_share", "waiting")):
             if fields[name] > WORTH_SHOWING:
                 self.facts += f"  {what} {fields[name]:.0%}"
@@ -86,12 +80,14 @@ class TrainingDisplay:
         self._refresh()
 
     def show_validation(self, name: str, epoch: int, scores: dict[str, float]) -> None:
+        """Show the scores of stage `name` after its epoch `epoch`, counted from 0."""
         self.validation = f"NDCG@10 {scores['NDCG@10']:.4f}"
         self._refresh()
         if self.active and not self.console.is_terminal:
             self.console.print(
                 f"{name} epoch {epoch + 1}/{self.stages[name].stage.epochs}  {self.facts}  "
-                f"validation loss {scores['loss']:.3f}  HR@10 {scores['HR@10']:.4f}  NDCG@10 {scores['NDCG@10']:.4f}",
+                f"validation loss {scores['loss']:.3f}  HR@10 {scores['HR@10']:.4f}  "
+                f"NDCG@10 {scores['NDCG@10']:.4f}",
                 highlight=False,
             )
 
@@ -99,7 +95,3 @@ class TrainingDisplay:
         self.progress.update(
             self.tasks[self.current], facts=f"{self.facts}  {self.validation}".rstrip()
         )
-
-
-def _clip(steps: int, stage: StageSteps) -> int:
-    return min(max(steps, 0), stage.num_steps)

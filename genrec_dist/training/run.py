@@ -1,4 +1,4 @@
-"""One training run from its recipe to its finished directory."""
+"""One training run, from its recipe to its finished directory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from genrec_dist.distributed.signals import Stopped
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
 from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loop import EpochReport, Loop
-from genrec_dist.training.setup import Workshop, open_workshop
+from genrec_dist.training.setup import build_setup
 
 
 def train(
@@ -25,55 +25,59 @@ def train(
     on_epoch: Callable[[EpochReport], None] | None = None,
     trace_steps: int = 0,
 ) -> Path:
-    """Train by a recipe and return its run directory.
+    """Train by a recipe.
 
-    `resume`: "latest" or a checkpoint directory. `on_epoch` is called on rank 0 after each
-    validated epoch, when the epoch's checkpoint is written: what it is told can be resumed from.
-    `trace_steps`: so many are recorded (`trace.py`). Raises ValueError for input that does not fit,
-    NotFinite with the step for a loss that is no number, Stopped after a signal, when the
-    checkpoint is written."""
+    Args:
+        recipe: of the run.
+        resume: "latest" or a checkpoint directory.
+        on_epoch: called on rank 0 after each validated epoch, once the epoch's checkpoint is
+            written, so that the run can be resumed after what it reports.
+        trace_steps: how many steps are recorded (`profiling.Trace`).
+
+    Returns:
+        The run directory.
+
+    Raises:
+        ValueError: for input that does not fit.
+        NotFinite: naming the step whose loss or gradient is not finite.
+        Stopped: after a signal, once the checkpoint is written.
+    """
     accelerator = make_accelerator(recipe)
     run = Path(recipe.run)
     if resume is None and (run / "events.jsonl").exists():
         raise ValueError(
-            f"{run}: a run is there already: continue it with --resume latest, or set another run directory"
+            f"{run}: a run is there already: continue it with --resume latest, or set another run "
+            "directory"
         )
     ranks = Ranks()
-    workshop, model = ranks.together(lambda: open_workshop(recipe))
-    model.config.exclude_history = exclude_history_default(workshop.dataset.sequences)
-    checkpoint = _checkpoint(run, resume, workshop, ranks) if resume else None
-    if checkpoint is not None:
+    setup, model = ranks.run_on_all(lambda: build_setup(recipe))
+    model.config.exclude_history = exclude_history_default(setup.dataset.sequences)
+    checkpoint = None
+    if resume:
+        # Only one rank looks for the latest: a directory may appear on other nodes a moment later.
+        found = ranks.run_on_all(lambda: str(find_checkpoint(run, resume)) if ranks.is_main else "")
+        checkpoint = Checkpoint(Path(ranks.broadcast_str(found)), setup.identity, ranks)
         checkpoint.fill_model(model)
-    loop = Loop(workshop, model, accelerator, ranks)
+    loop = Loop(setup, model, accelerator, ranks)
     if checkpoint is not None:
         loop.progress = checkpoint.restore(loop.state())
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
         with atomic_file(run / "recipe.yaml") as temporary:
             temporary.write_text(dump_recipe(recipe), encoding="utf-8")
-        _copy_audit(workshop)
+        audit = setup.dataset.path / "audit.json"
+        if audit.is_file():
+            with atomic_file(run / "audit.json") as temporary:
+                temporary.write_bytes(audit.read_bytes())
     with _status_of(loop), loop.stop:
         loop.start(str(checkpoint.path) if checkpoint else None)
         loop.run(on_epoch, trace_steps)
     return run
 
 
-def _checkpoint(run: Path, resume: str, workshop: Workshop, ranks: Ranks) -> Checkpoint:
-    # Only one rank looks for the latest: a directory may show up on other nodes a moment later.
-    found = ranks.together(lambda: str(find_checkpoint(run, resume)) if ranks.is_main else "")
-    return Checkpoint(Path(ranks.text_of_main(found)), workshop.identity, ranks)
-
-
-def _copy_audit(workshop: Workshop) -> None:
-    source = workshop.dataset.path / "audit.json"
-    if source.is_file():
-        with atomic_file(workshop.run / "audit.json") as temporary:
-            temporary.write_bytes(source.read_bytes())
-
-
 @contextlib.contextmanager
 def _status_of(loop: Loop) -> Iterator[None]:
-    """Whatever ends the run, `status.json` says it."""
+    """Record in the event log and in `status.json` how a run ended."""
     try:
         yield
     except Stopped as stop:

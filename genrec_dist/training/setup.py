@@ -1,5 +1,4 @@
-"""Everything a run is made of before its first step: data, tokenizer, words, plans and a fresh
-model."""
+"""What a run needs before its first step: data, tokenizer, words, plans and a model."""
 
 from __future__ import annotations
 
@@ -16,7 +15,9 @@ from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.keyed_random import mixed_key
 from genrec_shards.numbering.cooccurrence import neighbour_vectors
 from genrec_shards.storage.reader import ShardReader
+from transformers import PreTrainedTokenizerFast
 
+from genrec_dist.config.load import with_old_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
 from genrec_dist.data.encoder_input import Layout
 from genrec_dist.data.tokenizer import grow_tokenizer, load_tokenizer, train_tokenizer
@@ -27,48 +28,65 @@ from genrec_dist.model.build import begin_items_with, build_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.model.head_loss import target_loss
 from genrec_dist.model.item_init import MOST_FACTORS
-from genrec_dist.training.checkpoint import FRESH
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.stages import StageSteps, plan_stages
-from genrec_dist.training.warm_start import Begun, Origin, begin_model, check_origin, open_origin
+from genrec_dist.training.warm_start import WarmStart, check_origin, open_origin, warm_start_model
+
+FRESH = "fresh"
+"""Origin of a run that starts from fresh weights."""
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """Everything a run is made of, before its first step."""
+class TrainingSetup:
+    """What a run needs before its first step, beside the model."""
 
     recipe: Recipe
     run: Path
     dataset: Dataset
     reader: ShardReader
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerFast
     words: WordTable
     layout: Layout
     stages: list[StageSteps]
     identity: dict[str, str]
-    begun: Begun | None = None
-    """Of a run that begins with another's weights."""
+    """Hashes that a resumed run must have too (`checkpoint.State.identity`)."""
+    warm_start: WarmStart | None = None
+    """Of a run that starts from another's weights."""
 
 
-def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGeneration]:
-    """Data, tokenizer, words, plans and a model with fresh weights (a function of the seed), or
-    with those it begins from."""
+def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGeneration]:
+    """Everything that training by a recipe needs, and its model.
+
+    Returns:
+        The setup, and a model with fresh weights (a function of the seed) or with those of
+        `init_from`.
+
+    Raises:
+        ValueError: where data, shards, recipe and origin do not fit together.
+    """
     dataset = load_dataset(recipe.data)
-    # One process a node reads every byte to check it; the others trust what it found.
+    # One process per node reads every byte to check it; the others rely on its result.
     reader = ShardReader(recipe.shards_dir, verify=os.environ.get("LOCAL_RANK", "0") == "0")
     if reader.manifest.sequences_hash != dataset.sequences.sequences_hash():
         raise ValueError(
-            f"{recipe.shards_dir}: made from other sequences than {recipe.data}: run `genrec shard` again"
+            f"{recipe.shards_dir}: made from other sequences than {recipe.data}: run "
+            "`genrec shard` again"
         )
-    origin = None if recipe.begin_from is None else open_origin(recipe.begin_from)
+    codes, num_masks = dataset.numbering, recipe.num_masks
+    origin = None if recipe.init_from is None else open_origin(recipe.init_from)
+    name = recipe.tokens.tokenizer or recipe.model.backbone
     if origin is not None:
         check_origin(origin, recipe, dataset)
-    tokenizer = _tokenizer(recipe, dataset, origin)
-    codes = dataset.numbering
-    num_masks = recipe.num_masks if origin is None else origin.config.num_masks
+        num_masks, known = origin.config.num_masks, len(origin.best.catalogue.item_codes)
+        old, new = codes.item_codes[:known], codes.item_codes[known:]
+        tokenizer = grow_tokenizer(origin.best.tokenizer, old, new)
+    elif name is None:
+        tokenizer = train_tokenizer(codes.item_codes, recipe.tokens.vocab_size, num_masks)
+    else:
+        tokenizer = load_tokenizer(name, num_masks)
     words = build_words(tokenizer, codes.item_codes, codes.user_codes, num_masks)
-    # A tokenizer can have holes in its ids.
+    # The ids of a tokenizer can have gaps.
     vocab_size = max(len(tokenizer), int(words.tokens.max()) + 1)
     special = {
         "bos": tokenizer.bos_token_id,
@@ -79,96 +97,85 @@ def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGenerat
     if recipe.tokens.trim:
         words = trim(words, tokenizer.pad_token_id)
     torch.manual_seed(mixed_key(recipe.seed, 0x1217) >> 1)
-    begun = None
-    if origin is None:
-        model = _fresh_model(recipe, dataset, words, vocab_size, special)
+    warm_start = None
+    if origin is not None:
+        model, warm_start = warm_start_model(origin, recipe, dataset, words, vocab_size, special)
     else:
-        model, begun = begin_model(origin, recipe, dataset, words, vocab_size, special)
+        model = build_model(
+            recipe.model,
+            vocab_size=vocab_size,
+            num_users=words.num_users,
+            num_items=words.num_items,
+            num_masks=num_masks,
+            special=special,
+            ids_outside=recipe.optimizer.id_tables != "dense",
+            vocabulary=words.vocabulary,
+        )
+        if recipe.model.init_items == "cooccurrence":
+            num_factors = min(recipe.model.d_model, MOST_FACTORS)
+            vectors_NF = neighbour_vectors(dataset.sequences, num_factors, recipe.seed)
+            begin_items_with(model, vectors_NF, words)
     model.config.numbering_hash = codes.numbering_hash()
     model.config.split = dataset.info.split_told
-    model.config.certain_tokens = recipe.tokens.certain
-    layout = make_layout(words, model.config)
-    identity = {
-        "sequences": dataset.sequences.sequences_hash(),
-        "numbering": codes.numbering_hash(),
-        "recipe": _recipe_hash(recipe),
-        "vocabulary": "whole" if words.vocabulary is None else words.vocabulary.hash(),
-        "origin": FRESH if origin is None else origin.weights_hash,
-    }
-    stages = plan_stages(recipe, reader)
-    return Workshop(
-        recipe, Path(recipe.run), dataset, reader, tokenizer, words, layout, stages, identity, begun
-    ), model
-
-
-def _fresh_model(
-    recipe: Recipe, dataset: Dataset, words: WordTable, vocab_size: int, special: dict[str, int]
-) -> GenRecForConditionalGeneration:
-    model = build_model(
-        recipe.model,
-        vocab_size=vocab_size,
-        num_users=words.num_users,
-        num_items=words.num_items,
-        num_masks=recipe.num_masks,
-        special=special,
-        ids_outside=recipe.optimizer.id_tables != "dense",
-        vocabulary=words.vocabulary,
+    model.config.certain_tokens = recipe.tokens.forced
+    setup = TrainingSetup(
+        recipe=recipe,
+        run=Path(recipe.run),
+        dataset=dataset,
+        reader=reader,
+        tokenizer=tokenizer,
+        words=words,
+        layout=make_layout(words, model.config),
+        stages=plan_stages(recipe, reader),
+        identity={
+            "sequences": dataset.sequences.sequences_hash(),
+            "numbering": codes.numbering_hash(),
+            "recipe": _recipe_hash(recipe),
+            "vocabulary": "whole" if words.vocabulary is None else words.vocabulary.hash(),
+            "origin": FRESH if origin is None else origin.weights_hash,
+        },
+        warm_start=warm_start,
     )
-    if recipe.model.init_items == "cooccurrence":
-        vectors_NF = neighbour_vectors(
-            dataset.sequences, min(recipe.model.d_model, MOST_FACTORS), recipe.seed
-        )
-        begin_items_with(model, vectors_NF, words)
-    return model
-
-
-def _tokenizer(recipe: Recipe, dataset: Dataset, origin: Origin | None) -> Any:
-    if origin is not None:
-        known = len(origin.best.catalogue.item_codes)
-        codes = dataset.numbering.item_codes
-        return grow_tokenizer(origin.best.tokenizer, codes[:known], codes[known:])
-    name = recipe.tokens.tokenizer or recipe.model.backbone
-    if name is None:
-        return train_tokenizer(
-            dataset.numbering.item_codes, recipe.tokens.vocab_size, recipe.num_masks
-        )
-    return load_tokenizer(name, recipe.num_masks)
+    return setup, model
 
 
 def _recipe_hash(recipe: Recipe) -> str:
-    """What must not change between a checkpoint and its resume; paths, the cut into micro-batches
-    and the loss's way may."""
-    values = recipe.as_dict()
-    # Of what a run begins from the weights count, which have a hash of their own.
+    """A hash of what must not change between a checkpoint and its resume. Paths, the division into
+    micro-batches and the way the loss is computed may change."""
+    values = with_old_keys(recipe.as_dict())  # so that checkpoints of earlier versions match
+    # The weights that a run starts from have a hash of their own.
     for key in (*MOVES_NO_GRADIENT, "begin_from", "head", "packing", "recompute"):
         del values[key]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:
-    """What a run would do (`--dry-run`): sizes and steps, one batch through the model, nothing
+    """What a run would do (`--dry-run`): sizes and steps, and the loss of one batch. Nothing is
     written."""
-    workshop, model = open_workshop(recipe)
+    setup, model = build_setup(recipe)
     outside = model.config if model.config.ids_outside else None
-    share = StepBatches(workshop.stages, workshop.reader, workshop.layout, recipe, 0, 1, outside)[0]
+    share = StepBatches(setup.stages, setup.reader, setup.layout, recipe, 0, 1, outside)[0]
     tables = IdTables(model.config, recipe.seed, Ranks(), model.device)
-    if workshop.begun is not None:
-        tables.begin_with(workshop.begun.id_rows)
+    if setup.warm_start is not None:
+        tables.begin_with(setup.warm_start.id_rows)
     tables.attach(model, share)
-    batches = share.micro_batches
+    first = share.micro_batches[-1]
     with torch.inference_mode():
-        first = batches[-1]
         logits, labels = model.target_logits(
-            first.encoder, first.encoder_row, first.decoder_input_ids, first.labels, first.visible,
+            first.encoder,
+            first.encoder_row,
+            first.decoder_input_ids,
+            first.labels,
+            first.visible,
             None if first.asked is None else first.asked.places_R,
-        )  # fmt: skip
+        )
         loss = float(target_loss(logits, labels, first.num_target_tokens))
     return {
-        "users": workshop.words.num_users,
-        "items": workshop.words.num_items,
+        "users": setup.words.num_users,
+        "items": setup.words.num_items,
         "parameters": sum(p.numel() for p in model.parameters()) + tables.num_parameters,
         "vocabulary": model.config.vocab_size,
-        "tokens an item": float(np.diff(workshop.words.tokens_of_items()[1]).mean()),
+        "tokens an item": float(np.diff(setup.words.tokens_of_items()[1]).mean()),
         "first loss": loss,
         "stages": {
             s.name: {
@@ -176,8 +183,8 @@ def describe(recipe: Recipe) -> dict[str, Any]:
                 "users without a sample": s.plan.users_without_samples,
                 "steps an epoch": s.plan.steps_per_epoch,
                 "epochs": s.stage.epochs,
-                "first batch": list(batches[-1].encoder.input_ids.shape),
+                "first batch": list(first.encoder.input_ids.shape),
             }
-            for s in workshop.stages
+            for s in setup.stages
         },
     }

@@ -12,7 +12,7 @@ from genrec_dist.config.recipe import Recipe, Stage
 
 @dataclass(frozen=True)
 class StageSteps:
-    """A stage's place in the run's line of global steps."""
+    """A stage and its range of the run's global steps."""
 
     name: str
     stage: Stage
@@ -22,10 +22,12 @@ class StageSteps:
 
     @property
     def num_steps(self) -> int:
+        """Of all epochs."""
         return self.plan.steps_per_epoch * self.stage.epochs
 
     @property
     def end_step(self) -> int:
+        """Global step after the stage's last one."""
         return self.first_step + self.num_steps
 
     def locate(self, step: int) -> tuple[int, int]:
@@ -33,16 +35,22 @@ class StageSteps:
         return divmod(step - self.first_step, self.plan.steps_per_epoch)
 
     def ends_epoch(self, step: int) -> bool:
+        """Whether a global step is the last one of its epoch."""
         return self.locate(step)[1] == self.plan.steps_per_epoch - 1
 
 
 def stage_of(stages: list[StageSteps], step: int) -> StageSteps:
+    """The stage that a global step belongs to."""
     return next(stage for stage in stages if step < stage.end_step)
 
 
 def plan_stages(recipe: Recipe, reader: ShardReader) -> list[StageSteps]:
-    """The stages that have epochs, one behind the other. Epochs are numbered through, so no two
-    stages share an order."""
+    """The stages that have epochs, one after another. Epochs are counted through all stages, so no
+    two stages have the same sample order.
+
+    Raises:
+        ValueError: for a stage without a sample.
+    """
     stages: list[StageSteps] = []
     first_step = first_epoch = 0
     for name, stage in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune)):

@@ -1,12 +1,11 @@
-"""A run that begins with another's weights: what it takes over, what must agree, and how rows that
-are new begin."""
+"""A run that starts from another's weights: what it takes over, what must match, and how new rows
+are initialised."""
 
 # V tokens, U users, N items, n known ones, M new ones, D width
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,29 +31,30 @@ from genrec_dist.training.id_tables import Kind
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run begins from."""
+    """The model that a run starts from."""
 
     path: str
-    """As the recipe names it."""
+    """As the recipe has it."""
     best: LoadedRun
     weights_hash: str
-    """sha256 (hex) of its weights' files."""
+    """sha256 (hex) of the files of its weights."""
     trained_through: str | None
-    """None where no recipe lies beside the model."""
+    """None where there is no recipe beside the model."""
 
     @property
     def config(self) -> GenRecConfig:
+        """Of the model."""
         return self.best.model.config
 
 
 @dataclass(frozen=True)
-class Begun:
+class WarmStart:
     """What a run has taken over, and what of it is new."""
 
     path: str
     weights_hash: str
     users: int
-    """New ones, without a row in the origin; 0 where the model knows no users."""
+    """New ones, without a row in the origin; 0 where the model has no user ids."""
     items: int
     tokens: int
     id_rows: dict[Kind, Tensor]
@@ -72,14 +72,17 @@ class Begun:
 
 
 def open_origin(path: str) -> Origin:
-    """The model of a run directory (its `best/`), or of a directory like `best/`. Raises ValueError
-    naming what is missing."""
+    """The model of a run directory (its `best/`), or of a directory like `best/`.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
     run = Path(path)
     folder = run / "best" if (run / "best").is_dir() else run
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"begin_from {path}: neither a run with best/ in it nor a model's directory: give a run of `genrec train` that has "
-            "finished an epoch of finetuning"
+            f"init_from {path}: neither a run with best/ in it nor a model's directory: give a run "
+            "of `genrec train` that has finished an epoch of finetuning"
         )
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
@@ -91,21 +94,33 @@ def open_origin(path: str) -> Origin:
 
 
 def check_origin(origin: Origin, recipe: Recipe, dataset: Dataset) -> None:
-    """Raise ValueError, one line, where recipe or data do not go on from what the origin is."""
+    """Check that recipe and data continue those of the origin.
+
+    Raises:
+        ValueError: in one line, for the first thing that does not match.
+    """
+    problem = _mismatch(origin, recipe, dataset) or _catalogue_mismatch(origin, dataset)
+    if problem:
+        raise ValueError(f"init_from {origin.path}: {problem}")
+
+
+def _mismatch(origin: Origin, recipe: Recipe, dataset: Dataset) -> str:
+    """The first setting that differs and the way out; "" where all match."""
     config, model = origin.config, recipe.model
-    told: dict[str, tuple[Any, Any]] = {
+    id_dim = config.id_dim or config.d_model
+    must_match: dict[str, tuple[Any, Any]] = {
         "model.user_ids": (model.user_ids, config.num_users > 0),
         "model.item_ids": (model.item_ids, config.num_items > 0),
-        "model.id_dim": (model.id_dim or config.d_model, config.id_dim or config.d_model),
+        "model.id_dim": (model.id_dim or config.d_model, id_dim),
         "model.encoder_unit": (model.encoder_unit, config.encoder_unit),
         "model.encoder_attention": (model.encoder_attention, config.encoder_attention),
         "model.positions": (model.positions, config.encoder_positions),
         "model.decoder_start": (model.decoder_start, config.decoder_start),
         "tokens.trim": (recipe.tokens.trim, config.spoken_tokens > 0),
-        "tokens.certain": (recipe.tokens.certain, config.certain_tokens),
+        "tokens.forced": (recipe.tokens.forced, config.certain_tokens),
     }
-    if model.backbone is None:  # else its weights have set these, and the origin has them
-        told |= {
+    if model.backbone is None:  # a backbone has set these, and the origin has them from it
+        must_match |= {
             "model.d_model": (model.d_model, config.d_model),
             "model.encoder_layers": (model.encoder_layers, config.encoder_layers),
             "model.decoder_layers": (model.decoder_layers, config.decoder_layers),
@@ -113,93 +128,89 @@ def check_origin(origin: Origin, recipe: Recipe, dataset: Dataset) -> None:
             "model.ffn": (model.ffn, config.encoder_ffn_dim),
             "model.scale_embedding": (model.scale_embedding, config.scale_embedding),
         }
-    for key, (ours, theirs) in told.items():
-        if ours != theirs:
-            raise ValueError(
-                f"begin_from {origin.path}: {key} is {_yaml(ours)} in the recipe and {_yaml(theirs)} in its model: set {key}="
-                f"{_yaml(theirs)}, or begin anew"
+    for key, pair in must_match.items():
+        if pair[0] != pair[1]:
+            ours, theirs = (str(v).lower() if isinstance(v, bool) else str(v) for v in pair)
+            return (
+                f"{key} is {ours} in the recipe and {theirs} in its model: set {key}={theirs}, or "
+                "train without init_from"
             )
     if model.max_tokens > config.max_position_embeddings:
-        raise ValueError(
-            f"begin_from {origin.path}: model.max_tokens {model.max_tokens}: its model has "
-            f"{config.max_position_embeddings} positions"
-        )
+        positions = config.max_position_embeddings
+        return f"model.max_tokens {model.max_tokens}: its model has {positions} positions"
     if recipe.num_masks > config.num_masks:
-        raise ValueError(
-            f"begin_from {origin.path}: mask.k {recipe.num_masks}: its tokenizer has {config.num_masks} masks: lower it, or "
-            "begin anew"
+        return (
+            f"mask.k {recipe.num_masks}: its tokenizer has {config.num_masks} masks: lower it, or "
+            "train without init_from"
         )
     if origin.trained_through == "n-1" and recipe.trained_through == "n-2":
-        raise ValueError(
-            f"begin_from {origin.path}: trained_through n-2, and its weights have learned validation items (n-1): set "
-            "trained_through=n-1, or begin from a run of n-2"
+        return (
+            "trained_through n-2, and its weights have learned validation items (n-1): set "
+            "trained_through=n-1, or start from a run of n-2"
         )
     if origin.config.split != dataset.info.split_told:
-        raise ValueError(
-            f"begin_from {origin.path}: its weights were learned under the split {origin.config.split}, {dataset.path} has "
-            f"{dataset.info.split_told}: they may know what is held out here; begin from a run on this split"
+        return (
+            f"its weights were learned under the split {origin.config.split}, {dataset.path} has "
+            f"{dataset.info.split_told}: they may know what is held out here; start from a run on "
+            "this split"
         )
-    _check_catalogue(origin, dataset)
+    return ""
 
 
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _check_catalogue(origin: Origin, dataset: Dataset) -> None:
-    """The origin's rows are the first ones of the data."""
-    before, codes = origin.best.catalogue, dataset.numbering
-    rows = [
-        ("item", dataset.sequences.item_ids, codes.item_codes, before.item_ids, before.item_codes)
-    ]
+def _catalogue_mismatch(origin: Origin, dataset: Dataset) -> str:
+    """Where the origin's rows are not the first ones of the data, why; else ""."""
+    known, codes, sequences = origin.best.catalogue, dataset.numbering, dataset.sequences
+    ours = {"item": list(zip(sequences.item_ids, codes.item_codes, strict=True))}
+    theirs = {"item": list(zip(known.item_ids, known.item_codes, strict=True))}
     if origin.config.num_users:
-        rows.append(
-            (
-                "user",
-                dataset.sequences.user_ids,
-                codes.user_codes,
-                before.user_ids,
-                before.user_codes,
-            )
-        )
-    for kind, ids, words, known_ids, known_words in rows:
-        if ids[: len(known_ids)] == known_ids and words[: len(known_words)] == known_words:
+        ours["user"] = list(zip(sequences.user_ids, codes.user_codes, strict=True))
+        theirs["user"] = list(zip(known.user_ids, known.user_codes, strict=True))
+    for kind, before in theirs.items():
+        now = ours[kind]
+        if now[: len(before)] == before:
             continue
-        if len(ids) < len(known_ids):
-            reason = f"it knows {len(known_ids):,} {kind}s, {dataset.path} has {len(ids):,}"
+        if len(now) < len(before):
+            reason = f"it has {len(before):,} {kind}s, {dataset.path} has {len(now):,}"
         else:
-            ours, theirs = (
-                list(zip(ids, words, strict=True)),
-                list(zip(known_ids, known_words, strict=True)),
+            row = next(row for row, word in enumerate(before) if now[row] != word)
+            old, new = (
+                " with code ".join(
+                    repr(text if len(text) <= 40 else f"{text[:40]}...") for text in pair
+                )
+                for pair in (before[row], now[row])
             )
-            row = next(row for row, word in enumerate(theirs) if ours[row] != word)
-            reason = f"its {kind} row {row} is {_word(theirs[row])}, in {dataset.path} it is {_word(ours[row])}"
-        raise ValueError(
-            f"begin_from {origin.path}: {reason}: give its own data, or what `genrec prepare --append` has made of them"
-        )
+            reason = f"its {kind} row {row} is {old}, in {dataset.path} it is {new}"
+        return f"{reason}: give its own data, or what `genrec prepare --append` has made of them"
+    return ""
 
 
-def _word(word: tuple[str, str]) -> str:
-    id_, code = (part if len(part) <= 40 else f"{part[:40]}..." for part in word)
-    return f"{id_!r} with code {code!r}"
-
-
-def begin_model(
+def warm_start_model(
     origin: Origin,
     recipe: Recipe,
     dataset: Dataset,
     words: WordTable,
     vocab_size: int,
     special: dict[str, int],
-) -> tuple[GenRecForConditionalGeneration, Begun]:
-    """The origin's model with room for the words of the data; a function of the seed torch stands
-    at where rows are new.
+) -> tuple[GenRecForConditionalGeneration, WarmStart]:
+    """The origin's model with rows for the words of the data.
 
     Old rows are the origin's to the bit. New rows: an item's (of the id table, and of its token
     where each item is one token) the mean of the rows of its neighbours in the training parts,
-    weighted by how near they stand; an item without any, and another token that items speak, the
-    mean of the old ones in its place and a fresh row; users' and all else fresh. `vocab_size`,
-    `special`: in ids of the tokenizer, as `build_model` takes them."""
+    weighted by how near they are; of an item without neighbours, and of another new token that
+    items use, the mean of the old rows in its place plus a fresh row; users' and all else fresh,
+    drawn from torch's generator.
+
+    Args:
+        origin: what to start from; it has passed `check_origin`.
+        recipe: of the run.
+        dataset: of the run.
+        words: of its items and users.
+        vocab_size: rows that the tokenizer's ids need.
+        special: ids of the tokenizer, as `build_model` takes them.
+
+    Returns:
+        The model, and what was taken over.
+    """
     before = origin.best.model
     model = like_before(
         before.config,
@@ -215,32 +226,41 @@ def begin_model(
     known = len(origin.best.catalogue.item_ids)
     nearness_MN = neighbour_shares(dataset.sequences, known)
     old_V = _old_rows(origin, words, model.config.vocab_size)
-    begun = Begun(
-        origin.path,
-        origin.weights_hash,
-        users=model.config.num_users - before.config.num_users if model.config.num_users else 0,
+    num_users, num_old_users = model.config.num_users, before.config.num_users
+    return model, WarmStart(
+        path=origin.path,
+        weights_hash=origin.weights_hash,
+        users=num_users - num_old_users if num_users else 0,
         items=words.num_items - known,
         tokens=int((old_V < 0).sum()),
         id_rows=_fill(model, before, words, old_V, nearness_MN),
     )
-    return model, begun
 
 
 def neighbour_shares(sequences: Sequences, known: int) -> sp.csr_matrix:
-    """float64 [M, n], how much each known item counts for a new one, rows of sum 1; of zeros where
-    none stands near it.
+    """How much each known item counts for a new one, from the training parts t_1..t_{n-2} alone.
 
-    Steps apart and mass of the known item as in `neighbour_vectors`, over the training parts
-    t_1..t_{n-2} alone."""
+    Steps apart and mass of the known item as in `neighbour_vectors`.
+
+    Args:
+        sequences: whose first `known` items are in the origin.
+        known: their number, n.
+
+    Returns:
+        float64 [M, n], rows of sum 1, or of zeros for an item without known neighbours.
+    """
     if known == sequences.num_items:
         return sp.csr_matrix((0, known))
+    # An example, two known items and one new one, i2, that was 3 times near i0 and once near i1:
+    #   weights_NN[2:, :2] = [[3, 1]], mass_N[:2] = [8, 3]
+    #   near_MN  = [[3 / sqrt(9), 1 / sqrt(4)]] = [[1, .5]]: a frequent neighbour counts less
+    #   result   = [[2/3, 1/3]]
     weights_NN = cooccurrences(sequences, WINDOW)
     mass_N = np.asarray(weights_NN.sum(axis=1)).ravel()
     near_MN = (weights_NN[known:, :known] @ sp.diags(1 / np.sqrt(mass_N[:known] + 1))).tocsr()
     total_M = np.asarray(near_MN.sum(axis=1)).ravel()
-    return (
-        sp.diags(np.divide(1, total_M, out=np.zeros_like(total_M), where=total_M > 0)) @ near_MN
-    ).tocsr()
+    share_M = np.divide(1, total_M, out=np.zeros_like(total_M), where=total_M > 0)
+    return (sp.diags(share_M) @ near_MN).tocsr()
 
 
 def _old_rows(origin: Origin, words: WordTable, vocab_size: int) -> np.ndarray:
@@ -263,39 +283,31 @@ def _fill(
     old_V: np.ndarray,
     nearness_MN: sp.csr_matrix,
 ) -> dict[Kind, Tensor]:
-    """Put the origin's weights in, begin the rows that are new; the first rows of tables that live
-    outside."""
-    theirs = dict(before.named_parameters())
-    outside: dict[Kind, Tensor] = {}
-    kinds: Sequence[Kind] = ("user", "item")
-    tables = {f"{kind}_embedding.weight" for kind in kinds}
-    for name, parameter in model.named_parameters():
+    """Copy the origin's weights and initialise new rows, in place; returns the first rows of id
+    tables that are outside the model."""
+    theirs, inside = dict(before.named_parameters()), dict(model.named_parameters())
+    kinds: tuple[Kind, ...] = ("user", "item")
+    tables: dict[Kind, str] = {kind: f"{kind}_embedding.weight" for kind in kinds}
+    for name, parameter in inside.items():
         if name == "model.shared.weight":
             _fill_tokens(parameter, theirs[name], words, old_V, nearness_MN)
-        elif name not in tables:
+        elif name not in tables.values():
             parameter.copy_(theirs[name])
-    inside = dict(model.named_parameters())
-    for kind in kinds:
-        name = f"{kind}_embedding.weight"
+    outside: dict[Kind, Tensor] = {}
+    for kind, name in tables.items():
         if name not in theirs:
             continue
         rows = theirs[name].detach()
-        if kind == "item":
-            fresh = (
-                inside[name][len(rows) :]
-                if name in inside
-                else _drawn(nearness_MN.shape[0], rows, before.config)
-            )
-            rows = torch.cat([rows, _begun(rows[1:], nearness_MN, fresh)])
+        if kind == "item" and name in inside:
+            rows = torch.cat([rows, _new_rows(rows[1:], nearness_MN, inside[name][len(rows) :])])
+        elif kind == "item":
+            fresh = torch.randn(nearness_MN.shape[0], rows.shape[1]) * before.config.init_std
+            rows = torch.cat([rows, _new_rows(rows[1:], nearness_MN, fresh)])
         if name in inside:
             inside[name][: len(rows)] = rows
         else:
             outside[kind] = rows[1:].clone()
     return outside
-
-
-def _drawn(num_rows: int, like: Tensor, config: GenRecConfig) -> Tensor:
-    return torch.randn(num_rows, like.shape[1]) * config.init_std
 
 
 def _fill_tokens(
@@ -305,30 +317,32 @@ def _fill_tokens(
     old_V: np.ndarray,
     nearness_MN: sp.csr_matrix,
 ) -> None:
+    """Copy the old rows of the token table and initialise the new ones, in place."""
+    # An example: three known items and a new one of the sub-words a1, a2, a3 | b1, b2, b3 each, in
+    # their order a1 b1, a2 b1, a1 b2 and, new, a3 b2. Of place 0, {a1, a2, a3}, a3 is new: its
+    # fresh row gets the mean of a1's and a2's added. Of place 1, {b1, b2}, none is new.
     kept = torch.from_numpy(old_V >= 0)
     table_VD[kept] = theirs[torch.from_numpy(old_V[old_V >= 0])]
     tokens, offsets = words.tokens_of_items()
     lengths, known = np.diff(offsets), nearness_MN.shape[1]
-    if (lengths == 1).all():
-        rows_M = torch.from_numpy(tokens[known:].astype(np.int64))
-        is_new_M = ~kept[rows_M]
-        known_rows = table_VD[torch.from_numpy(tokens[:known].astype(np.int64))]
-        begun_MD = _begun(known_rows, nearness_MN, table_VD[rows_M])
-        table_VD[rows_M[is_new_M]] = begun_MD[is_new_M]
+    if (lengths == 1).all():  # each item is one token, so that its row is the item's
+        rows_N = torch.from_numpy(tokens.astype(np.int64))
+        rows_M, is_new_M = rows_N[known:], ~kept[rows_N[known:]]
+        new_MD = _new_rows(table_VD[rows_N[:known]], nearness_MN, table_VD[rows_M])
+        table_VD[rows_M[is_new_M]] = new_MD[is_new_M]
         return
     places = np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths)
     for place in range(int(lengths.max(initial=0))):
         here = np.unique(tokens[places == place]).astype(np.int64)
-        new = here[old_V[here] < 0]
-        there = here[old_V[here] >= 0]
-        if len(new) and len(there):
-            table_VD[torch.from_numpy(new)] += table_VD[torch.from_numpy(there)].mean(0)
+        new, old = here[old_V[here] < 0], here[old_V[here] >= 0]
+        if len(new) and len(old):
+            table_VD[torch.from_numpy(new)] += table_VD[torch.from_numpy(old)].mean(0)
 
 
-def _begun(known_ND: Tensor, nearness_MN: sp.csr_matrix, fresh_MD: Tensor) -> Tensor:
-    """[M, D]: the mean of the neighbours' rows, or of all rows and a fresh one, so that no two
-    begin alike."""
-    near_MD = torch.from_numpy(nearness_MN @ known_ND.double().numpy()).to(fresh_MD.dtype)
+def _new_rows(known_ND: Tensor, nearness_MN: sp.csr_matrix, fresh_MD: Tensor) -> Tensor:
+    """[M, D]: the weighted mean of the neighbours' rows; without neighbours, the mean of all rows
+    plus a fresh one, so that no two are equal."""
+    new_MD = torch.from_numpy(nearness_MN @ known_ND.double().numpy()).to(fresh_MD.dtype)
     alone_M = torch.from_numpy(np.diff(nearness_MN.indptr) == 0)
-    near_MD[alone_M] = known_ND.mean(0) + fresh_MD[alone_M]
-    return near_MD
+    new_MD[alone_M] = known_ND.mean(0) + fresh_MD[alone_M]
+    return new_MD

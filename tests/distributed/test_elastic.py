@@ -37,11 +37,12 @@ micro_batch_tokens: 256
 workers: 1
 log_every: 1
 checkpoint_every: 4
-model: {{d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 16, max_tokens: 64, dropout: 0.0, id_dim: 8}}
+model: {{d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 16,
+  max_tokens: 64, dropout: 0.0, id_dim: 8}}
 tokens: {{vocab_size: 300}}
 pretrain: {{epochs: 2, batch_size: 13, mask: {{strategy: multi, k: 2}}}}
 finetune: {{epochs: 3, batch_size: 17, targets: every-prefix}}
-optimizer: {{id_tables: row-adagrad, average: 0.9, eps: 1.0e-4}}
+optimizer: {{id_tables: row-adagrad, ema_decay: 0.9, eps: 1.0e-4}}
 validation: {{users: 30, patience: 0}}
 """
 
@@ -59,13 +60,14 @@ def steps(run: Path) -> list[dict[str, Any]]:
 
 def killed(path: Path, run: Path, after: int) -> None:
     """Two ranks, all of whose processes get SIGKILL once this step is logged."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     started = subprocess.Popen(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-            "-m", "genrec_dist.train", str(path),
-        ],
-        env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
+        [*launcher, "--nproc_per_node", "2", "-m", "genrec_dist.train", str(path)],
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     log, deadline = run / "events.jsonl", time.monotonic() + 300
     try:
         while not log.exists() or f'"step": {after},' not in log.read_text():

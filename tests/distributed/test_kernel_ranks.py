@@ -31,7 +31,7 @@ log_every: 1
 model: {{d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 16, max_tokens: 32, dropout: 0.0, init_std: 0.1}}
 tokens: {{vocab_size: 300}}
 finetune: {{epochs: 1, batch_size: 30, targets: last}}
-optimizer: {{clip: 1.0, eps: 1.0e-4, average: 0.0}}
+optimizer: {{max_grad_norm: 1.0, eps: 1.0e-4, ema_decay: 0.0}}
 validation: {{users: 4}}
 """
 
@@ -49,7 +49,11 @@ def jobs(folder: Path, how: str) -> list[dict[str, Any]]:
             **common,
             "name": f"{how}-{stage}-{precision}",
             "stage": stage,
-            "set": [f"precision={precision}", "optimizer.clip=0.0", "finetune.batch_size=6"],
+            "set": [
+                f"precision={precision}",
+                "optimizer.max_grad_norm=0.0",
+                "finetune.batch_size=6",
+            ],
         }
         for stage, precision in ((None, "fp32"), (3, "fp32"), (3, "bf16"))
     ]

@@ -46,33 +46,22 @@ def backbone(tmp_path: Path) -> Path:
 @pytest.mark.timeout(3600)
 def test_two_steps_of_bart_large_under_zero_3(backbone: Path) -> None:
     folder = backbone.parent
-    sets = {
-        "data": folder / "data", "run": folder / "run", "model.backbone": backbone,
-        "pretrain.epochs": 0, "finetune.epochs": 1, "log_every": 1, "keep_checkpoints": 1, "workers": 0,
-        "validation.users": 2,
-    }  # fmt: skip
+    sets = [f"data={folder / 'data'}", f"run={folder / 'run'}", f"model.backbone={backbone}"]
+    sets += ["pretrain.epochs=0", "finetune.epochs=1", "log_every=1", "keep_checkpoints=1"]
+    sets += ["workers=0", "validation.users=2"]
     command = [ROOT / "launch" / "cpu_two_ranks_zero.sh", "3", "paper-large"]
-    for key, value in sets.items():
-        command += ["--set", f"{key}={value}"]
+    for override in sets:
+        command += ["--set", override]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     start = time.monotonic()
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     seconds = time.monotonic() - start
     assert done.returncode == 0, done.stderr[-3000:]
-    events = [
-        json.loads(line) for line in (folder / "run" / "events.jsonl").read_text().splitlines()
-    ]
+    lines = (folder / "run" / "events.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
     started = next(event for event in events if event["event"] == "start")
-    assert (started["distributed_type"], started["zero_stage"], started["processes"]) == (
-        "DistributedType.DEEPSPEED",
-        3,
-        2,
-    )
+    assert started["distributed_type"] == "DistributedType.DEEPSPEED"
+    assert (started["zero_stage"], started["processes"]) == (3, 2)
     assert started["parameters"] > 400e6
     steps = [event for event in events if event["event"] == "step"]
     assert [event["samples"] for event in steps] == [16, 16]
@@ -81,5 +70,6 @@ def test_two_steps_of_bart_large_under_zero_3(backbone: Path) -> None:
     largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
     between = steps[1]["time"] - steps[0]["time"]
     print(
-        f"{started['parameters']:,} parameters; {seconds:.0f} s in all, {between:.0f} s a step, {largest:.1f} GiB a rank"
+        f"{started['parameters']:,} parameters; {seconds:.0f} s in all, {between:.0f} s per step, "
+        f"{largest:.1f} GiB per rank"
     )

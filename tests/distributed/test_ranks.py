@@ -20,15 +20,15 @@ SCRIPT = HELPERS / "meeting_rank.py"
 def test_a_process_alone_is_its_own_rank_0() -> None:
     ranks = Ranks()
     assert ranks.exchange([1, 2]) == [[1, 2]]
-    assert ranks.texts("é") == ["é"]
+    assert ranks.all_gather_str("é") == ["é"]
     assert [t.tolist() for t in ranks.gather(torch.arange(2))] == [[0, 1]]
-    assert ranks.together(lambda: 5) == 5
+    assert ranks.run_on_all(lambda: 5) == 5
     with pytest.raises(OSError, match="full"):
         ranks.gather(torch.arange(2), OSError("full"))
 
 
 def test_a_text_is_cut_at_2000_bytes() -> None:
-    assert Ranks().texts("é" * 1500) == ["é" * 1000]
+    assert Ranks().all_gather_str("é" * 1500) == ["é" * 1000]
 
 
 @pytest.mark.dist

@@ -25,7 +25,7 @@ from two_ranks import environment, start_each
 
 from genrec_dist.config.load import dump_recipe, load_recipe
 from genrec_dist.training.loader import StepBatches
-from genrec_dist.training.setup import Workshop, open_workshop
+from genrec_dist.training.setup import TrainingSetup, build_setup
 
 NUM_USERS = 56
 WORLDS, WORKERS, TARS = (1, 2, 3, 4, 8), (0, 1, 2, 4), {1: 56, 3: 20, 7: 8}
@@ -40,7 +40,7 @@ finetune: {epochs: 2, batch_size: 40, targets: every-prefix}
 
 
 @pytest.fixture(scope="module")
-def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+def setup(tmp_path_factory: pytest.TempPathFactory) -> TrainingSetup:
     """The same records in 1, 3 and 7 tars; the epochs' last steps have fewer samples than eight
     ranks need."""
     folder = tmp_path_factory.mktemp("stream")
@@ -55,31 +55,31 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
         assert len(manifest.shards) == number
     (folder / "recipe.yaml").write_text(f"data: {folder / 'data'}\nrun: {folder / 'run'}\n{RECIPE}")
     recipe = load_recipe(folder / "recipe.yaml", [f"shards={folder / '1-tars'}"])
-    made, _ = open_workshop(recipe)
+    made, _ = build_setup(recipe)
     last_steps = [stage.plan.num_samples % stage.stage.batch_size for stage in made.stages]
     assert 0 < min(last_steps) < 8
     return made
 
 
-def shards_of(workshop: Workshop, tars: int) -> Path:
-    return Path(workshop.recipe.run).parent / f"{tars}-tars"
+def shards_of(setup: TrainingSetup, tars: int) -> Path:
+    return Path(setup.recipe.run).parent / f"{tars}-tars"
 
 
 def seen_by(
-    workshop: Workshop, reader: ShardReader, rank: int, world: int, steps: range, workers: int
+    setup: TrainingSetup, reader: ShardReader, rank: int, world: int, steps: range, workers: int
 ) -> list[Seen]:
-    data = StepBatches(workshop.stages, reader, workshop.layout, workshop.recipe, rank, world)
-    return walk(data, steps, workers, workshop.words)
+    data = StepBatches(setup.stages, reader, setup.layout, setup.recipe, rank, world)
+    return walk(data, steps, workers, setup.words)
 
 
-def all_steps(workshop: Workshop) -> range:
-    return range(workshop.stages[-1].end_step)
+def all_steps(setup: TrainingSetup) -> range:
+    return range(setup.stages[-1].end_step)
 
 
 @pytest.fixture(scope="module")
-def reference(workshop: Workshop) -> list[Seen]:
+def reference(setup: TrainingSetup) -> list[Seen]:
     """One rank without workers."""
-    return seen_by(workshop, workshop.reader, 0, 1, all_steps(workshop), 0)
+    return seen_by(setup, setup.reader, 0, 1, all_steps(setup), 0)
 
 
 def check_step(parts: list[Seen], expected: Seen) -> None:
@@ -94,13 +94,13 @@ def check_step(parts: list[Seen], expected: Seen) -> None:
         assert (part.num_padding_rows, len(part.samples)) == (part.num_padding, part.num_samples)
 
 
-def test_an_epoch_is_the_dataset(workshop: Workshop, reference: list[Seen]) -> None:
-    sequences = load_dataset(workshop.recipe.data).sequences
+def test_an_epoch_is_the_dataset(setup: TrainingSetup, reference: list[Seen]) -> None:
+    sequences = load_dataset(setup.recipe.data).sequences
     parts = [
         sequences.items[sequences.offsets[user] : sequences.offsets[user + 1] - 2]
         for user in range(NUM_USERS)
     ]
-    pretrain, finetune = workshop.stages
+    pretrain, finetune = setup.stages
     masked = [sample for step in reference[: pretrain.end_step] for sample in step.samples]
     # Each user once, and what is seen and what is asked for make up the training part.
     whole = [
@@ -134,13 +134,12 @@ def test_an_epoch_is_the_dataset(workshop: Workshop, reference: list[Seen]) -> N
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("tars", TARS)
 def test_any_topology_takes_the_same_steps(
-    workshop: Workshop, reference: list[Seen], tars: int, workers: int
+    setup: TrainingSetup, reference: list[Seen], tars: int, workers: int
 ) -> None:
-    reader = ShardReader(shards_of(workshop, tars))
+    reader = ShardReader(shards_of(setup, tars))
     for world in WORLDS if workers == 0 else (1, 3):  # workers know nothing of other ranks
         ranks = [
-            seen_by(workshop, reader, rank, world, all_steps(workshop), workers)
-            for rank in range(world)
+            seen_by(setup, reader, rank, world, all_steps(setup), workers) for rank in range(world)
         ]
         assert {len(steps) for steps in ranks} == {len(reference)}
         for parts, expected in zip(zip(*ranks, strict=True), reference, strict=True):
@@ -153,7 +152,7 @@ worlds = st.integers(1, 9)
 @given(before=worlds, after=worlds, tars=st.sampled_from(list(TARS)), data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_a_run_killed_at_any_step_goes_on_with_any_world(
-    workshop: Workshop,
+    setup: TrainingSetup,
     reference: list[Seen],
     before: int,
     after: int,
@@ -163,19 +162,19 @@ def test_a_run_killed_at_any_step_goes_on_with_any_world(
     """Nothing of what the ranks before had seen, or had loaded ahead, is needed or repeated."""
     end = len(reference)
     killed_at = data.draw(st.integers(0, end - 1))
-    item_of = items_by_tokens(workshop.words)
+    item_of = items_by_tokens(setup.words)
     taken = []
     for world, steps in (
         (before, range(max(killed_at - 1, 0), killed_at)),
         (after, range(killed_at, end)),
     ):
-        reader = ShardReader(shards_of(workshop, tars), verify=False)
+        reader = ShardReader(shards_of(setup, tars), verify=False)
         ranks = [
-            StepBatches(workshop.stages, reader, workshop.layout, workshop.recipe, r, world)
+            StepBatches(setup.stages, reader, setup.layout, setup.recipe, r, world)
             for r in range(world)
         ]
         for step in steps:
-            parts = [read_back(rank[step], workshop.words, item_of) for rank in ranks]
+            parts = [read_back(rank[step], setup.words, item_of) for rank in ranks]
             check_step(parts, reference[step])
             taken.append(step)
     assert taken[-(end - killed_at) :] == list(range(killed_at, end))
@@ -184,12 +183,12 @@ def test_a_run_killed_at_any_step_goes_on_with_any_world(
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 3])
 def test_real_ranks_take_the_same_steps(
-    workshop: Workshop, reference: list[Seen], tmp_path: Path, world: int
+    setup: TrainingSetup, reference: list[Seen], tmp_path: Path, world: int
 ) -> None:
     """Three ranks share one tar behind an address; the node fetches each record once."""
-    with serving(shards_of(workshop, 1).parent) as server:
-        shards = f"{server.url}/1-tars" if world == 3 else str(shards_of(workshop, 7))
-        recipe = replace(workshop.recipe, shards=shards)
+    with serving(shards_of(setup, 1).parent) as server:
+        shards = f"{server.url}/1-tars" if world == 3 else str(shards_of(setup, 7))
+        recipe = replace(setup.recipe, shards=shards)
         (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
         script = HELPERS / "stream_rank.py"
         env = environment(GENREC_CACHE=str(tmp_path / "cache"))
@@ -202,9 +201,7 @@ def test_real_ranks_take_the_same_steps(
         )
         assert not any(rank.returncode for rank in done), done
         records = [request for request in server.requests if request[1]]
-        assert (
-            len(records) == len(set(records)) == (workshop.reader.num_records if world == 3 else 0)
-        )
+        assert len(records) == len(set(records)) == (setup.reader.num_records if world == 3 else 0)
     reports = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(world)]
     assert all(
         report["digests"] == [step.digest % 2**64 for step in reference] for report in reports
@@ -223,15 +220,15 @@ def seen_from(fields: dict) -> Seen:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_server_that_fails_in_the_middle_ends_the_run_in_one_line(
-    workshop: Workshop, tmp_path: Path, workers: int
+    setup: TrainingSetup, tmp_path: Path, workers: int
 ) -> None:
     """Also where a worker reads: it must neither keep the run from ending nor show its
     traceback."""
-    with serving(shards_of(workshop, 7).parent) as server:
+    with serving(shards_of(setup, 7).parent) as server:
         server.fault = lambda path, number: "404" if path.endswith("shard-000003.tar") else None
         shards, run = f"{server.url}/7-tars", tmp_path / "run"
         (tmp_path / "recipe.yaml").write_text(
-            dump_recipe(replace(workshop.recipe, shards=shards, run=str(run), workers=workers))
+            dump_recipe(replace(setup.recipe, shards=shards, run=str(run), workers=workers))
         )
         command = ["-m", "genrec_dist.cli", "train", tmp_path / "recipe.yaml"]
         done = forked.run(command, environment(GENREC_CACHE=str(tmp_path / "cache")), timeout=120)

@@ -4,74 +4,63 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import forked
 import pytest
-from places import ROOT
+from places import HELPERS, ROOT
 from two_ranks import deepspeed_environment, environment
 
 from genrec_dist.distributed.launch_check import (
-    Asked,
     Launch,
-    asked,
+    Request,
     first_difference,
     launch_above,
     launch_arguments,
+    requested,
 )
 
 BIN = Path(sys.executable).parent
 ONE_PROCESS = {"processes": "1", "zero": "none", "precision": "fp32", "device": "cpu"}
 
 
-def wishes(environ: dict[str, str], launch: Launch | None = None) -> dict[str, list[str]]:
+def requests_of(environ: dict[str, str], launch: Launch | None = None) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for wish in asked(environ, launch):
-        found.setdefault(wish.what, []).append(wish.value)
+    for request in requested(environ, launch):
+        found.setdefault(request.what, []).append(request.value)
     return found
 
 
 # Command lines
 
-WRITTEN = [
-    "/v/bin/python /v/bin/accelerate launch --cpu train.py",
-    "/v/bin/python -m accelerate.commands.launch --cpu train.py",
-    "/v/bin/python -u -m accelerate.commands.accelerate_cli launch --cpu train.py",
-    "/v/bin/python /v/bin/accelerate-launch --cpu train.py",
-    "/v/bin/python /v/lib/accelerate/commands/launch.py --cpu train.py",
-    "timeout 60 accelerate launch --cpu train.py",
-]
-
-
-@pytest.mark.parametrize("line", WRITTEN)
-def test_a_launch_is_known_however_it_is_written(line: str) -> None:
-    assert launch_arguments(line.split()) == ["--cpu", "train.py"]
-
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "arguments"),
     [
-        "python train.py",
-        "accelerate config",
-        "bash -c 'accelerate launch x'",
-        "torchrun --nproc_per_node 2 t.py",
+        ("/v/bin/python /v/bin/accelerate launch --cpu train.py", ["--cpu", "train.py"]),
+        ("/v/bin/python -m accelerate.commands.launch --cpu train.py", ["--cpu", "train.py"]),
+        ("python -u -m accelerate.commands.accelerate_cli launch train.py", ["train.py"]),
+        ("/v/bin/python /v/bin/accelerate-launch --cpu train.py", ["--cpu", "train.py"]),
+        ("/v/bin/python /v/lib/accelerate/commands/launch.py --cpu t.py", ["--cpu", "t.py"]),
+        ("timeout 60 accelerate launch --cpu train.py", ["--cpu", "train.py"]),
+        ("python train.py", None),
+        ("accelerate config", None),
+        ("bash -c 'accelerate launch x'", None),
+        ("torchrun --nproc_per_node 2 t.py", None),
     ],
 )
-def test_other_commands_are_no_launch(line: str) -> None:
-    words = line.split() if "'" not in line else ["bash", "-c", "accelerate launch x"]
-    assert launch_arguments(words) is None
-
-
-def test_nobody_launched_this_test() -> None:
-    assert launch_above() is None
+def test_launch_arguments_knows_a_launch_however_it_is_written(
+    line: str, arguments: list[str] | None
+) -> None:
+    assert launch_arguments(shlex.split(line)) == arguments
 
 
 def parsed(*arguments: str, folder: Path = ROOT) -> dict[str, list[str]]:
-    return wishes(
-        {}, Launch([*arguments, "-m", "genrec_dist.train", "tiny", "--set", "seed=1"], folder)
-    )
+    words = [*arguments, "-m", "genrec_dist.train", "tiny", "--set", "seed=1"]
+    return requests_of({}, Launch(words, folder))
 
 
 @pytest.fixture(autouse=True)
@@ -80,61 +69,84 @@ def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", "/nonexistent")
 
 
-CPU, GPU, PLAIN = {"device": ["cpu"]}, {"device": ["gpu"]}, {"zero": ["none"]}
+# Arguments of `accelerate launch | what they ask for, in order.
+LAUNCHES = """
+--cpu --num_processes 2                    | processes=2 zero=none device=cpu
+--cpu --num_processes=2 --mixed_precision=bf16 | processes=2 zero=none precision=bf16 device=cpu
+--multi_gpu --num-processes 8 --mixed_precision no | processes=8 zero=none device=gpu
+--use_deepspeed --zero_stage 3 --num_processes 4   | processes=4 zero=3
+--use_deepspeed --num_processes 4                  | processes=4 zero=2
+--use_deepspeed --zero_stage 1 --deepspeed_config_file launch/zero3.json --num_processes 4 \
+                                           | processes=4 zero=3 zero=1
+--gpu_ids 0 --num_processes 1              | processes=1 zero=none device=gpu
+--config_file launch/cpu_single.yaml       | processes=1 zero=none device=cpu
+--config_file launch/gpu_single_3090.yaml  | processes=1 zero=none device=gpu
+--config_file launch/gpu_node_8.yaml       | processes=8 zero=none device=gpu
+--config_file launch/gpu_node_8.yaml --num_processes 4 | processes=4 zero=none device=gpu
+--config_file launch/gpu_node_8_zero1.yaml | processes=8 zero=1 device=gpu
+--config_file launch/gpu_node_8_zero3_offload.yaml | processes=8 zero=3 device=gpu
+--config_file launch/gpu_two_nodes.yaml    | processes=16 zero=none device=gpu
+--config_file launch/gpu_two_nodes_zero3.yaml | processes=16 zero=3 device=gpu
+--config_file launch/cpu_two_ranks_zero.yaml --deepspeed_config_file launch/zero1.json \
+                                           | processes=2 zero=1
+"""
+VARIABLES = """
+WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 SLURM_STEP_NUM_TASKS=1 | processes=2
+SLURM_STEP_NUM_TASKS=4 SLURM_NTASKS=4      | processes=4
+OMPI_COMM_WORLD_SIZE=3                     | processes=3
+ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_ZERO_STAGE=3 | zero=3
+ACCELERATE_USE_DEEPSPEED=true              | zero=2
+ACCELERATE_DEEPSPEED_ZERO_STAGE=3          |
+ACCELERATE_MIXED_PRECISION=bf16 ACCELERATE_USE_CPU=true | precision=bf16 device=cpu
+GENREC_EXPECT=processes=8,zero=none,precision=fp16,device=gpu \
+                                           | processes=8 zero=none precision=fp16 device=gpu
+"""
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ("--cpu --num_processes 2", {"processes": ["2"], **PLAIN, **CPU}),
-        ("--cpu --num_processes=2 --mixed_precision=bf16", {"processes": ["2"], **PLAIN, "precision": ["bf16"], **CPU}),
-        ("--multi_gpu --num-processes 8 --mixed_precision no", {"processes": ["8"], **PLAIN, **GPU}),
-        ("--use_deepspeed --zero_stage 3 --num_processes 4", {"processes": ["4"], "zero": ["3"]}),
-        ("--use_deepspeed --num_processes 4", {"processes": ["4"], "zero": ["2"]}),  # accelerate's own default
-        ("--use_deepspeed --zero_stage 1 --deepspeed_config_file launch/zero3.json --num_processes 4",
-         {"processes": ["4"], "zero": ["3", "1"]}),
-        ("--gpu_ids 0 --num_processes 1", {"processes": ["1"], **PLAIN, **GPU}),
-        ("--config_file launch/cpu_single.yaml", {"processes": ["1"], **PLAIN, **CPU}),
-        ("--config_file launch/gpu_single_3090.yaml", {"processes": ["1"], **PLAIN, **GPU}),
-        ("--config_file launch/gpu_node_8.yaml", {"processes": ["8"], **PLAIN, **GPU}),
-        ("--config_file launch/gpu_node_8.yaml --num_processes 4", {"processes": ["4"], **PLAIN, **GPU}),
-        ("--config_file launch/gpu_node_8_zero1.yaml", {"processes": ["8"], "zero": ["1"], **GPU}),
-        ("--config_file launch/gpu_node_8_zero3_offload.yaml", {"processes": ["8"], "zero": ["3"], **GPU}),
-        ("--config_file launch/gpu_two_nodes.yaml", {"processes": ["16"], **PLAIN, **GPU}),
-        ("--config_file launch/gpu_two_nodes_zero3.yaml", {"processes": ["16"], "zero": ["3"], **GPU}),
-        ("--config_file launch/cpu_two_ranks_zero.yaml --deepspeed_config_file launch/zero1.json",
-         {"processes": ["2"], "zero": ["1"]}),
-    ],
-)  # fmt: skip
+def rows(table: str) -> list[list[str]]:
+    lines = table.strip().splitlines()
+    return [[cell.strip() for cell in line.split("|")] for line in lines]
+
+
+def found(requests: dict[str, list[str]]) -> str:
+    return " ".join(f"{what}={value}" for what, values in requests.items() for value in values)
+
+
+@pytest.mark.parametrize(("arguments", "expected"), rows(LAUNCHES))
 def test_accelerate_reads_its_own_command_line(
-    arguments: str, expected: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+    arguments: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    assert parsed(*arguments.split()) == expected
+    assert found(parsed(*arguments.split())) == expected
 
 
-def test_what_nobody_said_is_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert parsed() == PLAIN
-    assert (
-        wishes({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False", "PATH": "/bin"})
-        == {}
-    )
+@pytest.mark.parametrize(("environ", "expected"), rows(VARIABLES))
+def test_variables_are_read(environ: str, expected: str) -> None:
+    assert found(requests_of(dict(part.split("=", 1) for part in environ.split()))) == expected
 
 
-def test_a_file_is_looked_for_where_the_launcher_stood(tmp_path: Path) -> None:
+def test_nothing_is_requested_that_nobody_set() -> None:
+    assert launch_above() is None
+    assert parsed() == {"zero": ["none"]}
+    environ = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False", "PATH": "/bin"}
+    assert requests_of(environ) == {}
+
+
+def test_a_configuration_file_is_relative_to_the_launchers_directory(tmp_path: Path) -> None:
     (tmp_path / "here.yaml").write_text((ROOT / "launch" / "cpu_single.yaml").read_text())
     assert parsed("--config_file", "here.yaml", folder=tmp_path)["processes"] == ["1"]
 
 
 def test_the_whole_line_is_named_up_to_the_program() -> None:
     launch = Launch(["--cpu", "--num_processes", "2", "-m", "genrec_dist.train", "tiny"], ROOT)
-    assert {wish.by for wish in asked({}, launch)} == {"accelerate launch --cpu --num_processes 2"}
+    assert {r.by for r in requested({}, launch)} == {"accelerate launch --cpu --num_processes 2"}
 
 
 def test_reading_a_launch_leaves_logging_alone() -> None:
     code = (
-        "import logging; from pathlib import Path; from genrec_dist.distributed.launch_check import Launch, asked; "
-        "list(asked({}, Launch(['--cpu', 't.py'], Path()))); print(logging.root.handlers)"
+        "import logging; from pathlib import Path; "
+        "from genrec_dist.distributed.launch_check import Launch, requested; "
+        "list(requested({}, Launch(['--cpu', 't.py'], Path()))); print(logging.root.handlers)"
     )
     env = environment(ACCELERATE_ENABLE_RICH="true")
     done = subprocess.run(
@@ -144,45 +156,24 @@ def test_reading_a_launch_leaves_logging_alone() -> None:
     assert not logging.getLogger("accelerate.commands.launch").disabled
 
 
-# Variables
-
-
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ("WORLD_SIZE=2 LOCAL_WORLD_SIZE=2 SLURM_STEP_NUM_TASKS=1", {"processes": ["2"]}),
-        ("SLURM_STEP_NUM_TASKS=4 SLURM_NTASKS=4", {"processes": ["4"]}),
-        ("OMPI_COMM_WORLD_SIZE=3", {"processes": ["3"]}),
-        ("ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_ZERO_STAGE=3", {"zero": ["3"]}),
-        ("ACCELERATE_USE_DEEPSPEED=true", {"zero": ["2"]}),
-        ("ACCELERATE_DEEPSPEED_ZERO_STAGE=3", {}),
-        ("ACCELERATE_MIXED_PRECISION=bf16 ACCELERATE_USE_CPU=true", {"precision": ["bf16"], "device": ["cpu"]}),
-        ("GENREC_EXPECT=processes=8,zero=none,precision=fp16,device=gpu",
-         {"processes": ["8"], "zero": ["none"], "precision": ["fp16"], "device": ["gpu"]}),
-    ],
-)  # fmt: skip
-def test_variables_are_read(environ: str, expected: dict[str, list[str]]) -> None:
-    assert wishes(dict(part.split("=", 1) for part in environ.split())) == expected
-
-
 def test_the_stage_is_read_out_of_the_deepspeed_file(tmp_path: Path) -> None:
     environ = {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "zero.json"),
     }
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": 1}}')
-    assert asked(environ, None) == [Asked("zero", "1", str(tmp_path / "zero.json"))]
+    assert requested(environ, None) == [Request("zero", "1", str(tmp_path / "zero.json"))]
     (tmp_path / "zero.json").write_text('{"zero_optimization": {"stage": "auto"}}')
-    assert wishes(environ | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}) == {"zero": ["3"]}
+    assert requests_of(environ | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}) == {"zero": ["3"]}
     for text in ("{}", "no json", '{"zero_optimization": 2}'):
         (tmp_path / "zero.json").write_text(text)
         with pytest.raises(
             ValueError, match=r"zero\.json: no DeepSpeed file with zero_optimization\.stage"
         ):
-            asked(environ, None)
+            requested(environ, None)
     (tmp_path / "zero.json").unlink()
     with pytest.raises(ValueError, match=r"zero\.json: no DeepSpeed file"):
-        asked(environ, None)
+        requested(environ, None)
 
 
 @pytest.mark.parametrize(
@@ -192,43 +183,31 @@ def test_an_expectation_that_cannot_be_read_is_refused(text: str) -> None:
     with pytest.raises(
         ValueError, match=f"GENREC_EXPECT: {text} is not one of processes=N, zero=none"
     ):
-        asked({"GENREC_EXPECT": f"device=cpu,{text}"}, None)
+        requested({"GENREC_EXPECT": f"device=cpu,{text}"}, None)
 
 
 # Differences
 
 
 @pytest.mark.parametrize("what", ["processes", "zero", "precision", "device"])
-def test_every_difference_is_told_with_its_source_and_a_way_out(what: str) -> None:
+def test_first_difference_names_source_and_remedy(what: str) -> None:
     other = {"processes": "2", "zero": "3", "precision": "bf16", "device": "gpu"}[what]
-    line = first_difference(
-        [*(Asked(k, v, "x") for k, v in ONE_PROCESS.items()), Asked(what, other, "FILE")],
-        ONE_PROCESS,
-    )
+    same = [Request(k, v, "x") for k, v in ONE_PROCESS.items()]
+    assert first_difference(same, ONE_PROCESS) is None
+    line = first_difference([*same, Request(what, other, "FILE")], ONE_PROCESS)
     assert line is not None
-    assert line.startswith("FILE asks for ")
-    assert other in line
-    assert ", the run got " in line
-    assert len(line.split(": ", 1)[1]) > 20
+    asked_for, came = line.split(", the run got ")
+    assert asked_for.startswith("FILE asks for ")
+    assert other in asked_for
+    assert len(came.split(": ", 1)[1]) > 20
     assert "\n" not in line
 
 
-def test_no_difference_is_no_word() -> None:
-    assert (
-        first_difference(
-            [Asked(what, value, "x") for what, value in ONE_PROCESS.items()], ONE_PROCESS
-        )
-        is None
-    )
-
-
 def test_deepspeed_that_nobody_asked_for_is_a_difference() -> None:
-    line = first_difference([Asked("zero", "none", "FILE")], ONE_PROCESS | {"zero": "2"})
+    line = first_difference([Request("zero", "none", "FILE")], ONE_PROCESS | {"zero": "2"})
+    got = "asks for no DeepSpeed, the run got DeepSpeed ZeRO stage 2"
     assert line is not None
-    assert (
-        "FILE asks for no DeepSpeed, the run got DeepSpeed ZeRO stage 2: unset ACCELERATE_USE_DEEPSPEED"
-        in line
-    )
+    assert f"FILE {got}: unset ACCELERATE_USE_DEEPSPEED" in line
 
 
 # Real launches
@@ -262,8 +241,8 @@ def test_two_processes_that_become_one_stop(tmp_path: Path) -> None:
     env = environment()
     del env["ACCELERATE_USE_CPU"]
     way_out = (
-        "asks for 2 processes, the run got 1 process: accelerate alone starts one process on a CPU; "
-        "start them with launch/cpu_two_ranks.sh or torchrun"
+        "asks for 2 processes, the run got 1 process: accelerate alone starts one process on a "
+        "CPU; start them with launch/cpu_two_ranks.sh or torchrun"
     )
     command: list[str | Path] = [BIN / "accelerate", "launch", "--cpu", "--num_processes", "2"]
     assert (
@@ -272,14 +251,9 @@ def test_two_processes_that_become_one_stop(tmp_path: Path) -> None:
     )
     config = (ROOT / "launch" / "cpu_single.yaml").read_text()
     config = config.replace('distributed_type: "NO"', "distributed_type: MULTI_CPU")
-    (tmp_path / "multi.yaml").write_text(config.replace("num_processes: 1", "num_processes: 2"))
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        tmp_path / "multi.yaml",
-    ]
+    file = tmp_path / "multi.yaml"
+    file.write_text(config.replace("num_processes: 1", "num_processes: 2"))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file]
     assert (
         stopped(command, tmp_path, env)
         == f"genrec: accelerate launch --config_file {tmp_path}/multi.yaml {way_out}"
@@ -292,8 +266,9 @@ def test_deepspeed_that_the_cpu_switch_turns_off_stops(tmp_path: Path) -> None:
     options = "--use_deepspeed --zero_stage 2 --num_processes 2 --main_process_port 0"
     said = stopped([BIN / "accelerate", "launch", *options.split()], tmp_path, environment())
     assert said == (
-        f"genrec: accelerate launch {options} asks for DeepSpeed ZeRO stage 2, the run got no DeepSpeed: "
-        "unset ACCELERATE_USE_CPU, which turns DeepSpeed off; on a CPU set DS_ACCELERATOR=cpu instead"
+        f"genrec: accelerate launch {options} asks for DeepSpeed ZeRO stage 2, the run got no "
+        "DeepSpeed: unset ACCELERATE_USE_CPU, which turns DeepSpeed off; on a CPU set "
+        "DS_ACCELERATOR=cpu instead"
     )
 
 
@@ -310,14 +285,10 @@ def test_tasks_that_do_not_know_of_each_other_stop(tmp_path: Path) -> None:
 @pytest.mark.dist
 @pytest.mark.ranks
 def test_a_deepspeed_launch_gets_what_it_asks_for_and_no_other(tmp_path: Path) -> None:
-    options = [
-        "--config_file",
-        "launch/cpu_two_ranks_zero.yaml",
-        "--deepspeed_config_file",
-        "launch/zero2.json",
-    ]
+    options = ["--config_file", "launch/cpu_two_ranks_zero.yaml"]
+    options += ["--deepspeed_config_file", "launch/zero2.json"]
     done = subprocess.run(
-        [BIN / "accelerate", "launch", *options, ROOT / "tests" / "topology_rank.py", tmp_path],
+        [BIN / "accelerate", "launch", *options, HELPERS / "topology_rank.py", tmp_path],
         env=deepspeed_environment(), cwd=ROOT, capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

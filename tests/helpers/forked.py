@@ -22,9 +22,12 @@ from pathlib import Path
 
 # None of these starts a thread of Python's; pyarrow's allocator has one, and knows of forks.
 LOADED = [
-    "genrec_dist.training.run", "genrec_dist.inference.export_lists", "genrec_dist.report.run_report",
-    "scipy.sparse", "transformers.models.bart.modeling_bart",
-]  # fmt: skip
+    "genrec_dist.training.run",
+    "genrec_dist.inference.export_lists",
+    "genrec_dist.report.run_report",
+    "scipy.sparse",
+    "transformers.models.bart.modeling_bart",
+]
 _CONTEXT = multiprocessing.get_context("forkserver")
 
 

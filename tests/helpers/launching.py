@@ -39,7 +39,8 @@ done
 exit $code
 """
 SCONTROL = """#!/usr/bin/env bash
-if [ "$1 $2" = "show hostnames" ]; then printf '127.0.0.1\\nanother\\n'; else echo "$@" >> scontrol.calls; fi
+if [ "$1 $2" = "show hostnames" ]; then printf '127.0.0.1\\nanother\\n'; exit; fi
+echo "$@" >> scontrol.calls
 """
 
 

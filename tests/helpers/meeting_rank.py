@@ -32,16 +32,16 @@ def main(folder: Path, who: int, how: str) -> None:
 
     answers = {
         "exchange": ranks.exchange([ranks.rank, -(2**62) + ranks.rank]),
-        "texts": ranks.texts(f"ränk {ranks.rank}"),
-        "text of main": ranks.text_of_main(f"said by {ranks.rank}"),
+        "texts": ranks.all_gather_str(f"ränk {ranks.rank}"),
+        "text of main": ranks.broadcast_str(f"said by {ranks.rank}"),
         "gather": [
             t.tolist()
             for t in ranks.gather(torch.tensor([[ranks.rank, 1], [2, 3]], dtype=torch.int32))
         ],
-        "all well": told(lambda: ranks.together(lambda: fail_on())),
-        "one fails": told(lambda: ranks.together(lambda: fail_on(1))),
-        "main fails": told(lambda: ranks.together(lambda: fail_on(0))),
-        "two fail": told(lambda: ranks.together(lambda: fail_on(1, 2))),
+        "all well": told(lambda: ranks.run_on_all(lambda: fail_on())),
+        "one fails": told(lambda: ranks.run_on_all(lambda: fail_on(1))),
+        "main fails": told(lambda: ranks.run_on_all(lambda: fail_on(0))),
+        "two fail": told(lambda: ranks.run_on_all(lambda: fail_on(1, 2))),
         "one has nothing": told(
             lambda: ranks.gather(torch.zeros(3), ValueError("no list") if ranks.rank == 2 else None)
         ),

@@ -57,7 +57,7 @@ def measure(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     model = GenRecForConditionalGeneration(build_config(recipe, USERS, ITEMS))
     engine: Any = make_engine(model, recipe, accelerator)
-    average = AveragedWeights(engine.masters, recipe.optimizer.average)
+    average = AveragedWeights(engine.masters, recipe.optimizer.ema_decay)
     buckets = watch_buckets(engine)
     most: dict[str, int] = {}
 

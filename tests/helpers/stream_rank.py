@@ -17,7 +17,7 @@ from genrec_dist.data.batch import Batch, RankStep
 from genrec_dist.data.word_table import WordTable
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.training.loader import StepBatches
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 
 # (user row, item rows that are seen, [(number of the mask, item rows behind it), ...])
 Sample = tuple[int, tuple[int, ...], tuple[tuple[int, tuple[int, ...]], ...]]
@@ -97,11 +97,9 @@ def main() -> None:
     recipe, out = load_recipe(sys.argv[1]), Path(sys.argv[2])
     dist.init_process_group("gloo")
     ranks = Ranks()
-    workshop, _ = ranks.together(lambda: open_workshop(recipe))
-    data = StepBatches(
-        workshop.stages, workshop.reader, workshop.layout, recipe, ranks.rank, ranks.size
-    )
-    seen = walk(data, range(workshop.stages[-1].end_step), recipe.workers, workshop.words)
+    setup, _ = ranks.run_on_all(lambda: build_setup(recipe))
+    data = StepBatches(setup.stages, setup.reader, setup.layout, recipe, ranks.rank, ranks.size)
+    seen = walk(data, range(setup.stages[-1].end_step), recipe.workers, setup.words)
     digests = [
         sum(theirs) % 2**64
         for theirs in zip(*ranks.exchange([step.digest for step in seen]), strict=True)

@@ -32,10 +32,10 @@ from genrec_dist.training.engine import Spread, make_accelerator
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.loop import Loop
 from genrec_dist.training.run import train
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 
 LISTS_WINDOW = 70
-"""Users a window of the lists: five batches and two, on two ranks."""
+"""Users per window of the lists: five batches and two, on two ranks."""
 
 
 def main(path: Path) -> None:
@@ -50,7 +50,7 @@ def main(path: Path) -> None:
         except ValueError as error:
             facts = {"error": str(error)}
         ranks = Ranks()
-        facts["errors"] = ranks.texts(facts.get("error", ""))
+        facts["errors"] = ranks.all_gather_str(facts.get("error", ""))
         if ranks.is_main:
             (path.parent / f"{job['name']}.json").write_text(json.dumps(facts))
     if dist.is_initialized():
@@ -69,38 +69,34 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
             model.parameters(), lr=0.0
         )
     accelerator = make_accelerator(recipe)
-    workshop, model = open_workshop(recipe)
+    setup, model = build_setup(recipe)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    loop = Loop(workshop, model, accelerator)
+    loop = Loop(setup, model, accelerator)
     genrec_dist.training.engine.build_optimizer = build_optimizer
     if job.get("leave_out") == loop.ranks.rank:
         backward = loop.engine.backward
         loop.engine.backward = lambda loss: backward(loss * 0.0)
-    data = StepBatches(
-        workshop.stages, workshop.reader, workshop.layout, recipe, loop.ranks.rank, loop.ranks.size
-    )  # fmt: skip
+    rank, world = loop.ranks.rank, loop.ranks.size
+    data = StepBatches(setup.stages, setup.reader, setup.layout, recipe, rank, world)
     losses, digests, idle = [], [], 0
     for step in range(job["steps"]):
-        if (
-            job.get("spoil") and step == job["steps"] - 1
-        ):  # a finite norm of the step before must not pass for this one's
+        # Not the first step: a finite norm of the step before must not be taken for this one's.
+        if job.get("spoil") and step == job["steps"] - 1:
             spoil(loop.engine)
         share = data[step]
-        agreed = loop.agree(share)
-        idle += len(loop.micro_batches(share, agreed)) - len(share.micro_batches)
+        totals = loop.step_totals(share)
+        idle += len(loop.micro_batches(share, totals)) - len(share.micro_batches)
         stage = replace(recipe.finetune, learning_rate=job["rate"])
-        loss, _ = loop.take_step(step, share, agreed, stage, 1.0)
+        loss, _ = loop.take_step(step, share, totals, stage, 1.0)
         losses.append(float(loss))
-        digests.append(agreed.samples_digest)
+        digests.append(totals.samples_digest)
     loop.check_finite()
     with loop.engine.whole() as whole:
         after = {name: p.detach().float().clone() for name, p in whole.named_parameters()}
         found = lists(loop, whole, folder / job["name"]) if job.get("lists") else {}
     if loop.ranks.is_main:
-        save_file(
-            {name: after[name] - before[name] for name in after},
-            folder / f"{job['name']}.safetensors",
-        )
+        change = {name: after[name] - before[name] for name in after}
+        save_file(change, folder / f"{job['name']}.safetensors")
     moments = loop.engine.optimizer.state.get(loop.engine.masters[0], {})
     return {
         "losses": losses,
@@ -119,23 +115,13 @@ def steps(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 def lists(loop: Loop, whole: GenRecForConditionalGeneration, folder: Path) -> dict[str, Any]:
     """Lists, histogram and loss of 90 users in windows and batches that do not divide; the weights
     go to `folder`."""
-    shop, view = loop.workshop, loop.workshop.dataset.sequences.history_and_target("validation")
+    setup, view = loop.setup, loop.setup.dataset.sequences.history_and_target("validation")
     users, searcher = np.arange(90), TrieSearcher(whole, loop.trie)
-    windows = list(
-        rank_windows(
-            searcher,
-            shop.layout,
-            view,
-            users,
-            Decoding(batch_size=16),
-            loop.ranks,
-            window=LISTS_WINDOW,
-        )
-    )
-    counts = target_histogram(
-        searcher, shop.layout, view, users, Decoding(batch_size=16), loop.ranks
-    )
-    loss = history_loss(whole, shop.layout, view, users, loop.ranks, batch_size=16)
+    layout, ranks, decoding = setup.layout, loop.ranks, Decoding(batch_size=16)
+    found = rank_windows(searcher, layout, view, users, decoding, ranks, window=LISTS_WINDOW)
+    windows = list(found)
+    counts = target_histogram(searcher, layout, view, users, decoding, ranks)
+    loss = history_loss(whole, layout, view, users, ranks, batch_size=16)
     if loop.ranks.is_main:
         whole.save_pretrained(folder)
     return {

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,71 +33,60 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.mark.parametrize("name", ["one_node", "two_nodes"])
-def test_the_batch_files_ask_slurm_for_what_they_mean(name: str) -> None:
-    asked = dict(
-        re.findall(
-            r"^#SBATCH --([\w-]+)(?:=(.*))?$",
-            (LAUNCH / "slurm" / f"{name}.sbatch").read_text(),
-            re.M,
-        )
-    )
-    assert "requeue" in asked
-    assert asked["signal"] == "B:USR1@120"
-    assert asked["ntasks-per-node"] == "1"  # accelerate starts the ranks of a node
-    assert asked["nodes"] == {"one_node": "1", "two_nodes": "2"}[name]
-    wait = re.search(
-        r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", (LAUNCH / "slurm" / "job.sh").read_text()
-    )
+def submitted(cluster: Cluster, fate: str, **more: str) -> subprocess.Popen[str]:
+    """The job of `demo` on one node, whose trainer is the stand-in."""
+    cluster.stub("accelerate", FAKE)
+    return cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE=fate, **more)
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("one_node", "1"), ("two_nodes", "2")])
+def test_the_batch_files_ask_slurm_for_what_they_mean(name: str, nodes: str) -> None:
+    text = (LAUNCH / "slurm" / f"{name}.sbatch").read_text()
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.M))
+    assert "requeue" in options
+    assert options["signal"] == "B:USR1@120"
+    assert options["ntasks-per-node"] == "1"  # accelerate starts the ranks of a node
+    assert options["nodes"] == nodes
+    job = (LAUNCH / "slurm" / "job.sh").read_text()
+    wait = re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", job)
     assert wait is not None
     assert 30 < int(wait[1]) < 120
 
 
-def test_a_job_starts_one_launcher_a_node(cluster: Cluster) -> None:
+def test_a_job_starts_one_launcher_per_node(cluster: Cluster) -> None:
     cluster.stub("accelerate", FAKE)
-    code, output = ended(
-        cluster.submit(
-            "two_nodes.sbatch", "demo", "a run", "--set", "seed=1", nodes=2, gpus=4, FATE="finished"
-        )
-    )
+    words = ["demo", "a run", "--set", "seed=1"]
+    job = cluster.submit("two_nodes.sbatch", *words, nodes=2, gpus=4, FATE="finished")
+    code, output = ended(job)
     assert (code, output.strip()) == (0, "run a run: finished")
     calls = cluster.calls("accelerate")
     rank = [int(re.search(r"--machine_rank (\d)", call)[1]) for call in calls]  # type: ignore[index]
     assert sorted(rank) == [0, 1]
     assert calls[rank.index(1)] == (
-        "processes=8,device=gpu | launch --config_file launch/gpu_two_nodes.yaml --num_machines 2 --num_processes 8 "
-        "--main_process_ip 127.0.0.1 --main_process_port 20077 --machine_rank 1 "
+        "processes=8,device=gpu | launch --config_file launch/gpu_two_nodes.yaml --num_machines 2 "
+        "--num_processes 8 --main_process_ip 127.0.0.1 --main_process_port 20077 --machine_rank 1 "
         "-m genrec_dist.train demo --set run=a run --set seed=1"
     )
 
 
 def test_the_time_limit_queues_the_job_again_and_it_resumes(cluster: Cluster) -> None:
-    cluster.stub("accelerate", FAKE)
-    job = cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE="wait")
+    job = submitted(cluster, "wait")
     until(cluster.folder / "run" / "events.jsonl", job)
     job.send_signal(signal.SIGUSR1)
     code, output = ended(job)
     assert (code, output.strip()) == (0, "run run: stopped after SIGUSR1")
     assert cluster.calls("scontrol") == ["requeue 77"]
-    code, _ = ended(
-        cluster.submit(
-            "one_node.sbatch",
-            "demo",
-            "run",
-            nodes=1,
-            gpus=2,
-            FATE="finished",
-            SLURM_RESTART_COUNT="1",
-        )
-    )
-    assert code == 0
+    assert ended(submitted(cluster, "finished", SLURM_RESTART_COUNT="1"))[0] == 0
     first, second = cluster.calls("accelerate")
     assert second == first + " --resume latest"
 
 
-def test_a_cancelled_job_saves_and_stays_away(cluster: Cluster) -> None:
-    cluster.stub("accelerate", FAKE)
-    job = cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE="wait")
+def test_a_cancelled_job_saves_and_a_failed_one_fails_and_neither_is_queued_again(
+    cluster: Cluster,
+) -> None:
+    code, output = ended(submitted(cluster, "failed"))
+    assert (code, output.strip()) == (1, "run run: failed")
+    job = submitted(cluster, "wait")
     until(cluster.folder / "run" / "events.jsonl", job)
     job.terminate()
     code, output = ended(job)
@@ -104,46 +94,21 @@ def test_a_cancelled_job_saves_and_stays_away(cluster: Cluster) -> None:
     assert cluster.calls("scontrol") == []
 
 
-def test_what_was_cut_off_before_a_checkpoint_makes_room(cluster: Cluster) -> None:
-    cluster.stub("accelerate", FAKE)
+def test_a_run_cut_off_before_its_first_checkpoint_is_moved_away(cluster: Cluster) -> None:
     (cluster.folder / "run").mkdir()
     (cluster.folder / "run" / "events.jsonl").write_text("{}\n")
-    code, _ = ended(
-        cluster.submit(
-            "one_node.sbatch",
-            "demo",
-            "run",
-            nodes=1,
-            gpus=2,
-            FATE="finished",
-            SLURM_RESTART_COUNT="2",
-        )
-    )
-    assert code == 0
+    assert ended(submitted(cluster, "finished", SLURM_RESTART_COUNT="2"))[0] == 0
     assert (cluster.folder / "run.cut-off-2" / "events.jsonl").exists()
     assert "--resume" not in cluster.calls("accelerate")[0]
 
 
-def test_a_failed_run_fails_the_job(cluster: Cluster) -> None:
-    cluster.stub("accelerate", FAKE)
-    code, output = ended(
-        cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE="failed")
-    )
-    assert (code, output.strip()) == (1, "run run: failed")
-    assert cluster.calls("scontrol") == []
-
-
-@pytest.mark.parametrize("fault", ["no recipe", "no launch file"])
-def test_a_job_that_cannot_start_says_why(cluster: Cluster, fault: str) -> None:
-    if fault == "no recipe":
-        code, output = ended(cluster.submit("one_node.sbatch", nodes=1, gpus=2))
-        assert "usage: sbatch" in output
-    else:
-        code, output = ended(
-            cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, LAUNCH_FILE="x.yaml")
-        )
-        assert output.strip() == "x.yaml: no such launch file; submit the job from the repository"
+def test_a_job_that_cannot_start_says_why(cluster: Cluster) -> None:
+    code, output = ended(cluster.submit("one_node.sbatch", nodes=1, gpus=2))
     assert code == 2
+    assert "usage: sbatch" in output
+    code, output = ended(submitted(cluster, "finished", LAUNCH_FILE="x.yaml"))
+    assert code == 2
+    assert output.strip() == "x.yaml: no such launch file; submit the job from the repository"
 
 
 def on_cpu(cluster: Cluster) -> str:
@@ -161,43 +126,25 @@ def test_two_launchers_meet_save_at_the_time_limit_and_resume(
 ) -> None:
     more = {"LAUNCH_FILE": on_cpu(cluster), "GENREC_EXPECT": "processes=2,zero=3,device=cpu"}
     sets = ["--set", "finetune.epochs=60", "--set", "validation.every_epochs=60"]
-    job = cluster.submit(
-        "two_nodes.sbatch",
-        tiny_recipe,
-        "run",
-        *sets,
-        nodes=2,
-        gpus=1,
-        SLURM_JOB_ID=job_of_a_free_port(),
-        **more,
-    )
-    until(cluster.folder / "run" / "checkpoints", job)
+    words = [tiny_recipe, "run", *sets]
+
+    def submit() -> subprocess.Popen[str]:
+        more["SLURM_JOB_ID"] = job_of_a_free_port()
+        return cluster.submit("two_nodes.sbatch", *words, nodes=2, gpus=1, **more)
+
+    job, run = submit(), cluster.folder / "run"
+    until(run / "checkpoints", job)
     job.send_signal(signal.SIGUSR1)
     code, output = ended(job)
     assert code == 0, output[-3000:]
     assert output.strip().endswith("run run: stopped after SIGUSR1")
     assert len(cluster.calls("scontrol")) == 1
-    stopped_at = json.loads((cluster.folder / "run" / "status.json").read_text())["step"]
+    stopped_at = json.loads((run / "status.json").read_text())["step"]
     more["SLURM_RESTART_COUNT"] = "1"
-    job = cluster.submit(
-        "two_nodes.sbatch",
-        tiny_recipe,
-        "run",
-        *sets,
-        nodes=2,
-        gpus=1,
-        SLURM_JOB_ID=job_of_a_free_port(),
-        **more,
-    )
-    code, output = ended(job)
+    code, output = ended(submit())
     assert code == 0, output[-3000:]
-    start = started(cluster.folder / "run")
+    start = started(run)
     assert (start["processes"], start["distributed_type"]) == (2, "DistributedType.DEEPSPEED")
-    events = [
-        json.loads(line)
-        for line in (cluster.folder / "run" / "events.jsonl").read_text().splitlines()
-    ]
-    assert [event["resumed_from"] for event in events if event["event"] == "start"] == [
-        None,
-        f"run/checkpoints/step-{stopped_at:08d}",
-    ]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    resumed_from = [event["resumed_from"] for event in events if event["event"] == "start"]
+    assert resumed_from == [None, f"run/checkpoints/step-{stopped_at:08d}"]

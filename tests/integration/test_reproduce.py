@@ -25,7 +25,7 @@ from two_ranks import environment
 
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
-from genrec_dist.distributed.deadline import Ending
+from genrec_dist.distributed.deadline import Deadline
 from genrec_dist.evaluation import score_mixture as mixture
 from genrec_dist.report.run_files import read_journal
 from genrec_dist.reproduce.layout import Place
@@ -353,7 +353,7 @@ def test_a_refit_takes_the_epochs_that_validation_chose(done: Path, folder: Path
     (refit,) = [
         system for system in systems if isinstance(system, Trained) and system.name == "best-n-1"
     ]
-    place = Place(done, folder / "log.txt", 2, Ending(), print)
+    place = Place(done, folder / "log.txt", 2, Deadline(), print)
     found = recipe_of(place, "leak-free", refit, 1)
     assert found.trained_through == "n-1"
     assert found.finetune.epochs == best_epoch(done / "leak-free" / "best" / "seed-1") == 1

@@ -30,7 +30,7 @@ from genrec_dist.training.run import train
 
 # Three trials, the first with a learning rate that ends in NaN.
 SPACE = """
-set: {finetune.epochs: 3, optimizer.clip: 0}
+set: {finetune.epochs: 3, optimizer.max_grad_norm: 0}
 trials: 3
 search: random
 scheduler: none

@@ -189,20 +189,20 @@ def test_the_loss_is_what_a_search_scores(items: list[Word], targets: list[int])
 def test_free_decoding_is_refused() -> None:
     world = World(PREFIXES, certain_model())
     world.searcher.texts = object()  # type: ignore[assignment]
-    with pytest.raises(ValueError, match=r"decode mode free: .* tokens\.certain learned"):
+    with pytest.raises(ValueError, match=r"decode mode free: .* tokens\.forced learned"):
         world.search([[0]], beam=2, top=2, mode="free")
 
 
 def test_spans_are_refused() -> None:
     span = [
-        "tokens.certain=given",
+        "tokens.forced=given",
         "pretrain.epochs=1",
         "pretrain.mask.strategy=span",
         "run=r",
         "data=d",
     ]
     with pytest.raises(
-        ValueError, match=r"pretrain\.mask\.strategy span: .* tokens\.certain learned"
+        ValueError, match=r"pretrain\.mask\.strategy span: .* tokens\.forced learned"
     ):
         load_recipe("tiny", span)
 

@@ -38,7 +38,7 @@ from genrec_dist.model.head_loss import target_loss
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.run import train
-from genrec_dist.training.setup import Workshop, open_workshop
+from genrec_dist.training.setup import TrainingSetup, build_setup
 
 UNUSED_CODES = [
     f"Z{number}{letters}" for number, letters in enumerate(["QX", "KJ", "WV", "PLU"] * 40)
@@ -70,13 +70,13 @@ def a_recipe(data: Path, run: Path, *overrides: str) -> Recipe:
     return load_recipe(path, list(overrides))
 
 
-Shop = tuple[Workshop, GenRecForConditionalGeneration]
+Setup = tuple[TrainingSetup, GenRecForConditionalGeneration]
 
 
 @pytest.fixture(scope="module")
 def pair(
     tiny_data: Path, backbone: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Shop, Shop]:
+) -> tuple[Setup, Setup]:
     """The backbone under the whole vocabulary and under the trimmed one, with the same id
     tables."""
     folder = tmp_path_factory.mktemp("pair")
@@ -87,7 +87,7 @@ def pair(
         "tokens.trim=",
     ]
     whole, trimmed = (
-        open_workshop(a_recipe(tiny_data, folder / "run", *sets[:-1], sets[-1] + trim))
+        build_setup(a_recipe(tiny_data, folder / "run", *sets[:-1], sets[-1] + trim))
         for trim in ("false", "true")
     )
     for name in ("user_embedding", "item_embedding"):
@@ -100,7 +100,9 @@ def pair(
 # Words.
 
 
-def test_words_keep_their_sub_words_and_the_spoken_ones_come_first(pair: tuple[Shop, Shop]) -> None:
+def test_words_keep_their_sub_words_and_the_spoken_ones_come_first(
+    pair: tuple[Setup, Setup],
+) -> None:
     (whole, _), (trimmed, _) = pair
     words, ours = whole.words, trimmed.words
     vocabulary = ours.vocabulary
@@ -121,7 +123,7 @@ def test_words_keep_their_sub_words_and_the_spoken_ones_come_first(pair: tuple[S
     assert all(np.diff(vocabulary.tokens[: vocabulary.num_spoken]) > 0)
 
 
-def test_a_token_that_was_not_kept_is_named(pair: tuple[Shop, Shop]) -> None:
+def test_a_token_that_was_not_kept_is_named(pair: tuple[Setup, Setup]) -> None:
     (whole, _), (trimmed, _) = pair
     vocabulary = trimmed.words.vocabulary
     assert vocabulary is not None
@@ -169,7 +171,7 @@ def test_generated_numbers_are_read_through_the_vocabulary() -> None:
 # The model.
 
 
-def test_the_trimmed_backbone_is_the_backbone_on_the_kept_tokens(pair: tuple[Shop, Shop]) -> None:
+def test_the_trimmed_backbone_is_the_backbone_on_the_kept_tokens(pair: tuple[Setup, Setup]) -> None:
     (whole, model), (trimmed, small) = pair
     vocabulary = trimmed.words.vocabulary
     kept = torch.from_numpy(vocabulary.tokens)
@@ -194,7 +196,9 @@ def test_the_trimmed_backbone_is_the_backbone_on_the_kept_tokens(pair: tuple[Sho
         assert torch.equal(spoken[own], labels)
 
 
-def test_what_shares_the_embedding_still_shares_it(pair: tuple[Shop, Shop], tmp_path: Path) -> None:
+def test_what_shares_the_embedding_still_shares_it(
+    pair: tuple[Setup, Setup], tmp_path: Path
+) -> None:
     _, (trimmed, small) = pair
     vocabulary = trimmed.words.vocabulary
     shared = small.model.shared.weight
@@ -215,7 +219,7 @@ def test_what_shares_the_embedding_still_shares_it(pair: tuple[Shop, Shop], tmp_
         assert torch.equal(one, other), name
 
 
-def test_hugging_faces_generate_speaks_no_other_token(pair: tuple[Shop, Shop]) -> None:
+def test_hugging_faces_generate_speaks_no_other_token(pair: tuple[Setup, Setup]) -> None:
     _, (trimmed, small) = pair
     words = trimmed.words
     ids = torch.from_numpy(
@@ -234,7 +238,7 @@ def test_hugging_faces_generate_speaks_no_other_token(pair: tuple[Shop, Shop]) -
 
 
 def test_it_learns_what_a_whole_model_learns_whose_other_logits_are_closed(
-    pair: tuple[Shop, Shop],
+    pair: tuple[Setup, Setup],
 ) -> None:
     """Five steps of AdamW, label smoothing included (over the spoken tokens)."""
     (whole, model), (trimmed, small) = pair
@@ -384,24 +388,24 @@ def test_a_resume_with_another_mapping_is_refused(run: Path, tiny_data: Path) ->
     """The tokenizer's directory is another one's now; its name, the data and the recipe are the
     same."""
     recipe = load_recipe(run / "recipe.yaml")
-    shop, _ = open_workshop(recipe)
+    setup, _ = build_setup(recipe)
     path = find_checkpoint(run, "latest")
-    Checkpoint(path, shop.identity, Ranks())
+    Checkpoint(path, setup.identity, Ranks())
     folder = Path(str(recipe.tokens.tokenizer))
     before = PreTrainedTokenizerFast.from_pretrained(folder)
     try:
         train_tokenizer(
             [*UNUSED_CODES, *load_dataset(tiny_data).numbering.item_codes], 420
         ).save_pretrained(folder)
-        other, _ = open_workshop(recipe)
-        assert other.identity["recipe"] == shop.identity["recipe"]
+        other, _ = build_setup(recipe)
+        assert other.identity["recipe"] == setup.identity["recipe"]
         with pytest.raises(ValueError, match="its vocabulary is not this run's"):
             Checkpoint(path, other.identity, Ranks())
     finally:
         before.save_pretrained(folder)
     whole = replace(recipe, tokens=replace(recipe.tokens, trim=False))
     with pytest.raises(ValueError, match="is not this run's"):
-        Checkpoint(path, open_workshop(whole)[0].identity, Ranks())
+        Checkpoint(path, build_setup(whole)[0].identity, Ranks())
 
 
 # What it spares.
@@ -411,7 +415,7 @@ def test_plan_counts_the_smaller_head(tiny_data: Path, backbone: Path, tmp_path:
     sets = (f"model.backbone={backbone}", "tokens.trim=true")
     recipe = a_recipe(tiny_data, tmp_path / "run", *sets)
     plan = forecast(recipe)
-    _, model = open_workshop(recipe)
+    _, model = build_setup(recipe)
     assert plan.sizes.parameters == sum(p.numel() for p in model.parameters())
     whole = forecast(a_recipe(tiny_data, tmp_path / "run", *sets[:1]))
     assert plan.sizes.parameters < whole.sizes.parameters

@@ -42,7 +42,7 @@ run: nowhere
 model: {d_model: 256, encoder_layers: 1, decoder_layers: 1, heads: 4, ffn: 512, max_tokens: 64}
 tokens: {vocab_size: 6000}
 finetune: {epochs: 1}
-optimizer: {average: 0.99}
+optimizer: {ema_decay: 0.99}
 """
 BUCKET = 200_000
 CATEGORIES = ("weights", "masters", "moments", "gradients", "average", "buffers")

@@ -18,13 +18,13 @@ from genrec_dist.baselines.sasrec_model import SasrecSettings
 from genrec_dist.baselines.sasrec_train import train as train_sasrec
 from genrec_dist.config.load import load_recipe
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
-from genrec_dist.training.setup import Workshop, open_workshop
+from genrec_dist.training.setup import TrainingSetup, build_setup
 
 BEGUN = "model.init_items=cooccurrence"
 
 
-def opened(recipe: Path, *overrides: str) -> tuple[Workshop, GenRecForConditionalGeneration]:
-    return open_workshop(load_recipe(recipe, list(overrides)))
+def opened(recipe: Path, *overrides: str) -> tuple[TrainingSetup, GenRecForConditionalGeneration]:
+    return build_setup(load_recipe(recipe, list(overrides)))
 
 
 def directions(rows_NF: np.ndarray) -> np.ndarray:
@@ -53,9 +53,9 @@ def test_one_token_an_item_begins_in_the_rows_of_the_tokens(
     tiny_recipe: Path, sequences: Sequences
 ) -> None:
     one_token = "tokens.vocab_size=600"
-    workshop, model = opened(tiny_recipe, one_token, BEGUN)
+    setup, model = opened(tiny_recipe, one_token, BEGUN)
     _, plain = opened(tiny_recipe, one_token)
-    tokens, offsets = workshop.words.tokens_of_items()
+    tokens, offsets = setup.words.tokens_of_items()
     assert (np.diff(offsets) == 1).all()
     rows = model.model.shared.weight.detach().numpy()
     expected, known = expected_directions(sequences, 16)

@@ -21,7 +21,7 @@ from genrec_dist.model.head_loss import ChunkedLoss, chunk_rows, head_loss, reso
 from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.loop import Loop
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 
 ROWS, TOKENS, WIDTH = 23, 41, 8
 
@@ -219,15 +219,15 @@ def test_a_run_learns_the_same_by_either(tiny_data: Path, tmp_path: Path) -> Non
     )  # fmt: skip
     losses = {}
     for how in ("full", "chunked"):
-        shop, model = open_workshop(replace(recipe, head=how))
-        loop = Loop(shop, model, make_accelerator(recipe))
+        setup, model = build_setup(replace(recipe, head=how))
+        loop = Loop(setup, model, make_accelerator(recipe))
         assert model.loss_by == how
-        data, losses[how] = StepBatches(shop.stages, shop.reader, shop.layout, recipe, 0, 1), []
+        data, losses[how] = StepBatches(setup.stages, setup.reader, setup.layout, recipe, 0, 1), []
         for step in range(5):
             share = data[step]
             assert len(share.micro_batches) > 1
             losses[how].append(
-                float(loop.take_step(step, share, loop.agree(share), recipe.finetune, 1.0)[0])
+                float(loop.take_step(step, share, loop.step_totals(share), recipe.finetune, 1.0)[0])
             )
     assert losses["full"][-1] < losses["full"][0]
     assert losses["chunked"] == pytest.approx(losses["full"], rel=1e-5)

@@ -35,12 +35,13 @@ from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loop import Loop
 from genrec_dist.training.run import train
-from genrec_dist.training.setup import Workshop, describe, open_workshop
+from genrec_dist.training.setup import TrainingSetup, build_setup, describe
 
 WHOLE = [
-    "tokens.vocab_size=4096", "tokens.trim=true", "tokens.certain=given", "model.user_ids=false", "model.decoder_start=state",
-    "model.encoder_attention=causal", "finetune.targets=all-prefixes", "pretrain.epochs=0", "finetune.epochs=2",
-]  # fmt: skip
+    *("tokens.vocab_size=4096", "tokens.trim=true", "tokens.forced=given"),
+    *("model.user_ids=false", "model.decoder_start=state", "model.encoder_attention=causal"),
+    *("finetune.targets=all-prefixes", "pretrain.epochs=0", "finetune.epochs=2"),
+]
 """As the recipe `best`: each item one token, of a trimmed vocabulary."""
 ROWS = ["optimizer.id_tables=row-adagrad"]
 KINDS = {
@@ -85,6 +86,11 @@ class World:
         path.write_text(f"data: {data}\nrun: {run}\n{TINY_RECIPE}", encoding="utf-8")
         return load_recipe(path, [*KINDS[kind], "validation.users=20", *more])
 
+    def warm_recipe(self, kind: str, data: Path, *more: str, run: Path | None = None) -> Recipe:
+        """A recipe that starts from the model of `kind`."""
+        run = run or self.folder / "unset"
+        return self.recipe(kind, data, run, f"init_from={self.origin(kind)}", *more)
+
     def origin(self, kind: str) -> Path:
         return self.folder / kind
 
@@ -106,7 +112,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def keep_a_model(recipe: Recipe) -> None:
     """`best/` as a run leaves it, of weights that no fresh model has."""
-    shop, model = open_workshop(recipe)
+    setup, model = build_setup(recipe)
     torch.manual_seed(99)
     tables = IdTables(model.config, 17, Ranks(), torch.device("cpu"))
     with torch.no_grad():
@@ -117,26 +123,24 @@ def keep_a_model(recipe: Recipe) -> None:
             parameter += moved
     whole = tables.whole(model)
     assert whole is not None
-    shop.run.mkdir()
-    (shop.run / "recipe.yaml").write_text(dump_recipe(recipe))
-    trie = build_trie(*shop.words.tokens_of_items())
-    save_best(shop.run, whole, shop.tokenizer, shop.words, trie, shop.dataset.path, step=0)
+    setup.run.mkdir()
+    (setup.run / "recipe.yaml").write_text(dump_recipe(recipe))
+    trie = build_trie(*setup.words.tokens_of_items())
+    save_best(setup, whole, trie, step=0)
 
 
 def opened(
     world: World, kind: str, data: Path, *more: str
-) -> tuple[Workshop, GenRecForConditionalGeneration, GenRecForConditionalGeneration]:
-    """(workshop, its model whole, the origin's model)."""
-    recipe = world.recipe(
-        kind, data, world.folder / "unset", f"begin_from={world.origin(kind)}", *more
-    )
-    shop, model = open_workshop(recipe)
+) -> tuple[TrainingSetup, GenRecForConditionalGeneration, GenRecForConditionalGeneration]:
+    """(setup, its model whole, the origin's model)."""
+    recipe = world.warm_recipe(kind, data, *more)
+    setup, model = build_setup(recipe)
     tables = IdTables(model.config, recipe.seed, Ranks(), torch.device("cpu"))
-    assert shop.begun is not None
-    tables.begin_with(shop.begun.id_rows)
+    assert setup.warm_start is not None
+    tables.begin_with(setup.warm_start.id_rows)
     whole = tables.whole(model)
     assert whole is not None
-    return shop, whole.eval(), load_run(world.origin(kind)).model
+    return setup, whole.eval(), load_run(world.origin(kind)).model
 
 
 def rows_by_word(model: GenRecForConditionalGeneration, words) -> list[torch.Tensor]:
@@ -149,17 +153,17 @@ def rows_by_word(model: GenRecForConditionalGeneration, words) -> list[torch.Ten
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_with_the_same_data_it_is_the_same_model(world: World, kind: str) -> None:
-    shop, model, before = opened(world, kind, world.old)
+    setup, model, before = opened(world, kind, world.old)
     theirs = dict(before.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, theirs.pop(name)), name
     assert not theirs
-    assert shop.begun is not None
-    assert (shop.begun.users, shop.begun.items, shop.begun.tokens) == (0, 0, 0)
+    assert setup.warm_start is not None
+    assert (setup.warm_start.users, setup.warm_start.items, setup.warm_start.tokens) == (0, 0, 0)
     loaded = load_run(world.origin(kind))
     view = load_dataset(world.old).sequences.history_and_target("test")
     users, decoding = np.arange(40), Decoding(mode="all", exclude_history=False)
-    now = rank_batch(make_searcher(model, shop.words, "cpu"), shop.layout, view, users, decoding)
+    now = rank_batch(make_searcher(model, setup.words, "cpu"), setup.layout, view, users, decoding)
     then = rank_batch(loaded.searcher, loaded.layout, view, users, decoding)
     assert np.array_equal(now.items, then.items)
     assert np.array_equal(now.scores, then.scores)
@@ -167,12 +171,12 @@ def test_with_the_same_data_it_is_the_same_model(world: World, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_old_rows_stay_to_the_bit_where_there_are_new_ones(world: World, kind: str) -> None:
-    shop, model, before = opened(world, kind, world.longer)
+    setup, model, before = opened(world, kind, world.longer)
     loaded = load_run(world.origin(kind))
-    ours, theirs = rows_by_word(model, shop.words), rows_by_word(before, loaded.words)
-    first, first_before = shop.words.first_user_word, loaded.words.first_user_word
+    ours, theirs = rows_by_word(model, setup.words), rows_by_word(before, loaded.words)
+    first, first_before = setup.words.first_user_word, loaded.words.first_user_word
     same = [
-        *zip(ours[: NUM_OLD_ITEMS + 2 + shop.words.num_masks], theirs[:first_before], strict=True)
+        *zip(ours[: NUM_OLD_ITEMS + 2 + setup.words.num_masks], theirs[:first_before], strict=True)
     ]
     same += zip(ours[first : first + NUM_OLD_USERS], theirs[first_before:], strict=True)
     assert len(same) == len(theirs)
@@ -191,10 +195,10 @@ def test_old_rows_stay_to_the_bit_where_there_are_new_ones(world: World, kind: s
     assert model.lm_head.weight.data_ptr() == model.model.shared.weight.data_ptr()
     assert model.config.numbering_hash == load_dataset(world.longer).numbering.numbering_hash()
     if kind == "whole":
-        tokens, offsets = shop.words.tokens_of_items()
+        tokens, offsets = setup.words.tokens_of_items()
         assert (np.diff(offsets) == 1).all()
-        assert shop.begun is not None
-        assert shop.begun.tokens == NUM_NEW_ITEMS == shop.begun.items
+        assert setup.warm_start is not None
+        assert setup.warm_start.tokens == NUM_NEW_ITEMS == setup.warm_start.items
         assert (tokens < model.config.spoken_tokens).all()
     bias = model.final_logits_bias[0]
     spoken = model.config.spoken_tokens or model.config.vocab_size
@@ -206,7 +210,7 @@ def test_old_rows_stay_to_the_bit_where_there_are_new_ones(world: World, kind: s
 @pytest.mark.parametrize("kind", ["whole", "spelled", "rows"])
 def test_old_items_have_their_logits_after_an_old_users_history(world: World, kind: str) -> None:
     """The softmax has more tokens now; what the model says of the old ones is the same."""
-    shop, model, before = opened(world, kind, world.longer)
+    setup, model, before = opened(world, kind, world.longer)
     loaded = load_run(world.origin(kind))
     view = load_dataset(world.old).sequences.history_and_target("test")
     users = np.arange(30)
@@ -214,7 +218,7 @@ def test_old_items_have_their_logits_after_an_old_users_history(world: World, ki
     offsets = np.concatenate([[0], np.cumsum((view.ends - view.starts)[users])])
     found = []
     for network, words, layout in (
-        (model, shop.words, shop.layout),
+        (model, setup.words, setup.layout),
         (before, loaded.words, loaded.layout),
     ):
         encoder = encode_histories(items, offsets, users, layout)
@@ -236,11 +240,11 @@ def test_old_items_have_their_logits_after_an_old_users_history(world: World, ki
 
 
 def test_a_new_items_rows_begin_among_its_neighbours(world: World) -> None:
-    shop, model, _ = opened(world, "whole", world.longer)
+    setup, model, _ = opened(world, "whole", world.longer)
     sequences = load_dataset(world.longer).sequences
     near = cooccurrences(sequences, 6).toarray()
     shares = near[:, :NUM_OLD_ITEMS] / np.sqrt(near.sum(1)[:NUM_OLD_ITEMS] + 1)
-    tokens = shop.words.tokens_of_items()[0].astype(np.int64)
+    tokens = setup.words.tokens_of_items()[0].astype(np.int64)
     rows = {
         "token": model.model.shared.weight.detach()[tokens],
         "id": model.item_embedding.weight.detach()[1:],  # type: ignore[union-attr]
@@ -269,11 +273,9 @@ def test_new_users_begin_like_untrained_ones(world: World) -> None:
 
 
 def test_tables_outside_the_model_hold_the_rows_before_any_step(world: World) -> None:
-    recipe = world.recipe(
-        "rows", world.longer, world.folder / "unset", f"begin_from={world.origin('rows')}"
-    )
-    shop, model = open_workshop(recipe)
-    tables = Loop(shop, model, make_accelerator(recipe)).tables.tables
+    recipe = world.warm_recipe("rows", world.longer)
+    setup, model = build_setup(recipe)
+    tables = Loop(setup, model, make_accelerator(recipe)).tables.tables
     before = load_run(world.origin("rows")).model
     for kind, num_old in (("item", NUM_OLD_ITEMS), ("user", NUM_OLD_USERS)):
         rows = tables[kind].full()  # type: ignore[index]
@@ -354,7 +356,7 @@ def test_spelled_words_keep_their_tokenizer() -> None:
         (
             "spelled",
             "model.d_model=32",
-            "model.d_model is 32 in the recipe and 16 in its model: set model.d_model=16",
+            "is 32 in the recipe and 16 in its model: set model.d_model=16",
         ),
         ("spelled", "model.encoder_layers=2", "model.encoder_layers is 2"),
         ("spelled", "model.decoder_layers=3", "model.decoder_layers is 3"),
@@ -368,7 +370,7 @@ def test_spelled_words_keep_their_tokenizer() -> None:
         ("spelled", "model.positions=from-end", "model.positions is from-end"),
         ("spelled", "model.decoder_start=state", "model.decoder_start is state"),
         ("spelled", "tokens.trim=true", "tokens.trim is true"),
-        ("spelled", "tokens.certain=given", "tokens.certain is given"),
+        ("spelled", "tokens.forced=given", "tokens.forced is given"),
         ("spelled", "model.max_tokens=80", "model.max_tokens 80: its model has 64 positions"),
         ("spelled", "pretrain.mask={strategy: multi, k: 3}", "mask.k 3: its tokenizer has 1 masks"),
         ("whole", "tokens.trim=false", "tokens.trim is false"),
@@ -386,28 +388,21 @@ def test_what_contradicts_the_model_is_refused_by_its_key(
 
 def test_what_may_change_may(world: World) -> None:
     """Rates, dropout, losses, a shorter text, where the id tables live."""
-    more = [
-        "model.dropout=0.3",
-        "model.max_tokens=40",
-        "model.init_std=0.5",
-        "tokens.vocab_size=9999",
-        *ROWS,
-    ]
-    shop, model, before = opened(world, "spelled", world.longer, *more)
+    more = ["model.dropout=0.3", "model.max_tokens=40", "model.init_std=0.5", *ROWS]
+    more.append("tokens.vocab_size=9999")
+    setup, model, before = opened(world, "spelled", world.longer, *more)
     assert (model.config.dropout, model.config.max_input_tokens) == (0.3, 40)
     assert torch.equal(
         model.item_embedding.weight[: NUM_OLD_ITEMS + 1], before.item_embedding.weight
     )  # type: ignore[union-attr]
-    assert len(shop.tokenizer) == len(load_run(world.origin("spelled")).tokenizer)
+    assert len(setup.tokenizer) == len(load_run(world.origin("spelled")).tokenizer)
 
 
 def test_other_data_are_refused(world: World, tmp_path: Path) -> None:
     other = prepare(world.folder / "old.txt", tmp_path / "other", seed=1)
     write_shards(other, tmp_path / "other" / "shards")
-    with pytest.raises(
-        ValueError,
-        match=r"its item row 0 is 'B\d+' with code '\d+', in .*other it is 'B\d+' with code",
-    ):
+    row = r"its item row 0 is 'B\d+' with code '\d+', in .*other it is 'B\d+' with code"
+    with pytest.raises(ValueError, match=row):
         opened(world, "spelled", tmp_path / "other")
     lines = tiny_log().splitlines()
     (tmp_path / "fewer.txt").write_text("\n".join(lines[:100]) + "\n")
@@ -415,12 +410,9 @@ def test_other_data_are_refused(world: World, tmp_path: Path) -> None:
     write_shards(fewer, tmp_path / "fewer" / "shards")
     with pytest.raises(ValueError, match=r"user|item"):
         opened(world, "spelled", tmp_path / "fewer")
-    with pytest.raises(
-        ValueError, match=r"nowhere: neither a run with best/ in it nor a model's directory"
-    ):
-        open_workshop(
-            world.recipe("spelled", world.longer, "unset", f"begin_from={tmp_path / 'nowhere'}")
-        )
+    gone = world.recipe("spelled", world.longer, "unset", f"init_from={tmp_path / 'gone'}")
+    with pytest.raises(ValueError, match=r"gone: neither a run with best/ in it nor a model's dir"):
+        build_setup(gone)
 
 
 def test_weights_that_have_seen_validation_stay_out_of_it(world: World, tmp_path: Path) -> None:
@@ -428,14 +420,11 @@ def test_weights_that_have_seen_validation_stay_out_of_it(world: World, tmp_path
     shutil.copytree(world.origin("spelled"), seen)
     text = (seen / "recipe.yaml").read_text()
     (seen / "recipe.yaml").write_text(text.replace("trained_through: n-2", "trained_through: n-1"))
-    with pytest.raises(
-        ValueError, match=r"trained_through n-2, and its weights have learned validation items"
-    ):
-        open_workshop(world.recipe("spelled", world.longer, "unset", f"begin_from={seen}"))
-    refit = world.recipe(
-        "spelled", world.longer, "unset", f"begin_from={seen}", "trained_through=n-1"
-    )
-    assert open_workshop(refit)[0].begun is not None
+    more = [world.longer, "unset", f"init_from={seen}"]
+    with pytest.raises(ValueError, match=r"trained_through n-2, and its weights have learned"):
+        build_setup(world.recipe("spelled", *more))
+    refit = world.recipe("spelled", *more, "trained_through=n-1")
+    assert build_setup(refit)[0].warm_start is not None
 
 
 def test_weights_of_another_split_may_know_what_is_held_out(world: World, tmp_path: Path) -> None:
@@ -445,26 +434,13 @@ def test_weights_of_another_split_may_know_what_is_held_out(world: World, tmp_pa
     assert config["split"] == "leave-one-out"
     config["split"] = "global-time 2014-05-01,2014-06-01"
     (other / "best" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        ValueError,
-        match=r"learned under the split global-time 2014-05-01,2014-06-01, .* has leave-one-out: they may",
-    ):
-        open_workshop(world.recipe("spelled", world.longer, "unset", f"begin_from={other}"))
+    split = "learned under the split global-time 2014-05-01,2014-06-01, .* has leave-one-out: they"
+    with pytest.raises(ValueError, match=split):
+        build_setup(world.recipe("spelled", world.longer, "unset", f"init_from={other}"))
     assert run_command(["evaluate", str(other), "--data", str(world.old)]) == 1
     assert not list(other.glob("metrics-*.json"))
-    assert (
-        run_command(
-            [
-                "evaluate",
-                str(world.origin("spelled")),
-                "--data",
-                str(world.old),
-                "--out",
-                str(tmp_path),
-            ]
-        )
-        == 0
-    )
+    evaluate = ["evaluate", str(world.origin("spelled")), "--data", str(world.old)]
+    assert run_command([*evaluate, "--out", str(tmp_path)]) == 0
 
 
 # Runs
@@ -483,14 +459,13 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_such_a_run_says_so_and_resumes_to_the_bit(world: World, kind: str, tmp_path: Path) -> None:
     origin = tmp_path / "origin"
     shutil.copytree(world.origin(kind), origin)
-    recipe = world.recipe(
-        kind, world.longer, tmp_path / "run", f"begin_from={origin}", "checkpoint_every=2", "keep_checkpoints=99"
-    )  # fmt: skip
+    often = ["checkpoint_every=2", "keep_checkpoints=99"]
+    recipe = world.recipe(kind, world.longer, tmp_path / "run", f"init_from={origin}", *often)
     run = train(recipe)
-    assert load_recipe(run / "recipe.yaml").begin_from == str(origin)
+    assert load_recipe(run / "recipe.yaml").init_from == str(origin)
     (start,) = events(run, "start")
     told = start["begun_from"]
-    assert told["path"] == start["recipe"]["begin_from"] == str(origin)
+    assert told["path"] == start["recipe"]["init_from"] == str(origin)
     assert (told["new_items"], told["new_users"]) == (NUM_NEW_ITEMS, 0 if kind == "whole" else 13)
     assert load_run(run).words.num_items == NUM_OLD_ITEMS + NUM_NEW_ITEMS
     state = json.loads((list_checkpoints(run)[0] / "state.json").read_text())
@@ -504,7 +479,7 @@ def test_such_a_run_says_so_and_resumes_to_the_bit(world: World, kind: str, tmp_
     assert all(torch.equal(found[name], values) for name, values in expected.items())
     assert events(run, "start")[1]["resumed_from"]
 
-    anew = world.recipe(kind, world.longer, run, "checkpoint_every=2", "keep_checkpoints=99")
+    anew = world.recipe(kind, world.longer, run, *often)
     with pytest.raises(ValueError, match=r"its (origin|vocabulary) is not this run's"):
         train(anew, resume="latest")
     shutil.rmtree(origin)
@@ -522,14 +497,10 @@ def test_the_command_begins_from_a_run_and_from_a_copy_of_its_model(
     assert run_command(["train", str(path), "--from", str(tmp_path / "model"), "--dry-run"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["items"] == NUM_OLD_ITEMS + NUM_NEW_ITEMS
-    by_run = describe(
-        world.recipe("whole", world.longer, tmp_path / "run", f"begin_from={world.origin('whole')}")
-    )
+    by_run = describe(world.warm_recipe("whole", world.longer))
     assert by_run["first loss"] == told["first loss"]
-    assert (
-        describe(world.recipe("whole", world.longer, tmp_path / "run"))["first loss"]
-        != told["first loss"]
-    )
+    fresh = describe(world.recipe("whole", world.longer, tmp_path / "run"))
+    assert fresh["first loss"] != told["first loss"]
     assert run_command(["train", str(path), "--from", str(tmp_path / "gone")]) == 1
     assert "gone: neither a run" in capsys.readouterr().err
 
@@ -538,35 +509,20 @@ def test_the_command_begins_from_a_run_and_from_a_copy_of_its_model(
 @pytest.mark.ranks
 def test_two_ranks_begin_with_the_same_weights(world: World, tmp_path: Path) -> None:
     """At a rate that moves nothing, what is kept of a run over two ranks is what it began with: DDP
-    with tables dealt to the ranks, and weights that ZeRO has cut into pieces."""
-    still = [
-        "finetune.learning_rate=1e-12",
-        "pretrain.epochs=0",
-        "optimizer.weight_decay=0.0",
-        "validation.users=10",
-    ]
+    with sharded id tables, and weights that ZeRO shards."""
+    still = ["finetune.learning_rate=1e-12", "pretrain.epochs=0", "optimizer.weight_decay=0.0"]
+    still += ["validation.users=10", "optimizer.id_learning_rate=1e-12"]
     jobs = []
     for name, kind, stage in (
         ("ddp", "rows", None),
         ("zero-2", "whole", 2),
         ("zero-3", "spelled", 3),
     ):
-        more = [*still, "optimizer.id_learning_rate=1e-12"]
-        recipe = world.recipe(
-            kind, world.longer, tmp_path / name, f"begin_from={world.origin(kind)}", *more
-        )
-        (tmp_path / f"{name}.yaml").write_text(dump_recipe(recipe))
-        recipe_path = str(tmp_path / f"{name}.yaml")
-        jobs.append(
-            {
-                "name": name,
-                "stage": stage,
-                "recipe": recipe_path,
-                "job": "train",
-                "set": [],
-                "resume": None,
-            }
-        )
+        recipe = world.warm_recipe(kind, world.longer, *still, run=tmp_path / name)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(dump_recipe(recipe))
+        job = {"name": name, "stage": stage, "recipe": str(path), "job": "train"}
+        jobs.append({**job, "set": [], "resume": None})
     launch(jobs, tmp_path, 2)
     for job, kind in zip(jobs, ("rows", "whole", "spelled"), strict=True):
         assert json.loads((tmp_path / f"{job['name']}.json").read_text()).get("error") is None

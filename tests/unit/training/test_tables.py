@@ -23,7 +23,7 @@ from genrec_dist.training.id_tables import IdTables, plan_ids
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.loop import Loop
 from genrec_dist.training.run import train
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 
 RECIPE = """
 data: {data}
@@ -33,7 +33,8 @@ workers: 0
 log_every: 1
 checkpoint_every: 8
 keep_checkpoints: 99
-model: {{d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 16, max_tokens: 64, id_dim: {id_dim}, init_std: 0.1}}
+model: {{d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 16,
+  max_tokens: 64, id_dim: {id_dim}, init_std: 0.1}}
 tokens: {{vocab_size: 300}}
 finetune: {{epochs: 2, batch_size: 100, targets: every-prefix}}
 optimizer: {{id_tables: row-adagrad}}
@@ -50,8 +51,8 @@ def recipe(request: pytest.FixtureRequest, tiny_data: Path, tmp_path: Path) -> R
 
 def first_step(recipe: Recipe) -> tuple[GenRecForConditionalGeneration, RankStep, RankStep]:
     """A model, and its first step with ids as table rows and as places."""
-    workshop, model = open_workshop(recipe)
-    rows = StepBatches(workshop.stages, workshop.reader, workshop.layout, recipe, 0, 1)[0]
+    setup, model = build_setup(recipe)
+    rows = StepBatches(setup.stages, setup.reader, setup.layout, recipe, 0, 1)[0]
     return model.eval(), rows, plan_ids(rows, model.config)
 
 
@@ -89,11 +90,11 @@ def test_rows_from_outside_are_read_and_learned_as_rows_within(recipe: Recipe) -
 
 
 def test_a_step_changes_touched_rows_alone(recipe: Recipe) -> None:
-    workshop, model = open_workshop(recipe)
-    loop = Loop(workshop, model, make_accelerator(recipe))
+    setup, model = build_setup(recipe)
+    loop = Loop(setup, model, make_accelerator(recipe))
     before = {kind: table.full().clone() for kind, table in loop.tables.tables.items()}
     step, share = next(loop.batches())
-    loop.take_step(step, share, loop.agree(share), recipe.finetune, 1.0)
+    loop.take_step(step, share, loop.step_totals(share), recipe.finetune, 1.0)
     for kind, table in loop.tables.tables.items():
         changed = (table.full() != before[kind]).any(dim=1)
         assert torch.equal(torch.nonzero(changed).flatten(), share.id_rows[kind])
