@@ -192,7 +192,9 @@ class Recipe:
     trained_through: Literal["n-2", "n-1"] = "n-2"
     """Last position the model may learn; n-1 is the refit that also learns the validation item. Of
     a split by time the training period, and that with the validation period."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
+    """auto: bf16 on a GPU and on a CPU with instructions for it, fp32 elsewhere; the run's
+    recipe.yaml holds which of them it was, and a resumed run keeps it."""
     micro_batch_tokens: int = 8192
     """Encoder tokens, padding included, that a rank takes through the model at once; a step
     accumulates as many micro-batches of samples of similar length as its share needs."""

@@ -10,6 +10,7 @@ from genrec_shards.atomic import atomic_file
 from genrec_shards.histories import exclude_history_default
 
 from genrec_dist.config.load import dump_recipe
+from genrec_dist.config.native_precision import with_precision
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.signals import Stopped
@@ -42,8 +43,9 @@ def train(
         NotFinite: naming the step whose loss or gradient is not finite.
         Stopped: after a signal, once the checkpoint is written.
     """
-    accelerator = make_accelerator(recipe)
     run = Path(recipe.run)
+    recipe = with_precision(recipe, run if resume else None)
+    accelerator = make_accelerator(recipe)
     if resume is None and (run / "events.jsonl").exists():
         raise ValueError(
             f"{run}: a run is there already: continue it with --resume latest, or set another run "

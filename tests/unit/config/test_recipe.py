@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from places import ROOT
 
 from genrec_dist.config.load import dump_recipe, load_recipe
+from genrec_dist.config.native_precision import with_precision
 from genrec_dist.config.recipe import Mask, Model, Recipe, Stage
 from genrec_dist.config.validate import LIMITS, check_recipe
 
@@ -50,7 +51,7 @@ def refusal(path, overrides=None) -> str:
         ({"model": {"dropout": "much"}}, "model.dropout: 'much' is not a number"),
         ({"model": {"dropout": True}}, "model.dropout: True is not of type float"),
         ({"model": None}, "model: None is not a section"),
-        ({"precision": "fp8"}, "precision: 'fp8' is none of fp32, bf16, fp16"),
+        ({"precision": "fp8"}, "precision: 'fp8' is none of auto, fp32, bf16, fp16"),
         ({"pretrain": {"mask": {"strategy": "last"}}}, "mask.strategy: 'last' is none of single,"),
         ({"optimizer": {"betas": [0.9]}}, "optimizer.betas: [0.9] is not a list of 2 values"),
         ({"optimizer": {"betas": [0.9, "x"]}}, "optimizer.betas: 'x' is not a number"),
@@ -216,3 +217,23 @@ def test_masks_are_counted_only_where_a_stage_numbers_them():
 def test_shards_lie_inside_the_data_unless_named():
     assert Recipe("d", "r").shards_dir == str(Path("d/shards"))
     assert Recipe("d", "r", shards="s").shards_dir == "s"
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "expected"),
+    [(False, False, "fp32"), (True, False, "bf16"), (False, True, "bf16")],
+)
+def test_auto_precision_is_bf16_where_the_cpu_has_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, amx: bool, avx512: bool, expected: str
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    recipe = Recipe("d", "r", precision="auto")
+    assert with_precision(recipe).precision == expected
+    assert with_precision(Recipe("d", "r", precision="fp16")).precision == "fp16"
+    # A resumed run keeps what it began with, on whatever machine.
+    for begun in ("fp32", "bf16"):
+        (tmp_path / "recipe.yaml").write_text(f"data: d\nrun: r\nprecision: {begun}\n")
+        assert with_precision(recipe, tmp_path).precision == begun
+    assert with_precision(recipe, tmp_path / "new").precision == expected

@@ -1,0 +1,38 @@
+"""What `precision: auto` means on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from genrec_dist.config.load import load_recipe
+from genrec_dist.config.recipe import Recipe
+
+
+def native_precision() -> Literal["bf16", "fp32"]:
+    """bf16 on a GPU and on a CPU with instructions for it (AMX, AVX-512 BF16), fp32 elsewhere.
+
+    A CPU without them computes a bf16 product many times slower than an fp32 one (docs/log.md,
+    2026-11-29: 16 times).
+    """
+    import torch
+
+    has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if torch.cuda.is_available() or has_bf16 else "fp32"
+
+
+def with_precision(recipe: Recipe, run: Path | None = None) -> Recipe:
+    """The recipe with `precision: auto` replaced by fp32 or bf16.
+
+    Args:
+        recipe: of a run.
+        run: the directory of the run that is resumed. It keeps the precision it began with, on
+            whatever machine it goes on.
+    """
+    if recipe.precision != "auto":
+        return recipe
+    begun = None if run is None else run / "recipe.yaml"
+    if begun is not None and begun.is_file():
+        return dataclasses.replace(recipe, precision=load_recipe(begun).precision)
+    return dataclasses.replace(recipe, precision=native_precision())
