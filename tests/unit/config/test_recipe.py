@@ -234,6 +234,8 @@ def test_auto_precision_is_bf16_where_the_cpu_has_instructions_for_it(
     assert with_precision(Recipe("d", "r", precision="fp16")).precision == "fp16"
     # A resumed run keeps what it began with, on whatever machine.
     for begun in ("fp32", "bf16"):
-        (tmp_path / "recipe.yaml").write_text(f"data: d\nrun: r\nprecision: {begun}\n")
+        (tmp_path / "recipe.yaml").write_text(
+            f"data: d\nrun: r\nprecision: {begun}\nfinetune: {{epochs: 1}}\n"
+        )
         assert with_precision(recipe, tmp_path).precision == begun
     assert with_precision(recipe, tmp_path / "new").precision == expected
