@@ -58,7 +58,7 @@ slow: env
 docs: env
 	$(BIN)/python -m pip install --quiet $(if $(LOCK),--constraint $(LOCK)) --editable '.[$(EXTRAS),docs]'
 	$(BIN)/python -m typer genrec_dist.cli.app utils docs --name genrec --output docs/reference/commands.md
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Writes down the versions of this environment as the tested ones: without local labels (`+cpu`), which other machines'
 # indexes do not know, and without packages that came from a file.
