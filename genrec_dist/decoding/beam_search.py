@@ -32,7 +32,7 @@ Children = tuple[Tensor, PlacesTo, PlacesTo, Callable[[Tensor, Tensor, Tensor], 
 """Scores [B, X]; nodes and parent beams at places; places [X, K] of (users, parents, nodes) for
 every beam the user might have."""
 
-NOTHING = float("-inf")
+NEG_INF = float("-inf")
 TABLE_ENTRIES, TABLE_WIDTH = 2**22, 1024
 """A level has a table of parents and tokens up to this size (nine bytes an entry) and while its
 rows are short; otherwise children are found by their numbers."""
@@ -54,7 +54,7 @@ class Levels:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
         self.depth = trie.depth
-        self.nowhere = trie.num_nodes
+        self.sentinel = trie.num_nodes
         """A node that is none: where a beam stands that has no child to go to. Nothing ends or
         continues there."""
         self.token = move(np.append(trie.token.astype(np.int64).clip(min=0), 0))
@@ -85,11 +85,13 @@ class Levels:
         0."""
         self._make_tables(trie, column, move)
         self.certain = None if certain is None else move(np.append(certain, True))
-        said = np.ones(trie.num_nodes, bool) if certain is None else ~certain
-        self.says = [bool(said[first:last].any()) for first, last in pairwise(trie.level_offsets)]
+        open_nodes = np.ones(trie.num_nodes, bool) if certain is None else ~certain
+        self.needs_logits = [
+            bool(open_nodes[first:last].any()) for first, last in pairwise(trie.level_offsets)
+        ]
         """Whether the model is asked at a level."""
         self.num_asked = max(
-            (level + 1 for level, asked in enumerate(self.says) if asked), default=0
+            (level + 1 for level, asked in enumerate(self.needs_logits) if asked), default=0
         )
         """Levels from the root on behind which the model is not asked any more."""
         self.num_forced = _num_forced(trie)
@@ -103,7 +105,7 @@ class Levels:
         everybody else's."""
         row = np.zeros(trie.num_nodes + 1, np.int64)
         self.child_tables: list[Tensor | None] = []
-        """int64 [1 + parents, V_l] a level: the child behind a token, `nowhere` if there is
+        """int64 [1 + parents, V_l] a level: the child behind a token, `sentinel` if there is
         none."""
         for level, (first, last) in enumerate(pairwise(trie.level_offsets)):
             parents = first + np.flatnonzero(trie.num_children[first:last])
@@ -112,7 +114,7 @@ class Levels:
             if shape[0] * shape[1] > TABLE_ENTRIES or shape[1] > TABLE_WIDTH:
                 self.child_tables.append(None)
                 continue
-            table = np.full(shape, self.nowhere, np.int64)
+            table = np.full(shape, self.sentinel, np.int64)
             children = (
                 np.arange(*trie.level_offsets[level + 1 : level + 3])
                 if shape[1]
@@ -121,7 +123,7 @@ class Levels:
             table[row[trie.parent[children]], column[children] - 1] = children
             self.child_tables.append(move(table))
         self.absent_tables = [
-            None if table is None else table == self.nowhere for table in self.child_tables
+            None if table is None else table == self.sentinel for table in self.child_tables
         ]
         self.row = move(row)
         """int64 [M + 1], a node's row in its level's table."""
@@ -141,16 +143,16 @@ def _num_forced(trie: Trie) -> int:
 
 
 @dataclass(frozen=True)
-class Lost:
+class Excluded:
     """What exclusion takes, by level, on the searcher's device."""
 
     ends: list[tuple[Tensor, Tensor]]
     """(users, nodes) int64 [X] where the item of a node with children is excluded."""
-    dead: list[tuple[Tensor, Tensor, Tensor]]
+    pruned: list[tuple[Tensor, Tensor, Tensor]]
     """(users, parents, nodes) int64 [X] of the nodes below which nothing is left."""
 
 
-def lost_on(trie: Trie, pairs: Pruned, device: torch.device, padded: bool) -> Lost:
+def exclude_by_level(trie: Trie, pairs: Pruned, device: torch.device, padded: bool) -> Excluded:
     def at_level(
         users: np.ndarray, nodes: np.ndarray, first: int, last: int
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -171,12 +173,12 @@ def lost_on(trie: Trie, pairs: Pruned, device: torch.device, padded: bool) -> Lo
 
     inner = trie.num_children[pairs.end_nodes] > 0
     end_users, end_nodes = pairs.end_users[inner], pairs.end_nodes[inner]
-    ends, dead = [], []
+    ends, pruned = [], []
     for first, last in pairwise(trie.level_offsets):
         ends.append(move(*at_level(end_users, end_nodes, first, last)))
-        users, nodes = at_level(pairs.dead_users, pairs.dead_nodes, first, last)
-        dead.append(move(users, trie.parent[nodes], nodes))
-    return Lost(ends, dead)  # type: ignore[arg-type]
+        users, nodes = at_level(pairs.pruned_users, pairs.pruned_nodes, first, last)
+        pruned.append(move(users, trie.parent[nodes], nodes))
+    return Excluded(ends, pruned)  # type: ignore[arg-type]
 
 
 def walk(
@@ -185,7 +187,7 @@ def walk(
     heads: Heads,
     memory_BLD: Tensor,
     mask_BL: Tensor,
-    lost: Lost | None,
+    excluded: Excluded | None,
     *,
     beam: int,
     top: int,
@@ -209,15 +211,15 @@ def walk(
         reached_BKV = step_log_probabilities(levels, heads, level, hidden_BKD, nodes_BK).add_(
             scores_BK[..., None]
         )
-        ends_BK = _ended(reached_BKV[..., 0], nodes_BK, levels, lost, level, static)
+        ends_BK = _ended(reached_BKV[..., 0], nodes_BK, levels, excluded, level, static)
         if level < levels.depth:
             reached_BX, child_at, beam_at = _children(
-                reached_BKV, nodes_BK, levels, lost, level, static
+                reached_BKV, nodes_BK, levels, excluded, level, static
             )
             if ends == "ranked":
                 candidates_BX = torch.cat([reached_BX, ends_BK], 1)
                 least_B1 = candidates_BX.topk(min(beam, candidates_BX.shape[1])).values[:, -1:]
-                ends_BK = ends_BK.masked_fill(ends_BK < least_B1, NOTHING)
+                ends_BK = ends_BK.masked_fill(ends_BK < least_B1, NEG_INF)
         candidates_BX = torch.cat([found_nodes_BN, nodes_BK], 1)
         found_scores_BN, found_nodes_BN, _ = best(
             torch.cat([found_scores_BN, ends_BK], 1), partial(candidates_BX.gather, 1), top
@@ -248,7 +250,7 @@ def step_log_probabilities(
     """[B, K, 1 + V_l], fresh, of `</s>` and the tokens of a level behind these nodes; 0 behind
     certain ones, where the one that can follow is all that is looked at. Where the model is not
     asked, `hidden_BKD` [B, .., D] may be any."""
-    if not levels.says[level]:
+    if not levels.needs_logits[level]:
         return hidden_BKD.new_zeros(
             *nodes_BK.shape, len(heads.levels[level]), dtype=heads.levels[level].dtype
         )
@@ -261,21 +263,26 @@ def step_log_probabilities(
 def _prefix_score(states_BPD: Tensor, levels: Levels, heads: Heads) -> Tensor:
     """Log-probability [B, 1] of the tokens that all items begin with."""
     total_B1 = states_BPD.new_zeros(len(states_BPD), 1, dtype=heads.levels[0].dtype)
-    for level in filter(levels.says.__getitem__, range(levels.num_forced)):
+    for level in filter(levels.needs_logits.__getitem__, range(levels.num_forced)):
         total_B1 += log_probabilities(heads, level, states_BPD[:, level : level + 1])[..., 1]
     return total_B1
 
 
 def _ended(
-    ends_BK: Tensor, nodes_BK: Tensor, levels: Levels, lost: Lost | None, level: int, static: bool
+    ends_BK: Tensor,
+    nodes_BK: Tensor,
+    levels: Levels,
+    excluded: Excluded | None,
+    level: int,
+    static: bool,
 ) -> Tensor:
     """-inf where no item ends at a beam's node, or an excluded one."""
     if not levels.has_ends[level]:
-        return torch.full_like(ends_BK, NOTHING)
-    ends_BK = ends_BK.masked_fill(levels.end_item[nodes_BK] < 0, NOTHING)
-    if lost is None or not len(lost.ends[level][0]):
+        return torch.full_like(ends_BK, NEG_INF)
+    ends_BK = ends_BK.masked_fill(levels.end_item[nodes_BK] < 0, NEG_INF)
+    if excluded is None or not len(excluded.ends[level][0]):
         return ends_BK
-    users_X, nodes_X = lost.ends[level]
+    users_X, nodes_X = excluded.ends[level]
     match_XK = nodes_BK[users_X] == nodes_X[:, None]
     beams_K = torch.arange(nodes_BK.shape[1], device=nodes_BK.device)
     return _without(ends_BK, users_X, match_XK, beams_K.expand_as(match_XK), static)
@@ -285,14 +292,14 @@ def _children(
     scores_BKV: Tensor,
     nodes_BK: Tensor,
     levels: Levels,
-    lost: Lost | None,
+    excluded: Excluded | None,
     level: int,
     static: bool,
 ) -> tuple[Tensor, PlacesTo, PlacesTo]:
     """Scores [B, X] of the children of a user's beams, and what stands at given places [B, n] of
     them: nodes, parent beams.
 
-    A place without a child stands nowhere with a score of -inf, which no token can raise again.
+    A place without a child has the sentinel node and a score of -inf, which no token can raise again.
     """
     absent_RV, table_RV = levels.absent_tables[level], levels.child_tables[level]
     if levels.num_nodes[level] == 1:
@@ -305,11 +312,11 @@ def _children(
         reached_BX, child_at, beam_at, place_of = _by_number(
             scores_BKV, nodes_BK, levels, level, static
         )
-    if lost is not None:
-        users_X, parents_X, dead_X = lost.dead[level + 1]
+    if excluded is not None:
+        users_X, parents_X, pruned_X = excluded.pruned[level + 1]
         match_XK = nodes_BK[users_X] == parents_X[:, None]
         reached_BX = _without(
-            reached_BX, users_X, match_XK, place_of(users_X, parents_X, dead_X), static
+            reached_BX, users_X, match_XK, place_of(users_X, parents_X, pruned_X), static
         )
     return reached_BX, child_at, beam_at
 
@@ -331,7 +338,7 @@ def _by_table(
 ) -> Children:
     """Every token of the level a candidate of every beam, -inf where it leads nowhere."""
     width = table_RV.shape[1]
-    reached_BKV = scores_BKV[..., 1:].masked_fill(absent_RV[rows_BK], NOTHING)
+    reached_BKV = scores_BKV[..., 1:].masked_fill(absent_RV[rows_BK], NEG_INF)
     beams_K = torch.arange(rows_BK.shape[1], device=rows_BK.device)
     return (
         reached_BKV.flatten(1),
@@ -356,10 +363,10 @@ def _by_number(
     beams_BX = beams_BX.scatter_add_(1, ends_BK, torch.ones_like(ends_BK))[:, :-1].cumsum(1)
     beams_BX.clamp_(max=nodes_BK.shape[1] - 1)
     children_BX = (levels.first_child[nodes_BK] - starts_BK).gather(1, beams_BX).add_(places_X)
-    children_BX.masked_fill_(~exists_BX, levels.nowhere)
+    children_BX.masked_fill_(~exists_BX, levels.sentinel)
     columns_BX = levels.column[children_BX].add_(beams_BX, alpha=scores_BKV.shape[2])
     return (
-        scores_BKV.flatten(1).gather(1, columns_BX).masked_fill_(~exists_BX, NOTHING),
+        scores_BKV.flatten(1).gather(1, columns_BX).masked_fill_(~exists_BX, NEG_INF),
         partial(children_BX.gather, 1),
         partial(beams_BX.gather, 1),
         lambda users_X, parents_X, nodes_X: (
@@ -375,13 +382,13 @@ def _without(
     where it may be."""
     if not static:
         pair, beam = match_XK.nonzero(as_tuple=True)
-        scores_BX[users_X[pair], places_XK[pair, beam]] = NOTHING
+        scores_BX[users_X[pair], places_XK[pair, beam]] = NEG_INF
         return scores_BX
     # A pair that meets no beam writes into a spare place.
     index_XK = (users_X[:, None] * scores_BX.shape[1] + places_XK).where(
         match_XK, scores_BX.numel()
     )
-    spare = F.pad(scores_BX.flatten(), (0, 1)).index_fill_(0, index_XK.flatten(), NOTHING)
+    spare = F.pad(scores_BX.flatten(), (0, 1)).index_fill_(0, index_XK.flatten(), NEG_INF)
     return spare[:-1].view(scores_BX.shape)
 
 
@@ -389,7 +396,7 @@ def num_open_beams(scores_BK: Tensor, found_scores_BN: Tensor, top: int) -> int:
     """Beams, best first, that can still change some user's list: scores only fall, and a tie goes
     to what is found."""
     full = found_scores_BN.shape[1] == top
-    open_BK = scores_BK > (found_scores_BN[:, -1:] if full else NOTHING)
+    open_BK = scores_BK > (found_scores_BN[:, -1:] if full else NEG_INF)
     return int(open_BK.sum(dim=1).max())
 
 
@@ -401,7 +408,7 @@ def best_of(scores_BX: Tensor, node_at: PlacesTo, count: int) -> tuple[Tensor, T
     count = min(count, scores_BX.shape[1])
     kept, places = scores_BX.topk(min(count + 1, scores_BX.shape[1]))
     if kept.shape[1] > count:
-        tied = (kept[:, -1] == kept[:, -2]) & (kept[:, -1] > NOTHING)
+        tied = (kept[:, -1] == kept[:, -2]) & (kept[:, -1] > NEG_INF)
         if tied.any():
             kept, places = scores_BX, _all_places(scores_BX)
         else:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genrec_dist.decoding.beam_search import NOTHING, Levels, step_log_probabilities
+from genrec_dist.decoding.beam_search import NEG_INF, Levels, step_log_probabilities
 from genrec_dist.decoding.decoder_state import DecoderState
 from genrec_dist.decoding.output_head import Heads
 from genrec_dist.decoding.trie import Trie
@@ -32,7 +32,7 @@ def score_all(
     """Log-probabilities [B, N] of all items, -inf for those that are not in the trie; each user
     walks the whole trie once."""
     shape = (len(memory_BLD), len(trie.item_node))
-    scores_BN = torch.full(shape, NOTHING, dtype=heads.levels[0].dtype, device=memory_BLD.device)
+    scores_BN = torch.full(shape, NEG_INF, dtype=heads.levels[0].dtype, device=memory_BLD.device)
     start = torch.full(
         (1,), model.config.decoder_start_token_id, dtype=torch.long, device=memory_BLD.device
     )

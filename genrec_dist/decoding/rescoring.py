@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from genrec_dist.data.item_graph import log_near
-from genrec_dist.decoding.beam_search import NOTHING, Levels, step_log_probabilities
+from genrec_dist.decoding.beam_search import NEG_INF, Levels, step_log_probabilities
 from genrec_dist.decoding.decoder_state import DecoderState
 from genrec_dist.decoding.output_head import Heads
 from genrec_dist.evaluation.score_mixture import Mixture
@@ -68,7 +68,7 @@ def with_best(items_BC: Tensor, scores_BN: Tensor, count: int) -> Tensor:
     """Candidates int64 [B, C] with the best `count` items by other scores behind them, each once;
     -1 elsewhere, and where these are -inf."""
     best = scores_BN.topk(min(count, scores_BN.shape[1]))
-    known_BK = (best.indices[:, :, None] == items_BC[:, None]).any(2) | (best.values == NOTHING)
+    known_BK = (best.indices[:, :, None] == items_BC[:, None]).any(2) | (best.values == NEG_INF)
     return torch.cat([items_BC, best.indices.masked_fill(known_BK, -1)], 1)
 
 
@@ -83,7 +83,7 @@ def score_candidates(
     """log p [B, C] of the decoder speaking each candidate and then </s>, as the beam and
     `score_all` score them.
 
-    `paths_BCT`: int64, a candidate's nodes from below the root on, `levels.nowhere` behind its
+    `paths_BCT`: int64, a candidate's nodes from below the root on, `levels.sentinel` behind its
     last."""
     state = DecoderState(model, memory_BLD, mask_BL)
     hidden_BKD = state.start(
@@ -96,13 +96,13 @@ def score_candidates(
         logprob_BKV = step_log_probabilities(levels, heads, level, hidden_BKD, nodes_BK)
         if level == 0:
             logprob_BKV = logprob_BKV.expand(-1, paths_BCT.shape[1], -1)
-        ended_BC = torch.full_like(before_BC, levels.nowhere)
+        ended_BC = torch.full_like(before_BC, levels.sentinel)
         here_BC = paths_BCT[..., level] if level < levels.depth else ended_BC
         # Column 0 is </s>'s: where the item has ended it is added once.
         gained_BC = logprob_BKV.gather(2, levels.column[here_BC][..., None])[..., 0]
-        total_BC = total_BC + gained_BC.masked_fill(before_BC == levels.nowhere, 0.0)
+        total_BC = total_BC + gained_BC.masked_fill(before_BC == levels.sentinel, 0.0)
         if level < levels.depth:
             if level + 1 < levels.num_asked:
                 hidden_BKD = state.step(levels.token[here_BC])
             before_BC = here_BC
-    return total_BC.masked_fill(paths_BCT[..., 0] == levels.nowhere, NOTHING)
+    return total_BC.masked_fill(paths_BCT[..., 0] == levels.sentinel, NEG_INF)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.data.word_table import ItemTexts
-from genrec_dist.decoding.beam_search import NOTHING, Ends, Levels, best_of, lost_on, walk
+from genrec_dist.decoding.beam_search import NEG_INF, Ends, Levels, best_of, exclude_by_level, walk
 from genrec_dist.decoding.exhaustive import score_all
 from genrec_dist.decoding.output_head import make_heads
 from genrec_dist.decoding.rescoring import (
@@ -25,7 +25,7 @@ from genrec_dist.decoding.rescoring import (
     score_candidates,
     with_best,
 )
-from genrec_dist.decoding.trie import Trie, nodes_in, one_way, pruned, restrict
+from genrec_dist.decoding.trie import Trie, nodes_in, one_way, prune_items, restrict
 from genrec_dist.decoding.unconstrained import generate_freely
 from genrec_dist.evaluation.metrics import EMPTY
 from genrec_dist.evaluation.score_mixture import Mixture
@@ -158,16 +158,18 @@ class TrieSearcher:
         if mode not in self.heads:
             raise ValueError(f"decode mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
         num_users = len(encoder.input_ids)
-        lost = None
+        excluded_levels = None
         if excluded is not None:
-            lost = lost_on(self.trie, pruned(self.trie, *excluded), self.device, padded=self.static)
+            excluded_levels = exclude_by_level(
+                self.trie, prune_items(self.trie, *excluded), self.device, padded=self.static
+            )
         if self.static:
             encoder = in_static_shape(encoder)
         memory_BLD = (
             self.model.encode(encoder) if self.static else encode_by_length(self.model, encoder)
         )
         scores_BN, nodes_BN = self._walk(
-            self.model, self.levels, self.heads[mode], memory_BLD, encoder.attention_mask, lost,
+            self.model, self.levels, self.heads[mode], memory_BLD, encoder.attention_mask, excluded_levels,
             beam=beam, top=top, ends=ends, static=self.static,
         )  # fmt: skip
         return _as_lists(scores_BN[:num_users], self.levels.end_item[nodes_BN[:num_users]], top)
@@ -189,26 +191,30 @@ class TrieSearcher:
         named_BN = None
         if self.model.config.item_loss or shares_BN is None:
             named_BN = item_log_probabilities(self.model, memory_BLD, mask_BL).masked_fill(
-                barred_BN, NOTHING
+                barred_BN, NEG_INF
             )
-        lost = (
+        excluded_levels = (
             None
             if excluded is None
-            else lost_on(self.trie, pruned(self.trie, *excluded), self.device, padded=False)
+            else exclude_by_level(
+                self.trie, prune_items(self.trie, *excluded), self.device, padded=False
+            )
         )
         listed_BN, nodes_BN = self._walk(
-            self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, lost,
+            self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, excluded_levels,
             beam=beam, top=beam, ends="kept", static=False,
         )  # fmt: skip
-        items_BC = self.levels.end_item[nodes_BN].masked_fill(listed_BN == NOTHING, EMPTY)
+        items_BC = self.levels.end_item[nodes_BN].masked_fill(listed_BN == NEG_INF, EMPTY)
         if named_BN is not None:
             items_BC = with_best(items_BC, named_BN, beam)
         if shares_BN is not None:
             shares_BN = shares_BN.to(self.device, listed_BN.dtype)
             items_BC = with_best(
-                items_BC, shares_BN.masked_fill(barred_BN | (shares_BN == 0), NOTHING), beam
+                items_BC, shares_BN.masked_fill(barred_BN | (shares_BN == 0), NEG_INF), beam
             )
-        paths_BCT = torch.where(items_BC[..., None] >= 0, self.paths[items_BC], self.levels.nowhere)
+        paths_BCT = torch.where(
+            items_BC[..., None] >= 0, self.paths[items_BC], self.levels.sentinel
+        )
         spoken_BC = score_candidates(
             self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, paths_BCT
         )
@@ -231,7 +237,7 @@ class TrieSearcher:
     ) -> TopItems:
         memory_BLD = encode_by_length(self.model, encoder)
         scores_BN = item_log_probabilities(self.model, memory_BLD, encoder.attention_mask)
-        scores_BN = scores_BN.masked_fill(self._barred(len(memory_BLD), excluded), NOTHING)
+        scores_BN = scores_BN.masked_fill(self._barred(len(memory_BLD), excluded), NEG_INF)
         best_BN, _, rows_BN = best_of(scores_BN, lambda rows_BN: self.item_node[rows_BN], top)
         return _as_lists(best_BN, rows_BN, top)
 
@@ -248,14 +254,14 @@ class TrieSearcher:
 
     @cached_property
     def paths(self) -> Tensor:
-        """int64 [N, T], the nodes of each item from below the root on, `nowhere` behind its
+        """int64 [N, T], the nodes of each item from below the root on, `sentinel` behind its
         last."""
         trie = self.trie
         node_N, level_N = (
             trie.item_node,
             np.searchsorted(trie.level_offsets, trie.item_node, side="right") - 1,
         )
-        paths_NT = np.full((len(node_N), trie.depth), self.levels.nowhere, np.int64)
+        paths_NT = np.full((len(node_N), trie.depth), self.levels.sentinel, np.int64)
         for level in range(trie.depth, 0, -1):
             here = (node_N >= 0) & (level_N == level)
             paths_NT[here, level - 1] = node_N[here]
@@ -279,7 +285,7 @@ class TrieSearcher:
                 torch.from_numpy(np.asarray(column, np.int64)).to(self.device)
                 for column in excluded
             )
-            scores_BN[users, items] = NOTHING
+            scores_BN[users, items] = NEG_INF
         # The tie rule goes by the node at which an item ends, as in the walk.
         best_BN, _, rows_BN = best_of(scores_BN, lambda rows_BN: self.item_node[rows_BN], top)
         return _as_lists(best_BN, rows_BN, top)
@@ -313,7 +319,7 @@ class TrieSearcher:
             top=top,
         )
         items_BN = np.full(scores_BN.shape, EMPTY, np.int32)
-        listed = scores_BN > NOTHING
+        listed = scores_BN > NEG_INF
         strings = [
             tokens[:length]
             for tokens, length in zip(strings_BNT[listed], lengths_BN[listed], strict=True)
@@ -323,11 +329,11 @@ class TrieSearcher:
 
 
 def _as_lists(scores_BN: Tensor, items_BN: Tensor, top: int) -> TopItems:
-    items_BN = items_BN.masked_fill(scores_BN == NOTHING, EMPTY)
+    items_BN = items_BN.masked_fill(scores_BN == NEG_INF, EMPTY)
     missing = top - items_BN.shape[1]
     if missing > 0:
         items_BN = F.pad(items_BN, (0, missing), value=EMPTY)
-        scores_BN = F.pad(scores_BN, (0, missing), value=NOTHING)
+        scores_BN = F.pad(scores_BN, (0, missing), value=NEG_INF)
     return TopItems(items_BN.cpu().numpy().astype(np.int32), scores_BN.float().cpu().numpy())
 
 
@@ -344,7 +350,7 @@ def _without(
     order_BN = np.argsort(struck_BN, axis=1, kind="stable")
     return TopItems(
         np.take_along_axis(np.where(struck_BN, EMPTY, items_BN), order_BN, 1),
-        np.take_along_axis(np.where(struck_BN, np.float32(NOTHING), scores_BN), order_BN, 1),
+        np.take_along_axis(np.where(struck_BN, np.float32(NEG_INF), scores_BN), order_BN, 1),
     )
 
 

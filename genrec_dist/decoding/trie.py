@@ -274,35 +274,35 @@ class Pruned:
     """int64 [E], users of the closed ends."""
     end_nodes: np.ndarray
     """int64 [E], nodes whose item is excluded."""
-    dead_users: np.ndarray
-    """int64 [X], users of the dead nodes."""
-    dead_nodes: np.ndarray
+    pruned_users: np.ndarray
+    """int64 [X], users of the pruned nodes."""
+    pruned_nodes: np.ndarray
     """int64 [X], nodes below which no item is left, so that a beam never walks into an empty
     branch."""
 
 
-def pruned(trie: Trie, user_index: np.ndarray, items: np.ndarray) -> Pruned:
+def prune_items(trie: Trie, user_index: np.ndarray, items: np.ndarray) -> Pruned:
     """Exclude the pairs (user_index int64 [P], items int [P]); repeats are fine, and so are items
     that the trie leaves out.
 
-    Leaves first, then upwards: a node dies when its own item is excluded or absent and all of its
-    children are dead."""
+    Leaves first, then upwards: a node is pruned when its own item is excluded or absent and all of its
+    children are pruned."""
     num_nodes = trie.num_nodes
     nodes = trie.item_node[items]
     ends = np.unique((np.asarray(user_index, np.int64) * num_nodes + nodes)[nodes >= 0])
     level_of_ends = np.searchsorted(trie.level_offsets, ends % num_nodes, side="right") - 1
-    dead_of_levels = []
-    childless = np.empty(0, np.int64)  # pairs of this level whose children are all dead
+    pruned_of_levels = []
+    childless = np.empty(0, np.int64)  # pairs of this level whose children are all pruned
     for level in range(trie.depth, 0, -1):
         closed = ends[level_of_ends == level]
         leaves = closed[trie.num_children[closed % num_nodes] == 0]
         endless = childless[trie.end_item[childless % num_nodes] < 0]
-        dead = np.concatenate(
+        pruned = np.concatenate(
             [leaves, endless, np.intersect1d(childless, closed, assume_unique=True)]
         )
-        dead_of_levels.append(dead)
-        users, nodes = np.divmod(dead, num_nodes)
-        parents, lost = np.unique(users * num_nodes + trie.parent[nodes], return_counts=True)
-        childless = parents[lost == trie.num_children[parents % num_nodes]]
-    dead = np.sort(np.concatenate([np.empty(0, np.int64), *dead_of_levels]))
-    return Pruned(*np.divmod(ends, num_nodes), *np.divmod(dead, num_nodes))
+        pruned_of_levels.append(pruned)
+        users, nodes = np.divmod(pruned, num_nodes)
+        parents, num_pruned = np.unique(users * num_nodes + trie.parent[nodes], return_counts=True)
+        childless = parents[num_pruned == trie.num_children[parents % num_nodes]]
+    pruned = np.sort(np.concatenate([np.empty(0, np.int64), *pruned_of_levels]))
+    return Pruned(*np.divmod(ends, num_nodes), *np.divmod(pruned, num_nodes))

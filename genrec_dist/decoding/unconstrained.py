@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genrec_dist.decoding.beam_search import NOTHING
+from genrec_dist.decoding.beam_search import NEG_INF
 from genrec_dist.decoding.decoder_state import DecoderState
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
@@ -51,7 +51,7 @@ def generate_freely(
         )
         if length == longest:
             break
-        reached_BKV[..., eos] = NOTHING
+        reached_BKV[..., eos] = NEG_INF
         kept = min(beam, reached_BKV.shape[-1])
         best_BKK, tokens_BKK = reached_BKV.topk(kept, -1)
         scores_BK, places_BK = best_BKK.flatten(1).topk(min(beam, best_BKK[0].numel()))

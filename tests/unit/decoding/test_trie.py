@@ -22,7 +22,7 @@ from genrec_dist.decoding.trie import (
     build_trie,
     hash_of_words,
     load_trie,
-    pruned,
+    prune_items,
     restrict,
     save_trie,
 )
@@ -116,7 +116,7 @@ def assert_pruned_equals_brute_force(
     trie: Trie, items: list[Word], in_trie: list[Word], pairs: list[tuple[int, int]]
 ) -> None:
     """`in_trie`: those of the catalogue's items that the trie holds."""
-    found = pruned(
+    found = prune_items(
         trie,
         np.array([user for user, _ in pairs], np.int64),
         np.array([i for _, i in pairs], np.int64),
@@ -132,7 +132,7 @@ def assert_pruned_equals_brute_force(
             if node and not any(item[: len(prefix)] == prefix for item in left):
                 dead.append((user, node))
     assert list(zip(found.end_users, found.end_nodes, strict=True)) == ends
-    assert list(zip(found.dead_users, found.dead_nodes, strict=True)) == dead
+    assert list(zip(found.pruned_users, found.pruned_nodes, strict=True)) == dead
 
 
 def assert_same(one: Trie, other: Trie) -> None:
@@ -199,16 +199,16 @@ def test_rows_that_cannot_be_kept_are_refused(rows: list[int], message: str) -> 
 
 
 def test_nothing_excluded_prunes_nothing() -> None:
-    found = pruned(build_trie(*ragged(PREFIXES)), np.empty(0, np.int64), np.empty(0, np.int32))
-    assert len(found.end_users) == len(found.dead_users) == 0
+    found = prune_items(build_trie(*ragged(PREFIXES)), np.empty(0, np.int64), np.empty(0, np.int32))
+    assert len(found.end_users) == len(found.pruned_users) == 0
 
 
 def test_rows_of_many_users_do_not_overflow() -> None:
     """Pairs are packed as user * nodes + node: int32 rows must not wrap."""
     trie = build_trie(np.arange(100_000, dtype=np.int32), np.arange(100_001))
-    found = pruned(trie, np.full(2, 99_999, np.int32), np.array([3, 99_999], np.int32))
-    assert found.end_users.tolist() == found.dead_users.tolist() == [99_999, 99_999]
-    assert found.dead_nodes.tolist() == [4, 100_000]
+    found = prune_items(trie, np.full(2, 99_999, np.int32), np.array([3, 99_999], np.int32))
+    assert found.end_users.tolist() == found.pruned_users.tolist() == [99_999, 99_999]
+    assert found.pruned_nodes.tolist() == [4, 100_000]
 
 
 # Its file.
