@@ -162,8 +162,8 @@ def make_heads(weight_VD: Tensor, eos: int, tokens: Sequence[Tensor]) -> tuple[H
 
     `tokens`: int64 [V_l] a level.
     """
-    spoken = [F.pad(level, (1, 0), value=eos) for level in tokens]
-    levels, used = [weight_VD[level] for level in spoken], torch.cat(spoken).unique()
+    output_tokens = [F.pad(level, (1, 0), value=eos) for level in tokens]
+    levels, used = [weight_VD[level] for level in output_tokens], torch.cat(output_tokens).unique()
     return (
         Heads(levels, Softmax(weight_VD, eos)),
         Heads(levels, Softmax(weight_VD[used], int(torch.searchsorted(used, eos)))),

@@ -24,23 +24,23 @@ class Candidates:
 
     items_BC: Tensor
     """int64 item rows, each once; -1 where there is none."""
-    spoken_BC: Tensor
+    decoder_logp_BC: Tensor
     """log p of the decoder, -inf where there is none."""
-    named_BC: Tensor | None
+    item_logp_BC: Tensor | None
     """log p of the item head, where the model has one."""
-    shares_BC: Tensor | None
+    graph_prob_BC: Tensor | None
     """The graph's, where there was one."""
     num_items: int
 
     def mixed(self, mixture: Mixture) -> Tensor:
         """The scores [B, C] by which they are ranked, as `Mixture` says; -inf where there is no
         item."""
-        mixed_BC = self.spoken_BC.clone()
-        if self.named_BC is not None and mixture.item_weight:
-            mixed_BC.add_(self.named_BC, alpha=mixture.item_weight)
-        if self.shares_BC is not None and mixture.graph_weight:
+        mixed_BC = self.decoder_logp_BC.clone()
+        if self.item_logp_BC is not None and mixture.item_weight:
+            mixed_BC.add_(self.item_logp_BC, alpha=mixture.item_weight)
+        if self.graph_prob_BC is not None and mixture.graph_weight:
             mixed_BC.add_(
-                log_near(self.shares_BC, mixture.epsilon, self.num_items),
+                log_near(self.graph_prob_BC, mixture.epsilon, self.num_items),
                 alpha=mixture.graph_weight,
             )
         return mixed_BC

@@ -134,7 +134,7 @@ class TrieSearcher:
         excluded: tuple[np.ndarray, np.ndarray] | None = None,
         ends: Ends = "kept",
         mixture: Mixture | None = None,
-        shares_BN: Tensor | None = None,
+        graph_prob_BN: Tensor | None = None,
     ) -> TopItems:
         """The best `top` items a user by log-probability under the mode's softmax.
 
@@ -153,7 +153,9 @@ class TrieSearcher:
         if mode == "items":
             return self._search_items(encoder, top, excluded)
         if mode == "hybrid":
-            found = self.candidates(encoder, beam=beam, excluded=excluded, shares_BN=shares_BN)
+            found = self.candidates(
+                encoder, beam=beam, excluded=excluded, graph_prob_BN=graph_prob_BN
+            )
             return self._best_of(found, mixture or Mixture(), top)
         if mode not in self.heads:
             raise ValueError(f"decode mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
@@ -181,17 +183,17 @@ class TrieSearcher:
         *,
         beam: int,
         excluded: tuple[np.ndarray, np.ndarray] | None = None,
-        shares_BN: Tensor | None = None,
+        graph_prob_BN: Tensor | None = None,
     ) -> Candidates:
         """What `hybrid` ranks: the best `beam` items of the decoder, of the item head and of the
         graph's shares, float [B, N]; of what there is, and none that is excluded. Raises ValueError
         where there is neither an item head nor a graph."""
         memory_BLD, mask_BL = encode_by_length(self.model, encoder), encoder.attention_mask
-        barred_BN = self._barred(len(memory_BLD), excluded)
-        named_BN = None
-        if self.model.config.item_loss or shares_BN is None:
-            named_BN = item_log_probabilities(self.model, memory_BLD, mask_BL).masked_fill(
-                barred_BN, NEG_INF
+        excluded_BN = self._excluded_items(len(memory_BLD), excluded)
+        item_logp_BN = None
+        if self.model.config.item_loss or graph_prob_BN is None:
+            item_logp_BN = item_log_probabilities(self.model, memory_BLD, mask_BL).masked_fill(
+                excluded_BN, NEG_INF
             )
         excluded_levels = (
             None
@@ -200,29 +202,33 @@ class TrieSearcher:
                 self.trie, prune_items(self.trie, *excluded), self.device, padded=False
             )
         )
-        listed_BN, nodes_BN = self._walk(
+        scores_BN, nodes_BN = self._walk(
             self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, excluded_levels,
             beam=beam, top=beam, ends="kept", static=False,
         )  # fmt: skip
-        items_BC = self.levels.end_item[nodes_BN].masked_fill(listed_BN == NEG_INF, EMPTY)
-        if named_BN is not None:
-            items_BC = with_best(items_BC, named_BN, beam)
-        if shares_BN is not None:
-            shares_BN = shares_BN.to(self.device, listed_BN.dtype)
+        items_BC = self.levels.end_item[nodes_BN].masked_fill(scores_BN == NEG_INF, EMPTY)
+        if item_logp_BN is not None:
+            items_BC = with_best(items_BC, item_logp_BN, beam)
+        if graph_prob_BN is not None:
+            graph_prob_BN = graph_prob_BN.to(self.device, scores_BN.dtype)
             items_BC = with_best(
-                items_BC, shares_BN.masked_fill(barred_BN | (shares_BN == 0), NEG_INF), beam
+                items_BC,
+                graph_prob_BN.masked_fill(excluded_BN | (graph_prob_BN == 0), NEG_INF),
+                beam,
             )
         paths_BCT = torch.where(
             items_BC[..., None] >= 0, self.paths[items_BC], self.levels.sentinel
         )
-        spoken_BC = score_candidates(
+        decoder_logp_BC = score_candidates(
             self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, paths_BCT
         )
-        named_BC, shares_BC = (
-            None if scores_BN is None else scores_BN.gather(1, items_BC.clamp(min=0))
-            for scores_BN in (named_BN, shares_BN)
+        item_logp_BC, graph_prob_BC = (
+            None if values_BN is None else values_BN.gather(1, items_BC.clamp(min=0))
+            for values_BN in (item_logp_BN, graph_prob_BN)
         )
-        return Candidates(items_BC, spoken_BC, named_BC, shares_BC, barred_BN.shape[1])
+        return Candidates(
+            items_BC, decoder_logp_BC, item_logp_BC, graph_prob_BC, excluded_BN.shape[1]
+        )
 
     def _best_of(self, found: Candidates, mixture: Mixture, top: int) -> TopItems:
         best_BN, _, places_BN = best_of(
@@ -237,20 +243,22 @@ class TrieSearcher:
     ) -> TopItems:
         memory_BLD = encode_by_length(self.model, encoder)
         scores_BN = item_log_probabilities(self.model, memory_BLD, encoder.attention_mask)
-        scores_BN = scores_BN.masked_fill(self._barred(len(memory_BLD), excluded), NEG_INF)
+        scores_BN = scores_BN.masked_fill(self._excluded_items(len(memory_BLD), excluded), NEG_INF)
         best_BN, _, rows_BN = best_of(scores_BN, lambda rows_BN: self.item_node[rows_BN], top)
         return _as_lists(best_BN, rows_BN, top)
 
-    def _barred(self, num_users: int, excluded: tuple[np.ndarray, np.ndarray] | None) -> Tensor:
+    def _excluded_items(
+        self, num_users: int, excluded: tuple[np.ndarray, np.ndarray] | None
+    ) -> Tensor:
         """bool [B, N]: items that must not be listed, and those that are not in the trie."""
-        barred_BN = (self.item_node < 0).repeat(num_users, 1)
+        excluded_BN = (self.item_node < 0).repeat(num_users, 1)
         if excluded is not None:
             users, items = (
                 torch.from_numpy(np.asarray(column, np.int64)).to(self.device)
                 for column in excluded
             )
-            barred_BN[users, items] = True
-        return barred_BN
+            excluded_BN[users, items] = True
+        return excluded_BN
 
     @cached_property
     def paths(self) -> Tensor:

@@ -174,7 +174,7 @@ class _Asked:
 
     encoder: EncoderInput
     excluded: tuple[np.ndarray, np.ndarray] | None
-    shares_BN: torch.Tensor | None
+    graph_prob_BN: torch.Tensor | None
 
 
 def _asked(
@@ -197,7 +197,7 @@ def _asked(
     return _Asked(
         encode_histories(items, offsets, user_rows_B, layout).to(searcher.device),
         excluded,
-        None if graph is None else graph.shares(items, offsets),
+        None if graph is None else graph.probabilities(items, offsets),
     )
 
 
@@ -219,7 +219,7 @@ def rank_batch(
             mode=decoding.mode,
             excluded=asked.excluded,
             mixture=decoding.mixture if decoding.mode == "hybrid" else None,
-            shares_BN=asked.shares_BN,
+            graph_prob_BN=asked.graph_prob_BN,
         )
     except torch.OutOfMemoryError:
         raise ValueError(

@@ -60,7 +60,7 @@ def tune_mixture(
                 asked.encoder,
                 beam=max(decoding.beam, TOP),
                 excluded=asked.excluded,
-                shares_BN=asked.shares_BN,
+                graph_prob_BN=asked.graph_prob_BN,
             )
             targets_B = torch.from_numpy(view.targets[rows_B].astype(np.int64)).to(
                 run.searcher.device

@@ -52,9 +52,9 @@ def graph_among(items: list[Word], seed: int = 5) -> Graph:
     return Graph.of(sequences, "test", "n-2", KnnSettings(window=2, recent=3))
 
 
-def shares_of(graph: Graph, past: list[History]) -> torch.Tensor:
+def probabilities_of(graph: Graph, past: list[History]) -> torch.Tensor:
     items = np.array([item for history in past for item in history], np.int32)
-    return graph.shares(items, np.cumsum([0, *map(len, past)]))
+    return graph.probabilities(items, np.cumsum([0, *map(len, past)]))
 
 
 @settings(max_examples=30, deadline=None)
@@ -78,9 +78,9 @@ def test_hybrid_with_a_wide_beam_is_the_mixture_of_all_its_parts(
     world = item_world(items) if has_head else World(items, sharp_model(num_items=len(items)))
     graph = graph_among(items)
     weight, epsilon = weights
-    shares_BN = shares_of(graph, past)
+    graph_prob_BN = probabilities_of(graph, past)
     truth_BN = world.brute_force(past) + weight * np.log(
-        (1 - epsilon) * shares_BN.numpy() + epsilon / len(items)
+        (1 - epsilon) * graph_prob_BN.numpy() + epsilon / len(items)
     )
     if has_head:
         truth_BN = truth_BN + 0.7 * item_truth(world, past)
@@ -91,7 +91,7 @@ def test_hybrid_with_a_wide_beam_is_the_mixture_of_all_its_parts(
         exclude=exclude,
         mode="hybrid",
         mixture=Mixture(0.7, weight, epsilon, graph.settings),
-        shares_BN=shares_BN,
+        graph_prob_BN=graph_prob_BN,
     )
     for history, found, truth_N in zip(past, lists, truth_BN, strict=True):
         assert [item for item, _ in found] == best_first(truth_N, history if exclude else [])
@@ -103,7 +103,7 @@ def test_hybrid_with_a_wide_beam_is_the_mixture_of_all_its_parts(
 def test_a_narrow_beam_still_sees_the_graphs_best() -> None:
     items = [(5, a, b) for a in (5, 6, 7, 8) for b in (5, 6, 7, 8)]
     world, graph = World(items, sharp_model(num_items=len(items))), graph_among(items)
-    shares_BN = shares_of(graph, [[1, 2]])
+    graph_prob_BN = probabilities_of(graph, [[1, 2]])
     (spoken,) = world.search([[1, 2]], beam=2, top=2)
     (found,) = world.search(
         [[1, 2]],
@@ -111,9 +111,9 @@ def test_a_narrow_beam_still_sees_the_graphs_best() -> None:
         top=2,
         mode="hybrid",
         mixture=Mixture(graph_weight=1000.0),
-        shares_BN=shares_BN,
+        graph_prob_BN=graph_prob_BN,
     )
-    assert {item for item, _ in found} == set(shares_BN[0].topk(2).indices.tolist())
+    assert {item for item, _ in found} == set(graph_prob_BN[0].topk(2).indices.tolist())
     assert {item for item, _ in found} != {item for item, _ in spoken}
 
 
@@ -121,7 +121,9 @@ def test_shares_are_the_knn_scores_over_their_sum() -> None:
     sequences = random_sequences(num_users=30, num_items=50)
     chosen = KnnSettings(recent=4, in_power=0.1)
     past = histories(sequences, "test")
-    shares_UI = Graph.of(sequences, "test", "n-2", chosen).shares(past.items, past.offsets).numpy()
+    shares_UI = (
+        Graph.of(sequences, "test", "n-2", chosen).probabilities(past.items, past.offsets).numpy()
+    )
     np.testing.assert_allclose(shares_UI.sum(1), 1.0)
     lists = knn.recommend(
         sequences, "test", exclude_history=False, settings=chosen, top=sequences.num_items
@@ -135,7 +137,9 @@ def test_shares_are_the_knn_scores_over_their_sum() -> None:
     stranger = sequences_from_ids(
         ["u", "v", "w"], [3, 3, 3], ["a", "b", "c", "a", "b", "c", "d", "d", "d"]
     )
-    shares_UI = Graph.of(stranger, "validation", "n-2").shares(np.array([2]), np.array([0, 1]))
+    shares_UI = Graph.of(stranger, "validation", "n-2").probabilities(
+        np.array([2]), np.array([0, 1])
+    )
     assert not shares_UI.any()
     np.testing.assert_allclose(log_near(shares_UI, 0.1, 4).exp(), 0.1 / 4)
 
