@@ -212,8 +212,8 @@ def recommend(
             allow=None if allow is None else read_ids(allow), block=None if block is None else read_ids(block),
         )  # fmt: skip
         if rank() == 0:
-            _tell_unknown(allow, recommender.choice.unknown_allow)
-            _tell_unknown(block, recommender.choice.unknown_block)
+            _tell_unknown(allow, recommender.item_filter.unknown_allow)
+            _tell_unknown(block, recommender.item_filter.unknown_block)
         if all_users:
             assert out_dir is not None
             dataset = load_dataset(data or data_of(run))
@@ -222,7 +222,7 @@ def recommend(
                     recommender, dataset, out_dir, top=top, ranks=Ranks(), on_batch=advance
                 )
             if path is not None:
-                num_items = len(recommender.choice.rows)
+                num_items = len(recommender.item_filter.rows)
                 say(
                     f"{path}: {dataset.sequences.num_users:,} users, {num_items:,} items to choose from"
                 )

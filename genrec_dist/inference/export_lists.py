@@ -91,7 +91,7 @@ class ListsFile:
 
     def __init__(self, path: Path, user_ids: list[str], recommender: Recommender):
         self.path, self.user_ids = path, user_ids
-        self.choice, self.mode = recommender.choice, recommender.mode
+        self.item_filter, self.mode = recommender.item_filter, recommender.mode
         self._item_ids = pa.array(recommender.run.catalogue.item_ids, pa.string())
         self._seen = 0
         self._files = contextlib.ExitStack()
@@ -142,7 +142,7 @@ class ListsFile:
         self._files.close()
 
     def _table(self, found: Window) -> pa.Table:
-        shown = Shown.of(TopItems(found.items, found.scores), self.choice, self.mode)
+        shown = Shown.of(TopItems(found.items, found.scores), self.item_filter, self.mode)
         offsets = pa.array(np.concatenate([[0], np.cumsum(shown.keep_BN.sum(1))]), pa.int32())
         columns = [
             pa.array([self.user_ids[row] for row in found.user_rows], pa.string()),

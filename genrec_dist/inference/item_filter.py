@@ -14,7 +14,7 @@ from genrec_dist.inference.load import Catalogue
 
 
 @dataclass(frozen=True)
-class Choice:
+class ItemFilter:
     allowed_I: np.ndarray
     """bool, by item row."""
     unknown_allow: list[str]
@@ -32,9 +32,9 @@ class Choice:
         return bool(self.allowed_I.all())
 
 
-def choose_items(
+def filter_items(
     catalogue: Catalogue, allow: Iterable[str] | None = None, block: Iterable[str] | None = None
-) -> Choice:
+) -> ItemFilter:
     """The items of `allow` (None: all of them) without those of `block`. Raises ValueError if that
     leaves none."""
     allow_rows, unknown_allow = rows_of(catalogue, () if allow is None else allow)
@@ -48,7 +48,7 @@ def choose_items(
         raise ValueError(
             f"no item is left to list: {asked} allowed{unknown}, {len(block_rows):,} blocked; allow more or block fewer"
         )
-    return Choice(allowed_I, unknown_allow, unknown_block)
+    return ItemFilter(allowed_I, unknown_allow, unknown_block)
 
 
 def rows_of(catalogue: Catalogue, ids: Iterable[str]) -> tuple[np.ndarray, list[str]]:

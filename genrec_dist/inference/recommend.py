@@ -17,7 +17,7 @@ from genrec_shards.dataset import Dataset
 from genrec_dist.data.encoder_input import encode_histories
 from genrec_dist.decoding.searcher import Mode, TopItems, TrieSearcher
 from genrec_dist.evaluation.metrics import TOP
-from genrec_dist.inference.item_filter import Choice, choose_items, rows_of
+from genrec_dist.inference.item_filter import ItemFilter, filter_items, rows_of
 from genrec_dist.inference.load import LoadedRun, check_numbering, load_run
 from genrec_dist.inference.request_batching import Callers
 
@@ -111,8 +111,8 @@ class Recommender:
         self.exclude_history = (
             run.model.config.exclude_history if exclude_history is None else exclude_history
         )
-        self.choice = choose_items(run.catalogue, allow, block)
-        self.searcher = _make_searcher(run, self.choice, mode)
+        self.item_filter = filter_items(run.catalogue, allow, block)
+        self.searcher = _make_searcher(run, self.item_filter, mode)
         self._callers: Callers[_Piece, TopItems] = Callers(self._decode, REQUESTS_AT_ONCE)
 
     @classmethod
@@ -168,7 +168,7 @@ class Recommender:
             k,
         )
         lists = self._callers.ask(piece, self._kind(k), len(piece))
-        shown = Shown.of(lists, self.choice, self.mode)
+        shown = Shown.of(lists, self.item_filter, self.mode)
         return [
             self._recommendation(i, asked[i], unknown[i], lists, shown) for i in range(len(asked))
         ]
@@ -234,10 +234,14 @@ class Recommender:
         )
 
 
-def _make_searcher(run: LoadedRun, choice: Choice, mode: Mode) -> TrieSearcher:
+def _make_searcher(run: LoadedRun, item_filter: ItemFilter, mode: Mode) -> TrieSearcher:
     """The run's own, or one over a part of its items."""
     # `free` walks no trie: what must not be listed is left out of its finished lists.
-    return run.searcher if choice.is_all or mode == "free" else run.searcher.among(choice.rows)
+    return (
+        run.searcher
+        if item_filter.is_all or mode == "free"
+        else run.searcher.among(item_filter.rows)
+    )
 
 
 def _joined(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -260,7 +264,7 @@ class Shown:
     """int64, texts that spell an item listed before."""
 
     @classmethod
-    def of(cls, lists: TopItems, choice: Choice, mode: Mode) -> Shown:
+    def of(cls, lists: TopItems, item_filter: ItemFilter, mode: Mode) -> Shown:
         """Only `free` gives texts that are no item, spells an item twice, or names one that must
         not be listed."""
         listed_BN = lists.items >= 0
@@ -271,7 +275,7 @@ class Shown:
         again_BN = np.zeros_like(listed_BN)
         np.put_along_axis(again_BN, order_BN[:, 1:], sorted_BN[:, 1:] == sorted_BN[:, :-1], 1)
         again_BN &= listed_BN
-        allowed_BN = choice.allowed_I[lists.items.clip(min=0)]
+        allowed_BN = item_filter.allowed_I[lists.items.clip(min=0)]
         return cls(listed_BN & ~again_BN & allowed_BN, (lists.items == -2).sum(1), again_BN.sum(1))
 
 

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from genrec_dist.cli.app import run_command
 from genrec_dist.decoding.searcher import Mode, TopItems
 from genrec_dist.inference import recommend as recommendation
-from genrec_dist.inference.item_filter import Choice, choose_items, name_some, read_ids
+from genrec_dist.inference.item_filter import ItemFilter, filter_items, name_some, read_ids
 from genrec_dist.inference.load import load_run, make_searcher
 from genrec_dist.inference.recommend import (
     Recommendation,
@@ -283,7 +283,7 @@ def test_ids_that_the_catalogue_lacks_are_counted(
     ids = dataset.sequences.item_ids
     chosen = Recommender(
         recommender.run, allow=["x", *ids[:9], "y", ids[0]], block=["z", ids[4]]
-    ).choice
+    ).item_filter
     assert chosen.rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
     assert (chosen.unknown_allow, chosen.unknown_block) == (["x", "y"], ["z"])
     assert name_some(list("abc")) == "a, b, c"
@@ -302,11 +302,11 @@ def test_no_item_left_is_refused_in_one_line(recommender: Recommender, which: st
     with pytest.raises(
         ValueError, match=r"no item is left to list: .*; allow more or block fewer"
     ) as refusal:
-        choose_items(catalogue, allow, block)
+        filter_items(catalogue, allow, block)
     assert "\n" not in str(refusal.value)
     assert ("x, y, x2 and 1 more" in str(refusal.value)) == (which == "unknown")
     with pytest.raises(ValueError, match="'abc' is not a list of ids"):
-        choose_items(catalogue, allow="abc")
+        filter_items(catalogue, allow="abc")
 
 
 def test_ids_are_read_a_line_each(tmp_path: Path) -> None:
@@ -407,8 +407,8 @@ def test_free_leaves_out_what_is_no_item_and_counts_it(
 
 def test_what_is_shown_of_free_lists() -> None:
     items = np.array([[3, -2, 3, 0, -2], [1, 2, 1, 1, -1], [-1, -1, -1, -1, -1]], np.int32)
-    choice = Choice(np.array([False, True, True, True]), [], [])
-    shown = Shown.of(TopItems(items, np.zeros(items.shape, np.float32)), choice, "free")
+    item_filter = ItemFilter(np.array([False, True, True, True]), [], [])
+    shown = Shown.of(TopItems(items, np.zeros(items.shape, np.float32)), item_filter, "free")
     assert shown.keep_BN.tolist() == [
         [True, False, False, False, False],
         [True, True, False, False, False],
