@@ -112,8 +112,8 @@ def exclude_by_level(trie: Trie, pairs: Pruned, device: torch.device, padded: bo
         trie: What the pairs were pruned from.
         pairs: Of all users of a batch.
         device: The searcher's.
-        padded: To few sizes, so that shapes recur; a pair of padding names a node that no beam is
-            at.
+        padded: To few sizes, so that shapes recur; pairs of padding name a node, -1, that no beam
+            is at.
     """
 
     def move(column: np.ndarray, fill: int) -> Tensor:
@@ -122,20 +122,19 @@ def exclude_by_level(trie: Trie, pairs: Pruned, device: torch.device, padded: bo
         filled[: len(column)] = column
         return torch.from_numpy(filled).to(device, non_blocking=True)
 
-    def by_level(users: np.ndarray, at: np.ndarray, nodes: np.ndarray) -> list[tuple[Tensor, ...]]:
-        level_X = trie.level_of(nodes)
+    def by_level(*columns: np.ndarray) -> list[tuple[Tensor, ...]]:
+        level_X = trie.level_of(columns[-1])
         return [
-            (move(users[here], 0), move(at[here], -1), move(nodes[here], 0))
-            for here in (level_X == level for level in range(trie.depth + 1))
+            tuple(move(column[level_X == level], -(n == 1)) for n, column in enumerate(columns))
+            for level in range(trie.depth + 1)
         ]
 
     # Where a leaf's item is excluded the leaf itself is pruned; but where all of the trie is one
     # item, the search starts at its leaf.
     inner = (trie.num_children[pairs.end_nodes] > 0) | (trie.num_nodes == trie.depth + 1)
-    end_users, end_nodes = pairs.end_users[inner], pairs.end_nodes[inner]
     parents = trie.parent[pairs.pruned_nodes]
     return Excluded(
-        ends=[columns[:2] for columns in by_level(end_users, end_nodes, end_nodes)],
+        ends=by_level(pairs.end_users[inner], pairs.end_nodes[inner]),
         pruned=by_level(pairs.pruned_users, parents, pairs.pruned_nodes),
     )
 
@@ -163,7 +162,7 @@ def search_trie(
     """The best items of each user by the log-probability of their tokens and `</s>`.
 
     Args:
-        model: Whose decoder is asked.
+        model: Whose decoder scores the items.
         levels: The trie.
         heads: What decoder states are multiplied with.
         memory_BLD: Encoder states.
@@ -363,7 +362,7 @@ def best_of(scores_BX: Tensor, node_at: Lookup, count: int) -> tuple[Tensor, Ten
     """(scores, nodes, places) [B, count] of the highest scores of a row, equal ones by smaller
     node.
 
-    `topk` leaves open which of equal scores it takes. One place more than needed tells whether that
+    `topk` leaves open which of equal scores it takes. One place more than needed shows whether that
     matters at the edge; only then all places are sorted.
     """
     count = min(count, scores_BX.shape[1])

@@ -183,7 +183,7 @@ def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
     found = dataset.numbering.numbering_hash()
     if expected != found:
         raise ValueError(
-            f"{run.path} speaks numbering {expected[:12]}, "
+            f"{run.path} was trained with numbering {expected[:12]}, "
             f"{dataset.path} has {found[:12]}: {remedy}"
         )
     # Codes are 1..N of a seeded order: two catalogues of equal size share them.
@@ -206,10 +206,10 @@ def check_split(run: LoadedRun, dataset: Dataset) -> None:
     Raises:
         ValueError: The run may have learned what is held out here.
     """
-    learned, asked = run.model.config.split, dataset.info.split_told
-    if learned != asked:
+    learned, given = run.model.config.split, dataset.info.split_told
+    if learned != given:
         raise ValueError(
-            f"{run.path} was trained under the split {learned}, {dataset.path} has {asked}: "
+            f"{run.path} was trained under the split {learned}, {dataset.path} has {given}: "
             "it may have learned what is held out here; give --data of its own split"
         )
 

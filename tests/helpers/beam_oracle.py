@@ -46,7 +46,7 @@ draws_of_histories = st.lists(st.lists(st.integers(0, 10**6), max_size=8), min_s
 
 @dataclass(frozen=True)
 class Switches:
-    """What a model and its searches may be told to do otherwise."""
+    """What may differ in a model and its searches."""
 
     forced: bool = False
     """Tokens that only the trie decides have probability 1."""
@@ -77,7 +77,8 @@ def sharp_model(
     """Random weights, large enough that scores lie far apart, in float64."""
     torch.manual_seed(3)
     shape = Model(
-        d_model=16, encoder_layers=1, decoder_layers=2, heads=2, ffn=32, max_tokens=64, init_std=0.4,
+        d_model=16, encoder_layers=1, decoder_layers=2, heads=2, ffn=32, max_tokens=64,
+        init_std=0.4,
         encoder_unit=how.unit, decoder_start=how.start, item_loss=float(how.head),
     )  # fmt: skip
     tokens = {"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK}

@@ -41,8 +41,9 @@ def test_probabilities_are_the_knn_scores_over_their_sum() -> None:
 def test_graph_knows_no_held_out_item(through: str, last: int) -> None:
     sequences = random_sequences()
     ours, others, nearer = (
-        Graph.of(data, "test", through).weights_NN for data in (sequences, changed(sequences, last), changed(sequences, last + 1))
-    )  # fmt: skip
+        Graph.of(data, "test", through).weights_NN
+        for data in (sequences, changed(sequences, last), changed(sequences, last + 1))
+    )
     assert abs(ours - others).sum() == 0
     assert abs(ours - nearer).sum() > 0
     with pytest.raises(ValueError, match="n-1 has seen the validation targets"):

@@ -1,5 +1,5 @@
-"""Tokens about which the catalogue leaves no choice: what they are, and that they are no part of the
-loss. What searches make of them is in test_searches.py."""
+"""Tokens about which the catalogue leaves no choice: what they are, and that they are no part of
+the loss. What searches make of them is in test_searches.py."""
 
 from __future__ import annotations
 

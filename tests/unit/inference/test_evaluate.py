@@ -273,7 +273,7 @@ def test_one_and_two_ranks_write_the_same_bytes(tiny_run: Path, tmp_path: Path) 
     done = start_each([*command, two], tmp_path / "logs")
     assert not any(rank.returncode for rank in done), done
     assert str(two / "report.html") in done[0].stdout
-    assert done[1].stdout == ""  # rank 0 alone speaks
+    assert done[1].stdout == ""  # rank 0 alone prints
     assert not list(two.glob(".*"))
     assert (one / "top20-test.parquet").read_bytes() == (two / "top20-test.parquet").read_bytes()
     assert without_times(one) == without_times(two)
@@ -333,10 +333,14 @@ def test_under_the_launcher_of_zero_3_the_bytes_are_the_same(
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
+    accelerate = [Path(sys.executable).parent / "accelerate", "launch", *files]
     done = subprocess.run(
-        [Path(sys.executable).parent / "accelerate", "launch", *files, "--main_process_port", port, *command, two],
-        env=deepspeed_environment(), capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        [*accelerate, "--main_process_port", port, *command, two],
+        env=deepspeed_environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("report.html") == 1
     assert (one / "top20-test.parquet").read_bytes() == (two / "top20-test.parquet").read_bytes()

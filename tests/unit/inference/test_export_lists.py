@@ -163,7 +163,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(
     assert not any(rank.returncode for rank in done), done
     assert "120 users, 64 items to choose from" in done[0].stdout
     assert done[0].stdout.count("\n") == 1
-    assert not any(rank.stdout for rank in done[1:])  # rank 0 alone speaks
+    assert not any(rank.stdout for rank in done[1:])  # rank 0 alone prints
     files = sorted(
         path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.parquet")
     )

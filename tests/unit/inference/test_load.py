@@ -71,7 +71,8 @@ def test_check_numbering_refuses_another_numbering(
     log = dataset.path.parent / "log.txt"
     other = prepare(log, tmp_path / "data", numbering="random", seed=1)
     with pytest.raises(
-        ValueError, match=r"speaks numbering .* give --data the directory the run was trained on"
+        ValueError,
+        match=r"was trained with numbering .* give --data the directory the run was trained on",
     ):
         check_numbering(loaded, other)
     check_numbering(loaded, dataset)

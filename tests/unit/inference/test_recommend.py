@@ -119,8 +119,11 @@ def test_user_request_is_the_whole_sequence_of_a_user_of_the_runs_data(
         user_request(other, recommender.run, "user-3")
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.text(), st.lists(st.text()), st.lists(st.floats(-100, 0)))
+texts = st.text("aZ0 ,\"'\\/\n\r\t\x00\x85\u2028\u2029éΩ😀")
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts, st.lists(texts), st.lists(st.floats(-100, 0)))
 def test_as_json_is_one_line(user: str, ids: list[str], scores: list[float]) -> None:
     line = Recommendation(user, ids, scores, ids).as_json()
     assert "\n" not in line
@@ -145,10 +148,22 @@ def test_read_requests_reads_json_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["not json", "[1, 2]", '{"user": "u"}', '{"history": "a,b"}', '{"history": [["a"]]}', '{"history": [null]}',
-             '{"history": [1.5]}', '{"history": [], "block": "a"}', '{"history": [], "block": [null]}',
-             '{"history": [true]}', '{"history": [], "user": {}}', '{"history": ["a"]'],
-)  # fmt: skip
+    "line",
+    [
+        "not json",
+        "[1, 2]",
+        '{"user": "u"}',
+        '{"history": "a,b"}',
+        '{"history": [["a"]]}',
+        '{"history": [null]}',
+        '{"history": [1.5]}',
+        '{"history": [true]}',
+        '{"history": [], "block": "a"}',
+        '{"history": [], "block": [null]}',
+        '{"history": [], "user": {}}',
+        '{"history": ["a"]',
+    ],
+)
 def test_read_requests_names_a_bad_one_by_file_and_line(tmp_path: Path, line: str) -> None:
     file = tmp_path / "requests.jsonl"
     file.write_text('{"history": ["a"]}\n\n' + line + "\n")

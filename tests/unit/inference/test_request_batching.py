@@ -29,16 +29,16 @@ class Work:
         self.held.set()
         self.alone = threading.Lock()
 
-    def __call__(self, asked: list[int]) -> list[int]:
+    def __call__(self, numbers: list[int]) -> list[int]:
         assert self.alone.acquire(blocking=False), "two batches at one time"
         try:
-            self.batches.append(asked)
+            self.batches.append(numbers)
             self.threads.append(threading.get_ident())
             self.begun.set()
             assert self.held.wait(PATIENCE)
-            if min(asked) < 0:
-                raise ValueError(f"{min(asked)} is negative")
-            return [2 * number for number in asked]
+            if min(numbers) < 0:
+                raise ValueError(f"{min(numbers)} is negative")
+            return [2 * number for number in numbers]
         finally:
             self.alone.release()
 
@@ -123,7 +123,7 @@ def test_an_error_reaches_its_batch_alone_and_the_next_call_works() -> None:
 
 
 def test_an_answer_too_few_is_an_error() -> None:
-    batcher: Batcher[int, int] = Batcher(lambda asked: [], 3)
+    batcher: Batcher[int, int] = Batcher(lambda numbers: [], 3)
     with pytest.raises(ValueError, match="shorter"):
         batcher.answer(1)
 
@@ -131,11 +131,11 @@ def test_an_answer_too_few_is_an_error() -> None:
 def test_an_interrupted_leader_leaves_its_batch_to_the_others() -> None:
     work, interrupted = Work(), threading.Event()
 
-    def interrupted_once(asked: list[int]) -> list[int]:
-        if 1 in asked and not interrupted.is_set():
+    def interrupted_once(numbers: list[int]) -> list[int]:
+        if 1 in numbers and not interrupted.is_set():
             interrupted.set()
             raise KeyboardInterrupt
-        return work(asked)
+        return work(numbers)
 
     batcher = Batcher(interrupted_once, 100)
     with queued(batcher, work, [(number, "a", 1) for number in range(6)]) as futures:
@@ -213,7 +213,7 @@ def test_many_threads_get_their_own_answers() -> None:
 def test_an_interrupt_between_any_two_steps_strands_nobody() -> None:
     """Threads are interrupted again and again, wherever they happen to be; all the others' calls
     are answered."""
-    batcher: Batcher[int, int] = Batcher(lambda asked: [2 * number for number in asked], 4)
+    batcher: Batcher[int, int] = Batcher(lambda numbers: [2 * number for number in numbers], 4)
     stop, counts = threading.Event(), {"answered": 0, "interrupted": 0}
     busy: set[int] = set()
 

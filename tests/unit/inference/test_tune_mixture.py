@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from genrec_shards.dataset import load_dataset
+from tiny import TINY_RECIPE
 
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
@@ -26,6 +28,13 @@ WITH_HEAD = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def head_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("head")
+    (path / "recipe.yaml").write_text(f"data: {tiny_data}\nrun: {path / 'run'}\n{TINY_RECIPE}")
+    return train(load_recipe(path / "recipe.yaml", WITH_HEAD))
+
+
 def ndcg_of(loaded: LoadedRun, data: Path, decoding: Decoding) -> float:
     """Of the lists of all users on validation."""
     sequences = load_dataset(data).sequences
@@ -36,14 +45,14 @@ def ndcg_of(loaded: LoadedRun, data: Path, decoding: Decoding) -> float:
     return metrics_from_histogram(rank_histogram(ranks))[NDCG]
 
 
-@pytest.mark.parametrize("overrides", [[], WITH_HEAD], ids=["decoder", "item-head"])
+@pytest.mark.parametrize("trained", ["tiny_run", "head_run"])
 def test_tune_mixture_chooses_in_one_pass_what_evaluation_finds_best(
-    tiny_recipe: Path, tiny_data: Path, overrides: list[str]
+    trained: str, tiny_data: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """Each mixture's figure equals that of its own lists; the best one is what evaluate then uses
     by default, and names in the protocol."""
-    has_head = bool(overrides)
-    run = train(load_recipe(tiny_recipe, overrides))
+    has_head = trained == "head_run"
+    run = Path(shutil.copytree(request.getfixturevalue(trained), tmp_path / "run"))
     command = ["evaluate", str(run), "--decode"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(mixture, "GRAPH_WEIGHTS", (0.0, 0.3, 3.0))
@@ -79,10 +88,10 @@ def test_tune_mixture_chooses_in_one_pass_what_evaluation_finds_best(
 
 
 def test_run_with_an_item_head_is_loaded_and_evaluated_by_it(
-    tiny_recipe: Path, tiny_data: Path
+    head_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     """By the command itself: a row of its own, and its weight in the protocol."""
-    run = train(load_recipe(tiny_recipe, WITH_HEAD))
+    run = Path(shutil.copytree(head_run, tmp_path / "run"))
     loaded = load_run(run)
     assert loaded.model.config.item_loss == 0.5
     assert loaded.layout.unit == "item"
