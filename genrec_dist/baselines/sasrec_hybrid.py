@@ -184,6 +184,6 @@ def _log_probabilities(
 
 def _shares(graph: Graph, view: SplitView, rows_B: np.ndarray) -> Tensor:
     starts, lengths = view.starts[rows_B], (view.ends - view.starts)[rows_B]
-    return graph.shares(
+    return graph.probabilities(
         view.items[flat_ranges(starts, lengths)], np.concatenate([[0], np.cumsum(lengths)])
     ).float()

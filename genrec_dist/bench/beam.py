@@ -472,8 +472,8 @@ def product_rate(device: torch.device) -> float:
 
 
 TRIE_FUNCTIONS = (
-    (beam_module, "pruned"),
-    (beam_module, "lost_on"),
+    (beam_module, "prune_items"),
+    (beam_module, "exclude_by_level"),
     (trie_walk, "_ended"),
     (trie_walk, "_children"),
 )

@@ -1,10 +1,12 @@
-"""The doors of `genrec evaluate` and `genrec recommend`."""
+"""The commands `genrec evaluate` and `genrec recommend`."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,6 +22,9 @@ from genrec_dist.cli.options import (
     exclude,
 )
 from genrec_dist.console import UsageError, out, rank, say, world_size
+
+if TYPE_CHECKING:
+    import torch
 
 # Modules are imported inside the commands: `genrec --help` must not wait for torch.
 
@@ -64,13 +69,13 @@ def evaluate(
         Path | None,
         typer.Option(
             "--out",
-            help="Directory for metrics and lists, if not RUN: another --decode stands beside.",
+            help="Directory for metrics and lists, if not RUN, to keep those of two --decode.",
         ),
     ] = None,
     data: DataOption = None,
 ) -> None:
-    """Decode every user once, score, and set the baselines beside it; under accelerate launch or
-    torchrun on several processes.
+    """Decode every user once, score the lists, and show the baselines beside them; under accelerate
+    launch or torchrun on several processes.
 
     Weights of --decode hybrid are chosen once on validation (--tune-weights) and then used for
     test.
@@ -97,11 +102,14 @@ def evaluate(
         raise UsageError("--tune-weights writes RUN/hybrid.json and no lists: leave out --out")
     if decode != "hybrid" and (graph_weight is not None or graph_settings):
         raise UsageError(
-            f"--decode {decode} has no graph: --graph-weight and --graph-set go with --decode hybrid"
+            f"--decode {decode} has no graph: "
+            "--graph-weight and --graph-set go with --decode hybrid"
         )
     recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+    trained_through = recipe.trained_through if recipe else "n-2"
     dataset = load_dataset(data or data_of(run))
-    with _processes() as device:
+    num_users = len(dataset.sequences.history_and_target(split).users)
+    with _process_group() as device:
         loaded = load_run(run, device)
         decoding = Decoding(
             beam=beam,
@@ -112,16 +120,25 @@ def evaluate(
         )
         if decode == "hybrid":
             decoding = mixed_decoding(
-                loaded, dataset, decoding, recipe.trained_through if recipe else "n-2",
-                item_weight=item_weight, graph_weight=graph_weight, overrides=graph_settings, anew=tune_weights,
-            )  # fmt: skip
-        num_users = len(dataset.sequences.history_and_target(split).users)
+                loaded,
+                dataset,
+                decoding,
+                trained_through,
+                item_weight=item_weight,
+                graph_weight=graph_weight,
+                overrides=graph_settings,
+                anew=tune_weights,
+            )
         if tune_weights:
             with _progress("weights", num_users) as advance:
                 choice = tune_mixture(
-                    loaded, dataset, decoding=decoding, trained_through=recipe.trained_through if recipe else "n-2",
-                    ranks=Ranks(), on_batch=advance,
-                )  # fmt: skip
+                    loaded,
+                    dataset,
+                    decoding=decoding,
+                    trained_through=trained_through,
+                    ranks=Ranks(),
+                    on_batch=advance,
+                )
             if rank() == 0:
                 say(choice.told())
             return
@@ -131,7 +148,7 @@ def evaluate(
                 dataset,
                 split,
                 decoding=decoding,
-                trained_through=recipe.trained_through if recipe else "n-2",
+                trained_through=trained_through,
                 recipe=recipe.as_dict() if recipe else None,
                 ranks=Ranks(),
                 on_batch=advance,
@@ -176,12 +193,12 @@ def recommend(
         bool,
         typer.Option(
             "--titles",
-            help="Lists to be read, with the titles of `prepare --items`, for JSON lines.",
+            help="Lists for a person, with the titles of `prepare --items`, for JSON lines.",
         ),
     ] = False,
     data: DataOption = None,
 ) -> None:
-    """What will this user take next? JSON lines in your own item ids.
+    """Recommend the next items for a user: JSON lines in your own item ids.
 
     Scores are natural log-probabilities of the items' texts under the softmax of --decode; equal
     ones are listed by fewer sub-words, then smaller token ids. Under --decode free, texts that are
@@ -193,7 +210,7 @@ def recommend(
 
     from genrec_dist.distributed.collectives import Ranks
     from genrec_dist.inference.export_lists import recommend_all
-    from genrec_dist.inference.item_filter import read_ids
+    from genrec_dist.inference.item_filter import name_some, read_ids
     from genrec_dist.inference.recommend import Recommender, Request, read_requests, user_request
     from genrec_dist.inference.titles import Titles
 
@@ -203,29 +220,34 @@ def recommend(
         raise UsageError("--all-users needs --out DIR")
     if all_users and titles:
         raise UsageError(
-            "--titles is for lists that are read: of --all-users join the lists with DATA/items.parquet"
+            "--titles is for lists that are read: "
+            "of --all-users join the lists with DATA/items.parquet"
         )
-    with _processes() as device:
+    with _process_group() as device:
         recommender = Recommender.load(
-            run, device, beam=beam, mode=decode,
+            run,
+            device,
+            beam=beam,
+            mode=decode,
             exclude_history=None if exclude_history == "auto" else exclude_history == "yes",
-            allow=None if allow is None else read_ids(allow), block=None if block is None else read_ids(block),
-        )  # fmt: skip
-        if rank() == 0:
-            _tell_unknown(allow, recommender.choice.unknown_allow)
-            _tell_unknown(block, recommender.choice.unknown_block)
+            allow=None if allow is None else read_ids(allow),
+            block=None if block is None else read_ids(block),
+        )
+        items = recommender.item_filter
+        for path, ids in ((allow, items.unknown_allow), (block, items.unknown_block)):
+            if ids and rank() == 0:
+                count = f"{len(ids):,} ids are not in the catalogue, skipped"
+                typer.echo(f"{path}: {count}: {name_some(ids)}", err=True)
         if all_users:
             assert out_dir is not None
             dataset = load_dataset(data or data_of(run))
-            with _progress("recommend", dataset.sequences.num_users) as advance:
-                path = recommend_all(
+            num_users = dataset.sequences.num_users
+            with _progress("recommend", num_users) as advance:
+                lists = recommend_all(
                     recommender, dataset, out_dir, top=top, ranks=Ranks(), on_batch=advance
                 )
-            if path is not None:
-                num_items = len(recommender.choice.rows)
-                say(
-                    f"{path}: {dataset.sequences.num_users:,} users, {num_items:,} items to choose from"
-                )
+            if lists is not None:
+                say(f"{lists}: {num_users:,} users, {len(items.rows):,} items to choose from")
             return
         if file is not None:
             requests = list(read_requests(file))
@@ -236,62 +258,43 @@ def recommend(
         else:
             assert user is not None
             requests = [user_request(load_dataset(data or data_of(run)), recommender.run, user)]
-        called = Titles(load_dataset(data or data_of(run))) if titles else None
+        named = Titles(load_dataset(data or data_of(run))) if titles else None
         for request, answer in zip(requests, recommender.answers(requests, k=top), strict=True):
             if answer.unknown_items:
-                typer.echo(
-                    f"not in the catalogue, skipped: {', '.join(answer.unknown_items)}", err=True
-                )
-            typer.echo(answer.as_json() if called is None else called.page(request, answer))
+                unknown = ", ".join(answer.unknown_items)
+                typer.echo(f"not in the catalogue, skipped: {unknown}", err=True)
+            typer.echo(answer.as_json() if named is None else named.page(request, answer))
 
 
-def _tell_unknown(file: Path | None, ids: list[str]) -> None:
-    from genrec_dist.inference.item_filter import name_some
-
-    if ids:
-        typer.echo(
-            f"{file}: {len(ids):,} ids are not in the catalogue, skipped: {name_some(ids)}",
-            err=True,
-        )
-
-
-class _processes:
+@contextmanager
+def _process_group() -> Iterator[torch.device]:
     """The device of this process; under a launcher also the process group, which is left in good
     order at the end.
 
-    Only decoding happens within, so neither accelerate nor DeepSpeed is asked, whatever the
-    launcher has set for them."""
+    Only decoding happens within, so neither accelerate nor DeepSpeed is involved, whatever the
+    launcher has set for them.
+    """
+    from genrec_dist.distributed.collectives import join, leave
+    from genrec_dist.distributed.signals import terminate
+    from genrec_dist.inference.load import best_device
 
-    def __enter__(self) -> Any:
-        from genrec_dist.distributed.collectives import join
-        from genrec_dist.distributed.signals import terminate
-        from genrec_dist.inference.load import best_device
-
-        # A launcher sends it to all ranks when one is gone.
-        self.before = signal.signal(signal.SIGTERM, terminate)
+    # A launcher sends it to all ranks when one is gone.
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
         if world_size() > 1:
             join()
-        return best_device()
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        from genrec_dist.distributed.collectives import leave
-
-        signal.signal(signal.SIGTERM, self.before)
-        if world_size() > 1 and error is None:
-            leave()
+        yield best_device()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if world_size() > 1:
+        leave()
 
 
-class _progress:
-    """A bar on standard error of rank 0, so that standard output holds results alone."""
-
-    def __init__(self, what: str, total: int):
-        console = Console(stderr=True)
-        self.bar = Progress(console=console, disable=rank() != 0 or not console.is_terminal)
-        self.task = self.bar.add_task(what, total=total)
-
-    def __enter__(self) -> Any:
-        self.bar.start()
-        return lambda users: self.bar.advance(self.task, users)
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        self.bar.stop()
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error of rank 0, so that standard output holds results alone; yields what
+    to call with the number of users done since."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=rank() != 0 or not console.is_terminal) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda users: bar.advance(task, users)

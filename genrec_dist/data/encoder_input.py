@@ -22,7 +22,7 @@ from genrec_dist.data.word_table import BOS_WORD, EOS_WORD, FIRST_MASK_WORD, Wor
 
 @dataclass(frozen=True)
 class Certain:
-    """What of the items' words the trie alone decides (`trie.certain_tokens`)."""
+    """What of the items' words the trie alone decides (`trie.forced_tokens`)."""
 
     tokens: np.ndarray
     """bool [total], as `WordTable.tokens`."""

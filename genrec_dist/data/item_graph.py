@@ -43,7 +43,7 @@ class Graph:
     def num_items(self) -> int:
         return int(self.weights_NN.shape[0])
 
-    def shares(self, items: np.ndarray, offsets: np.ndarray) -> Tensor:
+    def probabilities(self, items: np.ndarray, offsets: np.ndarray) -> Tensor:
         """float64 [B, N]: an item's kNN score over the sum of all items' scores; zeros for a
         history without neighbours.
 

@@ -1,7 +1,7 @@
-"""The walk of a beam down the item trie, in tensors."""
+"""Beam search down the item trie, in tensors."""
 
-# B users, K beams, C children, X candidates or pairs, P prefix tokens, L input tokens, D width, V
-# tokens of a level, N list
+# B users, K beams, X candidates or pairs, P prefix tokens, L input tokens, D width, M nodes,
+# V tokens of a level, N list
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,19 +23,13 @@ from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 Ends = Literal["kept", "ranked"]
 """What becomes of an item that ends at a beam. kept: it is a candidate for the list. ranked: only
-if it stands among the `beam` best candidates of its step, continuations included, as Hugging Face's
-`generate` has it."""
+if it is among the `beam` best candidates of its step, continuations included, as in Hugging Face's
+`generate`."""
 
-PlacesTo = Callable[[Tensor], Tensor]
-"""From places [B, n] among a user's candidates to what stands there."""
-Children = tuple[Tensor, PlacesTo, PlacesTo, Callable[[Tensor, Tensor, Tensor], Tensor]]
-"""Scores [B, X]; nodes and parent beams at places; places [X, K] of (users, parents, nodes) for
-every beam the user might have."""
+Lookup = Callable[[Tensor], Tensor]
+"""From places [B, n] among a user's candidates to what is there."""
 
-NOTHING = float("-inf")
-TABLE_ENTRIES, TABLE_WIDTH = 2**22, 1024
-"""A level has a table of parents and tokens up to this size (nine bytes an entry) and while its
-rows are short; otherwise children are found by their numbers."""
+NEG_INF = float("-inf")
 MOST_BEAMS = 1024
 """Up to so many beams a static search knows how many children they can have; for more it makes room
 for a whole level."""
@@ -46,198 +40,185 @@ FEWEST_PAIRS = 256
 class Levels:
     """The trie as a search reads it, level by level, on its device."""
 
-    def __init__(self, trie: Trie, device: torch.device, certain: np.ndarray | None = None):
-        """`certain`: bool [M], nodes behind which the next token or end has probability 1; None:
-        all are the model's to say."""
+    def __init__(self, trie: Trie, device: torch.device, forced: np.ndarray | None = None):
+        """Copy the trie to the device.
+
+        Args:
+            trie: The items that may be listed.
+            device: Where the search runs.
+            forced: bool [M], nodes after which the next token or end has probability 1; None: none.
+        """
 
         def move(array: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
+        offsets, num_nodes = list(pairwise(trie.level_offsets)), trie.num_nodes
         self.depth = trie.depth
-        self.nowhere = trie.num_nodes
-        """A node that is none: where a beam stands that has no child to go to. Nothing ends or
-        continues there."""
+        self.sentinel = num_nodes
+        """The node of a beam that has no child to go to: nothing ends or continues there."""
         self.token = move(np.append(trie.token.astype(np.int64).clip(min=0), 0))
         self.first_child = move(np.append(trie.first_child, 0))
         self.num_children = move(np.append(trie.num_children, 0))
         self.end_item = move(np.append(trie.end_item.astype(np.int64), -1))
-        self.families = [
-            np.cumsum(-np.sort(-trie.num_children[first:last]))[:MOST_BEAMS].tolist()
-            for first, last in pairwise(trie.level_offsets)
-        ]
-        """Children that so many different nodes of a level (one, two, ...) can have together, by
-        level."""
-        self.has_ends = [
-            bool((trie.end_item[first:last] >= 0).any())
-            for first, last in pairwise(trie.level_offsets)
-        ]
         self.num_nodes = np.diff(trie.level_offsets).tolist()
         self.first_nodes = trie.level_offsets[:-1].tolist()
+        self.has_ends = [bool((trie.end_item[first:last] >= 0).any()) for first, last in offsets]
+        self.most_children = [
+            np.cumsum(-np.sort(-trie.num_children[first:last]))[:MOST_BEAMS].tolist()
+            for first, last in offsets
+        ]
+        """Children that 1, 2, ... different nodes of a level can have together, by level."""
         self.tokens: list[Tensor] = []
         """int64 [V_l], distinct tokens below the nodes of each level, ascending."""
-        column = np.zeros(trie.num_nodes + 1, np.int64)
-        for first, last in [*pairwise(trie.level_offsets[1:]), (trie.num_nodes, trie.num_nodes)]:
+        column = np.zeros(num_nodes + 1, np.int64)
+        for first, last in [*offsets[1:], (num_nodes, num_nodes)]:
             tokens, columns = np.unique(trie.token[first:last], return_inverse=True)
             self.tokens.append(move(tokens.astype(np.int64)))
             column[first:last] = columns + 1
         self.column = move(column)
-        """int64 [M], where a node's token stands in the logits of the level above, behind `</s>` at
-        0."""
-        self._make_tables(trie, column, move)
-        self.certain = None if certain is None else move(np.append(certain, True))
-        said = np.ones(trie.num_nodes, bool) if certain is None else ~certain
-        self.says = [bool(said[first:last].any()) for first, last in pairwise(trie.level_offsets)]
-        """Whether the model is asked at a level."""
-        self.num_asked = max(
-            (level + 1 for level, asked in enumerate(self.says) if asked), default=0
+        """int64 [M + 1], column of a node's token in the logits of the level above; 0 is `</s>`."""
+
+        self.forced = None if forced is None else move(np.append(forced, True))
+        chosen = np.ones(num_nodes, bool) if forced is None else ~forced
+        self.needs_logits = [bool(chosen[first:last].any()) for first, last in offsets]
+        self.num_decoded = max(
+            (n + 1 for n, needed in enumerate(self.needs_logits) if needed), default=0
         )
-        """Levels from the root on behind which the model is not asked any more."""
-        self.num_forced = _num_forced(trie)
-        self.prefix = self.token[1 : self.num_forced + 1]
+        """Levels from the root on after which no logits are needed any more."""
+        self.num_prefix = 0
+        """Levels from the root on at whose one node no item ends and one token follows."""
+        while self.num_prefix < trie.depth and trie.num_children[self.num_prefix] == 1:
+            if trie.end_item[self.num_prefix] >= 0:
+                break
+            self.num_prefix += 1
+        self.prefix = self.token[1 : self.num_prefix + 1]
         """int64, the tokens that all items begin with."""
-
-    def _make_tables(
-        self, trie: Trie, column: np.ndarray, move: Callable[[np.ndarray], Tensor]
-    ) -> None:
-        """Which token leads to which child, by parent with children: row 0 has none and is
-        everybody else's."""
-        row = np.zeros(trie.num_nodes + 1, np.int64)
-        self.child_tables: list[Tensor | None] = []
-        """int64 [1 + parents, V_l] a level: the child behind a token, `nowhere` if there is
-        none."""
-        for level, (first, last) in enumerate(pairwise(trie.level_offsets)):
-            parents = first + np.flatnonzero(trie.num_children[first:last])
-            row[parents] = 1 + np.arange(len(parents))
-            shape = (1 + len(parents), len(self.tokens[level]))
-            if shape[0] * shape[1] > TABLE_ENTRIES or shape[1] > TABLE_WIDTH:
-                self.child_tables.append(None)
-                continue
-            table = np.full(shape, self.nowhere, np.int64)
-            children = (
-                np.arange(*trie.level_offsets[level + 1 : level + 3])
-                if shape[1]
-                else np.empty(0, np.int64)
-            )
-            table[row[trie.parent[children]], column[children] - 1] = children
-            self.child_tables.append(move(table))
-        self.absent_tables = [
-            None if table is None else table == self.nowhere for table in self.child_tables
-        ]
-        self.row = move(row)
-        """int64 [M + 1], a node's row in its level's table."""
-
-    def most_children(self, level: int, num_beams: int) -> int:
-        """Children that so many different nodes of a level can have together."""
-        families = self.families[level]
-        return families[num_beams - 1] if num_beams <= len(families) else self.num_nodes[level + 1]
-
-
-def _num_forced(trie: Trie) -> int:
-    """Levels from the root on at whose one node no item ends and one token follows."""
-    forced = 0
-    while forced < trie.depth and trie.num_children[forced] == 1 and trie.end_item[forced] < 0:
-        forced += 1
-    return forced
 
 
 @dataclass(frozen=True)
-class Lost:
-    """What exclusion takes, by level, on the searcher's device."""
+class Excluded:
+    """What excluding items takes from the users' tries, by level, on the searcher's device."""
 
-    ends: list[tuple[Tensor, Tensor]]
+    ends: list[tuple[Tensor, ...]]
     """(users, nodes) int64 [X] where the item of a node with children is excluded."""
-    dead: list[tuple[Tensor, Tensor, Tensor]]
+    pruned: list[tuple[Tensor, ...]]
     """(users, parents, nodes) int64 [X] of the nodes below which nothing is left."""
 
 
-def lost_on(trie: Trie, pairs: Pruned, device: torch.device, padded: bool) -> Lost:
-    def at_level(
-        users: np.ndarray, nodes: np.ndarray, first: int, last: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        here = (nodes >= first) & (nodes < last)
-        return users[here], nodes[here]
+def exclude_by_level(trie: Trie, pairs: Pruned, device: torch.device, padded: bool) -> Excluded:
+    """Sort what `prune_items` gave by level and move it to the device.
 
-    def move(*columns: np.ndarray) -> tuple[Tensor, ...]:
-        # Padded to few sizes; a pair of padding names a node that no beam stands at.
-        size = (
-            max(FEWEST_PAIRS, 1 << (len(columns[0]) - 1).bit_length())
-            if padded
-            else len(columns[0])
-        )
-        filled = [np.full(size, fill, np.int64) for fill in (0, -1, 0)[: len(columns)]]
-        for whole, column in zip(filled, columns, strict=True):
-            whole[: len(column)] = column
-        return tuple(torch.from_numpy(column).to(device, non_blocking=True) for column in filled)
+    Args:
+        trie: What the pairs were pruned from.
+        pairs: Of all users of a batch.
+        device: The searcher's.
+        padded: To few sizes, so that shapes recur; pairs of padding name a node, -1, that no beam
+            is at.
+    """
 
-    inner = trie.num_children[pairs.end_nodes] > 0
-    end_users, end_nodes = pairs.end_users[inner], pairs.end_nodes[inner]
-    ends, dead = [], []
-    for first, last in pairwise(trie.level_offsets):
-        ends.append(move(*at_level(end_users, end_nodes, first, last)))
-        users, nodes = at_level(pairs.dead_users, pairs.dead_nodes, first, last)
-        dead.append(move(users, trie.parent[nodes], nodes))
-    return Lost(ends, dead)  # type: ignore[arg-type]
+    def move(column: np.ndarray, fill: int) -> Tensor:
+        size = max(FEWEST_PAIRS, 1 << (len(column) - 1).bit_length()) if padded else len(column)
+        filled = np.full(size, fill, np.int64)
+        filled[: len(column)] = column
+        return torch.from_numpy(filled).to(device, non_blocking=True)
+
+    def by_level(*columns: np.ndarray) -> list[tuple[Tensor, ...]]:
+        level_X = trie.level_of(columns[-1])
+        return [
+            tuple(move(column[level_X == level], -(n == 1)) for n, column in enumerate(columns))
+            for level in range(trie.depth + 1)
+        ]
+
+    # Where a leaf's item is excluded the leaf itself is pruned; but where all of the trie is one
+    # item, the search starts at its leaf.
+    inner = (trie.num_children[pairs.end_nodes] > 0) | (trie.num_nodes == trie.depth + 1)
+    parents = trie.parent[pairs.pruned_nodes]
+    return Excluded(
+        ends=by_level(pairs.end_users[inner], pairs.end_nodes[inner]),
+        pruned=by_level(pairs.pruned_users, parents, pairs.pruned_nodes),
+    )
 
 
-def walk(
+@dataclass(frozen=True)
+class BeamOptions:
+    beam: int
+    """Partial items that are kept per user and level."""
+    top: int
+    """Length of the lists."""
+    ends: Ends = "kept"
+    static: bool = False
+    """The same operators in the same shapes for all users of a batch's size."""
+
+
+def search_trie(
     model: GenRecForConditionalGeneration,
     levels: Levels,
     heads: Heads,
     memory_BLD: Tensor,
     mask_BL: Tensor,
-    lost: Lost | None,
-    *,
-    beam: int,
-    top: int,
-    ends: Ends,
-    static: bool,
+    excluded: Excluded | None,
+    options: BeamOptions,
 ) -> tuple[Tensor, Tensor]:
-    """(scores, nodes) of the best `top` items a user, [B, N]. With `static` the same operators in
-    the same shapes for all users."""
+    """The best items of each user by the log-probability of their tokens and `</s>`.
+
+    Args:
+        model: Whose decoder scores the items.
+        levels: The trie.
+        heads: What decoder states are multiplied with.
+        memory_BLD: Encoder states.
+        mask_BL: bool, False on padding.
+        excluded: What each user must not be listed.
+        options: Widths and rules of the search.
+
+    Returns:
+        (scores, nodes where the items end) [B, N], best first, equal ones by smaller node; -inf
+        where there is no item.
+    """
+    # Items a: (5, 6), b: (5, 7), c: (8,) are nodes 1: 5, 2: 8, 3: 5 6, 4: 5 7. Two beams, one user:
+    #   level 0  nodes_BK [[0]]     no item ends at the root; children: 1 at -0.2, 2 at -1.9
+    #   level 1  nodes_BK [[1, 2]]  no item ends at node 1, c ends at node 2: found at -2.0
+    #                               children: of node 1 3 at -0.9 and 4 at -1.0, of node 2 none
+    #   level 2  nodes_BK [[3, 4]]  a and b end here: found are a -1.0, b -1.1, c -2.0
+    # Both beams of level 2 continue beam 0 of level 1: parent_BK is [[0, 0]].
+    beam, top, static = options.beam, options.top, options.static
     best = best_static if static else best_of
     num_users, device = len(memory_BLD), memory_BLD.device
     state = DecoderState(model, memory_BLD, mask_BL, static=static)
-    mask_token = torch.full(
-        (1,), model.config.decoder_start_token_id, dtype=torch.long, device=device
-    )
-    states_BPD = state.start(torch.cat([mask_token, levels.prefix]))
+    states_BPD = state.start(torch.cat([state.start_token, levels.prefix]))
     hidden_BKD = states_BPD[:, -1:]
-    scores_BK = _prefix_score(states_BPD[:, :-1], levels, heads)
-    nodes_BK = torch.full((num_users, 1), levels.num_forced, dtype=torch.long, device=device)
+    scores_BK = states_BPD.new_zeros(num_users, 1, dtype=heads.levels[0].dtype)
+    for level in filter(levels.needs_logits.__getitem__, range(levels.num_prefix)):
+        scores_BK += log_probabilities(heads, level, states_BPD[:, level : level + 1])[..., 1]
+    nodes_BK = torch.full((num_users, 1), levels.num_prefix, dtype=torch.long, device=device)
     found_scores_BN, found_nodes_BN = scores_BK[:, :0], nodes_BK[:, :0]
-    for level in range(levels.num_forced, levels.depth + 1):
-        reached_BKV = step_log_probabilities(levels, heads, level, hidden_BKD, nodes_BK).add_(
-            scores_BK[..., None]
-        )
-        ends_BK = _ended(reached_BKV[..., 0], nodes_BK, levels, lost, level, static)
+    for level in range(levels.num_prefix, levels.depth + 1):
+        reached_BKV = step_log_probabilities(levels, heads, level, hidden_BKD, nodes_BK)
+        reached_BKV = reached_BKV.add_(scores_BK[..., None])
+        ends_BK = _ended(reached_BKV[..., 0], nodes_BK, levels, excluded, level, static)
         if level < levels.depth:
-            reached_BX, child_at, beam_at = _children(
-                reached_BKV, nodes_BK, levels, lost, level, static
-            )
-            if ends == "ranked":
-                candidates_BX = torch.cat([reached_BX, ends_BK], 1)
+            children = _children(reached_BKV, nodes_BK, levels, excluded, level, static)
+            if options.ends == "ranked":
+                candidates_BX = torch.cat([children.scores_BX, ends_BK], 1)
                 least_B1 = candidates_BX.topk(min(beam, candidates_BX.shape[1])).values[:, -1:]
-                ends_BK = ends_BK.masked_fill(ends_BK < least_B1, NOTHING)
-        candidates_BX = torch.cat([found_nodes_BN, nodes_BK], 1)
+                ends_BK = ends_BK.masked_fill(ends_BK < least_B1, NEG_INF)
+        found_scores_BX = torch.cat([found_scores_BN, ends_BK], 1)
+        found_nodes_BX = torch.cat([found_nodes_BN, nodes_BK], 1)
         found_scores_BN, found_nodes_BN, _ = best(
-            torch.cat([found_scores_BN, ends_BK], 1), partial(candidates_BX.gather, 1), top
+            found_scores_BX, partial(found_nodes_BX.gather, 1), top
         )
         if level == levels.depth:
             break
-        scores_BK, nodes_BK, places_BK = best(reached_BX, child_at, beam)
-        parent_BK = beam_at(places_BK)
+        scores_BK, nodes_BK, places_BK = best(children.scores_BX, children.node_at, beam)
+        parent_BK = children.beam_at(places_BK)
         if not static:
             num_open = num_open_beams(scores_BK, found_scores_BN, top)
             if num_open == 0:
                 break
-            scores_BK, nodes_BK, parent_BK = (
-                scores_BK[:, :num_open],
-                nodes_BK[:, :num_open],
-                parent_BK[:, :num_open],
-            )
-        if level + 1 < levels.num_asked:
-            if level > levels.num_forced:
-                state.follow(parent_BK)
+            scores_BK, nodes_BK = scores_BK[:, :num_open], nodes_BK[:, :num_open]
+            parent_BK = parent_BK[:, :num_open]
+        if level + 1 < levels.num_decoded:
+            if level > levels.num_prefix:
+                state.reorder_beams(parent_BK)
             hidden_BKD = state.step(levels.token[nodes_BK])
     return found_scores_BN, found_nodes_BN
 
@@ -245,143 +226,127 @@ def walk(
 def step_log_probabilities(
     levels: Levels, heads: Heads, level: int, hidden_BKD: Tensor, nodes_BK: Tensor
 ) -> Tensor:
-    """[B, K, 1 + V_l], fresh, of `</s>` and the tokens of a level behind these nodes; 0 behind
-    certain ones, where the one that can follow is all that is looked at. Where the model is not
-    asked, `hidden_BKD` [B, .., D] may be any."""
-    if not levels.says[level]:
-        return hidden_BKD.new_zeros(
-            *nodes_BK.shape, len(heads.levels[level]), dtype=heads.levels[level].dtype
-        )
+    """[B, K, 1 + V_l], fresh, of `</s>` and the tokens of a level after these nodes.
+
+    0 after forced ones, whose one continuation is all that is read. Where a level needs no logits,
+    `hidden_BKD` [B, .., D] may be any.
+    """
+    if not levels.needs_logits[level]:
+        weight_VD = heads.levels[level]
+        return hidden_BKD.new_zeros(*nodes_BK.shape, len(weight_VD), dtype=weight_VD.dtype)
     logprob_BKV = log_probabilities(heads, level, hidden_BKD)
-    if levels.certain is not None:
-        logprob_BKV = logprob_BKV.masked_fill(levels.certain[nodes_BK][..., None], 0.0)
+    if levels.forced is not None:
+        logprob_BKV = logprob_BKV.masked_fill(levels.forced[nodes_BK][..., None], 0.0)
     return logprob_BKV
 
 
-def _prefix_score(states_BPD: Tensor, levels: Levels, heads: Heads) -> Tensor:
-    """Log-probability [B, 1] of the tokens that all items begin with."""
-    total_B1 = states_BPD.new_zeros(len(states_BPD), 1, dtype=heads.levels[0].dtype)
-    for level in filter(levels.says.__getitem__, range(levels.num_forced)):
-        total_B1 += log_probabilities(heads, level, states_BPD[:, level : level + 1])[..., 1]
-    return total_B1
-
-
 def _ended(
-    ends_BK: Tensor, nodes_BK: Tensor, levels: Levels, lost: Lost | None, level: int, static: bool
+    ends_BK: Tensor,
+    nodes_BK: Tensor,
+    levels: Levels,
+    excluded: Excluded | None,
+    level: int,
+    static: bool,
 ) -> Tensor:
     """-inf where no item ends at a beam's node, or an excluded one."""
     if not levels.has_ends[level]:
-        return torch.full_like(ends_BK, NOTHING)
-    ends_BK = ends_BK.masked_fill(levels.end_item[nodes_BK] < 0, NOTHING)
-    if lost is None or not len(lost.ends[level][0]):
+        return torch.full_like(ends_BK, NEG_INF)
+    ends_BK = ends_BK.masked_fill(levels.end_item[nodes_BK] < 0, NEG_INF)
+    if excluded is None or not len(excluded.ends[level][0]):
         return ends_BK
-    users_X, nodes_X = lost.ends[level]
+    users_X, nodes_X = excluded.ends[level]
     match_XK = nodes_BK[users_X] == nodes_X[:, None]
     beams_K = torch.arange(nodes_BK.shape[1], device=nodes_BK.device)
-    return _without(ends_BK, users_X, match_XK, beams_K.expand_as(match_XK), static)
+    return _strike(ends_BK, users_X, match_XK, beams_K.expand_as(match_XK), static)
+
+
+class Children(NamedTuple):
+    """The children of a user's beams as candidates; a place without one has the sentinel node and
+    -inf, which no token can raise again."""
+
+    scores_BX: Tensor
+    node_at: Lookup
+    beam_at: Lookup
+    """The parents' beams."""
+    place_of: Callable[[Tensor, Tensor, Tensor], Tensor]
+    """From pairs (users, parents, nodes) to places [X, K], for each beam that may be the parent."""
 
 
 def _children(
     scores_BKV: Tensor,
     nodes_BK: Tensor,
     levels: Levels,
-    lost: Lost | None,
+    excluded: Excluded | None,
     level: int,
     static: bool,
-) -> tuple[Tensor, PlacesTo, PlacesTo]:
-    """Scores [B, X] of the children of a user's beams, and what stands at given places [B, n] of
-    them: nodes, parent beams.
-
-    A place without a child stands nowhere with a score of -inf, which no token can raise again.
-    """
-    absent_RV, table_RV = levels.absent_tables[level], levels.child_tables[level]
+) -> Children:
+    """The children of the beams without the excluded ones; `scores_BKV` as of
+    `step_log_probabilities`."""
     if levels.num_nodes[level] == 1:
-        reached_BX, child_at, beam_at, place_of = _of_one_node(scores_BKV, levels, level)
-    elif absent_RV is not None and table_RV is not None:
-        reached_BX, child_at, beam_at, place_of = _by_table(
-            scores_BKV, levels.row[nodes_BK], absent_RV, table_RV, levels
+        # All beams are at one node, and the level below it is all of its children, by token.
+        first = levels.first_nodes[level + 1]
+        children = Children(
+            scores_BX=scores_BKV[:, 0, 1:],
+            node_at=lambda places_BN: places_BN + first,
+            beam_at=torch.zeros_like,
+            place_of=lambda users_X, parents_X, nodes_X: (nodes_X - first)[:, None],
         )
     else:
-        reached_BX, child_at, beam_at, place_of = _by_number(
-            scores_BKV, nodes_BK, levels, level, static
-        )
-    if lost is not None:
-        users_X, parents_X, dead_X = lost.dead[level + 1]
-        match_XK = nodes_BK[users_X] == parents_X[:, None]
-        reached_BX = _without(
-            reached_BX, users_X, match_XK, place_of(users_X, parents_X, dead_X), static
-        )
-    return reached_BX, child_at, beam_at
+        children = _children_by_number(scores_BKV, nodes_BK, levels, level, static)
+    if excluded is None:
+        return children
+    users_X, parents_X, pruned_X = excluded.pruned[level + 1]
+    match_XK = nodes_BK[users_X] == parents_X[:, None]
+    places_XK = children.place_of(users_X, parents_X, pruned_X)
+    left_BX = _strike(children.scores_BX, users_X, match_XK, places_XK, static)
+    return children._replace(scores_BX=left_BX)
 
 
-def _of_one_node(scores_BKV: Tensor, levels: Levels, level: int) -> Children:
-    """All users stand at one node, whose children are all of the next level, in the order of its
-    logits."""
-    first = levels.first_nodes[level + 1]
-    return (
-        scores_BKV[:, 0, 1:],
-        lambda places_BN: places_BN + first,
-        torch.zeros_like,
-        lambda users_X, parents_X, nodes_X: (nodes_X - first)[:, None],
-    )
-
-
-def _by_table(
-    scores_BKV: Tensor, rows_BK: Tensor, absent_RV: Tensor, table_RV: Tensor, levels: Levels
-) -> Children:
-    """Every token of the level a candidate of every beam, -inf where it leads nowhere."""
-    width = table_RV.shape[1]
-    reached_BKV = scores_BKV[..., 1:].masked_fill(absent_RV[rows_BK], NOTHING)
-    beams_K = torch.arange(rows_BK.shape[1], device=rows_BK.device)
-    return (
-        reached_BKV.flatten(1),
-        lambda places_BN: table_RV[rows_BK.gather(1, places_BN // width), places_BN % width],
-        lambda places_BN: places_BN // width,
-        lambda users_X, parents_X, nodes_X: beams_K * width + (levels.column[nodes_X] - 1)[:, None],
-    )
-
-
-def _by_number(
+def _children_by_number(
     scores_BKV: Tensor, nodes_BK: Tensor, levels: Levels, level: int, static: bool
 ) -> Children:
-    """The children of one beam after those of another: siblings are numbered one after another."""
+    """The children of one beam after those of another: siblings have consecutive numbers."""
+    # Beams at nodes 1, 2, 3 with children 4 5, none, 6: counts [2, 0, 1], ends [2, 2, 3], starts
+    # [0, 2, 2]. Places 0, 1, 2 belong to beams 0, 0, 2, by how many beams end at or before them;
+    # their nodes are first_child - start + place: 4 - 0 + 0, 4 - 0 + 1, 6 - 2 + 2.
+    num_beams = nodes_BK.shape[1]
     counts_BK = levels.num_children[nodes_BK]
     ends_BK = counts_BK.cumsum(1)
     starts_BK = ends_BK - counts_BK
-    most = levels.most_children(level, nodes_BK.shape[1]) if static else int(ends_BK[:, -1].max())
+    most = int(ends_BK[:, -1].max()) if not static else levels.num_nodes[level + 1]
+    if static and num_beams <= len(levels.most_children[level]):
+        most = levels.most_children[level][num_beams - 1]
     places_X = torch.arange(most, device=nodes_BK.device)
     exists_BX = places_X < ends_BK[:, -1:]
-    # A place belongs to the beam whose number is that of the beams that end before it.
     beams_BX = torch.zeros(len(nodes_BK), most + 1, dtype=torch.long, device=nodes_BK.device)
     beams_BX = beams_BX.scatter_add_(1, ends_BK, torch.ones_like(ends_BK))[:, :-1].cumsum(1)
-    beams_BX.clamp_(max=nodes_BK.shape[1] - 1)
+    beams_BX.clamp_(max=num_beams - 1)
     children_BX = (levels.first_child[nodes_BK] - starts_BK).gather(1, beams_BX).add_(places_X)
-    children_BX.masked_fill_(~exists_BX, levels.nowhere)
+    children_BX.masked_fill_(~exists_BX, levels.sentinel)
     columns_BX = levels.column[children_BX].add_(beams_BX, alpha=scores_BKV.shape[2])
-    return (
-        scores_BKV.flatten(1).gather(1, columns_BX).masked_fill_(~exists_BX, NOTHING),
-        partial(children_BX.gather, 1),
-        partial(beams_BX.gather, 1),
-        lambda users_X, parents_X, nodes_X: (
+    return Children(
+        scores_BX=scores_BKV.flatten(1).gather(1, columns_BX).masked_fill_(~exists_BX, NEG_INF),
+        node_at=partial(children_BX.gather, 1),
+        beam_at=partial(beams_BX.gather, 1),
+        place_of=lambda users_X, parents_X, nodes_X: (
             starts_BK[users_X] + (nodes_X - levels.first_child[parents_X])[:, None]
         ),
     )
 
 
-def _without(
+def _strike(
     scores_BX: Tensor, users_X: Tensor, match_XK: Tensor, places_XK: Tensor, static: bool
 ) -> Tensor:
-    """-inf at the place [X, K] in a user's row of the beam that a pair meets, in the tensor itself
-    where it may be."""
+    """-inf at the place [X, K] in a user's row wherever a pair matches a beam; in the tensor itself
+    unless static."""
     if not static:
         pair, beam = match_XK.nonzero(as_tuple=True)
-        scores_BX[users_X[pair], places_XK[pair, beam]] = NOTHING
+        scores_BX[users_X[pair], places_XK[pair, beam]] = NEG_INF
         return scores_BX
-    # A pair that meets no beam writes into a spare place.
-    index_XK = (users_X[:, None] * scores_BX.shape[1] + places_XK).where(
-        match_XK, scores_BX.numel()
-    )
-    spare = F.pad(scores_BX.flatten(), (0, 1)).index_fill_(0, index_XK.flatten(), NOTHING)
+    # A pair that matches no beam writes into a spare place.
+    index_XK = users_X[:, None] * scores_BX.shape[1] + places_XK
+    index_XK = index_XK.where(match_XK, scores_BX.numel())
+    spare = F.pad(scores_BX.flatten(), (0, 1)).index_fill_(0, index_XK.flatten(), NEG_INF)
     return spare[:-1].view(scores_BX.shape)
 
 
@@ -389,19 +354,21 @@ def num_open_beams(scores_BK: Tensor, found_scores_BN: Tensor, top: int) -> int:
     """Beams, best first, that can still change some user's list: scores only fall, and a tie goes
     to what is found."""
     full = found_scores_BN.shape[1] == top
-    open_BK = scores_BK > (found_scores_BN[:, -1:] if full else NOTHING)
+    open_BK = scores_BK > (found_scores_BN[:, -1:] if full else NEG_INF)
     return int(open_BK.sum(dim=1).max())
 
 
-def best_of(scores_BX: Tensor, node_at: PlacesTo, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(scores, nodes, places) [B, count] of the highest scores a row, equal ones by smaller node.
+def best_of(scores_BX: Tensor, node_at: Lookup, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(scores, nodes, places) [B, count] of the highest scores of a row, equal ones by smaller
+    node.
 
-    `topk` leaves open which of equal scores it takes. One place more than asked for tells whether
-    that matters at the edge; only then all places are sorted."""
+    `topk` leaves open which of equal scores it takes. One place more than needed shows whether that
+    matters at the edge; only then all places are sorted.
+    """
     count = min(count, scores_BX.shape[1])
     kept, places = scores_BX.topk(min(count + 1, scores_BX.shape[1]))
     if kept.shape[1] > count:
-        tied = (kept[:, -1] == kept[:, -2]) & (kept[:, -1] > NOTHING)
+        tied = (kept[:, -1] == kept[:, -2]) & (kept[:, -1] > NEG_INF)
         if tied.any():
             kept, places = scores_BX, _all_places(scores_BX)
         else:
@@ -413,7 +380,7 @@ def best_of(scores_BX: Tensor, node_at: PlacesTo, count: int) -> tuple[Tensor, T
     return kept.gather(1, order), nodes.gather(1, order), places.gather(1, order)
 
 
-def best_static(scores_BX: Tensor, node_at: PlacesTo, count: int) -> tuple[Tensor, Tensor, Tensor]:
+def best_static(scores_BX: Tensor, node_at: Lookup, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `best_of`, without looking at a value: a float32 score and its node are one whole number,
     and no two are equal."""
     assert scores_BX.dtype == torch.float32, "a float64 score leaves no room for its node"

@@ -1,6 +1,6 @@
-"""The decoder of a running search: what all beams of a user share is computed once a user."""
+"""The decoder of a running search: what all beams of a user share is computed once per user."""
 
-# B users, K beams, H heads, L input tokens, P prefix tokens, D width
+# B users, K beams, H heads, L input tokens, n real tokens, P prefix tokens, D width
 
 from __future__ import annotations
 
@@ -13,53 +13,70 @@ from genrec_dist.model.genrec import POSITION_OFFSET, GenRecForConditionalGenera
 
 
 class DecoderState:
-    """Keys and values of a search: the encoder's and those of the prefix once a user, the rest once
-    a beam.
+    """Keys and values of a search: the encoder's and those of the prefix once per user, the rest
+    once per beam.
 
-    Beams of a user are query rows over her one set of encoder keys, so 20 beams read it once
+    The beams of a user are query rows over one set of encoder keys, so 20 beams read it once
     (EL-attention, arXiv 2105.04779). Shapes depend on sizes alone and nothing waits for the device:
-    a search can be captured in a graph."""
+    a search can be captured in a graph.
+    """
 
     def __init__(
         self,
         model: GenRecForConditionalGeneration,
         memory_BLD: Tensor,
-        memory_mask_BL: Tensor,
+        mask_BL: Tensor,
         *,
         static: bool = False,
     ):
-        """`static`: project padding too, whose number is a value; otherwise the encoder's real
-        tokens alone."""
+        """Project the encoder's states.
+
+        Args:
+            model: Whose decoder it is.
+            memory_BLD: Encoder states.
+            mask_BL: bool, False on padding.
+            static: Project padding too, whose amount is a value; otherwise real tokens alone.
+        """
         self.model = model
-        self.mask_B11L = memory_mask_BL[:, None, None]
+        self.mask_B11L = mask_BL[:, None, None]
+        start, device = model.config.decoder_start_token_id, memory_BLD.device
+        self.start_token = torch.full((1,), start, dtype=torch.long, device=device)
         with_state = model.config.decoder_start == "state"
-        self.start_BD = model.masked_states(memory_BLD, memory_mask_BL) if with_state else None
-        layers = model.model.decoder.layers
-        real_n = None if static else memory_mask_BL.flatten().nonzero()[:, 0]
-        if real_n is None or len(real_n) == memory_mask_BL.numel():
-            self.cross = [_keys_and_values(layer.encoder_attn, memory_BLD) for layer in layers]
-        else:
-            memory_nD = memory_BLD.flatten(0, 1)[real_n]
-            self.cross = [
-                _keys_and_values_of(layer.encoder_attn, memory_nD, real_n, memory_BLD.shape)
-                for layer in layers
-            ]
+        self.start_BD = model.masked_states(memory_BLD, mask_BL) if with_state else None
+        real_n = None if static else mask_BL.flatten().nonzero()[:, 0]
+        if real_n is not None and len(real_n) == mask_BL.numel():
+            real_n = None
+        states = memory_BLD if real_n is None else memory_BLD.flatten(0, 1)[real_n]
+
+        def spread(projected: Tensor) -> Tensor:
+            if real_n is None:
+                return projected
+            # Under autocast the projection's type is not that of what it projects.
+            spread_nD = projected.new_zeros(memory_BLD.shape).flatten(0, 1)
+            return spread_nD.index_copy_(0, real_n, projected).view(memory_BLD.shape)
+
+        self.cross: list[tuple[Tensor, Tensor]] = []
+        """Keys and values [B, H, L, D / H] of each layer."""
+        for attention in (layer.encoder_attn for layer in model.model.decoder.layers):
+            keys, values = spread(attention.k_proj(states)), spread(attention.v_proj(states))
+            self.cross.append((_heads(attention, keys), _heads(attention, values)))
         self.prefix: list[tuple[Tensor, Tensor]] = []
-        """[B, H, P, D / H] a layer."""
-        self.own: list[tuple[Tensor, Tensor] | None] = [None] * len(layers)
-        """[B, K, H, tokens since the prefix, D / H] a layer."""
+        """[B, H, P, D / H] of each layer."""
+        self.own: list[tuple[Tensor, Tensor] | None] = [None] * len(self.cross)
+        """[B, K, H, tokens since the prefix, D / H] of each layer."""
         self.num_tokens = 0
 
     def start(self, prefix_P: Tensor) -> Tensor:
-        """Take in the tokens that every beam of every user begins with; decoder states behind each,
-        float [B, P, D]."""
-        num_users = len(self.mask_B11L)
-        hidden_BPD = self._embed(prefix_P, self.start_BD).expand(num_users, -1, -1)
+        """Decode the tokens that every beam of every user begins with; returns decoder states after
+        each, float [B, P, D]."""
+        hidden_BPD = self._embed(prefix_P, self.start_BD).expand(len(self.mask_B11L), -1, -1)
         for number, layer in enumerate(self.model.model.decoder.layers):
             attention = layer.self_attn
-            keys, values = _keys_and_values(attention, hidden_BPD)
+            query, keys, values = (
+                _heads(attention, project(hidden_BPD))
+                for project in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
             self.prefix.append((keys, values))
-            query = _heads(attention, attention.q_proj(hidden_BPD))
             mixed = F.scaled_dot_product_attention(
                 query, keys, values, is_causal=True, scale=attention.scaling
             )
@@ -68,32 +85,31 @@ class DecoderState:
         return hidden_BPD
 
     def step(self, tokens_BK: Tensor) -> Tensor:
-        """Take one token a beam in and give the decoder states behind it, float [B, K, D]."""
+        """Decode one token per beam; returns the decoder states after it, float [B, K, D]."""
         hidden_BKD = self._embed(tokens_BK)
         for number, layer in enumerate(self.model.model.decoder.layers):
-            hidden_BKD = self._finish_layer(
-                layer, number, hidden_BKD, self._attend_self(layer.self_attn, number, hidden_BKD)
-            )
+            mixed_BKD = self._attend_self(layer.self_attn, number, hidden_BKD)
+            hidden_BKD = self._finish_layer(layer, number, hidden_BKD, mixed_BKD)
         self.num_tokens += 1
         return hidden_BKD
 
-    def follow(self, parent_BK: Tensor) -> None:
+    def reorder_beams(self, parent_BK: Tensor) -> None:
         """Let each beam continue the beam `parent_BK` names; the number of beams may change."""
+        rows_B1 = torch.arange(len(parent_BK), device=parent_BK.device)[:, None]
         self.own = [
-            pair and (_take_beams(pair[0], parent_BK), _take_beams(pair[1], parent_BK))
-            for pair in self.own
+            pair and (pair[0][rows_B1, parent_BK], pair[1][rows_B1, parent_BK]) for pair in self.own
         ]
 
     def fork(self, parent_BK: Tensor) -> DecoderState:
-        """Another search from here, as `follow` would leave it; this one stays as it is."""
+        """Another search from here, as after `reorder_beams`; this one stays as it is."""
         other = object.__new__(DecoderState)
         other.__dict__.update(self.__dict__)
-        other.follow(parent_BK)
+        other.reorder_beams(parent_BK)
         return other
 
     def _embed(self, tokens: Tensor, start_BD: Tensor | None = None) -> Tensor:
-        """Tokens of one position a column of [P], or of one position in all of [B, K]. `start_BD`:
-        added to the first column."""
+        """Tokens [P] of one position each, or [B, K] all of one position. `start_BD`: added to the
+        first column."""
         decoder = self.model.model.decoder
         first = POSITION_OFFSET + self.num_tokens
         last = first + (len(tokens) if tokens.dim() == 1 else 1)
@@ -139,24 +155,6 @@ class DecoderState:
         return (from_prefix + from_own).flatten(2)
 
 
-def _keys_and_values(attention: BartAttention, states_BLD: Tensor) -> tuple[Tensor, Tensor]:
-    return _heads(attention, attention.k_proj(states_BLD)), _heads(
-        attention, attention.v_proj(states_BLD)
-    )
-
-
-def _keys_and_values_of(
-    attention: BartAttention, states_nD: Tensor, places_n: Tensor, shape: torch.Size
-) -> tuple[Tensor, Tensor]:
-    """As `_keys_and_values` of [B, L, D], zeros at all places but these."""
-    spread = [
-        # Under autocast the projection's type is not that of what it projects.
-        projected.new_zeros(shape).flatten(0, 1).index_copy_(0, places_n, projected).view(shape)
-        for projected in (attention.k_proj(states_nD), attention.v_proj(states_nD))
-    ]
-    return _heads(attention, spread[0]), _heads(attention, spread[1])
-
-
 def _heads(attention: BartAttention, states: Tensor) -> Tensor:
     """[B, L, D] -> [B, H, L, D / H]."""
     return states.unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
@@ -165,8 +163,3 @@ def _heads(attention: BartAttention, states: Tensor) -> Tensor:
 def _joined(mixed: Tensor) -> Tensor:
     """[B, H, L, D / H] -> [B, L, D]."""
     return mixed.transpose(1, 2).flatten(2)
-
-
-def _take_beams(cached: Tensor, parent_BK: Tensor) -> Tensor:
-    rows_B1 = torch.arange(len(parent_BK), device=parent_BK.device)[:, None]
-    return cached[rows_B1, parent_BK]

@@ -4,13 +4,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from genrec_dist.decoding.beam_search import NOTHING, Levels, step_log_probabilities
+from genrec_dist.decoding.beam_search import NEG_INF, Levels, step_log_probabilities
 from genrec_dist.decoding.decoder_state import DecoderState
 from genrec_dist.decoding.output_head import Heads
 from genrec_dist.decoding.trie import Trie
@@ -29,61 +27,49 @@ def score_all(
     memory_BLD: Tensor,
     mask_BL: Tensor,
 ) -> Tensor:
-    """Log-probabilities [B, N] of all items, -inf for those that are not in the trie; each user
-    walks the whole trie once."""
+    """Log-probabilities [B, N] of all items; -inf for those that are not in the trie.
+
+    Siblings have consecutive numbers, so the children of a slice of nodes are a slice again. Each
+    slice goes down to the leaves before the next one starts: memory holds one slice per level.
+
+    Arguments are those of `search_trie`; `levels` is `trie` on the device.
+    """
+    dtype, device = heads.levels[0].dtype, memory_BLD.device
     shape = (len(memory_BLD), len(trie.item_node))
-    scores_BN = torch.full(shape, NOTHING, dtype=heads.levels[0].dtype, device=memory_BLD.device)
-    start = torch.full(
-        (1,), model.config.decoder_start_token_id, dtype=torch.long, device=memory_BLD.device
-    )
-    users_at_once = max(1, ROWS_AT_ONCE // min(NODES_AT_ONCE, trie.num_nodes))
-    for first in range(0, len(memory_BLD), users_at_once):
-        part = slice(first, first + users_at_once)
-        state = DecoderState(model, memory_BLD[part], mask_BL[part])
-        hidden_B1D = state.start(start)
-        _Descent(trie, levels, heads, scores_BN[part]).below(
-            state, hidden_B1D, scores_BM=torch.zeros_like(scores_BN[part, :1]), level=0, first=0
-        )
-    return scores_BN
+    found_BN = torch.full(shape, NEG_INF, dtype=dtype, device=device)
 
-
-@dataclass(frozen=True)
-class _Descent:
-    """A walk of some users down the whole trie."""
-
-    trie: Trie
-    levels: Levels
-    heads: Heads
-    found_BN: Tensor
-    """Where the scores go."""
-
-    def below(
-        self, state: DecoderState, hidden_BMD: Tensor, scores_BM: Tensor, level: int, first: int
+    def score_below(
+        users: slice,
+        state: DecoderState,
+        hidden_BMD: Tensor,
+        scores_BM: Tensor,
+        level: int,
+        first: int,
     ) -> None:
-        """Score what ends at the nodes first .. first + M - 1 of a level, then slice by slice what
-        lies below them.
-
-        Siblings stand side by side, so the children of a slice of nodes are a slice again. Slices
-        go down one after another: memory holds one slice a level."""
-        trie = self.trie
-        nodes = slice(first, first + scores_BM.shape[1])
-        nodes_M = torch.arange(first, first + scores_BM.shape[1], device=hidden_BMD.device)
-        nodes_BM = nodes_M.expand(len(hidden_BMD), -1)
-        reached_BMV = step_log_probabilities(self.levels, self.heads, level, hidden_BMD, nodes_BM)
+        """Score the items at the nodes first .. first + M - 1 of a level and below them."""
+        num_users, num_nodes = scores_BM.shape
+        nodes = slice(first, first + num_nodes)
+        nodes_BM = torch.arange(first, first + num_nodes, device=device).expand(num_users, -1)
+        reached_BMV = step_log_probabilities(levels, heads, level, hidden_BMD, nodes_BM)
         reached_BMV = reached_BMV.add_(scores_BM[..., None])
         ending = np.flatnonzero(trie.end_item[nodes] >= 0)
-        self.found_BN[:, trie.end_item[nodes][ending]] = reached_BMV[:, ending, 0]
-        num_children_M = trie.num_children[nodes]
-        parents = np.repeat(np.arange(len(num_children_M)), num_children_M)
+        found_BN[users, trie.end_item[nodes][ending]] = reached_BMV[:, ending, 0]
+        parents = np.repeat(np.arange(num_nodes), trie.num_children[nodes])
         for start in range(0, len(parents), NODES_AT_ONCE):
-            parent_M = torch.from_numpy(parents[start : start + NODES_AT_ONCE]).to(
-                hidden_BMD.device
-            )
+            parent_M = torch.from_numpy(parents[start : start + NODES_AT_ONCE]).to(device)
             child = int(trie.first_child[first]) + start
             children = slice(child, child + len(parent_M))
             further, states_BMD = state, hidden_BMD
-            if level + 1 < self.levels.num_asked:
-                further = state.fork(parent_M.expand(len(hidden_BMD), -1))
-                states_BMD = further.step(self.levels.token[children].expand(len(hidden_BMD), -1))
-            gained_BM = reached_BMV[:, parent_M, self.levels.column[children]]
-            self.below(further, states_BMD, gained_BM, level + 1, child)
+            if level + 1 < levels.num_decoded:
+                further = state.fork(parent_M.expand(num_users, -1))
+                states_BMD = further.step(levels.token[children].expand(num_users, -1))
+            gained_BM = reached_BMV[:, parent_M, levels.column[children]]
+            score_below(users, further, states_BMD, gained_BM, level + 1, child)
+
+    users_at_once = max(1, ROWS_AT_ONCE // min(NODES_AT_ONCE, trie.num_nodes))
+    for first_user in range(0, len(memory_BLD), users_at_once):
+        users = slice(first_user, first_user + users_at_once)
+        state = DecoderState(model, memory_BLD[users], mask_BL[users])
+        hidden_B1D = state.start(state.start_token)
+        score_below(users, state, hidden_B1D, torch.zeros_like(found_BN[users, :1]), 0, 0)
+    return found_BN

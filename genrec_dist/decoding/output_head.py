@@ -32,39 +32,42 @@ class Softmax:
     trie."""
 
     def __init__(self, weight_VD: Tensor, eos_column: int):
-        """`eos_column`: which row of the weights is `</s>`'s."""
+        """`eos_column`: which row of the weights is that of `</s>`."""
         self.weight_VD = weight_VD
         self.eos_column = eos_column
         self.longest = float(weight_VD.norm(dim=1).max())
 
     def log_normaliser(self, hidden_BKD: Tensor, eos_logit_BK: Tensor) -> Tensor:
-        """float [B, K], in the weights' type. The logit of `</s>` is taken as given: behind a whole
-        item it is nearly all of the sum, and computed twice in two orders it would not cancel to
-        the last digit."""
+        """float [B, K], in the weights' type.
+
+        The logit of `</s>` is taken as given: after a whole item it is nearly all of the sum, and
+        computed twice in two orders it would not cancel to the last digit.
+        """
         rows_RD, eos_logit_R = hidden_BKD.flatten(0, -2), eos_logit_BK.flatten()
         on_cpu = rows_RD.device.type == "cpu"
         # Never fewer than make a product run at full speed.
         columns = max(1024, (CPU_LOGITS_AT_ONCE if on_cpu else GPU_LOGITS_AT_ONCE) // len(rows_RD))
+        blocks = self._logit_blocks(rows_RD, eos_logit_R, columns)
         # To look at a value is free on a CPU, and elsewhere a wait.
         if on_cpu and not torch.compiler.is_compiling() and self._bounded(rows_RD):
-            total_R = (
-                self._sum_of_exponentials(rows_RD, eos_logit_R, columns).log_().to(rows_RD.dtype)
-            )
+            # Without the pass that looks for the largest logit.
+            sum_R = rows_RD.new_zeros(len(rows_RD), dtype=torch.float64)
+            for block_RV in blocks:
+                sum_R += block_RV.exp_().sum(-1)
+            total_R = sum_R.log_().to(rows_RD.dtype)
         else:
-            parts = [
-                part_RV.logsumexp(-1) for part_RV in self._parts(rows_RD, eos_logit_R, columns)
-            ]
-            total_R = parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
+            totals = [block_RV.logsumexp(-1) for block_RV in blocks]
+            total_R = totals[0] if len(totals) == 1 else torch.stack(totals).logsumexp(0)
         return total_R.unflatten(0, hidden_BKD.shape[:-1])
 
-    def log_normaliser_behind_items(self, hidden_BKD: Tensor, eos_logit_BK: Tensor) -> Tensor:
-        """The same for rows behind whole items, where `</s>` has nearly all of the probability:
-        what the other tokens have together is so little that it need not be known to the last
-        digit, and matrix units for bfloat16 are several times faster.
+    def log_normaliser_after_items(self, hidden_BKD: Tensor, eos_logit_BK: Tensor) -> Tensor:
+        """The same for rows after whole items, where `</s>` has nearly all of the probability.
 
-        With S the others' sum over e^(logit of `</s>`), log p(`</s>`) = -log(1 + S) moves by less
-        than what S does. Rows for which the worst case of rounding exceeds `NEGLIGIBLE` are
-        computed in full."""
+        What the other tokens have together is so little that it need not be known to the last
+        digit, and matrix units for bfloat16 are several times faster. With S the others' sum over
+        e^(logit of `</s>`), log p(`</s>`) = -log(1 + S) moves by less than S does. Rows for which
+        the worst case of rounding exceeds `NEGLIGIBLE` are computed in full.
+        """
         rows_RD, eos_logit_R = hidden_BKD.flatten(0, -2), eos_logit_BK.flatten()
         error_R = torch.expm1(BFLOAT16_ROUNDING * self.longest * rows_RD.norm(dim=1))
         if not self._worth_bfloat16(rows_RD, eos_logit_R, error_R):
@@ -78,13 +81,9 @@ class Softmax:
 
     def _worth_bfloat16(self, rows_RD: Tensor, eos_logit_R: Tensor, error_R: Tensor) -> bool:
         """On a CPU with units for it, where few rows look doubtful."""
-        if (
-            len(rows_RD) < FEWEST_ROWS
-            or rows_RD.dtype != torch.float32
-            or not _has_bfloat16_units(rows_RD.device.type)
-        ):
+        if len(rows_RD) < FEWEST_ROWS or rows_RD.dtype != torch.float32:
             return False
-        if not self._bounded(rows_RD):
+        if not _has_bfloat16_units(rows_RD.device.type) or not self._bounded(rows_RD):
             return False
         some = slice(None, None, len(rows_RD) // PROBED)
         logprob_R = eos_logit_R[some] - self.log_normaliser(rows_RD[some], eos_logit_R[some])
@@ -100,10 +99,10 @@ class Softmax:
             weight_VD = self._weight_in_bfloat16[first : first + COLUMNS_OF_BFLOAT16]
             size = len(rows_RD) * len(weight_VD)
             torch.mm(rows_RD, weight_VD.T, out=rounded[:size].view(len(rows_RD), -1))
-            part_RV = wide[:size].copy_(rounded[:size]).view(len(rows_RD), -1)
+            block_RV = wide[:size].copy_(rounded[:size]).view(len(rows_RD), -1)
             if first <= self.eos_column < first + COLUMNS_OF_BFLOAT16:
-                part_RV[:, self.eos_column - first] = -torch.inf
-            total_R += part_RV.exp_().sum(-1)
+                block_RV[:, self.eos_column - first] = -torch.inf
+            total_R += block_RV.exp_().sum(-1)
         return total_R
 
     @cached_property
@@ -115,30 +114,22 @@ class Softmax:
         longest weight."""
         return float(rows_RD.norm(dim=1).max()) * self.longest <= SAFE_LOGIT
 
-    def _sum_of_exponentials(self, rows_RD: Tensor, eos_logit_R: Tensor, columns: int) -> Tensor:
-        """float64 [R], without the pass that looks for the largest logit."""
-        total_R = rows_RD.new_zeros(len(rows_RD), dtype=torch.float64)
-        for part_RV in self._parts(rows_RD, eos_logit_R, columns):
-            total_R += part_RV.exp_().sum(-1)
-        return total_R
-
-    def _parts(self, rows_RD: Tensor, eos_logit_R: Tensor, columns: int) -> Iterator[Tensor]:
-        """The logits [R, <= columns], part after part; on a CPU in one buffer that is written again
-        and again."""
-        reused = rows_RD.device.type == "cpu" and not torch.compiler.is_compiling()
-        buffer = (
-            rows_RD.new_empty(len(rows_RD) * min(columns, len(self.weight_VD))) if reused else None
-        )
+    def _logit_blocks(self, rows_RD: Tensor, eos_logit_R: Tensor, columns: int) -> Iterator[Tensor]:
+        """The logits [R, <= columns], block after block; on a CPU in one buffer that is written
+        again and again."""
+        num_rows, buffer = len(rows_RD), None
+        if rows_RD.device.type == "cpu" and not torch.compiler.is_compiling():
+            buffer = rows_RD.new_empty(num_rows * min(columns, len(self.weight_VD)))
         for first in range(0, len(self.weight_VD), columns):
             weight_VD = self.weight_VD[first : first + columns]
             if buffer is None:
-                part_RV = rows_RD @ weight_VD.T
+                block_RV = rows_RD @ weight_VD.T
             else:
-                part_RV = buffer[: len(rows_RD) * len(weight_VD)].view(len(rows_RD), len(weight_VD))
-                torch.mm(rows_RD, weight_VD.T, out=part_RV)
+                block_RV = buffer[: num_rows * len(weight_VD)].view(num_rows, len(weight_VD))
+                torch.mm(rows_RD, weight_VD.T, out=block_RV)
             if first <= self.eos_column < first + columns:
-                part_RV[:, self.eos_column - first] = eos_logit_R
-            yield part_RV
+                block_RV[:, self.eos_column - first] = eos_logit_R
+            yield block_RV
 
 
 @cache
@@ -151,33 +142,34 @@ class Heads:
     """What a search multiplies decoder states with."""
 
     levels: list[Tensor]
-    """[1 + V_l, D] a level of the trie: `</s>` and the tokens that can follow there."""
+    """[1 + V_l, D] per level of the trie: `</s>` and the tokens that can follow there."""
     softmax: Softmax
     """Whose normaliser makes them probabilities."""
 
 
 def make_heads(weight_VD: Tensor, eos: int, tokens: Sequence[Tensor]) -> tuple[Heads, Heads]:
-    """With the softmax over all rows of the head, and with the one over `</s>` and the tokens of
-    all levels alone.
+    """Heads of the softmax over all rows of the head, and of that over the trie's tokens alone.
 
-    `tokens`: int64 [V_l] a level.
+    Args:
+        weight_VD: The output head.
+        eos: Token id of `</s>`, which belongs to both.
+        tokens: int64 [V_l] per level of the trie.
     """
-    spoken = [F.pad(level, (1, 0), value=eos) for level in tokens]
-    levels, used = [weight_VD[level] for level in spoken], torch.cat(spoken).unique()
-    return (
-        Heads(levels, Softmax(weight_VD, eos)),
-        Heads(levels, Softmax(weight_VD[used], int(torch.searchsorted(used, eos)))),
-    )
+    columns = [F.pad(level, (1, 0), value=eos) for level in tokens]
+    levels, used = [weight_VD[level] for level in columns], torch.cat(columns).unique()
+    compact = Softmax(weight_VD[used], int(torch.searchsorted(used, eos)))
+    return Heads(levels, Softmax(weight_VD, eos)), Heads(levels, compact)
 
 
 def log_probabilities(heads: Heads, level: int, hidden_BKD: Tensor) -> Tensor:
-    """[B, K, 1 + V_l], fresh, of `</s>` and the tokens of a level. Under autocast the head alone
-    stays exact: rounded logits would tie by the hundred."""
-    softmax = heads.softmax
-    # Where no token can follow, all rows stand behind whole items.
-    behind_items = level == len(heads.levels) - 1 and not torch.compiler.is_compiling()
-    normalise = softmax.log_normaliser_behind_items if behind_items else softmax.log_normaliser
-    weight_VD = heads.levels[level]
+    """[B, K, 1 + V_l], fresh, of `</s>` and the tokens of a level.
+
+    Under autocast the head alone stays exact: rounded logits would tie by the hundred.
+    """
+    softmax, weight_VD = heads.softmax, heads.levels[level]
+    # Where no token can follow, all rows are after whole items.
+    after_items = level == len(heads.levels) - 1 and not torch.compiler.is_compiling()
+    normalise = softmax.log_normaliser_after_items if after_items else softmax.log_normaliser
     with torch.autocast(hidden_BKD.device.type, enabled=False):
         hidden_BKD = hidden_BKD.to(weight_VD.dtype)
         logits_BKV = hidden_BKD @ weight_VD.T

@@ -1,7 +1,7 @@
 """Ranking by the item head, and by the decoder together with the item head and the transition
 graph."""
 
-# B users, C candidates, N items, L input tokens, D width, V tokens of a level
+# B users, C candidates, N items, L input tokens, D width, T tokens, V tokens of a level
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from genrec_dist.data.item_graph import log_near
-from genrec_dist.decoding.beam_search import NOTHING, Levels, step_log_probabilities
+from genrec_dist.decoding.beam_search import NEG_INF, Levels, step_log_probabilities
 from genrec_dist.decoding.decoder_state import DecoderState
 from genrec_dist.decoding.output_head import Heads
 from genrec_dist.evaluation.score_mixture import Mixture
@@ -20,29 +20,27 @@ from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 @dataclass(frozen=True)
 class Candidates:
-    """The items of some users that hybrid ranks, and what its parts say of them."""
+    """The items of some users that hybrid ranks, and their scores by each of its parts."""
 
     items_BC: Tensor
     """int64 item rows, each once; -1 where there is none."""
-    spoken_BC: Tensor
-    """log p of the decoder, -inf where there is none."""
-    named_BC: Tensor | None
+    decoder_logp_BC: Tensor
+    """log p of the decoder, -inf where there is no item."""
+    item_logp_BC: Tensor | None
     """log p of the item head, where the model has one."""
-    shares_BC: Tensor | None
-    """The graph's, where there was one."""
+    graph_prob_BC: Tensor | None
+    """Probability under the transition graph, where there was one."""
     num_items: int
 
-    def mixed(self, mixture: Mixture) -> Tensor:
+    def mix_scores(self, mixture: Mixture) -> Tensor:
         """The scores [B, C] by which they are ranked, as `Mixture` says; -inf where there is no
         item."""
-        mixed_BC = self.spoken_BC.clone()
-        if self.named_BC is not None and mixture.item_weight:
-            mixed_BC.add_(self.named_BC, alpha=mixture.item_weight)
-        if self.shares_BC is not None and mixture.graph_weight:
-            mixed_BC.add_(
-                log_near(self.shares_BC, mixture.epsilon, self.num_items),
-                alpha=mixture.graph_weight,
-            )
+        mixed_BC = self.decoder_logp_BC.clone()
+        if self.item_logp_BC is not None and mixture.item_weight:
+            mixed_BC.add_(self.item_logp_BC, alpha=mixture.item_weight)
+        if self.graph_prob_BC is not None and mixture.graph_weight:
+            graph_logp_BC = log_near(self.graph_prob_BC, mixture.epsilon, self.num_items)
+            mixed_BC.add_(graph_logp_BC, alpha=mixture.graph_weight)
         return mixed_BC
 
 
@@ -52,11 +50,13 @@ def item_log_probabilities(
     """log p of every item under the item head, float [B, N], from the encoder's state at [MASK],
     the last but </s>; of a causal encoder from the last one.
 
-    Raises ValueError for a model without an item head.
+    Raises:
+        ValueError: The model has no item head.
     """
     if not model.config.item_loss:
         raise ValueError(
-            "this model has no item head: train with model.item_loss above 0, or decode in another mode"
+            "this model has no item head: train with model.item_loss above 0, "
+            "or decode in another mode"
         )
     masked_BD = model.masked_states(memory_BLD, mask_BL)
     # As the decoder's head: rounded logits would tie.
@@ -64,11 +64,11 @@ def item_log_probabilities(
         return model.item_logits(masked_BD.to(model.head_weight.dtype)).log_softmax(-1)
 
 
-def with_best(items_BC: Tensor, scores_BN: Tensor, count: int) -> Tensor:
-    """Candidates int64 [B, C] with the best `count` items by other scores behind them, each once;
-    -1 elsewhere, and where these are -inf."""
+def add_best(items_BC: Tensor, scores_BN: Tensor, count: int) -> Tensor:
+    """Candidates int64 [B, C] and after them the best `count` items by other scores, each once; -1
+    for those that are there already, and where scores are -inf."""
     best = scores_BN.topk(min(count, scores_BN.shape[1]))
-    known_BK = (best.indices[:, :, None] == items_BC[:, None]).any(2) | (best.values == NOTHING)
+    known_BK = (best.indices[:, :, None] == items_BC[:, None]).any(2) | (best.values == NEG_INF)
     return torch.cat([items_BC, best.indices.masked_fill(known_BK, -1)], 1)
 
 
@@ -80,29 +80,28 @@ def score_candidates(
     mask_BL: Tensor,
     paths_BCT: Tensor,
 ) -> Tensor:
-    """log p [B, C] of the decoder speaking each candidate and then </s>, as the beam and
-    `score_all` score them.
+    """log p [B, C] of the decoder for each candidate's tokens and then </s>, the same as the beam
+    and `score_all` give.
 
-    `paths_BCT`: int64, a candidate's nodes from below the root on, `levels.nowhere` behind its
-    last."""
+    Args:
+        model, levels, heads, memory_BLD, mask_BL: As of `search_trie`.
+        paths_BCT: int64, a candidate's nodes from below the root on, `levels.sentinel` after its
+            last one.
+    """
     state = DecoderState(model, memory_BLD, mask_BL)
-    hidden_BKD = state.start(
-        memory_BLD.new_full((1,), model.config.decoder_start_token_id, dtype=torch.long)
-    )
+    hidden_BKD = state.start(state.start_token)
     total_BC = torch.zeros_like(paths_BCT[..., 0], dtype=memory_BLD.dtype)
     before_BC = torch.zeros_like(paths_BCT[..., 0])
     for level in range(levels.depth + 1):
         nodes_BK = before_BC[:, :1] if level == 0 else before_BC
         logprob_BKV = step_log_probabilities(levels, heads, level, hidden_BKD, nodes_BK)
-        if level == 0:
-            logprob_BKV = logprob_BKV.expand(-1, paths_BCT.shape[1], -1)
-        ended_BC = torch.full_like(before_BC, levels.nowhere)
-        here_BC = paths_BCT[..., level] if level < levels.depth else ended_BC
-        # Column 0 is </s>'s: where the item has ended it is added once.
-        gained_BC = logprob_BKV.gather(2, levels.column[here_BC][..., None])[..., 0]
-        total_BC = total_BC + gained_BC.masked_fill(before_BC == levels.nowhere, 0.0)
-        if level < levels.depth:
-            if level + 1 < levels.num_asked:
-                hidden_BKD = state.step(levels.token[here_BC])
-            before_BC = here_BC
-    return total_BC.masked_fill(paths_BCT[..., 0] == levels.nowhere, NOTHING)
+        logprob_BCV = logprob_BKV.expand(-1, paths_BCT.shape[1], -1)
+        ended = level == levels.depth
+        next_BC = torch.full_like(before_BC, levels.sentinel) if ended else paths_BCT[..., level]
+        # The sentinel's column 0 is that of </s>: where the item has ended it is added once.
+        gained_BC = logprob_BCV.gather(2, levels.column[next_BC][..., None])[..., 0]
+        total_BC = total_BC + gained_BC.masked_fill(before_BC == levels.sentinel, 0.0)
+        if level + 1 < levels.num_decoded and not ended:
+            hidden_BKD = state.step(levels.token[next_BC])
+        before_BC = next_BC
+    return total_BC.masked_fill(paths_BCT[..., 0] == levels.sentinel, NEG_INF)

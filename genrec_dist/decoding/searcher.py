@@ -1,12 +1,12 @@
-"""Top items of users by beam search: the modes, and what a batch goes through."""
+"""Top items of users: the modes of decoding, and what a batch goes through."""
 
-# B users, K beams, P excluded pairs, L input tokens, D width, N list
+# B users, K beams, P excluded pairs, L input tokens, D width, C candidates, N list or items
 
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -16,16 +16,24 @@ from torch.nn import functional as F
 
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.data.word_table import ItemTexts
-from genrec_dist.decoding.beam_search import NOTHING, Ends, Levels, best_of, lost_on, walk
+from genrec_dist.decoding.beam_search import (
+    NEG_INF,
+    BeamOptions,
+    Ends,
+    Levels,
+    best_of,
+    exclude_by_level,
+    search_trie,
+)
 from genrec_dist.decoding.exhaustive import score_all
 from genrec_dist.decoding.output_head import make_heads
 from genrec_dist.decoding.rescoring import (
     Candidates,
+    add_best,
     item_log_probabilities,
     score_candidates,
-    with_best,
 )
-from genrec_dist.decoding.trie import Trie, nodes_in, one_way, pruned, restrict
+from genrec_dist.decoding.trie import Trie, forced_nodes, nodes_in_whole, prune_items, restrict
 from genrec_dist.decoding.unconstrained import generate_freely
 from genrec_dist.evaluation.metrics import EMPTY
 from genrec_dist.evaluation.score_mixture import Mixture
@@ -37,17 +45,19 @@ over the trie's tokens and `</s>` alone, another and cheaper normaliser. free: n
 decodes; what is generated may be no item. all: every item scored, the oracle of `exact`. items: by
 the item head alone. hybrid: by log p of the decoder, of the item head and of the transition graph,
 weighted as `Mixture` says, over the best of each."""
-ITEM_HEAD_MODES = ("items", "hybrid")
 
 USERS_ENCODED_AT_ONCE, LENGTHS_ENCODED_AT_ONCE = 4, 1.5
 """An encoder pass on a CPU takes at least so many users, and more while the longest has at most so
 many times the tokens of the shortest (docs/log.md, 2026-11-21)."""
 
+Pairs = tuple[np.ndarray, np.ndarray]
+"""(user index in the batch, item row) [P] of items that must not be listed."""
+
 
 @dataclass(frozen=True)
 class TopItems:
     items: np.ndarray
-    """int32 [B, N] item rows, best first; -1 behind the end of a short list, -2 for a text (mode
+    """int32 [B, N] item rows, best first; -1 after the end of a short list, -2 for a text (mode
     `free`) that is no item."""
     scores: np.ndarray
     """float32 [B, N] log-probabilities of the items' token strings, `</s>` included."""
@@ -57,7 +67,8 @@ class TrieSearcher:
     """A trie on a device, ready to decode batches of users with one model.
 
     The head's rows are gathered when the searcher is made: after a change of the weights make
-    another with `of`."""
+    another with `of`.
+    """
 
     def __init__(
         self,
@@ -68,60 +79,86 @@ class TrieSearcher:
         texts: ItemTexts | None = None,
         static: bool | None = None,
     ):
-        """`texts` reads what mode `free` generates. `static`: shapes that depend on sizes alone and
-        no wait for the device between the encoder and the lists; None: on a GPU."""
+        """Move the trie to the device and gather the head's rows.
+
+        Args:
+            model: Whose lists are made.
+            trie: The items that may be listed.
+            device: The model's.
+            texts: Reads what mode `free` generates.
+            static: Shapes that depend on sizes alone and no wait for the device between the encoder
+                and the lists; None: on a GPU.
+
+        Raises:
+            ValueError: A static search with weights other than float32.
+        """
         self.device = torch.device(device)
         self.texts = texts
         self.static = self.device.type == "cuda" if static is None else static
-        self._walk = walk
-        self._walk_on(trie, one_way(trie) if model.config.certain_tokens == "given" else None)
-        self._take(model)
+        self._search_trie = search_trie
+        given = model.config.certain_tokens == "given"
+        self._set_trie(trie, forced_nodes(trie) if given else None)
+        self._set_model(model)
 
     def of(self, model: GenRecForConditionalGeneration) -> TrieSearcher:
         """The same trie, decoded with another model of the same words."""
         other = copy.copy(self)
-        other._take(model)
+        other._set_model(model)
         return other
 
     def among(self, item_rows: np.ndarray) -> TrieSearcher:
-        """The search among these items alone. An item's score is the same whatever else may be
-        listed: `compact` stays a softmax over the whole catalogue's tokens, and `free`, which walks
-        no trie, stays what it is. Raises ValueError if no item is left or a row is no item's."""
+        """The search among these items alone.
+
+        An item's score is the same whatever else may be listed: forced tokens are those of the
+        whole catalogue, `compact` stays a softmax over the whole catalogue's tokens, and `free`,
+        which has no trie, stays what it is.
+
+        Raises:
+            ValueError: No item is left or a row is no item's.
+        """
         other = copy.copy(self)
         part = restrict(self.trie, item_rows)
-        # What is certain is so in the whole catalogue.
-        certain = self.certain
-        other._walk_on(part, None if certain is None else certain[nodes_in(self.trie, part)])
-        other._take(self.model)
+        forced = self.forced
+        other._set_trie(part, None if forced is None else forced[nodes_in_whole(self.trie, part)])
+        other._set_model(self.model)
         other.heads = {
-            mode: replace(part, softmax=self.heads[mode].softmax)
-            for mode, part in other.heads.items()
+            mode: replace(heads, softmax=self.heads[mode].softmax)
+            for mode, heads in other.heads.items()
         }
         return other
 
     def compiled(self, **options: object) -> TrieSearcher:
-        """The same searcher with static shapes, its walk one `torch.compile`d graph for each shape
-        of batch."""
+        """The same searcher with static shapes, its search one `torch.compile`d graph for each
+        shape of batch."""
         other = copy.copy(self)
         other.static = True
-        other._walk = torch.compile(walk, fullgraph=True, dynamic=False, **options)  # type: ignore[call-overload]
+        other._search_trie = torch.compile(search_trie, fullgraph=True, dynamic=False, **options)  # type: ignore[call-overload]
         return other
 
-    def _walk_on(self, trie: Trie, certain: np.ndarray | None) -> None:
-        self.trie, self.certain = trie, certain
-        self.levels = Levels(trie, self.device, certain)
+    def _set_trie(self, trie: Trie, forced: np.ndarray | None) -> None:
+        self.trie, self.forced = trie, forced
+        self.levels = Levels(trie, self.device, forced)
         self.item_node = torch.from_numpy(trie.item_node).to(self.device)
         self.__dict__.pop("paths", None)
 
-    def _take(self, model: GenRecForConditionalGeneration) -> None:
+    def _set_model(self, model: GenRecForConditionalGeneration) -> None:
         self.model = model
+        weight_VD, eos = model.head_weight.detach(), model.config.eos_token_id
         if self.static and model.lm_head.weight.dtype != torch.float32:
             raise ValueError(
-                f"a search in static shapes scores in float32, the model's weights are {model.lm_head.weight.dtype}"
+                "a search in static shapes scores in float32, "
+                f"the model's weights are {model.lm_head.weight.dtype}"
             )
-        weight_VD, eos = model.head_weight.detach(), model.config.eos_token_id
         exact, compact = make_heads(weight_VD, eos, self.levels.tokens)
         self.heads = {"exact": exact, "compact": compact}
+
+    @cached_property
+    def paths(self) -> Tensor:
+        """int64 [N, T], the nodes of each item from below the root on, the sentinel after its last
+        one."""
+        paths_NT = self.trie.item_paths()
+        paths_NT[paths_NT < 0] = self.levels.sentinel
+        return torch.from_numpy(paths_NT).to(self.device)
 
     @torch.inference_mode()
     def search(
@@ -131,46 +168,61 @@ class TrieSearcher:
         beam: int,
         top: int,
         mode: Mode = "exact",
-        excluded: tuple[np.ndarray, np.ndarray] | None = None,
+        excluded: Pairs | None = None,
         ends: Ends = "kept",
         mixture: Mixture | None = None,
-        shares_BN: Tensor | None = None,
+        graph_prob_BN: Tensor | None = None,
     ) -> TopItems:
-        """The best `top` items a user by log-probability under the mode's softmax.
+        """The best items of each user by log-probability under the mode's softmax.
 
-        `excluded`: (user index in the batch, item row) pairs [P] that must not be listed; in mode
-        `free` they are struck out of the finished lists, elsewhere their places go to others. A
-        beam narrower than `top` is widened to it. Equal scores go to the smaller node: the item of
-        fewer sub-words, then the smaller token ids. `mixture` (None: its defaults) and the graph's
-        shares, float [B, N], belong to `hybrid`. Raises ValueError for an unknown mode, for `free`
-        where the searcher cannot read texts, and where the model has no item head for `items`, and
-        for `hybrid` without a graph."""
+        Equal scores go to the smaller node: the item of fewer sub-words, then the smaller token
+        ids.
+
+        Args:
+            encoder: The users' histories, on the searcher's device.
+            beam: Width of the beam; one narrower than `top` is widened to it.
+            top: Length of the lists.
+            mode: How items are scored.
+            excluded: Items that must not be listed; in mode `free` they are taken out of the
+                finished lists, elsewhere their places go to others.
+            ends: Of modes `exact` and `compact`.
+            mixture: Of `hybrid`; None: its defaults.
+            graph_prob_BN: float, the graph's probabilities, of `hybrid`.
+
+        Raises:
+            ValueError: An unknown mode; `free` where the searcher cannot read texts or the model
+                has forced tokens; `items`, and `hybrid` without a graph, where the model has no
+                item head.
+        """
+        if mode not in get_args(Mode):
+            raise ValueError(f"decode mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
         beam = max(beam, top)
+        if mode == "hybrid":
+            found = self.candidates(
+                encoder, beam=beam, excluded=excluded, graph_prob_BN=graph_prob_BN
+            )
+            return self._rank(found.mix_scores(mixture or Mixture()), found.items_BC, top)
+        if mode in ("exact", "compact"):
+            num_users = len(encoder.input_ids)
+            if self.static:
+                encoder = in_static_shape(encoder)
+            memory_BLD = (
+                self.model.encode(encoder) if self.static else encode_by_length(self.model, encoder)
+            )
+            options = BeamOptions(beam=beam, top=top, ends=ends, static=self.static)
+            scores_BN, items_BN = self._search_beam(memory_BLD, encoder, mode, excluded, options)
+            return _as_lists(scores_BN[:num_users], items_BN[:num_users], top)
         if mode == "free":
             return self._search_freely(encoder, beam, top, excluded)
-        if mode == "all":
-            return self._search_all(encoder, top, excluded)
+        memory_BLD, mask_BL = encode_by_length(self.model, encoder), encoder.attention_mask
         if mode == "items":
-            return self._search_items(encoder, top, excluded)
-        if mode == "hybrid":
-            found = self.candidates(encoder, beam=beam, excluded=excluded, shares_BN=shares_BN)
-            return self._best_of(found, mixture or Mixture(), top)
-        if mode not in self.heads:
-            raise ValueError(f"decode mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
-        num_users = len(encoder.input_ids)
-        lost = None
-        if excluded is not None:
-            lost = lost_on(self.trie, pruned(self.trie, *excluded), self.device, padded=self.static)
-        if self.static:
-            encoder = in_static_shape(encoder)
-        memory_BLD = (
-            self.model.encode(encoder) if self.static else encode_by_length(self.model, encoder)
-        )
-        scores_BN, nodes_BN = self._walk(
-            self.model, self.levels, self.heads[mode], memory_BLD, encoder.attention_mask, lost,
-            beam=beam, top=top, ends=ends, static=self.static,
-        )  # fmt: skip
-        return _as_lists(scores_BN[:num_users], self.levels.end_item[nodes_BN[:num_users]], top)
+            scores_BN = item_log_probabilities(self.model, memory_BLD, mask_BL)
+        else:
+            heads = self.heads["exact"]
+            scores_BN = score_all(self.model, self.trie, self.levels, heads, memory_BLD, mask_BL)
+        rows_BN = torch.arange(scores_BN.shape[1], device=self.device).expand(scores_BN.shape)
+        excluded_BN = self._excluded_items(len(memory_BLD), excluded)
+        return self._rank(scores_BN.masked_fill(excluded_BN, NEG_INF), rows_BN, top)
 
     @torch.inference_mode()
     def candidates(
@@ -178,178 +230,134 @@ class TrieSearcher:
         encoder: EncoderInput,
         *,
         beam: int,
-        excluded: tuple[np.ndarray, np.ndarray] | None = None,
-        shares_BN: Tensor | None = None,
+        excluded: Pairs | None = None,
+        graph_prob_BN: Tensor | None = None,
     ) -> Candidates:
         """What `hybrid` ranks: the best `beam` items of the decoder, of the item head and of the
-        graph's shares, float [B, N]; of what there is, and none that is excluded. Raises ValueError
-        where there is neither an item head nor a graph."""
+        graph, as far as there are any, and none that is excluded.
+
+        Args:
+            encoder: The users' histories.
+            beam: Width of the beam, and how many items each part suggests.
+            excluded: Items that must not be listed.
+            graph_prob_BN: float, the graph's probabilities.
+
+        Raises:
+            ValueError: There is neither an item head nor a graph.
+        """
         memory_BLD, mask_BL = encode_by_length(self.model, encoder), encoder.attention_mask
-        barred_BN = self._barred(len(memory_BLD), excluded)
-        named_BN = None
-        if self.model.config.item_loss or shares_BN is None:
-            named_BN = item_log_probabilities(self.model, memory_BLD, mask_BL).masked_fill(
-                barred_BN, NOTHING
-            )
-        lost = (
-            None
-            if excluded is None
-            else lost_on(self.trie, pruned(self.trie, *excluded), self.device, padded=False)
+        excluded_BN = self._excluded_items(len(memory_BLD), excluded)
+        item_logp_BN = None
+        if self.model.config.item_loss or graph_prob_BN is None:
+            item_logp_BN = item_log_probabilities(self.model, memory_BLD, mask_BL)
+            item_logp_BN = item_logp_BN.masked_fill(excluded_BN, NEG_INF)
+        options = BeamOptions(beam=beam, top=beam)
+        scores_BN, items_BC = self._search_beam(memory_BLD, encoder, "exact", excluded, options)
+        items_BC = items_BC.masked_fill(scores_BN == NEG_INF, EMPTY)
+        if item_logp_BN is not None:
+            items_BC = add_best(items_BC, item_logp_BN, beam)
+        if graph_prob_BN is not None:
+            graph_prob_BN = graph_prob_BN.to(self.device, scores_BN.dtype)
+            impossible_BN = excluded_BN | (graph_prob_BN == 0)
+            items_BC = add_best(items_BC, graph_prob_BN.masked_fill(impossible_BN, NEG_INF), beam)
+        paths_BCT = torch.where(
+            items_BC[..., None] >= 0, self.paths[items_BC], self.levels.sentinel
         )
-        listed_BN, nodes_BN = self._walk(
-            self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, lost,
-            beam=beam, top=beam, ends="kept", static=False,
-        )  # fmt: skip
-        items_BC = self.levels.end_item[nodes_BN].masked_fill(listed_BN == NOTHING, EMPTY)
-        if named_BN is not None:
-            items_BC = with_best(items_BC, named_BN, beam)
-        if shares_BN is not None:
-            shares_BN = shares_BN.to(self.device, listed_BN.dtype)
-            items_BC = with_best(
-                items_BC, shares_BN.masked_fill(barred_BN | (shares_BN == 0), NOTHING), beam
-            )
-        paths_BCT = torch.where(items_BC[..., None] >= 0, self.paths[items_BC], self.levels.nowhere)
-        spoken_BC = score_candidates(
+        decoder_logp_BC = score_candidates(
             self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, paths_BCT
         )
-        named_BC, shares_BC = (
-            None if scores_BN is None else scores_BN.gather(1, items_BC.clamp(min=0))
-            for scores_BN in (named_BN, shares_BN)
+        item_logp_BC, graph_prob_BC = (
+            None if values_BN is None else values_BN.gather(1, items_BC.clamp(min=0))
+            for values_BN in (item_logp_BN, graph_prob_BN)
         )
-        return Candidates(items_BC, spoken_BC, named_BC, shares_BC, barred_BN.shape[1])
+        return Candidates(
+            items_BC=items_BC,
+            decoder_logp_BC=decoder_logp_BC,
+            item_logp_BC=item_logp_BC,
+            graph_prob_BC=graph_prob_BC,
+            num_items=excluded_BN.shape[1],
+        )
 
-    def _best_of(self, found: Candidates, mixture: Mixture, top: int) -> TopItems:
+    def _search_beam(
+        self,
+        memory_BLD: Tensor,
+        encoder: EncoderInput,
+        mode: str,
+        excluded: Pairs | None,
+        options: BeamOptions,
+    ) -> tuple[Tensor, Tensor]:
+        """(scores, item rows) [B, N] of the beam."""
+        by_level = None
+        if excluded is not None:
+            pairs = prune_items(self.trie, *excluded)
+            by_level = exclude_by_level(self.trie, pairs, self.device, padded=options.static)
+        mask_BL, heads = encoder.attention_mask, self.heads[mode]
+        scores_BN, nodes_BN = self._search_trie(
+            self.model, self.levels, heads, memory_BLD, mask_BL, by_level, options
+        )
+        return scores_BN, self.levels.end_item[nodes_BN]
+
+    def _rank(self, scores_BC: Tensor, items_BC: Tensor, top: int) -> TopItems:
+        """The best of these items; ties go by the node at which an item ends, as in the beam."""
         best_BN, _, places_BN = best_of(
-            found.mixed(mixture),
-            lambda places: self.item_node[found.items_BC.gather(1, places)],
-            top,
+            scores_BC, lambda places: self.item_node[items_BC.gather(1, places)], top
         )
-        return _as_lists(best_BN, found.items_BC.gather(1, places_BN), top)
+        return _as_lists(best_BN, items_BC.gather(1, places_BN), top)
 
-    def _search_items(
-        self, encoder: EncoderInput, top: int, excluded: tuple[np.ndarray, np.ndarray] | None
-    ) -> TopItems:
-        memory_BLD = encode_by_length(self.model, encoder)
-        scores_BN = item_log_probabilities(self.model, memory_BLD, encoder.attention_mask)
-        scores_BN = scores_BN.masked_fill(self._barred(len(memory_BLD), excluded), NOTHING)
-        best_BN, _, rows_BN = best_of(scores_BN, lambda rows_BN: self.item_node[rows_BN], top)
-        return _as_lists(best_BN, rows_BN, top)
-
-    def _barred(self, num_users: int, excluded: tuple[np.ndarray, np.ndarray] | None) -> Tensor:
+    def _excluded_items(self, num_users: int, excluded: Pairs | None) -> Tensor:
         """bool [B, N]: items that must not be listed, and those that are not in the trie."""
-        barred_BN = (self.item_node < 0).repeat(num_users, 1)
+        excluded_BN = (self.item_node < 0).repeat(num_users, 1)
         if excluded is not None:
-            users, items = (
-                torch.from_numpy(np.asarray(column, np.int64)).to(self.device)
-                for column in excluded
-            )
-            barred_BN[users, items] = True
-        return barred_BN
-
-    @cached_property
-    def paths(self) -> Tensor:
-        """int64 [N, T], the nodes of each item from below the root on, `nowhere` behind its
-        last."""
-        trie = self.trie
-        node_N, level_N = (
-            trie.item_node,
-            np.searchsorted(trie.level_offsets, trie.item_node, side="right") - 1,
-        )
-        paths_NT = np.full((len(node_N), trie.depth), self.levels.nowhere, np.int64)
-        for level in range(trie.depth, 0, -1):
-            here = (node_N >= 0) & (level_N == level)
-            paths_NT[here, level - 1] = node_N[here]
-            node_N, level_N = np.where(here, trie.parent[node_N], node_N), level_N - here
-        return torch.from_numpy(paths_NT).to(self.device)
-
-    def _search_all(
-        self, encoder: EncoderInput, top: int, excluded: tuple[np.ndarray, np.ndarray] | None
-    ) -> TopItems:
-        memory_BLD = encode_by_length(self.model, encoder)
-        scores_BN = score_all(
-            self.model,
-            self.trie,
-            self.levels,
-            self.heads["exact"],
-            memory_BLD,
-            encoder.attention_mask,
-        )
-        if excluded is not None:
-            users, items = (
-                torch.from_numpy(np.asarray(column, np.int64)).to(self.device)
-                for column in excluded
-            )
-            scores_BN[users, items] = NOTHING
-        # The tie rule goes by the node at which an item ends, as in the walk.
-        best_BN, _, rows_BN = best_of(scores_BN, lambda rows_BN: self.item_node[rows_BN], top)
-        return _as_lists(best_BN, rows_BN, top)
+            columns = (torch.from_numpy(np.asarray(column, np.int64)) for column in excluded)
+            users, items = (column.to(self.device) for column in columns)
+            excluded_BN[users, items] = True
+        return excluded_BN
 
     def _search_freely(
-        self,
-        encoder: EncoderInput,
-        beam: int,
-        top: int,
-        excluded: tuple[np.ndarray, np.ndarray] | None,
+        self, encoder: EncoderInput, beam: int, top: int, excluded: Pairs | None
     ) -> TopItems:
-        """A text that is no item's word keeps its place as -2; an item that two token strings spell
-        stands twice: the rates of both are what this mode is asked for. Strings longer than the
+        """A text that is no item keeps its place as -2, and an item that two token strings spell
+        is listed twice: the rates of both are what this mode is for. Strings longer than the
         longest item have no `</s>` in time and are not listed."""
         if self.texts is None:
             raise ValueError(
                 "decode mode free needs the run's tokenizer: load the run with load_run"
             )
-        if self.certain is not None:
+        if self.forced is not None:
             raise ValueError(
-                "decode mode free: this model never learned the tokens that only a trie makes certain: train with tokens.forced "
-                "learned, or decode in another mode"
+                "decode mode free: this model never learned the tokens that only a trie makes "
+                "certain: train with tokens.forced learned, or decode in another mode"
             )
-        memory_BLD = encode_by_length(self.model, encoder)
+        memory_BLD, mask_BL = encode_by_length(self.model, encoder), encoder.attention_mask
         scores_BN, strings_BNT, lengths_BN = generate_freely(
-            self.model,
-            memory_BLD,
-            encoder.attention_mask,
-            longest=self.levels.depth,
-            beam=beam,
-            top=top,
+            self.model, memory_BLD, mask_BL, longest=self.levels.depth, beam=beam, top=top
         )
         items_BN = np.full(scores_BN.shape, EMPTY, np.int32)
-        listed = scores_BN > NOTHING
-        strings = [
-            tokens[:length]
-            for tokens, length in zip(strings_BNT[listed], lengths_BN[listed], strict=True)
-        ]
-        items_BN[listed] = self.texts.rows(strings)
-        return _without(items_BN, scores_BN, excluded)
+        listed = scores_BN > NEG_INF
+        pairs = zip(strings_BNT[listed], lengths_BN[listed], strict=True)
+        items_BN[listed] = self.texts.rows([tokens[:length] for tokens, length in pairs])
+        if excluded is None:
+            return TopItems(items_BN, scores_BN)
+        # Lists close up where an excluded item was.
+        users, items = (np.asarray(column, np.int64) for column in excluded)
+        base = max(int(items.max(initial=0)), int(items_BN.max(initial=0))) + 1
+        keys_BN = np.arange(len(items_BN))[:, None] * base + items_BN
+        struck_BN = np.isin(keys_BN, users * base + items) & (items_BN >= 0)
+        order_BN = np.argsort(struck_BN, axis=1, kind="stable")
+        items_BN = np.where(struck_BN, EMPTY, items_BN)
+        scores_BN = np.where(struck_BN, np.float32(NEG_INF), scores_BN)
+        return TopItems(
+            np.take_along_axis(items_BN, order_BN, 1), np.take_along_axis(scores_BN, order_BN, 1)
+        )
 
 
 def _as_lists(scores_BN: Tensor, items_BN: Tensor, top: int) -> TopItems:
-    items_BN = items_BN.masked_fill(scores_BN == NOTHING, EMPTY)
+    items_BN = items_BN.masked_fill(scores_BN == NEG_INF, EMPTY)
     missing = top - items_BN.shape[1]
     if missing > 0:
         items_BN = F.pad(items_BN, (0, missing), value=EMPTY)
-        scores_BN = F.pad(scores_BN, (0, missing), value=NOTHING)
+        scores_BN = F.pad(scores_BN, (0, missing), value=NEG_INF)
     return TopItems(items_BN.cpu().numpy().astype(np.int32), scores_BN.float().cpu().numpy())
-
-
-def _without(
-    items_BN: np.ndarray, scores_BN: np.ndarray, excluded: tuple[np.ndarray, np.ndarray] | None
-) -> TopItems:
-    """Finished lists, closed up where an excluded item stood."""
-    if excluded is None:
-        return TopItems(items_BN, scores_BN)
-    users, items = (np.asarray(column, np.int64) for column in excluded)
-    span = max(int(items.max(initial=0)), int(items_BN.max(initial=0))) + 1
-    keys_BN = np.arange(len(items_BN))[:, None] * span + items_BN
-    struck_BN = np.isin(keys_BN, users * span + items) & (items_BN >= 0)
-    order_BN = np.argsort(struck_BN, axis=1, kind="stable")
-    return TopItems(
-        np.take_along_axis(np.where(struck_BN, EMPTY, items_BN), order_BN, 1),
-        np.take_along_axis(np.where(struck_BN, np.float32(NOTHING), scores_BN), order_BN, 1),
-    )
-
-
-def _upper_left(rows: Tensor, width: int, values: Tensor) -> Tensor:
-    return values[rows, :width]
 
 
 def encode_by_length(model: GenRecForConditionalGeneration, encoder: EncoderInput) -> Tensor:
@@ -357,32 +365,23 @@ def encode_by_length(model: GenRecForConditionalGeneration, encoder: EncoderInpu
     for a long one."""
     lengths_B = encoder.attention_mask.sum(1)
     order = lengths_B.argsort(stable=True)
-    if len(order) <= USERS_ENCODED_AT_ONCE or int(lengths_B.min()) == encoder.input_ids.shape[1]:
+    lengths = lengths_B[order].tolist()
+    if len(order) <= USERS_ENCODED_AT_ONCE or lengths[0] == encoder.input_ids.shape[1]:
         return model.encode(encoder)
-    memory_BLD = None
-    for rows in _groups(order, lengths_B[order].tolist()):
-        width = int(lengths_B[rows[-1]])
-        group = encoder.map(partial(_upper_left, rows, width))
-        states_BLD = model.encode(group)
+    memory_BLD, first = None, 0
+    for end in range(1, len(order) + 1):
+        # A group ends where the next row is too long for it and it is large enough.
+        small = end - first < USERS_ENCODED_AT_ONCE
+        if end < len(order) and (small or lengths[end] <= LENGTHS_ENCODED_AT_ONCE * lengths[first]):
+            continue
+        rows, width = order[first:end], slice(lengths[end - 1])
+        states_BLD = model.encode(encoder.map(lambda values, at=(rows, width): values[at]))  # type: ignore[misc]
         if memory_BLD is None:
             memory_BLD = states_BLD.new_zeros(*encoder.input_ids.shape, states_BLD.shape[-1])
-        memory_BLD[rows, :width] = states_BLD
+        memory_BLD[rows, width] = states_BLD
+        first = end
     assert memory_BLD is not None
     return memory_BLD
-
-
-def _groups(order_B: Tensor, lengths: list[int]) -> list[Tensor]:
-    """Rows by ascending length, cut where the next one is too long for a group that is large
-    enough."""
-    groups, start = [], 0
-    for place, length in enumerate(lengths):
-        if (
-            place - start >= USERS_ENCODED_AT_ONCE
-            and length > LENGTHS_ENCODED_AT_ONCE * lengths[start]
-        ):
-            groups.append(order_B[start:place])
-            start = place
-    return [*groups, order_B[start:]]
 
 
 def in_static_shape(encoder: EncoderInput) -> EncoderInput:
@@ -392,11 +391,10 @@ def in_static_shape(encoder: EncoderInput) -> EncoderInput:
     more_users = (1 << (num_users - 1).bit_length()) - num_users
     more_tokens = -num_tokens % 32
 
-    def padded(rows: Tensor) -> Tensor:
+    def pad(rows: Tensor) -> Tensor:
         # Of [B, L] the last dimension are tokens, of [B, L, S] the one before.
         rows = F.pad(rows, (0, 0) * (rows.dim() - 2) + (0, more_tokens))
-        return (
-            torch.cat([rows, rows[-1:].expand(more_users, *rows.shape[1:])]) if more_users else rows
-        )
+        last = rows[-1:].expand(more_users, *rows.shape[1:])
+        return torch.cat([rows, last]) if more_users else rows
 
-    return encoder.map(padded)
+    return encoder.map(pad)

@@ -1,6 +1,6 @@
 """The trie of all items as token strings, in arrays."""
 
-# N items, M nodes
+# N items, M nodes, T tokens of the longest item
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class Trie:
 
     The children of node m are `first_child[m] .. first_child[m] + num_children[m] - 1`. An item
     ends at a node: the end of item (`</s>`) is a child like any other, kept in `end_item` because
-    there is at most one a node.
+    a node has at most one.
 
-    32 bytes a node and 8 an item, in memory and in a file: 40 MB for 10^6 codes of up to 7 digits
-    in BART's sub-words, which have 1.01 nodes an item."""
+    32 bytes per node and 8 per item, in memory and in a file: 40 MB for 10^6 codes of up to 7
+    digits in BART's sub-words, which have 1.01 nodes per item. `build_trie` has an example.
+    """
 
     token: np.ndarray
     """int32 [M], token on the edge into a node; -1 at the root."""
@@ -54,67 +55,70 @@ class Trie:
         """Sub-words of the longest item."""
         return len(self.level_offsets) - 2
 
-    def widest_fan(self, level: int) -> int:
-        """Most children of one node of a level."""
-        return int(
-            self.num_children[self.level_offsets[level] : self.level_offsets[level + 1]].max(
-                initial=0
-            )
-        )
-
     @property
     def num_bytes(self) -> int:
         return sum(array.nbytes for array in self.arrays().values())
 
+    def widest_fan(self, level: int) -> int:
+        """Most children of one node of a level."""
+        first, last = self.level_offsets[level : level + 2]
+        return int(self.num_children[first:last].max(initial=0))
+
     def arrays(self) -> dict[str, np.ndarray]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    def level_of(self, nodes: np.ndarray) -> np.ndarray:
+        """Level of each node, 0 for the root; -1 for node -1."""
+        return np.searchsorted(self.level_offsets, nodes, side="right") - 1
+
+    def item_paths(self) -> np.ndarray:
+        """int64 [N, T], the nodes of each item from below the root on; -1 after its last one."""
+        paths_NT = np.full((len(self.item_node), self.depth), -1)
+        node_N, level_N = self.item_node.copy(), self.level_of(self.item_node)
+        for level in range(self.depth, 0, -1):
+            deep = np.flatnonzero(level_N >= level)
+            paths_NT[deep, level - 1] = node_N[deep]
+            node_N[deep] = self.parent[node_N[deep]]
+        return paths_NT
+
 
 def build_trie(tokens: np.ndarray, offsets: np.ndarray) -> Trie:
-    """Trie of items given as ragged token arrays: tokens int32 [total], offsets int64 [N + 1].
+    """The trie of items given as ragged token arrays.
 
     Level by level: the distinct (parent, token) pairs of a level are its nodes, so nothing loops
-    over items. Raises ValueError if two items have the same tokens."""
+    over items.
+
+    Args:
+        tokens: int32 [total], the items' tokens one after another.
+        offsets: int64 [N + 1], item i has `tokens[offsets[i]:offsets[i + 1]]`.
+
+    Raises:
+        ValueError: Two items have the same tokens.
+    """
+    # Items 0: (5, 7), 1: (5,), 2: (5, 6), 3: (8,).
+    #   level 1: pairs (0, 5) (0, 5) (0, 5) (0, 8) -> nodes 1: (0, 5), 2: (0, 8)
+    #            node_of_item = [1, 1, 1, 2]; items 1 and 3 end here
+    #   level 2: pairs (1, 7) (1, 6) of items 0 and 2 -> nodes 3: (1, 6), 4: (1, 7)
+    #            node_of_item = [4, 1, 3, 2]
+    # token         = [-1,  5,  8,  6,  7]     parent        = [-1, 0, 0, 1, 1]
+    # end_item      = [-1,  1,  3,  2,  0]     level_offsets = [0, 1, 3, 5]
+    # num_children  = [ 2,  2,  0,  0,  0]     first_child   = [1, 3, 5, 5, 5]
     lengths = np.diff(offsets)
-    num_items = len(lengths)
-    node_of_item = np.zeros(num_items, np.int64)
-    node_tokens, parents, level_offsets = (
-        [np.array([-1], np.int64)],
-        [np.array([-1], np.int64)],
-        [0, 1],
-    )
-    span = int(tokens.max(initial=0)) + 1
+    node_of_item = np.zeros(len(lengths), np.int64)
+    node_tokens, parents, level_offsets = [np.array([-1])], [np.array([-1])], [0, 1]
+    base = int(tokens.max(initial=0)) + 1
     for level in range(int(lengths.max(initial=0))):
-        here = np.flatnonzero(lengths > level)
-        keys = node_of_item[here] * span + tokens[offsets[here] + level]
-        distinct, inverse = np.unique(keys, return_inverse=True)
-        node_of_item[here] = level_offsets[-1] + inverse
-        node_tokens.append(distinct % span)
-        parents.append(distinct // span)
+        longer = np.flatnonzero(lengths > level)
+        pairs = node_of_item[longer] * base + tokens[offsets[longer] + level]
+        distinct, inverse = np.unique(pairs, return_inverse=True)
+        node_of_item[longer] = level_offsets[-1] + inverse
+        node_tokens.append(distinct % base)
+        parents.append(distinct // base)
         level_offsets.append(level_offsets[-1] + len(distinct))
-    parent = np.concatenate(parents)
-    return Trie(
-        token=np.concatenate(node_tokens).astype(np.int32),
-        **_children(parent),
-        end_item=_end_items(node_of_item, len(parent)),
-        parent=parent,
-        item_node=node_of_item,
-        level_offsets=np.array(level_offsets),
-    )
 
-
-def _children(parent: np.ndarray) -> dict[str, np.ndarray]:
-    """`num_children` and `first_child` of nodes that lie in the order of their parents."""
-    num_children = np.bincount(parent[1:], minlength=len(parent))
-    return {
-        "num_children": num_children,
-        "first_child": 1 + np.concatenate([[0], np.cumsum(num_children)[:-1]]),
-    }
-
-
-def _end_items(node_of_item: np.ndarray, num_nodes: int) -> np.ndarray:
-    end_item = np.full(num_nodes, -1, np.int32)
-    items = np.arange(len(node_of_item), dtype=np.int32)
+    token, parent = np.concatenate(node_tokens).astype(np.int32), np.concatenate(parents)
+    end_item = np.full(len(parent), -1, np.int32)
+    items = np.arange(len(lengths), dtype=np.int32)
     end_item[node_of_item] = items
     clash = np.flatnonzero(end_item[node_of_item] != items)
     if len(clash):
@@ -123,51 +127,39 @@ def _end_items(node_of_item: np.ndarray, num_nodes: int) -> np.ndarray:
             f"item rows {clash[0]} and {other} (items.parquet) have the same sub-words: "
             "prepare with another numbering or choose another tokenizer"
         )
-    return end_item
+    return _with_children(token, parent, end_item, node_of_item, np.array(level_offsets))
 
 
-def one_way(trie: Trie) -> np.ndarray:
-    """bool [M], nodes from which one way leads on: a single child, or the end of an item and no
-    child."""
-    return trie.num_children + (trie.end_item >= 0) == 1
-
-
-def certain_tokens(trie: Trie) -> tuple[np.ndarray, np.ndarray]:
-    """(bool [total], bool [N]): which tokens of the items, one after another by row, and which ends
-    stand alone at their node.
-
-    No item may be left out of the trie.
-    """
-    alone_M = one_way(trie)
-    depth_N = np.searchsorted(trie.level_offsets, trie.item_node, side="right") - 1
-    offsets = np.concatenate([[0], np.cumsum(depth_N)])
-    certain = np.empty(offsets[-1], bool)
-    node_N = trie.item_node
-    for level in range(trie.depth - 1, -1, -1):
-        here = depth_N > level
-        node_N = np.where(here, trie.parent[node_N], node_N)
-        certain[offsets[:-1][here] + level] = alone_M[node_N[here]]
-    return certain, alone_M[trie.item_node]
-
-
-def nodes_in(whole: Trie, part: Trie) -> np.ndarray:
-    """int64 [M of part], where the nodes of what `restrict` left stand in the trie it was taken
-    of."""
-    nodes = np.zeros(part.num_nodes, np.int64)
-    kept = np.flatnonzero(part.item_node >= 0)
-    nodes[part.item_node[kept]] = whole.item_node[kept]
-    for level in range(part.depth, 0, -1):
-        here = slice(part.level_offsets[level], part.level_offsets[level + 1])
-        nodes[part.parent[here]] = whole.parent[nodes[here]]
-    return nodes
+def _with_children(
+    token: np.ndarray,
+    parent: np.ndarray,
+    end_item: np.ndarray,
+    item_node: np.ndarray,
+    level_offsets: np.ndarray,
+) -> Trie:
+    """The trie of nodes that are in the order of their parents."""
+    num_children = np.bincount(parent[1:], minlength=len(parent))
+    return Trie(
+        token=token,
+        first_child=1 + np.concatenate([[0], np.cumsum(num_children)[:-1]]),
+        num_children=num_children,
+        end_item=end_item,
+        parent=parent,
+        item_node=item_node,
+        level_offsets=level_offsets,
+    )
 
 
 def restrict(trie: Trie, keep_rows: np.ndarray) -> Trie:
-    """The trie of these items alone (item rows, int [n], repeats are fine); rows keep their
-    numbers.
+    """The trie of some of its items alone; rows keep their numbers.
 
-    Rows that the trie leaves out already stay out. Raises ValueError for a row outside the
-    catalogue, or if no item is left."""
+    Args:
+        trie: The whole; rows that it leaves out already stay out.
+        keep_rows: int [n] item rows, repeats are fine.
+
+    Raises:
+        ValueError: A row is outside the catalogue, or no item is left.
+    """
     keep_rows = np.asarray(keep_rows, np.int64)
     num_items = len(trie.item_node)
     outside = keep_rows[(keep_rows < 0) | (keep_rows >= num_items)]
@@ -179,25 +171,108 @@ def restrict(trie: Trie, keep_rows: np.ndarray) -> Trie:
         raise ValueError("no item is left to list: allow more items or block fewer")
     ends = np.zeros(trie.num_nodes, bool)
     ends[kept_nodes] = True
-    alive = ends.copy()
-    alive[0] = True
+    kept = ends.copy()
+    kept[0] = True
     for level in range(trie.depth, 0, -1):
         nodes = slice(trie.level_offsets[level], trie.level_offsets[level + 1])
-        alive[trie.parent[nodes][alive[nodes]]] = True
+        kept[trie.parent[nodes][kept[nodes]]] = True
     # Nodes below which nothing is left go, the others close up in their order.
-    before = np.concatenate([[0], np.cumsum(alive)])
-    parent = np.concatenate([[-1], before[trie.parent[alive][1:]]])
-    level_offsets = before[trie.level_offsets]
-    end_item = np.where(ends, trie.end_item, -1)[alive].astype(np.int32)
+    number = np.concatenate([[0], np.cumsum(kept)])  # of a kept node: how many are before it
+    end_item = np.where(ends, trie.end_item, -1)[kept].astype(np.int32)
     item_node = np.full(num_items, -1)
     item_node[end_item[end_item >= 0]] = np.flatnonzero(end_item >= 0)
-    return Trie(
-        token=trie.token[alive],
-        **_children(parent),
-        end_item=end_item,
-        parent=parent,
-        item_node=item_node,
-        level_offsets=level_offsets[: 2 + int(np.flatnonzero(np.diff(level_offsets))[-1])],
+    parent = np.concatenate([[-1], number[trie.parent[kept][1:]]])
+    level_offsets = number[trie.level_offsets]
+    num_levels = 1 + int(np.flatnonzero(np.diff(level_offsets))[-1])
+    return _with_children(
+        trie.token[kept], parent, end_item, item_node, level_offsets[: num_levels + 1]
+    )
+
+
+def forced_nodes(trie: Trie) -> np.ndarray:
+    """bool [M], nodes with one continuation: a single child, or the end of an item and no child."""
+    return trie.num_children + (trie.end_item >= 0) == 1
+
+
+def forced_tokens(trie: Trie) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens of the items are the only continuation in the trie, and which ends are.
+
+    Args:
+        trie: No item may be left out of it.
+
+    Returns:
+        (bool [total], one item's tokens after another's by row; bool [N], of `</s>`)
+    """
+    forced_M, paths_NT = forced_nodes(trie), trie.item_paths()
+    return forced_M[trie.parent[paths_NT[paths_NT >= 0]]], forced_M[trie.item_node]
+
+
+def nodes_in_whole(whole: Trie, part: Trie) -> np.ndarray:
+    """int64 [M of part], the numbers that the nodes of `restrict(whole, ...)` have in `whole`."""
+    nodes = np.zeros(part.num_nodes, np.int64)
+    paths_NT = part.item_paths()
+    nodes[paths_NT[paths_NT >= 0]] = whole.item_paths()[:, : part.depth][paths_NT >= 0]
+    return nodes
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What excluding items takes from the tries of a batch of users: pairs (user, node), ascending,
+    each once.
+
+    Pairs and not a table of users times nodes: a user loses some dozens of nodes, a catalogue has
+    millions.
+    """
+
+    end_users: np.ndarray
+    """int64 [E], users of the excluded ends."""
+    end_nodes: np.ndarray
+    """int64 [E], nodes whose item is excluded."""
+    pruned_users: np.ndarray
+    """int64 [X], users of the pruned nodes."""
+    pruned_nodes: np.ndarray
+    """int64 [X], nodes below which no item is left, so that no beam goes into an empty branch."""
+
+
+def prune_items(trie: Trie, users: np.ndarray, items: np.ndarray) -> Pruned:
+    """Which ends and nodes of the trie each user loses with their excluded items.
+
+    Leaves first, then upwards: a node is pruned when its own item is excluded or absent and all of
+    its children are pruned.
+
+    Args:
+        trie: Items that it leaves out may be excluded, too.
+        users: int64 [P], index of a user in the batch.
+        items: int [P], row of an item that this user must not be listed; repeats are fine.
+    """
+    # In the trie of `build_trie`'s example user 0 excludes items 0 and 2, user 1 item 1; a pair
+    # (user, node) is the number 5 user + node.
+    #   ends     = (0, 3) (0, 4) (1, 1) = [3, 4, 6]
+    #   level 2: 3 and 4 are leaves: pruned; their parent (0, 1) has lost 2 of 2 children
+    #   level 1: (0, 1) has no child left but its item 1 stays; (1, 1) keeps its children: none
+    #   pruned   = (0, 3) (0, 4)
+    num_nodes = trie.num_nodes
+    nodes = trie.item_node[items]
+    ends = np.unique((np.asarray(users, np.int64) * num_nodes + nodes)[nodes >= 0])
+    level_of_ends = trie.level_of(ends % num_nodes)
+    pruned = [np.empty(0, np.int64)]
+    childless = np.empty(0, np.int64)  # pairs of this level whose children are all pruned
+    for level in range(trie.depth, 0, -1):
+        closed = ends[level_of_ends == level]
+        leaves = closed[trie.num_children[closed % num_nodes] == 0]
+        endless = childless[trie.end_item[childless % num_nodes] < 0]
+        both = np.intersect1d(childless, closed, assume_unique=True)
+        pruned.append(np.concatenate([leaves, endless, both]))
+        users, nodes = np.divmod(pruned[-1], num_nodes)
+        parents, counts = np.unique(users * num_nodes + trie.parent[nodes], return_counts=True)
+        childless = parents[counts == trie.num_children[parents % num_nodes]]
+    end_users, end_nodes = np.divmod(ends, num_nodes)
+    pruned_users, pruned_nodes = np.divmod(np.sort(np.concatenate(pruned)), num_nodes)
+    return Pruned(
+        end_users=end_users,
+        end_nodes=end_nodes,
+        pruned_users=pruned_users,
+        pruned_nodes=pruned_nodes,
     )
 
 
@@ -210,8 +285,14 @@ def hash_of_words(tokens: np.ndarray, offsets: np.ndarray) -> str:
 
 
 def save_trie(trie: Trie, path: str | Path, *, numbering_hash: str, words_hash: str) -> None:
-    """Write the trie as safetensors, whole or not at all, bound to the numbering and to the words
-    (`hash_of_words`)."""
+    """Write the trie as safetensors, whole or not at all.
+
+    Args:
+        trie: What to write.
+        path: The file.
+        numbering_hash: Of the data's numbering.
+        words_hash: `hash_of_words` of the items; `load_trie` refuses the file for others.
+    """
     arrays = {name: np.ascontiguousarray(array) for name, array in trie.arrays().items()}
     metadata = {
         "format_version": FORMAT_VERSION,
@@ -224,31 +305,32 @@ def save_trie(trie: Trie, path: str | Path, *, numbering_hash: str, words_hash: 
 
 
 def load_trie(path: str | Path, *, numbering_hash: str, words_hash: str) -> Trie:
-    """What `save_trie` wrote. Raises ValueError naming the file if it is damaged or belongs to
-    another numbering or words."""
+    """What `save_trie` wrote.
+
+    Raises:
+        ValueError: Naming the file if it is damaged or belongs to another numbering or words.
+    """
+
+    def refuse(reason: str) -> ValueError:
+        return ValueError(f"{path}: {reason}: delete it, it is rebuilt from the catalogue")
+
     try:
         with safe_open(path, "np") as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise _unfit(path, f"not readable ({error})") from None
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise _unfit(
-            path, f"format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}"
-        )
+        raise refuse(f"not readable ({error})") from None
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise refuse(f"format {version}, this version reads {FORMAT_VERSION}")
     for key, expected in (("numbering_hash", numbering_hash), ("words_hash", words_hash)):
         found = metadata.get(key, "")
         if found != expected:
-            raise _unfit(path, f"its {key} is {found[:12]!r}, the model's {expected[:12]!r}")
-    if set(arrays) != {field.name for field in fields(Trie)} or _hash_of_arrays(
-        arrays
-    ) != metadata.get("arrays_hash"):
-        raise _unfit(path, "damaged (its arrays are not those that were written)")
+            raise refuse(f"its {key} is {found[:12]!r}, the model's {expected[:12]!r}")
+    names = {field.name for field in fields(Trie)}
+    if set(arrays) != names or _hash_of_arrays(arrays) != metadata.get("arrays_hash"):
+        raise refuse("damaged (its arrays are not those that were written)")
     return Trie(**arrays)
-
-
-def _unfit(path: str | Path, reason: str) -> ValueError:
-    return ValueError(f"{path}: {reason}: delete it, it is rebuilt from the catalogue")
 
 
 def _hash_of_arrays(arrays: dict[str, np.ndarray]) -> str:
@@ -260,49 +342,3 @@ def _hash_of_arrays(arrays: dict[str, np.ndarray]) -> str:
         digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
         digest.update(array.data)
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What excluding items takes from the tries of a batch of users: pairs (user, node), ascending,
-    each once.
-
-    Pairs and not a table of users times nodes: a user loses some dozens of nodes, a catalogue has
-    millions."""
-
-    end_users: np.ndarray
-    """int64 [E], users of the closed ends."""
-    end_nodes: np.ndarray
-    """int64 [E], nodes whose item is excluded."""
-    dead_users: np.ndarray
-    """int64 [X], users of the dead nodes."""
-    dead_nodes: np.ndarray
-    """int64 [X], nodes below which no item is left, so that a beam never walks into an empty
-    branch."""
-
-
-def pruned(trie: Trie, user_index: np.ndarray, items: np.ndarray) -> Pruned:
-    """Exclude the pairs (user_index int64 [P], items int [P]); repeats are fine, and so are items
-    that the trie leaves out.
-
-    Leaves first, then upwards: a node dies when its own item is excluded or absent and all of its
-    children are dead."""
-    num_nodes = trie.num_nodes
-    nodes = trie.item_node[items]
-    ends = np.unique((np.asarray(user_index, np.int64) * num_nodes + nodes)[nodes >= 0])
-    level_of_ends = np.searchsorted(trie.level_offsets, ends % num_nodes, side="right") - 1
-    dead_of_levels = []
-    childless = np.empty(0, np.int64)  # pairs of this level whose children are all dead
-    for level in range(trie.depth, 0, -1):
-        closed = ends[level_of_ends == level]
-        leaves = closed[trie.num_children[closed % num_nodes] == 0]
-        endless = childless[trie.end_item[childless % num_nodes] < 0]
-        dead = np.concatenate(
-            [leaves, endless, np.intersect1d(childless, closed, assume_unique=True)]
-        )
-        dead_of_levels.append(dead)
-        users, nodes = np.divmod(dead, num_nodes)
-        parents, lost = np.unique(users * num_nodes + trie.parent[nodes], return_counts=True)
-        childless = parents[lost == trie.num_children[parents % num_nodes]]
-    dead = np.sort(np.concatenate([np.empty(0, np.int64), *dead_of_levels]))
-    return Pruned(*np.divmod(ends, num_nodes), *np.divmod(dead, num_nodes))

@@ -31,7 +31,7 @@ class Mixture:
     """score = log p + item_weight log p_item + graph_weight log((1 - epsilon) share + epsilon / N)
 
     log p: of GenRec's decoder; of SASRec's softmax in its control. p_item: the item head's, where
-    there is one. share: the item's part in the kNN scores of the history (`Graph.shares`). N: size
+    there is one. share: the item's part of the kNN scores (`Graph.probabilities`). N: size
     of the catalogue."""
 
     item_weight: float = 1.0

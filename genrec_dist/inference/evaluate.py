@@ -23,7 +23,7 @@ from genrec_dist.inference.load import LoadedRun, check_numbering, check_split
 from genrec_dist.inference.rank_users import WINDOW, Decoding, Window, rank_windows
 
 SYSTEMS = {"items": "genrec, item head", "hybrid": "genrec, hybrid"}
-"""What systems are called that are not ranked by the decoder alone."""
+"""Names of systems that are not ranked by the decoder alone."""
 
 
 def evaluate(
@@ -39,38 +39,54 @@ def evaluate(
     window: int = WINDOW,
     out_dir: Path | None = None,
 ) -> dict[str, Any] | None:
-    """Decode, score and write `metrics-SPLIT.json` and `topN-SPLIT.parquet` into the run directory
-    or `out_dir`, window by window: the lists of each user who has a target in the split, once.
-    Collective.
+    """Decode each user who has a target in the split once, score the lists, and write
+    `metrics-SPLIT.json` and `topN-SPLIT.parquet`. Collective.
 
-    Returns the metrics on rank 0, None elsewhere. Raises ValueError if the run speaks another
-    numbering; an error of one rank on all of them, and then nothing is written."""
+    Args:
+        run: The model, of `load_run`.
+        dataset: The data directory it was trained on.
+        split: Which items are the targets.
+        decoding: How lists are made; `top` is at least 20.
+        trained_through: The last item of each user that training saw, for the protocol and for the
+            graph and the baselines beside the result.
+        recipe: The run's recipe, for the metrics file.
+        ranks: Who shares the work; None: this process alone.
+        on_batch: Called with how many users have been decoded since the last call.
+        window: Users whose lists rank 0 holds at a time.
+        out_dir: Where to write; None: the run directory.
+
+    Returns:
+        The metrics on rank 0, None elsewhere.
+
+    Raises:
+        ValueError: The run has another numbering or split, lists are too short for the metrics, or
+            ranks were started differently. An error of one rank is raised on all of them, and then
+            nothing is written.
+    """
     ranks = ranks or Ranks()
     view = dataset.sequences.history_and_target(split)
-    users_U = view.users
+    hybrid = decoding.mode == "hybrid"
     protocol = Protocol.of(
         dataset,
         trained_through=trained_through,
         exclude_history=decoding.exclude_history,
         beam=decoding.beam,
         decode=decoding.mode,
-        item_weight=decoding.item_weight
-        if decoding.mode == "hybrid" and run.model.config.item_loss
-        else None,
-        graph=decoding.mixture.of_graph if decoding.mode == "hybrid" else None,
+        item_weight=decoding.item_weight if hybrid and run.model.config.item_loss else None,
+        graph=decoding.mixture.of_graph if hybrid else None,
     )
     graph = None
     if protocol.graph is not None:
         graph = Graph.of(dataset.sequences, split, trained_through, decoding.graph)
+    started_with = ranks.all_gather_str(f"{dataset.info.sequences_hash} {decoding}")
 
-    alike = ranks.all_gather_str(f"{dataset.info.sequences_hash} {decoding}")
-
-    def opened() -> ResultsWriter | None:
+    def open_writer() -> ResultsWriter | None:
         check_numbering(run, dataset)
         check_split(run, dataset)
-        if alike[ranks.rank] != alike[0]:
+        if started_with[ranks.rank] != started_with[0]:
             raise ValueError(
-                "not the data or the options of rank 0: start all ranks with one command and equal data"
+                "not the data or the options of rank 0: "
+                "start all ranks with one command and equal data"
             )
         if not ranks.is_main:
             return None
@@ -85,23 +101,26 @@ def evaluate(
         )
         return files.enter_context(writer)
 
-    def add(found: Window) -> None:
+    def write_window(found: Window) -> None:
         if writer is not None:
             writer.add(found.user_rows, found.items, found.scores)
 
     with contextlib.ExitStack() as files:
-        writer = ranks.run_on_all(opened)
+        writer = ranks.run_on_all(open_writer)
         start = time.perf_counter()
-        for found in rank_windows(
-            run.searcher, run.layout, view, users_U, decoding, ranks, on_batch, window=window, graph=graph
-        ):  # fmt: skip
-            ranks.run_on_all(partial(add, found))
+        windows = rank_windows(
+            run.searcher, run.layout, view, view.users, decoding, ranks, on_batch,
+            window=window, graph=graph,
+        )  # fmt: skip
+        for found in windows:
+            ranks.run_on_all(partial(write_window, found))
         seconds = time.perf_counter() - start
 
-        def finish() -> dict[str, Any] | None:
+        def finish_writer() -> dict[str, Any] | None:
             if writer is None:
                 return None
-            beside = reference_scores(dataset, split, protocol, writer.expected)
-            return writer.finish(seconds, beside)
+            return writer.finish(
+                seconds, reference_scores(dataset, split, protocol, writer.expected)
+            )
 
-        return ranks.run_on_all(finish)
+        return ranks.run_on_all(finish_writer)

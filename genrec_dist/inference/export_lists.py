@@ -8,7 +8,6 @@ import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -36,13 +35,29 @@ def recommend_all(
     on_batch: Callable[[int], None] | None = None,
     window: int = WINDOW,
 ) -> Path | None:
-    """Lists for all users after their whole sequences: `OUT/topN.parquet` (user, items, scores), in
-    row order. Collective.
+    """Write `OUT/topN.parquet` (user, items, scores): lists for all users after their whole
+    sequences, in row order. Collective.
 
     The bytes do not depend on the number of ranks; rank 0 holds the lists of one window of users at
-    a time. Returns the file's path on rank 0, None elsewhere. Raises ValueError if the run speaks
-    another numbering; an error of one rank on all of them, and then nothing is written. `on_batch`
-    hears how many users have been decoded since."""
+    a time.
+
+    Args:
+        recommender: The run and its options.
+        dataset: The data directory.
+        out: Directory of the file.
+        top: Length of the lists.
+        batch_size: Users decoded at once.
+        ranks: Who shares the work; None: this process alone.
+        on_batch: Called with how many users have been decoded since the last call.
+        window: Users of a row group.
+
+    Returns:
+        The file's path on rank 0, None elsewhere.
+
+    Raises:
+        ValueError: The run has another numbering. An error of one rank is raised on all of them,
+            and then nothing is written.
+    """
     ranks = ranks or Ranks()
     sequences = dataset.sequences
     path = Path(out) / f"top{top}.parquet"
@@ -58,102 +73,74 @@ def recommend_all(
         batch_size=batch_size,
     )
 
-    def opened() -> ListsFile | None:
+    def open_file() -> ListsFile | None:
         check_numbering(recommender.run, dataset)
-        return (
-            files.enter_context(ListsFile(path, sequences.user_ids, recommender))
-            if ranks.is_main
-            else None
-        )
-
-    def add(found: Window) -> None:
-        if lists is not None:
-            lists.add(found)
+        return ListsFile(files, path, sequences.user_ids, recommender) if ranks.is_main else None
 
     with contextlib.ExitStack() as files:
-        lists = ranks.run_on_all(opened)
-        users_U, searcher, layout = (
-            np.arange(sequences.num_users),
-            recommender.searcher,
-            recommender.run.layout,
-        )
-        for found in rank_windows(
-            searcher, layout, view, users_U, decoding, ranks, on_batch, window=window
-        ):
-            ranks.run_on_all(partial(add, found))
-        ranks.run_on_all(lambda: None if lists is None else lists.finish())
+        lists = ranks.run_on_all(open_file)
+        windows = rank_windows(
+            recommender.searcher, recommender.run.layout, view, np.arange(sequences.num_users),
+            decoding, ranks, on_batch, window=window,
+        )  # fmt: skip
+        for found in windows:
+            ranks.run_on_all(partial(lists.add, found) if lists else lambda: None)
+        ranks.run_on_all(lists.finish if lists else lambda: None)
     return path if ranks.is_main else None
 
 
 class ListsFile:
-    """Takes lists of users in row order, a row group a window, and leaves a Parquet file of all of
-    them, or nothing."""
+    """Takes lists of users in row order, a row group per window, and leaves a Parquet file of all
+    of them, or nothing."""
 
-    def __init__(self, path: Path, user_ids: list[str], recommender: Recommender):
-        self.path, self.user_ids = path, user_ids
-        self.choice, self.mode = recommender.choice, recommender.mode
-        self._item_ids = pa.array(recommender.run.catalogue.item_ids, pa.string())
-        self._seen = 0
-        self._files = contextlib.ExitStack()
-
-    @property
-    def schema(self) -> pa.Schema:
-        fields = [
+    def __init__(
+        self,
+        files: contextlib.ExitStack,
+        path: Path,
+        user_ids: list[str],
+        recommender: Recommender,
+    ):
+        """Open a temporary file in `files`, which removes it unless `finish` was called."""
+        self.files, self.user_ids, self.num_written = files, user_ids, 0
+        self.item_filter, self.mode = recommender.item_filter, recommender.mode
+        self.item_ids = pa.array(recommender.run.catalogue.item_ids, pa.string())
+        columns = [
             ("user", pa.string()),
             ("items", pa.list_(pa.string())),
             ("scores", pa.list_(pa.float32())),
         ]
-        counts = (
-            [("invalid", pa.int32()), ("duplicates", pa.int32())] if self.mode == "free" else []
-        )
-        return pa.schema(fields + counts)
-
-    def __enter__(self) -> ListsFile:
-        temporary = self._files.enter_context(atomic_file(self.path))
-        self._writer = self._files.enter_context(
+        if self.mode == "free":
+            columns += [("invalid", pa.int32()), ("duplicates", pa.int32())]
+        self.schema = pa.schema(columns)
+        temporary = files.enter_context(atomic_file(path))
+        self.writer = files.enter_context(
             pq.ParquetWriter(temporary, self.schema, compression="zstd")
         )
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        # After `finish` there is nothing left to undo.
-        error = error or RuntimeError(f"{self.path}: left after {self._seen} users")
-        self._files.__exit__(type(error), error, error.__traceback__)
 
     def add(self, found: Window) -> None:
-        """Raises RuntimeError for users other than the next ones."""
-        next_U = np.arange(self._seen, min(self._seen + len(found.user_rows), len(self.user_ids)))
-        if not np.array_equal(found.user_rows, next_U):
+        """Write a row group. Raises RuntimeError for users other than the next ones."""
+        last = min(self.num_written + len(found.user_rows), len(self.user_ids))
+        if not np.array_equal(found.user_rows, np.arange(self.num_written, last)):
             raise RuntimeError(
-                f"after {self._seen} of {len(self.user_ids)} users come others than the next ones"
+                f"after {self.num_written} of {len(self.user_ids)} users come others than the "
+                "next ones"
             )
-        self._writer.write_table(self._table(found))
-        self._seen += len(next_U)
+        shown = Shown.of(TopItems(found.items, found.scores), self.item_filter, self.mode)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(shown.keep_BN.sum(1))]), pa.int32())
+        items = self.item_ids.take(pa.array(found.items[shown.keep_BN]))
+        scores = pa.array(found.scores[shown.keep_BN], pa.float32())
+        columns = [
+            pa.array([self.user_ids[row] for row in found.user_rows], pa.string()),
+            pa.ListArray.from_arrays(offsets, items),
+            pa.ListArray.from_arrays(offsets, scores),
+        ]
+        if shown.invalid_B is not None:
+            columns += [pa.array(c, pa.int32()) for c in (shown.invalid_B, shown.duplicates_B)]
+        self.writer.write_table(pa.table(columns, schema=self.schema))
+        self.num_written = last
 
     def finish(self) -> None:
         """Give the file its name. Raises RuntimeError if a user has no list."""
-        if self._seen != len(self.user_ids):
-            raise RuntimeError(f"{self._seen} of {len(self.user_ids)} users have a list")
-        self._files.close()
-
-    def _table(self, found: Window) -> pa.Table:
-        shown = Shown.of(TopItems(found.items, found.scores), self.choice, self.mode)
-        offsets = pa.array(np.concatenate([[0], np.cumsum(shown.keep_BN.sum(1))]), pa.int32())
-        columns = [
-            pa.array([self.user_ids[row] for row in found.user_rows], pa.string()),
-            pa.ListArray.from_arrays(
-                offsets, self._item_ids.take(pa.array(found.items[shown.keep_BN]))
-            ),
-            pa.ListArray.from_arrays(offsets, pa.array(found.scores[shown.keep_BN], pa.float32())),
-        ]
-        if shown.invalid_B is not None:
-            columns += [
-                pa.array(shown.invalid_B, pa.int32()),
-                pa.array(shown.duplicates_B, pa.int32()),
-            ]
-        return pa.table(columns, schema=self.schema)
+        if self.num_written != len(self.user_ids):
+            raise RuntimeError(f"{self.num_written} of {len(self.user_ids)} users have a list")
+        self.files.pop_all().close()

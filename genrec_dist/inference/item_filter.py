@@ -14,7 +14,7 @@ from genrec_dist.inference.load import Catalogue
 
 
 @dataclass(frozen=True)
-class Choice:
+class ItemFilter:
     allowed_I: np.ndarray
     """bool, by item row."""
     unknown_allow: list[str]
@@ -32,28 +32,35 @@ class Choice:
         return bool(self.allowed_I.all())
 
 
-def choose_items(
+def filter_items(
     catalogue: Catalogue, allow: Iterable[str] | None = None, block: Iterable[str] | None = None
-) -> Choice:
-    """The items of `allow` (None: all of them) without those of `block`. Raises ValueError if that
-    leaves none."""
-    allow_rows, unknown_allow = rows_of(catalogue, () if allow is None else allow)
-    block_rows, unknown_block = rows_of(catalogue, () if block is None else block)
+) -> ItemFilter:
+    """The items of `allow` (None: all of them) without those of `block`.
+
+    Raises:
+        ValueError: That leaves none.
+    """
+    allow_rows, unknown_allow = find_rows(catalogue, () if allow is None else allow)
+    block_rows, unknown_block = find_rows(catalogue, () if block is None else block)
     allowed_I = np.full(len(catalogue.item_ids), allow is None)
     allowed_I[allow_rows] = True
     allowed_I[block_rows] = False
     if not allowed_I.any():
-        asked = "all items" if allow is None else f"{len(allow_rows):,} known ids"
+        requested = "all items" if allow is None else f"{len(allow_rows):,} known ids"
         unknown = f" ({name_some(unknown_allow)}: not in the catalogue)" if unknown_allow else ""
         raise ValueError(
-            f"no item is left to list: {asked} allowed{unknown}, {len(block_rows):,} blocked; allow more or block fewer"
+            f"no item is left to list: {requested} allowed{unknown}, {len(block_rows):,} blocked; "
+            "allow more or block fewer"
         )
-    return Choice(allowed_I, unknown_allow, unknown_block)
+    return ItemFilter(allowed_I, unknown_allow, unknown_block)
 
 
-def rows_of(catalogue: Catalogue, ids: Iterable[str]) -> tuple[np.ndarray, list[str]]:
-    """(int32 rows of the ids that the catalogue has, the others), in order. Raises ValueError for
-    what is no list of ids."""
+def find_rows(catalogue: Catalogue, ids: Iterable[str]) -> tuple[np.ndarray, list[str]]:
+    """(int32 rows of the ids that the catalogue has, the other ids), in order.
+
+    Raises:
+        ValueError: What is no list of ids.
+    """
     if isinstance(ids, str) or not isinstance(ids, Iterable):
         raise ValueError(f"{ids!r} is not a list of ids: write ids as a list of strings")
     known, unknown = [], []
@@ -73,19 +80,30 @@ def name_some(ids: Sequence[str], most: int = 3) -> str:
     return ", ".join(ids[:most]) + (f" and {len(ids) - most:,} more" if len(ids) > most else "")
 
 
-def read_ids(path: str | Path) -> list[str]:
-    """One id a line, blank lines and the spaces around an id left out. Raises ValueError naming the
-    file."""
+def read_text(path: str | Path, content: str) -> str:
+    """The text of a UTF-8 file of `content`, as which the message names what to give.
+
+    Raises:
+        ValueError: Naming the file.
+    """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file: check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path}: cannot be read as text ({error}): give one item id a line in UTF-8"
+            f"{path}: cannot be read as text ({error}): give {content} in UTF-8"
         ) from None
-    ids = [line.strip() for line in text.split("\n")]
-    ids = [id_ for id_ in ids if id_]
+
+
+def read_ids(path: str | Path) -> list[str]:
+    """One id per line, without blank lines and the spaces around an id.
+
+    Raises:
+        ValueError: Naming the file if it has no id or is no text.
+    """
+    lines = read_text(path, "one item id a line").split("\n")
+    ids = [line.strip() for line in lines if line.strip()]
     if not ids:
         raise ValueError(f"{path}: no id in it: give one item id a line")
     return ids

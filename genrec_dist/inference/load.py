@@ -27,9 +27,8 @@ from genrec_dist.data.word_table import (
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import (
     TRIE_FILE,
-    Trie,
     build_trie,
-    certain_tokens,
+    forced_tokens,
     hash_of_words,
     load_trie,
 )
@@ -66,7 +65,23 @@ class LoadedRun:
 
 
 def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
-    """The encoder's input as this model was built to read it."""
+    """The encoder's input as this model was built to read it.
+
+    Raises:
+        ValueError: Forced tokens are given and there is one item, of which nothing can be learned.
+    """
+    certain = None
+    if config.certain_tokens == "given":
+        if words.num_items < 2:
+            raise ValueError(
+                "tokens.forced given: a catalogue of one item leaves nothing to learn: "
+                "set it to learned"
+            )
+        tokens, ends = np.zeros(len(words.tokens), bool), np.zeros(len(words.lengths), bool)
+        items = slice(words.first_item_word, words.first_user_word)
+        first, last = words.offsets[items.start], words.offsets[items.stop]
+        tokens[first:last], ends[items] = forced_tokens(build_trie(*words.tokens_of_items()))
+        certain = Certain(tokens, ends)
     return Layout(
         words=words,
         pad_token=config.pad_token_id,
@@ -75,113 +90,101 @@ def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
         positions=config.encoder_positions,  # type: ignore[arg-type]
         unit=config.encoder_unit,  # type: ignore[arg-type]
         causal=config.encoder_attention == "causal",
-        certain=_certain(words) if config.certain_tokens == "given" else None,
+        certain=certain,
     )
 
 
-def _certain(words: WordTable) -> Certain:
-    """Raises ValueError for a catalogue of one item, about which there is nothing to learn."""
-    if words.num_items < 2:
-        raise ValueError(
-            "tokens.forced given: a catalogue of one item leaves nothing to learn: set it to learned"
-        )
-    tokens, ends = np.zeros(len(words.tokens), bool), np.zeros(len(words.lengths), bool)
-    items = slice(words.first_item_word, words.first_user_word)
-    first, last = words.offsets[items.start], words.offsets[items.stop]
-    tokens[first:last], ends[items] = certain_tokens(build_trie(*words.tokens_of_items()))
-    return Certain(tokens, ends)
-
-
 def make_searcher(
-    model: GenRecForConditionalGeneration,
-    words: WordTable,
-    device: torch.device | str,
-    *,
-    items: np.ndarray | None = None,
-    texts: ItemTexts | None = None,
+    model: GenRecForConditionalGeneration, words: WordTable, device: torch.device | str
 ) -> TrieSearcher:
-    """A searcher over all items, or over these rows alone; `texts` for mode `free`. Raises
-    ValueError if no item is left or a row is no item's."""
-    trie = build_trie(*words.tokens_of_items())
-    searcher = TrieSearcher(model, trie, device, texts=texts)
-    return searcher if items is None else searcher.among(items)
+    """A searcher over all items, for all modes but `free`."""
+    return TrieSearcher(model, build_trie(*words.tokens_of_items()), device)
 
 
 def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
-    """Load `best/` of a run directory for decoding. Raises ValueError naming what is missing,
-    damaged or of another numbering."""
+    """Load `best/` of a run directory for decoding.
+
+    Raises:
+        ValueError: Naming what is missing, damaged or of another numbering.
+    """
     path = Path(run)
     if not (path / "best" / "config.json").is_file():
-        raise ValueError(f"{path}: no best/ in it: {_state_of(path)}")
+        try:
+            status = json.loads((path / "status.json").read_text(encoding="utf-8"))["status"]
+        except (OSError, ValueError, KeyError):
+            reason = "is it a directory of `genrec train`?"
+        else:
+            reason = (
+                f"the run's status is {status!r}; it has not finished an epoch of finetuning yet"
+            )
+        raise ValueError(f"{path}: no best/ in it: {reason}")
     return replace(load_model(path / "best", device), path=path)
 
 
 def load_model(best: Path, device: torch.device | str = "cpu") -> LoadedRun:
-    """Load `best/` itself, or a copy of it; its own path stands for the run's. Raises ValueError as
-    `load_run`."""
+    """Load `best/` itself, or a copy of it; its own path is the run's.
+
+    Raises:
+        ValueError: As `load_run`.
+    """
     logging.disable_progress_bar()  # of transformers: a bar for a file that loads in a second
     try:
-        model = (
-            GenRecForConditionalGeneration.from_pretrained(best, dtype=torch.float32)
-            .to(device)
-            .eval()
-        )
+        model = GenRecForConditionalGeneration.from_pretrained(best, dtype=torch.float32)
+        model = model.to(device).eval()
         tokenizer = PreTrainedTokenizerFast.from_pretrained(best)
-        catalogue = _read_catalogue(best)
+        items, users = (
+            pq.read_table(best / name, columns=["id", "code"]).to_pydict()
+            for name in ("items.parquet", "users.parquet")
+        )
     except Exception as error:  # four libraries, each with errors of its own
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
             f"{best}: damaged or incomplete ({reason}): copy it again, or train again"
         ) from None
-    words = build_words(
-        tokenizer, catalogue.item_codes, catalogue.user_codes, model.config.num_masks
+    catalogue = Catalogue(
+        item_ids=items["id"],
+        item_codes=items["code"],
+        user_ids=users["id"],
+        user_codes=users["code"],
     )
-    if model.config.spoken_tokens:
-        vocabulary = load_vocabulary(best / VOCABULARY_FILE, model.config.vocabulary_hash)
+    config = model.config
+    words = build_words(tokenizer, items["code"], users["code"], config.num_masks)
+    if config.spoken_tokens:
+        vocabulary = load_vocabulary(best / VOCABULARY_FILE, config.vocabulary_hash)
         words = trim(words, tokenizer.pad_token_id, vocabulary)
-    layout = make_layout(words, model.config)
-    texts = ItemTexts(tokenizer, catalogue.item_codes, words.vocabulary)
-    searcher = TrieSearcher(model, _trie_of(best, words, model.config), device, texts=texts)
-    return LoadedRun(best, model, tokenizer, words, layout, searcher, catalogue)
-
-
-def _trie_of(best: Path, words: WordTable, config: GenRecConfig) -> Trie:
-    """The trie beside the model, or a new one for a run that was saved without."""
-    arrays = words.tokens_of_items()
-    path = best / TRIE_FILE
-    if not path.is_file():
-        return build_trie(*arrays)
-    return load_trie(path, numbering_hash=config.numbering_hash, words_hash=hash_of_words(*arrays))
-
-
-def _read_catalogue(best: Path) -> Catalogue:
-    items = pq.read_table(best / "items.parquet", columns=["id", "code"])
-    users = pq.read_table(best / "users.parquet", columns=["id", "code"])
-    return Catalogue(
-        items.column("id").to_pylist(),
-        items.column("code").to_pylist(),
-        users.column("id").to_pylist(),
-        users.column("code").to_pylist(),
+    layout = make_layout(words, config)
+    texts = ItemTexts(tokenizer, items["code"], words.vocabulary)
+    arrays, trie_path = words.tokens_of_items(), best / TRIE_FILE
+    if trie_path.is_file():
+        words_hash = hash_of_words(*arrays)
+        trie = load_trie(trie_path, numbering_hash=config.numbering_hash, words_hash=words_hash)
+    else:  # a run that was saved without
+        trie = build_trie(*arrays)
+    searcher = TrieSearcher(model, trie, device, texts=texts)
+    return LoadedRun(
+        path=best,
+        model=model,
+        tokenizer=tokenizer,
+        words=words,
+        layout=layout,
+        searcher=searcher,
+        catalogue=catalogue,
     )
-
-
-def _state_of(path: Path) -> str:
-    try:
-        status = json.loads((path / "status.json").read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError):
-        return "is it a directory of `genrec train`?"
-    return f"the run's status is {status!r}; it has not finished an epoch of finetuning yet"
 
 
 def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
-    """Raise ValueError if the run was trained on other codes, or on equal codes that stand for
-    other ids."""
+    """Refuse data with other codes than the run was trained on, or with equal codes of other ids.
+
+    Raises:
+        ValueError: Naming what differs.
+    """
+    remedy = "give --data the directory the run was trained on"
     expected = run.model.config.numbering_hash
     found = dataset.numbering.numbering_hash()
     if expected != found:
         raise ValueError(
-            f"{run.path} speaks numbering {expected[:12]}, {dataset.path} has {found[:12]}: "
-            "give --data the directory the run was trained on"
+            f"{run.path} was trained with numbering {expected[:12]}, "
+            f"{dataset.path} has {found[:12]}: {remedy}"
         )
     # Codes are 1..N of a seeded order: two catalogues of equal size share them.
     for kind, ours, theirs in (
@@ -193,27 +196,28 @@ def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
                 pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]
             )
             raise ValueError(
-                f"{run.path} knows {kind} {mine!r} where {dataset.path} has {other!r}: "
-                "give --data the directory the run was trained on"
+                f"{run.path} knows {kind} {mine!r} where {dataset.path} has {other!r}: {remedy}"
             )
 
 
 def check_split(run: LoadedRun, dataset: Dataset) -> None:
-    """Raise ValueError where what the run has learned may be what is asked here."""
-    learned, asked = run.model.config.split, dataset.info.split_told
-    if learned != asked:
+    """Refuse data of another split than the run's.
+
+    Raises:
+        ValueError: The run may have learned what is held out here.
+    """
+    learned, given = run.model.config.split, dataset.info.split_told
+    if learned != given:
         raise ValueError(
-            f"{run.path} was trained under the split {learned}, {dataset.path} has {asked}: it may have learned what is held out "
-            "here; give --data of its own split"
+            f"{run.path} was trained under the split {learned}, {dataset.path} has {given}: "
+            "it may have learned what is held out here; give --data of its own split"
         )
 
 
 def best_device() -> torch.device:
     """This process's GPU, or the CPU where there is none or the launcher wants it."""
-    if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in (
-        "1",
-        "true",
-    ):
+    wants_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    if wants_cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     # A launcher either shows each process one GPU, or all of them.
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

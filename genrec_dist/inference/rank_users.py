@@ -1,5 +1,7 @@
 """Ranked lists of many users, window by window, over all ranks."""
 
+# U users of a window, B users of a batch, N list
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from genrec_shards.sequences import SplitView
 
 from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_histories, ragged
 from genrec_dist.data.item_graph import Graph, KnnSettings
-from genrec_dist.decoding.searcher import Mode, TopItems, TrieSearcher
+from genrec_dist.decoding.searcher import Mode, Pairs, TopItems, TrieSearcher
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation.metrics import EMPTY, TOP
 from genrec_dist.evaluation.score_mixture import Mixture
@@ -74,66 +76,64 @@ def rank_windows(
 
     What shares a batch is a function of users, histories, batch size and `window` alone; batches
     are dealt to the ranks in turn, so no list depends on the number of ranks. All ranks get equally
-    many windows. `on_batch` hears, on each rank, how many users all ranks together have done since.
-    `graph`: of mode `hybrid`. Raises on all ranks where one fails. What may fail in between, such
-    as writing, belongs into `Ranks.run_on_all`, or the others would not hear of it."""
+    many windows.
+
+    Args:
+        searcher: The trie and the model, on this rank's device.
+        layout: How histories are encoded.
+        view: Histories by user row.
+        user_rows_U: int64, users to rank, each once.
+        decoding: How.
+        ranks: Who shares the work.
+        on_batch: Called on each rank with how many users all ranks have ranked since the last call.
+        window: Users whose lists rank 0 holds at a time.
+        graph: Of mode `hybrid`.
+
+    Raises:
+        Exception: On all ranks, where one fails. What may fail between two windows, such as
+            writing, has to be done in a collective as well, or other ranks would not hear of it.
+    """
+    # Two ranks, users 7, 3, 9, 5 with histories of 4, 1, 2, 9 items, batches of two:
+    #   batches (places in the window)  [1, 2] [0, 3]: by length
+    #   rank 0 ranks users 3 and 9, rank 1 users 7 and 5; each sends rows (place, items, score bits)
+    #   rank 0 puts them at places 1, 2 and 0, 3 of items_UN: the order of the users again
     times_seen = np.zeros(len(view.starts) if ranks.is_main else 0, np.uint8)
     for start in range(0, len(user_rows_U), window):
-        rows_U = user_rows_U[start : start + window]
-        lists = _WindowLists(rows_U if ranks.is_main else rows_U[:0], decoding.top)
-        _rank_window(searcher, layout, view, rows_U, decoding, ranks, lists, on_batch, graph)
-        ranks.run_on_all(partial(check_once, lists.times_seen_U))
-        np.add.at(times_seen, lists.rows_U, 1)
-        yield Window(lists.rows_U, lists.items_UN, lists.scores_UN)
+        window_rows = user_rows_U[start : start + window]
+        rows_U = (window_rows if ranks.is_main else window_rows[:0]).astype(np.int64)
+        items_UN = np.full((len(rows_U), decoding.top), EMPTY, np.int32)
+        scores_UN = np.full((len(rows_U), decoding.top), -np.inf, np.float32)
+        times_seen_U = np.zeros(len(rows_U), np.int64)
+        batches = cut_batches((view.ends - view.starts)[window_rows], decoding.batch_size)
+        # int32, of one size for all ranks; place -1: no user.
+        shape = (min(decoding.batch_size, len(window_rows)), 1 + 2 * decoding.top)
+        for first in range(0, len(batches), ranks.size):
+            turn = batches[first : first + ranks.size]
+            parcel, error = np.full(shape, -1, np.int32), None
+            # Ranks without a batch take part with an empty one, so that collectives stay aligned.
+            if ranks.rank < len(turn):
+                places_B = turn[ranks.rank]
+                try:
+                    lists = rank_batch(
+                        searcher, layout, view, window_rows[places_B], decoding, graph
+                    )
+                    bits_BN = np.ascontiguousarray(lists.scores, np.float32).view(np.int32)
+                    columns = [places_B[:, None], lists.items, bits_BN]
+                    parcel[: len(places_B)] = np.concatenate(columns, axis=1)
+                except Exception as raised:
+                    error = raised
+            for theirs in ranks.gather(torch.from_numpy(parcel), error):
+                filled = theirs.numpy()[theirs.numpy()[:, 0] >= 0]
+                places_B, (items_BN, bits_BN) = filled[:, 0], np.split(filled[:, 1:], 2, axis=1)
+                items_UN[places_B] = items_BN
+                scores_UN[places_B] = np.ascontiguousarray(bits_BN).view(np.float32)
+                np.add.at(times_seen_U, places_B, 1)
+            if on_batch is not None:
+                on_batch(sum(map(len, turn)))
+        ranks.run_on_all(partial(check_once, times_seen_U))
+        np.add.at(times_seen, rows_U, 1)
+        yield Window(user_rows=rows_U, items=items_UN, scores=scores_UN)
     ranks.run_on_all(lambda: check_once(times_seen[user_rows_U]) if ranks.is_main else None)
-
-
-def _rank_window(
-    searcher: TrieSearcher,
-    layout: Layout,
-    view: SplitView,
-    rows_U: np.ndarray,
-    decoding: Decoding,
-    ranks: Ranks,
-    lists: _WindowLists,
-    on_batch: Callable[[int], None] | None,
-    graph: Graph | None,
-) -> None:
-    """Decode a window's users, this rank its share of the batches, and fill rank 0's `lists`."""
-    batches = cut_batches((view.ends - view.starts)[rows_U], decoding.batch_size)
-    for first in range(0, len(batches), ranks.size):
-        here = batches[first : first + ranks.size]
-        # A rank whose turn does not come sends a batch of nobody.
-        places_B = here[ranks.rank] if ranks.rank < len(here) else np.empty(0, np.int64)
-        parcel, error = _parcel(min(decoding.batch_size, len(rows_U)), decoding.top), None
-        try:
-            if len(places_B):
-                _pack(
-                    parcel,
-                    places_B,
-                    rank_batch(searcher, layout, view, rows_U[places_B], decoding, graph),
-                )
-        except Exception as raised:
-            error = raised
-        for theirs in ranks.gather(torch.from_numpy(parcel), error):
-            lists.take(theirs.numpy())
-        if on_batch is not None:
-            on_batch(sum(map(len, here)))
-
-
-class _WindowLists:
-    """A window's lists as they come in."""
-
-    def __init__(self, rows_U: np.ndarray, top: int):
-        self.rows_U = rows_U.astype(np.int64)
-        self.items_UN = np.full((len(rows_U), top), EMPTY, np.int32)
-        self.scores_UN = np.full((len(rows_U), top), -np.inf, np.float32)
-        self.times_seen_U = np.zeros(len(rows_U), np.int64)
-
-    def take(self, parcel: np.ndarray) -> None:
-        places_B, items_BN, scores_BN = _unpack(parcel)
-        self.items_UN[places_B], self.scores_UN[places_B] = items_BN, scores_BN
-        np.add.at(self.times_seen_U, places_B, 1)
 
 
 def check_once(times_seen_U: np.ndarray) -> None:
@@ -141,24 +141,6 @@ def check_once(times_seen_U: np.ndarray) -> None:
     wrong = int((times_seen_U != 1).sum())
     if wrong:
         raise RuntimeError(f"{wrong} of {len(times_seen_U)} users were not ranked exactly once")
-
-
-def _parcel(batch_size: int, top: int) -> np.ndarray:
-    """int32 [B, 1 + 2 N], of one size for all ranks: place in the window or -1, items, the bits of
-    the scores."""
-    return np.full((batch_size, 1 + 2 * top), -1, np.int32)
-
-
-def _pack(parcel: np.ndarray, places_B: np.ndarray, lists: TopItems) -> None:
-    scores_BN = np.ascontiguousarray(lists.scores, np.float32).view(np.int32)
-    parcel[: len(places_B)] = np.concatenate([places_B[:, None], lists.items, scores_BN], axis=1)
-
-
-def _unpack(parcel: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(places [B], items [B, N], scores [B, N]) of those who are in it."""
-    filled = parcel[parcel[:, 0] >= 0]
-    items_BN, scores_BN = np.split(filled[:, 1:], 2, axis=1)
-    return filled[:, 0], items_BN, np.ascontiguousarray(scores_BN).view(np.float32)
 
 
 def cut_batches(lengths_U: np.ndarray, batch_size: int) -> list[np.ndarray]:
@@ -169,35 +151,32 @@ def cut_batches(lengths_U: np.ndarray, batch_size: int) -> list[np.ndarray]:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class HistoryBatch:
     """The histories of a batch as a searcher takes them."""
 
     encoder: EncoderInput
-    excluded: tuple[np.ndarray, np.ndarray] | None
-    shares_BN: torch.Tensor | None
+    excluded: Pairs | None
+    graph_prob_BN: torch.Tensor | None
 
 
-def _asked(
+def encode_batch(
     searcher: TrieSearcher,
     layout: Layout,
     view: SplitView,
     user_rows_B: np.ndarray,
     decoding: Decoding,
     graph: Graph | None,
-) -> _Asked:
+) -> HistoryBatch:
+    """The histories of these users; arguments are those of `rank_windows`."""
     lengths_B = (view.ends - view.starts)[user_rows_B]
     flat, offsets = ragged(view.starts[user_rows_B], lengths_B)
     items = view.items[flat]
     # The whole history is excluded, also what the model's input had no room for.
-    excluded = (
-        (np.repeat(np.arange(len(user_rows_B)), lengths_B), items)
-        if decoding.exclude_history
-        else None
-    )
-    return _Asked(
-        encode_histories(items, offsets, user_rows_B, layout).to(searcher.device),
-        excluded,
-        None if graph is None else graph.shares(items, offsets),
+    pairs = (np.repeat(np.arange(len(user_rows_B)), lengths_B), items)
+    return HistoryBatch(
+        encoder=encode_histories(items, offsets, user_rows_B, layout).to(searcher.device),
+        excluded=pairs if decoding.exclude_history else None,
+        graph_prob_BN=None if graph is None else graph.probabilities(items, offsets),
     )
 
 
@@ -209,20 +188,24 @@ def rank_batch(
     decoding: Decoding,
     graph: Graph | None = None,
 ) -> TopItems:
-    """Top items of the users of one batch."""
-    asked = _asked(searcher, layout, view, user_rows_B, decoding, graph)
+    """Top items of the users of one batch; arguments are those of `rank_windows`.
+
+    Raises:
+        ValueError: The device's memory is too small for the batch.
+    """
+    batch = encode_batch(searcher, layout, view, user_rows_B, decoding, graph)
     try:
         return searcher.search(
-            asked.encoder,
+            batch.encoder,
             beam=decoding.beam,
             top=decoding.top,
             mode=decoding.mode,
-            excluded=asked.excluded,
+            excluded=batch.excluded,
             mixture=decoding.mixture if decoding.mode == "hybrid" else None,
-            shares_BN=asked.shares_BN,
+            graph_prob_BN=batch.graph_prob_BN,
         )
     except torch.OutOfMemoryError:
         raise ValueError(
-            f"{len(user_rows_B)} users at once, beam {decoding.beam}, do not fit into the memory of {searcher.device}: "
-            "lower --batch-size"
+            f"{len(user_rows_B)} users at once, beam {decoding.beam}, do not fit into the memory "
+            f"of {searcher.device}: lower --batch-size"
         ) from None

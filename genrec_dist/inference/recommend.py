@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from genrec_shards.dataset import Dataset
 
-from genrec_dist.data.encoder_input import encode_histories
-from genrec_dist.decoding.searcher import Mode, TopItems, TrieSearcher
+from genrec_dist.data.encoder_input import encode_histories, offsets_of
+from genrec_dist.decoding.searcher import Mode, TopItems
 from genrec_dist.evaluation.metrics import TOP
-from genrec_dist.inference.item_filter import Choice, choose_items, rows_of
+from genrec_dist.inference.item_filter import ItemFilter, filter_items, find_rows, read_text
 from genrec_dist.inference.load import LoadedRun, check_numbering, load_run
-from genrec_dist.inference.request_batching import Callers
+from genrec_dist.inference.request_batching import Batcher
 
 REQUESTS_AT_ONCE = 256
 """Requests that are decoded in one batch, of one caller or of many."""
@@ -53,6 +53,7 @@ class Recommendation:
     above."""
 
     def as_json(self) -> str:
+        """One line of JSON, without what is empty."""
         fields: dict[str, Any] = {} if self.user is None else {"user": self.user}
         fields |= {"items": self.items, "scores": [round(score, 6) for score in self.scores]}
         if self.unknown_items:
@@ -63,8 +64,8 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """A part of a call, its ids read as rows, a request an entry."""
+class _Call:
+    """Requests of one caller, their ids as rows."""
 
     histories: list[np.ndarray]
     excluded: list[np.ndarray]
@@ -72,19 +73,22 @@ class _Piece:
     user_rows: list[int]
     top: int
 
-    def __len__(self) -> int:
-        return len(self.user_rows)
-
 
 class Recommender:
     """A loaded run that answers requests, those of many threads at once too.
 
-    Calls that come while a batch is decoded share the next one (`callers.py`); a lone call is
-    decoded at once. What else is in a batch moves scores by float rounding, about 1e-6, so items
+    Calls that come while a batch is decoded share the next one (`request_batching.py`); a lone call
+    is decoded at once. What else is in a batch moves scores by float rounding, about 1e-6, so items
     whose scores are that close can change places.
 
-    On a CPU, `torch.set_num_threads(1)` gives the shortest latency for small models: the callers'
-    threads would each bring a pool of torch's (docs/log.md)."""
+    On a CPU, `torch.set_num_threads(1)` gives the shortest latency for small models: otherwise each
+    calling thread has a pool of torch's threads of its own (docs/log.md).
+
+    Example:
+        recommender = Recommender.load("runs/beauty")
+        (answer,) = recommender.recommend([["83", "104", "105"]], k=10)
+        answer.items, answer.scores
+    """
 
     def __init__(
         self,
@@ -96,10 +100,18 @@ class Recommender:
         allow: Iterable[str] | None = None,
         block: Iterable[str] | None = None,
     ):
-        """`exclude_history`: None asks the run. `allow`, `block`: item ids; None allows all and
-        blocks none.
+        """Answer requests with a loaded run.
 
-        Raises ValueError if no item is left.
+        Args:
+            run: Of `load_run`.
+            beam: Width of the beam; one narrower than a list is widened to it.
+            mode: How items are scored: exact, compact, free, all, items or hybrid.
+            exclude_history: Leave out items of the history; None: as the run does.
+            allow: Item ids that alone may be listed; None: all.
+            block: Item ids that must not be listed; None: none.
+
+        Raises:
+            ValueError: An unknown mode, a beam below 1, or no item is left.
         """
         if mode not in get_args(Mode):
             raise ValueError(f"decode mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
@@ -111,37 +123,49 @@ class Recommender:
         self.exclude_history = (
             run.model.config.exclude_history if exclude_history is None else exclude_history
         )
-        self.choice = choose_items(run.catalogue, allow, block)
-        self.searcher = _make_searcher(run, self.choice, mode)
-        self._callers: Callers[_Piece, TopItems] = Callers(self._decode, REQUESTS_AT_ONCE)
+        self.item_filter = filter_items(run.catalogue, allow, block)
+        # `free` has no trie: what must not be listed is left out of its finished lists.
+        whole = self.item_filter.is_all or mode == "free"
+        self.searcher = run.searcher if whole else run.searcher.among(self.item_filter.rows)
+        self._batcher: Batcher[_Call, TopItems] = Batcher(self._decode, REQUESTS_AT_ONCE)
 
     @classmethod
     def load(
         cls,
         run: str | Path,
         device: torch.device | str = "cpu",
-        *,
-        beam: int = 20,
-        mode: Mode = "exact",
-        exclude_history: bool | None = None,
-        allow: Iterable[str] | None = None,
-        block: Iterable[str] | None = None,
+        **options: Any,
     ) -> Recommender:
-        """From a run directory; the options are those of `Recommender`."""
-        loaded = load_run(run, device)
-        return cls(
-            loaded, beam=beam, mode=mode, exclude_history=exclude_history, allow=allow, block=block
-        )
+        """Load a run directory and answer requests with it.
+
+        Args:
+            run: Run directory of `genrec train`.
+            device: Where the model is put.
+            **options: Those of `Recommender`.
+
+        Raises:
+            ValueError: As `Recommender`, and naming what is missing or damaged in the run.
+        """
+        return cls(load_run(run, device), **options)
 
     def recommend(
         self, requests: Sequence[Request | Sequence[str]], k: int = TOP
     ) -> list[Recommendation]:
-        """The `k` best items for each request (a Request, or just a history of item ids).
+        """The best items for each request.
 
-        `k` may be smaller or larger than the beam, which is widened to it. Scores are natural
-        log-probabilities under the mode's own softmax; of equal ones the smaller node of the trie
-        comes first: fewer sub-words, then smaller token ids. Raises ValueError for what is no
-        request, in the thread that asked alone."""
+        Of equal scores the smaller node of the trie comes first: fewer sub-words, then smaller
+        token ids.
+
+        Args:
+            requests: Each a Request, or just a history of item ids, oldest first.
+            k: Length of the lists, smaller or larger than the beam.
+
+        Returns:
+            One recommendation per request, in order. Lists are shorter where fewer items are left.
+
+        Raises:
+            ValueError: What is no request, in the thread of its caller alone.
+        """
         return list(self.answers(requests, k))
 
     def answers(
@@ -156,96 +180,64 @@ class Recommender:
             yield from self._answer(requests[start : start + REQUESTS_AT_ONCE], k)
 
     def _answer(self, requests: Sequence[Request | Sequence[str]], k: int) -> list[Recommendation]:
-        asked = [
-            request if isinstance(request, Request) else Request(request) for request in requests
-        ]
-        read = [rows_of(self.run.catalogue, request.history) for request in asked]
-        histories, unknown = [rows for rows, _ in read], [ids for _, ids in read]
-        piece = _Piece(
-            histories,
-            [self._excluded(request, rows) for request, rows in zip(asked, histories, strict=True)],
-            [self._user_row(request.user) for request in asked],
-            k,
-        )
-        lists = self._callers.ask(piece, self._kind(k), len(piece))
-        shown = Shown.of(lists, self.choice, self.mode)
+        catalogue = self.run.catalogue
+        call = _Call(histories=[], excluded=[], user_rows=[], top=k)
+        answers = []
+        for item in requests:
+            request = item if isinstance(item, Request) else Request(item)
+            history, unknown = find_rows(catalogue, request.history)
+            blocked, _ = find_rows(catalogue, request.block)
+            user = request.user
+            if user is not None and not isinstance(user, str):
+                raise ValueError(f"{user!r} is not a user's id: write ids as strings")
+            excluded = np.concatenate([history, blocked]) if self.exclude_history else blocked
+            call.histories.append(history)
+            call.excluded.append(excluded)
+            call.user_rows.append(-1 if user is None else catalogue.user_row.get(user, -1))
+            answers.append((user, unknown))
+        # What calls must share to be decoded in one batch, each list cut out of the longest: the
+        # beam, if the mode has one. What `free` takes out of a list is not filled up, so its longer
+        # lists do not begin with its shorter ones.
+        kind: Hashable = None
+        if self.mode != "all":
+            kind = max(self.beam, k), k if self.mode == "free" else None
+        lists = self._batcher.answer(call, kind, len(requests))
+        shown = Shown.of(lists, self.item_filter, self.mode)
         return [
-            self._recommendation(i, asked[i], unknown[i], lists, shown) for i in range(len(asked))
+            Recommendation(
+                user=user,
+                items=[catalogue.item_ids[item] for item in lists.items[row][shown.keep_BN[row]]],
+                scores=lists.scores[row][shown.keep_BN[row]].tolist(),
+                unknown_items=unknown,
+                invalid=None if shown.invalid_B is None else int(shown.invalid_B[row]),
+                duplicates=None if shown.duplicates_B is None else int(shown.duplicates_B[row]),
+            )
+            for row, (user, unknown) in enumerate(answers)
         ]
 
-    def _kind(self, k: int) -> Hashable:
-        """What calls must share to be decoded in one batch, each list cut out of the longest: the
-        beam, if the mode has one."""
-        if self.mode == "all":
-            return None
-        # What `free` strikes out of a list is not filled up, so a longer one does not begin with a
-        # shorter one.
-        return max(self.beam, k), k if self.mode == "free" else None
-
-    def _excluded(self, request: Request, history: np.ndarray) -> np.ndarray:
-        blocked, _ = rows_of(self.run.catalogue, request.block)
-        return np.concatenate([history, blocked]) if self.exclude_history else blocked
-
-    def _user_row(self, user: str | None) -> int:
-        if user is not None and not isinstance(user, str):
-            raise ValueError(f"{user!r} is not a user's id: write ids as strings")
-        return -1 if user is None else self.run.catalogue.user_row.get(user, -1)
-
-    def _decode(self, pieces: list[_Piece]) -> list[TopItems]:
-        """Pieces of one kind in one batch, decoded as long as the longest list asked for."""
-        items, offsets = _joined([rows for piece in pieces for rows in piece.histories])
-        users_B = np.array([row for piece in pieces for row in piece.user_rows], np.int64)
-        encoder = encode_histories(items, offsets, users_B, self.run.layout).to(
-            self.searcher.device
-        )
-        rows, row_offsets = _joined([rows for piece in pieces for rows in piece.excluded])
-        pairs = (np.repeat(np.arange(len(users_B)), np.diff(row_offsets)), rows)
+    def _decode(self, calls: list[_Call]) -> list[TopItems]:
+        """Calls of one kind in one batch, decoded as long as the longest list of them."""
+        histories = [rows for call in calls for rows in call.histories]
+        excluded = [rows for call in calls for rows in call.excluded]
+        users_B = np.array([row for call in calls for row in call.user_rows], np.int64)
+        items = np.concatenate([np.empty(0, np.int32), *histories])
+        offsets = offsets_of(np.array([len(rows) for rows in histories], np.int64))
+        encoder = encode_histories(items, offsets, users_B, self.run.layout)
+        rows = np.concatenate([np.empty(0, np.int32), *excluded])
+        pairs = (np.repeat(np.arange(len(users_B)), [len(part) for part in excluded]), rows)
         lists = self.searcher.search(
-            encoder,
+            encoder.to(self.searcher.device),
             beam=self.beam,
-            top=max(piece.top for piece in pieces),
+            top=max(call.top for call in calls),
             mode=self.mode,
             excluded=pairs if len(rows) else None,
         )
-        ends = np.cumsum([len(piece) for piece in pieces])
-        return [
-            TopItems(
-                *(
-                    values_BN[end - len(piece) : end, : piece.top]
-                    for values_BN in (lists.items, lists.scores)
-                )
-            )
-            for piece, end in zip(pieces, ends, strict=True)
-        ]
-
-    def _recommendation(
-        self, place: int, request: Request, unknown: list[str], lists: TopItems, shown: Shown
-    ) -> Recommendation:
-        keep_N = shown.keep_BN[place]
-        return Recommendation(
-            request.user,
-            [self.run.catalogue.item_ids[item] for item in lists.items[place][keep_N]],
-            lists.scores[place][keep_N].tolist(),
-            unknown,
-            *(
-                None if counts_B is None else int(counts_B[place])
-                for counts_B in (shown.invalid_B, shown.duplicates_B)
-            ),
-        )
-
-
-def _make_searcher(run: LoadedRun, choice: Choice, mode: Mode) -> TrieSearcher:
-    """The run's own, or one over a part of its items."""
-    # `free` walks no trie: what must not be listed is left out of its finished lists.
-    return run.searcher if choice.is_all or mode == "free" else run.searcher.among(choice.rows)
-
-
-def _joined(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(int32 rows one after another, int64 offsets)."""
-    lengths = [len(part) for part in rows]
-    return np.concatenate([np.empty(0, np.int32), *rows]), np.concatenate(
-        [[0], np.cumsum(lengths)]
-    ).astype(np.int64)
+        answers, first = [], 0
+        for call in calls:
+            part = np.s_[first : first + len(call.user_rows), : call.top]
+            answers.append(TopItems(lists.items[part], lists.scores[part]))
+            first += len(call.user_rows)
+        return answers
 
 
 @dataclass(frozen=True)
@@ -260,34 +252,30 @@ class Shown:
     """int64, texts that spell an item listed before."""
 
     @classmethod
-    def of(cls, lists: TopItems, choice: Choice, mode: Mode) -> Shown:
+    def of(cls, lists: TopItems, item_filter: ItemFilter, mode: Mode) -> Shown:
         """Only `free` gives texts that are no item, spells an item twice, or names one that must
         not be listed."""
         listed_BN = lists.items >= 0
         if mode != "free":
             return cls(listed_BN, None, None)
+        # Of a row [3, -2, 3, 0]: sorted [-2, 0, 3, 3], so the second 3 is there again.
         order_BN = lists.items.argsort(axis=1, kind="stable")
         sorted_BN = np.take_along_axis(lists.items, order_BN, 1)
         again_BN = np.zeros_like(listed_BN)
         np.put_along_axis(again_BN, order_BN[:, 1:], sorted_BN[:, 1:] == sorted_BN[:, :-1], 1)
         again_BN &= listed_BN
-        allowed_BN = choice.allowed_I[lists.items.clip(min=0)]
+        allowed_BN = item_filter.allowed_I[lists.items.clip(min=0)]
         return cls(listed_BN & ~again_BN & allowed_BN, (lists.items == -2).sum(1), again_BN.sum(1))
 
 
 def read_requests(path: str | Path) -> Iterator[Request]:
-    """Requests from JSON lines `{"history": [...], "user": ..., "block": [...]}`. Raises ValueError
-    naming file and line."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file: check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: cannot be read as text ({error}): give JSON lines in UTF-8"
-        ) from None
+    """Requests from JSON lines `{"history": [...], "user": ..., "block": [...]}`.
+
+    Raises:
+        ValueError: Naming file and line.
+    """
     # Not splitlines(): a JSON string may hold U+2028 and its like as they are.
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(read_text(path, "JSON lines").split("\n"), 1):
         if line.strip():
             yield _parse_request(line, f"{path}:{number}")
 
@@ -308,18 +296,22 @@ def _parse_request(line: str, place: str) -> Request:
         if isinstance(value, bool) or not isinstance(value, str | int):
             raise ValueError(f"{place}: {json.dumps(value)} is not an id: write ids as strings")
     return Request(
-        list(map(str, fields["history"])),
-        None if user is None else str(user),
-        list(map(str, block)),
+        history=list(map(str, fields["history"])),
+        user=None if user is None else str(user),
+        block=list(map(str, block)),
     )
 
 
 def user_request(dataset: Dataset, run: LoadedRun, user: str) -> Request:
-    """A known user's whole sequence as a request. Raises ValueError for a user the data lacks."""
+    """A known user's whole sequence as a request.
+
+    Raises:
+        ValueError: The data lacks the user, or is not the run's.
+    """
     check_numbering(run, dataset)
     row = run.catalogue.user_row.get(user)
     if row is None:
-        raise ValueError(f"user {user!r} is not in {dataset.path}; give her items with --history")
+        raise ValueError(f"user {user!r} is not in {dataset.path}; give their items with --history")
     sequences = dataset.sequences
     items = sequences.items[sequences.offsets[row] : sequences.offsets[row + 1]]
     return Request([sequences.item_ids[item] for item in items], user)

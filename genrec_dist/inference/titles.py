@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from genrec_shards.dataset import Dataset
 
@@ -16,17 +15,21 @@ LONGEST = 80
 
 
 class Titles:
-    """What the items of a data directory are called."""
+    """Titles of the items of a data directory."""
 
     def __init__(self, dataset: Dataset) -> None:
-        """Titles, or where the table had no column of them the items' texts. Raises ValueError if
-        it has neither."""
+        """Read the titles, or where the table had no column of them the items' texts.
+
+        Raises:
+            ValueError: The data has neither.
+        """
         described = dataset.descriptions
         if described is None:
             info = dataset.info
             raise ValueError(
-                f"{dataset.path}: its items have no titles: make it once more with `genrec prepare {dataset.path} --out NEW "
-                f"--items META --numbering {info.numbering} --seed {info.seed}` and give --data NEW"
+                f"{dataset.path}: its items have no titles: make it once more with "
+                f"`genrec prepare {dataset.path} --out NEW --items META "
+                f"--numbering {info.numbering} --seed {info.seed}` and give --data NEW"
             )
         self.of_item = dict(
             zip(dataset.sequences.item_ids, described.titles or described.texts, strict=True)
@@ -40,7 +43,7 @@ class Titles:
         return title if len(title) <= LONGEST else title[: LONGEST - 3] + "..."
 
     def page(self, request: Request, answer: Recommendation) -> str:
-        """Who, what she took last, and the list: place, probability, id and title a line."""
+        """Who, what they took last, and the list: place, probability, id and title on a line."""
         history = list(request.history)
         whose = "a history" if request.user is None else f"user {request.user}"
         lines = [f"{whose} of {len(history)} item{'s' * (len(history) != 1)}"]
@@ -49,11 +52,6 @@ class Titles:
         if len(history) > LATEST:
             lines.append(f"{'...':>14}")
         lines += [f"{'':14}  {item:<{width}}  {self.of(item)}" for item in latest]
-        lines += self._listed(answer.items, answer.scores, width)
+        for place, (item, score) in enumerate(zip(answer.items, answer.scores, strict=True), 1):
+            lines.append(f"{place:4}  {math.exp(score):8.5f}  {item:<{width}}  {self.of(item)}")
         return "\n".join(lines) + "\n"
-
-    def _listed(self, items: Sequence[str], scores: Sequence[float], width: int) -> list[str]:
-        return [
-            f"{place:4}  {math.exp(score):8.5f}  {item:<{width}}  {self.of(item)}"
-            for place, (item, score) in enumerate(zip(items, scores, strict=True), 1)
-        ]

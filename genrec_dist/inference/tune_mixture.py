@@ -1,5 +1,7 @@
 """Choosing the weights of a score mixture on validation."""
 
+# B users of a batch, C candidates, G mixtures of the grid
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from genrec_dist.evaluation import score_mixture as mixture
 from genrec_dist.evaluation.metrics import TOP, rank_histogram
 from genrec_dist.evaluation.score_mixture import Mixture
 from genrec_dist.inference.load import LoadedRun, check_numbering, check_split
-from genrec_dist.inference.rank_users import Decoding, _asked, cut_batches
+from genrec_dist.inference.rank_users import Decoding, cut_batches, encode_batch
 
 
 def tune_mixture(
@@ -32,50 +34,74 @@ def tune_mixture(
     ranks: Ranks | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> mixture.Choice:
-    """The weights of mode `hybrid` with the best NDCG@10 on validation, its users; on rank 0
-    written to the run's `hybrid.json`.
+    """Choose the weights of mode `hybrid` with the best NDCG@10 on validation, and on rank 0 write
+    them to the run's `hybrid.json`. Collective.
 
-    Of `decoding` beam, history exclusion and the graph's settings are used. What the parts say of
-    the candidates is computed once and mixed in all ways of the grid. Collective. Raises ValueError
-    if training saw the validation targets."""
+    The candidates and their scores by each part are computed once and mixed in all ways of the
+    grid.
+
+    Args:
+        run: The model.
+        dataset: The data directory it was trained on.
+        decoding: Of which beam, history exclusion and the graph's settings are used.
+        trained_through: The last item of each user that training saw.
+        ranks: Who shares the work; None: this process alone.
+        on_batch: Called with the number of users of each batch of this rank.
+
+    Raises:
+        ValueError: Training saw the validation targets, or the data is not the run's.
+    """
     ranks = ranks or Ranks()
     ranks.run_on_all(partial(check_numbering, run, dataset))
     ranks.run_on_all(partial(check_split, run, dataset))
     graph = ranks.run_on_all(
         lambda: Graph.of(dataset.sequences, "validation", trained_through, decoding.graph)
     )
-    view = dataset.sequences.history_and_target("validation")
+    view, searcher = dataset.sequences.history_and_target("validation"), run.searcher
     has_head = bool(run.model.config.item_loss)
-    tried = mixture.grid(mixture.ITEM_WEIGHTS if has_head else (1.0,), decoding.graph)
-    batches = [
-        view.users[places_B]
-        for places_B in cut_batches((view.ends - view.starts)[view.users], decoding.batch_size)
-    ]
+    grid = mixture.grid(mixture.ITEM_WEIGHTS if has_head else (1.0,), decoding.graph)
+    batches = cut_batches((view.ends - view.starts)[view.users], decoding.batch_size)
 
-    def mine() -> np.ndarray:
-        counts_G = np.zeros((len(tried), TOP + 1), np.int64)
-        for rows_B in batches[ranks.rank :: ranks.size]:
-            asked = _asked(run.searcher, run.layout, view, rows_B, decoding, graph)
-            found = run.searcher.candidates(
-                asked.encoder,
+    def count_ranks() -> np.ndarray:
+        counts_G = np.zeros((len(grid), TOP + 1), np.int64)
+        for places_B in batches[ranks.rank :: ranks.size]:
+            rows_B = view.users[places_B]
+            batch = encode_batch(searcher, run.layout, view, rows_B, decoding, graph)
+            found = searcher.candidates(
+                batch.encoder,
                 beam=max(decoding.beam, TOP),
-                excluded=asked.excluded,
-                shares_BN=asked.shares_BN,
+                excluded=batch.excluded,
+                graph_prob_BN=batch.graph_prob_BN,
             )
-            targets_B = torch.from_numpy(view.targets[rows_B].astype(np.int64)).to(
-                run.searcher.device
-            )
-            for place, mixed in enumerate(tried):
-                counts_G[place] += rank_histogram(_ranks_of(targets_B, found, mixed, run.searcher))
+            targets_B = torch.from_numpy(view.targets[rows_B].astype(np.int64))
+            targets_B = targets_B.to(searcher.device)
+            for place, mixed in enumerate(grid):
+                counts_G[place] += rank_histogram(_target_ranks(targets_B, found, mixed, searcher))
             if on_batch is not None:
                 on_batch(len(rows_B))
         return counts_G
 
-    parts = ranks.exchange(ranks.run_on_all(mine).flatten().tolist())
-    choice = mixture.choose(tried, np.sum(parts, axis=0).reshape(len(tried), -1))
+    counts = ranks.exchange(ranks.run_on_all(count_ranks).flatten().tolist())
+    choice = mixture.choose(grid, np.sum(counts, axis=0).reshape(len(grid), -1))
     if ranks.is_main:
         mixture.save(choice, run.path, mixture_origin(dataset, decoding, trained_through))
     return choice
+
+
+def _target_ranks(
+    targets_B: torch.Tensor, found: Candidates, mixed: Mixture, searcher: TrieSearcher
+) -> np.ndarray:
+    """int64 [B], 1 = first, 0 = none of the first 20: as the lists would have it, ties by node
+    included."""
+    scores_BC, target_B1 = found.mix_scores(mixed), targets_B[:, None]
+    is_target_BC = found.items_BC == target_B1
+    target_score_B1 = scores_BC.masked_fill(~is_target_BC, -torch.inf).amax(1, keepdim=True)
+    nodes_BC, node_B1 = searcher.item_node[found.items_BC], searcher.item_node[target_B1]
+    tied_BC = scores_BC == target_score_B1
+    above_BC = (scores_BC > target_score_B1) | (tied_BC & (nodes_BC < node_B1))
+    ranks_B = above_BC.sum(1) + 1
+    listed_B = torch.isfinite(target_score_B1[:, 0]) & (ranks_B <= TOP)
+    return ranks_B.masked_fill(~listed_B, 0).cpu().numpy()
 
 
 def mixture_origin(
@@ -100,12 +126,22 @@ def mixed_decoding(
     overrides: list[str] | None = None,
     anew: bool = False,
 ) -> Decoding:
-    """The decoding with the mixture that was chosen for the run (the defaults where none was, or
-    `anew`), changed in what is given.
+    """The decoding with the mixture that was chosen for the run, changed in what is given.
 
-    `overrides`: `epsilon=value`, or `key=value` of the graph's `KnnSettings`. Raises ValueError for
-    what does not fit, and where the chosen weights are of other data, another training or another
-    exclusion of the history."""
+    Args:
+        run: Whose `hybrid.json` is read; without one the defaults are taken.
+        dataset: The data directory.
+        decoding: What is changed.
+        trained_through: The last item of each user that training saw.
+        item_weight: Of the item head; None: as chosen.
+        graph_weight: Of the graph; None: as chosen.
+        overrides: `epsilon=value`, or `key=value` of the graph's `KnnSettings`.
+        anew: Take the defaults whatever was chosen.
+
+    Raises:
+        ValueError: What does not fit, and where the chosen weights are of other data, another
+            training or another exclusion of the history.
+    """
     origin = mixture_origin(dataset, decoding, trained_through)
     chosen = (None if anew else mixture.load(run.path, origin)) or Mixture()
     mixed = mixture.changed(chosen, item_weight, graph_weight, overrides)
@@ -116,20 +152,3 @@ def mixed_decoding(
         epsilon=mixed.epsilon,
         graph=mixed.graph,
     )
-
-
-def _ranks_of(
-    targets_B: torch.Tensor, found: Candidates, mixed: Mixture, searcher: TrieSearcher
-) -> np.ndarray:
-    """int64 [B], 1 = first, 0 = none of the first 20: as the lists would have it, ties by node
-    included."""
-    scores_BC, target_B1 = found.mixed(mixed), targets_B[:, None]
-    is_target_BC = found.items_BC == target_B1
-    target_score_B1 = scores_BC.masked_fill(~is_target_BC, -torch.inf).amax(1, keepdim=True)
-    nodes_BC, node_B1 = searcher.item_node[found.items_BC], searcher.item_node[target_B1]
-    above_BC = (scores_BC > target_score_B1) | (
-        (scores_BC == target_score_B1) & (nodes_BC < node_B1)
-    )
-    ranks_B = above_BC.sum(1) + 1
-    listed_B = torch.isfinite(target_score_B1[:, 0]) & (ranks_B <= TOP)
-    return ranks_B.masked_fill(~listed_B, 0).cpu().numpy()

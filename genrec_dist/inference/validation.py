@@ -28,10 +28,9 @@ def target_histogram(
 ) -> np.ndarray:
     """int64 [21], as `rank_histogram`, of these users' targets; the ranks share the batches, and no
     list travels. Collective."""
-
     batches = cut_batches((view.ends - view.starts)[user_rows_U], decoding.batch_size)
 
-    def mine() -> np.ndarray:
+    def count_ranks() -> np.ndarray:
         counts = np.zeros(TOP + 1, np.int64)
         for places_B in batches[ranks.rank :: ranks.size]:
             rows_B = user_rows_U[places_B]
@@ -39,7 +38,8 @@ def target_histogram(
             counts += rank_histogram(target_ranks(lists.items, view.targets[rows_B]))
         return counts
 
-    total: np.ndarray = np.sum(ranks.exchange(ranks.run_on_all(mine).tolist()), axis=0)
+    counts = ranks.exchange(ranks.run_on_all(count_ranks).tolist())
+    total: np.ndarray = np.sum(counts, axis=0)
     assert total.sum() == len(user_rows_U)
     return total
 
@@ -53,39 +53,32 @@ def history_loss(
     ranks: Ranks,
     batch_size: int = 250,
 ) -> float:
-    """Cross-entropy a target token of these users' targets, the model as it stands. Collective.
+    """Cross-entropy per target token of these users' targets, the model as it is. Collective.
 
     The ranks share the batches, and the sum of their sums is exact before it is rounded: the same
-    for any number of ranks."""
-    batches = [
-        user_rows_U[start : start + batch_size] for start in range(0, len(user_rows_U), batch_size)
-    ]
+    for any number of ranks.
+    """
+    starts = range(0, len(user_rows_U), batch_size)
 
-    def mine() -> list[tuple[float, int]]:
-        return [
-            _batch_loss(model, layout, view, users_B)
-            for users_B in batches[ranks.rank :: ranks.size]
-        ]
+    def sum_losses() -> list[tuple[float, int]]:
+        """(sum of the cross-entropies, target tokens) of each batch of this rank."""
+        sums = []
+        for start in starts[ranks.rank :: ranks.size]:
+            rows_B = user_rows_U[start : start + batch_size]
+            flat, offsets = ragged(view.starts[rows_B], (view.ends - view.starts)[rows_B])
+            encoder = encode_histories(view.items[flat], offsets, rows_B, layout)
+            batch = target_batch(encoder, view.targets[rows_B], layout).to(model.device)
+            logits, labels = model.target_logits(
+                batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
+            )
+            sums.append((float(target_loss(logits, labels, 1)), batch.num_target_tokens))
+        return sums
 
-    sums = ranks.run_on_all(mine)
-    sums += [(0.0, 0)] * (-(-len(batches) // ranks.size) - len(sums))
+    sums = ranks.run_on_all(sum_losses)
+    sums += [(0.0, 0)] * (-(-len(starts) // ranks.size) - len(sums))
     losses, tokens = zip(*sums, strict=True)
-    bits = np.array(losses, np.float64).view(np.int64)
-    everyone = np.array(ranks.exchange([*bits.tolist(), *tokens]), np.int64).reshape(
-        ranks.size, 2, -1
-    )
-    total = math.fsum(np.ascontiguousarray(everyone[:, 0]).view(np.float64).flatten())
-    return total / int(everyone[:, 1].sum())
-
-
-def _batch_loss(
-    model: GenRecForConditionalGeneration, layout: Layout, view: SplitView, users_B: np.ndarray
-) -> tuple[float, int]:
-    """(sum of the cross-entropies, target tokens) of one batch."""
-    flat, offsets = ragged(view.starts[users_B], (view.ends - view.starts)[users_B])
-    encoder = encode_histories(view.items[flat], offsets, users_B, layout)
-    batch = target_batch(encoder, view.targets[users_B], layout).to(model.device)
-    logits, labels = model.target_logits(
-        batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
-    )
-    return float(target_loss(logits, labels, 1)), batch.num_target_tokens
+    bits = np.array(losses, np.float64).view(np.int64)  # integers travel exactly
+    shared = np.array(ranks.exchange([*bits.tolist(), *tokens]), np.int64)
+    shared = shared.reshape(ranks.size, 2, -1)
+    total = math.fsum(np.ascontiguousarray(shared[:, 0]).view(np.float64).flatten())
+    return total / int(shared[:, 1].sum())

@@ -1,4 +1,4 @@
-"""One rank of test_all_users.py, or the only one: lists all users in several ways, by
+"""One rank of test_export_lists.py, or the only one: lists all users in several ways, by
 `all_users_rank.py RUN DATA OUT`."""
 
 from __future__ import annotations

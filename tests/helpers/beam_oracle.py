@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from genrec_dist.config.recipe import Model
@@ -16,20 +20,20 @@ from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_historie
 from genrec_dist.data.word_table import WordTable
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
+from genrec_dist.evaluation.score_mixture import Mixture
 from genrec_dist.model.build import build_model
-from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.genrec import GenRecForConditionalGeneration, IdEmbedding
 
 BOS, PAD, EOS, MASK, FIRST = 0, 1, 2, 4, 5
-
-ALPHABET = 4
-
-MOST_ITEMS, NUM_USERS = 60, 6
+ALPHABET, MOST_ITEMS, NUM_USERS = 4, 60, 6
 
 Word = tuple[int, ...]
-
 History = list[int]
 
 PREFIXES: list[Word] = [(5,), (5, 6), (5, 6, 6), (6,), (5, 6, 6, 6), (7, 7), (7, 7, 8, 8)]
+ONE_TOKEN: list[Word] = [(5,), (6,), (7,), (8,)]
+CHAIN: list[Word] = [(5, 6, 7), (5, 6, 7, 8, 8)]
+GRID: list[Word] = [(5, a, b) for a in (5, 6, 7, 8) for b in (5, 6, 7, 8)]
 
 catalogues = st.lists(
     st.lists(st.integers(FIRST, FIRST + ALPHABET - 1), min_size=1, max_size=4).map(tuple),
@@ -37,45 +41,114 @@ catalogues = st.lists(
     max_size=MOST_ITEMS,
     unique=True,
 )
+draws_of_histories = st.lists(st.lists(st.integers(0, 10**6), max_size=8), min_size=1, max_size=4)
+
+
+@dataclass(frozen=True)
+class Switches:
+    """What may differ in a model and its searches."""
+
+    forced: bool = False
+    """Tokens that only the trie decides have probability 1."""
+    trimmed: bool = False
+    """The softmax has the catalogue's tokens alone, in numbers of their own."""
+    unit: str = "subword"
+    """What an encoder position is."""
+    start: str = "mask"
+    """What the decoder starts from."""
+    head: bool = False
+    """With an item head."""
+
+
+switches = st.builds(
+    Switches,
+    forced=st.booleans(),
+    trimmed=st.booleans(),
+    unit=st.sampled_from(["subword", "item"]),
+    start=st.sampled_from(["mask", "state"]),
+    head=st.booleans(),
+)
 
 
 @cache
 def sharp_model(
-    vocabulary: int = FIRST + ALPHABET, num_items: int = MOST_ITEMS
+    how: Switches = Switches(), vocabulary: int = FIRST + ALPHABET, num_items: int = MOST_ITEMS
 ) -> GenRecForConditionalGeneration:
     """Random weights, large enough that scores lie far apart, in float64."""
     torch.manual_seed(3)
     shape = Model(
-        d_model=16, encoder_layers=1, decoder_layers=2, heads=2, ffn=32, max_tokens=64, init_std=0.4
-    )
+        d_model=16, encoder_layers=1, decoder_layers=2, heads=2, ffn=32, max_tokens=64,
+        init_std=0.4,
+        encoder_unit=how.unit, decoder_start=how.start, item_loss=float(how.head),
+    )  # fmt: skip
+    tokens = {"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK}
     model = build_model(
         shape,
         vocab_size=vocabulary,
         num_users=NUM_USERS,
         num_items=num_items,
         num_masks=1,
-        special={"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK},
+        special={name: number_of(token, how) for name, token in tokens.items()},
     )
+    model.config.certain_tokens = "given" if how.forced else "learned"
+    model.config.spoken_tokens = 1 + ALPHABET if how.trimmed else 0
     return model.double().eval()
 
 
-@dataclass
+def among_items(
+    model: GenRecForConditionalGeneration, num_items: int
+) -> GenRecForConditionalGeneration:
+    """The same model, its item head over the first so many items alone."""
+    other = copy.copy(model)
+    other._modules = dict(model._modules)
+    table = IdEmbedding(num_items, model.config.d_model).double()
+    table.weight = torch.nn.Parameter(model.item_embedding.weight[: num_items + 1].detach())
+    other.item_embedding = table
+    return other
+
+
+def number_of(token: int, how: Switches) -> int:
+    """A token's row: those of a trimmed vocabulary that are output come first."""
+    order = [EOS, *range(FIRST, FIRST + ALPHABET), BOS, PAD, MASK, 3]
+    return order.index(token) if how.trimmed else token
+
+
 class World:
-    """A catalogue with a model that can speak it."""
+    """A catalogue with a model for its words."""
 
-    items: list[Word]
-    model: GenRecForConditionalGeneration
-
-    def __post_init__(self) -> None:
-        users = [(FIRST, FIRST)] * NUM_USERS
-        words: list[Word] = [(BOS,), (EOS,), (MASK,), *self.items, *users]
-        tokens = np.array([token for word in words for token in word], np.int32)
-        table = WordTable(tokens, np.cumsum([0, *map(len, words)]), 1, len(self.items), NUM_USERS)
-        self.layout = Layout(table, PAD, max_tokens=64, user_ids=True, positions="from-start")
-        self.searcher = TrieSearcher(self.model, build_trie(*table.tokens_of_items()))
+    def __init__(
+        self,
+        items: list[Word],
+        how: Switches = Switches(),
+        model: GenRecForConditionalGeneration | None = None,
+    ):
+        self.how = how
+        self.items = [tuple(number_of(token, how) for token in item) for item in items]
+        self.model = model or among_items(sharp_model(how), len(items))
+        config = self.model.config
+        self.eos, self.mask, self.pad = (
+            config.eos_token_id, config.decoder_start_token_id, config.pad_token_id,
+        )  # fmt: skip
+        user = (number_of(FIRST, how),) * 2
+        special = [(config.bos_token_id,), (self.eos,), (self.mask,)]
+        words: list[Word] = [*special, *self.items, *[user] * NUM_USERS]
+        tokens = np.array(list(chain(*words)), np.int32)
+        table = WordTable(tokens, np.cumsum([0, *map(len, words)]), 1, len(items), NUM_USERS)
+        self.layout = Layout(
+            words=table, pad_token=self.pad, max_tokens=64, user_ids=True,
+            positions="from-start", unit=how.unit,
+        )  # fmt: skip
+        self.trie = build_trie(*table.tokens_of_items())
+        self.searcher = TrieSearcher(self.model, self.trie)
+        self.widest_level = int(np.diff(self.trie.level_offsets).max())
+        self.after: dict[Word, set[int]] = defaultdict(set)
+        """What can follow a beginning, looked up in the list of all items."""
+        for whole in ((*item, self.eos) for item in self.items):
+            for place, token in enumerate(whole):
+                self.after[whole[:place]].add(token)
 
     def encoder(self, histories: list[History], users: list[int] | None = None) -> EncoderInput:
-        items = np.array([item for history in histories for item in history], np.int32)
+        items = np.array(list(chain(*histories)), np.int32)
         rows = np.arange(len(histories)) % NUM_USERS if users is None else np.array(users)
         return encode_histories(items, np.cumsum([0, *map(len, histories)]), rows, self.layout)
 
@@ -85,18 +158,17 @@ class World:
         *,
         exclude: bool = False,
         users: list[int] | None = None,
-        **sizes: Any,
+        **options: Any,
     ) -> list[list[tuple[int, float]]]:
         """(item, score) lists, checked for their form: distinct, sorted, -1 and -inf only at the
         end."""
-        index = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
-        excluded = (index, np.array([item for history in histories for item in history], np.int32))
         found = self.searcher.search(
-            self.encoder(histories, users), excluded=excluded if exclude else None, **sizes
-        )  # fmt: skip
-        assert found.items.shape == found.scores.shape == (len(histories), sizes["top"])
-        assert found.items.dtype == np.int32
-        assert found.scores.dtype == np.float32
+            self.encoder(histories, users),
+            excluded=pairs_of(histories) if exclude else None,
+            **options,
+        )
+        assert found.items.shape == found.scores.shape == (len(histories), options["top"])
+        assert (found.items.dtype, found.scores.dtype) == (np.int32, np.float32)
         assert not np.isnan(found.scores).any()
         assert ((found.items >= 0) == np.isfinite(found.scores)).all()
         lists = []
@@ -109,55 +181,125 @@ class World:
             lists.append(list(zip(items[:count], scores[:count], strict=True)))
         return lists
 
+    def learned(self, item: Word) -> list[bool]:
+        """Of an item's tokens and its end, those that something else could be in place of."""
+        return [len(self.after[item[:place]]) > 1 for place in range(len(item) + 1)]
+
     @torch.inference_mode()
-    def brute_force(self, histories: list[History]) -> np.ndarray:
-        """float64 [B, N]: log-probability of each item's tokens and `</s>`, by whole sequences
-        through `decode`."""
+    def truth(
+        self,
+        histories: list[History],
+        mode: str = "exact",
+        mixture: Mixture | None = None,
+        graph_prob_BN: Tensor | None = None,
+    ) -> np.ndarray:
+        """float64 [B, N]: the scores of all items by whole sequences, user by user."""
+        if mode == "items":
+            return self._item_head(histories)
+        scores_BN = self._decoder(histories, compact=mode == "compact")
+        if mode == "hybrid":
+            mixture = mixture or Mixture()
+            if self.how.head:
+                scores_BN = scores_BN + mixture.item_weight * self._item_head(histories)
+            if graph_prob_BN is not None:
+                near_BN = (1 - mixture.epsilon) * graph_prob_BN.numpy()
+                near_BN = np.log(near_BN + mixture.epsilon / len(self.items))
+                scores_BN = scores_BN + mixture.graph_weight * near_BN
+        return scores_BN
+
+    def _decoder(self, histories: list[History], compact: bool) -> np.ndarray:
+        """log p of each item's tokens and `</s>`."""
         encoder = self.encoder(histories)
         memory = self.model.encode(encoder)
-        longest = max(map(len, self.items)) + 1
-        inputs = torch.tensor(
-            [[MASK, *item, *[PAD] * (longest - 1 - len(item))] for item in self.items]
-        )
-        labels = torch.tensor(
-            [[*item, EOS, *[-1] * (longest - 1 - len(item))] for item in self.items]
-        )
-        scores, copies = [], len(self.items)
+        copies, longest = len(self.items), max(map(len, self.items)) + 1
+        padded = [[*item, *[-1] * (longest - len(item))] for item in self.items]
+        inputs = torch.tensor([[self.mask, *row[:-1]] for row in padded])
+        inputs = inputs.masked_fill(inputs < 0, self.pad)
+        labels = torch.tensor(padded)
+        labels[torch.arange(copies), torch.tensor([len(item) for item in self.items])] = self.eos
+        if self.how.forced:
+            for row, item in enumerate(self.items):
+                for place, is_open in enumerate(self.learned(item)):
+                    labels[row, place] = labels[row, place] if is_open else -1
+        vocabulary = self.model.config.vocab_size
+        output = torch.ones(vocabulary, dtype=torch.bool)
+        if compact or self.how.trimmed:
+            output[:] = False
+        if compact:
+            output[sorted({self.eos, *chain(*self.items)})] = True
+        elif self.how.trimmed:
+            output[: 1 + ALPHABET] = True
+        scores = []
         for row in range(len(histories)):
-            start = None
-            if self.model.config.decoder_start == "state":  # at [MASK], the last but </s>
-                start = memory[
-                    row, len(encoder.input_ids[row][encoder.attention_mask[row]]) - 2
-                ].expand(copies, -1)
+            mask_L, start = encoder.attention_mask[row], None
+            if self.how.start == "state":  # at [MASK], the last but </s>
+                start = memory[row, int(mask_L.sum()) - 2].expand(copies, -1)
             hidden = self.model.decode(
-                inputs,
-                memory[row].expand(copies, -1, -1),
-                encoder.attention_mask[row].expand(copies, -1),
-                start,
+                inputs, memory[row].expand(copies, -1, -1), mask_L.expand(copies, -1), start
             )
-            logprobs = self.model.lm_head(hidden).log_softmax(-1)
+            logits = hidden @ self.model.lm_head.weight.T
+            logprobs = logits.masked_fill(~output, -torch.inf).log_softmax(-1)
             gained = logprobs.gather(2, labels.clamp(min=0)[..., None])[..., 0]
             scores.append(gained.masked_fill(labels < 0, 0.0).sum(1))
         return torch.stack(scores).numpy()
 
-    @property
-    def widest_level(self) -> int:
-        return int(np.diff(self.searcher.trie.level_offsets).max())
+    def _item_head(self, histories: list[History]) -> np.ndarray:
+        rows = []
+        for row, history in enumerate(histories):
+            state = self.model.encode(self.encoder([history], users=[row % NUM_USERS]))[0, -2]
+            logits = self.model.item_embedding.weight[1:] @ state
+            rows.append(logits.log_softmax(0).numpy()[: len(self.items)])
+        return np.stack(rows)
 
 
-def best_first(scores_N: np.ndarray, without: History) -> list[int]:
-    return [int(item) for item in np.argsort(-scores_N, kind="stable") if item not in without]
+def assert_equals_truth(
+    world: World,
+    histories: list[History],
+    *,
+    exclude: bool,
+    beam: int,
+    top: int,
+    mode: str = "exact",
+    allowed: list[int] | None = None,
+    **parts: Any,
+) -> None:
+    """The best items or all of them, in order, with their scores; shorter lists where items are
+    excluded."""
+    truth_BN = world.truth(histories, mode, **parts)
+    lists = world.search(histories, beam=beam, top=top, exclude=exclude, mode=mode, **parts)
+    for history, found, truth_N in zip(histories, lists, truth_BN, strict=True):
+        best = best_first(truth_N, history if exclude else [], allowed)[:top]
+        assert [item for item, _ in found] == best
+        np.testing.assert_allclose(
+            [score for _, score in found], truth_N[best], rtol=1e-6, atol=1e-9
+        )
 
 
-histories_of = st.lists(st.lists(st.integers(0, 10**6), max_size=8), min_size=1, max_size=4)
+def pairs_of(histories: list[History]) -> tuple[np.ndarray, np.ndarray]:
+    index = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+    return index, np.array(list(chain(*histories)), np.int32)
+
+
+def best_first(
+    scores_N: np.ndarray, without: History, allowed: list[int] | None = None
+) -> list[int]:
+    order = np.argsort(-scores_N, kind="stable").tolist()
+    return [item for item in order if item not in without and (allowed is None or item in allowed)]
+
+
+def items_of(found: list[tuple[int, float]]) -> list[int]:
+    return [item for item, _ in found]
+
+
+def histories_from(draws: list[History], num_items: int) -> list[History]:
+    return [[draw % num_items for draw in history] for history in draws]
 
 
 def all_pairs() -> list[Word]:
     """56 items: `a b` and `a b c` of the alphabet, many of them prefixes of others."""
     letters = range(FIRST, FIRST + ALPHABET)
-    return [(a, b) for a in letters for b in letters] + [
-        (a, b, c) for a in letters for b in letters for c in letters if (a + b + c) % 8 < 5
-    ]
+    pairs = [(a, b) for a in letters for b in letters]
+    return pairs + [(*pair, c) for pair in pairs for c in letters if (sum(pair) + c) % 8 < 5]
 
 
 def random_histories(world: World, count: int) -> list[History]:
@@ -165,42 +307,46 @@ def random_histories(world: World, count: int) -> list[History]:
     return [rng.permutation(len(world.items))[: rng.integers(0, 9)].tolist() for _ in range(count)]
 
 
+@torch.inference_mode()
 def hugging_face(
-    world: World, histories: list[History], beam: int
+    model: GenRecForConditionalGeneration, items: list[Word], encoder: EncoderInput, beam: int
 ) -> list[tuple[list[int], list[float]]]:
-    """(items, scores) a user as `generate` gives them, up to the first that is no item."""
-    after: dict[Word, list[int]] = {}
-    for item in world.items:
-        whole = (*item, EOS)
-        for n, token in enumerate(whole):
-            after.setdefault(whole[:n], []).append(token)
-    row_of = {item: row for row, item in enumerate(world.items)}
-    encoder = world.encoder(histories)
-    with torch.inference_mode():
-        output = world.model.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=world.model.encode(encoder)),
-            attention_mask=encoder.attention_mask.long(),
-            prefix_allowed_tokens_fn=lambda _, ids: after.get(tuple(ids[1:].tolist()), [EOS]),
-            decoder_start_token_id=MASK,
-            num_beams=beam,
-            num_return_sequences=beam,
-            length_penalty=0.0,
-            early_stopping="never",
-            forced_bos_token_id=None,
-            forced_eos_token_id=None,
-            max_new_tokens=max(map(len, world.items)) + 2,
-            do_sample=False,
-            output_scores=True,
-            return_dict_in_generate=True,
-        )
+    """(items, scores) of each user as `generate` gives them with a trie in
+    `prefix_allowed_tokens_fn`, those that are items alone."""
+    config = model.config
+    after: dict[Word, set[int]] = defaultdict(set)
+    for whole in ((*item, config.eos_token_id) for item in items):
+        for place, token in enumerate(whole):
+            after[whole[:place]].add(token)
+    row_of = {item: row for row, item in enumerate(items)}
+    output = model.generate(
+        encoder_outputs=BaseModelOutput(last_hidden_state=model.encode(encoder)),
+        attention_mask=encoder.attention_mask.long(),
+        prefix_allowed_tokens_fn=lambda _, ids: sorted(
+            after.get(tuple(ids[1:].tolist()), [config.eos_token_id])
+        ),
+        decoder_start_token_id=config.decoder_start_token_id,
+        num_beams=beam,
+        num_return_sequences=beam,
+        length_penalty=0.0,
+        early_stopping="never",
+        forced_bos_token_id=None,
+        forced_eos_token_id=None,
+        max_new_tokens=max(map(len, items)) + 2,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
+    rows = list(zip(output.sequences.tolist(), output.sequences_scores.tolist(), strict=True))
     users = []
-    for row in range(len(histories)):
-        items, scores = [], []
-        for place in range(row * beam, (row + 1) * beam):
-            tokens = tuple(t for t in output.sequences[place].tolist()[1:] if t not in (EOS, PAD))
-            if tokens not in row_of or float(output.sequences_scores[place]) < -1e8:
-                break
-            items.append(row_of[tokens])
-            scores.append(float(output.sequences_scores[place]))
-        users.append((items, scores))
+    for first in range(0, len(rows), beam):
+        found: tuple[list[int], list[float]] = ([], [])
+        for sequence, score in rows[first : first + beam]:
+            word = tuple(
+                t for t in sequence[1:] if t not in (config.eos_token_id, config.pad_token_id)
+            )
+            if word in row_of and score > -1e8:
+                found[0].append(row_of[word])
+                found[1].append(score)
+        users.append(found)
     return users

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from beam_oracle import hugging_face
 from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.prepare import prepare
 from genrec_shards.storage.write import write_shards
-from transformers.modeling_outputs import BaseModelOutput
 from two_ranks import environment
 
 from genrec_dist.config.load import load_recipe
@@ -73,67 +72,18 @@ def encoder_of(run: LoadedRun, dataset: Dataset, users: np.ndarray) -> EncoderIn
     return encode_histories(view.items[flat], offsets, users, run.layout)
 
 
-@torch.inference_mode()
-def hugging_face(run: LoadedRun, encoder: EncoderInput) -> list[tuple[list[int], list[float]]]:
-    """(items, scores) a user, best first, as `generate` gives them with a trie in
-    `prefix_allowed_tokens_fn`."""
-    tokens, offsets = run.words.tokens_of_items()
-    items = [tuple(tokens[start:end].tolist()) for start, end in pairwise(offsets.tolist())]
-    eos, pad, start = (
-        getattr(run.model.config, f"{name}_token_id") for name in ("eos", "pad", "decoder_start")
-    )
-    after: dict[tuple[int, ...], list[int]] = {}
-    for node in range(1, run.searcher.trie.num_nodes):
-        path = _path(run, node)
-        after.setdefault(path[:-1], []).append(path[-1])
-    for item in items:
-        after.setdefault(item, []).append(eos)
-    row_of = {item: row for row, item in enumerate(items)}
-    output = run.model.generate(
-        encoder_outputs=BaseModelOutput(last_hidden_state=run.model.encode(encoder)),
-        attention_mask=encoder.attention_mask.long(),
-        prefix_allowed_tokens_fn=lambda _, ids: after.get(tuple(ids[1:].tolist()), [eos]),
-        decoder_start_token_id=start,
-        num_beams=BEAM,
-        num_return_sequences=BEAM,
-        length_penalty=0.0,
-        early_stopping="never",
-        forced_bos_token_id=None,
-        forced_eos_token_id=None,
-        max_new_tokens=run.searcher.trie.depth + 2,
-        do_sample=False,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    strings = output.sequences.view(-1, BEAM, output.sequences.shape[1])[:, :, 1:].tolist()
-    scores = output.sequences_scores.view(-1, BEAM).tolist()
-    lists = []
-    for user_strings, user_scores in zip(strings, scores, strict=True):
-        read = [
-            tuple(token for token in string if token not in (eos, pad)) for string in user_strings
-        ]
-        valid = [n for n, string in enumerate(read) if string in row_of and user_scores[n] > -1e8]
-        lists.append(([row_of[read[n]] for n in valid], [user_scores[n] for n in valid]))
-    return lists
-
-
-def _path(run: LoadedRun, node: int) -> tuple[int, ...]:
-    trie, path = run.searcher.trie, []
-    while node:
-        path.append(int(trie.token[node]))
-        node = int(trie.parent[node])
-    return tuple(reversed(path))
-
-
 def lists_of_both(
     run: LoadedRun, dataset: Dataset, ends: str
 ) -> list[tuple[tuple[list[int], list[float]], tuple[list[int], list[float]]]]:
+    """(items, scores) of `generate` and of our search, user by user."""
+    tokens, offsets = run.words.tokens_of_items()
+    items = [tuple(tokens[start:end].tolist()) for start, end in pairwise(offsets.tolist())]
     both = []
     for start in range(0, NUM_USERS, BATCH):
         encoder = encoder_of(run, dataset, np.arange(start, start + BATCH))
         ours = run.searcher.search(encoder, beam=BEAM, top=BEAM, ends=ends)  # type: ignore[arg-type]
-        assert_valid(ours, len(run.catalogue.item_ids))
-        for number, theirs in enumerate(hugging_face(run, encoder)):
+        assert_valid(ours, len(items))
+        for number, theirs in enumerate(hugging_face(run.model, items, encoder, BEAM)):
             both.append((theirs, (ours.items[number].tolist(), ours.scores[number].tolist())))
     return both
 
@@ -157,7 +107,7 @@ def test_items_have_several_lengths_and_common_beginnings(run: LoadedRun) -> Non
     assert ((trie.num_children > 0) & (trie.end_item >= 0)).any()
 
 
-def test_in_float64_every_list_is_theirs_by_their_rule_for_ends(
+def test_beam_search_equals_generate_in_float64_by_its_rule_for_ends(
     in_float64: LoadedRun, dataset: Dataset
 ) -> None:
     """Hugging Face's valid results are the head of our list, in order, for each of the users."""
@@ -167,7 +117,7 @@ def test_in_float64_every_list_is_theirs_by_their_rule_for_ends(
         np.testing.assert_allclose(our_scores[: len(theirs)], their_scores, rtol=1e-6)
 
 
-def test_in_float64_our_own_rule_only_adds_items_that_score_higher(
+def test_beam_search_adds_only_items_that_score_higher_in_float64(
     in_float64: LoadedRun, dataset: Dataset
 ) -> None:
     """By our rule an end is never dropped: their items are in our lists in their order, except for
@@ -181,7 +131,7 @@ def test_in_float64_our_own_rule_only_adds_items_that_score_higher(
     print(f"{added} of {NUM_USERS * BEAM} places hold an item that `generate` dropped")
 
 
-def test_in_float32_lists_differ_only_where_scores_are_close(
+def test_beam_search_differs_in_float32_only_where_scores_are_close(
     run: LoadedRun, dataset: Dataset
 ) -> None:
     differences = []

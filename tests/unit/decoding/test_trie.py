@@ -3,9 +3,7 @@ file."""
 
 from __future__ import annotations
 
-import shutil
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +20,10 @@ from genrec_dist.decoding.trie import (
     build_trie,
     hash_of_words,
     load_trie,
-    pruned,
+    prune_items,
     restrict,
     save_trie,
 )
-from genrec_dist.inference import load as run_module
-from genrec_dist.inference.load import load_run, make_searcher
 
 Word = tuple[int, ...]
 PREFIXES: list[Word] = [(5,), (5, 0), (5, 0, 0), (0,), (5, 7), (3, 3, 3, 3)]
@@ -59,10 +55,10 @@ def prefix_of(trie: Trie, node: int) -> Word:
     return tuple(reversed(tokens))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(catalogues)
 @example(PREFIXES)
-def test_the_trie_equals_a_dict_of_prefixes(items: list[Word]) -> None:
+def test_build_trie_equals_a_dict_of_prefixes(items: list[Word]) -> None:
     trie, ends = build_trie(*ragged(items)), nodes_of_dict(items)
     prefixes = [prefix_of(trie, node) for node in range(trie.num_nodes)]
     # Level by level, and by the smaller token within: the order that ties are broken by.
@@ -85,7 +81,7 @@ def test_the_trie_equals_a_dict_of_prefixes(items: list[Word]) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(catalogues, st.data())
-def test_the_same_tokens_twice_are_refused_by_both_rows(
+def test_build_trie_refuses_the_same_tokens_twice_by_both_rows(
     items: list[Word], data: st.DataObject
 ) -> None:
     again = data.draw(st.integers(0, len(items) - 1))
@@ -95,34 +91,23 @@ def test_the_same_tokens_twice_are_refused_by_both_rows(
     assert "choose another tokenizer" in str(refusal.value)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(catalogues, st.data())
-def test_pruned_equals_brute_force(items: list[Word], data: st.DataObject) -> None:
-    assert_pruned_equals_brute_force(
-        build_trie(*ragged(items)), items, items, draw_pairs(items, data)
-    )
-
-
-def draw_pairs(items: list[Word], data: st.DataObject) -> list[tuple[int, int]]:
-    """(user of three, item row); repeats come by themselves."""
+def test_prune_items_equals_brute_force(items: list[Word], data: st.DataObject) -> None:
+    """Of a whole trie and of one that holds some of the items alone; three users."""
     pair = st.tuples(st.integers(0, 2), st.integers(0, len(items) - 1))
     pairs = data.draw(st.lists(pair, max_size=2 * len(items)))
     if data.draw(st.booleans()):
         pairs += [(1, item) for item in range(len(items))]  # a user who has everything
-    return pairs
-
-
-def assert_pruned_equals_brute_force(
-    trie: Trie, items: list[Word], in_trie: list[Word], pairs: list[tuple[int, int]]
-) -> None:
-    """`in_trie`: those of the catalogue's items that the trie holds."""
-    found = pruned(
-        trie,
-        np.array([user for user, _ in pairs], np.int64),
-        np.array([i for _, i in pairs], np.int64),
-    )
+    trie, keep = build_trie(*ragged(items)), set(range(len(items)))
+    if data.draw(st.booleans()):
+        keep = data.draw(st.sets(st.integers(0, len(items) - 1), min_size=1))
+        trie = restrict(trie, np.array(sorted(keep)))
+    users, rows = np.array(pairs, np.int64).reshape(-1, 2).T
+    found = prune_items(trie, users, rows)
+    in_trie = [items[row] for row in sorted(keep)]
     prefixes = [prefix_of(trie, node) for node in range(trie.num_nodes)]
-    dead, ends = [], []
+    pruned, ends = [], []
     for user in range(3):
         excluded = {items[i] for u, i in pairs if u == user}
         left = [item for item in in_trie if item not in excluded]
@@ -130,9 +115,9 @@ def assert_pruned_equals_brute_force(
             if prefix in excluded and prefix in in_trie:
                 ends.append((user, node))
             if node and not any(item[: len(prefix)] == prefix for item in left):
-                dead.append((user, node))
+                pruned.append((user, node))
     assert list(zip(found.end_users, found.end_nodes, strict=True)) == ends
-    assert list(zip(found.dead_users, found.dead_nodes, strict=True)) == dead
+    assert list(zip(found.pruned_users, found.pruned_nodes, strict=True)) == pruned
 
 
 def assert_same(one: Trie, other: Trie) -> None:
@@ -142,10 +127,10 @@ def assert_same(one: Trie, other: Trie) -> None:
         np.testing.assert_array_equal(array, twin, err_msg=name)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(catalogues, st.data())
 @example(PREFIXES, None)
-def test_a_restricted_trie_is_that_of_the_kept_items(
+def test_restrict_gives_the_trie_of_the_kept_items(
     items: list[Word], data: st.DataObject | None
 ) -> None:
     """All but the rows, which keep their numbers; also when restricted again."""
@@ -170,17 +155,7 @@ def test_a_restricted_trie_is_that_of_the_kept_items(
             restrict(cut, np.array(again))
 
 
-@settings(max_examples=100, deadline=None)
-@given(catalogues, st.data())
-def test_pruned_knows_only_what_the_trie_holds(items: list[Word], data: st.DataObject) -> None:
-    keep = data.draw(st.sets(st.integers(0, len(items) - 1), min_size=1))
-    cut = restrict(build_trie(*ragged(items)), np.array(sorted(keep)))
-    assert_pruned_equals_brute_force(
-        cut, items, [items[row] for row in keep], draw_pairs(items, data)
-    )
-
-
-def test_keeping_everything_changes_nothing() -> None:
+def test_restrict_to_everything_changes_nothing() -> None:
     trie = build_trie(*ragged(PREFIXES))
     assert_same(restrict(trie, np.arange(len(PREFIXES), dtype=np.int32)), trie)
 
@@ -193,22 +168,22 @@ def test_keeping_everything_changes_nothing() -> None:
         ([-1], "item row -1 is"),
     ],
 )
-def test_rows_that_cannot_be_kept_are_refused(rows: list[int], message: str) -> None:
+def test_restrict_refuses_rows_that_cannot_be_kept(rows: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         restrict(build_trie(*ragged(PREFIXES)), np.array(rows, np.int64))
 
 
-def test_nothing_excluded_prunes_nothing() -> None:
-    found = pruned(build_trie(*ragged(PREFIXES)), np.empty(0, np.int64), np.empty(0, np.int32))
-    assert len(found.end_users) == len(found.dead_users) == 0
+def test_prune_items_of_nothing_prunes_nothing() -> None:
+    found = prune_items(build_trie(*ragged(PREFIXES)), np.empty(0, np.int64), np.empty(0, np.int32))
+    assert len(found.end_users) == len(found.pruned_users) == 0
 
 
-def test_rows_of_many_users_do_not_overflow() -> None:
+def test_prune_items_of_many_users_does_not_overflow() -> None:
     """Pairs are packed as user * nodes + node: int32 rows must not wrap."""
     trie = build_trie(np.arange(100_000, dtype=np.int32), np.arange(100_001))
-    found = pruned(trie, np.full(2, 99_999, np.int32), np.array([3, 99_999], np.int32))
-    assert found.end_users.tolist() == found.dead_users.tolist() == [99_999, 99_999]
-    assert found.dead_nodes.tolist() == [4, 100_000]
+    found = prune_items(trie, np.full(2, 99_999, np.int32), np.array([3, 99_999], np.int32))
+    assert found.end_users.tolist() == found.pruned_users.tolist() == [99_999, 99_999]
+    assert found.pruned_nodes.tolist() == [4, 100_000]
 
 
 # Its file.
@@ -231,13 +206,13 @@ def load(path: Path, numbering_hash: str = NUMBERING, items: list[Word] = PREFIX
     return load_trie(path, numbering_hash=numbering_hash, words_hash=hash_of_words(*ragged(items)))
 
 
-def test_a_saved_trie_comes_back_equal(saved: Path) -> None:
+def test_load_trie_gives_what_save_trie_wrote(saved: Path) -> None:
     trie = build_trie(*ragged(PREFIXES))
     assert_same(load(saved), trie)
     assert 0 < saved.stat().st_size - trie.num_bytes < 2000  # a header beside the arrays
 
 
-def test_a_trie_of_another_numbering_or_of_other_words_is_refused(saved: Path) -> None:
+def test_load_trie_refuses_another_numbering_or_other_words(saved: Path) -> None:
     with pytest.raises(
         ValueError,
         match=f"{saved}: its numbering_hash is 'abababababab', the model's 'cdcd.*: delete it",
@@ -250,7 +225,7 @@ def test_a_trie_of_another_numbering_or_of_other_words_is_refused(saved: Path) -
         load(saved, items=[(5,), (5,), (0, 5, 0, 0), *PREFIXES[3:]])
 
 
-def test_a_damaged_file_is_refused_whatever_is_damaged(saved: Path) -> None:
+def test_load_trie_refuses_a_damaged_file_whatever_is_damaged(saved: Path) -> None:
     whole = saved.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     flipped = [
@@ -267,7 +242,7 @@ def test_a_damaged_file_is_refused_whatever_is_damaged(saved: Path) -> None:
     load(saved)
 
 
-def test_a_file_of_another_form_is_refused(saved: Path) -> None:
+def test_load_trie_refuses_a_file_of_another_form(saved: Path) -> None:
     with safe_open(saved, "np") as file:
         metadata, arrays = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     assert metadata["format_version"] == FORMAT_VERSION
@@ -284,57 +259,8 @@ def test_a_file_of_another_form_is_refused(saved: Path) -> None:
         load(saved)
 
 
-@pytest.fixture
-def run(tiny_run: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(tiny_run, tmp_path / "run")
-
-
-def test_a_run_brings_its_trie_and_none_is_built(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loaded = load_run(run)
-    built = build_trie(*loaded.words.tokens_of_items())
-    monkeypatch.setattr(run_module, "build_trie", lambda *_: pytest.fail("it was built"))
-    assert_same(load_run(run).searcher.trie, built)
-
-
-def test_an_old_run_without_a_trie_gets_one(run: Path) -> None:
-    trie = load_run(run).searcher.trie
-    (run / "best" / TRIE_FILE).unlink()
-    assert_same(load_run(run).searcher.trie, trie)
-
-
-def test_a_run_with_the_wrong_trie_is_refused(run: Path, saved: Path) -> None:
-    path = run / "best" / TRIE_FILE
-    shutil.copyfile(saved, path)
-    with pytest.raises(ValueError, match=f"{path}: its numbering_hash is 'abab"):
-        load_run(run)
-    path.write_bytes(path.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=f"{path}: not readable .*: delete it, it is rebuilt"):
-        load_run(run)
-    path.unlink()
-    load_run(run)
-
-
-def test_a_loaded_searcher_reads_texts(tiny_run: Path) -> None:
-    """What mode `free` needs: every item's sub-words are that item's text."""
-    loaded = load_run(tiny_run)
-    tokens, offsets = loaded.words.tokens_of_items()
-    spelled = [tokens[start:end].tolist() for start, end in pairwise(offsets)]
-    texts = loaded.searcher.texts
-    assert texts is not None
-    assert texts.rows(spelled).tolist() == list(range(loaded.words.num_items))
-
-
-def test_a_searcher_over_some_items(tiny_run: Path) -> None:
-    loaded = load_run(tiny_run)
-    searcher = make_searcher(loaded.model, loaded.words, "cpu", items=np.array([3, 7]))
-    assert np.flatnonzero(searcher.trie.item_node >= 0).tolist() == [3, 7]
-    assert_same(make_searcher(loaded.model, loaded.words, "cpu").trie, loaded.searcher.trie)
-
-
 @pytest.mark.slow
-def test_a_million_items_build_in_seconds() -> None:
+def test_build_trie_of_a_million_items() -> None:
     """Prints, asserts only what is built: time is the machine's."""
     dice = np.random.default_rng(0)
     # As BART spells ` item_1234567`: two sub-words, then `1`, `234` and `567`, each a sub-word of

@@ -8,7 +8,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,15 @@ import numpy as np
 import pytest
 import torch
 from background import PATIENCE, spawn
-from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.dataset import Dataset
 from genrec_shards.prepare import prepare
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrec_dist.cli.app import run_command
 from genrec_dist.decoding.searcher import Mode, TopItems
-from genrec_dist.inference import recommend as recommendation
-from genrec_dist.inference.item_filter import Choice, choose_items, name_some, read_ids
-from genrec_dist.inference.load import load_run, make_searcher
+from genrec_dist.inference import recommend as recommend_module
+from genrec_dist.inference.item_filter import ItemFilter, filter_items, name_some, read_ids
 from genrec_dist.inference.recommend import (
     Recommendation,
     Recommender,
@@ -36,47 +34,28 @@ from genrec_dist.inference.recommend import (
 )
 
 
-@pytest.fixture(scope="module")
-def recommender(tiny_run: Path) -> Recommender:
-    """In float64, so that the order of lists does not hang on rounding."""
-    run = load_run(tiny_run)
-    model = run.model.double()
-    searcher = make_searcher(model, run.words, "cpu", texts=run.searcher.texts)
-    return Recommender(replace(run, model=model, searcher=searcher))
-
-
-@pytest.fixture(scope="module")
-def dataset(tiny_data: Path) -> Dataset:
-    return load_dataset(tiny_data)
-
-
 def history_of(dataset: Dataset, user: int) -> list[str]:
     first, last = dataset.sequences.offsets[user : user + 2]
     return [dataset.sequences.item_ids[row] for row in dataset.sequences.items[first:last]]
 
 
-def test_a_history_gives_twenty_other_items_in_own_ids(
+def test_recommend_gives_twenty_other_items_in_own_ids(
     recommender: Recommender, dataset: Dataset
 ) -> None:
+    """For the history and its order."""
     history = history_of(dataset, 3)
-    (answer,) = recommender.recommend([history])
+    requests = [history, history[::-1], history_of(dataset, 4)]
+    answer, backwards, other = recommender.recommend(requests)
     assert len(set(answer.items)) == 20
     assert set(answer.items) <= set(dataset.sequences.item_ids) - set(history)
     assert answer.scores == sorted(answer.scores, reverse=True)
-    assert answer.user is None
-    assert answer.unknown_items == []
+    assert (answer.user, answer.unknown_items) == (None, [])
+    assert answer.scores != backwards.scores
+    assert answer.items != other.items
+    assert recommender.recommend([]) == []
 
 
-def test_the_model_reads_the_history_and_its_order(
-    recommender: Recommender, dataset: Dataset
-) -> None:
-    history = history_of(dataset, 3)
-    answers = recommender.recommend([history, history[::-1], history_of(dataset, 4)])
-    assert answers[0].scores != answers[1].scores
-    assert answers[0].items != answers[2].items
-
-
-def test_a_known_user_is_seen_and_an_unknown_one_is_as_none(
+def test_recommend_sees_a_known_user_and_an_unknown_one_is_as_none(
     recommender: Recommender, dataset: Dataset
 ) -> None:
     history = history_of(dataset, 3)
@@ -88,29 +67,25 @@ def test_a_known_user_is_seen_and_an_unknown_one_is_as_none(
     assert unknown.user == "a stranger"
 
 
-def test_an_unknown_item_is_named_and_skipped(recommender: Recommender, dataset: Dataset) -> None:
+def test_recommend_names_and_skips_unknown_items(
+    recommender: Recommender, dataset: Dataset
+) -> None:
     history = history_of(dataset, 3)
-    with_it, without = recommender.recommend([["nothing we sell", *history, "Ω"], history])
+    with_it, without, empty, only_unknown = recommender.recommend(
+        [["nothing we sell", *history, "Ω"], history, [], ["nothing we sell"]]
+    )
     assert with_it.unknown_items == ["nothing we sell", "Ω"]
     assert (with_it.items, with_it.scores) == (without.items, without.scores)
+    assert len(empty.items) == 20
+    assert empty.items == only_unknown.items
 
 
-def test_an_empty_history_works(recommender: Recommender) -> None:
-    nothing, only_unknown = recommender.recommend([[], ["nothing we sell"]])
-    assert len(nothing.items) == 20
-    assert nothing.items == only_unknown.items
-
-
-def test_no_request_no_answer(recommender: Recommender) -> None:
-    assert recommender.recommend([]) == []
-
-
-def test_the_same_answer_alone_and_in_a_batch(
+def test_recommend_answers_the_same_alone_and_in_a_batch(
     recommender: Recommender, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = [history_of(dataset, user) for user in (0, 5, 119, 17, 30)] + [[]]
     together = recommender.recommend(requests)
-    monkeypatch.setattr(recommendation, "REQUESTS_AT_ONCE", 2)
+    monkeypatch.setattr(recommend_module, "REQUESTS_AT_ONCE", 2)
     in_parts = recommender.recommend(requests)
     for number, request in enumerate(requests):
         (alone,) = recommender.recommend([request])
@@ -118,43 +93,38 @@ def test_the_same_answer_alone_and_in_a_batch(
         assert alone.scores == pytest.approx(together[number].scores, rel=1e-6)
 
 
-def test_lists_are_as_long_as_asked_for_or_as_there_are_items(
+def test_lists_are_as_long_as_k_or_as_there_are_items(
     recommender: Recommender, dataset: Dataset
 ) -> None:
-    history = history_of(dataset, 3)
-    assert [len(recommender.recommend([history], k=k)[0].items) for k in (1, 5, 50)] == [
-        1,
-        5,
-        min(50, 64 - len(history)),
-    ]
-    assert recommender.recommend([history_of(dataset, 119)])[0].items == []  # she has all items
-    repeated = Recommender(recommender.run, exclude_history=False).recommend(
-        [history_of(dataset, 119)]
-    )
-    assert len(repeated[0].items) == 20
+    history, everything = history_of(dataset, 3), history_of(dataset, 119)
+    lengths = [len(recommender.recommend([history], k=k)[0].items) for k in (1, 5, 50)]
+    assert lengths == [1, 5, min(50, 64 - len(history))]
+    assert recommender.recommend([everything])[0].items == []
+    repeating = Recommender(recommender.run, exclude_history=False)
+    assert len(repeating.recommend([everything])[0].items) == 20
 
 
-def test_a_users_request_is_her_whole_sequence(recommender: Recommender, dataset: Dataset) -> None:
-    assert user_request(dataset, recommender.run, "user-3") == Request(
-        history_of(dataset, 3), "user-3"
-    )
-    with pytest.raises(
-        ValueError, match=r"user 'a stranger' is not in .*; give her items with --history"
-    ):
-        user_request(dataset, recommender.run, "a stranger")
-
-
-def test_a_user_of_other_data_is_refused(
+def test_user_request_is_the_whole_sequence_of_a_user_of_the_runs_data(
     recommender: Recommender, dataset: Dataset, tmp_path: Path
 ) -> None:
+    expected = Request(history_of(dataset, 3), "user-3")
+    assert user_request(dataset, recommender.run, "user-3") == expected
+    with pytest.raises(
+        ValueError, match=r"user 'a stranger' is not in .*; give their items with --history"
+    ):
+        user_request(dataset, recommender.run, "a stranger")
     log = dataset.path.parent / "log.txt"
     other = prepare(log, tmp_path / "data", numbering="random", seed=1)
     with pytest.raises(ValueError, match="give --data the directory the run was trained on"):
         user_request(other, recommender.run, "user-3")
 
 
-@given(st.text(), st.lists(st.text()), st.lists(st.floats(-100, 0)))
-def test_an_answer_is_one_line_of_json(user: str, ids: list[str], scores: list[float]) -> None:
+texts = st.text("aZ0 ,\"'\\/\n\r\t\x00\x85\u2028\u2029éΩ😀")
+
+
+@settings(max_examples=60, deadline=None)
+@given(texts, st.lists(texts), st.lists(st.floats(-100, 0)))
+def test_as_json_is_one_line(user: str, ids: list[str], scores: list[float]) -> None:
     line = Recommendation(user, ids, scores, ids).as_json()
     assert "\n" not in line
     fields = json.loads(line)
@@ -164,7 +134,7 @@ def test_an_answer_is_one_line_of_json(user: str, ids: list[str], scores: list[f
     assert fields["scores"] == pytest.approx(scores, abs=1e-6)
 
 
-def test_requests_are_read_from_json_lines(tmp_path: Path) -> None:
+def test_read_requests_reads_json_lines(tmp_path: Path) -> None:
     file = tmp_path / "requests.jsonl"
     file.write_bytes(
         '\ufeff{"history": ["a", 7], "block": ["b", 8]}\n\n{"history": [], "user": "u"}\r\n'
@@ -178,11 +148,23 @@ def test_requests_are_read_from_json_lines(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["not json", "[1, 2]", '{"user": "u"}', '{"history": "a,b"}', '{"history": [["a"]]}', '{"history": [null]}',
-             '{"history": [1.5]}', '{"history": [], "block": "a"}', '{"history": [], "block": [null]}',
-             '{"history": [true]}', '{"history": [], "user": {}}', '{"history": ["a"]'],
-)  # fmt: skip
-def test_a_bad_request_is_named_by_file_and_line(tmp_path: Path, line: str) -> None:
+    "line",
+    [
+        "not json",
+        "[1, 2]",
+        '{"user": "u"}',
+        '{"history": "a,b"}',
+        '{"history": [["a"]]}',
+        '{"history": [null]}',
+        '{"history": [1.5]}',
+        '{"history": [true]}',
+        '{"history": [], "block": "a"}',
+        '{"history": [], "block": [null]}',
+        '{"history": [], "user": {}}',
+        '{"history": ["a"]',
+    ],
+)
+def test_read_requests_names_a_bad_one_by_file_and_line(tmp_path: Path, line: str) -> None:
     file = tmp_path / "requests.jsonl"
     file.write_text('{"history": ["a"]}\n\n' + line + "\n")
     with pytest.raises(ValueError) as refusal:
@@ -190,16 +172,6 @@ def test_a_bad_request_is_named_by_file_and_line(tmp_path: Path, line: str) -> N
     assert str(refusal.value).startswith(f"{file}:3: ")
     assert "write" in str(refusal.value)
     assert "\n" not in str(refusal.value)
-
-
-def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for name in ("binary", "absent", "."):
-        with pytest.raises(ValueError, match=str(tmp_path)):
-            list(read_requests(tmp_path / name))
-
-
-# What is asked wrongly
 
 
 @pytest.mark.parametrize(
@@ -218,7 +190,7 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
         ([[]], True, "k is True"),
     ],
 )
-def test_what_is_no_request_is_named(
+def test_recommend_names_what_is_no_request(
     recommender: Recommender, requests: Any, k: Any, words: str
 ) -> None:
     with pytest.raises(ValueError) as refusal:
@@ -227,7 +199,7 @@ def test_what_is_no_request_is_named(
     assert "\n" not in str(refusal.value)
 
 
-def test_an_unknown_mode_and_no_beam_are_refused(recommender: Recommender) -> None:
+def test_recommender_refuses_an_unknown_mode_and_no_beam(recommender: Recommender) -> None:
     with pytest.raises(
         ValueError, match="decode mode 'fast': choose one of exact, compact, free, all"
     ):
@@ -240,7 +212,7 @@ def test_an_unknown_mode_and_no_beam_are_refused(recommender: Recommender) -> No
 
 
 @pytest.mark.parametrize("mode", ["exact", "compact", "all"])
-def test_items_to_allow_and_to_block(
+def test_recommender_lists_what_is_allowed_and_not_blocked(
     recommender: Recommender, dataset: Dataset, mode: Mode
 ) -> None:
     """The rest of the whole list, in its order and with its scores."""
@@ -277,13 +249,13 @@ def test_a_request_blocks_for_itself_alone(recommender: Recommender, dataset: Da
     assert also_history[0].items == every.items
 
 
-def test_ids_that_the_catalogue_lacks_are_counted(
+def test_filter_items_names_ids_that_the_catalogue_lacks(
     recommender: Recommender, dataset: Dataset
 ) -> None:
     ids = dataset.sequences.item_ids
     chosen = Recommender(
         recommender.run, allow=["x", *ids[:9], "y", ids[0]], block=["z", ids[4]]
-    ).choice
+    ).item_filter
     assert chosen.rows.tolist() == [0, 1, 2, 3, 5, 6, 7, 8]
     assert (chosen.unknown_allow, chosen.unknown_block) == (["x", "y"], ["z"])
     assert name_some(list("abc")) == "a, b, c"
@@ -291,7 +263,7 @@ def test_ids_that_the_catalogue_lacks_are_counted(
 
 
 @pytest.mark.parametrize("which", ["unknown", "none", "both", "all"])
-def test_no_item_left_is_refused_in_one_line(recommender: Recommender, which: str) -> None:
+def test_filter_items_refuses_to_leave_no_item(recommender: Recommender, which: str) -> None:
     catalogue = recommender.run.catalogue
     allow, block = {
         "unknown": (["x", "y", "x2", "x3"], None),
@@ -302,24 +274,27 @@ def test_no_item_left_is_refused_in_one_line(recommender: Recommender, which: st
     with pytest.raises(
         ValueError, match=r"no item is left to list: .*; allow more or block fewer"
     ) as refusal:
-        choose_items(catalogue, allow, block)
+        filter_items(catalogue, allow, block)
     assert "\n" not in str(refusal.value)
     assert ("x, y, x2 and 1 more" in str(refusal.value)) == (which == "unknown")
     with pytest.raises(ValueError, match="'abc' is not a list of ids"):
-        choose_items(catalogue, allow="abc")
+        filter_items(catalogue, allow="abc")
 
 
-def test_ids_are_read_a_line_each(tmp_path: Path) -> None:
+def test_read_ids_reads_one_per_line(tmp_path: Path) -> None:
     (tmp_path / "ids").write_bytes("\ufeffa\r\n\n  b c \n7\n\n".encode())
     assert read_ids(tmp_path / "ids") == ["a", "b c", "7"]
     (tmp_path / "empty").write_text("\n \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name in ("binary", "absent", "."):
+        with pytest.raises(ValueError, match=str(tmp_path)):
+            list(read_requests(tmp_path / name))
     for name in ("empty", "binary", "absent", "."):
         with pytest.raises(ValueError, match=str(tmp_path)):
             read_ids(tmp_path / name)
 
 
-def test_the_command_takes_files_of_items_and_a_mode(
+def test_recommend_command_takes_files_of_items_and_a_mode(
     tiny_run: Path, recommender: Recommender, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     ids = recommender.run.catalogue.item_ids
@@ -327,43 +302,22 @@ def test_the_command_takes_files_of_items_and_a_mode(
     allow.write_text("\n".join([*ids[:9], "x", "", "y", "z", "w"]))
     block.write_text(ids[4])
     chosen = ["--allow", str(allow), "--block", str(block)]
-    assert (
-        run_command(
-            ["recommend", str(tiny_run), "--history", "", *chosen, "--decode", "all", "--beam", "3"]
-        )
-        == 0
-    )
-    said = capfd.readouterr()
-    assert set(json.loads(said.out)["items"]) == {*ids[:4], *ids[5:9]}
-    assert said.err == f"{allow}: 4 ids are not in the catalogue, skipped: x, y, z and 1 more\n"
-    assert (
-        run_command(
-            [
-                "recommend",
-                str(tiny_run),
-                "--all-users",
-                "--out",
-                str(tmp_path),
-                *chosen,
-                "--top",
-                "4",
-            ]
-        )
-        == 0
-    )
-    said = capfd.readouterr()
-    assert said.out == f"{tmp_path / 'top4.parquet'}: 120 users, 8 items to choose from\n"
-    assert (
-        run_command(
-            ["recommend", str(tiny_run), "--history", "", "--decode", "free", "--top", "30"]
-        )
-        == 0
-    )
-    answer = json.loads(capfd.readouterr().out)
+
+    def run(*words: str, code: int = 0) -> tuple[str, str]:
+        assert run_command(["recommend", str(tiny_run), *words]) == code
+        return tuple(capfd.readouterr())
+
+    out, err = run("--history", "", *chosen, "--decode", "all", "--beam", "3")
+    assert set(json.loads(out)["items"]) == {*ids[:4], *ids[5:9]}
+    assert err == f"{allow}: 4 ids are not in the catalogue, skipped: x, y, z and 1 more\n"
+    out, _ = run("--all-users", "--out", str(tmp_path), *chosen, "--top", "4")
+    assert out == f"{tmp_path / 'top4.parquet'}: 120 users, 8 items to choose from\n"
+    out, _ = run("--history", "", "--decode", "free", "--top", "30")
+    answer = json.loads(out)
     assert len(answer["items"]) + answer["invalid"] + answer["duplicates"] == 30
     block.write_text("\n".join(ids))
-    assert run_command(["recommend", str(tiny_run), "--history", "", *chosen]) == 1
-    assert "genrec: no item is left to list: 9 known ids allowed" in capfd.readouterr().err
+    _, err = run("--history", "", *chosen, code=1)
+    assert "genrec: no item is left to list: 9 known ids allowed" in err
 
 
 # Modes
@@ -405,10 +359,10 @@ def test_free_leaves_out_what_is_no_item_and_counts_it(
         ]
 
 
-def test_what_is_shown_of_free_lists() -> None:
+def test_shown_leaves_out_invalid_double_and_forbidden_items() -> None:
     items = np.array([[3, -2, 3, 0, -2], [1, 2, 1, 1, -1], [-1, -1, -1, -1, -1]], np.int32)
-    choice = Choice(np.array([False, True, True, True]), [], [])
-    shown = Shown.of(TopItems(items, np.zeros(items.shape, np.float32)), choice, "free")
+    item_filter = ItemFilter(np.array([False, True, True, True]), [], [])
+    shown = Shown.of(TopItems(items, np.zeros(items.shape, np.float32)), item_filter, "free")
     assert shown.keep_BN.tolist() == [
         [True, False, False, False, False],
         [True, True, False, False, False],
@@ -423,22 +377,19 @@ def test_what_is_shown_of_free_lists() -> None:
 
 
 class Watched:
-    """A recommender whose decoding is counted, can be held, and can fail once."""
+    """A recommender whose decoding is counted and can be held."""
 
     def __init__(self, run: Any, monkeypatch: pytest.MonkeyPatch, **options: Any):
         self.recommender = Recommender(run, **options)
         self.sizes: list[int] = []
         self.begun, self.held = threading.Event(), threading.Event()
         self.held.set()
-        self.failing: list[BaseException] = []
         search = self.recommender.searcher.search
 
         def watched(encoder: Any, **options: Any) -> TopItems:
             self.sizes.append(len(encoder.input_ids))
             self.begun.set()
             assert self.held.wait(PATIENCE)
-            if self.failing and len(self.sizes) > 1:
-                raise self.failing.pop()
             return search(encoder, **options)
 
         monkeypatch.setattr(self.recommender.searcher, "search", watched)
@@ -456,7 +407,7 @@ class Watched:
 
         futures += [spawn(with_the_others, call) for call in calls[1:]]
         while (
-            len(self.recommender._callers._waiting) + sum(future.done() for future in futures)
+            len(self.recommender._batcher._waiting) + sum(future.done() for future in futures)
             < len(calls) - 1
         ):
             time.sleep(0.001)
@@ -478,14 +429,14 @@ def one_torch_thread() -> Iterator[None]:
 def test_answers_of_many_threads_are_those_given_alone(
     recommender: Recommender, dataset: Dataset
 ) -> None:
-    """8 threads, 400 calls of several lengths and sizes, some of them wrong."""
+    """8 threads, 160 calls of several lengths and sizes, some of them wrong."""
     histories = [history_of(dataset, user) for user in range(60)] + [[]]
     alone = [recommender.recommend([history], 50)[0] for history in histories]
     narrow = [recommender.recommend([history], 20)[0] for history in histories]
 
     def one_thread(seed: int) -> None:
         dice = random.Random(seed)
-        for _ in range(50):
+        for _ in range(20):
             if dice.random() < 0.1:
                 with pytest.raises(ValueError, match="is not an id"):
                     recommender.recommend([[f"{seed}", 7]])  # type: ignore[list-item]
@@ -503,41 +454,33 @@ def test_answers_of_many_threads_are_those_given_alone(
         future.result(PATIENCE)
 
 
+@pytest.mark.parametrize(
+    ("mode", "lengths", "batches"),
+    [
+        ("exact", [20, 20, 5, 30, 1, 20, 30, 7], [2, 5]),
+        ("all", [20, 5, 20, 30, 5], [4]),
+        ("free", [20, 5, 20, 30, 5], [1, 1, 2]),
+    ],
+)
 def test_calls_that_wait_share_a_batch_if_they_take_one_beam(
-    recommender: Recommender, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    histories = [history_of(dataset, user) for user in range(8)]
-    lengths = [20, 20, 5, 30, 1, 20, 30, 7]
-    expected = [
-        recommender.recommend([history], k)[0].items
-        for history, k in zip(histories, lengths, strict=True)
-    ]
-    watched = Watched(recommender.run, monkeypatch)
-    ask = watched.recommender.recommend
-    found = watched.with_all_waiting(
-        [lambda h=h, k=k: ask([h], k)[0].items for h, k in zip(histories, lengths, strict=True)]  # type: ignore[misc]
-    )
-    assert found == expected
-    assert watched.sizes[0] == 1
-    assert sorted(watched.sizes[1:]) == [2, 5]
-
-
-@pytest.mark.parametrize(("mode", "batches"), [("all", [4]), ("free", [1, 1, 2])])
-def test_what_shares_a_batch_in_other_modes(
     recommender: Recommender,
     dataset: Dataset,
     monkeypatch: pytest.MonkeyPatch,
     mode: Mode,
+    lengths: list[int],
     batches: list[int],
 ) -> None:
     """`all` has no beam; in `free` a longer list does not begin with a shorter one."""
-    history, lengths = history_of(dataset, 3), [20, 5, 20, 30, 5]
+    calls = [(history_of(dataset, user), k) for user, k in enumerate(lengths)]
     alone = Recommender(recommender.run, mode=mode)
-    expected = [alone.recommend([history], k)[0].items for k in lengths]
+    expected = [alone.recommend([history], k)[0].items for history, k in calls]
     watched = Watched(recommender.run, monkeypatch, mode=mode)
     ask = watched.recommender.recommend
-    found = watched.with_all_waiting([lambda k=k: ask([history], k)[0].items for k in lengths])  # type: ignore[misc]
+    found = watched.with_all_waiting(
+        [lambda h=history, k=k: ask([h], k)[0].items for history, k in calls]  # type: ignore[misc]
+    )
     assert found == expected
+    assert watched.sizes[0] == 1
     assert sorted(watched.sizes[1:]) == batches
 
 
@@ -552,29 +495,3 @@ def test_an_error_in_a_request_reaches_its_own_caller_alone(
     assert first == shared[0] == shared[1] == recommender.recommend([history])[0].items
     assert isinstance(refused, ValueError)
     assert watched.sizes == [1, 2, 1]  # the last one is this test's own question
-
-
-def test_an_error_of_decoding_reaches_all_callers_of_the_batch_and_the_next_call_works(
-    recommender: Recommender, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    history = history_of(dataset, 3)
-    watched = Watched(recommender.run, monkeypatch)
-    watched.failing.append(RuntimeError("out of memory"))
-    call = lambda: watched.recommender.recommend([history])[0].items  # noqa: E731
-    first, *others = watched.with_all_waiting([call] * 5)
-    assert [str(error) for error in others] == ["out of memory"] * 4
-    assert watched.sizes == [1, 4]
-    assert call() == first
-
-
-def test_an_interrupted_thread_leaves_its_batch_to_the_others(
-    recommender: Recommender, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    history = history_of(dataset, 3)
-    watched = Watched(recommender.run, monkeypatch)
-    watched.failing.append(KeyboardInterrupt())
-    call = lambda: watched.recommender.recommend([history])[0].items  # noqa: E731
-    first, *others = watched.with_all_waiting([call] * 5)
-    assert sum(isinstance(other, KeyboardInterrupt) for other in others) == 1
-    assert [other for other in others if not isinstance(other, KeyboardInterrupt)] == [first] * 3
-    assert watched.sizes == [1, 4, 3]

@@ -28,9 +28,8 @@ def titled(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset
     meta = folder / "meta.jsonl"
     meta.write_text("\n".join(map(json.dumps, records)))
     info = plain.info
-    return prepare(
-        tiny_data, folder / "data", format="data", numbering=info.numbering, seed=info.seed, items=meta
-    )  # fmt: skip
+    options = {"format": "data", "numbering": info.numbering, "seed": info.seed, "items": meta}
+    return prepare(tiny_data, folder / "data", **options)
 
 
 def test_titles_are_in_the_data_directory_and_the_codes_are_what_they_were(

@@ -3,7 +3,7 @@ nothing where it fails."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
 
 import forked
@@ -12,39 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from all_users_rank import WAYS
-from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.dataset import Dataset
 from genrec_shards.prepare import prepare
 from places import HELPERS
 from two_ranks import environment, start_each
 
 from genrec_dist.inference.export_lists import ListsFile, recommend_all
-from genrec_dist.inference.load import load_run, make_searcher
 from genrec_dist.inference.rank_users import Window
 from genrec_dist.inference.recommend import Recommender, user_request
 
 SCRIPT = HELPERS / "all_users_rank.py"
 
 
-@pytest.fixture(scope="module")
-def recommender(tiny_run: Path) -> Recommender:
-    """In float64, so that the order of lists does not hang on rounding."""
-    run = load_run(tiny_run)
-    model = run.model.double()
-    return Recommender(
-        replace(
-            run,
-            model=model,
-            searcher=make_searcher(model, run.words, "cpu", texts=run.searcher.texts),
-        )
-    )
-
-
-@pytest.fixture(scope="module")
-def dataset(tiny_data: Path) -> Dataset:
-    return load_dataset(tiny_data)
-
-
-def test_all_users_get_one_row_each(
+def test_recommend_all_gives_each_user_a_row(
     recommender: Recommender, dataset: Dataset, tmp_path: Path
 ) -> None:
     done: list[int] = []
@@ -55,17 +35,17 @@ def test_all_users_get_one_row_each(
     assert [entry.name for entry in tmp_path.iterdir()] == ["top10.parquet"]
     assert sum(done) == 120
     table = pq.read_table(path)
-    assert table.column("user").to_pylist() == dataset.sequences.user_ids
-    assert table.column_names == ["user", "items", "scores"]
+    rows = table.to_pydict()
+    assert list(rows) == ["user", "items", "scores"]
+    assert rows["user"] == dataset.sequences.user_ids
     assert table.schema.field("items").type == pa.list_(pa.string())
     assert table.schema.field("scores").type == pa.list_(pa.float32())
-    lists = table.column("items").to_pylist()
-    assert [len(row) for row in lists] == [10] * 119 + [0]  # the last user has all items
-    assert list(map(len, table.column("scores").to_pylist())) == list(map(len, lists))
-    # The same as asking for one user after her whole sequence.
+    assert list(map(len, rows["items"])) == [10] * 119 + [0]  # the last user has all items
+    assert list(map(len, rows["scores"])) == list(map(len, rows["items"]))
+    # The same as a request for one user after their whole sequence.
     (answer,) = recommender.recommend([user_request(dataset, recommender.run, "user-17")], k=10)
-    assert lists[17] == answer.items
-    assert table.column("scores")[17].as_py() == pytest.approx(answer.scores, rel=1e-6)
+    assert rows["items"][17] == answer.items
+    assert rows["scores"][17] == pytest.approx(answer.scores, rel=1e-6)
 
 
 def test_a_window_is_a_row_group_and_moves_no_list(
@@ -73,52 +53,49 @@ def test_a_window_is_a_row_group_and_moves_no_list(
 ) -> None:
     whole = recommend_all(recommender, dataset, tmp_path / "whole")
     parts = recommend_all(recommender, dataset, tmp_path / "parts", batch_size=7, window=50)
-    assert whole is not None
-    assert parts is not None
     assert pq.ParquetFile(whole).num_row_groups == 1
-    file = pq.ParquetFile(parts)
-    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [
-        50,
-        50,
-        20,
-    ]
+    metadata = pq.ParquetFile(parts).metadata
+    assert [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)] == [50, 50, 20]
     left, right = pq.read_table(whole), pq.read_table(parts)
     assert left.select(["user", "items"]) == right.select(["user", "items"])
 
 
-def test_lists_hold_what_the_recommender_may_list(
+def test_recommend_all_lists_what_the_recommender_may_list(
     recommender: Recommender, dataset: Dataset, tmp_path: Path
 ) -> None:
     """Other options than a run's own: history kept in, items chosen, texts without a trie."""
     allow = dataset.sequences.item_ids[:30]
     chosen = Recommender(recommender.run, exclude_history=False, allow=allow, block=allow[:3])
     path = recommend_all(chosen, dataset, tmp_path / "chosen", top=40)
-    assert all(
-        set(row) == set(allow[3:]) for row in pq.read_table(path).column("items").to_pylist()
-    )
+    lists = pq.read_table(path).column("items").to_pylist()
+    assert all(set(row) == set(allow[3:]) for row in lists)
     freely = Recommender(recommender.run, mode="free", exclude_history=False, block=allow[:3])
     table = pq.read_table(recommend_all(freely, dataset, tmp_path / "free"))
     (answer,) = freely.recommend([user_request(dataset, recommender.run, "user-17")])
     row = table.slice(17, 1).to_pylist()[0]
-    assert (row["items"], row["invalid"], row["duplicates"]) == (
-        answer.items,
-        answer.invalid,
-        answer.duplicates,
-    )
+    assert row["items"] == answer.items
+    assert (row["invalid"], row["duplicates"]) == (answer.invalid, answer.duplicates)
     assert sum(table.column("invalid").to_pylist()) > 0
 
 
-def test_one_schema_also_where_nobody_has_anything_left(
-    recommender: Recommender, dataset: Dataset, tmp_path: Path
+def write_lists(
+    recommender: Recommender, path: Path, users: list[str], rows: list[list[int]], item: int = 0
+) -> None:
+    """A file of windows of these users, each list twenty times `item`."""
+    with ExitStack() as files:
+        lists = ListsFile(files, path, users, recommender)
+        for window in rows:
+            shape = (len(window), 20)
+            scores = np.full(shape, -1.0 if item >= 0 else -np.inf, np.float32)
+            lists.add(Window(np.array(window), np.full(shape, item, np.int32), scores))
+        lists.finish()
+
+
+def test_lists_file_has_one_schema_also_where_nobody_has_anything_left(
+    recommender: Recommender, tmp_path: Path
 ) -> None:
     """Columns of empty lists keep their types."""
-    with ListsFile(tmp_path / "lists.parquet", ["a", "b"], recommender) as lists:
-        lists.add(
-            Window(
-                np.arange(2), np.full((2, 20), -1, np.int32), np.full((2, 20), -np.inf, np.float32)
-            )
-        )
-        lists.finish()
+    write_lists(recommender, tmp_path / "lists.parquet", ["a", "b"], [[0, 1]], item=-1)
     table = pq.read_table(tmp_path / "lists.parquet")
     assert table.schema.field("items").type == pa.list_(pa.string())
     assert table.to_pylist() == [{"user": name, "items": [], "scores": []} for name in "ab"]
@@ -128,35 +105,26 @@ def test_one_schema_also_where_nobody_has_anything_left(
 def test_a_user_twice_or_never_leaves_no_file(
     recommender: Recommender, tmp_path: Path, rows: list[list[int]]
 ) -> None:
-    def write() -> None:
-        with ListsFile(tmp_path / "lists.parquet", ["a", "b", "c"], recommender) as lists:
-            for part in rows:
-                shape = (len(part), 20)
-                lists.add(
-                    Window(np.array(part), np.zeros(shape, np.int32), np.zeros(shape, np.float32))
-                )
-            lists.finish()
-
     with pytest.raises(
         RuntimeError, match=r"come others than the next ones|of 3 users have a list"
     ):
-        write()
+        write_lists(recommender, tmp_path / "lists.parquet", ["a", "b", "c"], rows)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_fails_leaves_what_was_there(
+def test_recommend_all_that_fails_leaves_what_was_there(
     recommender: Recommender, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "top20.parquet"
     path.write_text("an older file")
-    table = ListsFile._table
+    add = ListsFile.add
 
-    def fails_late(lists: ListsFile, found: Window) -> pa.Table:
+    def fail_late(lists: ListsFile, found: Window) -> None:
         if found.user_rows[0]:
             raise OSError(28, "No space left on device")
-        return table(lists, found)
+        add(lists, found)
 
-    monkeypatch.setattr(ListsFile, "_table", fails_late)
+    monkeypatch.setattr(ListsFile, "add", fail_late)
     with pytest.raises(OSError, match="No space left") as failure:
         recommend_all(recommender, dataset, tmp_path, window=50)
     assert failure.value.filename == str(path)
@@ -164,7 +132,9 @@ def test_what_fails_leaves_what_was_there(
     assert [entry.name for entry in tmp_path.iterdir()] == ["top20.parquet"]
 
 
-def test_other_data_is_refused(recommender: Recommender, dataset: Dataset, tmp_path: Path) -> None:
+def test_recommend_all_refuses_other_data(
+    recommender: Recommender, dataset: Dataset, tmp_path: Path
+) -> None:
     other = prepare(dataset.path.parent / "log.txt", tmp_path / "data", numbering="random", seed=1)
     with pytest.raises(ValueError, match="give --data the directory the run was trained on"):
         recommend_all(recommender, other, tmp_path / "out")
@@ -181,7 +151,7 @@ def alone(tiny_run: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.ranks)])
 def test_any_number_of_ranks_writes_the_same_bytes(
     alone: Path, tiny_run: Path, tiny_data: Path, tmp_path: Path, num_ranks: int
 ) -> None:
@@ -193,7 +163,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(
     assert not any(rank.returncode for rank in done), done
     assert "120 users, 64 items to choose from" in done[0].stdout
     assert done[0].stdout.count("\n") == 1
-    assert not any(rank.stdout for rank in done[1:])  # rank 0 alone speaks
+    assert not any(rank.stdout for rank in done[1:])  # rank 0 alone prints
     files = sorted(
         path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*.parquet")
     )
@@ -204,6 +174,7 @@ def test_any_number_of_ranks_writes_the_same_bytes(
 
 
 @pytest.mark.dist
+@pytest.mark.ranks
 def test_a_place_that_cannot_be_written_ends_all_ranks(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     out = tmp_path / "file" / "inside"

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import pytest
 from background import PATIENCE, spawn
 
-from genrec_dist.inference.request_batching import Callers
+from genrec_dist.inference.request_batching import Batcher
 
 
 class Work:
@@ -29,16 +29,16 @@ class Work:
         self.held.set()
         self.alone = threading.Lock()
 
-    def __call__(self, asked: list[int]) -> list[int]:
+    def __call__(self, numbers: list[int]) -> list[int]:
         assert self.alone.acquire(blocking=False), "two batches at one time"
         try:
-            self.batches.append(asked)
+            self.batches.append(numbers)
             self.threads.append(threading.get_ident())
             self.begun.set()
             assert self.held.wait(PATIENCE)
-            if min(asked) < 0:
-                raise ValueError(f"{min(asked)} is negative")
-            return [2 * number for number in asked]
+            if min(numbers) < 0:
+                raise ValueError(f"{min(numbers)} is negative")
+            return [2 * number for number in numbers]
         finally:
             self.alone.release()
 
@@ -52,17 +52,17 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 @contextmanager
 def queued(
-    callers: Callers[int, int], work: Work, calls: list[tuple[int, str, int]]
+    batcher: Batcher[int, int], work: Work, calls: list[tuple[int, str, int]]
 ) -> Iterator[list[Future[int]]]:
     """The first call is worked on, and held, while the others come, in this order; then all go
     on."""
     work.held.clear()
     try:
-        futures = [spawn(callers.ask, *calls[0])]
+        futures = [spawn(batcher.answer, *calls[0])]
         assert work.begun.wait(PATIENCE)
         for number, call in enumerate(calls[1:], 1):
-            futures.append(spawn(callers.ask, *call))
-            wait_until(lambda number=number: len(callers._waiting) == number)  # type: ignore[misc]
+            futures.append(spawn(batcher.answer, *call))
+            wait_until(lambda number=number: len(batcher._waiting) == number)  # type: ignore[misc]
         yield futures
     finally:
         work.held.set()
@@ -72,26 +72,26 @@ def results(futures: list[Future[int]]) -> list[int]:
     return [future.result(PATIENCE) for future in futures]
 
 
-def test_a_lone_call_is_worked_on_at_once_in_its_own_thread() -> None:
+def test_a_lone_call_is_answered_at_once_in_its_own_thread() -> None:
     work = Work()
-    callers = Callers(work, 8)
+    batcher = Batcher(work, 8)
     before = threading.active_count()
-    assert [callers.ask(number) for number in (1, 2)] == [2, 4]
+    assert [batcher.answer(number) for number in (1, 2)] == [2, 4]
     assert work.batches == [[1], [2]]
     assert set(work.threads) == {threading.get_ident()}
     assert threading.active_count() == before
 
 
 def test_calls_that_come_meanwhile_share_the_next_batch() -> None:
-    callers = Callers(work := Work(), 100)
-    with queued(callers, work, [(number, "same", 1) for number in range(8)]) as futures:
+    batcher = Batcher(work := Work(), 100)
+    with queued(batcher, work, [(number, "same", 1) for number in range(8)]) as futures:
         pass
     assert results(futures) == [2 * number for number in range(8)]
     assert work.batches == [[0], [1, 2, 3, 4, 5, 6, 7]]
 
 
 def test_batches_hold_one_kind_and_what_fits_the_oldest_first() -> None:
-    callers = Callers(work := Work(), 4)
+    batcher = Batcher(work := Work(), 4)
     calls = [
         (0, "a", 1),
         (1, "b", 2),
@@ -102,7 +102,7 @@ def test_batches_hold_one_kind_and_what_fits_the_oldest_first() -> None:
         (6, "a", 3),
         (7, "b", 1),
     ]
-    with queued(callers, work, calls) as futures:
+    with queued(batcher, work, calls) as futures:
         pass
     assert results(futures) == [2 * number for number in range(8)]
     # Larger than a batch: alone. What did not fit waits for the next of its kind, led by its own
@@ -111,34 +111,34 @@ def test_batches_hold_one_kind_and_what_fits_the_oldest_first() -> None:
 
 
 def test_an_error_reaches_its_batch_alone_and_the_next_call_works() -> None:
-    callers = Callers(work := Work(), 3)
+    batcher = Batcher(work := Work(), 3)
     calls = [(0, "a", 1), (1, "a", 1), (-2, "a", 1), (3, "a", 1), (4, "a", 1)]
-    with queued(callers, work, calls) as futures:
+    with queued(batcher, work, calls) as futures:
         pass
     for future in futures[1:4]:
         with pytest.raises(ValueError, match="-2 is negative"):
             future.result(PATIENCE)
     assert [futures[place].result(PATIENCE) for place in (0, 4)] == [0, 8]
-    assert callers.ask(5) == 10
+    assert batcher.answer(5) == 10
 
 
-def test_an_answer_too_few_is_an_error_for_all() -> None:
-    callers: Callers[int, int] = Callers(lambda asked: [], 3)
+def test_an_answer_too_few_is_an_error() -> None:
+    batcher: Batcher[int, int] = Batcher(lambda numbers: [], 3)
     with pytest.raises(ValueError, match="shorter"):
-        callers.ask(1)
+        batcher.answer(1)
 
 
 def test_an_interrupted_leader_leaves_its_batch_to_the_others() -> None:
     work, interrupted = Work(), threading.Event()
 
-    def interrupted_once(asked: list[int]) -> list[int]:
-        if 1 in asked and not interrupted.is_set():
+    def interrupted_once(numbers: list[int]) -> list[int]:
+        if 1 in numbers and not interrupted.is_set():
             interrupted.set()
             raise KeyboardInterrupt
-        return work(asked)
+        return work(numbers)
 
-    callers = Callers(interrupted_once, 100)
-    with queued(callers, work, [(number, "a", 1) for number in range(6)]) as futures:
+    batcher = Batcher(interrupted_once, 100)
+    with queued(batcher, work, [(number, "a", 1) for number in range(6)]) as futures:
         pass
     with pytest.raises(KeyboardInterrupt):
         futures[1].result(PATIENCE)
@@ -158,30 +158,30 @@ def interruptible() -> Iterator[None]:
 @pytest.mark.parametrize("leads", [True, False])
 def test_control_c_ends_the_call_of_the_main_thread_alone(leads: bool) -> None:
     """A real signal, while the main thread works for all, or waits for another to."""
-    callers = Callers(work := Work(), 100)
+    batcher = Batcher(work := Work(), 100)
     work.held.clear()
     try:
-        first = [] if leads else [spawn(callers.ask, 1)]
+        first = [] if leads else [spawn(batcher.answer, 1)]
         assert leads or work.begun.wait(PATIENCE)
         # Whoever leads, two others wait, besides the main thread or behind it.
-        more = [spawn(_ask_when, callers, number, work.begun.is_set) for number in (2, 3)]
+        more = [spawn(_ask_when, batcher, number, work.begun.is_set) for number in (2, 3)]
         waiting = 2 if leads else 3
         kill = spawn(
-            _interrupt_when, lambda: work.begun.is_set() and len(callers._waiting) == waiting
+            _interrupt_when, lambda: work.begun.is_set() and len(batcher._waiting) == waiting
         )
         with pytest.raises(KeyboardInterrupt):
-            callers.ask(9)
+            batcher.answer(9)
     finally:
         work.held.set()
     kill.result(PATIENCE)
     assert results(first + more) == ([] if leads else [2]) + [4, 6]
-    assert callers.ask(5) == 10
+    assert batcher.answer(5) == 10
     assert not leads or work.threads[0] == threading.get_ident()
 
 
-def _ask_when(callers: Callers[int, int], number: int, condition: Callable[[], bool]) -> int:
+def _ask_when(batcher: Batcher[int, int], number: int, condition: Callable[[], bool]) -> int:
     wait_until(condition)
-    return callers.ask(number)
+    return batcher.answer(number)
 
 
 def _interrupt_when(condition: Callable[[], bool]) -> None:
@@ -191,28 +191,29 @@ def _interrupt_when(condition: Callable[[], bool]) -> None:
 
 def test_many_threads_get_their_own_answers() -> None:
     """Errors of single calls, several kinds: each of 8 threads gets what it would get alone."""
-    callers = Callers(work := Work(), 5)
+    batcher = Batcher(work := Work(), 5)
 
     def one_thread(seed: int) -> None:
         dice = random.Random(seed)
-        for number in range(seed * 1000, seed * 1000 + 300):
+        for number in range(seed * 1000, seed * 1000 + 150):
             if dice.random() < 0.05:
                 with pytest.raises(ValueError, match="is negative"):
-                    callers.ask(-number - 1, kind="bad")
+                    batcher.answer(-number - 1, kind="bad")
             assert (
-                callers.ask(number, kind=dice.choice("ab"), size=dice.choice([1, 2])) == 2 * number
+                batcher.answer(number, kind=dice.choice("ab"), size=dice.choice([1, 2]))
+                == 2 * number
             )
 
     for future in [spawn(one_thread, seed) for seed in range(8)]:
         future.result(PATIENCE)
-    assert sum(map(len, work.batches)) > 2400
-    assert callers._waiting == []
+    assert sum(map(len, work.batches)) > 1200
+    assert batcher._waiting == []
 
 
 def test_an_interrupt_between_any_two_steps_strands_nobody() -> None:
     """Threads are interrupted again and again, wherever they happen to be; all the others' calls
     are answered."""
-    callers: Callers[int, int] = Callers(lambda asked: [2 * number for number in asked], 4)
+    batcher: Batcher[int, int] = Batcher(lambda numbers: [2 * number for number in numbers], 4)
     stop, counts = threading.Event(), {"answered": 0, "interrupted": 0}
     busy: set[int] = set()
 
@@ -222,7 +223,7 @@ def test_an_interrupt_between_any_two_steps_strands_nobody() -> None:
             number += 8
             try:
                 busy.add(threading.get_ident())
-                assert callers.ask(number) == 2 * number
+                assert batcher.answer(number) == 2 * number
                 busy.discard(threading.get_ident())
                 counts["answered"] += 1
             except KeyboardInterrupt:
@@ -247,7 +248,7 @@ def test_an_interrupt_between_any_two_steps_strands_nobody() -> None:
         thread.join(PATIENCE)
     assert not any(thread.is_alive() for thread in threads)
     assert min(counts.values()) >= 200, counts
-    assert callers.ask(3) == 6
+    assert batcher.answer(3) == 6
 
 
 def _shielded(target: Callable[[int], None], seed: int) -> None:

@@ -1,0 +1,122 @@
+"""Hybrid on real runs: its weights chosen in one pass, and what evaluation says of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from genrec_shards.dataset import load_dataset
+from tiny import TINY_RECIPE
+
+from genrec_dist.cli.app import run_command
+from genrec_dist.config.load import load_recipe
+from genrec_dist.data.item_graph import Graph, KnnSettings
+from genrec_dist.evaluation import score_mixture as mixture
+from genrec_dist.evaluation.metrics import metrics_from_histogram, rank_histogram, target_ranks
+from genrec_dist.inference.load import LoadedRun, load_run
+from genrec_dist.inference.rank_users import Decoding, rank_batch
+from genrec_dist.training.run import train
+
+NDCG = "NDCG@10"
+WITH_HEAD = [
+    "model.item_loss=0.5", "model.encoder_unit=item", "model.id_dim=8",
+    "model.decoder_start=state", "validation.decode=hybrid",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def head_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("head")
+    (path / "recipe.yaml").write_text(f"data: {tiny_data}\nrun: {path / 'run'}\n{TINY_RECIPE}")
+    return train(load_recipe(path / "recipe.yaml", WITH_HEAD))
+
+
+def ndcg_of(loaded: LoadedRun, data: Path, decoding: Decoding) -> float:
+    """Of the lists of all users on validation."""
+    sequences = load_dataset(data).sequences
+    view = sequences.history_and_target("validation")
+    graph = Graph.of(sequences, "validation", "n-2", decoding.graph)
+    found = rank_batch(loaded.searcher, loaded.layout, view, view.users, decoding, graph)
+    ranks = target_ranks(found.items, view.targets[view.users])
+    return metrics_from_histogram(rank_histogram(ranks))[NDCG]
+
+
+@pytest.mark.parametrize("trained", ["tiny_run", "head_run"])
+def test_tune_mixture_chooses_in_one_pass_what_evaluation_finds_best(
+    trained: str, tiny_data: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Each mixture's figure equals that of its own lists; the best one is what evaluate then uses
+    by default, and names in the protocol."""
+    has_head = trained == "head_run"
+    run = Path(shutil.copytree(request.getfixturevalue(trained), tmp_path / "run"))
+    command = ["evaluate", str(run), "--decode"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixture, "GRAPH_WEIGHTS", (0.0, 0.3, 3.0))
+        patch.setattr(mixture, "EPSILONS", (0.1, 0.9))
+        patch.setattr(mixture, "ITEM_WEIGHTS", (0.0, 2.0))
+        tune = ["hybrid", "--split", "validation", "--tune-weights", "--graph-set", "window=2"]
+        assert run_command([*command, *tune]) == 0
+    held = json.loads((run / "hybrid.json").read_text())
+    assert len(held["table"]) == (2 if has_head else 1) * 5
+    assert not (run / "metrics-validation.json").exists()
+    loaded = load_run(run)
+    base = Decoding(mode="hybrid", batch_size=1000, graph=KnnSettings(window=2))
+    for item_weight, graph_weight, epsilon, figure in held["table"]:
+        decoding = replace(
+            base, item_weight=item_weight, graph_weight=graph_weight, epsilon=epsilon
+        )
+        assert ndcg_of(loaded, tiny_data, decoding) == pytest.approx(figure, abs=1e-12)
+    figures = {tuple(row[:3]): row[3] for row in held["table"]}
+    chosen = held["mixture"]
+    weights = (chosen["item_weight"], chosen["graph_weight"], chosen["epsilon"])
+    assert len(set(figures.values())) > 1
+    assert figures[weights] == max(figures.values())
+    assert chosen["graph"]["window"] == 2
+
+    assert has_head or weights[1], "the graph is to be chosen where there is no item head"
+    assert run_command([*command, "hybrid", "--split", "validation"]) == 0
+    metrics = json.loads((run / "metrics-validation.json").read_text())
+    assert metrics[NDCG] == pytest.approx(figures[weights], abs=1e-12)
+    assert metrics["system"] == "genrec, hybrid"
+    assert metrics["protocol"]["item_weight"] == (weights[0] if has_head else None)
+    graph = {"weight": weights[1], "epsilon": weights[2], **chosen["graph"]}
+    assert metrics["protocol"]["graph"] == (graph if weights[1] else None)
+
+
+def test_run_with_an_item_head_is_loaded_and_evaluated_by_it(
+    head_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """By the command itself: a row of its own, and its weight in the protocol."""
+    run = Path(shutil.copytree(head_run, tmp_path / "run"))
+    loaded = load_run(run)
+    assert loaded.model.config.item_loss == 0.5
+    assert loaded.layout.unit == "item"
+    assert loaded.model.item_projection is not None
+    view = load_dataset(tiny_data).sequences.history_and_target("test")
+    decoding = Decoding(mode="hybrid")
+    lists = rank_batch(loaded.searcher, loaded.layout, view, np.arange(20), decoding)
+    assert (lists.items >= 0).all()
+    for mode, system, weight in (
+        ("hybrid", "genrec, hybrid", 0.25),
+        ("items", "genrec, item head", None),
+    ):
+        assert run_command(["evaluate", str(run), "--decode", mode, "--item-weight", "0.25"]) == 0
+        found = json.loads((run / "metrics-test.json").read_text())
+        protocol = found["protocol"]
+        assert (found["system"], protocol["decode"]) == (system, mode)
+        assert protocol["item_weight"] == weight
+
+
+def test_evaluate_refuses_options_that_do_not_go_together(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for words, message in [
+        (["--tune-weights", "--decode", "hybrid"], "--tune-weights goes with"),
+        (["--graph-weight", "0.5"], "--decode exact has no graph"),
+    ]:
+        assert run_command(["evaluate", str(tmp_path), *words]) == 2
+        assert message in capsys.readouterr().err
