@@ -25,6 +25,7 @@ from batch_cases import (
     layout,
     loss_and_gradient,
     marked_sequences,
+    model,  # noqa: F401
     whole_step,
 )
 from genrec_shards.storage.sample_order import StepSamples, split_among_ranks

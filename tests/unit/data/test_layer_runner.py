@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from batch_cases import batches_of, cases, engine_loss, layout, marked_sequences, whole_step
+from batch_cases import batches_of, cases, engine_loss, layout, marked_sequences, model, whole_step  # noqa: F401
 
 from genrec_dist.model.genrec import choose_layers
 from genrec_dist.model.packed_layers import LayerRunner
