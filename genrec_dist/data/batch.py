@@ -16,7 +16,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class AskedItems:
+class ItemTargets:
     """The item behind each decoder row's mask, which the item head names from the encoder's state
     there."""
 
@@ -26,8 +26,8 @@ class AskedItems:
     """int64 [R], item rows, IGNORED where nothing is to be learned; of several items behind one
     mask the first."""
 
-    def to(self, device: torch.device) -> AskedItems:
-        return AskedItems(
+    def to(self, device: torch.device) -> ItemTargets:
+        return ItemTargets(
             self.places_R.to(device, non_blocking=True), self.items_R.to(device, non_blocking=True)
         )
 
@@ -81,8 +81,8 @@ class Batch:
     """Where the sequences lie in packed arrays; None: the arrays are padded."""
     work: Work = field(default_factory=Work)
     """What its operations follow from, of the samples that count."""
-    asked: AskedItems | None = None
-    """What the item head is asked, where there is one."""
+    item_targets: ItemTargets | None = None
+    """What the item head is item_targets, where there is one."""
     visible: Tensor | None = None
     """int64 [R], encoder tokens that a decoder row may look at, the first so many of its sample's;
     None: all."""
@@ -96,7 +96,7 @@ class Batch:
             "labels",
             "plan",
             "packing",
-            "asked",
+            "item_targets",
             "visible",
         ):
             values[name] = None if values[name] is None else values[name].to(device)
@@ -150,6 +150,6 @@ def idle_batch(batch: Batch) -> Batch:
         num_slots=one.input_ids.numel() + labels.numel(),
         packing=packing,
         visible=None if batch.visible is None else torch.ones(1, dtype=torch.long),
-        asked=batch.asked
-        and AskedItems(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORED)),
+        item_targets=batch.item_targets
+        and ItemTargets(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORED)),
     )

@@ -17,7 +17,7 @@ from genrec_shards.keyed_random import keyed_bits, keyed_uniform
 from genrec_shards.storage.sample_order import StepSamples
 
 from genrec_dist.config.recipe import Mask
-from genrec_dist.data.batch import IGNORED, AskedItems, Batch, RankStep, Work
+from genrec_dist.data.batch import IGNORED, ItemTargets, Batch, RankStep, Work
 from genrec_dist.data.encoder_input import EncoderInput, Layout, Text, offsets_of, ragged, write
 from genrec_dist.data.masking import STRATEGIES, Targets
 from genrec_dist.data.packing import Packing, filled_size, spans_of
@@ -74,7 +74,7 @@ def make_step(
     epoch: int,
     micro_batch_tokens: int,
     packed: bool = False,
-    ask_items: bool = False,
+    item_targets: bool = False,
     all_prefixes: bool = False,
 ) -> RankStep:
     """A rank's samples of a step as micro-batches of samples of like length (the sum over a step
@@ -82,7 +82,7 @@ def make_step(
 
     `mask` is the strategy, or None for [MASK] after the history. A micro-batch holds at most
     `micro_batch_tokens` encoder tokens, padding included (one sample at least); `packed`: there is
-    none. `ask_items`: for a model with an item head. `all_prefixes`: each item of a sample's
+    none. `item_targets`: for a model with an item head. `all_prefixes`: each item of a sample's
     training part but the first is a target (causal encoders)."""
     items, offsets = source.gather(samples.user_rows)
     starts_B = offsets[:-1]
@@ -99,7 +99,7 @@ def make_step(
                 samples.is_padding[stretches.sample_P[part]],
                 layout,
                 packed,
-                ask_items,
+                item_targets,
             )
             for part in (cut_packed if packed else cut)(stretches.tokens_P, micro_batch_tokens)
         ]
@@ -121,7 +121,7 @@ def make_step(
         )
         batches.append(
             collate(
-                masked, samples.user_rows[part], samples.is_padding[part], layout, packed, ask_items
+                masked, samples.user_rows[part], samples.is_padding[part], layout, packed, item_targets
             )
         )
     return _rank_step(batches, samples, targets)
@@ -277,12 +277,12 @@ def collate(
     is_padding_B: np.ndarray,
     layout: Layout,
     packed: bool = False,
-    ask_items: bool = False,
+    item_targets: bool = False,
 ) -> Batch:
     """Gather tokens and pad, or pack. Padding samples keep their place and lose their labels."""
     text = write(masked.words, masked.offsets, user_rows_B, layout)
     batch = _with_targets(text, masked, is_padding_B, layout, packed)
-    if not ask_items:
+    if not item_targets:
         return batch
     if layout.causal:
         # The last token that the row reads.
@@ -298,7 +298,7 @@ def collate(
         places_R = text.masks if packed else text.padded_masks
     items_R = masked.target_items[masked.target_offsets[:-1]].astype(np.int64)
     items_R[masked.silent_R(is_padding_B)] = IGNORED
-    return replace(batch, asked=AskedItems(torch.from_numpy(places_R), torch.from_numpy(items_R)))
+    return replace(batch, item_targets=ItemTargets(torch.from_numpy(places_R), torch.from_numpy(items_R)))
 
 
 def target_batch(encoder: EncoderInput, target_items_B: np.ndarray, layout: Layout) -> Batch:

@@ -49,7 +49,7 @@ class Graph:
 
         `items[offsets[b]:offsets[b + 1]]` is a history, oldest first; what of it may be listed is
         not asked here."""
-        scores_BN = asked(items, offsets, self.num_items, self.settings) @ self.weights_NN
+        scores_BN = recent_item_weights(items, offsets, self.num_items, self.settings) @ self.weights_NN
         sums_B = np.asarray(scores_BN.sum(axis=1)).ravel()
         inverse_B = np.divide(1.0, sums_B, out=np.zeros_like(sums_B), where=sums_B > 0)
         return torch.from_numpy((sp.diags(inverse_B) @ scores_BN).toarray())
@@ -143,7 +143,7 @@ def _inverse_power(mass_I: np.ndarray, power: float) -> np.ndarray:
     return np.divide(1, raised_I, out=np.zeros_like(mass_I), where=mass_I > 0)
 
 
-def asked(
+def recent_item_weights(
     items: np.ndarray, offsets: np.ndarray, num_items: int, settings: KnnSettings
 ) -> sp.csr_matrix:
     """float64 [U, I]: the weight, decay^age, at which each history's recent items are asked for

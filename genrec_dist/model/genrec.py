@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from genrec_dist.config.recipe import HeadLoss
-from genrec_dist.data.batch import IGNORED, AskedItems
+from genrec_dist.data.batch import IGNORED, ItemTargets
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.data.packing import Packing
 from genrec_dist.model.dropout import drop
@@ -295,12 +295,12 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             masked_RD = F.linear(masked_RD, self.item_projection.weight.T)
         return masked_RD, self.item_embedding.weight[1:]
 
-    def item_loss(self, memory: Tensor, asked: AskedItems, label_smoothing: float) -> Tensor:
+    def item_loss(self, memory: Tensor, item_targets: ItemTargets, label_smoothing: float) -> Tensor:
         """The summed cross-entropy of the item head; `memory`: encoder states [.., D]."""
-        learned_R = asked.items_R != IGNORED
-        query_RF, table_NF = self._item_head(memory.flatten(0, -2)[asked.places_R[learned_R]])
+        learned_R = item_targets.items_R != IGNORED
+        query_RF, table_NF = self._item_head(memory.flatten(0, -2)[item_targets.places_R[learned_R]])
         return head_loss(
-            query_RF, table_NF, asked.items_R[learned_R], label_smoothing, self.loss_by
+            query_RF, table_NF, item_targets.items_R[learned_R], label_smoothing, self.loss_by
         )
 
     def packed_states(
@@ -350,7 +350,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         plan: SumPlan | None = None,
         packing: Packing | None = None,
         visible: Tensor | None = None,
-        asked: AskedItems | None = None,
+        item_targets: ItemTargets | None = None,
         tokens_a_target: float = 1.0,
         encoder_outputs: BaseModelOutput | None = None,
         **generation: Any,
@@ -361,7 +361,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
 
         All integer arrays are [B, L] (encoder) or [R, T] (decoder); `encoder_row` [R] defaults to
         one row a sample. With `packing` they are [n] and [m] and it says which rows attend to what.
-        `visible` [R]: how many of its encoder tokens a decoder row may look at. With `asked` the
+        `visible` [R]: how many of its encoder tokens a decoder row may look at. With `item_targets` the
         item head's loss is added, so many times as if its targets were tokens: `tokens_a_target`,
         of the whole step."""
         if labels is None:
@@ -388,7 +388,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         if packing is not None:
             assert decoder_input_ids is not None
             hidden_mD, memory = self.packed_states(
-                encoder, packing, decoder_input_ids, plan, None if asked is None else asked.places_R
+                encoder, packing, decoder_input_ids, plan, None if item_targets is None else item_targets.places_R
             )
             learned_m = labels != IGNORED
             hidden_nD, labels_n = hidden_mD[learned_m], labels[learned_m]
@@ -404,13 +404,13 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
                 decoder_input_ids,
                 labels,
                 visible,
-                None if asked is None else asked.places_R,
+                None if item_targets is None else item_targets.places_R,
             )
         loss = head_loss(hidden_nD, self.head_weight, labels_n, label_smoothing, self.loss_by)
-        if asked is None or not self.config.item_loss:
+        if item_targets is None or not self.config.item_loss:
             return loss
         return loss + self.config.item_loss * tokens_a_target * self.item_loss(
-            memory, asked, label_smoothing
+            memory, item_targets, label_smoothing
         )
 
     def generate(

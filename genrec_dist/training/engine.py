@@ -398,7 +398,7 @@ def _loss(prepared: Any, batch: Batch, label_smoothing: float, tokens_a_target: 
         plan=batch.plan,
         packing=batch.packing,
         visible=batch.visible,
-        asked=batch.asked,
+        item_targets=batch.item_targets,
         tokens_a_target=tokens_a_target,
     )
     return summed

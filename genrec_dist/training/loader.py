@@ -105,7 +105,7 @@ class StepBatches(TorchDataset[RankStep]):
             micro_batch_tokens=self.recipe.micro_batch_tokens,
             packed=self.packed,
             all_prefixes=here.stage.targets == "all-prefixes",
-            ask_items=self.recipe.model.item_loss > 0 or self.recipe.model.decoder_start == "state",
+            item_targets=self.recipe.model.item_loss > 0 or self.recipe.model.decoder_start == "state",
         )
         if self.ids_outside is not None:
             share = plan_ids(share, self.ids_outside)

@@ -160,7 +160,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         first = batches[-1]
         logits, labels = model.target_logits(
             first.encoder, first.encoder_row, first.decoder_input_ids, first.labels, first.visible,
-            None if first.asked is None else first.asked.places_R,
+            None if first.item_targets is None else first.item_targets.places_R,
         )  # fmt: skip
         loss = float(target_loss(logits, labels, first.num_target_tokens))
     return {

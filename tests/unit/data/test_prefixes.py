@@ -48,7 +48,7 @@ def make_model(
 def step_of(source, space, where, *, every, packed, budget=WHOLE, samples=None):
     samples = whole_step(source, space) if samples is None else samples
     return make_step(
-        samples, source, where, mask=None, seed=3, epoch=0, micro_batch_tokens=budget, packed=packed, ask_items=True,
+        samples, source, where, mask=None, seed=3, epoch=0, micro_batch_tokens=budget, packed=packed, item_targets=True,
         all_prefixes=every,
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ def loss_and_gradient(model, batches: list[Batch]) -> tuple[float, torch.Tensor]
     for batch in batches:
         loss = model(
             **vars(batch.encoder), encoder_row=batch.encoder_row, decoder_input_ids=batch.decoder_input_ids,
-            labels=batch.labels, packing=batch.packing, visible=batch.visible, asked=batch.asked,
+            labels=batch.labels, packing=batch.packing, visible=batch.visible, item_targets=batch.item_targets,
             tokens_a_target=tokens / targets,
         ) / tokens  # fmt: skip
         loss.backward()
@@ -198,7 +198,7 @@ def test_no_held_out_item_is_seen_or_learned(packed):
         source, "user", causal(), every=True, packed=packed, budget=300
     ).micro_batches:
         assert not markers & set((batch.encoder.item_rows - 1).unique().tolist())
-        assert not markers & set(batch.asked.items_R.tolist())
+        assert not markers & set(batch.item_targets.items_R.tolist())
 
 
 def test_samples_that_even_out_ranks_are_not_learned_from():
@@ -226,7 +226,7 @@ def test_samples_that_even_out_ranks_are_not_learned_from():
             item
             for step in steps
             for batch in step.micro_batches
-            for item in batch.asked.items_R.tolist()
+            for item in batch.item_targets.items_R.tolist()
         ]
         return sorted(item for item in items if item != IGNORED)
 
@@ -241,7 +241,7 @@ def test_an_idle_batch_goes_through_the_layers_and_teaches_nothing(packed):
     model.zero_grad()
     model(
         **vars(idle.encoder), encoder_row=idle.encoder_row, decoder_input_ids=idle.decoder_input_ids, labels=idle.labels,
-        packing=idle.packing, visible=idle.visible, asked=idle.asked,
+        packing=idle.packing, visible=idle.visible, item_targets=idle.item_targets,
     ).backward()  # fmt: skip
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients

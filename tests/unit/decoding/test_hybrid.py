@@ -47,7 +47,7 @@ def asking(samples, source, mask, packed, budget=WHOLE):
         epoch=0,
         micro_batch_tokens=budget,
         packed=packed,
-        ask_items=True,
+        item_targets=True,
     ).micro_batches
 
 
@@ -70,11 +70,11 @@ def test_each_mask_is_asked_for_its_own_item(space, mask, packed):
     )
     asked = []
     for batch in batches:
-        flat = batch.encoder.input_ids.flatten()[batch.asked.places_R]
+        flat = batch.encoder.input_ids.flatten()[batch.item_targets.places_R]
         first_inputs = batch.decoder_input_ids
         starts = first_inputs[batch.packing.rows.offsets[:-2]] if packed else first_inputs[:, 0]
         assert torch.equal(flat, starts), "the place is not that of the row's mask"
-        asked += batch.asked.items_R.tolist()
+        asked += batch.item_targets.items_R.tolist()
     assert sorted(asked) == expected
     assert max(asked) < len(CODES)
 
@@ -97,7 +97,7 @@ def test_its_loss_is_added_a_target_whatever_the_cut_or_packing(
         for batch in batches:
             loss = model(
                 **vars(batch.encoder), encoder_row=batch.encoder_row, decoder_input_ids=batch.decoder_input_ids,
-                labels=batch.labels, packing=batch.packing, asked=batch.asked if item_head else None,
+                labels=batch.labels, packing=batch.packing, item_targets=batch.item_targets if item_head else None,
                 tokens_a_target=tokens / targets,
             ) / tokens  # fmt: skip
             loss.backward()
@@ -112,9 +112,9 @@ def test_its_loss_is_added_a_target_whatever_the_cut_or_packing(
     total, targets = 0.0, 0
     for batch in padded:
         memory = model.encode(batch.encoder)
-        masked = memory.flatten(0, 1)[batch.asked.places_R]
+        masked = memory.flatten(0, 1)[batch.item_targets.places_R]
         logits = masked @ model.item_embedding.weight[1:].T
-        total += F.cross_entropy(logits, batch.asked.items_R, reduction="sum").item()
+        total += F.cross_entropy(logits, batch.item_targets.items_R, reduction="sum").item()
         targets += len(logits)
     alone, _ = loss_and_gradient(padded, item_head=False)
     assert loss == pytest.approx(alone + 0.7 * total / targets, rel=1e-5)
@@ -129,12 +129,12 @@ def test_an_idle_batch_asks_for_nothing(plain_model, packed):
     model = with_item_head(plain_model, 1.0)
     source = marked_sequences()
     idle = idle_batch(asking(whole_step(source, "last"), source, None, packed)[-1])
-    assert set(idle.asked.items_R.tolist()) == {IGNORED}
+    assert set(idle.item_targets.items_R.tolist()) == {IGNORED}
     assert idle.num_targets == 0
     model.zero_grad()
     model(
         **vars(idle.encoder), encoder_row=idle.encoder_row, decoder_input_ids=idle.decoder_input_ids,
-        labels=idle.labels, packing=idle.packing, asked=idle.asked,
+        labels=idle.labels, packing=idle.packing, item_targets=idle.item_targets,
     ).backward()  # fmt: skip
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
