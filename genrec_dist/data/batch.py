@@ -129,7 +129,7 @@ class RankStep:
         return sum(batch.num_targets for batch in self.micro_batches)
 
 
-def idle_batch(batch: Batch) -> Batch:
+def dummy_batch(batch: Batch) -> Batch:
     """One sample that teaches nothing: a rank that has run out of micro-batches goes through the
     layers with it."""
     if batch.packing is None:

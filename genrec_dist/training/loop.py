@@ -22,7 +22,7 @@ from genrec_shards.keyed_random import mixed_key
 from torch.utils.data import DataLoader
 
 from genrec_dist.config.recipe import Stage
-from genrec_dist.data.batch import Batch, RankStep, idle_batch
+from genrec_dist.data.batch import Batch, RankStep, dummy_batch
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.distributed.collectives import Ranks
@@ -276,14 +276,14 @@ class Loop:
         return loss, norm
 
     def micro_batches(self, share: RankStep, agreed: Agreed) -> list[Batch]:
-        """The share's micro-batches; where ranks must take equally many, with idle ones before
+        """The share's micro-batches; where ranks must take equally many, with dummies before
         them."""
         missing = (
             agreed.micro_steps - len(share.micro_batches)
             if self.engine.needs_equal_micro_steps
             else 0
         )
-        return [idle_batch(share.micro_batches[-1])] * missing + share.micro_batches
+        return [dummy_batch(share.micro_batches[-1])] * missing + share.micro_batches
 
     def agree(self, share: RankStep) -> Agreed:
         """What all ranks have to know of the step before it: they divide by the same tokens and

@@ -33,7 +33,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrec_dist.config.recipe import Mask
-from genrec_dist.data.batch import IGNORED, Batch, idle_batch
+from genrec_dist.data.batch import IGNORED, Batch, dummy_batch
 from genrec_dist.data.collate import (
     WORTH_A_CUT,
     choose_targets,
@@ -522,13 +522,13 @@ def test_an_idle_packed_batch_goes_through_the_layers_and_teaches_nothing(model)
     batches = batches_of(
         whole_step(source, "user"), source, mask=Mask("multi", k=NUM_MASKS), packed=True
     )
-    idle = idle_batch(batches[-1])
+    dummy = dummy_batch(batches[-1])
     model.zero_grad()
-    engine_loss(model, idle).backward()
+    engine_loss(model, dummy).backward()
     touched = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(touched) == len(list(model.parameters()))
     assert not any(gradient.any() for gradient in touched)
-    assert (idle.num_samples, idle.num_tokens, idle.num_target_tokens) == (0, 0, 0)
+    assert (dummy.num_samples, dummy.num_tokens, dummy.num_target_tokens) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=lambda mask: mask.strategy)

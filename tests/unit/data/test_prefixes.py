@@ -21,7 +21,7 @@ from batch_cases import (
 from genrec_shards.storage.sample_order import split_among_ranks
 
 from genrec_dist.config.load import load_recipe
-from genrec_dist.data.batch import IGNORED, Batch, idle_batch
+from genrec_dist.data.batch import IGNORED, Batch, dummy_batch
 from genrec_dist.data.collate import make_step
 from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_histories
 from genrec_dist.data.prefix_samples import cut_prefixes
@@ -237,11 +237,11 @@ def test_samples_that_even_out_ranks_are_not_learned_from():
 def test_an_idle_batch_goes_through_the_layers_and_teaches_nothing(packed):
     model = make_model("item")
     step = step_of(marked_sequences(), "user", causal(unit="item"), every=True, packed=packed)
-    idle = idle_batch(step.micro_batches[-1])
+    dummy = dummy_batch(step.micro_batches[-1])
     model.zero_grad()
     model(
-        **vars(idle.encoder), encoder_row=idle.encoder_row, decoder_input_ids=idle.decoder_input_ids, labels=idle.labels,
-        packing=idle.packing, visible=idle.visible, item_targets=idle.item_targets,
+        **vars(dummy.encoder), encoder_row=dummy.encoder_row, decoder_input_ids=dummy.decoder_input_ids, labels=dummy.labels,
+        packing=dummy.packing, visible=dummy.visible, item_targets=dummy.item_targets,
     ).backward()  # fmt: skip
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     assert gradients

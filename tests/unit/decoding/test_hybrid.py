@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
-from genrec_dist.data.batch import IGNORED, idle_batch
+from genrec_dist.data.batch import IGNORED, dummy_batch
 from genrec_dist.data.collate import choose_targets, make_step
 from genrec_dist.evaluation.score_mixture import Mixture
 from genrec_dist.inference.load import load_run
@@ -128,13 +128,13 @@ def test_its_loss_is_added_a_target_whatever_the_cut_or_packing(
 def test_an_idle_batch_asks_for_nothing(plain_model, packed):
     model = with_item_head(plain_model, 1.0)
     source = marked_sequences()
-    idle = idle_batch(asking(whole_step(source, "last"), source, None, packed)[-1])
-    assert set(idle.item_targets.items_R.tolist()) == {IGNORED}
-    assert idle.num_targets == 0
+    dummy = dummy_batch(asking(whole_step(source, "last"), source, None, packed)[-1])
+    assert set(dummy.item_targets.items_R.tolist()) == {IGNORED}
+    assert dummy.num_targets == 0
     model.zero_grad()
     model(
-        **vars(idle.encoder), encoder_row=idle.encoder_row, decoder_input_ids=idle.decoder_input_ids,
-        labels=idle.labels, packing=idle.packing, item_targets=idle.item_targets,
+        **vars(dummy.encoder), encoder_row=dummy.encoder_row, decoder_input_ids=dummy.decoder_input_ids,
+        labels=dummy.labels, packing=dummy.packing, item_targets=dummy.item_targets,
     ).backward()  # fmt: skip
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
