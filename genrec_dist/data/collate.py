@@ -399,7 +399,7 @@ def _packed(
     """A packed micro-batch, filled up to one of few numbers of tokens by a last sample that teaches
     nothing."""
     row_sample_R, pad_token = masked.row_sample, layout.pad_token
-    text = text.filled(pad_token)
+    text = text.with_padding_sequence(pad_token)
     real_RT = np.arange(labels_RT.shape[1]) < lengths_R[:, None]
     missing = filled_size(int(lengths_R.sum())) - int(lengths_R.sum())
     rows = spans_of(np.append(lengths_R, missing))

@@ -133,7 +133,7 @@ class Text:
     def longest(self) -> int:
         return int(self.lengths_B.max(initial=0))
 
-    def filled(self, pad_token: int) -> Text:
+    def with_padding_sequence(self, pad_token: int) -> Text:
         """With a last sentence of padding, at least one token, so that few numbers of tokens
         occur."""
         missing = filled_size(len(self.tokens_n) + 1) - len(self.tokens_n)

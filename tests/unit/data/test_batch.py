@@ -433,10 +433,10 @@ def test_a_packed_batch_holds_what_a_padded_one_holds(space, mask, budget):
     for batch in packed:
         assert batch.num_slots == len(batch.encoder.input_ids) + len(batch.labels)
         # What fills it up carries no id and asks for nothing.
-        filler = slice(int(batch.packing.encoder.offsets[-2]), None)
-        assert set(batch.encoder.input_ids[filler].tolist()) == {PAD}
-        assert not batch.encoder.user_rows[filler].any()
-        assert not batch.encoder.item_rows[filler].any()
+        padding_sequence = slice(int(batch.packing.encoder.offsets[-2]), None)
+        assert set(batch.encoder.input_ids[padding_sequence].tolist()) == {PAD}
+        assert not batch.encoder.user_rows[padding_sequence].any()
+        assert not batch.encoder.item_rows[padding_sequence].any()
         assert (batch.labels[int(batch.packing.rows.offsets[-2]) :] == IGNORED).all()
 
 
