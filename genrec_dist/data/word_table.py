@@ -36,9 +36,9 @@ class Vocabulary:
     then what it only reads."""
 
     tokens: np.ndarray
-    """int64 [V], the tokenizer's id of each number; ascending among the spoken ones, and among the
+    """int64 [V], the tokenizer's id of each number; ascending among the outputs ones, and among the
     others."""
-    num_spoken: int
+    num_outputs: int
     """Tokens of items and `</s>`."""
 
     @property
@@ -61,7 +61,7 @@ class Vocabulary:
     def hash(self) -> str:
         """sha256 (hex)."""
         digest = hashlib.sha256(
-            f"genrec vocabulary {VOCABULARY_FORMAT} {self.num_spoken}\n".encode()
+            f"genrec vocabulary {VOCABULARY_FORMAT} {self.num_outputs}\n".encode()
         )
         digest.update(np.ascontiguousarray(self.tokens, "<i8").data)
         return digest.hexdigest()
@@ -69,7 +69,7 @@ class Vocabulary:
     def save(self, path: str | Path) -> None:
         facts = {
             "format_version": VOCABULARY_FORMAT,
-            "num_spoken": self.num_spoken,
+            "num_spoken": self.num_outputs,
             "tokens": self.tokens.tolist(),
         }
         Path(path).write_text(json.dumps(facts), encoding="utf-8")
@@ -215,9 +215,9 @@ def trim(words: WordTable, pad_token: int, vocabulary: Vocabulary | None = None)
     assert words.vocabulary is None
     if vocabulary is None:
         eos = words.tokens[words.offsets[EOS_WORD] : words.offsets[EOS_WORD + 1]]
-        spoken = np.union1d(words.tokens_of_items()[0], eos)
-        read = np.setdiff1d(np.append(words.tokens, pad_token), spoken)
-        vocabulary = Vocabulary(np.concatenate([spoken, read]).astype(np.int64), len(spoken))
+        outputs = np.union1d(words.tokens_of_items()[0], eos)
+        read = np.setdiff1d(np.append(words.tokens, pad_token), outputs)
+        vocabulary = Vocabulary(np.concatenate([outputs, read]).astype(np.int64), len(outputs))
     return dataclasses.replace(
         words, tokens=vocabulary.numbers(words.tokens), vocabulary=vocabulary
     )

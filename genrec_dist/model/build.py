@@ -115,7 +115,7 @@ def build_model(
             ids_outside=ids_outside,
         )
         if vocabulary is not None:
-            config.spoken_tokens, config.vocabulary_hash = vocabulary.num_spoken, vocabulary.hash()
+            config.spoken_tokens, config.vocabulary_hash = vocabulary.num_outputs, vocabulary.hash()
         return GenRecForConditionalGeneration(config)
     common = _common(model, num_users, num_items, num_masks, special, ids_outside)
     return _from_backbone(model, vocab_size, common, vocabulary)
@@ -144,7 +144,7 @@ def like_before(
     size = vocab_size if vocabulary is None else vocabulary.size
     config = GenRecConfig(**{**shape, **common, "id_dim": before.id_dim, "vocab_size": size})
     if vocabulary is not None:
-        config.spoken_tokens, config.vocabulary_hash = vocabulary.num_spoken, vocabulary.hash()
+        config.spoken_tokens, config.vocabulary_hash = vocabulary.num_outputs, vocabulary.hash()
     return GenRecForConditionalGeneration(config)
 
 
@@ -208,7 +208,7 @@ def _trimmed(
     config = copy.deepcopy(network.config)
     kept = {
         "vocab_size": vocabulary.size,
-        "spoken_tokens": vocabulary.num_spoken,
+        "spoken_tokens": vocabulary.num_outputs,
         "vocabulary_hash": vocabulary.hash(),
     }
     config.update({**special, **kept})
@@ -219,7 +219,7 @@ def _trimmed(
         if values.data_ptr() == embedding_VD.data_ptr():  # encoder, decoder and head share it
             weights[name] = rows_VD
     bias_1V = weights["final_logits_bias"].new_zeros(1, vocabulary.size)
-    bias_1V[:, vocabulary.num_spoken :] = float("-inf")
+    bias_1V[:, vocabulary.num_outputs :] = float("-inf")
     weights["final_logits_bias"] = bias_1V
     with torch.device("meta"):
         trimmed = GenRecForConditionalGeneration(config)

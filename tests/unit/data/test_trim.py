@@ -108,24 +108,24 @@ def test_words_keep_their_sub_words_and_the_spoken_ones_come_first(pair: tuple[S
     assert np.array_equal(vocabulary.tokens[ours.tokens], words.tokens)
     assert vocabulary.tokens[ours.tokens].dtype == np.int64
     assert ours.tokens.dtype == words.tokens.dtype
-    spoken = {*words.tokens_of_items()[0].tolist(), whole.tokenizer.eos_token_id}
-    assert set(vocabulary.tokens[: vocabulary.num_spoken].tolist()) == spoken
+    outputs = {*words.tokens_of_items()[0].tolist(), whole.tokenizer.eos_token_id}
+    assert set(vocabulary.tokens[: vocabulary.num_outputs].tolist()) == outputs
     everything = {*words.tokens.tolist(), whole.tokenizer.pad_token_id}
     assert set(vocabulary.tokens.tolist()) == everything
     assert vocabulary.size == len(everything) < len(whole.tokenizer) / 2
-    # `</s>` is spoken; <s>, <pad>, the masks and what users alone use are not.
-    read = set(vocabulary.tokens[vocabulary.num_spoken :].tolist())
+    # `</s>` is outputs; <s>, <pad>, the masks and what users alone use are not.
+    read = set(vocabulary.tokens[vocabulary.num_outputs :].tolist())
     tokenizer = whole.tokenizer
     assert {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.mask_token_id} < read
     # Siblings in the trie keep their order, and with it ties between items.
-    assert all(np.diff(vocabulary.tokens[: vocabulary.num_spoken]) > 0)
+    assert all(np.diff(vocabulary.tokens[: vocabulary.num_outputs]) > 0)
 
 
 def test_a_token_that_was_not_kept_is_named(pair: tuple[Shop, Shop]) -> None:
     (whole, _), (trimmed, _) = pair
     vocabulary = trimmed.words.vocabulary
     assert vocabulary is not None
-    fewer = Vocabulary(vocabulary.tokens[1:], vocabulary.num_spoken - 1)
+    fewer = Vocabulary(vocabulary.tokens[1:], vocabulary.num_outputs - 1)
     with pytest.raises(
         ValueError, match=rf"^token {vocabulary.tokens[0]} of the tokenizer has no row"
     ):
@@ -138,7 +138,7 @@ def test_a_stored_vocabulary_is_the_models_or_refused(tmp_path: Path) -> None:
     vocabulary.save(path)
     loaded = load_vocabulary(path, vocabulary.hash())
     assert loaded.tokens.tolist() == vocabulary.tokens.tolist()
-    assert loaded.num_spoken == 3
+    assert loaded.num_outputs == 3
     for other in (Vocabulary(vocabulary.tokens, 4), Vocabulary(np.array([4, 9, 301, 0, 1]), 3)):
         with pytest.raises(
             ValueError, match=r"vocabulary.json: not the vocabulary of the model beside it"
@@ -173,7 +173,7 @@ def test_the_trimmed_backbone_is_the_backbone_on_the_kept_tokens(pair: tuple[Sho
     (whole, model), (trimmed, small) = pair
     vocabulary = trimmed.words.vocabulary
     kept = torch.from_numpy(vocabulary.tokens)
-    spoken = kept[: vocabulary.num_spoken]
+    outputs = kept[: vocabulary.num_outputs]
     model.eval()
     small.eval()
     shares = [
@@ -190,8 +190,8 @@ def test_the_trimmed_backbone_is_the_backbone_on_the_kept_tokens(pair: tuple[Sho
                 ours.encoder, ours.encoder_row, ours.decoder_input_ids, ours.labels
             )
         torch.testing.assert_close(states[1], states[0])
-        torch.testing.assert_close(found, logits[:, spoken])
-        assert torch.equal(spoken[own], labels)
+        torch.testing.assert_close(found, logits[:, outputs])
+        assert torch.equal(outputs[own], labels)
 
 
 def test_what_shares_the_embedding_still_shares_it(pair: tuple[Shop, Shop], tmp_path: Path) -> None:
@@ -207,8 +207,8 @@ def test_what_shares_the_embedding_still_shares_it(pair: tuple[Shop, Shop], tmp_
     assert small.model.shared.padding_idx == small.config.pad_token_id
     small.save_pretrained(tmp_path)
     loaded = GenRecForConditionalGeneration.from_pretrained(tmp_path)
-    assert loaded.config.spoken_tokens == vocabulary.num_spoken
-    assert loaded.final_logits_bias.isneginf().sum() == vocabulary.size - vocabulary.num_spoken
+    assert loaded.config.spoken_tokens == vocabulary.num_outputs
+    assert loaded.final_logits_bias.isneginf().sum() == vocabulary.size - vocabulary.num_outputs
     for (name, one), (_, other) in zip(
         small.state_dict().items(), loaded.state_dict().items(), strict=True
     ):
@@ -225,21 +225,21 @@ def test_hugging_faces_generate_speaks_no_other_token(pair: tuple[Shop, Shop]) -
         ids, num_beams=4, num_return_sequences=4, max_new_tokens=5, do_sample=False
     )
     logits = small(ids, decoder_input_ids=made).logits
-    assert logits[..., words.vocabulary.num_spoken :].isneginf().all()
-    assert logits[..., : words.vocabulary.num_spoken].isfinite().all()
+    assert logits[..., words.vocabulary.num_outputs :].isneginf().all()
+    assert logits[..., : words.vocabulary.num_outputs].isfinite().all()
     assert small.generation_config.forced_bos_token_id is None
-    spoken = made[:, 1:]
-    assert int(spoken[spoken != small.config.pad_token_id].max()) < words.vocabulary.num_spoken
+    outputs = made[:, 1:]
+    assert int(outputs[outputs != small.config.pad_token_id].max()) < words.vocabulary.num_outputs
     assert made[:, 0].eq(small.config.decoder_start_token_id).all()
 
 
 def test_it_learns_what_a_whole_model_learns_whose_other_logits_are_closed(
     pair: tuple[Shop, Shop],
 ) -> None:
-    """Five steps of AdamW, label smoothing included (over the spoken tokens)."""
+    """Five steps of AdamW, label smoothing included (over the outputs tokens)."""
     (whole, model), (trimmed, small) = pair
     vocabulary = trimmed.words.vocabulary
-    spoken = torch.from_numpy(vocabulary.tokens[: vocabulary.num_spoken])
+    outputs = torch.from_numpy(vocabulary.tokens[: vocabulary.num_outputs])
     optimizers = [
         torch.optim.AdamW(m.parameters(), lr=3e-3, eps=1e-4, weight_decay=0.0)
         for m in (model, small)
@@ -254,7 +254,7 @@ def test_it_learns_what_a_whole_model_learns_whose_other_logits_are_closed(
                 theirs.encoder, theirs.encoder_row, theirs.decoder_input_ids, theirs.labels
             )
             renumbered = torch.from_numpy(vocabulary.numbers(labels.numpy())).long()
-            one = target_loss(logits[:, spoken], renumbered, 100, 0.1)
+            one = target_loss(logits[:, outputs], renumbered, 100, 0.1)
             given = {**vars(ours.encoder), "encoder_row": ours.encoder_row, "labels": ours.labels}
             other = (
                 small(**given, decoder_input_ids=ours.decoder_input_ids, label_smoothing=0.1) / 100
@@ -328,7 +328,7 @@ def test_a_loaded_run_speaks_its_vocabulary(run: Path, loaded: LoadedRun, tiny_d
     # at the log of its size.
     assert (
         history_loss(loaded.model, loaded.layout, view, users, Ranks())
-        < np.log(vocabulary.num_spoken) + 0.5
+        < np.log(vocabulary.num_outputs) + 0.5
     )
 
 
