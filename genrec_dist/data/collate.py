@@ -435,7 +435,7 @@ def _decoder_rows(
     masked: MaskedSamples, layout: Layout
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(labels, decoder inputs, tokens a row), int64 [R, T] and [R]: items' tokens and `</s>`; the
-    same behind the mask to fill. Certain tokens are no labels, and rows end with their last
+    same behind the mask to fill. ForcedTokens tokens are no labels, and rows end with their last
     label."""
     words = layout.words
     item_words = words.item_words(masked.target_items)
@@ -449,14 +449,14 @@ def _decoder_rows(
     decoder_RT = np.empty_like(labels_RT)
     decoder_RT[:, 0] = words.tokens[words.offsets[FIRST_MASK_WORD + masked.row_mask]]
     decoder_RT[:, 1:] = np.where(labels_RT[:, :-1] == IGNORED, layout.pad_token, labels_RT[:, :-1])
-    if layout.certain is None:
+    if layout.forced is None:
         return labels_RT, decoder_RT, lengths_R + 1
     assert len(masked.target_items) == len(lengths_R), "several items in one answer have no trie"
-    certain_RT = np.ones(labels_RT.shape, bool)
-    certain_RT[columns < lengths_R[:, None]] = layout.certain.tokens[flat]
-    certain_RT[np.arange(len(lengths_R)), lengths_R] = layout.certain.ends[item_words]
-    labels_RT[certain_RT] = IGNORED
-    lengths_R = len(columns) - np.argmin(certain_RT[:, ::-1], axis=1)
+    forced_RT = np.ones(labels_RT.shape, bool)
+    forced_RT[columns < lengths_R[:, None]] = layout.forced.tokens[flat]
+    forced_RT[np.arange(len(lengths_R)), lengths_R] = layout.forced.ends[item_words]
+    labels_RT[forced_RT] = IGNORED
+    lengths_R = len(columns) - np.argmin(forced_RT[:, ::-1], axis=1)
     decoder_RT[columns >= lengths_R[:, None]] = layout.pad_token
     longest = int(lengths_R.max(initial=0))
     return labels_RT[:, :longest], decoder_RT[:, :longest], lengths_R

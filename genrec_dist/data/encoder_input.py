@@ -21,8 +21,8 @@ from genrec_dist.data.word_table import BOS_WORD, EOS_WORD, FIRST_MASK_WORD, Wor
 
 
 @dataclass(frozen=True)
-class Certain:
-    """What of the items' words the trie alone decides (`trie.certain_tokens`)."""
+class ForcedTokens:
+    """What of the items' words the trie alone decides (`trie.forced_tokens`)."""
 
     tokens: np.ndarray
     """bool [total], as `WordTable.tokens`."""
@@ -44,7 +44,7 @@ class Layout:
     unit: EncoderUnit = "subword"
     causal: bool = False
     """Nothing stands behind a history: no [MASK], no </s>."""
-    certain: Certain | None = None
+    forced: ForcedTokens | None = None
     """What of the targets is not learned, because the trie decides it; None: all is."""
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ from genrec_shards.dataset import Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from genrec_dist.data.encoder_input import Certain, Layout
+from genrec_dist.data.encoder_input import ForcedTokens, Layout
 from genrec_dist.data.word_table import (
     VOCABULARY_FILE,
     ItemTexts,
@@ -75,11 +75,11 @@ def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
         positions=config.encoder_positions,  # type: ignore[arg-type]
         unit=config.encoder_unit,  # type: ignore[arg-type]
         causal=config.encoder_attention == "causal",
-        certain=_certain(words) if config.certain_tokens == "given" else None,
+        forced=_forced_tokens(words) if config.certain_tokens == "given" else None,
     )
 
 
-def _certain(words: WordTable) -> Certain:
+def _forced_tokens(words: WordTable) -> ForcedTokens:
     """Raises ValueError for a catalogue of one item, about which there is nothing to learn."""
     if words.num_items < 2:
         raise ValueError(
@@ -89,7 +89,7 @@ def _certain(words: WordTable) -> Certain:
     items = slice(words.first_item_word, words.first_user_word)
     first, last = words.offsets[items.start], words.offsets[items.stop]
     tokens[first:last], ends[items] = certain_tokens(build_trie(*words.tokens_of_items()))
-    return Certain(tokens, ends)
+    return ForcedTokens(tokens, ends)
 
 
 def make_searcher(
