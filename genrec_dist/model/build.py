@@ -148,7 +148,7 @@ def like_before(
     return GenRecForConditionalGeneration(config)
 
 
-def begin_items_with(
+def init_item_rows(
     network: GenRecForConditionalGeneration, vectors_NF: np.ndarray, words: WordTable
 ) -> None:
     """`turn_rows` of the items' tokens where each item is one token, else of the item id table;

@@ -23,7 +23,7 @@ from genrec_dist.data.tokenizer import grow_tokenizer, load_tokenizer, train_tok
 from genrec_dist.data.word_table import WordTable, build_words, mask_tokens, trim
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.inference.load import make_layout
-from genrec_dist.model.build import begin_items_with, build_model
+from genrec_dist.model.build import init_item_rows, build_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.model.head_loss import target_loss
 from genrec_dist.model.item_init import MOST_FACTORS
@@ -118,7 +118,7 @@ def _fresh_model(
         vectors_NF = neighbour_vectors(
             dataset.sequences, min(recipe.model.d_model, MOST_FACTORS), recipe.seed
         )
-        begin_items_with(model, vectors_NF, words)
+        init_item_rows(model, vectors_NF, words)
     return model
 
 

@@ -20,7 +20,7 @@ from genrec_dist.config.load import load_recipe
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.training.setup import Workshop, open_workshop
 
-BEGUN = "model.init_items=cooccurrence"
+COOCCURRENCE = "model.init_items=cooccurrence"
 
 
 def opened(recipe: Path, *overrides: str) -> tuple[Workshop, GenRecForConditionalGeneration]:
@@ -53,7 +53,7 @@ def test_one_token_an_item_begins_in_the_rows_of_the_tokens(
     tiny_recipe: Path, sequences: Sequences
 ) -> None:
     one_token = "tokens.vocab_size=600"
-    workshop, model = opened(tiny_recipe, one_token, BEGUN)
+    workshop, model = opened(tiny_recipe, one_token, COOCCURRENCE)
     _, plain = opened(tiny_recipe, one_token)
     tokens, offsets = workshop.words.tokens_of_items()
     assert (np.diff(offsets) == 1).all()
@@ -63,9 +63,9 @@ def test_one_token_an_item_begins_in_the_rows_of_the_tokens(
     np.testing.assert_allclose(
         np.linalg.norm(rows[tokens][known], axis=1), 0.3 * 16**0.5, rtol=1e-5
     )
-    begun = np.zeros(len(rows), bool)
-    begun[tokens[known]] = True
-    assert np.array_equal(rows[~begun], plain.model.shared.weight.detach().numpy()[~begun])
+    initialised = np.zeros(len(rows), bool)
+    initialised[tokens[known]] = True
+    assert np.array_equal(rows[~initialised], plain.model.shared.weight.detach().numpy()[~initialised])
     assert torch.equal(model.item_embedding.weight, plain.item_embedding.weight)
     assert model.lm_head.weight.data_ptr() == model.model.shared.weight.data_ptr()
 
@@ -73,7 +73,7 @@ def test_one_token_an_item_begins_in_the_rows_of_the_tokens(
 def test_several_tokens_an_item_begin_in_the_id_table(
     tiny_recipe: Path, sequences: Sequences
 ) -> None:
-    _, model = opened(tiny_recipe, BEGUN)
+    _, model = opened(tiny_recipe, COOCCURRENCE)
     _, plain = opened(tiny_recipe)
     assert torch.equal(model.model.shared.weight, plain.model.shared.weight)
     expected, known = expected_directions(sequences, 16)
@@ -86,7 +86,7 @@ def test_rows_wider_than_there_are_factors_keep_their_other_columns(
     tiny_recipe: Path, sequences: Sequences, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("genrec_dist.training.setup.MOST_FACTORS", 6)
-    _, model = opened(tiny_recipe, BEGUN)
+    _, model = opened(tiny_recipe, COOCCURRENCE)
     _, plain = opened(tiny_recipe)
     expected, known = expected_directions(sequences, 6)
     rows = model.item_embedding.weight.detach().numpy()[1:][known]
@@ -143,11 +143,11 @@ def test_no_held_out_item_moves_a_bit(data: st.DataObject) -> None:
 
 def test_several_tokens_without_ids_have_no_row_to_begin(tiny_recipe: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.init_items: items have several tokens and no id"):
-        opened(tiny_recipe, BEGUN, "model.item_ids=false")
+        opened(tiny_recipe, COOCCURRENCE, "model.item_ids=false")
 
 
 def test_tables_outside_the_model_are_refused(tiny_recipe: Path) -> None:
     with pytest.raises(
         ValueError, match=r"model\.init_items cooccurrence: .* optimizer\.id_tables dense"
     ):
-        load_recipe(tiny_recipe, [BEGUN, "optimizer.id_tables=row-adagrad", "optimizer.decay=none"])
+        load_recipe(tiny_recipe, [COOCCURRENCE, "optimizer.id_tables=row-adagrad", "optimizer.decay=none"])
