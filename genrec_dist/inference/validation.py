@@ -85,7 +85,5 @@ def _batch_loss(
     flat, offsets = ragged(view.starts[users_B], (view.ends - view.starts)[users_B])
     encoder = encode_histories(view.items[flat], offsets, users_B, layout)
     batch = target_batch(encoder, view.targets[users_B], layout).to(model.device)
-    logits, labels = model.target_logits(
-        batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
-    )
+    logits, labels = model.target_logits(batch)
     return float(target_loss(logits, labels, 1)), batch.num_target_tokens

@@ -23,10 +23,10 @@ from genrec_dist.data.tokenizer import grow_tokenizer, load_tokenizer, train_tok
 from genrec_dist.data.word_table import WordTable, build_words, mask_tokens, trim
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.inference.load import make_layout
-from genrec_dist.model.build import init_item_rows, build_model
+from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.model.head_loss import target_loss
-from genrec_dist.model.item_init import MOST_FACTORS
+from genrec_dist.model.item_init import MOST_FACTORS, init_item_rows
 from genrec_dist.training.checkpoint import FRESH
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches
@@ -106,13 +106,15 @@ def _fresh_model(
 ) -> GenRecForConditionalGeneration:
     model = build_model(
         recipe.model,
-        vocab_size=vocab_size,
-        num_users=words.num_users,
-        num_items=words.num_items,
-        num_masks=recipe.num_masks,
-        special=special,
-        ids_outside=recipe.optimizer.id_tables != "dense",
-        vocabulary=words.vocabulary,
+        ModelSizes(
+            vocab_size=vocab_size,
+            num_users=words.num_users,
+            num_items=words.num_items,
+            num_masks=recipe.num_masks,
+            special=special,
+            ids_outside=recipe.optimizer.id_tables != "dense",
+            vocabulary=words.vocabulary,
+        ),
     )
     if recipe.model.init_items == "cooccurrence":
         vectors_NF = neighbour_vectors(
@@ -158,10 +160,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     batches = share.micro_batches
     with torch.inference_mode():
         first = batches[-1]
-        logits, labels = model.target_logits(
-            first.encoder, first.encoder_row, first.decoder_input_ids, first.labels, first.visible,
-            None if first.item_targets is None else first.item_targets.places_R,
-        )  # fmt: skip
+        logits, labels = model.target_logits(first)
         loss = float(target_loss(logits, labels, first.num_target_tokens))
     return {
         "users": workshop.words.num_users,

@@ -16,7 +16,7 @@ from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_historie
 from genrec_dist.data.word_table import WordTable
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
-from genrec_dist.model.build import build_model
+from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 BOS, PAD, EOS, MASK, FIRST = 0, 1, 2, 4, 5
@@ -50,11 +50,13 @@ def sharp_model(
     )
     model = build_model(
         shape,
-        vocab_size=vocabulary,
-        num_users=NUM_USERS,
-        num_items=num_items,
-        num_masks=1,
-        special={"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK},
+        ModelSizes(
+            vocab_size=vocabulary,
+            num_users=NUM_USERS,
+            num_items=num_items,
+            num_masks=1,
+            special={"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK},
+        ),
     )
     return model.double().eval()
 

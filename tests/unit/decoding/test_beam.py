@@ -35,7 +35,7 @@ from genrec_dist.config.recipe import Model
 from genrec_dist.decoding import beam_search as trie_walk
 from genrec_dist.decoding.beam_search import best_of, best_static, num_open_beams
 from genrec_dist.decoding.decoder_state import DecoderState
-from genrec_dist.model.build import build_model
+from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 
@@ -261,11 +261,13 @@ def test_equal_scores_go_to_the_smaller_node() -> None:
     one length."""
     model = build_model(
         Model(d_model=16, encoder_layers=1, decoder_layers=1, heads=2, ffn=32, max_tokens=64),
-        vocab_size=FIRST + ALPHABET,
-        num_users=NUM_USERS,
-        num_items=MOST_ITEMS,
-        num_masks=1,
-        special={"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK},
+        ModelSizes(
+            vocab_size=FIRST + ALPHABET,
+            num_users=NUM_USERS,
+            num_items=MOST_ITEMS,
+            num_masks=1,
+            special={"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK},
+        ),
     )
     with torch.no_grad():
         for parameter in model.parameters():

@@ -178,9 +178,7 @@ def test_the_loss_is_what_a_search_scores(items: list[Word], targets: list[int])
     assert batch.labels.shape[1] == max(len(item) - item[::-1].index(True) for item in expected)
     assert batch.num_target_tokens == sum(map(sum, expected))
     with torch.inference_mode():
-        logits, labels = world.model.target_logits(
-            batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
-        )
+        logits, labels = world.model.target_logits(batch)
     truth_BN = brute_force(world, histories)
     total = -sum(truth_N[row] for row, truth_N in zip(rows, truth_BN, strict=True))
     assert float(target_loss(logits.double(), labels, 1)) == pytest.approx(total, rel=1e-5)

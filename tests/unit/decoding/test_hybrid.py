@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
 from genrec_dist.data.batch import IGNORED, dummy_batch
-from genrec_dist.data.collate import choose_targets, make_step
+from genrec_dist.data.collate import BatchOptions, choose_targets, make_step
 from genrec_dist.evaluation.score_mixture import Mixture
 from genrec_dist.inference.load import load_run
 from genrec_dist.training.run import train
@@ -42,12 +42,10 @@ def asking(samples, source, mask, packed, budget=WHOLE):
         samples,
         source,
         layout(90),
-        mask=mask,
-        seed=3,
+        BatchOptions(
+            micro_batch_tokens=budget, seed=3, mask=mask, packed=packed, item_targets=True
+        ),
         epoch=0,
-        micro_batch_tokens=budget,
-        packed=packed,
-        item_targets=True,
     ).micro_batches
 
 
@@ -98,7 +96,7 @@ def test_its_loss_is_added_a_target_whatever_the_cut_or_packing(
             loss = model(
                 **vars(batch.encoder), encoder_row=batch.encoder_row, decoder_input_ids=batch.decoder_input_ids,
                 labels=batch.labels, packing=batch.packing, item_targets=batch.item_targets if item_head else None,
-                tokens_a_target=tokens / targets,
+                tokens_per_target=tokens / targets,
             ) / tokens  # fmt: skip
             loss.backward()
             value += loss.item()
