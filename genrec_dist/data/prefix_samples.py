@@ -86,7 +86,7 @@ def prefix_segments(
     # Three users, four items, every word one token, room for <s>, the user and two items:
     #   items = [0 1 2 3 | 2 | 3 0], starts_B = [0 4 5], ends_B = [4 5 7]
     #   targets_T = [1 2 3 | | 6], fits_T = [yes yes no | | yes], shared_B = [2 0 1]
-    # Target 3 does not fit behind the whole history, so it is alone, its segment starting at 1:
+    # The whole history of target 3 does not fit, so it has a segment of its own, from 1 on:
     #   sample_P = [0 0 1 2], starts_P = [0 1 4 5], ends_P = [2 3 5 6]
     #   targets_R = [1 2 | 3 | 4 | 6], visible_R = [3 4 | 4 | 2 | 3], all learned but the fourth
     targets_T = flat_ranges(starts_B + 1, ends_B - starts_B - 1)

@@ -144,7 +144,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
     def embed(
         self, encoder: EncoderInput, plan: SumPlan | None = None, *, normed: bool = False
     ) -> Tensor:
-        """The embedding sum before BART's layer norm, float [B, L, D]; `normed`: behind it. `plan`:
+        """The embedding sum before BART's layer norm, float [B, L, D]; `normed`: after it. `plan`:
         the batch's."""
         bart = self.model.encoder
         norm = bart.layernorm_embedding
