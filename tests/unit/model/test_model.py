@@ -515,17 +515,27 @@ def test_a_backbone_that_cannot_be_loaded_is_named_with_two_ways_out(tmp_path, w
     assert "give its directory, or set model.backbone to null" in message
 
 
-def test_a_hub_name_without_a_network_is_named_with_two_ways_out(tmp_path):
-    program = (
-        "from genrec_dist.model.build import ModelSizes, build_model; "
-        "from genrec_dist.config.recipe import Model; "
-        "build_model(Model(backbone='facebook/bart-base'), ModelSizes(vocab_size=9, num_users=1, "
-        "num_items=1, num_masks=1, special={'bos': 0, 'pad': 1, 'eos': 2, 'mask': 4}))"
-    )
+def test_hub_names_without_a_network_are_named_with_two_ways_out(tmp_path):
+    """Of a backbone and of a tokenizer, in a process of its own: offline is decided at import."""
+    program = """
+from genrec_dist.config.recipe import Model
+from genrec_dist.data.tokenizer import load_tokenizer
+from genrec_dist.model.build import ModelSizes, build_model
+
+name, special = "facebook/bart-base", {"bos": 0, "pad": 1, "eos": 2, "mask": 4}
+sizes = ModelSizes(vocab_size=9, num_users=1, num_items=1, num_masks=1, special=special)
+for load in (lambda: build_model(Model(backbone=name), sizes), lambda: load_tokenizer(name)):
+    try:
+        load()
+    except ValueError as error:
+        print(error)
+"""
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **offline})
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: model.backbone facebook/bart-base: ")
-    assert "give its directory, or set model.backbone to null" in last
+    assert done.returncode == 0, done.stderr
+    for key, message in zip(
+        ("model.backbone", "tokens.tokenizer"), done.stdout.splitlines()[-2:], strict=True
+    ):
+        assert message.startswith(f"{key} facebook/bart-base: ")
+        assert f"give its directory, or set {key} to null" in message
