@@ -13,7 +13,7 @@ from genrec_shards.histories import Histories, histories
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import Split, TrainedThrough
 
-from genrec_dist.data.item_graph import KnnSettings, asked, neighbour_weights
+from genrec_dist.data.item_graph import KnnSettings, neighbour_weights, recent_item_weights
 from genrec_dist.evaluation.metrics import TOP
 from genrec_dist.evaluation.ranked_lists import Lists, Rule, empty_lists, tie_order, without_last
 
@@ -93,7 +93,7 @@ def _score_batches(
     past: Histories, weights_II: sp.csr_matrix, settings: KnnSettings
 ) -> Iterator[tuple[int, sp.csr_matrix]]:
     """(first user, float64[B, I]) of one batch of users after the other."""
-    history_UI = asked(past.items, past.offsets, past.num_items, settings)
+    history_UI = recent_item_weights(past.items, past.offsets, past.num_items, settings)
     for start in range(0, past.num_users, settings.batch_size):
         yield start, history_UI[start : start + settings.batch_size] @ weights_II
 

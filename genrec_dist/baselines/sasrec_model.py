@@ -18,7 +18,7 @@ from genrec_shards.splits import Split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genrec_dist.data.packing import Attended, spans_of
+from genrec_dist.data.packing import Attended, segments_of
 from genrec_dist.evaluation.metrics import EMPTY, TOP
 from genrec_dist.evaluation.ranked_lists import Lists, Rule, empty_lists, tie_order, without_last
 from genrec_dist.model.dropout import add_dropped, drop
@@ -138,7 +138,7 @@ def pack(
     order_B = np.argsort(lengths_B, kind="stable")
     lengths, ends = lengths_B[order_B], ends_B[order_B]
     places_n = flat_ranges(ends - lengths, lengths)
-    spans = spans_of(lengths)
+    spans = segments_of(lengths)
     positions_n = np.arange(len(places_n)) - np.repeat(spans.offsets[:-1], lengths)
     if settings.positions == "from-end":
         positions_n = np.repeat(lengths, lengths) - 1 - positions_n

@@ -21,7 +21,7 @@ from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_historie
 from genrec_dist.data.word_table import WordTable
 from genrec_dist.decoding.searcher import TopItems, TrieSearcher
 from genrec_dist.decoding.trie import Trie, build_trie
-from genrec_dist.model.build import build_model
+from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 VOCABULARY = 50_265
@@ -191,11 +191,13 @@ def make_model(shape: Shape, words: WordTable) -> GenRecForConditionalGeneration
     )
     model = build_model(
         recipe,
-        vocab_size=VOCABULARY,
-        num_users=words.num_users,
-        num_items=words.num_items,
-        num_masks=1,
-        special={"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK},
+        ModelSizes(
+            vocab_size=VOCABULARY,
+            num_users=words.num_users,
+            num_items=words.num_items,
+            num_masks=1,
+            special={"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK},
+        ),
     )
     return model.eval()
 

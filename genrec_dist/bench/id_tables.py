@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from genrec_dist.bench.measure import Claim, in_turn, median, table
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Optimizer
-from genrec_dist.model.build import build_model
+from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import FetchedRows, choose_attention
 from genrec_dist.model.optimizer import build_optimizer
 
@@ -114,12 +114,14 @@ class TrainingStep:
         torch.manual_seed(0)
         self.model = build_model(
             shape,
-            vocab_size=VOCABULARY,
-            num_users=0,
-            num_items=num_rows,
-            num_masks=1,
-            special=SPECIAL,
-            ids_outside=True,
+            ModelSizes(
+                vocab_size=VOCABULARY,
+                num_users=0,
+                num_items=num_rows,
+                num_masks=1,
+                special=SPECIAL,
+                ids_outside=True,
+            ),
         )
         choose_attention(self.model, "bf16")
         assert isinstance(self.model.item_embedding, FetchedRows)

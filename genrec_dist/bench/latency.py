@@ -33,7 +33,7 @@ from genrec_dist.inference.load import (
     make_searcher,
 )
 from genrec_dist.inference.recommend import Recommender
-from genrec_dist.model.build import build_model
+from genrec_dist.model.build import ModelSizes, build_model
 
 SHARED, LOCKED = "shared", "locked"
 LOCK = "a lock round each call"
@@ -117,11 +117,13 @@ def random_run(item_ids: list[str]) -> LoadedRun:
     torch.manual_seed(0)
     model = build_model(
         recipe.model,
-        vocab_size=len(tokenizer),
-        num_users=0,
-        num_items=len(item_ids),
-        num_masks=1,
-        special=special,
+        ModelSizes(
+            vocab_size=len(tokenizer),
+            num_users=0,
+            num_items=len(item_ids),
+            num_masks=1,
+            special=special,
+        ),
     )
     model = model.to(device).eval()
     layout, searcher = make_layout(words, model.config), make_searcher(model, words, device)

@@ -31,13 +31,13 @@ from genrec_dist.bench.train_peers import (
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Batch, RankStep, Work
-from genrec_dist.data.collate import make_step
+from genrec_dist.data.collate import BatchOptions, make_step
 from genrec_dist.data.encoder_input import Layout
 from genrec_dist.data.tokenizer import train_tokenizer
 from genrec_dist.data.word_table import build_words, mask_tokens, trim
 from genrec_dist.estimate.flops import flops
 from genrec_dist.inference.load import best_device, make_layout
-from genrec_dist.model.build import build_model
+from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration, choose_packing
 from genrec_dist.training.engine import make_accelerator, make_engine
 from genrec_dist.training.profiling import peak_memory
@@ -107,10 +107,10 @@ class World:
         )
 
     def share(self, samples: StepSamples, packed: bool, budget: int | None = None) -> RankStep:
-        return make_step(
-            samples, self, self.layout, mask=None, seed=0, epoch=0, packed=packed,
-            micro_batch_tokens=budget or self.recipe.micro_batch_tokens,
-        )  # fmt: skip
+        options = BatchOptions(
+            micro_batch_tokens=budget or self.recipe.micro_batch_tokens, packed=packed
+        )
+        return make_step(samples, self, self.layout, options, epoch=0)
 
     def whole(self) -> list[Batch]:
         """All samples, padded."""
@@ -136,10 +136,16 @@ def make_world(setting: Setting, *more: str) -> World:
         words = trim(words, tokenizer.pad_token_id)
     torch.manual_seed(mixed_key(0, 0x1217) >> 1)
     model = build_model(
-        recipe.model, vocab_size=max(setting.vocabulary, len(tokenizer)), num_users=words.num_users,
-        num_items=words.num_items, num_masks=1, special={**special, "mask": mask_tokens(tokenizer, 1)[0]},
-        vocabulary=words.vocabulary,
-    )  # fmt: skip
+        recipe.model,
+        ModelSizes(
+            vocab_size=max(setting.vocabulary, len(tokenizer)),
+            num_users=words.num_users,
+            num_items=words.num_items,
+            num_masks=1,
+            special={**special, "mask": mask_tokens(tokenizer, 1)[0]},
+            vocabulary=words.vocabulary,
+        ),
+    )
     plan = Plan(
         np.diff(dataset.sequences.offsets),
         1024,
@@ -266,9 +272,7 @@ def facts(rival: Rival, world: World) -> dict[str, Any]:
         model = world.model.eval()
         loss = 0.0
         for batch in batches:
-            logits, labels = model.target_logits(
-                batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
-            )
+            logits, labels = model.target_logits(batch)
             loss += float(
                 torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
             )

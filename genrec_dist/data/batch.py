@@ -1,8 +1,11 @@
-"""The arrays of a batch and the samples a rank takes in a step."""
+"""The tensors of a micro-batch, and a rank's share of a step."""
+
+# B samples, R decoder rows, L input tokens, T target tokens; packed: n input tokens, m target
+# tokens
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from genrec_kernels import SumPlan
@@ -16,32 +19,33 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class AskedItems:
-    """The item behind each decoder row's mask, which the item head names from the encoder's state
-    there."""
+class ItemTargets:
+    """What the item head predicts: for each decoder row an item, from the encoder's state at the
+    row's mask."""
 
     places_R: Tensor
-    """int64 [R], the mask's among the encoder's tokens, [B x L] or [n]."""
+    """int64 [R], index of the mask among the encoder's tokens, [B x L] or packed [n]."""
     items_R: Tensor
-    """int64 [R], item rows, IGNORED where nothing is to be learned; of several items behind one
-    mask the first."""
+    """int64 [R], item rows, IGNORED where a row is not in the loss; of several items for one mask
+    the first."""
 
-    def to(self, device: torch.device) -> AskedItems:
-        return AskedItems(
-            self.places_R.to(device, non_blocking=True), self.items_R.to(device, non_blocking=True)
+    def to(self, device: torch.device) -> ItemTargets:
+        places_R, items_R = (
+            values.to(device, non_blocking=True) for values in (self.places_R, self.items_R)
         )
+        return ItemTargets(places_R, items_R)
 
 
 @dataclass(frozen=True)
 class Work:
-    """Counts that the operations follow from."""
+    """Counts of a batch from which its floating-point operations follow."""
 
     inputs: int = 0
     """Encoder tokens."""
     targets: int = 0
     """Decoder tokens."""
     labels: int = 0
-    """Those of them that are learned."""
+    """Decoder tokens that are in the loss."""
     encoder_pairs: int = 0
     """Sum of L^2 over samples."""
     decoder_pairs: int = 0
@@ -50,57 +54,54 @@ class Work:
     """Sum of T x L over decoder rows."""
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            *(getattr(self, field.name) + getattr(other, field.name) for field in fields(Work))
-        )
+        sums = {name: value + getattr(other, name) for name, value in vars(self).items()}
+        return Work(**sums)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch."""
+@dataclass(frozen=True, kw_only=True)
+class ModelInputs:
+    """What the model reads to compute a loss."""
 
     encoder: EncoderInput
     encoder_row: Tensor
-    """int64 [R], the encoder row each decoder row attends to."""
+    """int64 [R], the encoder row that each decoder row attends to."""
     decoder_input_ids: Tensor
     """int64 [R, T], first the mask to fill; [m] where packed."""
     labels: Tensor
     """int64 [R, T], IGNORED on padding; [m] where packed."""
-    num_samples: int
-    """Samples that count; padding samples do not."""
-    num_target_tokens: int
-    num_targets: int
-    """Decoder rows that count."""
-    num_tokens: int
-    """Real tokens of encoder and decoder."""
-    num_slots: int
-    """Tokens with padding: B x L + R x T, or n + m."""
-    plan: SumPlan | None = None
-    """For the backward of the embedding kernel, where that is used."""
-    packing: Packing | None = None
-    """Where the sequences lie in packed arrays; None: the arrays are padded."""
-    work: Work = field(default_factory=Work)
-    """What its operations follow from, of the samples that count."""
-    asked: AskedItems | None = None
-    """What the item head is asked, where there is one."""
+    item_targets: ItemTargets | None = None
+    """Of the item head; None: the model has none."""
     visible: Tensor | None = None
-    """int64 [R], encoder tokens that a decoder row may look at, the first so many of its sample's;
-    None: all."""
+    """int64 [R], how many of its sample's encoder tokens a decoder row attends to, from the first
+    on; None: all."""
+    packing: Packing | None = None
+    """Where the sequences of packed arrays start and end; None: the arrays are padded."""
+    plan: SumPlan | None = None
+    """For the backward pass of the embedding kernel, where that is used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch(ModelInputs):
+    """One micro-batch."""
+
+    num_samples: int = 0
+    """Samples that count; padding samples do not."""
+    num_target_tokens: int = 0
+    """Labels that are in the loss."""
+    num_targets: int = 0
+    """Decoder rows that count."""
+    num_tokens: int = 0
+    """Real tokens of encoder and decoder."""
+    num_slots: int = 0
+    """Tokens with padding: B x L + R x T, or n + m."""
+    work: Work = field(default_factory=Work)
+    """Of the samples that count."""
 
     def to(self, device: torch.device) -> Batch:
-        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        for name in (
-            "encoder",
-            "encoder_row",
-            "decoder_input_ids",
-            "labels",
-            "plan",
-            "packing",
-            "asked",
-            "visible",
-        ):
-            values[name] = None if values[name] is None else values[name].to(device)
-        return Batch(**values)
+        """The batch with all tensors on a device."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
@@ -109,16 +110,16 @@ class RankStep:
 
     micro_batches: list[Batch]
     samples_digest: int
-    """int64, the wrapping sum of hashes of (sample id, its targets), padding left out: ranks add
-    theirs up, and two runs that agree in it took the same samples with the same masks, whatever the
+    """int64, the wrapping sum of hashes of (sample id, its targets) without padding samples. Ranks
+    add theirs up: two runs with one sum took the same samples with the same masks, whatever the
     number of ranks."""
     num_samples: int
     """Samples that count."""
     num_padding: int
     """Repeated samples that only even out the ranks."""
     id_rows: dict[str, Tensor] = field(default_factory=dict)
-    """`user`, `item` -> int64 [u], the step's distinct table rows, ascending, where id tables live
-    outside the model; the micro-batches then hold places among them."""
+    """`user`, `item` -> int64 [u], the step's distinct table rows, ascending, where id tables are
+    outside the model; the micro-batches then hold indices into them."""
 
     @property
     def num_target_tokens(self) -> int:
@@ -129,27 +130,23 @@ class RankStep:
         return sum(batch.num_targets for batch in self.micro_batches)
 
 
-def idle_batch(batch: Batch) -> Batch:
-    """One sample that teaches nothing: a rank that has run out of micro-batches goes through the
-    layers with it."""
+def dummy_batch(batch: Batch) -> Batch:
+    """The last sequence of a batch with no label: a rank that has run out of micro-batches passes
+    it through the layers, so that collectives stay aligned."""
     if batch.packing is None:
         tokens, targets, packing = slice(-1, None), slice(-1, None), None
     else:
-        tokens, targets, packing = batch.packing.last()
-    one = batch.encoder.map(lambda values: values[tokens])
+        tokens, targets, packing = batch.packing.last_sequence()
+    encoder = batch.encoder.map(lambda values: values[tokens])
     labels = torch.full_like(batch.labels[targets], IGNORED)
+    zero = torch.zeros(1, dtype=torch.long)
     return Batch(
-        encoder=one,
-        encoder_row=torch.zeros(1, dtype=torch.long),
+        encoder=encoder,
+        encoder_row=zero,
         decoder_input_ids=batch.decoder_input_ids[targets],
         labels=labels,
-        num_samples=0,
-        num_target_tokens=0,
-        num_targets=0,
-        num_tokens=0,
-        num_slots=one.input_ids.numel() + labels.numel(),
+        item_targets=None if batch.item_targets is None else ItemTargets(zero, zero + IGNORED),
+        visible=None if batch.visible is None else zero + 1,
         packing=packing,
-        visible=None if batch.visible is None else torch.ones(1, dtype=torch.long),
-        asked=batch.asked
-        and AskedItems(torch.zeros(1, dtype=torch.long), torch.full((1,), IGNORED)),
+        num_slots=encoder.input_ids.numel() + labels.numel(),
     )

@@ -1,5 +1,5 @@
-"""The transition graph of the training parts: which items stand near those of a history, as shares
-of one."""
+"""The transition graph of the training parts: how near items are to those of a history, as shares
+that sum to one."""
 
 # B users, N items
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from genrec_shards.histories import TrainingPart, check_trained_through, training_windows
+from genrec_shards.histories import check_trained_through, training_windows
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import Split, TrainedThrough
 from torch import Tensor
@@ -47,18 +47,20 @@ class Graph:
         """float64 [B, N]: an item's kNN score over the sum of all items' scores; zeros for a
         history without neighbours.
 
-        `items[offsets[b]:offsets[b + 1]]` is a history, oldest first; what of it may be listed is
-        not asked here."""
-        scores_BN = asked(items, offsets, self.num_items, self.settings) @ self.weights_NN
+        `items[offsets[b]:offsets[b + 1]]` is a history, oldest first; its own items have shares,
+        too."""
+        scores_BN = (
+            recent_item_weights(items, offsets, self.num_items, self.settings) @ self.weights_NN
+        )
         sums_B = np.asarray(scores_BN.sum(axis=1)).ravel()
         inverse_B = np.divide(1.0, sums_B, out=np.zeros_like(sums_B), where=sums_B > 0)
         return torch.from_numpy((sp.diags(inverse_B) @ scores_BN).toarray())
 
 
 def log_near(shares: Tensor, epsilon: float, num_items: int) -> Tensor:
-    """log((1 - epsilon) share + epsilon / N), of shares of any shape: the graph's distribution with
-    a uniform one beside it, so that an item without a neighbour in the history is unlikely and not
-    impossible."""
+    """log((1 - epsilon) share + epsilon / N), of shares of any shape: the graph's distribution
+    mixed with a uniform one, so that an item without a neighbour in the history is unlikely and
+    not impossible."""
     return shares.mul(1 - epsilon).add_(epsilon / num_items).log_()
 
 
@@ -67,7 +69,7 @@ class KnnSettings:
     """How neighbours are counted; one set of defaults for all data sets."""
 
     window: int = 6
-    """How many steps apart two items of one training part may stand to count as a pair."""
+    """Most steps between two items of one training part that count as a pair."""
     forward: float = 1.0
     """Weight of a pair from the earlier item to the later one, divided by their distance in
     steps."""
@@ -76,15 +78,14 @@ class KnnSettings:
     decay: float = 0.7
     """Weight of the history's items: decay^age, age 0 being the last item."""
     recent: int = 10
-    """How many items at the end of the history are asked for their neighbours."""
+    """How many items at the end of the history count."""
     smoothing: float = 1.0
     """Added to both masses before their powers, so that a rare item with one lucky pair does not
     outweigh everything."""
     out_power: float = 0.5
-    """Power of the history item's mass by which its pairs are divided; 0 does not ask how much is
-    taken near it."""
+    """Power of the history item's mass by which its pairs are divided; 0 does not divide."""
     in_power: float = 0.5
-    """The same of the candidate's mass: 0 leans to what is popular, 1 away from it."""
+    """The same of the candidate's mass: 0 favours popular items, 1 unpopular ones."""
     batch_size: int = 1024
     """Users scored at once; it changes memory, not results."""
 
@@ -104,38 +105,27 @@ def neighbour_weights(
     sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings
 ) -> sp.csr_matrix:
     """float64[I, I], row = item of the history, column = candidate: pairs(x, y) / ((out(x) + s)^a
-    (in(y) + s)^b).
+    (in(y) + s)^b). Raises ValueError if training saw the split's targets.
 
     pairs(x, y) sums forward/d where y follows x by d steps in a training part, and backward/d where
     it precedes it. Mass: out(x) is x's row sum, in(y) is y's column sum, both of pairs; s is the
     smoothing, a and b are the powers: by default 1, 1/2 and 1/2."""
-    pairs_II = _pairs(sequences, split, trained_through, settings)
+    check_trained_through(split, trained_through)
+    shape = (sequences.num_items, sequences.num_items)
+    pairs_II = sp.csr_matrix(shape, dtype=np.float64)
+    for part in training_windows(sequences, trained_through):
+        for distance in range(1, settings.window + 1):
+            same_user = part.users[:-distance] == part.users[distance:]
+            earlier, later = part.items[:-distance][same_user], part.items[distance:][same_user]
+            places = np.concatenate([earlier, later]), np.concatenate([later, earlier])
+            weights = settings.forward / distance, settings.backward / distance
+            pairs_II = pairs_II + sp.csr_matrix(
+                (np.repeat(weights, len(earlier)), places), shape=shape
+            )
     out_I = np.asarray(pairs_II.sum(axis=1)).ravel()
     in_I = np.asarray(pairs_II.sum(axis=0)).ravel()
     scaled = sp.diags(_inverse_power(out_I + settings.smoothing, settings.out_power)) @ pairs_II
     return (scaled @ sp.diags(_inverse_power(in_I + settings.smoothing, settings.in_power))).tocsr()
-
-
-def _pairs(
-    sequences: Sequences, split: Split, trained_through: TrainedThrough, settings: KnnSettings
-) -> sp.csr_matrix:
-    check_trained_through(split, trained_through)
-    total = sp.csr_matrix((sequences.num_items, sequences.num_items), dtype=np.float64)
-    for part in training_windows(sequences, trained_through):
-        for distance in range(1, settings.window + 1):
-            total = total + _pairs_at(distance, part, total.shape, settings)
-    return total
-
-
-def _pairs_at(
-    distance: int, part: TrainingPart, shape: tuple[int, int], settings: KnnSettings
-) -> sp.csr_matrix:
-    together = part.users[:-distance] == part.users[distance:]
-    earlier, later = part.items[:-distance][together], part.items[distance:][together]
-    forward = np.full(len(earlier), settings.forward / distance)
-    backward = np.full(len(earlier), settings.backward / distance)
-    rows, columns = np.concatenate([earlier, later]), np.concatenate([later, earlier])
-    return sp.csr_matrix((np.concatenate([forward, backward]), (rows, columns)), shape=shape)
 
 
 def _inverse_power(mass_I: np.ndarray, power: float) -> np.ndarray:
@@ -143,11 +133,10 @@ def _inverse_power(mass_I: np.ndarray, power: float) -> np.ndarray:
     return np.divide(1, raised_I, out=np.zeros_like(mass_I), where=mass_I > 0)
 
 
-def asked(
+def recent_item_weights(
     items: np.ndarray, offsets: np.ndarray, num_items: int, settings: KnnSettings
 ) -> sp.csr_matrix:
-    """float64 [U, I]: the weight, decay^age, at which each history's recent items are asked for
-    their neighbours.
+    """float64 [U, I]: the weight, decay^age, of each history's recent items.
 
     `items[offsets[u]:offsets[u + 1]]` is a history, oldest first.
     """

@@ -1,6 +1,7 @@
-"""Where sequences lie that stand one behind another, without padding, in one array of tokens."""
+"""Packed arrays: sequences one after another without padding, and which tokens attend to which."""
 
-# S sequences, B samples, R decoder rows, n encoder tokens, m decoder tokens
+# S sequences, B samples, R decoder rows, n encoder tokens, m decoder tokens, c sequences of a
+# group, Q longest query sequence of it
 
 from __future__ import annotations
 
@@ -10,49 +11,50 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from genrec_shards.sequences import offsets_of
 from torch import Tensor
 
 WORTH_A_GROUP = 1024
-"""Tokens from which sequences of one length are a rectangle of their own: fewer are padded to a
+"""Tokens from which sequences of one length are a rectangle of their own; fewer are padded to a
 longer neighbour's length."""
 
 SHORTEST_SHARE = 0.75
-"""Of a rectangle's length, from which a shorter sequence may still be padded to it."""
+"""Share of a rectangle's length from which a shorter sequence is still padded to it."""
 
 
-class Part(NamedTuple):
-    """A group's queries, or its keys."""
+class GroupTokens(NamedTuple):
+    """A group's queries or its keys: where they are in the packed array and in the rectangle."""
 
     first: int
-    """Token."""
+    """Index of the first token."""
     number: int
     """Tokens."""
     longest: int
     """Length of the rectangle."""
     slots: Tensor | None
-    """int64 [number], place of each token in the rectangle; None: it is filled."""
+    """int64 [number], index of each token in the rectangle, [c x longest]; None: no padding."""
 
 
 class Group(NamedTuple):
     """Neighbouring sequences whose attention is computed as one rectangle, on devices without a
-    kernel for ragged ones."""
+    kernel for ragged sequences."""
 
     size: int
-    """Sequences."""
-    queries: Part
-    keys: Part
+    """c, sequences."""
+    queries: GroupTokens
+    keys: GroupTokens
     visible_cQ: Tensor | None
-    """int64 [c, Q], keys that each query may look at, the first so many; None: all."""
+    """int64 [c, Q], how many keys each query attends to, from the first on; None: all."""
 
 
 @dataclass(frozen=True)
-class Spans:
-    """Sequences one behind another."""
+class Segments:
+    """Sequences one after another."""
 
     offsets: np.ndarray
-    """int32 [S + 1], first token of each, and the end."""
+    """int32 [S + 1], the first token of each (`cu_seqlens`), and the end."""
     on_device: Tensor | None = None
-    """The same where the tokens are, for a kernel that reads them there."""
+    """The same on the tokens' device, for a kernel that reads it there."""
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -62,7 +64,7 @@ class Spans:
     def longest(self) -> int:
         return int(self.lengths.max(initial=0))
 
-    def to(self, device: torch.device) -> Spans:
+    def to(self, device: torch.device) -> Segments:
         if device.type == "cpu":
             return self
         return replace(self, on_device=torch.from_numpy(self.offsets).to(device, non_blocking=True))
@@ -70,57 +72,57 @@ class Spans:
 
 @dataclass(frozen=True)
 class Attended:
-    """Which queries look at which keys: sequence s of one at sequence s of the other."""
+    """Which queries attend to which keys: those of sequence s to those of sequence s."""
 
-    queries: Spans
-    keys: Spans
+    queries: Segments
+    keys: Segments
     causal: bool = False
     visible: np.ndarray | None = None
-    """int64 [n], keys of its sequence that each query may look at, the first so many; None: all."""
+    """int64 [n], how many keys of its sequence each query attends to, from the first on; None:
+    all."""
     by_length: bool = True
-    """Neighbours are of like length; otherwise a group takes what comes."""
+    """Neighbours have like lengths; otherwise a group takes sequences of any length."""
 
     @cached_property
     def groups(self) -> list[Group]:
-        """The sequences cut into rectangles with little padding; neighbours of like length are the
-        caller's to provide."""
-        return [
-            self._group(first, last)
-            for first, last in _runs(self.keys.lengths, SHORTEST_SHARE if self.by_length else 0.0)
-            if self.queries.offsets[last] > self.queries.offsets[first]
-        ]
-
-    def _group(self, first: int, last: int) -> Group:
-        queries, keys = _part(self.queries, first, last), _part(self.keys, first, last)
-        if self.visible is None:
-            return Group(last - first, queries, keys, None)
-        # Where no query stands it sees one key: a softmax of nothing would be no number.
-        visible = torch.ones((last - first) * queries.longest, dtype=torch.long)
-        places = slice(None) if queries.slots is None else queries.slots
-        visible[places] = torch.from_numpy(
-            self.visible[queries.first : queries.first + queries.number]
-        )
-        return Group(last - first, queries, keys, visible.view(last - first, queries.longest))
+        """The sequences cut into rectangles, with little padding where neighbours have like
+        lengths."""
+        shortest_share = SHORTEST_SHARE if self.by_length else 0.0
+        groups = []
+        for first, last in _runs(self.keys.lengths, shortest_share):
+            queries, keys = (_group_tokens(each, first, last) for each in (self.queries, self.keys))
+            if queries.number == 0:
+                continue
+            visible_cQ = None
+            if self.visible is not None:
+                # Padding sees one key: a softmax over none would give NaN.
+                visible = torch.ones((last - first) * queries.longest, dtype=torch.long)
+                slots = slice(None) if queries.slots is None else queries.slots
+                of_group = self.visible[queries.first : queries.first + queries.number]
+                visible[slots] = torch.from_numpy(of_group)
+                visible_cQ = visible.view(last - first, queries.longest)
+            groups.append(Group(last - first, queries, keys, visible_cQ))
+        return groups
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The three attentions of a packed micro-batch. Decoder rows of one sample stand together and
+    """The three attentions of a packed micro-batch. Decoder rows of one sample are neighbours and
     share its encoder tokens."""
 
-    encoder: Spans
+    encoder: Segments
     """n encoder tokens by sample."""
-    targets: Spans
+    targets: Segments
     """m decoder tokens by sample."""
-    rows: Spans
+    rows: Segments
     """m decoder tokens by decoder row."""
     positions_m: Tensor
-    """int64 [m], place of each decoder token in its row."""
+    """int64 [m], position of each decoder token in its row."""
     causal: bool = False
-    """Encoder tokens see those before them alone."""
+    """Whether encoder tokens attend to earlier ones alone."""
     visible_m: np.ndarray | None = None
-    """int64 [m], encoder tokens that a decoder token may look at, the first so many of its
-    sample's; None: all."""
+    """int64 [m], how many of its sample's encoder tokens a decoder token attends to, from the first
+    on; None: all."""
 
     @cached_property
     def within_encoder(self) -> Attended:
@@ -135,40 +137,45 @@ class Packing:
         return Attended(self.targets, self.encoder, visible=self.visible_m)
 
     def to(self, device: torch.device) -> Packing:
-        encoder, targets, rows = (
-            spans.to(device) for spans in (self.encoder, self.targets, self.rows)
+        return replace(
+            self,
+            encoder=self.encoder.to(device),
+            targets=self.targets.to(device),
+            rows=self.rows.to(device),
+            positions_m=self.positions_m.to(device, non_blocking=True),
         )
-        positions_m = self.positions_m.to(device, non_blocking=True)
-        return replace(self, encoder=encoder, targets=targets, rows=rows, positions_m=positions_m)
 
-    def last(self) -> tuple[slice, slice, Packing]:
-        """The last sample by itself: (its encoder tokens, those of its last decoder row, their
-        packing)."""
+    def last_sequence(self) -> tuple[slice, slice, Packing]:
+        """The encoder tokens of the last sample, the decoder tokens of its last row, and the
+        packing of both alone."""
         tokens, targets = (
-            slice(int(spans.offsets[-2]), int(spans.offsets[-1]))
-            for spans in (self.encoder, self.rows)
+            slice(int(segments.offsets[-2]), int(segments.offsets[-1]))
+            for segments in (self.encoder, self.rows)
         )
-        row = spans_of(self.rows.lengths[-1:])
-        visible_m = None if self.visible_m is None else self.visible_m[targets]
-        encoder = spans_of(self.encoder.lengths[-1:])
-        return (
-            tokens,
-            targets,
-            Packing(encoder, row, row, self.positions_m[targets], self.causal, visible_m),
+        row = segments_of(self.rows.lengths[-1:])
+        packing = Packing(
+            encoder=segments_of(self.encoder.lengths[-1:]),
+            targets=row,
+            rows=row,
+            positions_m=self.positions_m[targets],
+            causal=self.causal,
+            visible_m=None if self.visible_m is None else self.visible_m[targets],
         )
+        return tokens, targets, packing
 
 
 def filled_size(num_tokens: int) -> int:
     """The next larger of few numbers of tokens, at most a 32nd away and on average half of that.
 
-    What is prepared for a shape, matrix products of oneDNN (some 3 ms each) and compiled or
-    captured graphs, is then used again."""
+    What is prepared once for a shape is then used again: oneDNN's matrix products (some 3 ms each),
+    compiled and captured graphs."""
     step = 1 << max(3, num_tokens.bit_length() - 6)
     return -(-num_tokens // step) * step
 
 
-def spans_of(lengths: np.ndarray) -> Spans:
-    return Spans(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+def segments_of(lengths: np.ndarray) -> Segments:
+    """Segments of these lengths, int [S]."""
+    return Segments(offsets_of(lengths).astype(np.int32))
 
 
 def _runs(lengths_S: np.ndarray, shortest_share: float) -> list[tuple[int, int]]:
@@ -182,21 +189,25 @@ def _runs(lengths_S: np.ndarray, shortest_share: float) -> list[tuple[int, int]]
     for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
         length = int(lengths_S[start])
         alike = not shortest_share or shortest_share * longest <= length <= longest
-        large = (start - first) * longest >= WORTH_A_GROUP or (
-            end - start
-        ) * length >= WORTH_A_GROUP
-        if start > first and (large or not alike):
+        most = max((start - first) * longest, (end - start) * length)
+        if start > first and (most >= WORTH_A_GROUP or not alike):
             runs.append((first, start))
             first, longest = start, length
         longest = max(longest, length)
     return [*runs, (first, len(lengths_S))]
 
 
-def _part(spans: Spans, first: int, last: int) -> Part:
-    lengths = spans.lengths[first:last]
-    start, end, longest = int(spans.offsets[first]), int(spans.offsets[last]), int(lengths.max())
+def _group_tokens(segments: Segments, first: int, last: int) -> GroupTokens:
+    """The tokens of sequences [first, last) of a packed array."""
+    # Three sequences of 3, 2 and 1 tokens are one rectangle of 3 x 3 slots:
+    #   sequence = [0 0 0 1 1 2], within = [0 1 2 0 1 0], slots = [0 1 2 3 4 6]
+    # Slots 5, 7 and 8 are padding, which `packed_attention` keeps out of every softmax.
+    lengths = segments.lengths[first:last]
+    start, end = int(segments.offsets[first]), int(segments.offsets[last])
+    longest = int(lengths.max())
     if end - start == longest * len(lengths):
-        return Part(start, end - start, longest, None)
+        return GroupTokens(start, end - start, longest, None)
     sequence = np.repeat(np.arange(len(lengths)), lengths)
-    within = np.arange(end - start) - np.repeat(spans.offsets[first:last] - start, lengths)
-    return Part(start, end - start, longest, torch.from_numpy(sequence * longest + within))
+    within = np.arange(end - start) - np.repeat(segments.offsets[first:last] - start, lengths)
+    slots = torch.from_numpy(sequence * longest + within)
+    return GroupTokens(start, end - start, longest, slots)

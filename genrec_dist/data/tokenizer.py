@@ -1,12 +1,9 @@
-"""Words and their sub-words: tokenizer, and the table `word -> token ids` that batches gather
-from."""
-
-# W words, N items, U users
+"""The tokenizer: trained on a catalogue's words, loaded, or grown by the words of new items."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -14,30 +11,40 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from genrec_dist.data.word_table import item_text, user_text
 
-SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+SPECIAL_TOKENS = {
+    "bos_token": "<s>",
+    "pad_token": "<pad>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "mask_token": "<mask>",
+}
+"""Role -> token, in the order of their ids."""
 
 
 def train_tokenizer(
     item_codes: Sequence[str], vocab_size: int, num_masks: int = 1
 ) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over each item's word once; what it learns depends on the catalogue's codes
-    alone.
+    """A byte-level BPE trained on each item's word once, so that it depends on the catalogue's
+    codes alone.
 
-    A word is cut before BPE sees it only where `-` begins another level of a hierarchical code, so
-    with a large enough vocabulary an item is one token a level: ` item_a12`, `-b45`, `-c7`."""
-    specials = SPECIAL_TOKENS + [f"<mask_{j}>" for j in range(1, num_masks)]
+    A word is split before BPE only where `-` begins another level of a hierarchical code. With a
+    large enough vocabulary an item is then one token per level: ` item_a12`, `-b45`, `-c7`.
+
+    Raises:
+        ValueError: `vocab_size` has no room for bytes and special tokens.
+    """
+    masks = [f"<mask_{j}>" for j in range(1, num_masks)]
+    specials = [*SPECIAL_TOKENS.values(), *masks]
     smallest = len(specials) + 256
     if vocab_size < smallest:
         raise ValueError(
-            f"tokens.vocab_size {vocab_size}: at least {smallest} are needed for bytes and special tokens"
+            f"tokens.vocab_size {vocab_size}: at least {smallest} are needed for bytes and special "
+            "tokens"
         )
+    by_level = pre_tokenizers.Split(Regex(r" ?[^ -]+|-[^ -]*"), behavior="isolated")
+    by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r" ?[^ -]+|-[^ -]*"), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([by_level, by_byte])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -46,51 +53,29 @@ def train_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_words_to_learn(item_codes), trainer)
+    # A user's digits are spelled with the sub-words of item codes. Only the stem of users' words is
+    # new; it is as frequent as the items'.
+    words = (word for code in item_codes for word in (item_text(code), user_text("")))
+    tokenizer.train_from_iterator(words, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        pad_token="<pad>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        mask_token="<mask>",
-        additional_special_tokens=specials[len(SPECIAL_TOKENS) :],
+        tokenizer_object=tokenizer, additional_special_tokens=masks, **SPECIAL_TOKENS
     )
-
-
-def _words_to_learn(item_codes: Sequence[str]) -> Iterator[str]:
-    # A user's digits are spelled with the pieces of item codes; only the stem is new, as frequent
-    # as the items'.
-    for code in item_codes:
-        yield item_text(code)
-        yield user_text("")
 
 
 def load_tokenizer(name: str | Path, num_masks: int = 1) -> PreTrainedTokenizerFast:
     """A Hugging Face fast tokenizer by name or directory, with the numbered masks it lacks.
 
-    Raises ValueError naming it and the ways out if it cannot be loaded or does not fit.
+    Raises:
+        ValueError: it cannot be loaded or does not fit; names it and the ways out.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(name), use_fast=True)
     except (OSError, ValueError):
         raise ValueError(
-            f"tokens.tokenizer {name}: neither a directory with a tokenizer nor reachable on the hub; "
-            "download it beforehand and give its directory, or set tokens.tokenizer to null to train one"
+            f"tokens.tokenizer {name}: neither a directory with a tokenizer nor reachable on the "
+            "hub; download it beforehand and give its directory, or set tokens.tokenizer to null "
+            "to train one"
         ) from None
-    _check_tokenizer(tokenizer, name)
-    # Some tokenizers are saved with these on; a word must come out as it is.
-    tokenizer.backend_tokenizer.no_padding()
-    tokenizer.backend_tokenizer.no_truncation()
-    known = tokenizer.get_vocab()
-    missing = [f"<mask_{j}>" for j in range(1, num_masks) if f"<mask_{j}>" not in known]
-    tokenizer.add_special_tokens(
-        {"extra_special_tokens": missing}, replace_extra_special_tokens=False
-    )
-    return tokenizer
-
-
-def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str | Path) -> None:
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokens.tokenizer {name}: not a fast tokenizer")
     for role in ("bos_token", "pad_token", "eos_token", "mask_token"):
@@ -101,57 +86,67 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, name: str | Path) -> No
         raise ValueError(
             f"tokens.tokenizer {name}: no vocabulary in it; save the tokenizer beside the model"
         )
+    # Some tokenizers are saved with these on; words have to be encoded whole.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
+    known = tokenizer.get_vocab()
+    missing = [f"<mask_{j}>" for j in range(1, num_masks) if f"<mask_{j}>" not in known]
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": missing}, replace_extra_special_tokens=False
+    )
+    return tokenizer
 
 
 def grow_tokenizer(
     tokenizer: PreTrainedTokenizerFast, known_codes: Sequence[str], new_codes: Sequence[str]
 ) -> PreTrainedTokenizerFast:
-    """The tokenizer that also speaks new items as it speaks the known ones: known words keep their
-    tokens.
+    """The tokenizer that encodes new items as it encodes the known ones, whose tokens it keeps.
 
-    Where each part of every known item's word (a level of a code, or all of it) is one token of a
-    byte-level BPE, each part of the new ones becomes one, too, with the next free ids. Elsewhere
-    new words are spelled with the sub-words there are, and it is the same tokenizer that comes
-    back. Raises ValueError where a known word would be cut otherwise."""
+    Where each level of every known item's word is one token of a byte-level BPE, each level of the
+    new ones becomes one, too, with the next free ids. Elsewhere new words are spelled with the
+    sub-words there are, and the same tokenizer is returned.
+
+    Raises:
+        ValueError: a known word would be split otherwise.
+    """
+    if not new_codes:
+        return tokenizer
     backend = tokenizer.backend_tokenizer
-    if not new_codes or not all(_is_whole(backend, item_text(code)) for code in known_codes):
+
+    def levels_of(code: str) -> list[str]:
+        return [level for level, _ in backend.pre_tokenizer.pre_tokenize_str(item_text(code))]
+
+    known = [item_text(code) for code in known_codes]
+    before = _ids(tokenizer, known)
+    whole = all(
+        len(ids) == len(levels_of(code)) for ids, code in zip(before, known_codes, strict=True)
+    )
+    state = json.loads(backend.to_str())
+    if not whole or state["model"]["type"] != "BPE":
         return tokenizer
-    facts = json.loads(backend.to_str())
-    if facts["model"]["type"] != "BPE":
-        return tokenizer
-    vocabulary = facts["model"]["vocab"]
-    following = max(tokenizer.get_vocab().values()) + 1
+    vocabulary = state["model"]["vocab"]
+    next_id = max(tokenizer.get_vocab().values()) + 1
     for code in new_codes:
-        for part, _ in backend.pre_tokenizer.pre_tokenize_str(item_text(code)):
-            if part not in vocabulary:
-                vocabulary[part] = following
-                following += 1
-    # A part that stands in the vocabulary is one token, without merges that would have to lead
-    # there.
-    facts["model"]["ignore_merges"] = True
+        for level in levels_of(code):
+            if level not in vocabulary:
+                vocabulary[level] = next_id
+                next_id += 1
+    # A level in the vocabulary is one token, without merges that would have to lead to it.
+    state["model"]["ignore_merges"] = True
     roles = tokenizer.special_tokens_map
+    others = [token for token in tokenizer.all_special_tokens if token not in roles.values()]
     grown = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(facts)),
-        additional_special_tokens=[
-            token for token in tokenizer.all_special_tokens if token not in roles.values()
-        ],
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)),
+        additional_special_tokens=others,
         **roles,
     )
-    known = [item_text(code) for code in known_codes]
-    for before, after in zip(_ids(tokenizer, known), _ids(grown, known), strict=True):
-        if before != after:
+    for ids, after in zip(before, _ids(grown, known), strict=True):
+        if ids != after:
             raise ValueError(
                 f"the tokenizer cannot take {len(new_codes):,} new items without cutting the word "
-                f"{tokenizer.decode(before)!r} anew: train without init_from"
+                f"{tokenizer.decode(ids)!r} anew: train without init_from"
             )
     return grown
-
-
-def _is_whole(backend: Tokenizer, word: str) -> bool:
-    """Is each part that is cut before BPE one token?"""
-    return len(backend.encode(word, add_special_tokens=False).ids) == len(
-        backend.pre_tokenizer.pre_tokenize_str(word)
-    )
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> list[list[int]]:

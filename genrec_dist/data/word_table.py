@@ -1,5 +1,7 @@
 """The words of users and items and their tokens: one table that batches gather from."""
 
+# W words, V tokens of a trimmed vocabulary
+
 from __future__ import annotations
 
 import dataclasses
@@ -11,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from genrec_shards.sequences import offsets_of
 from transformers import PreTrainedTokenizerFast
 
 BOS_WORD, EOS_WORD, FIRST_MASK_WORD = 0, 1, 2
@@ -32,44 +35,40 @@ def user_text(code: str) -> str:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The tokens that a trimmed model has rows for, by its own numbers: first what it can speak,
-    then what it only reads."""
+    """The tokens that a trimmed model has rows for, in its own numbers: first the output
+    vocabulary, then tokens that are only read."""
 
     tokens: np.ndarray
-    """int64 [V], the tokenizer's id of each number; ascending among the spoken ones, and among the
-    others."""
-    num_spoken: int
-    """Tokens of items and `</s>`."""
+    """int64 [V], the tokenizer's id of each number; ascending in both parts."""
+    num_outputs: int
+    """Size of the output vocabulary: tokens of items and `</s>`."""
 
     @property
     def size(self) -> int:
         return len(self.tokens)
 
     def numbers(self, tokens: np.ndarray) -> np.ndarray:
-        """int32, the model's numbers of a tokenizer's ids. Raises ValueError naming one that was
+        """int32, the model's numbers of the tokenizer's ids. Raises ValueError naming one that was
         not kept."""
         order = np.argsort(self.tokens)
         places = np.searchsorted(self.tokens[order], tokens).clip(max=self.size - 1)
-        lost = np.flatnonzero(self.tokens[order][places] != tokens)
-        if lost.size:
+        missing = np.flatnonzero(self.tokens[order][places] != tokens)
+        if missing.size:
             raise ValueError(
-                f"token {tokens[lost[0]]} of the tokenizer has no row in the model's trimmed vocabulary: "
-                "give the tokenizer and the catalogue the model was trained with"
+                f"token {tokens[missing[0]]} of the tokenizer has no row in the model's trimmed "
+                "vocabulary: give the tokenizer and the catalogue the model was trained with"
             )
         return order[places].astype(np.int32)
 
     def hash(self) -> str:
         """sha256 (hex)."""
-        digest = hashlib.sha256(
-            f"genrec vocabulary {VOCABULARY_FORMAT} {self.num_spoken}\n".encode()
-        )
-        digest.update(np.ascontiguousarray(self.tokens, "<i8").data)
-        return digest.hexdigest()
+        head = f"genrec vocabulary {VOCABULARY_FORMAT} {self.num_outputs}\n".encode()
+        return hashlib.sha256(head + np.ascontiguousarray(self.tokens, "<i8").tobytes()).hexdigest()
 
     def save(self, path: str | Path) -> None:
         facts = {
             "format_version": VOCABULARY_FORMAT,
-            "num_spoken": self.num_spoken,
+            "num_spoken": self.num_outputs,
             "tokens": self.tokens.tolist(),
         }
         Path(path).write_text(json.dumps(facts), encoding="utf-8")
@@ -83,11 +82,13 @@ def load_vocabulary(path: str | Path, expected_hash: str) -> Vocabulary:
         vocabulary = Vocabulary(np.array(facts["tokens"], np.int64), int(facts["num_spoken"]))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path}: missing or damaged ({type(error).__name__}): copy the run again, or train again"
+            f"{path}: missing or damaged ({type(error).__name__}): copy the run again, or train "
+            "again"
         ) from None
     if vocabulary.hash() != expected_hash:
         raise ValueError(
-            f"{path}: not the vocabulary of the model beside it, or damaged: copy the run again, or train again"
+            f"{path}: not the vocabulary of the model beside it, or damaged: copy the run again, "
+            "or train again"
         )
     return vocabulary
 
@@ -108,7 +109,7 @@ class WordTable:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """int64 [W], sub-words a word."""
+        """int64 [W], sub-words of each word."""
         return np.diff(self.offsets)
 
     @property
@@ -120,11 +121,12 @@ class WordTable:
         return self.first_item_word + self.num_items
 
     def item_words(self, rows: np.ndarray) -> np.ndarray:
-        """Words of item rows, which are range-checked. Raises ValueError naming the row."""
+        """Words of item rows. Raises ValueError naming a row outside the table."""
         _check_rows(rows, self.num_items, "item")
         return rows.astype(np.int64) + self.first_item_word
 
     def user_words(self, rows: np.ndarray) -> np.ndarray:
+        """Words of user rows. Raises ValueError naming a row outside the table."""
         _check_rows(rows, self.num_users, "user")
         return rows.astype(np.int64) + self.first_user_word
 
@@ -134,6 +136,7 @@ class WordTable:
         return np.where((rows >= 0) & (rows < self.num_items), rows + 1, 0)
 
     def user_rows_of_words(self, words: np.ndarray) -> np.ndarray:
+        """Rows of the user id table (row + 1) for words, 0 for words that are no users."""
         rows = words - self.first_user_word
         return np.where(rows >= 0, rows + 1, 0)
 
@@ -179,53 +182,56 @@ def build_words(
 ) -> WordTable:
     """The word table: one pass of the (Rust) tokenizer over each word, then arrays only.
 
-    Raises ValueError if a word has no sub-words or spells a special token; `build_trie` refuses two
-    items with the same sub-words."""
+    Raises:
+        ValueError: a word has no sub-words or contains a special token. (`build_trie` refuses two
+            items with the same sub-words.)
+    """
     texts = [item_text(code) for code in item_codes] + [user_text(code) for code in user_codes]
     encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
-    specials = [[tokenizer.bos_token_id], [tokenizer.eos_token_id]] + [
-        [t] for t in mask_tokens(tokenizer, num_masks)
-    ]
-    token_lists = specials + [encoding.ids for encoding in encoded]
+    specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, *mask_tokens(tokenizer, num_masks)]
+    token_lists = [[token] for token in specials] + [encoding.ids for encoding in encoded]
     lengths = np.fromiter((len(ids) for ids in token_lists), np.int64, len(token_lists))
     if not lengths.all():
         word = texts[int(np.flatnonzero(lengths == 0)[0]) - len(specials)]
         raise ValueError(f"the tokenizer gives no token for the word {word!r}")
     tokens = np.concatenate([np.asarray(ids, np.int32) for ids in token_lists])
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    spelled = np.flatnonzero(np.isin(tokens[len(specials) :], tokenizer.all_special_ids))
-    if spelled.size:
-        word = texts[
-            int(np.searchsorted(offsets, spelled[0] + len(specials), side="right"))
-            - 1
-            - len(specials)
-        ]
+    offsets = offsets_of(lengths)
+    is_special = np.isin(tokens, tokenizer.all_special_ids)
+    is_special[: len(specials)] = False
+    if is_special.any():
+        number = int(np.searchsorted(offsets, is_special.argmax(), side="right")) - 1
         raise ValueError(
-            f"the word {word!r} contains a special token: rename that id or prepare with --numbering random"
+            f"the word {texts[number - len(specials)]!r} contains a special token: rename that id "
+            "or prepare with --numbering random"
         )
     return WordTable(tokens, offsets, num_masks, len(item_codes), len(user_codes))
 
 
 def trim(words: WordTable, pad_token: int, vocabulary: Vocabulary | None = None) -> WordTable:
-    """The same words in numbers of a trimmed vocabulary: the one given, or that of exactly these
-    words and `<pad>`.
+    """The same words in the numbers of a trimmed vocabulary.
 
-    `pad_token`: the tokenizer's. Raises ValueError if a word has a token that the given vocabulary
-    lacks."""
+    Args:
+        words: in ids of the tokenizer.
+        pad_token: the tokenizer's.
+        vocabulary: None: that of exactly these words and `<pad>`.
+
+    Raises:
+        ValueError: a word has a token that the given vocabulary lacks.
+    """
     assert words.vocabulary is None
     if vocabulary is None:
         eos = words.tokens[words.offsets[EOS_WORD] : words.offsets[EOS_WORD + 1]]
-        spoken = np.union1d(words.tokens_of_items()[0], eos)
-        read = np.setdiff1d(np.append(words.tokens, pad_token), spoken)
-        vocabulary = Vocabulary(np.concatenate([spoken, read]).astype(np.int64), len(spoken))
+        outputs = np.union1d(words.tokens_of_items()[0], eos)
+        read = np.setdiff1d(np.append(words.tokens, pad_token), outputs)
+        vocabulary = Vocabulary(np.concatenate([outputs, read]).astype(np.int64), len(outputs))
     return dataclasses.replace(
         words, tokens=vocabulary.numbers(words.tokens), vocabulary=vocabulary
     )
 
 
 class ItemTexts:
-    """Reads generated token strings as items: by their whole text, which must be an item's word to
-    the letter."""
+    """Reads generated token strings as items: by their whole text, which has to be an item's
+    word."""
 
     def __init__(
         self,
@@ -241,8 +247,8 @@ class ItemTexts:
         return {item_text(code): row for row, code in enumerate(self.item_codes)}
 
     def rows(self, token_lists: Sequence[Sequence[int]]) -> np.ndarray:
-        """int32 [n], the item whose word these tokens spell, however they cut it; -2 where there is
-        none."""
+        """int32 [n], the item whose word these tokens spell, however they split it; -2 where there
+        is none."""
         if self.vocabulary is not None:
             token_lists = [
                 self.vocabulary.tokens[np.asarray(numbers, np.int64)].tolist()

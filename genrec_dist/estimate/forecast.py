@@ -173,7 +173,7 @@ def forecast(
         )
     catalogue = read_catalogue(recipe, users, items)
     trimmed = catalogue.words.vocabulary if catalogue.words is not None else None
-    spoken = trimmed.num_spoken if trimmed is not None else 0
+    spoken = trimmed.num_outputs if trimmed is not None else 0
     config = build_config(recipe, catalogue.users, catalogue.items, catalogue.vocabulary, spoken)
     sizes = measure_sizes(recipe, config)
     samples = stage_samples(recipe, catalogue)

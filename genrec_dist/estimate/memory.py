@@ -23,7 +23,7 @@ from torch import nn
 from genrec_dist.config.recipe import HeadLoss, Recipe
 from genrec_dist.data.batch import Work
 from genrec_dist.estimate.flops import flops
-from genrec_dist.model.build import make_config
+from genrec_dist.model.build import ModelSizes, make_config
 from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.model.head_loss import chunk_rows, exact_rows
 from genrec_dist.model.optimizer import build_optimizer
@@ -185,12 +185,14 @@ def build_config(
     special = {"bos": 0, "pad": 1, "eos": 2, "mask": 4}
     config = make_config(
         model,
-        vocab_size=vocabulary or tokens,
-        num_users=users,
-        num_items=items,
-        num_masks=recipe.num_masks,
-        special=special,
-        ids_outside=recipe.optimizer.id_tables == "row-adagrad",
+        ModelSizes(
+            vocab_size=vocabulary or tokens,
+            num_users=users,
+            num_items=items,
+            num_masks=recipe.num_masks,
+            special=special,
+            ids_outside=recipe.optimizer.id_tables == "row-adagrad",
+        ),
     )
     config.max_position_embeddings = positions
     config.spoken_tokens = spoken

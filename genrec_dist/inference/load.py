@@ -15,7 +15,7 @@ from genrec_shards.dataset import Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from genrec_dist.data.encoder_input import Certain, Layout
+from genrec_dist.data.encoder_input import ForcedTokens, Layout
 from genrec_dist.data.word_table import (
     VOCABULARY_FILE,
     ItemTexts,
@@ -70,7 +70,7 @@ def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
     Raises:
         ValueError: Forced tokens are given and there is one item, of which nothing can be learned.
     """
-    certain = None
+    forced = None
     if config.certain_tokens == "given":
         if words.num_items < 2:
             raise ValueError(
@@ -81,7 +81,7 @@ def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
         items = slice(words.first_item_word, words.first_user_word)
         first, last = words.offsets[items.start], words.offsets[items.stop]
         tokens[first:last], ends[items] = forced_tokens(build_trie(*words.tokens_of_items()))
-        certain = Certain(tokens, ends)
+        forced = ForcedTokens(tokens, ends)
     return Layout(
         words=words,
         pad_token=config.pad_token_id,
@@ -90,7 +90,7 @@ def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
         positions=config.encoder_positions,  # type: ignore[arg-type]
         unit=config.encoder_unit,  # type: ignore[arg-type]
         causal=config.encoder_attention == "causal",
-        certain=certain,
+        forced=forced,
     )
 
 

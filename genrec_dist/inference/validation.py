@@ -68,9 +68,7 @@ def history_loss(
             flat, offsets = ragged(view.starts[rows_B], (view.ends - view.starts)[rows_B])
             encoder = encode_histories(view.items[flat], offsets, rows_B, layout)
             batch = target_batch(encoder, view.targets[rows_B], layout).to(model.device)
-            logits, labels = model.target_logits(
-                batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
-            )
+            logits, labels = model.target_logits(batch)
             sums.append((float(target_loss(logits, labels, 1)), batch.num_target_tokens))
         return sums
 

@@ -1,9 +1,11 @@
-"""A model made: fresh from a recipe's shape, from BART's weights, with the rows of a trimmed
-vocabulary alone."""
+"""A model built from a recipe's shape, from BART's weights, or in an earlier model's shape."""
+
+# V tokens of a trimmed vocabulary, D width
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,190 +14,157 @@ from safetensors import SafetensorError
 from transformers import BartConfig, GenerationConfig
 
 from genrec_dist.config.recipe import Model
-from genrec_dist.data.word_table import Vocabulary, WordTable
-from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration, IdEmbedding
-from genrec_dist.model.item_init import turn_rows
+from genrec_dist.data.word_table import Vocabulary
+from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
 
-_NOT_SHAPE = ("model_type", "architectures", "transformers_version")
-"""What a configuration's dictionary holds of its origin."""
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSizes:
+    """How many rows a model's tables have, and which tokens are special."""
+
+    vocab_size: int
+    """Of the tokenizer."""
+    num_users: int
+    num_items: int
+    num_masks: int
+    special: dict[str, int]
+    """`bos`, `pad`, `eos`, `mask` -> the tokenizer's id."""
+    ids_outside: bool = False
+    """`GenRecConfig.ids_outside`."""
+    vocabulary: Vocabulary | None = None
+    """The trimmed one: its tokens alone, in its order. None: all of the tokenizer's."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.vocab_size if self.vocabulary is None else self.vocabulary.size
+
+    def special_ids(self) -> dict[str, int]:
+        """`special` in the model's numbers."""
+        if self.vocabulary is None:
+            return self.special
+        numbers = self.vocabulary.numbers(np.array(list(self.special.values())))
+        return dict(zip(self.special, numbers.tolist(), strict=True))
+
+
+def build_model(
+    model: Model, sizes: ModelSizes, before: GenRecConfig | None = None
+) -> GenRecForConditionalGeneration:
+    """A fresh model, or BART's weights with fresh id tables where the recipe names a backbone.
+
+    Args:
+        model: the recipe's.
+        sizes: rows and special tokens.
+        before: of an earlier model, whose shape the fresh one has instead of the recipe's.
+
+    Raises:
+        ValueError: the backbone cannot be loaded or does not fit; names the ways out.
+    """
+    if model.backbone is not None and before is None:
+        return _from_backbone(model, sizes)
+    return GenRecForConditionalGeneration(make_config(model, sizes, before))
 
 
 def make_config(
-    model: Model,
-    *,
-    vocab_size: int,
-    num_users: int,
-    num_items: int,
-    num_masks: int,
-    special: dict[str, int],
-    ids_outside: bool = False,
+    model: Model, sizes: ModelSizes, before: GenRecConfig | None = None
 ) -> GenRecConfig:
-    """Configuration of a model from scratch. `special`: bos, pad, eos and mask token ids;
-    `ids_outside`: see GenRecConfig."""
-    return GenRecConfig(
-        vocab_size=vocab_size,
-        max_position_embeddings=model.max_tokens,
-        d_model=model.d_model,
-        encoder_layers=model.encoder_layers,
-        decoder_layers=model.decoder_layers,
-        encoder_attention_heads=model.heads,
-        decoder_attention_heads=model.heads,
-        encoder_ffn_dim=model.ffn,
-        decoder_ffn_dim=model.ffn,
-        scale_embedding=model.scale_embedding,
-        init_std=model.init_std,
-        **_common(model, num_users, num_items, num_masks, special, ids_outside),
-    )
+    """The configuration of a fresh model; arguments as of `build_model`."""
+    settings = _settings(model, sizes)
+    if before is not None:
+        shape, settings["id_dim"] = _shape_of(before), before.id_dim
+    else:
+        shape = {
+            "max_position_embeddings": model.max_tokens,
+            "d_model": model.d_model,
+            "encoder_layers": model.encoder_layers,
+            "decoder_layers": model.decoder_layers,
+            "encoder_attention_heads": model.heads,
+            "decoder_attention_heads": model.heads,
+            "encoder_ffn_dim": model.ffn,
+            "decoder_ffn_dim": model.ffn,
+            "scale_embedding": model.scale_embedding,
+            "init_std": model.init_std,
+        }
+    config = GenRecConfig(**{**shape, **settings, "vocab_size": sizes.num_tokens})
+    config.update(_trimmed_settings(sizes.vocabulary))
+    return config
 
 
-def _common(
-    model: Model,
-    num_users: int,
-    num_items: int,
-    num_masks: int,
-    special: dict[str, int],
-    ids_outside: bool,
-) -> dict[str, Any]:
+def _settings(model: Model, sizes: ModelSizes) -> dict[str, Any]:
+    """What does not depend on where the shape comes from."""
+    special = sizes.special_ids()
     return {
         "dropout": model.dropout,
         "attention_dropout": model.attention_dropout,
         "activation_dropout": model.activation_dropout,
-        "num_users": num_users if model.user_ids else 0,
-        "num_items": num_items if model.item_ids else 0,
+        "num_users": sizes.num_users if model.user_ids else 0,
+        "num_items": sizes.num_items if model.item_ids else 0,
         "id_dropout": model.embedding_dropout,
         "id_dim": model.id_dim,
-        "ids_outside": ids_outside,
+        "ids_outside": sizes.ids_outside,
         "encoder_positions": model.positions,
         "encoder_unit": model.encoder_unit,
         "encoder_attention": model.encoder_attention,
         "decoder_start": model.decoder_start,
         "item_loss": model.item_loss,
-        "num_masks": num_masks,
+        "num_masks": sizes.num_masks,
         "max_input_tokens": model.max_tokens,
         "bos_token_id": special["bos"],
         "pad_token_id": special["pad"],
         "eos_token_id": special["eos"],
-        # The decoder is told which mask it fills (docs/decisions/0004).
+        # The decoder's first input is the mask that it fills (docs/decisions/0004).
         "decoder_start_token_id": special["mask"],
         "forced_eos_token_id": None,
         "forced_bos_token_id": None,
     }
 
 
-def build_model(
-    model: Model,
-    *,
-    vocab_size: int,
-    num_users: int,
-    num_items: int,
-    num_masks: int,
-    special: dict[str, int],
-    ids_outside: bool = False,
-    vocabulary: Vocabulary | None = None,
-) -> GenRecForConditionalGeneration:
-    """A fresh model, or BART's weights with fresh id tables where the recipe names a backbone.
-
-    `vocab_size`, `special`: in ids of the tokenizer. `vocabulary`: keep its tokens alone, in its
-    order.
-
-    Raises ValueError naming the backbone and the ways out if it cannot be loaded or does not fit.
-    """
-    if vocabulary is not None:
-        special = dict(
-            zip(special, vocabulary.numbers(np.array(list(special.values()))).tolist(), strict=True)
-        )
-    if model.backbone is None:
-        config = make_config(
-            model,
-            vocab_size=vocab_size if vocabulary is None else vocabulary.size,
-            num_users=num_users,
-            num_items=num_items,
-            num_masks=num_masks,
-            special=special,
-            ids_outside=ids_outside,
-        )
-        if vocabulary is not None:
-            config.spoken_tokens, config.vocabulary_hash = vocabulary.num_spoken, vocabulary.hash()
-        return GenRecForConditionalGeneration(config)
-    common = _common(model, num_users, num_items, num_masks, special, ids_outside)
-    return _from_backbone(model, vocab_size, common, vocabulary)
+def _shape_of(config: BartConfig) -> dict[str, Any]:
+    """A configuration's values without those of its origin."""
+    of_origin = ("model_type", "architectures", "transformers_version")
+    return {key: value for key, value in config.to_dict().items() if key not in of_origin}
 
 
-def like_before(
-    before: GenRecConfig,
-    model: Model,
-    *,
-    vocab_size: int,
-    num_users: int,
-    num_items: int,
-    num_masks: int,
-    special: dict[str, int],
-    ids_outside: bool,
-    vocabulary: Vocabulary | None,
-) -> GenRecForConditionalGeneration:
-    """A fresh model of an earlier one's shape, with rows for so many tokens, users and items;
-    arguments as of `build_model`."""
-    if vocabulary is not None:
-        special = dict(
-            zip(special, vocabulary.numbers(np.array(list(special.values()))).tolist(), strict=True)
-        )
-    shape = {key: value for key, value in before.to_dict().items() if key not in _NOT_SHAPE}
-    common = _common(model, num_users, num_items, num_masks, special, ids_outside)
-    size = vocab_size if vocabulary is None else vocabulary.size
-    config = GenRecConfig(**{**shape, **common, "id_dim": before.id_dim, "vocab_size": size})
-    if vocabulary is not None:
-        config.spoken_tokens, config.vocabulary_hash = vocabulary.num_spoken, vocabulary.hash()
-    return GenRecForConditionalGeneration(config)
+def _trimmed_settings(vocabulary: Vocabulary | None) -> dict[str, Any]:
+    if vocabulary is None:
+        return {}
+    return {"spoken_tokens": vocabulary.num_outputs, "vocabulary_hash": vocabulary.hash()}
 
 
-def begin_items_with(
-    network: GenRecForConditionalGeneration, vectors_NF: np.ndarray, words: WordTable
-) -> None:
-    """`turn_rows` of the items' tokens where each item is one token, else of the item id table;
-    vectors float [N, F].
-
-    Raises ValueError where several tokens make an item and there is no item id table.
-    """
-    tokens, offsets = words.tokens_of_items()
-    if (np.diff(offsets) == 1).all():
-        rows_N, table = torch.from_numpy(tokens.astype(np.int64)), network.model.shared.weight
-    elif isinstance(network.item_embedding, IdEmbedding):
-        rows_N, table = torch.arange(1, words.num_items + 1), network.item_embedding.weight
-    else:
-        raise ValueError(
-            "model.init_items: items have several tokens and no id: set model.item_ids true or raise tokens.vocab_size"
-        )
-    turn_rows(table, rows_N, vectors_NF, network.config.init_std)
-
-
-def _from_backbone(
-    model: Model, vocab_size: int, common: dict[str, Any], vocabulary: Vocabulary | None
-) -> GenRecForConditionalGeneration:
+def _from_backbone(model: Model, sizes: ModelSizes) -> GenRecForConditionalGeneration:
     assert model.backbone is not None
-    special = {key: value for key, value in common.items() if key.endswith("_token_id")}
+    settings = _settings(model, sizes)
+    special = {key: settings[key] for key in settings if key.endswith("_token_id")}
+    if sizes.vocabulary is not None:
+        # The backbone's own special tokens are valid until its rows are chosen.
+        settings = {key: settings[key] for key in settings if key not in special}
     try:
-        # Until the rows are picked, the backbone's own special tokens hold.
-        ours = (
-            common
-            if vocabulary is None
-            else {key: common[key] for key in common.keys() - special.keys()}
-        )
-        config = _backbone_config(model, ours)
+        bart = BartConfig.from_pretrained(model.backbone)
+        if bart.model_type != "bart":
+            raise ValueError(
+                f"model.backbone {model.backbone}: it is a {bart.model_type} model, only BART fits"
+            )
+        if bart.max_position_embeddings < model.max_tokens:
+            raise ValueError(
+                f"model.max_tokens {model.max_tokens}: {model.backbone} has "
+                f"{bart.max_position_embeddings} positions"
+            )
+        config = GenRecConfig(**{**_shape_of(bart), **settings})
         network = GenRecForConditionalGeneration.from_pretrained(
             model.backbone, config=config, dtype=torch.float32
         )
     except (OSError, SafetensorError):
         raise ValueError(
-            f"model.backbone {model.backbone}: neither a directory with BART weights nor reachable on the hub; "
-            "download it beforehand and give its directory, or set model.backbone to null to start from scratch"
+            f"model.backbone {model.backbone}: neither a directory with BART weights nor reachable "
+            "on the hub; download it beforehand and give its directory, or set model.backbone to "
+            "null to start from scratch"
         ) from None
-    if vocab_size > config.vocab_size:
-        network.resize_token_embeddings(vocab_size)
+    if sizes.vocab_size > config.vocab_size:
+        network.resize_token_embeddings(sizes.vocab_size)
     network.tie_weights()
     # Our head has no bias (published BART weights hold zeros), and decoding starts with the mask.
     network.final_logits_bias.zero_()
-    if vocabulary is not None:
-        network = _trimmed(network, vocabulary, special)
+    if sizes.vocabulary is not None:
+        network = _trimmed(network, sizes.vocabulary, special)
     network.generation_config = GenerationConfig.from_model_config(network.config)
     return network
 
@@ -203,40 +172,21 @@ def _from_backbone(
 def _trimmed(
     network: GenRecForConditionalGeneration, vocabulary: Vocabulary, special: dict[str, Any]
 ) -> GenRecForConditionalGeneration:
-    """The same weights with the embedding's rows of these tokens alone. `special`: the
-    configuration's ids, in its numbers."""
+    """The same weights with the embedding rows of these tokens alone. `special`: the token ids of
+    the configuration, in the vocabulary's numbers."""
     config = copy.deepcopy(network.config)
-    kept = {
-        "vocab_size": vocabulary.size,
-        "spoken_tokens": vocabulary.num_spoken,
-        "vocabulary_hash": vocabulary.hash(),
-    }
-    config.update({**special, **kept})
+    config.update({**special, "vocab_size": vocabulary.size, **_trimmed_settings(vocabulary)})
     weights = network.state_dict()
-    embedding_VD = weights["model.shared.weight"]
-    rows_VD = embedding_VD[torch.from_numpy(vocabulary.tokens)]
+    embedding = weights["model.shared.weight"]
+    rows_VD = embedding[torch.from_numpy(vocabulary.tokens)]
     for name, values in weights.items():
-        if values.data_ptr() == embedding_VD.data_ptr():  # encoder, decoder and head share it
+        if values.data_ptr() == embedding.data_ptr():  # encoder, decoder and head share it
             weights[name] = rows_VD
     bias_1V = weights["final_logits_bias"].new_zeros(1, vocabulary.size)
-    bias_1V[:, vocabulary.num_spoken :] = float("-inf")
+    bias_1V[:, vocabulary.num_outputs :] = float("-inf")
     weights["final_logits_bias"] = bias_1V
     with torch.device("meta"):
         trimmed = GenRecForConditionalGeneration(config)
     trimmed.load_state_dict(weights, assign=True)
     trimmed.tie_weights()
     return trimmed.train(network.training)
-
-
-def _backbone_config(model: Model, common: dict[str, Any]) -> GenRecConfig:
-    bart = BartConfig.from_pretrained(model.backbone)
-    if bart.model_type != "bart":
-        raise ValueError(
-            f"model.backbone {model.backbone}: it is a {bart.model_type} model, only BART fits"
-        )
-    if bart.max_position_embeddings < model.max_tokens:
-        raise ValueError(
-            f"model.max_tokens {model.max_tokens}: {model.backbone} has {bart.max_position_embeddings} positions"
-        )
-    shape = {key: value for key, value in bart.to_dict().items() if key not in _NOT_SHAPE}
-    return GenRecConfig(**{**shape, **common})

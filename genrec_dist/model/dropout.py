@@ -35,11 +35,10 @@ def add_dropped(base: Tensor, values: Tensor, share: float, training: bool) -> T
 
 
 def keep_mask(shape: torch.Size, share: float) -> tuple[Tensor, float]:
-    """(bool, True where a value is kept; what kept values are multiplied by), by torch's CPU
-    generator.
+    """(bool, True where a value is kept; the factor of kept values), by torch's CPU generator.
 
-    Four decisions a random word of 64 bits: `bernoulli_` makes its numbers one at a time and takes
-    five times as long, which is a seventh of a training step (docs/log.md)."""
+    Four decisions per random word of 64 bits: `bernoulli_` makes its numbers one at a time and
+    takes five times as long, which is a seventh of a training step (docs/log.md)."""
     numel = shape.numel()
     words = torch.empty(-(-numel // 4), dtype=torch.int64).random_(-(2**63), None)
     bar = round(share * LEVELS)

@@ -1,7 +1,8 @@
 """GenRec: a BART encoder-decoder whose encoder adds user and item id embeddings to tokens and
-positions."""
+positions (the paper's equation 2)."""
 
-# B users, R decoder rows, L input tokens, T target tokens, D width, V vocabulary
+# B samples, R decoder rows, L input tokens, T target tokens, D width, V output vocabulary, N items,
+# F width of the id tables; packed: n input tokens, m target tokens
 
 from __future__ import annotations
 
@@ -21,32 +22,45 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from genrec_dist.config.recipe import HeadLoss
-from genrec_dist.data.batch import IGNORED, AskedItems
+from genrec_dist.data.batch import IGNORED, ItemTargets, ModelInputs
 from genrec_dist.data.encoder_input import EncoderInput
-from genrec_dist.data.packing import Packing
 from genrec_dist.model.dropout import drop
 from genrec_dist.model.head_loss import head_loss, resolve_head
-from genrec_dist.model.packed_layers import LayerRunner, lowered
+from genrec_dist.model.packed_layers import LayerRunner, lowered, product_dtype
 
 POSITION_OFFSET = 2
 """BART's learned positions start at row 2 of their table."""
+
+ENCODER_FIELDS = ("position_ids", "user_rows", "item_rows", "further_ids")
+"""Fields of `EncoderInput` that callers with plain Hugging Face inputs may leave out."""
 
 
 class GenRecConfig(BartConfig):
     """BART's configuration and the id tables.
 
-    num_users, num_items: rows of the tables without the zero row; 0 leaves a table out. id_dropout:
-    dropout of the id terms alone. encoder_positions: "from-start" (BART) or "from-end".
-    max_input_tokens: where the text is cut. numbering_hash: the numbering this model speaks. split:
-    what was held out of its training, with dates. exclude_history: whether its lists leave out the
-    history by default. encoder_unit: "subword" or "item", what an encoder position stands for.
-    encoder_attention: "bidirectional" or "causal". decoder_start: "mask" or "state", what the
-    decoder's first input is. item_loss: weight of the item head; 0: there is none. id_dim: width of
-    the id tables, then projected to d_model; 0: d_model, no projection. ids_outside: the tables
-    live outside the model (`tables.py`), which sees the rows of a step alone; never so in what is
-    saved as `best`. spoken_tokens: the first so many tokens share the probability, the others are
-    read alone (a trimmed vocabulary, `vocabulary_hash`); 0: all. certain_tokens: "learned", or
-    "given": those that the trie alone decides have probability 1."""
+    Attributes:
+        num_users: rows of the user table without its zero row; 0: there is no table.
+        num_items: the same of the item table.
+        id_dropout: dropout of the id terms alone.
+        encoder_positions: "from-start" (BART) or "from-end".
+        encoder_unit: "subword" or "item", what an encoder position is.
+        encoder_attention: "bidirectional" or "causal".
+        decoder_start: "mask" or "state", the decoder's first input.
+        item_loss: weight of the item head; 0: there is none.
+        num_masks: numbered mask tokens.
+        max_input_tokens: where the input is cut.
+        numbering_hash: of the numbering that the tokens follow.
+        split: what was held out of training, with dates.
+        exclude_history: whether lists leave out the history by default.
+        id_dim: F, then projected to d_model; 0: d_model without a projection.
+        ids_outside: the tables are outside the model, which is given the rows of a step. Never so
+            in what is saved as `best`.
+        spoken_tokens: size of the output vocabulary, the first tokens; the others are read alone.
+            0: all tokens.
+        vocabulary_hash: of the trimmed vocabulary.
+        certain_tokens: "learned", or "given": tokens that are forced by the trie have probability
+            1.
+    """
 
     model_type = "genrec"
 
@@ -77,39 +91,39 @@ class IdEmbedding(nn.Embedding):
         super().__init__(num_ids + 1, width, padding_idx=0)
 
     def places(self, rows_BL: Tensor) -> Tensor:
-        """Where in `weight` these rows lie."""
+        """The rows' indices in `weight`."""
         return rows_BL
 
 
 class FetchedRows(nn.Module):
-    """The rows of an id table that a step or an evaluation touches, put here from outside; no
+    """The rows of an id table that a step or an evaluation reads, set from outside; not a
     parameter."""
 
     weight: Tensor
-    """float32 [u + 1, width]: the zero row and the fetched ones."""
+    """float32 [u + 1, F]: the zero row and the fetched ones."""
     rows: Tensor | None = None
-    """int64 [u], ascending: which rows they are. None: the batch's numbers are places already."""
+    """int64 [u], ascending: which rows they are. None: the batch holds indices already."""
 
     def places(self, rows_BL: Tensor) -> Tensor:
+        """The rows' indices in `weight`."""
         if self.rows is None:
             return rows_BL
         return torch.where(rows_BL > 0, torch.searchsorted(self.rows, rows_BL - 1) + 1, 0)
 
 
 class IdProjection(nn.Linear):
-    """From the width of a factorised id table to the model's; keeps the scale of what goes
-    through."""
+    """From the width of a factorised id table to the model's; keeps the scale of its input."""
 
     def __init__(self, id_dim: int, width: int):
         super().__init__(id_dim, width, bias=False)
 
 
 class GenRecForConditionalGeneration(BartForConditionalGeneration):
-    """BART with equation (2) of the paper as its input; loads plain BART weights, the id tables
-    then start fresh.
+    """BART with the paper's equation (2) as its input. Loads plain BART weights; the id tables then
+    start fresh.
 
-    `forward` takes Hugging Face's names, so `generate`, `save_pretrained` and `from_pretrained`
-    work."""
+    `forward` also takes Hugging Face's names, so that `generate`, `save_pretrained` and
+    `from_pretrained` work."""
 
     config_class = GenRecConfig
     config: GenRecConfig
@@ -135,7 +149,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
     def embed(
         self, encoder: EncoderInput, plan: SumPlan | None = None, *, normed: bool = False
     ) -> Tensor:
-        """The embedding sum before BART's layer norm, float [B, L, D]; `normed`: behind it. `plan`:
+        """The embedding sum before BART's layer norm, float [B, L, D]; `normed`: after it. `plan`:
         the batch's."""
         bart = self.model.encoder
         norm = bart.layernorm_embedding
@@ -170,30 +184,24 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         return norm(embedded_BLD) if normed else embedded_BLD
 
     def encode(self, encoder: EncoderInput, plan: SumPlan | None = None) -> Tensor:
-        """Encoder states, float [B, L, D]. `plan`: for the backward of the embedding kernel
-        (`Batch.plan`)."""
+        """Encoder states, float [B, L, D]. `plan`: `ModelInputs.plan`."""
         bart = self.model.encoder
         hidden_BLD = self.embed(encoder, plan, normed=True)
         hidden_BLD = F.dropout(hidden_BLD, bart.dropout, self.training)
         seen = encoder.attention_mask[:, None, None]
         if self.config.encoder_attention == "causal":
-            seen = (
-                seen
-                & torch.ones(
-                    seen.shape[-1], seen.shape[-1], dtype=torch.bool, device=seen.device
-                ).tril()
-            )
+            seen = seen & _lower_triangle(seen.shape[-1], seen.device)
         bias = attention_bias(seen, hidden_BLD)
         for layer in bart.layers:
             hidden_BLD = layer(hidden_BLD, bias)
         return hidden_BLD
 
     def masked_states(self, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """The encoder's states at the [MASK] behind each history, [B, D]; of a causal encoder at
-        its last token."""
-        behind = 1 if self.config.encoder_attention == "causal" else 2
+        """The encoder's states at the [MASK] after each history, [B, D]; of a causal encoder at its
+        last token."""
+        from_end = 1 if self.config.encoder_attention == "causal" else 2
         users_B = torch.arange(len(memory_BLD), device=memory_BLD.device)
-        return memory_BLD[users_B, mask_BL.sum(1) - behind]
+        return memory_BLD[users_B, mask_BL.sum(1) - from_end]
 
     def decode(
         self,
@@ -202,96 +210,85 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         memory_mask_RL: Tensor,
         start_RD: Tensor | None = None,
     ) -> Tensor:
-        """Decoder states of whole target sequences, float [R, T, D]. `start_RD`: added to the first
-        input of each.
+        """Decoder states of whole target sequences, float [R, T, D]. Rows are padded on the right,
+        so causality alone keeps them from attending to padding.
 
-        Rows are padded on the right, so causality alone keeps padding out of sight.
+        Args:
+            decoder_input_ids_RT: int64 [R, T].
+            memory_RLD: encoder states of each row.
+            memory_mask_RL: bool [R, L], False where a row does not attend.
+            start_RD: added to the first input of each row.
         """
         bart = self.model.decoder
-        hidden_RTD = bart.embed_tokens(decoder_input_ids_RT) + bart.embed_positions(
-            decoder_input_ids_RT
-        )
+        ids_RT = decoder_input_ids_RT
+        hidden_RTD = bart.embed_tokens(ids_RT) + bart.embed_positions(ids_RT)
         if start_RD is not None:
             hidden_RTD = torch.cat([hidden_RTD[:, :1] + start_RD[:, None], hidden_RTD[:, 1:]], 1)
         hidden_RTD = F.dropout(bart.layernorm_embedding(hidden_RTD), bart.dropout, self.training)
-        num_tokens = decoder_input_ids_RT.shape[1]
-        causal_TT = torch.ones(
-            num_tokens, num_tokens, dtype=torch.bool, device=hidden_RTD.device
-        ).tril()
-        causal_11TT = attention_bias(causal_TT[None, None], hidden_RTD)
-        memory_bias_R11L = attention_bias(memory_mask_RL[:, None, None], hidden_RTD)
+        causal_TT = _lower_triangle(ids_RT.shape[1], hidden_RTD.device)
+        bias_11TT = attention_bias(causal_TT[None, None], hidden_RTD)
+        memory_bias = attention_bias(memory_mask_RL[:, None, None], hidden_RTD)
+        options = {"encoder_attention_mask": memory_bias, "use_cache": False}
         for layer in bart.layers:
-            hidden_RTD = layer(
-                hidden_RTD,
-                causal_11TT,
-                memory_RLD,
-                encoder_attention_mask=memory_bias_R11L,
-                use_cache=False,
-            )
+            hidden_RTD = layer(hidden_RTD, bias_11TT, memory_RLD, **options)
         return hidden_RTD
 
     @property
     def head_weight(self) -> Tensor:
-        """The head's rows of the tokens that can be spoken, [V, D] or, of a trimmed vocabulary, its
-        first `spoken_tokens`."""
-        weight_VD: Tensor = self.lm_head.weight
-        return weight_VD[: self.config.spoken_tokens] if self.config.spoken_tokens else weight_VD
+        """The head's rows of the output vocabulary, [V, D]."""
+        weight: Tensor = self.lm_head.weight
+        return weight[: self.config.spoken_tokens] if self.config.spoken_tokens else weight
 
-    def target_logits(
-        self,
-        encoder: EncoderInput,
-        encoder_row_R: Tensor,
-        decoder_input_ids_RT: Tensor,
-        labels_RT: Tensor,
-        visible_R: Tensor | None = None,
-        places_R: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(logits float [n, V], labels int64 [n]) of the label tokens alone: padding never reaches
-        the head."""
-        hidden_nD, labels_n = self.target_states(
-            self.encode(encoder),
-            encoder,
-            encoder_row_R,
-            decoder_input_ids_RT,
-            labels_RT,
-            visible_R,
-            places_R,
-        )
+    def target_logits(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+        """(logits float [n, V], labels int64 [n]) of the label tokens of padded inputs; padding
+        never reaches the head."""
+        hidden_nD, labels_n = self._target_states(self.encode(inputs.encoder), inputs)
         return F.linear(hidden_nD, self.head_weight), labels_n
 
-    def target_states(
-        self,
-        memory_BLD: Tensor,
-        encoder: EncoderInput,
-        encoder_row_R: Tensor,
-        decoder_input_ids_RT: Tensor,
-        labels_RT: Tensor,
-        visible_R: Tensor | None,
-        places_R: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """(decoder states float [n, D], labels int64 [n]) of the label tokens alone, behind encoded
-        samples. `visible_R`: tokens of its sample that a row may look at; None: all. `places_R`: of
-        the rows' masks among the encoder's tokens; None: the last."""
-        mask_BL, start_RD = encoder.attention_mask, None
+    def _target_states(self, memory_BLD: Tensor, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+        """(decoder states float [n, D], labels int64 [n]) of the label tokens of padded inputs."""
+        rows_R, visible_R = inputs.encoder_row, inputs.visible
+        mask_BL, start_RD = inputs.encoder.attention_mask, None
         if self.config.decoder_start == "state":
-            if places_R is not None:
-                start_RD = memory_BLD.flatten(0, 1)[places_R]
+            if inputs.item_targets is not None:
+                start_RD = memory_BLD.flatten(0, 1)[inputs.item_targets.places_R]
             else:
-                start_RD = self.masked_states(memory_BLD, mask_BL)[encoder_row_R]
-        if visible_R is not None or not _is_identity(encoder_row_R, len(memory_BLD)):
-            memory_BLD, mask_BL = memory_BLD[encoder_row_R], mask_BL[encoder_row_R]
+                start_RD = self.masked_states(memory_BLD, mask_BL)[rows_R]
+        # Decoder rows are numbered by sample, ascending: as many rows as samples means one each.
+        if visible_R is not None or len(rows_R) != len(memory_BLD):
+            memory_BLD, mask_BL = memory_BLD[rows_R], mask_BL[rows_R]
         if visible_R is not None:
-            mask_BL = mask_BL & (
-                torch.arange(mask_BL.shape[1], device=mask_BL.device) < visible_R[:, None]
-            )
-        hidden_RTD = self.decode(decoder_input_ids_RT, memory_BLD, mask_BL, start_RD)
-        learned_RT = labels_RT != IGNORED
-        return hidden_RTD[learned_RT], labels_RT[learned_RT]
+            columns_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+            mask_BL = mask_BL & (columns_L < visible_R[:, None])
+        hidden_RTD = self.decode(inputs.decoder_input_ids, memory_BLD, mask_BL, start_RD)
+        learned_RT = inputs.labels != IGNORED
+        return hidden_RTD[learned_RT], inputs.labels[learned_RT]
+
+    def _packed_states(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+        """(decoder states float [m, D], encoder states [n, D]) of packed inputs."""
+        bart, packing = self.model, inputs.packing
+        assert packing is not None
+        hidden_nD = self.embed(inputs.encoder, inputs.plan, normed=True)
+        hidden_nD = drop(hidden_nD, bart.encoder.dropout, self.training)
+        for layer in bart.encoder.layers:
+            hidden_nD = self.runner.encode(layer, hidden_nD, packing)
+        memory_nD = lowered(hidden_nD)
+        positions_mD = bart.decoder.embed_positions(None, position_ids=packing.positions_m)[0]
+        hidden_mD = bart.decoder.embed_tokens(inputs.decoder_input_ids) + positions_mD
+        if self.config.decoder_start == "state":
+            assert inputs.item_targets is not None
+            places_R = inputs.item_targets.places_R
+            first_R = torch.from_numpy(packing.rows.offsets[: len(places_R)]).to(hidden_mD.device)
+            hidden_mD = hidden_mD.index_add(0, first_R, hidden_nD[places_R].to(hidden_mD.dtype))
+        hidden_mD = bart.decoder.layernorm_embedding(hidden_mD)
+        hidden_mD = drop(hidden_mD, bart.decoder.dropout, self.training)
+        for layer in bart.decoder.layers:
+            hidden_mD = self.runner.decode(layer, hidden_mD, memory_nD, packing)
+        return hidden_mD, hidden_nD
 
     def item_logits(self, masked_RD: Tensor) -> Tensor:
         """The item head: logits [R, N] of the encoder's states at masks."""
-        query_RF, table_NF = self._item_head(masked_RD)
-        return F.linear(query_RF, table_NF)
+        return F.linear(*self._item_head(masked_RD))
 
     def _item_head(self, masked_RD: Tensor) -> tuple[Tensor, Tensor]:
         """(queries [R, F], rows of the items [N, F])."""
@@ -300,146 +297,106 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             masked_RD = F.linear(masked_RD, self.item_projection.weight.T)
         return masked_RD, self.item_embedding.weight[1:]
 
-    def item_loss(self, memory: Tensor, asked: AskedItems, label_smoothing: float) -> Tensor:
-        """The summed cross-entropy of the item head; `memory`: encoder states [.., D]."""
-        learned_R = asked.items_R != IGNORED
-        query_RF, table_NF = self._item_head(memory.flatten(0, -2)[asked.places_R[learned_R]])
-        return head_loss(
-            query_RF, table_NF, asked.items_R[learned_R], label_smoothing, self.loss_by
-        )
+    def item_loss(self, memory: Tensor, targets: ItemTargets, label_smoothing: float) -> Tensor:
+        """The summed cross-entropy of the item head.
 
-    def packed_states(
-        self,
-        encoder: EncoderInput,
-        packing: Packing,
-        decoder_input_ids_m: Tensor,
-        plan: SumPlan | None = None,
-        places_R: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(decoder states of packed targets, float [m, D], encoder states, [n, D]): `encode` and
-        `decode` in one."""
-        bart = self.model
-        hidden_nD = drop(
-            self.embed(encoder, plan, normed=True), bart.encoder.dropout, self.training
-        )
-        for layer in bart.encoder.layers:
-            hidden_nD = self.runner.encode(layer, hidden_nD, packing)
-        memory_nD = lowered(hidden_nD)
-        hidden_mD = bart.decoder.embed_tokens(decoder_input_ids_m)
-        hidden_mD = (
-            hidden_mD + bart.decoder.embed_positions(None, position_ids=packing.positions_m)[0]
-        )
-        if self.config.decoder_start == "state":
-            assert places_R is not None
-            first_R = torch.from_numpy(packing.rows.offsets[: len(places_R)]).to(hidden_mD.device)
-            hidden_mD = hidden_mD.index_add(0, first_R, hidden_nD[places_R].to(hidden_mD.dtype))
-        hidden_mD = drop(
-            bart.decoder.layernorm_embedding(hidden_mD), bart.decoder.dropout, self.training
-        )
-        for layer in bart.decoder.layers:
-            hidden_mD = self.runner.decode(layer, hidden_mD, memory_nD, packing)
-        return hidden_mD, hidden_nD
+        Args:
+            memory: encoder states, [B, L, D] or packed [n, D].
+            targets: what it predicts.
+            label_smoothing: of the stage.
+        """
+        learned_R = targets.items_R != IGNORED
+        query_RF, table_NF = self._item_head(memory.flatten(0, -2)[targets.places_R[learned_R]])
+        items_R = targets.items_R[learned_R]
+        return head_loss(query_RF, table_NF, items_R, label_smoothing, self.loss_by)
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        user_rows: Tensor | None = None,
-        item_rows: Tensor | None = None,
-        further_ids: Tensor | None = None,
-        encoder_row: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        labels: Tensor | None = None,
+        *,
+        inputs: ModelInputs | None = None,
         label_smoothing: float = 0.0,
-        plan: SumPlan | None = None,
-        packing: Packing | None = None,
-        visible: Tensor | None = None,
-        asked: AskedItems | None = None,
-        tokens_a_target: float = 1.0,
+        tokens_per_target: float = 1.0,
         encoder_outputs: BaseModelOutput | None = None,
-        **generation: Any,
+        labels: Tensor | None = None,
+        **others: Any,
     ) -> Any:
-        """With `labels`: the summed cross-entropy of the label tokens, a float32 scalar; in here
-        because under ZeRO-3 the head's weight is whole in here alone. Without: Hugging Face's
-        decoder output.
+        """The loss of `inputs`, or Hugging Face's decoder output.
 
-        All integer arrays are [B, L] (encoder) or [R, T] (decoder); `encoder_row` [R] defaults to
-        one row a sample. With `packing` they are [n] and [m] and it says which rows attend to what.
-        `visible` [R]: how many of its encoder tokens a decoder row may look at. With `asked` the
-        item head's loss is added, so many times as if its targets were tokens: `tokens_a_target`,
-        of the whole step."""
-        if labels is None:
-            if self.config.decoder_start == "state":
-                raise ValueError(
-                    "Hugging Face's decoding gives the decoder no state to start from: search with genrec_dist"
-                )
-            if encoder_outputs is None:
-                encoder = self.encoder_input(
-                    input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids
-                )
-                encoder_outputs = BaseModelOutput(last_hidden_state=self.encode(encoder))
-                attention_mask = encoder.attention_mask
-            output: Seq2SeqLMOutput = super().forward(
-                attention_mask=attention_mask,
-                decoder_input_ids=decoder_input_ids,
-                encoder_outputs=encoder_outputs,
-                **generation,
+        The loss is computed in here because under ZeRO-3 the head's weight is whole in here alone.
+
+        Args:
+            input_ids: int64 [B, L], a Hugging Face caller's, with `decoder_input_ids` and the
+                fields of `EncoderInput` in `others`.
+            attention_mask: bool or int64 [B, L].
+            inputs: what to compute the summed cross-entropy of, a float32 scalar.
+            label_smoothing: of that loss.
+            tokens_per_target: of the whole step; the item head's loss counts so many times, as if
+                its targets were tokens.
+            encoder_outputs: of an encoder that has run already.
+            labels: int64 [R, T]; with `input_ids`, instead of `inputs`, whose other fields are then
+                in `others`.
+            others: Hugging Face's options of the decoder.
+
+        Raises:
+            ValueError: inputs are longer than the positions, or ids outside their tables (checked
+                on a CPU).
+        """
+        fields = {name: others.pop(name, None) for name in ENCODER_FIELDS}
+        if labels is not None:
+            encoder = self.encoder_input(input_ids, attention_mask, **fields)
+            others.setdefault("encoder_row", torch.arange(len(labels), device=labels.device))
+            inputs = ModelInputs(encoder=encoder, labels=labels, **others)
+        if inputs is not None:
+            return self._loss(inputs, label_smoothing, tokens_per_target)
+        if self.config.decoder_start == "state":
+            raise ValueError(
+                "Hugging Face's decoding gives the decoder no state to start from: "
+                "search with genrec_dist"
             )
-            return output
-        encoder = self.encoder_input(
-            input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids
+        if encoder_outputs is None:
+            encoder = self.encoder_input(input_ids, attention_mask, **fields)
+            encoder_outputs = BaseModelOutput(last_hidden_state=self.encode(encoder))
+            attention_mask = encoder.attention_mask
+        output: Seq2SeqLMOutput = super().forward(
+            attention_mask=attention_mask, encoder_outputs=encoder_outputs, **others
         )
-        if packing is not None:
-            assert decoder_input_ids is not None
-            hidden_mD, memory = self.packed_states(
-                encoder, packing, decoder_input_ids, plan, None if asked is None else asked.places_R
-            )
-            learned_m = labels != IGNORED
-            hidden_nD, labels_n = hidden_mD[learned_m], labels[learned_m]
+        return output
+
+    def _loss(self, inputs: ModelInputs, smoothing: float, tokens_per_target: float) -> Tensor:
+        self._check(inputs.encoder)
+        if inputs.packing is not None:
+            hidden_mD, memory = self._packed_states(inputs)
+            learned_m = inputs.labels != IGNORED
+            hidden_nD, labels_n = hidden_mD[learned_m], inputs.labels[learned_m]
         else:
-            if encoder_row is None:
-                encoder_row = torch.arange(len(encoder.input_ids), device=encoder.input_ids.device)
-            assert decoder_input_ids is not None
-            memory = self.encode(encoder, plan)
-            hidden_nD, labels_n = self.target_states(
-                memory,
-                encoder,
-                encoder_row,
-                decoder_input_ids,
-                labels,
-                visible,
-                None if asked is None else asked.places_R,
-            )
-        loss = head_loss(hidden_nD, self.head_weight, labels_n, label_smoothing, self.loss_by)
-        if asked is None or not self.config.item_loss:
+            memory = self.encode(inputs.encoder, inputs.plan)
+            hidden_nD, labels_n = self._target_states(memory, inputs)
+        loss = head_loss(hidden_nD, self.head_weight, labels_n, smoothing, self.loss_by)
+        if inputs.item_targets is None or not self.config.item_loss:
             return loss
-        return loss + self.config.item_loss * tokens_a_target * self.item_loss(
-            memory, asked, label_smoothing
-        )
+        item_loss = self.item_loss(memory, inputs.item_targets, smoothing)
+        return loss + self.config.item_loss * tokens_per_target * item_loss
 
     def generate(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        user_rows: Tensor | None = None,
-        item_rows: Tensor | None = None,
-        further_ids: Tensor | None = None,
+        *,
         encoder_outputs: BaseModelOutput | None = None,
-        **generation: Any,
+        **others: Any,
     ) -> Any:
-        """Hugging Face's `generate` behind our encoder; left to itself it would call BART's, which
-        knows no ids."""
+        """Hugging Face's `generate` after our encoder; by itself it would call BART's, which has no
+        ids. Arguments as of `forward`."""
+        fields = {name: others.pop(name, None) for name in ENCODER_FIELDS}
         if encoder_outputs is None:
-            encoder = self.encoder_input(
-                input_ids, attention_mask, position_ids, user_rows, item_rows, further_ids
-            )
+            encoder = self.encoder_input(input_ids, attention_mask, **fields)
             with torch.no_grad():
                 encoder_outputs = BaseModelOutput(last_hidden_state=self.encode(encoder))
             attention_mask = encoder.attention_mask
         return super().generate(
-            encoder_outputs=encoder_outputs, attention_mask=attention_mask, **generation
+            encoder_outputs=encoder_outputs, attention_mask=attention_mask, **others
         )
 
     def encoder_input(
@@ -451,10 +408,11 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         item_rows: Tensor | None = None,
         further_ids: Tensor | None = None,
     ) -> EncoderInput:
-        """Fill in what a caller with plain Hugging Face inputs leaves out, and check the ranges of
-        ids on CPU.
+        """Plain Hugging Face inputs, [B, L] each, with what a caller left out filled in.
 
-        Raises ValueError for input longer than the positions or ids outside their tables.
+        Raises:
+            ValueError: there is no input, it is longer than the positions, or ids are outside
+                their tables (checked on a CPU).
         """
         if input_ids is None:
             raise ValueError("input_ids is missing")
@@ -462,23 +420,31 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         if attention_mask is None:
             attention_mask = input_ids != self.config.pad_token_id
         if position_ids is None:
-            position_ids = positions(attention_mask, self.config.encoder_positions)
+            # From <s> on, or back from </s> in rows padded on the right.
+            columns_BL = zeros + torch.arange(input_ids.shape[1], device=input_ids.device)
+            back_BL = (attention_mask.sum(1, keepdim=True) - 1 - columns_BL).clamp(min=0)
+            from_start = self.config.encoder_positions == "from-start"
+            position_ids = columns_BL if from_start else back_BL
         encoder = EncoderInput(
-            input_ids,
-            attention_mask.bool(),
-            position_ids,
-            zeros if user_rows is None else user_rows,
-            zeros if item_rows is None else item_rows,
-            further_ids,
+            input_ids=input_ids,
+            attention_mask=attention_mask.bool(),
+            position_ids=position_ids,
+            user_rows=zeros if user_rows is None else user_rows,
+            item_rows=zeros if item_rows is None else item_rows,
+            further_ids=further_ids,
         )
-        if input_ids.dim() == 2 and input_ids.shape[1] > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{input_ids.shape[1]} input tokens, {self.config.max_position_embeddings} positions: lower model.max_tokens"
-            )
-        # Elsewhere the check would wait for the device; batches are checked when made.
-        if input_ids.device.type == "cpu":
-            check_ranges(encoder, self.config)
+        self._check(encoder)
         return encoder
+
+    def _check(self, encoder: EncoderInput) -> None:
+        ids, limit = encoder.input_ids, self.config.max_position_embeddings
+        if ids.dim() == 2 and ids.shape[1] > limit:
+            raise ValueError(
+                f"{ids.shape[1]} input tokens, {limit} positions: lower model.max_tokens"
+            )
+        # On a device the check would wait for it; batches are checked when they are made.
+        if ids.device.type == "cpu":
+            check_ranges(encoder, self.config)
 
 
 def _id_table(
@@ -491,9 +457,13 @@ def _id_table(
     return table, IdProjection(width, config.d_model) if width != config.d_model else None
 
 
+def _lower_triangle(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril()
+
+
 def sum_of_rows(ids_BLS: Tensor, table_VD: Tensor, pad_token_id: int) -> Tensor:
-    """The sum of these rows over S, float [B, L, D]; `pad_token_id` adds nothing and learns
-    nothing."""
+    """The sum of these rows over S, float [B, L, D]; `pad_token_id` adds nothing and has no
+    gradient."""
     if not ids_BLS.shape[-1]:
         return table_VD.new_zeros(*ids_BLS.shape[:-1], table_VD.shape[1])
     flat_nS = ids_BLS.flatten(0, -2)
@@ -501,19 +471,8 @@ def sum_of_rows(ids_BLS: Tensor, table_VD: Tensor, pad_token_id: int) -> Tensor:
     return summed_nD.view(*ids_BLS.shape[:-1], -1)
 
 
-def positions(attention_mask_BL: Tensor, counted: str) -> Tensor:
-    """int64 [B, L], places from <s> ("from-start") or back from </s> ("from-end") in rows padded on
-    the right."""
-    columns_BL = torch.arange(
-        attention_mask_BL.shape[1], device=attention_mask_BL.device
-    ).expand_as(attention_mask_BL)
-    if counted == "from-start":
-        return columns_BL
-    return (attention_mask_BL.sum(1, keepdim=True) - 1 - columns_BL).clamp(min=0)
-
-
 def check_ranges(encoder: EncoderInput, config: GenRecConfig) -> None:
-    """Raise ValueError naming the table if an index lies outside it."""
+    """Raise ValueError naming the table if an index is outside it."""
     limits = [
         ("token", encoder.input_ids, config.vocab_size),
         ("further token", encoder.further_ids, config.vocab_size),
@@ -533,20 +492,17 @@ def check_ranges(encoder: EncoderInput, config: GenRecConfig) -> None:
 
 
 def attention_bias(seen: Tensor, hidden: Tensor) -> Tensor:
-    """0 where `seen` is True, -inf elsewhere, in the precision attention scores will have."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return torch.zeros(seen.shape, dtype=dtype, device=hidden.device).masked_fill_(
-        ~seen, float("-inf")
-    )
+    """0 where `seen` is True, -inf elsewhere, in the precision of the attention scores."""
+    bias = torch.zeros(seen.shape, dtype=product_dtype(hidden), device=hidden.device)
+    return bias.masked_fill_(~seen, float("-inf"))
 
 
 def choose_attention(model: GenRecForConditionalGeneration, precision: str) -> None:
-    """Pick the attention that is fast here; the results agree up to rounding.
+    """Set the attention that is fast on the model's device; results agree up to rounding.
 
-    On CPU the backward of torch's fused attention takes 4 times as long in bf16 as plain matrix
-    products do at 40 tokens (docs/log.md, 2026-11-21), in fp32 it is the faster one. On a GPU the
-    fused one is taken, unmeasured so far."""
+    On a CPU the backward pass of torch's fused attention takes 4 times as long in bf16 as plain
+    matrix products at 40 tokens (docs/log.md, 2026-11-21); in fp32 it is the faster one. On a GPU
+    the fused one is taken, not measured so far."""
     plain = model.device.type == "cpu" and precision == "bf16"
     model.set_attn_implementation("eager" if plain else "sdpa")
 
@@ -557,7 +513,7 @@ def choose_packing(how: Literal["auto", "packed", "padded"], device: torch.devic
 
 
 def choose_layers(model: GenRecForConditionalGeneration, compiled: bool, recompute: bool) -> None:
-    """Let training run the layers so; of padded micro-batches only `recompute` is heard."""
+    """Set how training runs the layers; `compiled` concerns packed micro-batches alone."""
     model.runner = LayerRunner(compiled, recompute)
     if recompute:
         # By its newer name where transformers has it.
@@ -569,14 +525,9 @@ def choose_layers(model: GenRecForConditionalGeneration, compiled: bool, recompu
 
 
 def choose_loss(model: GenRecForConditionalGeneration, how: HeadLoss | Literal["auto"]) -> None:
-    """Let `forward` compute the loss in this way. Raises ValueError where the model's device or the
-    installation lacks it."""
+    """Set how `forward` computes the loss. Raises ValueError where device or installation lack
+    it."""
     model.loss_by = resolve_head(how, model.device)
-
-
-def _is_identity(rows_R: Tensor, num_rows: int) -> bool:
-    # Decoder rows are numbered by sample, ascending: as many rows as samples means one each.
-    return len(rows_R) == num_rows
 
 
 # `genrec_dist.auto_classes` imports this module when transformers' auto classes are loaded.

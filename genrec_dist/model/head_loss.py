@@ -1,4 +1,4 @@
-"""The loss: cross-entropy of target tokens, normalised by all target tokens of the step."""
+"""The loss of the output head: summed cross-entropy, with all logits at once or in chunks."""
 
 # n label tokens, c rows of a chunk, D width, V vocabulary
 
@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from genrec_dist.config.recipe import HeadLoss
+from genrec_dist.model.packed_layers import product_dtype
 
 CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**25, 2**27
 """Most logits that the chunked loss holds at one time, whatever the number of target tokens."""
@@ -27,16 +28,15 @@ time for a step's loss."""
 def target_loss(
     logits_nV: Tensor, labels_n: Tensor, num_target_tokens: int, label_smoothing: float = 0.0
 ) -> Tensor:
-    """Sum of the tokens' cross-entropies over `num_target_tokens`, the target tokens of the whole
-    step.
+    """The sum of the tokens' cross-entropies over `num_target_tokens`, a float32 scalar.
 
-    Dividing by the step's total, not the micro-batch's, makes the gradient independent of how the
-    step is cut."""
+    Divided by the target tokens of the whole step, not of the micro-batch, the gradient does not
+    depend on how the step is split."""
     return summed_loss(logits_nV, labels_n, label_smoothing) / max(num_target_tokens, 1)
 
 
 def summed_loss(logits_nV: Tensor, labels_n: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Sum of the tokens' cross-entropies, a float32 scalar."""
+    """The sum of the tokens' cross-entropies, a float32 scalar."""
     return F.cross_entropy(
         logits_nV.float(), labels_n, reduction="sum", label_smoothing=label_smoothing
     )
@@ -49,33 +49,46 @@ def head_loss(
     label_smoothing: float = 0.0,
     how: HeadLoss = "full",
 ) -> Tensor:
-    """`summed_loss` of the logits `hidden @ weight.T`; by way of all of them (full), or without
-    ever holding them all."""
+    """`summed_loss` of the logits `hidden @ weight.T`.
+
+    Args:
+        hidden_nD: states of the label tokens.
+        weight_VD: of the head.
+        labels_n: int64.
+        label_smoothing: share of the uniform distribution.
+        how: full: by way of all logits; chunked, liger: without ever holding them all.
+    """
     if how == "full":
         return summed_loss(F.linear(hidden_nD, weight_VD), labels_n, label_smoothing)
-    if how == "liger" and len(labels_n):  # an idle micro-batch has no rows, and a kernel no grid
-        return _liger_loss(hidden_nD, weight_VD, labels_n, label_smoothing)
-    device = hidden_nD.device.type
-    dtype = (
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_nD.dtype
-    )
+    if how == "liger" and len(labels_n):  # a dummy batch has no rows, and a kernel no grid
+        # Liger-Kernel's Triton kernels; sums over chunks in float32, as in ours.
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        summed = LigerFusedLinearCrossEntropyLoss(
+            label_smoothing=label_smoothing, reduction="sum", accum_dtype=torch.float32
+        )
+        fused: Tensor = summed(weight_VD, hidden_nD, labels_n)
+        return fused
+    dtype = product_dtype(hidden_nD)
     total: Tensor = ChunkedLoss.apply(hidden_nD, weight_VD, labels_n, label_smoothing, dtype)
     return total
 
 
 def resolve_head(how: HeadLoss | Literal["auto"], device: torch.device) -> HeadLoss:
-    """What `auto` means on a device. Raises ValueError for a way that this machine has not."""
+    """What `auto` means on a device. Raises ValueError for a way that this machine lacks."""
     if how == "auto":
         return "chunked" if device.type == "cpu" else "full"
     if how != "liger":
         return how
     if device.type != "cuda":
         raise ValueError(
-            f"head liger: its kernels run on a GPU and this run is on {device.type}: set head to chunked"
+            f"head liger: its kernels run on a GPU and this run is on {device.type}: set head to "
+            "chunked"
         )
     if find_spec("liger_kernel") is None:
         raise ValueError(
-            "head liger: liger-kernel is not installed: pip install 'genrec-dist[liger]', or set head to chunked"
+            "head liger: liger-kernel is not installed: pip install 'genrec-dist[liger]', or set "
+            "head to chunked"
         )
     return how
 
@@ -134,8 +147,12 @@ class ChunkedLoss(torch.autograd.Function):
                         part.copy_(logits)
                 if of_hidden:
                     grad_cD.copy_(products_cV @ weight)
-                if weight_grad_VD is not None:
-                    _add_product_(weight_grad_VD, products_cV.T, hidden_cD)
+                if weight_grad_VD is None:
+                    continue
+                if dtype == exact:
+                    weight_grad_VD.addmm_(products_cV.T, hidden_cD)
+                else:
+                    weight_grad_VD += products_cV.T @ hidden_cD
         ctx.save_for_backward(hidden_grad_nD, weight_grad_VD)
         ctx.dtypes = hidden_nD.dtype, weight_VD.dtype
         return loss
@@ -169,38 +186,16 @@ def exact_rows(rows: int, num_tokens: int, device: torch.device) -> int:
 
 
 def _loss_and_gradient_(logits_cV: Tensor, labels_c: Tensor, label_smoothing: float) -> Tensor:
-    """The summed loss; what is predicted less what is asked for, its gradient, takes the logits'
-    place."""
+    """The summed loss; its gradient, predicted less target distribution, replaces the logits."""
     labels_c1 = labels_c[:, None]
-    asked_c = logits_cV.gather(1, labels_c1)[:, 0]
+    target_c = logits_cV.gather(1, labels_c1)[:, 0]
     if label_smoothing:
-        asked_c = (1 - label_smoothing) * asked_c + label_smoothing * logits_cV.mean(1)
+        target_c = (1 - label_smoothing) * target_c + label_smoothing * logits_cV.mean(1)
     largest_c = logits_cV.amax(1)
     total_c = logits_cV.sub_(largest_c[:, None]).exp_().sum(1)
     logits_cV.mul_(total_c.reciprocal()[:, None])
     if label_smoothing:
         logits_cV.sub_(label_smoothing / logits_cV.shape[1])
-    logits_cV.scatter_add_(
-        1, labels_c1, torch.full_like(labels_c1, label_smoothing - 1, dtype=logits_cV.dtype)
-    )
-    return (largest_c + total_c.log() - asked_c).sum()
-
-
-def _add_product_(sum_VD: Tensor, left_Vc: Tensor, right_cD: Tensor) -> None:
-    if left_Vc.dtype == sum_VD.dtype:
-        sum_VD.addmm_(left_Vc, right_cD)
-    else:
-        sum_VD += left_Vc @ right_cD
-
-
-def _liger_loss(
-    hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, label_smoothing: float
-) -> Tensor:
-    """Liger-Kernel's Triton kernels; its sums over chunks in float32, as ours."""
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    summed = LigerFusedLinearCrossEntropyLoss(
-        label_smoothing=label_smoothing, reduction="sum", accum_dtype=torch.float32
-    )
-    total: Tensor = summed(weight_VD, hidden_nD, labels_n)
-    return total
+    minus_c1 = torch.full_like(labels_c1, label_smoothing - 1, dtype=logits_cV.dtype)
+    logits_cV.scatter_add_(1, labels_c1, minus_c1)
+    return (largest_c + total_c.log() - target_c).sum()

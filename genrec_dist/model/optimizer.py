@@ -15,32 +15,24 @@ def build_optimizer(model: nn.Module, optimizer: Optimizer) -> torch.optim.AdamW
     """AdamW over all parameters in two groups, decayed and not; the learning rate is set at every
     step."""
     decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (decayed if _is_decayed(name, parameter, optimizer) else spared).append(parameter)
+        # An id's row is seen seldom; decay at every step would shrink rare ids towards nothing.
+        is_table = "user_embedding" in name or "item_embedding" in name
+        is_matrix = parameter.ndim >= 2 and not is_table
+        is_decayed = is_matrix if optimizer.decay == "matrices" else optimizer.decay == "all"
+        (decayed if is_decayed else kept).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": optimizer.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
+        {"params": kept, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=0.0,
-        betas=optimizer.betas,
-        eps=optimizer.eps,
-        fused=True,
-    )
-
-
-def _is_decayed(name: str, parameter: Tensor, optimizer: Optimizer) -> bool:
-    if optimizer.decay != "matrices":
-        return optimizer.decay == "all"
-    # An id's row is seen seldom; decay at every step would shrink rare ids towards nothing.
-    return parameter.ndim >= 2 and "user_embedding" not in name and "item_embedding" not in name
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=0.0, betas=optimizer.betas, eps=optimizer.eps, fused=True)
 
 
 def peak_share(stage: Stage, step: int, num_steps: int) -> float:
     """Share of the peak learning rate at a step (0-based) of a stage with `num_steps` steps: linear
-    warm-up, then its law."""
+    warm-up, then the stage's schedule."""
     warmup = math.ceil(stage.warmup_fraction * num_steps)
     if step < warmup:
         return (step + 1) / warmup
@@ -53,8 +45,8 @@ def peak_share(stage: Stage, step: int, num_steps: int) -> float:
 
 
 class AveragedWeights:
-    """An exponential running average of parameters, with the bias of its start removed by a growing
-    decay."""
+    """An exponential running average of parameters; a growing decay removes the bias of its
+    start."""
 
     def __init__(self, parameters: Iterable[Tensor], decay: float):
         self.parameters = list(parameters)
@@ -63,7 +55,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the weights after `step` (0-based) updates of the average."""
+        """Add the weights after `step` (0-based) earlier updates."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.values, [p.detach() for p in self.parameters], 1 - decay)
 

@@ -1,5 +1,5 @@
-"""Attention over packed sequences: a kernel for ragged ones where the device has it, rectangles of
-like length elsewhere."""
+"""Attention over packed sequences: by a kernel for ragged sequences where the device has one, by
+rectangles of like length elsewhere."""
 
 # n query tokens, k key tokens, H heads, d width of a head, c sequences of a group, Q and K their
 # lengths
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from genrec_dist.data.packing import Attended, Group, Part
+from genrec_dist.data.packing import Attended, Group, GroupTokens
 
 LONG_ON_CPU = 128
-"""Tokens of a rectangle from which a CPU multiplies in bf16 where that is what it was given. For
-each new shape oneDNN first prepares a product in bf16, which takes as long as a thousand short ones
-(docs/log.md)."""
+"""Length of a rectangle from which a CPU multiplies bf16 inputs in bf16, shorter ones in float32.
+For each new shape oneDNN first prepares a product in bf16, which takes as long as a thousand short
+ones (docs/log.md)."""
 
 
 @torch.compiler.disable
@@ -31,12 +31,29 @@ def attend(
     scale: float,
     dropout: float = 0.0,
 ) -> Tensor:
-    """softmax(Q K^T * scale) V within each pair of sequences, [n, H, d]. `dropout`: of the weights,
-    0 outside of training."""
-    if has_varlen(query_nHd) and dropout == 0 and attended.visible is None:
-        return _varlen(query_nHd, key_kHd, value_kHd, attended, scale)
-    mixed: Tensor = ByRectangles.apply(query_nHd, key_kHd, value_kHd, attended, scale, dropout)
-    return mixed
+    """softmax(Q K^T * scale) V within each pair of sequences, [n, H, d].
+
+    Args:
+        query_nHd: queries of all sequences.
+        key_kHd: keys of all sequences.
+        value_kHd: their values.
+        attended: where sequences start and end, and what a query sees.
+        scale: of the scores.
+        dropout: of the weights; 0 outside of training.
+    """
+    if not has_varlen(query_nHd) or dropout or attended.visible is not None:
+        mixed: Tensor = ByRectangles.apply(query_nHd, key_kHd, value_kHd, attended, scale, dropout)
+        return mixed
+    from torch.nn.attention.varlen import varlen_attn
+
+    queries, keys = attended.queries, attended.keys
+    assert queries.on_device is not None
+    assert keys.on_device is not None
+    window = (-1, 0) if attended.causal else (-1, -1)
+    packed = (query_nHd, key_kHd, value_kHd, queries.on_device, keys.on_device)
+    ragged = varlen_attn(*packed, queries.longest, keys.longest, scale=scale, window_size=window)
+    assert isinstance(ragged, Tensor)
+    return ragged
 
 
 def has_varlen(query: Tensor) -> bool:
@@ -48,26 +65,17 @@ def has_varlen(query: Tensor) -> bool:
     )
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, attended: Attended, scale: float) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    queries, keys = attended.queries, attended.keys
-    assert queries.on_device is not None
-    assert keys.on_device is not None
-    mixed = varlen_attn(
-        query, key, value, queries.on_device, keys.on_device, queries.longest, keys.longest,
-        scale=scale, window_size=(-1, 0) if attended.causal else (-1, -1),
-    )  # fmt: skip
-    assert isinstance(mixed, Tensor)
-    return mixed
-
-
 class ByRectangles(torch.autograd.Function):
-    """One group of sequences after another, each as a rectangle; a group whose sequences have one
-    length is a view.
+    """One group of sequences after another, each as a padded rectangle. A group whose sequences
+    have one length is copied without indices.
 
-    Forward and backward are written out: some fifty groups of ten operations would otherwise each
-    be a node of the graph."""
+    Forward and backward are written out: each of some fifty groups of ten operations would
+    otherwise be a node of the graph."""
+
+    # Three sequences of 2, 2 and 1 tokens, H = 1: group 1 is sequences 0 and 1, group 2 sequence 2.
+    #   query_nHd = [a b | c d | e] -> rectangles [[a b] [c d]] and [[e]]
+    # Were they one group of length 2 (as few tokens are), the rectangle would be
+    #   [[a b] [c d] [e -]], slots = [0 1 2 3 4], and the bias of keys [[0 0] [0 0] [0 -inf]].
 
     @staticmethod
     @torch.autocast("cpu", enabled=False)
@@ -85,8 +93,7 @@ class ByRectangles(torch.autograd.Function):
         weights, kept = [], []
         for group in attended.groups:
             query, key, value = _rectangles(group, query_nHd, key_kHd, value_kHd)
-            # Products and softmax in the type that came in, as backward has them, whatever autocast
-            # would do.
+            # Products and softmax in the inputs' type, as in backward, whatever autocast does.
             weights_cHQK = torch.matmul(query, key.transpose(2, 3)).mul_(scale)
             bias = _bias(group, attended.causal, weights_cHQK)
             if bias is not None:
@@ -94,9 +101,8 @@ class ByRectangles(torch.autograd.Function):
             weights_cHQK = weights_cHQK.softmax(-1)
             weights.append(weights_cHQK)
             if dropout:
-                kept.append(
-                    torch.empty_like(weights_cHQK, dtype=torch.bool).bernoulli_(1 - dropout)
-                )
+                keep = torch.empty_like(weights_cHQK, dtype=torch.bool)
+                kept.append(keep.bernoulli_(1 - dropout))
                 weights_cHQK = weights_cHQK * kept[-1] / (1 - dropout)
             _put(group.queries, out_nHd, torch.matmul(weights_cHQK, value))
         ctx.save_for_backward(query_nHd, key_kHd, value_kHd, *weights, *kept)
@@ -110,7 +116,7 @@ class ByRectangles(torch.autograd.Function):
         groups = ctx.attended.groups
         kept = saved[len(groups) :] or [None] * len(groups)
         grads = [torch.empty_like(tensor) for tensor in (query_nHd, key_kHd, value_kHd)]
-        if sum(group.keys.number for group in groups) < len(key_kHd):  # keys that no query looks at
+        if sum(group.keys.number for group in groups) < len(key_kHd):  # keys without a query
             grads = [grad.zero_() for grad in grads]
         for group, weights_cHQK, kept_cHQK in zip(groups, saved, kept, strict=False):
             query, key, value = _rectangles(group, query_nHd, key_kHd, value_kHd)
@@ -139,49 +145,44 @@ def _rectangles(
     )
 
 
-def _take(part: Part, packed_nHd: Tensor, group: Group) -> Tensor:
+def _take(part: GroupTokens, packed_nHd: Tensor, group: Group) -> Tensor:
     """A group's tokens as [c, H, L, d], zeros where a sequence is shorter than the rectangle."""
     tokens = packed_nHd[part.first : part.first + part.number]
     if part.slots is not None:
-        room = tokens.new_zeros(group.size * part.longest, *tokens.shape[1:])
-        tokens = room.index_copy_(0, part.slots.to(tokens.device), tokens)
+        padded = tokens.new_zeros(group.size * part.longest, *tokens.shape[1:])
+        tokens = padded.index_copy_(0, part.slots.to(tokens.device), tokens)
     by_head = tokens.view(group.size, part.longest, *tokens.shape[1:]).transpose(1, 2)
-    longest = max(group.queries.longest, group.keys.longest)
-    short = (
-        by_head.device.type == "cpu" and by_head.dtype == torch.bfloat16 and longest < LONG_ON_CPU
-    )
-    room = torch.empty(
-        by_head.shape, dtype=torch.float32 if short else by_head.dtype, device=by_head.device
-    )
-    return room.copy_(by_head)
+    dtype = by_head.dtype
+    if by_head.device.type == "cpu" and dtype == torch.bfloat16:
+        longest = max(group.queries.longest, group.keys.longest)
+        dtype = torch.float32 if longest < LONG_ON_CPU else dtype
+    return torch.empty(by_head.shape, dtype=dtype, device=by_head.device).copy_(by_head)
 
 
-def _put(part: Part, packed_nHd: Tensor, rectangle_cHLd: Tensor) -> None:
-    """The way back."""
+def _put(part: GroupTokens, packed_nHd: Tensor, rectangle_cHLd: Tensor) -> None:
+    """Copy a rectangle's tokens back into the packed array."""
     by_token = rectangle_cHLd.transpose(1, 2)
     tokens = packed_nHd[part.first : part.first + part.number]
     if part.slots is None:
         tokens.view(by_token.shape).copy_(by_token)
     else:
-        tokens.copy_(
-            by_token.reshape(-1, *tokens.shape[1:]).index_select(0, part.slots.to(tokens.device))
-        )
+        slots = by_token.reshape(-1, *tokens.shape[1:])
+        tokens.copy_(slots.index_select(0, part.slots.to(tokens.device)))
 
 
 def _bias(group: Group, causal: bool, like: Tensor) -> Tensor | None:
     """What is added to the scores: -inf for keys that a query must not see."""
-    seen = None
-    if group.keys.slots is not None:
-        seen = torch.zeros(group.size * group.keys.longest, dtype=torch.bool, device=like.device)
-        seen[group.keys.slots.to(like.device)] = True
-        seen = seen.view(group.size, 1, 1, group.keys.longest)
+    seen, (queries, keys), device = None, (group.queries, group.keys), like.device
+    if keys.slots is not None:
+        seen = torch.zeros(group.size * keys.longest, dtype=torch.bool, device=device)
+        seen[keys.slots.to(device)] = True
+        seen = seen.view(group.size, 1, 1, keys.longest)
     if group.visible_cQ is not None:
-        visible = group.visible_cQ.to(like.device)[:, None, :, None]
-        # What can be seen lies within the sequence, so this rules out what pads it too.
-        seen = torch.arange(group.keys.longest, device=like.device) < visible
+        # What can be seen is within the sequence, so this excludes its padding too.
+        visible = group.visible_cQ.to(device)[:, None, :, None]
+        seen = torch.arange(keys.longest, device=device) < visible
     if causal:
-        # Whatever lies behind a sequence's end, causality keeps out of its tokens' sight.
-        seen = torch.ones(
-            group.queries.longest, group.keys.longest, dtype=torch.bool, device=like.device
-        ).tril()
+        # Padding is after a sequence's end, so causality excludes it too.
+        ones = torch.ones(queries.longest, keys.longest, dtype=torch.bool, device=device)
+        seen = ones.tril()
     return None if seen is None else like.new_zeros(seen.shape).masked_fill_(~seen, -math.inf)

@@ -19,19 +19,21 @@ from genrec_dist.model.packed_attention import attend
 
 
 class LayerRunner:
-    """How the layers of a packed micro-batch are run: as they are written, compiled, kept in
-    part."""
+    """Runs the layers of packed micro-batches: as they are written or compiled, with all that
+    backward reads kept or computed again.
+
+    Args:
+        compiled: one graph for all sizes of micro-batches; attention over ragged sequences breaks
+            it in two.
+        recompute: keep each layer's input alone (activation checkpointing).
+    """
 
     def __init__(self, compiled: bool = False, recompute: bool = False):
         self.recompute = recompute
-        # Some sizes of micro-batches occur: one graph for all of them. Attention over ragged
-        # sequences breaks it in two.
-        self.encoder_layer = (
-            torch.compile(encoder_layer, dynamic=True) if compiled else encoder_layer
-        )
-        self.decoder_layer = (
-            torch.compile(decoder_layer, dynamic=True) if compiled else decoder_layer
-        )
+        self.encoder_layer, self.decoder_layer = encoder_layer, decoder_layer
+        if compiled:
+            self.encoder_layer = torch.compile(encoder_layer, dynamic=True)
+            self.decoder_layer = torch.compile(decoder_layer, dynamic=True)
 
     def encode(self, layer: BartEncoderLayer, hidden_nD: Tensor, packing: Packing) -> Tensor:
         return self._run(layer, self.encoder_layer, hidden_nD, packing)
@@ -49,7 +51,7 @@ class LayerRunner:
 
 
 def encoder_layer(layer: BartEncoderLayer, hidden_nD: Tensor, packing: Packing) -> Tensor:
-    """A layer of the encoder, float [n, D]."""
+    """The states after a layer of the encoder, float [n, D]."""
     low_nD = lowered(hidden_nD)
     mixed_nD = _attention(layer.self_attn, low_nD, low_nD, packing.within_encoder)
     hidden_nD = layer.self_attn_layer_norm(
@@ -61,7 +63,8 @@ def encoder_layer(layer: BartEncoderLayer, hidden_nD: Tensor, packing: Packing) 
 def decoder_layer(
     layer: BartDecoderLayer, hidden_mD: Tensor, memory_nD: Tensor, packing: Packing
 ) -> Tensor:
-    """A layer of the decoder, float [m, D]. `memory_nD`: the encoder's states, `lowered`."""
+    """The states after a layer of the decoder, float [m, D]. `memory_nD`: of the encoder,
+    `lowered`."""
     low_mD = lowered(hidden_mD)
     mixed_mD = _attention(layer.self_attn, low_mD, low_mD, packing.within_decoder)
     hidden_mD = layer.self_attn_layer_norm(
@@ -74,26 +77,25 @@ def decoder_layer(
     return _feed_forward(layer, hidden_mD)
 
 
+def product_dtype(values: Tensor) -> torch.dtype:
+    """The type of matrix products of these values: autocast's where it is on, else their own."""
+    device = values.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
+
+
 def lowered(hidden: Tensor) -> Tensor:
-    """In the type of autocast's products. Left to itself, autocast converts what three projections
-    read three times."""
-    device = hidden.device.type
-    return (
-        hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
-    )
+    """In the type of matrix products. Autocast by itself would convert the input of three
+    projections three times."""
+    return hidden.to(product_dtype(hidden))
 
 
 def _attention(
     attention: BartAttention, low_nD: Tensor, low_kD: Tensor, attended: Attended
 ) -> Tensor:
-    query, key, value = (
-        project(low).unflatten(-1, (attention.num_heads, attention.head_dim))
-        for project, low in (
-            (attention.q_proj, low_nD),
-            (attention.k_proj, low_kD),
-            (attention.v_proj, low_kD),
-        )
-    )
+    heads = (attention.num_heads, attention.head_dim)
+    query = attention.q_proj(low_nD).unflatten(-1, heads)
+    key = attention.k_proj(low_kD).unflatten(-1, heads)
+    value = attention.v_proj(low_kD).unflatten(-1, heads)
     dropout = attention.dropout if attention.training else 0.0
     mixed_nHd = attend(query, key, value, attended, attention.scaling, dropout)
     projected: Tensor = attention.out_proj(mixed_nHd.flatten(1))
@@ -101,9 +103,8 @@ def _attention(
 
 
 def _feed_forward(layer: BartEncoderLayer | BartDecoderLayer, hidden_nD: Tensor) -> Tensor:
-    inner = drop(
-        layer.activation_fn(layer.fc1(lowered(hidden_nD))), layer.activation_dropout, layer.training
-    )
+    inner = layer.activation_fn(layer.fc1(lowered(hidden_nD)))
+    inner = drop(inner, layer.activation_dropout, layer.training)
     total_nD = add_dropped(hidden_nD, layer.fc2(inner), layer.dropout, layer.training)
     normed: Tensor = layer.final_layer_norm(total_nD)
     return normed

@@ -381,15 +381,6 @@ class Spread:
 
 def _loss(prepared: Any, batch: Batch, label_smoothing: float, tokens_a_target: float) -> Tensor:
     summed: Tensor = prepared(
-        **vars(batch.encoder),
-        encoder_row=batch.encoder_row,
-        decoder_input_ids=batch.decoder_input_ids,
-        labels=batch.labels,
-        label_smoothing=label_smoothing,
-        plan=batch.plan,
-        packing=batch.packing,
-        visible=batch.visible,
-        asked=batch.asked,
-        tokens_a_target=tokens_a_target,
+        inputs=batch, label_smoothing=label_smoothing, tokens_per_target=tokens_a_target
     )
     return summed

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import RankStep
-from genrec_dist.data.collate import make_step
+from genrec_dist.data.collate import BatchOptions, make_step
 from genrec_dist.data.encoder_input import Layout
 from genrec_dist.model.genrec import POSITION_OFFSET, GenRecConfig
 from genrec_dist.training.id_tables import plan_ids
@@ -105,13 +105,16 @@ class StepBatches(TorchDataset[RankStep]):
             samples,
             self.reader,
             self.layout,
-            mask=here.stage.mask if here.stage.targets == "mask" else None,
-            seed=self.recipe.seed,
-            epoch=epoch,
-            micro_batch_tokens=self.recipe.micro_batch_tokens,
-            packed=self.packed,
-            all_prefixes=here.stage.targets == "all-prefixes",
-            ask_items=self.recipe.model.item_loss > 0 or self.recipe.model.decoder_start == "state",
+            BatchOptions(
+                micro_batch_tokens=self.recipe.micro_batch_tokens,
+                seed=self.recipe.seed,
+                mask=here.stage.mask if here.stage.targets == "mask" else None,
+                packed=self.packed,
+                item_targets=self.recipe.model.item_loss > 0
+                or self.recipe.model.decoder_start == "state",
+                all_prefixes=here.stage.targets == "all-prefixes",
+            ),
+            epoch=here.first_epoch + epoch,
         )
         if self.ids_outside is not None:
             share = plan_ids(share, self.ids_outside)

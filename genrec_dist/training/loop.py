@@ -21,7 +21,7 @@ from genrec_shards.keyed_random import mixed_key
 from torch.utils.data import DataLoader
 
 from genrec_dist.config.recipe import Stage
-from genrec_dist.data.batch import Batch, RankStep, idle_batch
+from genrec_dist.data.batch import Batch, RankStep, dummy_batch
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.distributed.collectives import Ranks
@@ -310,7 +310,7 @@ class Loop:
         missing = 0
         if self.engine.needs_equal_micro_steps:
             missing = totals.micro_steps - len(share.micro_batches)
-        return [idle_batch(share.micro_batches[-1])] * missing + share.micro_batches
+        return [dummy_batch(share.micro_batches[-1])] * missing + share.micro_batches
 
     def step_totals(self, share: RankStep) -> StepTotals:
         """The totals of a step, before it is taken: all ranks divide by the same tokens and stop at

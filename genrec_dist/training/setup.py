@@ -24,10 +24,10 @@ from genrec_dist.data.tokenizer import grow_tokenizer, load_tokenizer, train_tok
 from genrec_dist.data.word_table import WordTable, build_words, mask_tokens, trim
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.inference.load import make_layout
-from genrec_dist.model.build import begin_items_with, build_model
+from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.model.head_loss import target_loss
-from genrec_dist.model.item_init import MOST_FACTORS
+from genrec_dist.model.item_init import MOST_FACTORS, init_item_rows
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.stages import StageSteps, plan_stages
@@ -103,18 +103,20 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGene
     else:
         model = build_model(
             recipe.model,
-            vocab_size=vocab_size,
-            num_users=words.num_users,
-            num_items=words.num_items,
-            num_masks=num_masks,
-            special=special,
-            ids_outside=recipe.optimizer.id_tables != "dense",
-            vocabulary=words.vocabulary,
+            ModelSizes(
+                vocab_size=vocab_size,
+                num_users=words.num_users,
+                num_items=words.num_items,
+                num_masks=num_masks,
+                special=special,
+                ids_outside=recipe.optimizer.id_tables != "dense",
+                vocabulary=words.vocabulary,
+            ),
         )
         if recipe.model.init_items == "cooccurrence":
             num_factors = min(recipe.model.d_model, MOST_FACTORS)
             vectors_NF = neighbour_vectors(dataset.sequences, num_factors, recipe.seed)
-            begin_items_with(model, vectors_NF, words)
+            init_item_rows(model, vectors_NF, words)
     model.config.numbering_hash = codes.numbering_hash()
     model.config.split = dataset.info.split_told
     model.config.certain_tokens = recipe.tokens.forced
@@ -161,14 +163,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     tables.attach(model, share)
     first = share.micro_batches[-1]
     with torch.inference_mode():
-        logits, labels = model.target_logits(
-            first.encoder,
-            first.encoder_row,
-            first.decoder_input_ids,
-            first.labels,
-            first.visible,
-            None if first.asked is None else first.asked.places_R,
-        )
+        logits, labels = model.target_logits(first)
         loss = float(target_loss(logits, labels, first.num_target_tokens))
     return {
         "users": setup.words.num_users,

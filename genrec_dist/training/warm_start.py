@@ -24,7 +24,7 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.word_table import WordTable
 from genrec_dist.decoding.trie import TRIE_FILE
 from genrec_dist.inference.load import LoadedRun, load_model
-from genrec_dist.model.build import like_before
+from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.training.id_tables import Kind
 
@@ -212,16 +212,18 @@ def warm_start_model(
         The model, and what was taken over.
     """
     before = origin.best.model
-    model = like_before(
-        before.config,
+    model = build_model(
         recipe.model,
-        vocab_size=max(vocab_size, before.config.vocab_size if words.vocabulary is None else 0),
-        num_users=words.num_users,
-        num_items=words.num_items,
-        num_masks=words.num_masks,
-        special=special,
-        ids_outside=recipe.optimizer.id_tables != "dense",
-        vocabulary=words.vocabulary,
+        ModelSizes(
+            vocab_size=max(vocab_size, before.config.vocab_size if words.vocabulary is None else 0),
+            num_users=words.num_users,
+            num_items=words.num_items,
+            num_masks=words.num_masks,
+            special=special,
+            ids_outside=recipe.optimizer.id_tables != "dense",
+            vocabulary=words.vocabulary,
+        ),
+        before.config,
     )
     known = len(origin.best.catalogue.item_ids)
     nearness_MN = neighbour_shares(dataset.sequences, known)

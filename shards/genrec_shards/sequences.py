@@ -148,6 +148,14 @@ def flat_ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.repeat(starts - (ends - lengths), lengths) + np.arange(total)
 
 
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """int64[S+1]: the start of each of S consecutive segments of these lengths, and the end of the
+    last."""
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
 def sequences_from_ids(
     user_ids: Sequence[str], lengths: Sequence[int] | np.ndarray, ids: Sequence[str]
 ) -> Sequences:

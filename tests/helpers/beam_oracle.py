@@ -21,7 +21,7 @@ from genrec_dist.data.word_table import WordTable
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.evaluation.score_mixture import Mixture
-from genrec_dist.model.build import build_model
+from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration, IdEmbedding
 
 BOS, PAD, EOS, MASK, FIRST = 0, 1, 2, 4, 5
@@ -84,11 +84,13 @@ def sharp_model(
     tokens = {"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK}
     model = build_model(
         shape,
-        vocab_size=vocabulary,
-        num_users=NUM_USERS,
-        num_items=num_items,
-        num_masks=1,
-        special={name: number_of(token, how) for name, token in tokens.items()},
+        ModelSizes(
+            vocab_size=vocabulary,
+            num_users=NUM_USERS,
+            num_items=num_items,
+            num_masks=1,
+            special={name: number_of(token, how) for name, token in tokens.items()},
+        ),
     )
     model.config.certain_tokens = "given" if how.forced else "learned"
     model.config.spoken_tokens = 1 + ALPHABET if how.trimmed else 0

@@ -21,7 +21,7 @@ from genrec_dist.config.recipe import Model
 from genrec_dist.data.batch import Batch, RankStep
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.model.build import build_model
+from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.training.id_tables import IdTables, plan_ids
 from genrec_dist.training.loader import plan_sums
@@ -486,12 +486,14 @@ def train(
     special = {"bos": 0, "pad": PAD, "eos": 2, "mask": 4}
     model: GenRecForConditionalGeneration = build_model(
         shape,
-        vocab_size=VOCABULARY,
-        num_users=USERS,
-        num_items=ITEMS,
-        num_masks=1,
-        special=special,
-        ids_outside=outside,
+        ModelSizes(
+            vocab_size=VOCABULARY,
+            num_users=USERS,
+            num_items=ITEMS,
+            num_masks=1,
+            special=special,
+            ids_outside=outside,
+        ),
     )
     model.to(DEVICE).train()
     tables = IdTables(model.config, 0, Ranks(), torch.device(DEVICE))

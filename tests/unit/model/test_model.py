@@ -5,8 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -15,9 +15,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import logging
 
 from genrec_dist.config.recipe import Model, Optimizer
-from genrec_dist.data.batch import IGNORED
+from genrec_dist.data.batch import IGNORED, ModelInputs
 from genrec_dist.data.encoder_input import EncoderInput
-from genrec_dist.model.build import build_model
+from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import (
     GenRecConfig,
     GenRecForConditionalGeneration,
@@ -32,55 +32,39 @@ logging.set_verbosity_error()
 
 SPECIAL = {"bos": 0, "pad": 1, "eos": 2, "mask": 4}
 VOCAB, USERS, ITEMS = 40, 6, 9
-TINY = {
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "heads": 2,
-    "ffn": 32,
-    "max_tokens": 32,
-    "init_std": 0.3,
-}
-BART_TINY = {
-    "vocab_size": VOCAB,
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-    "max_position_embeddings": 32,
-    "init_std": 0.3,
-}
-BASE = {
-    "d_model": 768,
-    "encoder_layers": 6,
-    "decoder_layers": 6,
-    "heads": 12,
-    "ffn": 3072,
-    "max_tokens": 1024,
-}
-LARGE = {
-    "d_model": 1024,
-    "encoder_layers": 12,
-    "decoder_layers": 12,
-    "heads": 16,
-    "ffn": 4096,
-    "max_tokens": 1024,
-}
+WITH_IDS = ("input_ids", "attention_mask", "position_ids", "user_rows", "item_rows")
+
+
+def shape_of(d_model, layers, heads, ffn, max_tokens, **more):
+    towers = {"encoder_layers": layers, "decoder_layers": layers}
+    own = {"d_model": d_model, "heads": heads, "ffn": ffn, "max_tokens": max_tokens}
+    return {**own, **towers, **more}
+
+
+TINY = shape_of(16, 2, 2, 32, 32, init_std=0.3)
+BASE = shape_of(768, 6, 12, 3072, 1024)
+LARGE = shape_of(1024, 12, 16, 4096, 1024)
+
+
+def bart_config(shape=TINY, vocab_size=VOCAB, **more) -> BartConfig:
+    values = {"vocab_size": vocab_size, "max_position_embeddings": shape["max_tokens"], **more}
+    for tower in ("encoder", "decoder"):
+        values[f"{tower}_layers"] = shape[f"{tower}_layers"]
+        values[f"{tower}_attention_heads"] = shape["heads"]
+        values[f"{tower}_ffn_dim"] = shape["ffn"]
+    return BartConfig(d_model=shape["d_model"], init_std=shape.get("init_std", 0.02), **values)
 
 
 def make(seed=0, vocab_size=VOCAB, num_users=USERS, num_items=ITEMS, num_masks=1, **shape):
     torch.manual_seed(seed)
-    return build_model(
-        Model(**{**TINY, **shape}),
+    sizes = ModelSizes(
         vocab_size=vocab_size,
         num_users=num_users,
         num_items=num_items,
         num_masks=num_masks,
         special=SPECIAL,
-    ).eval()
+    )
+    return build_model(Model(**{**TINY, **shape}), sizes).eval()
 
 
 def make_input(seed=0, lengths=(9, 4, 12), ids=True) -> EncoderInput:
@@ -96,57 +80,63 @@ def make_input(seed=0, lengths=(9, 4, 12), ids=True) -> EncoderInput:
     return EncoderInput(tokens, mask, positions, users * ids, items * ids)
 
 
-def make_targets(seed=0, lengths=(3, 1, 4)) -> tuple[torch.Tensor, torch.Tensor]:
-    """(decoder inputs, labels) [R, T]."""
+def make_inputs(
+    encoder=None, seed=0, lengths=(3, 1, 4), rows=None, ids=True, sizes=(9, 4, 12)
+) -> ModelInputs:
+    """Inputs of an encoder input, with one decoder row per sample or the samples of `rows`."""
     generator = torch.Generator().manual_seed(seed)
     seen = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     labels = torch.where(seen, torch.randint(5, VOCAB, seen.shape, generator=generator), IGNORED)
     inputs = torch.full_like(labels, SPECIAL["pad"])
     inputs[:, 0] = SPECIAL["mask"]
     inputs[:, 1:] = torch.where(labels[:, :-1] == IGNORED, SPECIAL["pad"], labels[:, :-1])
-    return inputs, labels
+    return ModelInputs(
+        encoder=make_input(seed, sizes, ids) if encoder is None else encoder,
+        encoder_row=torch.arange(len(lengths)) if rows is None else torch.tensor(rows),
+        decoder_input_ids=inputs,
+        labels=labels,
+    )
+
+
+def logits_of(model, inputs: ModelInputs) -> torch.Tensor:
+    return model.target_logits(inputs)[0]
 
 
 def num_parameters(model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-# --- Size
-# ------------------------------------------------------------------------------------------------------------
+def barts_logits(bart, inputs: ModelInputs) -> torch.Tensor:
+    """By Hugging Face's model, of the label tokens."""
+    encoder = inputs.encoder
+    output = bart(
+        input_ids=encoder.input_ids,
+        attention_mask=encoder.attention_mask.long(),
+        decoder_input_ids=inputs.decoder_input_ids,
+    )
+    return output.logits[inputs.labels != IGNORED]
+
+
+# Size.
 
 
 @pytest.mark.parametrize(
     ("num_users", "num_items", "extra_masks"), [(22363, 12101, 0), (35598, 18357, 3)]
 )
 def test_the_base_shape_has_barts_parameters_and_the_id_rows(num_users, num_items, extra_masks):
+    sizes = {"vocab_size": 50265 + extra_masks, "num_masks": 1 + extra_masks}
     with torch.device("meta"):
-        model = make(
-            vocab_size=50265 + extra_masks,
-            num_users=num_users,
-            num_items=num_items,
-            num_masks=1 + extra_masks,
-            **BASE,
-        )
-    # BART-base, the ids, one zero row a table, the numbered masks.
-    assert (
-        num_parameters(model)
-        == 139_420_416 + (num_users + num_items) * 768 + 2 * 768 + extra_masks * 768
-    )
+        model = make(num_users=num_users, num_items=num_items, **sizes, **BASE)
+    # BART-base, the ids, one zero row per table, the numbered masks.
+    rows = num_users + num_items + 2 + extra_masks
+    assert num_parameters(model) == 139_420_416 + rows * 768
     assert tuple(model.user_embedding.weight.shape) == (num_users + 1, 768)
     assert tuple(model.item_embedding.weight.shape) == (num_items + 1, 768)
 
 
 @pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
 def test_a_shape_without_ids_has_exactly_hugging_faces_parameters(shape):
-    config = BartConfig(
-        d_model=shape["d_model"],
-        encoder_layers=shape["encoder_layers"],
-        decoder_layers=shape["decoder_layers"],
-        encoder_attention_heads=shape["heads"],
-        decoder_attention_heads=shape["heads"],
-        encoder_ffn_dim=shape["ffn"],
-        decoder_ffn_dim=shape["ffn"],
-    )
+    config = bart_config(shape, 50265)
     with torch.device("meta"):
         ours, theirs = make(vocab_size=50265, **shape), BartForConditionalGeneration(config)
     ids = (USERS + 1 + ITEMS + 1) * shape["d_model"]
@@ -156,55 +146,36 @@ def test_a_shape_without_ids_has_exactly_hugging_faces_parameters(shape):
 
 
 @pytest.mark.parametrize(("user_ids", "item_ids"), [(True, False), (False, True), (False, False)])
-def test_an_id_table_that_is_off_is_not_there(user_ids, item_ids):
-    model = make(user_ids=user_ids, item_ids=item_ids)
-    assert (model.user_embedding is not None, model.item_embedding is not None) == (
-        user_ids,
-        item_ids,
-    )
-    whole = make()
-    encoder = make_input()
-    left_out = torch.zeros_like(encoder.user_rows)
-    blind = EncoderInput(
-        encoder.input_ids,
-        encoder.attention_mask,
-        encoder.position_ids,
-        encoder.user_rows if user_ids else left_out,
-        encoder.item_rows if item_ids else left_out,
+def test_an_id_table_that_is_off_does_not_exist(user_ids, item_ids):
+    model, whole, encoder = make(user_ids=user_ids, item_ids=item_ids), make(), make_input()
+    assert (model.user_embedding is not None) == user_ids
+    assert (model.item_embedding is not None) == item_ids
+    blind = replace(
+        encoder, user_rows=encoder.user_rows * user_ids, item_rows=encoder.item_rows * item_ids
     )
     model.load_state_dict({k: v for k, v in whole.state_dict().items() if k in model.state_dict()})
     assert torch.equal(model.embed(encoder), whole.embed(blind))
 
 
-# --- Equation (2)
-# ----------------------------------------------------------------------------------------------------
+# Equation (2).
 
 
 @pytest.mark.parametrize("scale_embedding", [False, True])
-def test_the_encoder_sees_token_position_user_and_item(scale_embedding):
+def test_embed_is_the_sum_of_token_position_user_and_item(scale_embedding):
     model, encoder = make(scale_embedding=scale_embedding), make_input()
     weights = model.state_dict()
     scale = 4.0 if scale_embedding else 1.0  # sqrt(16)
-    embedded = model.embed(encoder)
-    for row, column in np.ndindex(*encoder.input_ids.shape):
-        expected = (
-            weights["model.shared.weight"][encoder.input_ids[row, column]] * scale
-            + weights["model.encoder.embed_positions.weight"][encoder.position_ids[row, column] + 2]
-            + weights["user_embedding.weight"][encoder.user_rows[row, column]]
-            + weights["item_embedding.weight"][encoder.item_rows[row, column]]
-        )
-        torch.testing.assert_close(embedded[row, column], expected)
-
-
-def test_users_and_items_of_one_number_have_rows_of_their_own():
-    model, encoder = make(), make_input(ids=False)
+    expected = (
+        weights["model.shared.weight"][encoder.input_ids] * scale
+        + weights["model.encoder.embed_positions.weight"][encoder.position_ids + 2]
+        + weights["user_embedding.weight"][encoder.user_rows]
+        + weights["item_embedding.weight"][encoder.item_rows]
+    )
+    torch.testing.assert_close(model.embed(encoder), expected)
+    # Users and items of one number have rows of their own.
     rows = encoder.attention_mask.long() * 3
-    as_user = EncoderInput(
-        encoder.input_ids, encoder.attention_mask, encoder.position_ids, rows, rows * 0
-    )
-    as_item = EncoderInput(
-        encoder.input_ids, encoder.attention_mask, encoder.position_ids, rows * 0, rows
-    )
+    as_user = replace(encoder, user_rows=rows, item_rows=rows * 0)
+    as_item = replace(encoder, user_rows=rows * 0, item_rows=rows)
     assert not torch.allclose(model.embed(as_user), model.embed(as_item))
     assert model.user_embedding.weight.data_ptr() != model.item_embedding.weight.data_ptr()
 
@@ -221,8 +192,7 @@ def test_id_dropout_is_off_in_evaluation_and_on_in_training():
     assert not torch.equal(moved, still)
 
 
-# --- Against Hugging Face's BART
-# ---------------------------------------------------------------------------------------
+# Against Hugging Face's BART.
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -230,38 +200,27 @@ def test_id_dropout_is_off_in_evaluation_and_on_in_training():
 def test_without_ids_the_logits_are_barts(attention, scale_embedding):
     ours = make(scale_embedding=scale_embedding).double()
     ours.set_attn_implementation(attention)
-    theirs = (
-        BartForConditionalGeneration(BartConfig(**BART_TINY, scale_embedding=scale_embedding))
-        .double()
-        .eval()
-    )
+    theirs = BartForConditionalGeneration(bart_config(scale_embedding=scale_embedding))
+    theirs = theirs.double().eval()
     missing = theirs.load_state_dict(ours.state_dict(), strict=False)
     assert not missing.missing_keys
     assert set(missing.unexpected_keys) == {"user_embedding.weight", "item_embedding.weight"}
     with torch.no_grad():
         ours.user_embedding.weight.zero_()
         ours.item_embedding.weight.zero_()
-    encoder, (decoder_inputs, labels) = make_input(), make_targets()
-    expected = theirs(
-        input_ids=encoder.input_ids,
-        attention_mask=encoder.attention_mask.long(),
-        decoder_input_ids=decoder_inputs,
-    ).logits[labels != IGNORED]
-    logits, kept = ours.target_logits(encoder, torch.arange(3), decoder_inputs, labels)
+    inputs = make_inputs()
+    expected = barts_logits(theirs, inputs)
+    logits, kept = ours.target_logits(inputs)
     torch.testing.assert_close(logits, expected, atol=1e-10, rtol=0)
-    assert torch.equal(kept, labels[labels != IGNORED])
-    through_forward = ours(
-        encoder.input_ids, encoder.attention_mask, decoder_input_ids=decoder_inputs, labels=labels
-    )
-    summed = target_loss(expected, kept, 1)
-    torch.testing.assert_close(through_forward, summed)
-    with torch.no_grad():
-        ours.user_embedding.weight[1:, :8] = (
-            1.0  # not all columns: the layer norm takes a constant away
-        )
-    assert not torch.allclose(
-        ours.target_logits(encoder, torch.arange(3), decoder_inputs, labels)[0], expected
-    )
+    assert torch.equal(kept, inputs.labels[inputs.labels != IGNORED])
+    encoder = inputs.encoder
+    names = {"decoder_input_ids": inputs.decoder_input_ids, "labels": inputs.labels}
+    by_names = ours(encoder.input_ids, encoder.attention_mask, **names)
+    torch.testing.assert_close(by_names, target_loss(expected, kept, 1))
+    torch.testing.assert_close(ours(inputs=inputs), by_names)
+    with torch.no_grad():  # not all columns: the layer norm takes a constant away
+        ours.user_embedding.weight[1:, :8] = 1.0
+    assert not torch.allclose(logits_of(ours, inputs), expected)
 
 
 def test_eager_and_fused_attention_agree_in_value_and_gradient():
@@ -269,172 +228,143 @@ def test_eager_and_fused_attention_agree_in_value_and_gradient():
     for attention in ("eager", "sdpa"):
         model = make().double()
         model.set_attn_implementation(attention)
-        logits, labels = model.target_logits(make_input(), torch.arange(3), *make_targets())
+        logits, labels = model.target_logits(make_inputs())
         F.cross_entropy(logits, labels).backward()
-        found.append(
-            (
-                logits.detach(),
-                torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]),
-            )
-        )
+        gradients = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        found.append((logits.detach(), torch.cat(gradients)))
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-10, rtol=0)
     torch.testing.assert_close(found[0][1], found[1][1], atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_the_attention_that_is_chosen_gives_the_logits_of_fp32_up_to_rounding(precision):
+def test_choose_attention_gives_the_logits_of_fp32_up_to_rounding(precision):
     model = make(init_std=0.1)
-    expected, _ = model.target_logits(make_input(), torch.arange(3), *make_targets())
+    expected = logits_of(model, make_inputs())
     choose_attention(model, precision)
     assert model.config._attn_implementation == ("eager" if precision == "bf16" else "sdpa")
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        logits, _ = model.target_logits(make_input(), torch.arange(3), *make_targets())
+        logits = logits_of(model, make_inputs())
     tolerance = 0.05 if precision == "bf16" else 1e-5
     torch.testing.assert_close(logits.float(), expected, atol=tolerance, rtol=0)
 
 
-def test_the_attention_bias_has_the_precision_of_the_scores():
-    seen = torch.tensor([True, False])
-    assert attention_bias(seen, torch.zeros(1, dtype=torch.float64)).tolist() == [
-        0.0,
-        float("-inf"),
-    ]
-    assert attention_bias(seen, torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+def test_attention_bias_has_the_precision_of_the_scores():
+    bias = attention_bias(torch.tensor([True, False]), torch.zeros(1, dtype=torch.float64))
+    assert bias.tolist() == [0.0, float("-inf")]
+    assert bias.dtype == torch.float64
     with torch.autocast("cpu", torch.bfloat16):
-        assert attention_bias(seen, torch.zeros(1)).dtype == torch.bfloat16
+        assert attention_bias(torch.tensor([True]), torch.zeros(1)).dtype == torch.bfloat16
 
 
-# --- Padding, several decoder rows
-# -----------------------------------------------------------------------------------
+# Padding, several decoder rows.
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_rows_of_a_ragged_batch_are_what_they_are_alone(attention):
     model = make().double()
     model.set_attn_implementation(attention)
-    lengths, target_lengths = (9, 4, 12), (3, 1, 4)
-    encoder, (inputs, labels) = make_input(lengths=lengths), make_targets(lengths=target_lengths)
-    together, _ = model.target_logits(encoder, torch.arange(3), inputs, labels)
-    alone = []
-    for row, (length, target_length) in enumerate(zip(lengths, target_lengths, strict=True)):
-        part = encoder.map(lambda values, row=row, length=length: values[row : row + 1, :length])
-        window = (slice(row, row + 1), slice(target_length))
-        logits, _ = model.target_logits(part, torch.arange(1), inputs[window], labels[window])
-        alone.append(logits)
-    torch.testing.assert_close(together, torch.cat(alone), atol=1e-10, rtol=0)
+    inputs, alone = make_inputs(), []
+    for row, (length, width) in enumerate(zip((9, 4, 12), (3, 1, 4), strict=True)):
+        part = inputs.encoder.map(lambda values, row=row, n=length: values[row : row + 1, :n])
+        window = (slice(row, row + 1), slice(width))
+        decoder = {
+            "encoder_row": torch.arange(1),
+            "decoder_input_ids": inputs.decoder_input_ids[window],
+            "labels": inputs.labels[window],
+        }
+        alone.append(logits_of(model, ModelInputs(encoder=part, **decoder)))
+    torch.testing.assert_close(logits_of(model, inputs), torch.cat(alone), atol=1e-10, rtol=0)
 
 
-def test_decoder_rows_that_share_a_sentence_read_it_as_if_it_were_repeated():
-    model = make().double()
-    rows = torch.tensor([0, 0, 1, 2, 2])
-    encoder, (inputs, labels) = make_input(), make_targets(lengths=(3, 1, 4, 2, 4))
-    shared, _ = model.target_logits(encoder, rows, inputs, labels)
-    expected, _ = model.target_logits(
-        encoder.map(lambda values: values[rows]), torch.arange(5), inputs, labels
-    )
-    torch.testing.assert_close(shared, expected, atol=1e-10, rtol=0)
+def test_decoder_rows_that_share_a_sequence_read_it_as_if_it_were_repeated():
+    model, rows = make().double(), [0, 0, 1, 2, 2]
+    shared = make_inputs(lengths=(3, 1, 4, 2, 4), rows=rows)
+    repeated = shared.encoder.map(lambda values: values[rows])
+    expected = logits_of(model, replace(shared, encoder=repeated, encoder_row=torch.arange(5)))
+    torch.testing.assert_close(logits_of(model, shared), expected, atol=1e-10, rtol=0)
 
 
-def test_no_target_sees_what_comes_behind_it():
-    model = make().double()
-    encoder, (inputs, labels) = make_input(lengths=(9,)), make_targets(lengths=(4,))
-    before, _ = model.target_logits(encoder, torch.arange(1), inputs, labels)
-    changed = inputs.clone()
-    changed[0, 3] = 7 if inputs[0, 3] != 7 else 8
-    after, _ = model.target_logits(encoder, torch.arange(1), changed, labels)
+def test_no_target_sees_a_later_one():
+    model, inputs = make().double(), make_inputs(sizes=(9,), lengths=(4,))
+    changed = inputs.decoder_input_ids.clone()
+    changed[0, 3] = 7 if changed[0, 3] != 7 else 8
+    before = logits_of(model, inputs)
+    after = logits_of(model, replace(inputs, decoder_input_ids=changed))
     assert torch.equal(before[:3], after[:3])
     assert not torch.equal(before[3], after[3])
 
 
-# --- Hugging Face's forward and generate
-# -----------------------------------------------------------------------------
+# Hugging Face's forward and generate.
 
 
 @pytest.mark.parametrize("positions", ["from-start", "from-end"])
-def test_forward_without_labels_gives_the_same_logits_and_fills_in_what_is_left_out(positions):
-    model = make(positions=positions).double()
-    encoder, (inputs, labels) = make_input(), make_targets()
+def test_forward_without_labels_has_the_same_logits_and_fills_in_what_is_left_out(positions):
+    model, inputs = make(positions=positions).double(), make_inputs()
+    encoder = inputs.encoder
     if positions == "from-end":
         backward = encoder.attention_mask.sum(1, keepdim=True) - 1 - torch.arange(12)
-        encoder = EncoderInput(
-            encoder.input_ids,
-            encoder.attention_mask,
-            backward.clamp(min=0),
-            encoder.user_rows,
-            encoder.item_rows,
-        )
-    expected, _ = model.target_logits(encoder, torch.arange(3), inputs, labels)
+        encoder = replace(encoder, position_ids=backward.clamp(min=0))
+    expected = logits_of(model, replace(inputs, encoder=encoder))
     ids = {"user_rows": encoder.user_rows, "item_rows": encoder.item_rows}
     for given in (
         {"attention_mask": encoder.attention_mask, "position_ids": encoder.position_ids, **ids},
         {"attention_mask": encoder.attention_mask.long(), **ids},
         ids,
     ):
-        logits = model(encoder.input_ids, decoder_input_ids=inputs, **given).logits
-        torch.testing.assert_close(logits[labels != IGNORED], expected, atol=1e-10, rtol=0)
-
-
-def greedy(model, encoder: EncoderInput, steps: int) -> torch.Tensor:
-    tokens = torch.full((len(encoder.input_ids), 1), SPECIAL["mask"])
-    for _ in range(steps):
-        logits = model.lm_head(model.decode(tokens, model.encode(encoder), encoder.attention_mask))[
-            :, -1
-        ]
-        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
-    return tokens
+        output = model(encoder.input_ids, decoder_input_ids=inputs.decoder_input_ids, **given)
+        found = output.logits[inputs.labels != IGNORED]
+        torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
 
 
 def test_generate_works_from_our_encoder_states_and_from_plain_inputs():
     model, encoder = make().double(), make_input()
-    states = BaseModelOutput(last_hidden_state=model.encode(encoder))
-    knobs = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False}
-    from_states = model.generate(
-        encoder_outputs=states, attention_mask=encoder.attention_mask, **knobs
-    )
-    names = ("input_ids", "attention_mask", "position_ids", "user_rows", "item_rows")
-    from_inputs = model.generate(**{name: getattr(encoder, name) for name in names}, **knobs)
+    memory = model.encode(encoder)
+    states, mask = BaseModelOutput(last_hidden_state=memory), encoder.attention_mask
+    options = {"num_beams": 3, "max_new_tokens": 4, "do_sample": False}
+    from_states = model.generate(encoder_outputs=states, attention_mask=mask, **options)
+    given = {name: getattr(encoder, name) for name in WITH_IDS}
+    from_inputs = model.generate(**given, **options)
     assert torch.equal(from_states, from_inputs)
     assert (from_states[:, 0] == SPECIAL["mask"]).all()
     assert from_states.shape[0] == 3
-    blind = model.generate(encoder.input_ids, encoder.attention_mask, **knobs)
+    blind = model.generate(encoder.input_ids, encoder.attention_mask, **options)
     assert not torch.equal(blind, from_inputs)
+    # One beam is greedy decoding.
     model.config.eos_token_id = model.generation_config.eos_token_id = None
-    alone = model.generate(
-        **{name: getattr(encoder, name) for name in names},
-        max_new_tokens=4,
-        do_sample=False,
-        num_beams=1,
-    )
-    assert torch.equal(alone, greedy(model, encoder, 4))
+    tokens = torch.full((3, 1), SPECIAL["mask"])
+    for _ in range(4):
+        logits = model.lm_head(model.decode(tokens, memory, mask))[:, -1]
+        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], 1)
+    assert torch.equal(model.generate(**given, **{**options, "num_beams": 1}), tokens)
 
 
-# --- Ranges
-# ----------------------------------------------------------------------------------------------------------
+# Ranges.
 
 
-@pytest.mark.parametrize(
-    ("field", "name", "limit"),
-    [
-        ("input_ids", "token", VOCAB),
-        ("position_ids", "position", 32),
-        ("user_rows", "user", 7),
-        ("item_rows", "item", 10),
-    ],
-)
+TABLES = [
+    ("input_ids", "token", VOCAB),
+    ("position_ids", "position", 32),
+    ("user_rows", "user", 7),
+    ("item_rows", "item", 10),
+]
+
+
+@pytest.mark.parametrize(("field", "name", "limit"), TABLES)
 @pytest.mark.parametrize("side", ["above", "below"])
 def test_an_id_outside_its_table_is_named_before_any_lookup(field, name, limit, side):
-    model, encoder = make(), make_input()
-    check_ranges(encoder, model.config)
-    values = getattr(encoder, field).clone()
+    model, inputs = make(), make_inputs()
+    check_ranges(inputs.encoder, model.config)
+    values = getattr(inputs.encoder, field).clone()
     values[1, 2] = limit if side == "above" else -1
-    given = {n: getattr(encoder, n) for n in EncoderInput.__dataclass_fields__} | {field: values}
-    with pytest.raises(
-        ValueError, match=f"^{name} id {values[1, 2]} is outside its table of {limit} rows"
-    ) as caught:
-        model(**given, decoder_input_ids=make_targets()[0], labels=make_targets()[1])
+    encoder = replace(inputs.encoder, **{field: values})
+    message = f"^{name} id {values[1, 2]} is outside its table of {limit} rows"
+    with pytest.raises(ValueError, match=message) as caught:
+        model(inputs=replace(inputs, encoder=encoder))
     assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=message):
+        model(**vars(encoder), decoder_input_ids=inputs.decoder_input_ids)
     values[1, 2] = limit - 1
-    check_ranges(EncoderInput(**given), model.config)
+    check_ranges(encoder, model.config)
 
 
 def test_too_long_an_input_names_what_to_lower():
@@ -445,10 +375,6 @@ def test_too_long_an_input_names_what_to_lower():
         make()(decoder_input_ids=tokens[:, :1])
 
 
-# --- Row 0
-# -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("decay", ["all", "matrices"])
 def test_row_0_of_both_tables_stays_zero_while_the_others_learn(decay):
     model = make().train()
@@ -457,8 +383,7 @@ def test_row_0_of_both_tables_stays_zero_while_the_others_learn(decay):
         group["lr"] = 0.1
     before = model.item_embedding.weight.detach().clone()
     for step in range(4):
-        logits, labels = model.target_logits(make_input(step), torch.arange(3), *make_targets(step))
-        F.cross_entropy(logits, labels).backward()
+        model(inputs=make_inputs(seed=step)).backward()
         optimizer.step()
         optimizer.zero_grad()
     for table in (model.user_embedding, model.item_embedding):
@@ -467,8 +392,7 @@ def test_row_0_of_both_tables_stays_zero_while_the_others_learn(decay):
     assert not torch.equal(model.item_embedding.weight, before)
 
 
-# --- Saved and loaded
-# ------------------------------------------------------------------------------------------------
+# Saved and loaded.
 
 
 def same_weights(first, second) -> bool:
@@ -479,34 +403,24 @@ def same_weights(first, second) -> bool:
 def test_a_saved_model_loads_back_bit_for_bit(tmp_path):
     model = make(num_masks=3, positions="from-end", embedding_dropout=0.25)
     model.config.numbering_hash, model.config.exclude_history = "abc", False
+    values = json.loads(json.dumps(model.config.to_dict()))
+    assert GenRecConfig.from_dict(values).to_dict() == model.config.to_dict()
     model.save_pretrained(tmp_path)
     again = GenRecForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert same_weights(model, again)
-    inputs, labels = make_targets()
-    logits = [
-        m.target_logits(make_input(), torch.arange(3), inputs, labels)[0] for m in (model, again)
-    ]
-    assert torch.equal(*logits)
-    for name in (
-        "num_users", "num_items", "num_masks", "id_dropout", "encoder_positions", "max_input_tokens",
-        "numbering_hash", "exclude_history", "decoder_start_token_id", "pad_token_id",
-    ):  # fmt: skip
+    assert torch.equal(logits_of(model, make_inputs()), logits_of(again, make_inputs()))
+    stored = json.loads((tmp_path / "config.json").read_text())
+    assert stored["model_type"] == "genrec"
+    names = {*GenRecConfig.__annotations__, "decoder_start_token_id", "pad_token_id"} & {*stored}
+    assert {"num_users", "id_dropout", "numbering_hash", "exclude_history"} < names
+    for name in names - {"model_type"}:
         assert getattr(again.config, name) == getattr(model.config, name), name
     assert again.config.encoder_positions == "from-end"
-    assert (
-        again.lm_head.weight is again.model.shared.weight is again.model.encoder.embed_tokens.weight
-    )
+    shared = again.model.shared.weight
+    assert again.lm_head.weight is shared is again.model.encoder.embed_tokens.weight
 
 
-def test_the_configuration_survives_json():
-    config = make(num_masks=3, positions="from-end").config
-    values = json.loads(json.dumps(config.to_dict()))
-    assert values["model_type"] == "genrec"
-    assert GenRecConfig.from_dict(values).to_dict() == config.to_dict()
-
-
-# --- Backbones
-# -------------------------------------------------------------------------------------------------------
+# Backbones.
 
 
 @pytest.fixture(scope="module", params=["with head", "without head"])
@@ -515,7 +429,7 @@ def backbone(request, tmp_path_factory):
     without."""
     path = tmp_path_factory.mktemp("bart")
     torch.manual_seed(7)
-    bart = BartForConditionalGeneration(BartConfig(**BART_TINY, activation_function="relu"))
+    bart = BartForConditionalGeneration(bart_config(activation_function="relu"))
     (bart if request.param == "with head" else bart.model).save_pretrained(path)
     return path, bart.eval()
 
@@ -531,63 +445,43 @@ def test_bart_weights_load_and_the_id_tables_start_fresh(backbone):
         assert table.weight.shape == (rows, 16)
         assert (table.weight[0] == 0).all()
         assert 0.15 < table.weight[1:].std() < 0.6
-    config = model.config
-    assert (config.dropout, config.activation_function, config.max_input_tokens) == (
-        0.25,
-        "relu",
-        20,
-    )
-    assert (config.decoder_start_token_id, config.forced_eos_token_id) == (4, None)
-    assert model.generation_config.decoder_start_token_id == 4
-    assert model.generation_config.forced_eos_token_id is None
-
-
-def test_a_backbone_with_silent_ids_speaks_as_it_did(backbone):
-    path, bart = backbone
-    model = make(backbone=str(path))
-    encoder, (inputs, labels) = make_input(ids=False), make_targets()
-    expected = bart(
-        input_ids=encoder.input_ids,
-        attention_mask=encoder.attention_mask.long(),
-        decoder_input_ids=inputs,
-    ).logits[labels != IGNORED]
-    logits, _ = model.target_logits(encoder, torch.arange(3), inputs, labels)
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
-
-
-def test_fresh_id_tables_are_a_function_of_the_seed(backbone):
-    path, _ = backbone
+    config, generation = model.config, model.generation_config
+    assert (config.dropout, config.activation_function) == (0.25, "relu")
+    assert config.max_input_tokens == 20
+    for each in (config, generation):
+        assert (each.decoder_start_token_id, each.forced_eos_token_id) == (4, None)
+    # Its id tables are a function of the seed.
     first, again, other = (make(seed=seed, backbone=str(path)) for seed in (3, 3, 4))
     assert same_weights(first, again)
     assert not same_weights(first, other)
+    # Without ids it has BART's logits.
+    inputs = make_inputs(ids=False)
+    expected = barts_logits(bart, inputs)
+    torch.testing.assert_close(logits_of(first, inputs), expected, atol=1e-5, rtol=0)
 
 
-def test_a_larger_vocabulary_adds_rows_behind_the_old_ones(backbone, tmp_path):
+def test_a_larger_vocabulary_adds_rows_after_the_old_ones(backbone, tmp_path):
     path, bart = backbone
     model = make(backbone=str(path), vocab_size=VOCAB + 3)
-    assert model.config.vocab_size == len(model.model.shared.weight) == VOCAB + 3
-    assert torch.equal(model.model.shared.weight[:VOCAB], bart.model.shared.weight)
-    assert (
-        model.lm_head.weight is model.model.shared.weight is model.model.decoder.embed_tokens.weight
-    )
-    assert model.model.encoder.embed_tokens.weight is model.model.shared.weight
+    shared = model.model.shared.weight
+    assert model.config.vocab_size == len(shared) == VOCAB + 3
+    assert torch.equal(shared[:VOCAB], bart.model.shared.weight)
+    for tied in (model.lm_head, model.model.decoder.embed_tokens, model.model.encoder.embed_tokens):
+        assert tied.weight is shared
     model.save_pretrained(tmp_path)
     assert same_weights(model, GenRecForConditionalGeneration.from_pretrained(tmp_path))
 
 
-def test_a_backbone_with_a_bias_on_its_head_speaks_one_language_in_training_and_decoding(tmp_path):
-    bart = BartForConditionalGeneration(BartConfig(**BART_TINY))
+def test_a_backbones_head_bias_is_left_out_of_training_and_decoding(tmp_path):
+    bart = BartForConditionalGeneration(bart_config())
     bart.final_logits_bias.fill_(1.0)
     bart.final_logits_bias[0, 7] = 100.0
     bart.save_pretrained(tmp_path)
-    model = make(backbone=str(tmp_path))
-    encoder, (inputs, labels) = make_input(), make_targets()
-    ours, _ = model.target_logits(encoder, torch.arange(3), inputs, labels)
-    names = ("input_ids", "attention_mask", "position_ids", "user_rows", "item_rows")
-    theirs = model(
-        **{name: getattr(encoder, name) for name in names}, decoder_input_ids=inputs
-    ).logits
-    torch.testing.assert_close(ours, theirs[labels != IGNORED], atol=1e-5, rtol=0)
+    model, inputs = make(backbone=str(tmp_path)), make_inputs()
+    given = {name: getattr(inputs.encoder, name) for name in WITH_IDS}
+    theirs = model(**given, decoder_input_ids=inputs.decoder_input_ids).logits
+    expected = theirs[inputs.labels != IGNORED]
+    torch.testing.assert_close(logits_of(model, inputs), expected, atol=1e-5, rtol=0)
 
 
 def refusal(**shape) -> str:
@@ -599,10 +493,8 @@ def refusal(**shape) -> str:
 
 def test_a_backbone_that_does_not_fit_is_named(backbone, tmp_path):
     path, _ = backbone
-    assert (
-        refusal(backbone=str(path), max_tokens=33)
-        == f"model.max_tokens 33: {path} has 32 positions"
-    )
+    message = f"model.max_tokens 33: {path} has 32 positions"
+    assert refusal(backbone=str(path), max_tokens=33) == message
     T5Config().save_pretrained(tmp_path)
     assert "it is a t5 model, only BART fits" in refusal(backbone=str(tmp_path))
 
@@ -613,7 +505,7 @@ def test_a_backbone_that_does_not_fit_is_named(backbone, tmp_path):
 def test_a_backbone_that_cannot_be_loaded_is_named_with_two_ways_out(tmp_path, what):
     path = tmp_path / "backbone"
     if what != "nothing":
-        BartConfig(**BART_TINY).save_pretrained(path)
+        bart_config().save_pretrained(path)
     if what == "broken weights":
         (path / "model.safetensors").write_bytes(b"xx")
     if what == "broken configuration":
@@ -623,22 +515,27 @@ def test_a_backbone_that_cannot_be_loaded_is_named_with_two_ways_out(tmp_path, w
     assert "give its directory, or set model.backbone to null" in message
 
 
-def test_a_hub_name_without_a_network_is_named_with_two_ways_out(tmp_path):
-    program = (
-        "from genrec_dist.model.build import build_model; from genrec_dist.config.recipe import Model; "
-        "build_model(Model(backbone='facebook/bart-base'), vocab_size=9, num_users=1, num_items=1, num_masks=1, "
-        "special={'bos': 0, 'pad': 1, 'eos': 2, 'mask': 4})"
-    )
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: model.backbone facebook/bart-base: ")
-    assert "give its directory, or set model.backbone to null" in last
+def test_hub_names_without_a_network_are_named_with_two_ways_out(tmp_path):
+    """Of a backbone and of a tokenizer, in a process of its own: offline is decided at import."""
+    program = """
+from genrec_dist.config.recipe import Model
+from genrec_dist.data.tokenizer import load_tokenizer
+from genrec_dist.model.build import ModelSizes, build_model
+
+name, special = "facebook/bart-base", {"bos": 0, "pad": 1, "eos": 2, "mask": 4}
+sizes = ModelSizes(vocab_size=9, num_users=1, num_items=1, num_masks=1, special=special)
+for load in (lambda: build_model(Model(backbone=name), sizes), lambda: load_tokenizer(name)):
+    try:
+        load()
+    except ValueError as error:
+        print(error)
+"""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **offline})
+    assert done.returncode == 0, done.stderr
+    for key, message in zip(
+        ("model.backbone", "tokens.tokenizer"), done.stdout.splitlines()[-2:], strict=True
+    ):
+        assert message.startswith(f"{key} facebook/bart-base: ")
+        assert f"give its directory, or set {key} to null" in message

@@ -74,9 +74,7 @@ def test_rows_from_outside_are_read_and_learned_as_rows_within(recipe: Recipe) -
     for here, there in zip(places.micro_batches, rows.micro_batches, strict=True):
         logits = []
         for which, batch in ((model, here), (inside, there)):
-            found, labels = which.target_logits(
-                batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
-            )
+            found, labels = which.target_logits(batch)
             torch.nn.functional.cross_entropy(found, labels, reduction="sum").backward()
             logits.append(found)
         assert torch.equal(*logits)

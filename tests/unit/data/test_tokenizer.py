@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from genrec_shards.numbering.numbering import number
-from genrec_shards.sequences import Sequences
+from genrec_shards.sequences import Sequences, offsets_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, BartTokenizerFast, PreTrainedTokenizerFast
+from transformers import BartTokenizerFast, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from genrec_dist.data.tokenizer import count_masks, load_tokenizer, train_tokenizer
@@ -36,20 +36,19 @@ logging.set_verbosity_error()
 ITEM_CODES = [str(code) for code in (1, 12, 123, 2, 21, 7, 99, 1000, 12101)]
 USER_CODES = [str(code) for code in (3, 33, 22363)]
 SPECIALS = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+NAMES = {
+    f"{role}_token": f"<{text}>"
+    for role, text in (("bos", "s"), ("pad", "pad"), ("eos", "/s"), ("mask", "mask"))
+}
 CORPUS = ["the items user 12 liked in 2019 were seen again _ _1 item user"] * 3 + [
     str(n) for n in range(60)
 ]
 
 
 def sequences(items: list[list[int]], num_items: int) -> Sequences:
-    offsets = np.concatenate([[0], np.cumsum([len(row) for row in items])]).astype(np.int64)
+    users, ids = ([str(row + 1) for row in range(size)] for size in (len(items), num_items))
     flat = np.concatenate(items).astype(np.int32)
-    return Sequences(
-        flat,
-        offsets,
-        [str(u + 1) for u in range(len(items))],
-        [str(i + 1) for i in range(num_items)],
-    )
+    return Sequences(flat, offsets_of(np.array([len(row) for row in items])), users, ids)
 
 
 def bart_style(directory):
@@ -63,16 +62,9 @@ def bart_style(directory):
         vocab_size=330, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(CORPUS, trainer)
-    backend.post_processor = processors.RobertaProcessing(
-        ("</s>", 2), ("<s>", 0), add_prefix_space=False
-    )
-    names = {
-        "bos_token": "<s>",
-        "pad_token": "<pad>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "mask_token": "<mask>",
-    }
+    ends = (("</s>", 2), ("<s>", 0))
+    backend.post_processor = processors.RobertaProcessing(*ends, add_prefix_space=False)
+    names = {**NAMES, "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(directory)
     return load_tokenizer(directory)
 
@@ -95,6 +87,13 @@ def tokenizer(request, tmp_path_factory):
     return make(tmp_path_factory.mktemp(request.param))
 
 
+def run_python(program: str, **environment: str) -> subprocess.CompletedProcess:
+    """A program in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
 def tokens_of(words: WordTable, word: int) -> list[int]:
     return words.tokens[words.offsets[word] : words.offsets[word + 1]].tolist()
 
@@ -105,14 +104,28 @@ def test_the_table_holds_each_word_as_the_tokenizer_alone_gives_it(tokenizer):
     assert tokens_of(words, BOS_WORD) == [tokenizer.bos_token_id]
     assert tokens_of(words, EOS_WORD) == [tokenizer.eos_token_id]
     assert tokens_of(words, FIRST_MASK_WORD) == [tokenizer.mask_token_id]
-    for row, code in enumerate(ITEM_CODES):
-        word = int(words.item_words(np.array([row]))[0])
-        assert tokens_of(words, word) == tokenizer.encode(f" item_{code}", add_special_tokens=False)
-    for row, code in enumerate(USER_CODES):
-        word = int(words.user_words(np.array([row]))[0])
-        assert tokens_of(words, word) == tokenizer.encode(f" user_{code}", add_special_tokens=False)
+    items, users = (
+        [tokenizer.encode(f" {kind}_{code}", add_special_tokens=False) for code in codes]
+        for kind, codes in (("item", ITEM_CODES), ("user", USER_CODES))
+    )
+    rows = np.arange(len(items)), np.arange(len(users))
+    assert [tokens_of(words, word) for word in words.item_words(rows[0])] == items
+    assert [tokens_of(words, word) for word in words.user_words(rows[1])] == users
     assert len(words.offsets) == 3 + len(ITEM_CODES) + len(USER_CODES) + 1
     assert (words.lengths == np.diff(words.offsets)).all()
+    assert words.longest_item == max(map(len, items))
+    assert words.longest_user == max(map(len, users))
+    assert build_words(tokenizer, ITEM_CODES, []).longest_user == 0
+    # Items of which one is another's prefix have different tokens.
+    tokens, offsets = words.tokens_of_items()
+    assert [tokens[start:end].tolist() for start, end in pairwise(offsets)] == items
+    assert (offsets[0], offsets[-1]) == (0, len(tokens))
+    assert len(set(map(tuple, items))) == len(items)
+    # The leading space is part of the first sub-word.
+    for text in [item_text(code) for code in ITEM_CODES] + [user_text(code) for code in USER_CODES]:
+        first = tokenizer.tokenize(text)[0]
+        assert first.startswith("Ġ")  # a space in the alphabet of byte-level BPE
+        assert len(first) > 1
 
 
 @given(
@@ -132,13 +145,6 @@ def test_a_sentence_is_the_concatenation_of_its_words(tokenizer, rows, user):
     )
 
 
-def test_the_leading_space_lies_inside_the_first_sub_word(tokenizer):
-    for text in [item_text(code) for code in ITEM_CODES] + [user_text(code) for code in USER_CODES]:
-        first = tokenizer.tokenize(text)[0]
-        assert first.startswith("Ġ")  # a space in the alphabet of byte-level BPE
-        assert len(first) > 1
-
-
 @given(
     code=st.text(
         st.characters(codec="utf-8", exclude_categories=["Z", "C"]), min_size=1, max_size=8
@@ -149,30 +155,6 @@ def test_decoding_gives_the_word_back_whatever_its_letters(tokenizer, code):
     for text in (item_text(code), user_text(code)):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-
-
-def test_prefix_items_have_strings_of_their_own(tokenizer):
-    words = build_words(tokenizer, ITEM_CODES, USER_CODES)
-    tokens, offsets = words.tokens_of_items()
-    strings = [tuple(tokens[start:end]) for start, end in pairwise(offsets)]
-    assert offsets[0] == 0
-    assert offsets[-1] == len(tokens)
-    assert strings == [
-        tuple(tokenizer.encode(item_text(code), add_special_tokens=False)) for code in ITEM_CODES
-    ]
-    assert len(set(strings)) == len(ITEM_CODES)
-
-
-def test_the_longest_words_are_found(tokenizer):
-    words = build_words(tokenizer, ITEM_CODES, USER_CODES)
-    encode = tokenizer.encode
-    assert words.longest_item == max(
-        len(encode(item_text(c), add_special_tokens=False)) for c in ITEM_CODES
-    )
-    assert words.longest_user == max(
-        len(encode(user_text(c), add_special_tokens=False)) for c in USER_CODES
-    )
-    assert build_words(tokenizer, ITEM_CODES, []).longest_user == 0
 
 
 def test_a_large_vocabulary_makes_each_item_one_token_and_a_small_one_shares_pieces():
@@ -196,19 +178,16 @@ def test_the_tokenizer_is_byte_identical_when_held_out_interactions_change(numbe
     rng = np.random.default_rng(0)
     # Users 0..3 together hold the whole catalogue in training, so it stays whatever the held-out
     # items are.
-    first = [
-        rng.permutation(40).tolist() + [int(rng.integers(40)) for _ in range(2)] for _ in range(4)
-    ]
-    other = [row[:-2] + [int(rng.integers(40)) for _ in range(2)] for row in first]
+    first = [[*rng.permutation(40).tolist(), *rng.integers(40, size=2).tolist()] for _ in range(4)]
+    other = [[*row[:-2], *rng.integers(40, size=2).tolist()] for row in first]
     assert first != other
     tables = []
     for items in (first, other):
         codes = number(sequences(items, 40), numbering, 5)
         trained = train_tokenizer(codes.item_codes, 300, num_masks=2)
         words = build_words(trained, codes.item_codes, codes.user_codes, 2)
-        tables.append(
-            (trained.backend_tokenizer.to_str(), words.tokens.tobytes(), words.offsets.tobytes())
-        )
+        arrays = words.tokens.tobytes(), words.offsets.tobytes()
+        tables.append((trained.backend_tokenizer.to_str(), *arrays))
     assert tables[0] == tables[1]
 
 
@@ -219,19 +198,11 @@ def test_training_a_tokenizer_gives_the_same_bytes_in_every_process():
         "text = train([str(c) for c in range(1, 200)], 400).backend_tokenizer.to_str(); "
         "print(hashlib.sha256(text.encode()).hexdigest())"
     )
-    environment = {
-        **os.environ,
-        "PYTHONHASHSEED": "7",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
-    )
+    done = run_python(program, PYTHONHASHSEED="7", TOKENIZERS_PARALLELISM="false")
+    assert done.returncode == 0, done.stderr
     ours = [train_tokenizer(codes, 400).backend_tokenizer.to_str() for _ in range(3)]
-    assert {hashlib.sha256(text.encode()).hexdigest() for text in ours} == {
-        done.stdout.strip().splitlines()[-1]
-    }
+    hashes = {hashlib.sha256(text.encode()).hexdigest() for text in ours}
+    assert hashes == {done.stdout.strip().splitlines()[-1]}
 
 
 def test_numbered_masks_are_single_tokens_in_trained_and_loaded_tokenizers(tmp_path):
@@ -304,10 +275,14 @@ def refusal(name) -> str:
     return str(caught.value)
 
 
-def test_what_cannot_be_loaded_is_named_with_two_ways_out(tmp_path):
-    (tmp_path / "broken").mkdir()
+def test_load_tokenizer_names_what_it_cannot_load_and_two_ways_out(tmp_path):
+    for name in ("broken", "empty", "no-vocabulary"):
+        (tmp_path / name).mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "no-vocabulary" / "config.json").write_text(
+        '{"model_type": "bart", "vocab_size": 60}'
+    )
+    assert refusal(tmp_path / "no-vocabulary").startswith(f"tokens.tokenizer {tmp_path}/no-vocab")
     for name in (tmp_path / "none", tmp_path / "broken", tmp_path / "empty"):
         message = refusal(name)
         assert message.startswith(f"tokens.tokenizer {name}: ")
@@ -315,50 +290,18 @@ def test_what_cannot_be_loaded_is_named_with_two_ways_out(tmp_path):
         assert "set tokens.tokenizer to null" in message
 
 
-def test_a_hub_name_without_a_network_is_named_with_two_ways_out(tmp_path):
-    program = (
-        "from genrec_dist.data.tokenizer import load_tokenizer as load; load('facebook/bart-base')"
-    )
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 1
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("ValueError: tokens.tokenizer facebook/bart-base: ")
-    assert "give its directory, or set tokens.tokenizer to null" in last
-
-
-def test_a_model_directory_without_a_vocabulary_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bart", "vocab_size": 60}')
-    assert refusal(tmp_path).startswith(f"tokens.tokenizer {tmp_path}: ")
-
-
 def test_a_tokenizer_without_a_mask_is_refused(tmp_path):
     backend = train_tokenizer(ITEM_CODES, 300).backend_tokenizer
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    ).save_pretrained(tmp_path)
+    names = {role: text for role, text in NAMES.items() if role != "mask_token"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path)
     assert "it has no mask_token" in refusal(tmp_path)
 
 
 def test_a_word_without_tokens_is_named(tmp_path):
     backend = Tokenizer(models.BPE({name: i for i, name in enumerate([*SPECIALS, "1"])}, []))
-    names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "mask_token": "<mask>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **NAMES)
     with pytest.raises(ValueError, match="no token for the word ' item_2'"):
         build_words(tokenizer, ["1", "2"], ["1"])
-
-
-def test_a_tokenizer_is_the_one_transformers_loads(tmp_path):
-    trained = train_tokenizer(ITEM_CODES, 300)
-    trained.save_pretrained(tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path).encode(" item_12") == trained.encode(" item_12")
 
 
 @pytest.mark.parametrize("code", ["a</s>b", "<mask>", "12<s>"])

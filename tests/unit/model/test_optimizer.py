@@ -7,54 +7,43 @@ import torch
 from torch import nn
 
 from genrec_dist.config.recipe import Model, Optimizer, Stage
-from genrec_dist.model.build import build_model
+from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.optimizer import AveragedWeights, build_optimizer, peak_share
 
-SPECIAL = {"bos": 0, "pad": 1, "eos": 2, "mask": 4}
+SCHEDULES = ["linear", "cosine", "constant"]
 
 
 @pytest.fixture(scope="module")
 def model():
     shape = Model(d_model=8, encoder_layers=1, decoder_layers=1, heads=2, ffn=16, max_tokens=16)
-    return build_model(shape, vocab_size=20, num_users=3, num_items=4, num_masks=1, special=SPECIAL)
+    special = {"bos": 0, "pad": 1, "eos": 2, "mask": 4}
+    sizes = {"vocab_size": 20, "num_users": 3, "num_items": 4, "num_masks": 1}
+    return build_model(shape, ModelSizes(**sizes, special=special))
 
 
 def decay_by_name(model, decay: str) -> dict[str, float]:
-    optimizer = build_optimizer(model, Optimizer(decay=decay, weight_decay=0.25))
-    decay_of = {
-        id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]
-    }
-    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(
-        decay_of
-    )  # none twice
-    return {
-        name: decay_of[id(parameter)] for name, parameter in model.named_parameters()
-    }  # none left out
+    """Of each parameter; each is in one group."""
+    groups = build_optimizer(model, Optimizer(decay=decay, weight_decay=0.25)).param_groups
+    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(decay_of)
+    return {name: decay_of[id(parameter)] for name, parameter in model.named_parameters()}
 
 
-def test_all_decays_everything_and_none_nothing(model):
+def test_build_optimizer_decays_what_the_recipe_says(model):
     assert set(decay_by_name(model, "all").values()) == {0.25}
     assert set(decay_by_name(model, "none").values()) == {0.0}
-
-
-def test_matrices_spares_biases_norms_and_id_tables(model):
     decayed = decay_by_name(model, "matrices")
     assert decayed["user_embedding.weight"] == decayed["item_embedding.weight"] == 0.0
+    matrices = ("proj.weight", "fc1.weight", "fc2.weight", "shared.weight")
     for name, value in decayed.items():
         if "bias" in name or "norm" in name:
             assert value == 0.0, name
-        elif name.endswith("proj.weight") or name.endswith(
-            ("fc1.weight", "fc2.weight", "shared.weight")
-        ):
+        elif name.endswith(matrices):
             assert value == 0.25, name
     assert sum(value > 0 for value in decayed.values()) > 10
-
-
-def test_the_recipe_reaches_adamw(model):
     optimizer = build_optimizer(model, Optimizer(betas=(0.7, 0.8), eps=1e-5))
-    assert all(
-        (group["betas"], group["eps"]) == ((0.7, 0.8), 1e-5) for group in optimizer.param_groups
-    )
+    settings = {(group["betas"], group["eps"]) for group in optimizer.param_groups}
+    assert settings == {((0.7, 0.8), 1e-5)}
 
 
 def rates(num_steps: int, **knobs) -> list[float]:
@@ -62,59 +51,48 @@ def rates(num_steps: int, **knobs) -> list[float]:
     return [stage.learning_rate * peak_share(stage, step, num_steps) for step in range(num_steps)]
 
 
-def test_the_warm_up_rises_evenly_to_the_peak_over_its_share_of_steps():
-    for schedule in ("linear", "cosine", "constant"):
-        course = rates(100, warmup_fraction=0.1, schedule=schedule)
-        assert course[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+def test_the_learning_rate_rises_evenly_and_falls_by_its_schedule():
+    rising = pytest.approx([0.2 * (step + 1) for step in range(10)])
+    courses = [rates(100, warmup_fraction=0.1, schedule=schedule) for schedule in SCHEDULES]
+    for course in courses:
+        assert course[:10] == rising
         assert course[10] == max(course) == 2.0
     assert rates(10, warmup_fraction=0.0)[0] == 2.0
-    assert rates(10, warmup_fraction=1.0) == pytest.approx([0.2 * (step + 1) for step in range(10)])
-
-
-def test_the_schedules_end_as_they_say():
-    linear = rates(100, warmup_fraction=0.1, schedule="linear")
+    assert rates(10, warmup_fraction=1.0) == rising
+    linear, cosine, constant = courses
     assert linear[10:] == pytest.approx([2.0 * (1 - step / 90) for step in range(90)])
-    cosine = rates(100, warmup_fraction=0.1, schedule="cosine")
     assert cosine[55] == pytest.approx(1.0)
     assert cosine[10:] == pytest.approx([1 + math.cos(math.pi * step / 90) for step in range(90)])
     assert 0 < cosine[-1] < linear[-1] == pytest.approx(2 / 90)
-    assert rates(100, warmup_fraction=0.1, schedule="constant")[10:] == [2.0] * 90
+    assert constant[10:] == [2.0] * 90
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("fraction", [0.0, 0.05, 1.0])
 def test_a_stage_of_one_step_takes_it_at_full_rate(schedule, fraction):
     assert rates(1, warmup_fraction=fraction, schedule=schedule) == [2.0]
 
 
-def parameters() -> list[nn.Parameter]:
+def test_swapping_the_average_once_exchanges_and_twice_changes_nothing():
     torch.manual_seed(0)
-    return [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(4))]
-
-
-def test_swapping_twice_changes_nothing_and_once_exchanges():
-    weights = parameters()
+    weights = [nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(4))]
     average = AveragedWeights(weights, 0.9)
+    # Of weights that rest it is these weights.
+    for step in range(50):
+        average.update(step)
+    torch.testing.assert_close(average.values, [weight.detach() for weight in weights])
     for weight in weights:
         weight.data.add_(1.0)
     average.update(5)
-    before = [weight.detach().clone() for weight in weights]
-    held = [value.clone() for value in average.values]
+    before, held = (
+        [value.detach().clone() for value in each] for each in (weights, average.values)
+    )
     average.swap()
     assert all(torch.equal(weight, value) for weight, value in zip(weights, held, strict=True))
     assert not torch.equal(weights[0], before[0])
     average.swap()
     assert all(torch.equal(weight, value) for weight, value in zip(weights, before, strict=True))
     assert all(torch.equal(value, kept) for value, kept in zip(average.values, held, strict=True))
-
-
-def test_the_average_of_weights_that_rest_is_these_weights():
-    weights = parameters()
-    average = AveragedWeights(weights, 0.99)
-    for step in range(50):
-        average.update(step)
-    for weight, value in zip(weights, average.values, strict=True):
-        torch.testing.assert_close(value, weight.detach())
 
 
 def test_the_average_follows_its_recurrence():
@@ -127,11 +105,6 @@ def test_the_average_follows_its_recurrence():
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * step
         assert float(average.values[0]) == pytest.approx(expected)
-
-
-def test_the_average_does_not_hide_what_is_no_number():
-    weight = nn.Parameter(torch.zeros(2))
-    average = AveragedWeights([weight], 0.9)
-    weight.data[0] = float("nan")
-    average.update(0)
+    weight.data[0] = float("nan")  # it does not hide what is no number
+    average.update(30)
     assert torch.isnan(average.values[0][0])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrec_dist.data.packing import Attended, filled_size, spans_of
+from genrec_dist.data.packing import Attended, filled_size, segments_of
 from genrec_dist.model.packed_attention import LONG_ON_CPU, ByRectangles, attend, has_varlen
 
 HEADS, WIDTH, SCALE = 2, 4, 0.5
@@ -18,35 +18,33 @@ DEVICE = torch.device("cuda")
 
 def drawn(lengths: list[int], seed: int, dtype=torch.float64) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(sum(lengths), HEADS, WIDTH, generator=generator, dtype=torch.float64).to(
-        dtype
-    )
+    shape = (sum(lengths), HEADS, WIDTH)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def by_hand(query, key, value, attended: Attended) -> torch.Tensor:
     """One sequence after another."""
-    out = []
-    parts = (tensor.split(spans.lengths.tolist()) for tensor, spans in (
-        (query, attended.queries), (key, attended.keys), (value, attended.keys),
-    ))  # fmt: skip
+    lengths = [segments.lengths.tolist() for segments in (attended.queries, attended.keys)]
+    parts = query.split(lengths[0]), key.split(lengths[1]), value.split(lengths[1])
+    out, first = [], 0
     for q, k, v in zip(*parts, strict=True):
         scores = torch.einsum("qhd,khd->hqk", q, k) * SCALE
+        hidden = torch.zeros(len(q), len(k), dtype=torch.bool)
         if attended.causal:
-            scores = scores.masked_fill(
-                ~torch.ones(scores.shape[1:], dtype=torch.bool).tril(), float("-inf")
-            )
-        out.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+            hidden = ~torch.ones(len(q), len(k), dtype=torch.bool).tril()
+        if attended.visible is not None:
+            visible = torch.from_numpy(attended.visible[first : first + len(q)])
+            hidden = torch.arange(len(k)) >= visible[:, None]
+        first += len(q)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        out.append(torch.einsum("hqk,khd->qhd", weights, v))
     return torch.cat(out)
 
 
 def compared(attended: Attended, dtype=torch.float64) -> float:
     """Largest difference of result and gradients to those written out."""
-    lengths = (
-        attended.queries.lengths.tolist(),
-        attended.keys.lengths.tolist(),
-        attended.keys.lengths.tolist(),
-    )
-    inputs = [drawn(each, seed, dtype).requires_grad_() for seed, each in enumerate(lengths)]
+    lengths = [segments.lengths.tolist() for segments in (attended.queries, attended.keys)]
+    inputs = [drawn(lengths[min(seed, 1)], seed, dtype).requires_grad_() for seed in range(3)]
     exact = [tensor.detach().double().requires_grad_() for tensor in inputs]
     grad = drawn(lengths[0], 9)
     got, wanted = attend(*inputs, attended, SCALE), by_hand(*exact, attended)
@@ -60,21 +58,24 @@ LENGTHS = st.lists(st.integers(1, 12), min_size=1, max_size=30)
 
 
 @given(lengths=LENGTHS, data=st.data())
-@settings(max_examples=80, deadline=None)
-def test_it_is_attention_within_each_sequence(lengths, data):
-    keys = spans_of(np.array(sorted(lengths, reverse=True)))
-    asked = data.draw(st.lists(st.integers(0, 5), min_size=len(lengths), max_size=len(lengths)))
-    rows = spans_of(np.array([length for length in asked if length] or [1]))
+@settings(max_examples=40, deadline=None)
+def test_attend_is_attention_within_each_sequence(lengths, data):
+    keys = segments_of(np.array(sorted(lengths, reverse=True)))
+    counts = data.draw(st.lists(st.integers(0, 5), min_size=len(lengths), max_size=len(lengths)))
+    rows, queries = segments_of(np.array([n for n in counts if n] or [1])), np.array(counts)
     assert compared(Attended(keys, keys)) < 1e-12
-    assert compared(Attended(spans_of(np.array(asked)), keys)) < 1e-12
+    assert compared(Attended(segments_of(queries), keys)) < 1e-12
     assert compared(Attended(rows, rows, causal=True, by_length=False)) < 1e-12
+    visible = [data.draw(st.integers(1, n)) for n in np.repeat(keys.lengths, queries)]
+    seen = Attended(segments_of(queries), keys, visible=np.array(visible, np.int64))
+    assert compared(seen) < 1e-12
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_its_gradient_is_that_of_its_function(causal):
-    spans = spans_of(np.array([5, 4, 4, 2, 1]))
-    attended = Attended(spans, spans, causal=causal, by_length=not causal)
-    inputs = [drawn(spans.lengths.tolist(), seed).requires_grad_() for seed in range(3)]
+def test_the_gradient_of_by_rectangles_is_the_derivative(causal):
+    segments = segments_of(np.array([5, 4, 4, 2, 1]))
+    attended = Attended(segments, segments, causal=causal, by_length=not causal)
+    inputs = [drawn(segments.lengths.tolist(), seed).requires_grad_() for seed in range(3)]
     assert torch.autograd.gradcheck(
         lambda *qkv: ByRectangles.apply(*qkv, attended, SCALE, 0.0), inputs
     )
@@ -82,9 +83,11 @@ def test_its_gradient_is_that_of_its_function(causal):
 
 @pytest.mark.parametrize("longest", [LONG_ON_CPU // 4, LONG_ON_CPU + 7], ids=["short", "long"])
 def test_in_bfloat16_it_errs_by_bfloat16(longest):
-    spans = spans_of(np.array([longest, longest - 3, 9, 9, 1]))
-    assert compared(Attended(spans, spans), torch.bfloat16) < 0.05
-    assert compared(Attended(spans_of(np.array([3, 1, 2, 0, 5])), spans), torch.bfloat16) < 0.05
+    segments = segments_of(np.array([longest, longest - 3, 9, 9, 1]))
+    assert compared(Attended(segments, segments), torch.bfloat16) < 0.05
+    assert (
+        compared(Attended(segments_of(np.array([3, 1, 2, 0, 5])), segments), torch.bfloat16) < 0.05
+    )
 
 
 @pytest.mark.gpu
@@ -94,9 +97,9 @@ def test_the_kernel_for_ragged_sequences_gives_the_same(width):
     """On a GPU: bfloat16 as autocast hands it over, and what a rectangle of the same numbers
     gives."""
     generator = torch.Generator().manual_seed(0)
-    keys, asked = np.array([300, 41, 41, 9, 1]), np.array([4, 2, 6, 2, 0])
-    for queries, causal in ((keys, False), (asked, False), (keys, True)):
-        attended = Attended(spans_of(queries), spans_of(keys), causal=causal)
+    keys, rows = np.array([300, 41, 41, 9, 1]), np.array([4, 2, 6, 2, 0])
+    for queries, causal in ((keys, False), (rows, False), (keys, True)):
+        attended = Attended(segments_of(queries), segments_of(keys), causal=causal)
         there = replace(
             attended, queries=attended.queries.to(DEVICE), keys=attended.keys.to(DEVICE)
         )
@@ -108,30 +111,27 @@ def test_the_kernel_for_ragged_sequences_gives_the_same(width):
         ]
         assert has_varlen(inputs[0])
         twins = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-        got, wanted = (
-            attend(*inputs, there, SCALE),
-            ByRectangles.apply(*twins, attended, SCALE, 0.0),
-        )
+        got = attend(*inputs, there, SCALE)
+        wanted = ByRectangles.apply(*twins, attended, SCALE, 0.0)
         grad = torch.randn(got.shape, generator=generator).to(DEVICE, torch.bfloat16)
         got.backward(grad)
         wanted.backward(grad)
-        for a, b in (
-            (got, wanted),
-            *((x.grad, y.grad) for x, y in zip(inputs, twins, strict=True)),
-        ):
-            torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+        found, expected = (
+            [out, *(x.grad for x in of)] for out, of in ((got, inputs), (wanted, twins))
+        )
+        torch.testing.assert_close(found, expected, atol=0.05, rtol=0.05)
 
 
 def test_no_sequence_sees_another():
     """NaN in one sequence stays there."""
     lengths = [9, 8, 8, 3, 3, 1]
-    spans = spans_of(np.array(lengths))
+    segments = segments_of(np.array(lengths))
     inputs = [drawn(lengths, seed) for seed in range(3)]
     for tensor in inputs:
         tensor[9:17] = float("nan")
     for tensor in inputs:
         tensor.requires_grad_()
-    out = attend(*inputs, Attended(spans, spans), SCALE)
+    out = attend(*inputs, Attended(segments, segments), SCALE)
     bad = torch.zeros(len(out), dtype=torch.bool)
     bad[9:17] = True
     assert out[bad].isnan().all()
@@ -141,8 +141,8 @@ def test_no_sequence_sees_another():
 
 
 def test_dropout_of_weights_keeps_their_mean_and_its_gradient():
-    spans = spans_of(np.array([6] * 4000))
-    attended = Attended(spans, spans)
+    segments = segments_of(np.array([6] * 4000))
+    attended = Attended(segments, segments)
     inputs = [drawn([24000], seed).requires_grad_() for seed in range(3)]
     torch.manual_seed(0)
     out = attend(*inputs, attended, SCALE, 0.25)
@@ -155,28 +155,24 @@ def test_dropout_of_weights_keeps_their_mean_and_its_gradient():
     torch.manual_seed(0)
     (grad,) = torch.autograd.grad(attend(*inputs, attended, SCALE, 0.25).sum(), inputs[2])
     assert float((again - out).sum()) == pytest.approx(float(grad.sum()), rel=1e-6)
-    # Both heads drop for themselves, and where all of a query's keys go it gets nothing.
-    assert torch.autograd.gradcheck(
-        _seeded(spans_of(np.array([3, 2]))), [drawn([5], s).requires_grad_() for s in range(3)]
-    )
+    # Each head drops for itself, and a query whose keys are all dropped gets nothing.
+    segments = segments_of(np.array([3, 2]))
 
-
-def _seeded(spans):
-    def function(*qkv):
+    def seeded(*qkv):
         torch.manual_seed(3)
-        return ByRectangles.apply(*qkv, Attended(spans, spans), SCALE, 0.5)
+        return ByRectangles.apply(*qkv, Attended(segments, segments), SCALE, 0.5)
 
-    return function
+    few = [drawn([5], seed).requires_grad_() for seed in range(3)]
+    assert torch.autograd.gradcheck(seeded, few)
 
 
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=400))
 @settings(max_examples=60, deadline=None)
 def test_groups_hold_each_sequence_once_with_little_padding(lengths):
-    spans = spans_of(np.array(sorted(lengths, reverse=True)))
-    groups = Attended(spans, spans).groups
-    assert [group.keys.first for group in groups] == np.cumsum(
-        [0, *(group.keys.number for group in groups)]
-    )[:-1].tolist()
+    segments = segments_of(np.array(sorted(lengths, reverse=True)))
+    groups = Attended(segments, segments).groups
+    ends = np.cumsum([0, *(group.keys.number for group in groups)]).tolist()
+    assert [group.keys.first for group in groups] == ends[:-1]
     assert sum(group.size for group in groups) == len(lengths)
     assert sum(group.keys.number for group in groups) == sum(lengths)
     for group in groups:
@@ -189,7 +185,5 @@ def test_sizes_to_fill_up_to_are_few_and_near(num_tokens):
     size = filled_size(num_tokens)
     assert num_tokens <= size <= max(num_tokens * (1 + 1 / 32), num_tokens + 7)
     assert filled_size(size) == size
-
-
-def test_an_octave_has_32_sizes():
-    assert len({filled_size(number) for number in range(2**12 + 1, 2**13 + 1)}) <= 33
+    octave = range(2**12 + 1, 2**13 + 1, 7)
+    assert len({filled_size(number) for number in octave}) <= 33

@@ -2,10 +2,20 @@
 
 import pytest
 import torch
-from batch_cases import batches_of, cases, engine_loss, layout, marked_sequences, whole_step
+from batch_cases import (
+    batches_of,
+    cases,
+    engine_loss,
+    layout,
+    marked_sequences,
+    model,
+    whole_step,
+)
 
 from genrec_dist.model.genrec import choose_layers
 from genrec_dist.model.packed_layers import LayerRunner
+
+__all__ = ["model"]
 
 
 @pytest.fixture
@@ -23,6 +33,7 @@ def learning(model, monkeypatch):
 
 
 def loss_and_gradients(model, batches, seed: int = 4) -> tuple[float, list[torch.Tensor]]:
+    """With dropout of this seed, to the bit."""
     model.zero_grad()
     torch.manual_seed(seed)
     total = sum(engine_loss(model, batch) for batch in batches)
@@ -30,23 +41,7 @@ def loss_and_gradients(model, batches, seed: int = 4) -> tuple[float, list[torch
     return float(total.detach()), [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize(("space", "mask"), cases()[:3])
-def test_what_is_computed_again_is_the_same_to_the_bit(learning, space, mask, packed):
-    """Dropout included: the backward pass drops what the forward pass has dropped."""
-    source = marked_sequences()
-    batches = batches_of(whole_step(source, space), source, layout(90), mask, packed=packed)
-    loss, gradients = loss_and_gradients(learning, batches)
-    assert loss != loss_and_gradients(learning, batches, seed=5)[0]
-    kept = saved_numbers(learning, batches)
-    choose_layers(learning, compiled=False, recompute=True)
-    again, other = loss_and_gradients(learning, batches)
-    assert again == loss
-    assert all(torch.equal(a, b) for a, b in zip(gradients, other, strict=True))
-    assert saved_numbers(learning, batches) < 0.7 * kept
-
-
-def saved_numbers(model, batches) -> int:
+def saved_bytes(model, batches) -> int:
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,6 +52,22 @@ def saved_numbers(model, batches) -> int:
         total = sum(engine_loss(model, batch) for batch in batches)
     assert total.requires_grad
     return sum(kept.values())
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(("space", "mask"), cases()[:3])
+def test_recomputed_layers_are_the_same_to_the_bit(learning, space, mask, packed):
+    """Dropout included: the backward pass drops what the forward pass has dropped."""
+    source = marked_sequences()
+    batches = batches_of(whole_step(source, space), source, layout(90), mask, packed=packed)
+    loss, gradients = loss_and_gradients(learning, batches)
+    assert loss != loss_and_gradients(learning, batches, seed=5)[0]
+    kept = saved_bytes(learning, batches)
+    choose_layers(learning, compiled=False, recompute=True)
+    again, other = loss_and_gradients(learning, batches)
+    assert again == loss
+    assert all(torch.equal(a, b) for a, b in zip(gradients, other, strict=True))
+    assert saved_bytes(learning, batches) < 0.7 * kept
 
 
 def test_outside_of_training_nothing_is_computed_twice(model):
@@ -73,10 +84,8 @@ def test_outside_of_training_nothing_is_computed_twice(model):
 @pytest.mark.slow
 def test_compiled_layers_have_the_numbers_of_the_plain_ones(model):
     source = marked_sequences()
-    sizes = [
-        batches_of(whole_step(source, "every-prefix")[:n], source, layout(90), packed=True)
-        for n in (10, 25, 40)
-    ]
+    samples = whole_step(source, "every-prefix")
+    sizes = [batches_of(samples[:n], source, layout(90), packed=True) for n in (10, 25, 40)]
     plain = [loss_and_gradients(model, batches) for batches in sizes]
     choose_layers(model, compiled=True, recompute=False)
     try:
