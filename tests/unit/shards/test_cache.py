@@ -232,7 +232,7 @@ def hold(directory: Path, name: str, held) -> None:
         time.sleep(600)
 
 
-@pytest.mark.parametrize("name", ["gate", "account", "turn"])
+@pytest.mark.parametrize("name", ["gate", "turn"])
 def test_a_process_that_stops_for_good_does_not_stop_the_others(tmp_path, name):
     cache = NodeCache(tmp_path)
     get(cache, 0)

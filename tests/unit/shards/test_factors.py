@@ -59,7 +59,7 @@ def test_a_matrix_of_lower_rank_and_one_of_zeros_have_factors():
 PROGRAM = """
 import hashlib
 import numpy as np, scipy.sparse as sp
-from genrec_shards.factors import factor_rows
+from genrec_shards.numbering.truncated_eigen import factor_rows
 rng = np.random.default_rng(0)
 matrix = sp.random(3000, 2500, 0.004, format="csr", rng=rng, dtype=np.float64)
 print(hashlib.sha256(factor_rows(matrix, 64, 0).tobytes()).hexdigest())

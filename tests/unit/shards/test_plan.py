@@ -6,7 +6,8 @@ import time
 
 import numpy as np
 import pytest
-from genrec_shards.storage.sample_order import Plan, StepSamples, keyed_uniform, split_among_ranks
+from genrec_shards.keyed_random import keyed_uniform
+from genrec_shards.storage.sample_order import Plan, StepSamples, split_among_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

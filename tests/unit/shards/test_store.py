@@ -16,7 +16,7 @@ from faulty_server import FaultyServer, serving
 from genrec_shards.dataset import Dataset
 from genrec_shards.errors import DataError
 from genrec_shards.storage.reader import ShardReader
-from genrec_shards.storage.remote import Patience, RemoteFiles, check_address, is_address
+from genrec_shards.storage.remote import RemoteFiles, RetryPolicy, check_address, is_address
 from genrec_shards.storage.write import write_shards
 from shard_damage import Canary, npy, replace_record
 from shard_data import make_dataset
@@ -24,7 +24,7 @@ from two_ranks import environment
 
 NUM_USERS = 150
 EVERYONE = np.arange(NUM_USERS)[::-1]
-QUICK = Patience(attempts=3, first_wait=0.02, longest_wait=0.1, stall=10, deadline=60)
+QUICK = RetryPolicy(attempts=3, first_wait=0.02, longest_wait=0.1, stall=10, deadline=60)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GENREC_CACHE", str(tmp_path / "cache"))
 
 
-def open_remote(server: FaultyServer, patience: Patience = QUICK, **more) -> ShardReader:
-    return ShardReader(f"{server.url}/shards", patience=patience, **more)
+def open_remote(server: FaultyServer, retry: RetryPolicy = QUICK, **more) -> ShardReader:
+    return ShardReader(f"{server.url}/shards", retry=retry, **more)
 
 
 def check_everyone(reader: ShardReader, dataset: Dataset) -> None:
@@ -83,18 +83,18 @@ def test_an_address_gives_what_the_directory_gives_and_asks_for_each_record_once
     assert {
         (path.removeprefix("/shards/"), int(m[1]), int(m[2]) - int(m[1]) + 1) for path, m in asked
     } == parts
-    assert len(server.requests) == reader.traffic.requests == 12  # and the manifest and the lengths
-    assert server.bytes_sent == reader.traffic.bytes_fetched
-    assert reader.traffic.bytes_used == sum(size for *_, size in parts) + len(
+    assert len(server.requests) == reader.fetch_stats.requests == 12  # and the manifest and the lengths
+    assert server.bytes_sent == reader.fetch_stats.bytes_fetched
+    assert reader.fetch_stats.bytes_used == sum(size for *_, size in parts) + len(
         (made.path.parent / "shards" / "lengths.npy").read_bytes()
     )
     second = open_remote(server)
     check_everyone(second, made)
-    assert (second.traffic.requests, second.traffic.cache_hits) == (
+    assert (second.fetch_stats.requests, second.fetch_stats.cache_hits) == (
         1,
         11,
     )  # the manifest alone comes again
-    assert ShardReader(made.path.parent / "shards").traffic.requests == 0
+    assert ShardReader(made.path.parent / "shards").fetch_stats.requests == 0
 
 
 FAULTS = [
@@ -115,7 +115,7 @@ FAULTS = [
 @pytest.mark.parametrize(("fault", "message", "attempts"), FAULTS)
 def test_a_lasting_fault_ends_in_one_line_that_names_the_shard(server, fault, message, attempts):
     reader = open_remote(
-        server, Patience(attempts=3, first_wait=0.02, stall=0.5, deadline=60), cache_bytes=0
+        server, RetryPolicy(attempts=3, first_wait=0.02, stall=0.5, deadline=60), cache_bytes=0
     )
     fail(server, fault, "shard-000001.tar")
     with pytest.raises(DataError, match=message) as caught:
@@ -130,7 +130,7 @@ def test_a_lasting_fault_ends_in_one_line_that_names_the_shard(server, fault, me
 
 @pytest.mark.parametrize("fault", [fault for fault, _, attempts in FAULTS if attempts != 1])
 def test_a_passing_fault_is_survived(made, server, fault):
-    patience = Patience(attempts=12, first_wait=0.02, longest_wait=0.1, stall=0.5, deadline=60)
+    patience = RetryPolicy(attempts=12, first_wait=0.02, longest_wait=0.1, stall=0.5, deadline=60)
     fail(server, fault, "shard-000001.tar", times=2)
     check_everyone(open_remote(server, patience), made)
     assert len(server.of("shard-000001.tar")) >= 6  # four records and two failures
@@ -157,20 +157,20 @@ def test_waits_grow_and_the_deadline_ends_them(server, monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", waited.append)
     fail(server, "500", "lengths.npy")
     with pytest.raises(DataError, match="7 attempts"):
-        open_remote(server, Patience(attempts=7, first_wait=1, longest_wait=10, deadline=100))
+        open_remote(server, RetryPolicy(attempts=7, first_wait=1, longest_wait=10, deadline=100))
     longest = [1, 2, 4, 8, 10, 10]
     assert len(waited) == len(longest)
     assert all(most / 2 <= wait <= most for wait, most in zip(waited, longest, strict=True))
     monkeypatch.undo()
     server.requests.clear()
     with pytest.raises(DataError, match="answers 500"):
-        open_remote(server, Patience(attempts=10**6, first_wait=0.05, longest_wait=0.1, deadline=1))
+        open_remote(server, RetryPolicy(attempts=10**6, first_wait=0.05, longest_wait=0.1, deadline=1))
     assert 3 <= len(server.of("lengths.npy")) < 100
 
 
 def test_a_server_that_trickles_is_given_up_at_the_deadline(server):
     fail(server, "trickle", "shard-000000.tar")  # fast enough for `stall`, 90 s in all
-    reader = open_remote(server, Patience(attempts=3, stall=10, deadline=1), cache_bytes=0)
+    reader = open_remote(server, RetryPolicy(attempts=3, stall=10, deadline=1), cache_bytes=0)
     with pytest.raises(DataError, match="not all in 1 s"):
         reader.record(0)
 
@@ -289,14 +289,14 @@ def test_a_server_over_https_is_checked_and_may_not_send_us_to_this_machine(made
         "from pathlib import Path\n"
         "import faulty_server\n"
         "from genrec_shards.storage.reader import ShardReader\n"
-        "from genrec_shards.storage.remote import Patience\n"
+        "from genrec_shards.storage.remote import RetryPolicy\n"
         "folder, certificate, key = sys.argv[1:]\n"
         "context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)\n"
         "context.load_cert_chain(certificate, key)\n"
         "with faulty_server.serving(Path(folder), context) as server:\n"
         "    def read():\n"
         "        try:\n"
-        "            reader = ShardReader(server.url + '/shards', patience=Patience(attempts=2, first_wait=.01))\n"
+        "            reader = ShardReader(server.url + '/shards', retry=RetryPolicy(attempts=2, first_wait=.01))\n"
         "            return 'users', reader.record(0).users.size\n"
         "        except ValueError as error:\n"
         "            return error\n"
@@ -371,7 +371,7 @@ def gathered(reader: ShardReader, users: np.ndarray, queue) -> None:
 def test_a_used_reader_works_in_another_process_and_still_in_its_own(made, server, method):
     """A forked child must leave its parent's connections alone: closed there, they fall silent
     here."""
-    once = Patience(attempts=1, stall=20, deadline=60)
+    once = RetryPolicy(attempts=1, stall=20, deadline=60)
     reader, local = (
         open_remote(server, once, cache_bytes=0, cache_records=1),
         ShardReader(made.path.parent / "shards"),
@@ -455,28 +455,28 @@ def test_shards_come_from_s3(made, s3):
     client.create_bucket(Bucket="bucket")
     for path in (made.path.parent / "shards").iterdir():
         client.upload_file(str(path), "bucket", f"some/shards/{path.name}")
-    reader = ShardReader("s3://bucket/some/shards/", patience=QUICK)
+    reader = ShardReader("s3://bucket/some/shards/", retry=QUICK)
     check_everyone(reader, made)
-    assert reader.traffic.requests == 12
-    assert reader.traffic.bytes_fetched - reader.traffic.bytes_used == len(
+    assert reader.fetch_stats.requests == 12
+    assert reader.fetch_stats.bytes_fetched - reader.fetch_stats.bytes_used == len(
         (made.path.parent / "shards" / "manifest.json").read_bytes()
     )
     client.delete_object(Bucket="bucket", Key="some/shards/shard-000001.tar")
     with pytest.raises(
         DataError, match=r"s3://bucket/some/shards/shard-000001.tar: record 4: no such file"
     ):
-        ShardReader("s3://bucket/some/shards", patience=QUICK, cache_bytes=0).record(4)
+        ShardReader("s3://bucket/some/shards", retry=QUICK, cache_bytes=0).record(4)
     with pytest.raises(DataError, match=r"s3://nobody/manifest.json: no such file"):
-        ShardReader("s3://nobody", patience=QUICK)
+        ShardReader("s3://nobody", retry=QUICK)
     body = (made.path.parent / "shards" / "shard-000000.tar").read_bytes()
     client.put_object(Bucket="bucket", Key="some/shards/shard-000000.tar", Body=body[:1000])
     with pytest.raises(
         DataError, match=r"shard-000000.tar: record 0: 1000 bytes came, expected .* \(3 attempts"
     ):
-        ShardReader("s3://bucket/some/shards", patience=QUICK, cache_bytes=0).record(0)
+        ShardReader("s3://bucket/some/shards", retry=QUICK, cache_bytes=0).record(0)
     s3.stop()
     with pytest.raises(DataError, match=r"s3://bucket/some/shards/manifest.json: .* \(3 attempts"):
-        ShardReader("s3://bucket/some/shards", patience=QUICK)
+        ShardReader("s3://bucket/some/shards", retry=QUICK)
 
 
 @pytest.mark.parametrize(
@@ -494,7 +494,7 @@ def test_s3_is_asked_as_patiently_and_no_more(made, server, monkeypatch, fault, 
     """A read of S3 is an HTTP GET of /bucket/key, so the server that fails can stand for it."""
     use_endpoint(monkeypatch, server.url)
     reader = ShardReader(
-        "s3://shards", patience=Patience(attempts=3, first_wait=0.02, stall=0.5, deadline=60)
+        "s3://shards", retry=RetryPolicy(attempts=3, first_wait=0.02, stall=0.5, deadline=60)
     )
     fail(server, fault, "shard-000001.tar", times=2)
     if fault != "403":
@@ -502,7 +502,7 @@ def test_s3_is_asked_as_patiently_and_no_more(made, server, monkeypatch, fault, 
         server.requests.clear()
     fail(server, fault, "shard-000001.tar")
     with pytest.raises(DataError, match=message) as caught:
-        ShardReader("s3://shards", patience=reader._store.files.patience, cache_bytes=0).record(4)
+        ShardReader("s3://shards", retry=reader._store.files.retry, cache_bytes=0).record(4)
     assert "\n" not in str(caught.value)
     assert len(server.of("shard-000001.tar")) == (1 if fault == "403" else 3)
 
@@ -511,11 +511,11 @@ def test_an_endpoint_on_another_machine_must_be_https(monkeypatch):
     monkeypatch.setattr("genrec_shards.storage.remote._clients", {})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://192.0.2.1")
     with pytest.raises(ValueError, match=r"AWS endpoint http://192\.0\.2\.1: not opened"):
-        ShardReader("s3://bucket/shards", patience=QUICK)
+        ShardReader("s3://bucket/shards", retry=QUICK)
 
 
 def test_our_own_mistakes_are_not_taken_for_a_servers(server, monkeypatch):
     files = RemoteFiles(f"{server.url}/shards", QUICK)
-    monkeypatch.setattr(files, "_request", lambda *arguments: {}["mistake"])
+    monkeypatch.setattr(files, "_read", lambda *arguments: {}["mistake"])
     with pytest.raises(KeyError):
         files.fetch("manifest.json", "place", count=lambda size: None)
