@@ -200,7 +200,7 @@ def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
 
 def check_split(run: LoadedRun, dataset: Dataset) -> None:
     """Raise ValueError where what the run has learned may be what is asked here."""
-    learned, asked = run.model.config.split, dataset.info.split_told
+    learned, asked = run.model.config.split, dataset.info.split_name
     if learned != asked:
         raise ValueError(
             f"{run.path} was trained under the split {learned}, {dataset.path} has {asked}: it may have learned what is held out "

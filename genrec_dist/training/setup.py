@@ -85,7 +85,7 @@ def open_workshop(recipe: Recipe) -> tuple[Workshop, GenRecForConditionalGenerat
     else:
         model, begun = begin_model(origin, recipe, dataset, words, vocab_size, special)
     model.config.numbering_hash = codes.numbering_hash()
-    model.config.split = dataset.info.split_told
+    model.config.split = dataset.info.split_name
     model.config.certain_tokens = recipe.tokens.certain
     layout = make_layout(words, model.config)
     identity = {

@@ -134,10 +134,10 @@ def check_origin(origin: Origin, recipe: Recipe, dataset: Dataset) -> None:
             f"begin_from {origin.path}: trained_through n-2, and its weights have learned validation items (n-1): set "
             "trained_through=n-1, or begin from a run of n-2"
         )
-    if origin.config.split != dataset.info.split_told:
+    if origin.config.split != dataset.info.split_name:
         raise ValueError(
             f"begin_from {origin.path}: its weights were learned under the split {origin.config.split}, {dataset.path} has "
-            f"{dataset.info.split_told}: they may know what is held out here; begin from a run on this split"
+            f"{dataset.info.split_name}: they may know what is held out here; begin from a run on this split"
         )
     _check_catalogue(origin, dataset)
 
