@@ -92,8 +92,8 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
         fields = json.loads(data.decode("utf-8"))
         version = fields["format_version"]
         if version != FORMAT_VERSION:
-            complaint = f"format_version {version}, this program reads {FORMAT_VERSION}"
-            raise DataError(f"{place}: {complaint}: shard again")
+            versions = f"format_version {version}, this program reads {FORMAT_VERSION}"
+            raise DataError(f"{place}: {versions}: shard again")
         manifest = Manifest(**{**fields, "shards": tuple(map(_shard_entry, fields["shards"]))})
         # Records must tile the users, because a user's record is found by division.
         next_user, complaint = 0, None

@@ -1,11 +1,11 @@
-"""Shards: sequences packed into webdataset tars, byte for byte the same from the same input."""
+"""Shards: sequences packed into webdataset tars, byte for byte the same from the same input.
 
-import contextlib
+The tars are to the byte what `webdataset.TarWriter` makes of the records, without needing it."""
+
 import hashlib
 import io
 import tarfile
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -107,20 +107,25 @@ def write_shard(
     """Write the tar of users first_user..end_user-1. `base`: row of the sequences' first user."""
     records = []
     with path.open("wb+") as file:
-        # The writer is closed before its file also where a disk is full, or it would complain when
-        # it is collected.
-        with contextlib.closing(_tar_writer(file)) as writer:
+        # Closed before its file also where a disk is full, or it would complain when it is
+        # collected.
+        with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
             for start in range(first_user, end_user, users_per_record):
                 end = min(start + users_per_record, end_user)
                 offsets = sequences.offsets[start - base : end - base + 1]
                 members = {
-                    "users.npy": _npy(np.arange(start, end)),
-                    "offsets.npy": _npy(offsets - offsets[0]),
-                    "items.npy": _npy(sequences.items[offsets[0] : offsets[-1]]),
+                    "items": sequences.items[offsets[0] : offsets[-1]],
+                    "offsets": offsets - offsets[0],
+                    "users": np.arange(start, end),
                 }
-                at = writer.tarstream.offset
-                writer.write({"__key__": f"{start // users_per_record:08d}", **members})
-                records.append((at, writer.tarstream.offset - at, start, end - start))
+                at = tar.offset
+                for name, values in members.items():
+                    data = _npy(values)
+                    member = tarfile.TarInfo(f"{start // users_per_record:08d}.{name}.npy")
+                    member.size, member.mode = len(data), _MODE
+                    member.uname = member.gname = _OWNER
+                    tar.addfile(member, io.BytesIO(data))
+                records.append((at, tar.offset - at, start, end - start))
         entries = []
         for at, size, start, num_users in records:
             file.seek(at)
@@ -136,33 +141,6 @@ def write_shard(
         users=end_user - first_user,
         records=tuple(entries),
     )
-
-
-def _tar_writer(file: BinaryIO) -> Any:
-    # Imported here alone: a machine that only reads shards needs no webdataset.
-    try:
-        import webdataset as wds
-    except ModuleNotFoundError:
-        return _PlainTarWriter(file)
-    owner = {"user": _OWNER, "group": _OWNER, "mode": _MODE}
-    return wds.TarWriter(file, encoder=False, mtime=0, compress=False, **owner)
-
-
-class _PlainTarWriter:
-    """To the byte what webdataset's writer makes of records, for machines that do not have it."""
-
-    def __init__(self, file: BinaryIO):
-        self.tarstream = tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-
-    def write(self, record: dict[str, Any]) -> None:
-        for name in sorted(record.keys() - {"__key__"}):
-            member = tarfile.TarInfo(f"{record['__key__']}.{name}")
-            member.size, member.mode = len(record[name]), _MODE
-            member.uname = member.gname = _OWNER
-            self.tarstream.addfile(member, io.BytesIO(record[name]))
-
-    def close(self) -> None:
-        self.tarstream.close()
 
 
 def _npy(values: np.ndarray) -> bytes:
