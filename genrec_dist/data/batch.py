@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 import torch
-from genrec_kernels import SumPlan
+from genrec_kernels import GradientOrder
 from torch import Tensor
 
 from genrec_dist.data.encoder_input import EncoderInput
@@ -75,7 +75,7 @@ class Batch:
     """Real tokens of encoder and decoder."""
     num_slots: int
     """Tokens with padding: B x L + R x T, or n + m."""
-    plan: SumPlan | None = None
+    plan: GradientOrder | None = None
     """For the backward of the embedding kernel, where that is used."""
     packing: Packing | None = None
     """Where the sequences lie in packed arrays; None: the arrays are padded."""

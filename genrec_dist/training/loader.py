@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from genrec_kernels import Rows, SumPlan, plan_sum
+from genrec_kernels import GradientOrder, Rows, make_gradient_order
 from genrec_shards.storage.reader import ShardReader
 from genrec_shards.storage.sample_order import split_among_ranks
 from torch.utils.data import Dataset as TorchDataset
@@ -38,14 +38,17 @@ def plan_sums(step: RankStep, config: GenRecConfig) -> RankStep:
     return dataclasses.replace(step, micro_batches=batches)
 
 
-def _plan(encoder: EncoderInput, config: GenRecConfig, num_users: int, num_items: int) -> SumPlan:
+def _plan(
+    encoder: EncoderInput, config: GenRecConfig, num_users: int, num_items: int
+) -> GradientOrder:
     positions = encoder.position_ids.numpy() + POSITION_OFFSET
-    return plan_sum(
+    tables = [
         Rows("token", encoder.input_ids.numpy(), config.vocab_size, config.pad_token_id),
         Rows("position", positions, config.max_position_embeddings + POSITION_OFFSET),
         Rows("user", encoder.user_rows.numpy(), num_users + 1, 0) if config.num_users else None,
         Rows("item", encoder.item_rows.numpy(), num_items + 1, 0) if config.num_items else None,
-    )
+    ]
+    return make_gradient_order(tables)
 
 
 T = TypeVar("T")

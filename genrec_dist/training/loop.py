@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from genrec_kernels import wants_plan
+from genrec_kernels import wants_gradient_order
 from genrec_shards.errors import DataError
 from genrec_shards.histories import sample_users
 from genrec_shards.keyed_random import mixed_key
@@ -158,7 +158,7 @@ class Loop:
             self.ranks.rank,
             self.ranks.size,
             self.model.config if self.model.config.ids_outside else None,
-            self.model.config if wants_plan(self.accelerator.device.type) else None,
+            self.model.config if wants_gradient_order(self.accelerator.device.type) else None,
             choose_packing(self.recipe.packing, self.accelerator.device),
         )
         steps = range(self.progress.step, self.end_step)

@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from genrec_kernels.sharded_rows import BLOCK, RowTable, look_up, plan_rows
+from genrec_kernels.sharded_rows import BLOCK, RowTable, distinct_rows, look_up
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import HELPERS
@@ -31,12 +30,21 @@ def table_of(num_rows: int = NUM_ROWS, dim: int = DIM, **more: Any) -> RowTable:
 
 
 def some_rows(num_rows: int, count: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(
-        np.sort(np.random.default_rng(seed).choice(num_rows, count, replace=False))
-    )
+    rows = np.random.default_rng(seed).choice(num_rows, count, replace=False)
+    return torch.from_numpy(np.sort(rows))
 
 
-# The plan.
+def step(table: RowTable, rows: torch.Tensor, gradient: torch.Tensor, **more: Any) -> None:
+    assert torch.equal(table.fetch(rows), table.values[rows])
+    table.update(gradient.clone(), **{"learning_rate": RATE, **more})
+
+
+def check_same(ours: RowTable, theirs: RowTable) -> None:
+    assert torch.equal(ours.values, theirs.values)
+    assert torch.equal(ours.squares, theirs.squares)
+
+
+# The distinct rows of a step.
 
 
 @settings(deadline=None)
@@ -48,7 +56,7 @@ def some_rows(num_rows: int, count: int, seed: int = 0) -> torch.Tensor:
     ),
     st.data(),
 )
-def test_a_plan_names_each_row_once_and_the_arrays_find_them(
+def test_distinct_rows_names_each_row_once_and_the_arrays_find_them(
     num_rows: int, parts: list, data: Any
 ) -> None:
     arrays = [
@@ -56,14 +64,11 @@ def test_a_plan_names_each_row_once_and_the_arrays_find_them(
     ]
     if arrays and arrays[0].size and num_rows > 40:
         arrays[0].flat[0] = data.draw(st.integers(0, num_rows))
-    plan, local = plan_rows(arrays, num_rows)
-    everything = np.unique(
-        np.concatenate([np.zeros(1, np.int64), *(array.reshape(-1) for array in arrays)])
-    )
-    assert plan.rows.dtype == torch.int64
-    assert plan.rows.tolist() == (everything[1:] - 1).tolist()
-    with_zero = np.concatenate([[0], plan.rows.numpy() + 1])
-    assert len(local) == len(arrays)
+    rows, local = distinct_rows(arrays, num_rows)
+    numbers = {0, *(int(number) for array in arrays for number in array.flat)}
+    assert rows.dtype == torch.int64
+    assert rows.tolist() == [number - 1 for number in sorted(numbers - {0})]
+    with_zero = np.concatenate([[0], rows.numpy() + 1])
     for array, places in zip(arrays, local, strict=True):
         assert (places.dtype, places.shape) == (array.dtype, array.shape)
         assert np.array_equal(with_zero[places], array)
@@ -71,43 +76,40 @@ def test_a_plan_names_each_row_once_and_the_arrays_find_them(
 
 @pytest.mark.parametrize("num_rows", [10, 3_000_000])
 @pytest.mark.parametrize("excess", [-1, 1])
-def test_an_id_outside_its_table_is_named(num_rows: int, excess: int) -> None:
+def test_distinct_rows_names_an_id_outside_its_table(num_rows: int, excess: int) -> None:
     wrong = -1 if excess < 0 else num_rows + 1
     with pytest.raises(ValueError, match=f"id {wrong} is outside its table of {num_rows} rows"):
-        plan_rows([np.array([1, wrong])], num_rows)
-    assert plan_rows([np.array([1, num_rows])], num_rows)[0].rows.tolist() == [0, num_rows - 1]
+        distinct_rows([np.array([1, wrong])], num_rows)
+    assert distinct_rows([np.array([1, num_rows])], num_rows)[0].tolist() == [0, num_rows - 1]
 
 
-def test_through_a_plan_the_rows_get_the_gradient_that_a_dense_embedding_gets() -> None:
+def test_fetched_rows_get_the_gradient_that_a_dense_embedding_gets() -> None:
     ids = np.random.default_rng(0).integers(0, 201, (8, 20))
     table = table_of(200, 16)
-    plan, (places,) = plan_rows([ids], 200)
-    rows = table.fetch(plan.rows, zero_row=True).requires_grad_()
+    rows_u, (places,) = distinct_rows([ids], 200)
+    rows = table.fetch(rows_u, zero_row=True).requires_grad_()
     dense = torch.cat([torch.zeros(1, 16), table.values]).requires_grad_()
     weight = torch.randn(8, 20, 16, generator=torch.Generator().manual_seed(0))
     ours = look_up(rows, torch.from_numpy(places))
     theirs = F.embedding(torch.from_numpy(ids), dense, padding_idx=0)
     assert torch.equal(ours, theirs)
-    (ours * weight).sum().backward()
-    (theirs * weight).sum().backward()
-    assert rows.grad is not None
-    assert dense.grad is not None
-    torch.testing.assert_close(rows.grad[1:], dense.grad[plan.rows + 1])
-    assert dense.grad.count_nonzero() == rows.grad[1:].count_nonzero() > 0
+    (found,) = torch.autograd.grad(ours, rows, weight)
+    (expected,) = torch.autograd.grad(theirs, dense, weight)
+    torch.testing.assert_close(found[1:], expected[rows_u + 1])
+    assert expected.count_nonzero() == found[1:].count_nonzero() > 0
 
 
 # The start.
 
 
-def test_a_row_starts_as_a_function_of_key_and_row() -> None:
+def test_row_starts_as_a_function_of_key_and_row() -> None:
     small, large = table_of(100), table_of(10 * BLOCK + 3)
     assert torch.equal(small.values, large.values[:100])
     assert torch.equal(small.values, table_of(100).values)
     assert not torch.isclose(small.values, table_of(100, key=KEY + 1).values).any()
     assert len(large.values.unique(dim=0)) == len(large.values)
-    assert large.values.mean().item() == pytest.approx(
-        0, abs=5 * STD / len(large.values.view(-1)) ** 0.5
-    )
+    mean_error = STD / large.values.numel() ** 0.5
+    assert large.values.mean().item() == pytest.approx(0, abs=5 * mean_error)
     assert large.values.std().item() == pytest.approx(STD, rel=0.02)
     assert not table_of(100, init_std=0).values.any()
     assert torch.equal(table_of(100, key=-1).values, table_of(100, key=2**64 - 1).values)
@@ -115,109 +117,82 @@ def test_a_row_starts_as_a_function_of_key_and_row() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "said"),
+    ("sizes", "message"),
     [
         ({"num_rows": 0}, "0 rows"),
         ({"dim": 0}, "width 0"),
         ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
     ],
 )
-def test_sizes_that_make_no_table(sizes: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=said):
+def test_impossible_sizes_are_refused(sizes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         table_of(**sizes)
 
 
 # The rule.
 
 
-def rowwise_adagrad(
-    values: np.ndarray, steps: list, rate: float, eps: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """The rule on a dense table in fp64, from its formula: what every entry of every row would
-    be."""
-    values, squares = values.astype(np.float64), np.zeros(len(values))
-    for rows, gradient in steps:
+@pytest.mark.parametrize("eps", [1e-10, 0.1])
+def test_update_is_rowwise_adagrad(eps: float) -> None:
+    """The formula on a dense table in fp64; the last steps have no row or zeros as their
+    gradient."""
+    table = table_of(500, 24)
+    values, squares = table.values.double().numpy().copy(), np.zeros(500)
+    for number, count in enumerate([60] * 25 + [0, 50]):
+        rows = some_rows(500, count, number)
+        gradient = gradient_of(number, 0, count, 24) * (count != 50)
+        step(table, rows, gradient, learning_rate=0.3, eps=eps)
         dense = np.zeros_like(values)
         dense[rows] = gradient
         squares += (dense**2).mean(1)
         moved = squares > 0
-        values[moved] -= rate * dense[moved] / (np.sqrt(squares[moved]) + eps)[:, None]
-    return values, squares
-
-
-@pytest.mark.parametrize("eps", [1e-10, 0.1])
-def test_it_is_rowwise_adagrad(eps: float) -> None:
-    table = table_of(500, 24)
-    before, steps = table.values.numpy().copy(), []
-    for step in range(25):
-        rows = some_rows(500, 60, step)
-        gradient = gradient_of(step, 0, 60, 24)
-        assert torch.equal(table.fetch(rows), table.values[rows])
-        table.update(gradient.clone(), learning_rate=0.3, eps=eps)
-        steps.append((rows.numpy(), gradient.numpy()))
-    values, squares = rowwise_adagrad(before, steps, 0.3, eps)
+        values[moved] -= 0.3 * dense[moved] / (np.sqrt(squares[moved]) + eps)[:, None]
     np.testing.assert_allclose(table.values.numpy(), values, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(table.squares.numpy(), squares, rtol=1e-5)
 
 
-def test_at_width_one_it_is_torchs_adagrad() -> None:
+def test_at_width_one_update_is_torchs_adagrad() -> None:
     table = table_of(300, 1)
     parameter = torch.nn.Parameter(table.values.clone())
     rival = torch.optim.Adagrad([parameter], lr=0.2, eps=1e-10)
-    for step in range(20):
-        rows = some_rows(300, 40, step)
-        gradient = gradient_of(step, 0, 40, 1)
-        table.fetch(rows)
-        table.update(gradient.clone(), learning_rate=0.2)
+    for number in range(20):
+        rows, gradient = some_rows(300, 40, number), gradient_of(number, 0, 40, 1)
+        step(table, rows, gradient, learning_rate=0.2)
         parameter.grad = torch.zeros_like(parameter).index_copy_(0, rows, gradient)
         rival.step()
     torch.testing.assert_close(table.values, parameter.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(
-        table.squares[:, None], rival.state[parameter]["sum"], rtol=1e-5, atol=0
-    )
+    sums = rival.state[parameter]["sum"]
+    torch.testing.assert_close(table.squares[:, None], sums, rtol=1e-5, atol=0)
 
 
 def test_scale_multiplies_the_gradient() -> None:
     scaled, multiplied = table_of(), table_of()
     rows, gradient = some_rows(NUM_ROWS, 100), gradient_of(0, 0, 100)
-    scaled.fetch(rows)
-    scaled.update(gradient.clone(), learning_rate=RATE, eps=0.5, scale=0.125)
-    multiplied.fetch(rows)
-    multiplied.update(gradient * 0.125, learning_rate=RATE, eps=0.5)
+    step(scaled, rows, gradient, eps=0.5, scale=0.125)
+    step(multiplied, rows, gradient * 0.125, eps=0.5)
     torch.testing.assert_close(scaled.values, multiplied.values)
     torch.testing.assert_close(scaled.squares, multiplied.squares)
 
 
 def test_other_rows_keep_every_bit_whatever_the_gradient() -> None:
-    table, clean = table_of(), table_of()
-    rows = some_rows(NUM_ROWS, 100)
-    gradient = gradient_of(0, 0, 100)
+    table, clean, untouched = table_of(), table_of(), table_of()
+    rows, gradient = some_rows(NUM_ROWS, 100), gradient_of(0, 0, 100)
     broken = gradient.clone()
     broken[3, 5], broken[7], broken[9, 0] = float("nan"), float("inf"), -float("inf")
-    for one, given_gradient in ((table, broken), (clean, gradient)):
-        one.fetch(rows)
-        one.update(given_gradient, learning_rate=RATE)
-    bad = rows[[3, 7, 9]]
-    good = torch.ones(NUM_ROWS, dtype=torch.bool).index_fill_(0, bad, False)
+    step(table, rows, broken)
+    step(clean, rows, gradient)
+    good = torch.ones(NUM_ROWS, dtype=torch.bool).index_fill_(0, rows[[3, 7, 9]], False)
     assert torch.equal(table.values[good], clean.values[good])
     assert torch.equal(table.squares[good], clean.squares[good])
-    untouched = torch.ones(NUM_ROWS, dtype=torch.bool).index_fill_(0, rows, False)
-    assert torch.equal(table.values[untouched], table_of().values[untouched])
-    assert not table.squares[untouched].any()
+    others = torch.ones(NUM_ROWS, dtype=torch.bool).index_fill_(0, rows, False)
+    assert torch.equal(table.values[others], untouched.values[others])
+    assert not table.squares[others].any()
 
 
-def test_a_gradient_of_zeros_moves_nothing() -> None:
+@pytest.mark.parametrize("count", [0, 50])
+def test_step_without_rows_or_gradient_moves_nothing(count: int) -> None:
     table = table_of()
-    rows = some_rows(NUM_ROWS, 50)
-    table.fetch(rows)
-    table.update(torch.zeros(50, DIM), learning_rate=RATE)
-    assert torch.equal(table.values, table_of().values)
-
-
-def test_a_step_without_rows() -> None:
-    table = table_of()
-    assert table.fetch(torch.empty(0, dtype=torch.int64)).shape == (0, DIM)
-    table.update(torch.empty(0, DIM), learning_rate=RATE)
+    step(table, some_rows(NUM_ROWS, count), torch.zeros(count, DIM))
     assert torch.equal(table.values, table_of().values)
 
 
@@ -232,15 +207,14 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple | list) else [result]:
-            if (
-                isinstance(tensor, torch.Tensor)
-                and tensor.untyped_storage().data_ptr() not in self.known
-            ):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.elements = max(self.elements, storage.nbytes() // 4)
         return result
 
 
-def test_a_step_makes_nothing_of_the_tables_size() -> None:
+def test_step_makes_nothing_of_the_tables_size() -> None:
     table = table_of(20_000, 8)
     rows = some_rows(20_000, 100)
     with Largest(table.values, table.squares) as noted:
@@ -253,26 +227,24 @@ def test_a_step_makes_nothing_of_the_tables_size() -> None:
 
 
 @pytest.mark.parametrize("rows", [[3, 3], [5, 4], [-1, 4], [4, NUM_ROWS]])
-def test_rows_that_are_not_distinct_ascending_and_inside_are_refused(rows: list[int]) -> None:
+def test_fetch_refuses_rows_that_are_not_distinct_ascending_and_inside(rows: list[int]) -> None:
     with pytest.raises(AssertionError):
         table_of().fetch(torch.tensor(rows))
 
 
 def test_each_update_needs_its_fetch() -> None:
     table = table_of()
-    with pytest.raises(AssertionError, match="its own fetch"):
-        table.update(torch.zeros(1, DIM), learning_rate=RATE)
-    table.fetch(torch.tensor([4]))
-    table.update(torch.zeros(1, DIM), learning_rate=RATE)
-    with pytest.raises(AssertionError, match="its own fetch"):
-        table.update(torch.zeros(1, DIM), learning_rate=RATE)
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="its own fetch"):
+            table.update(torch.zeros(1, DIM), learning_rate=RATE)
+        step(table, torch.tensor([4]), torch.zeros(1, DIM))
     table.fetch(torch.tensor([4]))
     with pytest.raises(AssertionError):
         table.update(torch.zeros(2, DIM), learning_rate=RATE)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_a_forked_child_cannot_take_the_table_for_its_own() -> None:
+def test_forked_child_cannot_use_the_table() -> None:
     table = table_of()
     child = os.fork()
     if child == 0:
@@ -288,30 +260,37 @@ def test_a_forked_child_cannot_take_the_table_for_its_own() -> None:
 # Files.
 
 
-def trained_alone(num_ranks: int) -> RowTable:
-    """One process that takes the ranks' steps: their gradients added in the order of ranks."""
+def trained_alone(num_ranks: int, fetched: list[list[np.ndarray]] | None = None) -> RowTable:
+    """One process that takes the ranks' steps: their gradients added in the order of ranks.
+    `fetched`: by rank, what it must have been given."""
     table = table_of()
-    for step, kind in enumerate(KINDS):
+    for number, kind in enumerate(KINDS):
         total = torch.zeros(NUM_ROWS, DIM)
         parts = [
-            torch.from_numpy(rows_of(kind, step, rank, num_ranks)) for rank in range(num_ranks)
+            torch.from_numpy(rows_of(kind, number, rank, num_ranks)) for rank in range(num_ranks)
         ]
         for rank, rows in enumerate(parts):
-            total[rows] += gradient_of(step, rank, len(rows))
+            if fetched is not None:
+                given = fetched[rank][number]
+                assert np.array_equal(given, table.values[rows].numpy()), (kind, rank)
+            total[rows] += gradient_of(number, rank, len(rows))
         union = torch.cat(parts).unique()
-        table.fetch(union)
-        table.update(total[union], learning_rate=RATE, scale=0.5)
+        step(table, union, total[union], scale=0.5)
     return table
 
 
-def test_a_saved_table_comes_back_to_the_bit(tmp_path: Path) -> None:
+def loaded(folder: Path, name: str = "items") -> RowTable:
+    back = table_of(init_std=0)
+    back.load(folder, name)
+    return back
+
+
+def test_saved_table_comes_back_to_the_bit(tmp_path: Path) -> None:
     table = trained_alone(2)
     table.save(tmp_path, "items")
     assert [path.name for path in tmp_path.iterdir()] == ["items-00000-of-00001.safetensors"]
-    back = table_of(init_std=0)
-    back.load(tmp_path, "items")
-    assert torch.equal(back.values, table.values)
-    assert torch.equal(back.squares, table.squares)
+    back = loaded(tmp_path)
+    check_same(back, table)
     whole = back.full()
     assert whole is not None
     assert torch.equal(whole, table.values)
@@ -321,202 +300,123 @@ def test_a_saved_table_comes_back_to_the_bit(tmp_path: Path) -> None:
 def save_by_hand(table: RowTable, folder: Path, num_ranks: int) -> None:
     """The files that so many ranks write, from their description: blocks in turn, and the table's
     sizes as metadata."""
+    sizes = {"num_rows": table.num_rows, "dim": table.dim, "block": BLOCK}
+    arrays = {"values": table.values, "squares": table.squares}
     for rank in range(num_ranks):
-        facts = {
-            "num_rows": table.num_rows,
-            "dim": table.dim,
-            "block": BLOCK,
-            "rank": rank,
-            "world_size": num_ranks,
+        parts = {
+            name: torch.cat(tensor.split(BLOCK)[rank::num_ranks]) for name, tensor in arrays.items()
         }
-        parts = {"values": table.values, "squares": table.squares}
-        save_file(
-            {
-                name: torch.cat(tensor.split(BLOCK)[rank::num_ranks])
-                for name, tensor in parts.items()
-            },
-            folder / f"items-{rank:05d}-of-{num_ranks:05d}.safetensors",
-            metadata={"rows": json.dumps(facts)},
-        )
+        facts = json.dumps(sizes | {"rank": rank, "world_size": num_ranks})
+        path = folder / f"items-{rank:05d}-of-{num_ranks:05d}.safetensors"
+        save_file(parts, path, metadata={"rows": facts})
 
 
 @pytest.mark.parametrize("num_ranks", [1, 4, 7])
 def test_files_of_any_number_of_ranks_make_one_table(num_ranks: int, tmp_path: Path) -> None:
     table = trained_alone(2)
     save_by_hand(table, tmp_path, num_ranks)
-    back = table_of(init_std=0)
-    back.load(tmp_path, "items")
-    assert torch.equal(back.values, table.values)
-    assert torch.equal(back.squares, table.squares)
+    check_same(loaded(tmp_path), table)
+    names = [tmp_path / f"items-{r:05d}-of-{num_ranks:05d}.safetensors" for r in range(num_ranks)]
+    kept = names[-1].read_bytes()
+    shutil.copy(names[0], foreign := tmp_path / "items-00000-of-00009.safetensors")
+    with pytest.raises(ValueError, match=f"{foreign}: beside {names[0].name}"):
+        loaded(tmp_path)
+    foreign.unlink()
+    if num_ranks > 1:
+        shutil.copy(names[0], names[-1])
+        with pytest.raises(ValueError, match=f"{names[-1]}: not rank {num_ranks - 1}"):
+            loaded(tmp_path)
+        names[-1].unlink()
+        with pytest.raises(ValueError, match=f"{names[-1]}: missing"):
+            loaded(tmp_path)
+        names[-1].write_bytes(kept)
 
 
-def test_files_that_do_not_make_the_table_are_named(tmp_path: Path) -> None:
+def test_load_names_files_that_do_not_make_the_table(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{tmp_path}: holds no items-00000-of-00001"):
-        table_of().load(tmp_path, "items")
-    table_of().save(tmp_path, "items")
-    first = tmp_path / "items-00000-of-00001.safetensors"
+        loaded(tmp_path)
+    first = table_of().save(tmp_path, "items")
     for other in (table_of(NUM_ROWS + 1), table_of(dim=DIM + 1)):
-        with pytest.raises(
-            ValueError,
-            match=f"{first}: not rank 0 of a table of {other.num_rows} rows of width {other.dim}",
-        ):
+        sizes = f"{other.num_rows} rows of width {other.dim}"
+        with pytest.raises(ValueError, match=f"{first}: not rank 0 of a table of {sizes}"):
             other.load(tmp_path, "items")
     whole = first.read_bytes()
     first.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=f"{first}: damaged"):
-        table_of().load(tmp_path, "items")
+        loaded(tmp_path)
     save_file({"values": torch.zeros(3)}, first)
     with pytest.raises(ValueError, match=f"{first}: not rank 0"):
-        table_of().load(tmp_path, "items")
+        loaded(tmp_path)
 
 
 # Ranks.
 
 
-@dataclass(frozen=True)
-class Found:
-    folder: Path
-    num_ranks: int
-
-    def table(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(np.load(self.folder / f"{name}.npy"))
-
-    def facts(self, rank: int) -> dict[str, int]:
-        return json.loads((self.folder / f"facts-{rank}.json").read_text())
-
-    def files(self, name: str) -> list[Path]:
-        return sorted(self.folder.glob(f"{name}-*.safetensors"))
-
-
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Found]:
-    """Two ranks, then three; each loads what one process and what four saved, the three also what
-    the two saved."""
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """What two ranks leave, then three; each loads what one process and what four saved, the three
+    also what the two saved."""
     base = tmp_path_factory.mktemp("rows")
-    alone = base / "alone"
-    alone.mkdir()
-    trained_alone(2).save(alone, "items")
-    four = base / "four"
-    four.mkdir()
-    save_by_hand(trained_alone(2), four, 4)
-    results: dict[int, Found] = {}
-    for num_ranks in (2, 3):
-        out = base / str(num_ranks)
-        out.mkdir()
-        saved = [alone, four, *(result.folder for result in results.values())]
-        ranks = start_each([SCRIPT, out, *saved], base / f"logs-{num_ranks}", num_ranks)
+    folders = {num_ranks: base / str(num_ranks) for num_ranks in (1, 4, 2, 3)}
+    for folder in folders.values():
+        folder.mkdir()
+    trained_alone(2).save(folders[1], "items")
+    save_by_hand(trained_alone(2), folders[4], 4)
+    for num_ranks, saved in ((2, (1, 4)), (3, (1, 4, 2))):
+        arguments = [SCRIPT, folders[num_ranks], *(folders[n] for n in saved)]
+        ranks = start_each(arguments, base / f"logs-{num_ranks}", num_ranks)
         assert not any(rank.returncode for rank in ranks), ranks
-        results[num_ranks] = Found(out, num_ranks)
-    return results
+    return folders
 
 
 @pytest.mark.dist
+@pytest.mark.ranks
 @pytest.mark.parametrize("num_ranks", [2, 3])
-class TestRanks:
-    def test_the_start_is_that_of_one_process(
-        self, found: dict[int, Found], num_ranks: int
-    ) -> None:
-        assert torch.equal(found[num_ranks].table("initial"), table_of().values)
+def test_ranks_do_what_one_process_does(folders: dict[int, Path], num_ranks: int) -> None:
+    folder = folders[num_ranks]
+    tables = {path.stem: torch.from_numpy(np.load(path)) for path in folder.glob("*.npy")}
+    assert torch.equal(tables["initial"], table_of().values)
+    # Every rank is given the rows it requested, and the end is the same to the bit: the one process
+    # adds the gradients in the same order.
+    archives = [np.load(folder / f"fetched-{rank}.npz") for rank in range(num_ranks)]
+    fetched = [[one[f"arr_{number}"] for number in range(len(KINDS))] for one in archives]
+    alone = trained_alone(num_ranks, fetched)
+    assert torch.equal(tables["trained"], alone.values)
+    assert not torch.equal(alone.values, table_of().values)
+    # A gradient that does not arrive would be seen.
+    assert (tables["lost"] - alone.values).abs().max() > 1e-3
+    # Files load at any number of ranks, squares too.
+    check_same(loaded(folder), alone)
+    source = trained_alone(2)
+    for number in range(num_ranks):
+        assert torch.equal(tables[f"loaded-{number}"], source.values), number
+        assert torch.equal(loaded(folder, f"again-{number}").squares, source.squares), number
+    for rank, path in enumerate(sorted(folder.glob("items-*.safetensors"))):
+        blocks = alone.values.split(BLOCK)[rank::num_ranks]
+        assert torch.equal(load_file(path)["values"], torch.cat(blocks))
 
-    def test_the_end_is_that_of_one_process_to_the_bit(
-        self, found: dict[int, Found], num_ranks: int
-    ) -> None:
-        # Whatever rows the ranks have: the one process adds their gradients in the same order.
-        alone = trained_alone(num_ranks)
-        assert torch.equal(found[num_ranks].table("trained"), alone.values)
-        assert not torch.equal(alone.values, table_of().values)
 
-    def test_a_lost_gradient_is_seen(self, found: dict[int, Found], num_ranks: int) -> None:
-        difference = found[num_ranks].table("lost") - trained_alone(num_ranks).values
-        assert difference.abs().max() > 1e-3
-
-    def test_every_rank_is_given_the_rows_it_asked_for(
-        self, found: dict[int, Found], num_ranks: int
-    ) -> None:
-        alone = table_of()
-        fetched = [
-            np.load(found[num_ranks].folder / f"fetched-{rank}.npz") for rank in range(num_ranks)
-        ]
-        for step, kind in enumerate(KINDS):
-            parts = [
-                torch.from_numpy(rows_of(kind, step, rank, num_ranks)) for rank in range(num_ranks)
-            ]
-            total = torch.zeros(NUM_ROWS, DIM)
-            for rank, rows in enumerate(parts):
-                assert np.array_equal(fetched[rank][f"arr_{step}"], alone.values[rows].numpy()), (
-                    kind,
-                    rank,
-                )
-                total[rows] += gradient_of(step, rank, len(rows))
-            union = torch.cat(parts).unique()
-            alone.fetch(union)
-            alone.update(total[union], learning_rate=RATE, scale=0.5)
-
-    def test_a_hundred_runs_give_the_same_bits(
-        self, found: dict[int, Found], num_ranks: int
-    ) -> None:
-        assert [found[num_ranks].facts(rank)["digests"] for rank in range(num_ranks)] == [
-            1
-        ] * num_ranks
-
-    def test_only_touched_rows_are_on_the_wire(
-        self, found: dict[int, Found], num_ranks: int
-    ) -> None:
-        # A remote row costs its id (int32) on the way there, its values back, its gradient there; a
-        # step its counts (int64).
-        sent = [8 * (num_ranks - 1) * len(KINDS)] * num_ranks
-        touched = 0
-        for step, kind in enumerate(KINDS):
-            for rank in range(num_ranks):
-                rows = rows_of(kind, step, rank, num_ranks)
-                touched += len(rows)
-                owners = np.bincount(rows // BLOCK % num_ranks, minlength=num_ranks)
-                for owner in set(range(num_ranks)) - {rank}:
-                    sent[rank] += int(owners[owner]) * (4 + DIM * 4)
-                    sent[owner] += int(owners[owner]) * DIM * 4
-        facts = [found[num_ranks].facts(rank) for rank in range(num_ranks)]
-        assert [one["bytes_sent"] for one in facts] == sent
-        assert sum(one["rows_fetched"] for one in facts) == touched
-        assert sum(sent) <= 2 * touched * DIM * 4
-
-    def test_files_load_at_any_number_of_ranks(
-        self, found: dict[int, Found], num_ranks: int, tmp_path: Path
-    ) -> None:
-        back = table_of(init_std=0)
-        back.load(found[num_ranks].folder, "items")
-        alone = trained_alone(num_ranks)
-        assert torch.equal(back.values, alone.values)
-        assert torch.equal(back.squares, alone.squares)
-        # And what one, four or two processes saved comes back at this number of ranks, squares too.
-        for number, of in enumerate([1, 4, 2][:num_ranks]):
-            source = trained_alone(2)
-            assert torch.equal(found[num_ranks].table(f"loaded-{number}"), source.values), of
-            again = table_of(init_std=0)
-            again.load(found[num_ranks].folder, f"again-{number}")
-            assert torch.equal(again.squares, source.squares), of
-
-    def test_a_missing_and_a_foreign_file_are_named(
-        self, found: dict[int, Found], num_ranks: int, tmp_path: Path
-    ) -> None:
-        for path in found[num_ranks].files("items"):
-            shutil.copy(path, tmp_path)
-        last = tmp_path / f"items-{num_ranks - 1:05d}-of-{num_ranks:05d}.safetensors"
-        first = tmp_path / f"items-00000-of-{num_ranks:05d}.safetensors"
-        kept = last.read_bytes()
-        last.unlink()
-        with pytest.raises(ValueError, match=f"{last}: missing"):
-            table_of().load(tmp_path, "items")
-        shutil.copy(first, last)
-        with pytest.raises(ValueError, match=f"{last}: not rank {num_ranks - 1}"):
-            table_of().load(tmp_path, "items")
-        last.write_bytes(kept)
-        foreign = tmp_path / "items-00000-of-00007.safetensors"
-        shutil.copy(first, foreign)
-        with pytest.raises(ValueError, match=f"{foreign}: beside {first.name}"):
-            table_of().load(tmp_path, "items")
-
-    def test_blocks_lie_in_turn(self, found: dict[int, Found], num_ranks: int) -> None:
-        initial = trained_alone(num_ranks).values
-        for rank, path in enumerate(found[num_ranks].files("items")):
-            blocks = initial.split(BLOCK)[rank::num_ranks]
-            assert torch.equal(load_file(path)["values"], torch.cat(blocks))
+@pytest.mark.dist
+@pytest.mark.ranks
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_send_touched_rows_alone_and_repeat_every_bit(
+    folders: dict[int, Path], num_ranks: int
+) -> None:
+    # A remote row costs its id (int32) on the way there, its values back, its gradient there; a
+    # step its counts (int64).
+    sent = [8 * (num_ranks - 1) * len(KINDS)] * num_ranks
+    touched = 0
+    for number, kind in enumerate(KINDS):
+        for rank in range(num_ranks):
+            rows = rows_of(kind, number, rank, num_ranks)
+            touched += len(rows)
+            owners = np.bincount(rows // BLOCK % num_ranks, minlength=num_ranks)
+            for owner in set(range(num_ranks)) - {rank}:
+                sent[rank] += int(owners[owner]) * (4 + DIM * 4)
+                sent[owner] += int(owners[owner]) * DIM * 4
+    paths = [folders[num_ranks] / f"facts-{rank}.json" for rank in range(num_ranks)]
+    facts = [json.loads(path.read_text()) for path in paths]
+    assert [one["bytes_sent"] for one in facts] == sent
+    assert sum(one["rows_fetched"] for one in facts) == touched
+    assert sum(sent) <= 2 * touched * DIM * 4
+    assert [one["digests"] for one in facts] == [1] * num_ranks
