@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from genrec_kernels.sharded_rows import RowTable, look_up, plan_rows
+from genrec_kernels.sharded_rows import RowTable, distinct_rows, look_up
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -204,7 +204,7 @@ def _plans(draw: Draw, num_rows: int, sizes: Sizes, count: int) -> list[Tensor]:
     # More batches than one measurement takes, so that it does not meet the rows it has just left in
     # the cache.
     ids = [draw_ids(draw, num_rows, sizes.rows, seed) for seed in range(3 * count)]
-    return [plan_rows([one], num_rows)[0].rows for one in ids]
+    return [distinct_rows([one], num_rows)[0] for one in ids]
 
 
 def _batches(draw: Draw, num_rows: int, sizes: Sizes) -> list[tuple[Tensor, Tensor]]:
@@ -215,8 +215,8 @@ def _batches(draw: Draw, num_rows: int, sizes: Sizes) -> list[tuple[Tensor, Tens
         # then repeats.
         ids = np.resize(np.concatenate([np.unique(ids), ids]), sizes.samples * LENGTH)
         ids = np.random.default_rng(seed).permutation(ids).reshape(sizes.samples, LENGTH)
-        plan, (places,) = plan_rows([ids], num_rows)
-        batches.append((plan.rows, torch.from_numpy(places)))
+        rows, (places,) = distinct_rows([ids], num_rows)
+        batches.append((rows, torch.from_numpy(places)))
     return batches
 
 
@@ -254,8 +254,8 @@ class Ours:
 
     def plan(self, ids_T: np.ndarray) -> tuple[Tensor, Tensor]:
         """What a data worker does beside the loop: (rows int64 [u], places int64 [T])."""
-        plan, (places_T,) = plan_rows([ids_T], self.table.num_rows)
-        return plan.rows, torch.from_numpy(places_T)
+        rows, (places_T,) = distinct_rows([ids_T], self.table.num_rows)
+        return rows, torch.from_numpy(places_T)
 
     def planned(self, batch: tuple[Tensor, Tensor], backward: Callable[[Tensor], None]) -> None:
         rows_u, places_T = batch
@@ -485,7 +485,7 @@ def _wire_rank(rank: int, num_ranks: int, folder: str, sizes: Sizes) -> None:
             draw_ids(draw, sizes.peers, sizes.rows, step * num_ranks + rank)
             for step in range(sizes.steps)
         ]
-        plans = [plan_rows([one], sizes.peers)[0].rows for one in ids]
+        plans = [distinct_rows([one], sizes.peers)[0] for one in ids]
         dist.barrier()
         start = time.perf_counter()
         for rows_u in plans:

@@ -19,8 +19,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from genrec_kernels import Rows, SumPlan, embedding_sum, plan_sum, wants_plan
-from genrec_kernels.sharded_rows import RowTable, plan_rows
+from genrec_kernels import (
+    EmbeddingTables,
+    GradientOrder,
+    Rows,
+    embedding_sum,
+    make_gradient_order,
+    wants_gradient_order,
+)
+from genrec_kernels.sharded_rows import RowTable, distinct_rows
 from genrec_shards.dataset import load_dataset
 from genrec_shards.storage.write import write_shards
 from torch import Tensor
@@ -232,7 +239,7 @@ class Case:
     norm: list[Tensor]
     """Weight and bias of the layer norm, or nothing."""
     gradient: Tensor
-    plan: SumPlan | None
+    plan: GradientOrder | None
     plan_seconds: float
     """What the data worker takes for the plan."""
 
@@ -258,11 +265,12 @@ def make_case(
 
     start = time.perf_counter()
     names, silent = ("token", "position", "user", "item"), (PAD, None, 0, 0)
-    first, second, third, fourth = (
-        Rows(name, one.numpy(), size, row)
-        for name, one, size, row in zip(names, ids, rows, silent, strict=True)
+    plan = make_gradient_order(
+        [
+            Rows(name, one.numpy(), size, row)
+            for name, one, size, row in zip(names, ids, rows, silent, strict=True)
+        ]
     )
-    plan = plan_sum(first, second, third, fourth)
     plan_seconds = time.perf_counter() - start
     tables = [drawn(size, shape.width).mul_(0.02) for size in rows]
     tables[2][0] = tables[3][0] = 0
@@ -272,7 +280,7 @@ def make_case(
         [one.requires_grad_() for one in tables],
         [one.requires_grad_() for one in learned],
         drawn(len(ids[0]), shape.width),
-        plan.to(device) if wants_plan(device.type) else None,
+        plan.to(device) if wants_gradient_order(device.type) else None,
         plan_seconds,
     )
 
@@ -302,10 +310,13 @@ def make_cases(
 
 
 def ours(case: Case) -> Tensor:
-    return embedding_sum(
-        *case.ids, *case.tables, pad_token_id=PAD, plan=case.plan,
-        norm_weight=case.norm[0] if case.norm else None, norm_bias=case.norm[1] if case.norm else None,
-    )  # fmt: skip
+    weight, bias = case.norm or (None, None)
+    token, position, user, item = case.tables
+    tables = EmbeddingTables(
+        token, position, user, item, pad_token_id=PAD, norm_weight=weight, norm_bias=bias
+    )
+    tokens, positions, users, items = case.ids
+    return embedding_sum(tokens, positions, users, items, tables, order=case.plan)
 
 
 def plain(ids: list[Tensor], tables: list[Tensor], norm: list[Tensor]) -> Tensor:
@@ -578,24 +589,25 @@ class GrownStep:
             ids = np.random.default_rng(seed).permutation(
                 np.resize(np.concatenate([np.unique(ids), ids]), count)
             )
-            rows, (places,) = plan_rows([ids], num_rows)
+            rows, (places,) = distinct_rows([ids], num_rows)
             tokens, positions = np.arange(count) * 7 % words, np.arange(count) % MOST_TOKENS
-            plan = plan_sum(
-                Rows("token", tokens, words),
-                Rows("position", positions, MOST_TOKENS),
-                None,
-                Rows("item", places, len(rows.rows) + 1, 0),
+            plan = make_gradient_order(
+                [
+                    Rows("token", tokens, words),
+                    Rows("position", positions, MOST_TOKENS),
+                    None,
+                    Rows("item", places, len(rows) + 1, 0),
+                ]
             )
             arrays = (tokens, positions, np.zeros_like(tokens), places)
             inputs = [torch.from_numpy(one).to(device) for one in arrays]
-            self.batches.append((rows.rows, inputs, plan.to(device)))
+            self.batches.append((rows, inputs, plan.to(device)))
 
-    def __call__(self, batch: tuple[Tensor, list[Tensor], SumPlan]) -> None:
+    def __call__(self, batch: tuple[Tensor, list[Tensor], GradientOrder]) -> None:
         rows_u, (tokens, positions, users, items), plan = batch
         leaf = self.table.fetch(rows_u, zero_row=True).requires_grad_()
-        summed = embedding_sum(
-            tokens, positions, users, items, self.tokens, self.positions, None, leaf, plan=plan
-        )
+        tables = EmbeddingTables(self.tokens, self.positions, None, leaf)
+        summed = embedding_sum(tokens, positions, users, items, tables, order=plan)
         (gradient,) = torch.autograd.grad(summed, leaf, self.gradient)
         self.table.update(gradient[1:], learning_rate=RATE)
 

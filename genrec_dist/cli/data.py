@@ -145,7 +145,7 @@ def prepare(
     """
     from genrec_shards.append import append as run_append
     from genrec_shards.append import appended_told
-    from genrec_shards.numbering.numbering import told
+    from genrec_shards.numbering.numbering import summary
     from genrec_shards.prepare import cleaning_told
     from genrec_shards.prepare import prepare as run_prepare
     from genrec_shards.readers.read_log import LogOptions
@@ -190,7 +190,7 @@ def prepare(
         f"{out_dir}: {sequences.num_users:,} users, {sequences.num_items:,} items, "
         f"{sequences.num_interactions:,} interactions, numbering {numbering}"
     )
-    for line in told(dataset.numbering):
+    for line in summary(dataset.numbering):
         say(line)
     if dataset.numbering.hierarchy is None:
         say(found.sentence(), style="yellow" if found.leaks else "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, replace
 
 import torch
-from genrec_kernels import SumPlan
+from genrec_kernels import GradientOrder
 from torch import Tensor
 
 from genrec_dist.data.encoder_input import EncoderInput
@@ -76,7 +76,7 @@ class ModelInputs:
     on; None: all."""
     packing: Packing | None = None
     """Where the sequences of packed arrays start and end; None: the arrays are padded."""
-    plan: SumPlan | None = None
+    plan: GradientOrder | None = None
     """For the backward pass of the embedding kernel, where that is used."""
 
 

@@ -107,7 +107,7 @@ class Protocol:
         return cls(
             numbering,
             info.ties,
-            info.split_told,
+            info.split_name,
             trained_through,
             exclude_history,
             beam,

@@ -206,7 +206,7 @@ def check_split(run: LoadedRun, dataset: Dataset) -> None:
     Raises:
         ValueError: The run may have learned what is held out here.
     """
-    learned, given = run.model.config.split, dataset.info.split_told
+    learned, given = run.model.config.split, dataset.info.split_name
     if learned != given:
         raise ValueError(
             f"{run.path} was trained under the split {learned}, {dataset.path} has {given}: "

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from genrec_kernels import SumPlan, embedding_sum
+from genrec_kernels import EmbeddingTables, GradientOrder, embedding_sum
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -147,7 +147,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
             init.normal_(module.weight, std=module.in_features**-0.5)
 
     def embed(
-        self, encoder: EncoderInput, plan: SumPlan | None = None, *, normed: bool = False
+        self, encoder: EncoderInput, plan: GradientOrder | None = None, *, normed: bool = False
     ) -> Tensor:
         """The embedding sum before BART's layer norm, float [B, L, D]; `normed`: after it. `plan`:
         the batch's."""
@@ -156,26 +156,29 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         tokens = bart.embed_tokens.weight
         users, items = self.user_embedding, self.item_embedding
         fused = normed and encoder.further_ids is None
-        embedded_BLD = embedding_sum(
-            encoder.input_ids,
-            encoder.position_ids,
-            encoder.user_rows if users is None else users.places(encoder.user_rows),
-            encoder.item_rows if items is None else items.places(encoder.item_rows),
-            tokens,
-            bart.embed_positions.weight,
-            None if users is None else users.weight,
-            None if items is None else items.weight,
-            position_offset=POSITION_OFFSET,
+        tables = EmbeddingTables(
+            token=tokens,
+            position=bart.embed_positions.weight,
+            user=None if users is None else users.weight,
+            item=None if items is None else items.weight,
             scale=bart.embed_tokens.embed_scale,
-            id_dropout=self.config.id_dropout,
-            training=self.training,
+            position_offset=POSITION_OFFSET,
             pad_token_id=self.config.pad_token_id,
+            id_dropout=self.config.id_dropout,
             user_projection=None if self.user_projection is None else self.user_projection.weight,
             item_projection=None if self.item_projection is None else self.item_projection.weight,
             norm_weight=norm.weight if fused else None,
             norm_bias=norm.bias if fused else None,
             norm_eps=norm.eps,
-            plan=plan,
+        )
+        embedded_BLD = embedding_sum(
+            encoder.input_ids,
+            encoder.position_ids,
+            encoder.user_rows if users is None else users.places(encoder.user_rows),
+            encoder.item_rows if items is None else items.places(encoder.item_rows),
+            tables,
+            training=self.training,
+            order=plan,
         )
         if encoder.further_ids is None:
             return embedded_BLD
@@ -183,7 +186,7 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         embedded_BLD = embedded_BLD + further_BLD * bart.embed_tokens.embed_scale
         return norm(embedded_BLD) if normed else embedded_BLD
 
-    def encode(self, encoder: EncoderInput, plan: SumPlan | None = None) -> Tensor:
+    def encode(self, encoder: EncoderInput, plan: GradientOrder | None = None) -> Tensor:
         """Encoder states, float [B, L, D]. `plan`: `ModelInputs.plan`."""
         bart = self.model.encoder
         hidden_BLD = self.embed(encoder, plan, normed=True)

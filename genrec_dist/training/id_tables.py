@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from genrec_kernels.sharded_rows import RowTable, plan_rows
+from genrec_kernels.sharded_rows import RowTable, distinct_rows
 from genrec_shards.keyed_random import mixed_key
 from genrec_shards.sequences import SplitView
 from torch import Tensor
@@ -38,14 +38,14 @@ def plan_ids(step: RankStep, config: GenRecConfig) -> RankStep:
         if not num_rows:
             continue
         field = f"{kind}_rows"
-        plan, places = plan_rows(
+        rows, places = distinct_rows(
             [getattr(encoder, field).numpy() for encoder in encoders], num_rows
         )
         encoders = [
             dataclasses.replace(encoder, **{field: torch.from_numpy(array)})
             for encoder, array in zip(encoders, places, strict=True)
         ]
-        plans[kind] = plan.rows
+        plans[kind] = rows
     batches: list[Batch] = [
         dataclasses.replace(batch, encoder=encoder)
         for batch, encoder in zip(step.micro_batches, encoders, strict=True)

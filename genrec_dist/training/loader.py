@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from genrec_kernels import Rows, plan_sum
+from genrec_kernels import Rows, make_gradient_order
 from genrec_shards.storage.reader import ShardReader
 from genrec_shards.storage.sample_order import split_among_ranks
 from torch.utils.data import Dataset as TorchDataset
@@ -38,13 +38,13 @@ def plan_sums(step: RankStep, config: GenRecConfig) -> RankStep:
         encoder = batch.encoder
         positions = encoder.position_ids.numpy() + POSITION_OFFSET
         users, items = encoder.user_rows.numpy(), encoder.item_rows.numpy()
-        plan = plan_sum(
+        tables = [
             Rows("token", encoder.input_ids.numpy(), config.vocab_size, config.pad_token_id),
             Rows("position", positions, num_positions),
             Rows("user", users, num_users + 1, 0) if config.num_users else None,
             Rows("item", items, num_items + 1, 0) if config.num_items else None,
-        )
-        batches.append(dataclasses.replace(batch, plan=plan))
+        ]
+        batches.append(dataclasses.replace(batch, plan=make_gradient_order(tables)))
     return dataclasses.replace(step, micro_batches=batches)
 
 

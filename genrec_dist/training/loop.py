@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from genrec_kernels import wants_plan
+from genrec_kernels import wants_gradient_order
 from genrec_shards.errors import DataError
 from genrec_shards.histories import sample_users
 from genrec_shards.keyed_random import mixed_key
@@ -160,7 +160,7 @@ class Loop:
             self.ranks.rank,
             self.ranks.size,
             ids_outside=config if config.ids_outside else None,
-            sums=config if wants_plan(device.type) else None,
+            sums=config if wants_gradient_order(device.type) else None,
             packed=choose_packing(self.recipe.packing, device),
         )
         steps = range(self.progress.step, self.end_step)

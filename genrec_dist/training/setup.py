@@ -118,7 +118,7 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGene
             vectors_NF = neighbour_vectors(dataset.sequences, num_factors, recipe.seed)
             init_item_rows(model, vectors_NF, words)
     model.config.numbering_hash = codes.numbering_hash()
-    model.config.split = dataset.info.split_told
+    model.config.split = dataset.info.split_name
     model.config.certain_tokens = recipe.tokens.forced
     setup = TrainingSetup(
         recipe=recipe,

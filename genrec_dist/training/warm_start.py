@@ -148,10 +148,10 @@ def _mismatch(origin: Origin, recipe: Recipe, dataset: Dataset) -> str:
             "trained_through n-2, and its weights have learned validation items (n-1): set "
             "trained_through=n-1, or start from a run of n-2"
         )
-    if origin.config.split != dataset.info.split_told:
+    if origin.config.split != dataset.info.split_name:
         return (
             f"its weights were learned under the split {origin.config.split}, {dataset.path} has "
-            f"{dataset.info.split_told}: they may know what is held out here; start from a run on "
+            f"{dataset.info.split_name}: they may know what is held out here; start from a run on "
             "this split"
         )
     return ""

@@ -1,6 +1,14 @@
 """The fused operations of GenRec and their specifications in plain torch."""
 
-from genrec_kernels.embedding import embedding_sum, wants_plan
-from genrec_kernels.gradient_order import Rows, SumPlan, plan_sum
+from genrec_kernels.embedding import embedding_sum, wants_gradient_order
+from genrec_kernels.gradient_order import GradientOrder, Rows, make_gradient_order
+from genrec_kernels.torch_reference import EmbeddingTables
 
-__all__ = ["Rows", "SumPlan", "embedding_sum", "plan_sum", "wants_plan"]
+__all__ = [
+    "EmbeddingTables",
+    "GradientOrder",
+    "Rows",
+    "embedding_sum",
+    "make_gradient_order",
+    "wants_gradient_order",
+]

@@ -1,5 +1,5 @@
-"""The order in which a batch's gradients are added, made on the host with the batch: no device ever
-sorts."""
+"""The order in which a batch's gradients are added, made on the host with the batch, so that no
+device sorts."""
 
 # n places (tokens of a batch, padding included), R rows of a table, D width
 
@@ -17,7 +17,9 @@ CHUNK = 64
 """Occurrences that one program adds up. A row with more of them is summed in two levels."""
 
 _HEADER = 4
-_ALIGN = 4  # int32 numbers: a part that starts at 16 bytes is read in wide loads, and each batch meets one compiled kernel
+# int32 numbers: a part that starts at 16 bytes is read in wide loads, and each batch meets one
+# compiled kernel.
+_ALIGN = 4
 
 
 class Rows(NamedTuple):
@@ -25,27 +27,27 @@ class Rows(NamedTuple):
 
     name: str
     ids: np.ndarray
-    """Whole numbers of any shape, the same for all tables of a plan."""
+    """Whole numbers of any shape, the same for all tables of a batch."""
     num_rows: int
     silent: int | None = None
     """The row that learns nothing: its places are left out."""
 
 
-class Stretch(NamedTuple):
-    """Where one table's order lies in `SumPlan.packed`, and how large its parts are. All zero: the
-    table has no order."""
+class Segment(NamedTuple):
+    """Where one table's order is in `GradientOrder.packed`, and how large its parts are. All zero:
+    the table has no order."""
 
     start: int = 0
     order: int = 0
     chunks: int = 0
-    longs: int = 0
+    long_rows: int = 0
 
     @property
     def size(self) -> int:
-        return _HEADER + self.order + 3 * self.chunks + 3 * self.longs
+        return _HEADER + self.order + 3 * self.chunks + 3 * self.long_rows
 
 
-class Parts(NamedTuple):
+class TableOrder(NamedTuple):
     """One table's order, views of `packed`."""
 
     header: Tensor
@@ -53,122 +55,129 @@ class Parts(NamedTuple):
     order: Tensor
     """int32 [order]: places, by row, within a row ascending."""
     chunks: Tensor
-    """int32 [chunks, 3]: first entry of `order`, how many, and where their sum goes: a row, or -1 -
-    p for partial sum p."""
-    longs: Tensor
-    """int32 [longs, 3]: first partial sum, how many, and the row."""
+    """int32 [chunks, 3]: first entry of `order`, how many, and where their sum goes: a row, or
+    -1 - p for partial sum p."""
+    long_rows: Tensor
+    """int32 [long_rows, 3]: first partial sum, how many, and the row."""
 
 
 @dataclass(frozen=True)
-class SumPlan:
+class GradientOrder:
     """The orders of a batch's tables: token, position, user, item. Sizes are rounded up, so that
     few of them occur."""
 
     packed: Tensor
     """int32, all of it in one tensor: one copy takes it to a device."""
-    stretches: tuple[Stretch, Stretch, Stretch, Stretch]
+    segments: tuple[Segment, ...]
+    """Of the four tables."""
     num_places: int
 
-    def to(self, device: torch.device) -> SumPlan:
-        return SumPlan(self.packed.to(device, non_blocking=True), self.stretches, self.num_places)
+    def to(self, device: torch.device) -> GradientOrder:
+        packed = self.packed.to(device, non_blocking=True)
+        return GradientOrder(packed, segments=self.segments, num_places=self.num_places)
 
     def sizes(self) -> list[int]:
-        """The stretches as plain numbers, for an operator's arguments."""
-        return [number for stretch in self.stretches for number in stretch]
+        """The segments as plain numbers, for an operator's arguments."""
+        return [number for segment in self.segments for number in segment]
 
 
-def parts(packed: Tensor, stretch: Sequence[int]) -> Parts:
+def unpack(packed: Tensor, segment: Sequence[int]) -> TableOrder:
     """One table's order within `packed`."""
-    start, order, chunks, longs = stretch
-    header, places, chunk_parts, long_parts = packed.narrow(0, start, Stretch(*stretch).size).split(
-        [_HEADER, order, 3 * chunks, 3 * longs]
-    )
-    return Parts(header, places, chunk_parts.view(chunks, 3), long_parts.view(longs, 3))
+    start, order, chunks, long_rows = segment
+    part = packed.narrow(0, start, Segment(*segment).size)
+    header, places, chunk_part, long_part = part.split([_HEADER, order, 3 * chunks, 3 * long_rows])
+    return TableOrder(header, places, chunk_part.view(chunks, 3), long_part.view(long_rows, 3))
 
 
-def plan_sum(
-    token: Rows, position: Rows, user: Rows | None, item: Rows | None, *, static: bool = False
-) -> SumPlan:
-    """Orders for `embedding_sum`'s backward. `static`: sizes that any batch of this shape fits in,
-    for a CUDA graph.
+def make_gradient_order(tables: Sequence[Rows | None]) -> GradientOrder:
+    """The order for `embedding_sum`'s backward.
 
-    Raises ValueError for an id outside its table: nobody looks again on the device.
+    Args:
+        tables: of token, position, user and item; None for a table that is not there.
+
+    Raises:
+        ValueError: an id is outside its table; nobody looks again on the device.
     """
+    first = tables[0]
+    assert first is not None
     packed: list[np.ndarray] = []
-    stretches: list[Stretch] = []
+    segments: list[Segment] = []
     start = 0
-    for rows in (token, position, user, item):
-        if rows is None:
-            stretches.append(Stretch())
-            continue
-        check_rows(rows)
-        assert rows.ids.size == token.ids.size, (rows.name, rows.ids.shape, token.ids.shape)
-        stretch, array = _order(rows, start, static)
-        packed.append(array)
-        stretches.append(stretch)
-        start += stretch.size
-    first, second, third, fourth = stretches
-    return SumPlan(
-        torch.from_numpy(np.concatenate(packed)), (first, second, third, fourth), token.ids.size
-    )
+    for rows in tables:
+        segment = Segment()
+        if rows is not None:
+            check_rows(rows)
+            assert rows.ids.size == first.ids.size, (rows.name, rows.ids.shape, first.ids.shape)
+            segment, array = _table_order(rows, start)
+            packed.append(array)
+            start += segment.size
+        segments.append(segment)
+    joined = torch.from_numpy(np.concatenate(packed))
+    return GradientOrder(joined, segments=tuple(segments), num_places=first.ids.size)
 
 
 def check_rows(rows: Rows) -> None:
-    """Raise ValueError naming the table if an id lies outside it."""
+    """Raise ValueError naming the table if an id is outside it."""
     if not rows.ids.size:
         return
     low, high = int(rows.ids.min()), int(rows.ids.max())
     if low < 0 or high >= rows.num_rows:
-        bad = low if low < 0 else high
-        raise ValueError(
-            f"{rows.name} id {bad} is outside its table of {rows.num_rows} rows: prepare and shard again"
-        )
+        found = f"{rows.name} id {low if low < 0 else high}"
+        table = f"its table of {rows.num_rows} rows"
+        raise ValueError(f"{found} is outside {table}: prepare and shard again")
 
 
-def _order(rows: Rows, start: int, static: bool) -> tuple[Stretch, np.ndarray]:
+def _table_order(rows: Rows, start: int) -> tuple[Segment, np.ndarray]:
+    # Worked example, CHUNK = 2: one table of 4 rows, silent row 0, and six places that read
+    #     ids_n        3 1 0 3 3 1
+    #     places       0 1 3 4 5        place 2 reads the silent row
+    #     row_of       1 1 3 3 3        sorted by row, then by place
+    #     order        1 5 0 3 4
+    #     firsts       0 2              row 1 begins at entry 0 of the order, row 3 at entry 2
+    #     counts       2 3              occurrences of rows 1 and 3
+    #     num_chunks   1 2              row 3 is long: two chunks, of 2 and of 1 places
+    #     row_index    0 1 1            by chunk: which of the rows (1, 3)
+    #     nth          0 0 1            by chunk: which one of its row
+    #     chunk_first  0 2 4
+    #     chunk_count  2 2 1
+    #     target       1 -1 -2          row 1 at once; row 3 by the partial sums 0 and 1
+    #     long_rows    [[0, 2, 3]]      two partial sums from number 0 on make row 3
     ids_n = rows.ids.reshape(-1)
     num_places = len(ids_n)
     places = np.arange(num_places) if rows.silent is None else np.flatnonzero(ids_n != rows.silent)
     # One sort of whole numbers instead of a stable argsort, which takes several times as long.
     keys = np.sort((ids_n[places].astype(np.int64) << 32) | places)
     row_of, order = keys >> 32, keys & 0xFFFFFFFF
-    firsts = (
-        np.flatnonzero(np.concatenate([[True], row_of[1:] != row_of[:-1]]))
-        if len(keys)
-        else np.zeros(0, np.int64)
-    )
-    counts = np.diff(np.concatenate([firsts, [len(keys)]]))
-    pieces = -(-counts // CHUNK)
-    segment = np.repeat(np.arange(len(firsts)), pieces)
-    piece = np.arange(len(segment)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    chunk_first = firsts[segment] + piece * CHUNK
-    chunk_count = np.minimum(counts[segment] - piece * CHUNK, CHUNK)
+    firsts = np.flatnonzero(np.diff(row_of, prepend=-1))
+    counts = np.diff(firsts, append=len(keys))
+    num_chunks = -(-counts // CHUNK)
+    row_index = np.repeat(np.arange(len(firsts)), num_chunks)
+    nth = np.arange(len(row_index)) - np.repeat(np.cumsum(num_chunks) - num_chunks, num_chunks)
+    chunk_first = firsts[row_index] + nth * CHUNK
+    chunk_count = np.minimum(counts[row_index] - nth * CHUNK, CHUNK)
     target = row_of[chunk_first]
-    in_long = pieces[segment] > 1
+    in_long = num_chunks[row_index] > 1
     target[in_long] = -1 - np.arange(in_long.sum())
-    long_pieces = pieces[pieces > 1]
-    longs = np.stack(
-        [np.cumsum(long_pieces) - long_pieces, long_pieces, row_of[firsts[pieces > 1]]], 1
-    )
+    partials = num_chunks[num_chunks > 1]
+    first_partial = np.cumsum(partials) - partials
+    long_rows = np.stack([first_partial, partials, row_of[firsts[num_chunks > 1]]], 1)
 
-    most_rows = min(num_places, rows.num_rows)
-    stretch = Stretch(
+    segment = Segment(
         start,
-        _rounded(num_places, 0),
-        _rounded(most_rows + num_places // CHUNK, 0)
-        if static
-        else _rounded(len(segment), num_places),
-        _rounded(num_places // CHUNK, 0) if static else _rounded(len(longs), num_places // 16),
+        order=_rounded(num_places, 0),
+        chunks=_rounded(len(row_index), num_places),
+        long_rows=_rounded(len(long_rows), num_places // 16),
     )
-    array = np.zeros(stretch.size, np.int32)
-    array[:_HEADER] = len(segment), len(longs), len(firsts), len(keys)
+    array = np.zeros(segment.size, np.int32)
+    array[:_HEADER] = len(row_index), len(long_rows), len(firsts), len(keys)
     at = _HEADER
     array[at : at + len(order)] = order
-    at += stretch.order
-    array[at : at + 3 * len(segment)] = np.stack([chunk_first, chunk_count, target], 1).reshape(-1)
-    at += 3 * stretch.chunks
-    array[at : at + longs.size] = longs.reshape(-1)
-    return stretch, array
+    at += segment.order
+    chunks = np.stack([chunk_first, chunk_count, target], 1)
+    array[at : at + chunks.size] = chunks.reshape(-1)
+    at += 3 * segment.chunks
+    array[at : at + long_rows.size] = long_rows.reshape(-1)
+    return segment, array
 
 
 def _rounded(count: int, num_places: int) -> int:

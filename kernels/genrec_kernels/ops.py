@@ -10,53 +10,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genrec_kernels.gradient_order import GradientOrder
+from genrec_kernels.torch_reference import EmbeddingTables
+
+
+def embedding_sum(
+    ids: tuple[Tensor, ...],
+    tables: EmbeddingTables,
+    seed: Tensor | None,
+    order: GradientOrder | None,
+    *,
+    keep: bool,
+) -> Tensor:
+    """The kernel as one operator, differentiable by the tables and the norm.
+
+    Args:
+        ids: token, position, user, item; integers [B, L] or [n].
+        tables: already projected.
+        seed: int64 [1], of the dropout; None: nothing is dropped.
+        order: of the backward; None where nothing learns.
+        keep: whether the backward will need the normalised rows.
+    """
+    present = [tables.token, tables.position, tables.user, tables.item]
+    arrays = [None if array is None else array.contiguous() for array in (*ids, *present)]
+    norm = (tables.norm_weight, tables.norm_bias)
+    plan = (None, []) if order is None else (order.packed, order.sizes())
+    numbers = (tables.scale, tables.position_offset, tables.id_dropout, tables.norm_eps)
+    out: Tensor = _embedding_sum(*arrays, *norm, seed, *plan, *numbers, keep)[0]
+    return out
+
 
 @torch.library.custom_op(
     "genrec::embedding_sum",
     mutates_args=(),
-    schema="(Tensor token_ids, Tensor position_ids, Tensor user_rows, Tensor item_rows, Tensor token_table, "
-    "Tensor position_table, Tensor? user_table, Tensor? item_table, Tensor? norm_weight, Tensor? norm_bias, Tensor? seed, "
-    "Tensor? packed, int[] sizes, float scale, int position_offset, float id_dropout, float norm_eps, bool keep) "
+    schema="(Tensor token_ids, Tensor position_ids, Tensor user_rows, Tensor item_rows, "
+    "Tensor token_table, Tensor position_table, Tensor? user_table, Tensor? item_table, "
+    "Tensor? norm_weight, Tensor? norm_bias, Tensor? seed, Tensor? packed, int[] sizes, "
+    "float scale, int position_offset, float id_dropout, float norm_eps, bool keep) "
     "-> (Tensor, Tensor, Tensor)",
 )
-def embedding_sum(
-    token_ids: Tensor,
-    position_ids: Tensor,
-    user_rows: Tensor,
-    item_rows: Tensor,
-    token_table: Tensor,
-    position_table: Tensor,
-    user_table: Tensor | None,
-    item_table: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    seed: Tensor | None,
-    packed: Tensor | None,
-    sizes: list[int],
-    scale: float,
-    position_offset: int,
-    id_dropout: float,
-    norm_eps: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`triton_sum.embedding_sum`. `packed`, `sizes`: a SumPlan's, which the backward alone
-    reads."""
+def _embedding_sum(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`triton_embedding_sum.embedding_sum`; `packed` and `sizes` are for the backward alone."""
     from genrec_kernels import triton_embedding_sum as triton_sum
 
-    return triton_sum.embedding_sum(
-        (token_ids, position_ids, user_rows, item_rows),
-        (token_table, position_table, user_table, item_table),
-        None if norm_weight is None or norm_bias is None else (norm_weight, norm_bias),
-        seed,
+    norm_weight, norm_bias, seed, _packed, _sizes, scale, offset, dropout, eps, keep = inputs[8:]
+    token, position, user, item = inputs[4:8]
+    tables = EmbeddingTables(
+        token=token,
+        position=position,
+        user=user,
+        item=item,
         scale=scale,
-        position_offset=position_offset,
-        id_dropout=id_dropout,
-        norm_eps=norm_eps,
-        keep=keep,
+        position_offset=offset,
+        id_dropout=dropout,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        norm_eps=eps,
     )
+    return triton_sum.embedding_sum(inputs[:4], tables, seed, keep=keep)
 
 
-@embedding_sum.register_fake
+@_embedding_sum.register_fake
 def _(token_ids: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     token_table, norm_weight, keep = others[3], others[7], others[-1]
     width = token_table.shape[1]
@@ -76,7 +90,7 @@ def _(token_ids: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
 def norm_backward(
     gradient: Tensor, hat: Tensor, rstd: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`triton_sum.norm_backward`."""
+    """`triton_embedding_sum.norm_backward`."""
     from genrec_kernels import triton_embedding_sum as triton_sum
 
     return triton_sum.norm_backward(gradient, hat, rstd, weight)
@@ -90,45 +104,21 @@ def _(gradient: Tensor, hat: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tens
 @torch.library.custom_op(
     "genrec::row_sums",
     mutates_args=(),
-    schema="(Tensor gradient, Tensor packed, int[] stretch, SymInt num_rows, ScalarType dtype, float scale, Tensor? seed, "
-    "float id_dropout, int table) -> Tensor",
+    schema="(Tensor gradient, Tensor packed, int[] segment, SymInt num_rows, ScalarType dtype, "
+    "float scale, Tensor? seed, float id_dropout, int table) -> Tensor",
 )
-def row_sums(
-    gradient: Tensor,
-    packed: Tensor,
-    stretch: list[int],
-    num_rows: int,
-    dtype: torch.dtype,
-    scale: float,
-    seed: Tensor | None,
-    id_dropout: float,
-    table: int,
-) -> Tensor:
-    """`triton_sum.row_sums`."""
+def row_sums(*inputs: Any) -> Tensor:
+    """`triton_embedding_sum.row_sums`."""
     from genrec_kernels import triton_embedding_sum as triton_sum
 
-    return triton_sum.row_sums(
-        gradient,
-        packed,
-        stretch,
-        num_rows,
-        dtype,
-        scale=scale,
-        seed=seed,
-        id_dropout=id_dropout,
-        table=table,
-    )
+    scale, seed, id_dropout, table = inputs[5:]
+    dropout = triton_sum.Dropout(seed, share=id_dropout, table=table)
+    return triton_sum.row_sums(*inputs[:5], scale=scale, dropout=dropout)
 
 
 @row_sums.register_fake
-def _(
-    gradient: Tensor,
-    packed: Tensor,
-    stretch: list[int],
-    num_rows: int,
-    dtype: torch.dtype,
-    *others: Any,
-) -> Tensor:
+def _(gradient: Tensor, *others: Any) -> Tensor:
+    num_rows, dtype = others[2:4]
     return gradient.new_empty(num_rows, gradient.shape[1], dtype=dtype)
 
 
@@ -138,6 +128,7 @@ def _keep_for_backward(
     tables, norm_weight, (seed, packed, sizes, scale) = inputs[4:8], inputs[8], inputs[10:14]
     ctx.save_for_backward(norm_weight, seed, packed, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
+    # The tables' sizes alone: ZeRO-3 may take the tables away until the backward.
     ctx.tables = [None if table is None else (table.shape[0], table.dtype) for table in tables]
     ctx.sizes, ctx.scale, ctx.id_dropout = sizes, scale, inputs[15]
 
@@ -154,10 +145,11 @@ def _backward(ctx: Any, gradient: Tensor, *_unused: Tensor | None) -> tuple[Tens
         if table is None or not ctx.needs_input_grad[4 + number]:
             grads.append(None)
             continue
-        (num_rows, dtype), sizes = table, ctx.sizes[4 * number : 4 * number + 4]
+        (num_rows, dtype), segment = table, ctx.sizes[4 * number : 4 * number + 4]
         scale = ctx.scale if number == 0 else 1.0
-        dropped = (seed, ctx.id_dropout) if number >= 2 else (None, 0.0)
-        grads.append(row_sums(summed, packed, sizes, num_rows, dtype, scale, *dropped, number % 2))
+        dropout = (seed, ctx.id_dropout) if number >= 2 else (None, 0.0)
+        grad = row_sums(summed, packed, segment, num_rows, dtype, scale, *dropout, number % 2)
+        grads.append(grad)
     return (None,) * 4 + tuple(grads) + norm + (None,) * 8
 
 

@@ -1,8 +1,8 @@
 """Id tables outside autograd and outside the optimiser: rows sharded over ranks, and only a step's
 rows ever touched."""
 
-# N table rows, D width, W ranks, u rows of this rank's step, n rows this rank owns and somebody
-# asked for
+# N table rows, D width, W ranks, u rows of this rank's step, n rows this rank owns that some rank
+# requests
 
 from __future__ import annotations
 
@@ -26,57 +26,55 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 64
-"""Rows that stay together; block b lies on rank b % world_size, so a row's place is a function of
-the row alone."""
+"""Rows that stay together; block b is on rank b % world_size, so a row's place is a function of the
+row alone."""
 
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK of Linux, which the mmap module does not name
 _FEW_ROWS = 1_000_000  # up to here a table of all rows' places beats a sort of those that come
 _CHUNK = 1 << 24  # bytes that full() moves at once
+_COPIED_BLOCKS = 1024  # on another device a copy of spread blocks is gathered first
 
 
-@dataclass(frozen=True)
-class RowPlan:
-    """The distinct rows of a step, made where the batch is made."""
+def distinct_rows(arrays: Sequence[np.ndarray], num_rows: int) -> tuple[Tensor, list[np.ndarray]]:
+    """The distinct table rows of a step, made where the batch is made.
 
-    rows: Tensor
-    """int64 [u], table rows, strictly ascending."""
+    For arrays [5, 0, 9] and [9, 2] the rows are [1, 4, 8] and the arrays become [2, 0, 3] and
+    [3, 1].
 
+    Args:
+        arrays: whole numbers of any shapes: 0 means "no row", and r + 1 table row r.
+        num_rows: rows of the table.
 
-def plan_rows(arrays: Sequence[np.ndarray], num_rows: int) -> tuple[RowPlan, list[np.ndarray]]:
-    """The distinct rows of whole-number arrays of any shapes, and the arrays with places for rows.
+    Returns:
+        The rows, int64 [u], strictly ascending; and the arrays, shapes and dtypes kept, in which 0
+        stays 0 and p + 1 means `rows[p]`.
 
-    In the arrays 0 means "no row" and r + 1 means table row r of `num_rows`. In what comes back,
-    shapes and dtypes kept, 0 stays 0 and p + 1 stands for `plan.rows[p]`. Raises ValueError for a
-    number outside 0..num_rows."""
+    Raises:
+        ValueError: a number is outside 0..num_rows.
+    """
     # The zero in front is always there to be found, so that the others' places follow it.
     flat = np.concatenate([np.zeros(1, np.int64), *(array.reshape(-1) for array in arrays)])
     low, high = int(flat.min()), int(flat.max())
     if low < 0 or high > num_rows:
-        raise ValueError(
-            f"id {low if low < 0 else high} is outside its table of {num_rows} rows and the zero row: "
-            "prepare and shard again"
-        )
-    found, places = (
-        _by_lookup(flat, num_rows)
-        if num_rows <= _FEW_ROWS
-        else np.unique(flat, return_inverse=True)
-    )
-    ends = 1 + np.cumsum([array.size for array in arrays])
-    local = [
-        places[end - array.size : end].reshape(array.shape).astype(array.dtype, copy=False)
-        for array, end in zip(arrays, ends, strict=True)
-    ]
-    return RowPlan(torch.from_numpy(found[1:] - 1)), local
-
-
-def _by_lookup(flat: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """What np.unique gives, several times as fast while a table of all rows' places is small."""
-    ordered = np.sort(flat)
-    found = ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
-    # Only the entries of rows that come are ever written or read.
-    place_of = np.empty(num_rows + 1, np.int32)
-    place_of[found] = np.arange(len(found), dtype=np.int32)
-    return found, place_of.take(flat)
+        wrong = f"id {low if low < 0 else high} is outside its table"
+        raise ValueError(f"{wrong} of {num_rows} rows and the zero row: prepare and shard again")
+    if num_rows <= _FEW_ROWS:
+        # What np.unique gives, several times as fast. Only the entries of rows that come are ever
+        # written or read.
+        ordered = np.sort(flat)
+        found = ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
+        place_of = np.empty(num_rows + 1, np.int32)
+        place_of[found] = np.arange(len(found), dtype=np.int32)
+        places = place_of.take(flat)
+    else:
+        found, inverse = np.unique(flat, return_inverse=True)
+        places = inverse.astype(np.int32)
+    local, end = [], 1
+    for array in arrays:
+        part = places[end : end + array.size]
+        local.append(part.reshape(array.shape).astype(array.dtype, copy=False))
+        end += array.size
+    return torch.from_numpy(found[1:] - 1), local
 
 
 def look_up(table: Tensor, places: Tensor) -> Tensor:
@@ -93,26 +91,26 @@ def look_up(table: Tensor, places: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Exchange:
-    """Who asked whom for what in a fetch; update() sends gradients back along it."""
+    """Which rank requested which rows in a fetch; update() sends gradients back along it."""
 
     owned: Tensor
-    """int64 [n], local rows of this rank, one run of ascending rows for each rank that asked."""
+    """int64 [n], local rows of this rank, one run of ascending rows for each requesting rank."""
     order: Tensor
     """int64 [u], places in the caller's rows, sorted by the rank that owns them. Empty on one
     rank."""
-    asked: list[int]
-    """Rows asked of each rank."""
+    requested: list[int]
+    """Rows this rank requested of each rank."""
     owed: list[int]
-    """Rows each rank asked of this one."""
+    """Rows each rank requested of this one."""
 
 
 class RowTable:
-    """One rank's rows of an id table: float32 [local, D], and one float32 sum of squares a row.
+    """One rank's rows of an id table: float32 [local, D], and one float32 sum of squares per row.
 
     fetch() and update() are one step: the rows go out, their gradient comes back, and the owner
     updates them by row-wise Adagrad. Both are collective over `group`, also for a rank that has no
     rows in a step; a table of one rank talks to nobody. No more than a step's rows is ever
-    allocated. On CPU the two arrays lie in huge pages, and a forked child finds them empty:
+    allocated. On CPU the two arrays are in huge pages, and a forked child finds them empty:
     otherwise its mere existence would make the parent copy each page that it updates."""
 
     def __init__(
@@ -130,46 +128,70 @@ class RowTable:
         """Rows are N(0, init_std) as a function of (key, row, dim): the same at any world size and
         any `num_rows`.
 
-        `key`: any whole number. Raises ValueError for sizes below 1 and a rank that is not the
-        group's."""
+        Args:
+            num_rows: of the whole table.
+            dim: width of a row.
+            init_std: standard deviation; 0: zeros.
+            key: any whole number.
+            rank, world_size, group: who shares the table.
+            device: of this rank's rows.
+
+        Raises:
+            ValueError: a size is below 1, or the rank is not the group's.
+        """
         if num_rows < 1 or dim < 1:
-            raise ValueError(
-                f"an id table of {num_rows} rows of width {dim}: both must be at least 1"
-            )
+            sizes = f"an id table of {num_rows} rows of width {dim}"
+            raise ValueError(f"{sizes}: both must be at least 1")
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} of {world_size}: count from 0")
         if world_size > 1:
             found = (dist.get_rank(group), dist.get_world_size(group))
             if found != (rank, world_size):
-                raise ValueError(
-                    f"rank {rank} of {world_size}: the process group says {found[0]} of {found[1]}"
-                )
+                says = f"the process group says {found[0]} of {found[1]}"
+                raise ValueError(f"rank {rank} of {world_size}: {says}")
         self.num_rows, self.dim = num_rows, dim
         self.rank, self.world_size, self.group = rank, world_size, group
         self.device = torch.device(device)
         self.bytes_sent = 0
-        """Bytes this rank has put on the wire in fetch() and update(): ids, counts, values and
-        gradients to other ranks."""
+        """Bytes this rank has sent in fetch() and update(): ids, counts, values and gradients."""
         self.rows_fetched = 0
-        """Rows this rank has asked for, whoever owns them."""
+        """Rows this rank has requested, of whichever owner."""
         local = _local_rows(num_rows, rank, world_size)
-        assert local < 1 << 31  # ids cross the wire as int32
+        assert local < 1 << 31  # ids are sent as int32
         self.values = _zeros(local * dim, self.device).view(local, dim)
         """float32 [local, D]: block `rank`, block `rank + world_size`, ..."""
         self.squares = _zeros(local, self.device)
         """float32 [local]: the sum over updates of a row's mean squared gradient."""
-        self._initialise(init_std, key)
         self._exchange: _Exchange | None = None
         self._process = os.getpid()
+        drawn = np.empty((BLOCK, dim), np.float32)
+        for start in range(0, local if init_std else 0, BLOCK):
+            block = start // BLOCK * world_size + rank
+            # Philox is keyed by (key, block) and draws a block's rows in order: a row knows neither
+            # ranks nor table size.
+            philox = np.random.Philox(key=np.array([key % 2**64, block], np.uint64))
+            np.random.Generator(philox).standard_normal(out=drawn, dtype=np.float32)
+            drawn *= init_std
+            part = self.values[start : start + BLOCK]
+            part.copy_(torch.from_numpy(drawn[: len(part)]))
 
     def fetch(self, rows_u: Tensor, *, zero_row: bool = False) -> Tensor:
-        """float32 [u, D], these rows, from wherever they lie. Collective.
+        """These rows, from whichever rank owns them. Collective; the next update() is for them.
 
-        `rows_u`: int64 [u], strictly ascending; best on the CPU, where it is checked and where
-        counting makes nobody wait for a device. `zero_row` puts a row of zeros in front, float32 [u
-        + 1, D], which is what the places of a plan count in. The next update() is for these rows.
+        Args:
+            rows_u: int64 [u], strictly ascending; best on the CPU, where it is checked and where
+                counting makes nobody wait for a device.
+            zero_row: put a row of zeros in front, which `distinct_rows` counts from.
+
+        Returns:
+            float32 [u, D], or [u + 1, D] with the zero row.
         """
-        self._check(rows_u)
+        self._check_process()
+        assert (rows_u.dtype, rows_u.ndim) == (torch.int64, 1), (rows_u.dtype, rows_u.shape)
+        if rows_u.device.type == "cpu" and len(rows_u):
+            first, last = int(rows_u[0]), int(rows_u[-1])
+            assert 0 <= first <= last < self.num_rows, f"rows {first}..{last} of {self.num_rows}"
+            assert bool((rows_u[1:] > rows_u[:-1]).all()), "rows must be distinct and ascending"
         self.rows_fetched += len(rows_u)
         fetched = torch.empty(zero_row + len(rows_u), self.dim, device=self.device)
         fetched[:zero_row].zero_()
@@ -178,14 +200,21 @@ class RowTable:
             torch.index_select(self.values, 0, owned_n, out=fetched[zero_row:])
             self._exchange = _Exchange(owned_n, rows_u.new_empty(0), [len(rows_u)], [len(rows_u)])
             return fetched
+        # Two ranks, rows 0, 64, 70 and 130: their blocks 0 1 1 2 are on ranks 0 1 1 0, where they
+        # are local rows 0 0 6 66; `order_u` 0 3 1 2 puts rank 0's first, `requested` is 2 2.
         blocks_u = rows_u // BLOCK
         owner_u = blocks_u % self.world_size
         local_u = (blocks_u // self.world_size) * BLOCK + rows_u % BLOCK
         order_u = torch.argsort(owner_u, stable=True)
-        asked, owed = self._exchange_counts(torch.bincount(owner_u, minlength=self.world_size))
-        owned_n = self._send(local_u[order_u].to(self.device, torch.int32), asked, owed).long()
-        arrived_uD = self._send(self.values.index_select(0, owned_n), owed, asked)
-        self._exchange = _Exchange(owned_n, order_u.to(self.device), asked, owed)
+        asked_W = torch.bincount(owner_u, minlength=self.world_size)
+        counts = torch.stack([asked_W, torch.zeros_like(asked_W)]).to(self.device)
+        dist.all_to_all_single(counts[1], counts[0].contiguous(), group=self.group)
+        self.bytes_sent += 8 * (self.world_size - 1)
+        requested, owed = counts.tolist()
+        ids = local_u[order_u].to(self.device, torch.int32)
+        owned_n = self._send(ids, requested, owed).long()
+        arrived_uD = self._send(self.values.index_select(0, owned_n), owed, requested)
+        self._exchange = _Exchange(owned_n, order_u.to(self.device), requested, owed)
         fetched[zero_row:].index_copy_(0, self._exchange.order, arrived_uD)
         return fetched
 
@@ -196,22 +225,36 @@ class RowTable:
         """Row-wise Adagrad on the rows of the last fetch(): s += mean(g^2), row -= learning_rate *
         g / (sqrt(s) + eps). Collective.
 
-        `gradient_uD`: float [u, D] in the order of those rows; it is used up: afterwards it holds
-        nothing of meaning. g is the sum of the ranks' gradients in the order of ranks, so that it
-        is the same to the bit each time, times `scale`. The rule is EXACT_ROWWISE_ADAGRAD of FBGEMM
-        and TorchRec, from DLRM (arXiv 1906.00091): Adagrad that keeps one number a row instead of
-        one an entry."""
+        g is the sum of the ranks' gradients in the order of ranks, so that it is the same to the
+        bit each time, times `scale`. The rule is EXACT_ROWWISE_ADAGRAD of FBGEMM and TorchRec, from
+        DLRM (arXiv 1906.00091): Adagrad that keeps one number per row instead of one per entry.
+
+        Args:
+            gradient_uD: float [u, D] in the order of those rows; it is used up: afterwards it holds
+                nothing of meaning.
+            learning_rate: of the step.
+            eps: above 0.
+            scale: factor of the gradient.
+        """
         exchange, self._exchange = self._exchange, None
         assert exchange is not None, "each update() needs its own fetch()"
-        assert gradient_uD.shape == (sum(exchange.asked), self.dim), gradient_uD.shape
+        assert gradient_uD.shape == (sum(exchange.requested), self.dim), gradient_uD.shape
         assert eps > 0, eps  # a row whose gradients were all zero would become 0 / 0
-        gradient_nD = gradient_uD.to(self.device, torch.float32)
+        gradient_nD, owned_n = gradient_uD.to(self.device, torch.float32), exchange.owned
         if self.world_size > 1:
-            gradient_nD = self._send(
-                gradient_nD.index_select(0, exchange.order), exchange.asked, exchange.owed
-            )
-            gradient_nD = _summed(gradient_nD, exchange.owned, exchange.owed)
-        self._adagrad(exchange.owned, gradient_nD, learning_rate, eps, scale)
+            ordered_uD = gradient_nD.index_select(0, exchange.order)
+            gradient_nD = self._send(ordered_uD, exchange.requested, exchange.owed)
+            gradient_nD = _summed(gradient_nD, owned_n, exchange.owed)
+        # A row may come several times if all its gradients but one are zero: those add nothing. The
+        # mean square is that of g * scale, and so is the step: scale goes into the factors, not
+        # over the gradient.
+        norms_n = torch.linalg.vector_norm(gradient_nD, dim=1)
+        squares_n = norms_n.mul_(scale / math.sqrt(self.dim)).square_()
+        self.squares.index_add_(0, owned_n, squares_n)
+        roots_n = self.squares.index_select(0, owned_n).sqrt_()
+        factor_n = roots_n.add_(eps).reciprocal_().mul_(-learning_rate * scale)
+        # In place, because fresh memory of this size costs more, in page faults, than the product.
+        self.values.index_add_(0, owned_n, gradient_nD.mul_(factor_n[:, None]))
 
     @torch.no_grad()
     def begin_with(self, rows_nD: Tensor) -> None:
@@ -233,7 +276,7 @@ class RowTable:
         self._check_process()
         tensors = {"values": self.values, "squares": self.squares}
         path = folder / _file_name(name, self.rank, self.world_size)
-        save_file(tensors, path, metadata=self._facts(self.rank, self.world_size))
+        save_file(tensors, path, metadata=self._metadata(self.rank, self.world_size))
         return path
 
     def load(self, folder: Path, name: str) -> None:
@@ -253,140 +296,71 @@ class RowTable:
         self._check_process()
         if self.world_size == 1:
             return self.values.to("cpu", copy=True)
-        whole = torch.empty(self.num_rows, self.dim) if self.rank == 0 else None
+        ranks, is_first = range(self.world_size), self.rank == 0
+        whole = torch.empty(self.num_rows, self.dim) if is_first else None
+        owned = [_local_rows(self.num_rows, rank, self.world_size) for rank in ranks]
         step = BLOCK * max(1, _CHUNK // (BLOCK * self.dim * 4 * self.world_size))
-        for start in range(0, _local_rows(self.num_rows, 0, self.world_size), step):
-            counts = [
-                max(0, min(_local_rows(self.num_rows, rank, self.world_size) - start, step))
-                for rank in range(self.world_size)
-            ]
-            to_first = [counts[self.rank]] + [0] * (self.world_size - 1)
-            chunk = torch.empty(sum(counts) if self.rank == 0 else 0, self.dim, device=self.device)
+        for start in range(0, owned[0], step):
+            counts = [max(0, min(count - start, step)) for count in owned]
+            chunk = torch.empty(sum(counts) if is_first else 0, self.dim, device=self.device)
             mine = self.values[start : start + counts[self.rank]]
-            arriving = counts if self.rank == 0 else [0] * self.world_size
-            dist.all_to_all_single(chunk, mine, arriving, to_first, group=self.group)
+            arriving = counts if is_first else [0] * self.world_size
+            leaving = [counts[self.rank]] + [0] * (self.world_size - 1)
+            dist.all_to_all_single(chunk, mine, arriving, leaving, group=self.group)
             if whole is not None:
-                rows = [
-                    _global_rows(start, count, rank, self.world_size)
-                    for rank, count in enumerate(counts)
-                ]
+                rows = [_global_rows(start, counts[r], r, self.world_size) for r in ranks]
                 whole.index_copy_(0, torch.cat(rows), chunk.cpu())
         return whole
 
-    def _initialise(self, init_std: float, key: int) -> None:
-        if init_std == 0:
-            return
-        drawn = np.empty((BLOCK, self.dim), np.float32)
-        for start in range(0, len(self.values), BLOCK):
-            block = start // BLOCK * self.world_size + self.rank
-            # Philox is keyed by (key, block) and draws a block's rows in order: a row knows neither
-            # ranks nor table size.
-            generator = np.random.Generator(
-                np.random.Philox(key=np.array([key % 2**64, block], np.uint64))
-            )
-            generator.standard_normal(out=drawn, dtype=np.float32)
-            drawn *= init_std
-            part = self.values[start : start + BLOCK]
-            part.copy_(torch.from_numpy(drawn[: len(part)]))
-
-    def _check(self, rows_u: Tensor) -> None:
-        self._check_process()
-        assert (rows_u.dtype, rows_u.ndim) == (torch.int64, 1), (rows_u.dtype, rows_u.shape)
-        if rows_u.device.type != "cpu" or not len(rows_u):
-            return
-        first, last = int(rows_u[0]), int(rows_u[-1])
-        assert 0 <= first <= last < self.num_rows, f"rows {first}..{last} of {self.num_rows}"
-        assert bool((rows_u[1:] > rows_u[:-1]).all()), "rows must be distinct and ascending"
-
     def _check_process(self) -> None:
-        assert os.getpid() == self._process, (
-            "an id table belongs to the process that made it: a forked child finds zeros"
-        )
-
-    def _exchange_counts(self, asked_W: Tensor) -> tuple[list[int], list[int]]:
-        counts = torch.stack([asked_W, torch.zeros_like(asked_W)]).to(self.device)
-        dist.all_to_all_single(counts[1], counts[0].contiguous(), group=self.group)
-        self.bytes_sent += 8 * (self.world_size - 1)
-        asked, owed = counts.tolist()
-        return asked, owed
+        owner = "an id table belongs to the process that made it: a forked child finds zeros"
+        assert os.getpid() == self._process, owner
 
     def _send(self, rows: Tensor, sending: list[int], arriving: list[int]) -> Tensor:
         """Rows [sum(sending), ...] to the ranks, run by run; rows [sum(arriving), ...] from
         them."""
         received = rows.new_empty((sum(arriving), *rows.shape[1:]))
         dist.all_to_all_single(received, rows, arriving, sending, group=self.group)
-        self.bytes_sent += (
-            (len(rows) - sending[self.rank]) * math.prod(rows.shape[1:]) * rows.element_size()
-        )
+        bytes_per_row = math.prod(rows.shape[1:]) * rows.element_size()
+        self.bytes_sent += (len(rows) - sending[self.rank]) * bytes_per_row
         return received
 
-    def _adagrad(
-        self, owned_n: Tensor, gradient_nD: Tensor, learning_rate: float, eps: float, scale: float
-    ) -> None:
-        """A row may come several times if all its gradients but one are zero: those add nothing."""
-        # The mean square is that of g * scale, and so is the step: scale goes into the factors, not
-        # over the gradient.
-        squares_n = (
-            torch.linalg.vector_norm(gradient_nD, dim=1).mul_(scale / math.sqrt(self.dim)).square_()
-        )
-        self.squares.index_add_(0, owned_n, squares_n)
-        factor_n = (
-            self.squares.index_select(0, owned_n)
-            .sqrt_()
-            .add_(eps)
-            .reciprocal_()
-            .mul_(-learning_rate * scale)
-        )
-        # In place, because fresh memory of this size costs more, in page faults, than the product.
-        self.values.index_add_(0, owned_n, gradient_nD.mul_(factor_n[:, None]))
-
-    def _facts(self, rank: int, world_size: int) -> dict[str, str]:
-        facts = {
-            "num_rows": self.num_rows,
-            "dim": self.dim,
-            "block": BLOCK,
-            "rank": rank,
-            "world_size": world_size,
-        }
-        return {"rows": json.dumps(facts)}
+    def _metadata(self, rank: int, world_size: int) -> dict[str, str]:
+        sizes = {"num_rows": self.num_rows, "dim": self.dim, "block": BLOCK}
+        return {"rows": json.dumps(sizes | {"rank": rank, "world_size": world_size})}
 
     def _load_from(self, path: Path, rank: int, saved: int) -> None:
-        """Take what is ours of the file that `rank` of `saved` ranks wrote."""
+        """Take what is this rank's of the file that `rank` of `saved` ranks wrote."""
+        # Blocks of that file are rank, rank + saved, ...; this rank's are self.rank, self.rank +
+        # world_size, ...: both have one block in each `period`, or none. Saved by 2, read by 3:
+        # rank 1 of the readers takes block 1, 7, 13, ... of file 1, its blocks 0, 3, 6, ..., as its
+        # own 0, 2, 4, ...
         shared = math.gcd(saved, self.world_size)
         if (rank - self.rank) % shared:
-            return  # no block of that rank is ours
+            return
         period = saved // shared * self.world_size
-        block = next(
-            block
-            for block in range(self.rank, period + self.rank, self.world_size)
-            if block % saved == rank
-        )
-        where = (
-            block // saved,
-            period // saved,
-            block // self.world_size,
-            period // self.world_size,
-        )
+        mine = range(self.rank, period + self.rank, self.world_size)
+        block = next(block for block in mine if block % saved == rank)
+        spread = slice(block // saved, None, period // saved)
+        wanted = slice(block // self.world_size, None, period // self.world_size)
         try:
             with safe_open(path, framework="pt") as file:
-                if file.metadata() != self._facts(rank, saved):
+                if file.metadata() != self._metadata(rank, saved):
                     raise ValueError(
-                        f"{path}: not rank {rank} of a table of {self.num_rows} rows of width {self.dim}, "
-                        f"it says {file.metadata()}: give the folder that this table was saved in"
+                        f"{path}: not rank {rank} of a table of {self.num_rows} rows of width "
+                        f"{self.dim}, it says {file.metadata()}: give the folder that this table "
+                        "was saved in"
                     )
                 for key, target in (("values", self.values), ("squares", self.squares)):
-                    source = file.get_tensor(
-                        key
-                    )  # mapped: a page is read when something is copied from it
+                    # Mapped: a page is read when something is copied from it.
+                    source = file.get_tensor(key)
                     if source.shape != (_local_rows(self.num_rows, rank, saved), *target.shape[1:]):
-                        raise ValueError(
-                            f"{path}: {key} of shape {list(source.shape)}; resume from an older checkpoint"
-                        )
-                    _copy_blocks(source, target, *where)
+                        found = f"{key} of shape {list(source.shape)}"
+                        raise ValueError(f"{path}: {found}; resume from an older checkpoint")
+                    _copy_blocks(source, target, spread, wanted)
         except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{path}: damaged ({error}); resume from an older checkpoint"
-            ) from None
+            remedy = "resume from an older checkpoint"
+            raise ValueError(f"{path}: damaged ({error}); {remedy}") from None
 
 
 def _summed(gradient_nD: Tensor, owned_n: Tensor, owed: Sequence[int]) -> Tensor:
@@ -395,36 +369,33 @@ def _summed(gradient_nD: Tensor, owned_n: Tensor, owed: Sequence[int]) -> Tensor
 
     Its size is known without asking a device how many rows are distinct. Within a rank rows are
     distinct, so no two additions meet and the order is fixed on every device."""
+    # Rank 0 sends gradients of rows 4 and 7, rank 1 of rows 4 and 9:
+    #     owned_n    4 7 4 9
+    #     sorted_n   4 4 7 9     order_n  0 2 1 3
+    #     starts_n   0 0 2 3     a repeated row takes the last start before it
+    #     first_n    0 1 0 3     where the row of each place comes first
+    # so the third gradient is added to the first, and place 2 of the total stays zero.
     sorted_n, order_n = torch.sort(owned_n, stable=True)
     starts_n = torch.arange(len(owned_n), device=owned_n.device)
     starts_n[1:].masked_fill_(sorted_n[1:] == sorted_n[:-1], 0)
     first_n = torch.empty_like(order_n).index_copy_(0, order_n, order_n[starts_n.cummax(0).values])
     total_nD = torch.zeros_like(gradient_nD)
-    for places, gradients in zip(
-        first_n.split(list(owed)), gradient_nD.split(list(owed)), strict=True
-    ):
+    sizes = list(owed)
+    for places, gradients in zip(first_n.split(sizes), gradient_nD.split(sizes), strict=True):
         total_nD.index_add_(0, places, gradients)
     return total_nD
 
 
-def _copy_blocks(
-    source: Tensor,
-    target: Tensor,
-    first_source: int,
-    step_source: int,
-    first_target: int,
-    step_target: int,
-) -> None:
-    """Copy blocks first, first + step, ... of `source` [rows, ...] to those of `target`; only a
+def _copy_blocks(source: Tensor, target: Tensor, spread: slice, wanted: slice) -> None:
+    """Copy the blocks `spread` of `source` [rows, ...] to the blocks `wanted` of `target`; only a
     table's last block is short."""
     whole_source, whole_target = len(source) // BLOCK * BLOCK, len(target) // BLOCK * BLOCK
-    blocks_source = source[:whole_source].unflatten(0, (-1, BLOCK))[first_source::step_source]
-    blocks_target = target[:whole_target].unflatten(0, (-1, BLOCK))[first_target::step_target]
+    blocks_source = source[:whole_source].unflatten(0, (-1, BLOCK))[spread]
+    blocks_target = target[:whole_target].unflatten(0, (-1, BLOCK))[wanted]
     assert len(blocks_source) == len(blocks_target)
-    for start in range(
-        0, len(blocks_target), 1024
-    ):  # on another device a copy of spread blocks is gathered first
-        blocks_target[start : start + 1024].copy_(blocks_source[start : start + 1024])
+    for start in range(0, len(blocks_target), _COPIED_BLOCKS):
+        part = slice(start, start + _COPIED_BLOCKS)
+        blocks_target[part].copy_(blocks_source[part])
     if whole_source < len(source) and whole_target < len(target):
         target[whole_target:].copy_(source[whole_source:])
 
@@ -443,15 +414,13 @@ def _global_rows(start: int, count: int, rank: int, world_size: int) -> Tensor:
 
 
 def _zeros(size: int, device: torch.device) -> Tensor:
-    """float32 [size]; on CPU in huge pages, which torch does not ask for, and hidden from forked
+    """float32 [size]; on CPU in huge pages, which torch does not request, and hidden from forked
     children."""
     if device.type != "cpu" or not size:
         return torch.zeros(size, device=device)
     memory = mmap.mmap(-1, size * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for advice in (
-        getattr(mmap, "MADV_HUGEPAGE", None),
-        _WIPE_ON_FORK if sys.platform == "linux" else None,
-    ):
+    wipe = _WIPE_ON_FORK if sys.platform == "linux" else None
+    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), wipe):
         if advice is not None:
             with contextlib.suppress(OSError):  # advice: a kernel without it is slower, not wrong
                 memory.madvise(advice)
@@ -464,22 +433,18 @@ def _file_name(name: str, rank: int, world_size: int) -> str:
 
 def _saved_ranks(folder: Path, name: str) -> int:
     """How many ranks saved the table in this folder. Raises ValueError unless each left its file
-    and nobody else did."""
-    found = sorted(
-        path.name for path in folder.glob(f"{glob.escape(name)}-?????-of-?????.safetensors")
-    )
+    and no other is there."""
+    pattern = f"{glob.escape(name)}-?????-of-?????.safetensors"
+    found = sorted(path.name for path in folder.glob(pattern))
     if not found:
-        raise ValueError(
-            f"{folder}: holds no {_file_name(name, 0, 1)} or the like; give a checkpoint with this table"
-        )
+        example = f"{_file_name(name, 0, 1)} or the like"
+        raise ValueError(f"{folder}: holds no {example}; give a checkpoint with this table")
     saved = int(found[0].removesuffix(".safetensors")[-5:])
     expected = [_file_name(name, rank, saved) for rank in range(saved)]
     if missing := sorted(set(expected) - set(found)):
-        raise ValueError(
-            f"{folder / missing[0]}: missing; {saved} files make this table, copy them all"
-        )
+        complaint = f"missing; {saved} files make this table, copy them all"
+        raise ValueError(f"{folder / missing[0]}: {complaint}")
     if foreign := sorted(set(found) - set(expected)):
-        raise ValueError(
-            f"{folder / foreign[0]}: beside {found[0]}: files of two savings, remove the older ones"
-        )
+        complaint = f"beside {found[0]}: files of two savings, remove the older ones"
+        raise ValueError(f"{folder / foreign[0]}: {complaint}")
     return saved

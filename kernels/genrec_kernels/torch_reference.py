@@ -5,14 +5,13 @@
 from __future__ import annotations
 
 import mmap
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-
-from genrec_kernels.gradient_order import SumPlan
 
 _BLOCK = 1 << 16
 """Numbers of the result that a CPU finishes before it goes on: a quarter of a megabyte of float32,
@@ -23,61 +22,86 @@ _LARGE = 1 << 23
 no 32 MB back."""
 
 
+@dataclass(frozen=True)
+class EmbeddingTables:
+    """The tables of the embedding sum, and how their rows are added."""
+
+    token: Tensor
+    """float [vocabulary, D]"""
+    position: Tensor
+    """float [positions, D]"""
+    user: Tensor | None = None
+    """float [users + 1, D], or [users + 1, F] with a projection; row 0 is the zero row. None adds
+    nothing."""
+    item: Tensor | None = None
+    """float [items + 1, D], or [items + 1, F] with a projection; row 0 is the zero row."""
+    scale: float = 1.0
+    """Factor of the token's row."""
+    position_offset: int = 0
+    """Row of position 0."""
+    pad_token_id: int | None = None
+    """The token whose row never learns."""
+    id_dropout: float = 0.0
+    """Share of the entries of the id terms that is dropped in training."""
+    user_projection: Tensor | None = None
+    """[D, F]"""
+    item_projection: Tensor | None = None
+    """[D, F]"""
+    norm_weight: Tensor | None = None
+    """[D]; with it and the bias the layer norm of the sum is computed."""
+    norm_bias: Tensor | None = None
+    norm_eps: float = 1e-5
+
+
 def embedding_sum(
     token_ids_BL: Tensor,
     position_ids_BL: Tensor,
     user_rows_BL: Tensor,
     item_rows_BL: Tensor,
-    token_table: Tensor,
-    position_table: Tensor,
-    user_table: Tensor | None,
-    item_table: Tensor | None,
+    tables: EmbeddingTables,
     *,
-    scale: float = 1.0,
-    position_offset: int = 0,
-    id_dropout: float = 0.0,
     training: bool = False,
-    pad_token_id: int | None = None,
-    user_projection: Tensor | None = None,
-    item_projection: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 1e-5,
-    plan: SumPlan | None = None,
 ) -> Tensor:
-    """X = EMB(S) * scale + PosEMB + UIDEMB + TIDEMB, float [B, L, D] in the token table's type
-    (GenRec, equation 2).
+    """X = EMB(S) * scale + PosEMB + UIDEMB + TIDEMB (GenRec, equation 2), float [B, L, D] in the
+    token table's type.
 
-    All indices are integer [B, L], or [n] for packed input; tables are [rows, D]; an id table that
-    is None adds nothing. Row 0 of the id tables is the zero row and never learns, nor does the row
-    of `pad_token_id`. Positions count from row `position_offset` of their table. An id table may be
-    factorised: [rows, F] with a projection [D, F]. `id_dropout` drops entries of the id terms
-    alone. With `norm_weight` and `norm_bias`, [D], the layer norm of the sum comes back. `plan` is
-    for a kernel's backward and changes nothing here. Indices must be in range: the caller checks
-    them where batches are made."""
-    ids = (token_ids_BL, position_ids_BL, user_rows_BL, item_rows_BL)
-    plain = user_projection is None and item_projection is None and not (training and id_dropout)
+    Row 0 of the id tables never learns, nor does the row of `pad_token_id`.
+
+    Args:
+        token_ids_BL: integers [B, L], or [n] for packed input; the next three alike. All must be
+            in range: the caller checks them where batches are made.
+        position_ids_BL: positions, before `tables.position_offset`.
+        user_rows_BL: rows of the user table; 0: none.
+        item_rows_BL: rows of the item table; 0: none.
+        tables: what is added.
+        training: whether `tables.id_dropout` applies.
+    """
+    token_table, norm = tables.token, tables.norm_weight
+    dropout = tables.id_dropout if training else 0.0
+    plain = tables.user_projection is None and tables.item_projection is None and not dropout
     if plain and token_table.device.type == "cpu" and not torch.compiler.is_compiling():
-        tables = (token_table, position_table, user_table, item_table)
-        embedded = _InBlocks.apply(*ids, *tables, scale, position_offset, pad_token_id)
+        ids = (token_ids_BL, position_ids_BL, user_rows_BL, item_rows_BL)
+        four = (token_table, tables.position, tables.user, tables.item)
+        options = (tables.scale, tables.position_offset, tables.pad_token_id)
+        summed = _InBlocks.apply(*ids, *four, *options)
     else:
-        embedded = F.embedding(token_ids_BL, token_table, padding_idx=pad_token_id)
-        if scale != 1.0:
-            embedded = embedded * scale
-        embedded = embedded + F.embedding(position_ids_BL + position_offset, position_table)
+        summed = F.embedding(token_ids_BL, token_table, padding_idx=tables.pad_token_id)
+        if tables.scale != 1.0:
+            summed = summed * tables.scale
+        summed = summed + F.embedding(position_ids_BL + tables.position_offset, tables.position)
         for rows_BL, table, projection in (
-            (user_rows_BL, user_table, user_projection),
-            (item_rows_BL, item_table, item_projection),
+            (user_rows_BL, tables.user, tables.user_projection),
+            (item_rows_BL, tables.item, tables.item_projection),
         ):
             if table is not None:
                 # Fetched rows are float32, the layers may not be.
                 ids_BLD = F.embedding(rows_BL, table.to(token_table.dtype), padding_idx=0)
                 if projection is not None:
                     ids_BLD = F.linear(ids_BLD, projection)
-                embedded = embedded + F.dropout(ids_BLD, id_dropout, training)
-    if norm_weight is None:
-        return embedded
-    return F.layer_norm(embedded, norm_weight.shape, norm_weight, norm_bias, norm_eps)
+                summed = summed + F.dropout(ids_BLD, dropout, training)
+    if norm is None:
+        return summed
+    return F.layer_norm(summed, norm.shape, norm, tables.norm_bias, tables.norm_eps)
 
 
 class _InBlocks(torch.autograd.Function):
@@ -88,23 +112,12 @@ class _InBlocks(torch.autograd.Function):
     for them."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        token_ids: Tensor,
-        position_ids: Tensor,
-        user_rows: Tensor,
-        item_rows: Tensor,
-        token_table: Tensor,
-        position_table: Tensor,
-        user_table: Tensor | None,
-        item_table: Tensor | None,
-        scale: float,
-        position_offset: int,
-        pad_token_id: int | None,
-    ) -> Tensor:
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        token_ids, position_ids, user_rows, item_rows, *tables = inputs[:8]
+        scale, position_offset, pad_token_id = inputs[8:]
+        token_table = tables[0]
         position_ids = position_ids + position_offset if position_offset else position_ids
         ids = (token_ids, position_ids, user_rows, item_rows)
-        tables = (token_table, position_table, user_table, item_table)
         ctx.save_for_backward(*ids)
         ctx.tables = [None if table is None else (len(table), table.dtype) for table in tables]
         ctx.silent = (pad_token_id, None, 0, 0)
@@ -116,18 +129,13 @@ class _InBlocks(torch.autograd.Function):
             if table is not None
         ]
         out_nD = token_table.new_empty(token_ids.numel(), token_table.shape[1])
-        seldom = [
-            number
-            for number, (rows_n, _) in enumerate(terms)
-            if number > 1 and _is_seldom(rows_n != 0)
-        ]
-        _add_up(out_nD, [term for number, term in enumerate(terms) if number not in seldom], scale)
-        if seldom:
+        rare = [n for n, (rows_n, _) in enumerate(terms) if n > 1 and _is_rare(rows_n != 0)]
+        _add_up(out_nD, [term for n, term in enumerate(terms) if n not in rare], scale)
+        if rare:
             # The places of users, where they have tokens of their own: all of their terms once
             # more, in the same order.
-            places = (
-                torch.stack([terms[number][0] != 0 for number in seldom]).any(0).nonzero().view(-1)
-            )
+            is_rare_n = torch.stack([terms[n][0] != 0 for n in rare]).any(0)
+            places = is_rare_n.nonzero().view(-1)
             rows_pD = out_nD.new_empty(len(places), out_nD.shape[1])
             _add_up(rows_pD, [(rows_n[places], table) for rows_n, table in terms], scale)
             out_nD.index_copy_(0, places, rows_pD)
@@ -137,15 +145,13 @@ class _InBlocks(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_BLD: Tensor) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = []
-        for number, (rows, table, silent) in enumerate(
-            zip(ctx.saved_tensors, ctx.tables, ctx.silent, strict=True)
-        ):
+        parts = zip(ctx.saved_tensors, ctx.tables, ctx.silent, strict=True)
+        for number, (rows, table, silent) in enumerate(parts):
             if table is None or not ctx.needs_input_grad[4 + number]:
                 grads.append(None)
                 continue
-            scaled_BLD = (
-                gradient_BLD * ctx.scale if number == 0 and ctx.scale != 1.0 else gradient_BLD
-            )
+            scaled = number == 0 and ctx.scale != 1.0
+            scaled_BLD = gradient_BLD * ctx.scale if scaled else gradient_BLD
             num_rows, dtype = table
             grads.append(_row_sums(scaled_BLD, rows, num_rows, silent).to(dtype))
         return (None,) * 4 + tuple(grads) + (None,) * 3
@@ -171,23 +177,23 @@ def _row_sums(gradient_BLD: Tensor, rows: Tensor, num_rows: int, silent: int | N
     """[num_rows, D], each row's gradients added in the order of their places; nothing in row
     `silent`."""
     if gradient_BLD.dtype not in (torch.float32, torch.float64):
+        padding = -1 if silent is None else silent
         return torch.ops.aten.embedding_dense_backward(
-            gradient_BLD.contiguous(), rows, num_rows, -1 if silent is None else silent, False
+            gradient_BLD.contiguous(), rows, num_rows, padding, False
         )
     gradient_nD, rows_n = gradient_BLD.reshape(-1, gradient_BLD.shape[-1]), rows.reshape(-1)
-    if silent is not None and _is_seldom(loud_n := rows_n != silent):
-        places = loud_n.nonzero().view(-1)
+    if silent is not None and _is_rare(learns_n := rows_n != silent):
+        places = learns_n.nonzero().view(-1)
         gradient_nD, rows_n = gradient_nD[places], rows_n[places]
     # In this order too: it sorts the places by row, stably, and adds a row's one by one.
-    grad = _zeros(num_rows, gradient_nD.shape[1], gradient_nD.dtype).index_add_(
-        0, rows_n, gradient_nD
-    )
+    zeros = _zeros(num_rows, gradient_nD.shape[1], gradient_nD.dtype)
+    grad = zeros.index_add_(0, rows_n, gradient_nD)
     if silent is not None:
         grad[silent] = 0
     return grad
 
 
-def _is_seldom(mask_n: Tensor) -> bool:
+def _is_rare(mask_n: Tensor) -> bool:
     """Whether so few places count that going for them alone is less work than going through all."""
     return 4 * int(mask_n.count_nonzero()) < len(mask_n)
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 STALE_SECONDS = 24 * 3600
-"""How long nothing touches the temporary directory of a process elsewhere before it is taken for
-gone."""
+"""How long nothing touches the temporary directory of a process on another machine before it counts
+as left over."""
 
 
 @contextlib.contextmanager
@@ -34,7 +34,7 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        _name_place(error, temporary, path)
+        _name_target(error, temporary, path)
         raise
     _fsync(path.parent)
 
@@ -44,34 +44,45 @@ def atomic_directory(
     path: str | Path, overwrite: bool = False, marker: str | None = None
 ) -> Iterator[Path]:
     """Yield a new temporary directory beside `path` that takes the name `path` when the block ends
-    well.
+    well. What a killed process left of the same `path` is removed first.
 
-    `overwrite=False` refuses a `path` that exists (an empty directory is fine). With
-    `overwrite=True` the old directory is moved aside and removed only after the new one bears the
-    name; `marker` names a file or folder it must hold, so that a slip of the pen cannot delete
-    somebody's home. Raises ValueError for both refusals, before the block runs. What a killed
-    process left of the same `path` is removed first."""
+    Args:
+        path: the final name; an empty directory may be there.
+        overwrite: replace a full directory, which is moved aside and removed only after the new one
+            has its name.
+        marker: a file or folder that the replaced directory must hold, so that a slip of the pen
+            cannot delete somebody's home.
+
+    Raises:
+        ValueError: `path` exists and may not be replaced; before the block runs.
+    """
     path = Path(path)
-    _refuse_existing(path, overwrite, marker)
+    if os.path.lexists(path) and not path.is_dir():
+        raise ValueError(f"{path} exists and is not a directory: choose another output")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            remedy = "choose another output, or overwrite it with --overwrite"
+            raise ValueError(f"{path} exists: {remedy}")
+        if marker is not None and not (path / marker).exists():
+            reason = f"holds no {marker}, so it is not ours to overwrite"
+            raise ValueError(f"{path} {reason}: choose another output")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    _remove_left_over(path)
     with contextlib.ExitStack() as held:
-        temporary = _held_directory(path, held)
-        yield from _filled(temporary, path)
+        temporary = _new_locked_directory(path, held)
+        try:
+            yield temporary
+            for folder, _, names in os.walk(temporary):
+                for name in (*names, "."):
+                    _fsync(Path(folder) / name)
+            _take_name(temporary, path)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            _name_target(error, temporary, path)
+            raise
 
 
-def _filled(temporary: Path, path: Path) -> Iterator[Path]:
-    try:
-        yield temporary
-        _fsync_tree(temporary)
-        _take_name(temporary, path)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _name_place(error, temporary, path)
-        raise
-
-
-def _held_directory(path: Path, held: contextlib.ExitStack) -> Path:
+def _new_locked_directory(path: Path, held: contextlib.ExitStack) -> Path:
     """A new directory beside `path`, locked for as long as this process lives and `held` is
     open."""
     while True:
@@ -79,7 +90,7 @@ def _held_directory(path: Path, held: contextlib.ExitStack) -> Path:
         try:
             temporary.mkdir()
         except OSError as error:
-            _name_place(error, temporary, path)
+            _name_target(error, temporary, path)
             raise
         # Until it is locked, another process may take it for one that is left over.
         with contextlib.suppress(FileNotFoundError):
@@ -89,16 +100,15 @@ def _held_directory(path: Path, held: contextlib.ExitStack) -> Path:
 
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[bool | None]:
-    """Is the directory locked by us now, and by nobody else? None where its file system has no
-    locks.
+    """Whether the directory is now locked by us; None where its file system has no locks.
 
-    The kernel lets go of a lock when its process ends, however it ends; a forked child that lives
-    on keeps it."""
+    The kernel releases a lock when its process ends, however it ends; a forked child that lives on
+    keeps it."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        found: bool | None = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            found: bool | None = True
         except BlockingIOError:
             found = False
         except OSError:
@@ -108,7 +118,7 @@ def _locked(directory: Path) -> Iterator[bool | None]:
         os.close(descriptor)
 
 
-def _sweep(path: Path) -> None:
+def _remove_left_over(path: Path) -> None:
     """Remove temporary directories of processes that are gone.
 
     Of this machine since it started: those without a lock. Of others, whose locks may not be seen
@@ -119,89 +129,62 @@ def _sweep(path: Path) -> None:
         name = ours.fullmatch(folder.name)
         if name is None or folder.is_symlink() or not folder.is_dir():
             continue
-        # Another process may sweep the same place, and another user may own it.
+        # Another process may do the same, and another user may own it.
         with contextlib.suppress(OSError), _locked(folder) as lock:
-            if lock is False or (
-                (lock is None or name[1] != _machine()) and not _untouched(folder)
-            ):
+            if lock is False:
                 continue
+            if lock is None or name[1] != _machine():
+                touched = max(one.stat().st_mtime for one in (folder, *folder.iterdir()))
+                if time.time() - touched <= STALE_SECONDS:
+                    continue
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _untouched(folder: Path) -> bool:
-    newest = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
-    return time.time() - newest > STALE_SECONDS
 
 
 @functools.cache
 def _machine() -> str:
     """Eight letters of this machine since it started."""
     try:
-        told = Path("/proc/sys/kernel/random/boot_id").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     except OSError:
-        told = platform.node()
-    return hashlib.sha256(f"{platform.node()} {told}".encode()).hexdigest()[:8]
-
-
-def _refuse_existing(path: Path, overwrite: bool, marker: str | None) -> None:
-    if not os.path.lexists(path):
-        return
-    if not path.is_dir():
-        raise ValueError(f"{path} exists and is not a directory: choose another output")
-    if not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"{path} exists: choose another output, or overwrite it with --overwrite")
-    if marker is not None and not (path / marker).exists():
-        raise ValueError(
-            f"{path} holds no {marker}, so it is not ours to overwrite: choose another output"
-        )
+        boot = platform.node()
+    return hashlib.sha256(f"{platform.node()} {boot}".encode()).hexdigest()[:8]
 
 
 def _take_name(temporary: Path, path: Path) -> None:
-    """Rename `temporary` to `path`; two renames where a full directory stood, since POSIX has no
+    """Rename `temporary` to `path`; two renames where a full directory is there, since POSIX has no
     swap of two names."""
-    if not path.exists():
-        os.rename(temporary, path)
-        _fsync(path.parent)
-        return
-    aside = _temporary_sibling(path, "old")
-    os.rename(path, aside)
+    aside = _temporary_sibling(path, "old") if path.exists() else None
+    if aside is not None:
+        os.rename(path, aside)
     try:
         os.rename(temporary, path)
     except BaseException:
-        os.rename(aside, path)
+        if aside is not None:
+            os.rename(aside, path)
         raise
     _fsync(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _name_place(error: BaseException, temporary: Path, path: Path) -> None:
-    """Let an error of the system name what was to be written: a full disk names no file, others the
-    temporary one."""
-    if not isinstance(error, OSError) or not str(error.filename or temporary).startswith(
-        str(temporary)
-    ):
+def _name_target(error: BaseException, temporary: Path, path: Path) -> None:
+    """Let an error of the system name the file that was to be written: a full disk names none,
+    other errors the temporary one."""
+    if not isinstance(error, OSError):
         return
-    if (
-        error.errno is None
-    ):  # numpy's short writes: words alone, which str() would drop beside a file name
+    if not str(error.filename or temporary).startswith(str(temporary)):
+        return
+    if error.errno is None:
+        # numpy's short writes: words alone, which str() would drop beside a file name.
         error.args = (f"{path}: {error}",)
     else:
         error.filename = str(path)
 
 
 def _temporary_sibling(path: Path, ending: str) -> Path:
-    """The leading dot hides it from globs, pid and machine tell whose it is, the random part keeps
+    """The leading dot hides it from globs, pid and machine name its owner, the random part keeps
     threads apart."""
     return path.parent / f".{path.name}.{os.getpid()}.{_machine()}-{uuid.uuid4().hex[:8]}.{ending}"
-
-
-def _fsync_tree(directory: Path) -> None:
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            _fsync(Path(folder) / name)
-        _fsync(Path(folder))
 
 
 def _fsync(path: Path) -> None:

@@ -1,8 +1,6 @@
 """A lock file that is released when its holder ends, so that two processes never write one
 directory."""
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import time

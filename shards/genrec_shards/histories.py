@@ -17,6 +17,7 @@ from genrec_shards.splits import Split, TrainedThrough
 
 WINDOW = 65_536
 """Users looked at together, so that memory does not grow with their number."""
+_SAMPLE_STREAM = 0x56A1
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class Histories:
         return np.unique(self.users * self.num_items + self.items)
 
     def holds(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
-        """bool, broadcast: is the item in the history of the user (0..U-1)?"""
+        """bool, broadcast: whether the item is in the history of the user (0..U-1)."""
         keys = users * np.int64(self.num_items) + items
         places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         return self._keys[places] == keys
@@ -62,35 +63,28 @@ class Histories:
 def histories(sequences: Sequences, split: Split, users: np.ndarray | None = None) -> Histories:
     """Histories of these user rows (int64[U], None: all), in their order; it costs what these users
     have."""
-    view = sequences.history_and_target(
-        split, None if users is None else np.asarray(users, dtype=np.int64)
-    )
+    rows = None if users is None else np.asarray(users, dtype=np.int64)
+    view = sequences.history_and_target(split, rows)
     lengths = view.ends - view.starts
     return Histories(
-        view.items[flat_ranges(view.starts, lengths)],
-        _offsets(lengths),
-        view.targets,
-        sequences.num_items,
+        items=view.items[flat_ranges(view.starts, lengths)],
+        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        targets_U=view.targets,
+        num_items=sequences.num_items,
     )
 
 
 def windows(users: np.ndarray | range, size: int | None = None) -> Iterator[np.ndarray]:
-    """int64 user rows, `size` at a time (None: WINDOW): whoever looks at all users holds few of
+    """int64 user rows, `size` at a time (None: WINDOW), so that a loop over all users holds few of
     them at once."""
     size = size or WINDOW
     for start in range(0, len(users), size):
         yield np.asarray(users[start : start + size], dtype=np.int64)
 
 
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
-
-
 def exclude_history_default(sequences: Sequences) -> bool:
-    """Leave the history out of the lists? Yes where no target of either split repeats it, no
-    elsewhere."""
+    """Whether to leave the history out of the lists: True where no target of either split repeats
+    it."""
     return not any(repeated_targets(sequences).values())
 
 
@@ -99,11 +93,11 @@ def repeated_targets(sequences: Sequences) -> dict[str, float]:
     shares = {}
     for split in get_args(Split):
         repeated = 0
-        asked = sequences.history_and_target(split).users
-        for rows in windows(asked):
+        users = sequences.history_and_target(split).users
+        for rows in windows(users):
             past = histories(sequences, split, rows)
             repeated += int(past.holds(np.arange(past.num_users), past.targets_U).sum())
-        shares[split] = repeated / len(asked)
+        shares[split] = repeated / len(users)
     return shares
 
 
@@ -117,9 +111,8 @@ class TrainingPart(NamedTuple):
 def check_trained_through(split: Split, trained_through: TrainedThrough) -> None:
     """Raises ValueError where the targets of the split are training data."""
     if split == "validation" and trained_through == "n-1":
-        raise ValueError(
-            "trained_through n-1 has seen the validation targets: score the test split, or train through n-2"
-        )
+        remedy = "score the test split, or train through n-2"
+        raise ValueError(f"trained_through n-1 has seen the validation targets: {remedy}")
 
 
 def training_part(
@@ -134,13 +127,13 @@ def training_part(
 def training_windows(
     sequences: Sequences, trained_through: TrainedThrough
 ) -> Iterator[TrainingPart]:
-    """The training part of all users, a window of users after the other."""
+    """The training part of all users, one window of users after the other."""
     for rows in windows(range(sequences.num_users)):
         yield _part(sequences, rows, trained_through)
 
 
 def training_counts(sequences: Sequences, trained_through: TrainedThrough) -> np.ndarray:
-    """int64[I]: how often each item was taken in the training parts."""
+    """int64[num_items], how often each item is in the training parts of all users."""
     counts_I = np.zeros(sequences.num_items, dtype=np.int64)
     for part in training_windows(sequences, trained_through):
         counts_I += np.bincount(part.items, minlength=len(counts_I))
@@ -150,10 +143,8 @@ def training_counts(sequences: Sequences, trained_through: TrainedThrough) -> np
 def _part(sequences: Sequences, rows: np.ndarray, trained_through: TrainedThrough) -> TrainingPart:
     starts = sequences.offsets[rows]
     lengths = sequences.training_ends(trained_through, rows) - starts
-    return TrainingPart(sequences.items[flat_ranges(starts, lengths)], np.repeat(rows, lengths))
-
-
-_SAMPLE_STREAM = 0x56A1
+    items = sequences.items[flat_ranges(starts, lengths)]
+    return TrainingPart(items, np.repeat(rows, lengths))
 
 
 def sample_users(num_users: int, sample: int, seed: int) -> np.ndarray:

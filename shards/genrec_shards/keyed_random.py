@@ -38,6 +38,12 @@ def keyed_permutation(size: int, *key: int) -> np.ndarray:
     Sorts words whose high bits are random and whose low bits are the index: all words differ, so
     the order does not depend on the sorting algorithm, and a sort of plain words is several times
     faster than an argsort."""
+    # Size 3, so 2 index bits, with random bits of 4 digits for the example:
+    #     index           00      01      10
+    #     random bits   0110    0001    0100
+    #     words       011000  000101  010010     the random bits shifted, and the index in the gap
+    #     sorted      000101  010010  011000
+    #     low bits        01      10      00     the permutation 1 2 0
     assert 0 <= size < 1 << 31
     index_bits = np.uint64(max(size - 1, 1).bit_length())
     index = np.arange(size, dtype=np.uint64)

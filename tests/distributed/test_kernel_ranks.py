@@ -28,52 +28,34 @@ run: {folder}/unset
 micro_batch_tokens: 96
 workers: 0
 log_every: 1
-model: {{d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 16, max_tokens: 32, dropout: 0.0, init_std: 0.1}}
+model: {{
+  d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 16, max_tokens: 32,
+  dropout: 0.0, init_std: 0.1}}
 tokens: {{vocab_size: 300}}
 finetune: {{epochs: 1, batch_size: 30, targets: last}}
-optimizer: {{max_grad_norm: 1.0, eps: 1.0e-4, ema_decay: 0.0}}
+optimizer: {{clip: 1.0, eps: 1.0e-4, average: 0.0}}
 validation: {{users: 4}}
 """
 
 
 def jobs(folder: Path, how: str) -> list[dict[str, Any]]:
-    common = {
-        "recipe": str(folder / "recipe.yaml"),
-        "job": "steps",
-        "optimizer": "sgd",
-        "rate": 0.05,
-        "steps": 3,
-    }
-    steps = [
-        {
-            **common,
-            "name": f"{how}-{stage}-{precision}",
-            "stage": stage,
-            "set": [
-                f"precision={precision}",
-                "optimizer.max_grad_norm=0.0",
-                "finetune.batch_size=6",
-            ],
-        }
-        for stage, precision in ((None, "fp32"), (3, "fp32"), (3, "bf16"))
-    ]
-    # The whole loop: plans come with the batches, idle micro-batches come without, validation asks
-    # for no gradient.
-    whole = [
-        f"run={folder / how}",
-        "finetune.batch_size=120",
-        "pretrain.epochs=0",
-        "optimizer.id_tables=row-adagrad",
-    ]
-    train = {
-        "name": f"{how}-train",
-        "stage": None,
-        "recipe": common["recipe"],
-        "job": "train",
-        "set": whole,
-        "resume": None,
-    }
-    return [*steps, train]
+    recipe = {"recipe": str(folder / "recipe.yaml")}
+    sgd = {"job": "steps", "optimizer": "sgd", "rate": 0.05, "steps": 3}
+    steps = []
+    for stage, precision in ((None, "fp32"), (3, "fp32"), (3, "bf16")):
+        overrides = [
+            f"precision={precision}",
+            "optimizer.max_grad_norm=0.0",
+            "finetune.batch_size=6",
+        ]
+        name = f"{how}-{stage}-{precision}"
+        steps.append({**recipe, **sgd, "name": name, "stage": stage, "set": overrides})
+    # The whole loop: orders come with the batches, dummy micro-batches come without, validation
+    # needs no gradient.
+    overrides = [f"run={folder / how}", "finetune.batch_size=120", "pretrain.epochs=0"]
+    overrides.append("optimizer.id_tables=row-adagrad")
+    whole = {"name": f"{how}-train", "stage": None, "job": "train", "resume": None}
+    return [*steps, {**recipe, **whole, "set": overrides}]
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +84,10 @@ def test_steps_with_the_kernel_are_steps_without(folder: Path, kind: str) -> Non
     assert ours["digests"] == theirs["digests"]
     rounding = 1e-5 if kind.endswith("fp32") else 5e-3
     assert ours["losses"] == pytest.approx(theirs["losses"], rel=rounding)
-    moved, expected = (
-        load_file(folder / f"{how}-{kind}.safetensors") for how in ("triton", "reference")
-    )
-    for name in (
-        "model.shared.weight",
-        "model.encoder.embed_positions.weight",
-        "item_embedding.weight",
-    ):
+    paths = [folder / f"{how}-{kind}.safetensors" for how in ("triton", "reference")]
+    moved, expected = map(load_file, paths)
+    tables = ("model.shared", "model.encoder.embed_positions", "item_embedding")
+    for name in (f"{table}.weight" for table in tables):
         difference = (moved[name] - expected[name]).abs().max()
         assert difference <= max(rounding, 1e-4) * 20 * expected[name].abs().max(), name
         assert expected[name].any()
@@ -119,12 +97,8 @@ def test_a_run_with_the_kernel_learns_what_one_without_learns(folder: Path) -> N
     losses = []
     for how in ("triton", "reference"):
         lines = (folder / how / "events.jsonl").read_text().splitlines()
-        losses.append(
-            [
-                event["loss"]
-                for line in lines
-                if (event := json.loads(line))["event"] in ("step", "validation")
-            ]
-        )
+        events = map(json.loads, lines)
+        steps = [event for event in events if event["event"] in ("step", "validation")]
+        losses.append([event["loss"] for event in steps])
     assert len(losses[0]) >= 2
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

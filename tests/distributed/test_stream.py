@@ -1,4 +1,4 @@
-"""One global plan: whatever the ranks, workers and tars, each step holds the same samples with the
+"""One global order: whatever the ranks, workers and tars, each step holds the same samples with the
 same masks."""
 
 from __future__ import annotations
@@ -103,13 +103,11 @@ def test_an_epoch_is_the_dataset(setup: TrainingSetup, reference: list[Seen]) ->
     pretrain, finetune = setup.stages
     masked = [sample for step in reference[: pretrain.end_step] for sample in step.samples]
     # Each user once, and what is seen and what is asked for make up the training part.
-    whole = [
-        (user, *history, *(item for _, items in targets for item in items))
-        for user, history, targets in masked
-    ]
-    assert sorted((sample[0], *sorted(sample[1:])) for sample in whole) == [
-        (user, *sorted(part.tolist())) for user, part in enumerate(parts)
-    ]
+    whole = []
+    for user, history, targets in masked:
+        items = [*history, *(item for _, some in targets for item in some)]
+        whole.append((user, *sorted(items)))
+    assert sorted(whole) == [(user, *sorted(part.tolist())) for user, part in enumerate(parts)]
     expected = Counter(
         (user, tuple(part[:place].tolist()), ((0, (int(part[place]),)),))
         for user, part in enumerate(parts)
@@ -117,10 +115,8 @@ def test_an_epoch_is_the_dataset(setup: TrainingSetup, reference: list[Seen]) ->
     )
     assert set(expected.values()) == {1}
     length = finetune.plan.steps_per_epoch
-    epochs = [
-        reference[start : start + length]
-        for start in range(finetune.first_step, finetune.end_step, length)
-    ]
+    starts = range(finetune.first_step, finetune.end_step, length)
+    epochs = [reference[start : start + length] for start in starts]
     assert len(epochs) == 2
     for epoch in epochs:
         assert Counter(sample for step in epoch for sample in step.samples) == expected
@@ -151,13 +147,8 @@ worlds = st.integers(1, 9)
 
 @given(before=worlds, after=worlds, tars=st.sampled_from(list(TARS)), data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_a_run_killed_at_any_step_goes_on_with_any_world(
-    setup: TrainingSetup,
-    reference: list[Seen],
-    before: int,
-    after: int,
-    tars: int,
-    data: st.DataObject,
+def test_run_killed_at_any_step_goes_on_with_any_world(
+    setup, reference, before: int, after: int, tars: int, data: st.DataObject
 ) -> None:
     """Nothing of what the ranks before had seen, or had loaded ahead, is needed or repeated."""
     end = len(reference)
@@ -192,20 +183,15 @@ def test_real_ranks_take_the_same_steps(
         (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
         script = HELPERS / "stream_rank.py"
         env = environment(GENREC_CACHE=str(tmp_path / "cache"))
-        done = start_each(
-            [script, tmp_path / "recipe.yaml", tmp_path],
-            tmp_path / "logs",
-            world,
-            timeout=300,
-            env=env,
-        )
+        command = [script, tmp_path / "recipe.yaml", tmp_path]
+        done = start_each(command, tmp_path / "logs", world, timeout=300, env=env)
         assert not any(rank.returncode for rank in done), done
         records = [request for request in server.requests if request[1]]
-        assert len(records) == len(set(records)) == (setup.reader.num_records if world == 3 else 0)
+        expected = setup.reader.num_records if world == 3 else 0
+        assert len(records) == len(set(records)) == expected
     reports = [json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(world)]
-    assert all(
-        report["digests"] == [step.digest % 2**64 for step in reference] for report in reports
-    )
+    digests = [step.digest % 2**64 for step in reference]
+    assert all(report["digests"] == digests for report in reports)
     for number, expected in enumerate(reference):
         check_step([seen_from(report["steps"][number]) for report in reports], expected)
 
@@ -219,7 +205,7 @@ def seen_from(fields: dict) -> Seen:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_server_that_fails_in_the_middle_ends_the_run_in_one_line(
+def test_server_that_fails_in_the_middle_ends_the_run_in_one_line(
     setup: TrainingSetup, tmp_path: Path, workers: int
 ) -> None:
     """Also where a worker reads: it must neither keep the run from ending nor show its
@@ -227,9 +213,8 @@ def test_a_server_that_fails_in_the_middle_ends_the_run_in_one_line(
     with serving(shards_of(setup, 7).parent) as server:
         server.fault = lambda path, number: "404" if path.endswith("shard-000003.tar") else None
         shards, run = f"{server.url}/7-tars", tmp_path / "run"
-        (tmp_path / "recipe.yaml").write_text(
-            dump_recipe(replace(setup.recipe, shards=shards, run=str(run), workers=workers))
-        )
+        recipe = replace(setup.recipe, shards=shards, run=str(run), workers=workers)
+        (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
         command = ["-m", "genrec_dist.cli", "train", tmp_path / "recipe.yaml"]
         done = forked.run(command, environment(GENREC_CACHE=str(tmp_path / "cache")), timeout=120)
     assert done.returncode == 1

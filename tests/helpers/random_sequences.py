@@ -11,9 +11,8 @@ def random_sequences(num_users: int = 40, num_items: int = 60, seed: int = 0) ->
     rng = np.random.default_rng(seed)
     lengths = rng.integers(3, 31, num_users)
     draws = (num_items * rng.random(lengths.sum()) ** 2).astype(int) + 10
-    return sequences_from_ids(
-        [f"u{user}" for user in range(num_users)], lengths, [str(item) for item in draws]
-    )
+    users = [f"u{user}" for user in range(num_users)]
+    return sequences_from_ids(users, lengths, [str(item) for item in draws])
 
 
 def changed(sequences: Sequences, last: int, seed: int = 5) -> Sequences:
@@ -21,7 +20,6 @@ def changed(sequences: Sequences, last: int, seed: int = 5) -> Sequences:
     items = sequences.items.copy()
     rng = np.random.default_rng(seed)
     for back in range(1, last + 1):
-        items[sequences.offsets[1:] - back] = rng.integers(
-            0, sequences.num_items, sequences.num_users
-        )
+        others = rng.integers(0, sequences.num_items, sequences.num_users)
+        items[sequences.offsets[1:] - back] = others
     return Sequences(items, sequences.offsets, sequences.user_ids, sequences.item_ids)

@@ -17,17 +17,8 @@ NUM_ROWS, DIM, KEY, STD = 1000, 64, 11, 0.5
 RATE = 0.1
 # What rows the ranks have in a step: some of their own, all the same, none at all, nobody any, a
 # single one.
-KINDS = (
-    "overlapping",
-    "disjoint",
-    "equal",
-    "first-empty",
-    "last-empty",
-    "all-empty",
-    "single",
-    "everything",
-    "overlapping",
-)
+EMPTY = ("first-empty", "last-empty", "all-empty")
+KINDS = ("overlapping", "disjoint", "equal", *EMPTY, "single", "everything", "overlapping")
 
 
 def rows_of(kind: str, step: int, rank: int, world_size: int) -> np.ndarray:
@@ -48,9 +39,8 @@ def rows_of(kind: str, step: int, rank: int, world_size: int) -> np.ndarray:
 
 
 def gradient_of(step: int, rank: int, num_rows: int, dim: int = DIM) -> torch.Tensor:
-    return torch.from_numpy(
-        np.random.default_rng([step, rank, 5]).standard_normal((num_rows, dim), np.float32)
-    )
+    dice = np.random.default_rng([step, rank, 5])
+    return torch.from_numpy(dice.standard_normal((num_rows, dim), np.float32))
 
 
 def train(table: RowTable, lost: bool = False) -> list[torch.Tensor]:
@@ -78,11 +68,8 @@ def digests(rank: int, world_size: int, runs: int) -> set[str]:
             rows = np.sort(np.random.default_rng([step, rank]).choice(300, 150, replace=False))
             table.fetch(torch.from_numpy(rows))
             table.update(gradient_of(step, rank, len(rows), 16), learning_rate=RATE)
-        found.add(
-            hashlib.sha256(
-                table.values.numpy().tobytes() + table.squares.numpy().tobytes()
-            ).hexdigest()
-        )
+        data = table.values.numpy().tobytes() + table.squares.numpy().tobytes()
+        found.add(hashlib.sha256(data).hexdigest())
     return found
 
 

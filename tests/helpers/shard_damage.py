@@ -1,4 +1,4 @@
-"""Damage to shards: records replaced, arrays of any header, an object that tells when it is
+"""Damage to shards: records replaced, arrays of any header, an object that shows when it is
 unpickled."""
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
@@ -37,23 +38,16 @@ class Seen:
 
 def walk(data: StepBatches, steps: range, workers: int, words: WordTable) -> list[Seen]:
     """The steps as the loop of training gets them."""
-    loader: Iterable[RankStep] = DataLoader(
-        data,
-        sampler=steps,
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-    )
+    options = {"num_workers": workers, "prefetch_factor": 4 if workers else None}
+    loader: Iterable[RankStep] = DataLoader(data, sampler=steps, batch_size=None, **options)
     item_of = items_by_tokens(words)
     return [read_back(share, words, item_of) for share in loader]
 
 
 def items_by_tokens(words: WordTable) -> dict[tuple[int, ...], int]:
     tokens, offsets = words.tokens_of_items()
-    return {
-        tuple(tokens[offsets[row] : offsets[row + 1]].tolist()): row
-        for row in range(words.num_items)
-    }
+    items = np.split(tokens, offsets[1:-1])
+    return {tuple(item.tolist()): row for row, item in enumerate(items)}
 
 
 def read_back(share: RankStep, words: WordTable, item_of: dict[tuple[int, ...], int]) -> Seen:
@@ -68,23 +62,14 @@ def read_back(share: RankStep, words: WordTable, item_of: dict[tuple[int, ...], 
 
 def samples_of(batch: Batch, words: WordTable, item_of: dict[tuple[int, ...], int]) -> list[Sample]:
     targets: list[list[tuple[int, tuple[int, ...]]]] = [[] for _ in batch.encoder.input_ids]
-    masks = [
-        int(token) for token in words.tokens[words.offsets[2] : words.offsets[2 + words.num_masks]]
-    ]
-    for row, labels, inputs in zip(
-        batch.encoder_row.tolist(),
-        batch.labels.tolist(),
-        batch.decoder_input_ids.tolist(),
-        strict=True,
-    ):
+    masks = words.tokens[words.offsets[2] : words.offsets[2 + words.num_masks]].tolist()
+    decoder = (batch.encoder_row, batch.labels, batch.decoder_input_ids)
+    for row, labels, inputs in zip(*(array.tolist() for array in decoder), strict=True):
         tokens = [token for token in labels if token >= 0]
-        if tokens:
-            targets[row].append(
-                (masks.index(inputs[0]), (item_of[tuple(tokens[:-1])],))
-            )  # without </s>
-    rows = zip(
-        batch.encoder.user_rows.tolist(), batch.encoder.item_rows.tolist(), targets, strict=True
-    )
+        if tokens:  # the last one is </s>
+            targets[row].append((masks.index(inputs[0]), (item_of[tuple(tokens[:-1])],)))
+    encoder = batch.encoder
+    rows = zip(encoder.user_rows.tolist(), encoder.item_rows.tolist(), targets, strict=True)
     return [(max(users) - 1, collapsed(items), tuple(sorted(own))) for users, items, own in rows]
 
 

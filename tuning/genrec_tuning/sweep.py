@@ -95,7 +95,7 @@ def check_data(space: Space) -> None:
     read."""
     recipe = space.recipe_of({}, "runs/trial")
     load_dataset(recipe.data)
-    ShardReader(recipe.shards_dir, verify=False).close()
+    ShardReader(recipe.shards_dir, verify=False)
 
 
 def place_of(out: Path, storage: str | None) -> Folder:

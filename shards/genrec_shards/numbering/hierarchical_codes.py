@@ -42,35 +42,31 @@ def code_texts(places: np.ndarray) -> list[str]:
 
 def places_of_codes(codes: Sequence[str]) -> np.ndarray:
     """int64[N, L], what `code_texts` made these words of."""
-    return np.array(
-        [[int(part[1:]) - 1 for part in code.split(SEPARATOR)] for code in codes], np.int64
-    )
+    rows = [[int(part[1:]) - 1 for part in code.split(SEPARATOR)] for code in codes]
+    return np.array(rows, np.int64)
 
 
 def balance(codes: Sequence[str]) -> list[LevelBalance]:
     """By level, from the first; codes without a separator have one level."""
-    levels: list[Counter[str]] = []
+    counters: list[Counter[str]] = []
     for code in codes:
-        parts = [
-            SEPARATOR + part if number else part
-            for number, part in enumerate(code.split(SEPARATOR))
-        ]
-        for level, beginning in enumerate(accumulate(parts)):
-            if level == len(levels):
-                levels.append(Counter())
-            levels[level][beginning] += 1
-    return [_level_balance(np.array(list(counter.values()))) for counter in levels]
-
-
-def num_collisions(codes: Sequence[str]) -> int:
-    """Items whose code another item of a lower row bears."""
-    return len(codes) - len(set(codes))
-
-
-def _level_balance(sizes: np.ndarray) -> LevelBalance:
-    shares = sizes / sizes.sum()
-    entropy = -float((shares * np.log(shares)).sum())
-    share = entropy / float(np.log(len(sizes))) if len(sizes) > 1 else 1.0
-    return LevelBalance(
-        len(sizes), int(sizes.min()), float(np.median(sizes)), int(sizes.max()), share
-    )
+        # a1-b2 begins with a1, then with a1-b2.
+        beginnings = accumulate(code.split(SEPARATOR), lambda one, other: one + SEPARATOR + other)
+        for level, beginning in enumerate(beginnings):
+            if level == len(counters):
+                counters.append(Counter())
+            counters[level][beginning] += 1
+    levels = []
+    for counter in counters:
+        sizes = np.array(list(counter.values()))
+        shares = sizes / sizes.sum()
+        entropy = -float((shares * np.log(shares)).sum())
+        found = LevelBalance(
+            beginnings=len(sizes),
+            smallest=int(sizes.min()),
+            median=float(np.median(sizes)),
+            largest=int(sizes.max()),
+            entropy_share=entropy / float(np.log(len(sizes))) if len(sizes) > 1 else 1.0,
+        )
+        levels.append(found)
+    return levels

@@ -59,47 +59,71 @@ def read_descriptions(
     text_columns: Sequence[str] | None = None,
     title_column: str | None = None,
 ) -> Descriptions:
-    """Texts of these items out of a CSV, Parquet or JSON-lines file (`.csv`, `.parquet`, `.jsonl`,
-    `.json`; `.gz` too).
+    """Texts of these items out of a table.
 
-    `id_column`: None looks for one of ID_COLUMNS. `text_columns`: None takes every other column.
-    `title_column`: None looks for one of TITLE_COLUMNS, and there need be none. A cell's text is
-    what it says, of lists and objects what is in them. Items that the file lacks have the text '';
-    its other items are left out; where an id comes twice the first row counts. JSON lines may be
-    Python's, as in Amazon's 2014 release; nothing is run. Raises DataError, one line with file,
-    line and remedy."""
+    A cell's text is what it says, of lists and objects what is in them. Items that the file lacks
+    have the text ''; its other items are left out; where an id comes twice the first row counts.
+    JSON lines may be Python's, as in Amazon's 2014 release; nothing is run.
+
+    Args:
+        path: CSV, Parquet or JSON lines (`.csv`, `.parquet`, `.jsonl`, `.json`; `.gz` too).
+        item_ids: the catalogue by item row.
+        id_column: None looks for one of ID_COLUMNS.
+        text_columns: None takes every other column.
+        title_column: None looks for one of TITLE_COLUMNS, and there need be none.
+
+    Raises:
+        DataError: one line with file, line and remedy.
+    """
     path = Path(path)
     row_of = {item: row for row, item in enumerate(item_ids)}
     texts, titles = [""] * len(item_ids), [""] * len(item_ids)
+    title_columns = TITLE_COLUMNS if title_column is None else (title_column,)
+    found_columns: set[str] = set()
     try:
-        for row, text, title in _matched(
-            path, _records(path), row_of, id_column, text_columns, title_column
-        ):
-            texts[row], titles[row] = texts[row] or text, titles[row] or title
+        for line, record in _records(path):
+            found_columns |= record.keys()
+            column = id_column or next((name for name in ID_COLUMNS if name in record), None)
+            if column is None or column not in record:
+                wanted = f"column {column}" if column else "column of item ids"
+                complaint = f"no {wanted}, only {_listed(record)}"
+                raise DataError(f"{path}:{line}: {complaint}: name one of these with --item-column")
+            row = row_of.get(_text_of(record[column]))
+            if row is None:
+                continue
+            names = text_columns
+            if names is None:
+                names = [name for name in record if name != column]
+            words = [_text_of(record.get(name)) for name in names]
+            texts[row] = texts[row] or " ".join(filter(None, words))
+            title = next((name for name in title_columns if name in record), None)
+            if title is not None:  # it is shown on a line of its own
+                titles[row] = titles[row] or " ".join(_text_of(record[title]).split())
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: check the path") from None
-    except EOFError:
-        raise DataError(
-            f"{path}: the gzip stream is cut off: download or copy the file again"
-        ) from None
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{path}: the gzip stream is damaged ({error}): download or copy the file again"
-        ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        state = "cut off" if isinstance(error, EOFError) else f"damaged ({error})"
+        complaint = f"the gzip stream is {state}: download or copy the file again"
+        raise DataError(f"{path}: {complaint}") from None
     except UnicodeDecodeError:
         raise DataError(f"{path}: not UTF-8 text: save it as UTF-8") from None
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror or error}): check the path and its rights"
-        ) from None
-    found = Descriptions(texts, path.name, digest, titles if any(titles) else None)
-    if not found.num_described:
-        raise DataError(
-            f"{path}: describes none of the {len(item_ids)} items: check that its ids are those of the log"
-        )
-    return found
+        complaint = f"cannot be read ({error.strerror or error}): check the path and its rights"
+        raise DataError(f"{path}: {complaint}") from None
+    if not found_columns:
+        raise DataError(f"{path}: empty: expected a record per item")
+    named = [(name, "--text-columns") for name in text_columns or ()]
+    named += [(name, "--title-column") for name in (title_column,) if name is not None]
+    for name, option in named:
+        if name not in found_columns:
+            only = f"only {_listed(found_columns)}: check {option}"
+            raise DataError(f"{path}: no column {name}, {only}")
+    if not any(texts):
+        complaint = f"describes none of the {len(item_ids)} items"
+        raise DataError(f"{path}: {complaint}: check that its ids are those of the log")
+    return Descriptions(texts, path.name, digest, titles if any(titles) else None)
 
 
 def text_vectors(texts: Sequence[str], dims: int, seed: int) -> np.ndarray:
@@ -113,7 +137,11 @@ def text_vectors(texts: Sequence[str], dims: int, seed: int) -> np.ndarray:
 
 def word_weights(texts: Sequence[str]) -> sp.csr_matrix:
     """float64[N, F] of the buckets that are used: what `text_vectors` takes the factors of."""
-    buckets = [_buckets(text) for text in texts]
+    # crc32, because Python's own hash of a string differs from process to process.
+    buckets = [
+        [zlib.crc32(word.encode()) % FEATURES for word in _WORD.findall(text.lower())]
+        for text in texts
+    ]
     rows = np.repeat(np.arange(len(texts)), [len(found) for found in buckets])
     columns = np.fromiter((bucket for found in buckets for bucket in found), np.int64, len(rows))
     counts_NF = sp.csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(len(texts), FEATURES))
@@ -122,64 +150,16 @@ def word_weights(texts: Sequence[str]) -> sp.csr_matrix:
     used = np.unique(counts_NF.indices)
     counts_NF = counts_NF[:, used]
     texts_with_F = np.bincount(counts_NF.indices, minlength=len(used))
-    counts_NF.data = (1 + np.log(counts_NF.data)) * np.log((1 + len(texts)) / (1 + texts_with_F))[
-        counts_NF.indices
-    ]
-    lengths_N = np.sqrt(np.asarray(counts_NF.multiply(counts_NF).sum(axis=1)).ravel())
-    return (
-        sp.diags(np.divide(1, lengths_N, out=np.zeros_like(lengths_N), where=lengths_N > 0))
-        @ counts_NF
-    ).tocsr()
+    rarity_F = np.log((1 + len(texts)) / (1 + texts_with_F))
+    counts_NF.data = (1 + np.log(counts_NF.data)) * rarity_F[counts_NF.indices]
+    return unit_rows(counts_NF)
 
 
-def _buckets(text: str) -> list[int]:
-    # crc32, because Python's own hash of a string differs from process to process.
-    return [zlib.crc32(word.encode()) % FEATURES for word in _WORD.findall(text.lower())]
-
-
-def _matched(
-    path: Path,
-    records: Iterator[tuple[int, dict[str, Any]]],
-    row_of: dict[str, int],
-    id_column: str | None,
-    text_columns: Sequence[str] | None,
-    title_column: str | None,
-) -> Iterator[tuple[int, str, str]]:
-    """(item row, text, title) of the records whose item is in the catalogue."""
-    seen_columns: set[str] = set()
-    titled = TITLE_COLUMNS if title_column is None else (title_column,)
-    any_record = False
-    for line, record in records:
-        any_record = True
-        seen_columns |= record.keys()
-        column = id_column or next((name for name in ID_COLUMNS if name in record), None)
-        if column is None or column not in record:
-            raise DataError(
-                f"{path}:{line}: no {f'column {column}' if column else 'column of item ids'}, only "
-                f"{_listed(record)}: name one of these with --item-column"
-            )
-        row = row_of.get(_text_of(record[column]))
-        if row is not None:
-            names = (
-                text_columns
-                if text_columns is not None
-                else [name for name in record if name != column]
-            )
-            title = next((name for name in titled if name in record), None)
-            text = " ".join(filter(None, (_text_of(record.get(name)) for name in names)))
-            # A title is shown on a line of its own.
-            yield row, text, "" if title is None else " ".join(_text_of(record[title]).split())
-    if not any_record:
-        raise DataError(f"{path}: empty: expected a record an item")
-    missing = [name for name in text_columns or () if name not in seen_columns]
-    if missing:
-        raise DataError(
-            f"{path}: no column {missing[0]}, only {_listed(seen_columns)}: check --text-columns"
-        )
-    if title_column is not None and title_column not in seen_columns:
-        raise DataError(
-            f"{path}: no column {title_column}, only {_listed(seen_columns)}: check --title-column"
-        )
+def unit_rows(matrix_NF: sp.csr_matrix) -> sp.csr_matrix:
+    """Rows of length 1; rows of zeros stay."""
+    lengths_N = np.sqrt(np.asarray(matrix_NF.multiply(matrix_NF).sum(axis=1)).ravel())
+    factors_N = np.divide(1, lengths_N, out=np.zeros_like(lengths_N), where=lengths_N > 0)
+    return (sp.diags(factors_N) @ matrix_NF).tocsr()
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -213,9 +193,8 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         return _csv_records(path)
     if kind in ("jsonl", "json", "ndjson"):
         return _json_records(path)
-    raise DataError(
-        f"{path}: neither .csv, .parquet, .jsonl nor .json (or one of these with .gz): rename or convert it"
-    )
+    kinds = "neither .csv, .parquet, .jsonl nor .json (or one of these with .gz)"
+    raise DataError(f"{path}: {kinds}: rename or convert it")
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -229,8 +208,8 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except (pa.ArrowException, ValueError, OverflowError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        # Arrow tells damage as an OSError too, of several lines; and Python has no date for some of
-        # Arrow's.
+        # Arrow reports damage as an OSError too, of several lines; and Python has no date for some
+        # of Arrow's.
         reason = str(error).partition("\n")[0]
         raise DataError(f"{path}: not readable as Parquet ({reason}): save it again") from None
 
@@ -242,14 +221,12 @@ def _csv_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             reader = csv.DictReader(file, strict=True, restval="")
             for record in reader:
                 if None in record:
-                    raise DataError(
-                        f"{path}:{reader.line_num}: more cells than the first line has columns: mend the line"
-                    )
+                    complaint = "more cells than the first line has columns: mend the line"
+                    raise DataError(f"{path}:{reader.line_num}: {complaint}")
                 yield reader.line_num, record
     except csv.Error as error:
-        raise DataError(
-            f"{path}:{reader.line_num}: not readable as CSV ({error}): mend the line"
-        ) from None
+        complaint = f"not readable as CSV ({error}): mend the line"
+        raise DataError(f"{path}:{reader.line_num}: {complaint}") from None
     finally:
         csv.field_size_limit(before)
 
@@ -259,30 +236,22 @@ def _json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
-            record = _parsed(line)
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                try:
+                    record = ast.literal_eval(line.strip())
+                except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                    record = None
             if not isinstance(record, dict):
-                raise DataError(
-                    f"{path}:{number}: not an object in JSON: expected one item a line; mend the line"
-                )
+                complaint = "not an object in JSON: expected one item per line; mend the line"
+                raise DataError(f"{path}:{number}: {complaint}")
             yield number, record
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return ast.literal_eval(line.strip())
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return None
 
 
 def _opened(path: Path) -> Any:
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
-    return (
-        gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-        if packed
-        else path.open(encoding="utf-8-sig", newline="")
-    )
+    if packed:
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")

@@ -15,12 +15,7 @@ from genrec_shards.numbering.cooccurrence import (
     training_counts,
     training_items,
 )
-from genrec_shards.numbering.hierarchical_codes import (
-    MOST_LEVELS,
-    balance,
-    code_texts,
-    num_collisions,
-)
+from genrec_shards.numbering.hierarchical_codes import MOST_LEVELS, balance, code_texts
 from genrec_shards.numbering.item_text import Descriptions, text_vectors
 from genrec_shards.numbering.item_vectors import TrainedVectors
 from genrec_shards.sequences import Sequences, update_with_strings
@@ -28,11 +23,10 @@ from genrec_shards.splits import TrainedThrough
 
 NumberingName = Literal["given", "random", "train-order", "collaborative", "semantic"]
 HIERARCHICAL = ("collaborative", "semantic")
-MadeFrom = Literal["co-occurrence", "vectors", "text"]
 
 DIMS = 64
 """Width of the vectors that are clustered, where they are not given."""
-ITEMS_A_LEAF = 3
+ITEMS_PER_LEAF = 3
 """About how many items the default levels leave in a leaf."""
 WIDEST_DEFAULT = 256
 """Most branches of a default level."""
@@ -45,7 +39,7 @@ _ITEM_STREAM, _USER_STREAM, _UNSEEN_STREAM = 1, 2, 3
 class Hierarchy:
     """What hierarchical codes were made of."""
 
-    made_from: MadeFrom
+    made_from: Literal["co-occurrence", "vectors", "text"]
     levels: tuple[int, ...]
     """Clusters at each level; the number within a leaf comes after them."""
     dims: int
@@ -98,94 +92,52 @@ def number(
     `random`: 1..N in a seeded order of the sorted catalogue. `train-order`: 1.. by first appearance
     in the training parts t_1..t_{n-2}, users in row order; items that never occur there take the
     remaining numbers in a seeded order. `collaborative`: words `a12-b45-c7`, a place in a tree of
-    balanced clusters (`clusters.py`; the idea of codes from co-occurrence: Hua et al., arXiv
-    2305.06569) of items that are taken near each other in the training parts, or of trained
-    `vectors`; items unseen there get seeded places. `semantic`: the same of the items'
-    `descriptions`. Residual quantisation would make neither unique nor balanced codes. `levels`:
-    clusters at each level; None: `default_levels`. Users: a seeded order of 1..U, except under
-    `given`. Raises ValueError for another name or what does not go with it."""
-    _check(numbering, levels, vectors, descriptions)
+    balanced clusters (`balanced_clusters.py`; the idea of codes from co-occurrence: Hua et al.,
+    arXiv 2305.06569) of items that are taken near each other in the training parts, or of trained
+    vectors; items unseen there get seeded places. `semantic`: the same of the items' descriptions.
+    Residual quantisation would make neither unique nor balanced codes. Users: a seeded order of
+    1..U, except under `given`.
+
+    Args:
+        sequences: the log.
+        numbering: which of these.
+        seed: of every seeded order.
+        levels: clusters at each level of a hierarchical code; None: `default_levels`.
+        vectors: trained item vectors for `collaborative`.
+        descriptions: the items' texts, for `semantic`.
+
+    Raises:
+        ValueError: another name, or an argument that does not go with it.
+    """
+    if numbering not in get_args(NumberingName):
+        choices = ", ".join(get_args(NumberingName))
+        raise ValueError(f"numbering is {numbering!r}: choose one of {choices}")
+    if levels is not None and numbering not in HIERARCHICAL:
+        only = f"only {' and '.join(HIERARCHICAL)} have levels"
+        raise ValueError(f"levels with numbering {numbering}: {only}")
+    if levels is not None and not (1 <= len(levels) < MOST_LEVELS and min(levels) >= 1):
+        remedy = f"give 1 to {MOST_LEVELS - 1} whole numbers above 0, as 64,64"
+        raise ValueError(f"levels {','.join(map(str, levels)) or 'none'}: {remedy}")
+    if vectors is not None and numbering != "collaborative":
+        only = "only collaborative codes are made of vectors"
+        raise ValueError(f"vectors with numbering {numbering}: {only}")
+    if descriptions is not None and numbering != "semantic":
+        only = "only semantic codes are made of text"
+        raise ValueError(f"descriptions with numbering {numbering}: {only}")
+    if descriptions is None and numbering == "semantic":
+        needs = "needs the items' text or attributes: give --items META"
+        raise ValueError(f"numbering semantic {needs}")
+
     if numbering == "given":
         return Numbering(numbering, seed, list(sequences.item_ids), list(sequences.user_ids))
-    users = _codes(keyed_permutation(sequences.num_users, seed, _USER_STREAM))
-    if numbering in HIERARCHICAL:
-        items, hierarchy = _hierarchical(sequences, seed, levels, vectors, descriptions)
-        return Numbering(numbering, seed, items, users, hierarchy)
+    users = numbers_from(0, keyed_permutation(sequences.num_users, seed, _USER_STREAM))
     if numbering == "random":
-        places = keyed_permutation(sequences.num_items, seed, _ITEM_STREAM)
-    else:
-        places = _places_by_training_order(sequences, seed)
-    return Numbering(numbering, seed, _codes(places), users)
+        items = numbers_from(0, keyed_permutation(sequences.num_items, seed, _ITEM_STREAM))
+        return Numbering(numbering, seed, items, users)
+    if numbering == "train-order":
+        items = numbers_from(0, places_by_training_order(sequences, 0, seed, _UNSEEN_STREAM))
+        return Numbering(numbering, seed, items, users)
 
-
-def default_levels(num_items: int) -> tuple[int, ...]:
-    """Two equally wide levels, or as many as keep each within WIDEST_DEFAULT, that leave about
-    three items in a leaf."""
-    leaves = max(num_items / ITEMS_A_LEAF, 1)
-    depth = 2
-    while leaves ** (1 / depth) > WIDEST_DEFAULT:
-        depth += 1
-    return (max(round(leaves ** (1 / depth)), 1),) * depth
-
-
-def told(numbering: Numbering) -> list[str]:
-    """Lines for a person: what hierarchical codes were made of and how even they are; none of other
-    numberings."""
-    made = numbering.hierarchy
-    if made is None:
-        return []
-    seen = f", trained through {made.trained_through}" if made.trained_through else ""
-    lines = [
-        f"codes like {numbering.item_codes[0]}, made from {made.made_from}{f' ({made.file})' if made.file else ''}{seen}; "
-        f"{num_collisions(numbering.item_codes)} collisions; {made.unseen:,} items unseen in training, "
-        f"{made.placed_at_random:,} placed at random"
-    ]
-    for level, found in enumerate(balance(numbering.item_codes), start=1):
-        lines.append(
-            f"level {level}: {found.beginnings:,} beginnings of {found.smallest:,} to {found.largest:,} items "
-            f"(median {found.median:g}), entropy share {found.entropy_share:.4f}"
-        )
-    return lines
-
-
-def _check(
-    numbering: NumberingName,
-    levels: Sequence[int] | None,
-    vectors: TrainedVectors | None,
-    descriptions: Descriptions | None,
-) -> None:
-    if numbering not in get_args(NumberingName):
-        raise ValueError(
-            f"numbering is {numbering!r}: choose one of {', '.join(get_args(NumberingName))}"
-        )
-    if levels is not None:
-        if numbering not in HIERARCHICAL:
-            raise ValueError(
-                f"levels with numbering {numbering}: only {' and '.join(HIERARCHICAL)} have levels"
-            )
-        if not 1 <= len(levels) < MOST_LEVELS or min(levels) < 1:
-            raise ValueError(
-                f"levels {','.join(map(str, levels)) or 'none'}: give 1 to {MOST_LEVELS - 1} whole numbers above 0, as 64,64"
-            )
-    if vectors is not None and numbering != "collaborative":
-        raise ValueError(
-            f"vectors with numbering {numbering}: only collaborative codes are made of vectors"
-        )
-    if (descriptions is None) == (numbering == "semantic"):
-        raise ValueError(
-            "numbering semantic needs the items' text or attributes: give --items META"
-            if numbering == "semantic"
-            else f"descriptions with numbering {numbering}: only semantic codes are made of text"
-        )
-
-
-def _hierarchical(
-    sequences: Sequences,
-    seed: int,
-    levels: Sequence[int] | None,
-    vectors: TrainedVectors | None,
-    descriptions: Descriptions | None,
-) -> tuple[list[str], Hierarchy]:
     counts = training_counts(sequences)
     if descriptions is not None:
         points = text_vectors(descriptions.texts, DIMS, seed)
@@ -195,8 +147,8 @@ def _hierarchical(
     else:
         points = cooccurrence_vectors(sequences, DIMS, seed)
     levels = tuple(levels) if levels is not None else default_levels(sequences.num_items)
-    codes = code_texts(places_in_tree(points, counts, levels, seed))
-    assert num_collisions(codes) == 0
+    items = code_texts(places_in_tree(points, counts, levels, seed))
+    assert len(set(items)) == len(items)
     source = descriptions or vectors
     hierarchy = Hierarchy(
         made_from="text" if descriptions else "vectors" if vectors else "co-occurrence",
@@ -209,19 +161,57 @@ def _hierarchical(
         unseen=int((counts == 0).sum()),
         placed_at_random=int((~points.any(axis=1)).sum()),
     )
-    return codes, hierarchy
+    return Numbering(numbering, seed, items, users, hierarchy)
 
 
-def _places_by_training_order(sequences: Sequences, seed: int) -> np.ndarray:
-    """int64[N], a place 0..N-1 for each item row; held-out interactions are not looked at."""
+def default_levels(num_items: int) -> tuple[int, ...]:
+    """Two equally wide levels, or as many as keep each within WIDEST_DEFAULT, that leave about
+    three items in a leaf."""
+    leaves = max(num_items / ITEMS_PER_LEAF, 1)
+    depth = 2
+    while leaves ** (1 / depth) > WIDEST_DEFAULT:
+        depth += 1
+    return (max(round(leaves ** (1 / depth)), 1),) * depth
+
+
+def summary(numbering: Numbering) -> list[str]:
+    """Lines for a person: what hierarchical codes were made of and how even they are; none of other
+    numberings."""
+    made = numbering.hierarchy
+    if made is None:
+        return []
+    codes = numbering.item_codes
+    source = made.made_from + (f" ({made.file})" if made.file else "")
+    if made.trained_through:
+        source += f", trained through {made.trained_through}"
+    lines = [
+        f"codes like {codes[0]}, made from {source}; {len(codes) - len(set(codes))} collisions; "
+        f"{made.unseen:,} items unseen in training, {made.placed_at_random:,} placed at random"
+    ]
+    for level, found in enumerate(balance(codes), start=1):
+        items = f"{found.smallest:,} to {found.largest:,} items (median {found.median:g})"
+        entropy = f"entropy share {found.entropy_share:.4f}"
+        lines.append(f"level {level}: {found.beginnings:,} beginnings of {items}, {entropy}")
+    return lines
+
+
+def places_by_training_order(
+    sequences: Sequences, known: int, seed: int, *streams: int
+) -> np.ndarray:
+    """int64[N - known], a place from 0 for each item row from `known` on: by first appearance in
+    the training parts, then in an order seeded by (seed, *streams)."""
+    # Training parts 5 3 | 3 | 9 5: first_positions of 3, 5 and 9 are 1, 0 and 3, so they appear in
+    # the order 5 3 9.
     seen, first_positions = np.unique(training_items(sequences)[0], return_index=True)
     by_appearance = seen[np.argsort(first_positions, kind="stable")]
-    unseen = np.setdiff1d(np.arange(sequences.num_items), seen)
-    shuffled = unseen[keyed_permutation(len(unseen), seed, _UNSEEN_STREAM)]
-    places = np.empty(sequences.num_items, dtype=np.int64)
-    places[np.concatenate([by_appearance, shuffled])] = np.arange(sequences.num_items)
+    by_appearance = by_appearance[by_appearance >= known]
+    unseen = np.setdiff1d(np.arange(known, sequences.num_items), by_appearance)
+    shuffled = unseen[keyed_permutation(len(unseen), seed, *streams)]
+    places = np.empty(sequences.num_items - known, np.int64)
+    places[np.concatenate([by_appearance, shuffled]) - known] = np.arange(len(places))
     return places
 
 
-def _codes(places: np.ndarray) -> list[str]:
-    return [str(place + 1) for place in places.tolist()]
+def numbers_from(known: int, places: np.ndarray) -> list[str]:
+    """Codes of places 0, 1, ... that follow `known` numbers."""
+    return [str(known + place + 1) for place in places.tolist()]

@@ -22,8 +22,11 @@ def factor_rows(matrix_NF: sp.csr_matrix, dims: int, seed: int) -> np.ndarray:
     the seed. No BLAS: it splits sums by the number of threads, and one bit more or less can move an
     item to another cluster."""
     transposed_FN = matrix_NF.T.tocsr()
-    dims = min(dims, *matrix_NF.shape)
-    block_NB = _signs(matrix_NF.shape[0], min(dims + _SPARE, *matrix_NF.shape), seed)
+    num_rows, dims = matrix_NF.shape[0], min(dims, *matrix_NF.shape)
+    width = min(dims + _SPARE, *matrix_NF.shape)
+    bits = keyed_bits(mixed_key(seed, _START_STREAM), np.arange(num_rows * width))
+    signs = (bits >> np.uint64(63)).astype(np.float64) * 2 - 1
+    block_NB = signs.reshape(num_rows, width)
     for _ in range(_ITERATIONS):
         block_NB = _orthonormal(matrix_NF @ (transposed_FN @ block_NB))
     seen_FB = transposed_FN @ block_NB
@@ -38,34 +41,33 @@ def symmetric_eigen(matrix_BB: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Jacobi's rotations, disjoint pairs of a round at once: elementwise arithmetic only.
     """
-    size = len(matrix_BB)
     left = matrix_BB.astype(np.float64)
-    vectors = np.eye(size)
+    vectors = np.eye(len(left))
     limit = 1e-30 * float((left * left).sum())
+    rounds = _rounds(len(left))
     for _ in range(_SWEEPS):
         beside = left - np.diag(np.diag(left))
         if float((beside * beside).sum()) <= limit:
             break
-        for first, second in _rounds(size):
-            cosine, sine = _rotation(left[first, first], left[second, second], left[first, second])
-            left[first], left[second] = _turned(
-                left[first], left[second], cosine[:, None], sine[:, None]
-            )
-            left[:, first], left[:, second] = _turned(left[:, first], left[:, second], cosine, sine)
-            vectors[:, first], vectors[:, second] = _turned(
-                vectors[:, first], vectors[:, second], cosine, sine
-            )
+        for one, other in rounds:
+            # Cosine and sine of the rotations that bring `between` to zero.
+            between = left[one, other]
+            apart = left[other, other] - left[one, one]
+            longer = np.abs(apart) + np.sqrt(apart * apart + 4 * between * between)
+            signed = np.where(apart < 0, -2.0, 2.0) * between
+            tangent = np.divide(signed, longer, out=np.zeros_like(between), where=longer > 0)
+            cosine = 1 / np.sqrt(1 + tangent * tangent)
+            sine = tangent * cosine
+            for array in (left.T, left, vectors):
+                first, second = array[:, one], array[:, other]
+                array[:, one] = cosine * first - sine * second
+                array[:, other] = sine * first + cosine * second
     order = np.argsort(-np.diag(left), kind="stable")
     return np.diag(left)[order], vectors[:, order]
 
 
-def _signs(num_rows: int, num_columns: int, seed: int) -> np.ndarray:
-    bits = keyed_bits(mixed_key(seed, _START_STREAM), np.arange(num_rows * num_columns))
-    return ((bits >> np.uint64(63)).astype(np.float64) * 2 - 1).reshape(num_rows, num_columns)
-
-
 def _orthonormal(block_NB: np.ndarray) -> np.ndarray:
-    """Modified Gram-Schmidt; a column that lies in the span of those before it becomes zero."""
+    """Modified Gram-Schmidt; a column in the span of those before it becomes zero."""
     columns_BN = np.ascontiguousarray(block_NB.T)
     smallest = 1e-12 * np.sqrt((columns_BN * columns_BN).sum(axis=1).max(initial=0))
     for index, column_N in enumerate(columns_BN):
@@ -82,7 +84,9 @@ def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _rounds(size: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Every pair of 0..size-1 once, in rounds of disjoint pairs, as in a round-robin tournament."""
+    """Every pair of 0..size-1 once, in rounds of disjoint pairs, as in a round-robin tournament.
+
+    For 4: (0, 3) and (1, 2), then (0, 2) and (1, 3), then (0, 1) and (2, 3)."""
     even = size + size % 2
     circle = np.arange(1, even)
     rounds = []
@@ -92,21 +96,3 @@ def _rounds(size: int) -> list[tuple[np.ndarray, np.ndarray]]:
         real = (one < size) & (other < size)
         rounds.append((np.minimum(one, other)[real], np.maximum(one, other)[real]))
     return rounds
-
-
-def _rotation(
-    first: np.ndarray, second: np.ndarray, between: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cosine and sine of the rotations that bring `between` to zero."""
-    apart = second - first
-    longer = np.abs(apart) + np.sqrt(apart * apart + 4 * between * between)
-    signed = np.where(apart < 0, -2.0, 2.0) * between
-    tangent = np.divide(signed, longer, out=np.zeros_like(between), where=longer > 0)
-    cosine = 1 / np.sqrt(1 + tangent * tangent)
-    return cosine, tangent * cosine
-
-
-def _turned(
-    first: np.ndarray, second: np.ndarray, cosine: np.ndarray, sine: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    return cosine * first - sine * second, sine * first + cosine * second

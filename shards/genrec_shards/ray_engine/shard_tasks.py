@@ -21,7 +21,7 @@ from genrec_shards.ray_engine.tasks import Tasks, connected
 from genrec_shards.ray_engine.upload import claim, send, writable
 from genrec_shards.sequences import Sequences
 from genrec_shards.storage.manifest import MANIFEST, Manifest, ShardEntry
-from genrec_shards.storage.remote import Patience, RemoteFiles, is_address
+from genrec_shards.storage.remote import RemoteFiles, RetryPolicy, is_address
 from genrec_shards.storage.write import check_sizes, finish_shards, write_shard
 
 TARS_A_CORE = 4
@@ -83,7 +83,7 @@ def _loaded(source: str | Path, scratch: Path) -> Dataset:
     if isinstance(source, Path):
         file = LogFile(str(source / "sequences.parquet"), 0)
         return load_dataset(source, lambda: _mapped_lists(file, scratch))
-    files = RemoteFiles(source, Patience())
+    files = RemoteFiles(source, RetryPolicy())
     for name in ("dataset.json", "users.parquet", "items.parquet"):
         (scratch / name).write_bytes(
             files.fetch(name, f"{files.address}/{name}", count=lambda size: None)

@@ -12,7 +12,7 @@ from genrec_shards.errors import DataError
 from genrec_shards.readers.detect_format import Format, guess_by_name, guess_format
 from genrec_shards.readers.read_log import endings_of, source_files
 from genrec_shards.readers.text_blocks import readable
-from genrec_shards.storage.remote import Patience, RemoteFiles, is_address
+from genrec_shards.storage.remote import RemoteFiles, RetryPolicy, is_address
 
 BYTES_A_REQUEST = 8 << 20
 """Read at once behind an address."""
@@ -53,7 +53,7 @@ class _Remote(io.RawIOBase):
     def __init__(self, address: str, size: int) -> None:
         folder, _, self.base = address.rpartition("/")
         self.files, self.address, self.size, self.at = (
-            RemoteFiles(folder, Patience()),
+            RemoteFiles(folder, RetryPolicy()),
             address,
             size,
             0,
@@ -101,7 +101,7 @@ def check_source(source: str | Path) -> None:
     if isinstance(source, Path):
         readable(source)
     else:
-        RemoteFiles(source, Patience())
+        RemoteFiles(source, RetryPolicy())
 
 
 def format_of(source: str | Path) -> Format:
@@ -121,7 +121,7 @@ def log_files_of(source: str | Path, format: str | None) -> list[LogFile]:
         ]
     folder, _, name = source.rstrip("/").rpartition("/")
     if source.startswith("s3:"):
-        found = RemoteFiles(source, Patience()).listed()
+        found = RemoteFiles(source, RetryPolicy()).listed()
         endings = endings_of(format)
         # An object has no entries below it.
         chosen = [
@@ -136,4 +136,4 @@ def log_files_of(source: str | Path, format: str | None) -> list[LogFile]:
             )
         if chosen:
             return chosen
-    return [LogFile(source, RemoteFiles(folder, Patience()).size(name, source))]
+    return [LogFile(source, RemoteFiles(folder, RetryPolicy()).size(name, source))]

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from genrec_shards.storage.remote import Patience, RemoteFiles
+from genrec_shards.storage.remote import RemoteFiles, RetryPolicy
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def uploaded_directory(address: str, overwrite: bool, marker: str) -> Iterator[P
 
 def writable(address: str) -> RemoteFiles:
     """Raises ValueError for an address that cannot be written to."""
-    files = RemoteFiles(address, Patience())
+    files = RemoteFiles(address, RetryPolicy())
     if files.scheme != "s3":
         raise ValueError(
             f"{files.address}: cannot be written to: choose a path, or an address of s3://"

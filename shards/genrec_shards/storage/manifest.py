@@ -1,5 +1,5 @@
-"""The manifest of a shard directory: what each tar holds, where each record begins, and how to know
-it is whole."""
+"""The manifest of a shard directory: what each tar holds, where each record begins, and sha256 of
+all of it."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class RecordEntry:
-    """Where one record's members lie in its tar: one contiguous read."""
+    """Where one record's members are in its tar: one contiguous read."""
 
     offset: int
     """Bytes from the beginning of the tar to the first member's header."""
@@ -43,8 +43,8 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What `manifest.json` holds. Record r is the users from r * users_per_record on, in all shards
-    together."""
+    """The content of `manifest.json`. Record r is the users from r * users_per_record on, in all
+    shards together."""
 
     format_version: int
     users: int
@@ -64,10 +64,9 @@ class Manifest:
 
 
 def write_manifest(manifest: Manifest, directory: str | Path) -> None:
-    """Write `manifest.json` into a directory that is still under its temporary name."""
-    fields = {
-        key: value for key, value in dataclasses.asdict(manifest).items() if value is not None
-    }
+    """Write `manifest.json` into a directory that still has its temporary name."""
+    fields = dataclasses.asdict(manifest)
+    fields = {key: value for key, value in fields.items() if value is not None}
     text = json.dumps(fields, indent=1)
     (Path(directory) / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
@@ -81,9 +80,8 @@ def load_manifest(directory: str | Path) -> Manifest:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: give a directory made by `genrec shard`") from None
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror}): check the path and its rights"
-        ) from None
+        complaint = f"cannot be read ({error.strerror}): check the path and its rights"
+        raise DataError(f"{path}: {complaint}") from None
     return parse_manifest(data, str(path))
 
 
@@ -94,39 +92,49 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
         fields = json.loads(data.decode("utf-8"))
         version = fields["format_version"]
         if version != FORMAT_VERSION:
-            raise DataError(
-                f"{place}: format_version {version}, this program reads {FORMAT_VERSION}: shard again"
-            )
+            versions = f"format_version {version}, this program reads {FORMAT_VERSION}"
+            raise DataError(f"{place}: {versions}: shard again")
         manifest = Manifest(**{**fields, "shards": tuple(map(_shard_entry, fields["shards"]))})
-        _check_totals(place, manifest)
+        # Records must tile the users, because a user's record is found by division.
+        next_user, complaint = 0, None
+        for shard in manifest.shards:
+            for record in shard.records:
+                expected = min(manifest.users_per_record, manifest.users - next_user)
+                if (record.first_user, record.users) != (next_user, expected):
+                    complaint = complaint or f"the record at user {next_user} does not follow on"
+                next_user += record.users
+            if sum(record.users for record in shard.records) != shard.users:
+                complaint = complaint or f"{shard.name} does not hold its {shard.users} users"
+        if complaint is None and next_user != manifest.users:
+            complaint = f"records of {next_user} users, {manifest.users} expected"
+        if complaint is not None:
+            raise DataError(f"{place}: {complaint}: shard again")
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{place}: not a manifest of this program ({error}): shard again") from None
     return manifest
 
 
 def verify_manifest(directory: str | Path, manifest: Manifest) -> None:
-    """Check each tar's size and sha256; sizes first, since they cost nothing. Raises DataError
-    naming the shard.
+    """Check each tar's size and sha256; sizes first, since they cost nothing.
 
     A tar cut between two members reads without an error and without its end: only the manifest can
-    tell."""
+    tell. Raises DataError naming the tar."""
     paths = [Path(directory) / shard.name for shard in manifest.shards]
     for path, shard in zip(paths, manifest.shards, strict=True):
         if not path.is_file():
             raise DataError(f"{path}: no such shard: copy it again or shard again")
-        if path.stat().st_size != shard.bytes:
-            raise DataError(
-                f"{path}: {path.stat().st_size} bytes, expected {shard.bytes}: copy it or shard again"
-            )
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise DataError(f"{path}: {size} bytes, expected {shard.bytes}: copy it or shard again")
     for path, shard in zip(paths, manifest.shards, strict=True):
         found = file_sha256(path)
         if found != shard.sha256:
-            raise DataError(
-                f"{path}: sha256 {found[:12]}, expected {shard.sha256[:12]}: copy it or shard again"
-            )
+            complaint = f"sha256 {found[:12]}, expected {shard.sha256[:12]}"
+            raise DataError(f"{path}: {complaint}: copy it or shard again")
 
 
 def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -135,39 +143,15 @@ def _shard_entry(fields: dict[str, Any]) -> ShardEntry:
     name = fields["name"]
     # It becomes a file's name here and a part of an address elsewhere.
     if not _NAME.fullmatch(name):
-        raise DataError(
-            f"shard name {name!r} in the manifest leads out of its directory: shard again"
-        )
-    shard = ShardEntry(
-        **{**fields, "records": tuple(RecordEntry(**record) for record in fields["records"])}
-    )
+        complaint = f"shard name {name!r} in the manifest leads out of its directory"
+        raise DataError(f"{complaint}: shard again")
+    records = tuple(RecordEntry(**record) for record in fields["records"])
+    shard = ShardEntry(**{**fields, "records": records})
     for record in shard.records:
         numbers = (shard.bytes, record.offset, record.bytes, record.first_user, record.users)
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise TypeError(f"{name}: a size or place is no whole number")
         if record.offset + record.bytes > shard.bytes:
-            raise DataError(
-                f"{name}: a record lies behind the end of its tar, says the manifest: shard again"
-            )
+            complaint = "the manifest has a record behind the end of its tar"
+            raise DataError(f"{name}: {complaint}: shard again")
     return shard
-
-
-def _check_totals(place: str, manifest: Manifest) -> None:
-    """Records must tile the users, because a user's record is found by division."""
-    next_user = 0
-    for record in (record for shard in manifest.shards for record in shard.records):
-        expected = min(manifest.users_per_record, manifest.users - next_user)
-        if (record.first_user, record.users) != (next_user, expected):
-            raise DataError(
-                f"{place}: the record at user {next_user} does not follow on: shard again"
-            )
-        next_user += record.users
-    if next_user != manifest.users:
-        raise DataError(
-            f"{place}: records of {next_user} users, {manifest.users} expected: shard again"
-        )
-    for shard in manifest.shards:
-        if sum(record.users for record in shard.records) != shard.users:
-            raise DataError(
-                f"{place}: {shard.name} does not hold its {shard.users} users: shard again"
-            )

@@ -1,16 +1,14 @@
-"""The order of samples: a pure function of (seed, epoch, step) that knows no rank, worker or
-shard."""
+"""The order of samples: a pure function of (seed, epoch, step), whatever the number of ranks,
+workers or shards."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Literal, get_args
 
 import numpy as np
 
-from genrec_shards.keyed_random import keyed_permutation, keyed_uniform
+from genrec_shards.keyed_random import keyed_permutation
 from genrec_shards.splits import Periods, TrainedThrough, num_held_out
-
-__all__ = ["Plan", "Space", "StepSamples", "keyed_uniform", "split_among_ranks"]
 
 Space = Literal["user", "last", "every-prefix"]
 
@@ -26,7 +24,7 @@ class StepSamples:
     """The samples of one step, or one rank's part of them."""
 
     sample_ids: np.ndarray
-    """int64[B]: the user row (`user`, `last`), or where the target stands among all interactions
+    """int64[B]: the user row (`user`, `last`), or the target's index among all interactions
     (`every-prefix`), of a split by time among those of the training parts."""
     user_rows: np.ndarray
     """int64[B]"""
@@ -34,7 +32,7 @@ class StepSamples:
     """int32[B], place of the target in the user's sequence, from 0; -1 for `user`: the mask will
     choose."""
     training_lengths: np.ndarray
-    """int32[B], items in the user's training part: what lies behind must be neither seen nor
+    """int32[B], items in the user's training part: what comes after must be neither seen nor
     learned."""
     is_padding: np.ndarray
     """bool[B], True for a repeated sample that only evens out the ranks: mask it out of loss and
@@ -72,7 +70,7 @@ class _Window:
 
 
 class Plan:
-    """Which samples make up each step, for every epoch, in any order of asking.
+    """Which samples make up each step, for every epoch, computed for any step on its own.
 
     Records are permuted by (seed, epoch); the samples of `window_records` consecutive permuted
     records are permuted by (seed, epoch, window). A step therefore touches few records, and any
@@ -91,16 +89,31 @@ class Plan:
         window_records: int = 64,
         periods: Periods | None = None,
     ) -> None:
-        """`lengths`: int[U], items a user by user row; `batch_size` is global. `periods`: of a
-        split by time; no number of the plan then depends on what is held out. Raises ValueError for
-        an empty plan."""
+        """Count the samples; no order is made yet.
+
+        Args:
+            lengths: int[U], items per user by user row.
+            users_per_record: as in the shards' manifest.
+            space: one sample per user, per user with the last training item as its target, or per
+                prefix of the training part.
+            batch_size: samples of a step over all ranks.
+            seed: of the order.
+            trained_through: where the training part ends under leave-one-out.
+            window_records: records whose samples are mixed with each other.
+            periods: of a split by time; no number then depends on what is held out.
+
+        Raises:
+            ValueError: a wrong setting, or no sample at all.
+        """
         if space not in get_args(Space):
             raise ValueError(f"space is {space!r}: choose one of {', '.join(get_args(Space))}")
-        for name, value in (("users_per_record", users_per_record), ("batch_size", batch_size)):
+        for name, value in (
+            ("users_per_record", users_per_record),
+            ("batch_size", batch_size),
+            ("window_records", window_records),
+        ):
             if value < 1:
                 raise ValueError(f"{name} is {value}: at least 1 is needed")
-        if window_records < 1:
-            raise ValueError(f"window_records is {window_records}: at least 1 is needed")
         self._held_out = num_held_out(trained_through)
         if periods is not None:
             lengths, self._held_out = periods.lengths(trained_through), 0
@@ -111,24 +124,36 @@ class Plan:
         self.seed = seed
         self.trained_through: TrainedThrough = trained_through
         self.window_records = window_records
-        self._count_by_record()
+        # Counts by record; what is kept is 16 bytes per record.
+        first_users = np.arange(0, len(self.lengths), users_per_record)
+        counts = self._num_samples_of(self.lengths)
+        self.users_without_samples = int((counts == 0).sum())
+        self._record_samples = np.add.reduceat(counts, first_users)  # int64[R]
+        items = np.add.reduceat(self.lengths, first_users, dtype=np.int64)
+        self._record_starts = np.cumsum(items) - items  # int64[R], interactions before each record
+        self.num_samples = int(self._record_samples.sum())
         if self.num_samples == 0:
-            raise ValueError(
-                f"no sample in {len(self.lengths)} users for space {space}: longer sequences are needed"
-            )
-        self._make_caches()
+            complaint = f"no sample in {len(self.lengths)} users for space {space}"
+            raise ValueError(f"{complaint}: longer sequences are needed")
+        self.__setstate__({})
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.num_samples // self.batch_size)
 
     def step(self, epoch: int, step: int) -> StepSamples:
-        """The global samples of one step of one epoch, both counted from 0. Raises ValueError for a
-        step outside."""
+        """The samples of one step over all ranks.
+
+        Args:
+            epoch: from 0.
+            step: of the epoch, from 0.
+
+        Raises:
+            ValueError: the epoch has no such step.
+        """
         if not 0 <= step < self.steps_per_epoch:
-            raise ValueError(
-                f"step {step} of an epoch of {self.steps_per_epoch} steps: count from 0 in each epoch"
-            )
+            steps = f"an epoch of {self.steps_per_epoch} steps"
+            raise ValueError(f"step {step} of {steps}: count from 0 in each epoch")
         start = step * self.batch_size
         end = min(start + self.batch_size, self.num_samples)
         window_starts = self._epoch(epoch).window_starts
@@ -138,61 +163,37 @@ class Plan:
             base = int(window_starts[window])
             bounds = max(start - base, 0), min(end, int(window_starts[window + 1])) - base
             parts.append(self._samples(epoch, window, slice(*bounds)))
-        if len(parts) == 1:
-            return parts[0]
-        return StepSamples(
-            *(
-                np.concatenate([getattr(part, f.name) for part in parts])
-                for f in fields(StepSamples)
-            )
-        )
+        names = [field.name for field in fields(StepSamples)]
+        arrays = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return StepSamples(**arrays)
 
-    def _count_by_record(self) -> None:
-        """Totals and counts by record; what is kept is 16 bytes a record."""
-        num_records = -(-len(self.lengths) // self.users_per_record)
-        first_users = np.arange(num_records, dtype=np.int64) * self.users_per_record
-        counts = self._num_samples_of(self.lengths)
-        self.users_without_samples = int((counts == 0).sum())
-        self._record_samples = np.add.reduceat(counts, first_users)  # int64[R]
-        record_items = np.add.reduceat(self.lengths, first_users, dtype=np.int64)
-        self._record_starts = (
-            np.cumsum(record_items) - record_items
-        )  # int64[R], interactions before each record
-        self.num_samples = int(self._record_samples.sum())
+    def __getstate__(self) -> dict[str, object]:
+        caches = ("_epoch", "_window")
+        return {name: value for name, value in self.__dict__.items() if name not in caches}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        # Caches belong to the object, so that they go with it and are not pickled.
+        self._epoch = lru_cache(maxsize=2)(self._order_records)
+        self._window = lru_cache(maxsize=_CACHED_WINDOWS)(self._order_window)
 
     def _num_samples_of(self, lengths: np.ndarray) -> np.ndarray:
         """int64, samples of users with so many items."""
         training_lengths = lengths.astype(np.int64) - self._held_out
-        if self.space == "user":
-            return (training_lengths >= 1).astype(np.int64)
-        if self.space == "last":
-            return (training_lengths >= 2).astype(np.int64)
-        return np.maximum(training_lengths - 1, 0)
-
-    def _make_caches(self) -> None:
-        """Caches belong to the object, so that they go with it and do not travel when it is
-        pickled."""
-        self._epoch = lru_cache(maxsize=2)(self._order_records)
-        self._window = lru_cache(maxsize=_CACHED_WINDOWS)(self._order_window)
-
-    def __getstate__(self) -> dict[str, object]:
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in ("_epoch", "_window")
-        }
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._make_caches()
+        if self.space == "every-prefix":
+            return np.maximum(training_lengths - 1, 0)
+        return (training_lengths >= (1 if self.space == "user" else 2)).astype(np.int64)
 
     def _order_records(self, epoch: int) -> _Epoch:
         records = keyed_permutation(len(self._record_samples), self.seed, epoch, _RECORD_STREAM)
         firsts = np.arange(0, len(records), self.window_records)
         window_samples = np.add.reduceat(self._record_samples[records], firsts)
-        return _Epoch(records, np.concatenate([[0], np.cumsum(window_samples)]))
+        starts = np.concatenate([[0], np.cumsum(window_samples)])
+        return _Epoch(records=records, window_starts=starts)
 
     def _order_window(self, epoch: int, window: int) -> _Window:
+        # Two users per record, the window's records are 2 and 0, every user has 4 items and 1
+        # sample: users 4 5 0 1, sample_ends 1 2 3 4, flat_starts 16 20 0 4.
         records = self._epoch(epoch).records[window * self.window_records :][: self.window_records]
         first_users = records * self.users_per_record
         num_users = np.minimum(self.users_per_record, len(self.lengths) - first_users)
@@ -200,12 +201,15 @@ class Plan:
         users = np.repeat(first_users - first_places, num_users) + np.arange(num_users.sum())
         lengths = self.lengths[users].astype(np.int64)
         starts = np.cumsum(lengths) - lengths
-        flat_starts = starts + np.repeat(
-            self._record_starts[records] - starts[first_places], num_users
-        )
+        shifts = self._record_starts[records] - starts[first_places]
         sample_ends = np.cumsum(self._num_samples_of(lengths))
         order = keyed_permutation(int(sample_ends[-1]), self.seed, epoch, window, _WINDOW_STREAM)
-        return _Window(users, sample_ends, flat_starts, order)
+        return _Window(
+            users=users,
+            sample_ends=sample_ends,
+            flat_starts=starts + np.repeat(shifts, num_users),
+            order=order,
+        )
 
     def _samples(self, epoch: int, number: int, part: slice) -> StepSamples:
         window = self._window(epoch, number)
@@ -221,9 +225,8 @@ class Plan:
             firsts = np.where(places > 0, window.sample_ends[places - 1], 0)
             positions = (picks - firsts + 1).astype(np.int32)
             ids = window.flat_starts[places] + positions
-        return StepSamples(
-            ids, users, positions, training_lengths, np.zeros(len(users), dtype=bool)
-        )
+        padding = np.zeros(len(users), dtype=bool)
+        return StepSamples(ids, users, positions, training_lengths, is_padding=padding)
 
 
 def split_among_ranks(samples: StepSamples, rank: int, world_size: int) -> StepSamples:
@@ -237,13 +240,6 @@ def split_among_ranks(samples: StepSamples, rank: int, world_size: int) -> StepS
     shortest, num_longer = divmod(len(samples), world_size)
     start = rank * shortest + min(rank, num_longer)
     end = start + shortest + (rank < num_longer)
-    size = shortest + (num_longer > 0)
-    index = np.arange(start, start + size)
+    index = np.arange(start, start + shortest + (num_longer > 0))
     part = samples[np.where(index < end, index, end - 1 if end > start else 0)]
-    return StepSamples(
-        part.sample_ids,
-        part.user_rows,
-        part.target_positions,
-        part.training_lengths,
-        part.is_padding | (index >= end),
-    )
+    return replace(part, is_padding=part.is_padding | (index >= end))

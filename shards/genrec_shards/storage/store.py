@@ -2,7 +2,6 @@
 cache before it."""
 
 import hashlib
-import os
 import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,9 +9,7 @@ from pathlib import Path
 from genrec_shards.errors import DataError
 from genrec_shards.storage.disk_cache import NodeCache
 from genrec_shards.storage.manifest import (
-    LENGTHS,
     MANIFEST,
-    PERIODS,
     Manifest,
     RecordEntry,
     ShardEntry,
@@ -20,168 +17,112 @@ from genrec_shards.storage.manifest import (
     parse_manifest,
     verify_manifest,
 )
-from genrec_shards.storage.remote import Patience, RemoteFiles, is_address
+from genrec_shards.storage.remote import RemoteFiles, RetryPolicy, is_address
 
 
 @dataclass(frozen=True)
-class Traffic:
-    """What one process has asked of a server and of the node's cache; nothing where the shards are
-    local."""
+class FetchStats:
+    """Requests of one process to a server and to the node's cache; all 0 for local shards."""
 
     requests: int = 0
     """Failed ones too."""
     bytes_fetched: int = 0
-    """From the server, those of answers that were of no use too."""
+    """From the server, those of useless answers too."""
     bytes_used: int = 0
-    """Of records and lengths, wherever they came from."""
+    """Of records and lengths, from the server or the cache."""
     cache_hits: int = 0
 
 
 class LocalStore:
-    """A shard directory. Nothing is opened before the first read; it can be pickled and used after
-    a fork."""
+    """A shard directory. It keeps no file open, so it can be pickled and used after a fork."""
 
-    at_once = 1
+    reads_at_once = 1
+    fetch_stats = FetchStats()
 
     def __init__(self, path: Path) -> None:
         self.path, self.address = path, str(path)
         self.manifest = load_manifest(path)
-        self.traffic = Traffic()
-        self._open()
 
     def place(self, name: str) -> str:
+        """A file as messages name it."""
         return str(self.path / name)
 
-    def lengths(self) -> bytes:
-        """`lengths.npy`."""
-        return self._whole(LENGTHS, self.manifest.lengths_sha256)
-
-    def periods(self) -> bytes | None:
-        """`periods.npy`; None under leave-one-out."""
-        expected = self.manifest.periods_sha256
-        return None if expected is None else self._whole(PERIODS, expected)
-
-    def _whole(self, name: str, expected: str) -> bytes:
-        path = self.path / name
+    def file(self, name: str, sha256: str) -> bytes:
+        """The bytes of `lengths.npy` or `periods.npy`. Raises DataError for another sha256."""
         try:
-            data = path.read_bytes()
+            data = (self.path / name).read_bytes()
         except OSError as error:
-            raise DataError(
-                f"{path}: cannot be read ({error.strerror}): copy it or shard again"
-            ) from None
-        found = hashlib.sha256(data).hexdigest()
-        if found != expected:
-            raise DataError(
-                f"{path}: sha256 {found[:12]}, expected {expected[:12]}: copy it or shard again"
-            )
-        return data
+            complaint = f"cannot be read ({error.strerror})"
+        else:
+            found = hashlib.sha256(data).hexdigest()
+            if found == sha256:
+                return data
+            complaint = f"sha256 {found[:12]}, expected {sha256[:12]}"
+        raise DataError(f"{self.place(name)}: {complaint}: copy it or shard again")
 
     def verify(self) -> None:
-        """Read every tar and compare it with the manifest."""
+        """Read every tar and compare it with the manifest. Raises DataError naming the tar."""
         verify_manifest(self.path, self.manifest)
 
-    def record(self, shard: ShardEntry, entry: RecordEntry, index: int) -> bytes:
-        """The bytes of one record's members."""
-        place = f"{self.place(shard.name)}: record {index}"
-        with self._lock:
-            if shard.name not in self._descriptors:
-                try:
-                    self._descriptors[shard.name] = os.open(self.path / shard.name, os.O_RDONLY)
-                except OSError as error:
-                    raise DataError(
-                        f"{place}: cannot be opened ({error.strerror}): copy it or shard again"
-                    ) from None
-        # pread has no file position, so a forked child and its parent may share the descriptor.
-        data = os.pread(self._descriptors[shard.name], entry.bytes, entry.offset)
+    def record(self, shard: ShardEntry, entry: RecordEntry, place: str) -> bytes:
+        """The bytes of one record's members. Raises DataError naming `place`."""
+        try:
+            with (self.path / shard.name).open("rb", buffering=0) as file:
+                file.seek(entry.offset)
+                data = file.read(entry.bytes)
+        except OSError as error:
+            complaint = f"cannot be opened ({error.strerror}): copy it or shard again"
+            raise DataError(f"{place}: {complaint}") from None
         if len(data) != entry.bytes:
-            raise DataError(
-                f"{place}: {len(data)} bytes, expected {entry.bytes}: the tar is cut off, shard again"
-            )
+            complaint = f"{len(data)} bytes, expected {entry.bytes}: the tar is cut off"
+            raise DataError(f"{place}: {complaint}, shard again")
         return data
-
-    def close(self) -> None:
-        """Close the tars; the next read opens them again."""
-        while self._descriptors:
-            os.close(self._descriptors.popitem()[1])
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptors"):
-            self.close()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in ("_descriptors", "_lock")
-        }
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._open()
-
-    def _open(self) -> None:
-        self._descriptors: dict[str, int] = {}
-        self._lock = threading.Lock()
 
 
 class RemoteStore:
-    """Shards at an address. Single records are asked for: the plan takes them from all tars in an
-    order of its own."""
+    """Shards at an address. Single records are requested, since the order of samples takes them
+    from all tars."""
 
-    at_once = 8
+    reads_at_once = 8
     """Requests side by side: a round trip is most of what a record costs."""
 
-    def __init__(self, address: str, cache: NodeCache, patience: Patience) -> None:
-        self.files = RemoteFiles(address, patience)
+    def __init__(self, address: str, cache: NodeCache, retry: RetryPolicy) -> None:
+        self.files = RemoteFiles(address, retry)
         self.address, self.cache = self.files.address, cache
-        self.traffic = Traffic()
+        self.fetch_stats = FetchStats()
         self._lock = threading.Lock()
         data = self.files.fetch(MANIFEST, self.place(MANIFEST), count=self._count_request)
         self.manifest: Manifest = parse_manifest(data, self.place(MANIFEST))
         # Two addresses of the same shards share what is cached.
-        self._set = hashlib.sha256(data).hexdigest()[:32]
+        self._cache_set = hashlib.sha256(data).hexdigest()[:32]
 
     def place(self, name: str) -> str:
+        """A file as messages name it."""
         return f"{self.address}/{name}"
 
-    def lengths(self) -> bytes:
-        """`lengths.npy`."""
-        return self._cached(
-            LENGTHS, LENGTHS, None, self.manifest.lengths_sha256, self.place(LENGTHS)
-        )
-
-    def periods(self) -> bytes | None:
-        """`periods.npy`; None under leave-one-out."""
-        expected = self.manifest.periods_sha256
-        return (
-            None
-            if expected is None
-            else self._cached(PERIODS, PERIODS, None, expected, self.place(PERIODS))
-        )
+    def file(self, name: str, sha256: str) -> bytes:
+        """The bytes of `lengths.npy` or `periods.npy`. Raises DataError for another sha256."""
+        return self._cached(name, name, None, sha256, self.place(name))
 
     def verify(self) -> None:
         """Nothing: each record is compared with the manifest when it comes."""
 
-    def record(self, shard: ShardEntry, entry: RecordEntry, index: int) -> bytes:
-        """The bytes of one record's members, from the node's cache or else from the server."""
-        place = f"{self.place(shard.name)}: record {index}"
+    def record(self, shard: ShardEntry, entry: RecordEntry, place: str) -> bytes:
+        """The bytes of one record's members, from the node's cache or else from the server. Raises
+        DataError naming `place`."""
+        index = entry.first_user // self.manifest.users_per_record
         part = entry.offset, entry.offset + entry.bytes
         return self._cached(f"record-{index:08d}", shard.name, part, entry.sha256, place)
-
-    def close(self) -> None:
-        """Nothing: connections belong to the process and serve its other readers."""
 
     def _cached(
         self, key: str, name: str, part: tuple[int, int] | None, sha256: str, place: str
     ) -> bytes:
         def fetch() -> bytes:
-            return self.files.fetch(
-                name, place, part=part, sha256=sha256, count=self._count_request
-            )
+            count = self._count_request
+            return self.files.fetch(name, place, part=part, sha256=sha256, count=count)
 
-        data, was_cached = self.cache.get(
-            f"{self._set}/{key}", sha256, fetch, self.files.patience.deadline
-        )
+        key, timeout = f"{self._cache_set}/{key}", self.files.retry.deadline
+        data, was_cached = self.cache.get(key, sha256, fetch, timeout)
         self._count(cache_hits=int(was_cached), bytes_used=len(data))
         return data
 
@@ -190,8 +131,9 @@ class RemoteStore:
 
     def _count(self, **more: int) -> None:
         with self._lock:
-            counts = {name: getattr(self.traffic, name) + number for name, number in more.items()}
-            self.traffic = replace(self.traffic, **counts)
+            stats = self.fetch_stats
+            counts = {name: getattr(stats, name) + number for name, number in more.items()}
+            self.fetch_stats = replace(stats, **counts)
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -202,10 +144,10 @@ class RemoteStore:
 
 
 def open_store(
-    path: str | Path, cache_dir: str | Path | None, cache_bytes: int | None, patience: Patience
+    path: str | Path, cache_dir: str | Path | None, cache_bytes: int | None, retry: RetryPolicy
 ) -> LocalStore | RemoteStore:
     """The store of a directory or address. Raises ValueError or DataError, one line, for one that
-    cannot be had."""
+    cannot be opened."""
     if is_address(path):
-        return RemoteStore(str(path), NodeCache(cache_dir, cache_bytes), patience)
+        return RemoteStore(str(path), NodeCache(cache_dir, cache_bytes), retry)
     return LocalStore(Path(path))

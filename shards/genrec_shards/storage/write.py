@@ -1,12 +1,11 @@
-"""Shards: sequences packed into webdataset tars, byte for byte the same from the same input."""
+"""Shards: sequences packed into webdataset tars, byte for byte the same from the same input.
 
-import contextlib
+The tars are to the byte what `webdataset.TarWriter` makes of the records, without needing it."""
+
 import hashlib
 import io
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -25,6 +24,9 @@ from genrec_shards.storage.manifest import (
     write_manifest,
 )
 
+# Time and owner are fixed, or the same sequences would give other bytes tomorrow.
+_OWNER, _MODE = "genrec", 0o444
+
 
 def write_shards(
     dataset: Dataset,
@@ -37,11 +39,19 @@ def write_shards(
     """Write `shard-000000.tar` ..., `lengths.npy` and `manifest.json` into `out`, complete or not
     at all.
 
-    Of a split by time also `periods.npy`: each user's items in the training period, behind them
-    each user's in training and validation period. The tars hold whole sequences.
+    Of a split by time also `periods.npy`. The tars hold whole sequences.
 
-    `users_per_shard` is a multiple of `users_per_record`: the record of a user is found by
-    division. Raises ValueError for sizes that are not, and for an `out` that exists."""
+    Args:
+        dataset: what to write.
+        out: a directory that does not exist yet, or is empty.
+        users_per_shard: a multiple of `users_per_record`, since the record of a user is found by
+            division.
+        users_per_record: users whose sequences are read together.
+        overwrite: replace shards in `out`.
+
+    Raises:
+        ValueError: the sizes do not fit together, or `out` exists.
+    """
     check_sizes(users_per_shard, users_per_record)
     sequences = dataset.sequences
     with atomic_directory(out, overwrite, marker=MANIFEST) as folder:
@@ -56,16 +66,15 @@ def write_shards(
 def check_sizes(users_per_shard: int, users_per_record: int) -> None:
     """Raises ValueError for sizes by which a user's record cannot be found."""
     if users_per_record < 1 or users_per_shard < 1 or users_per_shard % users_per_record:
-        raise ValueError(
-            f"users_per_shard {users_per_shard} is no multiple of users_per_record {users_per_record}: "
-            f"choose for example {max(users_per_record, 1) * 8}"
-        )
+        wrong = f"users_per_shard {users_per_shard} is no multiple of users_per_record"
+        example = max(users_per_record, 1) * 8
+        raise ValueError(f"{wrong} {users_per_record}: choose for example {example}")
 
 
 def finish_shards(
     folder: Path, dataset: Dataset, shards: list[ShardEntry], users_per_record: int
 ) -> Manifest:
-    """Write what stands beside the tars."""
+    """Write lengths, periods and manifest beside the tars."""
     sequences = dataset.sequences
     lengths = _npy(sequences.lengths)
     (folder / LENGTHS).write_bytes(lengths)
@@ -96,77 +105,42 @@ def write_shard(
     base: int = 0,
 ) -> ShardEntry:
     """Write the tar of users first_user..end_user-1. `base`: row of the sequences' first user."""
-    places = []
-    # The writer is closed before its file also where a disk is full, or it would complain when it
-    # is collected.
-    with path.open("wb") as file, contextlib.closing(_tar_writer(file)) as writer:
-        for start, end in _ranges(first_user, end_user, users_per_record):
-            offset = writer.tarstream.offset
-            writer.write(
-                {
-                    "__key__": f"{start // users_per_record:08d}",
-                    **_members(sequences, start, end, base),
+    records = []
+    with path.open("wb+") as file:
+        # Closed before its file also where a disk is full, or it would complain when it is
+        # collected.
+        with tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+            for start in range(first_user, end_user, users_per_record):
+                end = min(start + users_per_record, end_user)
+                offsets = sequences.offsets[start - base : end - base + 1]
+                members = {
+                    "items": sequences.items[offsets[0] : offsets[-1]],
+                    "offsets": offsets - offsets[0],
+                    "users": np.arange(start, end),
                 }
+                at = tar.offset
+                for name, values in members.items():
+                    data = _npy(values)
+                    member = tarfile.TarInfo(f"{start // users_per_record:08d}.{name}.npy")
+                    member.size, member.mode = len(data), _MODE
+                    member.uname = member.gname = _OWNER
+                    tar.addfile(member, io.BytesIO(data))
+                records.append((at, tar.offset - at, start, end - start))
+        entries = []
+        for at, size, start, num_users in records:
+            file.seek(at)
+            sha256 = hashlib.sha256(file.read(size)).hexdigest()
+            entry = RecordEntry(
+                offset=at, bytes=size, first_user=start, users=num_users, sha256=sha256
             )
-            places.append((offset, writer.tarstream.offset - offset, start, end - start))
-    with path.open("rb") as tar:
-        records = tuple(
-            RecordEntry(*place, sha256=_part_sha256(tar, *place[:2])) for place in places
-        )
+            entries.append(entry)
     return ShardEntry(
-        path.name, path.stat().st_size, file_sha256(path), end_user - first_user, records
+        name=path.name,
+        bytes=path.stat().st_size,
+        sha256=file_sha256(path),
+        users=end_user - first_user,
+        records=tuple(entries),
     )
-
-
-# Time and owner are fixed, or the same sequences would give other bytes tomorrow.
-_OWNER, _MODE = "genrec", 0o444
-
-
-def _tar_writer(file: BinaryIO) -> Any:
-    # Imported here alone: a machine that only reads shards needs no webdataset.
-    try:
-        import webdataset as wds
-    except ModuleNotFoundError:
-        return _PlainTarWriter(file)
-    return wds.TarWriter(
-        file, encoder=False, mtime=0, user=_OWNER, group=_OWNER, mode=_MODE, compress=False
-    )
-
-
-class _PlainTarWriter:
-    """To the byte what webdataset's writer makes of records, for machines that do not have it."""
-
-    def __init__(self, file: BinaryIO):
-        self.tarstream = tarfile.open(fileobj=file, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-
-    def write(self, record: dict[str, Any]) -> None:
-        for name in sorted(record.keys() - {"__key__"}):
-            member = tarfile.TarInfo(f"{record['__key__']}.{name}")
-            member.size, member.mode = len(record[name]), _MODE
-            member.uname = member.gname = _OWNER
-            self.tarstream.addfile(member, io.BytesIO(record[name]))
-
-    def close(self) -> None:
-        self.tarstream.close()
-
-
-def _part_sha256(file: BinaryIO, offset: int, size: int) -> str:
-    file.seek(offset)
-    return hashlib.sha256(file.read(size)).hexdigest()
-
-
-def _ranges(first: int, end: int, size: int) -> Iterator[tuple[int, int]]:
-    return ((start, min(start + size, end)) for start in range(first, end, size))
-
-
-def _members(sequences: Sequences, start: int, end: int, base: int) -> dict[str, bytes]:
-    """The three members of the record of users start..end-1."""
-    offsets = sequences.offsets[start - base : end - base + 1]
-    return {
-        "users.npy": _npy(np.arange(start, end)),
-        "offsets.npy": _npy(offsets - offsets[0]),
-        "items.npy": _npy(sequences.items[offsets[0] : offsets[-1]]),
-    }
 
 
 def _npy(values: np.ndarray) -> bytes:

@@ -1,5 +1,5 @@
-"""The embedding sum on a CPU: the twin, its plan, the choice by device, and the kernel in Triton's
-interpreter."""
+"""The embedding sum on a CPU: plain torch, the order of gradients, the choice by device, and the
+kernel in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,50 +8,52 @@ import logging
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from genrec_kernels import Rows, SumPlan, embedding, embedding_sum, plan_sum
+from embedding_cases import NAMES, OFFSET, PAD, Case, all_equal, make_case, plain_sum
+from genrec_kernels import (
+    GradientOrder,
+    Rows,
+    embedding,
+    embedding_sum,
+    make_gradient_order,
+    wants_gradient_order,
+)
 from genrec_kernels import torch_reference as reference
-from genrec_kernels.gradient_order import CHUNK, parts
+from genrec_kernels.gradient_order import CHUNK, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import ROOT
 from torch import Tensor
-from torch.nn import functional as F
 from two_ranks import environment
 
 KERNEL_TESTS = Path(__file__).with_name("test_kernel_embedding.py")
 TRITON = importlib.util.find_spec("triton") is not None
-PAD = 3
+needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is for Linux alone")
 
 
 # The kernel, where there is no GPU.
 
 
-@pytest.mark.skipif(not TRITON, reason="Triton is not installed; it is there for Linux alone")
+@needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU")
 @pytest.mark.ranks
-def test_the_kernel_in_the_interpreter() -> None:
-    """In a process of its own: the switch must stand before Triton is imported, and holds for all
+def test_kernel_passes_its_tests_in_the_interpreter() -> None:
+    """In a process of its own: the switch must be set before Triton is imported, and holds for all
     it runs."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNEL_TESTS)]
-    done = subprocess.run(
-        command,
-        env=environment(TRITON_INTERPRET="1"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    own = environment(TRITON_INTERPRET="1")
+    done = subprocess.run(command, env=own, cwd=ROOT, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     last = done.stdout.strip().splitlines()[-1]
     found = re.match(r"(\d+) passed", last)
     assert found, last
-    assert int(found[1]) >= 45
+    assert int(found[1]) >= 44
     assert "fail" not in last
 
 
@@ -61,86 +63,78 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from genrec_kernels import triton_sum
+from genrec_kernels import triton_embedding_sum as kernels
 
-IDS, NUMBERS = {"tokens_at", "positions_at", "users_at", "items_at", "seed_at"}, {"num_places", "position_offset"}
-PLANS, FLOATS = {"header_at", "order_at", "chunks_at", "longs_at"}, {"rstd_at", "weight_parts", "bias_parts", "partial_at"}
-FACTORS = {"scale", "dropped", "kept_scale", "eps"}
-
-def kind(name, table):
-    return (
-        "*i64" if name in IDS else "*i32" if name in PLANS else "i32" if name in NUMBERS
-        else "*fp32" if name in FLOATS else "fp32" if name in FACTORS else table
-    )
-
-for kernel in (triton_sum._sum_kernel, triton_sum._norm_kernel, triton_sum._chunk_kernel, triton_sum._long_kernel):
+KINDS = {
+    "*i64": {"tokens_at", "positions_at", "users_at", "items_at", "seed_at"},
+    "*i32": {"header_at", "order_at", "chunks_at", "long_rows_at"},
+    "i32": {"num_places", "position_offset"},
+    "*fp32": {"rstd_at", "weight_parts", "bias_parts", "partial_at"},
+    "fp32": {"scale", "dropped", "kept_scale", "eps"},
+}
+FIXED = {
+    "WIDTH": 768, "USERS": True, "ITEMS": True, "DROPOUT": True, "NORM": True, "KEEP": True,
+    "STRIP": 32, "table": 1, "BLOCK_K": 2, "BLOCK_D": 1024,
+}
+TARGET = GPUTarget("cuda", int(sys.argv[1]), 32)
+for name in ("_sum_kernel", "_norm_kernel", "_chunk_kernel", "_long_kernel"):
+    kernel = getattr(kernels, name)
     names = kernel.arg_names
-    fixed = {
-        "WIDTH": 768, "USERS": True, "ITEMS": True, "DROPOUT": True, "NORM": True, "KEEP": True, "STRIP": 32, "table": 1,
-        "BLOCK_K": 2, "BLOCK_D": 1024,
-    }
-    fixed = {name: value for name, value in fixed.items() if name in names}
-    signature = {name: "constexpr" if name in fixed else kind(name, "*bf16") for name in names}
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in fixed.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[1]), 32), options={"num_warps": 4})
+    signature = {one: next((k for k, v in KINDS.items() if one in v), "*bf16") for one in names}
+    signature |= {one: "constexpr" for one in names if one in FIXED}
+    fixed = {(names.index(one),): value for one, value in FIXED.items() if one in names}
+    source = ASTSource(kernel, signature, fixed)
+    compiled = triton.compile(source, target=TARGET, options={"num_warps": 4})
     assert len(compiled.asm["cubin"]) > 1000
-    assert not re.search(r"\\b(atom|red)\\.", compiled.asm["ptx"].replace(".shared.", " ")), "atomics have no order"
-    print(kernel.__name__)
+    ptx = compiled.asm["ptx"].replace(".shared.", " ")
+    assert not re.search(r"\\b(atom|red)\\.", ptx), "atomics have no order"
+    print(name)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not TRITON, reason="Triton is not installed; it is there for Linux alone")
+@needs_triton
 @pytest.mark.parametrize("capability", [86, 90], ids=["RTX 3090", "H200"])
-def test_the_kernels_compile_for_gpus_that_are_not_here(capability: int, tmp_path: Path) -> None:
+def test_kernels_compile_for_gpus_that_are_not_here(capability: int, tmp_path: Path) -> None:
     own = environment(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=str(ROOT / "kernels"))
     script = tmp_path / "compile.py"
     script.write_text(NATIVE, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, script, str(capability)],
-        env=own,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    command = [sys.executable, script, str(capability)]
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split() == ["_sum_kernel", "_norm_kernel", "_chunk_kernel", "_long_kernel"]
 
 
-# The twin.
+# Plain torch.
 
 
-def arguments(
-    shape: tuple[int, ...], width: int, dtype: torch.dtype, seed: int = 0, learns: bool = True
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Ids and tables: token, position, user, item. Few users, many items, as in a batch."""
-    dice = torch.Generator().manual_seed(seed)
-    sizes = (11, 9, 4, 13)
-    ids = [torch.randint(0, size, shape, generator=dice) for size in sizes]
-    ids[2] *= torch.rand(shape, generator=dice) < 0.1
-    tables = [
-        torch.randn(size, width, generator=dice, dtype=torch.float64).to(dtype) for size in sizes
-    ]
-    tables[2][0] = tables[3][0] = 0
-    return ids, [table.requires_grad_(learns) for table in tables]
+def test_reference_adds_the_four_terms_of_each_token() -> None:
+    case = make_case((3, 7), 6, scale=2.5)
+    tokens, positions, users, items = case.ids
+    summed = reference.embedding_sum(*case.ids, case.tables(torch.float64))
+    weights = case.weights
+    for at in np.ndindex(3, 7):
+        expected = weights["token"][tokens[at]] * 2.5 + weights["position"][positions[at] + OFFSET]
+        expected = expected + weights["user"][users[at]] + weights["item"][items[at]]
+        torch.testing.assert_close(summed[at], expected)
 
 
-def plain(ids: list[Tensor], tables: list[Tensor], scale: float) -> Tensor:
-    summed = F.embedding(ids[0], tables[0], padding_idx=PAD) * scale + F.embedding(
-        ids[1], tables[1]
-    )
-    return (
-        summed
-        + F.embedding(ids[2], tables[2], padding_idx=0)
-        + F.embedding(ids[3], tables[3], padding_idx=0)
-    )
+@pytest.mark.parametrize("missing", [("user",), ("item",), ("user", "item")])
+def test_missing_table_adds_nothing(missing: tuple[str, ...]) -> None:
+    case = make_case((3, 7), 6)
+    tables = case.tables(torch.float64)
+    zeros = {name: torch.zeros_like(getattr(tables, name)) for name in missing}
+    ours = reference.embedding_sum(*case.ids, replace(tables, **dict.fromkeys(missing)))
+    torch.testing.assert_close(ours, reference.embedding_sum(*case.ids, replace(tables, **zeros)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 11.3])
 @pytest.mark.parametrize("shape", [(5, 7), (300,), (0, 4)], ids=str)
 @pytest.mark.parametrize("large", [False, True], ids=["small", "large"])
-def test_block_by_block_it_is_plain_torch_to_the_bit(
+@pytest.mark.parametrize("norm", [False, True], ids=["sum", "norm"])
+def test_blocks_equal_plain_torch_to_the_bit(
+    norm: bool,
     large: bool,
     shape: tuple[int, ...],
     scale: float,
@@ -148,212 +142,172 @@ def test_block_by_block_it_is_plain_torch_to_the_bit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(reference, "_LARGE", 0 if large else 1 << 23)
-    monkeypatch.setattr(
-        reference, "_BLOCK", 6 * 16
-    )  # six places a block: many blocks, the last one short
-    ids, tables = arguments(shape, 16, dtype)
-    gradient = torch.randn(*shape, 16, generator=torch.Generator().manual_seed(1)).to(dtype)
-    ours = reference.embedding_sum(*ids, *tables, scale=scale, pad_token_id=PAD)
-    theirs = plain(ids, tables, scale)
-    assert torch.equal(ours, theirs)
-    found, expected = (torch.autograd.grad(summed, tables, gradient) for summed in (ours, theirs))
-    assert all(torch.equal(grad, other) for grad, other in zip(found, expected, strict=True))
-    assert not shape[0] or all(grad.any() for grad in found)
+    # Six places per block: many blocks, the last one short.
+    monkeypatch.setattr(reference, "_BLOCK", 6 * 16)
+    case = make_case(shape, 16, scale=scale, norm=norm)
+    case.options = {"norm_eps": 0.1}
+    case.ids[2] *= torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.3  # few users
+    found = case.run(reference.embedding_sum, dtype)
+    assert all_equal(found, case.run(plain_sum, dtype))
+    assert not shape[0] or all(grad.any() for grad in found[1:])
+    padding = [found[1][PAD], found[3][0], found[4][0]]
+    assert not any(row.any() for row in padding)
 
 
-def test_positions_count_from_their_offset() -> None:
-    ids, tables = arguments((4, 6), 8, torch.float32)
-    shifted = [ids[0], ids[1] - ids[1].clamp(max=2), *ids[2:]]
-    moved = [shifted[0], shifted[1] + 2, *shifted[2:]]
-    moved[1] = moved[1].clamp(max=8)
-    shifted[1] = moved[1] - 2
-    assert torch.equal(
-        reference.embedding_sum(*shifted, *tables, position_offset=2),
-        reference.embedding_sum(*moved, *tables),
-    )
-
-
-@pytest.mark.parametrize("options", ["sum", "norm", "projection", "without users", "offset"])
-def test_the_twins_gradients_are_its_derivatives(options: str) -> None:
-    ids, tables = arguments((2, 3), 4, torch.float64)
-    dice = torch.Generator().manual_seed(2)
-    more: dict[str, Any] = {"scale": 2.0}
-    learned: dict[str, Tensor] = {}
-    if options == "norm":
-        learned = {
-            name: torch.randn(4, generator=dice, dtype=torch.float64)
-            for name in ("norm_weight", "norm_bias")
-        }
-    if options == "projection":
-        tables[3] = torch.randn(13, 3, generator=dice, dtype=torch.float64, requires_grad=True)
-        learned = {"item_projection": torch.randn(4, 3, generator=dice, dtype=torch.float64)}
-    if options == "offset":
-        ids[1] %= 7
-        more["position_offset"] = 2
-    if options in ("sum", "offset"):
-        ids[2][0, 0], ids[3][:] = 2, ids[3].clamp(min=1)
-    present = [
-        table
-        for number, table in enumerate(tables)
-        if not (options == "without users" and number == 2)
-    ]
-    names = list(learned)
-    learned_list = [tensor.requires_grad_() for tensor in learned.values()]
+@pytest.mark.parametrize("option", ["sum", "norm", "projection", "without users", "offset"])
+def test_gradients_are_the_derivatives(option: str) -> None:
+    case = make_case((2, 3), 4, norm=option == "norm", scale=2.0)
+    # Row 0 of an id table and the row of the padding are held: they have no derivative.
+    case.ids = [rows.clamp(min=2) for rows in case.ids]
+    case.weights["position"] = case.weights["position"][:7]
+    case.options = {"position_offset": OFFSET if option == "offset" else 0}
+    if option == "projection":
+        dice = torch.Generator().manual_seed(2)
+        for name, shape in (("item", (19, 3)), ("item_projection", (4, 3))):
+            case.weights[name] = torch.randn(shape, generator=dice, dtype=torch.float64)
+    if option == "without users":
+        del case.weights["user"]
+    names = list(case.weights)
 
     def summed(*values: Tensor) -> Tensor:
-        chosen = list(values[: len(present)])
-        if options == "without users":
-            chosen.insert(2, None)  # type: ignore[arg-type]
-        return reference.embedding_sum(
-            *ids, *chosen, **more, **dict(zip(names, values[len(present) :], strict=True))
-        )
+        tables = case.tables(torch.float64, **dict(zip(names, values, strict=True)))
+        return reference.embedding_sum(*case.ids, tables)
 
-    # Row 0 of an id table is held at zero: no derivative is asked of it.
-    free = [rows > 0 for rows in ids[2:]]
-    assert any(mask.any() for mask in free)
-    for rows in ids[2:]:
-        rows.clamp_(min=1)
-    assert torch.autograd.gradcheck(summed, (*present, *learned_list))
+    assert torch.autograd.gradcheck(summed, [one.requires_grad_() for one in case.weights.values()])
 
 
-def test_the_norm_is_torchs_layer_norm() -> None:
-    ids, tables = arguments((3, 5), 8, torch.float32)
-    weight, bias = torch.randn(8), torch.randn(8)
-    normed = reference.embedding_sum(
-        *ids, *tables, norm_weight=weight, norm_bias=bias, norm_eps=0.1
-    )
-    assert torch.equal(normed, F.layer_norm(plain(ids, tables, 1.0), (8,), weight, bias, 0.1))
-
-
-def test_an_id_table_of_another_type_is_added_in_the_tokens_and_learns_in_its_own() -> None:
-    ids, tables = arguments((3, 5), 8, torch.bfloat16)
-    exact = tables[3].detach().float().requires_grad_()
-    summed = reference.embedding_sum(*ids, *tables[:3], exact)
+def test_id_table_of_another_type_learns_in_its_own() -> None:
+    case = make_case((3, 5), 8)
+    tables = case.tables(torch.bfloat16)
+    exact = tables.item.detach().float().requires_grad_()
+    summed = reference.embedding_sum(*case.ids, replace(tables, item=exact))
     assert summed.dtype == torch.bfloat16
-    assert torch.equal(summed, reference.embedding_sum(*ids, *tables))
+    assert torch.equal(summed, reference.embedding_sum(*case.ids, tables))
     (grad,) = torch.autograd.grad(summed.sum(), exact)
     assert grad.dtype == torch.float32
 
 
-# The plan.
+def test_id_dropout_drops_the_id_terms_alone_and_only_in_training() -> None:
+    case = make_case((3, 7), 6)
+    tables = case.tables(torch.float64)
+
+    def run(share: float, training: bool = True) -> Tensor:
+        dropping = replace(tables, id_dropout=share)
+        return reference.embedding_sum(*case.ids, dropping, training=training)
+
+    whole = run(0.0)
+    assert torch.equal(run(0.5, training=False), whole)
+    without = replace(tables, user=None, item=None)
+    assert torch.equal(run(1.0), reference.embedding_sum(*case.ids, without))
+    torch.manual_seed(0)
+    mean = sum(run(0.5) for _ in range(1000)) / 1000
+    torch.testing.assert_close(mean, whole, atol=0.3, rtol=0)
 
 
-def sums_by(plan: SumPlan, number: int, values_nD: np.ndarray, num_rows: int) -> np.ndarray:
-    """What a kernel makes of an order: chunks, then the partial sums of long rows; counted, so that
+# The order of gradients.
+
+
+def sums_by(order: GradientOrder, number: int, values_nD: np.ndarray, num_rows: int) -> np.ndarray:
+    """What a kernel makes of an order: chunks, then the partial sums of long rows; checked, so that
     nothing comes twice."""
-    found = parts(plan.packed, plan.stretches[number])
-    num_chunks, num_longs, _, _ = found.header.tolist()
-    order = found.order.numpy()
+    found = unpack(order.packed, order.segments[number])
+    num_chunks, num_long_rows, _, _ = found.header.tolist()
+    places_n = found.order.numpy()
     result = np.full((num_rows, values_nD.shape[1]), np.nan)
-    partial = np.full((len(order) * 2 // CHUNK + 1, values_nD.shape[1]), np.nan)
+    partial = np.full((len(places_n) * 2 // CHUNK + 1, values_nD.shape[1]), np.nan)
     for first, count, target in found.chunks[:num_chunks].tolist():
         assert 1 <= count <= CHUNK
-        places = order[first : first + count]
+        places = places_n[first : first + count]
         assert (np.diff(places) > 0).all()
         into, row = (result, target) if target >= 0 else (partial, -1 - target)
         assert np.isnan(into[row]).all()
         into[row] = values_nD[places].sum(0)
-    for first, count, row in found.longs[:num_longs].tolist():
+    for first, count, row in found.long_rows[:num_long_rows].tolist():
         assert count > 1
         assert np.isnan(result[row]).all()
         result[row] = partial[first : first + count].sum(0)
     assert not found.chunks[num_chunks:].any()
-    assert not found.longs[num_longs:].any()
+    assert not found.long_rows[num_long_rows:].any()
     return np.nan_to_num(result)
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(0, 700), st.sampled_from([1, 2, 5, 1000]), st.booleans(), st.integers(0, 99))
-def test_a_plan_names_each_occurrence_once_and_in_order(
-    num_places: int, num_rows: int, static: bool, seed: int
+@given(st.integers(0, 700), st.sampled_from([1, 2, 5, 1000]), st.integers(0, 99))
+def test_gradient_order_names_each_occurrence_once_and_in_order(
+    num_places: int, num_rows: int, seed: int
 ) -> None:
     dice = np.random.default_rng(seed)
-    tables = [Rows(name, dice.integers(0, num_rows, num_places), num_rows, silent)
-              for name, silent in (("token", 0), ("position", None), ("user", 0), ("item", None))]  # fmt: skip
-    plan = plan_sum(tables[0], tables[1], tables[2], tables[3], static=static)
-    assert (plan.packed.dtype, plan.num_places) == (torch.int32, num_places)
-    assert all(stretch.start % 4 == 0 for stretch in plan.stretches)
+    tables = [
+        Rows(name, dice.integers(0, num_rows, num_places), num_rows, silent)
+        for name, silent in zip(NAMES[:4], (0, None, 0, None), strict=True)
+    ]
+    order = make_gradient_order(tables)
+    assert (order.packed.dtype, order.num_places) == (torch.int32, num_places)
+    assert all(segment.start % 4 == 0 for segment in order.segments)
     values = dice.integers(-100, 100, (num_places, 2)).astype(float)
     for number, rows in enumerate(tables):
         expected = np.zeros((num_rows, 2))
         np.add.at(expected, rows.ids, values)
         if rows.silent is not None:
             expected[rows.silent] = 0
-        assert np.array_equal(sums_by(plan, number, values, num_rows), expected)
-    if static:
-        other = [rows._replace(ids=dice.permutation(rows.ids) * 0) for rows in tables]
-        assert (
-            plan_sum(other[0], other[1], other[2], other[3], static=True).stretches
-            == plan.stretches
-        )
+        assert np.array_equal(sums_by(order, number, values, num_rows), expected)
 
 
-def test_a_table_that_is_not_there_has_no_order() -> None:
+def test_missing_table_has_no_order() -> None:
     rows = Rows("token", np.array([[1, 2]]), 3)
-    plan = plan_sum(rows, rows, None, None)
-    assert plan.stretches[2] == plan.stretches[3] == (0, 0, 0, 0)
-    assert sums_by(plan, 1, np.ones((2, 1)), 3)[:, 0].tolist() == [0, 1, 1]
-
-
-@pytest.mark.parametrize("bad", [-1, 5])
-def test_an_id_outside_its_table_makes_no_plan(bad: int) -> None:
-    good = Rows("token", np.array([[1, 2]]), 3)
-    with pytest.raises(
-        ValueError,
-        match=rf"^item id {bad} is outside its table of 5 rows: prepare and shard again$",
-    ):
-        plan_sum(good, good, None, Rows("item", np.array([[4, bad]]), 5))
+    order = make_gradient_order([rows, rows, None, None])
+    assert order.segments[2] == order.segments[3] == (0, 0, 0, 0)
+    assert sums_by(order, 1, np.ones((2, 1)), 3)[:, 0].tolist() == [0, 1, 1]
 
 
 # The choice.
 
 
 @pytest.fixture
-def nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "_said", set())
+def unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "_logged", set())
     monkeypatch.delenv("GENREC_KERNELS", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
-@pytest.mark.usefixtures("nothing_said")
-def test_on_a_cpu_it_is_plain_torch_and_that_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    ids, tables = arguments((2, 3), 8, torch.float32)
+def sum_on_cpu(case: Case) -> Tensor:
+    return embedding_sum(*case.ids, case.tables(torch.float32))
+
+
+@pytest.mark.usefixtures("unset")
+def test_cpu_takes_plain_torch_and_logs_it_once(caplog: pytest.LogCaptureFixture) -> None:
+    case = make_case((2, 3), 8)
+    expected = reference.embedding_sum(*case.ids, case.tables(torch.float32))
     with caplog.at_level(logging.INFO, "genrec_kernels"):
         for _ in range(3):
-            assert torch.equal(embedding_sum(*ids, *tables), reference.embedding_sum(*ids, *tables))
-    assert [record.message for record in caplog.records] == [
-        "embedding sum on cpu: plain torch, the kernel is for CUDA"
-    ]
-    assert not embedding.wants_plan("cpu")
+            assert torch.equal(sum_on_cpu(case), expected)
+    logged = [record.message for record in caplog.records]
+    assert logged == ["embedding sum on cpu: plain torch, the kernel is for CUDA"]
+    assert not wants_gradient_order("cpu")
 
 
-@pytest.mark.usefixtures("nothing_said")
+@pytest.mark.usefixtures("unset")
 @pytest.mark.parametrize(
-    ("asked", "installed", "said"),
+    ("setting", "installed", "message"),
     [
         ("fast", True, "GENREC_KERNELS=fast: it is reference, triton, or unset"),
         ("triton", True, "GENREC_KERNELS=triton: there is no Triton for cpu; unset it"),
-        (
-            "triton",
-            False,
-            r"GENREC_KERNELS=triton: triton is not installed; pip install 'genrec-dist\[kernels\]'",
-        ),
+        ("triton", False, r"GENREC_KERNELS=triton: triton is not installed; pip install '\S+'"),
     ],
 )
-def test_what_cannot_be_had_is_one_line(
-    asked: str, installed: bool, said: str, monkeypatch: pytest.MonkeyPatch
+def test_impossible_choice_is_one_line(
+    setting: str, installed: bool, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GENREC_KERNELS", asked)
+    monkeypatch.setenv("GENREC_KERNELS", setting)
     monkeypatch.setattr(embedding, "_TRITON", installed)
-    ids, tables = arguments((2, 3), 8, torch.float32)
-    with pytest.raises(ValueError, match=f"^{said}") as caught:
-        embedding_sum(*ids, *tables)
+    with pytest.raises(ValueError, match=f"^{message}") as caught:
+        sum_on_cpu(make_case((2, 3), 8))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.usefixtures("nothing_said")
+@pytest.mark.usefixtures("unset")
 @pytest.mark.parametrize(
-    ("asked", "installed", "expected"),
+    ("setting", "installed", "expected"),
     [
         ("", True, "triton"),
         ("", False, "reference"),
@@ -361,24 +315,27 @@ def test_what_cannot_be_had_is_one_line(
         ("triton", True, "triton"),
     ],
 )
-def test_the_choice_on_cuda(
-    asked: str, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+def test_choice_on_cuda(
+    setting: str, installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GENREC_KERNELS", asked)
+    monkeypatch.setenv("GENREC_KERNELS", setting)
     monkeypatch.setattr(embedding, "_TRITON", installed)
     assert embedding.chosen("cuda") == expected
 
 
 def test_importing_the_package_is_light() -> None:
-    code = "import sys, genrec_kernels; print(sorted({'triton', 'torch._dynamo', 'genrec_dist'} & sys.modules.keys()))"
-    own = environment(PYTHONPATH=str(ROOT / "kernels"))
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=own, capture_output=True, text=True, timeout=120
+    code = (
+        "import sys, genrec_kernels; "
+        "print(sorted({'triton', 'torch._dynamo', 'genrec_dist'} & sys.modules.keys()))"
     )
+    own: dict[str, Any] = environment(PYTHONPATH=str(ROOT / "kernels"))
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=own, capture_output=True, text=True, timeout=120)
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_torch_compile_leaves_the_twin_in_one_graph() -> None:
-    ids, tables = arguments((2, 3), 8, torch.float32)
+def test_torch_compile_keeps_plain_torch_in_one_graph() -> None:
+    case = make_case((2, 3), 8, scale=2.0)
     compiled = torch.compile(embedding_sum, fullgraph=True, backend="eager")
-    assert torch.equal(compiled(*ids, *tables, scale=2.0), plain(ids, tables, 2.0))
+    tables = case.tables(torch.float32)
+    assert torch.equal(compiled(*case.ids, tables), plain_sum(*case.ids, tables))

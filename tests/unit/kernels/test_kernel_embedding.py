@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from genrec_kernels import Rows, SumPlan, embedding_sum, plan_sum
+from embedding_cases import NAMES, OFFSET, PAD, Case, all_equal, make_case, plain_sum
+from genrec_kernels import EmbeddingTables, embedding_sum
 from genrec_kernels import torch_reference as reference
 from genrec_kernels.gradient_order import CHUNK
 from torch import Tensor
-from torch.nn import functional as F
 
 from genrec_dist.config.recipe import Model
 from genrec_dist.data.batch import Batch, RankStep
@@ -35,8 +36,6 @@ pytestmark = [
         not NATIVE and not INTERPRETED, reason="no GPU here; test_embedding_sum.py interprets these"
     ),
 ]
-
-PAD, OFFSET = 1, 2
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -45,120 +44,24 @@ def _by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GENREC_KERNELS", "triton")
 
 
-@dataclass
-class Case:
-    """Ids on the CPU, and tables in fp64: token, position, user, item, the norm's weight and
-    bias."""
-
-    ids: list[Tensor]
-    tables: list[Tensor]
-    gradient: Tensor
-    norm: bool = False
-    scale: float = 1.0
-
-    def plan(self, **more: Any) -> SumPlan:
-        tokens, positions, users, items = (rows.numpy() for rows in self.ids)
-        sizes = [len(table) for table in self.tables]
-        return plan_sum(
-            Rows("token", tokens, sizes[0], PAD),
-            Rows("position", positions + OFFSET, sizes[1]),
-            Rows("user", users, sizes[2], 0),
-            Rows("item", items, sizes[3], 0),
-            **more,
-        )
-
-    def run(
-        self, sum_of: Callable[..., Tensor], dtype: torch.dtype, device: str = DEVICE, **more: Any
-    ) -> list[Tensor]:
-        """[X, gradient of each table] in `dtype`."""
-        tables = [table.to(device, dtype).requires_grad_() for table in self.tables]
-        used = tables if self.norm else tables[:4]
-        norm = {"norm_weight": tables[4], "norm_bias": tables[5]} if self.norm else {}
-        ids = [rows.to(device) for rows in self.ids]
-        summed = sum_of(
-            *ids,
-            *tables[:4],
-            scale=self.scale,
-            position_offset=OFFSET,
-            pad_token_id=PAD,
-            **norm,
-            **more,
-        )
-        assert summed.dtype == dtype
-        assert summed.shape == (*self.ids[0].shape, self.tables[0].shape[1])
-        grads = torch.autograd.grad(summed, used, self.gradient.to(device, dtype))
-        return [summed.detach(), *grads]
-
-    def kernel(self, dtype: torch.dtype, **more: Any) -> list[Tensor]:
-        return self.run(embedding_sum, dtype, plan=self.plan().to(torch.device(DEVICE)), **more)
-
-
-def make(
-    shape: tuple[int, ...],
-    width: int,
-    *,
-    norm: bool = False,
-    scale: float = 1.0,
-    hot: float = 0.3,
-    seed: int = 0,
-) -> Case:
-    """Ids as they come: a hot sub-word, padding, positions in order, and a user or an item or
-    neither at a place."""
-    dice = np.random.default_rng(seed)
-    num_tokens, num_positions, num_users, num_items = 37, 300, 5, 19
-    tokens = np.where(dice.random(shape) < hot, 7, dice.integers(0, num_tokens, shape))
-    tokens[dice.random(shape) < 0.1] = PAD
-    positions = np.broadcast_to(np.arange(shape[-1]) % (num_positions - OFFSET), shape).copy()
-    kind = dice.integers(0, 3, shape)
-    users = dice.integers(1, num_users, shape) * (kind == 1)
-    items = dice.integers(1, num_items, shape) * (kind == 2)
-    sizes = (num_tokens, num_positions, num_users, num_items)
-    tables = [torch.from_numpy(dice.standard_normal((rows, width))) for rows in sizes]
-    tables[2][0] = tables[3][0] = 0
-    tables += [torch.from_numpy(dice.standard_normal(width)) for _ in range(2)]
-    gradient = torch.from_numpy(dice.standard_normal((*shape, width)))
-    return Case(
-        [torch.from_numpy(rows) for rows in (tokens, positions, users, items)],
-        tables,
-        gradient,
-        norm,
-        scale,
-    )
-
-
-def plain(*arguments: Any, **more: Any) -> Tensor:
-    """Equation 2 as anybody writes it, of torch's own lookups: what the kernel must not be less
-    exact than."""
-    tokens, positions, users, items, token, position, user, item = arguments
-    summed = F.embedding(tokens, token, padding_idx=PAD) * more["scale"] + F.embedding(
-        positions + OFFSET, position
-    )
-    summed = (
-        summed + F.embedding(users, user, padding_idx=0) + F.embedding(items, item, padding_idx=0)
-    )
-    if "norm_weight" in more:
-        summed = F.layer_norm(summed, summed.shape[-1:], more["norm_weight"], more["norm_bias"])
-    return summed
-
-
-NAMES = ("sum", "token", "position", "user", "item", "norm weight", "norm bias")
+def kernel(case: Case, dtype: torch.dtype, **more: Any) -> list[Tensor]:
+    return case.run(embedding_sum, dtype, DEVICE, order=case.order(DEVICE), **more)
 
 
 def check(case: Case, dtype: torch.dtype, found: list[Tensor]) -> None:
-    """No result further from the truth than plain torch's, but for a rounding."""
-    truth = replace(case, tables=[table.to(dtype).double() for table in case.tables])
-    truth.gradient = case.gradient.to(dtype).double()
-    expected = truth.run(plain, torch.float64, "cpu")
-    eager = case.run(plain, dtype, "cpu")
-    for name, ours, theirs, exact in zip(NAMES, found, eager, expected, strict=False):
+    """No result is further from the truth than plain torch's, but for a rounding."""
+    rounded = {name: one.to(dtype).double() for name, one in case.weights.items()}
+    truth = replace(case, weights=rounded, gradient=case.gradient.to(dtype).double())
+    expected = truth.run(plain_sum, torch.float64)
+    eager = case.run(plain_sum, dtype)
+    names = ("sum", *case.weights)
+    for name, ours, theirs, exact in zip(names, found, eager, expected, strict=True):
         ours_off, theirs_off = (
             (result.cpu().double() - exact).abs().max().item() for result in (ours, theirs)
         )
-        # The result's own, and those of float32 on the way to it.
-        rounding = (
-            torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
-        ) * exact.abs().max().item()
-        assert ours_off <= theirs_off + rounding, (name, ours_off, theirs_off)
+        # The result's own rounding, and those of float32 on the way to it.
+        eps = torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+        assert ours_off <= theirs_off + eps * exact.abs().max().item(), (name, ours_off, theirs_off)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -166,149 +69,112 @@ def check(case: Case, dtype: torch.dtype, found: list[Tensor]) -> None:
 @pytest.mark.parametrize(
     ("shape", "width"), [((3, 11), 16), ((1, 257), 123), ((2, 5), 768)], ids=str
 )
-def test_it_is_as_exact_as_plain_torch(
+def test_kernel_is_as_exact_as_plain_torch(
     shape: tuple[int, ...], width: int, norm: bool, dtype: torch.dtype
 ) -> None:
-    case = make(shape, width, norm=norm, scale=3.0)
-    check(case, dtype, case.kernel(dtype))
+    case = make_case(shape, width, norm=norm, scale=3.0)
+    check(case, dtype, kernel(case, dtype))
 
 
-def test_a_row_of_thousands_of_places_is_summed_in_two_levels() -> None:
-    case = make((1, 40 * CHUNK + 3), 8, hot=0.98)
-    plan = case.plan()
-    assert plan.packed[plan.stretches[0].start + 1] > 0  # long rows
-    found = case.kernel(torch.float32)
+def test_row_of_thousands_of_places_is_summed_in_two_levels() -> None:
+    case = make_case((1, 40 * CHUNK + 3), 8, hot=0.98)
+    order = case.order()
+    assert order.packed[order.segments[0].start + 1] > 0  # long rows
+    found = kernel(case, torch.float32)
     check(case, torch.float32, found)
     expected = torch.zeros(37, 8, dtype=torch.float64)
     expected.index_add_(0, case.ids[0].view(-1), case.gradient.float().double().view(-1, 8))
     torch.testing.assert_close(found[1][7].cpu().double(), expected[7], atol=1e-4, rtol=0)
 
 
-def test_what_is_packed_is_what_is_padded() -> None:
-    padded = make((4, 9), 24, norm=True)
-    packed = replace(
-        padded, ids=[rows.view(-1) for rows in padded.ids], gradient=padded.gradient.view(-1, 24)
-    )
-    for ours, theirs in zip(
-        packed.kernel(torch.float32), padded.kernel(torch.float32), strict=True
-    ):
-        assert torch.equal(ours, theirs.view_as(ours))
+def test_packed_places_equal_padded_ones() -> None:
+    padded = make_case((4, 9), 24, norm=True)
+    ours = kernel(padded.reshaped(36), torch.float32)
+    summed, *grads = kernel(padded, torch.float32)
+    assert all_equal(ours, [summed.view(36, 24), *grads])
 
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_padding_and_row_0_learn_nothing(norm: bool) -> None:
-    case = make((2, 6), 16, norm=norm)
+    case = make_case((2, 6), 16, norm=norm)
     case.ids = [torch.full((2, 6), value) for value in (PAD, 0, 0, 0)]
-    _, token, position, user, item, *_ = case.kernel(torch.float32)
-    assert not token.any()
-    assert not user.any()
-    assert not item.any()
+    _, token, position, user, item, *_ = kernel(case, torch.float32)
+    assert not any(table.any() for table in (token, user, item))
     assert position[OFFSET].any()
-    case = make((5, 7), 16, norm=norm)
-    _, token, _, user, item, *_ = case.kernel(torch.float32)
-    assert not token[PAD].any()
-    assert not user[0].any()
-    assert not item[0].any()
+    _, token, _, user, item, *_ = kernel(make_case((5, 7), 16, norm=norm), torch.float32)
+    assert not any(row.any() for row in (token[PAD], user[0], item[0]))
     assert token.any(1).sum() > 5
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (0,), (1,)], ids=str)
-def test_an_empty_batch_and_a_single_place(shape: tuple[int, ...]) -> None:
-    case = make((4, 5), 16, norm=True)
-    size = int(np.prod(shape))
-    case.ids = [rows.view(-1)[:size].view(shape) for rows in case.ids]
-    case.gradient = case.gradient.view(-1, 16)[:size].view(*shape, 16)
-    found = case.kernel(torch.float32)
+def test_empty_batch_and_single_place(shape: tuple[int, ...]) -> None:
+    case = make_case((4, 5), 16, norm=True).reshaped(*shape)
+    found = kernel(case, torch.float32)
     assert [len(grad) for grad in found[1:5]] == [37, 300, 5, 19]
-    if size:
+    if np.prod(shape):
         check(case, torch.float32, found)
     else:
         assert not any(grad.any() for grad in found[1:])
 
 
-def test_a_hundred_runs_are_one_to_the_bit() -> None:
-    case = make((1, 2 * CHUNK + 9), 16, norm=True, hot=0.9)
-    first = case.kernel(torch.bfloat16)
+def test_a_hundred_runs_agree_to_the_bit() -> None:
+    case = make_case((1, 2 * CHUNK + 9), 16, norm=True, hot=0.9)
+    first = kernel(case, torch.bfloat16)
     for _ in range(100 if NATIVE else 2):
-        assert all(
-            torch.equal(ours, theirs)
-            for ours, theirs in zip(case.kernel(torch.bfloat16), first, strict=True)
-        )
+        assert all_equal(kernel(case, torch.bfloat16), first)
 
 
-def test_plans_of_any_size_give_one_result() -> None:
-    case = make((3, 50), 16)
-    first = case.kernel(torch.float32)
-    static = case.plan(static=True)
-    assert static.packed.numel() > case.plan().packed.numel()
-    found = case.run(embedding_sum, torch.float32, plan=static.to(torch.device(DEVICE)))
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, first, strict=True))
-    # Static sizes depend on the shape alone: what a captured graph needs.
-    other = make((3, 50), 16, seed=9)
-    assert other.plan(static=True).stretches == static.stretches
-
-
-def test_without_a_plan_the_result_is_the_same() -> None:
-    case = make((3, 20), 16)
-    with_plan, without = case.kernel(torch.float32), case.run(embedding_sum, torch.float32)
-    for ours, theirs in zip(without, with_plan, strict=True):
+def test_without_an_order_the_result_is_the_same() -> None:
+    case = make_case((3, 20), 16)
+    without = case.run(embedding_sum, torch.float32, DEVICE)
+    for ours, theirs in zip(without, kernel(case, torch.float32), strict=True):
         torch.testing.assert_close(ours, theirs)
-        # On the CPU a plan is made on the spot; on a device plain torch takes over.
+        # On the CPU an order is made on the spot; on a device plain torch takes over.
         assert NATIVE or torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize(("which", "name"), enumerate(("token", "position", "user", "item")))
+@pytest.mark.parametrize(("which", "name"), enumerate(NAMES[:4]))
 @pytest.mark.parametrize("bad", [-7, 300])
-def test_an_id_outside_its_table_is_named_before_any_launch(
-    which: int, name: str, bad: int
-) -> None:
-    case = make((2, 6), 16)
+def test_id_outside_its_table_is_named_before_any_launch(which: int, name: str, bad: int) -> None:
+    case = make_case((2, 6), 16)
     case.ids[which][1, 3] = bad
-    shown = bad + OFFSET if name == "position" else bad
-    with pytest.raises(
-        ValueError,
-        match=f"^{name} id {shown} is outside its table of {len(case.tables[which])} rows",
-    ):
-        case.plan()
+    shown, rows = bad + OFFSET if name == "position" else bad, len(case.weights[name])
+    message = f"^{name} id {shown} is outside its table of {rows} rows"
+    with pytest.raises(ValueError, match=message):
+        case.order()
     if not NATIVE:
-        with (
-            pytest.raises(ValueError, match=f"^{name} id {shown} is outside its table"),
-            torch.no_grad(),
-        ):
-            embedding_sum(
-                *case.ids, *(table.float() for table in case.tables[:4]), position_offset=OFFSET
-            )
+        with pytest.raises(ValueError, match=message), torch.no_grad():
+            embedding_sum(*case.ids, case.tables(torch.float32))
 
 
-def test_tables_that_are_left_out_or_frozen() -> None:
-    case = make((3, 8), 16)
-    ids = [rows.to(DEVICE) for rows in case.ids]
-    token, position, _, item = (table.to(DEVICE, torch.float32) for table in case.tables[:4])
-    plan = case.plan().to(torch.device(DEVICE))
-    item.requires_grad_()
-    ours = embedding_sum(*ids, token, position, None, item, pad_token_id=PAD, plan=plan)
-    theirs = reference.embedding_sum(*ids, token, position, None, item, pad_token_id=PAD)
-    torch.testing.assert_close(ours, theirs)
-    weight = case.gradient.to(DEVICE, torch.float32)
-    (found,) = torch.autograd.grad(ours, item, weight)
-    (expected,) = torch.autograd.grad(theirs, item, weight)
-    torch.testing.assert_close(found, expected)
-    assert not embedding_sum(*ids, token, position, None, None).requires_grad
+def gradients(
+    case: Case, sum_of: Callable[..., Tensor], tables: EmbeddingTables, *names: str, **more: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(the sum, the gradients of these fields)."""
+    learned = [getattr(tables, name).requires_grad_() for name in names]
+    summed = sum_of(*(rows.to(DEVICE) for rows in case.ids), tables, **more)
+    return summed, torch.autograd.grad(summed, learned, case.like(summed))
 
 
-def test_fetched_rows_are_float32_beside_bf16_layers_and_their_gradient_is_no_larger_than_they() -> (
-    None
-):
-    case = make((3, 30), 16)
-    tables = [table.to(DEVICE, torch.bfloat16) for table in case.tables[:3]]
-    fetched = case.tables[3].to(DEVICE, torch.float32).requires_grad_()
-    ids = [rows.to(DEVICE) for rows in case.ids]
-    plan = case.plan().to(torch.device(DEVICE))
-    summed = embedding_sum(
-        *ids, *tables, fetched, position_offset=OFFSET, pad_token_id=PAD, plan=plan
-    )
+def test_tables_may_be_missing_or_frozen() -> None:
+    case = make_case((3, 8), 16)
+    order = case.order(DEVICE)
+    results = [
+        gradients(case, sum_of, case.tables(torch.float32, DEVICE, user=None), "item")
+        for sum_of in (partial(embedding_sum, order=order), reference.embedding_sum)
+    ]
+    torch.testing.assert_close(*results)
+    frozen = case.tables(torch.float32, DEVICE, user=None, item=None)
+    assert not embedding_sum(*(rows.to(DEVICE) for rows in case.ids), frozen).requires_grad
+
+
+def test_float32_rows_beside_bf16_layers_get_a_gradient_of_their_own_size() -> None:
+    case = make_case((3, 30), 16)
+    fetched = case.weights["item"].to(DEVICE, torch.float32)
+    tables = case.tables(torch.bfloat16, DEVICE, item=fetched)
+    order = case.order(DEVICE)
+    summed, (found,) = gradients(case, embedding_sum, tables, "item", order=order)
     assert summed.dtype == torch.bfloat16
-    (found,) = torch.autograd.grad(summed, fetched, case.gradient.to(DEVICE, torch.bfloat16))
     assert (found.dtype, found.shape) == (torch.float32, fetched.shape)
     rounded = case.gradient.bfloat16().double().view(-1, 16)
     expected = torch.zeros(19, 16, dtype=torch.float64).index_add_(0, case.ids[3].view(-1), rounded)
@@ -316,128 +182,99 @@ def test_fetched_rows_are_float32_beside_bf16_layers_and_their_gradient_is_no_la
 
 
 def test_few_factorised_rows_are_projected_before_they_are_looked_up() -> None:
-    case = make((4, 20), 16)
+    case = make_case((4, 20), 16)
     dice = torch.Generator().manual_seed(3)
-    narrow = torch.randn(19, 6, generator=dice)
+    narrow, projection = (torch.randn(rows, 6, generator=dice) for rows in (19, 16))
     narrow[0] = 0
-    projection = torch.randn(16, 6, generator=dice)
-    found = []
-    for sum_of, dtype in ((embedding_sum, torch.float32), (reference.embedding_sum, torch.float64)):
-        ids = [rows.to(DEVICE) for rows in case.ids]
-        tables = [table.to(DEVICE, dtype) for table in case.tables[:3]]
-        learned = [tensor.to(DEVICE, dtype).requires_grad_() for tensor in (narrow, projection)]
-        plan = case.plan().to(torch.device(DEVICE))
-        summed = sum_of(
-            *ids, *tables, learned[0], item_projection=learned[1], pad_token_id=PAD, plan=plan
-        )
-        found.append(
-            [
-                summed.detach(),
-                *torch.autograd.grad(summed, learned, case.gradient.to(DEVICE, dtype)),
-            ]
-        )
+    order, found = case.order(DEVICE), []
+    for sum_of, dtype in (
+        (partial(embedding_sum, order=order), torch.float32),
+        (reference.embedding_sum, torch.float64),
+    ):
+        given = {"item": narrow.to(DEVICE, dtype), "item_projection": projection.to(DEVICE, dtype)}
+        tables = case.tables(dtype, DEVICE, **given)
+        summed, grads = gradients(case, sum_of, tables, "item", "item_projection")
+        found.append([summed.detach(), *grads])
     for ours, exact in zip(*found, strict=True):
         torch.testing.assert_close(ours.double(), exact, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_dropout_drops_in_the_backward_what_it_dropped_in_the_forward(share: float) -> None:
-    case = make((4, 40), 32)
-    token, position = (
-        torch.zeros_like(table, dtype=torch.float32, device=DEVICE) for table in case.tables[:2]
-    )
-    users, items = (torch.ones(rows, 32, device=DEVICE) for rows in (5, 19))
-    users[0] = items[0] = 0
+    case = make_case((4, 40), 32)
+    case.weights = {name: torch.zeros_like(one) for name, one in case.weights.items()}
+    for name in ("user", "item"):
+        case.weights[name][1:] = 1
+    tables = case.tables(torch.float32, DEVICE, id_dropout=share)
+    learned = [tables.user.requires_grad_(), tables.item.requires_grad_()]
     ids = [rows.to(DEVICE) for rows in case.ids]
-    plan = case.plan().to(torch.device(DEVICE))
-    arguments: dict[str, Any] = {
-        "id_dropout": share,
-        "training": True,
-        "plan": plan,
-        "pad_token_id": PAD,
-    }
-    tables = [users.requires_grad_(), items.requires_grad_()]
+
+    def run(training: bool = True) -> Tensor:
+        return embedding_sum(*ids, tables, training=training, order=case.order(DEVICE))
+
     torch.manual_seed(5)
-    summed = embedding_sum(*ids, token, position, *tables, **arguments)
-    kept = 0.0 if share == 1 else 1 / (1 - share)
-    values = summed.detach().unique().tolist()
-    assert values == pytest.approx([0.0, kept] if share < 1 else [0.0])
+    summed = run()
+    kept = [0.0] if share == 1 else [0.0, 1 / (1 - share)]
+    assert summed.detach().unique().tolist() == pytest.approx(kept)
     seen = (ids[2] > 0) | (ids[3] > 0)
     assert not summed[~seen].any()
     assert (summed[seen] > 0).float().mean().item() == pytest.approx(1 - share, abs=0.03)
     columns = (summed[seen] > 0).float().mean(0)
     assert share == 1 or columns.std() < 0.15  # no column and no place is favoured
-    grads = torch.autograd.grad(summed, tables, torch.ones_like(summed))
+    grads = torch.autograd.grad(summed, learned, torch.ones_like(summed))
     for grad, rows in zip(grads, ids[2:], strict=True):
-        expected = torch.zeros_like(grad).index_add_(
-            0, rows.view(-1), summed.detach().view(-1, 32) * (rows > 0).view(-1, 1)
-        )
-        torch.testing.assert_close(grad, expected)
+        own = summed.detach().view(-1, 32) * (rows > 0).view(-1, 1)
+        torch.testing.assert_close(grad, torch.zeros_like(grad).index_add_(0, rows.view(-1), own))
     torch.manual_seed(5)
-    assert torch.equal(embedding_sum(*ids, token, position, *tables, **arguments), summed)
-    assert share == 1 or not torch.equal(
-        embedding_sum(*ids, token, position, *tables, **arguments), summed
-    )
-    still = embedding_sum(*ids, token, position, *tables, **arguments | {"training": False})
-    assert still[seen].eq(1).all()
+    assert torch.equal(run(), summed)
+    assert share == 1 or not torch.equal(run(), summed)
+    assert run(training=False)[seen].eq(1).all()
 
 
-def test_a_row_that_lies_two_billion_numbers_into_its_table() -> None:
+def test_row_two_billion_numbers_into_its_table() -> None:
     width, row = 1024, 2**21 + 3
     try:
-        # Memory that nobody touches is only promised.
+        # Memory that is not touched is only promised.
         items = torch.empty(row + 1, width, dtype=torch.bfloat16, device=DEVICE)
     except RuntimeError:
-        pytest.skip("4 GiB of address space are not to be had here")
+        pytest.skip("this machine has no 4 GiB of address space")
     items[row] = 3.0
-    token, position = torch.zeros(4, width), torch.zeros(4, width)
+    zeros = torch.zeros(4, width, device=DEVICE)
     ids = [torch.tensor([value], device=DEVICE) for value in (0, 0, 0, row)]
     with torch.no_grad():
-        summed = embedding_sum(*ids, token.to(DEVICE), position.to(DEVICE), None, items)
-    assert summed.eq(3.0).all()
+        assert embedding_sum(*ids, EmbeddingTables(zeros, zeros, item=items)).eq(3.0).all()
 
 
-def test_the_operators_keep_torchs_rules() -> None:
-    case = make((2, 9), 16)
-    plan = case.plan().to(torch.device(DEVICE))
+def test_operators_keep_torchs_rules() -> None:
+    case = make_case((2, 9), 16, norm=True)
+    order = case.order(DEVICE)
     ids = [rows.to(DEVICE) for rows in case.ids]
-    tables = [table.to(DEVICE, torch.float32).requires_grad_() for table in case.tables]
-    seed = torch.tensor([5], device=DEVICE)
+    weights = [one.to(DEVICE, torch.float32).requires_grad_() for one in case.weights.values()]
+    seed, gradient = torch.tensor([5], device=DEVICE), torch.randn(18, 16, device=DEVICE)
     operators: Any = torch.ops.genrec
-    torch.library.opcheck(
-        operators.embedding_sum.default,
-        (*ids, *tables, seed, plan.packed, plan.sizes(), 2.0, OFFSET, 0.5, 1e-5, True),
-    )
-    gradient = torch.randn(18, 16, device=DEVICE)
-    torch.library.opcheck(
-        operators.row_sums.default,
-        (gradient, plan.packed, plan.sizes()[:4], 37, torch.bfloat16, 2.0, None, 0.0, 0),
-    )
-    weight = tables[4].detach()
-    torch.library.opcheck(
-        operators.norm_backward.default, (gradient, gradient, gradient[:, 0].abs(), weight)
-    )
+    numbers = (2.0, OFFSET, 0.5, 1e-5, True)
+    inputs = (*ids, *weights, seed, order.packed, order.sizes(), *numbers)
+    torch.library.opcheck(operators.embedding_sum.default, inputs)
+    inputs = (gradient, order.packed, order.sizes()[:4], 37, torch.bfloat16, 2.0, None, 0.0, 0)
+    torch.library.opcheck(operators.row_sums.default, inputs)
+    inputs = (gradient, gradient, gradient[:, 0].abs(), weights[4].detach())
+    torch.library.opcheck(operators.norm_backward.default, inputs)
 
 
 def test_torch_compile_sees_one_operator_and_changes_no_bit() -> None:
-    case = make((2, 9), 16, norm=True)
-    plan = case.plan().to(torch.device(DEVICE))
+    case = make_case((2, 9), 16, norm=True)
     called: list[str] = []
 
     def watch(graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
         called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
 
-    def run(backend: Any) -> list[Tensor]:
-        compiled = torch.compile(embedding_sum, fullgraph=True, backend=backend)
-        return case.run(compiled, torch.float32, plan=plan)
-
-    expected = case.run(embedding_sum, torch.float32, plan=plan)
+    expected = kernel(case, torch.float32)
     for backend in (watch, "aot_eager"):
         torch._dynamo.reset()
-        assert all(
-            torch.equal(ours, theirs) for ours, theirs in zip(run(backend), expected, strict=True)
-        )
+        compiled = torch.compile(embedding_sum, fullgraph=True, backend=backend)
+        found = case.run(compiled, torch.float32, DEVICE, order=case.order(DEVICE))
+        assert all_equal(found, expected)
     assert [name for name in called if "getitem" not in name] == ["genrec.embedding_sum.default"]
 
 
@@ -454,44 +291,41 @@ def step_of(number: int) -> RankStep:
     items = dice.integers(1, ITEMS + 1, (2, 9)) * mask
     users = np.zeros_like(items)
     users[:, 1], items[:, :2] = dice.integers(1, USERS + 1, 2), 0
-    encoder = EncoderInput(
-        torch.from_numpy(np.where(mask, 5 + items % 30, PAD)),
-        torch.from_numpy(mask),
-        torch.from_numpy(np.arange(9) * mask),
-        torch.from_numpy(users),
-        torch.from_numpy(items),
-    )
+    tokens = np.where(mask, 5 + items % 30, PAD)
+    arrays = (tokens, mask, np.arange(9) * mask, users, items)
+    encoder = EncoderInput(*(torch.from_numpy(array) for array in arrays))
     labels = torch.from_numpy(5 + items[:, 2:5] % 30)
     inputs = torch.cat([torch.full((2, 1), 4), labels[:, :-1]], 1)
     batch = Batch(encoder, torch.arange(2), inputs, labels, 2, 6, 2, 21, 24)
     return RankStep([batch], 0, 2, 0)
 
 
+SHAPE = Model(
+    d_model=8,
+    encoder_layers=1,
+    decoder_layers=1,
+    heads=2,
+    ffn=8,
+    max_tokens=16,
+    init_std=0.3,
+    dropout=0.0,
+)
+
+
 def train(
     how: str, monkeypatch: pytest.MonkeyPatch, *, outside: bool
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """(losses of 20 steps, weights behind them)."""
+    """(losses of 20 steps, weights after them)."""
     monkeypatch.setenv("GENREC_KERNELS", how)
     torch.manual_seed(0)
-    shape = Model(
-        d_model=8,
-        encoder_layers=1,
-        decoder_layers=1,
-        heads=2,
-        ffn=8,
-        max_tokens=16,
-        init_std=0.3,
-        dropout=0.0,
-    )
-    special = {"bos": 0, "pad": PAD, "eos": 2, "mask": 4}
     model: GenRecForConditionalGeneration = build_model(
-        shape,
+        SHAPE,
         ModelSizes(
             vocab_size=VOCABULARY,
             num_users=USERS,
             num_items=ITEMS,
             num_masks=1,
-            special=special,
+            special={"bos": 0, "pad": PAD, "eos": 2, "mask": 4},
             ids_outside=outside,
         ),
     )
@@ -508,10 +342,9 @@ def train(
             step = plan_sums(step, model.config)
         tables.attach(model, step)
         batch = step.micro_batches[0].to(torch.device(DEVICE))
-        summed = model(
-            **vars(batch.encoder), encoder_row=batch.encoder_row, decoder_input_ids=batch.decoder_input_ids,
-            labels=batch.labels, plan=batch.plan,
-        )  # fmt: skip
+        targets = {"decoder_input_ids": batch.decoder_input_ids, "labels": batch.labels}
+        inputs = vars(batch.encoder) | targets
+        summed = model(**inputs, encoder_row=batch.encoder_row, plan=batch.plan)
         loss = summed / batch.num_target_tokens
         loss.backward()
         optimizer.step()

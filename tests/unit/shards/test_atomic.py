@@ -1,4 +1,4 @@
-"""Complete or absent: what a failure leaves behind, and what may be overwritten."""
+"""Files and directories are complete or absent: what a failure leaves, what may be overwritten."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ def fail_half_way(path) -> None:
     raise OSError("disk full")
 
 
-def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):
+def test_atomic_file_appears_whole_and_replaces_the_old_one(tmp_path):
     path = tmp_path / "new" / "a.txt"
     for text in ("one", "two"):
         with atomic_file(path) as temporary:
@@ -28,7 +28,7 @@ def test_a_file_appears_whole_and_replaces_the_old_one(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
 
 
-def test_a_failed_block_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_failed_block_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(OSError, match="disk full"), atomic_file(path) as temporary:
@@ -39,46 +39,40 @@ def test_a_failed_block_leaves_the_old_file_and_nothing_else(tmp_path):
 
 @pytest.fixture
 def calls(monkeypatch) -> list[tuple[str, ...]]:
-    """The calls that decide what a power cut leaves, in their order, with their places."""
+    """The calls that decide what a power cut leaves, in their order, with their paths."""
     made: list[tuple[str, ...]] = []
     fsync, rmtree = os.fsync, shutil.rmtree
 
-    def told_fsync(descriptor):
+    def noted_fsync(descriptor):
         fsync(descriptor)
         made.append(("fsync", os.readlink(f"/proc/self/fd/{descriptor}")))
 
-    def told_rmtree(path, *more, **options):
+    def noted_rmtree(path, *more, **options):
         made.append(("rmtree", str(path)))
         rmtree(path, *more, **options)
 
-    def told_rename(real):
-        def rename(source, target):
-            real(source, target)
-            made.append(("rename", str(source), str(target)))
+    def noted_rename(source, target, real=os.rename):
+        real(source, target)
+        made.append(("rename", str(source), str(target)))
 
-        return rename
-
-    monkeypatch.setattr(os, "fsync", told_fsync)
-    monkeypatch.setattr(shutil, "rmtree", told_rmtree)
-    for name in ("rename", "replace"):
-        monkeypatch.setattr(os, name, told_rename(getattr(os, name)))
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(shutil, "rmtree", noted_rmtree)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    monkeypatch.setattr(os, "replace", noted_rename)
     return made
 
 
-def test_a_file_is_on_the_disk_before_it_takes_its_name(tmp_path, calls):
+def test_atomic_file_is_on_the_disk_before_it_takes_its_name(tmp_path, calls):
     path = tmp_path / "a.txt"
     for text in ("one", "two"):
         calls.clear()
         with atomic_file(path) as temporary:
             temporary.write_text(text)
-        assert calls == [
-            ("fsync", str(temporary)),
-            ("rename", str(temporary), str(path)),
-            ("fsync", str(tmp_path)),
-        ]
+        named = ("rename", str(temporary), str(path))
+        assert calls == [("fsync", str(temporary)), named, ("fsync", str(tmp_path))]
 
 
-def test_a_whole_directory_is_on_the_disk_before_it_takes_its_name(tmp_path, calls):
+def test_atomic_directory_is_on_the_disk_before_it_takes_its_name(tmp_path, calls):
     path = tmp_path / "out"
     with atomic_directory(path) as temporary:
         (temporary / "deep").mkdir()
@@ -91,7 +85,7 @@ def test_a_whole_directory_is_on_the_disk_before_it_takes_its_name(tmp_path, cal
     assert after == ("fsync", str(tmp_path))
 
 
-def test_the_old_directory_goes_only_after_the_new_one_has_its_name_on_the_disk(tmp_path, calls):
+def test_old_directory_is_removed_after_the_new_name_is_on_the_disk(tmp_path, calls):
     path = tmp_path / "out"
     for text in ("old", "new"):
         calls.clear()
@@ -107,17 +101,17 @@ def test_the_old_directory_goes_only_after_the_new_one_has_its_name_on_the_disk(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_old_directory_stays_where_the_new_one_cannot_take_its_name(tmp_path):
+def test_old_directory_stays_where_the_new_one_cannot_take_its_name(tmp_path):
     path = tmp_path / "out"
     with atomic_directory(path) as temporary:
         (temporary / "x").write_text("old")
     with pytest.raises(FileNotFoundError), atomic_directory(path, overwrite=True) as temporary:
-        temporary.rmdir()  # somebody's broom: there is nothing to rename when the block has ended
+        temporary.rmdir()  # there is nothing to rename when the block has ended
     assert (path / "x").read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_directory_appears_whole_or_not_at_all(tmp_path):
+def test_atomic_directory_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "out"
     with pytest.raises(OSError, match="disk full"), atomic_directory(path) as temporary:
         fail_half_way(temporary / "x")
@@ -131,7 +125,7 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_overwriting_asks_for_the_flag_and_for_the_marker(tmp_path):
+def test_overwriting_needs_the_flag_and_the_marker(tmp_path):
     path = tmp_path / "out"
     with atomic_directory(path) as temporary:
         (temporary / "marker").write_text("1")
@@ -156,7 +150,7 @@ def test_overwriting_asks_for_the_flag_and_for_the_marker(tmp_path):
         raise AssertionError("the block must not run")
 
 
-def test_a_kill_leaves_nothing_under_the_final_name(tmp_path):
+def test_kill_leaves_nothing_under_the_final_name(tmp_path):
     program = (
         "import os, signal, sys; from genrec_shards.atomic import atomic_directory\n"
         "with atomic_directory(sys.argv[1]) as t:\n"
@@ -169,7 +163,7 @@ def test_a_kill_leaves_nothing_under_the_final_name(tmp_path):
 
 
 @pytest.mark.parametrize("make", [atomic_file, atomic_directory])
-def test_an_error_of_the_system_names_what_was_to_be_written(tmp_path, make):
+def test_system_error_names_the_file_to_be_written(tmp_path, make):
     for error in (OSError(28, "No space left"), OSError("8 requested and 3 written")):
         with pytest.raises(OSError, match=f"{tmp_path}/out"), make(tmp_path / "out"):
             raise error
@@ -196,13 +190,12 @@ def writer_of(path) -> tuple[subprocess.Popen, Path]:
     return process, Path(process.stdout.readline().strip())
 
 
-def test_what_a_killed_writer_left_goes_with_the_next_run_and_what_a_living_one_has_stays(tmp_path):
+def test_next_run_removes_what_a_killed_writer_left_and_keeps_what_a_living_one_has(tmp_path):
     out = tmp_path / "out"
     (killed, left), (living, busy) = writer_of(out), writer_of(out)
     # The name of a neighbour, a file put aside, and one of another machine.
-    others = [
-        tmp_path / name for name in (".out.more.1.0123abcd.tmp", f".out.1.{'0' * 8}-0123abcd.tmp")
-    ]
+    names = (".out.more.1.0123abcd.tmp", f".out.1.{'0' * 8}-0123abcd.tmp")
+    others = [tmp_path / name for name in names]
     aside = tmp_path / left.name.replace(".tmp", ".old")
     for folder in (*others, aside):
         folder.mkdir()
@@ -214,12 +207,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_run_and_what_a_living_one_
             assert not left.exists()
             assert temporary.is_dir()
             (temporary / "whole").write_text("1")
-        assert {path.name for path in tmp_path.iterdir()} == {
-            "out",
-            busy.name,
-            aside.name,
-            *(path.name for path in others),
-        }
+        assert set(tmp_path.iterdir()) == {out, busy, aside, *others}
         assert (busy / "deep" / "half").read_text() == "x"
     finally:
         living.kill()
@@ -229,7 +217,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_run_and_what_a_living_one_
     assert not busy.exists()
 
 
-def test_what_another_machine_left_goes_after_a_day(tmp_path):
+def test_what_another_machine_left_is_removed_after_a_day(tmp_path):
     old = tmp_path / f".out.1.{'0' * 8}-0123abcd.tmp"
     old.mkdir()
     (old / "half").write_text("x")

@@ -16,18 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 IDS = ["B1", "B2", "B3"]
-RECORDS = [
-    {
-        "asin": "B2",
-        "title": 'Red "rose" soap',
-        "brand": "Äther",
-        "price": 3.5,
-        "categories": [["Beauty", "Bath"]],
-    },
-    {"asin": "B9", "title": "of another catalogue", "brand": "x", "price": 1.0, "categories": []},
-    {"asin": "B1", "title": "Comb\nof wood", "brand": None, "price": 2.0, "categories": []},
-    {"asin": "B2", "title": "again", "brand": "y", "price": 9.0, "categories": []},
+FIELDS = ("asin", "title", "brand", "price", "categories")
+VALUES = [
+    ("B2", 'Red "rose" soap', "Äther", 3.5, [["Beauty", "Bath"]]),
+    ("B9", "of another catalogue", "x", 1.0, []),
+    ("B1", "Comb\nof wood", None, 2.0, []),
+    ("B2", "again", "y", 9.0, []),
 ]
+RECORDS = [dict(zip(FIELDS, values, strict=True)) for values in VALUES]
 EXPECTED = ["Comb\nof wood 2.0", 'Red "rose" soap Äther 3.5 Beauty Bath', ""]
 
 
@@ -38,12 +34,7 @@ def csv_text() -> str:
         text = "" if value is None else str(value)
         return '"' + text.replace('"', '""') + '"'
 
-    return (
-        "\r\n".join(
-            ",".join(map(cell, row)) for row in [list(RECORDS[0]), *(r.values() for r in RECORDS)]
-        )
-        + "\r\n"
-    )
+    return "".join(",".join(map(cell, row)) + "\r\n" for row in (FIELDS, *VALUES))
 
 
 def written(folder, kind: str):
@@ -70,13 +61,10 @@ def test_every_kind_of_table_gives_the_same_texts(tmp_path, kind):
     assert found.texts == EXPECTED
     assert found.num_described == 2
     assert (found.name, found.sha256) == (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
-    assert (
-        read_descriptions(path, IDS, text_columns=["brand", "title"]).texts[1]
-        == 'Äther Red "rose" soap'
-    )
-    assert read_descriptions(path, ["Äther"], id_column="brand", text_columns=["asin"]).texts == [
-        "B2"
-    ]
+    chosen = read_descriptions(path, IDS, text_columns=["brand", "title"])
+    assert chosen.texts[1] == 'Äther Red "rose" soap'
+    by_brand = read_descriptions(path, ["Äther"], id_column="brand", text_columns=["asin"])
+    assert by_brand.texts == ["B2"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl.gz", "json", "parquet"])
@@ -88,7 +76,7 @@ def test_titles_are_kept_apart_on_one_line(tmp_path, kind):
     assert other.titles[1] == "Äther"
 
 
-def test_a_table_may_have_no_titles_unless_a_column_is_named(tmp_path):
+def test_table_may_have_no_titles_unless_a_column_is_named(tmp_path):
     path = tmp_path / "meta.csv"
     path.write_text("item,brand\nB1,x\n")
     assert read_descriptions(path, IDS).titles is None
@@ -102,26 +90,30 @@ def test_whole_numbers_are_ids_as_well(tmp_path):
     assert read_descriptions(path, ["7", "12", "112"]).texts == ["seven", "twelve", ""]
 
 
+B1 = b'{"asin": "B1", "title": "x"}'
+NO_ID = "m.csv:2: no column of item ids, only brand, title: .* --item-column"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("m.csv", b"asin,title\nB1,x\nB2,y,z\n", "m.csv:3: more cells"),
         ("m.csv", b'asin,title\nB1,"x\n', "m.csv:1: not readable as CSV"),
         ("m.csv", b"", "empty"),
-        ("m.csv", b"title,brand\nx,y\n", "m.csv:2: no column of item ids, only brand, title: .* --item-column"),
+        ("m.csv", b"title,brand\nx,y\n", NO_ID),
         ("m.csv", b"asin,title\nB7,x\n", "describes none of the 3 items"),
         ("m.csv", b"asin,title\nB1,\xff\n", "not UTF-8"),
-        ("m.jsonl", b'{"asin": "B1", "title": "x"}\n{"asin": "B2", \n', "m.jsonl:2: not an object in JSON"),
+        ("m.jsonl", B1 + b'\n{"asin": "B2", \n', "m.jsonl:2: not an object in JSON"),
         ("m.jsonl", b"[1]\n", "m.jsonl:1: not an object"),
         ("m.jsonl", b"__import__('os').system('true')\n", "m.jsonl:1: not an object"),
         ("m.jsonl", b"[" * 100_000, "m.jsonl:1: not an object"),
-        ("m.jsonl.gz", gzip.compress(b'{"asin": "B1", "title": "x"}' * 99)[:-12], "cut off"),
+        ("m.jsonl.gz", gzip.compress(B1 * 99)[:-12], "cut off"),
         ("m.jsonl.gz", b"\x1f\x8b" + b"\x07" * 40, "damaged|cut off"),
         ("m.parquet", b"PAR1", "not readable as Parquet"),
         ("m.txt", b"B1 x", "neither .csv, .parquet"),
         ("m.csv", None, "no such file"),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_named_in_one_line(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
@@ -132,11 +124,12 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, name, content, message):
     assert "\n" not in str(caught.value)
 
 
-SCRAPS = st.sampled_from(
-    [b'{"asin": "B1", "title": "x"}', b"{'asin': 'B1', 'title': {'x', 'y'}}", b"asin,title", b"B1,x", b'"', b"\n", b"\r",
-     b"\x00", b"\xff", b"[[[", b"{", b"}", b"'", b",", b'"\\ud800"', b"1e999", b"9" * 5000, b"\xef\xbb\xbf", b"\x1f\x8b",
-     b"PAR1", b'{"asin": "B1", "title": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"asin": "B1", "title": "\\ud800"}']
-)  # fmt: skip
+WORDS = b"asin,title B1,x \" ' \r \x00 \xff [[[ { } , 1e999 \xef\xbb\xbf \x1f\x8b PAR1".split(b" ")
+NESTED = b'{"asin": "B1", "title": ' + b"[" * 900 + b"]" * 900 + b"}"
+SURROGATES = (b'"\\ud800"', b'{"asin": "B1", "title": "\\ud800"}')
+SET = b"{'asin': 'B1', 'title': {'x', 'y'}}"
+SCRAPS = st.sampled_from([*WORDS, b"\n", b"9" * 5000, B1, SET, NESTED, *SURROGATES])
+FIXTURE = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "deadline": None}
 
 
 def texts_or_message(path) -> list[str] | str:
@@ -151,10 +144,8 @@ def texts_or_message(path) -> list[str] | str:
     st.sampled_from(["csv", "jsonl", "parquet"]),
     st.booleans(),
 )
-@settings(
-    max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-def test_whatever_a_file_holds_it_is_read_or_told_in_one_line(tmp_path, scraps, kind, packed):
+@settings(max_examples=500, **FIXTURE)
+def test_whatever_a_file_holds_it_is_read_or_reported_in_one_line(tmp_path, scraps, kind, packed):
     path = tmp_path / f"meta.{kind}"
     path.write_bytes(gzip.compress(b"".join(scraps)) if packed else b"".join(scraps))
     found = texts_or_message(path)
@@ -167,13 +158,8 @@ def test_whatever_a_file_holds_it_is_read_or_told_in_one_line(tmp_path, scraps, 
 
 
 @given(st.data())
-@settings(
-    max_examples=200,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-def test_a_damaged_parquet_file_is_read_or_told_in_one_line(tmp_path, data):
+@settings(max_examples=200, derandomize=True, **FIXTURE)
+def test_damaged_parquet_file_is_read_or_reported_in_one_line(tmp_path, data):
     whole = written(tmp_path, "parquet").read_bytes()
     found = texts_or_message(damaged(whole, tmp_path / "damaged.parquet", data))
     assert isinstance(found, list) or "\n" not in found
@@ -181,12 +167,12 @@ def test_a_damaged_parquet_file_is_read_or_told_in_one_line(tmp_path, data):
 
 def test_columns_that_are_not_there_are_named(tmp_path):
     path = written(tmp_path, "csv")
-    with pytest.raises(
-        DataError, match=r":2: no column sku, only asin, brand, categories, price, title"
+    for options, message in (
+        ({"id_column": "sku"}, ":2: no column sku, only asin, brand, categories, price, title"),
+        ({"text_columns": ["title", "colour"]}, "no column colour, only asin.*--text-columns"),
     ):
-        read_descriptions(path, IDS, id_column="sku")
-    with pytest.raises(DataError, match=r"no column colour, only asin.*--text-columns"):
-        read_descriptions(path, IDS, text_columns=["title", "colour"])
+        with pytest.raises(DataError, match=message):
+            read_descriptions(path, IDS, **options)
 
 
 def test_like_texts_have_like_vectors_and_empty_ones_none():
@@ -201,7 +187,7 @@ def test_like_texts_have_like_vectors_and_empty_ones_none():
     assert np.array_equal(vectors, text_vectors(texts, 64, seed=0))
 
 
-def test_a_word_that_all_share_tells_nothing():
+def test_word_that_all_share_tells_nothing():
     vectors = text_vectors([f"the {word}" for word in ("rose", "comb", "soap", "rose")], 64, seed=0)
     alike = vectors @ vectors.T
     assert alike[0, 3] == pytest.approx(alike[0, 0])

@@ -1,5 +1,4 @@
-"""The largest factors of a sparse matrix: numpy's, and the same bits whatever the number of
-threads."""
+"""The largest factors of a sparse matrix: numpy's, and the same bits at any number of threads."""
 
 import os
 import subprocess
@@ -25,10 +24,7 @@ def test_eigenvalues_and_vectors_are_those_of_numpy(size):
 def decaying(rows: int, columns: int) -> np.ndarray:
     """A matrix whose singular values fall from 30 to nothing, half of them each."""
     rng = np.random.default_rng(0)
-    left, right = (
-        np.linalg.qr(rng.normal(size=(rows, rows)))[0],
-        np.linalg.qr(rng.normal(size=(columns, columns)))[0],
-    )
+    left, right = (np.linalg.qr(rng.normal(size=(size, size)))[0] for size in (rows, columns))
     rank = min(rows, columns)
     return left[:, :rank] @ np.diag(30 * 0.5 ** np.arange(rank)) @ right[:, :rank].T
 
@@ -47,39 +43,31 @@ def test_factor_rows_are_those_of_the_singular_value_decomposition(rows, columns
     np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-6)
 
 
-def test_a_matrix_of_lower_rank_and_one_of_zeros_have_factors():
+def test_matrix_of_lower_rank_and_one_of_zeros_have_factors():
     one = np.outer(np.arange(1, 7), np.ones(5))
     found = factor_rows(sp.csr_matrix(one), 4, seed=0)
-    np.testing.assert_allclose(
-        found @ found.T, np.outer(np.arange(1, 7), np.arange(1, 7)) * (5 / np.sqrt(91 * 5))
-    )
+    expected = np.outer(np.arange(1, 7), np.arange(1, 7)) * (5 / np.sqrt(91 * 5))
+    np.testing.assert_allclose(found @ found.T, expected)
     assert not factor_rows(sp.csr_matrix((6, 5)), 4, seed=0).any()
 
 
 PROGRAM = """
 import hashlib
 import numpy as np, scipy.sparse as sp
-from genrec_shards.factors import factor_rows
+from genrec_shards.numbering.truncated_eigen import factor_rows
 rng = np.random.default_rng(0)
 matrix = sp.random(3000, 2500, 0.004, format="csr", rng=rng, dtype=np.float64)
 print(hashlib.sha256(factor_rows(matrix, 64, 0).tobytes()).hexdigest())
 """
 
 
-def test_the_bits_do_not_depend_on_threads():
+def test_bits_do_not_depend_on_threads():
     digests = set()
     for threads in ("1", "2", "5"):
-        limits = dict.fromkeys(
-            ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads
-        )
-        environment = {**os.environ, **limits, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM],
-            capture_output=True,
-            text=True,
-            env=environment,
-            check=True,
-            timeout=300,
-        )
-        digests.add(done.stdout.strip())
+        names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+        own = dict.fromkeys(names, threads) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", PROGRAM]
+        done = subprocess.run(command, env=os.environ | own, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        digests.add(done.stdout)
     assert len(digests) == 1

@@ -1,5 +1,5 @@
-"""Hierarchical codes through the doors: what prepare keeps of them, says of them and refuses, and
-how words are cut."""
+"""Hierarchical codes by the commands: what prepare keeps, prints and refuses, and how the words are
+tokenized."""
 
 from __future__ import annotations
 
@@ -41,59 +41,59 @@ def data(log: Path) -> Path:
     return dataset.path
 
 
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def digests(folder: Path) -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-    }
+    return {path.name: sha256(path) for path in sorted(folder.iterdir()) if path.is_file()}
 
 
 def info(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "dataset.json").read_text())
 
 
-def refused(capfd: pytest.CaptureFixture[str], code: int, arguments: list[Any]) -> str:
-    capfd.readouterr()
-    assert run_command([str(argument) for argument in arguments]) == code
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("genrec: "), captured.err
-    assert captured.err.count("\n") == 1, captured.err
-    return captured.err
+def collaborative(source: Path, out: Path, levels: tuple[int, ...] = (6, 4), **more: Any) -> Any:
+    return prepare(source, out, numbering="collaborative", levels=levels, **more)
 
 
-def table(folder: Path, items: list[str]) -> Path:
+def table_of_texts(folder: Path, data: Path) -> Path:
+    """Texts of three items in four."""
     path = folder / "meta.csv"
-    lines = [
-        f"{item},thing number {row % 9} of kind {row % 5}"
-        for row, item in enumerate(items)
-        if row % 4
-    ]
-    path.write_text("\n".join(["asin,title", *lines]) + "\n")
+    lines = ["asin,title"]
+    for row, item in enumerate(load_dataset(data).sequences.item_ids):
+        if row % 4:
+            lines.append(f"{item},thing number {row % 9} of kind {row % 5}")
+    path.write_text("\n".join(lines) + "\n")
     return path
 
 
-def test_what_codes_were_made_of_is_kept_and_loads_back(log, tmp_path):
-    written = prepare(log, tmp_path / "data", numbering="collaborative", levels=[6, 4])
+def test_hierarchy_is_kept_and_loads_back(log, tmp_path):
+    written = collaborative(log, tmp_path / "data")
     assert info(tmp_path / "data")["hierarchy"] == {
-        "made_from": "co-occurrence", "levels": [6, 4], "dims": 64, "window": 6, "file": None, "file_sha256": None,
-        "trained_through": "n-2", "unseen": 0, "placed_at_random": 0,
-    }  # fmt: skip
+        "made_from": "co-occurrence",
+        "levels": [6, 4],
+        "dims": 64,
+        "window": 6,
+        "file": None,
+        "file_sha256": None,
+        "trained_through": "n-2",
+        "unseen": 0,
+        "placed_at_random": 0,
+    }
     loaded = load_dataset(tmp_path / "data")
     assert loaded.numbering == written.numbering
     assert loaded.info == written.info
 
 
-def test_other_numberings_leave_the_files_of_before(log, tmp_path):
-    fields = info(prepare(log, tmp_path / "data").path)
-    assert "hierarchy" not in fields
-    assert "described_by" not in fields
+def test_other_numberings_leave_the_file_without_hierarchy(data):
+    fields = info(data)
+    assert not {"hierarchy", "described_by"} & set(fields)
     assert fields["format_version"] == 1
 
 
-def test_a_damaged_hierarchy_is_told_in_one_line(log, tmp_path):
-    folder = prepare(log, tmp_path / "data", numbering="collaborative").path
+def test_damaged_hierarchy_is_reported_in_one_line(log, tmp_path):
+    folder = collaborative(log, tmp_path / "data").path
     (folder / "dataset.json").write_text(json.dumps(info(folder) | {"hierarchy": {"levels": [3]}}))
     with pytest.raises(ValueError, match=r"not a dataset\.json") as caught:
         load_dataset(folder)
@@ -101,29 +101,22 @@ def test_a_damaged_hierarchy_is_told_in_one_line(log, tmp_path):
 
 
 def test_data_is_numbered_anew_without_its_log_and_keeps_its_shards(log, data, tmp_path):
-    anew = prepare(data, tmp_path / "anew", format="data", numbering="collaborative", levels=[6, 4])
-    direct = prepare(log, tmp_path / "direct", numbering="collaborative", levels=[6, 4])
-    assert digests(anew.path) == digests(direct.path)
+    anew = collaborative(data, tmp_path / "anew", format="data")
+    assert digests(anew.path) == digests(collaborative(log, tmp_path / "direct").path)
     assert anew.info.sequences_hash == ShardReader(data / "shards").manifest.sequences_hash
     again = prepare(anew.path, tmp_path / "again", format="data")
     assert digests(again.path).items() <= digests(data).items()
 
 
 def test_texts_are_kept_and_found_again(log, data, tmp_path):
-    items = load_dataset(data).sequences.item_ids
-    meta = table(tmp_path, items)
+    meta = table_of_texts(tmp_path, data)
     made = prepare(log, tmp_path / "made", numbering="semantic", items=meta)
-    assert made.numbering.hierarchy is not None
-    assert made.numbering.hierarchy.placed_at_random == 32
-    assert (made.numbering.hierarchy.made_from, made.numbering.hierarchy.trained_through) == (
-        "text",
-        None,
-    )
-    assert made.numbering.hierarchy.file_sha256 == hashlib.sha256(meta.read_bytes()).hexdigest()
+    hierarchy = made.numbering.hierarchy
+    assert (hierarchy.made_from, hierarchy.trained_through) == ("text", None)
+    assert (hierarchy.placed_at_random, hierarchy.file_sha256) == (32, sha256(meta))
     kept = prepare(log, tmp_path / "kept", items=meta)  # random codes, texts beside them
     loaded = load_dataset(tmp_path / "kept")
-    assert loaded.descriptions is not None
-    assert loaded.descriptions.texts == kept.descriptions.texts  # type: ignore[union-attr]
+    assert loaded.descriptions.texts == kept.descriptions.texts
     assert loaded.descriptions.texts[1] == "thing number 1 of kind 1"
     meta.unlink()
     anew = prepare(tmp_path / "kept", tmp_path / "anew", format="data", numbering="semantic")
@@ -138,130 +131,98 @@ def vectors_file(path: Path, data: Path, trained_through: str = "n-2") -> Path:
     return path
 
 
-def test_prepare_says_what_codes_are_made_of_and_how_even_they_are(log, data, tmp_path, capfd):
-    command = ["prepare", str(log), "--numbering", "collaborative", "--levels", "6,4", "--out"]
-    assert run_command([*command, str(tmp_path / "one")]) == 0
-    said = capfd.readouterr().out
-    assert (
-        "made from co-occurrence, trained through n-2; 0 collisions; 0 items unseen in training"
-        in said
-    )
-    assert "level 1: 6 beginnings of 20 to 22 items" in said
-    assert "level 3: 128 beginnings of 1 to 1 items (median 1), entropy share 1.0000" in said
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]):
+    """Runs `prepare`: what it prints, or with a code above 0 its one line of error."""
+
+    def run(code: int, *arguments: Any) -> str:
+        capfd.readouterr()
+        assert run_command(["prepare", *map(str, arguments)]) == code
+        captured = capfd.readouterr()
+        if code == 0:
+            return captured.out
+        assert captured.out == ""
+        assert captured.err.startswith("genrec: "), captured.err
+        assert captured.err.count("\n") == 1, captured.err
+        return captured.err
+
+    return run
+
+
+def test_prepare_says_what_codes_are_made_of_and_how_even_they_are(log, data, tmp_path, run):
+    start = [log, "--numbering", "collaborative", "--levels", "6,4", "--out"]
+    printed = run(0, *start, tmp_path / "one")
+    made_from = "made from co-occurrence, trained through n-2; 0 collisions; 0 items unseen"
+    assert made_from in printed
+    assert "level 1: 6 beginnings of 20 to 22 items" in printed
+    assert "level 3: 128 beginnings of 1 to 1 items (median 1), entropy share 1.0000" in printed
     assert json.loads((tmp_path / "one" / "audit.json").read_text())["leaks"] is False
+
     vectors = vectors_file(tmp_path / "v.safetensors", data)
-    assert run_command([*command, str(tmp_path / "two"), "--vectors", str(vectors)]) == 0
-    assert "made from vectors (v.safetensors), trained through n-2" in capfd.readouterr().out
-    assert (
-        info(tmp_path / "two")["hierarchy"]["file_sha256"]
-        == hashlib.sha256(vectors.read_bytes()).hexdigest()
-    )
+    printed = run(0, *start, tmp_path / "two", "--vectors", vectors)
+    assert "made from vectors (v.safetensors), trained through n-2" in printed
+    assert info(tmp_path / "two")["hierarchy"]["file_sha256"] == sha256(vectors)
+
     vectors_file(vectors, data, "n-1")
-    arguments = [*command, tmp_path / "three", "--vectors", vectors]
-    assert "have seen the validation targets" in refused(capfd, 1, arguments)
-    assert run_command([*map(str, arguments), "--vectors-trained-through", "n-1"]) == 0
+    arguments = [*start, tmp_path / "three", "--vectors", vectors]
+    assert "have seen the validation targets" in run(1, *arguments)
+    run(0, *arguments, "--vectors-trained-through", "n-1")
     assert info(tmp_path / "three")["hierarchy"]["trained_through"] == "n-1"
-    meta = table(tmp_path, load_dataset(data).sequences.item_ids)
-    arguments = [
-        "prepare",
-        data,
-        "--format",
-        "data",
-        "--numbering",
-        "semantic",
-        "--items",
-        meta,
-        "--out",
-        tmp_path / "four",
-    ]
-    assert run_command([str(argument) for argument in [*arguments, "--text-columns", "title"]]) == 0
-    assert (
-        "made from text (meta.csv); 0 collisions; 0 items unseen in training, 32 placed at random"
-        in (capfd.readouterr().out)
-    )
+
+    meta, of_data = table_of_texts(tmp_path, data), [data, "--format", "data"]
+    arguments = [*of_data, "--numbering", "semantic", "--items", meta, "--out", tmp_path / "four"]
+    printed = run(0, *arguments, "--text-columns", "title")
+    assert "made from text (meta.csv); 0 collisions; 0 items unseen in training, 32 p" in printed
 
 
-def test_refusals_are_one_line_and_leave_nothing(log, data, tmp_path, capfd):
-    out = tmp_path / "out"
-    start = ["prepare", log, "--out", out]
-    assert "as 64,64" in refused(
-        capfd, 2, [*start, "--numbering", "collaborative", "--levels", "64;64"]
-    )
-    assert "levels 0: give" in refused(
-        capfd, 1, [*start, "--numbering", "collaborative", "--levels", "0"]
-    )
-    assert "only collaborative and semantic" in refused(capfd, 1, [*start, "--levels", "8"])
-    assert "give --items META" in refused(capfd, 1, [*start, "--numbering", "semantic"])
-    absent = tmp_path / "absent.safetensors"
-    assert f"{absent}: no such file" in refused(
-        capfd, 1, [*start, "--numbering", "collaborative", "--vectors", absent]
-    )
-    assert "choose another output" in refused(
-        capfd, 1, ["prepare", data, "--format", "data", "--out", data, "--overwrite"]
-    )
-    assert "dataset.json: no such file" in refused(
-        capfd, 1, ["prepare", tmp_path, "--format", "data", "--out", out]
-    )
+def test_refusals_are_one_line_and_leave_nothing(log, data, tmp_path, run):
+    out, absent = tmp_path / "out", tmp_path / "absent.safetensors"
+    start = [log, "--out", out]
+    codes = [*start, "--numbering", "collaborative"]
+    assert "as 64,64" in run(2, *codes, "--levels", "64;64")
+    assert "levels 0: give" in run(1, *codes, "--levels", "0")
+    assert "only collaborative and semantic" in run(1, *start, "--levels", "8")
+    assert "give --items META" in run(1, *start, "--numbering", "semantic")
+    assert f"{absent}: no such file" in run(1, *codes, "--vectors", absent)
+    over_itself = [data, "--format", "data", "--out", data, "--overwrite"]
+    assert "choose another output" in run(1, *over_itself)
+    nothing = [tmp_path, "--format", "data", "--out", out]
+    assert "dataset.json: no such file" in run(1, *nothing)
     assert list(tmp_path.iterdir()) == []
     assert (data / "shards" / "manifest.json").exists()
 
 
-def test_the_bytes_do_not_depend_on_threads_or_process(log, tmp_path):
-    found = set()
-    for threads in ("1", "3"):
-        limits = dict.fromkeys(
-            ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads
-        )
-        environment = {
-            **os.environ,
-            **limits,
-            "PYTHONPATH": os.pathsep.join(sys.path),
-            "PYTHONHASHSEED": threads,
-        }
-        program = (
-            "import sys; from genrec_shards.prepare import prepare; "
-            "prepare(sys.argv[1], sys.argv[2], numbering='collaborative')"
-        )
-        out = tmp_path / threads
-        subprocess.run(
-            [sys.executable, "-c", program, str(log), str(out)],
-            env=environment,
-            check=True,
-            timeout=300,
-        )
-        found.add(json.dumps(digests(out)))
-    assert len(found) == 1
-    assert digests(prepare(log, tmp_path / "here", numbering="collaborative").path) == json.loads(
-        found.pop()
+def test_bytes_do_not_depend_on_threads_or_process(log, tmp_path):
+    program = (
+        "import sys; from genrec_shards.prepare import prepare; "
+        "prepare(sys.argv[1], sys.argv[2], numbering='collaborative')"
     )
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "PYTHONHASHSEED")
+    expected = digests(prepare(log, tmp_path / "here", numbering="collaborative").path)
+    for threads in ("1", "3"):
+        limits = dict.fromkeys(names, threads) | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", program, str(log), str(tmp_path / threads)]
+        subprocess.run(command, env=os.environ | limits, check=True, timeout=300)
+        assert digests(tmp_path / threads) == expected
 
 
-def test_a_large_vocabulary_makes_each_level_one_token_of_its_own(log, tmp_path):
-    dataset = prepare(log, tmp_path / "data", numbering="collaborative", levels=[12, 4])
-    codes = dataset.numbering
+def test_large_vocabulary_makes_each_level_one_token_of_its_own(log, tmp_path):
+    codes = collaborative(log, tmp_path / "data", (12, 4)).numbering
     tokenizer = train_tokenizer(codes.item_codes, 1024)
     words = build_words(tokenizer, codes.item_codes, codes.user_codes)
     tokens, offsets = words.tokens_of_items()
     assert (np.diff(offsets) == 3).all()
-    levels = tokens.reshape(-1, 3)
-    spoken = [set(level.tolist()) for level in levels.T]
-    assert not (spoken[0] & spoken[1])
-    assert not (spoken[0] & spoken[2])
-    assert not (spoken[1] & spoken[2])
-    assert [len(level) for level in spoken] == [
-        12,
-        4,
-        len({code.split("-")[2] for code in codes.item_codes}),
-    ]
-    assert tokenizer.tokenize(f" item_{codes.item_codes[0]}")[1:] == [
-        f"-{part}" for part in codes.item_codes[0].split("-")[1:]
-    ]
+    levels = [set(level.tolist()) for level in tokens.reshape(-1, 3).T]
+    assert len(set.union(*levels)) == sum(map(len, levels))
+    numbers = {code.split("-")[2] for code in codes.item_codes}
+    assert [len(level) for level in levels] == [12, 4, len(numbers)]
+    first, *others = codes.item_codes[0].split("-")
+    assert tokenizer.tokenize(f" item_{codes.item_codes[0]}")[1:] == [f"-{one}" for one in others]
+    assert first.startswith("a")
 
 
-def test_a_small_vocabulary_never_joins_two_levels(log, tmp_path):
-    codes = prepare(
-        log, tmp_path / "data", numbering="collaborative", levels=[12, 4]
-    ).numbering.item_codes
+def test_small_vocabulary_never_joins_two_levels(log, tmp_path):
+    codes = collaborative(log, tmp_path / "data", (12, 4)).numbering.item_codes
     tokenizer = train_tokenizer(codes, 290)
     for code in codes:
         pieces = tokenizer.tokenize(f" item_{code}")

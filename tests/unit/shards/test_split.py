@@ -324,7 +324,7 @@ def test_a_data_directory_says_its_dates_and_is_checked_against_them(tmp_path):
     assert (
         f"tested from there on: {len(view['validation'].users)} users" in cleaning_told(dataset)[1]
     )
-    assert dataset.info.split_told == f"global-time {DATES}"
+    assert dataset.info.split_name == f"global-time {DATES}"
     assert dataset.sequences.periods is not None
     loaded = [dataset.sequences.periods.training_U, dataset.sequences.periods.known_U]
     first = [moment(date, "") for date in DATES.split(",")]
@@ -356,7 +356,7 @@ def test_times_that_are_missing_are_told(tmp_path):
 def test_a_new_numbering_keeps_the_split_and_the_shards(tmp_path):
     path = prepared(tmp_path / "a")
     anew = prepare(path, tmp_path / "anew", numbering="train-order", format="data")
-    assert anew.info.split_told == f"global-time {DATES}"
+    assert anew.info.split_name == f"global-time {DATES}"
     assert anew.info.sequences_hash == ShardReader(path / "shards").manifest.sequences_hash
     assert load_dataset(tmp_path / "anew").sequences.history_and_target("test").users.tolist()
     with pytest.raises(ValueError, match="a data directory keeps its split"):

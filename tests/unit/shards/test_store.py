@@ -1,38 +1,47 @@
-"""Shards behind an address: exact, one record at a time, patient with servers that fail, deaf to
-addresses that are no data."""
+"""Shards at an address: exact, one record at a time, servers that fail asked again, other addresses
+refused."""
 
+import datetime
 import gc
+import ipaddress
 import multiprocessing
 import os
 import pickle
-import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 from faulty_server import FaultyServer, serving
 from genrec_shards.dataset import Dataset
 from genrec_shards.errors import DataError
 from genrec_shards.storage.reader import ShardReader
-from genrec_shards.storage.remote import Patience, RemoteFiles, check_address, is_address
-from genrec_shards.storage.write import write_shards
+from genrec_shards.storage.remote import RemoteFiles, RetryPolicy, check_address, is_address
 from shard_damage import Canary, npy, replace_record
-from shard_data import make_dataset
+from shard_data import NUM_USERS, check_gather, make_dataset, shard
 from two_ranks import environment
 
-NUM_USERS = 150
-EVERYONE = np.arange(NUM_USERS)[::-1]
-QUICK = Patience(attempts=3, first_wait=0.02, longest_wait=0.1, stall=10, deadline=60)
+EVERYONE = list(range(NUM_USERS))[::-1]
+QUICK = RetryPolicy(attempts=3, first_wait=0.02, longest_wait=0.1, stall=10, deadline=60)
+STALLING = RetryPolicy(attempts=3, first_wait=0.02, stall=0.5, deadline=60)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Dataset:
     folder = tmp_path_factory.mktemp("store")
-    dataset = make_dataset(folder, num_users=NUM_USERS)
-    write_shards(dataset, folder / "shards", users_per_shard=64, users_per_record=16)
+    dataset = make_dataset(folder)
+    shard(dataset, folder / "shards")
     return dataset
+
+
+@pytest.fixture(scope="module")
+def local(made) -> ShardReader:
+    return ShardReader(made.path.parent / "shards")
 
 
 @pytest.fixture
@@ -46,55 +55,37 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GENREC_CACHE", str(tmp_path / "cache"))
 
 
-def open_remote(server: FaultyServer, patience: Patience = QUICK, **more) -> ShardReader:
-    return ShardReader(f"{server.url}/shards", patience=patience, **more)
-
-
-def check_everyone(reader: ShardReader, dataset: Dataset) -> None:
-    items, offsets = reader.gather(EVERYONE)
-    assert np.array_equal(np.diff(offsets), dataset.sequences.lengths[EVERYONE])
-    expected = [
-        dataset.sequences.items[slice(*dataset.sequences.offsets[[user, user + 1]])]
-        for user in EVERYONE
-    ]
-    assert np.array_equal(items, np.concatenate(expected))
+def open_remote(server: FaultyServer, retry: RetryPolicy = QUICK, **more) -> ShardReader:
+    return ShardReader(f"{server.url}/shards", retry=retry, **more)
 
 
 def fail(server: FaultyServer, fault: str, name: str, times: int = 10**9) -> None:
     """The first `times` requests of the file meet the fault."""
+    server.requests.clear()
     server.fault = lambda path, number: (
         fault if path.endswith(name) and len(server.of(name)) <= times else None
     )
 
 
-def test_an_address_gives_what_the_directory_gives_and_asks_for_each_record_once(made, server):
+def test_address_gives_what_the_directory_gives_and_is_asked_once_for_each_record(made, server):
     reader = open_remote(server)
-    check_everyone(reader, made)
-    check_everyone(reader, made)
+    for _ in range(2):
+        check_gather(reader, made, EVERYONE)
     parts = {
-        (shard.name, record.offset, record.bytes)
-        for shard in reader.manifest.shards
-        for record in shard.records
+        (f"/shards/{one.name}", f"bytes={entry.offset}-{entry.offset + entry.bytes - 1}")
+        for one in reader.manifest.shards
+        for entry in one.records
     }
-    asked = [
-        (path, re.fullmatch(r"bytes=(\d+)-(\d+)", part)) for path, part in server.requests if part
-    ]
-    assert len(asked) == 10
-    assert {
-        (path.removeprefix("/shards/"), int(m[1]), int(m[2]) - int(m[1]) + 1) for path, m in asked
-    } == parts
-    assert len(server.requests) == reader.traffic.requests == 12  # and the manifest and the lengths
-    assert server.bytes_sent == reader.traffic.bytes_fetched
-    assert reader.traffic.bytes_used == sum(size for *_, size in parts) + len(
-        (made.path.parent / "shards" / "lengths.npy").read_bytes()
-    )
+    assert sorted(request for request in server.requests if request[1]) == sorted(parts)
+    stats = reader.fetch_stats
+    assert len(server.requests) == stats.requests == len(parts) + 2  # the manifest and the lengths
+    assert stats.bytes_fetched == server.bytes_sent
+    manifest = (made.path.parent / "shards" / "manifest.json").stat().st_size
+    assert stats.bytes_used == server.bytes_sent - manifest
     second = open_remote(server)
-    check_everyone(second, made)
-    assert (second.traffic.requests, second.traffic.cache_hits) == (
-        1,
-        11,
-    )  # the manifest alone comes again
-    assert ShardReader(made.path.parent / "shards").traffic.requests == 0
+    check_gather(second, made, EVERYONE)
+    # The manifest alone comes again.
+    assert (second.fetch_stats.requests, second.fetch_stats.cache_hits) == (1, len(parts) + 1)
 
 
 FAULTS = [
@@ -113,41 +104,39 @@ FAULTS = [
 
 
 @pytest.mark.parametrize(("fault", "message", "attempts"), FAULTS)
-def test_a_lasting_fault_ends_in_one_line_that_names_the_shard(server, fault, message, attempts):
-    reader = open_remote(
-        server, Patience(attempts=3, first_wait=0.02, stall=0.5, deadline=60), cache_bytes=0
-    )
+def test_lasting_fault_ends_in_one_line_that_names_the_record(server, fault, message, attempts):
+    reader = open_remote(server, STALLING, cache_bytes=0)
+    before = reader.fetch_stats.requests
     fail(server, fault, "shard-000001.tar")
     with pytest.raises(DataError, match=message) as caught:
         reader.gather(np.array([70]))
     assert f"{server.url}/shards/shard-000001.tar: record 4: " in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert attempts is None or len(server.of("shard-000001.tar")) == attempts
-    assert (
-        reader.gather(np.array([0]))[1][1] == reader.lengths[0]
-    )  # the other tars are as they were
+    if attempts is not None:
+        assert len(server.of("shard-000001.tar")) == attempts
+        assert reader.fetch_stats.requests == before + attempts
+    # The other tars are as they were.
+    assert reader.gather(np.array([0]))[1][1] == reader.lengths[0]
 
 
 @pytest.mark.parametrize("fault", [fault for fault, _, attempts in FAULTS if attempts != 1])
-def test_a_passing_fault_is_survived(made, server, fault):
-    patience = Patience(attempts=12, first_wait=0.02, longest_wait=0.1, stall=0.5, deadline=60)
+def test_passing_fault_is_survived(made, server, fault):
+    retry = RetryPolicy(attempts=12, first_wait=0.02, longest_wait=0.1, stall=0.5, deadline=60)
     fail(server, fault, "shard-000001.tar", times=2)
-    check_everyone(open_remote(server, patience), made)
+    check_gather(open_remote(server, retry), made, EVERYONE)
     assert len(server.of("shard-000001.tar")) >= 6  # four records and two failures
 
 
 @pytest.mark.parametrize(
     ("name", "fault"), [("manifest.json", "truncate"), ("lengths.npy", "wrong bytes")]
 )
-def test_manifest_and_lengths_are_asked_for_as_patiently(made, server, name, fault):
+def test_manifest_and_lengths_are_asked_for_again_too(made, server, name, fault):
     fail(server, fault, name, times=1)
-    check_everyone(open_remote(server), made)
+    check_gather(open_remote(server), made, EVERYONE)
     fail(server, fault, name)
-    server.requests.clear()
-    with pytest.raises(DataError, match=f"{server.url}/shards/{name}: ") as caught:
+    with pytest.raises(DataError, match=f"{server.url}/shards/{name}: .*3 attempts"):
         open_remote(server, cache_bytes=0)
     assert len(server.of(name)) == 3
-    assert "3 attempts" in str(caught.value)
 
 
 def test_waits_grow_and_the_deadline_ends_them(server, monkeypatch):
@@ -157,38 +146,40 @@ def test_waits_grow_and_the_deadline_ends_them(server, monkeypatch):
     monkeypatch.setattr(remote.time, "sleep", waited.append)
     fail(server, "500", "lengths.npy")
     with pytest.raises(DataError, match="7 attempts"):
-        open_remote(server, Patience(attempts=7, first_wait=1, longest_wait=10, deadline=100))
+        open_remote(server, RetryPolicy(attempts=7, first_wait=1, longest_wait=10, deadline=100))
     longest = [1, 2, 4, 8, 10, 10]
     assert len(waited) == len(longest)
     assert all(most / 2 <= wait <= most for wait, most in zip(waited, longest, strict=True))
     monkeypatch.undo()
     server.requests.clear()
+    endless = RetryPolicy(attempts=10**6, first_wait=0.05, longest_wait=0.1, deadline=1)
     with pytest.raises(DataError, match="answers 500"):
-        open_remote(server, Patience(attempts=10**6, first_wait=0.05, longest_wait=0.1, deadline=1))
+        open_remote(server, endless)
     assert 3 <= len(server.of("lengths.npy")) < 100
 
 
-def test_a_server_that_trickles_is_given_up_at_the_deadline(server):
+def test_server_that_trickles_is_given_up_at_the_deadline(server):
     fail(server, "trickle", "shard-000000.tar")  # fast enough for `stall`, 90 s in all
-    reader = open_remote(server, Patience(attempts=3, stall=10, deadline=1), cache_bytes=0)
+    reader = open_remote(server, RetryPolicy(attempts=3, stall=10, deadline=1), cache_bytes=0)
     with pytest.raises(DataError, match="not all in 1 s"):
         reader.record(0)
 
 
-def test_a_failing_server_does_not_cost_the_patience_of_every_record(made, tmp_path):
-    write_shards(made, tmp_path / "shards", users_per_shard=64, users_per_record=1)
+def test_first_failing_record_ends_the_requests_of_the_others(made, tmp_path):
+    shard(made, tmp_path / "shards", users_per_record=1)
     with serving(tmp_path) as server:
         reader = open_remote(server, cache_bytes=0)
         server.fault = lambda path, number: "500"
         with pytest.raises(DataError, match="3 attempts"):
-            reader.gather(EVERYONE)
+            reader.gather(np.array(EVERYONE))
         assert len(set(server.requests[2:])) < NUM_USERS / 2
 
 
 def test_answers_are_not_unpacked(made, server):
-    """A compressed answer could be of any size."""
+    """A compressed answer could be of any size: the bytes are taken as they are, and sha256
+    decides."""
     fail(server, "gzip", "shard-000000.tar")
-    check_everyone(open_remote(server), made)  # the bytes are taken as they are, and sha256 decides
+    check_gather(open_remote(server), made, EVERYONE)
 
 
 REFUSED = [
@@ -267,44 +258,43 @@ def test_what_is_an_address():
 
 def test_redirects_lead_to_allowed_servers_alone(made, server, tmp_path):
     (tmp_path / "empty").mkdir()
+    targets = ["http://192.0.2.1/x", "http://example.invalid/x", "file:///etc/passwd", "pipe:touch"]
     with serving(tmp_path / "empty") as first:
         first.redirect = lambda path: server.url + path
-        check_everyone(open_remote(first, cache_bytes=0), made)
-        for target in (
-            "http://192.0.2.1/x",
-            "http://example.invalid/x",
-            "file:///etc/passwd",
-            "pipe:touch CANARY",
-        ):
+        check_gather(open_remote(first, cache_bytes=0), made, EVERYONE)
+        for target in targets:
             first.redirect = lambda path, target=target: target
             with pytest.raises(DataError, match=r"is not allowed|connection fails"):
                 open_remote(first)
 
 
-def test_a_server_over_https_is_checked_and_may_not_send_us_to_this_machine(made, tmp_path):
+OVER_HTTPS = """
+import sys, ssl
+from pathlib import Path
+import faulty_server
+from genrec_shards.storage.reader import ShardReader
+from genrec_shards.storage.remote import RetryPolicy
+folder, certificate, key = sys.argv[1:]
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain(certificate, key)
+quick = RetryPolicy(attempts=2, first_wait=0.01)
+with faulty_server.serving(Path(folder), context) as server:
+    def read():
+        try:
+            reader = ShardReader(server.url + '/shards', retry=quick)
+            return 'users', reader.record(0).users.size
+        except ValueError as error:
+            return error
+    print(read())
+    server.redirect = lambda path: 'http://127.0.0.1:9/x'
+    print(read())
+"""
+
+
+def test_https_server_is_checked_and_may_not_redirect_to_this_machine(made, tmp_path):
     """In processes of their own: certificates are read when a program starts."""
     certificate = make_certificate(tmp_path)
-    program = (
-        "import sys, ssl, threading\n"
-        "from pathlib import Path\n"
-        "import faulty_server\n"
-        "from genrec_shards.storage.reader import ShardReader\n"
-        "from genrec_shards.storage.remote import Patience\n"
-        "folder, certificate, key = sys.argv[1:]\n"
-        "context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)\n"
-        "context.load_cert_chain(certificate, key)\n"
-        "with faulty_server.serving(Path(folder), context) as server:\n"
-        "    def read():\n"
-        "        try:\n"
-        "            reader = ShardReader(server.url + '/shards', patience=Patience(attempts=2, first_wait=.01))\n"
-        "            return 'users', reader.record(0).users.size\n"
-        "        except ValueError as error:\n"
-        "            return error\n"
-        "    print(read())\n"
-        "    server.redirect = lambda path: 'http://127.0.0.1:9/x'\n"
-        "    print(read())\n"
-    )
-    command = [sys.executable, "-c", program, str(made.path.parent), *map(str, certificate)]
+    command = [sys.executable, "-c", OVER_HTTPS, str(made.path.parent), *map(str, certificate)]
     paths = os.pathsep.join(path for path in sys.path if path)
     results = {}
     for name, trusted in (("stranger", {}), ("friend", {"SSL_CERT_FILE": str(certificate[0])})):
@@ -317,40 +307,29 @@ def test_a_server_over_https_is_checked_and_may_not_send_us_to_this_machine(made
     assert "sends us on to http://127.0.0.1, which is not allowed" in results["friend"][1]
 
 
-def make_certificate(folder):
+def make_certificate(folder: Path) -> tuple[Path, Path]:
     """(certificate, key) of localhost and 127.0.0.1, signed by itself."""
-    import datetime
-    import ipaddress
-
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)
-    own_address = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
-    made = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
-        .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(own_address, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )  # fmt: skip
-    (folder / "cert.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
-    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    (folder / "key.pem").write_bytes(key.private_bytes(serialization.Encoding.PEM, *form))
-    return folder / "cert.pem", folder / "key.pem"
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    host = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now - day, now + day)
+    builder = builder.add_extension(host, critical=False)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+    signed = builder.sign(key, hashes.SHA256())
+    pem, plain = serialization.Encoding.PEM, serialization.NoEncryption()
+    paths = folder / "cert.pem", folder / "key.pem"
+    paths[0].write_bytes(signed.public_bytes(pem))
+    paths[1].write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, plain))
+    return paths
 
 
 @pytest.mark.parametrize("member", ["items.npy", "extra.pyd"])
-def test_a_pickle_from_a_server_is_refused_and_never_run(made, tmp_path, member):
-    write_shards(made, tmp_path / "shards", users_per_shard=64, users_per_record=16)
+def test_pickle_from_a_server_is_refused_and_never_run(made, tmp_path, member):
+    shard(made, tmp_path / "shards")
     canary = Canary(tmp_path / "canary")
-    pickled = npy(np.array([canary], dtype=object), allow_pickle=True)
-    replace_record(
-        tmp_path / "shards", lambda members: members.update({f"00000000.{member}": pickled})
-    )
+    pickled = {f"00000000.{member}": npy(np.array([canary], dtype=object), allow_pickle=True)}
+    replace_record(tmp_path / "shards", lambda members: members.update(pickled))
     with serving(tmp_path) as server:
         reader = open_remote(server)
         for _ in range(2):  # from the server, then from the cache
@@ -367,47 +346,53 @@ def gathered(reader: ShardReader, users: np.ndarray, queue) -> None:
     queue.put(reader.gather(users)[0].tolist())
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_used_reader_works_in_another_process_and_still_in_its_own(made, server, method):
+@pytest.mark.parametrize(("method", "turns"), [("fork", 3), ("spawn", 1)])
+def test_used_reader_works_in_another_process_and_still_in_its_own(
+    made, local, server, method, turns
+):
     """A forked child must leave its parent's connections alone: closed there, they fall silent
     here."""
-    once = Patience(attempts=1, stall=20, deadline=60)
-    reader, local = (
-        open_remote(server, once, cache_bytes=0, cache_records=1),
-        ShardReader(made.path.parent / "shards"),
-    )
+    once = RetryPolicy(attempts=1, stall=20, deadline=60)
+    reader = open_remote(server, once, cache_bytes=0, cache_records=1)
     context = multiprocessing.get_context(method)
-    for turn in range(3):
+    for turn in range(turns):
         users = np.arange(turn, NUM_USERS, 7)
         assert np.array_equal(reader.gather(users)[0], local.gather(users)[0])
-        queue = context.Queue()
-        process = context.Process(target=gathered, args=(reader, users[::-1], queue))
-        process.start()
-        assert queue.get(timeout=60) == local.gather(users[::-1])[0].tolist()
-        process.join(60)
-        assert process.exitcode == 0
-    copy = pickle.loads(pickle.dumps(reader))
-    check_everyone(copy, made)
+        for one in (reader, local):
+            queue = context.Queue()
+            process = context.Process(target=gathered, args=(one, users[::-1], queue))
+            process.start()
+            assert queue.get(timeout=60) == local.gather(users[::-1])[0].tolist()
+            process.join(60)
+            assert process.exitcode == 0
+    for one in (reader, local):
+        check_gather(pickle.loads(pickle.dumps(one)), made, EVERYONE)
 
 
-def test_threads_may_share_a_reader(made, server):
-    reader, failures = open_remote(server, cache_records=2), []
+@pytest.mark.parametrize("where", ["directory", "address"])
+def test_threads_may_share_a_reader(made, server, where):
+    if where == "address":
+        reader = open_remote(server, cache_records=2)
+    else:
+        reader = ShardReader(made.path.parent / "shards", cache_records=2)
+    failures = []
 
-    def work() -> None:
+    def work(seed: int) -> None:
         try:
-            for _ in range(3):
-                check_everyone(reader, made)
+            for users in np.random.default_rng(seed).integers(0, NUM_USERS, (10, 8)).tolist():
+                check_gather(reader, made, users)
+            check_gather(reader, made, EVERYONE)
         except Exception as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert failures == []
-    assert len(server.requests) == 12
+    assert len(server.requests) == (12 if where == "address" else 0)
 
 
-def test_a_local_directory_needs_no_package_for_remote_ones(made, monkeypatch):
+def test_local_directory_needs_no_package_for_remote_ones(made, monkeypatch):
     program = (
         "import sys\n"
         "for name in ('fsspec', 'aiohttp', 's3fs'): sys.modules[name] = None\n"
@@ -417,10 +402,18 @@ def test_a_local_directory_needs_no_package_for_remote_ones(made, monkeypatch):
     command = [sys.executable, "-c", program, str(made.path.parent / "shards")]
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "0\n"
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(
-        ValueError, match=r"s3:// needs a package .*: pip install 'genrec-dist\[remote\]'"
-    ):
+    message = r"s3:// needs a package .*: pip install 'genrec-dist\[remote\]'"
+    with pytest.raises(ValueError, match=message):
         ShardReader("s3://bucket/shards")
+
+
+def use_endpoint(monkeypatch, url: str) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    # The clients that are there were made for another endpoint.
+    monkeypatch.setattr("genrec_shards.storage.remote._clients", {})
 
 
 @pytest.fixture
@@ -435,48 +428,34 @@ def s3(monkeypatch):
     server.stop()
 
 
-def use_endpoint(monkeypatch, url: str) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    for name, value in (
-        ("ACCESS_KEY_ID", "key"),
-        ("SECRET_ACCESS_KEY", "secret"),
-        ("DEFAULT_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr(
-        "genrec_shards.storage.remote._clients", {}
-    )  # which were made for another endpoint
-
-
 def test_shards_come_from_s3(made, s3):
     import boto3
 
+    shards = made.path.parent / "shards"
     client = boto3.client("s3")
     client.create_bucket(Bucket="bucket")
-    for path in (made.path.parent / "shards").iterdir():
+    for path in shards.iterdir():
         client.upload_file(str(path), "bucket", f"some/shards/{path.name}")
-    reader = ShardReader("s3://bucket/some/shards/", patience=QUICK)
-    check_everyone(reader, made)
-    assert reader.traffic.requests == 12
-    assert reader.traffic.bytes_fetched - reader.traffic.bytes_used == len(
-        (made.path.parent / "shards" / "manifest.json").read_bytes()
-    )
+    reader = ShardReader("s3://bucket/some/shards/", retry=QUICK)
+    check_gather(reader, made, EVERYONE)
+    stats = reader.fetch_stats
+    assert stats.requests == 12
+    assert stats.bytes_fetched - stats.bytes_used == (shards / "manifest.json").stat().st_size
+
+    def check_error(address: str, record: int, message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            ShardReader(address, retry=QUICK, cache_bytes=0).record(record)
+
+    folder, tar = "s3://bucket/some/shards", "shard-00000{}.tar: record {}: "
     client.delete_object(Bucket="bucket", Key="some/shards/shard-000001.tar")
-    with pytest.raises(
-        DataError, match=r"s3://bucket/some/shards/shard-000001.tar: record 4: no such file"
-    ):
-        ShardReader("s3://bucket/some/shards", patience=QUICK, cache_bytes=0).record(4)
-    with pytest.raises(DataError, match=r"s3://nobody/manifest.json: no such file"):
-        ShardReader("s3://nobody", patience=QUICK)
-    body = (made.path.parent / "shards" / "shard-000000.tar").read_bytes()
+    check_error(folder, 4, f"{folder}/{tar.format(1, 4)}no such file")
+    check_error("s3://nobody", 0, r"s3://nobody/manifest.json: no such file")
+    body = (shards / "shard-000000.tar").read_bytes()
     client.put_object(Bucket="bucket", Key="some/shards/shard-000000.tar", Body=body[:1000])
-    with pytest.raises(
-        DataError, match=r"shard-000000.tar: record 0: 1000 bytes came, expected .* \(3 attempts"
-    ):
-        ShardReader("s3://bucket/some/shards", patience=QUICK, cache_bytes=0).record(0)
+    cut = rf"{tar.format(0, 0)}1000 bytes came, expected .* \(3 attempts"
+    check_error(folder, 0, cut)
     s3.stop()
-    with pytest.raises(DataError, match=r"s3://bucket/some/shards/manifest.json: .* \(3 attempts"):
-        ShardReader("s3://bucket/some/shards", patience=QUICK)
+    check_error(folder, 0, rf"{folder}/manifest.json: .* \(3 attempts")
 
 
 @pytest.mark.parametrize(
@@ -490,32 +469,27 @@ def test_shards_come_from_s3(made, s3):
         ("403", "credentials"),
     ],
 )
-def test_s3_is_asked_as_patiently_and_no_more(made, server, monkeypatch, fault, message):
+def test_s3_is_asked_as_often_and_no_more(made, server, monkeypatch, fault, message):
     """A read of S3 is an HTTP GET of /bucket/key, so the server that fails can stand for it."""
     use_endpoint(monkeypatch, server.url)
-    reader = ShardReader(
-        "s3://shards", patience=Patience(attempts=3, first_wait=0.02, stall=0.5, deadline=60)
-    )
     fail(server, fault, "shard-000001.tar", times=2)
     if fault != "403":
-        check_everyone(reader, made)
-        server.requests.clear()
+        check_gather(ShardReader("s3://shards", retry=STALLING), made, EVERYONE)
     fail(server, fault, "shard-000001.tar")
     with pytest.raises(DataError, match=message) as caught:
-        ShardReader("s3://shards", patience=reader._store.files.patience, cache_bytes=0).record(4)
+        ShardReader("s3://shards", retry=STALLING, cache_bytes=0).record(4)
     assert "\n" not in str(caught.value)
     assert len(server.of("shard-000001.tar")) == (1 if fault == "403" else 3)
 
 
-def test_an_endpoint_on_another_machine_must_be_https(monkeypatch):
-    monkeypatch.setattr("genrec_shards.storage.remote._clients", {})
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://192.0.2.1")
+def test_endpoint_on_another_machine_must_be_https(monkeypatch):
+    use_endpoint(monkeypatch, "http://192.0.2.1")
     with pytest.raises(ValueError, match=r"AWS endpoint http://192\.0\.2\.1: not opened"):
-        ShardReader("s3://bucket/shards", patience=QUICK)
+        ShardReader("s3://bucket/shards", retry=QUICK)
 
 
 def test_our_own_mistakes_are_not_taken_for_a_servers(server, monkeypatch):
     files = RemoteFiles(f"{server.url}/shards", QUICK)
-    monkeypatch.setattr(files, "_request", lambda *arguments: {}["mistake"])
+    monkeypatch.setattr(files, "_read", lambda *arguments: {}["mistake"])
     with pytest.raises(KeyError):
         files.fetch("manifest.json", "place", count=lambda size: None)

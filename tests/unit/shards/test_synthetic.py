@@ -5,18 +5,18 @@ import time
 
 import numpy as np
 import pytest
+from genrec_shards.histories import histories, training_part
 from genrec_shards.sequences import (
     Sequences,
-    flat_ranges,
     read_sequences,
     sequences_from_ids,
     write_sequences,
 )
-from genrec_shards.synthetic import make_process
+from genrec_shards.synthetic import Process, make_process
 
 
 @pytest.fixture(scope="module")
-def process():
+def process() -> Process:
     return make_process()
 
 
@@ -26,18 +26,12 @@ def sequences(process) -> Sequences:
 
 
 def numbers_of(sequences: Sequences) -> np.ndarray:
-    """The process's item numbers of all interactions."""
-    return np.array([int(item) - 1 for item in sequences.item_ids])[sequences.items]
+    """The process's item number of each item row."""
+    return np.array([int(item) - 1 for item in sequences.item_ids])
 
 
-def hit_rate(lists: np.ndarray, targets: np.ndarray, k: int) -> float:
-    return float((lists[:, :k] == targets[:, None]).any(axis=1).mean())
-
-
-def ndcg(lists: np.ndarray, targets: np.ndarray, k: int) -> float:
-    return float(
-        ((lists[:, :k] == targets[:, None]) / np.log2(np.arange(k) + 2)).sum(axis=1).mean()
-    )
+def hit_rate(lists: np.ndarray, targets: np.ndarray) -> float:
+    return float((lists[:, :10] == targets[:, None]).any(axis=1).mean())
 
 
 def test_shape_of_the_sample(process, sequences):
@@ -45,9 +39,13 @@ def test_shape_of_the_sample(process, sequences):
     assert sequences.num_items >= 1000
     assert (sequences.lengths.min(), sequences.lengths.max()) == (8, 20)
     assert abs(sequences.lengths.mean() - 14) < 0.2
+    # No user takes an item twice.
+    users = np.repeat(np.arange(sequences.num_users), sequences.lengths)
+    pairs = users * sequences.num_items + sequences.items
+    assert len(np.unique(pairs)) == sequences.num_interactions
 
 
-def test_the_seeds_decide_and_nothing_else():
+def test_seeds_decide_and_nothing_else():
     def hash_of(seed: int, sample_seed: int = 0) -> str:
         return make_process(64, 8, seed=seed).sample(50, 3, 6, seed=sample_seed).sequences_hash()
 
@@ -55,20 +53,13 @@ def test_the_seeds_decide_and_nothing_else():
     assert len({hash_of(0), hash_of(1), hash_of(0, 1), hash_of(1, 1)}) == 4
 
 
-def test_nobody_takes_an_item_twice(sequences):
-    users = np.repeat(np.arange(sequences.num_users), sequences.lengths)
-    pairs = users * sequences.num_items + sequences.items
-    assert len(np.unique(pairs)) == sequences.num_interactions
-
-
 def test_ids_tell_nothing_of_the_groups(process):
     assert np.abs(np.corrcoef(np.arange(process.num_items), process.group_of)[0, 1]) < 0.1
-    neighbours = (process.group_of[1:] == process.group_of[:-1]).mean()
-    assert neighbours < 0.08  # 1/32 by chance
+    assert (process.group_of[1:] == process.group_of[:-1]).mean() < 0.08  # 1/32 by chance
 
 
 @pytest.mark.parametrize("length", [0, 1, 2, 5, 20])
-def test_probabilities_sum_to_one_over_what_is_new(process, length):
+def test_probabilities_sum_to_one_over_new_items(process, length):
     history = np.random.default_rng(length).permutation(process.num_items)[:length]
     probabilities = process.next_item_probabilities(history)
     assert probabilities.shape == (process.num_items,)
@@ -79,11 +70,9 @@ def test_probabilities_sum_to_one_over_what_is_new(process, length):
 
 def chi_square(observed: np.ndarray, expected: np.ndarray) -> float:
     """In units of its standard deviation above its mean; cells with few cases are joined."""
-    order = np.argsort(-expected)
-    large = expected[order] >= 5
-    observed, expected = observed[order], expected[order]
-    observed = np.append(observed[large], observed[~large].sum())
-    expected = np.append(expected[large], expected[~large].sum())
+    few = expected < 5
+    observed = np.append(observed[~few], observed[few].sum())
+    expected = np.append(expected[~few], expected[few].sum())
     cells = expected > 0
     statistic = ((observed[cells] - expected[cells]) ** 2 / expected[cells]).sum()
     freedom = cells.sum() - 1
@@ -96,30 +85,27 @@ def test_frequencies_agree_with_the_exact_conditionals(length):
     the ranking."""
     process = make_process(64, 8, seed=3, num_classes=3)
     num_users, size = 6000, max(length, 3)
-    items = numbers_of(process.sample(num_users, size, size)).reshape(num_users, size)
+    drawn = process.sample(num_users, size, size)
+    items = numbers_of(drawn)[drawn.items].reshape(num_users, size)
     probabilities = np.stack([process.next_item_probabilities(row[: length - 1]) for row in items])
     targets = items[:, length - 1]
     by_item = chi_square(np.bincount(targets, minlength=64), probabilities.sum(axis=0))
     ranking = np.argsort(-probabilities, axis=1, kind="stable")
     ranks = np.argmax(ranking == targets[:, None], axis=1)
-    by_rank = chi_square(
-        np.bincount(ranks, minlength=64), np.sort(probabilities, axis=1)[:, ::-1].sum(axis=0)
-    )
+    expected = np.sort(probabilities, axis=1)[:, ::-1].sum(axis=0)
+    by_rank = chi_square(np.bincount(ranks, minlength=64), expected)
     assert abs(by_item) < 5
     assert abs(by_rank) < 5
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_the_oracle_is_the_ranking_by_exact_probability(process, split):
+def test_oracle_ranks_by_exact_probability(process, split):
     few = process.sample(200, 3, 9, seed=5)
-    view, numbers = (
-        few.history_and_target(split),
-        np.array([int(item) - 1 for item in few.item_ids]),
-    )
+    past, numbers = histories(few, split), numbers_of(few)
     lists = process.oracle_lists(few, split)
     assert (lists.shape, lists.dtype) == ((200, 20), np.int32)
     for user in range(few.num_users):
-        history = few.items[view.starts[user] : view.ends[user]]
+        history = past.items[past.offsets[user] : past.offsets[user + 1]]
         exact = process.next_item_probabilities(numbers[history])[numbers]
         exact[history] = -1
         assert np.allclose(exact[lists[user]], -np.sort(-exact)[:20], rtol=1e-12, atol=0)
@@ -127,58 +113,37 @@ def test_the_oracle_is_the_ranking_by_exact_probability(process, split):
         assert len(set(lists[user])) == 20
 
 
-def test_the_oracles_hit_rate_is_the_mass_of_its_list_and_a_counter_stays_far_below(
-    process, sequences
-):
-    view = sequences.history_and_target("test")
+def test_oracles_hit_rate_is_the_mass_of_its_list_and_a_counter_stays_far_below(process, sequences):
+    past, numbers = histories(sequences, "test"), numbers_of(sequences)
     started = time.perf_counter()
     lists = process.oracle_lists(sequences, "test")
     assert time.perf_counter() - started < 5
-    numbers = np.array([int(item) - 1 for item in sequences.item_ids])
-    users = np.arange(0, 6000, 4)
-    mass = [
-        process.next_item_probabilities(numbers[sequences.items[view.starts[u] : view.ends[u]]])[
-            numbers[lists[u, :10]]
-        ].sum()
-        for u in users
-    ]
-    ceiling = hit_rate(lists, view.targets, 10)
-    assert abs(hit_rate(lists[users], view.targets[users], 10) - np.mean(mass)) < 4 * 0.5 / np.sqrt(
-        len(users)
-    )
+    users, masses = np.arange(0, 6000, 4), []
+    for user in users:
+        history = numbers[past.items[past.offsets[user] : past.offsets[user + 1]]]
+        exact = process.next_item_probabilities(history)
+        masses.append(exact[numbers[lists[user, :10]]].sum())
+    error = 0.5 / np.sqrt(len(users))
+    assert abs(hit_rate(lists[users], past.targets_U[users]) - np.mean(masses)) < 4 * error
+    ceiling = hit_rate(lists, past.targets_U)
     assert 0.6 < ceiling < 0.8
-    counter = hit_rate(bigram_lists(sequences), view.targets, 10)
-    print(
-        f"oracle HR@10 {ceiling:.4f} NDCG@10 {ndcg(lists, view.targets, 10):.4f}, bigram HR@10 {counter:.4f}"
-    )
+    # What followed the last item most often in the training parts, history excluded.
+    part = training_part(sequences, "test", "n-2")
+    follows = part.users[1:] == part.users[:-1]
+    counts = np.zeros((sequences.num_items, sequences.num_items))
+    np.add.at(counts, (part.items[:-1][follows], part.items[1:][follows]), 1)
+    scores = counts[past.items[past.offsets[1:] - 1]]
+    scores[past.users, past.items] = -1
+    counter = hit_rate(np.argsort(-scores, axis=1, kind="stable"), past.targets_U)
     assert 0.2 < counter < 0.65 * ceiling
 
 
-def bigram_lists(sequences: Sequences) -> np.ndarray:
-    """int[U, 10]: what followed the last item most often in the training parts, history
-    excluded."""
-    in_training = np.zeros(sequences.num_interactions, dtype=bool)
-    in_training[flat_ranges(sequences.offsets[:-1], sequences.lengths - 2)] = True
-    users = np.repeat(np.arange(sequences.num_users), sequences.lengths)
-    follows = in_training[1:] & (users[1:] == users[:-1])
-    counts = np.zeros((sequences.num_items, sequences.num_items))
-    np.add.at(counts, (sequences.items[:-1][follows], sequences.items[1:][follows]), 1)
-    view = sequences.history_and_target("test")
-    scores = counts[view.items[view.ends - 1]]
-    lengths = view.ends - view.starts
-    scores[
-        np.repeat(np.arange(len(lengths)), lengths), view.items[flat_ranges(view.starts, lengths)]
-    ] = -1
-    return np.argsort(-scores, axis=1, kind="stable")[:, :10]
-
-
-def test_the_oracle_knows_sequences_that_went_through_a_file(process, sequences, tmp_path):
+def test_oracle_knows_sequences_that_went_through_a_file(process, sequences, tmp_path):
     write_sequences(sequences, tmp_path / "log.txt.gz")
     again = read_sequences(tmp_path / "log.txt.gz")
     assert again.sequences_hash() == sequences.sequences_hash()
-    few = process.sample(
-        30, 3, 5
-    )  # most of the catalogue is missing: rows are not the process's numbers
+    # Most of the catalogue is missing: rows are not the process's numbers.
+    few = process.sample(30, 3, 5)
     write_sequences(few, tmp_path / "few.txt")
     lists = process.oracle_lists(read_sequences(tmp_path / "few.txt"), "test")
     assert lists.max() < few.num_items
@@ -187,14 +152,16 @@ def test_the_oracle_knows_sequences_that_went_through_a_file(process, sequences,
         process.oracle_lists(foreign, "test")
 
 
-def test_wrong_settings_are_refused(process):
-    for settings in (
-        (100, 32, {}),
-        (64, 8, {"num_classes": 9}),
-        (64, 8, {"rule_probability": 0.95}),
-    ):
-        with pytest.raises(ValueError, match=r"items|shares"):
-            make_process(settings[0], settings[1], **settings[2])
-    for lengths in ((2, 5), (6, 5), (3, 600)):
-        with pytest.raises(ValueError, match="lengths"):
-            process.sample(10, *lengths)
+@pytest.mark.parametrize(
+    ("sizes", "more"),
+    [((100, 32), {}), ((64, 8), {"num_classes": 9}), ((64, 8), {"rule_probability": 0.95})],
+)
+def test_wrong_settings_are_refused(sizes, more):
+    with pytest.raises(ValueError, match=r"items|shares"):
+        make_process(*sizes, **more)
+
+
+@pytest.mark.parametrize("lengths", [(2, 5), (6, 5), (3, 600)])
+def test_wrong_lengths_are_refused(process, lengths):
+    with pytest.raises(ValueError, match="lengths"):
+        process.sample(10, *lengths)

@@ -32,42 +32,34 @@ def test_vectors_come_back_by_item_row(tmp_path, kind):
 def test_vectors_trained_through_n_1_must_be_asked_for(tmp_path):
     path = tmp_path / "items.safetensors"
     save_file({"items": VALUES}, path, metadata=ORIGIN | {"trained_through": "n-1"})
-    with pytest.raises(
-        DataError, match=r"have seen the validation targets.*--vectors-trained-through n-1"
-    ):
+    message = r"have seen the validation targets.*--vectors-trained-through n-1"
+    with pytest.raises(DataError, match=message):
         read_trained_vectors(path, LOG)
     assert read_trained_vectors(path, LOG, "n-1").trained_through == "n-1"
     save_file({"items": VALUES}, path, metadata=ORIGIN)
-    with pytest.raises(
-        DataError, match="trained through n-2, asked for n-1: say --vectors-trained-through n-2"
-    ):
+    message = "trained through n-2, asked for n-1: say --vectors-trained-through n-2"
+    with pytest.raises(DataError, match=message):
         read_trained_vectors(path, LOG, "n-1")
+
+
+HASH = {"sequences_hash": ORIGIN["sequences_hash"]}
+OTHER_HASH, OTHER_TRAINING = {"sequences_hash": "f" * 64}, {"trained_through": "n"}
+UNKNOWN = "trained through n, asked for n-2: train them again"
+NOT_FINITE = np.where(VALUES == 6, np.nan, VALUES)
 
 
 @pytest.mark.parametrize(
     ("tensors", "origin", "message"),
     [
         ({"items": VALUES}, {}, "no sequences_hash in its metadata"),
-        (
-            {"items": VALUES},
-            {"sequences_hash": ORIGIN["sequences_hash"]},
-            "no trained_through in its metadata",
-        ),
-        (
-            {"items": VALUES},
-            ORIGIN | {"sequences_hash": "f" * 64},
-            "trained on other sequences .ffffffffffff",
-        ),
-        (
-            {"items": VALUES},
-            ORIGIN | {"trained_through": "n"},
-            "trained through n, asked for n-2: train them again",
-        ),
+        ({"items": VALUES}, HASH, "no trained_through in its metadata"),
+        ({"items": VALUES}, ORIGIN | OTHER_HASH, "trained on other sequences .ffffffffffff"),
+        ({"items": VALUES}, ORIGIN | OTHER_TRAINING, UNKNOWN),
         ({"items": VALUES[:4]}, ORIGIN, r"shape \[4, 2\], expected \[5, width\]"),
         ({"items": VALUES[:, 0].copy()}, ORIGIN, r"shape \[5\], expected"),
         ({"items": VALUES.astype(np.int32)}, ORIGIN, "type I32, expected one of F16"),
         ({"items": VALUES, "users": VALUES}, ORIGIN, "2 tensors, expected one"),
-        ({"items": np.where(VALUES == 6, np.nan, VALUES)}, ORIGIN, "item row 3 is not finite"),
+        ({"items": NOT_FINITE}, ORIGIN, "item row 3 is not finite"),
     ],
 )
 def test_what_does_not_fit_is_named_in_one_line(tmp_path, tensors, origin, message):
@@ -79,27 +71,23 @@ def test_what_does_not_fit_is_named_in_one_line(tmp_path, tensors, origin, messa
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\x80\x04pickle", b"\xff" * 64])
-def test_what_is_no_such_file_is_named(tmp_path, content):
+@pytest.mark.parametrize("content", [None, "folder", b"", b"\x80\x04pickle", b"\xff" * 64])
+def test_other_files_are_named(tmp_path, content):
     path = tmp_path / "items.safetensors"
-    if content is not None:
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=str(path)) as caught:
         read_trained_vectors(path, LOG)
-    assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
-
-
-def test_a_folder_is_named(tmp_path):
-    with pytest.raises(DataError, match=str(tmp_path)):
-        read_trained_vectors(tmp_path, LOG)
 
 
 @given(st.data())
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_a_damaged_file_is_read_or_told_in_one_line(tmp_path, data):
+def test_damaged_file_is_read_or_reported_in_one_line(tmp_path, data):
     path = tmp_path / "items.safetensors"
     save_file({"items": VALUES}, path, metadata=ORIGIN)
     damaged(path.read_bytes(), path, data)
