@@ -123,9 +123,10 @@ def test_shares_are_the_knn_scores_over_their_sum() -> None:
     past = histories(sequences, "test")
     shares_UI = Graph.of(sequences, "test", "n-2", chosen).shares(past.items, past.offsets).numpy()
     np.testing.assert_allclose(shares_UI.sum(1), 1.0)
-    lists = knn.recommend(
+    rule = knn.fit(
         sequences, "test", exclude_history=False, settings=chosen, top=sequences.num_items
     )
+    lists = rule(np.arange(sequences.num_users))
     for listed, scores, shares in zip(lists.items_UN, lists.scores_UN, shares_UI, strict=True):
         count = (listed >= 0).sum()
         np.testing.assert_allclose(

@@ -210,7 +210,7 @@ def test_saved_activations_are_the_measured_ones(
 PEAKS = [
     (1000, MicroBatch(16, 60, 5)),
     (8000, MicroBatch(8, 100, 6)),
-    (20000, MicroBatch(32, 20, 6)),
+    pytest.param(20000, MicroBatch(32, 20, 6), marks=pytest.mark.ranks),
 ]
 
 
