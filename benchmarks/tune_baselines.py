@@ -138,14 +138,14 @@ class Tuning:
 
     def try_knn(self, number: int, settings: dict[str, Any]) -> dict[str, Any]:
         start = time.perf_counter()
-        lists = knn.recommend(
+        rule = knn.fit(
             self.dataset.sequences,
             "validation",
             exclude_history=self.exclude_history,
             settings=KnnSettings(**settings),
         )
         view = self.dataset.sequences.history_and_target("validation")
-        ranks = lists.ranks(view.targets[view.users])
+        ranks = rule(view.users).ranks(view.targets[view.users])
         metrics = metrics_from_histogram(rank_histogram(ranks))
         return {
             "score": metrics["NDCG@10"],

@@ -5,10 +5,8 @@ leak."""
 
 from __future__ import annotations
 
-from functools import partial
-
 import numpy as np
-from genrec_shards.histories import Histories, check_trained_through, histories
+from genrec_shards.histories import check_trained_through, histories
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import Split, TrainedThrough
 
@@ -19,29 +17,7 @@ STEPS = 13
 """How far above the last and the largest number of the history the rule looks."""
 
 _MOST_DIGITS = 18
-"""What int64 holds for certain, a step added."""
-
-
-def recommend(
-    sequences: Sequences,
-    split: Split,
-    *,
-    codes: list[str],
-    exclude_history: bool = True,
-    trained_through: TrainedThrough = "n-2",
-    users: np.ndarray | None = None,
-    top: int = TOP,
-) -> Lists:
-    """Top lists of these user rows (None: all with a target), as `fit` says."""
-    rule = fit(
-        sequences,
-        split,
-        codes=codes,
-        exclude_history=exclude_history,
-        trained_through=trained_through,
-        top=top,
-    )
-    return rule(sequences.history_and_target(split).users if users is None else users)
+"""What int64 can always hold, a step added."""
 
 
 def fit(
@@ -53,32 +29,52 @@ def fit(
     trained_through: TrainedThrough = "n-2",
     top: int = TOP,
 ) -> Rule:
-    """For d = 1..13, for base in (last item, largest item of the history): candidate base + d, in
-    this order.
+    """The rule that lists, for d = 1..13 and base in (last item, largest item of the history), the
+    candidates base + d in this order.
 
-    Listed: candidates that are an item, not in the history and not yet listed. `codes` are the
-    items' numbers by row. In a numbering without gaps "an item" is "not above the largest item"; in
-    one with gaps a number that no item bears is passed over. Items of the history are always left
-    out: that is the rule, whatever `exclude_history` is. Raises ValueError for codes that are not
-    distinct whole numbers."""
+    A candidate is listed if it is an item, not in the history and not yet listed. In a numbering
+    without gaps "an item" is "not above the largest item"; in one with gaps a number that no item
+    has is passed over.
+
+    Args:
+        sequences: The data.
+        split: Whose histories are continued.
+        codes: The items' numbers, by row.
+        exclude_history: Has no effect: leaving out the history is part of the rule.
+        trained_through: Checked as everywhere; the rule sees the history alone.
+        top: Length of the lists.
+
+    Raises:
+        ValueError: For codes that are not distinct whole numbers.
+    """
     check_trained_through(split, trained_through)
     numbers = whole_numbers(codes)
     if numbers is None:
+        odd = next((repr(code) for code in codes if not _is_whole(code)), None)
         raise ValueError(
-            f"the counting rule needs distinct whole numbers as item codes, not {_odd_one(codes)}"
+            "the counting rule needs distinct whole numbers as item codes, not "
+            f"{odd or 'two spellings of one number'}"
         )
-    return partial(_lists, sequences, split, numbers, top)
+    order = np.argsort(numbers)
+    steps = np.arange(1, STEPS + 1)
 
+    def lists(users: np.ndarray) -> Lists:
+        past = histories(sequences, split, users)
+        # A user with the history 7, 9, 4 has the bases 4 and 9 and the candidates 5, 10, 6, 11, ...
+        taken = numbers[past.items]
+        last_U = taken[past.offsets[1:] - 1]
+        largest_U = np.maximum.reduceat(taken, past.offsets[:-1])
+        bases_U2 = np.stack([last_U, largest_U], axis=1)
+        candidates_UC = (bases_U2[:, None, :] + steps[None, :, None]).reshape(-1, 2 * STEPS)
+        # The item row that has each number, EMPTY where none has.
+        places_UC = np.searchsorted(numbers, candidates_UC, sorter=order)
+        rows_UC = order[np.minimum(places_UC, len(numbers) - 1)]
+        rows_UC = np.where(numbers[rows_UC] == candidates_UC, rows_UC, EMPTY)
+        taken_UC = past.holds(np.arange(past.num_users)[:, None], rows_UC)
+        allowed_UC = ~listed_above(candidates_UC) & (rows_UC != EMPTY) & ~taken_UC
+        return first_candidates(rows_UC, allowed_UC, top)
 
-def _lists(
-    sequences: Sequences, split: Split, numbers: np.ndarray, top: int, users: np.ndarray
-) -> Lists:
-    past = histories(sequences, split, users)
-    candidates_UC = _candidates(past, numbers)
-    allowed_UC = ~listed_above(candidates_UC)
-    rows_UC = _rows(numbers, candidates_UC)
-    allowed_UC &= (rows_UC != EMPTY) & ~past.holds(np.arange(past.num_users)[:, None], rows_UC)
-    return first_candidates(rows_UC, allowed_UC, top)
+    return lists
 
 
 def whole_numbers(codes: list[str]) -> np.ndarray | None:
@@ -91,27 +87,3 @@ def whole_numbers(codes: list[str]) -> np.ndarray | None:
 
 def _is_whole(code: str) -> bool:
     return code.isascii() and code.isdigit() and len(code) <= _MOST_DIGITS
-
-
-def _odd_one(codes: list[str]) -> str:
-    return next(
-        (repr(code) for code in codes if not _is_whole(code)), "two spellings of one number"
-    )
-
-
-def _candidates(past: Histories, numbers: np.ndarray) -> np.ndarray:
-    """int64[U, 2 * STEPS]: last + 1, largest + 1, last + 2, largest + 2, ..."""
-    taken = numbers[past.items]
-    last_U = taken[past.offsets[1:] - 1]
-    largest_U = np.maximum.reduceat(taken, past.offsets[:-1])
-    bases_U2 = np.stack([last_U, largest_U], axis=1)
-    steps = np.arange(1, STEPS + 1)
-    return (bases_U2[:, None, :] + steps[None, :, None]).reshape(past.num_users, 2 * STEPS)
-
-
-def _rows(numbers: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """int64, shaped as `wanted`: the item row that bears each number, -1 where none does."""
-    order = np.argsort(numbers)
-    places = np.minimum(np.searchsorted(numbers, wanted, sorter=order), len(numbers) - 1)
-    rows = order[places]
-    return np.where(numbers[rows] == wanted, rows, EMPTY)

@@ -22,7 +22,7 @@ from genrec_dist.evaluation.metrics import (
     rank_histogram,
     target_ranks,
 )
-from genrec_dist.evaluation.ranked_lists import Lists
+from genrec_dist.evaluation.ranked_lists import Rule
 
 LEAK_FACTOR = 2.0
 """Numbers are said to leak where the counting rule's HR@5, at the low end of its 95 % interval, is
@@ -55,27 +55,31 @@ class Audit:
     """Share of users with two interactions at one time, so that their order is the file's; None
     without timestamps."""
     tied_held_out: float | None
-    """Share of users with both targets whose targets bear one time; None without timestamps."""
+    """Share of users with both targets whose targets have one time; None without timestamps."""
 
     @property
     def leaks(self) -> bool:
-        """Does the counting rule find a leak on the test split? False is no proof of absence."""
+        """Whether the counting rule finds a leak on the test split; False does not prove absence."""
         return self.counting_ci95 is not None and self.counting_ci95["HR@5"][0] > self._threshold()
 
     def sentence(self) -> str:
-        """What a person should know, in one plain sentence."""
+        """The finding in one sentence."""
         if self.counting is None:
             return (
-                "The counting rule does not apply: item codes are not distinct whole numbers, so it cannot tell whether they "
-                "leak. Given ids may; codes that prepare makes of training parts or texts look at no held-out item."
+                "The counting rule does not apply: item codes are not distinct whole numbers, so "
+                "it cannot tell whether they leak. Given ids may; codes that prepare makes of "
+                "training parts or texts look at no held-out item."
             )
         score = as_written(self.counting["test"]["HR@5"])
         popular = as_written(self.popularity["test"]["HR@5"])
         if self.leaks:
-            return f"a rule that learns nothing scores HR@5 {score} with these ids; use --numbering random"
+            return (
+                f"a rule that learns nothing scores HR@5 {score} with these ids; "
+                "use --numbering random"
+            )
         return (
-            f"The counting rule scores HR@5 {score} with these ids (popularity {popular}) and finds no leak; "
-            "its score is a lower bound on the leak, not a proof of its absence."
+            f"The counting rule scores HR@5 {score} with these ids (popularity {popular}) and "
+            "finds no leak; its score is a lower bound on the leak, not a proof of its absence."
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,31 +91,50 @@ class Audit:
 
 
 def audit(sequences: Sequences, codes: list[str], timestamps: np.ndarray | None = None) -> Audit:
-    """Examine sequences under these item codes (by row). `timestamps`: a number for each of
-    `sequences.items`, or None.
+    """Examine sequences under these item codes.
 
-    Raises ValueError where codes or timestamps do not match the sequences in number.
+    Args:
+        sequences: The data.
+        codes: A code per item row.
+        timestamps: A number per interaction of `sequences.items`, or None.
+
+    Raises:
+        ValueError: Where codes or timestamps do not match the sequences in number.
     """
-    _check_lengths(sequences, codes, timestamps)
-    exclude_history = exclude_history_default(sequences)
-    rule, interval = _counting(sequences, codes)
+    if len(codes) != sequences.num_items:
+        raise ValueError(
+            f"{len(codes)} item codes for {sequences.num_items} items: give one code per item row"
+        )
+    if timestamps is not None and len(timestamps) != sequences.num_interactions:
+        raise ValueError(
+            f"{len(timestamps)} timestamps for {sequences.num_interactions} interactions: give "
+            "one per interaction"
+        )
+    rule = interval = None
+    if counting.whole_numbers(codes) is not None:
+        hists = {
+            split: _histogram(sequences, split, counting.fit(sequences, split, codes=codes))
+            for split in get_args(Split)
+        }
+        rule = {split: metrics_from_histogram(hist) for split, hist in hists.items()}
+        interval = bootstrap_ci95(hists["test"])
+    excluded = exclude_history_default(sequences)
+    popular, unseen = {}, {}
+    seen = np.zeros(sequences.num_items, dtype=bool)
+    seen[training_part(sequences, "test", "n-2").items] = True
+    for split in get_args(Split):
+        by_popularity = popularity.fit(sequences, split, exclude_history=excluded)
+        popular[split] = metrics_from_histogram(_histogram(sequences, split, by_popularity))
+        view = sequences.history_and_target(split)
+        unseen[split] = float((~seen[view.targets[view.users]]).mean())
     return Audit(
         users=sequences.num_users,
         items=sequences.num_items,
         counting=rule,
         counting_ci95=interval,
-        popularity={
-            split: metrics_from_histogram(
-                _histogram(
-                    sequences,
-                    split,
-                    popularity.recommend(sequences, split, exclude_history=exclude_history),
-                )
-            )
-            for split in get_args(Split)
-        },
+        popularity=popular,
         repeated_targets=repeated_targets(sequences),
-        unseen_targets=_unseen_targets(sequences),
+        unseen_targets=unseen,
         tied_users=None if timestamps is None else _tied_users(sequences, timestamps),
         tied_held_out=None if timestamps is None else _tied_held_out(sequences, timestamps),
     )
@@ -125,34 +148,11 @@ def write_audit(dataset: Dataset) -> Audit:
     return found
 
 
-def _counting(
-    sequences: Sequences, codes: list[str]
-) -> tuple[dict[str, dict[str, float]] | None, dict[str, list[float]] | None]:
-    if counting.whole_numbers(codes) is None:
-        return None, None
-    hists = {
-        split: _histogram(sequences, split, counting.recommend(sequences, split, codes=codes))
-        for split in get_args(Split)
-    }  # fmt: skip
-    return {split: metrics_from_histogram(hist) for split, hist in hists.items()}, bootstrap_ci95(
-        hists["test"]
-    )
-
-
-def _histogram(sequences: Sequences, split: Split, lists: Lists) -> np.ndarray:
-    return rank_histogram(target_ranks(lists.items_UN, _targets(sequences, split)))
-
-
-def _targets(sequences: Sequences, split: Split) -> np.ndarray:
-    """int32[V], of the users who have one."""
+def _histogram(sequences: Sequences, split: Split, rule: Rule) -> np.ndarray:
+    """Targets by rank in the rule's lists, of all users who have one."""
     view = sequences.history_and_target(split)
-    return view.targets[view.users]
-
-
-def _unseen_targets(sequences: Sequences) -> dict[str, float]:
-    seen = np.zeros(sequences.num_items, dtype=bool)
-    seen[training_part(sequences, "test", "n-2").items] = True
-    return {split: float((~seen[_targets(sequences, split)]).mean()) for split in get_args(Split)}
+    lists = rule(view.users)
+    return rank_histogram(target_ranks(lists.items_UN, view.targets[view.users]))
 
 
 def _tied_users(sequences: Sequences, timestamps: np.ndarray) -> float:
@@ -171,14 +171,3 @@ def _tied_held_out(sequences: Sequences, timestamps: np.ndarray) -> float:
         if len(both)
         else 0.0
     )
-
-
-def _check_lengths(sequences: Sequences, codes: list[str], timestamps: np.ndarray | None) -> None:
-    if len(codes) != sequences.num_items:
-        raise ValueError(
-            f"{len(codes)} item codes for {sequences.num_items} items: give one code an item row"
-        )
-    if timestamps is not None and len(timestamps) != sequences.num_interactions:
-        raise ValueError(
-            f"{len(timestamps)} timestamps for {sequences.num_interactions} interactions: give one an interaction"
-        )

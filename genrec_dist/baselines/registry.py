@@ -1,4 +1,4 @@
-"""Rules that learn little or nothing: the numbers that stand beside every number."""
+"""The baselines that learn little or nothing, by name, and their scores beside every result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BASELINES: dict[str, Callable[..., Rule]] = {
 }
 
 BESIDE = ("counting", "popularity", "knn")
-"""Whose scores stand in every metrics file."""
+"""Whose scores are in every metrics file."""
 
 
 def fit(
@@ -36,8 +36,11 @@ def fit(
     exclude_history: bool,
     trained_through: TrainedThrough = "n-2",
 ) -> Rule:
-    """The baseline `name`, ready to make top-20 lists of any user rows. Raises ValueError for an
-    unknown name."""
+    """The baseline `name`, ready to make top-20 lists of any user rows.
+
+    Raises:
+        ValueError: For an unknown name.
+    """
     if name not in BASELINES:
         raise ValueError(f"baseline {name!r}: choose one of {', '.join(BASELINES)}")
     more = {"codes": codes} if name == "counting" else {}
@@ -58,48 +61,43 @@ def recommend(
 ) -> Lists:
     """Top-20 lists of the baseline `name` for these user rows (None: all with a target), all in
     memory at once."""
-    rule = fit(
-        name,
-        sequences,
-        codes,
-        split,
-        exclude_history=exclude_history,
-        trained_through=trained_through,
-    )
+    options = {"exclude_history": exclude_history, "trained_through": trained_through}
+    rule = fit(name, sequences, codes, split, **options)  # type: ignore[arg-type]
     return rule(sequences.history_and_target(split).users if users is None else users)
 
 
 def reference_scores(
     dataset: Dataset, split: Split, protocol: Protocol, users: np.ndarray | range
 ) -> dict[str, dict[str, Any] | None]:
-    """Metrics of counting, popularity and knn (`Tally.metrics`) on exactly these user rows, under
-    the same protocol.
+    """Metrics of counting, popularity and knn (`Tally.metrics`) under the protocol of a result.
 
-    counting is None where the codes are not whole numbers: the rule does not apply. Users are taken
-    window by window."""
+    Args:
+        dataset: The prepared data.
+        split: Whose targets are ranked.
+        protocol: Of the result; where it does not say whether lists leave out the history, the
+            data's default holds.
+        users: Exactly the user rows of the result; they are taken window by window.
+
+    Returns:
+        Metrics by baseline. counting is None where the codes are not whole numbers: the rule does
+        not apply.
+    """
     sequences, codes = dataset.sequences, dataset.numbering.item_codes
-    exclude_history = protocol.exclude_history
+    exclude_history, through = protocol.exclude_history, protocol.trained_through
     if exclude_history is None:
         exclude_history = exclude_history_default(sequences)
-    counts_I = training_counts(sequences, protocol.trained_through)
+    counts_I = training_counts(sequences, through)
     scores: dict[str, dict[str, Any] | None] = {}
     for name in BESIDE:
         if name == "counting" and counting.whole_numbers(codes) is None:
             scores[name] = None
             continue
-        rule = fit(
-            name, sequences, codes, split,
-            exclude_history=exclude_history, trained_through=protocol.trained_through,
-        )  # fmt: skip
-        scores[name] = _tally(rule, sequences, split, users, counts_I).metrics()
+        options = {"exclude_history": exclude_history, "trained_through": through}
+        rule = fit(name, sequences, codes, split, **options)  # type: ignore[arg-type]
+        tally = Tally(counts_I)
+        for rows in windows(users):
+            past, lists = histories(sequences, split, rows), rule(rows)
+            ranks_U = lists.ranks(past.targets_U)
+            tally.add(lists.items_UN, ranks_U, past.targets_U, past.lengths_U)
+        scores[name] = tally.metrics()
     return scores
-
-
-def _tally(
-    rule: Rule, sequences: Sequences, split: Split, rows: np.ndarray | range, counts_I: np.ndarray
-) -> Tally:
-    tally = Tally(counts_I)
-    for users in windows(rows):
-        past, lists = histories(sequences, split, users), rule(users)
-        tally.add(lists.items_UN, lists.ranks(past.targets_U), past.targets_U, past.lengths_U)
-    return tally

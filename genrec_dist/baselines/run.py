@@ -12,10 +12,8 @@ from genrec_shards.dataset import Dataset
 from genrec_shards.histories import exclude_history_default, windows
 from genrec_shards.splits import Split, TrainedThrough
 
-from genrec_dist.baselines import knn
-from genrec_dist.baselines import registry as baseline
+from genrec_dist.baselines import knn, registry
 from genrec_dist.data.item_graph import knn_settings
-from genrec_dist.evaluation.ranked_lists import Rule
 from genrec_dist.evaluation.results import Protocol, ResultsWriter
 
 if TYPE_CHECKING:
@@ -34,80 +32,75 @@ def run_baseline(
     settings: list[str] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> dict[str, Any]:
-    """Make the lists of a baseline and write its results; `exclude_history=None`: on where no
-    target repeats.
+    """Make the lists of a baseline and write its results.
 
-    The protocol says what the rule does: counting always leaves out the history, to repeat the
-    question does not apply. `settings`: `key=value` of knn and sasrec. sasrec is trained into
-    `out_dir` or taken from there; what that takes is not in `seconds`."""
+    Args:
+        name: A baseline of `registry.BASELINES`, sasrec or sasrec+knn.
+        dataset: The prepared data.
+        split: Whose targets are ranked.
+        out_dir: Where results go. sasrec is trained into it, or taken from there.
+        trained_through: The last position that is trained on.
+        exclude_history: Leave the history out of the lists; None: where no target repeats.
+        users: all, or a seeded sample as in `Protocol.users`.
+        settings: `key=value` of knn, sasrec or sasrec+knn.
+        on_epoch: Called after each epoch of sasrec.
+
+    Returns:
+        The metrics. `seconds` in them are those of the lists, without the training of sasrec.
+    """
+    sequences, out = dataset.sequences, Path(out_dir)
     if exclude_history is None:
-        exclude_history = exclude_history_default(dataset.sequences)
-    told = {"counting": True, "repeat": None}.get(name, exclude_history)
-    rule, recipe, seconds, graph = _learned(
-        name, dataset, split, Path(out_dir), trained_through, exclude_history, settings, on_epoch
-    )  # fmt: skip
+        exclude_history = exclude_history_default(sequences)
+    recipe, graph, seconds = None, None, 0.0
+    if name in ("sasrec", "sasrec+knn"):
+        # Imported here: they need torch, which the other baselines do without.
+        from genrec_dist.baselines import sasrec_hybrid, sasrec_model, sasrec_run
+
+        open_ = sasrec_run.open_or_train if name == "sasrec" else sasrec_hybrid.open_or_make
+        found = open_(
+            out,
+            dataset,
+            split,
+            exclude_history=exclude_history,
+            trained_through=trained_through,
+            overrides=settings,
+            on_epoch=on_epoch,
+        )
+        recipe = found.recipe
+        if isinstance(found, sasrec_run.SasrecRun):
+            rule = sasrec_model.rule_of(
+                found.model, sequences, split, exclude_history=exclude_history
+            )
+        else:
+            graph = found.mixture.of_graph
+            rule = sasrec_hybrid.rule_of(found, dataset, split, exclude_history=exclude_history)
+    else:
+        start = time.perf_counter()
+        options = {"exclude_history": exclude_history, "trained_through": trained_through}
+        if name == "knn":
+            chosen = knn_settings(settings)
+            recipe = asdict(chosen)
+            rule = knn.fit(sequences, split, settings=chosen, **options)  # type: ignore[arg-type]
+        else:
+            codes = dataset.numbering.item_codes
+            rule = registry.fit(name, sequences, codes, split, **options)  # type: ignore[arg-type]
+        seconds = time.perf_counter() - start
+    # What the rule does: counting always leaves out the history, and repeat lists nothing else.
+    excluded = {"counting": True, "repeat": None}.get(name, exclude_history)
     protocol = Protocol.of(
-        dataset, exclude_history=told, trained_through=trained_through, users=users, graph=graph
+        dataset,
+        exclude_history=excluded,
+        trained_through=trained_through,
+        users=users,
+        graph=graph,
     )
     with ResultsWriter(
-        out_dir, system=name, split=split, dataset=dataset, protocol=protocol, recipe=recipe
-    ) as writer:  # fmt: skip
+        out, system=name, split=split, dataset=dataset, protocol=protocol, recipe=recipe
+    ) as writer:
         for rows in windows(writer.expected):
             start = time.perf_counter()
             lists = rule(rows)
             seconds += time.perf_counter() - start
             writer.add(rows, lists.items_UN, lists.scores_UN, tied_beyond=lists.tied_beyond_U)
-        return writer.finish(
-            seconds, baseline.reference_scores(dataset, split, protocol, writer.expected)
-        )
-
-
-def _learned(
-    name: str,
-    dataset: Dataset,
-    split: Split,
-    out: Path,
-    trained_through: TrainedThrough,
-    exclude_history: bool,
-    settings: list[str] | None,
-    on_epoch: Callable[[Epoch], None] | None,
-) -> tuple[Rule, dict[str, Any] | None, float, dict[str, Any] | None]:
-    """(the baseline, ready to make lists; its settings; seconds that belong to the lists; the
-    protocol's `graph`)."""
-    sequences = dataset.sequences
-    if name == "sasrec":
-        # Brings torch along, which the rules do without.
-        from genrec_dist.baselines.sasrec_model import rule_of
-        from genrec_dist.baselines.sasrec_run import open_or_train
-
-        found = open_or_train(
-            out, dataset, split, exclude_history=exclude_history, trained_through=trained_through,
-            overrides=settings, on_epoch=on_epoch,
-        )  # fmt: skip
-        return (
-            rule_of(found.model, sequences, split, exclude_history=exclude_history),
-            found.recipe,
-            0.0,
-            None,
-        )
-    if name == "sasrec+knn":
-        from genrec_dist.baselines import sasrec_hybrid as sasrec_knn
-
-        control = sasrec_knn.open_or_make(
-            out, dataset, split, exclude_history=exclude_history, trained_through=trained_through,
-            overrides=settings, on_epoch=on_epoch,
-        )  # fmt: skip
-        lists_of = sasrec_knn.rule_of(control, dataset, split, exclude_history=exclude_history)
-        return lists_of, control.recipe, 0.0, control.mixture.of_graph
-    start = time.perf_counter()
-    if name == "knn":
-        chosen = knn_settings(settings)
-        rule = knn.fit(
-            sequences, split, exclude_history=exclude_history, trained_through=trained_through, settings=chosen
-        )  # fmt: skip
-        return rule, asdict(chosen), time.perf_counter() - start, None
-    rule = baseline.fit(
-        name, sequences, dataset.numbering.item_codes, split,
-        exclude_history=exclude_history, trained_through=trained_through,
-    )  # fmt: skip
-    return rule, None, time.perf_counter() - start, None
+        beside = registry.reference_scores(dataset, split, protocol, writer.expected)
+        return writer.finish(seconds, beside)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from genrec_dist.evaluation.ranked_lists import Lists, Rule
 from genrec_dist.evaluation.score_mixture import Mixture
 
 MODEL = "sasrec"
-"""Where the model lies in the control's directory."""
+"""Directory of the model in the control's directory."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,8 @@ class Control:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What stands as `recipe` in the metrics; in its seed and the epoch that was kept two seeds
-        of one recipe may differ."""
+        """The `recipe` of the metrics; two seeds of one recipe may differ in its seed and the epoch
+        that was kept."""
         mixed, model = self.mixture, dict(self.run.recipe)
         own = {key: model.pop(key) for key in ("seed", "best_epoch")}
         knn = dataclasses.asdict(mixed.graph)
@@ -87,9 +86,22 @@ def open_or_make(
     that has not been done.
 
     An item's score is SASRec's log-softmax over all items + weight log((1 - epsilon) share +
-    epsilon / I), `Mixture`'s formula without an item head; the share is the item's part in the
-    history's kNN scores. Raises ValueError for settings that do not fit, and through n-1, where
-    nothing is left to choose by, for weights that are neither given nor chosen."""
+    epsilon / I), `Mixture`'s formula without an item head; the share is the item's part of the
+    history's kNN scores.
+
+    Args:
+        out: Directory of the control.
+        dataset: The prepared data.
+        split: Whose targets are ranked.
+        exclude_history: Whether lists leave out the history.
+        trained_through: The last position that is trained on.
+        overrides: `key=value` of `ControlSettings`.
+        on_epoch: Called after each epoch of the model's training.
+
+    Raises:
+        ValueError: For settings that do not fit, and through n-1, where nothing is left to choose
+            by, for weights that are neither given nor chosen.
+    """
     of_model = [
         text.removeprefix("sasrec.") for text in overrides or [] if text.startswith("sasrec.")
     ]
@@ -99,12 +111,16 @@ def open_or_make(
         raise ValueError(
             f"sasrec+knn: model {settings.model} is trained: leave out sasrec.{of_model[0]}"
         )
-    # Asked for test, the model is trained on the same parts; validation is where its weights are
-    # chosen.
+    # For test the model is trained on the same parts; its weights are chosen on validation.
     run = open_or_train(
-        Path(settings.model) if settings.model else out / MODEL, dataset, split, exclude_history=exclude_history,
-        trained_through=trained_through, overrides=of_model, on_epoch=on_epoch,
-    )  # fmt: skip
+        Path(settings.model) if settings.model else out / MODEL,
+        dataset,
+        split,
+        exclude_history=exclude_history,
+        trained_through=trained_through,
+        overrides=of_model,
+        on_epoch=on_epoch,
+    )
     graph = Graph.of(dataset.sequences, split, trained_through, settings.knn)
     if settings.weight >= 0:
         return Control(run, graph, Mixture(0.0, settings.weight, settings.epsilon, settings.knn))
@@ -119,7 +135,8 @@ def open_or_make(
     if chosen is None:
         if trained_through == "n-1":
             raise ValueError(
-                "trained_through n-1 leaves nothing to choose a weight by: give --set weight=W --set epsilon=E of the n-2 control"
+                "trained_through n-1 leaves nothing to choose a weight by: give --set weight=W "
+                "--set epsilon=E of the n-2 control"
             )
         choice = choose(run.model, graph, dataset, exclude_history)
         out.mkdir(parents=True, exist_ok=True)
@@ -152,32 +169,25 @@ def rule_of(
 ) -> Rule:
     """Top lists of all items' mixed scores."""
     view = dataset.sequences.history_and_target(split)
-    return partial(_lists, control, view, exclude_history, top)
+    graph, mixed = control.graph, control.mixture
 
+    def mixed_scores(users: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
+        model = control.run.model
+        for rows_B, logp_BI in _log_probabilities(model, view, users, exclude_history):
+            near_BI = log_near(_shares(graph, view, rows_B), mixed.epsilon, graph.num_items)
+            yield rows_B, logp_BI.add_(near_BI, alpha=mixed.graph_weight)
 
-def _lists(
-    control: Control, view: SplitView, exclude_history: bool, top: int, users: np.ndarray
-) -> Lists:
-    return listed(
-        _mixed(control, view, users, exclude_history), len(users), control.graph.num_items, top
-    )
+    def lists(users: np.ndarray) -> Lists:
+        return listed(mixed_scores(users), len(users), graph.num_items, top)
 
-
-def _mixed(
-    control: Control, view: SplitView, users: np.ndarray, exclude_history: bool
-) -> Iterator[tuple[np.ndarray, Tensor]]:
-    for rows_B, logp_BI in _log_probabilities(control.run.model, view, users, exclude_history):
-        near_BI = log_near(
-            _shares(control.graph, view, rows_B), control.mixture.epsilon, control.graph.num_items
-        )
-        yield rows_B, logp_BI.add_(near_BI, alpha=control.mixture.graph_weight)
+    return lists
 
 
 def _log_probabilities(
     model: SASRec, view: SplitView, users: np.ndarray, exclude_history: bool
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Of what may be listed; another normaliser than that over all items would move a user's scores
-    alike."""
+    """(user rows, log-probabilities float32 [B, I]) of what may be listed. Another normaliser than
+    that over all items would move all scores of a user alike."""
     for rows_B, scores_BI in scored(model, view, users, exclude_history):
         yield rows_B, scores_BI.log_softmax(1)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -44,7 +43,7 @@ class SasrecSettings:
     """Width of the feed-forward layer in multiples of d_model; 1 in the paper."""
     norm: Literal["paper", "pre", "post"] = "pre"
     """Where layers normalise. paper: the query and the feed-forward layer's input, each with the
-    residual on the normalised side; pre: the usual pre-norm; post: behind each residual sum."""
+    residual on the normalised side; pre: the usual pre-norm; post: after each residual sum."""
     positions: Literal["from-start", "from-end"] = "from-start"
     """Count positions from the sequence's start, or back from its end, as the paper's left padding
     does."""
@@ -58,7 +57,7 @@ class SasrecSettings:
     """Standard deviation of the initial weights. Small, so that what layers add does not drown the
     embeddings at first: with Glorot's projections the first ten epochs are lost (docs/log.md)."""
     init_items: Literal["random", "cooccurrence"] = "random"
-    """What the item embeddings begin with; cooccurrence as in GenRec's recipes
+    """What the item embeddings start from; cooccurrence as in GenRec's recipes
     (`model.init_items`): its control."""
     label_smoothing: float = 0.0
     learning_rate: float = 1.5e-3
@@ -68,8 +67,7 @@ class SasrecSettings:
     """Decay of the running average of the weights that is validated and kept; 0 keeps the weights
     themselves."""
     batch_size: int = 256
-    """Users of a step; each brings a target for every position of her training part but the
-    first."""
+    """Users of a step; each has a target for every position of the training part but the first."""
     epochs: int = 100
     """Most passes over the users; as many as this where nothing is left to validate on
     (trained_through n-1)."""
@@ -84,29 +82,35 @@ class SasrecSettings:
     """Of initial weights, order, dropout and validation users."""
 
 
-Limit = tuple[str, Callable[[Any], bool]]
-
-_AT_LEAST_1: Limit = ("1 or above", lambda value: value >= 1)
-_NOT_NEGATIVE: Limit = ("0 or above", lambda value: 0 <= value < float("inf"))
-_POSITIVE: Limit = ("above 0", lambda value: 0 < value < float("inf"))
-_BELOW_1: Limit = ("0 or above and below 1", lambda value: 0 <= value < 1)
-
-LIMITS: dict[str, Limit] = {
-    **dict.fromkeys(
-        ("d_model", "layers", "heads", "ffn", "max_length", "batch_size", "epochs"), _AT_LEAST_1
+LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "d_model layers heads ffn max_length batch_size epochs": (
+        "1 or above",
+        lambda value: value >= 1,
     ),
-    **dict.fromkeys(("dropout", "attention_dropout", "label_smoothing", "average"), _BELOW_1),
-    **dict.fromkeys(("init_std", "learning_rate"), _POSITIVE),
-    **dict.fromkeys(("weight_decay", "patience", "validation_users"), _NOT_NEGATIVE),
+    "dropout attention_dropout label_smoothing average": (
+        "0 or above and below 1",
+        lambda value: 0 <= value < 1,
+    ),
+    "init_std learning_rate": ("above 0", lambda value: 0 < value < math.inf),
+    "weight_decay patience validation_users": (
+        "0 or above",
+        lambda value: 0 <= value < math.inf,
+    ),
 }
+"""Keys of the settings -> what they may be, in words and as a test."""
 
 
 def check_settings(settings: SasrecSettings, source: str) -> None:
-    """Refuse what no model can have. Raises ValueError naming `source`, the key, its value and what
-    it may be."""
-    for key, (text, holds) in LIMITS.items():
-        if not holds(getattr(settings, key)):
-            raise ValueError(f"{source}: {key} is {getattr(settings, key)}: it has to be {text}")
+    """Refuse what no model can have.
+
+    Raises:
+        ValueError: With `source`, the key, its value and what it may be.
+    """
+    for keys, (text, holds) in LIMITS.items():
+        for key in keys.split():
+            value = getattr(settings, key)
+            if not holds(value):
+                raise ValueError(f"{source}: {key} is {value}: it has to be {text}")
     if settings.d_model % settings.heads:
         raise ValueError(
             f"{source}: d_model {settings.d_model} is no multiple of heads {settings.heads}"
@@ -115,7 +119,7 @@ def check_settings(settings: SasrecSettings, source: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """Inputs of some users one behind another, short ones first."""
+    """Inputs of some users one after another, short ones first."""
 
     items_n: Tensor
     """int64 [n], item rows."""
@@ -123,7 +127,7 @@ class Packed:
     """int64 [n], rows of the position table."""
     attended: Attended
     places_n: np.ndarray
-    """int64 [n], where each input stands in the data's flat array of items."""
+    """int64 [n], index of each input in the data's flat array of items."""
     last_B: Tensor
     """int64 [B], the last position of each user, in the order in which the users were given."""
 
@@ -170,7 +174,7 @@ class SASRec(nn.Module):
             nn.init.normal_(table.weight, std=settings.init_std)
 
     def states(self, packed: Packed) -> Tensor:
-        """What is known after each position, float32 [n, d]; it sees no later one."""
+        """The state after each position, float32 [n, d]; it sees no later one."""
         hidden_nd = self.item_embedding(packed.items_n) * self.settings.d_model**0.5
         hidden_nd = hidden_nd + self.position_embedding(packed.positions_n)
         post = self.settings.norm == "post"
@@ -182,22 +186,18 @@ class SASRec(nn.Module):
         return hidden_nd if post else self.norm(hidden_nd)
 
     def loss(self, packed: Packed, labels_n: Tensor) -> Tensor:
-        """Cross-entropy a position of `labels_n` (int64 [n], item rows) over the softmax of all
+        """The mean cross-entropy of `labels_n` (int64 [n], item rows) over the softmax of all
         items; a scalar."""
         # oneDNN prepares a product of each new shape, and keeps it: few shapes cost a tenth less
-        # time, and no growing memory. A state of zeros knows nothing: it adds log(I) to the sum and
-        # nothing to a gradient.
-        idle = -len(labels_n) % ROWS_AT_A_TIME
-        states_md, labels_m = (
-            F.pad(self.states(packed), (0, 0, 0, idle)),
-            F.pad(labels_n, (0, idle)),
-        )
-        items_Id = self.item_embedding.weight
+        # time, and no growing memory. A state of zeros adds log(I) to the sum and nothing to a
+        # gradient.
+        padding = -len(labels_n) % ROWS_AT_A_TIME
+        states_md = F.pad(self.states(packed), (0, 0, 0, padding))
+        labels_m = F.pad(labels_n, (0, padding))
+        items_Id, smoothing = self.item_embedding.weight, self.settings.label_smoothing
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bf16"):
-            total = head_loss(
-                states_md, items_Id, labels_m, self.settings.label_smoothing, "chunked"
-            )
-        return (total - idle * math.log(len(items_Id))) / len(labels_n)
+            total = head_loss(states_md, items_Id, labels_m, smoothing, "chunked")
+        return (total - padding * math.log(len(items_Id))) / len(labels_n)
 
     def scores(self, packed: Packed) -> Tensor:
         """Of every item after each user's last position, float32 [B, I]."""
@@ -233,25 +233,19 @@ class Block(nn.Module):
         )
         return self._add(normed_nd, self._feed_forward(normed_nd))
 
-    def _attention(self, asking_nd: Tensor, asked_nd: Tensor, attended: Attended) -> Tensor:
-        heads = self.settings.heads
-        query, key, value = (
-            project(of_nd).unflatten(-1, (heads, -1))
-            for project, of_nd in (
-                (self.query, asking_nd),
-                (self.key, asked_nd),
-                (self.value, asked_nd),
-            )
-        )
+    def _attention(self, from_nd: Tensor, to_nd: Tensor, attended: Attended) -> Tensor:
+        """What the positions of `from_nd` read of those of `to_nd`."""
+        by_head = (self.settings.heads, -1)
+        query = self.query(from_nd).unflatten(-1, by_head)
+        key, value = (project(to_nd).unflatten(-1, by_head) for project in (self.key, self.value))
         dropout = self.settings.attention_dropout if self.training else 0.0
         mixed_nHd = attend(query, key, value, attended, query.shape[-1] ** -0.5, dropout)
         projected: Tensor = self.out(mixed_nHd.flatten(1))
         return projected
 
     def _feed_forward(self, hidden_nd: Tensor) -> Tensor:
-        fed: Tensor = self.narrow(
-            drop(F.relu(self.widen(hidden_nd)), self.settings.dropout, self.training)
-        )
+        inner = F.relu(self.widen(hidden_nd))
+        fed: Tensor = self.narrow(drop(inner, self.settings.dropout, self.training))
         return fed
 
     def _add(self, base_nd: Tensor, values_nd: Tensor) -> Tensor:
@@ -260,30 +254,29 @@ class Block(nn.Module):
 
 def rule_of(
     model: SASRec, sequences: Sequences, split: Split, *, exclude_history: bool, top: int = TOP
-) -> Rule:  # fmt: skip
+) -> Rule:
     """Top lists by the model's scores of all items; its weights are used as they are when lists are
-    asked for."""
-    return partial(
-        _lists,
-        model,
-        sequences.history_and_target(split),
-        sequences.num_items,
-        exclude_history,
-        top,
-    )
+    made."""
+    view, num_items = sequences.history_and_target(split), sequences.num_items
 
+    def lists(users: np.ndarray) -> Lists:
+        return listed(scored(model, view, users, exclude_history), len(users), num_items, top)
 
-def _lists(
-    model: SASRec, view: SplitView, num_items: int, exclude_history: bool, top: int, users: np.ndarray
-) -> Lists:  # fmt: skip
-    return listed(scored(model, view, users, exclude_history), len(users), num_items, top)
+    return lists
 
 
 def listed(
     parts: Iterable[tuple[np.ndarray, Tensor]], num_users: int, num_items: int, top: int
 ) -> Lists:
-    """Top lists of users whose scores of all items (user rows, float32 [B, I]) come part after
-    part; -inf: not to be listed."""
+    """Top lists of users.
+
+    Args:
+        parts: (user rows, scores of all items float32 [B, I]), part after part; -inf: not to be
+            listed.
+        num_users: Number of users in all parts.
+        num_items: Number of items.
+        top: Length of the lists.
+    """
     place_of = np.argsort(tie_order(num_items))
     width = min(top + 1, num_items)
     lists = empty_lists(num_users, top + 1)

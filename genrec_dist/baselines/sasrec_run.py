@@ -49,7 +49,7 @@ class SasrecRun:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What stands as `recipe` in the metrics."""
+        """The `recipe` of the metrics."""
         return {**dataclasses.asdict(self.settings), "best_epoch": self.best_epoch}
 
     def digest(self) -> str:
@@ -70,30 +70,46 @@ def open_or_train(
     overrides: list[str] | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
 ) -> SasrecRun:
-    """The model of a run directory that is finished; elsewhere train one and leave it there, from
-    the last epoch of a training that was interrupted.
+    """The model of a finished run directory; elsewhere train one and leave it there, from the last
+    epoch of a training that was interrupted.
 
-    `overrides`: `key=value` of `SasrecSettings`. Raises ValueError for settings that do not fit,
-    for weights of other data, settings or `trained_through` than asked for, and where training has
-    seen the split's targets."""
+    Args:
+        run: The run directory.
+        dataset: The prepared data.
+        split: Whose targets are ranked.
+        exclude_history: Whether lists leave out the history.
+        trained_through: The last position that is trained on.
+        overrides: `key=value` of `SasrecSettings`.
+        on_epoch: Called after each epoch.
+
+    Raises:
+        ValueError: For settings that do not fit, for weights of other data, settings or
+            `trained_through` than requested, and where training has seen the split's targets.
+    """
     check_trained_through(split, trained_through)
     path = Path(run)
     if (path / WEIGHTS).is_file():
         return load(path, dataset, trained_through, overrides)
-    if trained_through == "n-1" and not any(
-        override.startswith("epochs=") for override in overrides or []
-    ):
+    has_epochs = any(override.startswith("epochs=") for override in overrides or [])
+    if trained_through == "n-1" and not has_epochs:
         raise ValueError(
-            "trained_through n-1 leaves nothing to validate on: give --set epochs=N, the best epoch of the n-2 run"
+            "trained_through n-1 leaves nothing to validate on: give --set epochs=N, the best "
+            "epoch of the n-2 run"
         )
     settings = sasrec_settings({}, overrides)
-    origin = _origin(dataset, settings, trained_through, exclude_history)
+    origin = {  # what the training is of; metadata of all its files
+        "format_version": FORMAT_VERSION,
+        "system": "sasrec",
+        "sequences_hash": dataset.info.sequences_hash,
+        "trained_through": trained_through,
+        "exclude_history": json.dumps(exclude_history),
+        "settings": json.dumps(dataclasses.asdict(settings)),
+    }
     progress = _read_progress(path / PROGRESS, origin) if (path / PROGRESS).is_file() else None
     path.mkdir(parents=True, exist_ok=True)
     with atomic_file(path / SETTINGS) as temporary:
-        temporary.write_text(
-            yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False), encoding="utf-8"
-        )
+        text = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
+        temporary.write_text(text, encoding="utf-8")
     trained = _train(path, dataset, settings, origin, progress, on_epoch)
     _save(path, origin, trained)
     (path / PROGRESS).unlink(missing_ok=True)
@@ -111,72 +127,57 @@ def sasrec_settings(
 
 
 def load(
-    run: Path, dataset: Dataset, trained_through: TrainedThrough = "n-2", overrides: list[str] | None = None
-) -> SasrecRun:  # fmt: skip
-    """The finished run `run`. Raises ValueError, one line, where it is damaged or was made of
-    something else."""
+    run: Path,
+    dataset: Dataset,
+    trained_through: TrainedThrough = "n-2",
+    overrides: list[str] | None = None,
+) -> SasrecRun:
+    """The finished run `run`.
+
+    Raises:
+        ValueError: Where it is damaged or was made of something else.
+    """
     path = run / WEIGHTS
     metadata, weights = _read(path, "remove it and train again")
-    if metadata.get("format_version") != FORMAT_VERSION:
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format {version}, this version reads {FORMAT_VERSION}")
+    found, expected = metadata["sequences_hash"], dataset.info.sequences_hash
+    if found != expected:
         raise ValueError(
-            f"{path}: format {metadata.get('format_version')}, this version reads {FORMAT_VERSION}"
+            f"{path} was trained on sequences {found[:12]}, {dataset.path} has {expected[:12]}: "
+            "choose another --out"
         )
-    _check_origin(path, metadata, dataset, trained_through)
+    through = metadata["trained_through"]
+    if through != trained_through:
+        raise ValueError(
+            f"{path} was trained through {through}: pass --trained-through {through}, or another "
+            "--out"
+        )
     values = json.loads(metadata["settings"])
     settings = sasrec_settings(dict(values), source=str(path))
-    asked = sasrec_settings(dict(values), overrides)
+    requested = sasrec_settings(dict(values), overrides)
     for key, value in values.items():
-        if getattr(asked, key) != value:
+        if getattr(requested, key) != value:
             raise ValueError(
-                f"{run} was trained with {key} {value}, not {getattr(asked, key)}: choose another --out"
+                f"{run} was trained with {key} {value}, not {getattr(requested, key)}: choose "
+                "another --out"
             )
     model = SASRec(dataset.sequences.num_items, settings)
     model.load_state_dict(weights)
     return SasrecRun(model.eval(), settings, int(metadata["best_epoch"]))
 
 
-def _check_origin(
-    path: Path, metadata: dict[str, str], dataset: Dataset, trained_through: TrainedThrough
-) -> None:
-    found, expected = metadata["sequences_hash"], dataset.info.sequences_hash
-    if found != expected:
-        raise ValueError(
-            f"{path} was trained on sequences {found[:12]}, {dataset.path} has {expected[:12]}: choose another --out"
-        )
-    through = metadata["trained_through"]
-    if through != trained_through:
-        raise ValueError(
-            f"{path} was trained through {through}: pass --trained-through {through}, or another --out"
-        )
-
-
-def _origin(
-    dataset: Dataset,
-    settings: SasrecSettings,
-    trained_through: TrainedThrough,
-    exclude_history: bool,
-) -> dict[str, str]:
-    """What a training is of; metadata of all its files."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "system": "sasrec",
-        "sequences_hash": dataset.info.sequences_hash,
-        "trained_through": trained_through,
-        "exclude_history": json.dumps(exclude_history),
-        "settings": json.dumps(dataclasses.asdict(settings)),
-    }
-
-
 def _read_progress(path: Path, origin: dict[str, str]) -> Progress:
     """Raises ValueError, one line, where the file is damaged or of another training than this
     one."""
     metadata, tensors = _read(path, "remove it to train from the start")
-    for key, asked in origin.items():
+    for key, requested in origin.items():
         found = metadata.get(key)
-        if found != asked:
+        if found != requested:
             raise ValueError(
-                f"{path}: an interrupted training with {key} {found}, not {asked}: choose another --out, or remove it to train "
-                "from the start"
+                f"{path}: an interrupted training with {key} {found}, not {requested}: choose "
+                "another --out, or remove it to train from the start"
             )
     last, best = (Epoch(**json.loads(metadata[name])) for name in ("last", "best"))
     return Progress(last, best, tensors)
@@ -199,33 +200,27 @@ def _train(
     progress: Progress | None,
     on_epoch: Callable[[Epoch], None] | None,
 ) -> Trained:
-    _drop_events_behind(run / EVENTS, progress.last.epoch if progress else 0)
+    _drop_events_after(run / EVENTS, progress.last.epoch if progress else 0)
     trained_through: TrainedThrough = "n-1" if origin["trained_through"] == "n-1" else "n-2"
     exclude_history = json.loads(origin["exclude_history"])
     with (run / EVENTS).open("a", encoding="utf-8", buffering=1) as file:
 
-        def tell(event: str, **fields: Any) -> None:
-            file.write(
-                json.dumps(
-                    {"time": round(time.time(), 3), "event": event, **fields}, allow_nan=False
-                )
-                + "\n"
-            )
+        def write(event: str, **fields: Any) -> None:
+            line = {"time": round(time.time(), 3), "event": event, **fields}
+            file.write(json.dumps(line, allow_nan=False) + "\n")
 
-        def ended(epoch: Epoch, model: SASRec) -> None:
+        def epoch_ended(epoch: Epoch, model: SASRec) -> None:
             fields = dataclasses.asdict(epoch)
-            tell("epoch", **{**fields.pop("scores"), **fields})
+            write("epoch", **{**fields.pop("scores"), **fields})
             if on_epoch is not None:
                 on_epoch(epoch)
 
         def keep(progress: Progress) -> None:
-            epochs = {
-                name: json.dumps(dataclasses.asdict(getattr(progress, name)))
-                for name in ("last", "best")
-            }
-            _write(run / PROGRESS, progress.tensors, {**origin, **epochs})
+            epochs = {"last": progress.last, "best": progress.best}
+            texts = {name: json.dumps(dataclasses.asdict(epochs[name])) for name in epochs}
+            _write(run / PROGRESS, progress.tensors, {**origin, **texts})
 
-        tell(
+        write(
             "start",
             system="sasrec",
             recipe=dataclasses.asdict(settings),
@@ -241,11 +236,11 @@ def _train(
             settings,
             exclude_history=exclude_history,
             trained_through=trained_through,
-            on_epoch=ended,
+            on_epoch=epoch_ended,
             on_progress=keep,
             progress=progress,
         )
-        tell(
+        write(
             "end",
             status="finished",
             seconds=trained.last.seconds,
@@ -256,28 +251,26 @@ def _train(
     return trained
 
 
-def _drop_events_behind(path: Path, epoch: int) -> None:
-    """Epochs whose weights were lost are trained again, and told again. Of a training that starts
-    anew nothing is kept."""
-    lines = (
-        path.read_text(encoding="utf-8").splitlines(keepends=True)
-        if epoch and path.is_file()
-        else []
-    )
-    # What follows an epoch that was lost has been lost with it; a line may be torn.
-    kept = itertools.takewhile(
-        lambda line: line.endswith("\n") and _is_of_epochs_up_to(epoch, json.loads(line)), lines
-    )
+def _drop_events_after(path: Path, epoch: int) -> None:
+    """Epochs whose weights were lost are trained and written again. Of a training that starts anew
+    nothing is kept."""
+    exists = epoch and path.is_file()
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if exists else []
+
+    def is_kept(line: str) -> bool:
+        if not line.endswith("\n"):  # torn
+            return False
+        event = json.loads(line)
+        of_epochs = event["event"] == "epoch" and event["epoch"] <= epoch
+        return of_epochs or event["event"] == "start"
+
+    # What follows an epoch that was lost has been lost with it.
     with atomic_file(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
-
-
-def _is_of_epochs_up_to(epoch: int, event: dict[str, Any]) -> bool:
-    return event["event"] == "start" or (event["event"] == "epoch" and event["epoch"] <= epoch)
+        temporary.write_text("".join(itertools.takewhile(is_kept, lines)), encoding="utf-8")
 
 
 def _save(run: Path, origin: dict[str, str], trained: Trained) -> None:
-    """The vectors first: where the weights lie, the run is finished."""
+    """The vectors first: where the weights exist, the run is finished."""
     metadata = {**origin, "best_epoch": str(trained.best.epoch)}
     vectors_Id = trained.model.item_embedding.weight.detach().float().contiguous()
     _write(run / VECTORS, {"item_vectors": vectors_Id}, metadata)

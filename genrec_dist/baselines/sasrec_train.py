@@ -50,17 +50,15 @@ class Epoch:
     """The best epoch so far, whose weights are kept."""
 
     def __str__(self) -> str:
-        scores = "".join(
-            f", {name} {as_written(self.scores[name])}"
-            for name in ("HR@10", "NDCG@10")
-            if self.scores
-        )
-        return f"epoch {self.epoch}: loss {self.loss:.4f}{scores}{' (best)' * self.best}, {self.seconds:.0f} s"
+        names = ("HR@10", "NDCG@10") if self.scores else ()
+        scores = "".join(f", {name} {as_written(self.scores[name])}" for name in names)
+        best = " (best)" if self.best else ""
+        return f"epoch {self.epoch}: loss {self.loss:.4f}{scores}{best}, {self.seconds:.0f} s"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """All that the rest of a training depends on, as it stands behind an epoch."""
+    """All that the rest of a training depends on, after an epoch."""
 
     last: Epoch
     best: Epoch
@@ -88,37 +86,57 @@ def train(
     on_progress: Callable[[Progress], None] | None = None,
     progress: Progress | None = None,
 ) -> Trained:
-    """Train until NDCG@10 on validation stays behind its best for `patience` epochs; n-1: `epochs`
-    epochs, no validation.
+    """Train until NDCG@10 on validation has not been better for `patience` epochs; through n-1:
+    `epochs` epochs, no validation.
 
     The same settings and training parts give the same weights at every epoch, bit for bit on one
-    machine with one number of threads; held-out items only choose the epoch. `on_epoch` is called
-    with the weights that were validated, `on_progress` behind it with what `progress` takes to go
-    on from there: the weights are the same as of a training that was never interrupted. The
-    caller's random state is left as it was. Raises ValueError where no user has two items to learn
-    from, NotFinite for a loss that is no number."""
+    machine with one number of threads; held-out items only choose the epoch. The caller's random
+    state is left as it was.
+
+    Args:
+        sequences: The data.
+        settings: Of model and training.
+        exclude_history: Whether lists leave out the history.
+        trained_through: The last position that is trained on.
+        on_epoch: Called after each epoch with the weights that were validated.
+        on_progress: Called after it with what a later call takes as `progress`.
+        progress: Where to go on: the weights are the same as of a training that was never
+            interrupted.
+
+    Raises:
+        ValueError: Where no user has two items to learn from.
+        NotFinite: For a loss that is no number.
+    """
     parts = TrainingParts(sequences, settings, trained_through)
-    validated = np.empty(0, np.int64)
+    users_V = np.empty(0, np.int64)
     if trained_through == "n-2":
-        asked = sequences.history_and_target("validation").users
-        validated = asked[sample_users(len(asked), settings.validation_users, settings.seed)]
+        users_V = sequences.history_and_target("validation").users
+        users_V = users_V[sample_users(len(users_V), settings.validation_users, settings.seed)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_key(settings.seed, _INIT_STREAM) >> 1)
         model = SASRec(sequences.num_items, settings)
         if settings.init_items == "cooccurrence":
-            vectors_IF = neighbour_vectors(
-                sequences, min(settings.d_model, MOST_FACTORS), settings.seed
-            )
-            turn_rows(
-                model.item_embedding.weight,
-                torch.arange(sequences.num_items),
-                vectors_IF,
-                settings.init_std,
-            )
+            factors = min(settings.d_model, MOST_FACTORS)
+            vectors_IF = neighbour_vectors(sequences, factors, settings.seed)
+            rows_I, table_Id = torch.arange(sequences.num_items), model.item_embedding.weight
+            turn_rows(table_Id, rows_I, vectors_IF, settings.init_std)
         loop = _Loop(model, parts, settings)
         if progress is not None:
-            loop.go_on_from(progress)
-        return loop.run(sequences, validated, exclude_history, on_epoch, on_progress)
+            loop.resume(progress)
+        start = time.perf_counter() - (loop.last.seconds if loop.last else 0.0)
+        while not loop.is_over():
+            loss = loop.pass_over_users(loop.last.epoch + 1 if loop.last else 1)
+            loop.swap_average()
+            scores = {}
+            if len(users_V):
+                scores = validation_scores(model, sequences, users_V, exclude_history)
+            epoch = loop.end_epoch(loss, scores, len(users_V), time.perf_counter() - start)
+            if on_epoch is not None:
+                on_epoch(epoch, model)
+            loop.swap_average()
+            if on_progress is not None:
+                on_progress(loop.progress())
+        return loop.finish()
 
 
 class TrainingParts:
@@ -134,83 +152,58 @@ class TrainingParts:
         rows = np.flatnonzero(lengths_U > 0)
         if not len(rows):
             raise ValueError(
-                f"no user has two items to train on (through {trained_through}): SASRec needs longer histories"
+                f"no user has two items to train on (through {trained_through}): SASRec needs "
+                "longer histories"
             )
         self.input_ends_U, self.lengths_U = ends_U[rows] - 1, lengths_U[rows]
-
-    @property
-    def num_batches(self) -> int:
-        return -(-len(self.lengths_U) // self.settings.batch_size)
 
     def batches(self, epoch: int) -> Iterator[tuple[Packed, Tensor]]:
         """(inputs, labels int64 [n]) of all users, in an order of this epoch."""
         order_U = keyed_permutation(len(self.lengths_U), self.settings.seed, _ORDER_STREAM, epoch)
         for start in range(0, len(order_U), self.settings.batch_size):
             users_B = order_U[start : start + self.settings.batch_size]
-            packed = pack(
-                self.items, self.input_ends_U[users_B], self.lengths_U[users_B], self.settings
-            )
+            ends_B, lengths_B = self.input_ends_U[users_B], self.lengths_U[users_B]
+            packed = pack(self.items, ends_B, lengths_B, self.settings)
             yield packed, torch.from_numpy(self.items[packed.places_n + 1].astype(np.int64))
 
 
 class _Loop:
+    """The state of a training, epoch by epoch."""
+
     def __init__(self, model: SASRec, parts: TrainingParts, settings: SasrecSettings):
         self.model, self.parts, self.settings = model, parts, settings
-        self.optimizer = build_optimizer(
-            model, Optimizer(weight_decay=settings.weight_decay, decay="all")
-        )
+        decayed = Optimizer(weight_decay=settings.weight_decay, decay="all")
+        self.optimizer = build_optimizer(model, decayed)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate
-        self.average = (
-            AveragedWeights(model.parameters(), settings.average) if settings.average else None
-        )
+        self.average = None
+        if settings.average:
+            self.average = AveragedWeights(model.parameters(), settings.average)
         self.step = 0
         self.best: Epoch | None = None
         self.last: Epoch | None = None
         self.kept: dict[str, Tensor] = {}
         """The weights of the best epoch."""
 
-    def run(
-        self,
-        sequences: Sequences,
-        validated: np.ndarray,
-        exclude_history: bool,
-        on_epoch: Callable[[Epoch, SASRec], None] | None,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> Trained:
-        start = time.perf_counter() - (self.last.seconds if self.last else 0.0)
-        while not self.is_over():
-            number = self.last.epoch + 1 if self.last else 1
-            loss = self.pass_over_users(number)
-            self.swap_average()
-            scores = (
-                validation_scores(self.model, sequences, validated, exclude_history)
-                if len(validated)
-                else {}
-            )
-            is_best = (
-                self.best is None or not scores or scores["NDCG@10"] > self.best.scores["NDCG@10"]
-            )
-            epoch = Epoch(
-                number,
-                self.step,
-                loss,
-                scores,
-                len(validated),
-                time.perf_counter() - start,
-                is_best,
-            )
-            if is_best:
-                self.best, self.kept = (
-                    epoch,
-                    {name: value.clone() for name, value in self.model.state_dict().items()},
-                )
-            self.last = epoch
-            if on_epoch is not None:
-                on_epoch(epoch, self.model)
-            self.swap_average()
-            if on_progress is not None:
-                on_progress(self.progress())
+    def end_epoch(self, loss: float, scores: dict[str, float], users: int, seconds: float) -> Epoch:
+        """Note the epoch that is over, and keep its weights where it is the best so far."""
+        best = self.best is None or not scores or scores["NDCG@10"] > self.best.scores["NDCG@10"]
+        self.last = Epoch(
+            epoch=self.last.epoch + 1 if self.last else 1,
+            step=self.step,
+            loss=loss,
+            scores=scores,
+            users=users,
+            seconds=seconds,
+            best=best,
+        )
+        if best:
+            state = self.model.state_dict()
+            self.best, self.kept = self.last, {name: state[name].clone() for name in state}
+        return self.last
+
+    def finish(self) -> Trained:
+        """The model with the weights of the best epoch."""
         assert self.best is not None
         assert self.last is not None
         self.model.load_state_dict(self.kept)
@@ -219,11 +212,8 @@ class _Loop:
     def is_over(self) -> bool:
         if self.last is None or self.best is None:
             return False
-        patience = self.settings.patience
-        return (
-            self.last.epoch == self.settings.epochs
-            or 0 < patience <= self.last.epoch - self.best.epoch
-        )
+        stale, patience = self.last.epoch - self.best.epoch, self.settings.patience
+        return self.last.epoch == self.settings.epochs or 0 < patience <= stale
 
     def progress(self) -> Progress:
         assert self.best is not None
@@ -239,7 +229,7 @@ class _Loop:
         return Progress(self.last, self.best, tensors)
 
     @torch.no_grad()
-    def go_on_from(self, progress: Progress) -> None:
+    def resume(self, progress: Progress) -> None:
         tensors = progress.tensors
         self.last, self.best, self.step = progress.last, progress.best, progress.last.step
         self.kept = {name: tensors[f"best.{name}"] for name in self.model.state_dict()}
@@ -269,9 +259,8 @@ class _Loop:
             targets += len(labels_n)
         mean = float(total) / targets
         if not math.isfinite(mean):
-            raise NotFinite(
-                f"loss is {mean} in epoch {epoch}: lower learning_rate ({self.settings.learning_rate})"
-            )
+            rate = self.settings.learning_rate
+            raise NotFinite(f"loss is {mean} in epoch {epoch}: lower learning_rate ({rate})")
         return mean
 
     def swap_average(self) -> None:
@@ -281,10 +270,9 @@ class _Loop:
 
 def validation_scores(
     model: SASRec, sequences: Sequences, users: np.ndarray, exclude_history: bool
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """`METRICS` of these users' validation targets, as the metrics file counts them."""
-    places_U = target_places(
-        model, sequences.history_and_target("validation"), users, exclude_history
-    )
+    view = sequences.history_and_target("validation")
+    places_U = target_places(model, view, users, exclude_history)
     metrics = metrics_from_histogram(rank_histogram(places_U))
     return {name: metrics[name] for name in METRICS}

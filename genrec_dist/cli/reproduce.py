@@ -1,4 +1,4 @@
-"""The door of `genrec reproduce`."""
+"""The command `genrec reproduce`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def reproduce(
         typer.Argument(metavar="SET", help="beauty, sports, toys or yelp."),
     ],
     data: Annotated[
-        Path, typer.Option("--data", help="Its file, `user item item ...` a line, gz or not.")
+        Path, typer.Option("--data", help="Its file, `user item item ...` per line, gz or not.")
     ],
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Directory of it all; default: runs/reproduce-SET.")
@@ -36,9 +36,7 @@ def reproduce(
     ] = None,
     hybrid: Annotated[
         str | None,
-        typer.Option(
-            help="The recipe of the rows hybrid and items; default: that of best, if it has an item head."
-        ),
+        typer.Option(help="The recipe of the rows hybrid and items; default: that of best."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -86,48 +84,55 @@ def reproduce(
     """
     from rich.console import Console
 
-    from genrec_dist.reproduce import runner as run
-    from genrec_dist.reproduce.systems import PROTOCOLS, Choices
+    from genrec_dist.reproduce import runner
+    from genrec_dist.reproduce.systems import PROTOCOLS, Options
 
-    flags = ("--refit", refit), ("--switches", switches)
-    named = (
-        ("--recipe", recipe),
-        ("--paper-recipe", paper_recipe),
-        ("--hybrid", hybrid),
-        ("--systems", systems),
-    )
-    given = [word for flag, value in named if value is not None for word in (flag, value)]
-    given += [word for value in overrides or () for word in ("--set", value)]
-    given += [word for value in sasrec or () for word in ("--sasrec", value)]
-    given += [word for value in knn or () for word in ("--knn", value)]
-    given += [flag for flag, on in flags if on]
-    options = run.Options(
-        name=name, data=data, out=out_dir or Path("runs") / f"reproduce-{name}",
-        command=_command(name, "--data", data, "--protocol", protocol, "--seeds", seeds, "--readings", readings, *given),
+    words: list[object] = [name, "--data", data, "--protocol", protocol]
+    words += ["--seeds", seeds, "--readings", readings, "--recipe", recipe]
+    given: list[tuple[str, list[str]]] = [
+        ("--paper-recipe", [paper_recipe] if paper_recipe else []),
+        ("--hybrid", [hybrid] if hybrid else []),
+        ("--systems", [systems] if systems else []),
+        ("--set", overrides or []),
+        ("--sasrec", sasrec or []),
+        ("--knn", knn or []),
+    ]
+    words += [word for flag, values in given for value in values for word in (flag, value)]
+    words += [flag for flag, on in (("--refit", refit), ("--switches", switches)) if on]
+    rows = None
+    if systems is not None:
+        rows = [part.strip() for part in systems.split(",") if part.strip()]
+    options = Options(
+        name=name,
+        data=data,
+        out=out_dir or Path("runs") / f"reproduce-{name}",
+        command=shlex.join(["genrec", "reproduce", *map(_without_directory, words)]),
         protocols=PROTOCOLS if protocol == "both" else (protocol,),
-        systems=None if systems is None else [part.strip() for part in systems.split(",") if part.strip()],
+        systems=rows,
         seeds=seeds,
-        choices=Choices(
-            recipe=recipe, paper_recipe=paper_recipe or "", hybrid_recipe=hybrid, overrides=tuple(overrides or ()),
-            sasrec=tuple(sasrec or ()), knn=tuple(knn or ()), refit=refit, switches=switches,
-            readings=("n-2", "n-1") if readings == "both" else (readings,),
-        ),
-        minutes=minutes, publish=publish,
-    )  # fmt: skip
+        recipe=recipe,
+        paper_recipe=paper_recipe or "",
+        hybrid_recipe=hybrid,
+        overrides=tuple(overrides or ()),
+        sasrec=tuple(sasrec or ()),
+        knn=tuple(knn or ()),
+        refit=refit,
+        readings=("n-2", "n-1") if readings == "both" else (readings,),
+        switches=switches,
+        minutes=minutes,
+        publish=publish,
+    )
     console = Console()
     if dry_run:
-        work = run.plan(options, console)
+        work = runner.plan(options)
         for note in work.notes:
             console.print(note, style="yellow", highlight=False, soft_wrap=True, markup=False)
-        console.print(run.render_plan(work))
+        console.print(runner.render_plan(work))
     else:
-        run.reproduce(options, console)
+        runner.reproduce(options, console)
 
 
-def _command(*words: object) -> str:
-    """What stands in files that travel: the command without folders."""
-    told = []
-    for word in map(str, words):
-        key, sign, value = word.rpartition("=")
-        told.append(key + sign + (Path(value).name if "/" in value else value))
-    return shlex.join(["genrec", "reproduce", *told])
+def _without_directory(word: object) -> str:
+    """A word of the command without directories: it is written into files that travel."""
+    key, sign, value = str(word).rpartition("=")
+    return key + sign + (Path(value).name if "/" in value else value)

@@ -10,10 +10,10 @@ FORMULA = (
     "+ 3 x 2 x [targets x N x (4 d^2 + 2 d f_d) + 2 N d x sum(T^2)]  decoder\n"
     "+ 3 x 2 x [(inputs + targets) x N x 2 d^2 + 2 N d x sum(T L)]  cross-attention\n"
     "+ 3 x 2 x labels x d x V  head\n"
-    "inputs, targets: real tokens, labels: those of the targets that are learned; L, T: tokens of a sample's history and of a "
-    "decoder row (of a causal encoder L (L + 1) / 2 for L^2, and of T L what the row sees); E, N: layers; d: width; f: "
-    "feed-forward; V: tokens that share the probability; 2 for "
-    "multiply and add, 3 for forward and backward"
+    "inputs, targets: real tokens, labels: those of the targets that are learned; L, T: tokens of "
+    "a sample's history and of a decoder row (of a causal encoder L (L + 1) / 2 for L^2, and of "
+    "T L what the row sees); E, N: layers; d: width; f: feed-forward; V: tokens that share the "
+    "probability; 2 for multiply and add, 3 for forward and backward"
 )
 """Matrix products and attention; the embedding sum, norms and the optimiser are left out, as is
 usual."""
@@ -22,16 +22,11 @@ usual."""
 def flops(config: GenRecConfig, work: Work) -> float:
     """Floating-point operations of forward and backward (`FORMULA`)."""
     width, vocabulary = config.d_model, config.spoken_tokens or config.vocab_size
-    encoder = (
-        work.inputs * (4 * width**2 + 2 * width * config.encoder_ffn_dim)
-        + 2 * width * work.encoder_pairs
-    )
-    decoder = (
-        work.targets * (4 * width**2 + 2 * width * config.decoder_ffn_dim)
-        + 2 * width * work.decoder_pairs
-    )
+    in_encoder = 4 * width**2 + 2 * width * config.encoder_ffn_dim
+    in_decoder = 4 * width**2 + 2 * width * config.decoder_ffn_dim
+    encoder = work.inputs * in_encoder + 2 * width * work.encoder_pairs
+    decoder = work.targets * in_decoder + 2 * width * work.decoder_pairs
     across = (work.inputs + work.targets) * 2 * width**2 + 2 * width * work.cross_pairs
     head = work.labels * width * vocabulary
-    return 6.0 * (
-        config.encoder_layers * encoder + config.decoder_layers * (decoder + across) + head
-    )
+    layers = config.encoder_layers * encoder + config.decoder_layers * (decoder + across)
+    return 6.0 * (layers + head)

@@ -29,7 +29,8 @@ class Peak:
 
 
 def peak_of(device: torch.device, precision: str) -> Peak | None:
-    """None for a card that is not known here: no share of an unknown peak is ever stated."""
+    """The peak of a device; None for a card that is not known here, so that no share of an unknown
+    peak is ever stated."""
     if device.type == "cpu":
         return _measured(torch.float32 if precision == "fp32" else torch.bfloat16)
     if device.type != "cuda":
@@ -55,7 +56,8 @@ def _measured(dtype: torch.dtype) -> Peak:
     rate = 2 * _SIDE**3 / min(seconds)
     threads = torch.get_num_threads()
     kind = str(dtype).removeprefix("torch.")
-    return Peak(
-        rate,
-        f"measured: a {kind} product of {_SIDE} x {_SIDE} matrices, {threads} threads, {rate / 1e9:,.0f} GFLOP/s",
+    source = (
+        f"measured: a {kind} product of {_SIDE} x {_SIDE} matrices, {threads} threads, "
+        f"{rate / 1e9:,.0f} GFLOP/s"
     )
+    return Peak(rate, source)

@@ -1,17 +1,17 @@
-"""The bytes a training rank holds, by formula: state under DDP and each ZeRO stage, and activations
-of a micro-batch.
+"""The bytes of a training rank, by formula: state under DDP and each ZeRO stage, and activations of
+a micro-batch.
 
-The formulas follow what torch 2.13 and DeepSpeed 0.19.8 allocate;
-tests/unit/estimate/test_memory.py holds them against measured storages."""
+Parameters are counted on a model built on the meta device. The formulas follow what torch 2.13 and
+DeepSpeed 0.19.8 allocate; tests/unit/estimate/test_memory.py compares them with measured
+storages."""
 
 # B samples, R decoder rows, L input tokens, T target tokens, D width, F feed-forward width, V
-# vocabulary, N parameters
+# vocabulary
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,8 +21,6 @@ from genrec_kernels.sharded_rows import BLOCK
 from torch import nn
 
 from genrec_dist.config.recipe import HeadLoss, Recipe
-from genrec_dist.data.batch import Work
-from genrec_dist.estimate.flops import flops
 from genrec_dist.model.build import ModelSizes, make_config
 from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.model.head_loss import chunk_rows, exact_rows
@@ -37,20 +35,35 @@ ALLREDUCE_ELEMENTS = 500_000_000
 """Gradients that DeepSpeed copies into one buffer to sum them, where it has not partitioned
 them."""
 
-_BART_BASE = {"d_model": 768, "encoder_layers": 6, "decoder_layers": 6, "heads": 12, "ffn": 3072}
-_BART_LARGE = {
-    "d_model": 1024,
-    "encoder_layers": 12,
-    "decoder_layers": 12,
-    "heads": 16,
-    "ffn": 4096,
+
+@dataclass(frozen=True)
+class BackboneSizes:
+    """The shape of a BART model: width, layers, heads and feed-forward width as in a recipe."""
+
+    d_model: int
+    encoder_layers: int
+    decoder_layers: int
+    heads: int
+    ffn: int
+    positions: int = 1024
+    vocabulary: int = 50_265
+
+    @property
+    def shape(self) -> dict[str, Any]:
+        """The keys of a recipe's `model` section that make a model of this shape."""
+        values = dataclasses.asdict(self)
+        return {key: values[key] for key in values if key not in ("positions", "vocabulary")}
+
+
+BACKBONES = {
+    "facebook/bart-base": BackboneSizes(768, 6, 6, 12, 3072),
+    "facebook/bart-large": BackboneSizes(1024, 12, 12, 16, 4096),
 }
-_KNOWN_BACKBONES = {"facebook/bart-base": _BART_BASE, "facebook/bart-large": _BART_LARGE}
-_BART_VOCABULARY, _BART_POSITIONS = 50265, 1024
+"""The backbones of the paper; of others the configuration has to be at hand."""
 
 
 @dataclass(frozen=True)
-class Sizes:
+class ParameterCounts:
     """What a model is made of, as far as memory is concerned."""
 
     groups: tuple[tuple[int, ...], ...]
@@ -62,7 +75,7 @@ class Sizes:
     id_dim: int
     """Width of an id row."""
     ids_outside: bool
-    """Whether the tables lie outside the dense parameters, their rows spread over the ranks
+    """Whether the tables are outside the dense parameters, their rows spread over the ranks
     (row-adagrad)."""
 
     @property
@@ -96,10 +109,10 @@ class ZeroSettings:
 
 @dataclass(frozen=True)
 class State:
-    """Bytes of a rank, activations apart. All lie on the GPU but for `host`."""
+    """Bytes of a rank without activations. All are on the GPU but `host`."""
 
     weights: int
-    """What forward and backward read; at stage 3 this rank's part and the small ones that stay
+    """What forward and backward read; at stage 3 this rank's share and the small ones that stay
     whole."""
     masters: int
     """float32 copies that the optimiser steps; 0 where it steps the weights themselves."""
@@ -115,22 +128,22 @@ class State:
     buffers: int
     """Copies for communication: bucket buffers, and stage 3's gathered weights."""
     step_extra: int
-    """Copies made when the backward is through, to sum gradients over ranks or to step; no
-    activations lie beside them."""
+    """Copies made after the backward, to sum gradients over ranks or to step; the activations are
+    gone by then."""
     validation_extra: int
-    """The whole float32 model that DeepSpeed's ranks decode with; no gradients or activations lie
-    beside it."""
+    """The whole float32 model that DeepSpeed's ranks decode with; gradients and activations are
+    gone by then."""
     host: int
-    """Bytes in host memory, outside the GPU."""
+    """Bytes in host memory."""
 
     @property
     def held(self) -> int:
-        """Weights, masters, moments, average and sharded ids: what lies there at any time."""
+        """What is there at any time: weights, masters, moments, average and sharded ids."""
         return self.weights + self.masters + self.moments + self.average + self.id_rows
 
     @property
     def total(self) -> int:
-        """Everything on the GPU beside activations, between backward and step."""
+        """Everything on the GPU but activations, between backward and step."""
         return self.held + self.gradients + self.buffers
 
     def peak(self, activations: int) -> int:
@@ -147,7 +160,7 @@ class MicroBatch:
     """L, padding included."""
     target_tokens: int
     """T, labels of a decoder row."""
-    rows_a_sample: int = 1
+    rows_per_sample: int = 1
 
 
 @dataclass(frozen=True)
@@ -157,7 +170,7 @@ class Activations:
     saved: int
     """What autograd keeps between forward and backward, the logarithms of the softmax included."""
     encoder: int
-    """Of that, what still lies there when the decoder's backward is through."""
+    """Of that, what is still there after the decoder's backward."""
     logits: int
     """Logits and their gradients, or chunks of them, beside it where the backward begins."""
     in_flight: int
@@ -171,18 +184,24 @@ class Activations:
 def build_config(
     recipe: Recipe, users: int, items: int, vocabulary: int | None = None, spoken: int = 0
 ) -> GenRecConfig:
-    """The model's configuration without weights or network. `vocabulary`: tokens; None: the
-    backbone's or the recipe's. `spoken`: those of them that a trimmed vocabulary speaks.
+    """The model's configuration, without weights or network.
 
-    Raises ValueError for a backbone that is neither BART-base, BART-large nor a directory with a
-    BART config.json."""
-    model, positions = recipe.model, recipe.model.max_tokens
-    tokens = recipe.tokens.vocab_size
+    Args:
+        recipe: Its `model` section, or its backbone's shape.
+        users: Number of users.
+        items: Number of items.
+        vocabulary: Number of tokens; None: the backbone's or the recipe's.
+        spoken: Tokens of a trimmed vocabulary that share the output's probability.
+
+    Raises:
+        ValueError: For a backbone that is neither BART-base, BART-large nor a directory with a BART
+            config.json.
+    """
+    model, positions, tokens = recipe.model, recipe.model.max_tokens, recipe.tokens.vocab_size
     if model.backbone is not None:
-        shape = _backbone_shape(model.backbone)
-        positions, tokens = shape.pop("positions"), shape.pop("vocabulary") + recipe.num_masks - 1
-        model = dataclasses.replace(model, backbone=None, **shape)  # type: ignore[arg-type]
-    special = {"bos": 0, "pad": 1, "eos": 2, "mask": 4}
+        sizes = BACKBONES.get(model.backbone) or _read_sizes(model.backbone)
+        positions, tokens = sizes.positions, sizes.vocabulary + recipe.num_masks - 1
+        model = dataclasses.replace(model, backbone=None, **sizes.shape)
     config = make_config(
         model,
         ModelSizes(
@@ -190,7 +209,7 @@ def build_config(
             num_users=users,
             num_items=items,
             num_masks=recipe.num_masks,
-            special=special,
+            special={"bos": 0, "pad": 1, "eos": 2, "mask": 4},
             ids_outside=recipe.optimizer.id_tables == "row-adagrad",
         ),
     )
@@ -199,46 +218,36 @@ def build_config(
     return config
 
 
-def _backbone_shape(backbone: str) -> dict[str, int]:
-    if backbone in _KNOWN_BACKBONES:
-        return {
-            **_KNOWN_BACKBONES[backbone],
-            "positions": _BART_POSITIONS,
-            "vocabulary": _BART_VOCABULARY,
-        }
+def _read_sizes(backbone: str) -> BackboneSizes:
     path = Path(backbone) / "config.json"
     if not path.is_file():
+        known = ", ".join(BACKBONES)
         raise ValueError(
-            f"model.backbone {backbone}: its shape is not known here; give a directory with its config.json, or one of "
-            + ", ".join(_KNOWN_BACKBONES)
+            f"model.backbone {backbone}: its shape is not known here; give a directory with its "
+            f"config.json, or one of {known}"
         )
     values = json.loads(path.read_text(encoding="utf-8"))
-    names = {
-        "d_model": "d_model", "encoder_layers": "encoder_layers", "decoder_layers": "decoder_layers",
-        "heads": "encoder_attention_heads", "ffn": "encoder_ffn_dim", "positions": "max_position_embeddings",
-        "vocabulary": "vocab_size",
-    }  # fmt: skip
-    missing = [name for name in names.values() if not isinstance(values.get(name), int)]
-    if missing:
-        raise ValueError(
-            f"{path}: {missing[0]} is missing: is it the configuration of a BART model?"
-        )
-    return {ours: values[theirs] for ours, theirs in names.items()}
+    names = {"heads": "encoder_attention_heads", "ffn": "encoder_ffn_dim"}
+    names |= {"positions": "max_position_embeddings", "vocabulary": "vocab_size"}
+    sizes = {}
+    for field in dataclasses.fields(BackboneSizes):
+        name = names.get(field.name, field.name)
+        if not isinstance(values.get(name), int):
+            raise ValueError(f"{path}: {name} is missing: is it the configuration of a BART model?")
+        sizes[field.name] = values[name]
+    return BackboneSizes(**sizes)
 
 
-def measure_sizes(recipe: Recipe, config: GenRecConfig) -> Sizes:
-    """Exact sizes, of a model built without memory."""
+def count_parameters(recipe: Recipe, config: GenRecConfig) -> ParameterCounts:
+    """The exact counts, of a model built on the meta device."""
     with torch.device("meta"):
         model = GenRecForConditionalGeneration(config)
     outside = config.ids_outside
     tables = [rows for rows in (config.num_users, config.num_items) if rows]
-    groups = [
-        tuple(p.numel() for p in group["params"])
-        for group in build_optimizer(model, recipe.optimizer).param_groups
-    ]
+    groups = build_optimizer(model, recipe.optimizer).param_groups
     linear = [module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)]
-    return Sizes(
-        groups=tuple(groups),
+    return ParameterCounts(
+        groups=tuple(tuple(value.numel() for value in group["params"]) for group in groups),
         matmul=sum(linear),
         id_tables=tuple(rows if outside else rows + 1 for rows in tables),
         id_dim=config.id_dim or config.d_model,
@@ -247,27 +256,22 @@ def measure_sizes(recipe: Recipe, config: GenRecConfig) -> Sizes:
 
 
 def read_settings(folder: Path | None, method: Method) -> ZeroSettings:
-    """What `folder/METHOD.json` says, DeepSpeed's defaults for what it leaves out or where there is
-    none."""
+    """The settings in `folder/METHOD.json`; DeepSpeed's defaults for what it leaves out, or where
+    there is no such file."""
     path = folder / f"{method}.json" if folder else None
     found: dict[str, Any] = {}
     if path is not None and path.is_file():
         found = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
-    default = ZeroSettings()
-
-    def number(name: str, otherwise: int) -> int:
-        value = found.get(name, otherwise)
-        return otherwise if value == "auto" else int(value)
-
-    return ZeroSettings(
-        number("reduce_bucket_size", default.reduce_bucket_size),
-        found.get("overlap_comm") is True,
-        number("stage3_param_persistence_threshold", default.persistence_threshold),
-    )
+    sizes = {
+        "reduce_bucket_size": found.get("reduce_bucket_size", "auto"),
+        "persistence_threshold": found.get("stage3_param_persistence_threshold", "auto"),
+    }
+    given = {name: int(size) for name, size in sizes.items() if size != "auto"}
+    return ZeroSettings(overlap_comm=found.get("overlap_comm") is True, **given)
 
 
 def state_bytes(
-    sizes: Sizes,
+    counts: ParameterCounts,
     method: Method,
     world_size: int,
     bf16: bool,
@@ -276,338 +280,207 @@ def state_bytes(
     average: bool = False,
     step_id_rows: int = 0,
 ) -> State:
-    """Bytes of the fullest rank of `world_size` under AdamW.
+    """Bytes of the fullest rank under AdamW.
 
-    `step_id_rows`: distinct id rows a rank's share of a step touches; read where the tables lie
-    outside the parameters."""
+    Args:
+        counts: Of the model.
+        method: How the weights are spread.
+        world_size: Number of ranks.
+        bf16: Whether precision is 16 bits.
+        settings: Of the DeepSpeed file.
+        average: Whether a running average of the weights is kept.
+        step_id_rows: Distinct id rows that a rank's share of a step touches; read where the tables
+            are outside the parameters.
+    """
     settings = settings or ZeroSettings()
-    masters_of = {"ddp": 0, "zero0": 4 * sizes.dense if bf16 else 0}
-    parts = _parts(sizes, method, world_size)
-    part = sum(parts)
-    state = {
-        "weights": 0, "masters": masters_of.get(method, 4 * part), "moments": 8 * part, "gradients": 0,
-        "average": 4 * part if average else 0, "id_rows": _ids_outside(sizes, world_size, step_id_rows),
-        "buffers": 0, "step_extra": 0, "validation_extra": 0 if method == "ddp" else 4 * sizes.dense, "host": 0,
-    }  # fmt: skip
-    if method == "ddp":
-        state |= _ddp(sizes, world_size)
-    elif method == "zero0":
-        state |= _zero0(sizes, bf16)
-    elif method == "zero1":
-        state |= _zero1(sizes, bf16, parts, settings)
-    elif method in ("zero2", "zero2_offload"):
-        state |= _zero2(sizes, bf16, parts, settings, world_size)
-    else:
-        state |= _zero3(sizes, bf16, parts, settings, world_size)
-    if method.endswith("_offload"):
-        _offload(state, sizes, bf16, part, method)
-    return State(**state)
-
-
-def _parts(sizes: Sizes, method: Method, world_size: int) -> list[int]:
-    """Elements a rank steps, by optimiser group."""
+    dense, each = counts.dense, 2 if bf16 else 4
     if method in ("ddp", "zero0"):
-        return [sum(group) for group in sizes.groups]
-    if method.startswith("zero3"):  # cuts each parameter
-        return [sum(-(-numel // world_size) for numel in group) for group in sizes.groups]
-    # Stages 1 and 2 cut each group as a whole, aligned to two elements a rank.
-    return [2 * -(-sum(group) // (2 * world_size)) for group in sizes.groups]
-
-
-def _ids_outside(sizes: Sizes, world_size: int, step_id_rows: int) -> int:
-    if not sizes.ids_outside:
-        return 0
-    held = sum(BLOCK * -(-rows // (BLOCK * world_size)) for rows in sizes.id_tables)
-    step = min(step_id_rows, sum(sizes.id_tables))
-    return held * (4 * sizes.id_dim + 4) + 2 * 4 * step * sizes.id_dim
-
-
-def _ddp(sizes: Sizes, world_size: int) -> dict[str, int]:
-    buckets = 4 * sizes.dense if world_size > 1 else 0
-    return {"weights": 4 * sizes.dense, "gradients": 4 * sizes.dense, "buffers": buckets}
-
-
-def _zero0(sizes: Sizes, bf16: bool) -> dict[str, int]:
-    each = 2 if bf16 else 4
-    return {
-        "weights": each * sizes.dense,
-        "gradients": each * sizes.dense,
-        # The sum over ranks is taken in a copy; in bf16 float32 gradients of the masters then stand
+        shares = [sum(group) for group in counts.groups]
+    elif method.startswith("zero3"):  # partitions each parameter
+        shares = [sum(-(-size // world_size) for size in group) for group in counts.groups]
+    else:  # stages 1 and 2 partition each group as a whole, aligned to two elements per rank
+        shares = [2 * -(-sum(group) // (2 * world_size)) for group in counts.groups]
+    share = sum(shares)  # elements that this rank steps
+    masters, buffers, step_extra, host = 4 * share, 0, 0, 0
+    bucket = settings.reduce_bucket_size * (2 if settings.overlap_comm else 1)
+    # Stages 2 and 3, and 1 in float32: the norm is taken of float64 copies, one parameter at a
+    # time; then each group's gradient is put in one piece.
+    piece = min(counts.largest, max(shares))
+    if method.startswith("zero3"):
+        piece = -(-counts.largest // world_size)
+    norm_and_flat = max(8 * piece, 4 * max(shares))
+    if method == "ddp":
+        masters, weights, gradients = 0, 4 * dense, 4 * dense
+        buffers = 4 * dense if world_size > 1 else 0
+    elif method == "zero0":
+        masters, weights, gradients = 4 * dense if bf16 else 0, each * dense, each * dense
+        # The sum over ranks is taken in a copy; in bf16 the masters' float32 gradients are there
         # beside the others.
-        "step_extra": max(
-            each * min(sizes.dense, ALLREDUCE_ELEMENTS), 4 * sizes.dense if bf16 else 0
-        ),
-    }
-
-
-def _zero1(sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings) -> dict[str, int]:
-    if bf16:
+        step_extra = max(each * min(dense, ALLREDUCE_ELEMENTS), 4 * dense if bf16 else 0)
+    elif method == "zero1" and bf16:
         # DeepSpeed's BF16_Optimizer keeps the whole float32 gradient beside the bfloat16 one. It is
         # summed over ranks in a bfloat16 copy, of a float32 copy where there are several groups.
-        return {
-            "weights": 2 * sizes.dense,
-            "gradients": (4 + 2) * sizes.dense,
-            "step_extra": (6 if len(sizes.groups) > 1 else 2)
-            * min(sizes.dense, ALLREDUCE_ELEMENTS),
-        }
-    return {
-        "weights": 4 * sizes.dense,
-        "gradients": 4 * sizes.dense,
-        "buffers": 4 * _buckets(settings),
-        "step_extra": _norm_and_flat(parts, min(sizes.largest, max(parts))),
-    }
-
-
-def _zero2(
-    sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings, world_size: int
-) -> dict[str, int]:
-    each = 2 if bf16 else 4
-    return {
-        "weights": each * sizes.dense,
-        # In float32 DeepSpeed keeps whole each parameter that reaches into the partition.
-        "gradients": 4 * sum(parts) if bf16 else 4 * _reaching_in(sizes, world_size),
-        "buffers": each * _buckets(settings),
-        "step_extra": _norm_and_flat(parts, min(sizes.largest, max(parts))),
-    }
-
-
-def _zero3(
-    sizes: Sizes, bf16: bool, parts: list[int], settings: ZeroSettings, world_size: int
-) -> dict[str, int]:
-    each = 2 if bf16 else 4
-    small = sum(n for group in sizes.groups for n in group if n <= settings.persistence_threshold)
-    return {
-        "weights": each * (sum(parts) + small),
-        "gradients": 4 * sum(parts),
-        "buffers": each * (settings.reduce_bucket_size + gathered_elements(sizes, settings)),
-        "step_extra": _norm_and_flat(parts, -(-sizes.largest // world_size)),
-    }
-
-
-def _norm_and_flat(parts: list[int], largest_piece: int) -> int:
-    """The norm is taken of float64 copies, one parameter at a time; then each group's gradient is
-    put in one piece."""
-    return max(8 * largest_piece, 4 * max(parts))
-
-
-def gathered_elements(sizes: Sizes, settings: ZeroSettings) -> int:
-    """Stage 3: elements that stand whole between forward and backward, beside the small ones that
-    always do.
-
-    All of them: DeepSpeed's `stage3_max_live_parameters` releases none (measured), and
-    `stage3_max_reuse_distance` only layers, not the embeddings, which the model reads directly."""
-    return sum(n for group in sizes.groups for n in group if n > settings.persistence_threshold)
-
-
-def _buckets(settings: ZeroSettings) -> int:
-    return settings.reduce_bucket_size * (2 if settings.overlap_comm else 1)
-
-
-def _reaching_in(sizes: Sizes, world_size: int) -> int:
-    """Elements of the parameters that lie in a rank's partitions at least in part, of the rank with
-    the most."""
-    return max(
-        sum(
-            _elements_reaching_in(group, 2 * -(-sum(group) // (2 * world_size)), rank)
-            for group in sizes.groups
-        )
-        for rank in range(world_size)
+        weights, gradients = 2 * dense, (4 + 2) * dense
+        copies = 6 if len(counts.groups) > 1 else 2
+        step_extra = copies * min(dense, ALLREDUCE_ELEMENTS)
+    elif method == "zero1":
+        weights, gradients, buffers, step_extra = 4 * dense, 4 * dense, 4 * bucket, norm_and_flat
+    elif method in ("zero2", "zero2_offload"):
+        # In float32 DeepSpeed keeps each parameter whole that overlaps with the partition.
+        gradients = 4 * share if bf16 else 4 * _overlapping(counts, world_size)
+        weights, buffers, step_extra = each * dense, each * bucket, norm_and_flat
+    else:
+        small = dense - gathered_elements(counts, settings)
+        weights, gradients, step_extra = each * (share + small), 4 * share, norm_and_flat
+        buffers = each * (settings.reduce_bucket_size + gathered_elements(counts, settings))
+    moments, averaged = 8 * share, 4 * share if average else 0
+    if method.endswith("_offload"):  # the step is taken on the host, with masters' gradients
+        host = masters + moments + averaged + 4 * share
+        masters = moments = averaged = step_extra = 0
+        if method == "zero2_offload":
+            # A partition on its way to the GPU, and a gradient on its way from it.
+            host += each * share + each * counts.largest
+            buffers += each * counts.largest
+            if not bf16:  # accumulated over micro-batches on the host
+                host, gradients = host + gradients, 0
+        else:
+            host += each * share + gradients
+            weights, gradients = weights - each * share, 0
+    id_rows = 0
+    if counts.ids_outside:
+        held = sum(BLOCK * -(-rows // (BLOCK * world_size)) for rows in counts.id_tables)
+        of_step = min(step_id_rows, sum(counts.id_tables))
+        id_rows = held * (4 * counts.id_dim + 4) + 2 * 4 * of_step * counts.id_dim
+    return State(
+        weights=weights,
+        masters=masters,
+        moments=moments,
+        gradients=gradients,
+        average=averaged,
+        id_rows=id_rows,
+        buffers=buffers,
+        step_extra=step_extra,
+        validation_extra=0 if method == "ddp" else 4 * dense,
+        host=host,
     )
 
 
-def _elements_reaching_in(group: Sequence[int], partition: int, rank: int) -> int:
-    total = offset = 0
-    for numel in group:
-        if offset < (rank + 1) * partition and offset + numel > rank * partition:
-            total += numel
-        offset += numel
-    return total
+def gathered_elements(counts: ParameterCounts, settings: ZeroSettings) -> int:
+    """Stage 3: elements that are whole between forward and backward, beside the small ones that
+    always are.
+
+    All of them: DeepSpeed's `stage3_max_live_parameters` releases none (measured), and
+    `stage3_max_reuse_distance` only layers, not the embeddings, which the model reads directly."""
+    large = settings.persistence_threshold
+    return sum(size for group in counts.groups for size in group if size > large)
 
 
-def _offload(state: dict[str, int], sizes: Sizes, bf16: bool, part: int, method: Method) -> None:
-    """Move to the host what DeepSpeed offloads, with the copies it makes for it."""
-    each = 2 if bf16 else 4
-    largest = each * sizes.largest
-    host = (
-        state["masters"] + state["moments"] + state["average"] + 4 * part
-    )  # and the masters' gradients
-    state |= {
-        "masters": 0,
-        "moments": 0,
-        "average": 0,
-        "step_extra": 0,
-    }  # the step is taken on the host
-    if method == "zero2_offload":
-        host += (
-            each * part + largest
-        )  # a partition on its way to the GPU; a gradient on its way from it
-        state["buffers"] += largest
-        if not bf16:
-            host += state["gradients"]  # accumulated over micro-batches
-            state["gradients"] = 0
-    else:
-        small = state["weights"] - each * part
-        host += each * part + state["gradients"]
-        state |= {"weights": small, "gradients": 0}
-    state["host"] = host
+def _overlapping(counts: ParameterCounts, world_size: int) -> int:
+    """Elements of the parameters that overlap with a rank's partitions, of the rank with the
+    most."""
+    totals = [0] * world_size
+    for group in counts.groups:
+        partition = 2 * -(-sum(group) // (2 * world_size))
+        offset = 0
+        for size in group:
+            for rank in range(world_size):
+                if offset < (rank + 1) * partition and offset + size > rank * partition:
+                    totals[rank] += size
+            offset += size
+    return max(totals)
 
 
 def activation_bytes(
     config: GenRecConfig,
-    sizes: Sizes,
+    counts: ParameterCounts,
     batch: MicroBatch,
     compute: Compute,
     *,
     mask_bytes: int | None = 1,
     head: HeadLoss = "full",
 ) -> Activations:
-    """What a micro-batch adds, with torch's fused attention.
+    """Bytes that a micro-batch adds, with torch's fused attention and full B x L and R x T
+    rectangles; attention dropout is left out.
 
-    `mask_bytes` an element that dropout keeps of what it dropped: 1 on a GPU; None: as on a CPU, an
-    element of the input. Attention dropout and ragged shapes are left out: B x L and R x T
-    rectangles. `head` liger is taken to hold what chunked does."""
-    linear = 4 if compute == "fp32" else 2
-    residual = 2 if compute == "bf16" else 4
-    rows = batch.samples * batch.rows_a_sample
+    Args:
+        config: Of the model.
+        counts: Of the model.
+        batch: The micro-batch.
+        compute: What is computed in.
+        mask_bytes: Bytes per element that dropout keeps of what it dropped: 1 on a GPU; None: as on
+            a CPU, an element of the input.
+        head: How the loss is computed; liger is taken to hold what chunked does.
+    """
+    width, casts = config.d_model, compute == "autocast"
+    # Bytes of an element that matrix products see, and of one between them.
+    linear, residual = 4 if compute == "fp32" else 2, 2 if compute == "bf16" else 4
+    rows = batch.samples * batch.rows_per_sample
     inputs, targets = batch.samples * batch.input_tokens, rows * batch.target_tokens
-    per_token = _TokenBytes(config, linear, residual, compute == "autocast", mask_bytes)
+
+    def mask(dropout: float, element: int) -> int:
+        return (element if mask_bytes is None else mask_bytes) if dropout else 0
+
+    def layer(attentions: int, heads: int, ffn: int) -> int:
+        """Per token: queries, keys, values and outputs; the normalisers; inputs of linear layers,
+        of which autocast saves a cast copy each; what dropout and layer norms keep."""
+        blocks = attentions + 1
+        inputs = (3 + attentions) * linear if casts else blocks * residual
+        attended = (2 + 2 * attentions) * linear * width + 4 * attentions * heads
+        dropped = blocks * width * mask(config.dropout, linear)
+        fed = ffn * (2 * linear + mask(config.activation_dropout, linear))
+        return attended + inputs * width + dropped + blocks * (width + 2) * residual + fed
+
+    embedding = (width + 2) * residual + (0 if casts else width * residual) + 2 * 8
+    embedding += width * mask(config.dropout, residual)
+    tables = (config.num_users > 0) + (config.num_items > 0)
+    ids = tables * width * mask(config.id_dropout, residual) + 2 * 8
+    ids += tables * config.id_dim * linear if config.id_dim not in (0, width) else 0
+    encoder_layer = layer(1, config.encoder_attention_heads, config.encoder_ffn_dim)
+    decoder_layer = layer(2, config.decoder_attention_heads, config.decoder_ffn_dim)
+    # Under autocast the head, too, saves a copy of its input; else it takes the last layer's place.
+    head_input = width * linear if casts else 0
+    # An encoder token as a decoder layer sees it: its key and value, and what they were made of.
+    memory = width * linear * (4 if casts else 2)
     device = torch.device("cpu" if mask_bytes is None else "cuda")
-    loss = _loss_bytes(config, targets, head, compute, device)
-    encoder = inputs * (
-        per_token.encoder_embedding() + config.encoder_layers * per_token.encoder_layer()
-    )
-    decoder = (
-        targets
-        * (per_token.decoder_embedding() + config.decoder_layers * per_token.decoder_layer())
-        + rows * batch.input_tokens * config.decoder_layers * per_token.memory()
-        + loss.saved
-    )
-    if compute == "autocast":  # the weights, cast
-        in_encoder = config.encoder_layers * (
-            4 * config.d_model**2 + 2 * config.d_model * config.encoder_ffn_dim
-        )
-        encoder += 2 * in_encoder
-        decoder += 2 * (sizes.matmul - in_encoder)
-    elif batch.rows_a_sample > 1:  # the encoder's output, repeated; autocast saves its casts alone
-        decoder += rows * batch.input_tokens * config.d_model * residual
+    loss_saved, logits = _loss_bytes(config, targets, head, compute, device)
+    encoder = inputs * (embedding + ids + config.encoder_layers * encoder_layer)
+    decoder = targets * (embedding + head_input + config.decoder_layers * decoder_layer)
+    decoder += rows * batch.input_tokens * config.decoder_layers * memory + loss_saved
+    if casts:  # the weights, cast
+        in_layer = 4 * width**2 + 2 * width * config.encoder_ffn_dim
+        encoder += 2 * config.encoder_layers * in_layer
+        decoder += 2 * (counts.matmul - config.encoder_layers * in_layer)
+    elif batch.rows_per_sample > 1:  # the encoder's output, repeated; autocast saves casts alone
+        decoder += rows * batch.input_tokens * width * residual
     # The head's gradient of the shared embedding waits for the decoder's; their sum is a third.
-    shared = config.vocab_size * config.d_model
-    in_flight = residual * max(3 * shared, shared + sizes.largest)
-    return Activations(encoder + decoder, encoder, loss.beside, in_flight)
-
-
-@dataclass(frozen=True)
-class _LossBytes:
-    """Of the cross-entropy over the head's logits."""
-
-    saved: int
-    """Between forward and backward; beyond what a full head saves of its weight and input, or
-    less."""
-    beside: int
-    """Beside all that is saved, at their most."""
+    shared = config.vocab_size * width
+    in_flight = residual * max(3 * shared, shared + counts.largest)
+    return Activations(encoder + decoder, encoder, logits, in_flight)
 
 
 def _loss_bytes(
     config: GenRecConfig, targets: int, head: HeadLoss, compute: Compute, device: torch.device
-) -> _LossBytes:
+) -> tuple[int, int]:
+    """Bytes of the cross-entropy: (saved between forward and backward, beyond what a full head
+    saves of its weight and input, or less; beside all that is saved, at their most)."""
     tokens, width = config.spoken_tokens or config.vocab_size, config.d_model
     if head == "full":
         # The softmax's logarithms; the gradients of the loss by them and by the logits.
-        return _LossBytes(targets * tokens * 4, targets * tokens * (4 + 4))
+        return targets * tokens * 4, targets * tokens * (4 + 4)
     rows = min(targets, chunk_rows(tokens, width, device))
     gradients = 4 * (tokens + targets) * width
     # A full head saves its input, and under autocast its weight, cast; this one the gradients of
-    # both, in float32.
-    spared = {"fp32": 4 * targets, "autocast": 2 * (targets + tokens), "bf16": 2 * targets}[
-        compute
-    ] * width
-    # A chunk of logits; in 16 bits also those in float32, a product of the weight's size, and under
-    # autocast the weight, cast.
-    chunk = (
-        rows * tokens * 4
-        if compute == "fp32"
-        else (2 * rows + 4 * exact_rows(rows, tokens, device)) * tokens
-    )
-    chunk += {"fp32": 0, "autocast": 4, "bf16": 2}[compute] * tokens * width
+    # both, in float32. A chunk of logits; in 16 bits also those in float32, a product of the
+    # weight's size, and under autocast the weight, cast.
+    if compute == "fp32":
+        spared, chunk = 4 * targets, rows * tokens * 4
+    else:
+        chunk = (2 * rows + 4 * exact_rows(rows, tokens, device)) * tokens
+        chunk += (4 if compute == "autocast" else 2) * tokens * width
+        spared = 2 * (targets + tokens) if compute == "autocast" else 2 * targets
     # On the way back the gradients are scaled, and where the weights have 16 bits rounded.
     passed_on = gradients + (gradients // 2 if compute == "bf16" else 0)
-    return _LossBytes(gradients - spared, max(chunk, passed_on))
-
-
-@dataclass(frozen=True)
-class _TokenBytes:
-    """Bytes autograd saves a token: `linear` an element that matrix products see, `residual` one
-    between them."""
-
-    config: GenRecConfig
-    linear: int
-    residual: int
-    casts: bool
-    """Whether each linear layer saves a cast copy of its own of its input (autocast), or the input
-    itself."""
-    mask_bytes: int | None
-
-    def encoder_embedding(self) -> int:
-        width = self.config.d_model
-        tables = (self.config.num_users > 0) + (self.config.num_items > 0)
-        ids = tables * width * self._mask(self.config.id_dropout, self.residual)
-        projected = (
-            tables * self.config.id_dim * self.linear if self.config.id_dim not in (0, width) else 0
-        )
-        return self._embedding() + ids + projected + 2 * 8
-
-    def decoder_embedding(self) -> int:
-        # Under autocast the head, too, saves a copy of its input; otherwise it takes the last
-        # layer's place.
-        return self._embedding() + (self.config.d_model * self.linear if self.casts else 0)
-
-    def _embedding(self) -> int:
-        width = self.config.d_model
-        dropped = width * self._mask(self.config.dropout, self.residual)
-        output = 0 if self.casts else width * self.residual
-        return self._norms(1) + output + dropped + 2 * 8
-
-    def encoder_layer(self) -> int:
-        width = self.config.d_model
-        attention = 4 * width * self.linear + 4 * self.config.encoder_attention_heads
-        inputs = 4 * width * self.linear if self.casts else 2 * width * self.residual
-        dropped = 2 * width * self._mask(self.config.dropout, self.linear)
-        return (
-            attention
-            + inputs
-            + dropped
-            + self._norms(2)
-            + self._feed_forward(self.config.encoder_ffn_dim)
-        )
-
-    def decoder_layer(self) -> int:
-        width = self.config.d_model
-        attention = 6 * width * self.linear + 2 * 4 * self.config.decoder_attention_heads
-        inputs = 5 * width * self.linear if self.casts else 3 * width * self.residual
-        dropped = 3 * width * self._mask(self.config.dropout, self.linear)
-        return (
-            attention
-            + inputs
-            + dropped
-            + self._norms(3)
-            + self._feed_forward(self.config.decoder_ffn_dim)
-        )
-
-    def memory(self) -> int:
-        """An encoder token as a decoder layer sees it: its key and value, and what they were made
-        of."""
-        return self.config.d_model * self.linear * (4 if self.casts else 2)
-
-    def _norms(self, count: int) -> int:
-        return count * (self.config.d_model + 2) * self.residual
-
-    def _feed_forward(self, width: int) -> int:
-        return width * (2 * self.linear + self._mask(self.config.activation_dropout, self.linear))
-
-    def _mask(self, dropout: float, element: int) -> int:
-        if not dropout:
-            return 0
-        return element if self.mask_bytes is None else self.mask_bytes
+    return gradients - spared * width, max(chunk, passed_on)
 
 
 def compute_of(method: Method, bf16: bool) -> Compute:
@@ -615,21 +488,3 @@ def compute_of(method: Method, bf16: bool) -> Compute:
     if not bf16:
         return "fp32"
     return "autocast" if method == "ddp" else "bf16"
-
-
-def step_flops(config: GenRecConfig, batch: MicroBatch) -> float:
-    """Floating-point operations of forward and backward of full rectangles."""
-    rows, length, targets = (
-        batch.samples * batch.rows_a_sample,
-        batch.input_tokens,
-        batch.target_tokens,
-    )
-    counts = Work(
-        inputs=batch.samples * length,
-        targets=rows * targets,
-        labels=rows * targets,
-        encoder_pairs=batch.samples * length**2,
-        decoder_pairs=rows * targets**2,
-        cross_pairs=rows * targets * length,
-    )
-    return flops(config, counts)

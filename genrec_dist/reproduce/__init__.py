@@ -1,2 +1,1 @@
-"""From one file to the tables of both protocols: named steps, each left under a final name and
-never done twice."""
+"""From one file to the tables of both protocols: steps whose results are kept and never redone."""

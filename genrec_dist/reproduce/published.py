@@ -1,4 +1,4 @@
-"""What the paper says of the four sets: sizes, and its rows with and without pretraining."""
+"""What the paper reports of its data sets: sizes, and metrics with and without pretraining."""
 
 from __future__ import annotations
 
@@ -11,54 +11,54 @@ METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 """What the paper reports, in its order."""
 SOURCE = "arXiv 2407.21191"
 
+Scores = tuple[float, float, float, float]
+
 
 @dataclass(frozen=True)
 class Published:
-    """One set in the paper; it has no Toys."""
+    """One data set in the paper."""
 
-    users: int | None = None
+    users: int
     """Table 2."""
-    items: int | None = None
-    pretrained: tuple[float, float, float, float] | None = None
+    items: int
+    pretrained: Scores
     """Table 1, in the order of `METRICS`."""
-    without: tuple[float, float, float, float] | None = None
+    without: Scores
     """Table 3, without pretraining."""
 
 
-SETS: dict[SetName, Published] = {
+SETS: dict[SetName, Published | None] = {
     "beauty": Published(
-        22_363, 12_101, (0.0515, 0.0397, 0.0641, 0.0439), (0.0422, 0.0313, 0.0548, 0.0354)
+        users=22_363,
+        items=12_101,
+        pretrained=(0.0515, 0.0397, 0.0641, 0.0439),
+        without=(0.0422, 0.0313, 0.0548, 0.0354),
     ),
     "sports": Published(
-        35_598, 18_357, (0.0397, 0.0332, 0.0462, 0.0353), (0.0360, 0.0286, 0.0431, 0.0310)
+        users=35_598,
+        items=18_357,
+        pretrained=(0.0397, 0.0332, 0.0462, 0.0353),
+        without=(0.0360, 0.0286, 0.0431, 0.0310),
     ),
-    "toys": Published(),
+    "toys": None,
     "yelp": Published(
-        30_431, 20_033, (0.0627, 0.0475, 0.0724, 0.0507), (0.0626, 0.0469, 0.0716, 0.0499)
+        users=30_431,
+        items=20_033,
+        pretrained=(0.0627, 0.0475, 0.0724, 0.0507),
+        without=(0.0626, 0.0469, 0.0716, 0.0499),
     ),
 }
+"""The paper has no Toys."""
 
 
-def published_rows(name: SetName) -> dict[str, dict[str, float]]:
-    """The paper's rows of a set, by name; none of Toys."""
+def size_difference(name: SetName, users: int, items: int) -> str | None:
+    """A sentence where the data are not of the size in the paper's Table 2; None where they are, or
+    where the paper has no such data set."""
     found = SETS[name]
-    rows = {"GenRec, published": found.pretrained, "without pretraining, published": found.without}
-    return {
-        row: dict(zip(METRICS, scores, strict=True))
-        for row, scores in rows.items()
-        if scores is not None
-    }
-
-
-def odd_sizes(name: SetName, users: int, items: int) -> str | None:
-    """In words, where the data are not of the size that the paper's Table 2 says; None where they
-    are or it says nothing."""
-    found = SETS[name]
-    if found.users is None:
-        return None
-    if (users, items) == (found.users, found.items):
+    if found is None or (users, items) == (found.users, found.items):
         return None
     return (
-        f"{name} has {users:,} users and {items:,} items here, {found.users:,} and {found.items:,} in the paper's Table 2: "
-        "another cut of the data, so its rows are not those of the paper's file"
+        f"{name} has {users:,} users and {items:,} items here, {found.users:,} and {found.items:,} "
+        "in the paper's Table 2: another version of the data, so its rows are not those of the "
+        "paper's file"
     )

@@ -1,5 +1,4 @@
-"""`genrec reproduce`: the steps one behind another, and after each stop all that is finished,
-told."""
+"""`genrec reproduce`: the steps one after another, and all finished rows written and printed."""
 
 from __future__ import annotations
 
@@ -7,10 +6,11 @@ import dataclasses
 import os
 import statistics
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from genrec_shards.atomic import atomic_file
 from genrec_shards.file_lock import hold
 from genrec_shards.sequences import read_sequences
@@ -20,327 +20,269 @@ from transformers.utils import cached_file
 
 from genrec_dist.baselines import counting
 from genrec_dist.config.load import load_recipe
-from genrec_dist.config.recipe import Recipe
 from genrec_dist.distributed.deadline import Deadline, OutOfTime
 from genrec_dist.estimate.forecast import forecast
 from genrec_dist.estimate.hardware import CARDS
+from genrec_dist.estimate.memory import BACKBONES
 from genrec_dist.evaluation.compare import write_json
 from genrec_dist.evaluation.provenance import hardware
 from genrec_dist.inference.load import best_device
 from genrec_dist.report.run_report import write_report
-from genrec_dist.reproduce.layout import Place
-from genrec_dist.reproduce.published import SetName, odd_sizes
-from genrec_dist.reproduce.result_rows import (
-    Row,
-    check_mergeable,
-    merge,
-    note_step,
-    rows_of,
-    runs_file,
-    told_of,
-)
+from genrec_dist.reproduce import result_rows, tables, train_process
+from genrec_dist.reproduce.published import size_difference
+from genrec_dist.reproduce.result_rows import Row, runs_file
 from genrec_dist.reproduce.steps import Step, check, steps_of
 from genrec_dist.reproduce.systems import (
     PROTOCOLS,
-    Choices,
+    Options,
     ProtocolName,
     System,
-    Trained,
     chosen,
     label_of,
     systems_of,
 )
-from genrec_dist.reproduce.tables import comparable, compared, markdown_of, pairs_of, table_of
-from genrec_dist.reproduce.train_process import is_finished, validated, worked_seconds
 
 ON_GPU, ON_CPU = "paper-base", "paper-tiny"
 """The recipe of the paper's own model where none is named."""
 PAGE = "quality.md"
-FROM_SCRATCH = (
-    "model.backbone=null", "model.d_model=768", "model.encoder_layers=6", "model.decoder_layers=6", "model.heads=12",
-    "model.ffn=3072", "pretrain.learning_rate=1e-4", "finetune.learning_rate=1e-4",
-)  # fmt: skip
-"""BART-base's shape where its weights cannot be had; the paper's 1e-5 moves weights that have
-learned already."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command was asked for."""
-
-    name: SetName
-    data: Path
-    out: Path
-    command: str
-    """As it was given, without folders."""
-    protocols: tuple[ProtocolName, ...] = PROTOCOLS
-    systems: list[str] | None = None
-    seeds: int = 3
-    choices: Choices = field(default_factory=Choices)
-    minutes: float | None = None
-    publish: Path | None = None
 
 
 @dataclass(frozen=True)
 class Work:
     """What is to be done, protocol by protocol."""
 
-    place: Place
+    options: Options
     systems: dict[ProtocolName, list[System]]
     steps: list[Step]
     notes: list[str]
+    sizes: tuple[int, int]
+    """Users and items of the file."""
 
 
 def reproduce(options: Options, console: Console) -> bool:
-    """Do what is left of the steps and tell what is finished. False where the minutes were over
-    before the end.
+    """Do the steps that are left, and write and print the finished rows.
 
-    Raises ValueError, one line, for files, recipes and results that do not fit, and Stopped after a
-    signal."""
-    _refuse_ranks()
+    Returns:
+        False where the minutes were over before the end.
+
+    Raises:
+        ValueError: For files, recipes and results that do not fit.
+        Stopped: After a signal.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "genrec reproduce is one process that starts its trainings itself: start it without "
+            "torchrun or accelerate launch"
+        )
     with hold(options.out / ".lock", "another genrec reproduce works in this directory"):
         ending = Deadline(options.minutes)
         with ending.stop:
-            work = plan(options, console, ending)
+            work = plan(options)
             for note in work.notes:
                 _say(console, note, "yellow")
+            over = None
             try:
-                _work(options, work, console)
-            except OutOfTime as over:
+                _do_steps(work, ending, console)
+            except OutOfTime as out_of_time:
+                over = out_of_time
+            _print_rows(work, console)
+            if over is not None:
                 left = sum(not step.is_done() for step in work.steps)
-                _tell(options, work, console)
-                _say(
-                    console,
-                    f"{over}: {left} of {len(work.steps)} steps are left; the same command goes on",
-                )
-                return False
-            _tell(options, work, console)
-            return True
+                steps = f"{left} of {len(work.steps)} steps are left; the same command goes on"
+                _say(console, f"{over}: {steps}")
+            return over is None
 
 
-def plan(options: Options, console: Console, ending: Deadline | None = None) -> Work:
-    """All steps, checked against what is there; nothing is written."""
-    choices, notes = _settled(options.choices)
+def plan(options: Options) -> Work:
+    """All steps, checked against what exists; nothing is written."""
+    options, notes = _with_paper_recipe(options)
     sequences = read_sequences(options.data)
-    odd = odd_sizes(options.name, sequences.num_users, sequences.num_items)
-    notes += [] if odd is None else [odd]
-    place = Place(
-        options.out,
-        options.data,
-        options.seeds,
-        ending or Deadline(),
-        lambda text: _say(console, f"  {text}"),
+    sizes = sequences.num_users, sequences.num_items
+    difference = size_difference(options.name, *sizes)
+    notes += [] if difference is None else [difference]
+    load_recipe(options.recipe, list(options.overrides_of(options.recipe)))
+    paper, hybrid = (
+        load_recipe(name, list(options.overrides_of(name)))
+        for name in (options.paper_recipe, options.hybrid)
     )
-    resolved = _recipes(choices)
-    if not resolved["hybrid"].model.item_loss:
-        notes.append(
-            f"{choices.hybrid_recipe or choices.recipe} has no item head (model.item_loss): no row items"
-        )
-    systems: dict[ProtocolName, list[System]] = {
-        protocol: systems_of(protocol, choices, **resolved) for protocol in PROTOCOLS
+    item_head, pretrains = bool(hybrid.model.item_loss), bool(paper.pretrain.epochs)
+    if not item_head:
+        notes.append(f"{options.hybrid} has no item head (model.item_loss): no row items")
+    every = {
+        protocol: systems_of(protocol, options, pretrains=pretrains, item_head=item_head)
+        for protocol in PROTOCOLS
     }
-    names = {protocol: {system.name for system in found} for protocol, found in systems.items()}
-    picked: dict[ProtocolName, list[System]] = {}
+    names = {system.name for systems in every.values() for system in systems}
+    systems: dict[ProtocolName, list[System]] = {}
     for protocol in options.protocols:
-        elsewhere = set().union(*(names[other] for other in PROTOCOLS if other != protocol))
-        picked[protocol] = chosen(systems[protocol], options.systems, elsewhere)
-        if protocol == "paper" and counting.whole_numbers(sequences.item_ids) is None:
-            picked[protocol] = [system for system in picked[protocol] if system.name != "counting"]
-            notes.append(
-                "the file's item ids are not distinct whole numbers: no row counting under the paper's protocol"
-            )
-    for path in _tables(options):
-        check_mergeable(path)
-        check_mergeable(runs_file(path))
+        systems[protocol] = chosen(every[protocol], options.systems, names)
+    if "paper" in systems and counting.whole_numbers(sequences.item_ids) is None:
+        systems["paper"] = [system for system in systems["paper"] if system.name != "counting"]
+        notes.append(
+            "the file's item ids are not distinct whole numbers: no row counting under the "
+            "paper's protocol"
+        )
+    for path in _tables(options):  # refuse now what could not be merged later
+        result_rows.read_quality(path)
+        result_rows.read_quality(runs_file(path))
     steps: list[Step] = []
-    for protocol, found in picked.items():
-        check(place, protocol, found)
-        steps += steps_of(place, protocol, found) if found else []
-    return Work(place, picked, steps, notes)
+    for protocol, found in systems.items():
+        check(options, protocol, found)
+        steps += steps_of(options, protocol, found) if found else []
+    return Work(options, systems, steps, notes, sizes)
+
+
+def _with_paper_recipe(options: Options) -> tuple[Options, list[str]]:
+    """The options with the device's recipe of the paper, from scratch where BART's weights cannot
+    be had; and notes about it."""
+    notes = []
+    if not options.paper_recipe:
+        on_gpu = best_device().type == "cuda"
+        options = dataclasses.replace(options, paper_recipe=ON_GPU if on_gpu else ON_CPU)
+        if not on_gpu:
+            notes.append(
+                f"the paper's own model on a CPU: recipe {ON_CPU}, far smaller than the paper's; "
+                "--paper-recipe names another"
+            )
+    name = options.paper_recipe
+    backbone = load_recipe(name, list(options.overrides_of(name))).model.backbone
+    try:
+        available = backbone is None or cached_file(backbone, "config.json") is not None
+    except OSError:
+        available = False
+    if not available:
+        label = label_of(name)
+        notes.append(
+            f"{backbone} cannot be had here: {label} starts from scratch in BART-base's shape, "
+            "learning rate 1e-4"
+        )
+        # The paper's 1e-5 is for weights that have been trained already.
+        shape = BACKBONES["facebook/bart-base"].shape
+        own = [f"model.{key}={value}" for key, value in shape.items()]
+        own += [f"{stage}.learning_rate=1e-4" for stage in ("pretrain", "finetune")]
+        own = [f"{label}:{override}" for override in ("model.backbone=null", *own)]
+        options = dataclasses.replace(options, overrides=(*own, *options.overrides))
+    return options, notes
 
 
 def render_plan(work: Work) -> Table:
-    """`--dry-run`: each step, whether it is done, and the seconds it will take where that can be
-    told."""
-    table = Table("step", "state", "foretold")
+    """`--dry-run`: each step, whether it is done, and the seconds it will take where they can be
+    estimated."""
+    table = Table("step", "state", "estimate")
     table.columns[2].justify = "right"
     for step in work.steps:
-        state = "there" if step.is_done() else "begun" if step.is_begun() else "to do"
-        table.add_row(
-            step.name,
-            state,
-            "" if state == "there" else foretold(step, work),
-            style="dim" if state == "there" else None,
-        )
+        if step.is_done():
+            table.add_row(step.name, "done", "", style="dim")
+        else:
+            begun = step.run is not None and train_process.has_checkpoint(step.run)
+            table.add_row(step.name, "begun" if begun else "to do", _estimate(step, work))
     return table
 
 
-def foretold(step: Step, work: Work) -> str:
+def _estimate(step: Step, work: Work) -> str:
     """Seconds of a training: as long as another seed took, or by `genrec plan` for a card whose
     peak is published."""
     if step.run is None or step.recipe is None:
         return ""
-    others = [worked_seconds(run) for run in step.run.parent.glob("seed-*") if is_finished(run)]
-    if others:
+    runs = filter(train_process.is_finished, step.run.parent.glob("seed-*"))
+    if others := list(map(train_process.worked_seconds, runs)):
         return f"{statistics.fmean(others):,.0f} s, as another seed"
-    card = _card()
+    name = hardware()["gpu"] or ""
+    card = next((card for card in CARDS if card in name), None)
     if card is None:
         return ""
     try:
         recipe = step.recipe()
     except ValueError:  # the refit of a run that is not there yet
         return ""
-    users, items = (
-        (None, None) if (Path(recipe.data) / "dataset.json").is_file() else _sizes(work.place)
-    )
+    prepared = (Path(recipe.data) / "dataset.json").is_file()
+    users, items = (None, None) if prepared else work.sizes
     found = forecast(recipe, users=users, items=items, card=card)
     seconds = sum(duration.total_seconds for duration in found.duration.values())
     return f"{seconds:,.0f} s, by genrec plan"
 
 
-def _sizes(place: Place) -> tuple[int, int]:
-    sequences = read_sequences(place.source)
-    return sequences.num_users, sequences.num_items
-
-
-def _card() -> str | None:
-    name = hardware()["gpu"]
-    return None if name is None else next((card for card in CARDS if card in name), None)
-
-
-def _settled(choices: Choices) -> tuple[Choices, list[str]]:
-    """The choices with the device's recipe of the paper, from scratch where BART's weights cannot
-    be had; and what to say of it."""
-    notes = []
-    if not choices.paper_recipe:
-        on_gpu = best_device().type == "cuda"
-        choices = dataclasses.replace(choices, paper_recipe=ON_GPU if on_gpu else ON_CPU)
-        if not on_gpu:
-            notes.append(
-                f"the paper's own model on a CPU: recipe {ON_CPU}, far smaller than the paper's; --paper-recipe names another"
-            )
-    name = choices.paper_recipe
-    backbone = load_recipe(name, list(choices.overrides_of(name))).model.backbone
-    if backbone is not None and not _can_be_had(backbone):
-        notes.append(
-            f"{backbone} cannot be had here: {label_of(name)} starts from scratch in BART-base's shape, learning rate 1e-4"
-        )
-        own = tuple(f"{label_of(name)}:{override}" for override in FROM_SCRATCH)
-        choices = dataclasses.replace(choices, overrides=own + choices.overrides)
-    return choices, notes
-
-
-def _can_be_had(backbone: str) -> bool:
-    try:
-        return cached_file(backbone, "config.json") is not None
-    except OSError:
-        return False
-
-
-def _recipes(choices: Choices) -> dict[str, Recipe]:
-    names = {
-        "recipe": choices.recipe,
-        "paper": choices.paper_recipe,
-        "hybrid": choices.hybrid_recipe or choices.recipe,
-    }
-    return {
-        kind: load_recipe(name, list(choices.overrides_of(name))) for kind, name in names.items()
-    }
-
-
-def _work(options: Options, work: Work, console: Console) -> None:
-    steps, place = work.steps, work.place
-    for number, step in enumerate(steps, 1):
+def _do_steps(work: Work, ending: Deadline, console: Console) -> None:
+    for number, step in enumerate(work.steps, 1):
         if step.is_done():
             continue
-        place.ending.check()
-        _say(console, f"[{number}/{len(steps)}] {step.name}", "bold")
+        ending.check()
+        _say(console, f"[{number}/{len(work.steps)}] {step.name}", "bold")
         start = time.monotonic()
-        step.work()
-        note_step(place, step.name, step.listed, time.monotonic() - start, hardware())
+        step.work(ending, lambda text: _say(console, f"  {text}"))
+        result_rows.note_step(work.options, step, time.monotonic() - start, hardware())
+        if torch.cuda.is_available():  # the next training is another process's
+            torch.cuda.empty_cache()
         if step.listed is not None:
-            _write(options, work)
+            _write_tables(work)
 
 
 def _tables(options: Options) -> list[Path]:
     return [options.out / "quality.json", *([options.publish] if options.publish else [])]
 
 
-def _write(options: Options, work: Work) -> dict[ProtocolName, list[Row]]:
-    """Merge all rows that are finished into the tables, and give them."""
-    rows = {
-        protocol: rows_of(work.place, protocol, systems)
-        for protocol, systems in work.systems.items()
-    }
-    rows = {protocol: found for protocol, found in rows.items() if found}
+def _write_tables(work: Work) -> dict[ProtocolName, list[Row]]:
+    """Merge all finished rows into the tables, and return them."""
+    options, rows = work.options, {}
+    for protocol, systems in work.systems.items():
+        if found := result_rows.rows_of(options, protocol, systems):
+            rows[protocol] = found
     scores: dict[str, dict[str, Any]] = {}
-    told: dict[str, dict[str, Any]] = {}
+    origins: dict[str, dict[str, Any]] = {}
     for protocol, found in rows.items():
         scores[protocol] = {row.name: row.scores() for row in found}
-        told[protocol] = {row.name: told_of(row, work.place, options.command) for row in found}
+        origins[protocol] = {row.name: result_rows.origin_of(row, options) for row in found}
     for path in _tables(options) if rows else []:
-        merge(path, options.name, scores)
-        merge(runs_file(path), options.name, told)
+        result_rows.merge(path, options.name, scores)
+        result_rows.merge(runs_file(path), options.name, origins)
     return rows
 
 
-def _tell(options: Options, work: Work, console: Console) -> None:
-    """Write and print all rows that are finished."""
-    rows = _write(options, work)
+def _print_rows(work: Work, console: Console) -> None:
+    """Write and print all finished rows."""
+    options, rows = work.options, _write_tables(work)
     for protocol, found in rows.items():
-        console.print(table_of(found, protocol, options.name))
-        lines = (
-            comparable(found, protocol, options.name)
-            + _compared(options, protocol, found)
-            + _reports(found)
-        )
+        console.print(tables.table_of(found, protocol, options.name))
+        lines = tables.comparable(found, protocol, options.name)
+        for a, b in tables.pairs_of(found):
+            comparison, line = tables.compared(a, b)
+            if comparison is not None:
+                path = options.out / protocol / f"compare-{a.name}-{b.name}.json"
+                write_json(comparison, path)
+            lines.append(line)
+        lines += _report_of_best(found)
         for line in lines:
             _say(console, line)
-        told = "\n".join(f"- {line}" for line in lines)
-        part = f"## {protocol}\n\n`{options.command}`\n\n{markdown_of(found, protocol, options.name)}\n\n{told}\n"
-        _put(options.out / protocol / PAGE, part)
+        table = tables.markdown_of(found, protocol, options.name)
+        listed = "\n".join(f"- {line}" for line in lines)
+        page = f"## {protocol}\n\n`{options.command}`\n\n{table}\n\n{listed}\n"
+        _write_text(options.out / protocol / PAGE, page)
     if rows:
-        # What another call has told of the other protocol stays.
-        parts = [options.out / protocol / PAGE for protocol in PROTOCOLS]
-        pages = [part.read_text(encoding="utf-8") for part in parts if part.is_file()]
-        _put(options.out / PAGE, "\n".join([f"# {options.name}\n", *pages]))
+        # The page of the other protocol may come from another call.
+        paths = [options.out / protocol / PAGE for protocol in PROTOCOLS]
+        pages = [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
+        _write_text(options.out / PAGE, "\n".join([f"# {options.name}\n", *pages]))
         _say(console, f"{options.out / 'quality.json'}: {sum(map(len, rows.values()))} rows")
 
 
-def _put(path: Path, text: str) -> None:
+def _report_of_best(rows: list[Row]) -> list[str]:
+    """The report of the system that is best on validation, which refits have trained on."""
+    scored = {}
+    for row in rows:
+        if row.system.kind == "recipe" and row.system.through == "n-2":
+            lines = map(train_process.validated, row.runs)
+            best = [max(line["NDCG@10"] for line in of_run) for of_run in lines]
+            scored[statistics.fmean(best)] = row
+    if not scored:
+        return []
+    row = scored[max(scored)]
+    return [f"report of {row.name}, best on validation: {write_report(row.runs[0])}"]
+
+
+def _write_text(path: Path, text: str) -> None:
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _compared(options: Options, protocol: ProtocolName, rows: list[Row]) -> list[str]:
-    lines = []
-    for a, b in pairs_of(rows):
-        found, line = compared(a, b)
-        if found is not None:
-            write_json(found, options.out / protocol / f"compare-{a.name}-{b.name}.json")
-        lines.append(line)
-    return lines
-
-
-def _reports(rows: list[Row]) -> list[str]:
-    """The page of the system that is best on validation; refits have seen it."""
-    scored = {
-        statistics.fmean(max(line["NDCG@10"] for line in validated(run)) for run in row.runs): row
-        for row in rows
-        if isinstance(row.system, Trained) and row.system.trained_through == "n-2"
-    }
-    if not scored:
-        return []
-    best = scored[max(scored)]
-    return [f"report of {best.name}, best on validation: {write_report(best.runs[0])}"]
-
-
 def _say(console: Console, text: str, style: str = "") -> None:
     console.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
-
-
-def _refuse_ranks() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "genrec reproduce is one process that starts its trainings itself: start it without torchrun or accelerate launch"
-        )

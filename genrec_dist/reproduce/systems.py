@@ -1,35 +1,34 @@
-"""What is compared: the systems of each protocol, one row each. A further system is a line in
-`systems_of`."""
+"""The table of systems: one row per system of each protocol, and the options that choose them.
+
+A further system is a line in `systems_of`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from genrec_shards.splits import TrainedThrough
 
-from genrec_dist.config.recipe import Recipe
 from genrec_dist.decoding.searcher import Mode
+from genrec_dist.reproduce.published import SetName
 
 ProtocolName = Literal["leak-free", "paper"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)
+NUMBERINGS: dict[ProtocolName, Literal["random", "given"]] = {
+    "leak-free": "random",
+    "paper": "given",
+}
 RULES = ("popularity", "counting", "repeat", "knn")
-BEST, HYBRID, ITEMS = "best", "hybrid", "items"
-"""Rows of `--recipe` by the decoder, of `--hybrid` mixed and by the item head alone, whatever the
-recipes are called."""
-CONTROL = "sasrec+knn"
-"""Hybrid's control: SASRec mixed with the same graph by the same grid."""
 REFIT = "-n-1"
 """Ends the names of rows trained through t_{n-1}."""
 WITHOUT, EQUAL = "-without-pretraining", "-equal-compute"
 COMPARED: dict[str, tuple[str, ...]] = {
-    BEST: ("knn", "sasrec"),
-    HYBRID: (CONTROL, BEST),
-    ITEMS: ("sasrec",),
+    "best": ("knn", "sasrec"),
+    "hybrid": ("sasrec+knn", "best"),
+    "items": ("sasrec",),
 }
-"""Row -> the rows it is set beside, paired, where both are there."""
-EXACT: Mode = "exact"
+"""Row -> the rows it is compared with, paired, where both are finished."""
 ORIGINAL_DECODING: tuple[Mode, int] = ("free", 21)
 """How the published code decodes: no trie, 21 beams."""
 SWITCHES: dict[str, tuple[str, ...]] = {
@@ -44,102 +43,86 @@ what it sets."""
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A baseline that learns little or nothing; one run, no seeds."""
+class System:
+    """One row of a table."""
 
     name: str
-    baseline: str
-    trained_through: TrainedThrough = "n-2"
+    kind: Literal["rule", "sasrec", "sasrec+knn", "recipe", "ranked"]
+    """rule: a baseline without seeds. sasrec: trained once per seed. sasrec+knn: a trained SASRec
+    mixed with kNN by weights chosen on validation. recipe: trained once per seed and ranked by its
+    decoder. ranked: the runs of another recipe's row, ranked in another way."""
     settings: tuple[str, ...] = ()
-    """`key=value` of kNN."""
-
-
-@dataclass(frozen=True)
-class Sasrec:
-    name: str
-    settings: tuple[str, ...] = ()
-    trained_through: TrainedThrough = "n-2"
-    refit_of: Sasrec | None = None
-    """The median of its seeds' best epochs is this one's number of epochs."""
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """A trained SASRec mixed with co-occurrence kNN, by weights chosen on validation."""
-
-    name: str
-    of: Sasrec
-
-    @property
-    def trained_through(self) -> TrainedThrough:
-        return self.of.trained_through
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A recipe, trained once a seed, its lists made by the decoder."""
-
-    name: str
-    recipe: str
-    overrides: tuple[str, ...] = ()
-    trained_through: TrainedThrough = "n-2"
-    refit_of: Trained | None = None
-    """The median of its seeds' best epochs is this one's number of epochs."""
+    """`key=value` of the baseline, or of the recipe (`--set`)."""
+    recipe: str = ""
+    of: System | None = None
+    """sasrec+knn, ranked: the row whose runs are used. A refit: the row whose median best epoch is
+    its number of epochs."""
+    through: TrainedThrough = "n-2"
     equal_compute: bool = False
-    """Without pretraining, and with as many more epochs of finetuning as pretraining takes
-    operations."""
+    """No pretraining, and as many more epochs of finetuning as pretraining takes operations."""
     mode: Mode = "exact"
     beam: int | None = None
     """None: the recipe's `validation.beam`."""
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """The runs of another system, listed in another way."""
-
-    name: str
-    of: Trained
-    mode: Mode
-    beam: int | None = None
     tuned: bool = False
     """Mixed by weights that validation chooses, run by run."""
 
-    @property
-    def trained_through(self) -> TrainedThrough:
-        return self.of.trained_through
-
-
-System = Rule | Sasrec | Mixed | Trained | Decoded
-
 
 @dataclass(frozen=True)
-class Choices:
-    """What decides the rows."""
+class Options:
+    """The options of `genrec reproduce`, and where they put each result."""
 
+    name: SetName
+    data: Path
+    """The file of sequences."""
+    out: Path
+    command: str = "genrec reproduce"
+    """As it was given, without directories: it is written into the results."""
+    protocols: tuple[ProtocolName, ...] = PROTOCOLS
+    systems: list[str] | None = None
+    """Names of the rows to make; None: all."""
+    seeds: int = 3
     recipe: str = "best"
-    paper_recipe: str = "paper-base"
+    paper_recipe: str = ""
+    """Empty: paper-base on a GPU, paper-tiny on a CPU."""
     hybrid_recipe: str | None = None
-    """None: `recipe`, if it has an item head."""
+    """None: `recipe`."""
     overrides: tuple[str, ...] = ()
     """`key=value` of all recipes, or `RECIPE:key=value` of one."""
     sasrec: tuple[str, ...] = ()
     knn: tuple[str, ...] = ()
-    """`key=value` of the row knn."""
     refit: bool = False
     readings: tuple[TrainedThrough, ...] = ("n-2",)
     """Of the paper's sentence on finetuning: is t_{n-1} a target of training?"""
     switches: bool = False
+    minutes: float | None = None
+    publish: Path | None = None
+
+    @property
+    def hybrid(self) -> str:
+        """The recipe of the rows hybrid and items."""
+        return self.hybrid_recipe or self.recipe
 
     def overrides_of(self, recipe: str) -> tuple[str, ...]:
-        """What of `overrides` concerns this recipe."""
+        """The part of `overrides` that concerns this recipe."""
         found = []
         for override in self.overrides:
-            key, colon, rest = override.partition(":")
-            if not colon or "=" in key:
+            label, colon, rest = override.partition(":")
+            if not colon or "=" in label:
                 found.append(override)
-            elif key == label_of(recipe):
+            elif label == label_of(recipe):
                 found.append(rest)
         return tuple(found)
+
+    def data_dir(self, protocol: ProtocolName) -> Path:
+        """The prepared data directory of a protocol."""
+        return self.out / protocol / "data"
+
+    def runs(self, protocol: ProtocolName, system: System) -> list[Path]:
+        """The run directories of a system, seed by seed."""
+        folder = self.out / protocol / system.name
+        if system.kind == "rule":
+            return [folder]
+        return [folder / f"seed-{seed}" for seed in range(self.seeds)]
 
 
 def label_of(recipe: str) -> str:
@@ -148,96 +131,77 @@ def label_of(recipe: str) -> str:
 
 
 def systems_of(
-    protocol: ProtocolName, choices: Choices, *, recipe: Recipe, paper: Recipe, hybrid: Recipe
+    protocol: ProtocolName, options: Options, *, pretrains: bool, item_head: bool
 ) -> list[System]:
-    """All rows of a protocol, cheap ones first. `recipe`, `paper`, `hybrid`: the recipes of
-    `choices`, resolved."""
-    best = Trained(BEST, choices.recipe, choices.overrides_of(choices.recipe))
-    found: list[System] = [
-        Rule(name, name, settings=choices.knn if name == "knn" else ()) for name in RULES
-    ]
-    if protocol == "leak-free":
-        sasrec = Sasrec("sasrec", choices.sasrec)
-        found += [sasrec, Mixed(CONTROL, sasrec), best, *_hybrids(choices, best, hybrid)]
-        if choices.refit:
-            found += _refits(choices, sasrec, best)
-    else:
-        found.append(best)
-    return found + _papers_own(choices, paper, protocol)
+    """All rows of a protocol, cheap ones first.
+
+    Args:
+        protocol: leak-free or paper.
+        options: What was chosen; `paper_recipe` is set.
+        pretrains: Whether the paper's recipe has a pretraining to leave out.
+        item_head: Whether the recipe of the row hybrid has an item head.
+    """
+    rows = [System(name, "rule", options.knn if name == "knn" else ()) for name in RULES]
+    best = System("best", "recipe", options.overrides_of(options.recipe), options.recipe)
+    if protocol == "paper":
+        return [*rows, best, *_paper_rows(protocol, options, pretrains)]
+    sasrec = System("sasrec", "sasrec", options.sasrec)
+    rows += [sasrec, System("sasrec+knn", "sasrec+knn", of=sasrec), best]
+    decoder = best
+    if options.hybrid != options.recipe:
+        overrides = options.overrides_of(options.hybrid)
+        decoder = System("hybrid-decoder", "recipe", overrides, options.hybrid)
+        rows.append(decoder)
+    rows.append(System("hybrid", "ranked", of=decoder, mode="hybrid", tuned=True))
+    if item_head:
+        rows.append(System("items", "ranked", of=decoder, mode="items"))
+    if options.refit:  # rows of their own, never in one list with the others
+        rows += [
+            System("popularity" + REFIT, "rule", through="n-1"),
+            System("knn" + REFIT, "rule", options.knn, through="n-1"),
+            replace(sasrec, name="sasrec" + REFIT, through="n-1", of=sasrec),
+            replace(best, name="best" + REFIT, through="n-1", of=best),
+        ]
+    return rows + _paper_rows(protocol, options, pretrains)
 
 
-def _hybrids(choices: Choices, best: Trained, hybrid: Recipe) -> list[System]:
-    """The decoder mixed with the transition graph, and with the item head where the recipe has one;
-    and that head alone."""
-    name = choices.hybrid_recipe or choices.recipe
-    of = (
-        best
-        if name == choices.recipe
-        else Trained(f"{HYBRID}-decoder", name, choices.overrides_of(name))
-    )
-    rows: list[System] = [Decoded(HYBRID, of, "hybrid", tuned=True)]
-    rows += [Decoded(ITEMS, of, "items")] if hybrid.model.item_loss else []
-    return rows if of is best else [of, *rows]
-
-
-def _refits(choices: Choices, sasrec: Sasrec, best: Trained) -> list[System]:
-    """The same, trained through t_{n-1}: rows of their own, never in one list with the others."""
-    return [
-        Rule("popularity" + REFIT, "popularity", "n-1"),
-        Rule("knn" + REFIT, "knn", "n-1", choices.knn),
-        Sasrec(sasrec.name + REFIT, sasrec.settings, "n-1", refit_of=sasrec),
-        Trained(best.name + REFIT, best.recipe, best.overrides, "n-1", refit_of=best),
-    ]
-
-
-def _papers_own(choices: Choices, paper: Recipe, protocol: ProtocolName) -> list[System]:
-    """The paper's model, its ablation of pretraining, and on its own protocol the published code's
-    switches."""
-    recipe, overrides = choices.paper_recipe, choices.overrides_of(choices.paper_recipe)
-    name = label_of(recipe)
-    mode, beam = ORIGINAL_DECODING if name == "original-code" else (EXACT, None)
-    readings = choices.readings if protocol == "paper" else ("n-2",)
-    found: list[System] = []
-    for reading in readings:
+def _paper_rows(protocol: ProtocolName, options: Options, pretrains: bool) -> list[System]:
+    """The paper's model, its ablation of pretraining, and under its own protocol the published
+    code's switches."""
+    recipe = options.paper_recipe
+    overrides, label = options.overrides_of(recipe), label_of(recipe)
+    model = System(label, "recipe", overrides, recipe)
+    if label == "original-code":
+        model = replace(model, mode=ORIGINAL_DECODING[0], beam=ORIGINAL_DECODING[1])
+    rows = []
+    for reading in options.readings if protocol == "paper" else ("n-2",):
         end = REFIT if reading == "n-1" else ""
-        with_it = Trained(name + end, recipe, overrides, reading, mode=mode, beam=beam)
-        found.append(with_it)
-        if paper.pretrain.epochs:
-            for more, equal in (("", False), (EQUAL, True)):
-                row = f"{name}{WITHOUT}{more}{end}"
-                without = (*overrides, "pretrain.epochs=0") if not equal else overrides
-                found.append(
-                    Trained(
-                        row, recipe, without, reading, equal_compute=equal, mode=mode, beam=beam
-                    )
-                )
-        if choices.switches and protocol == "paper" and reading == "n-2":
-            found += _switched(with_it)
-    return found
-
-
-def _switched(of: Trained) -> list[System]:
-    rows: list[System] = []
-    for switch, sets in SWITCHES.items():
-        name = f"{of.name}+{switch}"
-        if switch == "free-decoding":
-            rows.append(Decoded(name, of, *ORIGINAL_DECODING))
-        else:
-            rows.append(
-                Trained(name, of.recipe, (*of.overrides, *sets), mode=of.mode, beam=of.beam)
-            )
+        rows.append(replace(model, name=label + end, through=reading))
+        if pretrains:
+            without = replace(rows[-1], name=label + WITHOUT + end)
+            rows.append(replace(without, settings=(*overrides, "pretrain.epochs=0")))
+            rows.append(replace(without, name=label + WITHOUT + EQUAL + end, equal_compute=True))
+        if options.switches and protocol == "paper" and reading == "n-2":
+            for switch, sets in SWITCHES.items():
+                row = replace(model, name=f"{label}+{switch}", settings=(*overrides, *sets))
+                if switch == "free-decoding":
+                    mode, beam = ORIGINAL_DECODING
+                    row = System(row.name, "ranked", of=model, mode=mode, beam=beam)
+                rows.append(row)
     return rows
 
 
 def chosen(systems: list[System], names: list[str] | None, elsewhere: set[str]) -> list[System]:
-    """The systems that are asked for by name; `elsewhere`: names that the other protocol has.
-    Raises ValueError for others."""
+    """The systems with these names (None: all). `elsewhere`: names that the other protocol has.
+
+    Raises:
+        ValueError: For a name of no system.
+    """
     if names is None:
         return systems
-    known = {system.name for system in systems}
-    unknown = [name for name in names if name not in known | elsewhere]
+    known = {system.name for system in systems} | elsewhere
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(
-            f"--systems {unknown[0]}: no such row here; there are {', '.join(sorted(known | elsewhere))}"
-        )
+        rows = ", ".join(sorted(known))
+        raise ValueError(f"--systems {unknown[0]}: no such row here; there are {rows}")
     return [system for system in systems if system.name in names]

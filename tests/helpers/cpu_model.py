@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from genrec_dist.config.load import load_recipe
-from genrec_dist.estimate.memory import Compute, Sizes, build_config, measure_sizes
+from genrec_dist.estimate.memory import Compute, ParameterCounts, build_config, count_parameters
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 
-def model_on_cpu(compute: Compute, *overrides: str) -> tuple[GenRecForConditionalGeneration, Sizes]:
+def model_on_cpu(
+    compute: Compute, *overrides: str
+) -> tuple[GenRecForConditionalGeneration, ParameterCounts]:
     settings = [
         "data=x",
         "run=x",
@@ -23,4 +25,4 @@ def model_on_cpu(compute: Compute, *overrides: str) -> tuple[GenRecForConditiona
     torch.manual_seed(0)
     model = GenRecForConditionalGeneration(config).train()
     model.set_attn_implementation("sdpa")
-    return (model.bfloat16() if compute == "bf16" else model), measure_sizes(recipe, config)
+    return (model.bfloat16() if compute == "bf16" else model), count_parameters(recipe, config)

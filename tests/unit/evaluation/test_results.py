@@ -228,7 +228,8 @@ def test_bytes_do_not_depend_on_how_the_lists_were_cut(tmp_path, dataset, lists,
 
 def test_lists_longer_than_twenty_are_kept_whole_and_scored_at_twenty(tmp_path, dataset):
     targets = dataset.sequences.history_and_target("test").targets
-    longer = baseline.popularity.recommend(dataset.sequences, "test", exclude_history=True, top=30)
+    rule = baseline.popularity.fit(dataset.sequences, "test", exclude_history=True, top=30)
+    longer = rule(np.arange(dataset.sequences.num_users))
     assert cut_into(dataset, longer, tmp_path, []).keys() == {
         "top30-test.parquet",
         "metrics-test.json",
