@@ -40,7 +40,10 @@ def start(*arguments: str | Path, **more: str) -> subprocess.Popen[str]:
 
 def run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     process = start(*arguments)
-    output, errors = process.communicate(timeout=timeout)
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
     return subprocess.CompletedProcess([], process.returncode, output, errors)
 
 

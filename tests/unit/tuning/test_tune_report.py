@@ -222,6 +222,8 @@ def test_everything_is_escaped_and_one_script_may_run() -> None:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
     assert policy in source
+    (data,) = re.findall(r"^const CHARTS = (.*);$", script, re.M)
+    assert "<" not in data
     page = Page(source)
     assert sum(tag == "script" for tag, _ in page.tags) == 1
     assert page.text.count(EVIL) > 10
