@@ -170,9 +170,9 @@ def tune(
 
     Example: genrec tune tuning/spaces/beauty.yaml --out runs/beauty-sweep
     """
-    from genrec_tuning.finals import finish_sweep, outcome
+    from genrec_tuning.finals import finals_summary, finish_sweep
     from genrec_tuning.space import load_space
-    from genrec_tuning.sweep import run_sweep, told
+    from genrec_tuning.sweep import run_sweep, sweep_summary
 
     if finish:
         ended = finish_sweep(
@@ -182,7 +182,7 @@ def tune(
             address=address,
             storage=storage,
         )
-        say(outcome(ended))
+        say(finals_summary(ended))
         return
     if space is None or against_base:
         raise UsageError(
@@ -192,7 +192,7 @@ def tune(
     sweep = run_sweep(
         found, out_dir, resume=resume, budget_hours=budget_hours, address=address, storage=storage
     )
-    say(told(sweep, str(out_dir)))
+    say(sweep_summary(sweep, str(out_dir)))
 
 
 def doctor(

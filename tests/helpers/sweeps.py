@@ -16,7 +16,7 @@ from genrec_tuning.record import Sweep, read_sweep
 from tiny import TINY_RECIPE
 from two_ranks import environment
 
-GENREC = [sys.executable, "-c", "from genrec_dist.cli import main; main()"]
+TUNE = [sys.executable, "-m", "genrec_dist.cli", "tune"]
 
 
 def write_space(folder: Path, data: Path, text: str, recipe: str = "") -> Path:
@@ -33,22 +33,18 @@ def write_space(folder: Path, data: Path, text: str, recipe: str = "") -> Path:
 def start(*arguments: str | Path, **more: str) -> subprocess.Popen[str]:
     """`genrec tune ...`, in a session of its own so that a test can see what it leaves; `more`: of
     its environment."""
-    command = [*GENREC, "tune", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        env=environment(**more),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command = [*TUNE, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment(**more), start_new_session=True, **pipes)
 
 
 def run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    command = [*GENREC, "tune", *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=timeout
-    )
+    process = start(*arguments)
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess([], process.returncode, output, errors)
 
 
 def wait_for(

@@ -49,19 +49,17 @@ def check_start_of_ray(line: str) -> list[str]:
     return options
 
 
-def test_ray_reads_the_cluster_file() -> None:
+def test_ray_reads_the_cluster_file_and_the_commands_beside_it_are_ours() -> None:
     from ray.autoscaler._private.util import prepare_config, validate_config
+    from ray.scripts.scripts import cli
 
     written = yaml.safe_load((LAUNCH / "ray_cluster.yaml").read_text())
     config = prepare_config(written)
     validate_config(config)
     with pytest.raises(Exception, match="sety_commands"):
         validate_config(prepare_config({**written, "sety_commands": []}))
-    workers = written["provider"]["worker_ips"]
-    assert (config["max_workers"], len({written["provider"]["head_ip"], *workers})) == (
-        len(workers),
-        len(workers) + 1,
-    )
+    workers, head_ip = written["provider"]["worker_ips"], written["provider"]["head_ip"]
+    assert config["max_workers"] == len(workers) == len({head_ip, *workers}) - 1
     starts = []
     for part in ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
         for line in written[part]:
@@ -71,31 +69,21 @@ def test_ray_reads_the_cluster_file() -> None:
                 starts.append(check_start_of_ray(line))
     head, worker = starts
     assert "--include-dashboard=false" in head
-    assert (
-        "--autoscaling-config=~/ray_bootstrap_config.yaml" in head
-    )  # without it no worker is ever started
+    # Without it no worker is ever started.
+    assert "--autoscaling-config=~/ray_bootstrap_config.yaml" in head
     assert "--address=$RAY_HEAD_IP:6379" in worker
     # Who starts Ray with a token needs one on every machine.
     assert written["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     extra = re.search(r"--editable '\.\[(.*)\]'", " ".join(written["setup_commands"]))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert extra is not None
-    assert (
-        extra[1]
-        in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    )
+    assert extra[1] in project["optional-dependencies"]
 
-
-def test_the_commands_beside_the_cluster_file_are_ours() -> None:
-    from ray.scripts.scripts import cli
-
-    lines = [
-        line[8:]
-        for line in (LAUNCH / "ray_cluster.yaml").read_text().splitlines()
-        if line.startswith("#   ray ")
-    ]
-    assert [line.split()[0] for line in lines] == ["get-auth-token", "up", "exec", "down"]
+    text = (LAUNCH / "ray_cluster.yaml").read_text()
+    lines = re.findall(r"^#   (ray .*)$", text, re.M)
+    assert [line.split()[1] for line in lines] == ["get-auth-token", "up", "exec", "down"]
     for line in lines:
-        words = shlex.split(line.split("&&")[0] if "genrec" not in line else line)
+        words = shlex.split(line.split("&&")[0] if "genrec" not in line else line)[1:]
         words = [word for word in words if not word.startswith(">")]
         cli.commands[words[0]].make_context(words[0], words[1:])
     assert words_of_genrec(lines[2])[-2:] == ["--address", "auto"]
@@ -108,10 +96,10 @@ def test_the_kubernetes_job_is_whole() -> None:
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["rayVersion"] == importlib.metadata.version("ray")
     groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    images, users = set(), set()
     for group in groups:
-        assert all(
-            isinstance(value, str) for value in group["rayStartParams"].values()
-        )  # others KubeRay refuses
+        # Others than texts KubeRay refuses.
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
         pod = group["template"]["spec"]
         (container,) = pod["containers"]
         assert container["resources"]["limits"] == container["resources"]["requests"]
@@ -119,23 +107,19 @@ def test_the_kubernetes_job_is_whole() -> None:
         mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         assert set(mounted) == {volume["name"] for volume in pod["volumes"]}
         assert set(mounted.values()) == {"/shared", "/dev/shm"}
-    assert len({group["template"]["spec"]["containers"][0]["image"] for group in groups}) == 1
-    uid = re.search(r"useradd .*--uid (\d+)", (LAUNCH / "Dockerfile").read_text())
-    assert uid is not None
-    assert {group["template"]["spec"]["securityContext"]["runAsUser"] for group in groups} == {
-        int(uid[1])
-    }
-    assert all(
-        isinstance(value, str)
-        for value in yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"].values()
-    )
+        images.add(container["image"])
+        users.add(str(pod["securityContext"]["runAsUser"]))
+    assert len(images) == 1
+    assert list(users) == re.findall(r"useradd .*--uid (\d+)", (LAUNCH / "Dockerfile").read_text())
+    variables = yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"].values()
+    assert all(isinstance(value, str) for value in variables)
     words_of_genrec(job["spec"]["entrypoint"])
 
 
 @pytest.mark.parametrize("second", [False, True])
 def test_the_kubernetes_job_resumes_at_its_second_try(tmp_path: Path, second: bool) -> None:
-    """Through the two shells that lie between the file and the command: KubeRay's submitter, and
-    Ray's job on the head."""
+    """Through the two shells between the file and the command: KubeRay's submitter, and Ray's job
+    on the head."""
     stub = tmp_path / "genrec"
     stub.write_text('#!/usr/bin/env bash\necho "$@"\n')
     stub.chmod(0o755)
@@ -144,21 +128,15 @@ def test_the_kubernetes_job_resumes_at_its_second_try(tmp_path: Path, second: bo
     (tmp_path / "beauty-sweep").mkdir()
     if second:
         (tmp_path / "beauty-sweep" / "sweep.json").touch()
-    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    run = {"env": env, "capture_output": True, "text": True, "timeout": 30, "check": True}
-    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {entrypoint}"], **run).stdout.split(
-        "\0"
-    )[:-1]  # type: ignore[call-overload]
-    told = subprocess.run(["sh", "-c", shlex.join(words)], **run).stdout.split()  # type: ignore[call-overload]
-    expected = [
-        "tune",
-        f"{tmp_path}/beauty.yaml",
-        "--out",
-        f"{tmp_path}/beauty-sweep",
-        "--address",
-        "auto",
-    ]
-    assert told == expected + ["--resume"] * second
+
+    def output(*command: str) -> str:
+        env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        return subprocess.check_output(command, env=env, text=True, timeout=30)
+
+    words = output("bash", "-c", f"printf '%s\\0' {entrypoint}").split("\0")[:-1]
+    expected = f"tune {tmp_path}/beauty.yaml --out {tmp_path}/beauty-sweep --address auto"
+    told = output("sh", "-c", shlex.join(words)).split()
+    assert told == expected.split() + ["--resume"] * second
 
 
 # Listens as a head does; ends with TERM. A worker that finds no head is refused.
@@ -209,22 +187,12 @@ while true; do sleep 0.1; done
 
 
 def sweep(cluster: Cluster, *more: str, **fate: str) -> subprocess.Popen[str]:
-    cluster.stub("srun", SRUN_OF_SWEEP)
-    cluster.stub("ray", FAKE_RAY)
+    for name, text in (("srun", SRUN_OF_SWEEP), ("ray", FAKE_RAY), ("genrec", FAKE_GENREC)):
+        cluster.stub(name, text)
     (cluster.folder / "ray.up").unlink(missing_ok=True)
-    cluster.stub("genrec", FAKE_GENREC)
     (cluster.folder / "space.yaml").touch()
-    fate.setdefault("SLURM_JOB_ID", job_of_a_free_port())
-    return cluster.submit(
-        "tune.sbatch",
-        "space.yaml",
-        "a sweep",
-        *more,
-        nodes=2,
-        gpus=4,
-        SLURM_CPUS_PER_TASK="8",
-        **fate,
-    )
+    fate = {"SLURM_JOB_ID": job_of_a_free_port(), "SLURM_CPUS_PER_TASK": "8", **fate}
+    return cluster.submit("tune.sbatch", "space.yaml", "a sweep", *more, nodes=2, gpus=4, **fate)
 
 
 def test_a_sweep_starts_ray_on_every_node_and_one_driver(cluster: Cluster) -> None:
@@ -232,35 +200,24 @@ def test_a_sweep_starts_ray_on_every_node_and_one_driver(cluster: Cluster) -> No
     code, output = ended(sweep(cluster, "--trials", "3", FATE="0", SLURM_JOB_ID=number))
     assert (code, output.strip()) == (0, "sweep a sweep: exit code 0"), output
     calls = sorted(cluster.calls("ray"))
-    address = f"127.0.0.1:{20_000 + int(number)}"
-    assert [call.split()[0] for call in calls] == ["0", "1"]
-    tokens = {call.split()[2] for call in calls}
-    assert all(call.split()[1] == "token" for call in calls)
+    port = 20_000 + int(number)
+    assert [call.split()[:2] for call in calls] == [["0", "token"], ["1", "token"]]
+    (token,) = {call.split()[2] for call in calls}
+    assert re.fullmatch("[0-9a-f]{64}", token)
     for call in calls:
         options = check_start_of_ray(call.partition("token ")[2].partition(" ")[2])
-        assert not tokens & set(options)  # everyone on a node reads command lines
-        assert (
-            f"--num-cpus 8 --num-gpus 4 --object-store-memory 83886080 --temp-dir /tmp/ray-{number}"
-            in " ".join(options)
-        )
-    assert (
-        f"--head --node-ip-address 127.0.0.1 --port {20_000 + int(number)} --include-dashboard=false"
-        in calls[0]
-    )
-    assert f"--address {address}" in calls[1]
+        assert token not in options  # everyone on a node reads command lines
+        size = "--num-cpus 8 --num-gpus 4 --object-store-memory 83886080"
+        assert f"{size} --temp-dir /tmp/ray-{number}" in " ".join(options)
+    head = f"--head --node-ip-address 127.0.0.1 --port {port} --include-dashboard=false"
+    assert head in calls[0]
+    assert f"--address 127.0.0.1:{port}" in calls[1]
     (driver,) = cluster.calls("genrec")
-    (token,) = tokens
-    assert re.fullmatch("[0-9a-f]{64}", token)
-    assert driver == f"token {token} tune space.yaml --out a sweep --address {address} --trials 3"
-    words_of_genrec("genrec " + driver.partition(f"{token} ")[2].replace("a sweep", "a-sweep"))
+    expected = f"tune space.yaml --out a sweep --address 127.0.0.1:{port} --trials 3"
+    assert driver == f"token {token} {expected}"
+    words_of_genrec("genrec " + expected.replace("a sweep", "a-sweep"))
     assert (cluster.folder / "ray.ended").read_text() == "xx"
     assert not Path(f"/tmp/ray-{number}").exists()
-
-
-def test_a_sweep_s_token_is_a_new_one_each_time(cluster: Cluster) -> None:
-    for _ in range(2):
-        assert ended(sweep(cluster, FATE="0"))[0] == 0
-    assert len({call.split()[1] for call in cluster.calls("genrec")}) == 2
 
 
 def test_at_the_time_limit_a_sweep_ends_in_good_order_and_goes_on_later(cluster: Cluster) -> None:
@@ -271,28 +228,23 @@ def test_at_the_time_limit_a_sweep_ends_in_good_order_and_goes_on_later(cluster:
     assert (code, output.strip()) == (0, "sweep a sweep: exit code 143 after SIGUSR1")
     assert len(cluster.calls("scontrol")) == 1
     assert ended(sweep(cluster, FATE="0"))[0] == 0
-    first, second = (call.partition("--out ")[2] for call in cluster.calls("genrec"))
+    # The finals are no resume.
+    assert ended(sweep(cluster, "--finish", FATE="0"))[0] == 0
+    first, second, finals = (call.partition("--out ")[2] for call in cluster.calls("genrec"))
     assert "--resume" not in first
     assert second.endswith("--resume")
+    assert finals.endswith("--finish")
+    assert "--resume" not in finals
+    # A token is a new one each time.
+    assert len({call.split()[1] for call in cluster.calls("genrec")}) == 3
 
 
-def test_a_cancelled_sweep_stays_away(cluster: Cluster) -> None:
+def test_a_cancelled_or_failed_sweep_stays_away(cluster: Cluster) -> None:
     job = sweep(cluster, FATE="wait")
     until(cluster.folder / "waiting", job)
     job.terminate()
     code, output = ended(job)
     assert (code, output.strip()) == (143, "sweep a sweep: exit code 143 after SIGTERM")
-    assert cluster.calls("scontrol") == []
-
-
-def test_the_finals_are_no_resume(cluster: Cluster) -> None:
-    (cluster.folder / "a sweep").mkdir()
-    (cluster.folder / "a sweep" / "sweep.json").touch()
-    assert ended(sweep(cluster, "--finish", FATE="0"))[0] == 0
-    assert cluster.calls("genrec")[0].endswith("--finish")
-
-
-def test_a_failed_sweep_fails_the_job_and_a_dead_ray_too(cluster: Cluster) -> None:
     code, output = ended(sweep(cluster, FATE="1"))
     assert (code, output.strip()) == (1, "sweep a sweep: exit code 1")
     code, output = ended(sweep(cluster, FATE="0", RAY_FATE="broken"))
@@ -304,37 +256,33 @@ def test_a_failed_sweep_fails_the_job_and_a_dead_ray_too(cluster: Cluster) -> No
 @pytest.mark.dist
 @pytest.mark.slow
 def test_a_real_sweep_on_two_real_nodes_of_ray(cluster: Cluster, tiny_recipe: Path) -> None:
-    space = {"base": str(tiny_recipe), "trials": 2, "scheduler": "none", "retries": 0,
-             "space": {"finetune.learning_rate": {"loguniform": [1e-3, 1e-2]}}}  # fmt: skip
-    (cluster.folder / "space.yaml").write_text(yaml.safe_dump(space))
+    domain = {"finetune.learning_rate": {"loguniform": [1e-3, 1e-2]}}
+    space = {"base": str(tiny_recipe), "trials": 2, "scheduler": "none", "retries": 0}
+    (cluster.folder / "space.yaml").write_text(yaml.safe_dump({**space, "space": domain}))
     cluster.stub("srun", SRUN_OF_SWEEP)
-    job = cluster.submit(
-        "tune.sbatch",
-        "space.yaml",
-        "sweep",
-        nodes=2,
-        gpus=0,
-        SLURM_CPUS_PER_TASK="1",
-        SLURM_JOB_ID=job_of_a_free_port(),
-    )
+    slurm = {"SLURM_CPUS_PER_TASK": "1", "SLURM_JOB_ID": job_of_a_free_port()}
+    job = cluster.submit("tune.sbatch", "space.yaml", "sweep", nodes=2, gpus=0, **slurm)
     code, output = ended(job)
     assert code == 0, output[-3000:]
-    trials = [
-        json.loads(path.read_text())
-        for path in sorted((cluster.folder / "sweep" / "trials").glob("*.json"))
-    ]
+    out = cluster.folder / "sweep"
+    trials = [json.loads(path.read_text()) for path in sorted((out / "trials").glob("*.json"))]
     assert [trial["status"] for trial in trials] == ["finished", "finished"]
-    assert (cluster.folder / "sweep" / "best.yaml").exists()
+    assert (out / "best.yaml").exists()
 
 
-@pytest.mark.parametrize("fault", ["no space", "no such space"])
-def test_a_sweep_that_cannot_start_says_why(cluster: Cluster, fault: str) -> None:
-    words = [] if fault == "no space" else ["x.yaml", "sweep"]
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "usage: sbatch launch/slurm/tune.sbatch"),
+        (["x.yaml", "sweep"], "x.yaml: no such space file"),
+    ],
+)
+def test_a_sweep_that_cannot_start_says_why(
+    cluster: Cluster, words: list[str], message: str
+) -> None:
     code, output = ended(cluster.submit("tune.sbatch", *words, nodes=2, gpus=1))
     assert code == 2
-    assert (
-        "usage: sbatch launch/slurm/tune.sbatch" if not words else "x.yaml: no such space file"
-    ) in output
+    assert message in output
 
 
 def test_the_sweep_s_batch_file_asks_slurm_for_what_it_means() -> None:

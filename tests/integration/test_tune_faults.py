@@ -10,25 +10,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import sweeps
-from genrec_tuning.finals import SEEDS, entered, finish_sweep, jobs_of
-from genrec_tuning.record import Folder, Recorder, Sweep, Trial, read_sweep, trial_id
+from genrec_tuning.finals import SEEDS, enter, finish_sweep, jobs_of
+from genrec_tuning.record import Epoch, Folder, Recorder, Sweep, Trial, read_sweep, trial_id
 from genrec_tuning.space import load_space
 from genrec_tuning.sweep import job_of
-from genrec_tuning.trial import run_job
-from genrec_tuning.trial_states import Ending, Watch
+from genrec_tuning.trial import Job, run_job
 from places import HELPERS
 from two_ranks import environment
 
 pytestmark = pytest.mark.ranks
 
 # An epoch takes some tenths of a second: long enough to be killed in.
-SLOW = """
-checkpoint_every: 10000
-"""
+SLOW = "checkpoint_every: 10000\n"
 SPACE = """
 set: {finetune.epochs: %d, finetune.batch_size: 4, pretrain.epochs: 0, validation.users: 20}
 trials: 2
@@ -44,19 +43,10 @@ CORES = len(os.sched_getaffinity(0))
 """What a trial asks for where one is to run after the other."""
 
 
-def epochs_run(run: Path) -> list[int]:
-    """Epochs that were validated, over all attempts, in the order of time."""
-    return [event["epoch"] + 1 for event in sweeps.events(run, "validation")]
-
-
 def steps_rerun(run: Path) -> int:
     """Steps before the first checkpoint of a resume that were run again: none may be."""
-    starts = [
-        Path(event["resumed_from"])
-        for event in sweeps.events(run, "start")
-        if event["resumed_from"]
-    ]
-    firsts = [int(path.name.removeprefix("step-")) for path in starts]
+    starts = [event["resumed_from"] for event in sweeps.events(run, "start")]
+    firsts = [int(Path(path).name.removeprefix("step-")) for path in starts if path]
     steps = [event["step"] for event in sweeps.events(run, "step")]
     return sum(steps.count(step) - 1 for step in range(min(firsts, default=0)))
 
@@ -76,11 +66,8 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
     def finished() -> Trial | None:
         sweep = sweeps.record(out)
-        return (
-            next((trial for trial in sweep.trials if trial.status == "finished"), None)
-            if sweep
-            else None
-        )
+        trials = sweep.trials if sweep else ()
+        return next((trial for trial in trials if trial.status == "finished"), None)
 
     process = sweeps.start(space, "--out", out)
     try:
@@ -98,18 +85,16 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
         sweeps.kill(process.pid)
         process.communicate()
         seen["before"] = read_sweep(out)
-        seen["orphans gone"] = sweeps.gone(
-            lambda: sweeps.processes("raylet/raylet", str(process.pid))
-        )
+        orphans = ("raylet/raylet", str(process.pid))
+        seen["orphans gone"] = sweeps.gone(lambda: sweeps.processes(*orphans))
         torn = list((out / "ray").rglob("tuner.pkl"))
         assert torn
         for path in torn:
             path.write_bytes(path.read_bytes()[:100])
         starts = len(sweeps.events(left, "start"))
         process = sweeps.start(space, "--out", out, "--resume")
-        sweeps.wait_for(
-            process, lambda: len(sweeps.events(left, "start")) > starts, "the resumed trial"
-        )
+        begun = lambda: len(sweeps.events(left, "start")) > starts  # noqa: E731
+        sweeps.wait_for(process, begun, "the resumed trial")
         process.send_signal(signal.SIGTERM)
         _, seen["told"] = process.communicate(timeout=120)
         seen["code"] = process.returncode
@@ -125,64 +110,49 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def test_a_killed_trial_is_retried_from_its_own_checkpoint(killed: dict) -> None:
     trial = killed["after"].trials[0]
-    run = killed["out"] / trial.run
-    assert (trial.status, [epoch.epoch for epoch in trial.epochs]) == (
-        "finished",
-        list(range(1, 21)),
-    )
-    assert trial.attempts == len(sweeps.events(run, "start")) >= 2
-    again = sweeps.events(run, "start")[1]
-    assert (
-        Path(again["resumed_from"]).name
-        == f"step-{trial.epochs[killed['epochs at the kill'] - 1].step + 1:08d}"
-    )
-    validated = epochs_run(run)
-    assert all(validated.count(epoch) == 1 for epoch in range(1, killed["epochs at the kill"] + 1))
+    run, at_kill = killed["out"] / trial.run, killed["epochs at the kill"]
+    assert trial.status == "finished"
+    assert [epoch.epoch for epoch in trial.epochs] == list(range(1, 21))
+    starts = sweeps.events(run, "start")
+    assert trial.attempts == len(starts) >= 2
+    step = trial.epochs[at_kill - 1].step + 1
+    assert Path(starts[1]["resumed_from"]).name == f"step-{step:08d}"
+    validated = [event["epoch"] + 1 for event in sweeps.events(run, "validation")]
+    assert all(validated.count(epoch) == 1 for epoch in range(1, at_kill + 1))
     assert steps_rerun(run) == 0
 
 
-def test_a_killed_driver_loses_nothing(killed: dict) -> None:
+def test_a_killed_driver_loses_nothing_and_takes_its_trials_with_it(killed: dict) -> None:
     before, after = killed["before"], killed["after"]
     assert killed["finished"].returncode == 0, killed["finished"].stderr
     over, left = killed["over"], killed["left"]
     assert after.trial(over) == before.trial(over)
-    assert before.trial(left).status == "running"
-    assert (after.trial(left).status, after.trial(left).values) == (
-        "finished",
-        before.trial(left).values,
-    )
-    known = before.trial(left).epochs
-    assert known
-    assert after.trial(left).epochs[: len(known)] == known
-    run = killed["out"] / after.trial(left).run
-    assert sweeps.events(run, "start")[before.trial(left).attempts]["resumed_from"] is not None
+    old, new = before.trial(left), after.trial(left)
+    assert (old.status, new.status, new.values) == ("running", "finished", old.values)
+    assert old.epochs
+    assert new.epochs[: len(old.epochs)] == old.epochs
+    run = killed["out"] / new.run
+    assert sweeps.events(run, "start")[old.attempts]["resumed_from"] is not None
     assert steps_rerun(run) == 0
-    assert (
-        len(sweeps.events(killed["out"] / "runs" / over, "start")) == before.trial(over).attempts
-    ), "it ran again"
+    again = len(sweeps.events(killed["out"] / "runs" / over, "start"))
+    assert again == before.trial(over).attempts, "it ran again"
     assert after.resumed == 3
     assert after.hours > before.hours
-
-
-def test_the_driver_takes_its_trials_with_it(killed: dict) -> None:
     assert killed["orphans gone"]
     assert sweeps.gone(lambda: Path(f"/proc/{killed['trainer']}/status").exists())
 
 
-def test_a_signal_interrupts_and_says_how_to_go_on(killed: dict) -> None:
+def test_a_signal_or_a_budget_interrupts_and_says_how_to_go_on(killed: dict) -> None:
     assert killed["code"] == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM" in killed["told"]
-    assert "--resume" in killed["told"]
+    for words in ("stopped by SIGTERM", "--resume"):
+        assert words in killed["told"]
     assert "Traceback" not in killed["told"]
     stopped = killed["stopped"].trial(killed["left"])
     assert (stopped.status, stopped.reason) == ("interrupted", "stopped by SIGTERM")
-
-
-def test_a_budget_ends_a_sweep_in_good_order(killed: dict) -> None:
     spent = killed["spent"]
     assert spent.returncode == 0, spent.stderr
-    assert "1 trials were interrupted" in spent.stdout
-    assert "go on with --resume" in spent.stdout
+    for words in ("1 trials were interrupted", "go on with --resume"):
+        assert words in spent.stdout
     assert killed["budget"].trial(killed["left"]).status == "interrupted"
     assert 0 < killed["budget"].hours - killed["stopped"].hours < 120 / 3600
 
@@ -197,16 +167,11 @@ def bucket() -> Iterator[dict[str, str]]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     url = "http://{}:{}".format(*server.get_host_and_port())
-    boto3.client(
-        "s3",
-        endpoint_url=url,
-        region_name="us-east-1",
-        aws_access_key_id="key",
-        aws_secret_access_key="secret",
-    ).create_bucket(Bucket="sweeps")
-    yield {
-        "AWS_ENDPOINT_URL": url, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
-    }  # fmt: skip
+    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
+    client = boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys)
+    client.create_bucket(Bucket="sweeps")
+    names = {name.upper(): value for name, value in keys.items()}
+    yield {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", **names}
     server.stop()
 
 
@@ -245,16 +210,8 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
         if name.startswith("AWS"):
             monkeypatch.setenv(name, value)
     space = sweeps.write_space(tmp_path, tiny_data, SPACE % (8, 2, 2), SLOW)
-    process = sweeps.start(
-        space,
-        "--out",
-        tmp_path / "two",
-        "--address",
-        address,
-        "--storage",
-        "s3://sweeps/of",
-        **more,
-    )
+    options = ["--out", tmp_path / "two", "--address", address, "--storage", "s3://sweeps/of"]
+    process = sweeps.start(space, *options, **more)
 
     def run_of(number: int) -> Path:
         found = list((tmp_path / "nodes").glob(f"genrec-tune-*/*/runs/{trial_id(number)}"))
@@ -269,12 +226,13 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
         files.invalidate_cache()
         return files.glob(f"sweeps/of/two/runs/{trial_id(number)}/events.jsonl")
 
+    def twice(number: int) -> bool:
+        return len(sweeps.events(run_of(number), "start")) == 2
+
     ranks, trials, raylets = {}, {}, set()
     try:
         for number in range(2):
-            sweeps.wait_for(
-                process, lambda number=number: whole(number), "a checkpoint in the bucket"
-            )  # type: ignore[misc]
+            sweeps.wait_for(process, partial(whole, number), "a checkpoint in the bucket")
             ranks[number] = ranks_of(number)
             assert len(ranks[number]) == 2
             trials[number] = sweeps.parent_of(ranks[number][0])
@@ -289,21 +247,14 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
                 shutil.rmtree(run_of(1))
         assert len(raylets) == 2, "both trials are of one node's raylet"
         for number in range(2):
-            sweeps.wait_for(
-                process,
-                lambda number=number: len(sweeps.events(run_of(number), "start")) == 2,  # type: ignore[misc]
-                "the second attempt",
-            )
+            sweeps.wait_for(process, partial(twice, number), "the second attempt")
         assert not set(ranks[0]) & set(ranks_of(0)), "a rank outlived its group"
         said, errors = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 0, errors
     sweep = read_sweep("s3://sweeps/of/two")
-    assert [(trial.status, trial.attempts) for trial in sweep.trials] == [
-        ("finished", 2),
-        ("finished", 2),
-    ]
+    assert [(trial.status, trial.attempts) for trial in sweep.trials] == [("finished", 2)] * 2
     for trial in sweep.trials:
         run = run_of(trial.number)
         starts = sweeps.events(run, "start")
@@ -331,33 +282,29 @@ def test_the_finals_look_at_test_once(tiny_data: Path, tmp_path: Path) -> None:
     """Two trials and the base recipe with three seeds; all but one run have been made when the
     finals are gone on with."""
     out = tmp_path / "out"
-    space = load_space(sweeps.write_space(tmp_path, tiny_data, FINALS))
-    recorder = Recorder(Folder(out), Sweep(space.name, space.as_dict()))
+    space = load_space(sweeps.write_space(tmp_path, tiny_data, FINALS)).as_dict()
+    recorder = Recorder(Folder(out), Sweep("space", space))
     recorder.put_facts(started=1.0)
-    watch = Watch({}, Ending(), recorder.put, lambda: None)
     for number, rate in enumerate((1e-3, 8e-3)):
-        values = {"finetune.learning_rate": rate}
-        run = f"runs/{trial_id(number)}"
-        recipe = space.recipe_of(values, run).as_dict()
-        job = job_of(trial_id(number), str(out), run, recipe, values, space.resources)  # type: ignore[arg-type]
-        watch.started(job)
-        run_job(job, lambda result, id_=job.id: watch.reported(id_, result))  # type: ignore[misc]
+        id_, values, results = trial_id(number), {"finetune.learning_rate": rate}, list[dict]()
+        job = Job(**job_of(id_, f"runs/{id_}", values, space, str(out)))
+        run_job(job, results.append)
+        epochs = tuple(Epoch.from_dict(result) for result in results[:-1])
+        recorder.put(Trial(id_, job.values, 0, "finished", epochs=epochs, run=job.run))
     assert not list(out.rglob("*test*"))
-    recorder.put_finals(finals=entered(recorder.sweep, against_base=True))
+    recorder.put_finals(finals=enter(recorder.sweep, against_base=True))
     jobs = list(jobs_of(recorder.sweep, str(out)).values())
     assert len(jobs) == 9
     finals = list(recorder.sweep.finals)
-    for number, job in enumerate(jobs[:-1]):
+    for number, one in enumerate(jobs[:-1]):
         scores: list[dict] = []
-        run_job(job, scores.append)
-        finals[number] = dataclasses.replace(
-            finals[number], status="finished", NDCG10=scores[-1]["best_NDCG@10"]
-        )
+        run_job(one, scores.append)
+        score = scores[-1]["best_NDCG@10"]
+        finals[number] = dataclasses.replace(finals[number], status="finished", NDCG10=score)
         recorder.put_finals(finals=tuple(finals))
     sweep = finish_sweep(out, against_base=True)
     means = {
-        system: sum(final.NDCG10 or 0 for final in sweep.finals if final.system == system)
-        / len(SEEDS)
+        system: fmean(final.NDCG10 or 0 for final in sweep.finals if final.system == system)
         for system in ("t0000", "t0001")
     }
     assert sweep.winner == max(means, key=lambda system: means[system])
@@ -366,11 +313,12 @@ def test_the_finals_look_at_test_once(tiny_data: Path, tmp_path: Path) -> None:
     assert tested == {sweep.winner, "base"}
     assert all((final.test is not None) == (final.system in tested) for final in sweep.finals)
     assert {final.seed for final in sweep.finals} == set(SEEDS)
+    assert {final.status for final in sweep.finals} == {"finished"}
     assert sweep.comparison is not None
     assert sweep.comparison["metrics"]["NDCG@10"].keys() >= {"a", "b", "difference", "ci95"}
+    assert not list((out / "finals").rglob("checkpoints"))
+    assert {path.parent.parent.name for path in (out / "finals").rglob("best")} == tested
     before = {path: path.read_bytes() for path in out.rglob("metrics-test.json")}
-    with pytest.raises(
-        ValueError, match=f"{sweep.winner} was evaluated on test already .* looks at test once"
-    ):
+    with pytest.raises(ValueError, match=f"{sweep.winner} was evaluated on test already .* once"):
         finish_sweep(out, against_base=True)
     assert before == {path: path.read_bytes() for path in out.rglob("metrics-test.json")}

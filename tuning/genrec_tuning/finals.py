@@ -1,36 +1,41 @@
-"""The finals of a sweep: its best trials and fresh seeds to the last epoch, a winner by validation,
-and then, once, test."""
+"""The finals of a sweep: its best trials with fresh seeds to the last epoch, a winner by
+validation, and then, once, test."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from genrec_shards.dataset import load_dataset
 from genrec_shards.file_lock import hold
 
+from genrec_dist.distributed.deadline import Deadline
 from genrec_dist.evaluation.compare import METRICS, compare
 from genrec_dist.inference.evaluate import evaluate
 from genrec_dist.inference.load import best_device, load_run
 from genrec_dist.inference.rank_users import Decoding
-from genrec_tuning.export import write_results
 from genrec_tuning.live_table import SweepTable
-from genrec_tuning.ray_driver import connected
-from genrec_tuning.record import FINALS, Final, Recorder, Status, Sweep, Trial, Value, read_sweep
-from genrec_tuning.run_sync import Mirror
-from genrec_tuning.space import Resources, recipe_of
-from genrec_tuning.sweep import RAY_FILES, close, job_of, place_of, remove
+from genrec_tuning.record import FINALS, Final, Recorder, Status, Sweep, Trial, read_sweep
+from genrec_tuning.report import check_plotly, write_results
+from genrec_tuning.run_sync import pull, push
+from genrec_tuning.space import Resources
+from genrec_tuning.sweep import (
+    RAY_FILES,
+    connected,
+    deadline,
+    job_of,
+    place_of,
+    raise_if_ended,
+)
 from genrec_tuning.trial import Job
-from genrec_tuning.trial_states import Ending, Watch
 
 FINALISTS = 3
 SEEDS = (1, 2, 3)
 """Added to the recipe's: the seed that chose the finalists flatters them."""
 BASE = "base"
+OVER: frozenset[Status] = frozenset(("finished", "failed"))
 
 
 def finish_sweep(
@@ -42,23 +47,36 @@ def finish_sweep(
     storage: str | None = None,
 ) -> Sweep:
     """Rerun the best three trials with three fresh seeds, without a scheduler; the highest mean
-    NDCG@10 on validation wins, and the winner's runs alone are evaluated on test, once.
+    NDCG@10 on validation wins, and the winner's runs alone are evaluated on test, once. Another
+    call continues what was interrupted.
 
-    `against_base`: the base recipe with the same seeds too, evaluated on test with the winner and
-    compared with it, paired. What was interrupted is gone on with by another call. Raises
-    ValueError where no trial has a score and where test was looked at already, Stopped after a
-    signal."""
-    out, ending = Path(out), Ending(budget_hours)
+    Args:
+        out: the sweep's directory.
+        against_base: run the base recipe with the same seeds too, evaluate it on test with the
+            winner, and compare them, paired.
+        budget_hours: runs that are not over after so many are interrupted.
+        address: of a running Ray cluster; None: one on this machine.
+        storage: as for the sweep.
+
+    Returns:
+        The sweep's record with its finals.
+
+    Raises:
+        ValueError: no trial has a score, or the sweep was evaluated on test already.
+        Stopped: a signal came; the record is written.
+    """
+    check_plotly()
+    out, ending = Path(out), deadline(budget_hours)
     folder = place_of(out, storage)
     with hold(out / ".lock", "another genrec tune works on this sweep"):
         recorder = Recorder(folder, read_sweep(folder.address))
-        recorder.put_finals(finals=entered(recorder.sweep, against_base))
+        recorder.put_finals(finals=enter(recorder.sweep, against_base))
         _refuse_second_look(recorder.sweep)
         with ending.stop:
             _run(recorder, ending, out / RAY_FILES, address)
         write_results(recorder.sweep, folder.address)
-        close(recorder.sweep, ending)
-        if all(final.status in ("finished", "failed") for final in recorder.sweep.finals):
+        raise_if_ended(recorder.sweep, ending)
+        if all(final.status in OVER for final in recorder.sweep.finals):
             if recorder.sweep.winner is None:
                 recorder.put_finals(winner=winner_of(recorder.sweep))
             _look_at_test(recorder)
@@ -66,205 +84,157 @@ def finish_sweep(
     return recorder.sweep
 
 
-def entered(sweep: Sweep, against_base: bool) -> tuple[Final, ...]:
-    """The finals as they are, or new ones; the base recipe joins when it is asked for."""
-    systems = list(dict.fromkeys(final.system for final in sweep.finals)) or _best(sweep)
-    if against_base and BASE not in systems:
-        systems.append(BASE)
-    known = {(final.system, final.seed): final for final in sweep.finals}
-    first = int(sweep.space["recipe"]["seed"])
-    return tuple(
-        known.get((system, first + more))
-        or Final(system, first + more, f"{FINALS}/{system}/seed-{first + more}", "interrupted")
-        for system in systems
-        for more in SEEDS
-    )
-
-
-def outcome(sweep: Sweep) -> str:
-    """What the finals came to; a line each."""
-    if sweep.winner is None:
-        left = sum(final.status not in ("finished", "failed") for final in sweep.finals)
-        return f"{left} runs of the finals are left: go on with --finish"
-    lines = []
-    for system in dict.fromkeys(final.system for final in sweep.finals if final.test):
-        tests = [
-            final.test["NDCG@10"] for final in sweep.finals if final.system == system and final.test
-        ]
-        name = "the base recipe" if system == BASE else f"{system}, the winner"
-        lines.append(f"{name}: test NDCG@10 {fmean(tests):.4f}, the mean of {len(tests)} seeds")
-    return "\n".join([*lines, str(sweep.comparison["verdict"])] if sweep.comparison else lines)
-
-
-def _best(sweep: Sweep) -> list[str]:
-    scored = [
-        trial
-        for trial in sweep.trials
-        if trial.status in ("finished", "stopped") and trial.best_NDCG10 is not None
-    ]
-    if not scored:
+def enter(sweep: Sweep, against_base: bool) -> tuple[Final, ...]:
+    """The finals as they are, or new ones; with `against_base` the base recipe joins them."""
+    systems = list(dict.fromkeys(final.system for final in sweep.finals))
+    systems = systems or [trial.id for trial in sweep.ranked[:FINALISTS]]
+    if not systems:
         raise ValueError(
             f"{sweep.name}: no trial has come to its end with a score: nothing can be in the finals"
         )
-    return [
-        trial.id
-        for trial in sorted(scored, key=lambda trial: (-(trial.best_NDCG10 or 0.0), trial.id))[
-            :FINALISTS
-        ]
-    ]
+    if against_base and BASE not in systems:
+        systems.append(BASE)
+    known = {(final.system, final.seed): final for final in sweep.finals}
+    seeds = [int(sweep.space["recipe"]["seed"]) + more for more in SEEDS]
+    return tuple(
+        known.get((system, seed))
+        or Final(system, seed, f"{FINALS}/{system}/seed-{seed}", "interrupted")
+        for system in systems
+        for seed in seeds
+    )
 
 
 def _refuse_second_look(sweep: Sweep) -> None:
-    wanted = [final for final in sweep.finals if final.system in (sweep.winner, BASE)]
-    if sweep.winner is not None and all(
-        final.test is not None or final.status == "failed" for final in wanted
-    ):
-        scores = [
-            final.test["NDCG@10"] for final in wanted if final.system == sweep.winner and final.test
-        ]
-        raise ValueError(
-            f"{sweep.name}: {sweep.winner} was evaluated on test already (mean NDCG@10 {fmean(scores):.4f}): "
-            "a sweep looks at test once; its figures are in finals.json and report.html"
-        )
+    chosen = [final for final in sweep.finals if final.system in (sweep.winner, BASE)]
+    if sweep.winner is None or any(f.test is None and f.status != "failed" for f in chosen):
+        return
+    scores = [f.test["NDCG@10"] for f in chosen if f.system == sweep.winner and f.test]
+    raise ValueError(
+        f"{sweep.name}: {sweep.winner} was evaluated on test already "
+        f"(mean NDCG@10 {fmean(scores):.4f}): a sweep looks at test once; "
+        "its figures are in finals.json and report.html"
+    )
 
 
 def winner_of(sweep: Sweep) -> str:
-    """The finalist of the highest mean over all seeds. One of which a seed failed cannot win: it is
-    no recipe to recommend."""
+    """The finalist of the highest mean over all seeds; one of which a seed failed cannot win, for
+    it is no recipe to recommend. Raises ValueError where none can."""
     means: dict[str, float] = {}
     for system in dict.fromkeys(final.system for final in sweep.finals if final.system != BASE):
-        scores = [
-            final.NDCG10
-            for final in sweep.finals
-            if final.system == system and final.status == "finished"
-        ]
+        runs = [final for final in sweep.finals if final.system == system]
+        scores = [final.NDCG10 for final in runs if final.status == "finished"]
         if len(scores) == len(SEEDS):
             means[system] = fmean(score for score in scores if score is not None)
     if not means:
         raise ValueError(
-            f"{sweep.name}: no finalist came to its end with all seeds: see events.jsonl of its runs"
+            f"{sweep.name}: no finalist came to its end with all seeds: "
+            "see events.jsonl of its runs"
         )
     return max(means, key=lambda system: means[system])
 
 
-def values_of(sweep: Sweep, final: Final) -> dict[str, Value]:
-    """What a final sets of the base recipe, its seed included."""
-    trial = sweep.trial(final.system)
-    return {**(trial.values if trial else {}), "seed": final.seed}
-
-
 def jobs_of(sweep: Sweep, directory: str) -> dict[str, Job]:
-    """Name of the final, `t0003/seed-1` -> what runs it."""
-    resources = Resources(**sweep.space["resources_per_trial"])
+    """Name of each final, `t0003/seed-1` -> the job that runs it."""
     jobs = {}
     for final in sweep.finals:
-        values = values_of(sweep, final)
-        recipe = recipe_of(sweep.space, values, final.run).as_dict()
-        name = _name(final)
-        jobs[name] = job_of(name, directory, final.run, recipe, values, resources)
+        trial = sweep.trial(final.system)
+        values = {**(trial.values if trial else {}), "seed": final.seed}
+        jobs[final.name] = Job(**job_of(final.name, final.run, values, sweep.space, directory))
     return jobs
 
 
-def _name(final: Final) -> str:
-    return f"{final.system}/seed-{final.seed}"
-
-
-def _run(recorder: Recorder, ending: Ending, ray_files: Path, address: str | None) -> None:
-    sweep, directory = recorder.sweep, recorder.folder.address
-    jobs = jobs_of(sweep, directory)
-    left = [
-        dataclasses.asdict(jobs[_name(final)])
-        for final in sweep.finals
-        if final.status not in ("finished", "failed")
-    ]
+def _run(recorder: Recorder, ending: Deadline, ray_files: Path, address: str | None) -> None:
+    """Let Ray run what is left of the finals."""
+    sweep = recorder.sweep
+    jobs = jobs_of(sweep, recorder.folder.address)
+    left = [dataclasses.asdict(jobs[f.name]) for f in sweep.finals if f.status not in OVER]
     if not left:
         return
-    shown = Sweep(f"{sweep.name}: finals", {"trials": len(sweep.finals)}, started=sweep.started)
+    shown = Sweep(f"{sweep.name}: finals", {"trials": len(jobs)}, started=sweep.started)
+
+    def put(trial: Trial) -> None:
+        nonlocal shown
+        shown = shown.with_trial(trial)
+        table.show(shown)
+        status = "interrupted" if trial.status == "stopped" else trial.status
+        score = trial.best.NDCG10 if trial.best else None
+        update({trial.id: {"status": status, "NDCG10": score}})
+
+    def update(changes: dict[str, dict]) -> None:
+        finals = recorder.sweep.finals
+        recorder.put_finals(
+            finals=tuple(dataclasses.replace(f, **changes.get(f.name, {})) for f in finals)
+        )
+
+    resources = Resources(**sweep.space["resources_per_trial"])
     with SweepTable() as table:
-
-        def note(trial: Trial) -> None:
-            nonlocal shown
-            shown = shown.with_trial(trial)
-            table.show(shown)
-            recorder.put_finals(
-                finals=tuple(_noted(final, trial) for final in recorder.sweep.finals)
-            )
-
-        watch = Watch({}, ending, note, lambda: None)
-        resources = Resources(**sweep.space["resources_per_trial"])
         try:
             with connected(address, resources):
                 from ray import tune
 
-                from genrec_tuning.ray_driver import run_trials
+                from genrec_tuning.ray_driver import TrialStates, run_trials
 
                 config, grid = tune.TuneConfig(num_samples=1), {"job": tune.grid_search(left)}
-                run_trials(watch, config, grid, resources, int(sweep.space["retries"]), ray_files)
+                states, retries = TrialStates((), ending, put), int(sweep.space["retries"])
+                run_trials(states, config, grid, resources, retries, ray_files)
         finally:
-            watch.interrupt(ending.reason or "the finals ended")
-
-
-def _noted(final: Final, trial: Trial) -> Final:
-    if trial.id != _name(final):
-        return final
-    status: Status = "interrupted" if trial.status == "stopped" else trial.status
-    return dataclasses.replace(final, status=status, NDCG10=trial.best_NDCG10)
+            running = [f.name for f in recorder.sweep.finals if f.status == "running"]
+            update({name: {"status": "interrupted"} for name in running})
 
 
 def _look_at_test(recorder: Recorder) -> None:
-    """Evaluate the winner's runs, and the base's, each that was not yet; the winner is written down
-    before."""
+    """Evaluate the winner's runs and the base's on test, each that was not yet; who won is written
+    down before."""
     jobs = jobs_of(recorder.sweep, recorder.folder.address)
-    chosen = [
-        final for final in recorder.sweep.finals if final.system in (recorder.sweep.winner, BASE)
-    ]
+    winner = str(recorder.sweep.winner)
+    chosen = [final for final in recorder.sweep.finals if final.system in (winner, BASE)]
     for final in chosen:
-        job = jobs[_name(final)]
-        mirror = Mirror(job.local_run, recorder.folder / final.run)
-        mirror.pull()
+        job = jobs[final.name]
+        pull(job.local_run, job.remote_run)
         if final.test is None and final.status == "finished":
-            tested = dataclasses.replace(final, test=_tested(job))
-            mirror.push()
-            recorder.put_finals(
-                finals=tuple(tested if one == final else one for one in recorder.sweep.finals)
-            )
-    finals = recorder.sweep.finals
-    folders = {final.system: jobs[_name(final)].local_run.parent for final in finals}
-    if BASE in folders and all(
-        final.status == "finished" for final in finals if final.system == BASE
-    ):
-        found = compare(folders[str(recorder.sweep.winner)], folders[BASE], split="test")
+            tested = dataclasses.replace(final, test=_test(job))
+            push(job.local_run, job.remote_run)
+            finals = recorder.sweep.finals
+            recorder.put_finals(finals=tuple(tested if f == final else f for f in finals))
+    base = [final for final in chosen if final.system == BASE]
+    if base and all(final.status == "finished" for final in base):
+        folders = {final.system: jobs[final.name].local_run.parent for final in chosen}
+        found = compare(folders[winner], folders[BASE], split="test")
         recorder.put_finals(comparison=json.loads(json.dumps(found.as_dict())))
-    for final in finals:
-        losers = (
-            []
-            if final in chosen or final.system in (recorder.sweep.winner, BASE)
-            else [f"{final.run}/best"]
-        )
-        remove(recorder.folder, f"{final.run}/checkpoints", *losers)
+    for final in recorder.sweep.finals:
+        recorder.folder.remove(f"{final.run}/checkpoints")
+        if final.system not in (winner, BASE):
+            recorder.folder.remove(f"{final.run}/best")
 
 
-def _tested(job: Job) -> dict[str, float]:
-    """HR and NDCG on test of a finished run; read where an evaluation had come to its end."""
+def _test(job: Job) -> dict[str, float]:
+    """HR and NDCG on test of a finished run; read where an evaluation came to its end before."""
     written = job.local_run / "metrics-test.json"
-    metrics = (
-        json.loads(written.read_text(encoding="utf-8")) if written.is_file() else _evaluated(job)
-    )
+    if not written.is_file():
+        recipe = job.resolved(job.local_run)
+        run = load_run(job.local_run, best_device())
+        evaluate(
+            run,
+            load_dataset(recipe.data),
+            "test",
+            decoding=Decoding(
+                beam=recipe.validation.beam, exclude_history=run.model.config.exclude_history
+            ),
+            trained_through=recipe.trained_through,
+            recipe=recipe.as_dict(),
+        )
+    metrics = json.loads(written.read_text(encoding="utf-8"))
     return {name: float(metrics[name]) for name in METRICS}
 
 
-def _evaluated(job: Job) -> Mapping[str, Any]:
-    recipe = job.resolved(job.local_run)
-    run = load_run(job.local_run, best_device())
-    metrics = evaluate(
-        run,
-        load_dataset(recipe.data),
-        "test",
-        decoding=Decoding(
-            beam=recipe.validation.beam, exclude_history=run.model.config.exclude_history
-        ),
-        trained_through=recipe.trained_through,
-        recipe=recipe.as_dict(),
-    )
-    assert metrics is not None  # one process
-    return metrics
+def finals_summary(sweep: Sweep) -> str:
+    """What the finals came to; one fact per line."""
+    if sweep.winner is None:
+        left = sum(final.status not in OVER for final in sweep.finals)
+        return f"{left} runs of the finals are left: go on with --finish"
+    lines = []
+    for system in dict.fromkeys(final.system for final in sweep.finals if final.test):
+        tests = [f.test["NDCG@10"] for f in sweep.finals if f.system == system and f.test]
+        name = "the base recipe" if system == BASE else f"{system}, the winner"
+        lines.append(f"{name}: test NDCG@10 {fmean(tests):.4f}, the mean of {len(tests)} seeds")
+    return "\n".join([*lines, *([str(sweep.comparison["verdict"])] if sweep.comparison else [])])

@@ -1,126 +1,169 @@
-"""Ray's side of a sweep: what it tells of trials while they run, when it is to end them all, and
-how it is set going."""
+"""Ray's side of a sweep: it runs the trials, its callbacks keep their records current, and a
+stopper ends them all. Ray reads its environment when it is imported: import this once it runs."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from genrec_shards.ray_engine.session import started
 from ray import tune
 from ray.tune import Callback, Stopper, TuneConfig
+from ray.tune.execution import class_cache
+from ray.tune.stopper import NoopStopper
 
-from genrec_tuning.space import Resources
-from genrec_tuning.trial import Job, run_trial
-from genrec_tuning.trial_states import Ending, Watch
+from genrec_dist.distributed.deadline import Deadline
+from genrec_tuning.record import Epoch, Trial
+from genrec_tuning.space import Resources, planned_epochs
+from genrec_tuning.trial import Job, ended_because, run_trial
+
+
+class TrialStates(Callback):
+    """Keeps the records of trials current from Ray's callbacks.
+
+    Args:
+        trials: the sweep's so far.
+        ending: when all trials have to end.
+        on_change: gets each trial that has changed.
+        on_end: is called when a trial is over.
+    """
+
+    def __init__(
+        self,
+        trials: tuple[Trial, ...],
+        ending: Deadline,
+        on_change: Callable[[Trial], None],
+        on_end: Callable[[], None] = lambda: None,
+    ):
+        self.trials = {trial.id: trial for trial in trials}
+        self.ending, self.on_change, self.on_end = ending, on_change, on_end
+
+    def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
+        """Ray stores its callbacks beside its experiment, from which a sweep is never restored."""
+        return Callback, ()
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        job = Job(**trial.config["job"])
+        known = self.trials.get(job.id)
+        if known is None:
+            recipe = job.resolved(Path(job.run))
+            known = Trial(
+                id=job.id,
+                values=job.values,
+                seed=recipe.seed,
+                status="running",
+                planned_epochs=planned_epochs(recipe),
+                run=job.run,
+            )
+        # Why the attempt before this one died stays on record; why a driver left it does not.
+        reason = known.reason if known.status == "running" else None
+        self._put(known, status="running", reason=reason, attempts=known.attempts + 1)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        known = self._known(trial)
+        if "failed" in result:
+            self._put(known, status="failed", reason=str(result["failed"]))
+        elif "finished" in result:
+            self._put(known, status="finished")  # with the reason of its second attempt, if any
+        else:
+            self._put(known.with_epoch(Epoch.from_dict(result)))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """An attempt ended; another follows."""
+        self._put(self._known(trial), reason=_failure(trial))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._put(self._known(trial), status="failed", reason=_failure(trial))
+        self.on_end()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """The trial reported its end, or the scheduler stopped it, or all trials are ending."""
+        known = self._known(trial)
+        if known.status == "running" and ended_because(self.ending) is None:
+            reason = f"behind others at epoch {known.last_epoch}"
+            self._put(known, status="stopped", reason=reason)
+        self.on_end()
+
+    def _known(self, trial: Any) -> Trial:
+        return self.trials[trial.config["job"]["id"]]
+
+    def _put(self, trial: Trial, **changes: Any) -> None:
+        trial = dataclasses.replace(trial, **changes)
+        self.trials[trial.id] = trial
+        self.on_change(trial)
+
+
+class StopWhenDue(Stopper):
+    """Ends all trials when the sweep has to end, and none before."""
+
+    def __init__(self, ending: Deadline):
+        self.ending = ending
+
+    def __reduce__(self) -> tuple[type[Stopper], tuple[()]]:
+        return NoopStopper, ()
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return ended_because(self.ending) is not None
 
 
 def run_trials(
-    watch: Watch,
+    states: TrialStates,
     config: TuneConfig,
     jobs: dict[str, Any],
     resources: Resources,
     retries: int,
     directory: Path,
 ) -> None:
-    """Let Ray run the trials that `jobs` (its `param_space`) or the searcher of `config` asks for;
-    `directory` holds its files."""
-    config.trial_dirname_creator = _folder_name
+    """Let Ray run trials to their end.
+
+    Args:
+        states: keeps their records.
+        config: Ray's, with the search and the scheduler.
+        jobs: Ray's `param_space`; empty where the search makes the jobs.
+        resources: of each trial.
+        retries: times that a trial whose process dies is started again.
+        directory: for Ray's own files.
+    """
+    # Ray's own folder names hold the values, and can be longer than a file's name may be.
+    config.trial_dirname_creator = lambda trial: (
+        f"{trial.config['job']['id'].replace('/', '-')}-{trial.trial_id}"
+    )
     tuner = tune.Tuner(
         tune.with_resources(run_trial, {"cpu": resources.cpu, "gpu": resources.gpu}),
         param_space=jobs,
         tune_config=config,
         run_config=tune.RunConfig(
-            # A name of its own each time. Nothing is restored from it, so it may be torn.
+            # A new name each time. Nothing is restored from it, so it may be torn.
             name=f"session-{time.time_ns()}",
             storage_path=str(directory.absolute()),
             failure_config=tune.FailureConfig(max_failures=retries),
-            callbacks=[News(watch)],
-            stop=WhenOver(watch.ending),
+            callbacks=[states],
+            stop=StopWhenDue(states.ending),
             verbose=0,
         ),
     )
-    with _quiet():
+    with _quiet(), _credentials_kept_back():
         tuner.fit()
 
 
-class News(Callback):
-    """Ray's callback: it passes on, and keeps nothing."""
-
-    def __init__(self, watch: Watch | None = None):
-        self.watch = watch
-
-    def __reduce__(self) -> tuple[type[News], tuple[()]]:
-        """Ray stores it beside its experiment, from which a sweep is never restored."""
-        return News, ()
-
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self.watch:
-            self.watch.started(Job(**trial.config["job"]))
-
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        if self.watch:
-            self.watch.reported(_id(trial), result)
-
-    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self.watch:
-            self.watch.died(_id(trial), _reason(trial))
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self.watch:
-            self.watch.failed(_id(trial), _reason(trial))
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if self.watch:
-            self.watch.completed(_id(trial))
-
-
-class WhenOver(Stopper):
-    """Ends all trials when the sweep is to end; no single one."""
-
-    def __init__(self, ending: Ending | None = None):
-        self.ending = ending
-
-    def __reduce__(self) -> tuple[type[WhenOver], tuple[()]]:
-        return WhenOver, ()
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
-
-    def stop_all(self) -> bool:
-        return self.ending is not None and self.ending.reason is not None
-
-
-def _folder_name(trial: Any) -> str:
-    """Of Ray's folder: its own names hold the values, and can be longer than a file's name may
-    be."""
-    return f"{_id(trial).replace('/', '-')}-{trial.trial_id}"
-
-
-def _id(trial: Any) -> str:
-    return str(trial.config["job"]["id"])
-
-
-def _reason(trial: Any) -> str:
-    """What ended the last attempt, in one line, by the file in which Ray notes each failure of a
+def _failure(trial: Any) -> str:
+    """Why the last attempt ended, in one line, by the file in which Ray notes the failures of a
     trial."""
     try:
-        told = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+        notes = Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
     except (OSError, TypeError):  # there is none
         return "unknown"
-    return reason_of(told)
-
-
-def reason_of(told: str) -> str:
-    """The last failure in Ray's notes, in one line."""
-    last = told.rpartition("Failure # ")[2]
+    last = notes.rpartition("Failure # ")[2]
     if "The actor died" in last or "ActorDiedError" in last or "ActorUnavailableError" in last:
         return "its process died"
     lines = [line.strip() for line in last.splitlines()[1:] if line.strip()]
@@ -129,55 +172,24 @@ def reason_of(told: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """What Ray says of trials that fail stays out of the table: the record says which, and why."""
+    """Keep Ray's messages about failed trials out of the table: the record has the reasons."""
     logger = logging.getLogger("ray.tune")
     before = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null):
             yield
     finally:
         logger.setLevel(before)
 
 
-SETTINGS = {
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    # Signals are the sweep's, and trials stay where the driver is: paths mean the same there.
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    # A failed trial's last report has no score.
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-}
-
-OBJECT_STORE_BYTES = 80 << 20
-"""About the least that Ray takes: trials exchange a few numbers an epoch, their data lie in
-shards."""
-
-
 @contextlib.contextmanager
-def connected(address: str | None, resources: Resources) -> Iterator[None]:
-    """Ray while the block runs. `address`: of a running cluster, or None for one of our own, on
-    loopback, that ends with it.
-
-    Raises ValueError if the cluster cannot be reached, or has no node that a trial fits on.
-    """
-    with started(
-        address, "--address", object_store_bytes=OBJECT_STORE_BYTES, settings=SETTINGS
-    ) as ray:
-        check_fits(resources, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+def _credentials_kept_back() -> Iterator[None]:
+    """Ray copies the driver's AWS keys into each trial's runtime environment, which its agent logs
+    where everyone on the machine can read; a trial has its node's own."""
+    keys = {name for name in class_cache.ENV_VARS_TO_PROPAGATE if name.startswith("AWS_")}
+    class_cache.ENV_VARS_TO_PROPAGATE -= keys
+    try:
         yield
-
-
-def check_fits(resources: Resources, nodes: list[dict[str, float]]) -> None:
-    """Ray would wait for a node that never comes. Raises ValueError naming what no node has."""
-    if any(
-        node.get("CPU", 0) >= resources.cpu and node.get("GPU", 0) >= resources.gpu
-        for node in nodes
-    ):
-        return
-    have = "; ".join(f"cpu {node.get('CPU', 0):g}, gpu {node.get('GPU', 0):g}" for node in nodes)
-    raise ValueError(
-        f"resources_per_trial: cpu {resources.cpu:g}, gpu {resources.gpu:g}: no node has that much (there are: {have}); "
-        "a trial lies on one node"
-    )
+    finally:
+        class_cache.ENV_VARS_TO_PROPAGATE |= keys

@@ -1,39 +1,32 @@
-"""Which point of the space comes next, and which trial goes on: Optuna and ASHA, both rebuilt from
-the sweep's record."""
+"""Which point of the space comes next, and which trial goes on: Optuna and ASHA by way of Ray Tune,
+both rebuilt from the sweep's record, never from files of Ray's."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import optuna
 from genrec_shards.keyed_random import mixed_key
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-)
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from genrec_tuning.record import DONE, Epoch, Sweep, Trial, Value
-from genrec_tuning.space import Space
+from genrec_tuning.record import DONE, Sweep, Trial, Value
+from genrec_tuning.space import Domain, Space
 from genrec_tuning.trial import METRIC
 
 _STUDY = "sweep"
 
 
 class KeyedSampler(BaseSampler):
-    """A sampler whose draws for a trial depend on (seed, number of the trial) and on what is known,
-    not on what was drawn before: a resumed sweep goes on with the points that an unbroken one would
-    have drawn."""
+    """A sampler whose draws for a trial depend on (seed, number of the trial) and on the known
+    scores, not on earlier draws: a resumed sweep continues with the points that an unbroken one
+    would have drawn."""
 
     def __init__(self, space: Space):
         self.space = space
@@ -46,71 +39,49 @@ class KeyedSampler(BaseSampler):
         else:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                # group: keys are modelled together where they apply together. constant_liar: trials
-                # that still run repel.
                 self.inner = TPESampler(
                     seed=seed,
                     multivariate=True,
-                    group=True,
-                    constant_liar=True,
-                    n_startup_trials=startup(self.space),
+                    group=True,  # keys are modelled together where they apply together
+                    constant_liar=True,  # trials that still run repel
+                    # Drawn at random before the estimator is used: a third of the trials, 4 to 10.
+                    n_startup_trials=min(10, max(4, self.space.trials // 3)),
                 )
         self.inner.before_trial(study, trial)
 
-    def infer_relative_search_space(
-        self, study: optuna.Study, trial: FrozenTrial
-    ) -> dict[str, BaseDistribution]:
-        return self.inner.infer_relative_search_space(study, trial)
+    def infer_relative_search_space(self, *args: Any) -> dict[str, Any]:
+        return self.inner.infer_relative_search_space(*args)
 
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self.inner.sample_relative(study, trial, search_space)
+    def sample_relative(self, *args: Any) -> dict[str, Any]:
+        return self.inner.sample_relative(*args)
 
-    def sample_independent(
-        self,
-        study: optuna.Study,
-        trial: FrozenTrial,
-        param_name: str,
-        param_distribution: BaseDistribution,
-    ) -> Any:
-        return self.inner.sample_independent(study, trial, param_name, param_distribution)
+    def sample_independent(self, *args: Any) -> Any:
+        return self.inner.sample_independent(*args)
 
 
-def startup(space: Space) -> int:
-    """Trials drawn at random before the estimator is asked: a third of them, from 4 to 10."""
-    return min(10, max(4, space.trials // 3))
+def _drawing_from(trial: optuna.Trial | FixedTrial) -> Callable[[str, Domain], Value]:
+    """A `draw` for `Space.sample` that asks one of Optuna's trials."""
+
+    def draw(name: str, domain: Domain) -> Value:
+        log = domain.kind.startswith("log")
+        if domain.kind in ("uniform", "loguniform"):
+            return float(trial.suggest_float(name, domain.low, domain.high, log=log))
+        if domain.kind in ("int", "logint"):
+            return int(trial.suggest_int(name, int(domain.low), int(domain.high), log=log))
+        chosen: Value = trial.suggest_categorical(name, domain.corners)
+        return chosen
+
+    return draw
 
 
-@dataclass
-class _Told:
-    """Stands in for a trial: its known values, and what they were drawn from."""
+class _ByKey(dict[str, Any]):
+    """Values by recipe key that are found by the names of their draws too: `key@branch`."""
 
-    values: dict[str, Value]
-    params: dict[str, Any]
-    distributions: dict[str, BaseDistribution]
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(str(name).split("@")[0])
 
-    def _value(self, name: str, distribution: BaseDistribution) -> Any:
-        value = self.values[name.split("@")[0]]
-        self.params[name], self.distributions[name] = value, distribution
-        return value
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        return float(self._value(name, FloatDistribution(low, high, log=log)))
-
-    def suggest_int(self, name: str, low: int, high: int, *, log: bool = False) -> int:
-        return int(self._value(name, IntDistribution(low, high, log=log)))
-
-    def suggest_categorical(self, name: str, choices: Sequence[Value]) -> Value:
-        value: Value = self._value(name, CategoricalDistribution(tuple(choices)))
-        return value
-
-
-def as_told(space: Space, trial: Trial) -> _Told:
-    """A trial's values under the names that the sampler knows them by."""
-    told = _Told(trial.values, {}, {})
-    space.sample(told)
-    return told
+    def __getitem__(self, name: str) -> Any:
+        return super().__getitem__(name.split("@")[0])
 
 
 def study_of(space: Space, sweep: Sweep, storage: optuna.storages.BaseStorage) -> optuna.Study:
@@ -122,29 +93,34 @@ def study_of(space: Space, sweep: Sweep, storage: optuna.storages.BaseStorage) -
         trial = known.get(number)
         if trial is None:  # its file was damaged and removed
             study.enqueue_trial({})
-        elif trial.status not in DONE:
-            study.enqueue_trial(as_told(space, trial).params)
-        else:
-            told, scored = (
-                as_told(space, trial),
-                trial.status != "failed" and trial.best_NDCG10 is not None,
+            continue
+        replayed = FixedTrial(_ByKey(trial.values))
+        space.sample(_drawing_from(replayed))
+        if trial.status not in DONE:
+            study.enqueue_trial(replayed.params)
+            continue
+        # A failed trial counts as worse than all, so that the search keeps away from where losses
+        # are no numbers.
+        best = trial.best if trial.status != "failed" else None
+        study.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE if best else TrialState.PRUNED,
+                value=best.NDCG10 if best else None,
+                params=replayed.params,
+                distributions=replayed.distributions,
             )
-            study.add_trial(
-                create_trial(
-                    # A failed trial counts as worse than all: the searcher keeps away from where
-                    # losses are no numbers.
-                    state=TrialState.COMPLETE if scored else TrialState.PRUNED,
-                    value=trial.best_NDCG10 if scored else None,
-                    params=told.params,
-                    distributions=told.distributions,
-                )
-            )
+        )
     return study
 
 
 class Search(OptunaSearch):
-    """Ray's search by Optuna, over a study that knows the sweep's record; `config` makes a trial's
-    configuration."""
+    """Ray's search by Optuna over a study that knows the sweep's record.
+
+    Args:
+        space: the sweep's.
+        sweep: its record so far.
+        config: makes a trial's configuration of its number and values.
+    """
 
     def __init__(
         self, space: Space, sweep: Sweep, config: Callable[[int, dict[str, Value]], dict[str, Any]]
@@ -153,11 +129,11 @@ class Search(OptunaSearch):
         storage = optuna.storages.InMemoryStorage()
         study_of(space, sweep, storage)
 
-        def ask(trial: optuna.Trial) -> dict[str, Any]:
-            return config(trial.number, space.sample(trial))
+        def suggest(trial: optuna.Trial) -> dict[str, Any]:
+            return config(trial.number, space.sample(_drawing_from(trial)))
 
         super().__init__(
-            ask,
+            suggest,
             metric=METRIC,
             mode="max",
             sampler=KeyedSampler(space),
@@ -166,23 +142,28 @@ class Search(OptunaSearch):
         )
 
     def save(self, checkpoint_path: str) -> None:
-        """Ray's own copy of the search: an empty file. Sweeps are rebuilt from their record."""
+        """Leave Ray's own copy of the search empty: a sweep is rebuilt from its record."""
         Path(checkpoint_path).touch()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Scores on the way are the scheduler's business."""
+        """Do nothing: scores before the last are the scheduler's business."""
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        # Without a result the trial is pruned without a score, which is worse than any. See
-        # study_of.
+        # Without a result the trial is pruned without a score, as in `study_of`.
         failed = error or result is None or "failed" in result
         super().on_trial_complete(trial_id, None if failed else result)
 
 
 class Asha(ASHAScheduler):
-    """Ray's ASHA over epochs of finetuning, told what the sweep's record knows."""
+    """Ray's ASHA over epochs of the last stage that knows the sweep's record.
+
+    Args:
+        space: the sweep's.
+        sweep: its record so far.
+        longest: most epochs that a trial of the space has.
+    """
 
     def __init__(self, space: Space, sweep: Sweep, longest: int):
         super().__init__(
@@ -200,12 +181,12 @@ class Asha(ASHAScheduler):
                 self._replay(SimpleNamespace(trial_id=trial.id), trial)
 
     def _replay(self, shown: Any, trial: Trial) -> None:
+        """Report a trial's epochs again; the decisions were made and followed then."""
         super().on_trial_add(None, shown)
         best = 0.0
         for epoch in trial.epochs:
             best = max(best, epoch.NDCG10)
-            # Its answer was given and followed then.
-            super().on_trial_result(None, shown, as_result(epoch, best))
+            super().on_trial_result(None, shown, {"epoch": epoch.epoch, METRIC: best})
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         before = self.known.get(trial.config["job"]["id"])
@@ -219,14 +200,10 @@ class Asha(ASHAScheduler):
             return str(TrialScheduler.CONTINUE)
         decision = super().on_trial_result(tune_controller, trial, result)
         # A trial at its last epoch ends by itself, in good order.
-        return str(
-            TrialScheduler.CONTINUE if result["epoch"] >= result["planned_epochs"] else decision
-        )
-
-
-def as_result(epoch: Epoch, best: float) -> dict[str, Any]:
-    return {"epoch": epoch.epoch, METRIC: best}
+        ends = result["epoch"] >= result["planned_epochs"]
+        return str(TrialScheduler.CONTINUE if ends else decision)
 
 
 def scheduler_of(space: Space, sweep: Sweep, longest: int) -> TrialScheduler:
+    """ASHA, or Ray's scheduler that stops nobody. See `Asha` for the arguments."""
     return Asha(space, sweep, longest) if space.scheduler == "asha" else FIFOScheduler()

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from genrec_shards.dataset import load_dataset
 from genrec_shards.file_lock import hold
+from genrec_shards.ray_engine.session import started
 from genrec_shards.storage.reader import ShardReader
 
+from genrec_dist.distributed.deadline import Deadline
 from genrec_dist.distributed.signals import Stopped
-from genrec_tuning.export import write_results
 from genrec_tuning.live_table import SweepTable
-from genrec_tuning.ray_driver import connected
 from genrec_tuning.record import (
     DONE,
     RUNS,
@@ -29,16 +29,33 @@ from genrec_tuning.record import (
     Sweep,
     Trial,
     Value,
-    best_trial,
     read_sweep,
     trial_id,
 )
-from genrec_tuning.space import Resources, Space, planned_epochs, points, refuse_changes
-from genrec_tuning.trial import Job, as_config
-from genrec_tuning.trial_states import Ending, Watch
+from genrec_tuning.report import check_plotly, write_results
+from genrec_tuning.space import (
+    Resources,
+    Space,
+    planned_epochs,
+    points,
+    recipe_of,
+    refuse_changes,
+)
+from genrec_tuning.trial import Job, ended_because
 
 RAY_FILES = "ray"
-"""Folder of Ray's own files, in which nothing of the sweep lies."""
+"""Folder of Ray's own files; nothing of the sweep is in it."""
+RAY_SETTINGS = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # The sweep handles signals, and trials stay in the driver's directory: paths mean the same.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    # A failed trial's last report has no score.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+}
+OBJECT_STORE_BYTES = 80 << 20
+"""About the least that Ray takes: trials exchange a few numbers per epoch, data are in shards."""
 
 
 def run_sweep(
@@ -50,44 +67,63 @@ def run_sweep(
     address: str | None = None,
     storage: str | None = None,
 ) -> Sweep:
-    """Run the trials of a space, or those that are left of it, and give the sweep's record. Nothing
-    here looks at test.
+    """Run the trials of a space, or those that are left of it. Nothing here looks at test.
 
-    `out`: a directory; with `storage`, an address that fsspec knows, the sweep lies there under the
-    directory's name and `out` holds Ray's own files alone. `address`: of a running Ray cluster. A
-    trial whose process dies is started again from its own checkpoint; when `budget_hours` are over,
-    trials that run become `interrupted`, and `resume` goes on with them.
+    Args:
+        space: what to search.
+        out: the sweep's directory.
+        resume: continue the sweep that is there.
+        budget_hours: after so many, trials that run become `interrupted`.
+        address: of a running Ray cluster; None: one on this machine, for the time of the sweep.
+        storage: an address that fsspec knows; the sweep is there under the name of `out`, which
+            then has Ray's own files alone.
 
-    Raises ValueError, one line, for an `out` that is taken, for a resume of what is another space,
-    and where all trials failed; Stopped after a signal, when the record is written."""
-    out, ending = Path(out), Ending(budget_hours)
+    Returns:
+        The sweep's record.
+
+    Raises:
+        ValueError: `out` holds a sweep already, the resumed sweep has another space, or all trials
+            failed; one line.
+        Stopped: a signal came; the record is written.
+    """
+    check_plotly()
+    out, ending, began = Path(out), deadline(budget_hours), time.monotonic()
     folder = place_of(out, storage)
     if address is None:
         check_data(space)
     with hold(out / ".lock", "another genrec tune works on this sweep"):
-        recorder = Recorder(folder, _opened(space, folder, resume))
-        hours, resumed = recorder.sweep.hours, recorder.sweep.resumed
-        recorder.put_facts(resumed=resumed + int(resume))
+        recorder = Recorder(folder, _open(space, folder, resume))
+        hours = recorder.sweep.hours
+        recorder.put_facts(resumed=recorder.sweep.resumed + int(resume))
+        done = {trial.id for trial in recorder.sweep.trials if trial.status in DONE}
+        left = sum(trial_id(number) not in done for number in range(space.trials))
+
+        def put(trial: Trial) -> None:
+            recorder.put(trial)
+            table.show(recorder.sweep)
+
+        def tidy() -> None:
+            remove_weights(folder, recorder.sweep, space.keep)
+            write_results(recorder.sweep, folder.address)
+
         with ending.stop, SweepTable() as table:
-
-            def note(trial: Trial) -> None:
-                recorder.put(trial)
-                table.show(recorder.sweep)
-
-            def tidy() -> None:
-                drop_weights(folder, recorder.sweep, space.keep)
-                write_results(recorder.sweep, folder.address)
-
-            watch = Watch({trial.id: trial for trial in recorder.sweep.trials}, ending, note, tidy)
-            watch.interrupt("its driver was gone")
+            recorder.interrupt("its driver was gone")
             try:
-                _run(space, watch, recorder.sweep, folder, out / RAY_FILES, address)
+                if left:
+                    with connected(address, space.resources):
+                        _run(space, recorder, ending, (put, tidy), out / RAY_FILES, left)
             finally:
-                watch.interrupt(ending.reason or "the sweep ended")
-                recorder.put_facts(hours=hours + ending.hours)
+                recorder.interrupt(ended_because(ending) or "the sweep ended")
+                table.show(recorder.sweep)
+                recorder.put_facts(hours=hours + (time.monotonic() - began) / 3600)
                 tidy()
-    close(recorder.sweep, ending)
+    raise_if_ended(recorder.sweep, ending)
     return recorder.sweep
+
+
+def deadline(budget_hours: float | None) -> Deadline:
+    """When the trials have to end: after so many hours, if any, and at SIGTERM or SIGINT."""
+    return Deadline(None if budget_hours is None else 60 * budget_hours)
 
 
 def check_data(space: Space) -> None:
@@ -99,16 +135,17 @@ def check_data(space: Space) -> None:
 
 
 def place_of(out: Path, storage: str | None) -> Folder:
-    """Where a sweep lies."""
+    """The folder of a sweep, here or at an address."""
     return Folder(out.absolute()) if storage is None else Folder(storage) / out.absolute().name
 
 
-def _opened(space: Space, folder: Folder, resume: bool) -> Sweep:
+def _open(space: Space, folder: Folder, resume: bool) -> Sweep:
     """The sweep's record: a new one, or what is there."""
     there = folder.holds(SWEEP_FILE)
     if there and not resume:
         raise ValueError(
-            f"{folder.address}: a sweep is there already: continue it with --resume, or give another --out"
+            f"{folder.address}: a sweep is there already: "
+            "continue it with --resume, or give another --out"
         )
     if resume and not there:
         raise ValueError(f"{folder.address}: no sweep is there: begin it without --resume")
@@ -121,86 +158,93 @@ def _opened(space: Space, folder: Folder, resume: bool) -> Sweep:
 
 
 def _run(
-    space: Space, watch: Watch, sweep: Sweep, folder: Folder, ray_files: Path, address: str | None
+    space: Space,
+    recorder: Recorder,
+    ending: Deadline,
+    callbacks: tuple[Callable[[Trial], None], Callable[[], None]],
+    ray_files: Path,
+    left: int,
 ) -> None:
     """Let Ray run what is left of a sweep's trials."""
-    done = {trial.id for trial in sweep.trials if trial.status in DONE}
-    left = sum(trial_id(number) not in done for number in range(space.trials))
-    if not left:
-        return
-    with connected(address, space.resources):
-        # They import Ray, which reads its environment then.
-        from ray.tune import TuneConfig
+    from ray.tune import TuneConfig
 
-        from genrec_tuning.ray_driver import run_trials
-        from genrec_tuning.search import Search, scheduler_of
+    from genrec_tuning.ray_driver import TrialStates, run_trials
+    from genrec_tuning.search import Search, scheduler_of
 
-        config = TuneConfig(
-            num_samples=left,
-            search_alg=Search(space, sweep, Configure(space, folder.address)),
-            scheduler=scheduler_of(space, sweep, _longest(space)),
-        )
-        run_trials(watch, config, {}, space.resources, space.retries, ray_files)
+    sweep, address = recorder.sweep, recorder.folder.address
 
+    def configure(number: int, values: dict[str, Value]) -> dict[str, Any]:
+        id_ = trial_id(number)
+        return {"job": job_of(id_, f"{RUNS}/{id_}", values, space.as_dict(), address)}
 
-@dataclass(frozen=True)
-class Configure:
-    """Makes a trial's configuration for Ray of its number and values."""
-
-    space: Space
-    directory: str
-
-    def __call__(self, number: int, values: dict[str, Value]) -> dict[str, Any]:
-        run = f"{RUNS}/{trial_id(number)}"
-        recipe = self.space.recipe_of(values, run).as_dict()
-        return as_config(
-            job_of(trial_id(number), self.directory, run, recipe, values, self.space.resources)
-        )
+    longest = max(
+        planned_epochs(space.recipe_of(values, "runs/trial")) for values in points(space.space)
+    )
+    config = TuneConfig(
+        num_samples=left,
+        search_alg=Search(space, sweep, configure),
+        scheduler=scheduler_of(space, sweep, longest),
+    )
+    states = TrialStates(sweep.trials, ending, *callbacks)
+    run_trials(states, config, {}, space.resources, space.retries, ray_files)
 
 
 def job_of(
-    id_: str,
-    directory: str,
-    run: str,
-    recipe: dict[str, Any],
-    values: dict[str, Value],
-    resources: Resources,
-) -> Job:
-    return Job(
-        id=id_, directory=directory, run=run, recipe=recipe, values=values,
-        processes=resources.processes, gpu=resources.gpu, cpu=resources.cpu,
-    )  # fmt: skip
+    id_: str, run: str, values: Mapping[str, Value], space: Mapping[str, Any], directory: str
+) -> dict[str, Any]:
+    """A `Job` as plain values.
+
+    Args:
+        id_: of the trial.
+        run: its run directory, relative to the sweep's.
+        values: what it sets of the base recipe.
+        space: `Space.as_dict()`, which is `Sweep.space` too.
+        directory: the sweep's, or its address.
+    """
+    recipe = recipe_of(space, values, run).as_dict()
+    resources = dict(space["resources_per_trial"])
+    return dataclasses.asdict(Job(id_, directory, run, recipe, dict(values), resources))
 
 
-def _longest(space: Space) -> int:
-    """Most epochs that a trial of the space has."""
-    return max(
-        planned_epochs(space.recipe_of(values, "runs/trial")) for values in points(space.space)
-    )
+@contextlib.contextmanager
+def connected(address: str | None, resources: Resources) -> Iterator[None]:
+    """Ray while the block runs.
+
+    Args:
+        address: of a running cluster; None: one of our own, on loopback, that ends with the block.
+        resources: that one node has to have.
+
+    Raises:
+        ValueError: the cluster cannot be reached, or no node has room for a trial.
+    """
+    with started(
+        address, "--address", object_store_bytes=OBJECT_STORE_BYTES, settings=RAY_SETTINGS
+    ) as ray:
+        check_fits(resources, [node["Resources"] for node in ray.nodes() if node["Alive"]])
+        yield
 
 
-def drop_weights(folder: Folder, sweep: Sweep, keep: int) -> None:
+def check_fits(resources: Resources, nodes: list[dict[str, float]]) -> None:
+    """Raise ValueError naming what no node has: Ray would wait for a node that never comes."""
+    sizes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
+    if not any(cpu >= resources.cpu and gpu >= resources.gpu for cpu, gpu in sizes):
+        have = "; ".join(f"cpu {cpu:g}, gpu {gpu:g}" for cpu, gpu in sizes)
+        raise ValueError(
+            f"resources_per_trial: cpu {resources.cpu:g}, gpu {resources.gpu:g}: no node has that "
+            f"much (there are: {have}); a trial runs on one node"
+        )
+
+
+def remove_weights(folder: Folder, sweep: Sweep, keep: int) -> None:
     """Remove checkpoints and `best/` of trials that are over, but for the best `keep` by
     validation."""
-    over = [trial for trial in sweep.trials if trial.status in DONE]
-    scored = [trial for trial in over if trial.status != "failed" and trial.best_NDCG10 is not None]
-    kept = sorted(scored, key=lambda trial: (-(trial.best_NDCG10 or 0.0), trial.id))[:keep]
-    for trial in over:
-        if trial not in kept:
-            remove(folder, f"{trial.run}/checkpoints", f"{trial.run}/best")
+    for trial in sweep.trials:
+        if trial.status in DONE and trial not in sweep.ranked[:keep]:
+            folder.remove(f"{trial.run}/checkpoints", f"{trial.run}/best")
 
 
-def remove(folder: Folder, *names: str) -> None:
-    """Folders in the sweep's, as far as they are there."""
-    for name in names:
-        if folder.is_local:
-            shutil.rmtree(folder.place(name), ignore_errors=True)
-        elif folder.holds(name):
-            folder.files.rm(folder.place(name), recursive=True)
-
-
-def close(sweep: Sweep, ending: Ending) -> None:
-    """Raise Stopped after a signal, and ValueError where no trial came to a score."""
+def raise_if_ended(sweep: Sweep, ending: Deadline) -> None:
+    """Raise Stopped after a signal, and ValueError where all trials failed."""
     if ending.stop.number:
         raise Stopped(ending.stop.number, "what the trials had saved is kept", "--resume")
     failed = [trial for trial in sweep.trials if trial.status == "failed"]
@@ -210,20 +254,18 @@ def close(sweep: Sweep, ending: Ending) -> None:
         )
 
 
-def told(sweep: Sweep, out: str) -> str:
-    """What a sweep came to, and what to do next; a line each."""
-    left = [trial for trial in sweep.trials if trial.status not in DONE]
-    best = best_trial(sweep)
+def sweep_summary(sweep: Sweep, out: str) -> str:
+    """What a sweep came to, and what to do next; one fact per line."""
     lines = []
-    if best is not None:
-        lines.append(
-            f"{best.id} is the best of {len(sweep.trials)} trials: validation NDCG@10 {best.best_NDCG10:.4f}"
-        )
+    if (best := sweep.best) and best.best:
+        count, score = len(sweep.trials), best.best.NDCG10
+        lines.append(f"{best.id} is the best of {count} trials: validation NDCG@10 {score:.4f}")
     failed = [trial for trial in sweep.trials if trial.status == "failed"]
     if failed:
         lines.append(f"{len(failed)} trials failed; the first, {failed[0].id}: {failed[0].reason}")
+    left = [trial for trial in sweep.trials if trial.status not in DONE]
     if left:
         lines.append(f"{len(left)} trials were interrupted ({left[0].reason}): go on with --resume")
-    elif best is not None:
+    elif best:
         lines.append(f"next: genrec tune --finish --out {out}")
     return "\n".join(lines)

@@ -4,31 +4,122 @@ at when it is damaged."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import math
 from pathlib import Path
 
+import forked
 import pytest
-from genrec_tuning.record import Epoch, Final, Folder, Recorder, Sweep, Trial, read_sweep, trial_id
-from genrec_tuning.run_sync import Mirror
-from genrec_tuning.trial import _first_to_blame, _raise_for
+from genrec_tuning.record import Final, Folder, Recorder, Sweep, Trial, read_sweep, show_value
+from genrec_tuning.run_sync import pull, push
+from genrec_tuning.trial import first_failed, rank_error
+from made_sweeps import SPACE, epoch, trial
+from two_ranks import environment
 
 
-def an_epoch(number: int, ndcg: float) -> Epoch:
-    return Epoch(number, 10 * number, ndcg, ndcg + 0.01, 2.5, 2.75, 1234.5, 3.5 * number)
+def record(address: str) -> Recorder:
+    recorder = Recorder(Folder(address), Sweep("beauty", {"trials": 2}))
+    recorder.put_facts(started=1.7e9, hours=0.5, resumed=1)
+    recorder.put(trial(1, [], "failed", reason="the loss is nan at step 3"))
+    recorder.put(trial(0, [0.02, 0.04, 0.04], values={"pretrain.mask.p": 0.25}))
+    return recorder
 
 
-def a_trial(number: int, **changes: object) -> Trial:
-    values = {
-        "finetune.learning_rate": 1e-3,
-        "pretrain.mask.strategy": "last-biased",
-        "pretrain.mask.p": 0.25,
-    }
-    facts: dict = {
-        "id": trial_id(number), "values": values, "seed": 0, "status": "running", "attempts": 1,
-        "planned_epochs": 6, "run": f"runs/{trial_id(number)}",
-    }  # fmt: skip
-    return Trial(**{**facts, **changes})
+@pytest.mark.parametrize("kind", ["", "file://", "memory://"])
+def test_read_sweep_gives_what_was_written(tmp_path: Path, kind: str) -> None:
+    address = f"{kind}{tmp_path}/a b"
+    recorder = record(address)
+    found = read_sweep(address)
+    assert found == recorder.sweep
+    assert [one.id for one in found.trials] == ["t0000", "t0001"]
+    best = found.trials[0].best
+    assert best is not None
+    assert (best.NDCG10, best.epoch, found.trials[0].number) == (0.04, 2, 0)
+    assert found.trials[1].best is None
+    final = Final("t0000", 1, "finals/t0000/seed-1", "finished", 0.05, {"NDCG@10": 0.03})
+    recorder.put_finals(finals=(final,), winner="t0000", comparison={"verdict": "A is better"})
+    assert read_sweep(address) == recorder.sweep
+    assert read_sweep(address).finals == (final,)
+    recorder.put(trial(2, [0.1], "running"))
+    recorder.interrupt("stopped by SIGTERM")
+    states = [(one.status, one.reason) for one in read_sweep(address).trials]
+    assert states[0] == ("finished", None)
+    assert states[2] == ("interrupted", "stopped by SIGTERM")
+    (recorder.folder / "trials").remove("x")
+    recorder.folder.remove("trials")
+    assert read_sweep(address).trials == ()
+
+
+def test_trial_files_keep_their_keys(tmp_path: Path) -> None:
+    record(str(tmp_path))
+    written = json.loads((tmp_path / "trials" / "t0000.json").read_text())
+    assert list(written) == [
+        "id", "values", "seed", "status", "reason", "attempts", "epochs", "planned_epochs", "run",
+    ]  # fmt: skip
+    assert list(written["epochs"][0]) == [
+        "epoch", "step", "NDCG@10", "HR@10", "loss", "train_loss", "tokens_per_second", "seconds",
+    ]  # fmt: skip
+    facts = json.loads((tmp_path / "sweep.json").read_text())
+    assert list(facts) == ["format_version", "name", "started", "hours", "resumed", "space"]
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+
+
+def test_an_epoch_that_comes_again_changes_nothing() -> None:
+    one = trial(0, []).with_epoch(epoch(2, 0.04)).with_epoch(epoch(1, 0.02))
+    one = one.with_epoch(epoch(2, 0.5))
+    assert [(each.epoch, each.NDCG10) for each in one.epochs] == [(1, 0.02), (2, 0.04)]
+
+
+def test_the_best_trial_has_the_highest_score_of_those_that_ended() -> None:
+    nan = Trial("t0009", {}, 0, "finished", epochs=(epoch(1, math.nan),))
+    ended = trial(0, [0.1]), trial(1, [0.3, 0.2], "stopped"), trial(2, [0.3])
+    left = trial(3, [0.9], "running"), trial(4, [0.9], "failed"), trial(5, [0.9], "interrupted")
+    sweep = Sweep("s", SPACE, (*reversed(ended), *left, nan))
+    assert [one.id for one in sweep.ranked] == ["t0001", "t0002", "t0000"]  # of equals the first
+    assert sweep.best == ended[1]
+    assert Sweep("s", SPACE, (*left, nan)).best is None
+
+
+def test_show_value_writes_as_a_recipe_does() -> None:
+    values = [3e-4, 1.234e-5, 0.05, 12, 1e6, True, None, "a b", 0.0, 250.0, -2e-3, math.inf]
+    assert " | ".join(map(show_value, values)) == (
+        "3e-4 | 1.23e-5 | 0.05 | 12 | 1e6 | true | null | a b | 0 | 250 | -2e-3 | inf"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("trials/t0000.json", '{"id": "t00', r"t0000\.json: damaged .*; remove it to run this trial"),
+        ("trials/t0000.json", '{"id": "t0000", "epochs": []}', r"t0000\.json: damaged .*; remove it"),
+        ("trials/t0000.json", "[]", r"t0000\.json: not a JSON object"),
+        ("trials/t0007.json", None, r"t0007\.json: it is about trial t0000"),
+        ("sweep.json", '{"format_version": 9}', r"sweep\.json: format 9, this version reads 1"),
+        ("sweep.json", '{"name": "x"}', r"sweep\.json: damaged \('space' is missing\)"),
+        ("finals.json", '{"finals": 3}', r"finals\.json: damaged"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    record(str(tmp_path))
+    (tmp_path / name).write_text(text or (tmp_path / "trials" / "t0000.json").read_text())
+    with pytest.raises(ValueError, match=message):
+        read_sweep(tmp_path)
+
+
+def test_a_directory_without_a_sweep_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no sweep\.json in it: is it a directory of genrec tune"):
+        read_sweep(tmp_path)
+    with pytest.raises(ValueError, match="nosuch"):
+        read_sweep("nosuch://bucket/sweep")
+
+
+def test_a_sweep_is_read_and_shown_without_ray_and_optuna(tmp_path: Path) -> None:
+    """`sweep` and `finals` import Ray when they need it, in the environment that they have set."""
+    names = ("record", "space", "trial", "run_sync", "export", "live_table", "report")
+    modules = ", ".join(f"genrec_tuning.{name}" for name in (*names, "sweep", "finals"))
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.modules.update(ray=None, optuna=None); import {modules}")
+    done = forked.run([script], environment(), timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -45,105 +136,7 @@ def a_trial(number: int, **changes: object) -> Trial:
 def test_a_killed_rank_is_blamed_before_those_that_end_because_of_it(
     codes: list[int | None], blamed: int | None
 ) -> None:
-    assert _first_to_blame(codes) == blamed
-
-
-def record(address: str) -> Recorder:
-    recorder = Recorder(Folder(address), Sweep("beauty", {"trials": 2}))
-    recorder.put_facts(started=1.7e9, hours=0.5, resumed=1)
-    recorder.put(a_trial(1, status="failed", reason="the loss is nan at step 3"))
-    recorder.put(
-        a_trial(0)
-        .with_epoch(an_epoch(1, 0.02))
-        .with_epoch(an_epoch(2, 0.04))
-        .with_epoch(an_epoch(3, 0.04))
-    )
-    return recorder
-
-
-@pytest.mark.parametrize("kind", ["directory", "file", "memory"])
-def test_what_is_written_is_read_back(tmp_path: Path, kind: str) -> None:
-    address = {
-        "directory": str(tmp_path / "a b"),
-        "file": f"file://{tmp_path}/s",
-        "memory": f"memory://{tmp_path}/s",
-    }[kind]
-    recorder = record(address)
-    found = read_sweep(address)
-    assert found == recorder.sweep
-    assert [trial.id for trial in found.trials] == ["t0000", "t0001"]
-    first = found.trials[0]
-    assert (first.best_NDCG10, first.best_epoch, first.number) == (0.04, 2, 0)
-    assert found.trials[1].best_NDCG10 is None
-    final = Final("t0000", 1, "finals/t0000/seed-1", "finished", 0.05, {"NDCG@10": 0.03})
-    recorder.put_finals(finals=(final,), winner="t0000", comparison={"verdict": "A is better"})
-    assert read_sweep(address) == recorder.sweep
-    assert read_sweep(address).finals == (final,)
-
-
-def test_keys_are_those_of_the_other_files(tmp_path: Path) -> None:
-    record(str(tmp_path))
-    written = json.loads((tmp_path / "trials" / "t0000.json").read_text())
-    assert written["epochs"][0].keys() == {
-        "epoch", "step", "NDCG@10", "HR@10", "loss", "train_loss", "tokens_per_second", "seconds",
-    }  # fmt: skip
-    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
-
-
-def test_an_epoch_that_comes_again_changes_nothing() -> None:
-    trial = (
-        a_trial(0)
-        .with_epoch(an_epoch(2, 0.04))
-        .with_epoch(an_epoch(1, 0.02))
-        .with_epoch(an_epoch(2, 0.5))
-    )
-    assert [(epoch.epoch, epoch.NDCG10) for epoch in trial.epochs] == [(1, 0.02), (2, 0.04)]
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        (
-            "trials/t0000.json",
-            '{"id": "t00',
-            r"trials/t0000\.json: damaged .*; remove it to run this trial anew",
-        ),
-        (
-            "trials/t0000.json",
-            '{"id": "t0000", "epochs": []}',
-            r"trials/t0000\.json: damaged .*; remove it",
-        ),
-        ("trials/t0000.json", "[]", r"t0000\.json: not a JSON object"),
-        ("sweep.json", '{"format_version": 9}', r"sweep\.json: format 9, this version reads 1"),
-        ("sweep.json", '{"name": "x"}', r"sweep\.json: 'space' is missing"),
-    ],
-)
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
-    record(str(tmp_path))
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_sweep(tmp_path)
-
-
-def test_another_trials_file_is_refused(tmp_path: Path) -> None:
-    record(str(tmp_path))
-    (tmp_path / "trials" / "t0007.json").write_bytes(
-        (tmp_path / "trials" / "t0000.json").read_bytes()
-    )
-    with pytest.raises(ValueError, match=r"t0007\.json: it is about trial t0000"):
-        read_sweep(tmp_path)
-
-
-def test_a_directory_without_a_sweep_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no sweep\.json in it: is it a directory of genrec tune"):
-        read_sweep(tmp_path)
-    with pytest.raises(ValueError, match="nosuch"):
-        read_sweep("nosuch://bucket/sweep")
-
-
-def test_the_record_is_read_without_ray_and_optuna() -> None:
-    code = "import sys; sys.modules.update(ray=None, optuna=None); import genrec_tuning.record"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert first_failed(codes) == blamed
 
 
 @pytest.mark.parametrize(
@@ -151,10 +144,7 @@ def test_the_record_is_read_without_ray_and_optuna() -> None:
     [
         ("NotFinite: the loss is nan at step 3: nothing was saved since", ValueError),
         ("ValueError: model.d_model 10 is no multiple of model.heads 4", ValueError),
-        (
-            "RankGone: rank 1 has gone (Connection reset by peer): its own message says why",
-            RuntimeError,
-        ),
+        ("RankGone: rank 1 has gone (Connection reset by peer)", RuntimeError),
         ("RuntimeError: [enforce fail at pair.cc] connection closed", RuntimeError),
     ],
 )
@@ -163,24 +153,41 @@ def test_what_a_rank_died_of_decides_whether_the_trial_is_tried_again(
 ) -> None:
     (tmp_path / "status.json").write_text(json.dumps({"status": "failed", "reason": reason}))
     (tmp_path / "rank-0.log").write_text("genrec: its last words\n")
-    with pytest.raises(raised) as caught:
-        _raise_for(tmp_path, 0, 1)
-    assert type(caught.value) is raised
+    assert type(rank_error(tmp_path, 0, 1)) is raised
+    killed = rank_error(tmp_path, 0, -9)
+    assert str(killed) == "rank 0 ended by SIGKILL: genrec: its last words"
 
 
-def test_a_checkpoint_that_the_events_do_not_speak_of_is_left(tmp_path: Path) -> None:
-    """Killed between the two, a trial would go on from a checkpoint whose epochs stand in no
-    record."""
-    there, here = tmp_path / "there", tmp_path / "here"
+def test_a_run_is_sent_in_an_order_in_which_it_can_be_resumed_at_any_time(tmp_path: Path) -> None:
+    """Killed between a checkpoint and its event, a trial would continue from a checkpoint whose
+    epochs are in no record: such a checkpoint is left."""
+    here, there, other = tmp_path / "here", Folder(f"memory://{tmp_path}/run"), tmp_path / "other"
+    sent: list[str] = []
+    put_file = type(there.files).put_file
+
+    def note(self: object, local: str, remote: str, **more: object) -> None:
+        sent.append(Path(local).name)
+        put_file(self, local, remote, **more)
+
     for step in ("step-1", "step-2"):
-        (there / "checkpoints" / step).mkdir(parents=True)
-        (there / "checkpoints" / step / "state.json").write_text("{}")
-    Mirror(here, Folder(str(there))).pull()
-    assert not here.exists()
+        (here / "checkpoints" / step).mkdir(parents=True)
+        for name in ("state.json", "weights", ".half"):
+            (here / "checkpoints" / step / name).write_text("{}")
     event = {"event": "checkpoint", "step": 1, "path": "checkpoints/step-1"}
-    (there / "events.jsonl").write_text(json.dumps(event) + "\n")
-    Mirror(here, Folder(str(there))).pull()
-    assert {str(path.relative_to(here)) for path in here.rglob("*.json*")} == {
-        "events.jsonl",
-        "checkpoints/step-1/state.json",
-    }
+    (here / "events.jsonl").write_text(json.dumps(event) + "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(there.files), "put_file", note)
+        push(here, there)
+        assert sent == ["weights", "weights", "state.json", "state.json", "events.jsonl"]
+        push(here, there)
+        assert sent[5:] == ["events.jsonl"]  # files of a checkpoint never change
+    pull(other, there)
+    assert sorted(str(path.relative_to(other)) for path in other.rglob("*") if path.is_file()) == [
+        "checkpoints/step-1/state.json", "checkpoints/step-1/weights", "events.jsonl",
+    ]  # fmt: skip
+    (here / "checkpoints" / "step-1" / "weights").unlink()
+    push(here, there)
+    assert not there.holds("checkpoints/step-1/weights")
+    there.files.rm_file(there.place("events.jsonl"))
+    pull(tmp_path / "none", there)
+    assert not (tmp_path / "none").exists()

@@ -3,17 +3,18 @@ keys only where they apply."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from genrec_tuning.record import Epoch, Sweep, Trial, trial_id
+from genrec_tuning.record import Sweep, Trial, trial_id
 from genrec_tuning.space import Space, load_space, planned_epochs, points, recipe_of, refuse_changes
+from genrec_tuning.sweep import deadline, job_of
+from made_sweeps import trial
 from places import ROOT
 
 BASE = """
@@ -51,13 +52,8 @@ def space_of(folder: Path, text: str = SPACE) -> Space:
 
 def test_a_space_is_read_with_its_recipe(folder: Path) -> None:
     space = space_of(folder)
-    assert (space.search, space.scheduler, space.grace, space.reduction, space.keep) == (
-        "optuna",
-        "asha",
-        2,
-        3,
-        3,
-    )
+    found = (space.search, space.scheduler, space.grace, space.reduction, space.keep)
+    assert found == ("optuna", "asha", 2, 3, 3)
     assert space.recipe["finetune"]["batch_size"] == 32
     assert Path(space.recipe["data"]).is_absolute()
     assert planned_epochs(space.recipe_of({}, "run")) == 4
@@ -143,9 +139,7 @@ def test_shipped_spaces_are_good(path: Path) -> None:
     assert load_space(path).trials >= 4
 
 
-def sampled(
-    space: Space, known: tuple[Trial, ...] = (), scores: bool = True, upto: int | None = None
-) -> list[Trial]:
+def sampled(space: Space, known: tuple[Trial, ...] = (), scores: bool = True) -> list[Trial]:
     """What the search gives one after another, each told a score made of its values."""
     from genrec_tuning.search import Search
     from genrec_tuning.trial import METRIC
@@ -153,17 +147,13 @@ def sampled(
     def config(number: int, values: dict[str, Any]) -> dict[str, Any]:
         return {"number": number, "values": values}
 
-    search = Search(space, Sweep("s", space.as_dict(), known), config)
-    found = []
-    for turn in range((upto or space.trials) - sum(trial.status == "finished" for trial in known)):
+    search, found = Search(space, Sweep("s", space.as_dict(), known), config), []
+    for turn in range(space.trials - sum(one.status == "finished" for one in known)):
         given = search.suggest(f"ray-{turn}")
         assert given is not None
         score = given["values"]["finetune.learning_rate"] * 100
         search.on_trial_complete(f"ray-{turn}", {METRIC: score} if scores else {"failed": "nan"})
-        epoch = Epoch(1, 1, score, 0.0, 1.0, 1.0, 1.0, 1.0)
-        found.append(
-            Trial(trial_id(given["number"]), given["values"], 0, "finished", epochs=(epoch,))
-        )
+        found.append(trial(given["number"], [score], values=given["values"]))
     return found
 
 
@@ -172,49 +162,43 @@ def test_sampling_is_by_seed_and_conditional(folder: Path, search: str) -> None:
     text = SPACE.replace("trials: 6", f"trials: 24\nsearch: {search}")
     first, again = sampled(space_of(folder, text)), sampled(space_of(folder, text))
     assert first == again
-    assert [trial.number for trial in first] == list(range(24))
+    assert [one.number for one in first] == list(range(24))
     assert sampled(space_of(folder, text + "seed: 1\n")) != first
-    strategies = {trial.values["pretrain.mask.strategy"] for trial in first}
+    strategies = {one.values["pretrain.mask.strategy"] for one in first}
     assert strategies == {"single", "last-biased", "recency", "multi"}
-    for trial in first:
-        values = trial.values
+    for one in first:
+        values: dict[str, Any] = one.values
         strategy = values["pretrain.mask.strategy"]
-        assert 3e-4 <= float(values["finetune.learning_rate"]) <= 5e-3  # type: ignore[arg-type]
+        assert 3e-4 <= values["finetune.learning_rate"] <= 5e-3
         assert ("pretrain.mask.p" in values) == (strategy in ("last-biased", "recency"))
         assert ("pretrain.mask.k" in values) == (strategy == "multi")
         if strategy == "recency":
-            assert 0.05 <= float(values["pretrain.mask.p"]) <= 0.5  # type: ignore[arg-type]
+            assert 0.05 <= values["pretrain.mask.p"] <= 0.5
 
 
 @pytest.mark.parametrize("search", ["optuna", "random"])
 def test_a_resumed_search_goes_on_as_an_unbroken_one(folder: Path, search: str) -> None:
     """Finished trials are known with their scores, one that was interrupted comes again under its
-    own number and values."""
+    own number and values, and one whose record is gone is drawn anew."""
     space = space_of(folder, SPACE.replace("trials: 6", f"trials: 20\nsearch: {search}"))
     unbroken = sampled(space)
     cut = dataclasses.replace(unbroken[8], status="interrupted", epochs=())
     resumed = sampled(space, (*unbroken[:8], cut, *unbroken[9:12]))
-    assert resumed[0].id == "t0008"
-    assert resumed[0].values == unbroken[8].values
-    assert [(trial.id, trial.values) for trial in resumed[1:]] == [
-        (t.id, t.values) for t in unbroken[12:]
+    assert (resumed[0].id, resumed[0].values) == ("t0008", unbroken[8].values)
+    assert [(one.id, one.values) for one in resumed[1:]] == [
+        (one.id, one.values) for one in unbroken[12:]
     ]
+    gone = sampled(space, (unbroken[0], *unbroken[2:18]))
+    assert [one.id for one in gone] == ["t0001", "t0018", "t0019"]
 
 
-def test_what_the_searcher_is_told_moves_it(folder: Path) -> None:
-    """The test above can fail: with other scores, or with failed trials, it draws other points once
-    it has learned."""
+def test_scores_move_the_search(folder: Path) -> None:
+    """The test above can fail: with other scores, or with failed trials, other points are drawn
+    once the search has learned."""
     space = space_of(folder, SPACE.replace("trials: 6", "trials: 20"))
     good, bad = sampled(space), sampled(space, scores=False)
-    assert [trial.values for trial in good[:6]] == [trial.values for trial in bad[:6]]
-    assert [trial.values for trial in good] != [trial.values for trial in bad]
-
-
-def test_a_trial_whose_record_is_gone_is_drawn_anew(folder: Path) -> None:
-    space = space_of(folder)
-    unbroken = sampled(space)
-    resumed = sampled(space, (unbroken[0], unbroken[2]))
-    assert [trial.id for trial in resumed] == ["t0001", "t0003", "t0004", "t0005"]
+    assert [one.values for one in good[:6]] == [one.values for one in bad[:6]]
+    assert [one.values for one in good] != [one.values for one in bad]
 
 
 def test_a_failed_trial_counts_as_worse_than_all(folder: Path) -> None:
@@ -222,15 +206,11 @@ def test_a_failed_trial_counts_as_worse_than_all(folder: Path) -> None:
     from genrec_tuning.search import study_of
 
     space = space_of(folder)
-    trials = sampled(space)
-    failed = dataclasses.replace(
-        trials[0], status="failed"
-    )  # its epochs before the NaN had a good score
-    study = study_of(
-        space, Sweep("s", {}, (failed, *trials[1:])), optuna.storages.InMemoryStorage()
-    )
-    assert study.trials[0].state == optuna.trial.TrialState.PRUNED
-    assert study.trials[0].value is None
+    first, *others = sampled(space)
+    failed = dataclasses.replace(first, status="failed")  # with good scores before the NaN
+    storage = optuna.storages.InMemoryStorage()
+    study = study_of(space, Sweep("s", {}, (failed, *others)), storage)
+    assert (study.trials[0].state, study.trials[0].value) == (optuna.trial.TrialState.PRUNED, None)
     assert study.best_trial.number != 0
 
 
@@ -258,82 +238,91 @@ def test_a_changed_space_is_named_on_resume(
 
 
 def test_more_trials_and_other_resources_are_no_other_space(folder: Path) -> None:
-    changed = SPACE.replace(
-        "trials: 6", "trials: 9\nkeep: 1\nretries: 5\nresources_per_trial: {cpu: 2}"
-    )
-    refuse_changes(space_of(folder).as_dict(), space_of(folder, changed).as_dict(), "space.yaml")
+    more = "trials: 9\nkeep: 1\nretries: 5\nresources_per_trial: {cpu: 2}"
+    changed = space_of(folder, SPACE.replace("trials: 6", more))
+    refuse_changes(space_of(folder).as_dict(), changed.as_dict(), "space.yaml")
 
 
-def test_what_reads_a_sweep_needs_neither_ray_nor_optuna() -> None:
-    names = (
-        "record",
-        "space",
-        "trial",
-        "watch",
-        "mirror",
-        "sweep",
-        "finish",
-        "results",
-        "report",
-        "table",
-    )
-    modules = ", ".join(f"genrec_tuning.{name}" for name in names)
-    code = f"import sys; sys.modules.update(ray=None, optuna=None); import {modules}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+@pytest.mark.parametrize(
+    ("number", "scores", "planned", "decision"),
+    [
+        (0, [0.5, 0.5, 0.5, 0.5], 4, "CONTINUE"),
+        (1, [0.2, 0.9], 4, "STOP 1"),
+        (2, [0.6, 0.1, 0.1, 0.1], 4, "CONTINUE"),  # its best so far counts
+        (3, [0.1], 1, "CONTINUE"),  # its last epoch ends it anyway
+        (4, [0.4], 4, "STOP 1"),  # 0.5 was there before it, in an earlier driver
+        (5, [0.3, 0.3, 0.35], 4, "CONTINUE"),  # interrupted, it was let through then
+        (7, [0.55], 4, "CONTINUE"),  # a failed trial's 0.9 does not count
+    ],
+)
+def test_asha_stops_who_is_behind_before_and_after_a_resume(
+    folder: Path, number: int, scores: list[float], planned: int, decision: str
+) -> None:
+    from genrec_tuning.search import Asha
 
+    def shown(number: int) -> Any:
+        config = {"job": {"id": trial_id(number)}}
+        return SimpleNamespace(trial_id=f"ray-{number}", config=config)
 
-def shown(number: int) -> Any:
-    """What ASHA sees of a trial of Ray's."""
-    return SimpleNamespace(trial_id=f"ray-{number}", config={"job": {"id": trial_id(number)}})
-
-
-def told(asha: Any, number: int, scores: list[float], planned: int = 4) -> str:
-    """A trial reports its epochs one after another: the decision that ends them."""
-    trial, best, decision = shown(number), 0.0, "CONTINUE"
-    asha.on_trial_add(None, trial)
+    space = space_of(folder, SPACE.replace("trials: 6", "trials: 6\ngrace: 1\nreduction: 2"))
+    known = (trial(6, [0.9], "failed"), trial(5, [0.3, 0.3], "interrupted"))
+    first = trial(0, [0.5, 0.5, 0.5, 0.5])
+    asha = Asha(space, Sweep("s", {}, (*known, first) if number else known), longest=4)
+    one, best = shown(number), 0.0
+    asha.on_trial_add(None, one)
     for epoch, score in enumerate(scores, start=1):
         best = max(best, score)
         result = {"epoch": epoch, "best_NDCG@10": best, "planned_epochs": planned}
-        decision = asha.on_trial_result(None, trial, result)
-        if decision == "STOP":
-            return f"STOP {epoch}"
-    return decision
+        decided = asha.on_trial_result(None, one, result)
+        if decided == "STOP":
+            decided = f"STOP {epoch}"
+            break
+    assert decided == decision
+    failed = shown(8)
+    asha.on_trial_add(None, failed)
+    assert asha.on_trial_result(None, failed, {"failed": "nan"}) == "CONTINUE"
+    asha.on_trial_complete(None, failed, {"failed": "nan"})
 
 
-def tried(number: int, scores: list[float], status: Any = "finished") -> Trial:
-    epochs = tuple(
-        Epoch(n, n, score, 0.0, 1.0, 1.0, 1.0, 1.0) for n, score in enumerate(scores, start=1)
+def test_trial_states_follow_rays_callbacks(folder: Path) -> None:
+    from genrec_tuning.ray_driver import TrialStates
+
+    space, changed, ended, due = (
+        space_of(folder).as_dict(),
+        list[Trial](),
+        list[int](),
+        deadline(None),
     )
-    return Trial(trial_id(number), {}, 0, status, epochs=epochs, planned_epochs=4)
+    job = job_of("t0003", "runs/t0003", {"finetune.learning_rate": 1e-3}, space, str(folder))
+    (folder / "error").write_text("Failure # 1\nx\nFailure # 2\nTraceback\nOSError: no space\n")
+    one = SimpleNamespace(config={"job": job}, error_file=str(folder / "error"))
+    known = trial(3, [0.1], "running", attempts=1, reason="its driver was gone")
+    states = TrialStates((known,), due, changed.append, lambda: ended.append(1))
+    fresh = TrialStates((), due, changed.append)
 
-
-def test_asha_stops_who_is_behind_and_nobody_at_the_end(folder: Path) -> None:
-    from genrec_tuning.search import Asha
-
-    space = space_of(folder, SPACE.replace("trials: 6", "trials: 6\ngrace: 1\nreduction: 2"))
-    asha = Asha(space, Sweep("s", {}), 4)
-    assert told(asha, 0, [0.5, 0.5, 0.5, 0.5]) == "CONTINUE"
-    assert told(asha, 1, [0.2, 0.9]) == "STOP 1"
-    assert told(asha, 2, [0.6, 0.1, 0.1, 0.1]) == "CONTINUE", "its best so far counts"
-    assert told(asha, 3, [0.1], planned=1) == "CONTINUE", "its last epoch ends it anyway"
-    trial = shown(4)
-    asha.on_trial_add(None, trial)
-    assert asha.on_trial_result(None, trial, {"failed": "nan"}) == "CONTINUE"
-    asha.on_trial_complete(None, trial, {"failed": "nan"})
-
-
-def test_a_resumed_asha_knows_who_was_there(folder: Path) -> None:
-    from genrec_tuning.search import Asha
-
-    space = space_of(folder, SPACE.replace("trials: 6", "trials: 6\ngrace: 1\nreduction: 2"))
-    known = (
-        tried(0, [0.5, 0.5, 0.5, 0.5]),
-        tried(1, [0.9], "failed"),
-        tried(2, [0.3, 0.3], "interrupted"),
-    )
-    asha = Asha(space, Sweep("s", {}, known), 4)
-    assert told(asha, 3, [0.4]) == "STOP 1", "0.5 was there before it"
-    assert told(asha, 4, [0.6]) == "CONTINUE", "a failed trial's 0.9 does not count"
-    # It was let through then; what it says again of its first epochs changes nothing.
-    assert told(asha, 2, [0.3, 0.3, 0.35]) == "CONTINUE"
+    fresh.on_trial_start(0, [], one)
+    last = changed[-1]
+    assert (last.id, last.status, last.attempts, last.run) == ("t0003", "running", 1, "runs/t0003")
+    assert (last.values, last.planned_epochs) == ({"finetune.learning_rate": 1e-3}, 4)
+    states.on_trial_start(0, [], one)
+    assert (changed[-1].status, changed[-1].attempts) == ("running", 2)
+    states.on_trial_result(0, [], one, {**trial(0, [0.1, 0.2]).epochs[1].as_dict(), "more": 1})
+    assert [epoch.epoch for epoch in changed[-1].epochs] == [1, 2]
+    states.on_trial_recover(0, [], one)
+    assert (changed[-1].status, changed[-1].reason) == ("running", "OSError: no space")
+    assert not ended
+    states.on_trial_complete(0, [], one)
+    assert (changed[-1].status, changed[-1].reason) == ("stopped", "behind others at epoch 2")
+    states.on_trial_start(0, [], one)
+    due.stop.number = 15
+    states.on_trial_complete(0, [], one)
+    assert (changed[-1].status, changed[-1].reason) == ("running", None)  # left to a resume
+    states.on_trial_result(0, [], one, {"failed": "NotFinite: nan"})
+    assert (changed[-1].status, changed[-1].reason) == ("failed", "NotFinite: nan")
+    (folder / "error").write_text("Failure # 1\nThe actor died\nmore\n")
+    states.on_trial_error(0, [], one)
+    assert (changed[-1].status, changed[-1].reason) == ("failed", "its process died")
+    states.on_trial_result(0, [], one, {"finished": True})
+    assert changed[-1].status == "finished"
+    assert len(ended) == 3
+    assert copy.copy(states).__class__.__name__ == "Callback"  # what Ray stores of it is empty
