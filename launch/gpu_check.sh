@@ -1,26 +1,27 @@
 #!/usr/bin/env bash
-# Everything this checkout can say about a GPU, within eight minutes and without a network: launch/gpu_check.sh [--cpu OUT]
-# GPU tests, then benchmarks of the kernels, of decoding, of latency and of training; nothing has to be installed. Tables with
-# the card's name and the commit go to benchmarks/results. A step that fails or runs out of time does not stop the others.
+# Tests and benchmarks on a GPU, within eight minutes and without a network: launch/gpu_check.sh [--cpu OUT]
+# GPU tests, then benchmarks of the kernels, of decoding, of training and of latency; nothing has to be
+# installed. Tables with the card's name and the commit go to benchmarks/results. A step that fails or
+# runs out of time does not stop the others. Exit code: 0 all done, 1 a step failed, 2 there is no GPU.
 # --cpu OUT: the same steps at tiny sizes on the CPU, to try the script; tables go to OUT.
-# PYTHON: the interpreter, default python3. GENREC_WHEELS: a folder of wheels to use besides. GENREC_COMMIT: the commit's name,
-# where the checkout came without its history. GPU_CHECK_SECONDS: the time for all, default 450; on a CPU 1800.
-# GPU_CHECK_STEPS: some of the steps, default "facts tests kernels beam train-tiny train-tiny-packed train-base train-base-packed latency".
-# Exit code: 0 all done, 1 a step failed, 2 there is no GPU.
+# PYTHON: the interpreter, default python3. GENREC_WHEELS: a folder of wheels to use besides.
+# GENREC_COMMIT: the commit's name, where the checkout came without its history.
+# GPU_CHECK_SECONDS: the time for all, default 450; on a CPU 1800. GPU_CHECK_STEPS: some of the steps.
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 python=${PYTHON:-python3}
-small=() out="$root/benchmarks/results" patience=1
+all_steps="facts tests kernels beam train-tiny train-tiny-packed train-base train-base-packed latency"
+small=() out="$root/benchmarks/results" factor=1
 case "${1:-}" in
   "") ;;
-  --cpu) small=(--small) out=${2:?usage: launch/gpu_check.sh [--cpu OUT]} patience=5 ;;
+  --cpu) small=(--small) out=${2:?usage: launch/gpu_check.sh [--cpu OUT]} factor=5 ;;
   *) echo "usage: launch/gpu_check.sh [--cpu OUT]" >&2; exit 2 ;;
 esac
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
-# A CPU may have others to serve.
-deadline=$((SECONDS + ${GPU_CHECK_SECONDS:-$((patience == 1 ? 450 : 1800))}))
+# A CPU may be shared with other work.
+deadline=$((SECONDS + ${GPU_CHECK_SECONDS:-$((factor == 1 ? 450 : 1800))}))
 
 export PYTHONPATH="$root:$root/kernels:$root/shards:$root/tuning${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -36,9 +37,9 @@ elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
 fi
 
 failed=0
-steps=" ${GPU_CHECK_STEPS:-facts tests kernels beam train-tiny train-tiny-packed train-base train-base-packed latency} summary "
+steps=" ${GPU_CHECK_STEPS:-$all_steps} summary "
 step() { # NAME BUDGET COMMAND...
-  local name=$1 budget=$(($2 * patience)) start=$SECONDS code
+  local name=$1 budget=$(($2 * factor)) start=$SECONDS code
   shift 2
   [[ $steps == *" $name "* ]] || return 0
   local left=$((deadline - SECONDS))
@@ -66,7 +67,7 @@ else
   several=()
   if "$python" -c 'import xdist' 2> /dev/null; then several=(-n 4); fi
   # shellcheck disable=SC2046
-  step tests 100 "$python" -m pytest -q -p no:cacheprovider ${several[@]+"${several[@]}"} -m gpu $(grep -l 'mark\.gpu' tests/test_*.py)
+  step tests 100 "$python" -m pytest -q -p no:cacheprovider ${several[@]+"${several[@]}"} -m gpu $(grep -rl --include='test_*.py' 'mark\.gpu' tests)
 fi
 measure kernels 110
 measure beam 60
@@ -75,8 +76,8 @@ measure train-tiny-packed 30
 measure train-base 40
 measure train-base-packed 40
 measure latency 40
-# Nothing is measured here, so it may take what was kept back.
-deadline=$((SECONDS + 20 * patience))
+# Nothing is measured here, so it may run past the deadline.
+deadline=$((SECONDS + 20 * factor))
 step summary 20 "$python" -m genrec_dist.bench.gpu_check summary --out "$out" --status "$work/status" --logs "$work"
 tail -n 1 "$work/summary.log"
 exit "$failed"

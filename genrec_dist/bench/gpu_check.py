@@ -1,5 +1,4 @@
-"""The steps of launch/gpu_check.sh: each measures within its budget and leaves a dated table; the
-last one sums up."""
+"""The steps of launch/gpu_check.sh: each measures within its budget and writes a dated table."""
 
 from __future__ import annotations
 
@@ -11,17 +10,23 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
-import numpy as np
 import torch
 
-from genrec_dist.bench.measure import Claim, format_claims, median, table, write_table
+from genrec_dist.bench.measure import (
+    Claim,
+    Measured,
+    format_claims,
+    make_claim,
+    read_events,
+    table,
+    write_table,
+)
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.evaluation.provenance import git_commit, hardware, versions
@@ -31,142 +36,111 @@ from genrec_dist.evaluation.provenance import git_commit, hardware, versions
 
 COMMIT = "GENREC_COMMIT"
 """The environment variable that names the commit where the checkout came without its history."""
-MAY_BE_MISSING = (
-    "polars",
-    "webdataset",
-    "pydantic",
-    "deepspeed",
-    "ray",
-    "hypothesis",
-    "pytest",
-    "triton",
-)
+HEAVY = ("polars", "webdataset", "pydantic", "deepspeed", "ray", "triton")
+MAY_BE_MISSING = (*HEAVY, "hypothesis", "pytest")
 SMALL_MODEL = (
     "model.d_model=16",
     "model.heads=2",
     "model.ffn=16",
+    "model.max_tokens=64",
     "tokens.vocab_size=300",
     "finetune.batch_size=64",
 )
+BASE = (
+    "micro_batch_tokens=16384",
+    "finetune.batch_size=128",
+    "finetune.targets=last",
+    "validation.users=64",
+    "model.d_model=768",
+    "model.encoder_layers=6",
+    "model.decoder_layers=6",
+    "model.heads=12",
+    "model.ffn=3072",
+    "model.dropout=0.1",
+    "model.embedding_dropout=0",
+    "model.max_tokens=512",
+    "model.user_ids=true",
+    "model.positions=from-start",
+    "tokens.vocab_size=50265",
+)
+"""BART-base's shape and the paper's input, as changes to the recipe `tiny`; the vocabulary is that
+of a tokenizer trained on the codes."""
+TRAININGS = ("train-tiny", "train-tiny-packed", "train-base", "train-base-packed")
+STEPS = ("kernels", "beam", *TRAININGS, "latency")
+LEFT_OUT = "left-out"
 GIB = 2**30
 
-Measured = tuple[list[Claim], dict[str, Any]]
+
+def measure(step: str, small: bool) -> Measured:
+    """Claims and measurements of a step; `small`: at the sizes of a test."""
+    if step == "kernels":
+        from genrec_dist.bench import kernels
+
+        return kernels.bench_kernels(sizes=kernels.TINY if small else kernels.Sizes(seconds=90))
+    if step == "beam":
+        from genrec_dist.bench import beam
+
+        return beam.bench_beam(sizes=beam.TINY if small else beam.Sizes(repeats=3))
+    if step == "latency":
+        from genrec_dist.bench import latency
+
+        sizes = latency.Sizes(calls=96, rounds=3)
+        return latency.bench_latency(sizes=latency.TINY if small else sizes)
+    return measure_training(step, small)
 
 
-def measure_kernels(small: bool) -> Measured:
-    from genrec_dist.bench import kernels
-
-    if not small:
-        return kernels.bench_kernels(sizes=kernels.Sizes(seconds=90))
-    steps = (kernels.StepShape("tiny", SMALL_MODEL),)
-    shapes = (kernels.Shape(16, torch.float32),)
-    return kernels.bench_kernels(
-        sizes=kernels.Sizes(
-            tokens=(300,), shapes=shapes, users=200, items=60, repeats=2, growth=(1000, 4000), growth_dim=8,
-            growth_tokens=400, growth_rows=100, steps=steps, step_repeats=2,
-        )
-    )  # fmt: skip
+def changes_to_tiny(step: str, small: bool) -> list[str]:
+    """What the recipe of a training step changes in `tiny`: an epoch of a few hundred steps."""
+    changes = ["packing=packed" if step.endswith("packed") else "packing=padded"]
+    changes += ["finetune.epochs=1", *(BASE if "base" in step else ["validation.users=200"])]
+    return [*changes, *(["log_every=2", *SMALL_MODEL] if small else ["log_every=10"])]
 
 
-def measure_beam(small: bool) -> Measured:
-    from genrec_dist.bench import beam
-
-    if not small:
-        first, second = beam.ON_GPU
-        shapes = (replace(first, batches=(1, 32, 128, 512)), replace(second, batches=(1, 32, 128)))
-        return beam.bench_beam(sizes=beam.Sizes(shapes=shapes, repeats=3))
-    tiny = beam.Shape("tiny", 32, 1, 2, 64, (1, 3), 3, 1, 2, 60)
-    return beam.bench_beam(
-        sizes=beam.Sizes((tiny,), items=60, users=200, beam=4, repeats=2, trie_items=500)
-    )
-
-
-def measure_latency(small: bool) -> Measured:
-    from genrec_dist.bench import latency
-
-    sizes = latency.Sizes(calls=96, rounds=3, threads=(1,))
-    if small:
-        sizes = latency.Sizes(users=100, items=50, callers=2, calls=8, rounds=2, threads=(1,))
-    return latency.bench_latency(sizes=sizes)
-
-
-def changes_to_tiny(name: str) -> tuple[str, ...]:
-    """What is trained for an epoch of synthetic data of Beauty's size, a few hundred steps: changes
-    to the recipe `tiny`."""
-    from genrec_dist.bench.kernels import BASE_SHAPE
-
-    shape, _, packing = name.partition("-")
-    changes = (f"packing={packing or 'padded'}",)
-    if shape == "tiny":
-        return (*changes, "validation.users=200")
-    large = (
-        "micro_batch_tokens=16384",
-        "finetune.batch_size=128",
-        "finetune.targets=last",
-        "validation.users=64",
-    )
-    return (*changes, *large, *BASE_SHAPE)
-
-
-def measure_training(name: str, small: bool) -> Measured:
-    """`genrec train` for an epoch: tokens a second, and the peak of memory beside what `genrec
-    plan` foretold."""
+def measure_training(step: str, small: bool) -> Measured:
+    """`genrec train` for an epoch: tokens per second, and the peak of memory beside what `genrec
+    plan` forecasts."""
     from genrec_shards.storage.write import write_shards
 
-    from genrec_dist.bench.stream import make_data
+    from genrec_dist.bench.synthetic import make_data
     from genrec_dist.training.run import train
 
+    on_gpu, changes = torch.cuda.is_available(), changes_to_tiny(step, small)
+    card = torch.cuda.get_device_properties(0).total_memory if on_gpu else 24 * GIB
     with tempfile.TemporaryDirectory(prefix="genrec-check-") as temporary:
-        folder = Path(temporary)
-        users, items = (200, 60) if small else (22_363, 12_101)
-        dataset = make_data(folder / "made", users, items)
+        folder, run = Path(temporary), Path(temporary) / "run"
+        dataset = make_data(folder / "made", *((200, 60) if small else ()))
         write_shards(dataset, folder / "shards")
-        where = (
-            f"data={dataset.path}",
-            f"shards={folder / 'shards'}",
-            f"run={folder / 'run'}",
-            "finetune.epochs=1",
-        )
-        shape = (
-            (*changes_to_tiny(name), "model.max_tokens=64", *SMALL_MODEL)
-            if small
-            else changes_to_tiny(name)
-        )
-        recipe = load_recipe("tiny", [*where, f"log_every={2 if small else 10}", *shape])
-        card = (
-            torch.cuda.get_device_properties(0).total_memory
-            if torch.cuda.is_available()
-            else 24 * GIB
-        )
-        foretold = foretold_bytes(recipe, card / GIB)
+        where = (f"data={dataset.path}", f"shards={folder / 'shards'}", f"run={run}")
+        recipe = load_recipe("tiny", [*where, *changes])
+        forecast = forecast_bytes(recipe, card / GIB)
         train(recipe)
-        text = (folder / "run" / "events.jsonl").read_text(encoding="utf-8")
-    events = [json.loads(line) for line in text.splitlines()]
-    steps = [event for event in events if event["event"] == "step"]
-    # The first fifth is start-up: caches, compiled kernels, the allocator.
-    settled = steps[len(steps) // 5 :]
-    # On a CPU nobody counts what tensors hold at their most.
-    measured = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return [] if measured is None else [memory_claim(name, measured, foretold)], {
-        "tokens a second": median([step["tokens_per_second"] for step in settled]),
-        "samples a second": median([step["samples_per_second"] for step in settled]),
-        "padding share": float(np.mean([step["padding_share"] for step in settled])),
-        "share waiting for data": float(np.mean([step["data_wait_share"] for step in settled])),
+        steps, (start, *_) = (read_events(run / "events.jsonl", kind) for kind in ("step", "start"))
+    # On a CPU the peak of what tensors hold is not counted.
+    peak = torch.cuda.max_memory_allocated() if on_gpu else None
+    settled = steps[len(steps) // 5 :]  # before it: caches, compiled kernels, the allocator
+
+    def of_steps(key: str, middle: Any = median) -> float | None:
+        values = [event[key] for event in settled if key in event]
+        return middle(values) if values else None
+
+    return [] if peak is None else [memory_claim(step, peak, forecast)], {
+        "tokens a second": of_steps("tokens_per_second"),
+        "samples a second": of_steps("samples_per_second"),
         # Where the device's peak is known.
-        "MFU": median([step["mfu"] for step in settled]) if "mfu" in settled[0] else None,
-        "TFLOP/s": median([step["tflops_per_second"] for step in settled])
-        if "tflops_per_second" in settled[0]
-        else None,
+        "TFLOP/s": of_steps("tflops_per_second"),
+        "MFU": of_steps("mfu"),
+        "padding share": of_steps("padding_share", fmean),
+        "share waiting for data": of_steps("data_wait_share", fmean),
         "steps": steps[-1]["step"] + 1,
-        "parameters": next(event["parameters"] for event in events if event["event"] == "start"),
+        "parameters": start["parameters"],
         "last loss": steps[-1]["loss"],
         "precision": recipe.precision,
-        "changes to the recipe tiny": shape,
-        "memory": {"max_memory_allocated": measured, "foretold": foretold, "of the card": card},
+        "changes to the recipe tiny": changes,
+        "memory": {"max_memory_allocated": peak, "foretold": forecast, "of the card": card},
     }
 
 
-def foretold_bytes(recipe: Recipe, memory_gib: float) -> int:
+def forecast_bytes(recipe: Recipe, memory_gib: float) -> int:
     """What `genrec plan` says one process holds at its most, for this recipe's data."""
     from genrec_dist.estimate.forecast import forecast
 
@@ -174,28 +148,16 @@ def foretold_bytes(recipe: Recipe, memory_gib: float) -> int:
     return next(fit.peak for fit in plan.fits if fit.method == "ddp")
 
 
-def memory_claim(name: str, measured: int, foretold: int) -> Claim:
-    ratio = foretold / measured
-    return Claim(
-        id=f"peak memory, {name}", peer="genrec plan", ours=measured / GIB, theirs=foretold / GIB, unit="GiB",
-        ratio=ratio, goal="0.8x to 1.25x", holds=0.8 <= ratio <= 1.25,
-    )  # fmt: skip
-
-
-MEASURED: dict[str, Callable[[bool], Measured]] = {
-    "kernels": measure_kernels,
-    "beam": measure_beam,
-    "latency": measure_latency,
-    "train-tiny": partial(measure_training, "tiny"),
-    "train-tiny-packed": partial(measure_training, "tiny-packed"),
-    "train-base": partial(measure_training, "base"),
-    "train-base-packed": partial(measure_training, "base-packed"),
-}
+def memory_claim(step: str, peak: int, forecast: int) -> Claim:
+    name = step.removeprefix("train-")
+    figures = (f"peak memory, {name}", "genrec plan", peak / GIB, forecast / GIB, "GiB")
+    claim = make_claim(*figures, "none")
+    return replace(claim, goal="0.8x to 1.25x", holds=0.8 <= claim.ratio <= 1.25)
 
 
 def facts() -> dict[str, Any]:
     """What was measured on."""
-    told: dict[str, Any] = {
+    found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
         "python": platform.python_version(),
@@ -206,27 +168,25 @@ def facts() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         card = torch.cuda.get_device_properties(0)
-        told["memory GiB"] = round(card.total_memory / GIB, 1)
-        told["capability"] = f"{card.major}.{card.minor}"
-        told["multiprocessors"] = card.multi_processor_count
-        told["cache MiB"] = card.L2_cache_size / 2**20
-        told["driver"] = _driver()
-    return told
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            driver = None
+        else:
+            driver = done.stdout.partition("\n")[0].strip() or None
+        found |= {
+            "memory GiB": round(card.total_memory / GIB, 1),
+            "capability": f"{card.major}.{card.minor}",
+            "multiprocessors": card.multi_processor_count,
+            "cache MiB": card.L2_cache_size / 2**20,
+            "driver": driver,
+        }
+    return found
 
 
 def commit() -> str | None:
     return git_commit() or os.environ.get(COMMIT) or None
-
-
-def _driver() -> str | None:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        lines = subprocess.run(
-            query, capture_output=True, text=True, timeout=20, check=True
-        ).stdout.splitlines()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return lines[0].strip() if lines else None
 
 
 def prefix() -> str:
@@ -245,7 +205,7 @@ def run_step(step: str, out: Path, small: bool) -> Path:
         write_table(facts(), path)
         print(path.read_text(encoding="utf-8"))
         return path
-    claims, found = MEASURED[step](small)
+    claims, found = measure(step, small)
     if "claims" not in found:
         found = table(step, claims, **found)
     write_table({**found, "git": commit()}, path)
@@ -253,41 +213,32 @@ def run_step(step: str, out: Path, small: bool) -> Path:
     return path
 
 
-# The end.
+# The summary.
 
 
 def summarise(status: Path, logs: Path, out: Path) -> Path:
     """`PREFIX.md` of the tables that are there; `PREFIX-failed.txt` with the ends of the logs of
     steps that failed.
 
-    `status`: a line a step, `name TAB exit code TAB seconds TAB budget`.
+    Args:
+        status: a file with a line per step, `name TAB exit code TAB seconds TAB budget`.
+        logs: the folder of `STEP.log`.
     """
     rows = [line.split("\t") for line in status.read_text(encoding="utf-8").splitlines()]
     tables = {
-        path.stem.removeprefix(prefix() + "-"): path
+        path.stem.removeprefix(prefix() + "-"): json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(out.glob(f"{prefix()}-*.json"))
     }
-    known = (
-        json.loads(tables["facts"].read_text(encoding="utf-8")) if "facts" in tables else facts()
-    )
-    lines = [
-        f"# {known['hardware']['gpu'] or 'CPU'}, {known['date']}, commit {known['commit'] or 'unknown'}",
-        "",
-    ]
-    lines += [
-        f"- {name}: {_told(value)}"
-        for name, value in known.items()
-        if name not in ("date", "commit")
-    ]
+    known = tables["facts"] if "facts" in tables else facts()
+    card, named = known["hardware"]["gpu"] or "CPU", known["commit"] or "unknown"
+    lines = [f"# {card}, {known['date']}, commit {named}", ""]
+    shown = {name: value for name, value in known.items() if name not in ("date", "commit")}
+    lines += [f"- {name}: {_words(value)}" for name, value in shown.items()]
     lines += ["", "| step | result | seconds | budget |", "|---|---|---|---|"]
-    lines += [
-        f"| {name} | {_result(code)} | {seconds} | {budget} |"
-        for name, code, seconds, budget in rows
-    ]
-    for name, path in tables.items():
-        lines += (
-            _section(name, json.loads(path.read_text(encoding="utf-8"))) if name in MEASURED else []
-        )
+    for name, code, seconds, budget in rows:
+        lines.append(f"| {name} | {_result(code)} | {seconds} | {budget} |")
+    for name, found in tables.items():
+        lines += _section(name, found) if name in STEPS else []
     page = out / f"{prefix()}.md"
     page.write_text("\n".join(lines) + "\n", encoding="utf-8")
     failed = out / f"{prefix()}-failed.txt"
@@ -302,20 +253,13 @@ def summarise(status: Path, logs: Path, out: Path) -> Path:
     return page
 
 
-LEFT_OUT = "left-out"
-
-
 def _result(code: str) -> str:
-    words = {
-        "0": "done",
-        LEFT_OUT: "left out, pytest is not installed",
-        "124": "ran out of time",
-        "137": "ran out of time",
-    }
+    late = "ran out of time"
+    words = {"0": "done", LEFT_OUT: "left out, pytest is not installed", "124": late, "137": late}
     return words.get(code, f"failed with exit code {code}")
 
 
-def _told(value: Any) -> str:
+def _words(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {one}" for name, one in value.items() if one is not None)
     return ", ".join(map(str, value)) or "nothing" if isinstance(value, list) else str(value)
@@ -326,46 +270,33 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
     if found["claims"]:
         lines += ["```", format_claims([Claim(**claim) for claim in found["claims"]]), "```"]
     if name == "kernels":
-        from genrec_dist.bench import kernels
+        from genrec_dist.bench.kernels import format_shares
 
-        lines += ["", *(f"- {line}" for line in kernels.format_shares(found).splitlines())]
+        lines += ["", *(f"- {line}" for line in format_shares(found).splitlines())]
         lines += [f"- left out: {one}" for one in found["left out"]]
     if name == "beam":
-        from genrec_dist.bench import beam
+        from genrec_dist.bench.beam import format_curves
 
-        lines += ["", "```", beam.format_curves(found), "```"]
-    if name.startswith("train-"):
-        lines += [
-            "",
-            *(f"- {what}: {_told(value)}" for what, value in _training_facts(found).items()),
-        ]
+        lines += ["", "```", format_curves(found), "```"]
+    if name in TRAININGS:
+        figures = {key: value for key, value in found.items() if isinstance(value, int | float)}
+        lines.append("")
+        for key, value in figures.items():
+            small = isinstance(value, float) and value < 1000
+            lines.append(f"- {key}: {value:.3g}" if small else f"- {key}: {value:,.0f}")
     return lines
-
-
-def _training_facts(found: dict[str, Any]) -> dict[str, Any]:
-    names = (
-        "tokens a second", "samples a second", "TFLOP/s", "MFU", "padding share", "share waiting for data", "steps", "parameters",
-        "last loss",
-    )  # fmt: skip
-    told = {name: found[name] for name in names if found[name] is not None}
-    return {
-        name: f"{value:.3g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}"
-        for name, value in told.items()
-    }
 
 
 def _end_of(log: Path, count: int = 25) -> str:
     if not log.is_file():
         return "(no output)"
-    return "\n".join(
-        f"    {line}"
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
-    )
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(f"    {line}" for line in lines[-count:])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("step", choices=["facts", *MEASURED, "summary"])
+    parser.add_argument("step", choices=["facts", *STEPS, "summary"])
     parser.add_argument("--out", type=Path, required=True, help="Directory of the tables.")
     parser.add_argument("--small", action="store_true", help="Sizes for a test.")
     parser.add_argument("--status", type=Path, help="summary: what became of the steps.")

@@ -1,5 +1,4 @@
-"""What people train such a model with, as rivals of ours: Hugging Face's Trainer at two settings,
-and the published collate."""
+"""The rivals of `genrec bench train`: Hugging Face's Trainer and the published collate."""
 
 # B samples, L input tokens, T target tokens, V vocabulary
 
@@ -9,25 +8,24 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
-from genrec_dist.data.batch import IGNORED
-from genrec_dist.data.encoder_input import EncoderInput
+from genrec_dist.data.batch import IGNORED, Batch
 from genrec_dist.model.genrec import POSITION_OFFSET, GenRecForConditionalGeneration, attention_bias
 
-Sample = dict[str, list[int]]
-"""`input_ids`, `position_ids`, `user_rows`, `item_rows`, `labels`, `start` (the decoder's first
-token) of one sample."""
+INPUTS = ("input_ids", "position_ids", "user_rows", "item_rows")
+Sample = dict[str, Any]
+"""Lists `input_ids`, `position_ids`, `user_rows`, `item_rows`, `labels`, `start` (the decoder's
+first token) of one sample; for the tokenizing collate also the strings `text` and `target`."""
 
 
 class PlainGenRec(nn.Module):
-    """The same weights as Hugging Face would have them run: eager or compiled, padded, with the
-    logits of every target place."""
+    """The same weights as Hugging Face would run them: padded, eager or compiled, with the logits
+    of every target place."""
 
     def __init__(self, model: GenRecForConditionalGeneration):
         super().__init__()
@@ -45,34 +43,31 @@ class PlainGenRec(nn.Module):
         labels: Tensor,
         num_items_in_batch: Tensor | int | None = None,
     ) -> dict[str, Tensor]:
-        """{"loss": mean cross-entropy of the labels}. The embedding sum is spelt out, for
-        torch.compile to fuse."""
+        """`{"loss": mean cross-entropy of the labels}`."""
         bart = self.model.model.encoder
+        users, items = self.model.user_embedding, self.model.item_embedding
+        assert isinstance(users, nn.Embedding)
+        assert isinstance(items, nn.Embedding)
+        # Spelled out, for torch.compile to fuse.
         hidden_BLD = F.embedding(input_ids, bart.embed_tokens.weight)
-        hidden_BLD = hidden_BLD + F.embedding(
-            position_ids + POSITION_OFFSET, bart.embed_positions.weight
-        )
-        for table, rows in (
-            (self.model.user_embedding, user_rows),
-            (self.model.item_embedding, item_rows),
-        ):
-            assert isinstance(table, nn.Embedding)
-            hidden_BLD = hidden_BLD + F.embedding(rows, table.weight, padding_idx=0)
+        positions_BL = position_ids + POSITION_OFFSET
+        hidden_BLD = hidden_BLD + F.embedding(positions_BL, bart.embed_positions.weight)
+        hidden_BLD = hidden_BLD + F.embedding(user_rows, users.weight, padding_idx=0)
+        hidden_BLD = hidden_BLD + F.embedding(item_rows, items.weight, padding_idx=0)
         hidden_BLD = F.dropout(bart.layernorm_embedding(hidden_BLD), bart.dropout, self.training)
         bias = attention_bias(attention_mask[:, None, None], hidden_BLD)
         for layer in bart.layers:
             hidden_BLD = layer(hidden_BLD, bias)
         states_BTD = self.model.decode(decoder_input_ids, hidden_BLD, attention_mask)
-        logits = F.linear(states_BTD, self.model.head_weight)
-        summed = F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        logits_nV = F.linear(states_BTD, self.model.head_weight).flatten(0, 1).float()
+        summed = F.cross_entropy(logits_nV, labels.flatten(), ignore_index=IGNORED, reduction="sum")
         count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": summed / count}
 
 
 def pad_samples(samples: Sequence[Sample], pad_token: int, multiple: int = 1) -> dict[str, Tensor]:
-    """Side by side, to the longest or the next multiple: what a collator hands to the model."""
+    """What a collator gives the model: samples side by side, padded to the longest or to the next
+    multiple."""
     longest = -(-max(len(sample["input_ids"]) for sample in samples) // multiple) * multiple
 
     def side_by_side(name: str, fill: int, length: int = 0) -> Tensor:
@@ -80,94 +75,60 @@ def pad_samples(samples: Sequence[Sample], pad_token: int, multiple: int = 1) ->
         padded = pad_sequence(rows, batch_first=True, padding_value=fill)
         return F.pad(padded, (0, max(0, length - padded.shape[1])), value=fill)
 
-    labels_BT = side_by_side("labels", IGNORED)
-    start_B1 = torch.tensor([sample["start"] for sample in samples])
+    labels_BT, start_B1 = side_by_side("labels", IGNORED), side_by_side("start", pad_token)
+    before_BT = labels_BT[:, :-1].masked_fill(labels_BT[:, :-1] == IGNORED, pad_token)
     inputs = {
-        name: side_by_side(name, fill, longest)
-        for name, fill in (
-            ("input_ids", pad_token),
-            ("position_ids", 0),
-            ("user_rows", 0),
-            ("item_rows", 0),
-        )
+        name: side_by_side(name, pad_token if name == "input_ids" else 0, longest)
+        for name in INPUTS
     }
     return {
         **inputs,
         "attention_mask": inputs["input_ids"] != pad_token,
         "labels": labels_BT,
-        "decoder_input_ids": torch.cat(
-            [start_B1, labels_BT[:, :-1].masked_fill(labels_BT[:, :-1] == IGNORED, pad_token)], 1
-        ),
+        "decoder_input_ids": torch.cat([start_B1, before_BT], 1),
     }
 
 
-def samples_of(encoder: EncoderInput, decoder_input_ids: Tensor, labels: Tensor) -> list[Sample]:
+def samples_of(batch: Batch) -> list[Sample]:
     """A padded batch as a list of samples, as a user would have stored them."""
-    found = []
-    for row, length in enumerate(encoder.attention_mask.sum(1).tolist()):
-        names = ("input_ids", "position_ids", "user_rows", "item_rows")
-        inputs = {name: getattr(encoder, name)[row, :length].tolist() for name in names}
-        targets = labels[row][labels[row] != IGNORED].tolist()
-        found.append({**inputs, "labels": targets, "start": [int(decoder_input_ids[row, 0])]})
+    found: list[Sample] = []
+    for row, length in enumerate(batch.encoder.attention_mask.sum(1).tolist()):
+        sample = {name: getattr(batch.encoder, name)[row, :length].tolist() for name in INPUTS}
+        sample["labels"] = batch.labels[row][batch.labels[row] != IGNORED].tolist()
+        found.append({**sample, "start": batch.decoder_input_ids[row, :1].tolist()})
     return found
 
 
-class Words(torch.utils.data.Dataset[dict[str, Any]]):
-    """Samples as words, which the collate tokenises anew for every batch, as the published code
-    does."""
-
-    def __init__(self, samples: Sequence[dict[str, Any]]):
-        self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.samples[index]
-
-
 class TokenizingCollate:
-    """Words to padded arrays: the tokenizer is called for every batch, and the longest sample
-    decides."""
+    """Texts to padded arrays: the tokenizer is called anew for every batch, and the longest sample
+    decides, as in the published code.
+
+    The rows of users and items are taken as stored; the published code looks them up as well."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, pad_token: int):
         self.tokenizer, self.pad_token = tokenizer, pad_token
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        tokenizer = self.tokenizer
-        texts = tokenizer(
-            ["".join(f" {word}" for word in s["words"]) for s in samples],
-            add_special_tokens=False,
-            return_offsets_mapping=True,
+    def with_texts(self, sample: Sample) -> Sample:
+        """The sample with the texts of its history and of its target."""
+        # <s> user items <mask> </s>, and item </s>.
+        text = self.tokenizer.decode(sample["input_ids"][1:-2])
+        return {**sample, "text": text, "target": self.tokenizer.decode(sample["labels"][:-1])}
+
+    def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        texts, targets = (
+            self.tokenizer([sample[key] for sample in samples], add_special_tokens=False).input_ids
+            for key in ("text", "target")
         )
-        targets = tokenizer([f" {s['target']}" for s in samples], add_special_tokens=False)
-        bos, eos, mask = tokenizer.bos_token_id, tokenizer.eos_token_id, samples[0]["start"]
-        made = []
-        for number, sample in enumerate(samples):
-            # Each word brings the space before it.
-            ends = np.cumsum([1 + len(word) for word in sample["words"]])
-            last = np.array([end for _, end in texts["offset_mapping"][number]])
-            word_of = np.searchsorted(ends, last, side="left").tolist()
-            tokens = [bos, *texts["input_ids"][number], mask, eos]
-            rows = {
-                kind: [0, *(sample[kind][word] for word in word_of), 0, 0]
-                for kind in ("user_rows", "item_rows")
-            }
-            labels = [*targets["input_ids"][number], eos]
-            made.append(
-                {
-                    "input_ids": tokens,
-                    "position_ids": list(range(len(tokens))),
-                    **rows,
-                    "labels": labels,
-                    "start": [mask],
-                }
-            )
+        made = [
+            {**sample, "input_ids": [bos, *text, *sample["start"], eos], "labels": [*target, eos]}
+            for sample, text, target in zip(samples, texts, targets, strict=True)
+        ]
         return pad_samples(made, self.pad_token)
 
 
 class TrainerRival:
-    """Seq2SeqTrainer's data loader, collation, sampler, `training_step`, clipping and optimiser, in
+    """Seq2SeqTrainer's data loader, collation, sampler, `training_step`, clipping and optimizer, in
     the order of its loop.
 
     The loop itself is ours, so that rivals can take turns; its logging, callbacks and checkpoints
@@ -176,18 +137,23 @@ class TrainerRival:
     def __init__(
         self,
         model: GenRecForConditionalGeneration,
-        samples: Any,
-        collate: Callable[[Sequence[Any]], dict[str, Tensor]],
+        samples: Sequence[Sample],
+        collate: Callable[[Sequence[Sample]], dict[str, Tensor]],
         settings: dict[str, Any],
     ):
         """`settings`: of Seq2SeqTrainingArguments."""
         arguments = Seq2SeqTrainingArguments(
-            report_to=[], remove_unused_columns=False, save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=0,
-            use_cpu=not torch.cuda.is_available(), **settings,
-        )  # fmt: skip
-        self.trainer = Seq2SeqTrainer(
-            PlainGenRec(model), arguments, data_collator=collate, train_dataset=samples
+            report_to=[],
+            remove_unused_columns=False,
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            seed=0,
+            use_cpu=not torch.cuda.is_available(),
+            **settings,
         )
+        data = {"data_collator": collate, "train_dataset": samples}
+        self.trainer = Seq2SeqTrainer(PlainGenRec(model), arguments, **data)
         self.loader = self.trainer.get_train_dataloader()
         self.trainer.create_optimizer_and_scheduler(10_000)
         self.model = self.trainer.accelerator.prepare(self.trainer.model)
@@ -195,7 +161,7 @@ class TrainerRival:
         self.trainer.current_gradient_accumulation_steps = 1
 
     def train(self, num_steps: int) -> int:
-        """So many steps of an epoch; the real tokens they held."""
+        """Take so many steps of an epoch; returns the real tokens they held."""
         trainer, tokens = self.trainer, 0
         for inputs in islice(self.loader, num_steps):
             tokens += int(inputs["attention_mask"].sum()) + int((inputs["labels"] != IGNORED).sum())

@@ -1,5 +1,4 @@
-"""The doors of `genrec bench ...`: each measures a claim beside a named peer and can store its
-table."""
+"""The commands of `genrec bench`: each measures a claim beside a named peer."""
 
 from __future__ import annotations
 
@@ -30,23 +29,23 @@ def bench_rows(json_path: JsonOption = None) -> None:
 
     Example: genrec bench rows --json rows.json
     """
-    from genrec_dist.bench.id_tables import bench_rows as run_bench
+    from genrec_dist.bench.rows import bench_rows as run_bench
 
     claims, table = run_bench()
-    _tell(claims, table, json_path)
+    _show(claims, table, json_path)
 
 
 @bench.command("stream")
 def bench_stream(data: DataOption = None, json_path: JsonOption = None) -> None:
-    """Decode speed and bytes beside one JSON a sample; a late resume; waiting in a tiny run; bytes
-    over a network.
+    """Decode speed and bytes beside one JSON per sample; a late resume; waiting in a tiny run;
+    bytes over a network.
 
     Example: genrec bench stream --data data/beauty --json stream.json
     """
     from genrec_dist.bench.stream import bench_stream as run_bench
 
     claims, table = run_bench(data)
-    _tell(claims, table, json_path)
+    _show(claims, table, json_path)
 
 
 @bench.command("beam")
@@ -67,7 +66,7 @@ def bench_beam(
     from genrec_dist.bench.beam import format_curves
 
     claims, table = run_bench(data, run)
-    _tell(claims, table, json_path, format_curves(table))
+    _show(claims, table, json_path, format_curves(table))
 
 
 @bench.command("latency")
@@ -79,8 +78,8 @@ def bench_latency(
     data: DataOption = None,
     json_path: JsonOption = None,
 ) -> None:
-    """p50, p95 and p99 of one caller and of 8 at once, one history a call, beside a lock round each
-    call.
+    """p50, p95 and p99 of one caller and of 8 at once, one history per call, beside a lock around
+    each call.
 
     Example: genrec bench latency --run runs/beauty --data data/beauty --json latency.json
     """
@@ -88,7 +87,7 @@ def bench_latency(
     from genrec_dist.bench.latency import format_latencies
 
     claims, table = run_bench(run, data)
-    _tell(claims, table, json_path, format_latencies(table["measured"]))
+    _show(claims, table, json_path, format_latencies(table["measured"]))
 
 
 @bench.command("kernels")
@@ -102,13 +101,13 @@ def bench_kernels(data: DataOption = None, json_path: JsonOption = None) -> None
     from genrec_dist.bench.kernels import format_shares
 
     claims, table = run_bench(data)
-    _tell(claims, table, json_path, format_shares(table))
+    _show(claims, table, json_path, format_shares(table))
 
 
 @bench.command("train")
 def bench_train(data: DataOption = None, json_path: JsonOption = None) -> None:
-    """Training steps beside Hugging Face's Trainer, as it comes and tuned, and the published
-    collate; a quarter of an hour.
+    """Training steps beside Hugging Face's Trainer, default and tuned, and the published collate; a
+    quarter of an hour.
 
     Example: genrec bench train --data data/beauty --json train.json
     """
@@ -116,10 +115,10 @@ def bench_train(data: DataOption = None, json_path: JsonOption = None) -> None:
     from genrec_dist.bench.train import format_rivals
 
     claims, table = run_bench(data)
-    _tell(claims, table, json_path, format_rivals(table))
+    _show(claims, table, json_path, format_rivals(table))
 
 
-def _tell(
+def _show(
     claims: list[Claim], table: dict[str, Any], json_path: Path | None, details: str = ""
 ) -> None:
     from genrec_dist.bench.measure import format_claims, write_table

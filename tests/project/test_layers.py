@@ -39,7 +39,6 @@ MOST_MODULES = 12
 HEAVY = {"polars", "webdataset", "pydantic", "deepspeed", "ray", "triton"}
 MAY_IMPORT_HEAVY = {
     "kernels/genrec_kernels/triton_embedding_sum.py": {"triton"},
-    "genrec_dist/bench/kernel_peers.py": {"triton"},
 }
 SOURCES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

@@ -220,8 +220,11 @@ def train_on_ranks(
         for rank in range(resources.processes):
             env = _rank_environment(resources, rank, port)
             with (run / f"rank-{rank}.log").open("ab") as log:
-                inherited = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-                ranks.append(subprocess.Popen(command, env=env, pass_fds=[lock], **inherited))
+                process = subprocess.Popen(
+                    command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                    pass_fds=[lock],
+                )  # fmt: skip
+                ranks.append(process)
         while failed is None and any(process.poll() is None for process in ranks):
             on_poll()
             time.sleep(0.2)

@@ -1,9 +1,7 @@
-"""The benchmark of latency on small sizes: every caller asks for its share, and every claim is made
-of what was measured."""
+"""The benchmark of latency on small sizes: every caller requests its share."""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Sequence
@@ -14,11 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from claims import check_claims
 from genrec_shards.dataset import load_dataset
 
 from genrec_dist.bench.latency import (
     LOCKED,
     SHARED,
+    TINY,
     Sizes,
     bench_latency,
     check_same,
@@ -29,59 +29,47 @@ from genrec_dist.bench.latency import (
     random_run,
     summary,
 )
-from genrec_dist.bench.measure import Claim, format_claims, write_table
-from genrec_dist.bench.stream import make_data
+from genrec_dist.bench.synthetic import make_data
 from genrec_dist.inference.recommend import Recommendation, Recommender
 
-SMALL = Sizes(users=100, items=50, callers=3, calls=12, rounds=2, threads=(1,))
 
-
-@pytest.fixture(scope="module")
-def measured() -> tuple[list[Claim], dict[str, Any]]:
+def test_claims_are_made_of_what_was_measured(tmp_path: Path) -> None:
     before = torch.get_num_threads()
-    found = bench_latency(sizes=SMALL)
+    claims, table = bench_latency(sizes=TINY)
     assert torch.get_num_threads() == before
-    return found
-
-
-def test_every_claim_is_made_of_what_was_measured(
-    measured: tuple[list[Claim], dict[str, Any]], tmp_path: Path
-) -> None:
-    claims, table = measured
+    check_claims(claims, table, tmp_path / "latency.json")
     rows = {(row["way"], row["callers"]): row for row in table["measured"]}
     assert set(rows) == {(way, callers) for way in (SHARED, LOCKED) for callers in (1, 3)}
     for row in rows.values():
         assert row["calls"] == 24
         assert 0 < row["p50 ms"] <= row["p95 ms"] <= row["p99 ms"]
         assert row["calls/s"] == pytest.approx(12 / np.median(row["seconds a round"]))
-    lone, slow, fast = claims
-    assert lone.ratio == rows[SHARED, 1]["p50 ms"] / rows[LOCKED, 1]["p50 ms"]
-    assert slow.ratio == rows[LOCKED, 3]["p95 ms"] / rows[SHARED, 3]["p95 ms"]
-    assert fast.ratio == rows[SHARED, 3]["calls/s"] / rows[LOCKED, 3]["calls/s"]
-    assert lone.holds == (lone.ratio <= 1.05)
-    write_table(table, tmp_path / "latency.json")
-    assert json.loads((tmp_path / "latency.json").read_text())["data"]["items"] == 50
-    assert "lock" in format_claims(claims)
+    figures = [(1, "p50 ms", "<= 1.05x"), (3, "p95 ms", ">= 1x"), (3, "calls/s", "> 1x")]
+    for claim, (callers, figure, goal) in zip(claims, figures, strict=True):
+        assert (claim.ours, claim.theirs) == tuple(
+            rows[way, callers][figure] for way in (SHARED, LOCKED)
+        )
+        assert claim.goal == goal
     assert len(format_latencies(table["measured"]).splitlines()) == 5
 
 
-def test_a_claim_fails_where_the_lock_is_better() -> None:
+def test_claims_fail_where_the_lock_is_better() -> None:
     def row(way: str, callers: int, latency: float) -> dict[str, Any]:
-        return summary(way, callers, 1, [latency] * 10, [latency * 10] * 2)
+        return summary(way, callers, [latency] * 10, [latency * 10] * 2)
 
     rows = [row(SHARED, 1, 0.2), row(LOCKED, 1, 0.1), row(SHARED, 8, 0.4), row(LOCKED, 8, 0.3)]
-    claims = claims_of(rows, Sizes(threads=(1,)))
+    claims = claims_of(rows, Sizes())
     assert [claim.holds for claim in claims] == [False] * 3
     assert [claim.ratio for claim in claims] == pytest.approx([2, 0.75, 0.75])
 
 
-def test_each_caller_is_a_thread_and_asks_for_every_history_of_its_own() -> None:
-    asked: list[tuple[int, str]] = []
+def test_each_caller_is_a_thread_with_histories_of_its_own() -> None:
+    requests: list[tuple[int, str]] = []
     together = threading.Barrier(4)
 
     def way(history: Sequence[str]) -> None:
-        asked.append((threading.get_ident(), history[0]))
-        together.wait(60)  # only if all four ask at the same time
+        requests.append((threading.get_ident(), history[0]))
+        together.wait(60)  # only if all four request at the same time
         time.sleep(0.01)
 
     with ThreadPoolExecutor(4) as pool:
@@ -89,9 +77,11 @@ def test_each_caller_is_a_thread_and_asks_for_every_history_of_its_own() -> None
     assert len(each) == 12
     assert min(each) >= 0.01
     assert seconds >= 0.03
-    assert sorted(int(history) for _, history in asked) == list(range(12))
-    by_thread = {thread: sorted(int(h) % 4 for t, h in asked if t == thread) for thread, _ in asked}
-    assert sorted(by_thread.values()) == [[number] * 3 for number in range(4)]
+    by_thread: dict[int, list[int]] = {}
+    for thread, history in requests:
+        by_thread.setdefault(thread, []).append(int(history))
+    expected = [list(range(number, 12, 4)) for number in range(4)]
+    assert sorted(map(sorted, by_thread.values())) == expected
 
 
 def test_other_lists_in_a_batch_are_no_measurement(
@@ -112,17 +102,17 @@ def test_other_lists_in_a_batch_are_no_measurement(
         check_same(recommender, histories[:10])
 
 
-def test_a_real_run_is_measured_on_its_own_data_alone(
+def test_run_is_measured_on_its_own_data_alone(
     tiny_run: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    claims, table = bench_latency(tiny_run, tiny_data, SMALL)
+    claims, table = bench_latency(tiny_run, tiny_data, TINY)
     assert len(claims) == 3
     assert table["data"]["items"] == 64
     assert table["data"]["histories"] == tiny_data.name
     made = make_data(tmp_path / "made", 60, 40)
     with pytest.raises(ValueError, match="give --data the directory the run was trained on"):
-        bench_latency(tiny_run, made.path, SMALL)
-    # Histories of no data of its own: drawn from the run's items.
+        bench_latency(tiny_run, made.path, TINY)
+    # Histories of other data are taken as histories of the run's items.
     run = Recommender.load(tiny_run).run
     synthetic = histories_of(load_dataset(made.path), run.catalogue)
     assert {item for history in synthetic for item in history} <= set(run.catalogue.item_ids)

@@ -1,31 +1,36 @@
-"""The training benchmark: rivals take the very same samples and weights, and a rival that fails is
-named."""
+"""The training benchmark: rivals take the very same samples and weights."""
+
+from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from claims import check_claims
 from genrec_shards.dataset import load_dataset
 
 from genrec_dist.bench.train import (
-    DEFAULT,
+    CAPPED_ITEMS,
     LONG,
-    OURS,
-    PADDED,
-    PUBLISHED,
-    SWITCHES,
-    TRIMMED,
-    TUNED,
-    Process,
     Sizes,
-    _process,
     bench_train,
     format_rivals,
+    make_setting,
+    process,
+    tokens_of,
 )
 from genrec_dist.bench.train_peers import PlainGenRec, TokenizingCollate, pad_samples, samples_of
-from genrec_dist.bench.train_process import Setting, make_rival, make_world, words_of
+from genrec_dist.bench.train_process import (
+    DEFAULT,
+    OURS,
+    PUBLISHED,
+    TRIMMED,
+    TUNED,
+    Setting,
+    World,
+    make_rival,
+)
 from genrec_dist.data.batch import IGNORED
 
 SHAPE = (
@@ -35,130 +40,108 @@ SHAPE = (
     "micro_batch_tokens=512",
     "precision=fp32",
 )
+SIZES = Sizes(
+    setting=Setting("", "", "", samples=48, batch_size=12, max_tokens=48, shape=SHAPE, threads=1),
+    vocabulary=400,
+    repeats=2,
+    rivals=(OURS, TRIMMED, DEFAULT, PUBLISHED),
+)
 
 
-@pytest.fixture
-def setting(tiny_data: Path) -> Setting:
-    return Setting(
-        str(tiny_data),
-        samples=48,
-        batch_size=12,
-        max_tokens=48,
-        shape=SHAPE,
-        vocabulary=400,
-        threads=1,
-    )
+@pytest.fixture(scope="module")
+def setting(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return make_setting(load_dataset(tiny_data), tmp_path_factory.mktemp("train"), SIZES)
 
 
 def test_tokenizing_anew_gives_the_stored_samples_to_the_token(setting: Setting) -> None:
-    world = make_world(replace(setting, max_tokens=20))
+    assert any(batch.encoder.input_ids.shape[1] > 20 for batch in World(setting).padded())
+    world = World(replace(setting, max_tokens=20))  # some are cut to length
     pad = int(world.model.config.pad_token_id)
-    stored = [
-        s for b in world.whole() for s in samples_of(b.encoder, b.decoder_input_ids, b.labels)
-    ]
-    anew = TokenizingCollate(world.tokenizer, pad)(words_of(world).samples)
-    whole = pad_samples(stored, pad)
-
-    def rows(arrays: dict[str, torch.Tensor]) -> list[tuple]:
-        return sorted(
-            tuple(tuple(arrays[name][row].tolist()) for name in sorted(arrays))
-            for row in range(len(stored))
-        )
-
-    assert (
-        max(batch.encoder.input_ids.shape[1] for batch in make_world(setting).whole()) > 20
-    )  # some are cut to length
-    assert rows(anew) == rows(whole)
+    stored = [sample for batch in world.padded() for sample in samples_of(batch)]
+    collate = TokenizingCollate(world.workshop.tokenizer, pad)
+    texts = [{**collate.with_texts(sample), "input_ids": None, "labels": None} for sample in stored]
+    assert texts[0]["text"].startswith(" user_")
+    assert texts[0]["target"].startswith(" item_")
+    anew, whole = collate(texts), pad_samples(stored, pad)
+    assert len(stored) == 48
+    for name, expected in whole.items():
+        assert torch.equal(anew[name], expected), name
 
 
-def test_the_plain_model_has_our_loss(setting: Setting) -> None:
-    world = make_world(setting)
+def test_tokenizer_has_rows_that_no_word_uses(setting: Setting) -> None:
+    world = World(setting)
+    assert world.model.config.vocab_size == 400
+    assert world.workshop.words.tokens.max() < 300
+    dataset = world.workshop.dataset
+    words = world.workshop.words
+    expected = 3 + words.longest_user + CAPPED_ITEMS * words.longest_item
+    assert tokens_of(CAPPED_ITEMS, dataset, setting.tokenizer) == expected
+
+
+def test_plain_model_has_our_loss(setting: Setting) -> None:
+    world = World(setting)
     plain = PlainGenRec(world.model).eval()
     pad = int(world.model.config.pad_token_id)
-    for batch in world.whole():
-        (inputs,) = [
-            pad_samples(
-                samples_of(batch.encoder, batch.decoder_input_ids, batch.labels), pad, multiple=8
-            )
-        ]
+    for batch in world.padded():
+        inputs = pad_samples(samples_of(batch), pad, multiple=8)
         assert inputs["input_ids"].shape[1] % 8 == 0
         ours = world.model(
-            **vars(batch.encoder), encoder_row=batch.encoder_row, decoder_input_ids=batch.decoder_input_ids, labels=batch.labels
-        )  # fmt: skip
+            **vars(batch.encoder),
+            encoder_row=batch.encoder_row,
+            decoder_input_ids=batch.decoder_input_ids,
+            labels=batch.labels,
+        )
         theirs = plain(**inputs)["loss"] * (batch.labels != IGNORED).sum()
         assert float(theirs.detach()) == pytest.approx(float(ours.detach()), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [OURS, PADDED, DEFAULT, PUBLISHED])
-def test_a_rival_learns_from_every_sample(setting: Setting, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", [OURS, DEFAULT, PUBLISHED, pytest.param(TUNED, marks=pytest.mark.slow)]
+)
+def test_rival_learns_from_every_sample(setting: Setting, name: str, tmp_path: Path) -> None:
     rival, world = make_rival(name, setting, tmp_path)
-    tokens = sum(batch.num_tokens for batch in world.whole())
+    assert hasattr(getattr(rival, "model", None), "_orig_mod") == (name == TUNED)  # compiled
+    tokens = sum(batch.num_tokens for batch in world.padded())
     before = [parameter.clone() for parameter in world.model.parameters()]
     assert rival.train(1000) == tokens
     assert 0 < rival.train(1) < tokens
-    assert all(
-        not torch.equal(a, b)
-        for a, b in zip(before, world.model.parameters(), strict=True)
-        if b.ndim > 1
-    )
+    pairs = zip(before, world.model.parameters(), strict=True)
+    assert not any(torch.equal(old, new) for old, new in pairs if new.ndim > 1)
 
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_the_table_has_all_rivals_in_turn(tmp_path: Path, setting: Setting) -> None:
-    rivals, ways = (OURS, TRIMMED, DEFAULT, PUBLISHED), (OURS, PADDED)
-    sizes = Sizes(setting=setting, repeats=2, rivals=rivals, ways=ways)
-    claims, table = bench_train(load_dataset(setting.data).path, sizes)
-    assert [claim.peer for claim in claims] == [TRIMMED, DEFAULT, PUBLISHED] * 2 + [PADDED]
-    for name, found in table["measured"].items():
-        assert set(found) == set(ways if name == SWITCHES else rivals)
-        assert all(
-            len(rival["of each turn"]) == 2 and min(rival["of each turn"]) > 0
-            for rival in found.values()
-        )
-        assert all(
-            found[OURS]["padding share"] < found[peer]["padding share"]
-            for peer in found
-            if peer in (PADDED, DEFAULT)
-        )
-    assert (
-        table["measured"][LONG][TRIMMED]["parameters"] < table["measured"][LONG][OURS]["parameters"]
-    )
-    assert "published collate" in format_rivals(table)
-
-
-@pytest.mark.slow
-def test_the_tuned_trainer_runs_compiled(setting: Setting, tmp_path: Path) -> None:
-    rival, world = make_rival(TUNED, setting, tmp_path)
-    assert hasattr(rival.model, "_orig_mod")  # type: ignore[attr-defined]
-    assert rival.train(1000) == sum(batch.num_tokens for batch in world.whole())
+def test_claims_are_made_of_what_was_measured(setting: Setting, tmp_path: Path) -> None:
+    claims, table = bench_train(Path(setting.data), SIZES)
+    check_claims(claims, table, tmp_path / "train.json")
+    assert [claim.peer for claim in claims] == [TRIMMED, DEFAULT, PUBLISHED] * 2
+    assert [claim.goal for claim in claims] == ["none", ">= 5x", ">= 8x"] + ["none"] * 3
+    for found in table["measured"].values():
+        for rival in found.values():
+            assert len(rival["of each turn"]) == 2
+            assert min(rival["of each turn"]) > 0
+        assert found[OURS]["padding share"] < found[DEFAULT]["padding share"]
+    long = table["measured"][LONG]
+    assert long[TRIMMED]["parameters"] < long[OURS]["parameters"]
+    assert PUBLISHED in format_rivals(table)
 
 
 @pytest.mark.dist
-def test_a_rival_that_ends_by_itself_is_named_with_its_last_words(setting: Setting) -> None:
+@pytest.mark.ranks
+def test_rival_that_ends_by_itself_is_named_with_its_last_words(setting: Setting) -> None:
     with (
-        _process("nobody", setting) as rival,
+        process("nobody", setting) as rival,
         pytest.raises(ValueError, match=r"(?s)nobody: ended by itself: .*no such rival"),
     ):
         rival.answer()
-    assert isinstance(rival, Process)
     assert rival.process.returncode is not None
 
 
 def test_collation_pads_to_the_longest() -> None:
-    sample = {
-        "position_ids": [0, 1],
-        "user_rows": [0, 0],
-        "item_rows": [0, 3],
-        "labels": [5, 2],
-        "start": [4],
-    }
-    long = {
-        **{k: v * 2 for k, v in sample.items() if k != "start"},
-        "start": [4],
-        "input_ids": [7, 8, 9, 10],
-    }
-    made = partial(pad_samples, pad_token=1)([{**sample, "input_ids": [7, 8]}, long])
+    rows = {"position_ids": [0, 1], "user_rows": [0, 0], "item_rows": [0, 3], "labels": [5, 2]}
+    short = {**rows, "input_ids": [7, 8], "start": [4]}
+    long = {**{name: values * 2 for name, values in rows.items()}, "input_ids": [7, 8, 9, 10]}
+    made = pad_samples([short, {**long, "start": [4]}], pad_token=1)
     assert made["input_ids"].tolist() == [[7, 8, 1, 1], [7, 8, 9, 10]]
     assert made["attention_mask"].tolist() == [[True, True, False, False], [True] * 4]
     assert made["decoder_input_ids"].tolist() == [[4, 5, 2, 1], [4, 5, 2, 5]]

@@ -38,7 +38,7 @@ from genrec_dist.model.head_loss import target_loss
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.run import train
-from genrec_dist.training.setup import Workshop, open_workshop
+from genrec_dist.training.setup import TrainingSetup, build_setup
 
 UNUSED_CODES = [
     f"Z{number}{letters}" for number, letters in enumerate(["QX", "KJ", "WV", "PLU"] * 40)
@@ -69,7 +69,7 @@ def a_recipe(data: Path, run: Path, *overrides: str) -> Recipe:
     return load_recipe(path, list(overrides))
 
 
-Opened = tuple[Workshop, GenRecForConditionalGeneration]
+Opened = tuple[TrainingSetup, GenRecForConditionalGeneration]
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def pair(
     run = tmp_path_factory.mktemp("pair") / "run"
     sets = [f"model.backbone={backbone}", "model.dropout=0.0", "micro_batch_tokens=512"]
     whole, trimmed = (
-        open_workshop(a_recipe(tiny_data, run, *sets, f"tokens.trim={trim}"))
+        build_setup(a_recipe(tiny_data, run, *sets, f"tokens.trim={trim}"))
         for trim in ("false", "true")
     )
     for name in ("user_embedding", "item_embedding"):
@@ -89,7 +89,7 @@ def pair(
     return whole, trimmed
 
 
-def steps_of(opened: Workshop) -> StepBatches:
+def steps_of(opened: TrainingSetup) -> StepBatches:
     return StepBatches(opened.stages, opened.reader, opened.layout, opened.recipe, 0, 1)
 
 
@@ -326,7 +326,7 @@ def test_a_resume_with_another_mapping_is_refused(run: Path, tiny_data: Path) ->
     """The tokenizer's directory is another one's now; its name, the data and the recipe are the
     same."""
     recipe = load_recipe(run / "recipe.yaml")
-    opened, _ = open_workshop(recipe)
+    opened, _ = build_setup(recipe)
     path = find_checkpoint(run, "latest")
     Checkpoint(path, opened.identity, Ranks())
     folder = Path(str(recipe.tokens.tokenizer))
@@ -334,7 +334,7 @@ def test_a_resume_with_another_mapping_is_refused(run: Path, tiny_data: Path) ->
     codes = [*UNUSED_CODES, *load_dataset(tiny_data).numbering.item_codes]
     try:
         train_tokenizer(codes, 420).save_pretrained(folder)
-        other, _ = open_workshop(recipe)
+        other, _ = build_setup(recipe)
         assert other.identity["recipe"] == opened.identity["recipe"]
         with pytest.raises(ValueError, match="its vocabulary is not this run's"):
             Checkpoint(path, other.identity, Ranks())
@@ -342,14 +342,14 @@ def test_a_resume_with_another_mapping_is_refused(run: Path, tiny_data: Path) ->
         before.save_pretrained(folder)
     whole = replace(recipe, tokens=replace(recipe.tokens, trim=False))
     with pytest.raises(ValueError, match="is not this run's"):
-        Checkpoint(path, open_workshop(whole)[0].identity, Ranks())
+        Checkpoint(path, build_setup(whole)[0].identity, Ranks())
 
 
 def test_plan_counts_the_smaller_head(tiny_data: Path, backbone: Path, tmp_path: Path) -> None:
     sets = (f"model.backbone={backbone}", "tokens.trim=true")
     recipe = a_recipe(tiny_data, tmp_path / "run", *sets)
     plan = forecast(recipe)
-    _, model = open_workshop(recipe)
+    _, model = build_setup(recipe)
     assert plan.sizes.parameters == sum(p.numel() for p in model.parameters())
     whole = forecast(a_recipe(tiny_data, tmp_path / "run", *sets[:1]))
     assert plan.sizes.parameters < whole.sizes.parameters

@@ -70,7 +70,7 @@ def test_spans_are_refused_with_forced_tokens() -> None:
     with pytest.raises(
         ValueError, match=r"pretrain\.mask\.strategy span: .* tokens\.certain learned"
     ):
-        load_recipe("tiny", ["tokens.certain=given", *span])
+        load_recipe("tiny", ["tokens.forced=given", *span])
 
 
 def test_a_catalogue_of_one_item_leaves_nothing_to_learn() -> None:

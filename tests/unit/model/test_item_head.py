@@ -11,7 +11,7 @@ from batch_cases import model as plain_model
 from torch.nn import functional as F
 
 from genrec_dist.config.load import load_recipe
-from genrec_dist.data.batch import IGNORED, idle_batch
+from genrec_dist.data.batch import IGNORED, dummy_batch
 from genrec_dist.data.collate import choose_targets, make_step
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
@@ -36,7 +36,7 @@ def item_batches(samples, source, mask, packed, budget=WHOLE):
         epoch=0,
         micro_batch_tokens=budget,
         packed=packed,
-        ask_items=True,
+        item_targets=True,
     ).micro_batches
 
 
@@ -119,7 +119,7 @@ def test_item_loss_is_added_per_target_whatever_the_cut_or_packing(
 def test_idle_batch_has_no_item_targets(plain_model, packed):
     model = with_item_head(plain_model, 1.0)
     source = marked_sequences()
-    idle = idle_batch(item_batches(whole_step(source, "last"), source, None, packed)[-1])
+    idle = dummy_batch(item_batches(whole_step(source, "last"), source, None, packed)[-1])
     assert set(idle.asked.items_R.tolist()) == {IGNORED}
     assert idle.num_targets == 0
     model.zero_grad()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from genrec_dist.baselines.sasrec_model import SasrecSettings
 from genrec_dist.baselines.sasrec_train import train as train_sasrec
 from genrec_dist.config.load import load_recipe
-from genrec_dist.training.setup import open_workshop
+from genrec_dist.training.setup import build_setup
 
 COOCCURRENCE = "model.init_items=cooccurrence"
 LENGTH = 0.3 * 16**0.5
@@ -25,7 +25,7 @@ LENGTH = 0.3 * 16**0.5
 
 
 def opened(recipe: Path, *overrides: str):
-    return open_workshop(load_recipe(recipe, list(overrides)))
+    return build_setup(load_recipe(recipe, list(overrides)))
 
 
 def directions(rows_NF: np.ndarray) -> np.ndarray:
