@@ -228,7 +228,8 @@ def ours(case: Case) -> Tensor:
         token=token, position=position, user=user, item=item, pad_token_id=PAD,
         norm_weight=weight, norm_bias=bias,
     )  # fmt: skip
-    return embedding_sum(*case.ids, tables, order=case.plan)
+    tokens, positions, users, items = case.ids
+    return embedding_sum(tokens, positions, users, items, tables, order=case.plan)
 
 
 def plain(ids: list[Tensor], tables: list[Tensor], norm: list[Tensor]) -> Tensor:
