@@ -101,13 +101,12 @@ def append(
         if timed and not found.has_times:
             has_none = f"{new}: no times, and the rows of {to} have some"
             raise DataError(f"{has_none}: append a log with times")
-        rows, dropped = _selected(data, found, cleaning, str(new))
+        rows, dropped = _selected(data, found, cleaning, bad.count, str(new))
         grown, timestamps = _merged(data, rows)
         read = options.descriptions(grown.item_ids)
         descriptions = _descriptions(data.descriptions, read, grown.num_items)
         semantic = data.info.numbering == "semantic"
         numbering = continued(data.numbering, grown, descriptions if semantic else None)
-        dropped = {"bad_lines": bad.count} | dropped
         num_read = len(found.rows_R) + bad.count
         assert not rows.is_log or len(rows.rows_R) + sum(dropped.values()) == num_read
         entry = Appended(
@@ -151,7 +150,7 @@ def append_summary(dataset: Dataset) -> list[str]:
 
 
 def _selected(
-    data: Dataset, found: Incoming, cleaning: Cleaning, place: str
+    data: Dataset, found: Incoming, cleaning: Cleaning, bad_lines: int, place: str
 ) -> tuple[Incoming, dict[str, int]]:
     """The rows that may stay, in order, and how many others there are by reason."""
     old, times_R = data.sequences, found.rows_R["time"]
@@ -181,6 +180,7 @@ def _selected(
     by_item_R = ~items_stay[items_R]
     by_user_R = ~by_item_R & ~users_stay[users_R]
     dropped = {
+        "bad_lines": bad_lines,
         "outside_dates": int((~inside_R).sum()),
         "duplicates": len(inside.rows_R) - len(rows.rows_R),
         "new_items_below_k": int(by_item_R.sum()),

@@ -38,9 +38,8 @@ class Process:
     """One of the two processes: it answers a line, and ends with its standard input."""
 
     def __init__(self, *command: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
-        )  # fmt: skip
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, **pipes)
         self.waiting = b""
 
     def line(self, seconds: float = 300) -> str:

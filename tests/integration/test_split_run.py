@@ -34,7 +34,8 @@ from genrec_dist.training.setup import describe
 RECIPE = """
 workers: 0
 log_every: 1
-model: {d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 32, max_tokens: 64, init_std: 0.3, item_loss: 1.0}
+model: {d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 32, max_tokens: 64,
+        init_std: 0.3, item_loss: 1.0}
 tokens: {vocab_size: 320}
 pretrain: {epochs: 1, batch_size: 16}
 finetune: {epochs: 2, batch_size: 40, learning_rate: 3.0e-3, targets: every-prefix}
@@ -125,9 +126,10 @@ def check_results(world: World, folder: Path, split: Split) -> dict[str, Any]:
     assert metrics["protocol"]["split"] == f"global-time {DATES}"
     exact = metrics_from_histogram(rank_histogram(np.array([row["rank"] for row in lists])))
     assert {name: metrics[name] for name in WEIGHTS} == exact
-    lengths = metrics["breakdown"]["history_length"]
-    assert lengths["1-2"]["users"] == sum(len(history) <= 2 for history, _ in wanted.values())
-    assert lengths["6-10"]["users"] == sum(6 <= len(history) <= 10 for history, _ in wanted.values())
+    found = metrics["breakdown"]["history_length"]
+    lengths = [len(history) for history, _ in wanted.values()]
+    assert found["1-2"]["users"] == sum(length <= 2 for length in lengths)
+    assert found["6-10"]["users"] == sum(6 <= length <= 10 for length in lengths)
     if metrics["protocol"]["exclude_history"]:
         assert not any(set(row["items"]) & set(wanted[row["user"]][0]) for row in lists)
     return metrics

@@ -154,8 +154,8 @@ def cuts(
 
     None come after a line that is too long: there the reader stops.
 
-    Example, pieces of 4 bytes: `a"\\nb`, `c"\\nd`, `e\\n`. A reader of lines begins anew at bytes 3,
-    7 and 10, lines 2, 3 and 4; one of quoted text not at 3, where a quote is open.
+    Example, pieces of 4 bytes: `a"\\nb`, `c"\\nd`, `e\\n`. A reader of lines begins anew at bytes
+    3, 7 and 10, lines 2, 3 and 4; one of quoted text not at 3, where a quote is open.
 
     Args:
         found_C4: of all pieces, as `survey` gives it.

@@ -257,14 +257,11 @@ def read_parquet(
 
 def _usable(kind: Any) -> bool:
     """Whether ids or times come in this Arrow type."""
-    types = pa.types
-    if types.is_dictionary(kind):
+    if pa.types.is_dictionary(kind):
         return _usable(kind.value_type)
-    checks = (
-        types.is_string, types.is_large_string, types.is_string_view, types.is_integer,
-        types.is_float32, types.is_float64, types.is_null, types.is_timestamp, types.is_date,
-    )  # fmt: skip
-    return any(check(kind) for check in checks)
+    usable = ("string", "large_string", "string_view", "integer", "float32", "float64", "null")
+    times = ("timestamp", "date")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in (*usable, *times))
 
 
 def _frame_of_batch(path: str, first: int, columns: list[Any], reader: LogReader) -> pl.DataFrame:

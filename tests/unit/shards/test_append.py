@@ -447,6 +447,8 @@ def test_wrong_options_and_paths_are_refused(data: Path, tmp_path: Path) -> None
     check_refused(data, tmp_path / "absent.csv", r"absent\.csv: no such file")
     empty = write_csv(tmp_path / "empty.csv", [])
     check_refused(data, empty, r"empty\.csv: nothing in it .* \(no rows\)")
+    empty.write_text("user,item,timestamp\nu,i,never\n")
+    check_refused(data, empty, r"nothing in it .* \(1 bad_lines\)", on_error="skip")
     with pytest.raises(DataError, match=r"dataset\.json: no such file"):
         append(new, tmp_path / "absent")
 

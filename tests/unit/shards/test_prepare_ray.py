@@ -110,11 +110,14 @@ def test_nothing_depends_on_how_the_work_is_cut(tmp_path, in_process, monkeypatc
     choices = (64, 700, 1 << 20), (64, 9000, 1 << 25), (64, 9000), (1, 2, 13)
     monkeypatch.setattr(engine_module, "SIZES", Sizes(*map(draw.choice, choices)))
     source, format = WRITERS[draw.choice(list(WRITERS))](messy_rows(seed, 600), tmp_path)
-    check_alike(
-        source, tmp_path, format=format, seed=seed, k_core=draw.choice((0, 4)), min_length=draw.choice((3, 6)),
-        numbering=draw.choice(("random", "collaborative", "given")), since="2014-06-01", until="2015-04-01",
-        ties=draw.choice(("keep", "shuffle")),
-    )  # fmt: skip
+    options = {
+        "k_core": draw.choice((0, 4)),
+        "min_length": draw.choice((3, 6)),
+        "numbering": draw.choice(("random", "collaborative", "given")),
+        "ties": draw.choice(("keep", "shuffle")),
+    }
+    dates = {"since": "2014-06-01", "until": "2015-04-01"}
+    check_alike(source, tmp_path, format=format, seed=seed, **options, **dates)
 
 
 def test_blocks_outside_the_dates_are_left_out_by_both(tmp_path, in_process):

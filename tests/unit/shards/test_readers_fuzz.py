@@ -18,9 +18,10 @@ from genrec_dist.cli.app import run_command
 FILES = 1050
 AT = 1_400_000_000
 NOISE = [
-    *(b"\x00", b"\xff\xfe", b'"', b"'", b"\\", b"\n", b"\r", b",", b"\t", b"{", b"}", b"[", b"nan", b"-1", b"1e999", b"9" * 400),
-    *("\u2028".encode(), "\ud800".encode("utf-8", "surrogatepass"), b"\x1f\x8b", b"PAR1", b"x" * 10_000, b"None", b"[" * 2000),
-]  # fmt: skip
+    *(b"\x00", b"\xff\xfe", b'"', b"'", b"\\", b"\n", b"\r", b",", b"\t", b"{", b"}", b"[", b"nan"),
+    *(b"-1", b"1e999", b"9" * 400, b"\x1f\x8b", b"PAR1", b"x" * 10_000, b"None", b"[" * 2000),
+    *("\u2028".encode(), "\ud800".encode("utf-8", "surrogatepass")),
+]
 
 
 def rows(draw: random.Random) -> list[Row]:
