@@ -1,16 +1,44 @@
-"""The doors of `genrec prepare` and `genrec shard`."""
+"""The commands `genrec prepare` and `genrec shard`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from genrec_dist.cli.options import EngineOption, OverwriteOption, RayAddressOption
 from genrec_dist.console import UsageError, say
 
+if TYPE_CHECKING:
+    from genrec_shards.dataset import Dataset
+
 # Modules are imported inside the commands: `genrec --help` must not wait for torch.
+
+
+Text = str | None
+_APPEND = "In place of SOURCE: what is to be added to --to, whose rows and codes stay."
+_FORMAT = (
+    "sequences: `user item item ...` a line, oldest first; interactions: CSV or Parquet, or a "
+    "folder of either; amazon (2014, 2018, 2023) and yelp: reviews in JSON lines; data: a data "
+    "directory to be numbered anew; auto: by name and first line."
+)
+_LEVELS = "Clusters at each level of collaborative and semantic codes, as 64,64."
+_VECTORS = "Collaborative codes of trained item vectors (safetensors), not of co-occurrence."
+_ITEMS = "The items' text and attributes: CSV, Parquet or JSON lines."
+_COLUMNS = "Columns of interactions, where they have no usual names."
+_K_CORE = "Fewest rows of each user and item of a log that stay, 0: none; default: 5."
+_MIN_LENGTH = "Fewest items of a user of a log; default: 3, by time 1 in the training period."
+_SPLIT = (
+    "What is held out: each user's last two items (default), or of a log what comes after dates."
+)
+_CUTOFF = "First dates of these periods of global-time, as 2014-01-01,2014-04-01."
+_TIES = (
+    "A log's rows of one user and time: in an order drawn from the seed (default), or as they come."
+)
+_EXPECT = (
+    "The published set this is: its numbers of users and items must come out (paper, Table 2)."
+)
 
 
 def prepare(
@@ -22,113 +50,53 @@ def prepare(
         str | None,
         typer.Option("--out", help="Data directory to write; of --append default: DATA itself."),
     ] = None,
-    append: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="NEW",
-            help="In place of SOURCE: what is to be added to --to, whose rows and codes stay.",
-        ),
-    ] = None,
+    append: Annotated[Path | None, typer.Option(metavar="NEW", help=_APPEND)] = None,
     to: Annotated[
         Path | None, typer.Option(metavar="DATA", help="With --append: the data directory.")
     ] = None,
-    format_: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            help="sequences: `user item item ...` a line, oldest first; interactions: CSV or Parquet, or a folder of either; "
-            "amazon (2014, 2018, 2023) and yelp: reviews in JSON lines; data: a data directory to be numbered anew; auto: by "
-            "name and first line.",
-        ),
-    ] = "auto",
+    format_: Annotated[str, typer.Option("--format", help=_FORMAT)] = "auto",
     numbering: Annotated[
         str,
         typer.Option(help="random, collaborative, semantic (with --items), train-order or given."),
     ] = "random",
     seed: Annotated[int, typer.Option(help="Seed of the numbering.")] = 0,
     overwrite: OverwriteOption = False,
-    levels: Annotated[
-        str | None,
-        typer.Option(help="Clusters at each level of collaborative and semantic codes, as 64,64."),
-    ] = None,
-    vectors: Annotated[
-        Path | None,
-        typer.Option(
-            help="Collaborative codes of trained item vectors (safetensors), not of co-occurrence."
-        ),
-    ] = None,
+    levels: Annotated[Text, typer.Option(help=_LEVELS)] = None,
+    vectors: Annotated[Path | None, typer.Option(help=_VECTORS)] = None,
     vectors_trained_through: Annotated[
         Literal["n-2", "n-1"],
         typer.Option(help="What those vectors may have seen; n-1 has seen validation."),
     ] = "n-2",
-    items: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="META", help="The items' text and attributes: CSV, Parquet or JSON lines."
-        ),
-    ] = None,
+    items: Annotated[Path | None, typer.Option(metavar="META", help=_ITEMS)] = None,
     item_column: Annotated[
-        str | None, typer.Option(help="META's column of item ids, where it has no usual name.")
+        Text, typer.Option(help="META's column of item ids, where it has no usual name.")
     ] = None,
     text_columns: Annotated[
-        str | None, typer.Option(help="META's columns to read, as title,brand; default: all.")
+        Text, typer.Option(help="META's columns to read, as title,brand; default: all.")
     ] = None,
     title_column: Annotated[
-        str | None, typer.Option(help="META's column of titles, where it has no usual name.")
+        Text, typer.Option(help="META's column of titles, where it has no usual name.")
     ] = None,
-    columns: Annotated[
-        str | None,
-        typer.Option(
-            metavar="USER,ITEM,TIME",
-            help="Columns of interactions, where they have no usual names.",
-        ),
-    ] = None,
+    columns: Annotated[Text, typer.Option(metavar="USER,ITEM,TIME", help=_COLUMNS)] = None,
     time_unit: Annotated[
         Literal["auto", "s", "ms", "us"],
         typer.Option(help="Of a log's times that are numbers; auto: by their size."),
     ] = "auto",
-    k_core: Annotated[
-        int | None,
-        typer.Option(
-            help="Fewest rows of each user and item of a log that stay, 0: none; default: 5."
-        ),
-    ] = None,
-    min_length: Annotated[
-        int | None,
-        typer.Option(
-            help="Fewest items of a user of a log; default: 3, by time 1 in the training period."
-        ),
-    ] = None,
+    k_core: Annotated[int | None, typer.Option(help=_K_CORE)] = None,
+    min_length: Annotated[int | None, typer.Option(help=_MIN_LENGTH)] = None,
     split: Annotated[
-        Literal["leave-one-out", "global-time"] | None,
-        typer.Option(
-            help="What is held out: each user's last two items (default), or of a log what comes after dates."
-        ),
+        Literal["leave-one-out", "global-time"] | None, typer.Option(help=_SPLIT)
     ] = None,
-    cutoff: Annotated[
-        str | None,
-        typer.Option(
-            metavar="VALIDATION,TEST",
-            help="First dates of these periods of global-time, as 2014-01-01,2014-04-01.",
-        ),
-    ] = None,
-    ties: Annotated[
-        Literal["shuffle", "keep"] | None,
-        typer.Option(
-            help="A log's rows of one user and time: in an order drawn from the seed (default), or as they come."
-        ),
-    ] = None,
+    cutoff: Annotated[Text, typer.Option(metavar="VALIDATION,TEST", help=_CUTOFF)] = None,
+    ties: Annotated[Literal["shuffle", "keep"] | None, typer.Option(help=_TIES)] = None,
     since: Annotated[
-        str | None, typer.Option(help="First date of a log's rows that stay, as 2019-01-01.")
+        Text, typer.Option(help="First date of a log's rows that stay, as 2019-01-01.")
     ] = None,
     until: Annotated[
-        str | None, typer.Option(help="Last date of a log's rows that stay, as 2019-12-31.")
+        Text, typer.Option(help="Last date of a log's rows that stay, as 2019-12-31.")
     ] = None,
     expect: Annotated[
-        Literal["beauty", "sports", "toys", "yelp"] | None,
-        typer.Option(
-            help="The published set this is: its numbers of users and items must come out (paper, Table 2)."
-        ),
+        Literal["beauty", "sports", "toys", "yelp"] | None, typer.Option(help=_EXPECT)
     ] = None,
     on_error: Annotated[
         Literal["stop", "skip"],
@@ -144,56 +112,65 @@ def prepare(
     Example: genrec prepare Beauty.txt.gz --out data/beauty --numbering random
     """
     from genrec_shards.append import append as run_append
-    from genrec_shards.append import appended_told
+    from genrec_shards.append import append_summary
     from genrec_shards.numbering.numbering import summary
-    from genrec_shards.prepare import cleaning_told
+    from genrec_shards.prepare import PrepareOptions, prepare_summary
     from genrec_shards.prepare import prepare as run_prepare
     from genrec_shards.readers.read_log import LogOptions
 
     from genrec_dist.baselines.leak_audit import write_audit
 
     _check_prepare(context, source, out_dir, append, to)
+    options = PrepareOptions(
+        format=format_,  # type: ignore[arg-type]
+        on_error=on_error,
+        overwrite=overwrite,
+        log=LogOptions(None if columns is None else tuple(columns.split(",")), time_unit),
+        k_core=k_core,
+        min_length=min_length,
+        ties=ties,
+        since=since,
+        until=until,
+        split=split,
+        cutoff=cutoff,
+        expect=expect,
+        numbering=numbering,  # type: ignore[arg-type]
+        seed=seed,
+        levels=None if levels is None else _whole_numbers("--levels", levels),
+        vectors=vectors,
+        vectors_trained_through=vectors_trained_through,
+        items=items,
+        item_column=item_column,
+        text_columns=None if text_columns is None else text_columns.split(","),
+        title_column=title_column,
+        engine=engine,
+        ray_address=ray_address,
+    )
     if append is not None and to is not None:
-        grown = run_append(
-            append, to, None if out_dir is None else Path(out_dir), format=format_,  # type: ignore[arg-type]
-            overwrite=overwrite, k_core=k_core, min_length=min_length,
-            since=since, until=until, on_error=on_error, items=items, item_column=item_column,
-            text_columns=None if text_columns is None else text_columns.split(","), title_column=title_column,
-            log=LogOptions(columns=None if columns is None else tuple(columns.split(",")), time_unit=time_unit),
-        )  # fmt: skip
+        grown = run_append(append, to, out_dir, options)
         write_audit(grown)
-        for line in appended_told(grown):
+        for line in append_summary(grown):
             say(line)
-        info = grown.info
-        say(
-            f"{grown.path}: {info.users:,} users, {info.items:,} items, {info.interactions:,} interactions"
-        )
+        say(f"{grown.path}: {_counts(grown)}")
         say(f"shards hold the sequences they were made of; next: genrec shard {grown.path}")
         return
     assert source is not None
     assert out_dir is not None
     with _directory(out_dir, overwrite, "dataset.json") as folder:
-        dataset = run_prepare(
-            source, folder, format=format_, numbering=numbering, seed=seed, overwrite=overwrite,  # type: ignore[arg-type]
-            levels=None if levels is None else _whole_numbers("--levels", levels), vectors=vectors,
-            vectors_trained_through=vectors_trained_through, items=items, item_column=item_column,
-            text_columns=None if text_columns is None else text_columns.split(","), title_column=title_column,
-            k_core=k_core, min_length=min_length, split=split, cutoff=cutoff, ties=ties, on_error=on_error,
-            since=since, until=until, expect=expect, engine=engine, ray_address=ray_address,
-            log=LogOptions(columns=None if columns is None else tuple(columns.split(",")), time_unit=time_unit),
-        )  # fmt: skip
+        dataset = run_prepare(source, folder, options)
         found = write_audit(dataset)
-    for line in cleaning_told(dataset):
+    for line in prepare_summary(dataset):
         say(line)
-    sequences = dataset.sequences
-    say(
-        f"{out_dir}: {sequences.num_users:,} users, {sequences.num_items:,} items, "
-        f"{sequences.num_interactions:,} interactions, numbering {numbering}"
-    )
+    say(f"{out_dir}: {_counts(dataset)}, numbering {numbering}")
     for line in summary(dataset.numbering):
         say(line)
     if dataset.numbering.hierarchy is None:
         say(found.sentence(), style="yellow" if found.leaks else "")
+
+
+def _counts(dataset: Dataset) -> str:
+    info = dataset.info
+    return f"{info.users:,} users, {info.items:,} items, {info.interactions:,} interactions"
 
 
 def _check_prepare(
@@ -204,51 +181,35 @@ def _check_prepare(
     to: Path | None,
 ) -> None:
     """Either a source and where it goes, or what is added to which data."""
+    from genrec_shards.append import SETTLED
+
+    if append is None and to is not None:
+        raise UsageError("--to DATA belongs to --append NEW")
+    if append is None and source is None:
+        raise UsageError("give SOURCE, or --append NEW --to DATA")
+    if append is None and out_dir is None:
+        raise UsageError("give --out, the data directory")
     if append is None:
-        if to is not None:
-            raise UsageError("--to DATA belongs to --append NEW")
-        if source is None or out_dir is None:
-            raise UsageError(
-                "give SOURCE, or --append NEW --to DATA"
-                if source is None
-                else "give --out, the data directory"
-            )
         return
     if source is not None:
         raise UsageError(f"give SOURCE {source} or --append {append}, not both")
     if to is None:
-        raise UsageError(
-            f"--append {append} needs --to DATA, the data directory that it is added to"
-        )
-    if getattr(context.get_parameter_source("engine"), "name", "") == "COMMANDLINE":
-        raise UsageError(
-            "--engine with --append: what is added is read by one machine, leave it out"
-        )
-    settled = (
-        "numbering",
-        "seed",
-        "levels",
-        "vectors",
-        "vectors_trained_through",
-        "ties",
-        "expect",
-        "split",
-        "cutoff",
-    )
-    for name in settled:
+        needed = "--to DATA, the data directory that it is added to"
+        raise UsageError(f"--append {append} needs {needed}")
+    for name in ("engine", *SETTLED):
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
-            raise UsageError(
-                f"--{name.replace('_', '-')} with --append: {to} has settled it, leave it out"
-            )
+            reason = f"{to} has settled it"
+            reason = "what is added is read by one machine" if name == "engine" else reason
+            option = f"--{name.replace('_', '-')}"
+            raise UsageError(f"{option} with --append: {reason}, leave it out")
 
 
 def _whole_numbers(option: str, text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(
-            f"{option} {text}: give whole numbers with commas between them, as 64,64"
-        ) from None
+        form = "give whole numbers with commas between them, as 64,64"
+        raise UsageError(f"{option} {text}: {form}") from None
 
 
 def shard(
@@ -269,25 +230,22 @@ def shard(
     from genrec_shards.storage.write import write_shards
 
     target = out_dir or f"{data.rstrip('/')}/shards"
+    sizes: dict[str, Any] = {"users_per_shard": users_per_shard, "overwrite": overwrite}
     if engine == "ray":
         from genrec_shards.ray_engine.shard_tasks import write_shards_on_ray
 
-        manifest = write_shards_on_ray(
-            data, target, users_per_shard=users_per_shard, overwrite=overwrite, address=ray_address
-        )
+        manifest = write_shards_on_ray(data, target, address=ray_address, **sizes)
     elif ray_address is not None:
         raise UsageError("--ray-address goes with --engine ray")
     else:
-        manifest = write_shards(
-            load_dataset(data), target, users_per_shard=users_per_shard, overwrite=overwrite
-        )
+        manifest = write_shards(load_dataset(data), target, **sizes)
     size = sum(tar.bytes for tar in manifest.shards)
     say(f"{target}: {len(manifest.shards)} tars, {manifest.users:,} users, {size:,} bytes")
 
 
 def _directory(out_dir: str, overwrite: bool, marker: str) -> Any:
-    """Where a directory is to be made: there, or here for an address, where it goes when it is
-    complete."""
+    """Where a directory is to be made: its place, or for an address one on this machine, whose
+    files go there when it is complete."""
     from contextlib import nullcontext
 
     from genrec_shards.storage.remote import is_address

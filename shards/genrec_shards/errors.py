@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Literal, get_args
 
 OnError = Literal["stop", "skip"]
-
 NUM_SHOWN = 10
+
+
+class DataError(ValueError):
+    """Something in a user's data that they can mend; the message is one line: place, value,
+    remedy."""
 
 
 @dataclass
 class BadLines:
-    """The policy, and under `skip` what was left out so far."""
+    """What happens at a line that cannot be read and, under `skip`, what was left out so far."""
 
     on_error: OnError = "stop"
     count: int = 0
@@ -24,25 +28,27 @@ class BadLines:
         if self.on_error not in get_args(OnError):
             raise ValueError(f"on_error is {self.on_error!r}: choose stop or skip")
 
-    def meet(self, path: Path | str, line: int, reason: str) -> None:
-        """Raises DataError under `stop`; `reason` says what is wrong, without a remedy. `line`:
-        from 1; of Parquet, the row."""
+    def add(self, path: Path | str, line: int, reason: str) -> None:
+        """Count a bad line.
+
+        Args:
+            path: the file, as messages name it.
+            line: number from 1; of Parquet, of the row.
+            reason: what is wrong, without a remedy.
+
+        Raises:
+            DataError: under `stop`.
+        """
         if self.on_error == "stop":
-            raise DataError(
-                f"{path}:{line}: {reason}: mend it, or use --on-error skip to leave such lines out"
-            )
+            remedy = "mend it, or use --on-error skip to leave such lines out"
+            raise DataError(f"{path}:{line}: {reason}: {remedy}")
         self.count += 1
         if len(self.shown) < NUM_SHOWN:
             self.shown.append(f"{path}:{line}: {reason}")
 
-    def told(self) -> list[str]:
+    def summary(self) -> list[str]:
         """Lines for a person; none where nothing was left out."""
         if not self.count:
             return []
         more = f"; the first {len(self.shown)}:" if self.count > len(self.shown) else ":"
         return [f"{self.count:,} lines could not be read and were left out{more}", *self.shown]
-
-
-class DataError(ValueError):
-    """Something in a user's data that she can mend; the message is one line: place, value,
-    remedy."""

@@ -7,7 +7,7 @@ import json
 import sys
 
 from genrec_shards.prepare import prepare
-from genrec_shards.ray_engine import entry as door
+from genrec_shards.ray_engine import clean_log as engine_module
 from genrec_shards.ray_engine.log_spans import Sizes
 from genrec_shards.ray_engine.shard_tasks import write_shards_on_ray
 from genrec_shards.ray_engine.tasks import connected
@@ -15,7 +15,7 @@ from genrec_shards.ray_engine.tasks import connected
 FUNCTIONS = {"prepare": prepare, "shard": write_shards_on_ray}
 
 if __name__ == "__main__":
-    door.SIZES = Sizes(*json.loads(sys.argv[2]))
+    engine_module.SIZES = Sizes(*json.loads(sys.argv[2]))
     with connected(sys.argv[1]):
         print("connected", flush=True)
         for line in sys.stdin:

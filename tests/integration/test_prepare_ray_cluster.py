@@ -18,8 +18,8 @@ import pytest
 from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
 from genrec_shards.storage.write import write_shards
+from logs import SMALL, WRITERS, files, messy_rows, write_csv
 from places import HELPERS, ROOT
-from ray_logs import SMALL, WRITERS, files, rows_of, write_csv, write_folder
 
 pytestmark = pytest.mark.dist
 
@@ -38,18 +38,16 @@ class Process:
     """One of the two processes: it answers a line, and ends with its standard input."""
 
     def __init__(self, *command: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=ENVIRONMENT
-        )  # fmt: skip
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, *command], env=ENVIRONMENT, **pipes)
         self.waiting = b""
 
     def line(self, seconds: float = 300) -> str:
         assert self.process.stdout is not None
         until = time.monotonic() + seconds
         while b"\n" not in self.waiting:
-            ready, _, _ = select.select(
-                [self.process.stdout], [], [], max(until - time.monotonic(), 0)
-            )
+            left = max(until - time.monotonic(), 0)
+            ready, _, _ = select.select([self.process.stdout], [], [], left)
             assert ready, "no answer"
             data = os.read(self.process.stdout.fileno(), 1 << 16)
             if not data:
@@ -66,9 +64,8 @@ class Process:
 
     def ask(self, name: str, *arguments: object, **options: object) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write(
-            json.dumps([name, [str(value) for value in arguments], options]).encode() + b"\n"
-        )
+        job = [name, [str(value) for value in arguments], options]
+        self.process.stdin.write(json.dumps(job).encode() + b"\n")
         self.process.stdin.flush()
 
     def end(self) -> None:
@@ -104,11 +101,10 @@ def below(cluster: Process) -> Iterator[tuple[int, str]]:
     parents, names = {}, {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
+            pid = int(entry.name)
             with contextlib.suppress(OSError, IndexError):
-                parents[int(entry.name)] = int(
-                    (entry / "stat").read_text().rpartition(")")[2].split()[1]
-                )
-                names[int(entry.name)] = (entry / "cmdline").read_bytes().split(b"\0")[0].decode()
+                parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                names[pid] = (entry / "cmdline").read_bytes().split(b"\0")[0].decode()
     for pid, name in names.items():
         above = parents[pid]
         while above in parents and above != cluster.process.pid:
@@ -131,35 +127,24 @@ def working(cluster: Process, task: str, seconds: float = 200) -> int:
 @pytest.mark.ranks
 @pytest.mark.parametrize("write", WRITERS)
 def test_two_nodes_give_what_one_process_gives(tmp_path, driver, write):
-    source, format = WRITERS[write](rows_of(8, 2500), tmp_path)
+    source, format = WRITERS[write](messy_rows(8, 2500), tmp_path)
     more = {"format": format, "k_core": 4, "numbering": "train-order"}
     prepare(source, tmp_path / "local", **more)
     driver.ask("prepare", source, tmp_path / "ray", engine="ray", **more)
     assert driver.answer() == "done"
     assert files(tmp_path / "local") == files(tmp_path / "ray")
-    write_shards(
-        load_dataset(tmp_path / "local"),
-        tmp_path / "shards",
-        users_per_shard=32,
-        users_per_record=16,
-    )
-    driver.ask(
-        "shard", tmp_path / "ray", tmp_path / "ray-shards", users_per_shard=32, users_per_record=16
-    )
+    sizes = {"users_per_shard": 32, "users_per_record": 16}
+    write_shards(load_dataset(tmp_path / "local"), tmp_path / "shards", **sizes)
+    driver.ask("shard", tmp_path / "ray", tmp_path / "ray-shards", **sizes)
     assert driver.answer() == "done"
     assert files(tmp_path / "shards") == files(tmp_path / "ray-shards")
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "local",
-        "ray",
-        "shards",
-        "ray-shards",
-        source.name,
-    }
+    made = {"local", "ray", "shards", "ray-shards", source.name}
+    assert {path.name for path in tmp_path.iterdir()} == made
 
 
 @pytest.mark.ranks
 def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path, cluster, driver):
-    source, _ = write_folder(rows_of(9, 40_000), tmp_path)
+    source, _ = WRITERS["folder"](messy_rows(9, 40_000), tmp_path)
     prepare(source, tmp_path / "local")
     driver.ask("prepare", source, tmp_path / "ray", engine="ray")
     os.kill(working(cluster, "read_spans"), signal.SIGKILL)
@@ -169,7 +154,8 @@ def test_a_worker_killed_in_the_middle_changes_nothing(tmp_path, cluster, driver
 
 @pytest.mark.ranks
 def test_a_bad_line_ends_it_with_its_number_and_nothing_is_left(tmp_path, driver):
-    source, _ = write_csv([*rows_of(1), ("U1", "I1", -5), *rows_of(2)], tmp_path)
+    rows = [*messy_rows(1), ("U1", "I1", -5), *messy_rows(2)]
+    source = write_csv(tmp_path / "log.csv", rows)
     driver.ask("prepare", source, tmp_path / "ray", engine="ray")
     assert driver.answer().startswith(f"failed: {source}:1577: time -5 is negative")
     assert [path.name for path in tmp_path.iterdir()] == ["log.csv"]
@@ -178,7 +164,7 @@ def test_a_bad_line_ends_it_with_its_number_and_nothing_is_left(tmp_path, driver
 @pytest.mark.slow
 def test_a_cluster_that_dies_leaves_nothing_under_a_final_name(tmp_path, cluster, driver):
     """The last test of the module, and a minute and more: Ray waits for its head to come back."""
-    source, _ = write_folder(rows_of(9, 40_000), tmp_path)
+    source, _ = WRITERS["folder"](messy_rows(9, 40_000), tmp_path)
     driver.ask("prepare", source, tmp_path / "ray", engine="ray")
     working(cluster, "read_spans")
     for pid, _ in list(below(cluster)):

@@ -1,5 +1,5 @@
-"""A split by time from the log to the lists, through the real commands: who has a target is asked
-once, and nobody else."""
+"""A split by time from the log to the lists, through the real commands: users with a target are
+ranked once, and nobody else."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from dated_log import DATES, Row, write_log
 from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.splits import Split
 from genrec_shards.timestamps import moment
+from logs import DATES, Row, dated_rows, write_csv
 from two_ranks import environment, start_each
 
 from genrec_dist.cli.app import run_command
@@ -34,13 +34,14 @@ from genrec_dist.training.setup import describe
 RECIPE = """
 workers: 0
 log_every: 1
-model: {d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 32, max_tokens: 64, init_std: 0.3, item_loss: 1.0}
+model: {d_model: 16, encoder_layers: 1, decoder_layers: 1, heads: 2, ffn: 32, max_tokens: 64,
+        init_std: 0.3, item_loss: 1.0}
 tokens: {vocab_size: 320}
 pretrain: {epochs: 1, batch_size: 16}
 finetune: {epochs: 2, batch_size: 40, learning_rate: 3.0e-3, targets: every-prefix}
 validation: {users: 20, patience: 0}
 """
-FIRST = [moment(date, "") for date in DATES.split(",")]
+FIRST = [moment(date, "") // 1_000_000 for date in DATES.split(",")]
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class World:
     def dataset(self) -> Dataset:
         return load_dataset(self.data)
 
-    def asked(self, split: Split) -> dict[str, tuple[list[str], str]]:
-        """User -> (history, target), the plain way, for those who are asked; in the order of
+    def targets(self, split: Split) -> dict[str, tuple[list[str], str]]:
+        """User -> (history, target), the plain way, of those who have a target; in the order of
         ids."""
         dataset = self.dataset
         items, first = set(dataset.sequences.item_ids), FIRST[split == "test"]
@@ -75,7 +76,8 @@ class World:
 
 def made(folder: Path, held_out_seed: int) -> World:
     folder.mkdir(parents=True)
-    rows = write_log(folder / "log.csv", held_out_seed, num_items=30)
+    rows = dated_rows(held_out_seed, num_items=30)
+    write_csv(folder / "log.csv", rows)
     data, run, recipe = folder / "data", folder / "run", folder / "recipe.yaml"
     dates = ["--split", "global-time", "--cutoff", DATES, "--k-core", "3"]
     assert run_command(["prepare", str(folder / "log.csv"), "--out", str(data), *dates]) == 0
@@ -96,6 +98,10 @@ def other_future(tmp_path_factory: pytest.TempPathFactory) -> World:
     return made(tmp_path_factory.mktemp("by-time") / "other", 1)
 
 
+def copied(run: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run, to, ignore=shutil.ignore_patterns("checkpoints")))
+
+
 def events(run: Path, name: str) -> list[dict[str, Any]]:
     lines = [
         json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
@@ -109,22 +115,23 @@ def results(folder: Path, split: Split) -> tuple[dict[str, Any], list[dict[str, 
 
 
 def check_results(world: World, folder: Path, split: Split) -> dict[str, Any]:
-    """Each user with a target once, in order, asked for her target after her history; figures are
+    """Each user with a target once, in order, with that target after the right history; figures are
     those of the lists."""
     metrics, lists = results(folder, split)
-    asked = world.asked(split)
+    wanted = world.targets(split)
     assert [(row["user"], row["target"]) for row in lists] == [
-        (user, target) for user, (_, target) in asked.items()
+        (user, target) for user, (_, target) in wanted.items()
     ]
-    assert metrics["users"] == len(asked) < world.dataset.sequences.num_users
+    assert metrics["users"] == len(wanted) < world.dataset.sequences.num_users
     assert metrics["protocol"]["split"] == f"global-time {DATES}"
     exact = metrics_from_histogram(rank_histogram(np.array([row["rank"] for row in lists])))
     assert {name: metrics[name] for name in WEIGHTS} == exact
-    lengths = metrics["breakdown"]["history_length"]
-    assert lengths["1-2"]["users"] == sum(len(history) <= 2 for history, _ in asked.values())
-    assert lengths["6-10"]["users"] == sum(6 <= len(history) <= 10 for history, _ in asked.values())
+    found = metrics["breakdown"]["history_length"]
+    lengths = [len(history) for history, _ in wanted.values()]
+    assert found["1-2"]["users"] == sum(length <= 2 for length in lengths)
+    assert found["6-10"]["users"] == sum(6 <= length <= 10 for length in lengths)
     if metrics["protocol"]["exclude_history"]:
-        assert not any(set(row["items"]) & set(asked[row["user"]][0]) for row in lists)
+        assert not any(set(row["items"]) & set(wanted[row["user"]][0]) for row in lists)
     return metrics
 
 
@@ -152,7 +159,7 @@ def test_the_same_training_period_trains_the_same_model(world: World, other_futu
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
-def test_evaluation_asks_each_user_with_a_target_once(world: World, split: Split) -> None:
+def test_evaluate_ranks_each_user_with_a_target_once(world: World, split: Split) -> None:
     assert run_command(["evaluate", str(world.run), "--split", split, "--batch-size", "7"]) == 0
     metrics = check_results(world, world.run, split)
     _, lists = results(world.run, split)
@@ -170,16 +177,12 @@ def test_evaluation_asks_each_user_with_a_target_once(world: World, split: Split
         ("sasrec+knn", ["sasrec.epochs=2", "knn.window=3"]),
     ],
 )  # fmt: skip
-def test_baselines_ask_the_same_users(
+def test_baselines_rank_the_same_users(
     world: World, tmp_path: Path, name: str, options: list[str], split: Split
 ) -> None:
     more = [text for option in options for text in ("--set", option)]
-    assert (
-        run_command(
-            ["baseline", name, str(world.data), "--out", str(tmp_path), "--split", split, *more]
-        )
-        == 0
-    )
+    command = ["baseline", name, str(world.data), "--out", str(tmp_path), "--split", split]
+    assert run_command([*command, *more]) == 0
     metrics = check_results(world, tmp_path, split)
     if name == "popularity":
         excluded = metrics["protocol"]["exclude_history"]
@@ -189,30 +192,28 @@ def test_baselines_ask_the_same_users(
 
 
 def popularity_ranks(world: World, split: Split, excluded: bool) -> list[int]:
-    """By counting rows before July; who ties with the target stands above her."""
+    """By counting rows before July; items that tie with the target rank above it."""
     sequences = world.dataset.sequences
     users, taken = set(sequences.user_ids), dict.fromkeys(sequences.item_ids, 0)
     for user, item, time in world.rows:
         if time < FIRST[0] and user in users and item in taken:
             taken[item] += 1
     ranks = []
-    for history, target in world.asked(split).values():
+    for history, target in world.targets(split).values():
         rivals = set(taken) - (set(history) if excluded else set())
         place = sum(taken[item] >= taken[target] for item in rivals)
         ranks.append(place if target in rivals and place <= 20 else 0)
     return ranks
 
 
-def test_weights_of_the_mixture_are_chosen_by_those_who_are_asked(
+def test_weights_of_the_mixture_are_chosen_on_users_with_a_target(
     world: World, tmp_path: Path
 ) -> None:
-    run = Path(
-        shutil.copytree(world.run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
-    )
+    run = copied(world.run, tmp_path / "run")
     hybrid = ["evaluate", str(run), "--split", "validation", "--decode", "hybrid"]
     assert run_command([*hybrid, "--tune-weights"]) == 0
     chosen = json.loads((run / "hybrid.json").read_text(encoding="utf-8"))
-    assert chosen["users"] == len(world.asked("validation"))
+    assert chosen["users"] == len(world.targets("validation"))
     assert run_command(hybrid) == 0
     assert check_results(world, run, "validation")["NDCG@10"] == pytest.approx(
         chosen["validation"]["NDCG@10"]
@@ -220,15 +221,9 @@ def test_weights_of_the_mixture_are_chosen_by_those_who_are_asked(
 
 
 @pytest.mark.dist
+@pytest.mark.ranks
 def test_two_ranks_write_the_same_lists(world: World, tmp_path: Path) -> None:
-    one, two = (
-        Path(
-            shutil.copytree(
-                world.run, tmp_path / name, ignore=shutil.ignore_patterns("checkpoints")
-            )
-        )
-        for name in ("one", "two")
-    )
+    one, two = (copied(world.run, tmp_path / name) for name in ("one", "two"))
     command = ["-m", "genrec_dist.cli", "evaluate", "--batch-size", "5"]
     alone = forked.run([*command, one], environment(), timeout=300)
     assert alone.returncode == 0, alone
@@ -238,7 +233,7 @@ def test_two_ranks_write_the_same_lists(world: World, tmp_path: Path) -> None:
     check_results(world, two, "test")
 
 
-def test_requests_see_the_whole_history_of_everyone(world: World, tmp_path: Path) -> None:
+def test_recommend_uses_the_whole_history_of_everyone(world: World, tmp_path: Path) -> None:
     sequences = world.dataset.sequences
     path = recommend_all(
         Recommender(load_run(world.run), exclude_history=True), world.dataset, tmp_path
@@ -272,16 +267,12 @@ def test_two_splits_are_not_compared(
         "leave-one-out": [],
         "later": ["--split", "global-time", "--cutoff", "2014-07-01,2014-11-01"],
     }
-    assert (
-        run_command(["baseline", "popularity", str(world.data), "--out", str(tmp_path / "by-time")])
-        == 0
-    )
+    by_time = str(tmp_path / "by-time")
+    assert run_command(["baseline", "popularity", str(world.data), "--out", by_time]) == 0
     for name, options in cuts.items():
         data, out = tmp_path / name / "data", tmp_path / name / "popularity"
-        assert (
-            run_command(["prepare", str(world.log), "--out", str(data), "--k-core", "3", *options])
-            == 0
-        )
+        command = ["prepare", str(world.log), "--out", str(data), "--k-core", "3", *options]
+        assert run_command(command) == 0
         assert run_command(["baseline", "popularity", str(data), "--out", str(out)]) == 0
         capsys.readouterr()
         assert run_command(["compare", str(tmp_path / "by-time"), str(out)]) == 1
@@ -294,12 +285,9 @@ def test_the_command_says_what_was_cut(
     options = ["--split", "global-time", "--cutoff", DATES, "--k-core", "3"]
     assert run_command(["prepare", str(world.log), "--out", str(tmp_path / "data"), *options]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    told = world.dataset.info
-    assert told.global_time is not None
+    info = world.dataset.info
+    assert info.global_time is not None
     assert "trained before 2014-07-01, validated before 2014-10-01, tested from there on" in said
-    assert f"{told.global_time.users_without_history} users without history left out" in said
-    assert f"{told.dropped['rows_of_users_without_history']} rows of users without history" in said
-    assert (
-        f"{told.dropped['rows_of_items_outside_the_catalogue']} rows of items outside the catalogue"
-        in said
-    )
+    assert f"{info.global_time.users_without_history} users without history left out" in said
+    for reason in ("rows_of_users_without_history", "rows_of_items_outside_the_catalogue"):
+        assert f"{info.dropped[reason]} {reason.replace('_', ' ')}" in said

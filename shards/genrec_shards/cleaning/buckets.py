@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from genrec_shards.errors import DataError
 if TYPE_CHECKING:
     import polars as pl
 
-USERS_A_BUCKET = 1 << 15
+USERS_PER_BUCKET = 1 << 15
 NAMES_AT_ONCE = 1 << 16
 ROW = np.dtype([("time", "<i8"), ("user", "<u4"), ("item", "<u4")])
 """One interaction: microseconds, and numbers of user and item."""
@@ -24,7 +24,7 @@ class Numbers:
     """Numbers 0, 1, ... for ids, the same for an id wherever it comes again.
 
     polars' own table of categories: a tenth of the time of a Python dictionary, at the same 125
-    bytes an id."""
+    bytes per id."""
 
     def __init__(self) -> None:
         import polars as pl
@@ -46,9 +46,8 @@ class Numbers:
             numbers = ids.cast(self._kind).to_physical().to_numpy()
         except pl.exceptions.PolarsError as error:
             reason = str(error).partition("\n")[0][:200]
-            raise DataError(
-                f"ids cannot be numbered ({reason}): 4,294,967,294 users or items are the most, split the log"
-            ) from None
+            most = "4,294,967,294 users or items are the most, split the log"
+            raise DataError(f"ids cannot be numbered ({reason}): {most}") from None
         if len(numbers):
             self._count = max(self._count, int(numbers.max()) + 1)
         return numbers
@@ -65,71 +64,53 @@ class Numbers:
             yield from self.names(np.arange(first, min(first + NAMES_AT_ONCE, self._count)))
 
 
-class Rows(Protocol):
-    """Rows in buckets, a user's all in one, wherever they lie."""
+def rows_of_frame(found: pl.DataFrame, users: Numbers, items: Numbers) -> np.ndarray:
+    """ROW[n] of a reader's frame; new ids get the next numbers."""
+    rows = np.empty(found.height, ROW)
+    rows["time"] = found["time"].to_numpy()
+    rows["user"], rows["item"] = users.of(found["user"]), items.of(found["item"])
+    return rows
 
-    user_numbers: Numbers
-    item_numbers: Numbers
 
-    @property
-    def num_users(self) -> int: ...
+def places_by_key(keys: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(key, the places where it is, ascending) of each distinct key, ascending.
 
-    @property
-    def num_items(self) -> int: ...
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """ROW[n] of each bucket."""
-
-    def replace(self, bucket: int, rows: np.ndarray) -> None:
-        """Let a bucket hold these rows."""
+    Example: keys 7, 3, 7 give (3, [1]) and (7, [0, 2]).
+    """
+    order = np.argsort(keys, kind="stable")
+    distinct, starts = np.unique(keys[order], return_index=True)
+    yield from zip(distinct.tolist(), np.split(order, starts[1:]), strict=False)
 
 
 class Buckets:
     """Files of rows: a user's are all in one of them, in the order of the log until `replace` sorts
     them.
 
-    A sort of the whole log by polars' streaming engine holds it in memory: 57 bytes a row of 16
+    A sort of the whole log by polars' streaming engine holds it in memory: 57 bytes per row of 16
     (2.1.0, 10^7 rows in Parquet)."""
 
     def __init__(self, folder: Path) -> None:
         """`folder`: an empty directory that is the buckets' own."""
         self.folder = folder
-        self.user_numbers, self.item_numbers = Numbers(), Numbers()
+        self.users, self.items = Numbers(), Numbers()
         self.num_rows = 0
-
-    @property
-    def num_users(self) -> int:
-        return len(self.user_numbers)
-
-    @property
-    def num_items(self) -> int:
-        return len(self.item_numbers)
 
     def add(self, found: pl.DataFrame) -> None:
         """Append a frame's rows. Raises OSError where the disk is full."""
-        if not found.height:  # a block of the log that lies outside the dates
-            return
-        rows = np.empty(found.height, ROW)
-        rows["time"] = found["time"].to_numpy()
-        rows["user"] = self.user_numbers.of(found["user"])
-        rows["item"] = self.item_numbers.of(found["item"])
+        rows = rows_of_frame(found, self.users, self.items)
         self.num_rows += len(rows)
-        bucket_of_row = rows["user"] // USERS_A_BUCKET
-        order = np.argsort(bucket_of_row, kind="stable")
-        used, starts = np.unique(bucket_of_row[order], return_index=True)
-        for bucket, part in zip(used.tolist(), np.split(order, starts[1:]), strict=True):
+        for bucket, places in places_by_key(rows["user"] // USERS_PER_BUCKET):
             with self._path(bucket).open("ab") as file:
-                file.write(rows[part].tobytes())
+                file.write(rows[places].tobytes())
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """ROW[n] of each bucket, users in ascending order of buckets."""
-        for bucket in range(-(-self.num_users // USERS_A_BUCKET)):
+        for bucket in range(-(-len(self.users) // USERS_PER_BUCKET)):
             yield np.fromfile(self._path(bucket), ROW)
 
     def replace(self, bucket: int, rows: np.ndarray) -> None:
         """Let a bucket hold these rows."""
-        with self._path(bucket).open("wb") as file:
-            file.write(rows.tobytes())
+        self._path(bucket).write_bytes(rows.tobytes())
 
     def _path(self, bucket: int) -> Path:
         return self.folder / f"bucket-{bucket:06d}"

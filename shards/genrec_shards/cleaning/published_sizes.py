@@ -16,7 +16,7 @@ class PublicSet:
 
     users: int
     items: int
-    told_by: str = PAPER
+    source: str = PAPER
     since: str | None = None
     until: str | None = None
     """The range of dates that it was cut to, both ends included."""
@@ -43,8 +43,7 @@ def check_expected(name: str, sequences: Sequences, source: str) -> str:
     wanted = public_set(name)
     found = f"{sequences.num_users:,} users and {sequences.num_items:,} items"
     if (sequences.num_users, sequences.num_items) != (wanted.users, wanted.items):
-        raise DataError(
-            f"{source}: {found}, {wanted.told_by} has {wanted.users:,} and {wanted.items:,} of {name}: take the file and "
-            "cleaning named in docs/data.md, or leave out --expect"
-        )
-    return f"{found}, as {wanted.told_by} has of {name}"
+        published = f"{wanted.source} has {wanted.users:,} and {wanted.items:,} of {name}"
+        remedy = "take the file and cleaning named in docs/data.md, or leave out --expect"
+        raise DataError(f"{source}: {found}, {published}: {remedy}")
+    return f"{found}, as {wanted.source} has of {name}"

@@ -4,7 +4,7 @@ numbers known."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,8 +13,12 @@ import pyarrow.parquet as pq
 from genrec_shards.ray_engine.sources import LogFile
 from genrec_shards.ray_engine.tasks import Tasks
 from genrec_shards.readers.tabular import LONGEST_JOINED, is_parquet
-from genrec_shards.readers.text_blocks import BLOCK_BYTES, LONGEST_LINE
-from genrec_shards.sequences import BYTE_ORDER_MARK, GZIP_MAGIC
+from genrec_shards.readers.text_blocks import (
+    BLOCK_BYTES,
+    BYTE_ORDER_MARK,
+    GZIP_MAGIC,
+    LONGEST_LINE,
+)
 
 # C pieces of a text file
 
@@ -34,7 +38,7 @@ class Sizes:
     def num_buckets(self, total: int, num_cpus: int) -> int:
         return max(1, min(max(total // self.bucket, num_cpus), self.most))
 
-    def bytes_a_task(self, total: int, num_cpus: int) -> int:
+    def bytes_per_task(self, total: int, num_cpus: int) -> int:
         return max(total // self.most, min(self.span, total // (2 * num_cpus)), self.block)
 
 
@@ -46,7 +50,7 @@ class Span:
     start: int = 0
     """Bytes before it; a line begins there."""
     end: int | None = None
-    """Of a text that is cut: the byte behind its last line."""
+    """Of a text that is cut: the byte after its last line."""
     piece: int = 0
     """Number of the piece of the file, of `Sizes.block` bytes, that its first block ends in."""
     line: int = 1
@@ -59,62 +63,55 @@ class Span:
         return (self.file.size if self.end is None else self.end) - self.start
 
 
-def planned(files: list[LogFile], is_table: bool, sizes: Sizes, tasks: Tasks) -> list[list[Span]]:
-    """The spans of each task, in the log's order. `is_table`: may cells be quoted, or files be
-    Parquet?
-
-    A gzip cannot be entered half-way, so it is one span.
-    """
-    total = sum(file.size for file in files)
-    target = sizes.bytes_a_task(total, tasks.num_cpus)
-    spans = [span for file in files for span in _spans(file, is_table, target, sizes, tasks)]
+def plan_spans(
+    files: list[LogFile], is_table: bool, sizes: Sizes, tasks: Tasks
+) -> list[list[Span]]:
+    """The spans of each task, in the log's order. A gzip cannot be entered half-way, so it is one
+    span. `is_table`: whether cells may be quoted and files may be Parquet."""
+    target = sizes.bytes_per_task(sum(file.size for file in files), tasks.num_cpus)
     found: list[list[Span]] = []
     held = 0
-    for span in spans:
-        if not found or held + span.size > target:
-            found.append([])
-            held = 0
-        found[-1].append(span)
-        held += span.size
+    for file in files:
+        for span in _spans(file, is_table, target, sizes.block, tasks):
+            if not found or held + span.size > target:
+                found.append([])
+                held = 0
+            found[-1].append(span)
+            held += span.size
     return found
 
 
-def _spans(file: LogFile, is_table: bool, target: int, sizes: Sizes, tasks: Tasks) -> list[Span]:
+def _spans(file: LogFile, is_table: bool, target: int, block: int, tasks: Tasks) -> list[Span]:
+    """The file in spans of about `target` bytes."""
     if file.size <= target:
         return [Span(file)]
     if is_table and is_parquet(file.name):
-        return _groups(file, target, tasks)
+        return _spans_of_groups(file, target, tasks)
     with file.open() as raw:
         beginning = raw.read(len(BYTE_ORDER_MARK))
     if beginning.startswith(GZIP_MAGIC):
         return [Span(file)]
-    marked = len(BYTE_ORDER_MARK) if beginning == BYTE_ORDER_MARK else 0
-    num_pieces = -(-file.size // sizes.block)
-    each = max(target // sizes.block, 1)
+    num_pieces, each = -(-file.size // block), max(target // block, 1)
     surveys = [
-        tasks.start(survey, file, first, min(first + each, num_pieces), sizes.block)
+        tasks.start(survey, file, first, min(first + each, num_pieces), block)
         for first in range(0, num_pieces, each)
     ]
     found_C4 = np.concatenate([tasks.get(part) for part in surveys])
+    first_byte = len(BYTE_ORDER_MARK) if beginning == BYTE_ORDER_MARK else 0
     spans = [Span(file)]
-    for cut in cuts(found_C4, sizes.block, is_table, marked):
-        if cut[0] - spans[-1].start >= target and cut[0] < file.size:
-            first = spans.pop()
-            spans += [
-                Span(file, first.start, cut[0], first.piece, first.line),
-                Span(file, cut[0], file.size, cut[1], cut[2]),
-            ]
+    for start, piece, line in cuts(found_C4, block, is_table, first_byte):
+        if start - spans[-1].start >= target and start < file.size:
+            spans[-1] = replace(spans[-1], end=start)
+            spans.append(Span(file, start, file.size, piece, line))
     return spans
 
 
-def _groups(file: LogFile, target: int, tasks: Tasks) -> list[Span]:
-    """Spans of whole row groups; of a file that is none, one, whose reader says so."""
-    found = tasks.get(tasks.start(row_groups, file))
-    if not found:
-        return [Span(file)]
+def _spans_of_groups(file: LogFile, target: int, tasks: Tasks) -> list[Span]:
+    """Spans of whole row groups; one of a file that is no Parquet, whose reader says so."""
     spans: list[Span] = []
     groups: list[int] = []
     first, rows, held = 1, 0, 0
+    found = tasks.get(tasks.start(row_groups, file))
     for group, (num_rows, size) in enumerate(found):
         groups.append(group)
         rows += num_rows
@@ -122,16 +119,15 @@ def _groups(file: LogFile, target: int, tasks: Tasks) -> list[Span]:
         if held >= target or group == len(found) - 1:
             spans.append(Span(file, line=first, groups=tuple(groups)))
             first, groups, rows, held = first + rows, [], 0, 0
-    return spans
+    return spans or [Span(file)]
 
 
 def row_groups(file: LogFile) -> list[tuple[int, int]]:
     """(rows, bytes) of each row group; none of a file that cannot be opened as Parquet."""
     try:
         with file.open() as raw, pq.ParquetFile(raw) as table:
-            groups = [
-                table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)
-            ]
+            data = table.metadata
+            groups = [data.row_group(number) for number in range(data.num_row_groups)]
             return [(group.num_rows, group.total_byte_size) for group in groups]
     except (pa.ArrowException, OSError):
         return []
@@ -139,19 +135,15 @@ def row_groups(file: LogFile) -> list[tuple[int, int]]:
 
 def survey(file: LogFile, first: int, end: int, size: int) -> np.ndarray:
     """int64[C, 4] of the pieces first..end-1: line ends, bytes through the last of them, quotes
-    through it and behind it."""
+    through it and after it."""
     found = np.zeros((end - first, 4), np.int64)
     with file.open() as raw:
         raw.seek(first * size)
         for row in found:
             data = raw.read(size)
             through = data.rfind(b"\n") + 1
-            row[:] = (
-                data.count(b"\n"),
-                through,
-                data.count(b'"', 0, through),
-                data.count(b'"', through),
-            )
+            quotes = data.count(b'"', 0, through), data.count(b'"', through)
+            row[:] = data.count(b"\n"), through, *quotes
     return found
 
 
@@ -159,22 +151,30 @@ def cuts(
     found_C4: np.ndarray, size: int, quoted: bool, start: int = 0
 ) -> Iterator[tuple[int, int, int]]:
     """(byte, piece, line) where `whole_lines`, and of quoted text `with_whole_cells`, begins anew.
-    `start`: the first line's byte.
 
-    None come behind a line that is too long: there the reader stops.
+    None come after a line that is too long: there the reader stops.
+
+    Example, pieces of 4 bytes: `a"\\nb`, `c"\\nd`, `e\\n`. A reader of lines begins anew at bytes
+    3, 7 and 10, lines 2, 3 and 4; one of quoted text not at 3, where a quote is open.
+
+    Args:
+        found_C4: of all pieces, as `survey` gives it.
+        size: bytes of a piece.
+        quoted: whether cells may be quoted.
+        start: the first line's byte.
     """
     line, begin, last = 1, start, start
-    quotes = behind = 0
-    for piece, (ends, through, quotes_through, quotes_behind) in enumerate(found_C4.tolist()):
+    quotes = waiting = 0
+    for piece, (ends, through, quotes_through, quotes_after) in enumerate(found_C4.tolist()):
         if not ends:
-            behind += quotes_behind
+            waiting += quotes_after
             if (piece + 1) * size - last > LONGEST_LINE:
                 return
             continue
         line += ends
         last = piece * size + through
-        quotes += behind + quotes_through
-        behind = quotes_behind
+        quotes += waiting + quotes_through
+        waiting = quotes_after
         if not quoted or quotes % 2 == 0 or last - begin >= LONGEST_JOINED:
             quotes, begin = 0, last
             yield last, piece + 1, line

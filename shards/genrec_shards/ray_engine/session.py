@@ -27,18 +27,21 @@ def started(
     object_store_bytes: int | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[Any]:
-    """The module `ray`, connected. `address`: of a running cluster, or None for one of our own that
-    ends with the block.
+    """The module `ray`, connected. In a process that is connected already nothing is started and
+    nothing ended.
 
-    `option`: what the user gives the address by; `settings`: environment variables that Ray reads
-    when it is imported, where the user has none of her own. In a process that is connected already
-    nothing is started and nothing ended. Raises ValueError, one line, where Ray is not installed,
-    nobody answers, or Ray would listen elsewhere than on loopback."""
-    _set_environment(
-        own=address is None,
-        inside=address is None or _is_loopback(address),
-        settings=settings or {},
-    )
+    Args:
+        address: of a running cluster; None: one of our own that ends with the block.
+        option: what the user gives the address by.
+        object_store_bytes: memory of our own cluster's object store.
+        settings: environment variables that Ray reads when it is imported; the user's own stay.
+
+    Raises:
+        ValueError: one line: Ray is not installed, nobody answers, or Ray would listen elsewhere
+            than on loopback.
+    """
+    own_machine = address is None or is_loopback(address.rpartition(":")[0].strip("[]"))
+    _set_environment(address is None, own_machine, settings or {})
     try:
         import ray
         import ray.exceptions
@@ -47,32 +50,22 @@ def started(
     began = not ray.is_initialized()
     try:
         if began:
-            with _kept_handler(signal.SIGTERM):
+            before = signal.getsignal(signal.SIGTERM)
+            try:
                 _start(ray, address, option, object_store_bytes)
+            finally:
+                # Ray puts a handler of its own in place of ours; outside of the main thread it sets
+                # none, and nor can we.
+                with contextlib.suppress(ValueError):
+                    signal.signal(signal.SIGTERM, before)
         yield ray
     finally:
         if began:
             ray.shutdown()
 
 
-@contextlib.contextmanager
-def _kept_handler(number: signal.Signals) -> Iterator[None]:
-    """Ray puts a handler of its own in place of ours."""
-    before = signal.getsignal(number)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # not in the main thread, where Ray sets none
-            signal.signal(number, before)
-
-
-def _is_loopback(address: str) -> bool:
-    return is_loopback(address.rpartition(":")[0].strip("[]"))
-
-
-def _set_environment(own: bool, inside: bool, settings: Mapping[str, str]) -> None:
-    """Before Ray is imported, which reads it then. `inside`: is all of it on loopback? Values of
-    the user's own stay."""
+def _set_environment(own: bool, own_machine: bool, settings: Mapping[str, str]) -> None:
+    """Before Ray is imported, which reads it then. Values of the user's own stay."""
     if (
         own
         and os.environ.setdefault("RAY_AUTH_MODE", "token") == "token"
@@ -80,7 +73,7 @@ def _set_environment(own: bool, inside: bool, settings: Mapping[str, str]) -> No
     ):
         # Of this cluster alone: nothing is left in the home directory.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    if inside:
+    if own_machine:
         # Or Ray listens on this machine's outer address, and looks there for a cluster on loopback.
         # The switch is named after the systems where that is the default.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -90,36 +83,32 @@ def _set_environment(own: bool, inside: bool, settings: Mapping[str, str]) -> No
 
 def _start(ray: Any, address: str | None, option: str, object_store_bytes: int | None) -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is not None:
         _probe(address, option)
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ValueError(f"{option} {address}: {' '.join(str(error).split())[:300]}") from None
         return
+    limited = hasattr(os, "sched_getaffinity")
     ray.init(
         address="local",
-        num_cpus=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        num_cpus=len(os.sched_getaffinity(0)) if limited else os.cpu_count(),
         include_dashboard=False,
         object_store_memory=object_store_bytes,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
         _node_ip_address=LOOPBACK,
+        **quiet,
     )
-    outside = [
-        node["NodeManagerAddress"] for node in ray.nodes() if node["NodeManagerAddress"] != LOOPBACK
-    ]
-    if outside:
-        raise ValueError(
-            f"Ray listens on {outside[0]}: it was imported before it could be kept on loopback: use a "
-            f"process of its own, or {option}"
-        )
+    addresses = [node["NodeManagerAddress"] for node in ray.nodes()]
+    if outside := [found for found in addresses if found != LOOPBACK]:
+        imported = "it was imported before it could be kept on loopback"
+        remedy = f"use a process of its own, or {option}"
+        raise ValueError(f"Ray listens on {outside[0]}: {imported}: {remedy}")
 
 
 def _probe(address: str, option: str) -> None:
-    """Ray asks an address that nobody answers for more than ten minutes."""
+    """Raises ValueError where nobody answers; Ray itself would try for more than ten minutes."""
     host, _, port = address.rpartition(":")
     if address == "auto":
         return
@@ -128,6 +117,5 @@ def _probe(address: str, option: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise ValueError(
-            f"{option} {address}: nobody answers ({error}): start a cluster there with `ray start --head`, or leave it out"
-        ) from None
+        remedy = "start a cluster there with `ray start --head`, or leave it out"
+        raise ValueError(f"{option} {address}: nobody answers ({error}): {remedy}") from None

@@ -9,12 +9,17 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from genrec_shards.errors import DataError
-from genrec_shards.readers.detect_format import Format, guess_by_name, guess_format
-from genrec_shards.readers.read_log import endings_of, source_files
-from genrec_shards.readers.text_blocks import readable
+from genrec_shards.readers.read_log import (
+    Format,
+    guess_by_name,
+    guess_format,
+    log_names,
+    source_files,
+)
+from genrec_shards.readers.text_blocks import check_readable, unreadable
 from genrec_shards.storage.remote import RemoteFiles, RetryPolicy, is_address
 
-BYTES_A_REQUEST = 8 << 20
+BYTES_PER_REQUEST = 8 << 20
 """Read at once behind an address."""
 
 
@@ -34,30 +39,24 @@ class LogFile:
     def open(self) -> BinaryIO:
         """Raises DataError where this node does not see the path."""
         if is_address(self.place):
-            return io.BufferedReader(_Remote(self.place, self.size), BYTES_A_REQUEST)
+            return io.BufferedReader(_RemoteFile(self.place, self.size), BYTES_PER_REQUEST)
         try:
             return Path(self.place).open("rb")
         except FileNotFoundError:
-            raise DataError(
-                f"{self.place}: not seen by a node of the cluster: put it on a path that all nodes share, or behind an address"
-            ) from None
+            remedy = "put it on a path that all nodes share, or behind an address"
+            not_seen = "not seen by a node of the cluster"
+            raise DataError(f"{self.place}: {not_seen}: {remedy}") from None
         except OSError as error:
-            raise DataError(
-                f"{self.place}: cannot be read ({error.strerror}): check the path and its rights"
-            ) from None
+            raise unreadable(self.place, error) from None
 
 
-class _Remote(io.RawIOBase):
-    """A file behind an address, read in parts, as patiently as shards are."""
+class _RemoteFile(io.RawIOBase):
+    """A file behind an address, read in parts, with the retries that shards have."""
 
     def __init__(self, address: str, size: int) -> None:
         folder, _, self.base = address.rpartition("/")
-        self.files, self.address, self.size, self.at = (
-            RemoteFiles(folder, RetryPolicy()),
-            address,
-            size,
-            0,
-        )
+        self.files, self.address = RemoteFiles(folder, RetryPolicy()), address
+        self.size, self.at = size, 0
 
     def readable(self) -> bool:
         return True
@@ -73,14 +72,12 @@ class _Remote(io.RawIOBase):
         return self.at
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        end = min(self.at + len(buffer), self.size)
-        if end <= self.at:
+        part = self.at, min(self.at + len(buffer), self.size)
+        if part[1] <= part[0]:
             return 0
-        data = self.files.fetch(
-            self.base, self.address, part=(self.at, end), count=lambda size: None
-        )
+        data = self.files.fetch(self.base, self.address, part=part, count=lambda size: None)
         buffer[: len(data)] = data
-        self.at = end
+        self.at = part[1]
         return len(data)
 
 
@@ -99,7 +96,7 @@ def check_source(source: str | Path) -> None:
     """Raises ValueError or DataError, one line, for a path that cannot be read or an address that
     is not allowed."""
     if isinstance(source, Path):
-        readable(source)
+        check_readable(source)
     else:
         RemoteFiles(source, RetryPolicy())
 
@@ -115,25 +112,12 @@ def format_of(source: str | Path) -> Format:
 def log_files_of(source: str | Path, format: str | None) -> list[LogFile]:
     """The files of a log, as `source_files`. `format`: None where it is still to be guessed."""
     if isinstance(source, Path):
-        return [
-            LogFile(str(file), file.stat().st_size)
-            for file in source_files(source, format or "interactions")
-        ]
+        files = source_files(source, format or "interactions")
+        return [LogFile(str(file), file.stat().st_size) for file in files]
     folder, _, name = source.rstrip("/").rpartition("/")
-    if source.startswith("s3:"):
-        found = RemoteFiles(source, RetryPolicy()).listed()
-        endings = endings_of(format)
-        # An object has no entries below it.
-        chosen = [
-            LogFile(f"{source.rstrip('/')}/{entry}", size)
-            for entry, size in sorted(found)
-            if entry.lower().removesuffix(".gz").rpartition(".")[2] in endings
-            and not entry.startswith((".", "_"))
-        ]
-        if found and not chosen:
-            raise DataError(
-                f"{source}: no file that ends in .{', .'.join(endings)}: check the path"
-            )
-        if chosen:
-            return chosen
+    is_s3 = source.startswith("s3:")
+    # An object has no entries below it.
+    if is_s3 and (sizes := dict(RemoteFiles(source, RetryPolicy()).listed())):
+        names = log_names(sizes, format, source)
+        return [LogFile(f"{source.rstrip('/')}/{name}", sizes[name]) for name in names]
     return [LogFile(source, RemoteFiles(folder, RetryPolicy()).size(name, source))]

@@ -1,22 +1,19 @@
-"""Ray for a log: functions as tasks, and what they raise."""
+"""Functions as tasks of Ray, and what they raise."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from genrec_shards.ray_engine.session import started
 
 MOST_RETRIES = 3
 """Of a task whose worker is lost: it gives the same again, so nothing comes twice."""
 
-Result = TypeVar("Result")
-
 
 class Tasks:
-    """Functions run by Ray's workers; results stay where they were made until they are asked
-    for."""
+    """Functions run by Ray's workers; results stay where they were made until `get`."""
 
     def __init__(self, ray: Any) -> None:
         self.ray = ray
@@ -37,20 +34,20 @@ class Tasks:
 
     def get(self, reference: Any) -> Any:
         """The value. Raises what the function raised where that is the user's to mend, else
-        RuntimeError in one line."""
+        ValueError in one line."""
         exceptions = self.ray.exceptions
         try:
             return self.ray.get(reference)
         except exceptions.RayTaskError as error:
-            cause = error.cause if isinstance(error.cause, Exception) else error
-            if isinstance(cause, ValueError | OSError):
-                raise cause from None
-            raise ValueError(f"Ray: a task failed: {_last_line(error)}") from None
+            if isinstance(error.cause, ValueError | OSError):
+                raise error.cause from None
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            last = lines[-1][:300] if lines else type(error).__name__
+            raise ValueError(f"Ray: a task failed: {last}") from None
         except exceptions.RayError as error:
-            raise ValueError(
-                f"Ray: a worker or a node was lost and {MOST_RETRIES} retries did not help ({type(error).__name__}): "
-                "give the nodes more memory or disk, and run it again"
-            ) from None
+            lost = f"a worker or a node was lost and {MOST_RETRIES} retries did not help"
+            remedy = "give the nodes more memory or disk, and run it again"
+            raise ValueError(f"Ray: {lost} ({type(error).__name__}): {remedy}") from None
 
     def put(self, value: Any) -> Any:
         """A reference that many tasks may be given."""
@@ -68,14 +65,8 @@ def connected(address: str | None) -> Iterator[Tasks]:
         yield Tasks(ray)
 
 
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
-
-
 def cancel(tasks: Tasks, references: Sequence[Any]) -> None:
-    """Let go of tasks that nobody waits for any more; a cluster that is not ours goes on without
-    them."""
+    """Stop tasks whose results nobody needs any more; a cluster that is not ours lives on."""
     for reference in references:
         with contextlib.suppress(Exception):
             tasks.ray.cancel(reference, force=False)

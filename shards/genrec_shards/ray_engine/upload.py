@@ -20,7 +20,7 @@ def uploaded_directory(address: str, overwrite: bool, marker: str) -> Iterator[P
     overwriting run removes and the last that it writes. Raises ValueError, before the block runs,
     for an address that is not s3 or is taken."""
     files = writable(address)
-    taken = claim(files, overwrite, marker)
+    taken = is_taken(files, overwrite, marker)
     with tempfile.TemporaryDirectory(prefix="genrec-") as scratch:
         made = Path(scratch) / "made"
         yield made
@@ -33,26 +33,22 @@ def writable(address: str) -> RemoteFiles:
     """Raises ValueError for an address that cannot be written to."""
     files = RemoteFiles(address, RetryPolicy())
     if files.scheme != "s3":
-        raise ValueError(
-            f"{files.address}: cannot be written to: choose a path, or an address of s3://"
-        )
+        remedy = "choose a path, or an address of s3://"
+        raise ValueError(f"{files.address}: cannot be written to: {remedy}")
     return files
 
 
-def claim(files: RemoteFiles, overwrite: bool, marker: str) -> bool:
-    """Is there a directory to be overwritten? Raises ValueError for one that must not be."""
+def is_taken(files: RemoteFiles, overwrite: bool, marker: str) -> bool:
+    """Whether there is a directory to be overwritten. Raises ValueError for one that must not
+    be."""
     names = [name for name, _ in files.listed()]
-    if not names:
-        return False
-    if not overwrite:
-        raise ValueError(
-            f"{files.address} exists: choose another output, or overwrite it with --overwrite"
-        )
-    if marker not in names:
-        raise ValueError(
-            f"{files.address} holds no {marker}, so it is not ours to overwrite: choose another output"
-        )
-    return True
+    if names and not overwrite:
+        remedy = "choose another output, or overwrite it with --overwrite"
+        raise ValueError(f"{files.address} exists: {remedy}")
+    if names and marker not in names:
+        not_ours = f"holds no {marker}, so it is not ours to overwrite"
+        raise ValueError(f"{files.address} {not_ours}: choose another output")
+    return bool(names)
 
 
 def send(files: RemoteFiles, folder: Path, marker: str) -> None:

@@ -1,9 +1,10 @@
-"""What every reader yields, and how rows that were read one by one become such a frame."""
+"""What every reader yields: frames of user (String), item (String) and time (Int64, microseconds
+since 1970), without gaps."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from genrec_shards.errors import BadLines, DataError
@@ -11,9 +12,6 @@ from genrec_shards.timestamps import Clock
 
 if TYPE_CHECKING:
     import polars as pl
-
-# A frame has the columns user (String), item (String) and time (Int64, microseconds since 1970),
-# without gaps.
 
 
 def polars() -> Any:
@@ -28,54 +26,67 @@ def polars() -> Any:
     return pl
 
 
-def frame(users: pl.Series, items: pl.Series, times: pl.Series) -> pl.DataFrame:
-    """A frame of three columns of equal length."""
-    pl = polars()
-    return pl.DataFrame(
-        {"user": users.cast(pl.String), "item": items.cast(pl.String), "time": times}
-    )
+@dataclass
+class LogReader:
+    """What the files of one log are read with, in their order."""
+
+    format: str
+    bad: BadLines
+    clock: Clock
+    columns: tuple[str, ...] | None = None
+    """Names or places of the columns of users, items and times; None looks for usual names."""
+
+    def frame(self, users: pl.Series, items: pl.Series, times: pl.Series) -> pl.DataFrame | None:
+        """A frame of three columns, or None where a row of them is to be looked at."""
+        pl = polars()
+        users, items = users.cast(pl.String), items.cast(pl.String)
+        # Ids come first: the time of a row without them settles no unit.
+        if times.null_count() or any(
+            ids.null_count() or (ids.str.len_bytes() == 0).any() for ids in (users, items)
+        ):
+            return None
+        micros = self.clock.column(times)
+        if micros.null_count():
+            return None
+        return pl.DataFrame({"user": users, "item": items, "time": micros})
+
+    def frame_one_by_one(
+        self, path: str, rows: Iterable[tuple[int, tuple[Any, Any, Any] | str]]
+    ) -> pl.DataFrame:
+        """A frame of the good rows; `bad` gets the others.
+
+        Args:
+            path: the file, as messages name it.
+            rows: (line, (user, item, time)), or (line, what is wrong with it).
+        """
+        pl = polars()
+        found: list[tuple[str, str, int]] = []
+        for line, row in rows:
+            good = row if isinstance(row, str) else self._checked(row)
+            if isinstance(good, str):
+                self.bad.add(path, line, good)
+            else:
+                found.append(good)
+        schema = {"user": pl.String, "item": pl.String, "time": pl.Int64}
+        return pl.DataFrame(found, schema=schema, orient="row")
+
+    def _checked(self, row: tuple[Any, Any, Any]) -> tuple[str, str, int] | str:
+        user, item = _identifier(row[0]), _identifier(row[1])
+        for kind, name, value in (("user", user, row[0]), ("item", item, row[1])):
+            if name is None and value in (None, ""):
+                return f"no {kind}"
+            if name is None:
+                return f"{kind} is {str(value)[:40]!r}, no id"
+        assert user is not None
+        assert item is not None
+        time = self.clock.micros(row[2])
+        return time if isinstance(time, str) else (user, item, time)
 
 
-def has_gaps(found: pl.DataFrame) -> bool:
-    """Is there a row without user, item or time?"""
-    empty = any(int((found[name].str.len_bytes() == 0).sum()) for name in ("user", "item"))
-    return empty or any(sum(row) for row in found.null_count().rows())
-
-
-def frame_one_by_one(
-    path: Path | str,
-    rows: Iterable[tuple[int, tuple[Any, Any, Any] | str]],
-    clock: Clock,
-    bad: BadLines,
-) -> pl.DataFrame:
-    """The good ones of (line, (user, item, time) or what is wrong); the others are `bad`'s."""
-    pl = polars()
-    users: list[str] = []
-    items: list[str] = []
-    times: list[int] = []
-    for line, row in rows:
-        good = row if isinstance(row, str) else _good(row, clock)
-        if isinstance(good, str):
-            bad.meet(path, line, good)
-            continue
-        users.append(good[0])
-        items.append(good[1])
-        times.append(good[2])
-    columns = {"user": users, "item": items, "time": times}
-    return pl.DataFrame(columns, schema={"user": pl.String, "item": pl.String, "time": pl.Int64})
-
-
-def _good(row: tuple[Any, Any, Any], clock: Clock) -> tuple[str, str, int] | str:
-    names = []
-    for kind, value in zip(("user", "item"), row[:2], strict=True):
-        name = _identifier(value)
-        if name is None:
-            return (
-                f"{kind} is {str(value)[:40]!r}, no id" if value not in (None, "") else f"no {kind}"
-            )
-        names.append(name)
-    time = clock.micros(row[2])
-    return time if isinstance(time, str) else (names[0], names[1], time)
+def listed(names: Iterable[object], most: int) -> str:
+    """The first names of a record or table for a message of one line."""
+    shown = [str(name)[:40] for name in list(names)[:most]]
+    return ", ".join(name if name.isprintable() else repr(name) for name in shown)
 
 
 def _identifier(value: Any) -> str | None:

@@ -16,40 +16,37 @@ _TOKEN = re.compile(
 _ESCAPE = re.compile(
     r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([0-7]{1,3})|(.))", re.DOTALL
 )
-_NAMES = {"True": "true", "False": "false", "None": "null"}
-_SIGNS = {"(": "[", ")": "]"}
+_RESPELLED = {"True": "true", "False": "false", "None": "null", "(": "[", ")": "]"}
 _LETTERS = {"n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "\n": ""}
 
 
 def parsed_line(line: str) -> Any:
     """What one line says in JSON or in Python's spelling of it; None where it is neither."""
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError):
-        pass
-    respelled = _as_json(line)
-    if respelled is None:
-        return None
-    try:
-        return json.loads(respelled)
-    except (ValueError, RecursionError):
-        return None
+    for spelled in (lambda: line, lambda: _as_json(line)):
+        try:
+            return json.loads(spelled())
+        except (ValueError, RecursionError):
+            continue
+    return None
 
 
-def _as_json(line: str) -> str | None:
+def _as_json(line: str) -> str:
+    """The line respelled as JSON. Raises ValueError where a token of it is no literal."""
     parts = []
     at, end = 0, len(line.rstrip())
     while at < end:
         token = _TOKEN.match(line, at)
         if token is None:
-            return None
+            raise ValueError(f"no literal at {at}")
         kind, text = token.lastgroup, token.group(token.lastgroup or 0)
         if kind == "text":
             text = json.dumps(_ESCAPE.sub(_unescaped, text[1:-1]))
         elif kind == "number":
             text = text.removeprefix("+")
             text += "0" * text.endswith(".")
-        parts.append(_NAMES.get(text, text) if kind == "name" else _SIGNS.get(text, text))
+        else:
+            text = _RESPELLED.get(text, text)
+        parts.append(text)
         at = token.end()
     return "".join(parts)
 

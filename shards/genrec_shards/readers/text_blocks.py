@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from genrec_shards.errors import DataError
-from genrec_shards.sequences import BYTE_ORDER_MARK, GZIP_MAGIC
 
+GZIP_MAGIC = b"\x1f\x8b"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 26
 """Bytes without an end of line that are no longer taken for a line of a log."""
@@ -23,46 +24,61 @@ class Block:
     """Number of its first line in the file, from 1."""
     data: bytes
 
-    @property
-    def num_lines(self) -> int:
-        return self.data.count(b"\n") + (not self.data.endswith(b"\n"))
-
 
 def blocks(path: Path) -> Iterator[Block]:
-    """Blocks of about BLOCK_BYTES, one after another; gzip is told by the content, a byte-order
-    mark is left out.
+    """Blocks of about BLOCK_BYTES, one after another, without a byte-order mark; the content tells
+    whether it is gzip.
 
-    Raises DataError, one line, for a file that is missing, cannot be read, is a damaged gzip or has
-    a line without end."""
-    return whole_lines(str(path), _pieces(path))
+    Raises:
+        DataError: the file is missing, cannot be read, is a damaged gzip or has a line without end.
+    """
+    return whole_lines(str(path), file_pieces(path))
 
 
 def whole_lines(
     path: str, pieces: Iterator[bytes], line: int = 1, start: bool = True
 ) -> Iterator[Block]:
-    """Blocks of a text that comes in pieces. `line`: number of the first one; `start`: is it the
-    file's first?"""
+    """Blocks of a text that comes in pieces.
+
+    Args:
+        path: the file, as messages name it.
+        pieces: bytes, cut anywhere.
+        line: number of the first line.
+        start: whether the first piece is the beginning of the file.
+    """
     rest = b""
     for data in pieces:
         if start:
             data, start = data.removeprefix(BYTE_ORDER_MARK), False
         whole, end, tail = data.rpartition(b"\n")
-        if not end:
-            rest += data
-            if len(rest) > LONGEST_LINE:
-                raise DataError(
-                    f"{path}:{line}: a line of more than {LONGEST_LINE >> 20} MiB: this is no log of interactions, check the path"
-                )
+        if end:
+            block = Block(line, rest + whole + end)
+            rest = tail
+            line += block.data.count(b"\n")
+            yield block
             continue
-        block = Block(line, rest + whole + end)
-        rest = tail
-        line += block.num_lines
-        yield block
+        rest += data
+        if len(rest) > LONGEST_LINE:
+            size = f"a line of more than {LONGEST_LINE >> 20} MiB"
+            raise DataError(
+                f"{path}:{line}: {size}: this is no log of interactions, check the path"
+            )
     if rest:
         yield Block(line, rest)
 
 
-def readable(path: Path) -> None:
+def find_fault(data: bytes) -> tuple[int, str] | None:
+    """(position, reason) of the first byte by which this is no UTF-8 text; None where it is."""
+    if (position := data.find(b"\0")) >= 0:
+        return position, "binary (a zero byte)"
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start, f"not UTF-8 (byte 0x{data[error.start]:02x})"
+    return None
+
+
+def check_readable(path: Path) -> None:
     """Raises DataError, one line, for a path that is missing or cannot be read."""
     try:
         if path.is_dir():
@@ -72,21 +88,23 @@ def readable(path: Path) -> None:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a zero byte
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(
-            f"{path}: cannot be read ({reason}): check the path and its rights"
-        ) from None
+        raise unreadable(path, error) from None
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
-    readable(path)
+def unreadable(path: Path | str, error: Exception) -> DataError:
+    """What to raise for a file that the system does not read."""
+    reason = getattr(error, "strerror", None) or error
+    return DataError(f"{path}: cannot be read ({reason}): check the path and its rights")
+
+
+def file_pieces(path: Path) -> Iterator[bytes]:
+    """The file's bytes, unpacked where it is gzip, in pieces of BLOCK_BYTES."""
+    check_readable(path)
     try:
         with path.open("rb") as raw:
             yield from unpacked(str(path), raw)
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror or error}): check the path and its rights"
-        ) from None
+        raise unreadable(path, error) from None
 
 
 def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
@@ -99,10 +117,9 @@ def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
         while data := file.read(BLOCK_BYTES):
             yield data
     except EOFError:
-        raise DataError(
-            f"{path}: the gzip stream is cut off: download or copy the file again"
-        ) from None
+        fault = "the gzip stream is cut off"
     except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"{path}: the gzip stream is damaged ({error}): download or copy the file again"
-        ) from None
+        fault = f"the gzip stream is damaged ({error})"
+    else:
+        return
+    raise DataError(f"{path}: {fault}: download or copy the file again")

@@ -1,5 +1,5 @@
 """A data directory grows: old rows and codes stay, every new row is counted, nothing doubles, and
-no held-out item tells."""
+no held-out item moves a code."""
 
 import gzip
 import json
@@ -8,17 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from genrec_shards.append import append, appended_told
+from genrec_shards.append import append, append_summary
 from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.errors import DataError
 from genrec_shards.numbering.extend import continued, nearest_leaves
 from genrec_shards.numbering.item_text import Descriptions
 from genrec_shards.numbering.numbering import number
-from genrec_shards.prepare import cleaning_told, prepare
+from genrec_shards.prepare import prepare, prepare_summary
 from genrec_shards.sequences import Sequences
 from genrec_shards.storage.write import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logs import START, Row, by_user, files, write_csv
 from scipy import sparse as sp
 
 from genrec_dist.cli.app import run_command
@@ -26,15 +27,13 @@ from genrec_dist.data.tokenizer import train_tokenizer
 from genrec_dist.data.word_table import build_words
 from genrec_dist.decoding.trie import build_trie
 
-Row = tuple[str, str, int]
 NUMBERINGS = ["random", "given", "train-order", "collaborative", "semantic"]
-START = 1_400_000_000
+OLD_LINES = {"a": "x y z", "b": "y z x w", "c": "z w x"}
 
 
-def log_rows(seed: int = 0) -> list[Row]:
-    """1,500 rows of distinct times in their order; behind row 900 there are new users and new
-    items."""
-    dice = random.Random(seed)
+def log_rows() -> list[Row]:
+    """1,500 rows of distinct times in their order; after row 900 there are new users and items."""
+    dice = random.Random(0)
     early = [
         (f"u{dice.randrange(60)}", f"i{int(40 * dice.random() ** 1.5)}", START + n)
         for n in range(900)
@@ -45,56 +44,14 @@ def log_rows(seed: int = 0) -> list[Row]:
     ]
 
 
-def csv(path: Path, rows: list[Row]) -> Path:
-    path.write_text(
-        "user,item,timestamp\n" + "".join(f"{user},{item},{time}\n" for user, item, time in rows)
-    )
-    return path
+ROWS = log_rows()
 
 
-def meta(path: Path, ids: list[str]) -> Path:
-    """Items whose numbers have one last digit share a word."""
-    path.write_text("item,title\n" + "".join(f"{id_},kind{id_[-1]} thing {id_}\n" for id_ in ids))
-    return path
-
-
-def by_user(data: Dataset) -> dict[str, list[tuple[str, int]]]:
-    told, times = data.sequences, data.timestamps
-    if times is None:
-        times = np.zeros(told.num_interactions, np.int64)
-    parts = [slice(*told.offsets[user : user + 2]) for user in range(told.num_users)]
-    return {
-        id_: [
-            (told.item_ids[item], int(time))
-            for item, time in zip(told.items[part], times[part], strict=True)
-        ]
-        for id_, part in zip(told.user_ids, parts, strict=True)
-    }
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def old_and_new(tmp_path: Path, numbering: str = "random", **rules: int) -> tuple[Dataset, Dataset]:
-    rows = log_rows()
-    ids = sorted({row[1] for row in rows})
-    texts = {"items": meta(tmp_path / "meta.csv", ids)} if numbering == "semantic" else {}
-    old = prepare(
-        csv(tmp_path / "old.csv", rows[:900]), tmp_path / "old", numbering=numbering, **texts
-    )  # type: ignore[arg-type]
-    new = append(
-        csv(tmp_path / "new.csv", rows[900:]),
-        tmp_path / "old",
-        tmp_path / "grown",
-        **rules,
-        **texts,
-    )  # type: ignore[arg-type]
-    return old, new
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """The first 900 rows prepared; the others are `new.csv` beside them."""
+    write_csv(tmp_path / "new.csv", ROWS[900:])
+    return prepare(write_csv(tmp_path / "old.csv", ROWS[:900]), tmp_path / "data").path
 
 
 def sequence_file(path: Path, users: dict[str, str]) -> Path:
@@ -103,93 +60,113 @@ def sequence_file(path: Path, users: dict[str, str]) -> Path:
     return path
 
 
-OLD_LINES = {"a": "x y z", "b": "y z x w", "c": "z w x"}
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    """A data directory without times."""
+    return prepare(sequence_file(tmp_path / "old.txt", OLD_LINES), tmp_path / "plain").path
+
+
+def items_by_user(data: Dataset) -> dict[str, list[tuple[str, int]]]:
+    return by_user(data.sequences, data.timestamps)
+
+
+def check_refused(data: Path, new: Path, match: str, **options: object) -> None:
+    """In one line, and nothing changes."""
+    before = files(data)
+    with pytest.raises(ValueError, match=match) as caught:
+        append(new, data, **options)
+    assert "\n" not in str(caught.value)
+    assert files(data) == before
 
 
 def test_a_log_in_two_parts_gives_what_the_whole_gives(tmp_path: Path) -> None:
-    rows = log_rows()
     # The newer part also holds late rows, which belong among the old ones.
     late = set(random.Random(1).sample(range(900), 90))
-    parts = (
-        [row for n, row in enumerate(rows) if n < 900 and n not in late],
-        [row for n, row in enumerate(rows) if n >= 900 or n in late],
-    )
-    random.Random(2).shuffle(parts[1])
-    whole = prepare(csv(tmp_path / "whole.csv", rows), tmp_path / "whole", k_core=0)
-    prepare(csv(tmp_path / "one.csv", parts[0]), tmp_path / "data", k_core=0)
-    grown = append(csv(tmp_path / "two.csv", parts[1]), tmp_path / "data", k_core=0)
-    assert by_user(grown) == by_user(whole)
-    assert by_user(load_dataset(tmp_path / "data")) == by_user(whole)
+    is_new = [n >= 900 or n in late for n in range(len(ROWS))]
+    old, new = ([row for row, n in zip(ROWS, is_new, strict=True) if n == part] for part in (0, 1))
+    random.Random(2).shuffle(new)
+    whole = prepare(write_csv(tmp_path / "whole.csv", ROWS), tmp_path / "whole", k_core=0)
+    prepare(write_csv(tmp_path / "one.csv", old), tmp_path / "data", k_core=0)
+    grown = append(write_csv(tmp_path / "two.csv", new), tmp_path / "data", k_core=0)
+    assert items_by_user(grown) == items_by_user(whole)
+    assert items_by_user(load_dataset(tmp_path / "data")) == items_by_user(whole)
 
 
 @pytest.mark.parametrize("numbering", NUMBERINGS)
 def test_old_rows_and_codes_stay_and_new_codes_are_words(tmp_path: Path, numbering: str) -> None:
-    old, new = old_and_new(tmp_path, numbering)
+    """Texts come from the table, and old ones stay."""
+    semantic = numbering == "semantic"
+    ids = sorted({row[1] for row in ROWS})
+    titles = [(id_, f"kind{id_[-1]} thing {id_}") for id_ in ids]
+    meta = tmp_path / "meta.csv"
+    meta.write_text("item,title\n" + "".join(f"{id_},{title}\n" for id_, title in titles))
+    texts = {"items": meta} if semantic else {}
+    log = write_csv(tmp_path / "old.csv", ROWS[:900])
+    old = prepare(log, tmp_path / "old", numbering=numbering, **texts)
+    more = write_csv(tmp_path / "new.csv", ROWS[900:])
+    new = append(more, tmp_path / "old", tmp_path / "grown", **texts)
     assert new.info.users > old.info.users
     assert new.info.items > old.info.items
     for kind in ("item", "user"):
         before, after = (getattr(data.sequences, f"{kind}_ids") for data in (old, new))
-        codes, more = (getattr(data.numbering, f"{kind}_codes") for data in (old, new))
+        codes, longer = (getattr(data.numbering, f"{kind}_codes") for data in (old, new))
         assert after[: len(before)] == before
-        assert more[: len(codes)] == codes
-        assert len(set(more)) == len(more)
-        assert after[len(before) :] == sorted(
-            after[len(before) :], key=lambda id_: int(id_[1:]) if id_.isdigit() else id_
-        )
+        assert longer[: len(codes)] == codes
+        assert len(set(longer)) == len(longer)
+        assert after[len(before) :] == sorted(after[len(before) :])
         if numbering in ("random", "train-order"):
-            assert sorted(map(int, more)) == list(range(1, len(more) + 1))
+            assert sorted(map(int, longer)) == list(range(1, len(longer) + 1))
     if numbering == "given":
         assert new.numbering.item_codes == new.sequences.item_ids
     again = load_dataset(tmp_path / "grown")
-    assert again.numbering == new.numbering
-    assert again.info == new.info
+    assert (again.numbering, again.info) == (new.numbering, new.info)
     tokenizer = train_tokenizer(old.numbering.item_codes, 400)
-    trie = build_trie(
-        *build_words(
-            tokenizer, new.numbering.item_codes, new.numbering.user_codes
-        ).tokens_of_items()
-    )
-    assert (trie.item_node > 0).all()
+    words = build_words(tokenizer, new.numbering.item_codes, new.numbering.user_codes)
+    assert (build_trie(*words.tokens_of_items()).item_node > 0).all()
+    if not semantic:
+        return
+    other = tmp_path / "other.csv"
+    other.write_text("item,title\n" + "".join(f"i{n},other {n}\n" for n in range(60)))
+    second = append(more, tmp_path / "old", tmp_path / "second", items=other)
+    found, num_old = second.descriptions, old.info.items
+    assert found.texts[:num_old] == old.descriptions.texts
+    assert all(text.startswith("other") for text in found.texts[num_old:])
+    assert found.titles is not None
+    assert second.info.described_by == old.info.described_by
+    assert second.info.appended[0].described_by.name == "other.csv"
+    without = append(more, tmp_path / "old", tmp_path / "third").descriptions
+    assert without.texts[num_old:] == [""] * (second.info.items - num_old)
 
 
 def test_the_same_bytes_whatever_the_order_of_the_new_log(tmp_path: Path) -> None:
-    rows = [
-        (user, item, START + (time - START) // 7) for user, item, time in log_rows()
-    ]  # with ties
-    prepare(csv(tmp_path / "old.csv", rows[:896]), tmp_path / "old")
-    append(csv(tmp_path / "new.csv", rows[896:]), tmp_path / "old", tmp_path / "one")
-    shuffled = rows[896:]
-    random.Random(3).shuffle(shuffled)
-    append(csv(tmp_path / "new.csv", shuffled), tmp_path / "old", tmp_path / "two")
-    one, two = files(tmp_path / "one"), files(tmp_path / "two")
-    for found in (one, two):
-        found["dataset.json"] = json.dumps(
-            json.loads(found["dataset.json"]) | {"appended": None}
-        ).encode()
-    assert one == two
+    rows = [(user, item, START + (time - START) // 7) for user, item, time in ROWS]  # with ties
+    prepare(write_csv(tmp_path / "old.csv", rows[:896]), tmp_path / "old")
+    found = []
+    for seed in (3, 4):
+        random.Random(seed).shuffle(new := rows[896:])
+        write_csv(tmp_path / "new.csv", new)
+        append(tmp_path / "new.csv", tmp_path / "old", tmp_path / f"{seed}")
+        found.append(files(tmp_path / f"{seed}"))
+        info = json.loads(found[-1]["dataset.json"])
+        found[-1]["dataset.json"] = json.dumps(info | {"appended": None}).encode()
+    assert found[0] == found[1]
 
 
-def test_every_row_is_counted_and_told(tmp_path: Path) -> None:
-    rows = log_rows()
-    prepare(csv(tmp_path / "old.csv", rows[:900]), tmp_path / "data")
-    kept = load_dataset(tmp_path / "data")
-    there = next(
-        row
-        for row in rows[:900]
-        if row[1] in kept.sequences.item_ids and row[0] in kept.sequences.user_ids
-    )
-    known_user, known_item = there[:2]
+def test_every_row_is_counted_and_told(data: Path, tmp_path: Path) -> None:
+    kept = load_dataset(data)
+    ids = kept.sequences
+    there = next(row for row in ROWS if row[1] in ids.item_ids and row[0] in ids.user_ids)
+    user, item, _ = there
     more = [
-        *rows[900:],
-        *[there, rows[1000], rows[1000]],  # there, and twice more
-        *[(known_user, "rare", START + 5000 + n) for n in range(4)],
-        *[("brief", known_item, START + 5000), ("brief", known_item, START + 5001)],
-        (known_user, known_item, START - 10**6),
+        *ROWS[900:],
+        *[there, ROWS[1000], ROWS[1000]],  # there, and twice more
+        *[(user, "rare", START + 5000 + n) for n in range(4)],
+        *[("brief", item, START + 5000), ("brief", item, START + 5001)],
+        (user, item, START - 10**6),
     ]
-    path = csv(tmp_path / "new.csv", more)
+    path = write_csv(tmp_path / "new.csv", more)
     path.write_text(path.read_text() + "broken,line,\n")
-    new = append(path, tmp_path / "data", since="2014-05-13", on_error="skip")
-    assert new.info.appended is not None
+    new = append(path, data, since="2014-05-13", on_error="skip")
     (entry,) = new.info.appended
     assert entry.read == len(more) + 1 == entry.interactions + sum(entry.dropped.values())
     assert entry.dropped["bad_lines"] == entry.dropped["outside_dates"] == 1
@@ -200,108 +177,71 @@ def test_every_row_is_counted_and_told(tmp_path: Path) -> None:
     assert "brief" not in new.sequences.user_ids
     assert new.info.interactions == kept.info.interactions + entry.interactions
     assert new.info.read == kept.info.read
-    assert (new.info.users, new.info.items) == (
-        kept.info.users + entry.users,
-        kept.info.items + entry.items,
-    )
-    first, *others = appended_told(new)
+    assert new.info.users == kept.info.users + entry.users
+    assert new.info.items == kept.info.items + entry.items
+    first, *others = append_summary(new)
     assert f"{entry.read:,} rows read, {entry.interactions:,} appended" in first
     assert "3 duplicates" in first
     assert any("new.csv:" in line for line in others)
-    again = prepare(tmp_path / "data", tmp_path / "anew", numbering="train-order")
+    again = prepare(data, tmp_path / "anew", numbering="train-order")
     assert again.info.appended == new.info.appended
-    assert f"{kept.info.interactions:,} kept" in cleaning_told(again)[0]
+    assert f"{kept.info.interactions:,} kept" in prepare_summary(again)[0]
 
 
 def test_new_ones_need_each_other_until_all_have_enough(tmp_path: Path) -> None:
-    """The user who falls short takes the item with her that had enough rows by her alone."""
-    rows = [
-        (user, item, START + 10 * n + m)
-        for n, (user, item) in enumerate([("a", "x"), ("b", "y")])
-        for m in range(5)
-    ]
-    prepare(csv(tmp_path / "old.csv", rows), tmp_path / "data", k_core=0)
-    new = [
-        ("a", "n", START + 100),
-        ("d", "n", START + 101),
-        ("d", "lone", START + 102),
-        ("d", "x", START + 103),
-    ]
-    with pytest.raises(
-        DataError,
-        match=r"nothing .*\(1 duplicates|3 new_items_below_k, 1 new_users_below_min_length",
-    ):
-        append(csv(tmp_path / "new.csv", new), tmp_path / "data", k_core=2)
-    grown = append(csv(tmp_path / "new.csv", new), tmp_path / "data", k_core=1)
+    """The user who falls short takes along the item that had enough rows by this user alone."""
+    pairs = [("a", "x"), ("b", "y")]
+    rows = [(*pair, START + 10 * n + m) for n, pair in enumerate(pairs) for m in range(5)]
+    data = prepare(write_csv(tmp_path / "old.csv", rows), tmp_path / "data", k_core=0).path
+    taken = [("a", "n"), ("d", "n"), ("d", "lone"), ("d", "x")]
+    new = write_csv(
+        tmp_path / "new.csv", [(*pair, START + 100 + n) for n, pair in enumerate(taken)]
+    )
+    check_refused(data, new, "3 new_items_below_k, 1 new_users_below_min_length", k_core=2)
+    grown = append(new, data, k_core=1)
     assert grown.sequences.item_ids == ["x", "y", "lone", "n"]
     assert grown.sequences.user_ids == ["a", "b", "d"]
 
 
-def test_the_same_log_twice_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    rows = log_rows()
-    prepare(csv(tmp_path / "old.csv", rows[:900]), tmp_path / "data")
-    new = csv(tmp_path / "new.csv", rows[900:])
-    append(new, tmp_path / "data")
-    before = files(tmp_path / "data")
-    random_order = rows[900:]
-    random.Random(1).shuffle(random_order)
-    for again in (
-        new,
-        csv(tmp_path / "resaved.csv", random_order),
-        csv(tmp_path / "part.csv", rows[1000:1100]),
+def test_the_same_log_twice_is_refused_and_changes_nothing(data: Path, tmp_path: Path) -> None:
+    append(tmp_path / "new.csv", data)
+    random.Random(1).shuffle(mixed := ROWS[900:])
+    for new in (
+        tmp_path / "new.csv",
+        write_csv(tmp_path / "resaved.csv", mixed),
+        write_csv(tmp_path / "part.csv", ROWS[1000:1100]),
     ):
-        with pytest.raises(
-            DataError, match=r"nothing in it that .* lacks and may take .*duplicates"
-        ) as caught:
-            append(again, tmp_path / "data")
-        assert "\n" not in str(caught.value)
-        assert files(tmp_path / "data") == before
+        check_refused(data, new, r"nothing in it that .* lacks and may take .*duplicates")
     # With a new row in it, that row alone is taken.
-    grown = append(
-        csv(tmp_path / "more.csv", [*rows[900:], ("u1", "i1", START + 9000)]), tmp_path / "data"
-    )
-    assert grown.info.appended is not None
-    assert [entry.interactions for entry in grown.info.appended][1:] == [1]
+    more = write_csv(tmp_path / "more.csv", [*ROWS[900:], ("u1", "i1", START + 9000)])
+    assert append(more, data).info.appended[1].interactions == 1
 
 
 def test_in_place_the_shards_go_and_the_command_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = log_rows()
-    data = tmp_path / "data"
-    write_shards(prepare(csv(tmp_path / "old.csv", rows[:900]), data), data / "shards")
-    new = csv(tmp_path / "new.csv", rows[900:])
-    assert run_command(["prepare", "--append", str(new), "--to", str(data)]) == 0
+    write_shards(load_dataset(data), data / "shards")
+    assert run_command(["prepare", "--append", str(tmp_path / "new.csv"), "--to", str(data)]) == 0
     said = capsys.readouterr().out
     assert f"next: genrec shard {data}" in said
     assert "600 rows read" in said
-    assert {path.name for path in data.iterdir()} == {
-        *("sequences.parquet", "items.parquet", "users.parquet", "dataset.json", "audit.json")
-    }
+    kept = {"sequences.parquet", "items.parquet", "users.parquet", "dataset.json", "audit.json"}
+    assert set(files(data)) == kept
     assert json.loads((data / "audit.json").read_text())["users"] == load_dataset(data).info.users
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
-def test_what_is_not_ours_is_not_taken_along(tmp_path: Path) -> None:
-    rows = log_rows()
-    data = tmp_path / "data"
-    prepare(csv(tmp_path / "old.csv", rows[:900]), data)
+def test_other_files_in_the_directory_are_not_lost(data: Path, tmp_path: Path) -> None:
     (data / "notes.txt").write_text("mine")
-    new = csv(tmp_path / "new.csv", rows[900:])
-    with pytest.raises(
-        ValueError, match=r"notes\.txt is no part of a data directory and would be lost: .* --out"
-    ):
-        append(new, data)
-    assert append(new, data, tmp_path / "other").info.users
+    lost = r"notes\.txt is no part of a data directory and would be lost: .* --out"
+    check_refused(data, tmp_path / "new.csv", lost)
+    assert append(tmp_path / "new.csv", data, tmp_path / "other").info.users
     assert (data / "notes.txt").read_text() == "mine"
 
 
 def test_the_old_one_stays_until_the_new_one_is_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = log_rows()
-    data = tmp_path / "data"
-    prepare(csv(tmp_path / "old.csv", rows[:900]), data)
     before = files(data)
 
     def full(dataset: Dataset, folder: Path) -> None:
@@ -310,32 +250,29 @@ def test_the_old_one_stays_until_the_new_one_is_whole(
 
     monkeypatch.setattr("genrec_shards.append.write_dataset", full)
     with pytest.raises(OSError, match="No space"):
-        append(csv(tmp_path / "new.csv", rows[900:]), data)
+        append(tmp_path / "new.csv", data)
     assert files(data) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "new.csv", "old.csv"]
 
 
-def test_sequences_go_behind_the_old_ones(tmp_path: Path) -> None:
-    old = prepare(sequence_file(tmp_path / "old.txt", OLD_LINES), tmp_path / "data")
-    new = sequence_file(tmp_path / "new.txt", {"b": "n", "f": "x n m", "a": "w w", "e": "y x z"})
-    grown = append(new, tmp_path / "data")
-    found = {user: " ".join(item for item, _ in row) for user, row in by_user(grown).items()}
+# Other formats than logs
+
+
+def test_sequences_come_after_the_old_ones(plain: Path, tmp_path: Path) -> None:
+    old = load_dataset(plain)
+    lines = {"b": "n", "f": "x n m", "a": "w w", "e": "y x z"}
+    grown = append(sequence_file(tmp_path / "new.txt", lines), plain)
+    found = {user: " ".join(i for i, _ in seen) for user, seen in items_by_user(grown).items()}
     assert found == {"a": "x y z w w", "b": "y z x w n", "c": "z w x", "f": "x n m", "e": "y x z"}
     assert grown.sequences.user_ids == ["a", "b", "c", "f", "e"]
     assert grown.sequences.item_ids == [*old.sequences.item_ids, "m", "n"]
-    assert grown.info.appended is not None
     assert (grown.info.appended[0].interactions, grown.info.appended[0].read) == (9, None)
 
 
-def test_a_new_user_of_sequences_needs_three_items(tmp_path: Path) -> None:
-    prepare(sequence_file(tmp_path / "old.txt", OLD_LINES), tmp_path / "data")
+def test_a_new_user_of_sequences_needs_three_items(plain: Path, tmp_path: Path) -> None:
     new = sequence_file(tmp_path / "new.txt", {"a": "w", "new": "x y"})
-    with pytest.raises(
-        DataError, match=r"new\.txt:2: user 'new' has 2 items, at least 3 are needed"
-    ):
-        append(new, tmp_path / "data")
-    grown = append(new, tmp_path / "data", on_error="skip")
-    assert grown.info.appended is not None
+    check_refused(plain, new, r"new\.txt:2: user 'new' has 2 items, at least 3 are needed")
+    grown = append(new, plain, on_error="skip")
     assert grown.info.appended[0].dropped == {"bad_lines": 1}
     assert "new" not in grown.sequences.user_ids
 
@@ -351,83 +288,34 @@ def test_a_new_user_of_sequences_needs_three_items(tmp_path: Path) -> None:
     ],
 )
 def test_without_times_what_looks_like_an_old_source_is_refused(
-    tmp_path: Path, name: str, lines: dict[str, str], said: str
+    plain: Path, tmp_path: Path, name: str, lines: dict[str, str], said: str
 ) -> None:
-    prepare(sequence_file(tmp_path / "old.txt", OLD_LINES), tmp_path / "data")
     if said != "begin what":
-        append(sequence_file(tmp_path / "new.txt", {"a": "w w", "f": "x n m"}), tmp_path / "data")
-    before = files(tmp_path / "data")
-    with pytest.raises(DataError, match=said) as caught:
-        append(sequence_file(tmp_path / name, lines), tmp_path / "data")
-    assert "\n" not in str(caught.value)
-    assert files(tmp_path / "data") == before
+        append(sequence_file(tmp_path / "new.txt", {"a": "w w", "f": "x n m"}), plain)
+    check_refused(plain, sequence_file(tmp_path / name, lines), said)
 
 
-def test_times_and_no_times(tmp_path: Path) -> None:
-    rows = log_rows()
-    prepare(csv(tmp_path / "old.csv", rows[:900]), tmp_path / "timed")
-    plain = sequence_file(tmp_path / "plain.txt", {"u1": "i1 i2 i3"})
-    with pytest.raises(DataError, match=r"plain\.txt: no times, and the rows of .*timed have some"):
-        append(plain, tmp_path / "timed")
-    prepare(sequence_file(tmp_path / "old.txt", OLD_LINES), tmp_path / "plain")
-    grown = append(
-        csv(tmp_path / "new.csv", [("a", "w", 30), ("a", "y", 20), ("a", "y", 20)]),
-        tmp_path / "plain",
-    )
-    assert [item for item, _ in by_user(grown)["a"]] == ["x", "y", "z", "y", "w"]
+def test_times_and_no_times(data: Path, plain: Path, tmp_path: Path) -> None:
+    untimed = sequence_file(tmp_path / "plain.txt", {"u1": "i1 i2 i3"})
+    check_refused(data, untimed, r"plain\.txt: no times, and the rows of .*data have some")
+    rows = [("a", "w", 30), ("a", "y", 20), ("a", "y", 20)]
+    grown = append(write_csv(tmp_path / "new.csv", rows), plain)
+    assert [item for item, _ in items_by_user(grown)["a"]] == ["x", "y", "z", "y", "w"]
     assert grown.timestamps is None
-    assert grown.info.appended is not None
     assert grown.info.appended[0].dropped["duplicates"] == 1
-    with pytest.raises(DataError, match="the same sha256"):
-        append(tmp_path / "new.csv", tmp_path / "plain")
+    check_refused(plain, tmp_path / "new.csv", "the same sha256")
 
 
 def test_a_data_directory_is_a_source_too(tmp_path: Path) -> None:
-    rows = log_rows()
-    whole = prepare(csv(tmp_path / "whole.csv", rows), tmp_path / "whole", k_core=0)
-    prepare(csv(tmp_path / "old.csv", rows[:900]), tmp_path / "data", k_core=0)
+    whole = prepare(write_csv(tmp_path / "whole.csv", ROWS), tmp_path / "whole", k_core=0)
+    prepare(write_csv(tmp_path / "old.csv", ROWS[:900]), tmp_path / "data", k_core=0)
     grown = append(tmp_path / "whole", tmp_path / "data")
-    assert by_user(grown) == by_user(whole)
-    assert grown.info.appended is not None
+    assert items_by_user(grown) == items_by_user(whole)
     assert grown.info.appended[0].dropped == {"duplicates": 900}
     assert grown.info.appended[0].source == whole.info.source
 
 
-def test_a_split_by_time_is_refused(tmp_path: Path) -> None:
-    rows = log_rows()
-    dates = "2014-05-13T17:30:00,2014-05-13T17:50:00"
-    path = csv(
-        tmp_path / "log.csv",
-        [(user, item, START + 3 * (time - START)) for user, item, time in rows],
-    )
-    prepare(path, tmp_path / "data", split="global-time", cutoff=dates)
-    with pytest.raises(DataError, match=r"split global-time: .* prepare the whole log again"):
-        append(path, tmp_path / "data")
-
-
-def test_texts_come_from_the_table_and_old_ones_stay(tmp_path: Path) -> None:
-    old, _ = old_and_new(tmp_path, "semantic")
-    assert old.descriptions is not None
-    other = tmp_path / "other.csv"
-    other.write_text("item,title\n" + "".join(f"i{n},other {n}\n" for n in range(60)))
-    new = append(tmp_path / "new.csv", tmp_path / "old", tmp_path / "second", items=other)
-    assert new.descriptions is not None
-    assert new.descriptions.texts[: old.info.items] == old.descriptions.texts
-    assert all(text.startswith("other") for text in new.descriptions.texts[old.info.items :])
-    assert new.descriptions.titles is not None
-    assert new.info.described_by == old.info.described_by
-    assert new.info.appended is not None
-    assert new.info.appended[0].described_by is not None
-    assert new.info.appended[0].described_by.name == "other.csv"
-    without = append(tmp_path / "new.csv", tmp_path / "old", tmp_path / "third")
-    assert without.descriptions is not None
-    assert without.descriptions.texts[old.info.items :] == [""] * (
-        without.info.items - old.info.items
-    )
-
-
-def words(codes: list[str]) -> list[str]:
-    return [code.rpartition("-")[0] for code in codes]
+# Codes
 
 
 def test_a_new_item_goes_to_the_leaf_of_its_neighbours_and_of_its_words() -> None:
@@ -442,35 +330,32 @@ def test_a_new_item_goes_to_the_leaf_of_its_neighbours_and_of_its_words() -> Non
 
     def sequences(lists: list[list[str]], catalogue: list[str]) -> Sequences:
         flat = np.array([rows[id_] for items in lists for id_ in items], np.int32)
-        return Sequences(
-            flat, np.cumsum([0, *map(len, lists)]), [str(n) for n in range(len(lists))], catalogue
-        )
+        offsets = np.cumsum([0, *map(len, lists)])
+        return Sequences(flat, offsets, [str(n) for n in range(len(lists))], catalogue)
+
+    def leaves(codes: list[str]) -> dict[str, str]:
+        words = [code.rpartition("-")[0] for code in codes]
+        return dict(zip([*ids, "new"], words, strict=False))
 
     before = sequences(users, ids)
     more = [
         [*items[:3], "new", *items[3:]] if n % 4 == 1 else items for n, items in enumerate(users)
     ]
     after = sequences(more, [*ids, "new"])
-    taken = continued(number(before, "collaborative", 0, levels=[4]), after)
-    leaf = dict(zip([*ids, "new"], words(taken.item_codes), strict=True))
+    collaborative = number(before, "collaborative", 0, levels=[4])
+    taken = continued(collaborative, after)
+    leaf = leaves(taken.item_codes)
     assert leaf["new"] == leaf["11"]
-    assert taken.hierarchy is not None
     assert (taken.hierarchy.unseen, taken.hierarchy.placed_at_random) == (0, 0)
-    told = Descriptions([*texts, "the word2 of kind2"], "meta", "0")
-    described = number(
-        before, "semantic", 0, levels=[4], descriptions=Descriptions(texts, "meta", "0")
-    )
-    leaf = dict(
-        zip([*ids, "new"], words(continued(described, after, told).item_codes), strict=True)
-    )
+    described = Descriptions([*texts, "the word2 of kind2"], "meta", "0")
+    old_texts = Descriptions(texts, "meta", "0")
+    semantic = number(before, "semantic", 0, levels=[4], descriptions=old_texts)
+    leaf = leaves(continued(semantic, after, described).item_codes)
     assert leaf["new"] == leaf["21"]
-    told.texts[-1] = ""  # no text: as it is taken, whatever the codes are made of
-    near = [leaf_ for leaf_, n in zip(words(described.item_codes), ids, strict=True) if n[0] == "1"]
-    assert words(continued(described, after, told).item_codes)[-1] in near
-    nobody = continued(
-        number(before, "collaborative", 0, levels=[4]), sequences(users, [*ids, "new"])
-    )
-    assert nobody.hierarchy is not None
+    described.texts[-1] = ""  # no text: as it is taken, whatever the codes are made of
+    leaf = leaves(continued(semantic, after, described).item_codes)
+    assert leaf["new"] in {leaf[id_] for id_ in ids if id_[0] == "1"}
+    nobody = continued(collaborative, sequences(users, [*ids, "new"]))
     assert nobody.hierarchy.placed_at_random == 1
     assert len(set(nobody.item_codes)) == len(nobody.item_codes)
 
@@ -494,20 +379,18 @@ def test_no_held_out_item_of_the_longer_sequences_moves_a_code(
         [dice.randrange(len(catalogue)) for _ in range(dice.randint(3, 8))]
         for _ in range(num_users)
     ]
-    texts = Descriptions(
-        [f"kind{n % 3} word{n}" if n % 4 else "" for n in range(len(catalogue))], "meta", "0"
-    )
+    words = [f"kind{n % 3} word{n}" if n % 4 else "" for n in range(len(catalogue))]
+    texts = Descriptions(words, "meta", "0")
 
     def sequences(lists: list[list[int]], num_items: int) -> Sequences:
         flat = np.array([item for items in lists for item in items], np.int32)
         ids = [f"u{n}" for n in range(len(lists))]
         return Sequences(flat, np.cumsum([0, *map(len, lists)]), ids, catalogue[:num_items])
 
-    known = users[: dice.randint(1, num_users)]
-    before = number(
-        sequences([[item % num_old for item in items] for items in known], num_old), numbering, 0,  # type: ignore[arg-type]
-        descriptions=Descriptions(texts.texts[:num_old], "meta", "0") if numbering == "semantic" else None,
-    )  # fmt: skip
+    known = [[item % num_old for item in items] for items in users[: dice.randint(1, num_users)]]
+    semantic = numbering == "semantic"
+    old_texts = Descriptions(texts.texts[:num_old], "meta", "0") if semantic else None
+    before = number(sequences(known, num_old), numbering, 0, descriptions=old_texts)
     found = []
     for _ in range(2):
         lists = [
@@ -515,66 +398,67 @@ def test_no_held_out_item_of_the_longer_sequences_moves_a_code(
             for items in users
         ]
         longer = sequences(lists, len(catalogue))
-        found.append(continued(before, longer, texts if numbering == "semantic" else None))
+        found.append(continued(before, longer, texts if semantic else None))
     assert found[0].numbering_hash() == found[1].numbering_hash()
     assert found[0] == found[1]
+
+
+# What is refused
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--append", "n", "--out", "o"], "--append n needs --to DATA"),
-        (["s", "--append", "n", "--to", "d"], "give SOURCE s or --append n, not both"),
-        (["s", "--to", "d", "--out", "o"], "--to DATA belongs to --append NEW"),
-        (
-            ["--append", "n", "--to", "d", "--numbering", "given"],
-            "--numbering with --append: d has settled it",
-        ),
-        (["--append", "n", "--to", "d", "--seed", "0"], "--seed with --append"),
-        (["--append", "n", "--to", "d", "--ties", "keep"], "--ties with --append"),
-        (["s"], "give --out"),
-        (["--out", "o"], "give SOURCE, or --append NEW --to DATA"),
+        ("--append n --out o", "--append n needs --to DATA"),
+        ("s --append n --to d", "give SOURCE s or --append n, not both"),
+        ("s --to d --out o", "--to DATA belongs to --append NEW"),
+        ("--append n --to d --numbering given", "--numbering with --append: d has settled it"),
+        ("--append n --to d --seed 0", "--seed with --append"),
+        ("--append n --to d --ties keep", "--ties with --append"),
+        ("--append n --to d --engine local", "--engine with --append: what is added is read by"),
+        ("s", "give --out"),
+        ("--out o", "give SOURCE, or --append NEW --to DATA"),
     ],
 )
 def test_wrong_combinations_are_refused_in_one_line(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+    capsys: pytest.CaptureFixture[str], arguments: str, said: str
 ) -> None:
-    assert run_command(["prepare", *arguments]) == 2
+    assert run_command(["prepare", *arguments.split()]) == 2
     error = capsys.readouterr().err
     assert said in error
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("rules", "said"),
-    [
+def test_wrong_options_and_paths_are_refused(data: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new.csv"
+    for options, said in (
         ({"k_core": -1}, "k_core is -1"),
         ({"min_length": 2}, "min_length is 2: at least 3"),
         ({"since": "2020-01-01", "until": "2019-01-01"}, "since lies after until"),
         ({"item_column": "x"}, "give --items META"),
+        ({"seed": 1}, "seed with append: .* has settled it"),
         ({"format": "none"}, "format 'none' is not supported"),
-        ({"format": "sequences", "k_core": 3}, "k_core and min_length are a log's"),
+        ({"format": "sequences", "k_core": 3}, "k_core, min_length, .* are a log's"),
         ({"format": "sequences", "since": "2020-01-01"}, "are a log's"),
-    ],
-)
-def test_wrong_arguments_are_refused(tmp_path: Path, rules: dict, said: str) -> None:
-    rows = log_rows()
-    prepare(csv(tmp_path / "old.csv", rows[:900]), tmp_path / "data")
-    before = files(tmp_path / "data")
-    with pytest.raises(ValueError, match=said):
-        append(csv(tmp_path / "new.csv", rows[900:]), tmp_path / "data", **rules)
-    assert files(tmp_path / "data") == before
-
-
-def test_paths_that_are_not_there(tmp_path: Path) -> None:
-    rows = log_rows()
-    prepare(csv(tmp_path / "old.csv", rows[:900]), tmp_path / "data")
-    with pytest.raises(DataError, match=r"absent\.csv: no such file"):
-        append(tmp_path / "absent.csv", tmp_path / "data")
+        ({"out": data / ".."}, "exists: choose another output"),
+    ):
+        check_refused(data, new, said, **options)
+    check_refused(data, tmp_path / "absent.csv", r"absent\.csv: no such file")
+    empty = write_csv(tmp_path / "empty.csv", [])
+    check_refused(data, empty, r"empty\.csv: nothing in it .* \(no rows\)")
+    empty.write_text("user,item,timestamp\nu,i,never\n")
+    check_refused(data, empty, r"nothing in it .* \(1 bad_lines\)", on_error="skip")
     with pytest.raises(DataError, match=r"dataset\.json: no such file"):
-        append(tmp_path / "old.csv", tmp_path / "nowhere")
-    (tmp_path / "empty.csv").write_text("user,item,timestamp\n")
-    with pytest.raises(DataError, match=r"empty\.csv: nothing in it .* \(no rows\)"):
-        append(tmp_path / "empty.csv", tmp_path / "data")
-    with pytest.raises(ValueError, match="exists: choose another output"):
-        append(csv(tmp_path / "new.csv", rows[900:]), tmp_path / "data", tmp_path / "data" / "..")
+        append(new, tmp_path / "absent")
+
+
+def test_a_split_by_time_is_refused(tmp_path: Path) -> None:
+    dates = "2014-05-13T17:30:00,2014-05-13T17:50:00"
+    rows = [(user, item, START + 3 * (time - START)) for user, item, time in ROWS]
+    log = write_csv(tmp_path / "log.csv", rows)
+    prepare(log, tmp_path / "data", split="global-time", cutoff=dates)
+    later = r"split global-time: .* prepare the whole log again"
+    check_refused(tmp_path / "data", log, later)
+    check = r"a split by time \(global-time\) cannot be appended: append its log"
+    prepare(log, tmp_path / "whole")
+    check_refused(tmp_path / "whole", tmp_path / "data", check)

@@ -16,7 +16,7 @@ import pytest
 from faulty_server import serving
 from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
-from genrec_shards.ray_engine import entry as door
+from genrec_shards.ray_engine import clean_log as engine_module
 from genrec_shards.ray_engine import shard_tasks as tars
 from genrec_shards.ray_engine.log_spans import Sizes, cuts, survey
 from genrec_shards.ray_engine.shard_tasks import write_shards_on_ray
@@ -28,21 +28,22 @@ from genrec_shards.storage.reader import ShardReader
 from genrec_shards.storage.write import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray_logs import (
+from logs import (
     SMALL,
     START,
     WRITERS,
     csv_of,
     files,
     json_of,
+    messy_rows,
     parquet_of,
     parts,
-    rows_of,
     write_csv,
-    write_folder,
 )
 
 from genrec_dist.cli.app import run_command
+
+SMALL_SHARDS = {"users_per_shard": 32, "users_per_record": 16}
 
 
 class Here(Tasks):
@@ -68,13 +69,13 @@ def here(address: str | None) -> Iterator[Tasks]:
 
 @pytest.fixture
 def in_process(monkeypatch):
-    monkeypatch.setattr(door, "connected", here)
+    monkeypatch.setattr(engine_module, "connected", here)
     monkeypatch.setattr(tars, "connected", here)
-    monkeypatch.setattr(door, "SIZES", SMALL)
+    monkeypatch.setattr(engine_module, "SIZES", SMALL)
 
 
-def told(source, out, engine, **more) -> str:
-    """One line of what went wrong; nothing may be left."""
+def refused(source, out, engine, **more) -> str:
+    """The line that says what went wrong; nothing may be left."""
     with pytest.raises(ValueError) as caught:
         prepare(source, out, engine=engine, **more)
     assert "\n" not in str(caught.value)
@@ -96,60 +97,46 @@ def check_alike(source, tmp_path, **more) -> Any:
 @pytest.mark.parametrize("ties", ["shuffle", "keep"])
 @pytest.mark.parametrize("write", WRITERS)
 def test_every_format_to_the_byte(tmp_path, in_process, write, ties):
-    source, format = WRITERS[write](rows_of(1), tmp_path)
-    made = check_alike(
-        source, tmp_path, format=format, ties=ties, seed=4, k_core=6, numbering="train-order"
-    )
-    assert all(
-        made.info.dropped[reason]
-        for reason in ("duplicates", "items_below_k_core", "users_below_k_core")
-    )
+    source, format = WRITERS[write](messy_rows(1), tmp_path)
+    options = {"ties": ties, "seed": 4, "k_core": 6, "numbering": "train-order"}
+    made = check_alike(source, tmp_path, format=format, **options)
+    for reason in ("duplicates", "items_below_k_core", "users_below_k_core"):
+        assert made.info.dropped[reason]
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_nothing_depends_on_how_the_work_is_cut(tmp_path, in_process, monkeypatch, seed):
     draw = random.Random(seed)
-    sizes = Sizes(
-        *(
-            draw.choice(sizes)
-            for sizes in ((64, 700, 1 << 20), (64, 9000, 1 << 25), (64, 9000), (1, 2, 13))
-        )
-    )
-    monkeypatch.setattr(door, "SIZES", sizes)
-    source, format = WRITERS[draw.choice(list(WRITERS))](rows_of(seed, 600), tmp_path)
-    check_alike(
-        source, tmp_path, format=format, seed=seed, k_core=draw.choice((0, 4)), min_length=draw.choice((3, 6)),
-        numbering=draw.choice(("random", "collaborative", "given")), since="2014-06-01", until="2015-04-01",
-        ties=draw.choice(("keep", "shuffle")),
-    )  # fmt: skip
+    choices = (64, 700, 1 << 20), (64, 9000, 1 << 25), (64, 9000), (1, 2, 13)
+    monkeypatch.setattr(engine_module, "SIZES", Sizes(*map(draw.choice, choices)))
+    source, format = WRITERS[draw.choice(list(WRITERS))](messy_rows(seed, 600), tmp_path)
+    options = {
+        "k_core": draw.choice((0, 4)),
+        "min_length": draw.choice((3, 6)),
+        "numbering": draw.choice(("random", "collaborative", "given")),
+        "ties": draw.choice(("keep", "shuffle")),
+    }
+    dates = {"since": "2014-06-01", "until": "2015-04-01"}
+    check_alike(source, tmp_path, format=format, seed=seed, **options, **dates)
 
 
 def test_blocks_outside_the_dates_are_left_out_by_both(tmp_path, in_process):
-    rows = sorted(rows_of(0), key=lambda row: row[2])
-    source, _ = write_csv(rows, tmp_path)
+    rows = sorted(messy_rows(0), key=lambda row: row[2])
+    source = write_csv(tmp_path / "log.csv", rows)
     check_alike(source, tmp_path, since="2014-09-01", k_core=2)
     for engine in ("local", "ray"):
-        assert "no user is left of 0 with 1,575 rows (1,575 outside_dates)" in told(
+        assert "no user is left of 0 with 1,575 rows (1,575 outside_dates)" in refused(
             source, tmp_path / "none", engine, since="2030-01-01"
         )
 
 
 def test_a_split_by_time_to_the_byte(tmp_path, in_process):
-    source, _ = write_csv(rows_of(3), tmp_path)
-    made = check_alike(
-        source, tmp_path, split="global-time", cutoff="2014-12-01,2015-03-01", k_core=3
-    )
-    assert made.info.global_time is not None
+    source = write_csv(tmp_path / "log.csv", messy_rows(3))
+    dates = {"split": "global-time", "cutoff": "2014-12-01,2015-03-01"}
+    made = check_alike(source, tmp_path, k_core=3, **dates)
     assert made.info.global_time.test_targets > 0
-    write_shards(
-        load_dataset(tmp_path / "local"),
-        tmp_path / "shards",
-        users_per_shard=32,
-        users_per_record=16,
-    )
-    write_shards_on_ray(
-        tmp_path / "local", tmp_path / "ray-shards", users_per_shard=32, users_per_record=16
-    )
+    write_shards(load_dataset(tmp_path / "local"), tmp_path / "shards", **SMALL_SHARDS)
+    write_shards_on_ray(tmp_path / "local", tmp_path / "ray-shards", **SMALL_SHARDS)
     assert files(tmp_path / "shards") == files(tmp_path / "ray-shards")
     assert "periods.npy" in files(tmp_path / "shards")
 
@@ -165,7 +152,7 @@ def test_bad_lines_are_counted_and_told_as_by_one_machine(tmp_path, in_process, 
     draw = random.Random(seed)
     folder = tmp_path / "log"
     folder.mkdir()
-    for name, part in zip("abc", parts(rows_of(seed), 3), strict=True):
+    for name, part in zip("abc", parts(messy_rows(seed), 3), strict=True):
         lines = csv_of(part).decode().splitlines()
         # Cells with line ends move what comes behind them, quotes that nobody closes join blocks.
         for place in sorted(draw.sample(range(2, len(lines)), 12)):
@@ -175,17 +162,15 @@ def test_bad_lines_are_counted_and_told_as_by_one_machine(tmp_path, in_process, 
         (folder / f"{name}.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     made = check_alike(folder, tmp_path, on_error="skip", k_core=2)
     assert len(made.bad_lines) == 11
-    local = told(folder, tmp_path / "stopped", "local")
-    assert local == told(folder, tmp_path / "stopped", "ray")
+    local = refused(folder, tmp_path / "stopped", "local")
+    assert local == refused(folder, tmp_path / "stopped", "ray")
     assert re.search(r"log/a\.csv:\d+: ", local)
 
 
 def test_bad_reviews_are_told_as_by_one_machine(tmp_path, in_process):
-    lines = (
-        json_of(rows_of(0), ("user_id", "parent_asin", "timestamp"), lambda time: time * 1000)
-        .decode()
-        .splitlines()
-    )
+    fields = ("user_id", "parent_asin", "timestamp")
+    data = json_of(messy_rows(0), fields, lambda time: time * 1000)
+    lines = data.decode().splitlines()
     for place in (0, 1, 500, 501, 900):
         lines[place] = '{"no": "review"}' if place % 2 else "nonsense"
     (tmp_path / "log.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
@@ -195,7 +180,7 @@ def test_bad_reviews_are_told_as_by_one_machine(tmp_path, in_process):
 
 
 def test_the_first_number_of_the_log_settles_the_unit_wherever_it_is_read(tmp_path, in_process):
-    rows = rows_of(2)
+    rows = messy_rows(2)
     dates = [(user, item, str(np.datetime64(time, "s"))) for user, item, time in rows]
     for name, log in (
         # What looks like seconds alone is milliseconds of 1970 behind a number of milliseconds.
@@ -205,12 +190,8 @@ def test_the_first_number_of_the_log_settles_the_unit_wherever_it_is_read(tmp_pa
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.csv").write_bytes(csv_of(log))
         check_alike(tmp_path / name / "log.csv", tmp_path / name, k_core=2)
-    with pytest.raises(ValueError, match="far future"):
-        prepare(
-            write_csv([*rows[:-1], ("u", "i", START * 1000)], tmp_path)[0],
-            tmp_path / "out",
-            engine="ray",
-        )
+    log = write_csv(tmp_path / "log.csv", [*rows[:-1], ("u", "i", START * 1000)])
+    assert "far future" in refused(log, tmp_path / "out", "ray")
 
 
 @pytest.mark.parametrize(
@@ -221,15 +202,15 @@ def test_the_first_number_of_the_log_settles_the_unit_wherever_it_is_read(tmp_pa
         ("names.csv", b"user,item,timestamp\n"),
         ("no_column.csv", b"a,b,c\n1,2,3\n"),
         ("binary.csv", b"\0\1\2" * 9000),
-        ("cut.csv.gz", gzip.compress(csv_of(rows_of(0)))[:-20]),
-        ("damaged.csv.gz", gzip.compress(csv_of(rows_of(0)))[:500] + b"x" * 500),
+        ("cut.csv.gz", gzip.compress(csv_of(messy_rows(0)))[:-20]),
+        ("damaged.csv.gz", gzip.compress(csv_of(messy_rows(0)))[:500] + b"x" * 500),
         ("torn.parquet", b"PAR1" + b"x" * 9000 + b"PAR1"),
         ("few.csv", b"user,item,timestamp\nu,i,1400000000\n"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_alike(tmp_path, in_process, name, content):
     (tmp_path / name).write_bytes(content)
-    assert told(tmp_path / name, tmp_path / "out", "ray") == told(
+    assert refused(tmp_path / name, tmp_path / "out", "ray") == refused(
         tmp_path / name, tmp_path / "out", "local"
     )
 
@@ -262,7 +243,7 @@ def test_cuts_are_where_a_reader_of_the_whole_begins_a_block(tmp_path_factory, w
 
 
 def test_what_cannot_be_is_refused_in_one_line(tmp_path, monkeypatch):
-    source, _ = write_csv(rows_of(0, 200), tmp_path)
+    source = write_csv(tmp_path / "log.csv", messy_rows(0, 200))
     (tmp_path / "log.txt").write_text("u a b c\n")
     for place, options, message in (
         (tmp_path / "log.txt", {}, "engine ray is for logs"),
@@ -276,12 +257,12 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, monkeypatch):
         ("memory://log.csv", {}, "is not opened"),
         ("file://elsewhere/log.csv", {}, "write file:///PATH"),
     ):
-        assert re.search(message, told(place, tmp_path / "out", "ray", **options)), place
+        assert re.search(message, refused(place, tmp_path / "out", "ray", **options)), place
     monkeypatch.setitem(sys.modules, "ray", None)
-    assert told(source, tmp_path / "out", "ray").endswith(
+    assert refused(source, tmp_path / "out", "ray").endswith(
         "ray is not installed: pip install 'genrec-dist[tune]'"
     )
-    assert "goes with --engine ray" in told(
+    assert "goes with --engine ray" in refused(
         source, tmp_path / "out", "local", ray_address="127.0.0.1:1"
     )
 
@@ -290,21 +271,18 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, monkeypatch):
 def test_a_log_behind_a_web_server(tmp_path, in_process, format):
     folder = tmp_path / "served"
     folder.mkdir()
-    rows, name = rows_of(5), f"log.{format.replace('amazon', 'jsonl')}"
+    rows, name = messy_rows(5), f"log.{format.replace('amazon', 'jsonl')}"
     if format == "parquet":
         parquet_of(rows, folder / name)
     else:
-        text = (
-            json_of(rows, ("user_id", "parent_asin", "timestamp"))
-            if format == "amazon"
-            else csv_of(rows)
-        )
+        fields = ("user_id", "parent_asin", "timestamp")
+        text = json_of(rows, fields) if format == "amazon" else csv_of(rows)
         (folder / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
     local = prepare(folder / name, tmp_path / "local", k_core=3)
     with serving(folder) as server:
         prepare(f"{server.url}/{name}", tmp_path / "ray", engine="ray", k_core=3)
         assert files(tmp_path / "local") == files(tmp_path / "ray")
-        assert f"{server.url}/none.csv: no such file" in told(
+        assert f"{server.url}/none.csv: no such file" in refused(
             f"{server.url}/none.csv", tmp_path / "none", "ray"
         )
     assert local.info.source.name == name
@@ -315,34 +293,22 @@ def test_a_log_behind_a_web_server(tmp_path, in_process, format):
 
 def test_from_s3_to_s3(tmp_path, in_process, s3, monkeypatch):
     """A folder of files is listed; data and shards are complete or without their marker."""
-    source, _ = write_folder(rows_of(6), tmp_path)
+    source, _ = WRITERS["folder"](messy_rows(6), tmp_path)
     for path in [*source.iterdir(), tmp_path / "note.txt"]:
         path.touch()
         s3.upload_file(str(path), "bucket", f"logs/{path.name}")
     data = "s3://bucket/data"
-    assert (
-        run_command(["prepare", str(source), "--out", str(tmp_path / "local"), "--k-core", "3"])
-        == 0
-    )
-    assert (
-        run_command(
-            ["prepare", "s3://bucket/logs", "--out", data, "--k-core", "3", "--engine", "ray"]
-        )
-        == 0
-    )
+    local = ["prepare", str(source), "--out", str(tmp_path / "local"), "--k-core", "3"]
+    ray = ["prepare", "s3://bucket/logs", "--out", data, "--k-core", "3", "--engine", "ray"]
+    assert run_command(local) == run_command(ray) == 0
     found = stored(s3, "data")
     made = files(tmp_path / "local")
     for held in (found, made):  # which bear the folder's name
         held["dataset.json"] = held["dataset.json"].replace(b'"name": "logs"', b'"name": "log"')
     assert found == made
-    assert run_command(["prepare", "s3://bucket/logs", "--out", data, "--engine", "ray"]) == 1
-    shards = write_shards(
-        load_dataset(tmp_path / "local"),
-        tmp_path / "shards",
-        users_per_shard=32,
-        users_per_record=16,
-    )
-    again = {"users_per_shard": 32, "users_per_record": 16}
+    assert run_command(ray) == 1
+    again = SMALL_SHARDS
+    shards = write_shards(load_dataset(tmp_path / "local"), tmp_path / "shards", **again)
     assert write_shards_on_ray(data, f"{data}/shards", **again) == shards
     assert stored(s3, "data/shards") == files(tmp_path / "shards")
     assert ShardReader(f"{data}/shards", cache_dir=tmp_path / "cache").manifest == shards
@@ -373,12 +339,9 @@ def s3(monkeypatch):
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-    for name, value in (
-        ("ACCESS_KEY_ID", "key"),
-        ("SECRET_ACCESS_KEY", "secret"),
-        ("DEFAULT_REGION", "us-east-1"),
-    ):
-        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     monkeypatch.setattr("genrec_shards.storage.remote._clients", {})
     client = boto3.client("s3")
     client.create_bucket(Bucket="bucket")
@@ -388,12 +351,7 @@ def s3(monkeypatch):
 
 def stored(s3: Any, folder: str) -> dict[str, bytes]:
     """The files right below a folder of the bucket."""
-    listed = s3.list_objects_v2(Bucket="bucket", Prefix=f"{folder}/", Delimiter="/").get(
-        "Contents", []
-    )
-    return {
-        entry["Key"].rpartition("/")[2]: s3.get_object(Bucket="bucket", Key=entry["Key"])[
-            "Body"
-        ].read()
-        for entry in listed
-    }
+    listed = s3.list_objects_v2(Bucket="bucket", Prefix=f"{folder}/", Delimiter="/")
+    keys = [entry["Key"] for entry in listed.get("Contents", [])]
+    read = {key: s3.get_object(Bucket="bucket", Key=key)["Body"].read() for key in keys}
+    return {key.rpartition("/")[2]: data for key, data in read.items()}

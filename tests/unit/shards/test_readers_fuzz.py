@@ -3,63 +3,54 @@ not."""
 
 import gzip
 import io
-import json
 import random
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from genrec_shards.errors import BadLines, DataError
-from genrec_shards.readers.detect_format import guess_format
-from genrec_shards.readers.read_log import LogOptions, read_log
+from genrec_shards.readers.read_log import LogOptions, guess_format, read_log
 from genrec_shards.sequences import read_sequences
+from logs import AMAZON, Row, csv_of, json_of
 
 from genrec_dist.cli.app import run_command
 
 FILES = 1050
 AT = 1_400_000_000
 NOISE = [
-    *(b"\x00", b"\xff\xfe", b'"', b"'", b"\\", b"\n", b"\r", b",", b"\t", b"{", b"}", b"[", b"nan", b"-1", b"1e999", b"9" * 400),
-    *("\u2028".encode(), "\ud800".encode("utf-8", "surrogatepass"), b"\x1f\x8b", b"PAR1", b"x" * 10_000, b"None", b"[" * 2000),
-]  # fmt: skip
+    *(b"\x00", b"\xff\xfe", b'"', b"'", b"\\", b"\n", b"\r", b",", b"\t", b"{", b"}", b"[", b"nan"),
+    *(b"-1", b"1e999", b"9" * 400, b"\x1f\x8b", b"PAR1", b"x" * 10_000, b"None", b"[" * 2000),
+    *("\u2028".encode(), "\ud800".encode("utf-8", "surrogatepass")),
+]
 
 
-def csv_file(draw: random.Random) -> bytes:
-    rows = [
-        f"u{draw.randrange(9)},i{draw.randrange(9)},{AT + draw.randrange(99)}\n" for _ in range(30)
-    ]
-    return ("user,item,timestamp\n" + "".join(rows)).encode()
-
-
-def json_file(draw: random.Random, names: tuple[str, str, str], spell=json.dumps) -> bytes:
-    rows = [
+def rows(draw: random.Random) -> list[Row]:
+    return [
         (f"u{draw.randrange(9)}", f"i{draw.randrange(9)}", AT + draw.randrange(99))
         for _ in range(30)
     ]
-    return "".join(spell(dict(zip(names, row, strict=True))) + "\n" for row in rows).encode()
 
 
 def sequences_file(draw: random.Random) -> bytes:
-    return "".join(
-        f"u{n} " + " ".join(str(draw.randrange(99)) for _ in range(5)) + "\n" for n in range(20)
-    ).encode()
+    lines = (f"u{n} " + " ".join(str(draw.randrange(99)) for _ in range(5)) for n in range(20))
+    return "\n".join(lines).encode()
 
 
 def parquet_file(draw: random.Random) -> bytes:
     buffer = io.BytesIO()
-    times = pa.array([AT + draw.randrange(99) for _ in range(30)])
+    times = pa.array([time for _, _, time in rows(draw)])
     pq.write_table(pa.table({"user": times, "item": times, "timestamp": times}), buffer)
     return buffer.getvalue()
 
 
 KINDS = {
-    "log.csv": csv_file,
+    "log.csv": lambda draw: csv_of(rows(draw)),
     "log.txt": sequences_file,
     "log.parquet": parquet_file,
-    "amazon.json": lambda draw: json_file(draw, ("reviewerID", "asin", "unixReviewTime")),
-    "python.json": lambda draw: json_file(draw, ("reviewerID", "asin", "unixReviewTime"), repr),
-    "amazon.jsonl": lambda draw: json_file(draw, ("user_id", "parent_asin", "timestamp")),
-    "yelp.json": lambda draw: json_file(draw, ("user_id", "business_id", "date")),
+    "amazon.json": lambda draw: json_of(rows(draw), AMAZON),
+    "python.json": lambda draw: json_of(rows(draw), AMAZON, line=repr),
+    "amazon.jsonl": lambda draw: json_of(rows(draw), ("user_id", "parent_asin", "timestamp")),
+    "yelp.json": lambda draw: json_of(rows(draw), ("user_id", "business_id", "date")),
 }
 
 
