@@ -79,7 +79,7 @@ logs = st.lists(
     st.tuples(
         st.sampled_from([f"u{n}" for n in range(8)]), st.sampled_from("abcdefg"), st.integers(0, 29)
     ),
-    min_size=1,
+    min_size=20,
     max_size=150,
 )
 
@@ -88,8 +88,10 @@ logs = st.lists(
 @given(
     rows=logs, k=st.integers(0, 4), longer=st.integers(0, 3), by_time=st.booleans(),
     ties=st.sampled_from(["shuffle", "keep"]), size=st.sampled_from([1, 3, 100]),
+    again=st.integers(0, 9),
 )  # fmt: skip
-def test_clean_equals_the_plain_way(tmp_path_factory, rows, k, longer, by_time, ties, size):
+def test_clean_equals_the_plain_way(tmp_path_factory, rows, k, longer, by_time, ties, size, again):
+    rows = rows + rows[:again]  # duplicates
     cutoff = CUTOFF if by_time else None
     fewest = (1 if by_time else 3) + longer
     wanted = Expected.of(rows, k, fewest, cutoff)
