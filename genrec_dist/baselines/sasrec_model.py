@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +17,7 @@ from genrec_shards.splits import Split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from genrec_dist.config.native_precision import native_precision
 from genrec_dist.data.packing import Attended, segments_of
 from genrec_dist.evaluation.metrics import EMPTY, TOP
 from genrec_dist.evaluation.ranked_lists import Lists, Rule, empty_lists, tie_order, without_last
@@ -75,7 +76,8 @@ class SasrecSettings:
     """Stop after this many epochs without a better NDCG@10 on validation; 0 never stops."""
     validation_users: int = 4000
     """Users of the seeded sample that is scored after each epoch; 0: all."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["bf16", "fp32"] = field(default_factory=native_precision)
+    """By default what this machine computes fastest; a trained SASRec keeps its own."""
     """Of the products of the softmax over all items, nine tenths of the work; all else is
     float32."""
     seed: int = 0
