@@ -77,9 +77,8 @@ class SasrecSettings:
     validation_users: int = 4000
     """Users of the seeded sample that is scored after each epoch; 0: all."""
     precision: Literal["bf16", "fp32"] = field(default_factory=native_precision)
-    """By default what this machine computes fastest; a trained SASRec keeps its own."""
-    """Of the products of the softmax over all items, nine tenths of the work; all else is
-    float32."""
+    """Of the products of the softmax over all items, nine tenths of the work; all else is float32.
+    By default what this machine computes fastest; a trained SASRec keeps its own."""
     seed: int = 0
     """Of initial weights, order, dropout and validation users."""
 
