@@ -20,9 +20,10 @@ def test_probabilities_are_the_knn_scores_over_their_sum() -> None:
         Graph.of(sequences, "test", "n-2", chosen).probabilities(past.items, past.offsets).numpy()
     )
     np.testing.assert_allclose(prob_UI.sum(1), 1.0)
-    lists = knn.recommend(
+    rule = knn.fit(
         sequences, "test", exclude_history=False, settings=chosen, top=sequences.num_items
     )
+    lists = rule(sequences.history_and_target("test").users)
     for listed, scores, prob_I in zip(lists.items_UN, lists.scores_UN, prob_UI, strict=True):
         count = (listed >= 0).sum()
         np.testing.assert_allclose(

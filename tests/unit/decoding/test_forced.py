@@ -58,9 +58,7 @@ def test_loss_is_what_a_search_scores(items: list[Word], targets: list[int]) -> 
     assert batch.labels.shape[1] == max(len(item) - item[::-1].index(True) for item in expected)
     assert batch.num_target_tokens == sum(map(sum, expected))
     with torch.inference_mode():
-        logits, labels = world.model.target_logits(
-            batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
-        )
+        logits, labels = world.model.target_logits(batch)
     total = -world.truth(histories)[np.arange(len(rows)), rows].sum()
     assert float(target_loss(logits.double(), labels, 1)) == pytest.approx(total, rel=1e-5)
 
@@ -68,7 +66,7 @@ def test_loss_is_what_a_search_scores(items: list[Word], targets: list[int]) -> 
 def test_spans_are_refused_with_forced_tokens() -> None:
     span = ["pretrain.epochs=1", "pretrain.mask.strategy=span", "run=r", "data=d"]
     with pytest.raises(
-        ValueError, match=r"pretrain\.mask\.strategy span: .* tokens\.certain learned"
+        ValueError, match=r"pretrain\.mask\.strategy span: .* tokens\.forced learned"
     ):
         load_recipe("tiny", ["tokens.forced=given", *span])
 

@@ -377,7 +377,7 @@ def test_num_open_beams_drops_beams_only_where_no_user_can_gain(
     [
         (Switches(), "greedy", "decode mode 'greedy': choose one of exact, compact, free, all"),
         (Switches(), "free", "needs the run's tokenizer"),
-        (Switches(forced=True), "free", r"decode mode free: .* tokens\.certain learned"),
+        (Switches(forced=True), "free", r"decode mode free: .* tokens\.forced learned"),
         (Switches(), "items", r"no item head: train with model\.item_loss"),
         (Switches(), "hybrid", r"no item head: train with model\.item_loss"),
     ],

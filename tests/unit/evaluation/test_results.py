@@ -146,10 +146,8 @@ def test_baselines_stand_beside_on_the_same_users(tmp_path, dataset):
     users = {"sample": 12, "seed": 3}
     rows = sample_users(50, **users)
     report = run_baseline("knn", dataset, "validation", tmp_path, users=users)
-    codes = dataset.numbering.item_codes
-    expected = baseline.beside(
-        dataset.sequences, codes, "validation", exclude_history=True, users=rows
-    )
+    protocol = Protocol.of(dataset, exclude_history=True, users=users)
+    expected = baseline.reference_scores(dataset, "validation", protocol, rows)
     assert report["beside"] == expected
     assert report["users"] == 12
     assert report["protocol"]["users"] == users
@@ -353,8 +351,8 @@ def synthetic_users(folder, num_users, num_items=50):
 def test_memory_does_not_grow_with_the_users(tmp_path, monkeypatch):
     """Windows of 256 users, 1,000 and 8,000 of them, baselines beside: the peak above the data set
     is one window's."""
-    for where in ("results.USERS_PER_ROW_GROUP", "baseline.history.WINDOW"):
-        monkeypatch.setattr(f"genrec_dist.{where}", 256)
+    monkeypatch.setattr("genrec_dist.evaluation.results.USERS_PER_ROW_GROUP", 256)
+    monkeypatch.setattr("genrec_shards.histories.WINDOW", 256)
     lists_UN = np.tile(np.arange(20, dtype=np.int32), (256, 1))
     scores_UN = np.tile(np.arange(20, 0, -1, dtype=np.float32), (256, 1))
     peaks = []

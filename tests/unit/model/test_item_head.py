@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.data.batch import IGNORED, dummy_batch
-from genrec_dist.data.collate import choose_targets, make_step
+from genrec_dist.data.collate import BatchOptions, choose_targets, make_step
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 __all__ = ["plain_model"]
@@ -27,17 +28,10 @@ def with_item_head(
 
 
 def item_batches(samples, source, mask, packed, budget=WHOLE):
-    return make_step(
-        samples,
-        source,
-        layout(90),
-        mask=mask,
-        seed=3,
-        epoch=0,
-        micro_batch_tokens=budget,
-        packed=packed,
-        item_targets=True,
-    ).micro_batches
+    options = BatchOptions(
+        micro_batch_tokens=budget, seed=3, mask=mask, packed=packed, item_targets=True
+    )
+    return make_step(samples, source, layout(90), options, 0).micro_batches
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -59,11 +53,11 @@ def test_item_targets_are_the_masked_items(space, mask, packed):
     )
     asked = []
     for batch in batches:
-        flat = batch.encoder.input_ids.flatten()[batch.asked.places_R]
+        flat = batch.encoder.input_ids.flatten()[batch.item_targets.places_R]
         first_inputs = batch.decoder_input_ids
         starts = first_inputs[batch.packing.rows.offsets[:-2]] if packed else first_inputs[:, 0]
         assert torch.equal(flat, starts), "the place is not that of the row's mask"
-        asked += batch.asked.items_R.tolist()
+        asked += batch.item_targets.items_R.tolist()
     assert sorted(asked) == expected
     assert max(asked) < len(CODES)
 
@@ -84,11 +78,8 @@ def test_item_loss_is_added_per_target_whatever_the_cut_or_packing(
         model.zero_grad()
         value = 0.0
         for batch in batches:
-            loss = model(
-                **vars(batch.encoder), encoder_row=batch.encoder_row, decoder_input_ids=batch.decoder_input_ids,
-                labels=batch.labels, packing=batch.packing, asked=batch.asked if item_head else None,
-                tokens_a_target=tokens / targets,
-            ) / tokens  # fmt: skip
+            inputs = batch if item_head else replace(batch, item_targets=None)
+            loss = model(inputs=inputs, tokens_per_target=tokens / targets) / tokens
             loss.backward()
             value += loss.item()
         return value, torch.cat(
@@ -101,9 +92,9 @@ def test_item_loss_is_added_per_target_whatever_the_cut_or_packing(
     total, targets = 0.0, 0
     for batch in padded:
         memory = model.encode(batch.encoder)
-        masked = memory.flatten(0, 1)[batch.asked.places_R]
+        masked = memory.flatten(0, 1)[batch.item_targets.places_R]
         logits = masked @ model.item_embedding.weight[1:].T
-        total += F.cross_entropy(logits, batch.asked.items_R, reduction="sum").item()
+        total += F.cross_entropy(logits, batch.item_targets.items_R, reduction="sum").item()
         targets += len(logits)
     alone, _ = loss_and_gradient(padded, item_head=False)
     assert loss == pytest.approx(alone + 0.7 * total / targets, rel=1e-5)
@@ -116,17 +107,14 @@ def test_item_loss_is_added_per_target_whatever_the_cut_or_packing(
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_idle_batch_has_no_item_targets(plain_model, packed):
+def test_dummy_batch_has_no_item_targets(plain_model, packed):
     model = with_item_head(plain_model, 1.0)
     source = marked_sequences()
-    idle = dummy_batch(item_batches(whole_step(source, "last"), source, None, packed)[-1])
-    assert set(idle.asked.items_R.tolist()) == {IGNORED}
-    assert idle.num_targets == 0
+    dummy = dummy_batch(item_batches(whole_step(source, "last"), source, None, packed)[-1])
+    assert set(dummy.item_targets.items_R.tolist()) == {IGNORED}
+    assert dummy.num_targets == 0
     model.zero_grad()
-    model(
-        **vars(idle.encoder), encoder_row=idle.encoder_row, decoder_input_ids=idle.decoder_input_ids,
-        labels=idle.labels, packing=idle.packing, asked=idle.asked,
-    ).backward()  # fmt: skip
+    model(inputs=dummy).backward()
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
 
 

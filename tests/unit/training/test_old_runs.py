@@ -38,7 +38,11 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("path", sorted((OLD / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
 def test_an_old_recipe_loads_to_the_shipped_one(path: Path) -> None:
-    assert load_recipe(path) == load_recipe(path.stem)
+    shipped = load_recipe(path.stem)
+    # `precision: auto` came later; it is bf16 wherever the old recipe was fast.
+    old = load_recipe(path)
+    assert shipped.precision in (old.precision, "auto")
+    assert old == replace(shipped, precision=old.precision)
 
 
 def values_of(key: str, value: object) -> dict[str, object]:
