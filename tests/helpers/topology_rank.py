@@ -7,6 +7,7 @@ import json
 import os
 import sys
 
+import deepspeed
 from accelerate import Accelerator, InitProcessGroupKwargs
 
 from genrec_dist.distributed import launch_check as topology
@@ -22,6 +23,9 @@ def said(accelerator: Accelerator, expect: str, precision: str = "bf16") -> str:
 
 
 def main() -> None:
+    # As the program does: DeepSpeed would compile a collective of its own, under a lock that a
+    # killed process leaves to all later ones.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = Accelerator(
         mixed_precision="bf16", kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]
     )
