@@ -17,6 +17,7 @@ CARDS = {
 """Published dense peaks in TFLOP/s: float32, and bfloat16 with float32 sums."""
 
 _SIDE, _TRIES = 1536, 5
+_MOST_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,28 @@ def peak_of(device: torch.device, precision: str) -> Peak | None:
 
 
 def _measured(dtype: torch.dtype) -> Peak:
-    """The best of a few products of large matrices, by this process's threads: a tenth of a
-    second."""
-    left, right = (torch.zeros(_SIDE, _SIDE, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(left)
-    seconds = []
-    for _ in range(_TRIES):
-        start = time.perf_counter()
-        torch.mm(left, right, out=out)
-        seconds.append(time.perf_counter() - start)
-    rate = 2 * _SIDE**3 / min(seconds)
+    """The best of a few products of large matrices, by this process's threads: some tenths of a
+    second.
+
+    The matrices are as large as that time allows: a CPU without instructions for bf16 would take a
+    minute for those that show what a fast one can do.
+    """
+    side = 256
+    while side < _SIDE and 8 * _seconds_of_product(side, dtype) < _MOST_SECONDS:
+        side *= 2
+    rate = 2 * side**3 / min(_seconds_of_product(side, dtype) for _ in range(_TRIES))
     threads = torch.get_num_threads()
     kind = str(dtype).removeprefix("torch.")
     source = (
-        f"measured: a {kind} product of {_SIDE} x {_SIDE} matrices, {threads} threads, "
+        f"measured: a {kind} product of {side} x {side} matrices, {threads} threads, "
         f"{rate / 1e9:,.0f} GFLOP/s"
     )
     return Peak(rate, source)
+
+
+def _seconds_of_product(side: int, dtype: torch.dtype) -> float:
+    left, right = (torch.zeros(side, side, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(left)
+    start = time.perf_counter()
+    torch.mm(left, right, out=out)
+    return time.perf_counter() - start
