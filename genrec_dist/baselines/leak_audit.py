@@ -59,7 +59,7 @@ class Audit:
 
     @property
     def leaks(self) -> bool:
-        """Whether the counting rule finds a leak on the test split; False does not prove absence."""
+        """Whether the counting rule finds a leak on test; False does not prove absence."""
         return self.counting_ci95 is not None and self.counting_ci95["HR@5"][0] > self._threshold()
 
     def sentence(self) -> str:

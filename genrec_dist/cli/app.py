@@ -215,14 +215,16 @@ def doctor(
 
 # In the order of the help.
 for door in (
-    demo, prepare, shard, train, evaluate, recommend, baseline, compare, report, plan, tune, doctor, reproduce,
+    demo, prepare, shard, train, evaluate, recommend, baseline, compare, report, plan, tune,
+    doctor, reproduce,
 ):  # fmt: skip
     app.command()(door)
 app.add_typer(
     bench,
     name="bench",
     short_help="Measure a claim beside a named peer, the two in turn.",
-    help="Measure a claim beside a named peer, the two in turn.\n\nExample: genrec bench stream --json stream.json",
+    help="Measure a claim beside a named peer, the two in turn.\n\n"
+    "Example: genrec bench stream --json stream.json",
 )
 
 

@@ -85,7 +85,8 @@ def _make_data(process: Process, out: Path) -> Dataset:
 def _introduction(dataset: Dataset) -> str:
     return (
         f"{dataset.sequences.num_users:,} users take {dataset.sequences.num_interactions:,} of "
-        f"{dataset.sequences.num_items:,} synthetic items; the next item depends on the last two together, and on noise."
+        f"{dataset.sequences.num_items:,} synthetic items; the next item depends on the last two "
+        "together, and on noise."
     )
 
 
@@ -123,6 +124,7 @@ def share_of_ceiling(metrics: dict[str, Any], key: str = "NDCG@10") -> float:
 def conclusion(metrics: dict[str, Any]) -> str:
     knn = metrics["beside"]["knn"]["NDCG@10"]
     return (
-        f"GenRec reaches {share_of_ceiling(metrics):.0%} of the ceiling's NDCG@10; co-occurrence kNN, which only counts "
+        f"GenRec reaches {share_of_ceiling(metrics):.0%} of the ceiling's NDCG@10; co-occurrence "
+        "kNN, which only counts "
         f"pairs, {knn / metrics['beside']['ceiling']['NDCG@10']:.0%}."
     )

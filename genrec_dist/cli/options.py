@@ -43,8 +43,10 @@ DecodeOption = Annotated[
     Literal["exact", "compact", "free", "all", "items", "hybrid"],
     typer.Option(
         "--decode",
-        help="exact: the model's softmax; compact: over the items' tokens alone; free: no trie; all: every item scored; items: by "
-        "the item head (model.item_loss); hybrid: by the decoder with the item head, the transition graph or both.",
+        help="exact: the model's softmax; compact: over the items' tokens alone; free: no trie; "
+        "all: every item scored; items: by "
+        "the item head (model.item_loss); hybrid: by the decoder with the item head, the "
+        "transition graph or both.",
     ),
 ]
 

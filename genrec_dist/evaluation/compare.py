@@ -326,7 +326,8 @@ def _seeds_of(path: Path, split: Split) -> list[_Run]:
     runs = [_load(folder, split) for folder in folders if (folder / name).is_file()]
     if not runs:
         raise ValueError(
-            f"{path}: no {name} in it, nor in a folder of it: run `genrec evaluate ... --split {split}`"
+            f"{path}: no {name} in it, nor in a folder of it: run `genrec evaluate ... --split "
+            f"{split}`"
         )
     left_out = [
         folder
@@ -372,7 +373,8 @@ def _check_seeds(runs: list[_Run]) -> None:
             )
             if ours != other:
                 raise ValueError(
-                    f"{run.path}: not of one recipe with {first.path}: {key} differs; compare them apart"
+                    f"{run.path}: not of one recipe with {first.path}: {key} differs; compare "
+                    "them apart"
                 )
         odd = next(
             (
@@ -384,12 +386,14 @@ def _check_seeds(runs: list[_Run]) -> None:
         )
         if odd is not None:
             raise ValueError(
-                f"{run.path}: not of one recipe with {first.path}: {odd} differs; compare them apart"
+                f"{run.path}: not of one recipe with {first.path}: {odd} differs; compare them "
+                "apart"
             )
         seed = recipe.get("seed")
         if seed in seeds:
             raise ValueError(
-                f"{run.path} and {seeds[seed]} both have seed {seed}: one run twice is not two seeds"
+                f"{run.path} and {seeds[seed]} both have seed {seed}: one run twice is not two "
+                "seeds"
             )
         seeds[seed] = run.path
 
@@ -401,7 +405,8 @@ def _check_protocols(runs: list[_Run]) -> None:
             ours, theirs = _protocol(first, key), _protocol(run, key)
             if ours != theirs:
                 raise ValueError(
-                    f"{key} is {json.dumps(ours)} in {first.path} and {json.dumps(theirs)} in {run.path}: "
+                    f"{key} is {json.dumps(ours)} in {first.path} and {json.dumps(theirs)} in "
+                    f"{run.path}: "
                     "evaluate both under one protocol"
                 )
 
@@ -433,7 +438,8 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
         with pq.ParquetFile(path) as file:
             if missing := {"user", "target", "rank"} - set(file.schema_arrow.names):
                 raise ValueError(
-                    f"{path}: no column {min(missing)}: it was written by an older version; evaluate again"
+                    f"{path}: no column {min(missing)}: it was written by an older version; "
+                    "evaluate again"
                 )
             yield from file.iter_batches(_USERS_AT_ONCE, columns=["user", "target", "rank"])
     except pa.ArrowException as error:
@@ -447,7 +453,8 @@ def _check_same(
 ) -> None:
     if ours is None or theirs is None or len(ours) != len(theirs):
         raise ValueError(
-            f"{first.lists} and {run.lists} hold different numbers of users: evaluate both on the same users"
+            f"{first.lists} and {run.lists} hold different numbers of users: evaluate both on the "
+            "same users"
         )
     for column in ("user", "target"):
         mine, others = ours.column(column), theirs.column(column)
@@ -458,7 +465,8 @@ def _check_same(
                 if len({*pair}) > 1
             )
             raise ValueError(
-                f"row {start + at}: {column} {mine[at].as_py()!r} in {first.lists}, {others[at].as_py()!r} in {run.lists}: "
+                f"row {start + at}: {column} {mine[at].as_py()!r} in {first.lists}, "
+                f"{others[at].as_py()!r} in {run.lists}: "
                 "both runs need the same users and targets"
             )
 
@@ -469,7 +477,8 @@ def _check_metrics(run: _Run, ranks_U: np.ndarray) -> None:
     odd = next((key for key in METRICS if abs(found[key] - run.metrics[key]) > 1e-9), None)
     if odd is not None:
         raise ValueError(
-            f"{run.path}: the lists give {odd} {found[odd]:.6f}, metrics say {run.metrics[odd]:.6f}: evaluate again"
+            f"{run.path}: the lists give {odd} {found[odd]:.6f}, metrics say "
+            f"{run.metrics[odd]:.6f}: evaluate again"
         )
 
 
@@ -483,7 +492,10 @@ def _verdict(found: Comparison) -> str:
     clear = {name: row for name, row in found.metrics.items() if row.p_holm < LEVEL}
     about = f"on {found.split}, {found.users:,} users"
     if not clear:
-        sentence = f"No difference that these lists can show ({about}): after Holm no p is below {LEVEL:g}."
+        sentence = (
+            f"No difference that these lists can show ({about}): after Holm no p is below "
+            f"{LEVEL:g}."
+        )
     else:
         sides = {
             "A": [n for n, r in clear.items() if r.difference > 0],
@@ -500,7 +512,10 @@ def _verdict(found: Comparison) -> str:
         if len(side.runs) == 1 and side.system == "genrec"
     ]
     if single:
-        sentence += f" {' and '.join(single)} stand{'s' * (len(single) == 1)} for one training run: another seed was not asked."
+        sentence += (
+            f" {' and '.join(single)} stand{'s' * (len(single) == 1)} for one training run: "
+            "another seed was not asked."
+        )
     return sentence
 
 

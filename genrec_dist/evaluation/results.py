@@ -427,7 +427,8 @@ def _check_shards(dataset: Dataset) -> None:
         or manifest.sequences_hash != dataset.info.sequences_hash
     ):
         raise DataError(
-            f"{folder / MANIFEST}: made from other sequences ({manifest.users:,} users) than {dataset.path} holds "
+            f"{folder / MANIFEST}: made from other sequences ({manifest.users:,} users) than "
+            f"{dataset.path} holds "
             f"({sequences.num_users:,} users): run `genrec shard` again"
         )
 
@@ -443,7 +444,8 @@ def _check_lists(
     filled_UN = lists_UN != EMPTY
     if (filled_UN[:, 1:] & ~filled_UN[:, :-1]).any():
         raise ValueError(
-            "a list has an empty place before a filled one: -1 only ends a list, -2 is a text without item"
+            "a list has an empty place before a filled one: -1 only ends a list, -2 is a text "
+            "without item"
         )
     if not np.isfinite(scores_UN[filled_UN]).all():
         raise ValueError("a listed item has a score that is not finite: its rank means nothing")

@@ -46,7 +46,8 @@ class Mixture:
                 raise ValueError(f"{name} is {getattr(self, name)}: it has to be 0 or above")
         if not 0 < self.epsilon <= 1:
             raise ValueError(
-                f"epsilon is {self.epsilon}: it has to be above 0, or no weight makes a number of log 0, and at most 1"
+                f"epsilon is {self.epsilon}: it has to be above 0, or no weight makes a number of "
+                "log 0, and at most 1"
             )
 
     @property
@@ -89,7 +90,8 @@ class Choice:
             ", ".join(f"{name} {as_written(self.validation[name])}" for name in METRICS),
         )
         return (
-            f"of {len(self.table)} mixtures: item_weight {mixed.item_weight}, graph_weight {mixed.graph_weight}, epsilon "
+            f"of {len(self.table)} mixtures: item_weight {mixed.item_weight}, graph_weight "
+            f"{mixed.graph_weight}, epsilon "
             f"{mixed.epsilon}; validation {figures}"
         )
 
@@ -155,6 +157,7 @@ def load(run: Path, origin: dict[str, Any]) -> Mixture | None:
     for key, value in origin.items():
         if found.get(key) != value:
             raise ValueError(
-                f"{path}: weights chosen for {key} {found.get(key)}, not {value}: remove it and choose the weights again"
+                f"{path}: weights chosen for {key} {found.get(key)}, not {value}: remove it and "
+                "choose the weights again"
             )
     return mixture

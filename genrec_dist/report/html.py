@@ -33,7 +33,10 @@ def page(title: str, sections: Iterable[str], style: str = "", script: str = "")
 def grid(columns: Iterable[str], rows: Iterable[str]) -> str:
     """A table that scrolls sideways where the page is narrow; columns and rows are HTML."""
     head = "".join(f'<th scope="col">{name}</th>' for name in columns)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody>'
+        "</table></div>"
+    )
 
 
 def definitions(pairs: Iterable[tuple[str, Any]], kind: str) -> str:

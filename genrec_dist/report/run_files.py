@@ -53,7 +53,8 @@ def read_journal(path: Path) -> Journal:
     ]
     if not any((path / name).is_file() for name in wanted):
         raise ValueError(
-            f"{path}: none of {', '.join(wanted)} is in it: give a directory of genrec train or genrec baseline"
+            f"{path}: none of {', '.join(wanted)} is in it: give a directory of genrec train or "
+            "genrec baseline"
         )
     run = Journal(path)
     if (path / "recipe.yaml").is_file():

@@ -31,7 +31,8 @@ PROTOCOL = {
     "trained_through": "last position the model may learn from",
     "exclude_history": "whether items of the history are left out of the lists",
     "beam": "candidates kept at each step of decoding",
-    "decode": "exact: softmax over the whole vocabulary; compact: over the trie's tokens; free: no trie; all: every item scored",
+    "decode": "exact: softmax over the whole vocabulary; compact: over the trie's tokens; "
+    "free: no trie; all: every item scored",
     "users": "whose lists are scored",
 }
 BREADTH = {
@@ -94,7 +95,10 @@ def headline(metrics: dict[str, Any], key: str = "NDCG@10") -> str:
     sentence += "."
     ceiling = (beside.get("ceiling") or {}).get(key)
     if is_number(ceiling) and ceiling > 0:
-        sentence += f" The oracle's ceiling is {score(ceiling)}; {name} reaches {percent(ours / ceiling)} of it."
+        sentence += (
+            f" The oracle's ceiling is {score(ceiling)}; {name} reaches {percent(ours / ceiling)} "
+            "of it."
+        )
     return sentence
 
 
@@ -138,7 +142,10 @@ def _header(run: Journal) -> str:
     if versions.get("torch"):
         facts.append(("torch", versions["torch"]))
     name = text(run.path.resolve().name)
-    return f'<header><p class="kicker">GenRec run</p><h1>{name}</h1>{definitions(facts, "facts")}</header>'
+    return (
+        f'<header><p class="kicker">GenRec run</p><h1>{name}</h1>'
+        f"{definitions(facts, 'facts')}</header>"
+    )
 
 
 def _comparison(run: Journal) -> str:
@@ -157,7 +164,10 @@ def _comparison(run: Journal) -> str:
         ]
         if dots:
             charts.append(dot_chart(f"{key}, {metrics.get('split', '')}", dots))
-    return f'<section><p class="lead">{text(headline(metrics))}</p><div class="charts">{"".join(charts)}</div></section>'
+    return (
+        f'<section><p class="lead">{text(headline(metrics))}</p><div class="charts">'
+        f"{''.join(charts)}</div></section>"
+    )
 
 
 def _curves(run: Journal) -> str:
@@ -193,7 +203,8 @@ def _curves(run: Journal) -> str:
     )
     return (
         f'<section><h2>Training</h2><div class="charts">{"".join(charts)}</div>'
-        f'<p class="small">Faint: as logged; strong: exponential average over a 25th of the curve.{told}</p></section>'
+        '<p class="small">Faint: as logged; strong: exponential average over a 25th of the '
+        f"curve.{told}</p></section>"
     )
 
 
@@ -221,7 +232,8 @@ def _table(metrics: dict[str, Any]) -> str:
     return (
         f"<section><h2>Metrics on {text(metrics.get('split', ''))}{users}</h2>"
         f"{grid(('system', *METRICS), rows)}"
-        f'<p class="small">Small figures: 95 % bootstrap interval over users. {text("; ".join(more))}</p></section>'
+        '<p class="small">Small figures: 95 % bootstrap interval over users. '
+        f"{text('; '.join(more))}</p></section>"
     )
 
 
@@ -230,7 +242,10 @@ def _breadth(metrics: dict[str, Any]) -> str:
     parts = [part for part in (_catalogue(metrics), _breakdown(metrics)) if part]
     if not parts:
         return ""
-    return f"<section><h2>Breadth of the lists on {text(metrics.get('split', ''))}</h2>{''.join(parts)}</section>"
+    return (
+        "<section><h2>Breadth of the lists on "
+        f"{text(metrics.get('split', ''))}</h2>{''.join(parts)}</section>"
+    )
 
 
 def _catalogue(metrics: dict[str, Any]) -> str:
@@ -250,7 +265,10 @@ def _catalogue(metrics: dict[str, Any]) -> str:
         for name, row in systems
     ]
     told = "; ".join(f"{name}: {meaning}" for name, meaning in BREADTH.values() if meaning)
-    return f'{grid(("system", *(name for name, _ in BREADTH.values())), rows)}<p class="small">{text(told)}.</p>'
+    return (
+        f'{grid(("system", *(name for name, _ in BREADTH.values())), rows)}<p class="small">'
+        f"{text(told)}.</p>"
+    )
 
 
 def _breadth_cell(key: str, value: Any) -> str:
@@ -337,7 +355,8 @@ def _throughput(run: Journal) -> str:
         return ""
     return (
         f"<section><h2>Throughput</h2>{grid(_RATES, rows)}"
-        '<p class="small">Rates count real tokens and are medians of the logged steps; shares are means. MFU: share of '
+        '<p class="small">Rates count real tokens and are medians of the logged steps; shares are '
+        "means. MFU: share of "
         f"the device's peak, {text(_peak(run))}.</p></section>"
     )
 

@@ -89,13 +89,16 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], from_zero: bool 
         x = x_scale(tick)
         if x <= WIDTH - RIGHT + 1:
             parts.append(
-                f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM + 4}"/>'
+                f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{HEIGHT - BOTTOM}" '
+                f'y2="{HEIGHT - BOTTOM + 4}"/>'
             )
             parts.append(
-                f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 19}" text-anchor="middle">{short(tick)}</text>'
+                f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 19}" text-anchor="middle">'
+                f"{short(tick)}</text>"
             )
     parts.append(
-        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
+        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" '
+        f'y2="{HEIGHT - BOTTOM}"/>'
     )
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(
@@ -103,7 +106,8 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], from_zero: bool 
     )
     parts += [_path(line, x_scale, y_scale, x_label) for line in lines]
     legend = "".join(
-        f'<span><i class="key c{line.color}{" dashed" if line.dashed else ""}"></i>{escape(line.name)}</span>'
+        f'<span><i class="key c{line.color}{" dashed" if line.dashed else ""}"></i>'
+        f"{escape(line.name)}</span>"
         for line in lines
         if not line.faint
     )
@@ -145,7 +149,8 @@ def dot_chart(title: str, dots: Sequence[Dot]) -> str:
             f'<text{weight} x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(dot.name)}</text>'
         )
         parts.append(
-            f'<text{weight} x="{WIDTH - 4}" y="{y + 4}" text-anchor="end">{score(dot.value)}</text></g>'
+            f'<text{weight} x="{WIDTH - 4}" y="{y + 4}" text-anchor="end">'
+            f"{score(dot.value)}</text></g>"
         )
     return _figure(title, height, "".join(parts), "")
 
@@ -184,5 +189,6 @@ def _figure(title: str, height: float, body: str, legend: str) -> str:
     keys = f'<span class="keys">{legend}</span>' if legend else ""
     return (
         f"<figure><figcaption><b>{escape(title)}</b>{keys}</figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}">{body}</svg></figure>'
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}">'
+        f"{body}</svg></figure>"
     )

@@ -142,7 +142,10 @@ def test_the_kubernetes_job_resumes_at_its_second_try(tmp_path: Path, second: bo
 # Listens as a head does; ends with TERM. A worker that finds no head is refused.
 FAKE_RAY = """#!/usr/bin/env python3
 import os, signal, socket, sys, time
-line = f"{os.environ['SLURM_NODEID']} {os.environ['RAY_AUTH_MODE']} {os.environ['RAY_AUTH_TOKEN']} {' '.join(sys.argv[1:])}"
+line = (
+    f"{os.environ['SLURM_NODEID']} {os.environ['RAY_AUTH_MODE']} {os.environ['RAY_AUTH_TOKEN']} "
+    f"{' '.join(sys.argv[1:])}"
+)
 with open("ray.calls", "a") as file: file.write(line + "\\n")
 words = sys.argv[1:]
 if os.environ.get("RAY_FATE") == "broken": sys.exit(1)

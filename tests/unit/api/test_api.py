@@ -51,7 +51,8 @@ def test_every_public_name_is_listed_and_documented() -> None:
     [
         "import genrec_dist; from transformers import AutoConfig, AutoModelForSeq2SeqLM",
         "from transformers import AutoConfig, AutoModelForSeq2SeqLM; import genrec_dist",
-        "import genrec_dist.model.genrec; from transformers import AutoConfig, AutoModelForSeq2SeqLM",
+        "import genrec_dist.model.genrec; from transformers import AutoConfig, "
+        "AutoModelForSeq2SeqLM",
     ],
 )
 def test_auto_classes_load_a_run(tiny_run: Path, imports: str) -> None:

@@ -524,7 +524,8 @@ def assert_disk_is_full(done: subprocess.CompletedProcess[str], place: Path) -> 
 
 def test_an_interrupt_is_130(tmp_path: Path) -> None:
     script = (
-        "import signal, sys, genrec_dist.cli.app as cli, genrec_dist.baselines.leak_audit as audit\n"
+        "import signal, sys, genrec_dist.cli.app as cli, genrec_dist.baselines.leak_audit as "
+        "audit\n"
         # A job in the background inherits SIGINT ignored; a person at a terminal does not.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "audit.audit = lambda *_: signal.raise_signal(signal.SIGINT)\n"

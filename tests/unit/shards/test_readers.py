@@ -299,7 +299,8 @@ _SHAPES = {
     "2014": '{"reviewerName": "Jo \\"the nose\\" O\'Hara", "helpful": [2, 3], "overall": 5.0, '
     '"reviewText": "It\'s\\n\\tlovely, isn\'t it? \\\\o/ \\u00e9", "reviewTime": "09 13, 2009"}',
     "2018": '{"overall": 5.0, "vote": "2", "verified": true, "style": {"Size:": " 7.0 oz"}, '
-    '"reviewerName": "Cá", "reviewText": "As advertised \\ud83d\\ude42", "image": ["https://e.com/a.jpg"]}',
+    '"reviewerName": "Cá", "reviewText": "As advertised \\ud83d\\ude42", "image": '
+    '["https://e.com/a.jpg"]}',
     "2023": '{"rating": 5.0, "text": "It is really \\"nice\\".<br />", "asin": "variant", '
     '"images": [{"attachment_type": "IMAGE"}], "verified_purchase": true}',
     "yelp": '{"review_id": "r", "stars": 4.0, "cool": 1, '

@@ -220,7 +220,10 @@ def test_everything_is_escaped_and_one_script_may_run() -> None:
     source = report_html(sweep)
     (script,) = re.findall(r"<script>(.*?)</script>", source, re.S)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    policy = (
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src "
+        f"'sha256-{digest}'"
+    )
     assert policy in source
     (data,) = re.findall(r"^const CHARTS = (.*);$", script, re.M)
     assert "<" not in data

@@ -125,7 +125,10 @@ def test_what_cannot_be_is_refused_in_one_line(
 
 def test_keys_that_do_not_go_together_are_refused(folder: Path) -> None:
     """No key is wrong alone: 24 is no multiple of 16 heads."""
-    text = "base: base.yaml\nspace:\n  model.d_model: {choice: [16, 24]}\n  model.heads: {choice: [2, 16]}\n"
+    text = (
+        "base: base.yaml\nspace:\n  model.d_model: {choice: [16, 24]}\n  model.heads: {choice: "
+        "[2, 16]}\n"
+    )
     with pytest.raises(
         ValueError, match=r"model\.heads: 16 is refused|model\.d_model: 24 is refused"
     ):
