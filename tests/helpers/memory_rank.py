@@ -134,7 +134,17 @@ def batch() -> Batch:
         torch.randint(0, ITEMS + 1, (4, 16)),
     )
     labels = torch.randint(5, 6000, (4, 4))
-    return Batch(encoder, torch.arange(4), labels, labels, 4, 16, 4, 80, 80)
+    return Batch(
+        encoder=encoder,
+        encoder_row=torch.arange(4),
+        decoder_input_ids=labels,
+        labels=labels,
+        num_samples=4,
+        num_target_tokens=16,
+        num_targets=4,
+        num_tokens=80,
+        num_slots=80,
+    )
 
 
 def watch_buckets(engine: Any) -> dict[int, torch.UntypedStorage]:

@@ -296,7 +296,17 @@ def step_of(number: int) -> RankStep:
     encoder = EncoderInput(*(torch.from_numpy(array) for array in arrays))
     labels = torch.from_numpy(5 + items[:, 2:5] % 30)
     inputs = torch.cat([torch.full((2, 1), 4), labels[:, :-1]], 1)
-    batch = Batch(encoder, torch.arange(2), inputs, labels, 2, 6, 2, 21, 24)
+    batch = Batch(
+        encoder=encoder,
+        encoder_row=torch.arange(2),
+        decoder_input_ids=inputs,
+        labels=labels,
+        num_samples=2,
+        num_target_tokens=6,
+        num_targets=2,
+        num_tokens=21,
+        num_slots=24,
+    )
     return RankStep([batch], 0, 2, 0)
 
 
