@@ -352,10 +352,7 @@ def train(
             step = plan_sums(step, model.config)
         tables.attach(model, step)
         batch = step.micro_batches[0].to(torch.device(DEVICE))
-        targets = {"decoder_input_ids": batch.decoder_input_ids, "labels": batch.labels}
-        inputs = vars(batch.encoder) | targets
-        summed = model(**inputs, encoder_row=batch.encoder_row, plan=batch.plan)
-        loss = summed / batch.num_target_tokens
+        loss = model(inputs=batch) / batch.num_target_tokens
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
