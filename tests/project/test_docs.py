@@ -92,6 +92,13 @@ def test_every_page_is_in_the_navigation_of_the_site() -> None:
     assert set(re.findall(r"[\w/-]+\.md", text)) == pages
 
 
+def test_every_test_that_guards_a_promise_exists() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "guarantees.md").read_text()))
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert len(named) > 30
+    assert named <= set(re.findall(r"def (test_\w+)", sources))
+
+
 def test_the_readme_takes_three_minutes() -> None:
     lines = README.splitlines()
     assert len(lines) <= 150
