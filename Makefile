@@ -51,7 +51,7 @@ test: check
 	echo "and clusters, about 10 minutes; 3. -m demo, the whole demo judged, about 4 minutes. One part alone:"; \
 	echo "  .venv/bin/python -m pytest -n 2      .venv/bin/python -m pytest -m ranks      .venv/bin/python -m pytest tests/unit/model"
 	$(PYTEST) -n $(PROCESSES) --dist loadfile --durations 20 --durations-min 4
-	$(PYTEST) -m ranks --durations 10 --durations-min 4
+	$(PYTEST) -m ranks -n $(PROCESSES) --dist loadfile --durations 10 --durations-min 4
 	$(BIN)/python -m pytest -m demo
 
 slow: env
