@@ -15,7 +15,7 @@ from typing import Any, Literal
 import yaml
 from genrec_shards.storage.remote import is_address
 
-from genrec_dist.config.load import load_recipe, recipe_from
+from genrec_dist.config.load import load_recipe, recipe_from, use_current_keys
 from genrec_dist.config.recipe import Recipe
 from genrec_tuning.record import Value
 
@@ -391,7 +391,9 @@ def refuse_changes(before: Mapping[str, Any], after: Mapping[str, Any], source: 
         elif json.dumps(before) != json.dumps(after):
             yield key, before, after
 
-    for key, old, new in changes(before, after, ""):
+    recipe = json.loads(json.dumps(before.get("recipe", {})))
+    use_current_keys(recipe, source)  # a sweep of an earlier version has the old names
+    for key, old, new in changes({**before, "recipe": recipe}, after, ""):
         if key.split(".")[0] not in _MAY_CHANGE:
             raise ValueError(
                 f"{source}: {key} is {json.dumps(new)}, the sweep was begun with "

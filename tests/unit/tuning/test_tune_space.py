@@ -329,3 +329,15 @@ def test_trial_states_follow_rays_callbacks(folder: Path) -> None:
     assert changed[-1].status == "finished"
     assert len(ended) == 3
     assert copy.copy(states).__class__.__name__ == "Callback"  # what Ray stores of it is empty
+
+
+def test_a_sweep_of_an_earlier_version_goes_on(folder: Path) -> None:
+    """Its recipe has the old names of keys, which name no change."""
+    now = json.loads(json.dumps(space_of(folder).as_dict()))
+    old = json.loads(json.dumps(now))
+    old["recipe"]["begin_from"] = old["recipe"].pop("init_from")
+    old["recipe"]["optimizer"]["clip"] = old["recipe"]["optimizer"].pop("max_grad_norm")
+    refuse_changes(old, now, "space.yaml")
+    old["recipe"]["optimizer"]["clip"] = 7.0
+    with pytest.raises(ValueError, match="recipe.optimizer.max_grad_norm is"):
+        refuse_changes(old, now, "space.yaml")
