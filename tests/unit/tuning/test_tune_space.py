@@ -339,5 +339,5 @@ def test_a_sweep_of_an_earlier_version_goes_on(folder: Path) -> None:
     old["recipe"]["optimizer"]["clip"] = old["recipe"]["optimizer"].pop("max_grad_norm")
     refuse_changes(old, now, "space.yaml")
     old["recipe"]["optimizer"]["clip"] = 7.0
-    with pytest.raises(ValueError, match="recipe.optimizer.max_grad_norm is"):
+    with pytest.raises(ValueError, match=r"recipe\.optimizer\.max_grad_norm is"):
         refuse_changes(old, now, "space.yaml")
