@@ -13,7 +13,7 @@ import yaml
 
 
 @dataclass
-class Journal:
+class RunFiles:
     """What a run directory holds; whatever is missing is empty."""
 
     path: Path
@@ -39,7 +39,7 @@ class Journal:
         return [found[step] for step in sorted(found)]
 
 
-def read_journal(path: Path) -> Journal:
+def read_run_files(path: Path) -> RunFiles:
     """Read whatever is there; what cannot be read goes to `notes`.
 
     Raises ValueError for a directory that no command of ours wrote.
@@ -56,7 +56,7 @@ def read_journal(path: Path) -> Journal:
             f"{path}: none of {', '.join(wanted)} is in it: give a directory of genrec train or "
             "genrec baseline"
         )
-    run = Journal(path)
+    run = RunFiles(path)
     if (path / "recipe.yaml").is_file():
         run.recipe_text = (path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
         run.recipe = _read_yaml(run.recipe_text, run.notes)

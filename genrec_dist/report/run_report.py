@@ -12,7 +12,7 @@ from typing import Any
 from genrec_shards.atomic import atomic_file
 
 from genrec_dist.report.html import definitions, duration, grid, page, percent, text
-from genrec_dist.report.run_files import Journal, is_number, read_journal
+from genrec_dist.report.run_files import RunFiles, is_number, read_run_files
 from genrec_dist.report.svg import Dot, Line, dot_chart, line_chart, score, smooth
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
@@ -64,7 +64,7 @@ def write_report(run_dir: str | Path) -> Path:
     Missing files leave their parts out; what could not be read is said on the page.
     Raises ValueError if the directory holds nothing that a run writes.
     """
-    run = read_journal(Path(run_dir))
+    run = read_run_files(Path(run_dir))
     source = _page_of(run)
     target = run.path / "report.html"
     with atomic_file(target) as temporary:
@@ -102,7 +102,7 @@ def headline(metrics: dict[str, Any], key: str = "NDCG@10") -> str:
     return sentence
 
 
-def _page_of(run: Journal) -> str:
+def _page_of(run: RunFiles) -> str:
     sections = [
         _header(run),
         _comparison(run),
@@ -117,7 +117,7 @@ def _page_of(run: Journal) -> str:
     return page(run.path.resolve().name, sections)
 
 
-def _header(run: Journal) -> str:
+def _header(run: RunFiles) -> str:
     start = (run.of("start") or [{}])[-1]
     first, last = (run.of("start") or [{}])[0], (run.events or [{}])[-1]
     measured = next(iter(run.metrics.values()), {})
@@ -148,7 +148,7 @@ def _header(run: Journal) -> str:
     )
 
 
-def _comparison(run: Journal) -> str:
+def _comparison(run: RunFiles) -> str:
     if not run.metrics:
         how = "<code>genrec evaluate RUN --split test</code>"
         return (
@@ -170,7 +170,7 @@ def _comparison(run: Journal) -> str:
     )
 
 
-def _curves(run: Journal) -> str:
+def _curves(run: RunFiles) -> str:
     charts, losses, scores = [], [], []
     for color, stage in enumerate(STAGES):
         xs, ys = _series(run.stage("step", stage), "loss")
@@ -314,7 +314,7 @@ def _buckets(metrics: Any, dimension: str) -> dict[str, dict[str, Any]]:
     )
 
 
-def _protocol(run: Journal) -> str:
+def _protocol(run: RunFiles) -> str:
     protocol = next(iter(run.metrics.values()), {}).get("protocol")
     if not isinstance(protocol, dict) or not protocol:
         return ""
@@ -327,14 +327,14 @@ def _protocol(run: Journal) -> str:
     return f'<section><h2>Protocol</h2><dl class="protocol">{rows}</dl></section>'
 
 
-def _audit(run: Journal) -> str:
+def _audit(run: RunFiles) -> str:
     sentence = run.audit.get("sentence")
     if not isinstance(sentence, str):
         return ""
     return f"<section><h2>Audit of the data</h2><blockquote>{text(sentence)}</blockquote></section>"
 
 
-def _throughput(run: Journal) -> str:
+def _throughput(run: RunFiles) -> str:
     rows = []
     for stage in STAGES:
         steps = run.stage("step", stage)
@@ -372,18 +372,18 @@ _RATES = (
 )
 
 
-def _peak(run: Journal) -> str:
+def _peak(run: RunFiles) -> str:
     """What the run took for its device's peak."""
     peak = run.of("start")[-1].get("peak") if run.of("start") else None
     return str(peak["source"]) if isinstance(peak, dict) and "source" in peak else "not known here"
 
 
-def _notes(run: Journal) -> str:
+def _notes(run: RunFiles) -> str:
     items = "".join(f"<li>{text(note)}</li>" for note in run.notes)
     return f"<section><h2>Could not be read</h2><ul>{items}</ul></section>" if items else ""
 
 
-def _recipe(run: Journal) -> str:
+def _recipe(run: RunFiles) -> str:
     return (
         f"<details><summary>Recipe</summary><pre>{text(run.recipe_text)}</pre></details>"
         if run.recipe_text

@@ -24,7 +24,7 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.console import exit_code_of
 from genrec_dist.distributed.deadline import Deadline
 from genrec_dist.evaluation.metrics import as_written
-from genrec_dist.report.run_files import read_journal
+from genrec_dist.report.run_files import read_run_files
 from genrec_dist.training.checkpoint import list_checkpoints
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def _log_of(run: Path) -> Path:
 def worked_seconds(run: Path) -> float:
     """Seconds that all attempts at this run worked, without the time between them."""
     total, started, last = 0.0, None, 0.0
-    for line in read_journal(run).events:
+    for line in read_run_files(run).events:
         if line["event"] == "start":
             total += last - started if started is not None else 0.0
             started = line["time"]
@@ -153,9 +153,9 @@ def worked_seconds(run: Path) -> float:
 def validated(run: Path) -> list[dict[str, Any]]:
     """The validations of a run's last stage, by step; of one that a resumed run did twice, the
     second."""
-    journal = read_journal(run)
-    found = journal.of("validation")
-    return journal.stage("validation", found[-1]["stage"]) if found else []
+    files = read_run_files(run)
+    found = files.of("validation")
+    return files.stage("validation", found[-1]["stage"]) if found else []
 
 
 def best_epoch(run: Path) -> int:

@@ -26,7 +26,7 @@ from two_ranks import environment
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
 from genrec_dist.evaluation import score_mixture as mixture
-from genrec_dist.report.run_files import read_journal
+from genrec_dist.report.run_files import read_run_files
 from genrec_dist.reproduce.published import METRICS, SETS, size_difference
 from genrec_dist.reproduce.result_rows import merge
 from genrec_dist.reproduce.steps import recipe_of
@@ -390,8 +390,8 @@ def test_interrupted_it_goes_on_and_ends_with_the_same_bytes(
     assert not (run / "metrics-test.json").exists()
     assert "best" not in (broken / "steps.jsonl").read_text()
     assert run_command(arguments) == 0
-    journal = read_journal(run)
-    starts, end = journal.of("start"), journal.of("end")[-1]
+    files = read_run_files(run)
+    starts, end = files.of("start"), files.of("end")[-1]
     assert [bool(start["resumed_from"]) for start in starts] == [False, True]
     most = starts[1]["time"] - starts[0]["time"] + end["seconds"] + 60
     assert 0 < worked_seconds(run) < most

@@ -23,7 +23,7 @@ from genrec_tuning.trial import Job, ended_because, epochs_of, run_job
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.inference.load import load_run
-from genrec_dist.report.run_files import Journal
+from genrec_dist.report.run_files import RunFiles
 from genrec_dist.training.checkpoint import list_checkpoints
 from genrec_dist.training.loop import EpochReport
 from genrec_dist.training.run import train
@@ -343,9 +343,9 @@ def test_worked_seconds_leave_out_the_time_between_attempts() -> None:
         scores = {"NDCG@10": 0.1, "HR@10": 0.2, "loss": 3.0, "stage": "finetune"}
         return {"event": "validation", "time": time, "epoch": epoch, "step": step, **scores}
 
-    journal = Journal(Path("run"))
+    files = RunFiles(Path("run"))
     resumed_from = "runs/x/checkpoints/step-00000010"
-    journal.events = [
+    files.events = [
         {"event": "start", "time": 100.0, "resumed_from": None},
         validation(110.0, 0, 9),
         {"event": "checkpoint", "time": 111.0, "step": 10},
@@ -353,9 +353,9 @@ def test_worked_seconds_leave_out_the_time_between_attempts() -> None:
         {"event": "start", "time": 5000.0, "resumed_from": resumed_from},
         validation(5012.0, 1, 19),
     ]
-    assert [(epoch.epoch, epoch.seconds) for epoch in epochs_of(journal)] == [(1, 10.0)]
-    journal.events.append({"event": "checkpoint", "time": 5013.0, "step": 20})
-    assert [(epoch.epoch, epoch.seconds) for epoch in epochs_of(journal)] == [(1, 10.0), (2, 32.0)]
+    assert [(epoch.epoch, epoch.seconds) for epoch in epochs_of(files)] == [(1, 10.0)]
+    files.events.append({"event": "checkpoint", "time": 5013.0, "step": 20})
+    assert [(epoch.epoch, epoch.seconds) for epoch in epochs_of(files)] == [(1, 10.0), (2, 32.0)]
     # Killed between a checkpoint and its event, a run has only the event of its resume.
-    del journal.events[2], journal.events[-1]
-    assert [(epoch.epoch, epoch.seconds) for epoch in epochs_of(journal)] == [(1, 10.0)]
+    del files.events[2], files.events[-1]
+    assert [(epoch.epoch, epoch.seconds) for epoch in epochs_of(files)] == [(1, 10.0)]

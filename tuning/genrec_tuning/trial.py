@@ -24,7 +24,7 @@ from genrec_shards.file_lock import hold
 from genrec_dist.config.load import dump_recipe, recipe_from
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.distributed.deadline import Deadline
-from genrec_dist.report.run_files import Journal, read_journal
+from genrec_dist.report.run_files import RunFiles, read_run_files
 from genrec_dist.training.checkpoint import list_checkpoints
 from genrec_dist.training.run import train
 from genrec_tuning.record import SWEEP_FILE, Epoch, Folder, Value
@@ -124,7 +124,7 @@ def run_job(job: Job, report: Callable[[dict[str, Any]], None]) -> None:
         # Epochs of earlier attempts are reported too: their last report may never have arrived.
         if not (run / "events.jsonl").is_file():
             return
-        new = epochs_of(read_journal(run))[len(reported) :]
+        new = epochs_of(read_run_files(run))[len(reported) :]
         if new:
             push(run, job.remote_run)
         for epoch in new:
@@ -146,28 +146,28 @@ def run_job(job: Job, report: Callable[[dict[str, Any]], None]) -> None:
         report({**as_result(reported[-1]), "finished": True})
 
 
-def epochs_of(journal: Journal) -> list[Epoch]:
+def epochs_of(files: RunFiles) -> list[Epoch]:
     """Validations of a run's last stage that a checkpoint covers, in order, whichever attempt made
     them."""
-    validations = journal.of("validation")
+    validations = files.of("validation")
     if not validations:
         return []
     stage = validations[-1]["stage"]
-    saved = [line["step"] for line in journal.of("checkpoint")]
+    saved = [line["step"] for line in files.of("checkpoint")]
     # Killed between a checkpoint and its event, a run has only the event of its resume.
-    resumed = [line["resumed_from"] for line in journal.of("start") if line.get("resumed_from")]
+    resumed = [line["resumed_from"] for line in files.of("start") if line.get("resumed_from")]
     saved += [int(Path(path).name.removeprefix("step-")) for path in resumed]
     # Step of a validation -> seconds worked by then, without the time between two attempts.
     seconds, before, started, last = {}, 0.0, 0.0, 0.0
-    for line in journal.events:
+    for line in files.events:
         if line["event"] == "start":
             before, started = before + last - started, line["time"]
         last = line["time"]
         if line["event"] == "validation":
             seconds[line["step"]] = before + last - started
     found = {}
-    steps = journal.stage("step", stage)
-    for line in journal.stage("validation", stage):
+    steps = files.stage("step", stage)
+    for line in files.stage("validation", stage):
         if line["step"] >= max(saved, default=-1):
             continue
         own = [step for step in steps if step["epoch"] == line["epoch"]]
@@ -246,7 +246,7 @@ def first_failed(codes: list[int | None]) -> int | None:
 
 def rank_error(run: Path, rank: int, code: int) -> Exception:
     """ValueError for what another attempt would meet again, else RuntimeError."""
-    reason = str(read_journal(run).status.get("reason", ""))
+    reason = str(read_run_files(run).status.get("reason", ""))
     if code == 1 and reason.split(":")[0] in _REFUSALS:
         return ValueError(reason)
     text = (run / f"rank-{rank}.log").read_text(encoding="utf-8", errors="replace").strip()
