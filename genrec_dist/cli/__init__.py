@@ -1,1 +1,1 @@
-"""The doors of the command line, by what they lead to; `cli.py` is the house's own."""
+"""The commands of `genrec`; `app.py` puts them together."""

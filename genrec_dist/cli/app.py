@@ -1,4 +1,4 @@
-"""The command line: `genrec COMMAND ...`, each command a thin door to a function."""
+"""The command line: `genrec COMMAND ...`, each command a thin wrapper of a function."""
 
 from __future__ import annotations
 
@@ -214,11 +214,11 @@ def doctor(
 
 
 # In the order of the help.
-for door in (
+for command in (
     demo, prepare, shard, train, evaluate, recommend, baseline, compare, report, plan, tune,
     doctor, reproduce,
 ):  # fmt: skip
-    app.command()(door)
+    app.command()(command)
 app.add_typer(
     bench,
     name="bench",

@@ -1,4 +1,4 @@
-"""What the doors share: options of one meaning, the way to say a line, and who this process is
+"""What the commands share: options of one meaning, the way to say a line, and who this process is
 among several."""
 
 from __future__ import annotations

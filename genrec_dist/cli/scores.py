@@ -1,4 +1,4 @@
-"""The doors of `genrec baseline`, `genrec compare` and `genrec report`."""
+"""The commands `genrec baseline`, `genrec compare` and `genrec report`."""
 
 from __future__ import annotations
 

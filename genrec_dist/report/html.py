@@ -1,5 +1,4 @@
-"""The page that reports are written on: one self-contained HTML file, its parts, and the one door
-for foreign text."""
+"""The HTML shell of the reports: one self-contained file, its parts, and the escaping of text."""
 
 import base64
 import hashlib
@@ -65,5 +64,5 @@ def duration(seconds: float) -> str:
 
 
 def text(value: Any) -> str:
-    """The one door through which anything from a file reaches a page."""
+    """The text, escaped; everything from a file goes through here into a page."""
     return escape(str(value), quote=True)
