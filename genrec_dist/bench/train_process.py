@@ -20,6 +20,7 @@ import torch
 
 from genrec_dist.bench.train_peers import TokenizingCollate, TrainerRival, pad_samples, samples_of
 from genrec_dist.config.load import load_recipe
+from genrec_dist.config.native_precision import with_precision
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Batch, RankStep
 from genrec_dist.inference.load import best_device
@@ -78,7 +79,7 @@ class World:
     """The samples and weights that all rivals train; `changes` to the recipe."""
 
     def __init__(self, setting: Setting, *changes: str):
-        self.recipe = setting.recipe(*changes)
+        self.recipe = with_precision(setting.recipe(*changes))
         self.workshop, self.model = build_setup(self.recipe)
         self.num_steps = min(setting.num_steps, self.workshop.stages[0].plan.steps_per_epoch)
 

@@ -32,7 +32,7 @@ def with_precision(recipe: Recipe, run: Path | None = None) -> Recipe:
     """
     if recipe.precision != "auto":
         return recipe
-    begun = None if run is None else run / "recipe.yaml"
-    if begun is not None and begun.is_file():
-        return dataclasses.replace(recipe, precision=load_recipe(begun).precision)
-    return dataclasses.replace(recipe, precision=native_precision())
+    kept = recipe.precision
+    if run is not None and (run / "recipe.yaml").is_file():
+        kept = load_recipe(run / "recipe.yaml").precision
+    return dataclasses.replace(recipe, precision=native_precision() if kept == "auto" else kept)

@@ -22,6 +22,7 @@ from genrec_dist.baselines.leak_audit import write_audit
 from genrec_dist.baselines.run import run_baseline
 from genrec_dist.baselines.sasrec_run import sasrec_settings
 from genrec_dist.config.load import load_recipe
+from genrec_dist.config.native_precision import with_precision
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
 from genrec_dist.data.item_graph import knn_settings
 from genrec_dist.distributed.deadline import Deadline
@@ -96,6 +97,7 @@ def check(options: Options, protocol: ProtocolName, systems: list[System]) -> No
 
 
 def _check_recipe(run: Path, requested: Recipe) -> None:
+    requested = with_precision(requested, run)
     kept = {
         key: value for key, value in requested.as_dict().items() if key not in MOVES_NO_GRADIENT
     }
@@ -237,7 +239,7 @@ def _train(recipe_of_run: Callable[[], Recipe], ending: Deadline, say: Say) -> N
     run = Path(recipe.run)
     if (run / "recipe.yaml").is_file() and has_checkpoint(run):
         _check_recipe(run, recipe)
-    train_run(recipe, ending, say)
+    train_run(with_precision(recipe, run), ending, say)
 
 
 def _run_baseline(

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tiny import TINY_RECIPE, tiny_log
 from two_ranks import environment
 
 from genrec_dist.cli.app import run_command
-from genrec_dist.config.load import load_recipe
+from genrec_dist.config.load import dump_recipe, load_recipe
 from genrec_dist.evaluation import score_mixture as mixture
 from genrec_dist.report.run_files import read_run_files
 from genrec_dist.reproduce.published import METRICS, SETS, size_difference
@@ -471,3 +472,16 @@ def test_the_script_works_in_slices_that_go_on(folder: Path, tmp_path: Path) -> 
     rows = read(tmp_path / "out" / "quality.json")["beauty"]["paper"]
     names = ["popularity", "counting", "knn", "best", "paper-tiny"]
     assert list(rows) == [*names, "paper-tiny-without-pretraining"]
+
+
+def test_an_automatic_precision_is_the_one_that_the_run_has(tmp_path: Path) -> None:
+    from genrec_dist.reproduce.steps import _check_recipe
+
+    requested = load_recipe("best", [f"data={tmp_path}", f"run={tmp_path}"])
+    assert requested.precision == "auto"
+    for kept in ("fp32", "bf16"):
+        held = replace(requested, precision=kept)
+        (tmp_path / "recipe.yaml").write_text(dump_recipe(held))
+        _check_recipe(tmp_path, requested)
+    with pytest.raises(ValueError, match="precision"):
+        _check_recipe(tmp_path, replace(requested, precision="fp32"))

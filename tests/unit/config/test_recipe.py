@@ -239,3 +239,8 @@ def test_auto_precision_is_bf16_where_the_cpu_has_instructions_for_it(
         )
         assert with_precision(recipe, tmp_path).precision == begun
     assert with_precision(recipe, tmp_path / "new").precision == expected
+    # A run whose file still says auto, written before its training began.
+    (tmp_path / "recipe.yaml").write_text(
+        "data: d\nrun: r\nprecision: auto\nfinetune: {epochs: 1}\n"
+    )
+    assert with_precision(recipe, tmp_path).precision == expected
