@@ -32,7 +32,8 @@ def with_precision(recipe: Recipe, run: Path | None = None) -> Recipe:
     """
     if recipe.precision != "auto":
         return recipe
-    kept = recipe.precision
     if run is not None and (run / "recipe.yaml").is_file():
         kept = load_recipe(run / "recipe.yaml").precision
-    return dataclasses.replace(recipe, precision=native_precision() if kept == "auto" else kept)
+        if kept != "auto":
+            return dataclasses.replace(recipe, precision=kept)
+    return dataclasses.replace(recipe, precision=native_precision())
