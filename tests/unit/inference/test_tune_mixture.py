@@ -16,6 +16,7 @@ from genrec_shards.prepare import prepare
 from genrec_shards.storage.write import write_shards
 from tiny import TINY_RECIPE
 
+from genrec_dist.baselines.tune_knn import tune_knn
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
 from genrec_dist.data.item_graph import KnnSettings
@@ -129,6 +130,14 @@ def test_repeats_are_mixed_in_as_lists_and_requests_have_them(
     assert best is not None
     assert best.repeat is not None
     assert best.repeat_weight > 0
+    sequences = load_dataset(data).sequences
+    assert best.graph == tune_knn(sequences, exclude_history=True).settings
+    known = HistoryScores.of(sequences, "test", "n-2", replace(best, graph_weight=1.0))
+    prob = known.probabilities(np.array([3, 5, 3]), np.array([0, 3]), sequences.num_items)
+    assert prob.graph_prob_BN is not None
+    assert prob.repeat_prob_BN is not None
+    assert not prob.graph_prob_BN[0, [3, 5]].any(), "the graph speaks of new items alone"
+    assert prob.graph_prob_BN.sum() == pytest.approx(1)
     for item_weight, graph_weight, epsilon, repeat_weight, figure in held["table"]:
         mixed = Mixture(item_weight, graph_weight, epsilon, best.graph, repeat_weight, best.repeat)
         decoding = Decoding(mode="hybrid", batch_size=1000, exclude_history=False, mixture=mixed)
