@@ -184,9 +184,9 @@ def _drain(values: Iterator[Any]) -> None:
 def measure_resuming(dataset: Dataset, sizes: Sizes) -> Measured:
     """Seconds from a fresh reader and plan to the first batch, at four places of an epoch."""
     recipe = load_recipe("tiny", [f"data={dataset.path}", f"shards={dataset.path / 'shards'}"])
-    workshop, model = build_setup(recipe)
-    layout = make_layout(workshop.words, model.config)
-    num_steps = workshop.stages[-1].plan.steps_per_epoch
+    setup, model = build_setup(recipe)
+    layout = make_layout(setup.words, model.config)
+    num_steps = setup.stages[-1].plan.steps_per_epoch
 
     def first_batch(step: int) -> None:
         reader = ShardReader(recipe.shards_dir, verify=False)
