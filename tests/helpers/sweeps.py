@@ -64,13 +64,6 @@ def record(out: Path) -> Sweep | None:
     return read_sweep(out) if (out / "sweep.json").is_file() else None
 
 
-def events(run: Path, name: str) -> list[dict]:
-    if not (run / "events.jsonl").is_file():
-        return []
-    lines = (json.loads(line) for line in (run / "events.jsonl").read_text().splitlines())
-    return [line for line in lines if line["event"] == name]
-
-
 def pid_of(run: Path) -> int:
     """Of the process that trains a run."""
     return int(json.loads((run / "status.json").read_text())["pid"])

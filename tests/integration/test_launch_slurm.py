@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from launching import LAUNCH, Cluster, cluster_in, ended, job_of_a_free_port, started, until
+from run_events import events
 
 # Trains nothing: writes down its arguments and keeps a run directory as the trainer does.
 FAKE = """#!/usr/bin/env bash
@@ -145,6 +146,5 @@ def test_two_launchers_meet_save_at_the_time_limit_and_resume(
     assert code == 0, output[-3000:]
     start = started(run)
     assert (start["processes"], start["distributed_type"]) == (2, "DistributedType.DEEPSPEED")
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    resumed_from = [event["resumed_from"] for event in events if event["event"] == "start"]
+    resumed_from = [event["resumed_from"] for event in events(run, "start")]
     assert resumed_from == [None, f"run/checkpoints/step-{stopped_at:08d}"]

@@ -22,6 +22,7 @@ from genrec_tuning.space import load_space
 from genrec_tuning.sweep import job_of
 from genrec_tuning.trial import Job, run_job
 from places import HELPERS
+from run_events import events
 from two_ranks import environment
 
 pytestmark = pytest.mark.ranks
@@ -45,9 +46,9 @@ CORES = len(os.sched_getaffinity(0))
 
 def steps_rerun(run: Path) -> int:
     """Steps before the first checkpoint of a resume that were run again: none may be."""
-    starts = [event["resumed_from"] for event in sweeps.events(run, "start")]
+    starts = [event["resumed_from"] for event in events(run, "start")]
     firsts = [int(Path(path).name.removeprefix("step-")) for path in starts if path]
-    steps = [event["step"] for event in sweeps.events(run, "step")]
+    steps = [event["step"] for event in events(run, "step")]
     return sum(steps.count(step) - 1 for step in range(min(firsts, default=0)))
 
 
@@ -62,7 +63,7 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     seen: dict = {"out": out}
 
     def saved(run: Path) -> int:
-        return len(sweeps.events(run, "checkpoint"))
+        return len(events(run, "checkpoint"))
 
     def finished() -> Trial | None:
         sweep = sweeps.record(out)
@@ -91,9 +92,9 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
         assert torn
         for path in torn:
             path.write_bytes(path.read_bytes()[:100])
-        starts = len(sweeps.events(left, "start"))
+        starts = len(events(left, "start"))
         process = sweeps.start(space, "--out", out, "--resume")
-        begun = lambda: len(sweeps.events(left, "start")) > starts  # noqa: E731
+        begun = lambda: len(events(left, "start")) > starts  # noqa: E731
         sweeps.wait_for(process, begun, "the resumed trial")
         process.send_signal(signal.SIGTERM)
         _, seen["told"] = process.communicate(timeout=120)
@@ -113,11 +114,11 @@ def test_a_killed_trial_is_retried_from_its_own_checkpoint(killed: dict) -> None
     run, at_kill = killed["out"] / trial.run, killed["epochs at the kill"]
     assert trial.status == "finished"
     assert [epoch.epoch for epoch in trial.epochs] == list(range(1, 21))
-    starts = sweeps.events(run, "start")
+    starts = events(run, "start")
     assert trial.attempts == len(starts) >= 2
     step = trial.epochs[at_kill - 1].step + 1
     assert Path(starts[1]["resumed_from"]).name == f"step-{step:08d}"
-    validated = [event["epoch"] + 1 for event in sweeps.events(run, "validation")]
+    validated = [event["epoch"] + 1 for event in events(run, "validation")]
     assert all(validated.count(epoch) == 1 for epoch in range(1, at_kill + 1))
     assert steps_rerun(run) == 0
 
@@ -132,9 +133,9 @@ def test_a_killed_driver_loses_nothing_and_takes_its_trials_with_it(killed: dict
     assert old.epochs
     assert new.epochs[: len(old.epochs)] == old.epochs
     run = killed["out"] / new.run
-    assert sweeps.events(run, "start")[old.attempts]["resumed_from"] is not None
+    assert events(run, "start")[old.attempts]["resumed_from"] is not None
     assert steps_rerun(run) == 0
-    again = len(sweeps.events(killed["out"] / "runs" / over, "start"))
+    again = len(events(killed["out"] / "runs" / over, "start"))
     assert again == before.trial(over).attempts, "it ran again"
     assert after.resumed == 3
     assert after.hours > before.hours
@@ -227,7 +228,7 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
         return files.glob(f"sweeps/of/two/runs/{trial_id(number)}/events.jsonl")
 
     def twice(number: int) -> bool:
-        return len(sweeps.events(run_of(number), "start")) == 2
+        return len(events(run_of(number), "start")) == 2
 
     ranks, trials, raylets = {}, {}, set()
     try:
@@ -257,7 +258,7 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
     assert [(trial.status, trial.attempts) for trial in sweep.trials] == [("finished", 2)] * 2
     for trial in sweep.trials:
         run = run_of(trial.number)
-        starts = sweeps.events(run, "start")
+        starts = events(run, "start")
         assert [epoch.epoch for epoch in trial.epochs] == list(range(1, 9))
         assert [start["processes"] for start in starts] == [2, 2]
         assert "MULTI_CPU" in starts[0]["distributed_type"]
