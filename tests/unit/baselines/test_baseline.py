@@ -312,14 +312,6 @@ def test_reference_scores_are_of_exactly_these_users():
         assert metrics["ci95"]["HR@20"][0] <= metrics["HR@20"] <= metrics["ci95"]["HR@20"][1]
 
 
-def test_histories_hold_their_items_and_no_others():
-    sequences = random_sequences()
-    past = histories(sequences, "test", np.array([7, 2]))
-    held = past.holds(np.arange(2)[:, None], np.arange(sequences.num_items)[None])
-    for place, user in enumerate((7, 2)):
-        assert set(np.flatnonzero(held[place]).tolist()) == set(past_of(sequences, user, "test"))
-
-
 @pytest.mark.data
 @pytest.mark.parametrize(
     ("rule", "name", "through", "expected"),

@@ -27,7 +27,6 @@ from genrec_dist.baselines.run import run_baseline
 from genrec_dist.baselines.sasrec_model import (
     SASRec,
     SasrecSettings,
-    check_settings,
     pack,
     rule_of,
     target_places,
@@ -627,11 +626,6 @@ def test_what_cannot_be_trained_is_refused_with_nothing_written(
 ) -> None:
     refused(message, dataset, tmp_path / "run", **dict(options))
     assert not (tmp_path / "run").exists()
-
-
-def test_the_defaults_are_settings() -> None:
-    check_settings(SasrecSettings(), "defaults")
-    assert sasrec_settings({}) == SasrecSettings()
 
 
 def test_the_command_trains_scores_and_refuses_settings_of_popularity(

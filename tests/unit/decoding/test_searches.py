@@ -80,6 +80,7 @@ def case(items: list[Word], draws: list[History], how: Switches, nodes_at_once: 
 )
 @case(PREFIXES, HISTORIES, Switches(), nodes_at_once=2)
 @case(PREFIXES, [list(range(7)), [6]], EVERYTHING, nodes_at_once=1)
+@case(PREFIXES, [list(range(7))], Switches(), nodes_at_once=1)
 @case(ONE_TOKEN, [[0, 3], []], Switches(forced=True), nodes_at_once=2048)
 @case(CHAIN, [[0], []], Switches(forced=True), nodes_at_once=1)
 def test_search_equals_brute_force(
@@ -93,7 +94,7 @@ def test_search_equals_brute_force(
     mode: str,
 ) -> None:
     """With a beam as wide as the trie; `all` in any slices of the trie; hybrid with an item head, a
-    graph or both."""
+    graph or both. A user who has everything gets an empty list, alone and beside others."""
     histories, parts = histories_from(draws, len(items)), {}
     mode, graph = mode.split(",")[0], mode.endswith("graph")
     if mode == "items" or (mode == "hybrid" and not graph):
@@ -159,19 +160,6 @@ def test_search_finds_the_three_items_that_a_user_lacks(beam: int) -> None:
     assert items_of(lists[0]) == best_first(world.truth([history])[0], history)
     assert set(items_of(lists[0])) == left
     assert len(lists[1]) == 20
-
-
-def test_a_user_who_has_everything_gets_an_empty_list() -> None:
-    """Alone and beside others, whose lists stay what they are: all of the user's beams have -inf
-    from the root on."""
-    world = World(all_pairs())
-    everything = list(range(len(world.items)))
-    assert world.search([everything], beam=20, top=20, exclude=True) == [[]]
-    both = world.search([everything, [3, 5]], beam=20, top=20, exclude=True)
-    alone = world.search([[3, 5]], beam=20, top=20, exclude=True, users=[1])
-    assert both[0] == []
-    assert items_of(both[1]) == items_of(alone[0])
-    assert len(both[1]) == 20
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["item head", "graph"])
@@ -282,16 +270,6 @@ def test_beam_search_holds_what_generate_finds_and_only_better_items(large_world
         assert ours == sorted(ours, key=lambda item: -truth_N[item])
         num_held = sum(truth_N[items] >= truth_N[ours[-1]])
         assert [item for item in ours if item in items] == items[:num_held]
-
-
-def test_excluded_items_are_replaced_by_the_next_best(large_world: World) -> None:
-    """The first 20 of the plain list become the history: the pruned search is full without them."""
-    (plain,) = large_world.search([[]], beam=300, top=20)
-    history = items_of(plain)
-    assert_equals_truth(large_world, [history], exclude=True, beam=300, top=20)
-    (narrow,) = large_world.search([history], beam=20, top=20, exclude=True)
-    assert len(narrow) == 20
-    assert not set(items_of(narrow)) & set(history)
 
 
 def test_company_and_padding_change_nothing(large_world: World) -> None:

@@ -23,14 +23,14 @@ from genrec_shards.prepare import prepare, prepare_summary
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import Cutoff, Periods, cutoff_of
 from genrec_shards.storage.reader import ShardReader
-from genrec_shards.storage.sample_order import Plan
+from genrec_shards.storage.sample_order import SampleOrder
 from genrec_shards.storage.write import write_shards
 from genrec_shards.timestamps import moment
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from logs import DATES, Row, dated_rows, files, write_csv
 
-from genrec_dist.baselines import registry as baseline
+from genrec_dist.baselines import registry
 from genrec_dist.baselines.leak_audit import audit
 from genrec_dist.baselines.sasrec_model import SasrecSettings
 from genrec_dist.baselines.sasrec_train import TrainingParts
@@ -82,7 +82,7 @@ def derived(found: CleanLog, name: str, seed: int) -> dict[str, Any]:
     codes = number(sequences, kind, seed, **more)
     sizes = {"batch_size": 1000, "seed": seed, "periods": sequences.periods}
     steps = [
-        Plan(sequences.lengths, 4, space=space, **sizes).step(0, 0)
+        SampleOrder(sequences.lengths, 4, space=space, **sizes).step(0, 0)
         for space in ("user", "last", "every-prefix")
     ]
     batches = TrainingParts(sequences, SasrecSettings(), "n-2").batches(1)
@@ -233,7 +233,7 @@ def test_shards_say_where_training_ends(tmp_path):
         assert np.array_equal(reader.periods.lengths(through), lengths)
         options = {"trained_through": through, "periods": reader.periods}
         sizes = {"space": "every-prefix", "batch_size": 10**6, "seed": 0}
-        step = Plan(reader.lengths, 8, **sizes, **options).step(0, 0)
+        step = SampleOrder(reader.lengths, 8, **sizes, **options).step(0, 0)
         ends = sequences.training_ends(through)[step.user_rows] - sequences.offsets[step.user_rows]
         assert np.array_equal(step.training_lengths, ends)
         assert (step.target_positions < ends).all()
@@ -300,8 +300,8 @@ def test_rules_take_each_user_with_a_target_once():
         view = sequences.history_and_target(split)
         assert (view.users.tolist(), view.targets[view.users].tolist()) == (users, targets)
         for name in ("popularity", "counting", "repeat", "knn"):
-            found = baseline.recommend(name, sequences, codes, split, exclude_history=False)
-            assert len(found.items_UN) == len(users)
+            rule = registry.fit(name, sequences, codes, split, exclude_history=False)
+            assert len(rule(view.users).items_UN) == len(users)
     assert training_counts(sequences, "n-2").tolist() == [2, 1, 1, 0, 1, 1]
     assert training_counts(sequences, "n-1").tolist() == [2, 1, 2, 0, 1, 1]
 
