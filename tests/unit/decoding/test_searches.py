@@ -246,7 +246,9 @@ def test_beam_search_equals_constrained_generate(lengths: str, beam: int, ends: 
     )
     encoder = world.encoder(random_histories(world, 40))
     found = world.searcher.search(encoder, beam=beam, top=beam, ends=ends)
-    for row, (items, scores) in enumerate(hugging_face(world.model, world.items, encoder, beam)):
+    for row, (items, scores) in enumerate(
+        hugging_face(world.model, world.layout.words, encoder, beam)
+    ):
         assert len(items) == beam or not one
         assert found.items[row].tolist()[: len(items)] == items
         np.testing.assert_allclose(found.scores[row, : len(items)], scores, rtol=1e-6)
@@ -262,7 +264,7 @@ def test_beam_search_holds_what_generate_finds_and_only_better_items(large_world
     truth_BN = large_world.truth(histories)
     lists = large_world.search(histories, beam=20, top=20)
     encoder = large_world.encoder(histories)
-    theirs = hugging_face(large_world.model, large_world.items, encoder, 20)
+    theirs = hugging_face(large_world.model, large_world.layout.words, encoder, 20)
     for (items, scores), found, truth_N in zip(theirs, lists, truth_BN, strict=True):
         assert len(items) >= 15
         np.testing.assert_allclose(scores, truth_N[items], rtol=1e-6)
