@@ -13,7 +13,6 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from html import unescape
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -21,40 +20,14 @@ import plotly.graph_objects
 import pytest
 from genrec_tuning.record import Sweep
 from genrec_tuning.report import charts_of, epoch_counts, headline, report_html, rungs_of, saving
+from html_page import Page
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from made_sweeps import SPACE, awkward_sweep, ordinary_sweep, trial, with_finals
 from plotly.offline import get_plotlyjs
 
 EVIL = "</title><script>alert(1)</script>\"'&"
-VOID = {"meta", "br", "wbr", "hr"}
 EMPTY = Sweep("nothing", {})
-
-
-class Page(HTMLParser):
-    """Tags and words as a browser's parser meets them; fails on tags left open."""
-
-    def __init__(self, source: str):
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.feed(source)
-        self.close()
-        assert self.open == []
-        self.text = re.sub(r"\s+", " ", " ".join(self.words))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] not in ("style", "script"):
-            self.words.append(data)
 
 
 @pytest.fixture(autouse=True)
