@@ -286,14 +286,3 @@ def test_a_sweep_that_cannot_start_says_why(
     code, output = ended(cluster.submit("tune.sbatch", *words, nodes=2, gpus=1))
     assert code == 2
     assert message in output
-
-
-def test_the_sweep_s_batch_file_asks_slurm_for_what_it_means() -> None:
-    text = (LAUNCH / "slurm" / "tune.sbatch").read_text()
-    requested = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.M))
-    assert "requeue" in requested
-    assert (requested["nodes"], requested["ntasks-per-node"], requested["signal"]) == (
-        "2",
-        "1",
-        "B:USR1@180",
-    )

@@ -19,7 +19,7 @@ from genrec_dist.cli.app import run_command
 from genrec_dist.data.item_graph import KnnSettings, neighbour_weights
 from genrec_dist.evaluation.list_counts import Tally
 from genrec_dist.evaluation.metrics import metrics_from_histogram, rank_histogram
-from genrec_dist.evaluation.ranked_lists import Lists, Rule, tie_order
+from genrec_dist.evaluation.ranked_lists import Lists, tie_order
 
 SPLITS = ("validation", "test")
 TRAININGS = [("validation", "n-2", 2), ("test", "n-2", 2), ("test", "n-1", 1)]
@@ -30,11 +30,6 @@ NAMES = list(registry.BASELINES)
 def lists_of(rule, sequences: Sequences, split: str, **options) -> Lists:
     """Of all users."""
     return rule.fit(sequences, split, **options)(np.arange(sequences.num_users))
-
-
-def fitted(name: str, sequences: Sequences, split: str = "test", **options) -> Rule:
-    """The baseline of this name, its items' ids for codes."""
-    return registry.fit(name, sequences, sequences.item_ids, split, **options)
 
 
 def same(some: Lists, others: Lists) -> bool:
@@ -244,11 +239,13 @@ def test_rules_whose_scores_are_places_have_no_ties(rule):
 @pytest.mark.parametrize("name", NAMES)
 def test_users_get_the_same_lists_alone_in_windows_and_together(name, monkeypatch):
     sequences = random_sequences()
-    rule = fitted(name, sequences, exclude_history=True)
-    whole, rows = rule(np.arange(sequences.num_users)), np.array([17, 3, 39, 4])
-    assert same(rule(rows), Lists(*(part if part is None else part[rows] for part in whole)))
+    requested = (name, sequences, sequences.item_ids, "test")
+    whole = registry.recommend(*requested, exclude_history=True)
+    rows = np.array([17, 3, 39, 4])
+    some = registry.recommend(*requested, exclude_history=True, users=rows)
+    assert same(some, Lists(*(part if part is None else part[rows] for part in whole)))
     monkeypatch.setattr("genrec_shards.histories.WINDOW", 7)
-    rule = fitted(name, sequences, exclude_history=True)
+    rule = registry.fit(*requested, exclude_history=True)
     parts = [rule(np.arange(first, min(40, first + 9))) for first in range(0, 40, 9)]
     for place in range(2 if whole.tied_beyond_U is None else 3):
         assert np.array_equal(np.concatenate([part[place] for part in parts]), whole[place])
@@ -264,7 +261,7 @@ def test_held_out_items_change_no_list(name, split, through, last):
     sequences = random_sequences()
     options = {"exclude_history": True, "trained_through": through}
     lists, others = (
-        fitted(name, data, split, **options)(np.arange(data.num_users))
+        registry.recommend(name, data, data.item_ids, split, **options)
         for data in (sequences, changed(sequences, last))
     )
     assert same(lists, others)
@@ -285,10 +282,11 @@ def test_n_2_does_not_learn_from_validation_targets():
 @pytest.mark.parametrize("name", NAMES)
 def test_training_that_saw_the_targets_is_refused(name):
     sequences = random_sequences()
+    requested = (name, sequences, sequences.item_ids, "validation")
     with pytest.raises(ValueError, match="n-1 has seen the validation targets"):
-        fitted(name, sequences, "validation", exclude_history=True, trained_through="n-1")
+        registry.fit(*requested, exclude_history=True, trained_through="n-1")
     with pytest.raises(ValueError, match="'bpr': choose one of popularity"):
-        fitted("bpr", sequences, exclude_history=True)
+        registry.fit("bpr", *requested[1:], exclude_history=True)
 
 
 def beside(sequences: Sequences, codes: list[str], users: np.ndarray) -> dict:
@@ -305,7 +303,8 @@ def test_reference_scores_are_of_exactly_these_users():
     assert list(found) == ["counting", "popularity", "knn"]
     past = histories(sequences, "test", rows)
     for name, metrics in found.items():
-        lists = fitted(name, sequences, exclude_history=False)(rows)
+        requested = (name, sequences, sequences.item_ids, "test")
+        lists = registry.recommend(*requested, exclude_history=False, users=rows)
         tally = Tally(training_counts(sequences, "n-2"))
         tally.add(lists.items_UN, lists.ranks(past.targets_U), past.targets_U, past.lengths_U)
         assert metrics == tally.metrics()

@@ -19,8 +19,7 @@ from genrec_shards.storage.write import write_shards
 from result_files import write_results
 from rich.console import Console
 
-from genrec_dist.baselines import popularity
-from genrec_dist.baselines.registry import reference_scores
+from genrec_dist.baselines import registry as baseline
 from genrec_dist.baselines.run import run_baseline
 from genrec_dist.data.item_graph import KnnSettings
 from genrec_dist.evaluation.metrics import (
@@ -76,7 +75,9 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def lists(dataset):
-    return popularity.fit(dataset.sequences, "test", exclude_history=True)(np.arange(50))
+    return baseline.recommend(
+        "popularity", dataset.sequences, dataset.numbering.item_codes, "test", exclude_history=True
+    )
 
 
 def write(out, dataset, lists, **changes):
@@ -146,7 +147,7 @@ def test_baselines_stand_beside_on_the_same_users(tmp_path, dataset):
     rows = sample_users(50, **users)
     report = run_baseline("knn", dataset, "validation", tmp_path, users=users)
     protocol = Protocol.of(dataset, exclude_history=True, users=users)
-    expected = reference_scores(dataset, "validation", protocol, rows)
+    expected = baseline.reference_scores(dataset, "validation", protocol, rows)
     assert report["beside"] == expected
     assert report["users"] == 12
     assert report["protocol"]["users"] == users
@@ -225,7 +226,7 @@ def test_bytes_do_not_depend_on_how_the_lists_were_cut(tmp_path, dataset, lists,
 
 def test_lists_longer_than_twenty_are_kept_whole_and_scored_at_twenty(tmp_path, dataset):
     targets = dataset.sequences.history_and_target("test").targets
-    rule = popularity.fit(dataset.sequences, "test", exclude_history=True, top=30)
+    rule = baseline.popularity.fit(dataset.sequences, "test", exclude_history=True, top=30)
     longer = rule(np.arange(dataset.sequences.num_users))
     assert cut_into(dataset, longer, tmp_path, []).keys() == {
         "top30-test.parquet",
