@@ -20,6 +20,7 @@ from torch import Tensor
 
 from genrec_dist.baselines.sasrec_model import SASRec, listed, scored
 from genrec_dist.baselines.sasrec_run import SasrecRun, Training, open_or_train
+from genrec_dist.baselines.tune_knn import tune_knn
 from genrec_dist.config.load import section_from
 from genrec_dist.data.item_graph import Graph, KnnSettings, log_near
 from genrec_dist.evaluation import score_mixture as mixture
@@ -45,6 +46,8 @@ class ControlSettings:
     sasrec: dict[str, Any] = field(default_factory=dict)
     """Settings of the model that is trained."""
     knn: KnnSettings = field(default_factory=KnnSettings)
+    tune_knn: bool = False
+    """Choose kNN's settings on validation too, as `genrec train auto` does."""
 
 
 @dataclass(frozen=True)
@@ -98,17 +101,24 @@ def open_or_make(out: Path, training: Training, overrides: list[str] | None = No
             f"sasrec+knn: model {settings.model} is trained: leave out sasrec.{of_model[0]}"
         )
     # For test the model is trained on the same parts; its weights are chosen on validation.
-    run = open_or_train(settings.model or out / MODEL, training, of_model)
+    run = open_or_train(Path(settings.model) if settings.model else out / MODEL, training, of_model)
     dataset, trained_through = training.dataset, training.trained_through
-    graph = Graph.of(dataset.sequences, training.split, trained_through, settings.knn)
+    knn = settings.knn
+    if settings.tune_knn:
+        knn = tune_knn(
+            dataset.sequences,
+            exclude_history=training.exclude_history,
+            trained_through=trained_through,
+        ).settings
+    graph = Graph.of(dataset.sequences, training.split, trained_through, knn)
     if settings.weight >= 0:
-        return Control(run, graph, Mixture(0.0, settings.weight, settings.epsilon, settings.knn))
+        return Control(run, graph, Mixture(0.0, settings.weight, settings.epsilon, knn))
     origin = {
         "sequences_hash": dataset.info.sequences_hash,
         "trained_through": trained_through,
         "exclude_history": training.exclude_history,
         "model": run.digest(),
-        "knn": dataclasses.asdict(settings.knn),
+        "knn": dataclasses.asdict(knn),
     }
     chosen = mixture.load(out, origin)
     if chosen is None:
