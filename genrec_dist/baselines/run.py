@@ -56,24 +56,19 @@ def run_baseline(
         # Imported here: they need torch, which the other baselines do without.
         from genrec_dist.baselines import sasrec_hybrid, sasrec_model, sasrec_run
 
-        open_ = sasrec_run.open_or_train if name == "sasrec" else sasrec_hybrid.open_or_make
-        found = open_(
-            out,
-            dataset,
-            split,
-            exclude_history=exclude_history,
-            trained_through=trained_through,
-            overrides=settings,
-            on_epoch=on_epoch,
+        training = sasrec_run.Training(
+            dataset, split, exclude_history, trained_through, on_epoch=on_epoch
         )
-        recipe = found.recipe
-        if isinstance(found, sasrec_run.SasrecRun):
+        if name == "sasrec":
+            run = sasrec_run.open_or_train(out, training, settings)
+            recipe = run.recipe
             rule = sasrec_model.rule_of(
-                found.model, sequences, split, exclude_history=exclude_history
+                run.model, sequences, split, exclude_history=exclude_history
             )
         else:
-            graph = found.mixture.of_graph
-            rule = sasrec_hybrid.rule_of(found, dataset, split, exclude_history=exclude_history)
+            control = sasrec_hybrid.open_or_make(out, training, settings)
+            recipe, graph = control.recipe, control.mixture.of_graph
+            rule = sasrec_hybrid.rule_of(control, dataset, split, exclude_history=exclude_history)
     else:
         start = time.perf_counter()
         options = {"exclude_history": exclude_history, "trained_through": trained_through}

@@ -6,7 +6,7 @@ same grid."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 from genrec_shards.dataset import Dataset
-from genrec_shards.sequences import SplitView, flat_ranges
-from genrec_shards.splits import Split, TrainedThrough
+from genrec_shards.sequences import SplitView, flat_ranges, offsets_of
+from genrec_shards.splits import Split
 from torch import Tensor
 
 from genrec_dist.baselines.sasrec_model import SASRec, listed, scored
-from genrec_dist.baselines.sasrec_run import SasrecRun, open_or_train
-from genrec_dist.baselines.sasrec_train import Epoch
+from genrec_dist.baselines.sasrec_run import SasrecRun, Training, open_or_train
 from genrec_dist.baselines.tune_knn import tune_knn
 from genrec_dist.config.load import section_from
 from genrec_dist.data.item_graph import Graph, KnnSettings, log_near
@@ -75,16 +74,7 @@ class Control:
         }
 
 
-def open_or_make(
-    out: Path,
-    dataset: Dataset,
-    split: Split,
-    *,
-    exclude_history: bool,
-    trained_through: TrainedThrough = "n-2",
-    overrides: list[str] | None = None,
-    on_epoch: Callable[[Epoch], None] | None = None,
-) -> Control:
+def open_or_make(out: Path, training: Training, overrides: list[str] | None = None) -> Control:
     """The control in `out`: its model is trained and its weights are chosen on validation where
     that has not been done.
 
@@ -94,12 +84,8 @@ def open_or_make(
 
     Args:
         out: Directory of the control.
-        dataset: The prepared data.
-        split: Whose targets are ranked.
-        exclude_history: Whether lists leave out the history.
-        trained_through: The last position that is trained on.
+        training: Of its model.
         overrides: `key=value` of `ControlSettings`.
-        on_epoch: Called after each epoch of the model's training.
 
     Raises:
         ValueError: For settings that do not fit, and through n-1, where nothing is left to choose
@@ -115,27 +101,22 @@ def open_or_make(
             f"sasrec+knn: model {settings.model} is trained: leave out sasrec.{of_model[0]}"
         )
     # For test the model is trained on the same parts; its weights are chosen on validation.
-    run = open_or_train(
-        Path(settings.model) if settings.model else out / MODEL,
-        dataset,
-        split,
-        exclude_history=exclude_history,
-        trained_through=trained_through,
-        overrides=of_model,
-        on_epoch=on_epoch,
-    )
+    run = open_or_train(Path(settings.model) if settings.model else out / MODEL, training, of_model)
+    dataset, trained_through = training.dataset, training.trained_through
     knn = settings.knn
     if settings.tune_knn:
         knn = tune_knn(
-            dataset.sequences, exclude_history=exclude_history, trained_through=trained_through
+            dataset.sequences,
+            exclude_history=training.exclude_history,
+            trained_through=trained_through,
         ).settings
-    graph = Graph.of(dataset.sequences, split, trained_through, knn)
+    graph = Graph.of(dataset.sequences, training.split, trained_through, knn)
     if settings.weight >= 0:
         return Control(run, graph, Mixture(0.0, settings.weight, settings.epsilon, knn))
     origin = {
         "sequences_hash": dataset.info.sequences_hash,
         "trained_through": trained_through,
-        "exclude_history": exclude_history,
+        "exclude_history": training.exclude_history,
         "model": run.digest(),
         "knn": dataclasses.asdict(knn),
     }
@@ -146,7 +127,7 @@ def open_or_make(
                 "trained_through n-1 leaves nothing to choose a weight by: give --set weight=W "
                 "--set epsilon=E of the n-2 control"
             )
-        choice = choose(run.model, graph, dataset, exclude_history)
+        choice = choose(run.model, graph, dataset, training.exclude_history)
         out.mkdir(parents=True, exist_ok=True)
         mixture.save(choice, out, origin)
         chosen = choice.mixture
@@ -172,9 +153,7 @@ def choose(model: SASRec, graph: Graph, dataset: Dataset, exclude_history: bool)
     return mixture.choose(tried, counts_G)
 
 
-def rule_of(
-    control: Control, dataset: Dataset, split: Split, *, exclude_history: bool, top: int = TOP
-) -> Rule:
+def rule_of(control: Control, dataset: Dataset, split: Split, *, exclude_history: bool) -> Rule:
     """Top lists of all items' mixed scores."""
     view = dataset.sequences.history_and_target(split)
     graph, mixed = control.graph, control.mixture
@@ -186,7 +165,7 @@ def rule_of(
             yield rows_B, logp_BI.add_(near_BI, alpha=mixed.graph_weight)
 
     def lists(users: np.ndarray) -> Lists:
-        return listed(mixed_scores(users), len(users), graph.num_items, top)
+        return listed(mixed_scores(users), len(users), graph.num_items)
 
     return lists
 
@@ -202,6 +181,5 @@ def _log_probabilities(
 
 def _shares(graph: Graph, view: SplitView, rows_B: np.ndarray) -> Tensor:
     starts, lengths = view.starts[rows_B], (view.ends - view.starts)[rows_B]
-    return graph.probabilities(
-        view.items[flat_ranges(starts, lengths)], np.concatenate([[0], np.cumsum(lengths)])
-    ).float()
+    items = view.items[flat_ranges(starts, lengths)]
+    return graph.probabilities(items, offsets_of(lengths)).float()

@@ -253,34 +253,29 @@ class Block(nn.Module):
         return add_dropped(base_nd, values_nd, self.settings.dropout, self.training)
 
 
-def rule_of(
-    model: SASRec, sequences: Sequences, split: Split, *, exclude_history: bool, top: int = TOP
-) -> Rule:
-    """Top lists by the model's scores of all items; its weights are used as they are when lists are
+def rule_of(model: SASRec, sequences: Sequences, split: Split, *, exclude_history: bool) -> Rule:
+    """Top-20 lists by the scores of all items; the weights are used as they are when lists are
     made."""
     view, num_items = sequences.history_and_target(split), sequences.num_items
 
     def lists(users: np.ndarray) -> Lists:
-        return listed(scored(model, view, users, exclude_history), len(users), num_items, top)
+        return listed(scored(model, view, users, exclude_history), len(users), num_items)
 
     return lists
 
 
-def listed(
-    parts: Iterable[tuple[np.ndarray, Tensor]], num_users: int, num_items: int, top: int
-) -> Lists:
-    """Top lists of users.
+def listed(parts: Iterable[tuple[np.ndarray, Tensor]], num_users: int, num_items: int) -> Lists:
+    """Top-20 lists of users.
 
     Args:
         parts: (user rows, scores of all items float32 [B, I]), part after part; -inf: not to be
             listed.
         num_users: Number of users in all parts.
         num_items: Number of items.
-        top: Length of the lists.
     """
     place_of = np.argsort(tie_order(num_items))
-    width = min(top + 1, num_items)
-    lists = empty_lists(num_users, top + 1)
+    width = min(TOP + 1, num_items)
+    lists = empty_lists(num_users, TOP + 1)
     first = 0
     for rows_B, scores_BI in parts:
         values_BN, items_BN = (part.numpy() for part in scores_BI.topk(width))

@@ -60,33 +60,38 @@ class SasrecRun:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class Training:
+    """What a model is trained on, and for which lists."""
+
+    dataset: Dataset
+    split: Split
+    """Whose targets are ranked."""
+    exclude_history: bool
+    """Whether lists leave out the history."""
+    trained_through: TrainedThrough = "n-2"
+    """The last position that is trained on."""
+    on_epoch: Callable[[Epoch], None] | None = None
+    """Called after each epoch."""
+
+
 def open_or_train(
-    run: str | Path,
-    dataset: Dataset,
-    split: Split,
-    *,
-    exclude_history: bool,
-    trained_through: TrainedThrough = "n-2",
-    overrides: list[str] | None = None,
-    on_epoch: Callable[[Epoch], None] | None = None,
+    run: str | Path, training: Training, overrides: list[str] | None = None
 ) -> SasrecRun:
     """The model of a finished run directory; elsewhere train one and leave it there, from the last
     epoch of a training that was interrupted.
 
     Args:
         run: The run directory.
-        dataset: The prepared data.
-        split: Whose targets are ranked.
-        exclude_history: Whether lists leave out the history.
-        trained_through: The last position that is trained on.
+        training: What the model is of.
         overrides: `key=value` of `SasrecSettings`.
-        on_epoch: Called after each epoch.
 
     Raises:
         ValueError: For settings that do not fit, for weights of other data, settings or
             `trained_through` than requested, and where training has seen the split's targets.
     """
-    check_trained_through(split, trained_through)
+    dataset, trained_through = training.dataset, training.trained_through
+    check_trained_through(training.split, trained_through)
     path = Path(run)
     if (path / WEIGHTS).is_file():
         return load(path, dataset, trained_through, overrides)
@@ -102,7 +107,7 @@ def open_or_train(
         "system": "sasrec",
         "sequences_hash": dataset.info.sequences_hash,
         "trained_through": trained_through,
-        "exclude_history": json.dumps(exclude_history),
+        "exclude_history": json.dumps(training.exclude_history),
         "settings": json.dumps(dataclasses.asdict(settings)),
     }
     progress = _read_progress(path / PROGRESS, origin) if (path / PROGRESS).is_file() else None
@@ -110,7 +115,7 @@ def open_or_train(
     with atomic_file(path / SETTINGS) as temporary:
         text = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
         temporary.write_text(text, encoding="utf-8")
-    trained = _train(path, dataset, settings, origin, progress, on_epoch)
+    trained = _train(path, training, settings, origin, progress)
     _save(path, origin, trained)
     (path / PROGRESS).unlink(missing_ok=True)
     return SasrecRun(trained.model, settings, trained.best.epoch)
@@ -127,10 +132,7 @@ def sasrec_settings(
 
 
 def load(
-    run: Path,
-    dataset: Dataset,
-    trained_through: TrainedThrough = "n-2",
-    overrides: list[str] | None = None,
+    run: Path, dataset: Dataset, trained_through: TrainedThrough, overrides: list[str] | None
 ) -> SasrecRun:
     """The finished run `run`.
 
@@ -194,15 +196,12 @@ def _read(path: Path, remedy: str) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 def _train(
     run: Path,
-    dataset: Dataset,
+    training: Training,
     settings: SasrecSettings,
     origin: dict[str, str],
     progress: Progress | None,
-    on_epoch: Callable[[Epoch], None] | None,
 ) -> Trained:
     _drop_events_after(run / EVENTS, progress.last.epoch if progress else 0)
-    trained_through: TrainedThrough = "n-1" if origin["trained_through"] == "n-1" else "n-2"
-    exclude_history = json.loads(origin["exclude_history"])
     with (run / EVENTS).open("a", encoding="utf-8", buffering=1) as file:
 
         def write(event: str, **fields: Any) -> None:
@@ -212,8 +211,8 @@ def _train(
         def epoch_ended(epoch: Epoch, model: SASRec) -> None:
             fields = dataclasses.asdict(epoch)
             write("epoch", **{**fields.pop("scores"), **fields})
-            if on_epoch is not None:
-                on_epoch(epoch)
+            if training.on_epoch is not None:
+                training.on_epoch(epoch)
 
         def keep(progress: Progress) -> None:
             epochs = {"last": progress.last, "best": progress.best}
@@ -224,18 +223,18 @@ def _train(
             "start",
             system="sasrec",
             recipe=dataclasses.asdict(settings),
-            trained_through=trained_through,
-            exclude_history=exclude_history,
+            trained_through=training.trained_through,
+            exclude_history=training.exclude_history,
             resumed_from=progress.last.epoch if progress else None,
             threads=torch.get_num_threads(),
             git=git_commit(),
             versions=versions(),
         )
         trained = train(
-            dataset.sequences,
+            training.dataset.sequences,
             settings,
-            exclude_history=exclude_history,
-            trained_through=trained_through,
+            exclude_history=training.exclude_history,
+            trained_through=training.trained_through,
             on_epoch=epoch_ended,
             on_progress=keep,
             progress=progress,

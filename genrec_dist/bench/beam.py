@@ -49,6 +49,7 @@ from genrec_dist.data.word_table import WordTable
 from genrec_dist.decoding.searcher import TopItems, TrieSearcher
 from genrec_dist.decoding.trie import build_trie, hash_of_words, load_trie, save_trie
 from genrec_dist.model.build import ModelSizes, build_model
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 GENERATE = "generate + prefix_allowed_tokens_fn"
 SAME = 1e-4
@@ -160,7 +161,7 @@ class World:
         return self.histories.encode(self.histories.typical_users(size)).to(self.device)
 
 
-def make_model(shape: Shape, words: WordTable) -> Any:
+def make_model(shape: Shape, words: WordTable) -> GenRecForConditionalGeneration:
     torch.manual_seed(0)
     recipe = Model(
         d_model=shape.d_model,
@@ -179,42 +180,46 @@ def make_model(shape: Shape, words: WordTable) -> Any:
         num_masks=1,
         special={"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK},
     )
-    return build_model(recipe, sizes).eval()
+    model: GenRecForConditionalGeneration = build_model(recipe, sizes).eval()
+    return model
 
 
 # The peer.
 
 
-def allowed_tokens(words: WordTable) -> dict[tuple[int, ...], list[int]]:
+def allowed_tokens(words: WordTable, eos: int) -> dict[tuple[int, ...], list[int]]:
     """What may follow a prefix, as users of `prefix_allowed_tokens_fn` write it: a dict of
     tuples."""
     tokens, offsets = words.tokens_of_items()
     after: dict[tuple[int, ...], dict[int, None]] = {}
     for start, end in pairwise(offsets):
-        whole = (*tokens[start:end].tolist(), EOS)
+        whole = (*tokens[start:end].tolist(), eos)
         for length, token in enumerate(whole):
             after.setdefault(whole[:length], {})[token] = None
     return {prefix: list(tokens) for prefix, tokens in after.items()}
 
 
-def make_generate(world: World, encoder: EncoderInput, beam: int) -> Callable[..., Any]:
+def make_generate(
+    model: GenRecForConditionalGeneration, words: WordTable, encoder: EncoderInput, beam: int
+) -> Callable[..., Any]:
     """A function that lets `generate` decode this batch; `output_scores` is its own option."""
-    after = allowed_tokens(world.words)
+    eos = int(model.config.eos_token_id)
+    after = allowed_tokens(words, eos)
 
     @torch.inference_mode()
     def generate(output_scores: bool = False) -> Any:
-        return world.model.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=world.model.encode(encoder)),
+        return model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=model.encode(encoder)),
             attention_mask=encoder.attention_mask.long(),
-            prefix_allowed_tokens_fn=lambda _, ids: after.get(tuple(ids[1:].tolist()), [EOS]),
-            decoder_start_token_id=MASK,
+            prefix_allowed_tokens_fn=lambda _, ids: after.get(tuple(ids[1:].tolist()), [eos]),
+            decoder_start_token_id=model.config.decoder_start_token_id,
             num_beams=beam,
             num_return_sequences=beam,
             length_penalty=0.0,
             early_stopping="never",
             forced_bos_token_id=None,
             forced_eos_token_id=None,
-            max_new_tokens=world.words.longest_item + 2,
+            max_new_tokens=words.longest_item + 2,
             do_sample=False,
             output_scores=output_scores,
             return_dict_in_generate=True,
@@ -223,12 +228,15 @@ def make_generate(world: World, encoder: EncoderInput, beam: int) -> Callable[..
     return generate
 
 
-def generated_lists(output: Any, words: WordTable, num_users: int) -> TopItems:
+def generated_lists(
+    output: Any, model: GenRecForConditionalGeneration, words: WordTable, num_users: int
+) -> TopItems:
     """`generate`'s output as lists; -1 where a sequence is no item."""
+    ends = (model.config.eos_token_id, model.config.pad_token_id)
     tokens, offsets = words.tokens_of_items()
     row_of = {tuple(tokens[a:b].tolist()): row for row, (a, b) in enumerate(pairwise(offsets))}
     rows = [
-        row_of.get(tuple(token for token in sequence[1:] if token not in (EOS, PAD)), -1)
+        row_of.get(tuple(token for token in sequence[1:] if token not in ends), -1)
         for sequence in output.sequences.tolist()
     ]
     scores_BN = output.sequences_scores.view(num_users, -1).float().cpu().numpy()
@@ -290,9 +298,9 @@ def measure_batch(world: World, size: int, sizes: Sizes) -> dict[str, Any]:
     """Seconds of each rival at one batch, after a run whose lists are compared."""
     encoder = world.batch(size)
     search = partial(world.searcher.search, encoder, beam=sizes.beam, top=sizes.beam)
-    generate = make_generate(world, encoder, sizes.beam)
+    generate = make_generate(world.model, world.words, encoder, sizes.beam)
     ours, _ = search(), search(mode="compact")
-    compared = compare_lists(ours, generated_lists(generate(True), world.words, size))
+    compared = compare_lists(ours, generated_lists(generate(True), world.model, world.words, size))
 
     def finished(run: Callable[[], object]) -> None:
         run()

@@ -168,7 +168,8 @@ def measure_growth(sizes: Sizes) -> Measured:
             alone[str(n)] = _steps(partial(id_step, rows), plans, sizes.steps)
         rivals = (("step", whole, sizes.model_steps), ("id-part", alone, sizes.steps))
         for what, runs, steps in rivals:
-            seconds = _per_step(in_turn(runs, sizes.repeats), steps)
+            times = in_turn(runs, sizes.repeats)
+            seconds = {name: [taken / steps for taken in each] for name, each in times.items()}
             first, last = (1e3 * median(seconds[str(n)]) for n in (min(tables), max(tables)))
             name = f"{what}, {sizes.growth[-1]:.0e} rows, {draw}"
             claims.append(make_claim(name, peer, last, first, "ms", "<= 1.2x"))
@@ -201,10 +202,6 @@ def _steps(step: Callable[[Any], None], batches: Sequence[Any], count: int) -> C
             one()
 
     return run
-
-
-def _per_step(seconds: dict[str, list[float]], steps: int) -> dict[str, list[float]]:
-    return {name: [taken / steps for taken in times] for name, times in seconds.items()}
 
 
 # Beside torch's own: lookup, backward and optimizer, for the same batches.
@@ -290,8 +287,9 @@ def measure_peers(sizes: Sizes) -> Measured:
 # Bytes between ranks.
 
 
-def measure_wire(sizes: Sizes, num_ranks: int = 2) -> Measured:
-    """Bytes that real gloo ranks send in a step, over the bytes of the rows they touch."""
+def measure_wire(sizes: Sizes) -> Measured:
+    """Bytes that two real gloo ranks send in a step, over the bytes of the rows they touch."""
+    num_ranks = 2
     with tempfile.TemporaryDirectory() as folder:
         processes.spawn(_wire_rank, (num_ranks, folder, sizes), nprocs=num_ranks)
         facts = np.stack([np.load(Path(folder) / f"rank-{rank}.npy") for rank in range(num_ranks)])

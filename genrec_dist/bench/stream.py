@@ -19,10 +19,10 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.dataset import Dataset
 from genrec_shards.sequences import Sequences
 from genrec_shards.storage.reader import ShardReader
-from genrec_shards.storage.sample_order import Plan, split_among_ranks
+from genrec_shards.storage.sample_order import SampleOrder, split_among_ranks
 from genrec_shards.storage.write import write_shards
 
 from genrec_dist.bench.measure import (
@@ -33,7 +33,7 @@ from genrec_dist.bench.measure import (
     table,
     watch_training,
 )
-from genrec_dist.bench.synthetic import BEAUTY_ITEMS, BEAUTY_USERS, make_data
+from genrec_dist.bench.synthetic import BEAUTY_ITEMS, BEAUTY_USERS, load_or_make, make_data
 from genrec_dist.config.load import load_recipe
 from genrec_dist.inference.load import make_layout
 from genrec_dist.training.loader import StepBatches
@@ -69,9 +69,7 @@ def bench_stream(data: Path | None = None, sizes: Sizes | None = None) -> Measur
     sizes = sizes or Sizes()
     with tempfile.TemporaryDirectory(prefix="genrec-bench-") as name:
         folder = Path(name)
-        dataset = (
-            load_dataset(data) if data else make_data(folder / "small", sizes.users, sizes.items)
-        )
+        dataset = load_or_make(data, folder / "small", sizes.users, sizes.items)
         write_shards(dataset, folder / "shards")
         many = make_data(folder / "many", sizes.many_users, sizes.items)
         write_shards(many, folder / "many" / "data" / "shards")
@@ -122,14 +120,15 @@ def read_json_tars(paths: list[str]) -> Iterator[dict[str, Any]]:
 def read_shards(path: Path, verify: bool) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """(user rows, items, offsets) of each step of an epoch in training's order, by a new reader."""
     reader = ShardReader(path, verify=verify)
-    for step in range((plan := _plan(reader)).steps_per_epoch):
-        users = plan.step(0, step).user_rows
+    order = _order_of(reader)
+    for step in range(order.steps_per_epoch):
+        users = order.step(0, step).user_rows
         yield users, *reader.gather(users)
 
 
-def _plan(reader: ShardReader) -> Plan:
+def _order_of(reader: ShardReader) -> SampleOrder:
     size = reader.manifest.users_per_record
-    return Plan(reader.lengths, size, space="user", batch_size=BATCH, seed=0)
+    return SampleOrder(reader.lengths, size, space="user", batch_size=BATCH, seed=0)
 
 
 def items_of(sequences: Sequences, user: int) -> np.ndarray:
@@ -163,7 +162,7 @@ def measure_decoding(sequences: Sequences, folder: Path, sizes: Sizes) -> Measur
 
 def check_same(sequences: Sequences, ours: Path, theirs: list[str]) -> None:
     """Raises AssertionError unless both layouts give every user's sequence exactly once."""
-    # The plan leaves out users without a sample; then the two would not decode the same.
+    # The order leaves out users without a sample; then the two would not decode the same.
     seen_U = np.zeros((2, sequences.num_users), dtype=int)
     for sample in read_json_tars(theirs):
         seen_U[0, sample["user"]] += 1
@@ -182,11 +181,11 @@ def _drain(values: Iterator[Any]) -> None:
 
 
 def measure_resuming(dataset: Dataset, sizes: Sizes) -> Measured:
-    """Seconds from a fresh reader and plan to the first batch, at four places of an epoch."""
+    """Seconds from a fresh reader and order to the first batch, at four places of an epoch."""
     recipe = load_recipe("tiny", [f"data={dataset.path}", f"shards={dataset.path / 'shards'}"])
-    workshop, model = build_setup(recipe)
-    layout = make_layout(workshop.words, model.config)
-    num_steps = workshop.stages[-1].plan.steps_per_epoch
+    setup, model = build_setup(recipe)
+    layout = make_layout(setup.words, model.config)
+    num_steps = setup.stages[-1].plan.steps_per_epoch
 
     def first_batch(step: int) -> None:
         reader = ShardReader(recipe.shards_dir, verify=False)
@@ -251,10 +250,10 @@ def measure_network(dataset: Dataset, folder: Path, sizes: Sizes) -> Measured:
 
 def _two_epochs(readers: list[ShardReader], sent: list[int]) -> list[int]:
     """Bytes sent in each of two epochs; manifests and lengths count to the first."""
-    plan, fetched = _plan(readers[0]), [0]
+    order, fetched = _order_of(readers[0]), [0]
     for epoch in range(2):
-        for step in range(plan.steps_per_epoch):
-            samples = plan.step(epoch, step)
+        for step in range(order.steps_per_epoch):
+            samples = order.step(epoch, step)
             for rank, reader in enumerate(readers):
                 reader.gather(split_among_ranks(samples, rank, len(readers)).user_rows)
         fetched.append(sum(sent))

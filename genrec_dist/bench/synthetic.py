@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.prepare import prepare
-from genrec_shards.sequences import Sequences, sequences_from_ids, write_sequences
+from genrec_shards.sequences import Sequences, offsets_of, sequences_from_ids, write_sequences
 
 from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_histories, ragged
 from genrec_dist.data.word_table import WordTable
@@ -39,15 +39,17 @@ def make_data(
     return prepare(folder / "log.txt", folder / "data")
 
 
+def load_or_make(data: Path | None, folder: Path, num_users: int, num_items: int) -> Dataset:
+    """What is in a directory of `genrec prepare`, or a synthetic log in a new `folder`."""
+    return make_data(folder, num_users, num_items) if data is None else load_dataset(data)
+
+
 def open_data(
     data: Path | None, num_users: int, num_items: int
 ) -> tuple[Dataset, dict[str, str | int]]:
     """A directory of `genrec prepare`, or a synthetic log; and its facts for a table."""
-    if data is not None:
-        dataset = load_dataset(data)
-    else:
-        with tempfile.TemporaryDirectory(prefix="genrec-bench-") as folder:
-            dataset = make_data(Path(folder, "made"), num_users, num_items)
+    with tempfile.TemporaryDirectory(prefix="genrec-bench-") as folder:
+        dataset = load_or_make(data, Path(folder, "made"), num_users, num_items)
     log, source = dataset.sequences, data.name if data else "synthetic"
     return dataset, {"source": source, "users": log.num_users, "items": log.num_items}
 
@@ -74,20 +76,21 @@ def spell(
     return tokens_NC.ravel(), np.arange(len(codes) + 1) * tokens_NC.shape[1]
 
 
-def make_words(num_items: int, num_users: int, seed: int = 0) -> WordTable:
+def make_words(num_items: int, num_users: int) -> WordTable:
     """Items and users with random codes from 1000 on, spelled with scattered tokens of BART's.
 
     Every item has four sub-words, so that a search ends all its beams in the same step, whatever
     the weights: with random ones nothing else would."""
-    dice = np.random.default_rng(seed)
+    dice = np.random.default_rng(0)
     tokens = dice.permutation(np.arange(4, MASK))[:2003]
     item, user, bar = (int(token) for token in tokens[:3])
     items, item_offsets = spell(dice.permutation(num_items) + 1000, (item, bar), tokens[3:])
     users, user_offsets = spell(dice.permutation(num_users) + 1000, (user, bar), tokens[3:])
     lengths = np.concatenate([[1, 1, 1], np.diff(item_offsets), np.diff(user_offsets)])
     words = np.concatenate([np.array([BOS, EOS, MASK], np.int32), items, users])
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return WordTable(words, offsets, num_masks=1, num_items=num_items, num_users=num_users)
+    return WordTable(
+        words, offsets_of(lengths), num_masks=1, num_items=num_items, num_users=num_users
+    )
 
 
 @dataclass(frozen=True)

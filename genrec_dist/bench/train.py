@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.dataset import Dataset
 from genrec_shards.storage.write import write_shards
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -26,7 +26,7 @@ from genrec_dist.bench.measure import (
     make_claim,
     table,
 )
-from genrec_dist.bench.synthetic import BEAUTY_ITEMS, BEAUTY_USERS, VOCABULARY, make_data
+from genrec_dist.bench.synthetic import BEAUTY_ITEMS, BEAUTY_USERS, VOCABULARY, load_or_make
 from genrec_dist.bench.train_process import DEFAULT, OURS, PUBLISHED, TRIMMED, TUNED, Setting
 from genrec_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from genrec_dist.data.word_table import build_words
@@ -67,9 +67,7 @@ def bench_train(data: Path | None = None, sizes: Sizes | None = None) -> Measure
     sizes = sizes or Sizes()
     with tempfile.TemporaryDirectory(prefix="genrec-bench-") as name:
         folder = Path(name)
-        dataset = (
-            load_dataset(data) if data else make_data(folder / "made", sizes.users, sizes.items)
-        )
+        dataset = load_or_make(data, folder / "made", sizes.users, sizes.items)
         long = make_setting(dataset, folder, sizes)
         capped = replace(long, max_tokens=tokens_of(CAPPED_ITEMS, dataset, long.tokenizer))
         settings = {LONG: long, CAPPED: capped}

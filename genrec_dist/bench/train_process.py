@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from genrec_dist.bench.train_peers import TokenizingCollate, TrainerRival, pad_samples, samples_of
 from genrec_dist.config.load import load_recipe
@@ -80,14 +81,14 @@ class World:
 
     def __init__(self, setting: Setting, *changes: str):
         self.recipe = resolve_recipe(setting.recipe(*changes))[0]
-        self.workshop, self.model = build_setup(self.recipe)
-        self.num_steps = min(setting.num_steps, self.workshop.stages[0].plan.steps_per_epoch)
+        self.setup, self.model = build_setup(self.recipe)
+        self.num_steps = min(setting.num_steps, self.setup.stages[0].plan.steps_per_epoch)
 
     def steps(self, packed: bool = False) -> Iterator[RankStep]:
         """The steps of an epoch, made one by one."""
-        shop = self.workshop
+        made = self.setup
         batches = StepBatches(
-            shop.stages, shop.reader, shop.layout, self.recipe, 0, 1, packed=packed
+            made.stages, made.reader, made.layout, self.recipe, 0, 1, packed=packed
         )
         return (batches[step] for step in range(self.num_steps))
 
@@ -144,7 +145,7 @@ def make_rival(name: str, setting: Setting, folder: Path) -> tuple[Rival, World]
     }
     collate: Any = partial(pad_samples, pad_token=pad)
     if name == PUBLISHED:
-        collate = TokenizingCollate(world.workshop.tokenizer, pad)
+        collate = TokenizingCollate(world.setup.tokenizer, pad)
         samples = [collate.with_texts(sample) for sample in samples]
     elif name == TUNED:
         collate = partial(pad_samples, pad_token=pad, multiple=8)
@@ -166,13 +167,9 @@ def facts(rival: Rival, world: World) -> dict[str, Any]:
     model, loss, targets = world.model.eval(), 0.0, 0
     with torch.inference_mode():
         for batch in batches:
-            logits, labels = model.target_logits(
-                batch.encoder, batch.encoder_row, batch.decoder_input_ids, batch.labels
-            )
+            logits, labels = model.target_logits(batch)
             targets += len(labels)
-            loss += float(
-                torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-            )
+            loss += float(cross_entropy(logits.float(), labels, reduction="sum"))
     inputs = sum(int(batch.encoder.attention_mask.sum()) for batch in batches)
     return {
         "samples": sum(batch.num_samples for batch in batches),

@@ -152,12 +152,3 @@ def grow_tokenizer(
 def _ids(tokenizer: PreTrainedTokenizerFast, words: Sequence[str]) -> list[list[int]]:
     encoded = tokenizer.backend_tokenizer.encode_batch(list(words), add_special_tokens=False)
     return [encoding.ids for encoding in encoded]
-
-
-def count_masks(tokenizer: PreTrainedTokenizerFast) -> int:
-    """How many numbered masks a saved tokenizer holds, `<mask>` included."""
-    vocabulary = tokenizer.get_vocab()
-    count = 1
-    while f"<mask_{count}>" in vocabulary:
-        count += 1
-    return count

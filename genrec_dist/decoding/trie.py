@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from genrec_shards.atomic import atomic_file
+from genrec_shards.sequences import offsets_of
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -58,11 +59,6 @@ class Trie:
     @property
     def num_bytes(self) -> int:
         return sum(array.nbytes for array in self.arrays().values())
-
-    def widest_fan(self, level: int) -> int:
-        """Most children of one node of a level."""
-        first, last = self.level_offsets[level : level + 2]
-        return int(self.num_children[first:last].max(initial=0))
 
     def arrays(self) -> dict[str, np.ndarray]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -141,7 +137,7 @@ def _with_children(
     num_children = np.bincount(parent[1:], minlength=len(parent))
     return Trie(
         token=token,
-        first_child=1 + np.concatenate([[0], np.cumsum(num_children)[:-1]]),
+        first_child=1 + offsets_of(num_children)[:-1],
         num_children=num_children,
         end_item=end_item,
         parent=parent,
@@ -177,7 +173,7 @@ def restrict(trie: Trie, keep_rows: np.ndarray) -> Trie:
         nodes = slice(trie.level_offsets[level], trie.level_offsets[level + 1])
         kept[trie.parent[nodes][kept[nodes]]] = True
     # Nodes below which nothing is left go, the others close up in their order.
-    number = np.concatenate([[0], np.cumsum(kept)])  # of a kept node: how many are before it
+    number = offsets_of(kept)  # of a kept node: how many are before it
     end_item = np.where(ends, trie.end_item, -1)[kept].astype(np.int32)
     item_node = np.full(num_items, -1)
     item_node[end_item[end_item >= 0]] = np.flatnonzero(end_item >= 0)

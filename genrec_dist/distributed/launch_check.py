@@ -1,4 +1,4 @@
-"""What the launcher was asked for, and whether the run got it: processes, ZeRO stage, precision,
+"""What was requested of the launcher, and whether the run got it: processes, ZeRO stage, precision,
 device."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VALUES = {
     "precision": ("fp32", "bf16", "fp16"),
     "device": ("cpu", "gpu"),
 }
-"""What can be asked for, and its values; `processes` is a whole number, `zero=none` is a run
+"""What can be requested, and its values; `processes` is a whole number, `zero=none` is a run
 without DeepSpeed."""
 
 # Where a program that starts the ranks writes how many there are; the first one that is set counts.
@@ -39,13 +39,13 @@ _ANCESTORS = 4
 
 @dataclass(frozen=True)
 class Request:
-    """One thing that was asked for."""
+    """One thing that was requested."""
 
     what: str
     """A key of VALUES."""
     value: str
     by: str
-    """Who asked: a variable, a file or a command line."""
+    """Where it was requested: a variable, a file or a command line."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Launch:
 
 
 def check(accelerator: Accelerator, precision: str) -> None:
-    """Compare what was asked for with what this run got. Collective.
+    """Compare what was requested with what this run got. Collective.
 
     Args:
         accelerator: of the run.
@@ -72,7 +72,7 @@ def check(accelerator: Accelerator, precision: str) -> None:
     try:
         requests = requested(os.environ, launch_above())
         problem = first_difference([*requests, Request("precision", precision, "recipe")], got)
-    except ValueError as error:  # what was asked for cannot be read
+    except ValueError as error:  # what was requested cannot be read
         problem = str(error)
     mine = json.dumps([problem is not None, got])
     everyone = [json.loads(theirs) for theirs in Ranks().all_gather_str(mine)]
@@ -81,7 +81,7 @@ def check(accelerator: Accelerator, precision: str) -> None:
     for rank, (failed, theirs) in enumerate(everyone):
         if failed:
             raise ValueError(
-                f"rank {rank} did not get what it was asked for: its own message says what"
+                f"rank {rank} did not get what was requested: its own message says what"
             )
         for what, first in everyone[0][1].items():
             if theirs[what] != first:
@@ -111,8 +111,8 @@ def gotten(accelerator: Accelerator) -> dict[str, str]:
 
 
 def first_difference(requests: list[Request], got: Mapping[str, str]) -> str | None:
-    """A line about the first request that was not met: what was asked, by whom, what came, and the
-    remedy; None where all were met."""
+    """A line about the first request that was not met: what it is, where it was made, what came,
+    and the remedy; None where all were met."""
     for request in requests:
         what, value, came = request.what, request.value, got[request.what]
         if value == came:
@@ -156,7 +156,7 @@ def _phrase(what: str, value: str) -> str:
 
 
 def requested(environ: Mapping[str, str], launch: Launch | None) -> list[Request]:
-    """All that was asked for: by GENREC_EXPECT, the launcher's command line and its variables.
+    """All that was requested: by GENREC_EXPECT, the launcher's command line and its variables.
 
     Raises:
         ValueError: for a GENREC_EXPECT or a DeepSpeed file that cannot be read.

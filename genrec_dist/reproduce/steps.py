@@ -4,7 +4,6 @@ where that exists."""
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 import statistics
@@ -16,6 +15,7 @@ from typing import Any
 
 from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
+from genrec_shards.storage.manifest import file_sha256
 from genrec_shards.storage.write import write_shards
 
 from genrec_dist.baselines.leak_audit import write_audit
@@ -77,11 +77,10 @@ def check(options: Options, protocol: ProtocolName, systems: list[System]) -> No
     data = options.data_dir(protocol)
     if (data / "dataset.json").is_file():
         found = json.loads((data / "dataset.json").read_text(encoding="utf-8"))["source"]["sha256"]
-        with options.data.open("rb") as file:
-            if found != hashlib.file_digest(file, "sha256").hexdigest():
-                raise ValueError(
-                    f"{data} was made of another file than {options.data}: choose another --out"
-                )
+        if found != file_sha256(options.data):
+            raise ValueError(
+                f"{data} was made of another file than {options.data}: choose another --out"
+            )
     for system in systems:
         trained = system.of if system.kind == "ranked" and system.of else system
         for seed, run in enumerate(options.runs(protocol, trained)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from genrec_shards.storage.reader import ShardReader
-from genrec_shards.storage.sample_order import Plan, Space
+from genrec_shards.storage.sample_order import SampleOrder, Space
 
 from genrec_dist.config.recipe import Recipe, Stage
 
@@ -16,7 +16,7 @@ class StageSteps:
 
     name: str
     stage: Stage
-    plan: Plan
+    plan: SampleOrder
     first_step: int
     first_epoch: int
 
@@ -57,7 +57,7 @@ def plan_stages(recipe: Recipe, reader: ShardReader) -> list[StageSteps]:
         if stage.epochs == 0:
             continue
         space: Space = "user" if stage.targets in ("mask", "all-prefixes") else stage.targets  # type: ignore[assignment]
-        plan = Plan(
+        plan = SampleOrder(
             reader.lengths,
             reader.manifest.users_per_record,
             space=space,

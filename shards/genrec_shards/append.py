@@ -26,7 +26,7 @@ from genrec_shards.numbering.item_text import Descriptions
 from genrec_shards.prepare import PrepareOptions, left_out, source_of_texts
 from genrec_shards.readers.read_log import guess_format
 from genrec_shards.readers.text_blocks import check_readable
-from genrec_shards.sequences import Sequences, sort_ids
+from genrec_shards.sequences import Sequences, offsets_of, sort_ids
 from genrec_shards.splits import LEAVE_ONE_OUT
 
 # R rows that are appended, U users, N items, both with the new ones
@@ -211,8 +211,7 @@ def _merged(data: Dataset, rows: Incoming) -> tuple[Sequences, np.ndarray | None
         times = np.concatenate([data.timestamps, new_R["time"]])
         order = np.lexsort((times, users))
         timestamps = times[order]
-    offsets = np.zeros(len(user_ids) + 1, np.int64)
-    np.cumsum(np.bincount(users, minlength=len(user_ids)), out=offsets[1:])
+    offsets = offsets_of(np.bincount(users, minlength=len(user_ids)))
     return Sequences(items[order], offsets, user_ids, item_ids), timestamps
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from genrec_shards.keyed_random import keyed_permutation
-from genrec_shards.sequences import Sequences, flat_ranges
+from genrec_shards.sequences import Sequences, flat_ranges, offsets_of
 from genrec_shards.splits import Split, TrainedThrough
 
 WINDOW = 65_536
@@ -68,7 +68,7 @@ def histories(sequences: Sequences, split: Split, users: np.ndarray | None = Non
     lengths = view.ends - view.starts
     return Histories(
         items=view.items[flat_ranges(view.starts, lengths)],
-        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        offsets=offsets_of(lengths),
         targets_U=view.targets,
         num_items=sequences.num_items,
     )

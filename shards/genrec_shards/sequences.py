@@ -169,8 +169,7 @@ def sequences_from_ids(
     item_ids = sort_ids(set(ids))
     row_of = {item: row for row, item in enumerate(item_ids)}
     items = np.fromiter(map(row_of.__getitem__, ids), dtype=np.int32, count=len(ids))
-    offsets = np.zeros(len(user_ids) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
+    offsets = offsets_of(np.asarray(lengths))
     assert offsets[-1] == len(items)
     return Sequences(items, offsets, list(user_ids), item_ids)
 

@@ -10,6 +10,10 @@ from genrec_shards.splits import Split
 # U users, N items, G groups, M items of a group, K classes of groups, C = K * G + G contexts, L
 # items of a history.
 
+RULE_PROBABILITY, FIRST_ORDER_PROBABILITY = 0.8, 0.08
+"""Shares of the second-order rule and of the first-order table."""
+ZIPF_EXPONENT = 1.3
+"""Of the popularity within a group."""
 _CHUNK = 512
 
 
@@ -17,8 +21,8 @@ _CHUNK = 512
 class Process:
     """A noisy second-order process over items in hidden groups.
 
-    The next item's group is drawn from a mixture: with `rule_probability` it is `pair_table[class
-    of the group before the last, last group]`, with `first_order_probability` it is
+    The next item's group is drawn from a mixture: with `RULE_PROBABILITY` it is `pair_table[class
+    of the group before the last, last group]`, with `FIRST_ORDER_PROBABILITY` it is
     `first_order_table[last group]`, otherwise any group. Within the group items follow a Zipf law.
     An item that the user has had is never drawn again: the rest is renormalised. After one item the
     rule's share goes to the first-order table; the first item's group is any one."""
@@ -37,8 +41,6 @@ class Process:
     """int32[G], a permutation."""
     rank_probabilities: np.ndarray
     """float64[M], Zipf law within a group."""
-    rule_probability: float
-    first_order_probability: float
 
     @property
     def num_items(self) -> int:
@@ -148,22 +150,22 @@ class Process:
         by_rule = first_order
         if known == 2:
             by_rule = self.pair_table[self.class_of[groups[:, 0]], groups[:, 1]]
-        either = self.rule_probability + self.first_order_probability
+        either = RULE_PROBABILITY + FIRST_ORDER_PROBABILITY
         drawn = np.where(coin < either, first_order, drawn)
-        return np.where(coin < self.rule_probability, by_rule, drawn)
+        return np.where(coin < RULE_PROBABILITY, by_rule, drawn)
 
     def _item_probabilities(self, groups: np.ndarray) -> np.ndarray:
         """float64[N]: the next item's distribution after `groups`, int[0..2], before history is
         taken out."""
         num_groups = len(self.members)
-        rest = 1 - self.rule_probability - self.first_order_probability
+        rest = 1 - RULE_PROBABILITY - FIRST_ORDER_PROBABILITY
         by_group = np.full(num_groups, (rest if len(groups) else 1) / num_groups)
         if len(groups):
             by_rule = first_order = self.first_order_table[groups[-1]]
             if len(groups) == 2:
                 by_rule = self.pair_table[self.class_of[groups[0]], groups[1]]
-            by_group[first_order] += self.first_order_probability
-            by_group[by_rule] += self.rule_probability
+            by_group[first_order] += FIRST_ORDER_PROBABILITY
+            by_group[by_rule] += RULE_PROBABILITY
         probabilities = np.empty(self.num_items)
         probabilities[self.members] = by_group[:, None] * self.rank_probabilities
         return probabilities
@@ -175,9 +177,6 @@ def make_process(
     seed: int = 0,
     *,
     num_classes: int = 8,
-    rule_probability: float = 0.8,
-    first_order_probability: float = 0.08,
-    zipf_exponent: float = 1.3,
 ) -> Process:
     """A process of its own for each seed; all its tables are drawn at random.
 
@@ -187,27 +186,20 @@ def make_process(
         seed: of the tables.
         num_classes: how many kinds of groups the rule tells apart two items back. The more, the
             less a first-order counter sees and the more data it takes to learn.
-        rule_probability: share of the second-order rule.
-        first_order_probability: share of the first-order table.
-        zipf_exponent: of the popularity within a group.
 
     Raises:
-        ValueError: sizes or shares do not fit together.
+        ValueError: sizes do not fit together.
     """
     if num_items % num_groups or not 1 <= num_classes <= num_groups:
         raise ValueError(
             f"{num_items} items, {num_groups} groups, {num_classes} classes: "
             "items must be a multiple of groups, and classes at most as many as groups"
         )
-    shares = rule_probability, first_order_probability
-    if min(shares) < 0 or sum(shares) > 1:
-        found = f"shares {rule_probability} and {first_order_probability}"
-        raise ValueError(f"{found}: choose two that sum to 1 at most")
     rng = np.random.default_rng([seed, 0])
     members = rng.permutation(num_items).reshape(num_groups, -1).astype(np.int32)
     group_of = np.empty(num_items, dtype=np.int32)
     group_of[members] = np.arange(num_groups, dtype=np.int32)[:, None]
-    weights = np.arange(1, members.shape[1] + 1) ** -zipf_exponent
+    weights = np.arange(1, members.shape[1] + 1) ** -ZIPF_EXPONENT
     class_of = (rng.permutation(num_groups) % num_classes).astype(np.int32)
     pair_table = np.stack([rng.permutation(num_groups) for _ in range(num_classes)])
     return Process(
@@ -218,6 +210,4 @@ def make_process(
         pair_table=pair_table.astype(np.int32),
         first_order_table=rng.permutation(num_groups).astype(np.int32),
         rank_probabilities=weights / weights.sum(),
-        rule_probability=rule_probability,
-        first_order_probability=first_order_probability,
     )

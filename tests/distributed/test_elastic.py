@@ -12,16 +12,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import forked
 import numpy as np
 import pytest
 import torch
-from genrec_shards.prepare import prepare
-from genrec_shards.sequences import write_sequences
-from genrec_shards.storage.write import write_shards
-from genrec_shards.synthetic import make_process
+from run_events import events
+from shard_data import sharded_process
 from two_ranks import environment, start_each
 
 from genrec_dist.distributed.collectives import Ranks
@@ -51,11 +48,6 @@ def recipe(folder: Path, name: str) -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(RECIPE.format(data=folder / "data", run=folder / name))
     return path
-
-
-def steps(run: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == "step"]
 
 
 def killed(path: Path, run: Path, after: int) -> None:
@@ -100,31 +92,25 @@ def weights(run: Path, kind: str) -> dict[str, torch.Tensor]:
 
 
 def test_two_ranks_are_lost_and_three_go_on(tmp_path: Path) -> None:
-    write_sequences(make_process(num_items=64, num_groups=8).sample(90, 5, 9), tmp_path / "log.txt")
-    dataset = prepare(tmp_path / "log.txt", tmp_path / "data")
-    # Fewer shards than ranks.
-    write_shards(dataset, tmp_path / "data" / "shards", users_per_shard=64, users_per_record=16)
+    sharded_process(tmp_path, users_per_shard=64)  # fewer shards than ranks
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
     alone = forked.run(
         ["-m", "genrec_dist.train", recipe(tmp_path, "unbroken")], environment(), timeout=300
     )
     assert alone.returncode == 0, alone
-    last = steps(unbroken)[-1]["step"]
+    last = events(unbroken, "step")[-1]["step"]
     killed(recipe(tmp_path, "broken"), broken, after=random.Random().randrange(5, last - 3))
     resumed = ["-m", "genrec_dist.train", tmp_path / "broken.yaml", "--resume", "latest"]
     done = start_each(resumed, tmp_path / "logs", 3, timeout=300)
     assert not any(rank.returncode for rank in done), done
 
     # Steps between the last checkpoint and the kill were taken twice, by two ranks and by three.
-    taken = [
-        [event for event in steps(broken) if event["step"] == step] for step in range(last + 1)
-    ]
-    expected = steps(unbroken)
-    assert all(taken)
-    for step, events in enumerate(taken):
-        assert {event["samples_digest"] for event in events} == {expected[step]["samples_digest"]}
-        assert {event["samples"] for event in events} == {expected[step]["samples"]}
-        assert np.allclose([event["loss"] for event in events], expected[step]["loss"], rtol=1e-3)
+    found = events(broken, "step")
+    for step, expected in enumerate(events(unbroken, "step")):
+        taken = [event for event in found if event["step"] == step]
+        assert {event["samples_digest"] for event in taken} == {expected["samples_digest"]}
+        assert {event["samples"] for event in taken} == {expected["samples"]}
+        assert np.allclose([event["loss"] for event in taken], expected["loss"], rtol=1e-3)
     for kind in ("weight", "average"):
         one, two = weights(unbroken, kind), weights(broken, kind)
         assert all(torch.allclose(one[name], two[name], atol=5e-4) for name in one)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 import subprocess
@@ -17,6 +16,7 @@ from genrec_shards.sequences import write_sequences
 from genrec_shards.storage.write import write_shards
 from genrec_shards.synthetic import make_process
 from places import ROOT
+from run_events import events
 from transformers import BartConfig, BartForConditionalGeneration
 
 from genrec_dist.data.tokenizer import train_tokenizer
@@ -57,13 +57,11 @@ def test_two_steps_of_bart_large_under_zero_3(backbone: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     seconds = time.monotonic() - start
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = (folder / "run" / "events.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    started = next(event for event in events if event["event"] == "start")
+    (started,) = events(folder / "run", "start")
     assert started["distributed_type"] == "DistributedType.DEEPSPEED"
     assert (started["zero_stage"], started["processes"]) == (3, 2)
     assert started["parameters"] > 400e6
-    steps = [event for event in events if event["event"] == "step"]
+    steps = events(folder / "run", "step")
     assert [event["samples"] for event in steps] == [16, 16]
     assert list_checkpoints(folder / "run")
     assert (folder / "run" / "best" / "model.safetensors").stat().st_size > 4 * 400e6

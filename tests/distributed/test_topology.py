@@ -1,4 +1,4 @@
-"""What was asked for, read where it was said, and real launches that must stop, or go on."""
+"""What was requested, read where it was said, and real launches that must stop, or go on."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def test_a_deepspeed_launch_gets_what_it_asks_for_and_no_other(tmp_path: Path) -
         assert rank["ranks differ"].startswith(
             "rank 1 got DeepSpeed ZeRO stage 3, rank 0 DeepSpeed ZeRO stage 2"
         )
-    elsewhere = "rank {} did not get what it was asked for: its own message says what"
+    elsewhere = "rank {} did not get what was requested: its own message says what"
     assert first["one rank asks for more"] == elsewhere.format(1)
     assert "asks for DeepSpeed ZeRO stage 1" in second["one rank asks for more"]
     assert "zeros=1 is not one of" in first["one rank cannot be read"]

@@ -14,12 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from genrec_shards.prepare import prepare
-from genrec_shards.sequences import write_sequences
-from genrec_shards.storage.write import write_shards
-from genrec_shards.synthetic import make_process
 from places import ROOT
+from run_events import events
 from safetensors.torch import load_file
+from shard_data import sharded_process
 from zero_launch import launch
 from zero_rank import LISTS_WINDOW
 
@@ -41,7 +39,7 @@ SEEN_FP32, SEEN_BF16 = 2e-4, 1.5
 RECIPE = """
 data: {data}
 run: {folder}/unset
-micro_batch_tokens: 96
+micro_batch_tokens: 192
 workers: 0
 log_every: 1
 checkpoint_every: 3
@@ -67,11 +65,7 @@ class Results:
         return load_file(self.folder / f"{name}.safetensors")
 
     def steps(self, run: str) -> list[dict[str, Any]]:
-        lines = [
-            json.loads(line)
-            for line in (self.folder / run / "events.jsonl").read_text().splitlines()
-        ]
-        return [line for line in lines if line["event"] == "step"]
+        return events(self.folder / run, "step")
 
     def weights(self, run: str, kind: str = "weight") -> dict[str, torch.Tensor]:
         return Checkpoint(list_checkpoints(self.folder / run)[-1], {}, Ranks()).weights(kind)
@@ -85,7 +79,7 @@ SHARED = (
     "model.decoder_start=state",
     "model.item_loss=0.5",
 )
-ROWS = ("optimizer.id_tables=row-adagrad", "model.id_dim=8")
+ROWS = ("optimizer.id_tables=row-adagrad", "model.id_dim=8", "finetune.epochs=1")
 
 
 def some_steps(folder: Path, world: int) -> list[dict[str, Any]]:
@@ -152,10 +146,8 @@ def broken_off(folder: Path, source: str, name: str, step: int) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("zero")
-    write_sequences(make_process(num_items=64, num_groups=8).sample(90, 5, 9), folder / "log.txt")
-    dataset = prepare(folder / "log.txt", folder / "data")
-    write_shards(dataset, folder / "data" / "shards", users_per_shard=32, users_per_record=16)
-    (folder / "recipe.yaml").write_text(RECIPE.format(data=folder / "data", folder=folder))
+    data = sharded_process(folder)
+    (folder / "recipe.yaml").write_text(RECIPE.format(data=data, folder=folder))
     first = [a_run(folder, f"whole-{stage}", stage) for stage in (2, 3)]
     first.append(a_run(folder, "whole-bf16", 2, "precision=bf16"))
     first += [a_run(folder, f"rows-{stage}", stage, *ROWS) for stage in (None, 2, 3)]

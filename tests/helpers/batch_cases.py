@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from genrec_shards.sequences import offsets_of
-from genrec_shards.storage.sample_order import Plan, StepSamples
+from genrec_shards.storage.sample_order import SampleOrder, StepSamples
 
 from genrec_dist.config.recipe import Mask, Model
 from genrec_dist.data.batch import Batch, RankStep
@@ -76,8 +76,8 @@ def marked_sequences(trained_through="n-2", seed=0) -> Lists:
 
 def whole_step(source: Lists, space: str, trained_through="n-2", epoch=0) -> StepSamples:
     options = {"space": space, "batch_size": 1000, "seed": 1, "window_records": 2}
-    plan = Plan(source.lengths, 4, trained_through=trained_through, **options)
-    return plan.step(epoch, 0)
+    order = SampleOrder(source.lengths, 4, trained_through=trained_through, **options)
+    return order.step(epoch, 0)
 
 
 def step_of(samples, source, where=None, epoch=0, budget=WHOLE, **options) -> RankStep:

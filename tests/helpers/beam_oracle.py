@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutput
 
+from genrec_dist.bench.beam import generated_lists, make_generate
 from genrec_dist.config.recipe import Model
 from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_histories
 from genrec_dist.data.word_table import WordTable
@@ -312,46 +312,15 @@ def random_histories(world: World, count: int) -> list[History]:
     return [rng.permutation(len(world.items))[: rng.integers(0, 9)].tolist() for _ in range(count)]
 
 
-@torch.inference_mode()
 def hugging_face(
-    model: GenRecForConditionalGeneration, items: list[Word], encoder: EncoderInput, beam: int
+    model: GenRecForConditionalGeneration, words: WordTable, encoder: EncoderInput, beam: int
 ) -> list[tuple[list[int], list[float]]]:
     """(items, scores) of each user as `generate` gives them with a trie in
     `prefix_allowed_tokens_fn`, those that are items alone."""
-    config = model.config
-    after: dict[Word, set[int]] = defaultdict(set)
-    for whole in ((*item, config.eos_token_id) for item in items):
-        for place, token in enumerate(whole):
-            after[whole[:place]].add(token)
-    row_of = {item: row for row, item in enumerate(items)}
-    output = model.generate(
-        encoder_outputs=BaseModelOutput(last_hidden_state=model.encode(encoder)),
-        attention_mask=encoder.attention_mask.long(),
-        prefix_allowed_tokens_fn=lambda _, ids: sorted(
-            after.get(tuple(ids[1:].tolist()), [config.eos_token_id])
-        ),
-        decoder_start_token_id=config.decoder_start_token_id,
-        num_beams=beam,
-        num_return_sequences=beam,
-        length_penalty=0.0,
-        early_stopping="never",
-        forced_bos_token_id=None,
-        forced_eos_token_id=None,
-        max_new_tokens=max(map(len, items)) + 2,
-        do_sample=False,
-        output_scores=True,
-        return_dict_in_generate=True,
-    )
-    rows = list(zip(output.sequences.tolist(), output.sequences_scores.tolist(), strict=True))
-    users = []
-    for first in range(0, len(rows), beam):
-        found: tuple[list[int], list[float]] = ([], [])
-        for sequence, score in rows[first : first + beam]:
-            word = tuple(
-                t for t in sequence[1:] if t not in (config.eos_token_id, config.pad_token_id)
-            )
-            if word in row_of and score > -1e8:
-                found[0].append(row_of[word])
-                found[1].append(score)
-        users.append(found)
-    return users
+    output = make_generate(model, words, encoder, beam)(output_scores=True)
+    lists = generated_lists(output, model, words, len(encoder.input_ids))
+    are_items = (lists.items >= 0) & (lists.scores > -1e8)
+    return [
+        (items[real].tolist(), scores[real].tolist())
+        for items, scores, real in zip(lists.items, lists.scores, are_items, strict=True)
+    ]

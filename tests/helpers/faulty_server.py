@@ -1,4 +1,4 @@
-"""A real HTTP server on loopback that honours Range and can be told to fail in the ways servers
+"""A real HTTP server on loopback that honours Range and can be set to fail in the ways servers
 do."""
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # or a body waits 40 ms behind its head
 
     def do_GET(self) -> None:
-        state, asked = self.state, self.headers.get("Range")
+        state, requested = self.state, self.headers.get("Range")
         with state.lock:
-            state.requests.append((self.path, asked))
+            state.requests.append((self.path, requested))
             number = len(state.requests)
         target = state.redirect(self.path)
         if target is not None:
@@ -84,12 +84,12 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "404" or not path.is_file():
             self._head(404, 0)
             return
-        self._answer(path.read_bytes(), asked, fault)
+        self._answer(path.read_bytes(), requested, fault)
 
-    def _answer(self, whole: bytes, asked: str | None, fault: str | None) -> None:
+    def _answer(self, whole: bytes, requested: str | None, fault: str | None) -> None:
         status, body, more = 200, whole, {}
-        if asked and fault != "ignore Range":
-            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", asked).groups()
+        if requested and fault != "ignore Range":
+            first, last = re.fullmatch(r"bytes=(\d+)-(\d*)", requested).groups()
             start, end = int(first), int(last or len(whole) - 1)
             status, body = 206, whole[start : end + 1]
             shift = fault == "other range"

@@ -14,7 +14,7 @@ import torch
 from genrec_dist.distributed.collectives import Ranks, join
 
 
-def told(action: object) -> str:
+def outcome_of(action: object) -> str:
     try:
         return f"well: {action()}"  # type: ignore[operator]
     except (ValueError, OSError) as error:
@@ -38,11 +38,11 @@ def main(folder: Path, who: int, how: str) -> None:
             t.tolist()
             for t in ranks.gather(torch.tensor([[ranks.rank, 1], [2, 3]], dtype=torch.int32))
         ],
-        "all well": told(lambda: ranks.run_on_all(lambda: fail_on())),
-        "one fails": told(lambda: ranks.run_on_all(lambda: fail_on(1))),
-        "main fails": told(lambda: ranks.run_on_all(lambda: fail_on(0))),
-        "two fail": told(lambda: ranks.run_on_all(lambda: fail_on(1, 2))),
-        "one has nothing": told(
+        "all well": outcome_of(lambda: ranks.run_on_all(lambda: fail_on())),
+        "one fails": outcome_of(lambda: ranks.run_on_all(lambda: fail_on(1))),
+        "main fails": outcome_of(lambda: ranks.run_on_all(lambda: fail_on(0))),
+        "two fail": outcome_of(lambda: ranks.run_on_all(lambda: fail_on(1, 2))),
+        "one has nothing": outcome_of(
             lambda: ranks.gather(torch.zeros(3), ValueError("no list") if ranks.rank == 2 else None)
         ),
         "and on": ranks.exchange([ranks.rank]),
@@ -51,7 +51,7 @@ def main(folder: Path, who: int, how: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if ranks.rank == who:
         os._exit(3)
-    answers["one is gone"] = told(ranks.barrier)
+    answers["one is gone"] = outcome_of(ranks.barrier)
     (folder / f"{ranks.rank}.json").write_text(json.dumps(answers))
     os._exit(0)  # the group cannot be left in good order any more
 

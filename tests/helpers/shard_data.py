@@ -1,4 +1,4 @@
-"""A data directory of given sequences, and its shards, for tests of shards."""
+"""Data directories of made-up sequences, and their shards."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from genrec_shards.prepare import prepare
 from genrec_shards.sequences import sequences_from_ids, write_sequences
 from genrec_shards.storage.reader import ShardReader
 from genrec_shards.storage.write import write_shards
+from genrec_shards.synthetic import make_process
 
 NUM_USERS, NUM_RECORDS = 150, 10
 
@@ -27,6 +28,15 @@ def shard(dataset: Dataset, folder: Path, users_per_record: int = 16) -> Path:
     """Shards of ten records in three tars."""
     write_shards(dataset, folder, users_per_shard=64, users_per_record=users_per_record)
     return folder
+
+
+def sharded_process(folder: Path, users_per_shard: int = 32) -> Path:
+    """`folder/data` with its shards: 90 users of 5 to 9 of 64 items whose order can be learned."""
+    write_sequences(make_process(num_items=64, num_groups=8).sample(90, 5, 9), folder / "log.txt")
+    dataset = prepare(folder / "log.txt", folder / "data")
+    shards = folder / "data" / "shards"
+    write_shards(dataset, shards, users_per_shard=users_per_shard, users_per_record=16)
+    return folder / "data"
 
 
 def sequence_of(dataset: Dataset, user: int) -> list[int]:

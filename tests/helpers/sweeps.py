@@ -35,7 +35,9 @@ def start(*arguments: str | Path, **more: str) -> subprocess.Popen[str]:
     its environment."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [*TUNE, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment(**more), start_new_session=True, **pipes)
+    # Ray's workers have niceness 15 by default: beside other tests a trial would hardly start.
+    env = environment(RAY_worker_niceness="0", **more)
+    return subprocess.Popen(command, env=env, start_new_session=True, **pipes)
 
 
 def run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
@@ -62,13 +64,6 @@ def wait_for(
 def record(out: Path) -> Sweep | None:
     """The record, or None before there is one."""
     return read_sweep(out) if (out / "sweep.json").is_file() else None
-
-
-def events(run: Path, name: str) -> list[dict]:
-    if not (run / "events.jsonl").is_file():
-        return []
-    lines = (json.loads(line) for line in (run / "events.jsonl").read_text().splitlines())
-    return [line for line in lines if line["event"] == name]
 
 
 def pid_of(run: Path) -> int:

@@ -2,8 +2,8 @@
 state made anew.
 
 `zero_rank.py JOBS.json`: a list of {"name", "stage" (null: no DeepSpeed), "recipe" (path), "job":
-"steps" | "train", ...}. Each job leaves NAME.json (rank 0) beside the list: losses, facts, or the
-errors of all ranks."""
+"steps" | "train", ...}, perhaps with "environment", the variables that it sets. Each job leaves
+NAME.json (rank 0) beside the list: losses, facts, or the errors of all ranks."""
 
 from __future__ import annotations
 
@@ -45,6 +45,7 @@ def main(path: Path) -> None:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = str(job["stage"] is not None).lower()
         os.environ["ACCELERATE_USE_CPU"] = str(job["stage"] is None).lower()
         os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = str(job["stage"])
+        os.environ.update(job.get("environment", {}))
         try:
             facts = {"steps": steps, "train": train_run}[job["job"]](job, path.parent)
         except ValueError as error:

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -76,14 +75,12 @@ def lists_of_both(
     run: LoadedRun, dataset: Dataset, ends: str
 ) -> list[tuple[tuple[list[int], list[float]], tuple[list[int], list[float]]]]:
     """(items, scores) of `generate` and of our search, user by user."""
-    tokens, offsets = run.words.tokens_of_items()
-    items = [tuple(tokens[start:end].tolist()) for start, end in pairwise(offsets.tolist())]
     both = []
     for start in range(0, NUM_USERS, BATCH):
         encoder = encoder_of(run, dataset, np.arange(start, start + BATCH))
         ours = run.searcher.search(encoder, beam=BEAM, top=BEAM, ends=ends)  # type: ignore[arg-type]
-        assert_valid(ours, len(items))
-        for number, theirs in enumerate(hugging_face(run.model, items, encoder, BEAM)):
+        assert_valid(ours, run.words.num_items)
+        for number, theirs in enumerate(hugging_face(run.model, run.words, encoder, BEAM)):
             both.append((theirs, (ours.items[number].tolist(), ours.scores[number].tolist())))
     return both
 

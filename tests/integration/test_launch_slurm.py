@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from launching import LAUNCH, Cluster, cluster_in, ended, job_of_a_free_port, started, until
+from run_events import events
 
 # Trains nothing: writes down its arguments and keeps a run directory as the trainer does.
 FAKE = """#!/usr/bin/env bash
@@ -39,14 +40,21 @@ def submitted(cluster: Cluster, fate: str, **more: str) -> subprocess.Popen[str]
     return cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=2, FATE=fate, **more)
 
 
-@pytest.mark.parametrize(("name", "nodes"), [("one_node", "1"), ("two_nodes", "2")])
-def test_the_batch_files_ask_slurm_for_what_they_mean(name: str, nodes: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "nodes", "seconds"), [("one_node", 1, 120), ("two_nodes", 2, 120), ("tune", 2, 180)]
+)
+def test_the_batch_files_request_of_slurm_what_they_mean(
+    name: str, nodes: int, seconds: int
+) -> None:
     text = (LAUNCH / "slurm" / f"{name}.sbatch").read_text()
     options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.M))
     assert "requeue" in options
-    assert options["signal"] == "B:USR1@120"
-    assert options["ntasks-per-node"] == "1"  # accelerate starts the ranks of a node
-    assert options["nodes"] == nodes
+    assert options["signal"] == f"B:USR1@{seconds}"
+    assert options["ntasks-per-node"] == "1"  # accelerate, or Ray, starts the others of a node
+    assert options["nodes"] == str(nodes)
+
+
+def test_a_job_waits_for_its_ranks_less_long_than_slurm_does() -> None:
     job = (LAUNCH / "slurm" / "job.sh").read_text()
     wait = re.search(r"TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", job)
     assert wait is not None
@@ -145,6 +153,5 @@ def test_two_launchers_meet_save_at_the_time_limit_and_resume(
     assert code == 0, output[-3000:]
     start = started(run)
     assert (start["processes"], start["distributed_type"]) == (2, "DistributedType.DEEPSPEED")
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    resumed_from = [event["resumed_from"] for event in events if event["event"] == "start"]
+    resumed_from = [event["resumed_from"] for event in events(run, "start")]
     assert resumed_from == [None, f"run/checkpoints/step-{stopped_at:08d}"]

@@ -135,8 +135,8 @@ def test_the_kubernetes_job_resumes_at_its_second_try(tmp_path: Path, second: bo
 
     words = output("bash", "-c", f"printf '%s\\0' {entrypoint}").split("\0")[:-1]
     expected = f"tune {tmp_path}/beauty.yaml --out {tmp_path}/beauty-sweep --address auto"
-    told = output("sh", "-c", shlex.join(words)).split()
-    assert told == expected.split() + ["--resume"] * second
+    arguments = output("sh", "-c", shlex.join(words)).split()
+    assert arguments == expected.split() + ["--resume"] * second
 
 
 # Listens as a head does; ends with TERM. A worker that finds no head is refused.
@@ -286,10 +286,3 @@ def test_a_sweep_that_cannot_start_says_why(
     code, output = ended(cluster.submit("tune.sbatch", *words, nodes=2, gpus=1))
     assert code == 2
     assert message in output
-
-
-def test_the_sweep_s_batch_file_asks_slurm_for_what_it_means() -> None:
-    text = (LAUNCH / "slurm" / "tune.sbatch").read_text()
-    asked = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", text, re.M))
-    assert "requeue" in asked
-    assert (asked["nodes"], asked["ntasks-per-node"], asked["signal"]) == ("2", "1", "B:USR1@180")

@@ -18,6 +18,7 @@ from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.splits import Split
 from genrec_shards.timestamps import moment
 from logs import DATES, Row, dated_rows, write_csv
+from run_events import events
 from two_ranks import environment, start_each
 
 from genrec_dist.cli.app import run_command
@@ -100,13 +101,6 @@ def other_future(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def copied(run: Path, to: Path) -> Path:
     return Path(shutil.copytree(run, to, ignore=shutil.ignore_patterns("checkpoints")))
-
-
-def events(run: Path, name: str) -> list[dict[str, Any]]:
-    lines = [
-        json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    return [line for line in lines if line["event"] == name]
 
 
 def results(folder: Path, split: Split) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -20,6 +20,7 @@ from genrec_tuning.record import SWEEP_FILE, Folder, Recorder, Sweep, read_sweep
 from genrec_tuning.space import Resources, load_space
 from genrec_tuning.sweep import check_fits, deadline, job_of, run_sweep
 from genrec_tuning.trial import Job, ended_because, epochs_of, run_job
+from run_events import events
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.inference.load import load_run
@@ -117,7 +118,7 @@ def test_each_epoch_is_in_the_record_as_the_run_wrote_it(done: Done) -> None:
     finished = [trial for trial in done.sweep.trials if trial.status == "finished"]
     assert len(finished) >= 2
     for trial in finished:
-        validations = sweeps.events(done.out / trial.run, "validation")
+        validations = events(done.out / trial.run, "validation")
         assert [epoch.NDCG10 for epoch in trial.epochs] == [one["NDCG@10"] for one in validations]
         assert [epoch.epoch for epoch in trial.epochs] == [1, 2, 3]
         assert (trial.planned_epochs, trial.attempts) == (3, 1)
@@ -135,7 +136,7 @@ def test_a_loss_that_is_no_number_fails_the_trial_at_once(done: Done) -> None:
     for trial in failed:
         assert (trial.status, trial.attempts) == ("failed", 1)
         assert re.search("NotFinite.* at step", str(trial.reason))
-        assert len(sweeps.events(done.out / trial.run, "start")) == 1
+        assert len(events(done.out / trial.run, "start")) == 1
 
 
 @real_sweep
@@ -220,18 +221,18 @@ def space_file(tiny_data: Path, tmp_path: Path) -> Path:
 
 
 def test_an_epoch_is_reported_when_it_can_be_resumed_from(space_file: Path, tmp_path: Path) -> None:
-    run, told = tmp_path / "run", list[EpochReport]()
+    run, reports = tmp_path / "run", list[EpochReport]()
 
     def note(report: EpochReport) -> None:
         steps = [int(path.name.removeprefix("step-")) for path in list_checkpoints(run)]
         assert max(steps) == report.step + 1
-        told.append(report)
+        reports.append(report)
 
     train(load_space(space_file).recipe_of({}, str(run)), on_epoch=note)
-    ends = [(report.epoch, report.epochs, report.last) for report in told]
+    ends = [(report.epoch, report.epochs, report.last) for report in reports]
     assert ends == [(1, 3, False), (2, 3, False), (3, 3, True)]
-    validations = [event["NDCG@10"] for event in sweeps.events(run, "validation")]
-    assert [report.scores["NDCG@10"] for report in told] == validations
+    validations = [event["NDCG@10"] for event in events(run, "validation")]
+    assert [report.scores["NDCG@10"] for report in reports] == validations
 
 
 class NodeGone(Exception):
@@ -271,7 +272,7 @@ def test_a_trial_goes_on_from_its_own_checkpoint_wherever_it_is(
     assert [result["epoch"] for result in seen] == [1, 2, 3, 3]
     assert seen[-1]["finished"]
     run = job.local_run
-    starts, steps = sweeps.events(run, "start"), sweeps.events(run, "step")
+    starts, steps = events(run, "start"), events(run, "step")
     assert len(starts) == 2
     assert starts[1]["resumed_from"].endswith(f"step-{seen[1]['step'] + 1:08d}")
     assert [step["step"] for step in steps] == list(range(len(steps))), "a step was run twice"
@@ -305,7 +306,7 @@ def test_a_job_is_refused_without_a_lock_or_a_sweep(
         ),
     ],
 )
-def test_a_cluster_that_does_not_answer_is_told_at_once(
+def test_a_cluster_that_does_not_answer_is_refused_at_once(
     space_file: Path, tmp_path: Path, address: str, message: str
 ) -> None:
     """Ray itself asks for more than ten minutes."""

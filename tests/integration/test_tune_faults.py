@@ -22,6 +22,8 @@ from genrec_tuning.space import load_space
 from genrec_tuning.sweep import job_of
 from genrec_tuning.trial import Job, run_job
 from places import HELPERS
+from run_events import events
+from s3_server import credentials, s3_server
 from two_ranks import environment
 
 pytestmark = pytest.mark.ranks
@@ -40,14 +42,14 @@ space:
 
 
 CORES = len(os.sched_getaffinity(0))
-"""What a trial asks for where one is to run after the other."""
+"""What a trial requests where one is to run after the other."""
 
 
 def steps_rerun(run: Path) -> int:
     """Steps before the first checkpoint of a resume that were run again: none may be."""
-    starts = [event["resumed_from"] for event in sweeps.events(run, "start")]
+    starts = [event["resumed_from"] for event in events(run, "start")]
     firsts = [int(Path(path).name.removeprefix("step-")) for path in starts if path]
-    steps = [event["step"] for event in sweeps.events(run, "step")]
+    steps = [event["step"] for event in events(run, "step")]
     return sum(steps.count(step) - 1 for step in range(min(firsts, default=0)))
 
 
@@ -62,7 +64,7 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     seen: dict = {"out": out}
 
     def saved(run: Path) -> int:
-        return len(sweeps.events(run, "checkpoint"))
+        return len(events(run, "checkpoint"))
 
     def finished() -> Trial | None:
         sweep = sweeps.record(out)
@@ -91,12 +93,12 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
         assert torn
         for path in torn:
             path.write_bytes(path.read_bytes()[:100])
-        starts = len(sweeps.events(left, "start"))
+        starts = len(events(left, "start"))
         process = sweeps.start(space, "--out", out, "--resume")
-        begun = lambda: len(sweeps.events(left, "start")) > starts  # noqa: E731
+        begun = lambda: len(events(left, "start")) > starts  # noqa: E731
         sweeps.wait_for(process, begun, "the resumed trial")
         process.send_signal(signal.SIGTERM)
-        _, seen["told"] = process.communicate(timeout=120)
+        _, seen["stderr"] = process.communicate(timeout=120)
         seen["code"] = process.returncode
         seen["stopped"] = read_sweep(out)
         seen["spent"] = sweeps.run(space, "--out", out, "--resume", "--budget-hours", str(1 / 3600))
@@ -113,11 +115,11 @@ def test_a_killed_trial_is_retried_from_its_own_checkpoint(killed: dict) -> None
     run, at_kill = killed["out"] / trial.run, killed["epochs at the kill"]
     assert trial.status == "finished"
     assert [epoch.epoch for epoch in trial.epochs] == list(range(1, 21))
-    starts = sweeps.events(run, "start")
+    starts = events(run, "start")
     assert trial.attempts == len(starts) >= 2
     step = trial.epochs[at_kill - 1].step + 1
     assert Path(starts[1]["resumed_from"]).name == f"step-{step:08d}"
-    validated = [event["epoch"] + 1 for event in sweeps.events(run, "validation")]
+    validated = [event["epoch"] + 1 for event in events(run, "validation")]
     assert all(validated.count(epoch) == 1 for epoch in range(1, at_kill + 1))
     assert steps_rerun(run) == 0
 
@@ -132,9 +134,9 @@ def test_a_killed_driver_loses_nothing_and_takes_its_trials_with_it(killed: dict
     assert old.epochs
     assert new.epochs[: len(old.epochs)] == old.epochs
     run = killed["out"] / new.run
-    assert sweeps.events(run, "start")[old.attempts]["resumed_from"] is not None
+    assert events(run, "start")[old.attempts]["resumed_from"] is not None
     assert steps_rerun(run) == 0
-    again = len(sweeps.events(killed["out"] / "runs" / over, "start"))
+    again = len(events(killed["out"] / "runs" / over, "start"))
     assert again == before.trial(over).attempts, "it ran again"
     assert after.resumed == 3
     assert after.hours > before.hours
@@ -145,8 +147,8 @@ def test_a_killed_driver_loses_nothing_and_takes_its_trials_with_it(killed: dict
 def test_a_signal_or_a_budget_interrupts_and_says_how_to_go_on(killed: dict) -> None:
     assert killed["code"] == 128 + signal.SIGTERM
     for words in ("stopped by SIGTERM", "--resume"):
-        assert words in killed["told"]
-    assert "Traceback" not in killed["told"]
+        assert words in killed["stderr"]
+    assert "Traceback" not in killed["stderr"]
     stopped = killed["stopped"].trial(killed["left"])
     assert (stopped.status, stopped.reason) == ("interrupted", "stopped by SIGTERM")
     spent = killed["spent"]
@@ -159,20 +161,15 @@ def test_a_signal_or_a_budget_interrupts_and_says_how_to_go_on(killed: dict) -> 
 
 @pytest.fixture
 def bucket() -> Iterator[dict[str, str]]:
-    """What a process has to have in its environment to reach an S3 server on this machine that
+    """The environment, which this process has too, of who reaches an S3 server on this machine that
     holds the bucket `sweeps`."""
     import boto3
-    from moto.moto_server.threaded_moto_server import ThreadedMotoServer
 
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    url = "http://{}:{}".format(*server.get_host_and_port())
-    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret"}
-    client = boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys)
-    client.create_bucket(Bucket="sweeps")
-    names = {name.upper(): value for name, value in keys.items()}
-    yield {"AWS_ENDPOINT_URL": url, "AWS_DEFAULT_REGION": "us-east-1", **names}
-    server.stop()
+    with s3_server() as (_, url), pytest.MonkeyPatch.context() as patch:
+        for name, value in credentials(url).items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="sweeps")
+        yield credentials(url)
 
 
 @pytest.fixture
@@ -198,17 +195,11 @@ def two_nodes(bucket: dict[str, str], tmp_path: Path) -> Iterator[tuple[str, dic
 
 
 def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
-    two_nodes: tuple[str, dict[str, str]],
-    tiny_data: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    two_nodes: tuple[str, dict[str, str]], tiny_data: Path, tmp_path: Path
 ) -> None:
     """A node has room for one trial, so two lie on two. One loses a rank; the other its process and
     its node's disk, and goes on from what is in the bucket."""
     address, more = two_nodes
-    for name, value in more.items():
-        if name.startswith("AWS"):
-            monkeypatch.setenv(name, value)
     space = sweeps.write_space(tmp_path, tiny_data, SPACE % (8, 2, 2), SLOW)
     options = ["--out", tmp_path / "two", "--address", address, "--storage", "s3://sweeps/of"]
     process = sweeps.start(space, *options, **more)
@@ -227,7 +218,7 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
         return files.glob(f"sweeps/of/two/runs/{trial_id(number)}/events.jsonl")
 
     def twice(number: int) -> bool:
-        return len(sweeps.events(run_of(number), "start")) == 2
+        return len(events(run_of(number), "start")) == 2
 
     ranks, trials, raylets = {}, {}, set()
     try:
@@ -257,7 +248,7 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
     assert [(trial.status, trial.attempts) for trial in sweep.trials] == [("finished", 2)] * 2
     for trial in sweep.trials:
         run = run_of(trial.number)
-        starts = sweeps.events(run, "start")
+        starts = events(run, "start")
         assert [epoch.epoch for epoch in trial.epochs] == list(range(1, 9))
         assert [start["processes"] for start in starts] == [2, 2]
         assert "MULTI_CPU" in starts[0]["distributed_type"]

@@ -253,7 +253,7 @@ def _parallel(trials: list[Trial], kinds: dict[str, str]) -> Figure:
 
 
 def _about(trial: Trial) -> str:
-    """What the pointer is told about a trial, one line per fact."""
+    """What the pointer shows of a trial, one line per fact."""
     ran = f"{trial.last_epoch} of {trial.planned_epochs} epochs"
     lines = [f"{trial.id}: {trial.status} after {ran}"]
     if trial.best:

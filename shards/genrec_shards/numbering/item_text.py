@@ -4,7 +4,6 @@ words."""
 import ast
 import csv
 import gzip
-import hashlib
 import json
 import re
 import zlib
@@ -20,6 +19,7 @@ import scipy.sparse as sp
 
 from genrec_shards.errors import DataError
 from genrec_shards.numbering.truncated_eigen import factor_rows
+from genrec_shards.storage.manifest import file_sha256
 
 # N items, F features, D dims
 
@@ -45,10 +45,6 @@ class Descriptions:
     titles: list[str] | None = None
     """What a person calls each item, '' where the file does not say; None where it has no
     titles."""
-
-    @property
-    def num_described(self) -> int:
-        return sum(map(bool, self.texts))
 
 
 def read_descriptions(
@@ -99,8 +95,7 @@ def read_descriptions(
             title = next((name for name in title_columns if name in record), None)
             if title is not None:  # it is shown on a line of its own
                 titles[row] = titles[row] or " ".join(_text_of(record[title]).split())
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: check the path") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:

@@ -1,7 +1,6 @@
 """Item vectors that a model has learned: a safetensors file, bound to the sequences it was trained
 on."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from genrec_shards.errors import DataError
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import TrainedThrough, num_held_out
+from genrec_shards.storage.manifest import file_sha256
 
 FLOATS = ("F16", "F32", "F64")
 
@@ -63,8 +63,7 @@ def read_trained_vectors(
             if complaint is not None:
                 raise DataError(f"{path}: {complaint}")
             values = file.get_tensor(names[0]).astype(np.float64)
-        with path.open("rb") as raw:
-            digest = hashlib.file_digest(raw, "sha256").hexdigest()
+        digest = file_sha256(path)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file: check the path") from None
     except SafetensorError as error:
@@ -101,4 +100,4 @@ def _wrong_origin(
     else:
         again = "train them again"
         remedy = f"say --vectors-trained-through {found}" if found == "n-2" else again
-    return f"trained through {found[:20]}, asked for {trained_through}: {remedy}"
+    return f"trained through {found[:20]}, requested {trained_through}: {remedy}"

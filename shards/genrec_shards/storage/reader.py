@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from genrec_shards.errors import DataError
-from genrec_shards.sequences import flat_ranges
+from genrec_shards.sequences import flat_ranges, offsets_of
 from genrec_shards.splits import Periods
 from genrec_shards.storage.manifest import LENGTHS, PERIODS, Manifest, RecordEntry
 from genrec_shards.storage.remote import RetryPolicy
@@ -137,7 +137,7 @@ class ShardReader:
         if len(user_rows) and not (user_rows.min() >= 0 and user_rows.max() < self.manifest.users):
             limits = f"0..{self.manifest.users - 1}"
             raise ValueError(f"user row outside {limits} requested of {self._store.address}")
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[user_rows], dtype=np.int64)])
+        offsets = offsets_of(self.lengths[user_rows])
         items = np.empty(offsets[-1], dtype=np.int32)
         record_of = user_rows // self.manifest.users_per_record
         by_record = np.argsort(record_of, kind="stable")

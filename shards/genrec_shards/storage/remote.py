@@ -31,7 +31,7 @@ _FINAL_STATUS = {*range(400, 500)} - {408, 425, 429}
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how long a failing server is asked again."""
+    """How often and how long a failing server is tried again."""
 
     attempts: int = 6
     """Requests of the same bytes."""
@@ -47,7 +47,7 @@ class RetryPolicy:
 
 
 class BadResponse(Exception):
-    """An answer that is not the bytes requested. `final`: asking again would change nothing."""
+    """An answer that is not the bytes requested. `final`: another request would change nothing."""
 
     def __init__(self, complaint: str, final: bool = False) -> None:
         super().__init__(complaint)
@@ -162,7 +162,7 @@ class RemoteFiles:
         return self._with_retries(place, request)
 
     def size(self, name: str, place: str) -> int:
-        """Bytes of a file; of a web server that honours Range, since parts will be asked for."""
+        """Bytes of a file; of a web server that honours Range, since parts will be requested."""
         size = self._size_of_object if self.scheme == "s3" else self._size_of_page
         return self._with_retries(place, lambda seconds: size(self._path(name), seconds))
 
@@ -246,7 +246,7 @@ class RemoteFiles:
                 return request(retry.deadline - (time.monotonic() - started))
             except _network_errors(self.scheme) as error:
                 complaint, final = _describe(error, retry)
-            # A random share keeps many processes from asking again in the same moment; the
+            # A random share keeps many processes from trying again in the same moment; the
             # generators of the training stay untouched.
             pause = min(wait, retry.longest_wait) * random.SystemRandom().uniform(0.5, 1)
             wait *= 2
@@ -379,7 +379,7 @@ def _network_errors(scheme: str) -> tuple[type[BaseException], ...]:
 
 
 def _describe(error: BaseException, retry: RetryPolicy) -> tuple[str, bool]:
-    """(what happened, whether asking again is useless). Foreign messages are not shown: a signed
+    """(what happened, whether another request is useless). Foreign messages are not shown: a signed
     address may be in them."""
     name = type(error).__name__
     if isinstance(error, BadResponse):

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from genrec_shards.keyed_random import keyed_permutation
+from genrec_shards.sequences import offsets_of
 from genrec_shards.splits import Periods, TrainedThrough, num_held_out
 
 Space = Literal["user", "last", "every-prefix"]
@@ -69,7 +70,7 @@ class _Window:
     """int64, the window's samples permuted."""
 
 
-class Plan:
+class SampleOrder:
     """Which samples make up each step, for every epoch, computed for any step on its own.
 
     Records are permuted by (seed, epoch); the samples of `window_records` consecutive permuted
@@ -188,8 +189,7 @@ class Plan:
         records = keyed_permutation(len(self._record_samples), self.seed, epoch, _RECORD_STREAM)
         firsts = np.arange(0, len(records), self.window_records)
         window_samples = np.add.reduceat(self._record_samples[records], firsts)
-        starts = np.concatenate([[0], np.cumsum(window_samples)])
-        return _Epoch(records=records, window_starts=starts)
+        return _Epoch(records=records, window_starts=offsets_of(window_samples))
 
     def _order_window(self, epoch: int, window: int) -> _Window:
         # Two users per record, the window's records are 2 and 0, every user has 4 items and 1

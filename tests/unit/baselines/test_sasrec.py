@@ -22,17 +22,16 @@ from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
-from genrec_dist.baselines import registry
+from genrec_dist.baselines import popularity
 from genrec_dist.baselines.run import run_baseline
 from genrec_dist.baselines.sasrec_model import (
     SASRec,
     SasrecSettings,
-    check_settings,
     pack,
     rule_of,
     target_places,
 )
-from genrec_dist.baselines.sasrec_run import open_or_train, sasrec_settings
+from genrec_dist.baselines.sasrec_run import Training, open_or_train, sasrec_settings
 from genrec_dist.baselines.sasrec_train import Epoch, TrainingParts, train
 from genrec_dist.cli.app import app
 from genrec_dist.distributed.signals import NotFinite
@@ -290,8 +289,7 @@ def test_sasrec_learns_what_popularity_cannot() -> None:
     trained = train(sequences, settings, exclude_history=True)
     view = sequences.history_and_target("test")
     places = target_places(trained.model, view, np.arange(200), True)
-    asked = ("popularity", sequences, sequences.item_ids, "test")
-    popular = registry.recommend(*asked, exclude_history=True)
+    popular = popularity.fit(sequences, "test", exclude_history=True)(np.arange(200))
     assert (places == 1).mean() > 0.9
     assert (popular.ranks(histories(sequences, "test").targets_U) == 1).mean() < 0.1
     assert trained.best.users == 100
@@ -433,9 +431,9 @@ def assert_same_training(ours: Path, others: Path) -> None:
     for run in (ours, others):
         events = events_of(run)
         assert events[-1]["event"] == "end"
-        told = [event for event in events if event["event"] == "epoch"]
+        of_run = [event for event in events if event["event"] == "epoch"]
         times = ("time", "seconds")
-        epochs.append([{k: v for k, v in event.items() if k not in times} for event in told])
+        epochs.append([{k: v for k, v in event.items() if k not in times} for event in of_run])
     assert epochs[0] == epochs[1]
 
 
@@ -481,7 +479,7 @@ def test_a_finished_run_is_scored_again_and_not_trained_again(run: Path, dataset
     assert before == {name: (run / name).stat().st_mtime_ns for name in before}
     assert again["NDCG@20"] == metrics["NDCG@20"]
     view = dataset.sequences.history_and_target("test")
-    model = open_or_train(run, dataset, "test", exclude_history=True).model
+    model = open_or_train(run, Training(dataset, "test", exclude_history=True)).model
     places = target_places(model, view, np.arange(60), True)
     assert metrics["HR@10"] == pytest.approx((places <= 10).mean())
 
@@ -628,11 +626,6 @@ def test_what_cannot_be_trained_is_refused_with_nothing_written(
 ) -> None:
     refused(message, dataset, tmp_path / "run", **dict(options))
     assert not (tmp_path / "run").exists()
-
-
-def test_the_defaults_are_settings() -> None:
-    check_settings(SasrecSettings(), "defaults")
-    assert sasrec_settings({}) == SasrecSettings()
 
 
 def test_the_command_trains_scores_and_refuses_settings_of_popularity(

@@ -12,7 +12,7 @@ from genrec_shards.dataset import load_dataset
 
 from genrec_dist.baselines.run import run_baseline
 from genrec_dist.baselines.sasrec_model import scored
-from genrec_dist.baselines.sasrec_run import open_or_train
+from genrec_dist.baselines.sasrec_run import Training, open_or_train
 from genrec_dist.cli.app import run_command
 from genrec_dist.data.item_graph import KnnSettings, neighbour_weights
 from genrec_dist.evaluation.metrics import metrics_from_histogram, rank_histogram
@@ -37,7 +37,8 @@ def control_scores(
 ) -> np.ndarray:
     """float64 [U, I] of all items, -inf for those of the history, in numpy."""
     dataset = load_dataset(data)
-    model = open_or_train(control / "sasrec", dataset, "test", exclude_history=True).model
+    training = Training(dataset, "test", exclude_history=True)
+    model = open_or_train(control / "sasrec", training).model
     view = dataset.sequences.history_and_target(split)
     rows = np.arange(len(view.targets))
     logits_UI = np.concatenate(

@@ -73,7 +73,7 @@ def test_typical_batch_is_neither_short_nor_long(tiny_data: Path) -> None:
     history = view.items[view.starts[user] : view.ends[user]]
     assert row[row > 0].tolist() == np.repeat(history + 1, 4).tolist()
     # While rivals are timed no scores are requested.
-    assert make_generate(world, world.batch(1), 4)().scores is None
+    assert make_generate(world.model, world.words, world.batch(1), 4)().scores is None
 
 
 def test_lists_may_differ_only_where_scores_tie() -> None:
@@ -131,8 +131,8 @@ def test_peer_with_other_lists_stops_the_measurement(
 ) -> None:
     whole = bench.allowed_tokens
 
-    def changed(words: Any) -> Any:
-        after = whole(words)
+    def changed(words: Any, eos: int) -> Any:
+        after = whole(words, eos)
         if broken == "no item at all":
             return {**after, (): [EOS]}
         widest = max(after, key=lambda prefix: len(after[prefix]) if len(prefix) == 3 else 0)

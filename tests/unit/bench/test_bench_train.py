@@ -29,6 +29,7 @@ from genrec_dist.bench.train_process import (
     TUNED,
     Setting,
     World,
+    facts,
     make_rival,
 )
 from genrec_dist.data.batch import IGNORED
@@ -58,7 +59,7 @@ def test_tokenizing_anew_gives_the_stored_samples_to_the_token(setting: Setting)
     world = World(replace(setting, max_tokens=20))  # some are cut to length
     pad = int(world.model.config.pad_token_id)
     stored = [sample for batch in world.padded() for sample in samples_of(batch)]
-    collate = TokenizingCollate(world.workshop.tokenizer, pad)
+    collate = TokenizingCollate(world.setup.tokenizer, pad)
     texts = [{**collate.with_texts(sample), "input_ids": None, "labels": None} for sample in stored]
     assert texts[0]["text"].startswith(" user_")
     assert texts[0]["target"].startswith(" item_")
@@ -71,9 +72,9 @@ def test_tokenizing_anew_gives_the_stored_samples_to_the_token(setting: Setting)
 def test_tokenizer_has_rows_that_no_word_uses(setting: Setting) -> None:
     world = World(setting)
     assert world.model.config.vocab_size == 400
-    assert world.workshop.words.tokens.max() < 300
-    dataset = world.workshop.dataset
-    words = world.workshop.words
+    assert world.setup.words.tokens.max() < 300
+    dataset = world.setup.dataset
+    words = world.setup.words
     expected = 3 + words.longest_user + CAPPED_ITEMS * words.longest_item
     assert tokens_of(CAPPED_ITEMS, dataset, setting.tokenizer) == expected
 
@@ -102,6 +103,7 @@ def test_rival_learns_from_every_sample(setting: Setting, name: str, tmp_path: P
     rival, world = make_rival(name, setting, tmp_path)
     assert hasattr(getattr(rival, "model", None), "_orig_mod") == (name == TUNED)  # compiled
     tokens = sum(batch.num_tokens for batch in world.padded())
+    assert facts(rival, world)["tokens"] == tokens
     before = [parameter.clone() for parameter in world.model.parameters()]
     assert rival.train(1000) == tokens
     assert 0 < rival.train(1) < tokens

@@ -284,19 +284,6 @@ def test_make_step_holds_the_tokenised_text_of_each_sample(
     assert sum(batch.num_samples for batch in batches) == len(samples)
 
 
-def test_truncation_leaves_out_whole_oldest_items_and_keeps_user_and_mask():
-    source = Lists([[8, 12, 8, 12, 8, 12, 0, 100, 101]])
-    samples = whole_step(source, "last")
-    (batch,) = batches_of(samples, source, layout(TIGHT))
-    text = TOKENIZER.decode(batch.encoder.input_ids[0])
-    assert text.startswith("<s> user_3 item_")
-    assert text.endswith("<mask></s>")
-    kept = text.removeprefix("<s> user_3").removesuffix("<mask></s>").split()
-    assert kept == [f"item_{CODES[item]}" for item in [8, 12, 8, 12, 8, 12]][-len(kept) :]
-    assert 1 <= len(kept) < 6
-    assert batch.encoder.input_ids.shape[1] <= TIGHT
-
-
 @given(
     histories=st.lists(
         st.lists(st.integers(0, len(CODES) - 1), max_size=9), min_size=1, max_size=6
@@ -325,22 +312,9 @@ def test_encode_histories_is_what_finetuning_reads(histories, users, max_tokens,
     assert batch.num_samples == len(histories)
 
 
-def test_encode_histories_without_user_or_history():
-    items, offsets = Lists([[0, 1], [0, 1], [], []]).gather(range(4))
-    users = np.array([-1, 4, -1, 0])
-    encoder = encode_histories(items, offsets, users, layout())
-    texts = [
-        TOKENIZER.decode(ids[mask])
-        for ids, mask in zip(encoder.input_ids, encoder.attention_mask, strict=True)
-    ]
-    assert texts[:2] == [f"<s>{user} item_1 item_12<mask></s>" for user in ("", " user_17")]
-    assert texts[2:] == ["<s><mask></s>", "<s> user_3<mask></s>"]
-    assert [rows.unique().tolist() for rows in encoder.user_rows] == [[0], [0, 5], [0], [0, 1]]
-    nobody = encode_histories(items[:0], offsets[:1], users[:0], layout())
+def test_encode_histories_takes_nobody_and_names_rows_outside_the_catalogue():
+    nobody = encode_histories(np.zeros(0, int), np.array([0]), np.zeros(0, int), layout())
     assert len(nobody.input_ids) == 0
-
-
-def test_an_item_outside_the_catalogue_is_named():
     with pytest.raises(ValueError, match=f"item row {len(CODES)} is outside the table"):
         encode_histories(np.array([len(CODES)]), np.array([0, 1]), np.array([0]), layout())
     with pytest.raises(ValueError, match="user row 20 is outside the table"):

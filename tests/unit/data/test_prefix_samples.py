@@ -118,16 +118,6 @@ def test_the_loss_is_that_of_histories_encoded_one_by_one(start):
     assert loss == pytest.approx(total / tokens + 0.5 * item_total / targets, rel=1e-5)
 
 
-def test_no_later_item_changes_a_causal_encoding():
-    where = causal(unit="item")
-    model, items = make_model(where), [3, 1, 4, 5, 9]
-    whole, part, other = (
-        model.encode(encoded([each], [2], where)) for each in (items, items[:3], [*items[:4], 7])
-    )
-    torch.testing.assert_close(whole[:, :5], part, rtol=1e-6, atol=1e-6)
-    assert not torch.equal(whole[:, -1], other[:, -1])
-
-
 def test_prefix_segments_hold_what_fits_of_each_history():
     where = causal(2 + 3, unit="item")  # <s>, user, three items
     items, starts, ends = np.arange(10, dtype=np.int32), np.array([0, 7]), np.array([7, 10])

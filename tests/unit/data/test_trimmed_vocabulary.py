@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from genrec_shards.dataset import load_dataset
+from run_events import events
 from tiny import TINY_RECIPE
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -278,9 +279,7 @@ def test_a_loaded_run_has_its_vocabulary(run: Path, loaded: LoadedRun, tiny_data
     assert config.num_masks == 2  # numbered masks are read, too
     again = build_words(loaded.tokenizer, catalogue.item_codes, catalogue.user_codes, 2)
     assert np.array_equal(vocabulary.tokens[words.tokens], again.tokens)
-    events = map(json.loads, (run / "events.jsonl").read_text().splitlines())
-    validated = [event for event in events if event["event"] == "validation"][-1]
-    assert np.isfinite(validated["loss"])
+    assert np.isfinite(events(run, "validation")[-1]["loss"])
     # All of the probability is the items': an untrained softmax over the whole tokenizer would be
     # at the log of its size.
     view = load_dataset(tiny_data).sequences.history_and_target("validation")

@@ -91,6 +91,7 @@ def case(items: list[Word], draws: list[History], how: Switches, nodes_at_once: 
 )
 @case(PREFIXES, HISTORIES, Switches(), nodes_at_once=2)
 @case(PREFIXES, [list(range(7)), [6]], EVERYTHING, nodes_at_once=1)
+@case(PREFIXES, [list(range(7))], Switches(), nodes_at_once=1)
 @case(ONE_TOKEN, [[0, 3], []], Switches(forced=True), nodes_at_once=2048)
 @case(CHAIN, [[0], []], Switches(forced=True), nodes_at_once=1)
 def test_search_equals_brute_force(
@@ -104,7 +105,8 @@ def test_search_equals_brute_force(
     mode: str,
 ) -> None:
     """With a beam as wide as the trie; `all` in any slices of the trie; hybrid with an item head, a
-    graph, a repeat model or several of these."""
+    graph, a repeat model or several of these. A user who has everything gets an empty list, alone
+    and beside others."""
     histories, parts = histories_from(draws, len(items)), {}
     mode, _, part = mode.partition(", ")
     if mode == "items" or (mode == "hybrid" and not part):
@@ -172,19 +174,6 @@ def test_search_finds_the_three_items_that_a_user_lacks(beam: int) -> None:
     assert items_of(lists[0]) == best_first(world.truth([history])[0], history)
     assert set(items_of(lists[0])) == left
     assert len(lists[1]) == 20
-
-
-def test_a_user_who_has_everything_gets_an_empty_list() -> None:
-    """Alone and beside others, whose lists stay what they are: all of the user's beams have -inf
-    from the root on."""
-    world = World(all_pairs())
-    everything = list(range(len(world.items)))
-    assert world.search([everything], beam=20, top=20, exclude=True) == [[]]
-    both = world.search([everything, [3, 5]], beam=20, top=20, exclude=True)
-    alone = world.search([[3, 5]], beam=20, top=20, exclude=True, users=[1])
-    assert both[0] == []
-    assert items_of(both[1]) == items_of(alone[0])
-    assert len(both[1]) == 20
 
 
 @pytest.mark.parametrize("part", ["item head", "graph", "repeat"])
@@ -283,7 +272,9 @@ def test_beam_search_equals_constrained_generate(lengths: str, beam: int, ends: 
     )
     encoder = world.encoder(random_histories(world, 40))
     found = world.searcher.search(encoder, beam=beam, top=beam, ends=ends)
-    for row, (items, scores) in enumerate(hugging_face(world.model, world.items, encoder, beam)):
+    for row, (items, scores) in enumerate(
+        hugging_face(world.model, world.layout.words, encoder, beam)
+    ):
         assert len(items) == beam or not one
         assert found.items[row].tolist()[: len(items)] == items
         np.testing.assert_allclose(found.scores[row, : len(items)], scores, rtol=1e-6)
@@ -299,7 +290,7 @@ def test_beam_search_holds_what_generate_finds_and_only_better_items(large_world
     truth_BN = large_world.truth(histories)
     lists = large_world.search(histories, beam=20, top=20)
     encoder = large_world.encoder(histories)
-    theirs = hugging_face(large_world.model, large_world.items, encoder, 20)
+    theirs = hugging_face(large_world.model, large_world.layout.words, encoder, 20)
     for (items, scores), found, truth_N in zip(theirs, lists, truth_BN, strict=True):
         assert len(items) >= 15
         np.testing.assert_allclose(scores, truth_N[items], rtol=1e-6)
@@ -307,16 +298,6 @@ def test_beam_search_holds_what_generate_finds_and_only_better_items(large_world
         assert ours == sorted(ours, key=lambda item: -truth_N[item])
         num_held = sum(truth_N[items] >= truth_N[ours[-1]])
         assert [item for item in ours if item in items] == items[:num_held]
-
-
-def test_excluded_items_are_replaced_by_the_next_best(large_world: World) -> None:
-    """The first 20 of the plain list become the history: the pruned search is full without them."""
-    (plain,) = large_world.search([[]], beam=300, top=20)
-    history = items_of(plain)
-    assert_equals_truth(large_world, [history], exclude=True, beam=300, top=20)
-    (narrow,) = large_world.search([history], beam=20, top=20, exclude=True)
-    assert len(narrow) == 20
-    assert not set(items_of(narrow)) & set(history)
 
 
 def test_company_and_padding_change_nothing(large_world: World) -> None:

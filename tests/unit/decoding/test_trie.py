@@ -75,7 +75,6 @@ def test_build_trie_equals_a_dict_of_prefixes(items: list[Word]) -> None:
     for level in range(trie.depth + 1):
         first, last = trie.level_offsets[level : level + 2]
         assert {len(prefix) for prefix in prefixes[first:last]} == {level}
-        assert trie.widest_fan(level) == max(trie.num_children[first:last])
     assert trie.level_offsets[-1] == trie.num_nodes
 
 
@@ -155,11 +154,6 @@ def test_restrict_gives_the_trie_of_the_kept_items(
             restrict(cut, np.array(again))
 
 
-def test_restrict_to_everything_changes_nothing() -> None:
-    trie = build_trie(*ragged(PREFIXES))
-    assert_same(restrict(trie, np.arange(len(PREFIXES), dtype=np.int32)), trie)
-
-
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
@@ -171,11 +165,6 @@ def test_restrict_to_everything_changes_nothing() -> None:
 def test_restrict_refuses_rows_that_cannot_be_kept(rows: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         restrict(build_trie(*ragged(PREFIXES)), np.array(rows, np.int64))
-
-
-def test_prune_items_of_nothing_prunes_nothing() -> None:
-    found = prune_items(build_trie(*ragged(PREFIXES)), np.empty(0, np.int64), np.empty(0, np.int32))
-    assert len(found.end_users) == len(found.pruned_users) == 0
 
 
 def test_prune_items_of_many_users_does_not_overflow() -> None:

@@ -189,13 +189,6 @@ def test_other_rows_keep_every_bit_whatever_the_gradient() -> None:
     assert not table.squares[others].any()
 
 
-@pytest.mark.parametrize("count", [0, 50])
-def test_step_without_rows_or_gradient_moves_nothing(count: int) -> None:
-    table = table_of()
-    step(table, some_rows(NUM_ROWS, count), torch.zeros(count, DIM))
-    assert torch.equal(table.values, table_of().values)
-
-
 class Largest(TorchDispatchMode):
     """Notes the largest tensor that operations make anew."""
 

@@ -51,15 +51,15 @@ def test_item_targets_are_the_masked_items(space, mask, packed):
         for user, row in zip(samples.user_rows, positions, strict=True)
         for place in row[row >= 0]
     )
-    asked = []
+    targets = []
     for batch in batches:
         flat = batch.encoder.input_ids.flatten()[batch.item_targets.places_R]
         first_inputs = batch.decoder_input_ids
         starts = first_inputs[batch.packing.rows.offsets[:-2]] if packed else first_inputs[:, 0]
         assert torch.equal(flat, starts), "the place is not that of the row's mask"
-        asked += batch.item_targets.items_R.tolist()
-    assert sorted(asked) == expected
-    assert max(asked) < len(CODES)
+        targets += batch.item_targets.items_R.tolist()
+    assert sorted(targets) == expected
+    assert max(targets) < len(CODES)
 
 
 @pytest.mark.parametrize("head", ["full", "chunked"])

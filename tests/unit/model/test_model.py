@@ -121,28 +121,20 @@ def barts_logits(bart, inputs: ModelInputs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("num_users", "num_items", "extra_masks"), [(22363, 12101, 0), (35598, 18357, 3)]
+    ("shape", "parameters"), [(BASE, 139_420_416), (LARGE, 406_291_456)], ids=["base", "large"]
 )
-def test_the_base_shape_has_barts_parameters_and_the_id_rows(num_users, num_items, extra_masks):
+@pytest.mark.parametrize("extra_masks", [0, 3])
+def test_a_shape_has_barts_parameters_the_id_rows_and_the_masks(shape, parameters, extra_masks):
     sizes = {"vocab_size": 50265 + extra_masks, "num_masks": 1 + extra_masks}
     with torch.device("meta"):
-        model = make(num_users=num_users, num_items=num_items, **sizes, **BASE)
-    # BART-base, the ids, one zero row per table, the numbered masks.
-    rows = num_users + num_items + 2 + extra_masks
-    assert num_parameters(model) == 139_420_416 + rows * 768
-    assert tuple(model.user_embedding.weight.shape) == (num_users + 1, 768)
-    assert tuple(model.item_embedding.weight.shape) == (num_items + 1, 768)
-
-
-@pytest.mark.parametrize("shape", [BASE, LARGE], ids=["base", "large"])
-def test_a_shape_without_ids_has_exactly_hugging_faces_parameters(shape):
-    config = bart_config(shape, 50265)
-    with torch.device("meta"):
-        ours, theirs = make(vocab_size=50265, **shape), BartForConditionalGeneration(config)
-    ids = (USERS + 1 + ITEMS + 1) * shape["d_model"]
-    assert num_parameters(ours) == num_parameters(theirs) + ids
-    if shape is LARGE:
-        assert num_parameters(theirs) == 406_291_456
+        theirs = BartForConditionalGeneration(bart_config(shape, 50265))
+        ours = make(num_users=35598, num_items=18357, **sizes, **shape)
+    width = shape["d_model"]
+    assert num_parameters(theirs) == parameters
+    # The ids, one zero row per table, the numbered masks.
+    assert num_parameters(ours) == parameters + (35598 + 18357 + 2 + extra_masks) * width
+    assert tuple(ours.user_embedding.weight.shape) == (35598 + 1, width)
+    assert tuple(ours.item_embedding.weight.shape) == (18357 + 1, width)
 
 
 @pytest.mark.parametrize(("user_ids", "item_ids"), [(True, False), (False, True), (False, False)])

@@ -4,19 +4,17 @@ missing."""
 import json
 import math
 import random
-import re
 import shutil
 import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from html_page import Page
 
 from genrec_dist.report.run_report import headline, write_report
 from genrec_dist.report.svg import Dot, Line, dot_chart, line_chart, score, smooth, ticks
 
 EVIL = "</title><script>alert(1)</script>\"'&"
-VOID = {"meta", "br", "hr", "link", "img", "input", "wbr"}
 
 
 def rows(**values: float) -> dict[str, float]:
@@ -143,35 +141,6 @@ def make_run(
     for split in splits:
         (run / f"metrics-{split}.json").write_text(json.dumps(metrics_of(split)))
     return run
-
-
-class Page(HTMLParser):
-    """Tags and attributes as a browser's parser would meet them; fails on tags left open."""
-
-    def __init__(self, source: str):
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.feed(source)
-        self.close()
-        assert self.open == [], self.open
-        self.text = re.sub(r"\s+", " ", " ".join(self.words))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if not self.open or self.open[-1] != "style":
-            self.words.append(data)
 
 
 def read(path: Path) -> Page:

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -217,12 +218,24 @@ def test_next_run_removes_what_a_killed_writer_left_and_keeps_what_a_living_one_
     assert not busy.exists()
 
 
-def test_what_another_machine_left_is_removed_after_a_day(tmp_path):
-    old = tmp_path / f".out.1.{'0' * 8}-0123abcd.tmp"
-    old.mkdir()
-    (old / "half").write_text("x")
-    for path in (old / "half", old):
-        os.utime(path, (1, 1))
+def test_what_another_machine_or_version_left_is_removed_after_a_day(tmp_path):
+    names = {
+        "old": f".out.1.{'0' * 8}-0123abcd.tmp",
+        "old, of an earlier version": ".out.2.0123abcd.tmp",
+        "young": ".out.3.0123abcd.tmp",
+        "running": ".out.4.0123abcd.tmp",  # its file is young, since its bytes still change
+        "aside": ".out.5.0123abcd.old",
+        "foreign": ".out-of-mine.6.0123abcd.tmp",
+    }
+    yesterday = time.time() - 25 * 3600
+    for kind, name in names.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("x")
+        if kind not in ("young", "running"):
+            os.utime(tmp_path / name / "half", (yesterday, yesterday))
+        if kind != "young":
+            os.utime(tmp_path / name, (yesterday, yesterday))
     with atomic_directory(tmp_path / "out"):
         pass
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    left = {name for kind, name in names.items() if not kind.startswith("old")}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *left}

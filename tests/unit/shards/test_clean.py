@@ -117,9 +117,9 @@ def test_clean_equals_the_plain_way(tmp_path_factory, rows, k, longer, by_time, 
     assert sum(found.dropped.values()) + sequences.num_interactions == found.num_read == len(rows)
     assert found.users_without_history == wanted.users_without_history
     for user, seen in by_user(sequences, found.timestamps).items():
-        told = [(time, item) for item, time in seen]
-        assert sorted(told) == wanted.rows[user]
-        assert [time for time, _ in told] == [time for time, _ in wanted.rows[user]]
+        reported = [(time, item) for item, time in seen]
+        assert sorted(reported) == wanted.rows[user]
+        assert [time for time, _ in reported] == [time for time, _ in wanted.rows[user]]
     for split, of_users in places.items():
         view = sequences.history_and_target(split)
         with_target = [user for user, (_, has) in of_users.items() if has]

@@ -79,9 +79,10 @@ def test_reader_keeps_the_most_recently_used_records(made):
     assert len(pickle.loads(pickle.dumps(reader))._cache) == 0
 
 
-def test_reading_and_writing_need_no_webdataset(made):
+def test_reading_and_writing_need_neither_webdataset_nor_packages_for_addresses(made):
     program = (
-        "import sys; sys.modules['webdataset'] = None\n"
+        "import sys\n"
+        "for name in ('webdataset', 'fsspec', 'aiohttp', 's3fs'): sys.modules[name] = None\n"
         "from genrec_shards.storage.reader import ShardReader; import genrec_shards.storage.write\n"
         "import genrec_shards.storage.sample_order\n"
         "print(ShardReader(sys.argv[1]).record(0).first_user)"

@@ -23,7 +23,7 @@ from genrec_shards.prepare import prepare, prepare_summary
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import Cutoff, Periods, cutoff_of
 from genrec_shards.storage.reader import ShardReader
-from genrec_shards.storage.sample_order import Plan
+from genrec_shards.storage.sample_order import SampleOrder
 from genrec_shards.storage.write import write_shards
 from genrec_shards.timestamps import moment
 from hypothesis import Phase, given, settings
@@ -82,7 +82,7 @@ def derived(found: CleanLog, name: str, seed: int) -> dict[str, Any]:
     codes = number(sequences, kind, seed, **more)
     sizes = {"batch_size": 1000, "seed": seed, "periods": sequences.periods}
     steps = [
-        Plan(sequences.lengths, 4, space=space, **sizes).step(0, 0)
+        SampleOrder(sequences.lengths, 4, space=space, **sizes).step(0, 0)
         for space in ("user", "last", "every-prefix")
     ]
     batches = TrainingParts(sequences, SasrecSettings(), "n-2").batches(1)
@@ -233,7 +233,7 @@ def test_shards_say_where_training_ends(tmp_path):
         assert np.array_equal(reader.periods.lengths(through), lengths)
         options = {"trained_through": through, "periods": reader.periods}
         sizes = {"space": "every-prefix", "batch_size": 10**6, "seed": 0}
-        step = Plan(reader.lengths, 8, **sizes, **options).step(0, 0)
+        step = SampleOrder(reader.lengths, 8, **sizes, **options).step(0, 0)
         ends = sequences.training_ends(through)[step.user_rows] - sequences.offsets[step.user_rows]
         assert np.array_equal(step.training_lengths, ends)
         assert (step.target_positions < ends).all()

@@ -29,7 +29,7 @@ def test_vectors_come_back_by_item_row(tmp_path, kind):
     assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_vectors_trained_through_n_1_must_be_asked_for(tmp_path):
+def test_vectors_trained_through_n_1_must_be_requested(tmp_path):
     path = tmp_path / "items.safetensors"
     save_file({"items": VALUES}, path, metadata=ORIGIN | {"trained_through": "n-1"})
     message = r"have seen the validation targets.*--vectors-trained-through n-1"
@@ -37,14 +37,14 @@ def test_vectors_trained_through_n_1_must_be_asked_for(tmp_path):
         read_trained_vectors(path, LOG)
     assert read_trained_vectors(path, LOG, "n-1").trained_through == "n-1"
     save_file({"items": VALUES}, path, metadata=ORIGIN)
-    message = "trained through n-2, asked for n-1: say --vectors-trained-through n-2"
+    message = "trained through n-2, requested n-1: say --vectors-trained-through n-2"
     with pytest.raises(DataError, match=message):
         read_trained_vectors(path, LOG, "n-1")
 
 
 HASH = {"sequences_hash": ORIGIN["sequences_hash"]}
 OTHER_HASH, OTHER_TRAINING = {"sequences_hash": "f" * 64}, {"trained_through": "n"}
-UNKNOWN = "trained through n, asked for n-2: train them again"
+UNKNOWN = "trained through n, requested n-2: train them again"
 NOT_FINITE = np.where(VALUES == 6, np.nan, VALUES)
 
 

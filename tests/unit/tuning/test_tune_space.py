@@ -143,7 +143,7 @@ def test_shipped_spaces_are_good(path: Path) -> None:
 
 
 def sampled(space: Space, known: tuple[Trial, ...] = (), scores: bool = True) -> list[Trial]:
-    """What the search gives one after another, each told a score made of its values."""
+    """What the search gives one after another, each reported with a score made of its values."""
     from genrec_tuning.search import Search
     from genrec_tuning.trial import METRIC
 

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from genrec_shards.keyed_random import keyed_uniform
-from genrec_shards.storage.sample_order import Plan, StepSamples, split_among_ranks
+from genrec_shards.storage.sample_order import SampleOrder, StepSamples, split_among_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,10 +15,12 @@ LENGTHS = np.random.default_rng(0).integers(3, 12, 500)
 PARTS = ("sample_ids", "user_rows", "target_positions", "training_lengths", "is_padding")
 
 
-def make_plan(
+def make_order(
     lengths=LENGTHS, users_per_record=16, space="every-prefix", batch_size=37, seed=1, **more
-) -> Plan:
-    return Plan(lengths, users_per_record, space=space, batch_size=batch_size, seed=seed, **more)
+) -> SampleOrder:
+    return SampleOrder(
+        lengths, users_per_record, space=space, batch_size=batch_size, seed=seed, **more
+    )
 
 
 def expected_samples(lengths, space: str, held_out: int) -> list[tuple[int, int, int]]:
@@ -41,8 +43,8 @@ def rows(samples: StepSamples) -> list[tuple[int, int, int]]:
     return [tuple(row) for row in np.column_stack(columns).tolist()]
 
 
-def epoch_of(plan: Plan, epoch: int) -> list[StepSamples]:
-    return [plan.step(epoch, step) for step in range(plan.steps_per_epoch)]
+def epoch_of(order: SampleOrder, epoch: int) -> list[StepSamples]:
+    return [order.step(epoch, step) for step in range(order.steps_per_epoch)]
 
 
 def same(first: StepSamples, second: StepSamples) -> bool:
@@ -66,20 +68,20 @@ def test_an_epoch_holds_every_sample_exactly_once(
     expected = expected_samples(lengths, space, held_out)
     options = {"trained_through": trained_through, "window_records": window_records}
 
-    def plan_of() -> Plan:
-        return make_plan(lengths, users_per_record, space, batch_size, seed, **options)
+    def order_of() -> SampleOrder:
+        return make_order(lengths, users_per_record, space, batch_size, seed, **options)
 
     if not expected:
         with pytest.raises(ValueError, match="no sample"):
-            plan_of()
+            order_of()
         return
-    plan = plan_of()
-    steps = epoch_of(plan, 3)
+    order = order_of()
+    steps = epoch_of(order, 3)
     assert sorted(row for step in steps for row in rows(step)) == sorted(expected)
-    assert plan.num_samples == len(expected)
+    assert order.num_samples == len(expected)
     assert [len(step) for step in steps[:-1]] == [batch_size] * (len(steps) - 1)
     assert 1 <= len(steps[-1]) <= batch_size
-    assert plan.users_without_samples == len(lengths) - len({user for _, user, _ in expected})
+    assert order.users_without_samples == len(lengths) - len({user for _, user, _ in expected})
     for step in steps:
         assert np.array_equal(step.training_lengths, np.array(lengths)[step.user_rows] - held_out)
         assert (step.target_positions < step.training_lengths).all()
@@ -88,18 +90,18 @@ def test_an_epoch_holds_every_sample_exactly_once(
 
 def test_dtypes_of_a_step():
     for space in ("user", "last", "every-prefix"):
-        step = make_plan(space=space).step(0, 0)
+        step = make_order(space=space).step(0, 0)
         dtypes = [getattr(step, part).dtype for part in PARTS]
         assert dtypes == [np.int64, np.int64, np.int32, np.int32, bool]
 
 
 @pytest.mark.parametrize("space", ["user", "last", "every-prefix"])
 def test_ranks_see_the_dataset_once_in_equal_steps(space):
-    plan = make_plan(space=space)
+    order = make_order(space=space)
     expected = sorted(expected_samples(LENGTHS, space, 2))
     for world_size in (1, 2, 3, 4, 8):
         seen = []
-        for step in epoch_of(plan, 0):
+        for step in epoch_of(order, 0):
             parts = [split_among_ranks(step, rank, world_size) for rank in range(world_size)]
             assert {len(part) for part in parts} == {-(-len(step) // world_size)}
             real = [row for part in parts for row in rows(part[~part.is_padding])]
@@ -109,7 +111,7 @@ def test_ranks_see_the_dataset_once_in_equal_steps(space):
 
 
 def test_step_smaller_than_the_world_is_padded():
-    step = make_plan(batch_size=3).step(0, 0)
+    step = make_order(batch_size=3).step(0, 0)
     parts = [split_among_ranks(step, rank, 8) for rank in range(8)]
     assert [part.is_padding.tolist() for part in parts] == [[False]] * 3 + [[True]] * 5
     assert {int(part.sample_ids[0]) for part in parts} == set(step.sample_ids.tolist())
@@ -119,47 +121,47 @@ def test_step_smaller_than_the_world_is_padded():
 
 def test_the_order_itself_is_frozen():
     """A change here breaks every resume of an older run."""
-    plan = make_plan(np.arange(100) % 5 + 3, users_per_record=8, batch_size=6, window_records=4)
-    assert plan.step(1, 2).sample_ids.tolist() == [497, 484, 271, 429, 414, 65]
+    order = make_order(np.arange(100) % 5 + 3, users_per_record=8, batch_size=6, window_records=4)
+    assert order.step(1, 2).sample_ids.tolist() == [497, 484, 271, 429, 414, 65]
 
 
 def test_each_epoch_brings_other_records_together():
-    plan = make_plan(window_records=4, batch_size=100)
-    steps = [plan.step(epoch, 0) for epoch in range(4)]
+    order = make_order(window_records=4, batch_size=100)
+    steps = [order.step(epoch, 0) for epoch in range(4)]
     first_windows = [frozenset((step.user_rows // 16).tolist()) for step in steps]
     assert len(set(first_windows)) == 4
 
 
 def test_epochs_and_seeds_differ_and_are_well_mixed():
-    plan = make_plan()
-    epochs = [epoch_of(plan, 0), epoch_of(plan, 1), epoch_of(make_plan(seed=2), 0)]
+    order = make_order()
+    epochs = [epoch_of(order, 0), epoch_of(order, 1), epoch_of(make_order(seed=2), 0)]
     orders = [np.concatenate([step.sample_ids for step in epoch]) for epoch in epochs]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert (orders[first] == orders[second]).mean() < 0.02
         assert abs(np.corrcoef(orders[first], orders[second])[0, 1]) < 0.1
-    assert len(set(plan.step(0, 0).user_rows.tolist())) > 25
+    assert len(set(order.step(0, 0).user_rows.tolist())) > 25
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 0.999)), min_size=1, max_size=8))
 @settings(max_examples=30, deadline=None)
 def test_any_step_without_a_replay(jumps):
-    plan, walked = make_plan(window_records=4), make_plan(window_records=4)
+    order, walked = make_order(window_records=4), make_order(window_records=4)
     for epoch, share in jumps:
-        step = int(share * plan.steps_per_epoch)
-        fresh = make_plan(window_records=4).step(epoch, step)
-        assert same(plan.step(epoch, step), fresh)
+        step = int(share * order.steps_per_epoch)
+        fresh = make_order(window_records=4).step(epoch, step)
+        assert same(order.step(epoch, step), fresh)
         assert same(epoch_of(walked, epoch)[step], fresh)
 
 
-def test_plan_travels_to_another_process():
-    plan = make_plan()
-    plan.step(0, 3)
-    assert same(pickle.loads(pickle.dumps(plan)).step(1, 5), plan.step(1, 5))
+def test_the_order_travels_to_another_process():
+    order = make_order()
+    order.step(0, 3)
+    assert same(pickle.loads(pickle.dumps(order)).step(1, 5), order.step(1, 5))
 
 
 def test_windows_keep_a_step_within_few_records():
-    plan = make_plan(np.full(20_000, 8), users_per_record=100, window_records=10, batch_size=64)
-    steps = [plan.step(0, number) for number in range(0, 500, 50)]
+    order = make_order(np.full(20_000, 8), users_per_record=100, window_records=10, batch_size=64)
+    steps = [order.step(0, number) for number in range(0, 500, 50)]
     records = [len(set((step.user_rows // 100).tolist())) for step in steps]
     assert max(records) <= 20
     assert min(records) >= 8
@@ -171,23 +173,23 @@ WRONG = {"space": "all", "batch_size": 0, "users_per_record": 0, "trained_throug
 @pytest.mark.parametrize(("name", "value"), [*WRONG.items(), ("window_records", 0)])
 def test_wrong_settings_are_named(name, value):
     with pytest.raises(ValueError, match=f"{value}"):
-        make_plan(**{name: value})
+        make_order(**{name: value})
 
 
 def test_steps_outside_the_epoch_are_refused():
-    plan = make_plan()
-    for step in (-1, plan.steps_per_epoch):
+    order = make_order()
+    for step in (-1, order.steps_per_epoch):
         with pytest.raises(ValueError, match=f"step {step}"):
-            plan.step(0, step)
+            order.step(0, step)
 
 
 def test_last_window_costs_no_more_than_the_first():
-    plan = make_plan(np.full(1024 * 64 * 4, 9), users_per_record=1024, batch_size=512)
+    order = make_order(np.full(1024 * 64 * 4, 9), users_per_record=1024, batch_size=512)
     seconds: dict[float, list[float]] = {0: [], 0.9: []}
     for epoch in range(3):
         for share, found in seconds.items():
             started = time.perf_counter()
-            plan.step(epoch, int(plan.steps_per_epoch * share))
+            order.step(epoch, int(order.steps_per_epoch * share))
             found.append(time.perf_counter() - started)
     assert min(map(min, seconds.values())) < 0.2
     assert min(seconds[0.9]) < 3 * min(seconds[0]) + 0.02
