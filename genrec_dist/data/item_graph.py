@@ -6,10 +6,9 @@ that sum to one."""
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from genrec_shards.histories import check_trained_through, training_windows
 from genrec_shards.sequences import Sequences
@@ -17,6 +16,9 @@ from genrec_shards.splits import Split, TrainedThrough
 from torch import Tensor
 
 from genrec_dist.config.load import section_from
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,8 @@ class Graph:
 
         `items[offsets[b]:offsets[b + 1]]` is a history, oldest first; its own items have shares,
         too."""
+        import scipy.sparse as sp
+
         scores_BN = (
             recent_item_weights(items, offsets, self.num_items, self.settings) @ self.weights_NN
         )
@@ -110,6 +114,8 @@ def neighbour_weights(
     pairs(x, y) sums forward/d where y follows x by d steps in a training part, and backward/d where
     it precedes it. Mass: out(x) is x's row sum, in(y) is y's column sum, both of pairs; s is the
     smoothing, a and b are the powers: by default 1, 1/2 and 1/2."""
+    import scipy.sparse as sp
+
     check_trained_through(split, trained_through)
     shape = (sequences.num_items, sequences.num_items)
     pairs_II = sp.csr_matrix(shape, dtype=np.float64)
@@ -140,6 +146,8 @@ def recent_item_weights(
 
     `items[offsets[u]:offsets[u + 1]]` is a history, oldest first.
     """
+    import scipy.sparse as sp
+
     lengths_U = np.diff(offsets)
     ages = np.repeat(offsets[1:], lengths_U) - 1 - np.arange(len(items))
     recent = ages < settings.recent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,6 +14,7 @@ from genrec_shards.dataset import Dataset
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from genrec_dist.config.paths import best_folder
 from genrec_dist.data.encoder_input import ForcedTokens, Layout
 from genrec_dist.data.word_table import (
     VOCABULARY_FILE,
@@ -108,17 +108,7 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
         ValueError: Naming what is missing, damaged or of another numbering.
     """
     path = Path(run)
-    if not (path / "best" / "config.json").is_file():
-        try:
-            status = json.loads((path / "status.json").read_text(encoding="utf-8"))["status"]
-        except (OSError, ValueError, KeyError):
-            reason = "is it a directory of `genrec train`?"
-        else:
-            reason = (
-                f"the run's status is {status!r}; it has not finished an epoch of finetuning yet"
-            )
-        raise ValueError(f"{path}: no best/ in it: {reason}")
-    return replace(load_model(path / "best", device), path=path)
+    return replace(load_model(best_folder(path), device), path=path)
 
 
 def load_model(best: Path, device: torch.device | str = "cpu") -> LoadedRun:
@@ -133,7 +123,8 @@ def load_model(best: Path, device: torch.device | str = "cpu") -> LoadedRun:
         model = model.to(device).eval()
         tokenizer = PreTrainedTokenizerFast.from_pretrained(best)
         items, users = (
-            pq.read_table(best / name, columns=["id", "code"]).to_pydict()
+            # Not `read_table`: that imports pandas where there is one, half a second.
+            pq.ParquetFile(best / name).read(columns=["id", "code"]).to_pydict()
             for name in ("items.parquet", "users.parquet")
         )
     except Exception as error:  # four libraries, each with errors of its own
