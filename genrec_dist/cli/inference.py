@@ -103,7 +103,7 @@ def evaluate(
         from genrec_shards.dataset import load_dataset
 
         from genrec_dist.distributed.collectives import Ranks
-        from genrec_dist.evaluation.results import format_table
+        from genrec_dist.evaluation.table import format_table
         from genrec_dist.inference.evaluate import evaluate as run_evaluate
         from genrec_dist.inference.load import load_run
         from genrec_dist.inference.rank_users import Decoding

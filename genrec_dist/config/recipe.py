@@ -140,6 +140,16 @@ class Stage:
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over the output vocabulary."""
 
+    @property
+    def sample_unit(self) -> Literal["users", "samples"]:
+        """What a sample is: a user, but for every-prefix, which makes several of each."""
+        return sample_unit(self.targets)
+
+
+def sample_unit(targets: Any) -> Literal["users", "samples"]:
+    """See `Stage.sample_unit`; for `targets` of a recipe that was read without its schema."""
+    return "samples" if targets == "every-prefix" else "users"
+
 
 @dataclass(frozen=True)
 class Optimizer:
