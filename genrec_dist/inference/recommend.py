@@ -146,7 +146,7 @@ class Recommender:
         Raises:
             ValueError: As `Recommender`, and naming what is missing or damaged in the run.
         """
-        return cls(load_run(run, device), **options)
+        return cls(load_run(run, device, light=True), **options)
 
     def recommend(
         self, requests: Sequence[Request | Sequence[str]], k: int = TOP
