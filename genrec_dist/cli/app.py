@@ -114,16 +114,24 @@ def train(
     if resume is None and not dry_run:
         check_run_is_new(Path(resolved.run))
     with loading():
+        from genrec_dist.data.fit_recipe import as_text, resolve_recipe
+        from genrec_dist.report.advice import advice
+        from genrec_dist.report.run_files import read_run_files
         from genrec_dist.report.run_report import write_report
         from genrec_dist.training.run import train as run_train
         from genrec_dist.training.setup import describe
 
+    resolved, fitted = resolve_recipe(resolved, Path(resolved.run) if resume else None)
+    if fitted and rank() == 0:
+        say(as_text(fitted))
     if dry_run:
         out.print_json(data=describe(resolved))
         return
     path = run_train(resolved, resume, trace_steps=profile)
     if rank() == 0:
         write_report(path)
+        for line in advice(read_run_files(path)):
+            say(line)
         say(f"{path}: finished; next: genrec evaluate {path} --split test")
 
 

@@ -36,7 +36,7 @@ def evaluate(
         int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)
     ] = 20,
     top: Annotated[int, typer.Option(help="Length of the lists; metrics need 20.")] = 20,
-    decode: DecodeOption = "exact",
+    decode: DecodeOption = None,
     item_weight: Annotated[
         float | None,
         typer.Option(
@@ -60,7 +60,8 @@ def evaluate(
         bool,
         typer.Option(
             "--tune-weights",
-            help="Choose hybrid's weights on validation, into RUN/hybrid.json; no lists.",
+            help="Choose hybrid's weights on validation anew, into RUN/hybrid.json; no lists. The "
+            "graph's settings are chosen too, unless --graph-set gives one.",
         ),
     ] = False,
     exclude_history: ExcludeOption = "auto",
@@ -73,21 +74,26 @@ def evaluate(
         ),
     ] = None,
     data: DataOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Test, though the training has not come to its end.")
+    ] = False,
 ) -> None:
     """Decode every user once, score the lists, and show the baselines beside them; under accelerate
     launch or torchrun on several processes.
 
-    Weights of --decode hybrid are chosen once on validation (--tune-weights) and then used for
-    test.
+    Weights of --decode hybrid are chosen on validation, where RUN/hybrid.json does not hold them
+    yet, and then used for test.
 
     Example: genrec evaluate runs/beauty --split test
     """
     from genrec_dist.config.load import load_recipe
-    from genrec_dist.config.paths import best_folder
+    from genrec_dist.config.paths import best_folder, check_training_is_over
     from genrec_dist.evaluation.metrics import TOP
 
     if top < TOP:
         raise UsageError(f"--top {top}: metrics look at {TOP} places, give --top {TOP} or more")
+    recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+    decode = decode or (recipe.decode if recipe else "exact")
     if tune_weights and (decode != "hybrid" or split != "validation"):
         raise UsageError("--tune-weights goes with --decode hybrid --split validation")
     if tune_weights and out_dir is not None:
@@ -99,6 +105,8 @@ def evaluate(
         )
     data = data or data_of(run)
     best_folder(run)  # before torch is loaded
+    if split == "test" and not force:
+        check_training_is_over(run)
     with loading():
         from genrec_shards.dataset import load_dataset
 
@@ -107,10 +115,15 @@ def evaluate(
         from genrec_dist.inference.evaluate import evaluate as run_evaluate
         from genrec_dist.inference.load import load_run
         from genrec_dist.inference.rank_users import Decoding
-        from genrec_dist.inference.tune_mixture import mixed_decoding, tune_mixture
+        from genrec_dist.inference.tune_mixture import (
+            chosen_decoding,
+            mixed_decoding,
+            tune_mixture,
+        )
+        from genrec_dist.report.advice import advice
+        from genrec_dist.report.run_files import read_run_files
         from genrec_dist.report.run_report import write_report
 
-    recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
     trained_through = recipe.trained_through if recipe else "n-2"
     dataset = load_dataset(data)
     num_users = len(dataset.sequences.history_and_target(split).users)
@@ -123,7 +136,21 @@ def evaluate(
             batch_size=batch_size,
             exclude_history=exclude(exclude_history, loaded.model.config.exclude_history),
         )
-        if decode == "hybrid":
+        given = item_weight is not None or graph_weight is not None or bool(graph_settings)
+        if decode == "hybrid" and not given and not tune_weights:
+            with _progress("weights", num_users) as advance:
+                decoding = chosen_decoding(
+                    loaded,
+                    dataset,
+                    decoding,
+                    trained_through,
+                    ranks=Ranks(),
+                    on_choice=lambda choice: say(
+                        f"hybrid's weights, chosen on validation {choice}"
+                    ),
+                    on_batch=advance,
+                )
+        elif decode == "hybrid":
             decoding = mixed_decoding(
                 loaded,
                 dataset,
@@ -141,11 +168,12 @@ def evaluate(
                     dataset,
                     decoding=decoding,
                     trained_through=trained_through,
+                    tune_graph=not any(key_of(text) != "epsilon" for text in graph_settings or []),
                     ranks=Ranks(),
                     on_batch=advance,
                 )
             if rank() == 0:
-                say(choice.told())
+                say(str(choice))
             return
         with _progress(f"evaluate {split}", num_users) as advance:
             metrics = run_evaluate(
@@ -161,6 +189,8 @@ def evaluate(
             )
     if metrics is not None:
         out.print(format_table([metrics]))
+        for line in advice(read_run_files(out_dir or run)):
+            say(line)
         say(str(write_report(out_dir or run)))
 
 
@@ -186,7 +216,7 @@ def recommend(
     beam: Annotated[
         int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)
     ] = 20,
-    decode: DecodeOption = "exact",
+    decode: DecodeOption = None,
     exclude_history: ExcludeOption = "auto",
     allow: Annotated[
         Path | None, typer.Option(help="File of item ids, one a line: list these alone.")
@@ -243,6 +273,7 @@ def recommend(
             device,
             beam=beam,
             mode=decode,
+            data=data,
             exclude_history=None if exclude_history == "auto" else exclude_history == "yes",
             allow=None if allow is None else read_ids(allow),
             block=None if block is None else read_ids(block),
@@ -278,6 +309,11 @@ def recommend(
                 unknown = ", ".join(answer.unknown_items)
                 typer.echo(f"not in the catalogue, skipped: {unknown}", err=True)
             typer.echo(answer.as_json() if named is None else named.page(request, answer))
+
+
+def key_of(setting: str) -> str:
+    """The key of `key=value`."""
+    return setting.partition("=")[0]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from genrec_dist.config.recipe import Recipe
+from genrec_dist.config.recipe import AUTO, AUTO_KEYS, Recipe
 from genrec_dist.config.shipped import shipped_folder
 from genrec_dist.config.suggest import did_you_mean
 from genrec_dist.config.validate import check_recipe
@@ -111,14 +111,51 @@ def section_from(
     if kind is Recipe:  # an override may have set a whole section
         use_current_keys(values, source)
     _refuse_unknown(kind, values, source, "", dotted_keys(kind))
-    section: Section = _build(kind, values, source, "")
-    return section
+    if kind is not Recipe:
+        section: Section = _build(kind, values, source, "")
+        return section
+    values, from_data = _without_auto(values)
+    recipe: Recipe = _build(Recipe, values, source, "")
+    return dataclasses.replace(recipe, from_data=from_data)  # type: ignore[return-value]
+
+
+def _without_auto(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A copy without the keys that are to be chosen from the data, and these keys."""
+    values = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
+    found = []
+    for key, placeholder in AUTO_KEYS.items():
+        name, _, last = key.partition(".")
+        section = values.get(name)
+        if isinstance(section, dict) and section.get(last) == AUTO:
+            section[last] = placeholder
+            found.append(key)
+    return values, tuple(found)
+
+
+def with_values(recipe: Recipe, changes: dict[str, Any], source: str = "recipe") -> Recipe:
+    """The recipe with other values, by dotted key; they are checked.
+
+    Raises:
+        ValueError: As `recipe_from`.
+    """
+    values = recipe.as_dict()
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        values[section][name] = value
+    return recipe_from(values, source=source)
+
+
+def setting_types(kind: Any) -> dict[str, Any]:
+    """The types of the keys of a dataclass of settings, by their names."""
+    hints = get_type_hints(kind)
+    hints.pop("from_data", None)
+    return hints
 
 
 def dotted_keys(kind: type) -> list[str]:
     """The keys of a dataclass of settings, those of its sections with the section before a dot."""
     keys = []
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in setting_types(kind).items():
         inner = dotted_keys(hint) if dataclasses.is_dataclass(hint) else []  # type: ignore[arg-type]
         keys += [f"{name}.{key}" for key in inner] or [name]
     return keys
@@ -129,7 +166,7 @@ def _refuse_unknown(kind: Any, values: Any, source: str, prefix: str, known: Seq
     recipe."""
     if not isinstance(values, dict):
         return
-    hints = get_type_hints(kind)
+    hints = setting_types(kind)
     for name in sorted(set(map(str, values)) - set(hints)):
         key = f"{prefix}{name}"
         suggestion = did_you_mean(key, known) or f"; known here: {', '.join(hints)}"
@@ -163,6 +200,9 @@ def with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
         parent, _, new_name = new.rpartition(".")
         section = renamed[parent] if parent else renamed
         section[old.rpartition(".")[2]] = section.pop(new_name)
+    for stage in (renamed["pretrain"], renamed["finetune"]):
+        if stage["windows"] == "own":  # as before the key existed
+            del stage["windows"]
     return renamed
 
 
@@ -217,7 +257,7 @@ def _build(kind: Any, value: Any, source: str, key: str) -> Any:
 def _build_section(kind: type, value: Any, source: str, key: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{source}: {key or 'recipe'}: {value!r} is not a section")
-    hints, prefix = get_type_hints(kind), f"{key}." if key else ""
+    hints, prefix = setting_types(kind), f"{key}." if key else ""
     built = {n: _build(hints[n], item, source, f"{prefix}{n}") for n, item in value.items()}
     for field in dataclasses.fields(kind):
         defaults = (field.default, field.default_factory)

@@ -9,12 +9,13 @@ import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 
 from genrec_dist.config import recipe as schema
-from genrec_dist.config.recipe import Recipe
+from genrec_dist.config.load import setting_types
+from genrec_dist.config.recipe import AUTO, AUTO_KEYS, Recipe
 from genrec_dist.config.validate import LIMITS
 
 WIDTH = 100
@@ -39,14 +40,16 @@ def meanings() -> dict[str, Meaning]:
 def _meanings(
     kind: Any, prefix: str, docstrings: Mapping[str, str]
 ) -> Iterator[tuple[str, Meaning]]:
-    for name, hint in get_type_hints(kind).items():
+    for name, hint in setting_types(kind).items():
         text, key = docstrings.get(f"{kind.__name__}.{name}", ""), f"{prefix}{name}"
         if dataclasses.is_dataclass(hint):
             section = docstrings[getattr(hint, "__name__", "")]
             yield key, Meaning(text or section, "", is_section=True)
             yield from _meanings(hint, f"{key}.", docstrings)
         else:
-            yield key, Meaning(text, _allowed(hint, LIMITS[key][0] if key in LIMITS else ""))
+            allowed = [_allowed(hint, LIMITS[key][0] if key in LIMITS else "")]
+            allowed += [AUTO] * (key in AUTO_KEYS)
+            yield key, Meaning(text, ", ".join(filter(None, allowed)))
 
 
 def _docstrings(source: Path) -> dict[str, str]:

@@ -50,6 +50,8 @@ def _unused(get: Get) -> set[str]:
         if isinstance(section, Mapping) and not get(f"{stage}.epochs"):
             unused |= {f"{stage}.{key}" for key in section if key != "epochs"}
         strategy = get(f"{stage}.mask.strategy")
+        if get(f"{stage}.targets") != "all-prefixes":
+            unused.add(f"{stage}.windows")
         if get(f"{stage}.targets") != "mask":
             unused.add(f"{stage}.mask")
         if strategy not in ("last-biased", "recency"):

@@ -61,7 +61,7 @@ class Catalogue:
 @dataclass(frozen=True)
 class LoadedRun:
     path: Path
-    model: Network
+    model: Any
     """A `GenRecForConditionalGeneration`; where it is loaded for decoding alone, a `LightGenRec`
     with the same weights."""
     tokenizer: WordTokenizer

@@ -35,7 +35,7 @@ _FIELDS = (
 """Fields of the configuration that decoding reads."""
 
 
-class LightGenRec(Network):
+class LightGenRec(Network, nn.Module):
     """A model that decodes as `GenRecForConditionalGeneration` does, with the names of its
     parameters."""
 

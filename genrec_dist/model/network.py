@@ -53,7 +53,7 @@ class IdProjection(nn.Linear):
         super().__init__(id_dim, width, bias=False)
 
 
-class Network(nn.Module):
+class Network:
     """What training and decoding compute alike. Whoever inherits from it has BART's modules under
     Hugging Face's names, and the id tables."""
 

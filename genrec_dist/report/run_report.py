@@ -14,6 +14,7 @@ from genrec_shards.atomic import atomic_file
 
 from genrec_dist.config.recipe import sample_unit
 from genrec_dist.config.used_settings import used_settings
+from genrec_dist.report.advice import advice
 from genrec_dist.report.html import definitions, duration, grid, page, percent, text
 from genrec_dist.report.run_files import RunFiles, is_number, read_run_files
 from genrec_dist.report.svg import Dot, Line, dot_chart, line_chart, score, smooth
@@ -109,6 +110,7 @@ def _page_of(run: RunFiles) -> str:
     sections = [
         _header(run),
         _comparison(run),
+        _advice(run),
         _curves(run),
         *(part(metrics) for metrics in run.metrics.values() for part in (_table, _breadth)),
         _protocol(run),
@@ -170,6 +172,13 @@ def _comparison(run: RunFiles) -> str:
     return (
         f'<section><p class="lead">{text(headline(metrics))}</p><div class="charts">'
         f"{''.join(charts)}</div></section>"
+    )
+
+
+def _advice(run: RunFiles) -> str:
+    lines = advice(run)
+    return (
+        f"<section>{''.join(f'<p>{text(line)}</p>' for line in lines)}</section>" if lines else ""
     )
 
 

@@ -26,7 +26,6 @@ from genrec_dist.decoding.trie import TRIE_FILE
 from genrec_dist.inference.load import LoadedRun, load_model
 from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
-from genrec_dist.model.network import Network
 from genrec_dist.training.id_tables import Kind
 
 
@@ -275,7 +274,7 @@ def _old_rows(origin: Origin, words: WordTable, vocab_size: int) -> np.ndarray:
 @torch.no_grad()
 def _fill(
     model: GenRecForConditionalGeneration,
-    before: Network,
+    before: GenRecForConditionalGeneration,
     words: WordTable,
     old_V: np.ndarray,
     nearness_MN: sp.csr_matrix,
