@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
 from rich.console import Console
+
+from genrec_dist.config.suggest import did_you_mean
 
 
 def exit_code_of(action: Callable[[], object]) -> int:
@@ -27,7 +31,8 @@ def exit_code_of(action: Callable[[], object]) -> int:
         return code if isinstance(code, int) else 0
     except ClickException as error:
         where = error.ctx.command_path if getattr(error, "ctx", None) else "genrec"
-        typer.echo(f"genrec: {_one_line(error.format_message())}; see {where} --help", err=True)
+        message = _one_line(error.format_message()) + _suggestion(error)
+        typer.echo(f"genrec: {message}; see {where} --help", err=True)
         return int(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
@@ -40,6 +45,13 @@ def exit_code_of(action: Callable[[], object]) -> int:
     except (ValueError, OSError) as error:
         typer.echo(f"genrec: {_one_line(_message(error))}", err=True)
         return 1
+
+
+def _suggestion(error: Any) -> str:
+    """A question about a value that is none of an option's choices; of commands and options the
+    library asks itself."""
+    given = re.search(r"'([^']*)' is not one of (.*)", error.format_message())
+    return did_you_mean(given[1], re.findall(r"'([^']*)'", given[2])) if given else ""
 
 
 def _message(error: ValueError | OSError) -> str:
@@ -73,6 +85,18 @@ def say(text: str, style: str = "") -> None:
     """Print a line as it is: paths are neither wrapped at the terminal's width nor read as
     markup."""
     out.print(text, style=style, highlight=False, soft_wrap=True, markup=False)
+
+
+@contextmanager
+def loading(what: str = "torch") -> Iterator[None]:
+    """A sign of life on a terminal's standard error while libraries are imported, which takes
+    seconds."""
+    console = Console(stderr=True)
+    if rank() != 0 or not console.is_terminal:
+        yield
+        return
+    with console.status(f"loading {what}"):
+        yield
 
 
 def rank() -> int:

@@ -4,8 +4,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import scipy.sparse as sp
 from genrec_shards.histories import Histories, histories
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import Split, TrainedThrough
@@ -13,6 +14,9 @@ from genrec_shards.splits import Split, TrainedThrough
 from genrec_dist.data.item_graph import KnnSettings, neighbour_weights, recent_item_weights
 from genrec_dist.evaluation.metrics import TOP
 from genrec_dist.evaluation.ranked_lists import Lists, Rule, empty_lists, tie_order, without_last
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
 
 _LOW_32 = np.uint64(0xFFFFFFFF)
 
@@ -85,6 +89,8 @@ def _without_history(
 ) -> sp.csr_matrix:
     """The scores with zeros (or less) for the whole history, also for what is older than the recent
     items."""
+    import scipy.sparse as sp
+
     first, last = past.offsets[start], past.offsets[start + scores_BI.shape[0]]
     places = past.users[first:last] - start, column_of[past.items[first:last]]
     taken_BI = sp.csr_matrix((np.ones(last - first), places), shape=scores_BI.shape)

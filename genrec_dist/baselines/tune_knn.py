@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse as sp
 from genrec_shards.histories import histories, sample_users
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import TrainedThrough
@@ -16,6 +15,9 @@ from genrec_shards.splits import TrainedThrough
 from genrec_dist.baselines import knn
 from genrec_dist.data.item_graph import KnnSettings, forward_pairs, scaled_weights
 from genrec_dist.evaluation.metrics import as_written, metrics_from_histogram, rank_histogram
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
 
 VALUES: dict[str, tuple[float, ...]] = {
     "window": (1, 2, 3, 6, 10, 20),

@@ -46,7 +46,7 @@ from genrec_dist.bench.synthetic import (
     Histories,
     open_data,
 )
-from genrec_dist.model.genrec import POSITION_OFFSET
+from genrec_dist.model.network import POSITION_OFFSET
 
 OURS, EAGER, COMPILED, CLONE = "ours", "eager", "torch.compile", "clone() of the same bytes"
 ATOMICS = "atomics"

@@ -34,7 +34,8 @@ from genrec_dist.bench.measure import (
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Optimizer
 from genrec_dist.model.build import ModelSizes, build_model
-from genrec_dist.model.genrec import FetchedRows, choose_attention
+from genrec_dist.model.genrec import choose_attention
+from genrec_dist.model.network import FetchedRows
 from genrec_dist.model.optimizer import build_optimizer
 
 Draw = Literal["zipf", "uniform"]

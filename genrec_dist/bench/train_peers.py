@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Seq2SeqTrainer, Seq2SeqTrainingArguments
 
 from genrec_dist.data.batch import IGNORED, Batch
-from genrec_dist.model.genrec import POSITION_OFFSET, GenRecForConditionalGeneration, attention_bias
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.network import POSITION_OFFSET, attention_bias
 
 INPUTS = ("input_ids", "position_ids", "user_rows", "item_rows")
 Sample = dict[str, Any]

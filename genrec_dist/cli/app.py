@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import sys
 from pathlib import Path
@@ -13,20 +14,41 @@ import typer
 from genrec_dist.cli.bench import bench
 from genrec_dist.cli.data import prepare, shard
 from genrec_dist.cli.inference import evaluate, recommend
+from genrec_dist.cli.options import RecipeArgument
+from genrec_dist.cli.recipes import complete_space, launch_file, recipes
 from genrec_dist.cli.reproduce import reproduce
 from genrec_dist.cli.scores import baseline, compare, report
-from genrec_dist.console import UsageError, exit_code_of, out, rank, say, world_size
+from genrec_dist.console import UsageError, exit_code_of, loading, out, rank, say, world_size
 
 app = typer.Typer(
     name="genrec",
-    help="Train GenRec, a generative sequential recommender: exact, honest, fast.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 
 # Modules are imported inside the commands: `genrec --help` must not wait for torch.
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"genrec-dist {version('genrec-dist')}")
+        raise typer.Exit
+
+
+@app.callback()
+def genrec(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Train GenRec, a generative sequential recommender: exact, honest, fast."""
 
 
 def demo(
@@ -47,9 +69,13 @@ def demo(
 
 
 def train(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")
-    ],
+    recipe: RecipeArgument,
+    data: Annotated[
+        str | None, typer.Option("--data", help="Data directory: short for --set data=DIR.")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Run directory: short for --set run=DIR.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")
     ] = None,
@@ -74,19 +100,27 @@ def train(
 ) -> None:
     """Pretrain and finetune by a recipe; under accelerate launch or torchrun on several processes.
 
-    Example: genrec train tiny --set data=data/beauty --set run=runs/beauty
+    Example: genrec train tiny --data data/beauty --run runs/beauty
     """
     from genrec_dist.config.load import load_recipe
-    from genrec_dist.data.fit_recipe import as_text, resolve_recipe
-    from genrec_dist.report.advice import advice
-    from genrec_dist.report.run_files import read_run_files
-    from genrec_dist.report.run_report import write_report
-    from genrec_dist.training.run import train as run_train
-    from genrec_dist.training.setup import describe
 
-    resolved = load_recipe(recipe, overrides)
+    # What can be wrong with names, keys and paths is found before torch is loaded.
+    resolved = load_recipe(recipe, [*(overrides or []), *_paths(overrides, data=data, run=run)])
     if init_from is not None:
         resolved = dataclasses.replace(resolved, init_from=str(init_from))
+    from genrec_dist.config.paths import check_paths, check_run_is_new
+
+    check_paths(resolved)
+    if resume is None and not dry_run:
+        check_run_is_new(Path(resolved.run))
+    with loading():
+        from genrec_dist.data.fit_recipe import as_text, resolve_recipe
+        from genrec_dist.report.advice import advice
+        from genrec_dist.report.run_files import read_run_files
+        from genrec_dist.report.run_report import write_report
+        from genrec_dist.training.run import train as run_train
+        from genrec_dist.training.setup import describe
+
     resolved, fitted = resolve_recipe(resolved, Path(resolved.run) if resume else None)
     if fitted and rank() == 0:
         say(as_text(fitted))
@@ -101,10 +135,20 @@ def train(
         say(f"{path}: finished; next: genrec evaluate {path} --split test")
 
 
+def _paths(overrides: list[str] | None, **paths: str | None) -> list[str]:
+    """`--data DIR` and `--run DIR` as `--set` has them.
+
+    Raises a usage error where both are given.
+    """
+    for key in paths:
+        if paths[key] is not None and any(each.startswith(f"{key}=") for each in overrides or []):
+            raise UsageError(f"--{key} and --set {key}=... are the same: give one")
+    # JSON is YAML: a directory named 2026 stays a text.
+    return [f"{key}={json.dumps(path)}" for key, path in paths.items() if path is not None]
+
+
 def plan(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A YAML file, or a shipped recipe's name.")
-    ],
+    recipe: RecipeArgument,
     overrides: Annotated[
         list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")
     ] = None,
@@ -148,7 +192,12 @@ def plan(
 
 def tune(
     space: Annotated[
-        str | None, typer.Argument(metavar="SPACE", help="A space file; --finish needs none.")
+        str | None,
+        typer.Argument(
+            metavar="SPACE",
+            help="A space file, or a shipped one's name; --finish needs none.",
+            autocompletion=complete_space,
+        ),
     ] = None,
     out_dir: Annotated[Path, typer.Option("--out", help="Directory of the sweep.")] = Path(
         "runs/sweep"
@@ -176,7 +225,7 @@ def tune(
     """Search a space of recipes by validation; with --finish rerun its best three with three seeds
     and look at test once.
 
-    Example: genrec tune tuning/spaces/beauty.yaml --out runs/beauty-sweep
+    Example: genrec tune beauty --out runs/beauty-sweep
     """
     from genrec_tuning.finals import finals_summary, finish_sweep
     from genrec_tuning.space import load_space
@@ -223,8 +272,8 @@ def doctor(
 
 # In the order of the help.
 for command in (
-    demo, prepare, shard, train, evaluate, recommend, baseline, compare, report, plan, tune,
-    doctor, reproduce,
+    demo, prepare, shard, recipes, train, evaluate, recommend, baseline, compare, report, plan,
+    tune, doctor, reproduce, launch_file,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(

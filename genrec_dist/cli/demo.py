@@ -25,7 +25,7 @@ from genrec_dist.evaluation.metrics import (
     rank_histogram,
     target_ranks,
 )
-from genrec_dist.evaluation.results import format_table
+from genrec_dist.evaluation.table import BOUND, format_table
 from genrec_dist.inference.evaluate import evaluate
 from genrec_dist.inference.load import best_device, load_run
 from genrec_dist.inference.rank_users import Decoding
@@ -100,10 +100,10 @@ def score_ceiling(process: Process, dataset: Dataset) -> dict[str, Any]:
 
 
 def closing_table(metrics: dict[str, Any]) -> Table:
-    """GenRec, kNN, popularity and the ceiling, from top to bottom."""
+    """The ceiling, GenRec, kNN and popularity, the best first."""
     beside = metrics["beside"]
     rows = [
-        {"system": "ceiling (Bayes oracle)", **beside["ceiling"]},
+        {"system": "ceiling (Bayes oracle)", BOUND: True, **beside["ceiling"]},
         {"system": "GenRec", **_scores(metrics)},
     ]
     rows += [

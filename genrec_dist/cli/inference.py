@@ -21,7 +21,7 @@ from genrec_dist.cli.options import (
     data_of,
     exclude,
 )
-from genrec_dist.console import UsageError, out, rank, say, world_size
+from genrec_dist.console import UsageError, loading, out, rank, say, world_size
 
 if TYPE_CHECKING:
     import torch
@@ -86,19 +86,9 @@ def evaluate(
 
     Example: genrec evaluate runs/beauty --split test
     """
-    from genrec_shards.dataset import load_dataset
-
     from genrec_dist.config.load import load_recipe
-    from genrec_dist.distributed.collectives import Ranks
+    from genrec_dist.config.paths import best_folder, check_training_is_over
     from genrec_dist.evaluation.metrics import TOP
-    from genrec_dist.evaluation.results import format_table
-    from genrec_dist.inference.evaluate import evaluate as run_evaluate
-    from genrec_dist.inference.load import check_training_is_over, load_run
-    from genrec_dist.inference.rank_users import Decoding
-    from genrec_dist.inference.tune_mixture import chosen_decoding, mixed_decoding, tune_mixture
-    from genrec_dist.report.advice import advice
-    from genrec_dist.report.run_files import read_run_files
-    from genrec_dist.report.run_report import write_report
 
     if top < TOP:
         raise UsageError(f"--top {top}: metrics look at {TOP} places, give --top {TOP} or more")
@@ -113,10 +103,29 @@ def evaluate(
             f"--decode {decode} has no graph: "
             "--graph-weight and --graph-set go with --decode hybrid"
         )
+    data = data or data_of(run)
+    best_folder(run)  # before torch is loaded
     if split == "test" and not force:
         check_training_is_over(run)
+    with loading():
+        from genrec_shards.dataset import load_dataset
+
+        from genrec_dist.distributed.collectives import Ranks
+        from genrec_dist.evaluation.table import format_table
+        from genrec_dist.inference.evaluate import evaluate as run_evaluate
+        from genrec_dist.inference.load import load_run
+        from genrec_dist.inference.rank_users import Decoding
+        from genrec_dist.inference.tune_mixture import (
+            chosen_decoding,
+            mixed_decoding,
+            tune_mixture,
+        )
+        from genrec_dist.report.advice import advice
+        from genrec_dist.report.run_files import read_run_files
+        from genrec_dist.report.run_report import write_report
+
     trained_through = recipe.trained_through if recipe else "n-2"
-    dataset = load_dataset(data or data_of(run))
+    dataset = load_dataset(data)
     num_users = len(dataset.sequences.history_and_target(split).users)
     with _process_group() as device:
         loaded = load_run(run, device)
@@ -232,13 +241,7 @@ def recommend(
 
     Example: genrec recommend runs/beauty --history 83,104,105
     """
-    from genrec_shards.dataset import load_dataset
-
-    from genrec_dist.distributed.collectives import Ranks
-    from genrec_dist.inference.export_lists import recommend_all
-    from genrec_dist.inference.item_filter import name_some, read_ids
-    from genrec_dist.inference.recommend import Recommender, Request, read_requests, user_request
-    from genrec_dist.inference.titles import Titles
+    from genrec_dist.config.paths import best_folder
 
     if sum([history is not None or user is not None, file is not None, all_users]) != 1:
         raise UsageError("give one of --history/--user, --file, --all-users")
@@ -249,6 +252,21 @@ def recommend(
             "--titles is for lists that are read: "
             "of --all-users join the lists with DATA/items.parquet"
         )
+    best_folder(run)  # before torch is loaded
+    with loading():
+        from genrec_shards.dataset import load_dataset
+
+        from genrec_dist.distributed.collectives import Ranks
+        from genrec_dist.inference.export_lists import recommend_all
+        from genrec_dist.inference.item_filter import name_some, read_ids
+        from genrec_dist.inference.recommend import (
+            Recommender,
+            Request,
+            read_requests,
+            user_request,
+        )
+        from genrec_dist.inference.titles import Titles
+
     with _process_group() as device:
         recommender = Recommender.load(
             run,

@@ -8,8 +8,18 @@ from typing import Annotated, Literal
 
 import typer
 
+from genrec_dist.cli.recipes import complete_recipe
+
 Split = Literal["validation", "test"]
 YesNo = Literal["auto", "yes", "no"]
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or a shipped recipe's name: genrec recipes.",
+        autocompletion=complete_recipe,
+    ),
+]
 RunArgument = Annotated[
     Path, typer.Argument(metavar="RUN", help="Run directory of `genrec train`.")
 ]

@@ -47,7 +47,7 @@ def baseline(
 
     from genrec_dist.baselines.run import run_baseline
     from genrec_dist.baselines.tune_knn import tune_knn
-    from genrec_dist.evaluation.results import format_table
+    from genrec_dist.evaluation.table import format_table
 
     if overrides and name not in ("knn", "sasrec", "sasrec+knn"):
         raise UsageError(

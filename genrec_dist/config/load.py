@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import types
-from importlib import resources
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from genrec_dist.config.recipe import AUTO, AUTO_KEYS, Recipe
+from genrec_dist.config.shipped import shipped_folder
+from genrec_dist.config.suggest import did_you_mean
 from genrec_dist.config.validate import check_recipe
 
 RENAMED_KEYS = {
@@ -35,20 +37,47 @@ def load_recipe(source: str | Path, overrides: list[str] | None = None) -> Recip
     Raises:
         ValueError: naming the file and the key for anything that does not fit.
     """
+    values, path = read_recipe(source)
+    return recipe_from(values, overrides, str(path))
+
+
+def shipped_recipes() -> list[str]:
+    """The names of the recipes that come with the package."""
+    return sorted(path.stem for path in shipped_folder("genrec_dist", "recipes").glob("*.yaml"))
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The file of a recipe: `source` itself, or that of a shipped recipe of this name.
+
+    Raises:
+        ValueError: there is neither.
+    """
     path = Path(source)
-    if not path.is_file():
-        shipped = Path(str(resources.files("genrec_dist") / "recipes"))
-        path = shipped / f"{source}.yaml"
-        if not path.is_file():
-            names = ", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))
-            raise ValueError(f"{source}: no such recipe file; shipped recipes: {names}")
+    if path.is_file():
+        return path
+    names = shipped_recipes()
+    if str(source) in names:
+        return shipped_folder("genrec_dist", "recipes") / f"{source}.yaml"
+    suggestion = did_you_mean(str(source), names)
+    raise ValueError(
+        f"{source}: no such recipe file{suggestion or ';'} shipped recipes: {', '.join(names)}"
+    )
+
+
+def read_recipe(source: str | Path) -> tuple[dict[str, Any], Path]:
+    """Keys and values as the file of a recipe has them, unchecked, and the file.
+
+    Raises:
+        ValueError: there is no such recipe, or its file is no YAML mapping.
+    """
+    path = find_recipe(source)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping of keys to values")
-    return recipe_from(values, overrides, str(path))
+    return values, path
 
 
 def recipe_from(
@@ -79,10 +108,12 @@ def section_from(
     """
     for override in overrides or []:
         _set(values, override)
+    if kind is Recipe:  # an override may have set a whole section
+        use_current_keys(values, source)
+    _refuse_unknown(kind, values, source, "", dotted_keys(kind))
     if kind is not Recipe:
         section: Section = _build(kind, values, source, "")
         return section
-    use_current_keys(values, source)  # an override may have set a whole section
     values, from_data = _without_auto(values)
     recipe: Recipe = _build(Recipe, values, source, "")
     return dataclasses.replace(recipe, from_data=from_data)  # type: ignore[return-value]
@@ -112,6 +143,37 @@ def with_values(recipe: Recipe, changes: dict[str, Any], source: str = "recipe")
         section, _, name = key.partition(".")
         values[section][name] = value
     return recipe_from(values, source=source)
+
+
+def setting_types(kind: Any) -> dict[str, Any]:
+    """The types of the keys of a dataclass of settings, by their names."""
+    hints = get_type_hints(kind)
+    hints.pop("from_data", None)
+    return hints
+
+
+def dotted_keys(kind: type) -> list[str]:
+    """The keys of a dataclass of settings, those of its sections with the section before a dot."""
+    keys = []
+    for name, hint in setting_types(kind).items():
+        inner = dotted_keys(hint) if dataclasses.is_dataclass(hint) else []  # type: ignore[arg-type]
+        keys += [f"{name}.{key}" for key in inner] or [name]
+    return keys
+
+
+def _refuse_unknown(kind: Any, values: Any, source: str, prefix: str, known: Sequence[str]) -> None:
+    """Raise ValueError for the first key that no field is named after; `known`: those of the whole
+    recipe."""
+    if not isinstance(values, dict):
+        return
+    hints = setting_types(kind)
+    for name in sorted(set(map(str, values)) - set(hints)):
+        key = f"{prefix}{name}"
+        suggestion = did_you_mean(key, known) or f"; known here: {', '.join(hints)}"
+        raise ValueError(f"{source}: unknown key {key}{suggestion}")
+    for name, inner in values.items():
+        if dataclasses.is_dataclass(hints[str(name)]):
+            _refuse_unknown(hints[str(name)], inner, source, f"{prefix}{name}.", known)
 
 
 def use_current_keys(values: dict[str, Any], source: str) -> None:
@@ -167,7 +229,9 @@ def _build(kind: Any, value: Any, source: str, key: str) -> Any:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
         if value not in parts:
-            raise ValueError(f"{where}: {value!r} is none of {', '.join(map(str, parts))}")
+            suggestion = did_you_mean(str(value), map(str, parts))
+            choices = ", ".join(map(str, parts))
+            raise ValueError(f"{where}: {value!r} is none of {choices}{suggestion}")
         return value
     if origin in (types.UnionType, Union):
         if value is None and type(None) in parts:
@@ -193,11 +257,7 @@ def _build(kind: Any, value: Any, source: str, key: str) -> Any:
 def _build_section(kind: type, value: Any, source: str, key: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{source}: {key or 'recipe'}: {value!r} is not a section")
-    hints, prefix = get_type_hints(kind), f"{key}." if key else ""
-    hints.pop("from_data", None)
-    for name in sorted(set(map(str, value)) - set(hints)):
-        known = ", ".join(hints)
-        raise ValueError(f"{source}: unknown key {prefix}{name}; known here: {known}")
+    hints, prefix = setting_types(kind), f"{key}." if key else ""
     built = {n: _build(hints[n], item, source, f"{prefix}{n}") for n, item in value.items()}
     for field in dataclasses.fields(kind):
         defaults = (field.default, field.default_factory)

@@ -37,7 +37,9 @@ class Model:
     d_model: int = 128
     """Width of every layer."""
     encoder_layers: int = 2
+    """Layers of the encoder."""
     decoder_layers: int = 2
+    """Layers of the decoder."""
     heads: int = 4
     """Attention heads of encoder and decoder."""
     ffn: int = 512
@@ -49,8 +51,11 @@ class Model:
     """Longest encoder input in positions (`encoder_unit`); whole oldest items are dropped beyond
     it."""
     dropout: float = 0.1
+    """Dropout of the layers' outputs and of the embedding sum."""
     attention_dropout: float = 0.0
+    """Dropout of the attention weights."""
     activation_dropout: float = 0.0
+    """Dropout inside the feed-forward layers."""
     embedding_dropout: float = 0.0
     """Dropout of the id embeddings alone, before they are summed with the rest."""
     user_ids: bool = True
@@ -146,8 +151,19 @@ class Stage:
     between half of that and all of it; windows begin every half of `max_tokens` and are encoded
     once, which long histories need."""
     mask: Mask = field(default_factory=Mask)
-    """Read when targets is mask."""
+    """Which items are masked; read when targets is mask."""
     label_smoothing: float = 0.0
+    """Share of the target's probability that is spread over the output vocabulary."""
+
+    @property
+    def sample_unit(self) -> Literal["users", "samples"]:
+        """What a sample is: a user, but for every-prefix, which makes several of each."""
+        return sample_unit(self.targets)
+
+
+def sample_unit(targets: Any) -> Literal["users", "samples"]:
+    """See `Stage.sample_unit`; for `targets` of a recipe that was read without its schema."""
+    return "samples" if targets == "every-prefix" else "users"
 
 
 @dataclass(frozen=True)
@@ -155,8 +171,11 @@ class Optimizer:
     """AdamW, gradient clipping, the id tables' optimiser and the average of the weights."""
 
     betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the running means of the gradient and of its square."""
     eps: float = 1e-8
+    """AdamW's term that keeps the division finite."""
     weight_decay: float = 0.01
+    """AdamW's weight decay, of the parameters that `decay` names."""
     decay: Literal["all", "matrices", "none"] = "matrices"
     """What is decayed: everything (the paper's code), all but biases, norms and id tables, or
     nothing."""
@@ -181,9 +200,11 @@ class Validation:
     users: int = 2000
     """Users of the seeded sample that is decoded after each epoch of finetuning; 0: all."""
     beam: int = 20
+    """Width of the beam."""
     decode: Literal["exact", "items", "hybrid"] = "exact"
     """By which head users are ranked: the decoder, the item head, or both with equal weight."""
     every_epochs: int = 1
+    """Epochs of finetuning from one validation to the next."""
     patience: int = 3
     """Stop after this many validations without a better NDCG@10; 0 never stops."""
 
@@ -204,6 +225,7 @@ class Recipe:
     shards: str | None = None
     """Directory of `genrec shard`. null: `shards/` inside the data directory."""
     seed: int = 0
+    """Seed of the initial weights, the order of samples, masks and dropout."""
     decode: Literal["exact", "items", "hybrid"] = "exact"
     """How `evaluate` and `recommend` score items where --decode is not given. hybrid: the decoder
     with the transition graph and, where lists may repeat the history, a repeat model; training
@@ -240,10 +262,13 @@ class Recipe:
     checkpoint_every: int = 500
     """Steps between two checkpoints; one is also written at the end of each epoch."""
     keep_checkpoints: int = 2
+    """Newest checkpoints that stay; older ones are deleted."""
     model: Model = field(default_factory=Model)
     tokens: Tokens = field(default_factory=Tokens)
     pretrain: Stage = field(default_factory=lambda: Stage(targets="mask"))
+    """The first stage, in which the model learns to fill masks."""
     finetune: Stage = field(default_factory=Stage)
+    """The second stage, in which it learns what comes after a history."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     validation: Validation = field(default_factory=Validation)
     from_data: tuple[str, ...] = ()

@@ -6,10 +6,9 @@ that sum to one."""
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import scipy.sparse as sp
 import torch
 from genrec_shards.histories import check_trained_through, training_windows
 from genrec_shards.sequences import Sequences
@@ -17,6 +16,9 @@ from genrec_shards.splits import Split, TrainedThrough
 from torch import Tensor
 
 from genrec_dist.config.load import section_from
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,8 @@ class Graph:
 
         `items[offsets[b]:offsets[b + 1]]` is a history, oldest first; its own items have shares,
         too, unless `only_new`."""
+        import scipy.sparse as sp
+
         scores_BN = (
             recent_item_weights(items, offsets, self.num_items, self.settings) @ self.weights_NN
         )
@@ -126,6 +130,8 @@ def forward_pairs(
 ) -> sp.csr_matrix:
     """float64[I, I]: the sum of 1/d over all pairs of a training part in which the column's item
     follows the row's by d steps, d at most `window`."""
+    import scipy.sparse as sp
+
     shape = (sequences.num_items, sequences.num_items)
     pairs_II = sp.csr_matrix(shape, dtype=np.float64)
     for part in training_windows(sequences, trained_through):
@@ -139,6 +145,8 @@ def forward_pairs(
 
 def scaled_weights(forward_II: sp.csr_matrix, settings: KnnSettings) -> sp.csr_matrix:
     """`neighbour_weights` of pairs that are counted already, whatever else the settings say."""
+    import scipy.sparse as sp
+
     pairs_II = settings.forward * forward_II + settings.backward * forward_II.T
     out_I = np.asarray(pairs_II.sum(axis=1)).ravel()
     in_I = np.asarray(pairs_II.sum(axis=0)).ravel()
@@ -158,6 +166,8 @@ def recent_item_weights(
 
     `items[offsets[u]:offsets[u + 1]]` is a history, oldest first.
     """
+    import scipy.sparse as sp
+
     lengths_U = np.diff(offsets)
     ages = np.repeat(offsets[1:], lengths_U) - 1 - np.arange(len(items))
     recent = ages < settings.recent

@@ -12,8 +12,6 @@ from genrec_shards.histories import training_windows
 from genrec_shards.keyed_random import keyed_permutation
 from genrec_shards.sequences import Sequences, flat_ranges, offsets_of
 from genrec_shards.splits import TrainedThrough
-from scipy.optimize import minimize
-from scipy.special import expit
 from torch import Tensor
 
 MOST_ITEMS = 2_000_000
@@ -52,6 +50,8 @@ class RepeatModel:
             offsets: int64 [B + 1]; `items[offsets[b]:offsets[b + 1]]` is a history.
             num_items: N.
         """
+        from scipy.special import expit
+
         users_E, items_E, features_EF = history_features(items, offsets, num_items)
         prob_E = expit(features_EF @ np.array(astuple(self)))
         num_users = len(offsets) - 1
@@ -103,6 +103,9 @@ def fit_repeats(
         trained_through: The last position that is learned.
         seed: Of the sample of prefixes.
     """
+    from scipy.optimize import minimize
+    from scipy.special import expit
+
     features, is_next, num_histories = [], [], 0
     for part in training_windows(sequences, trained_through):
         begins = np.flatnonzero(np.diff(part.users, prepend=-1))

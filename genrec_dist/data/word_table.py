@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from genrec_shards.sequences import offsets_of
-from transformers import PreTrainedTokenizerFast
 
 BOS_WORD, EOS_WORD, FIRST_MASK_WORD = 0, 1, 2
 
@@ -22,6 +22,21 @@ VOCABULARY_FILE = "vocabulary.json"
 """Name of a trimmed vocabulary beside its model."""
 
 VOCABULARY_FORMAT = 1
+
+
+class WordTokenizer(Protocol):
+    """What words need of a tokenizer: of transformers' `PreTrainedTokenizerFast`, or
+    `LightTokenizer`."""
+
+    backend_tokenizer: Any
+    """Of the library tokenizers."""
+    bos_token_id: int
+    eos_token_id: int
+    pad_token_id: int
+    mask_token_id: int
+    all_special_ids: list[int]
+
+    def get_vocab(self) -> dict[str, int]: ...
 
 
 def item_text(code: str) -> str:
@@ -162,7 +177,7 @@ def _check_rows(rows: np.ndarray, num_rows: int, kind: str) -> None:
         )
 
 
-def mask_tokens(tokenizer: PreTrainedTokenizerFast, num_masks: int) -> list[int]:
+def mask_tokens(tokenizer: WordTokenizer, num_masks: int) -> list[int]:
     """Token ids of `<mask>`, `<mask_1>`, ... Raises ValueError if the tokenizer lacks one."""
     vocabulary = tokenizer.get_vocab()
     names = [f"<mask_{j}>" for j in range(1, num_masks)]
@@ -175,7 +190,7 @@ def mask_tokens(tokenizer: PreTrainedTokenizerFast, num_masks: int) -> list[int]
 
 
 def build_words(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: WordTokenizer,
     item_codes: Sequence[str],
     user_codes: Sequence[str],
     num_masks: int = 1,
@@ -235,7 +250,7 @@ class ItemTexts:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: WordTokenizer,
         item_codes: Sequence[str],
         vocabulary: Vocabulary | None = None,
     ):

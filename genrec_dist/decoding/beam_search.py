@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from genrec_dist.decoding.decoder_state import DecoderState
 from genrec_dist.decoding.output_head import Heads, log_probabilities
 from genrec_dist.decoding.trie import Pruned, Trie
-from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.network import Network
 
 Ends = Literal["kept", "ranked"]
 """What becomes of an item that ends at a beam. kept: it is a candidate for the list. ranked: only
@@ -151,7 +151,7 @@ class BeamOptions:
 
 
 def search_trie(
-    model: GenRecForConditionalGeneration,
+    model: Network,
     levels: Levels,
     heads: Heads,
     memory_BLD: Tensor,

@@ -4,12 +4,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.models.bart.modeling_bart import BartAttention, BartDecoderLayer
 
-from genrec_dist.model.genrec import POSITION_OFFSET, GenRecForConditionalGeneration
+from genrec_dist.model.network import POSITION_OFFSET, Network
+
+if TYPE_CHECKING:
+    from transformers.models.bart.modeling_bart import BartAttention, BartDecoderLayer
 
 
 class DecoderState:
@@ -23,7 +27,7 @@ class DecoderState:
 
     def __init__(
         self,
-        model: GenRecForConditionalGeneration,
+        model: Network,
         memory_BLD: Tensor,
         mask_BL: Tensor,
         *,

@@ -12,7 +12,7 @@ from genrec_dist.decoding.beam_search import NEG_INF, Levels, step_log_probabili
 from genrec_dist.decoding.decoder_state import DecoderState
 from genrec_dist.decoding.output_head import Heads
 from genrec_dist.decoding.trie import Trie
-from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.network import Network
 
 ROWS_AT_ONCE = 8192
 """Decoder rows of one step: users times nodes."""
@@ -20,7 +20,7 @@ NODES_AT_ONCE = 2048
 
 
 def score_all(
-    model: GenRecForConditionalGeneration,
+    model: Network,
     trie: Trie,
     levels: Levels,
     heads: Heads,

@@ -15,7 +15,7 @@ from genrec_dist.decoding.beam_search import NEG_INF, Levels, step_log_probabili
 from genrec_dist.decoding.decoder_state import DecoderState
 from genrec_dist.decoding.output_head import Heads
 from genrec_dist.evaluation.score_mixture import Mixture
-from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.network import Network
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,7 @@ class Candidates:
         return mixed_BC
 
 
-def item_log_probabilities(
-    model: GenRecForConditionalGeneration, memory_BLD: Tensor, mask_BL: Tensor
-) -> Tensor:
+def item_log_probabilities(model: Network, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     """log p of every item under the item head, float [B, N], from the encoder's state at [MASK],
     the last but </s>; of a causal encoder from the last one.
 
@@ -77,7 +75,7 @@ def add_best(items_BC: Tensor, scores_BN: Tensor, count: int) -> Tensor:
 
 
 def score_candidates(
-    model: GenRecForConditionalGeneration,
+    model: Network,
     levels: Levels,
     heads: Heads,
     memory_BLD: Tensor,

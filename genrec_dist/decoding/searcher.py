@@ -37,7 +37,7 @@ from genrec_dist.decoding.trie import Trie, forced_nodes, nodes_in_whole, prune_
 from genrec_dist.decoding.unconstrained import generate_freely
 from genrec_dist.evaluation.metrics import EMPTY
 from genrec_dist.evaluation.score_mixture import Mixture
-from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.network import Network
 
 Mode = Literal["exact", "compact", "free", "all", "items", "hybrid"]
 """exact: the trie's items by log-probability under the model's whole softmax. compact: the softmax
@@ -72,7 +72,7 @@ class TrieSearcher:
 
     def __init__(
         self,
-        model: GenRecForConditionalGeneration,
+        model: Network,
         trie: Trie,
         device: torch.device | str = "cpu",
         *,
@@ -100,7 +100,7 @@ class TrieSearcher:
         self._set_trie(trie, forced_nodes(trie) if given else None)
         self._set_model(model)
 
-    def of(self, model: GenRecForConditionalGeneration) -> TrieSearcher:
+    def of(self, model: Network) -> TrieSearcher:
         """The same trie, decoded with another model of the same words."""
         other = copy.copy(self)
         other._set_model(model)
@@ -141,7 +141,7 @@ class TrieSearcher:
         self.item_node = torch.from_numpy(trie.item_node).to(self.device)
         self.__dict__.pop("paths", None)
 
-    def _set_model(self, model: GenRecForConditionalGeneration) -> None:
+    def _set_model(self, model: Network) -> None:
         self.model = model
         weight_VD, eos = model.head_weight.detach(), model.config.eos_token_id
         if self.static and model.lm_head.weight.dtype != torch.float32:
@@ -371,7 +371,7 @@ def _as_lists(scores_BN: Tensor, items_BN: Tensor, top: int) -> TopItems:
     return TopItems(items_BN.cpu().numpy().astype(np.int32), scores_BN.float().cpu().numpy())
 
 
-def encode_by_length(model: GenRecForConditionalGeneration, encoder: EncoderInput) -> Tensor:
+def encode_by_length(model: Network, encoder: EncoderInput) -> Tensor:
     """Encoder states [B, L, D], rows of like length encoded together: a short history does not pay
     for a long one."""
     lengths_B = encoder.attention_mask.sum(1)

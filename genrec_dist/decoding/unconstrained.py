@@ -10,11 +10,11 @@ from torch import Tensor
 
 from genrec_dist.decoding.beam_search import NEG_INF
 from genrec_dist.decoding.decoder_state import DecoderState
-from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.network import Network
 
 
 def generate_freely(
-    model: GenRecForConditionalGeneration,
+    model: Network,
     memory_BLD: Tensor,
     mask_BL: Tensor,
     *,

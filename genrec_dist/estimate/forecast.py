@@ -538,8 +538,9 @@ def render(plan: Forecast) -> RenderableType:
         )
     parts: list[RenderableType] = [Text(head), table]
     for each in plan.samples:
+        unit = getattr(plan.recipe, each.stage).sample_unit
         line = (
-            f"{each.stage}: {each.epoch_samples:,} samples per epoch, {each.lengths.mean():.0f} "
+            f"{each.stage}: {each.epoch_samples:,} {unit} per epoch, {each.lengths.mean():.0f} "
             f"encoder tokens on average, {each.lengths[-1]:,} at most; "
             f"{plan.step_flops[each.stage] / 1e12:.2f} TFLOP per step of {each.batch_size:,}"
         )

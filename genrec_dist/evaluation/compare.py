@@ -31,8 +31,12 @@ LEVEL = 0.05
 
 _DEEPEST = 10
 """Below this rank none of the metrics sees a target."""
-_MUST_AGREE = ("split", "ties", "trained_through", "exclude_history", "users")
+_OF_THE_DATA = ("split", "ties")
+"""Fields of the protocol that a data directory settles."""
+_MUST_AGREE = (*_OF_THE_DATA, "trained_through", "exclude_history", "users")
 _MAY_DIFFER = ("numbering", "beam", "decode")
+_WITHOUT_BEAM = ("all", "items")
+"""Modes of decoding that score every item, whatever the width of a beam is."""
 _NOT_THE_RECIPE = frozenset(("seed", "best_epoch", "weight", "epsilon", *MOVES_NO_GRADIENT))
 """Keys in which two seeds of one recipe may differ: where things lie, what moves no gradient, and
 what a training found."""
@@ -74,7 +78,8 @@ class Comparison:
     users: int
     metrics: dict[str, Difference]
     differs: dict[str, list[Any]]
-    """Fields of the protocol that need not agree and do not: [A's, B's]."""
+    """Fields of the protocol that need not agree and do not: [A's, B's]. What one of the two does
+    not have, as a baseline has no beam, is not among them."""
     resamples: int
     seed: int
 
@@ -126,14 +131,20 @@ def compare(
         split=split,
         users=ranks_SU.shape[1],
         metrics=found,
-        differs={
-            key: [protocol[key] for protocol in protocols]
-            for key in _MAY_DIFFER
-            if protocols[0][key] != protocols[1][key]
-        },
+        differs=_differences(*protocols),
         resamples=resamples,
         seed=seed,
     )
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
+    """See `Comparison.differs`."""
+    with_beam = all(protocol["decode"] not in _WITHOUT_BEAM for protocol in (a, b))
+    return {
+        key: [a[key], b[key]]
+        for key in _MAY_DIFFER
+        if a[key] != b[key] and None not in (a[key], b[key]) and (key != "beam" or with_beam)
+    }
 
 
 def bootstrap_difference(
@@ -247,9 +258,7 @@ def conclusion(found: Comparison) -> str:
         f"{side}: {who.name} ({who.system}, {_runs(who)})"
         for side, who in (("A", found.a), ("B", found.b))
     ]
-    lines += [
-        f"{key} differs: {_shown(a)} and {_shown(b)}" for key, (a, b) in found.differs.items()
-    ]
+    lines += [f"{key} differs: {a} and {b}" for key, (a, b) in found.differs.items()]
     return "\n".join([*lines, found.verdict()])
 
 
@@ -404,10 +413,11 @@ def _check_protocols(runs: list[_Run]) -> None:
         for key in _MUST_AGREE:
             ours, theirs = _protocol(first, key), _protocol(run, key)
             if ours != theirs:
+                data = key in _OF_THE_DATA
+                remedy = "on one data directory" if data else "under one protocol"
                 raise ValueError(
-                    f"{key} is {json.dumps(ours)} in {first.path} and {json.dumps(theirs)} in "
-                    f"{run.path}: "
-                    "evaluate both under one protocol"
+                    f"{'different data: ' * data}{key} is {json.dumps(ours)} in {first.path} and "
+                    f"{json.dumps(theirs)} in {run.path}: evaluate both {remedy}"
                 )
 
 
@@ -452,9 +462,10 @@ def _check_same(
     first: _Run, run: _Run, ours: pa.RecordBatch | None, theirs: pa.RecordBatch | None, start: int
 ) -> None:
     if ours is None or theirs is None or len(ours) != len(theirs):
+        counts = [pq.read_metadata(one.lists).num_rows for one in (first, run)]
         raise ValueError(
-            f"{first.lists} and {run.lists} hold different numbers of users: evaluate both on the "
-            "same users"
+            f"different data: {counts[0]:,} users in {first.lists}, {counts[1]:,} in {run.lists}: "
+            "evaluate both on one data directory"
         )
     for column in ("user", "target"):
         mine, others = ours.column(column), theirs.column(column)
@@ -465,9 +476,9 @@ def _check_same(
                 if len({*pair}) > 1
             )
             raise ValueError(
-                f"row {start + at}: {column} {mine[at].as_py()!r} in {first.lists}, "
-                f"{others[at].as_py()!r} in {run.lists}: "
-                "both runs need the same users and targets"
+                f"different data: {column} {mine[at].as_py()!r} in row {start + at} of "
+                f"{first.lists}, {others[at].as_py()!r} in that of {run.lists}: evaluate both on "
+                "one data directory"
             )
 
 
@@ -521,10 +532,6 @@ def _verdict(found: Comparison) -> str:
 
 def _runs(side: Side) -> str:
     return "1 run" if len(side.runs) == 1 else f"{len(side.runs)} seeds"
-
-
-def _shown(value: Any) -> str:
-    return "none" if value is None else str(value)
 
 
 def _plain(value: float) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,20 +29,17 @@ from genrec_shards.histories import (
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import Split, TrainedThrough
 from genrec_shards.storage.manifest import MANIFEST, load_manifest
-from rich.table import Table
 
 from genrec_dist.evaluation.list_counts import Tally
 from genrec_dist.evaluation.metrics import (
     EMPTY,
     TOP,
-    as_written,
     is_item,
     pessimistic_ranks,
     target_ranks,
 )
 
 USERS_PER_ROW_GROUP = 65_536
-COLUMNS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 _SCHEMA = pa.schema(
     [
         ("user", pa.string()),
@@ -374,34 +371,6 @@ class _RowGroup:
 def lists_name(split: str, top: int) -> str:
     """The file that holds the lists: top20-test.parquet."""
     return f"top{top}-{split}.parquet"
-
-
-def format_table(rows: Iterable[Mapping[str, Any]]) -> Table:
-    """A closing table out of metrics (what `ResultsWriter.finish` returns, or {"system": ...,
-    "HR@5": ...}).
-
-    Each row is followed by the baselines that stand beside it, unless the table has them already;
-    figures as .0566, a dash where one is missing."""
-    rows = list(rows)
-    table = Table("system", *COLUMNS)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    shown = set()
-    for row in [*rows, *(row for metrics in rows for row in _beside_rows(metrics))]:
-        cells = (str(row.get("system", "")), *(as_written(row.get(column)) for column in COLUMNS))
-        if cells not in shown:
-            table.add_row(*cells)
-            shown.add(cells)
-    return table
-
-
-def _beside_rows(metrics: Mapping[str, Any]) -> list[dict[str, Any]]:
-    beside = metrics.get("beside") or {}
-    return [
-        {**scores, "system": name}
-        for name, scores in beside.items()
-        if scores and name != metrics.get("system")
-    ]
 
 
 def expected_users(asked: np.ndarray, protocol: Protocol) -> np.ndarray:

@@ -16,6 +16,7 @@ from genrec_shards.dataset import Dataset
 from genrec_shards.splits import Split, TrainedThrough
 
 from genrec_dist.baselines.registry import reference_scores
+from genrec_dist.config.paths import training_state
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation.results import Protocol, ResultsWriter
 from genrec_dist.inference.history_scores import HistoryScores
@@ -23,7 +24,6 @@ from genrec_dist.inference.load import (
     LoadedRun,
     check_numbering,
     check_split,
-    training_state,
 )
 from genrec_dist.inference.rank_users import WINDOW, Decoding, Window, rank_windows
 

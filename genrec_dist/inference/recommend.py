@@ -162,7 +162,7 @@ class Recommender:
             ValueError: As `Recommender`, naming what is missing or damaged in the run, and for mode
                 hybrid where no weights were chosen.
         """
-        loaded, path = load_run(run, device), Path(run) / "recipe.yaml"
+        loaded, path = load_run(run, device, light=True), Path(run) / "recipe.yaml"
         recipe = load_recipe(path) if path.is_file() else None
         mode = mode or (recipe.decode if recipe else "exact")
         if mode == "hybrid" and recipe is not None and "mixture" not in options:

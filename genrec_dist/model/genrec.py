@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from genrec_kernels import EmbeddingTables, GradientOrder, embedding_sum
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -26,10 +25,15 @@ from genrec_dist.data.batch import IGNORED, ItemTargets, ModelInputs
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.model.dropout import drop
 from genrec_dist.model.head_loss import head_loss, resolve_head
-from genrec_dist.model.packed_layers import LayerRunner, lowered, product_dtype
-
-POSITION_OFFSET = 2
-"""BART's learned positions start at row 2 of their table."""
+from genrec_dist.model.network import (
+    IdProjection,
+    Network,
+    attention_bias,
+    check_ranges,
+    id_table,
+    lower_triangle,
+)
+from genrec_dist.model.packed_layers import LayerRunner, lowered
 
 ENCODER_FIELDS = ("position_ids", "user_rows", "item_rows", "further_ids")
 """Fields of `EncoderInput` that callers with plain Hugging Face inputs may leave out."""
@@ -84,41 +88,7 @@ class GenRecConfig(BartConfig):
     certain_tokens: str = "learned"
 
 
-class IdEmbedding(nn.Embedding):
-    """An id table whose row 0 is zero and stays zero."""
-
-    def __init__(self, num_ids: int, width: int):
-        super().__init__(num_ids + 1, width, padding_idx=0)
-
-    def places(self, rows_BL: Tensor) -> Tensor:
-        """The rows' indices in `weight`."""
-        return rows_BL
-
-
-class FetchedRows(nn.Module):
-    """The rows of an id table that a step or an evaluation reads, set from outside; not a
-    parameter."""
-
-    weight: Tensor
-    """float32 [u + 1, F]: the zero row and the fetched ones."""
-    rows: Tensor | None = None
-    """int64 [u], ascending: which rows they are. None: the batch holds indices already."""
-
-    def places(self, rows_BL: Tensor) -> Tensor:
-        """The rows' indices in `weight`."""
-        if self.rows is None:
-            return rows_BL
-        return torch.where(rows_BL > 0, torch.searchsorted(self.rows, rows_BL - 1) + 1, 0)
-
-
-class IdProjection(nn.Linear):
-    """From the width of a factorised id table to the model's; keeps the scale of its input."""
-
-    def __init__(self, id_dim: int, width: int):
-        super().__init__(id_dim, width, bias=False)
-
-
-class GenRecForConditionalGeneration(BartForConditionalGeneration):
+class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
     """BART with the paper's equation (2) as its input. Loads plain BART weights; the id tables then
     start fresh.
 
@@ -134,8 +104,8 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
 
     def __init__(self, config: GenRecConfig):
         super().__init__(config)
-        self.user_embedding, self.user_projection = _id_table(config, config.num_users)
-        self.item_embedding, self.item_projection = _id_table(config, config.num_items)
+        self.user_embedding, self.user_projection = id_table(config, config.num_users)
+        self.item_embedding, self.item_projection = id_table(config, config.num_items)
         if config.spoken_tokens:
             # Hugging Face's `generate` adds this to the logits.
             self.final_logits_bias[:, config.spoken_tokens :] = float("-inf")
@@ -145,66 +115,6 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         super()._init_weights(module)
         if isinstance(module, IdProjection):
             init.normal_(module.weight, std=module.in_features**-0.5)
-
-    def embed(
-        self, encoder: EncoderInput, plan: GradientOrder | None = None, *, normed: bool = False
-    ) -> Tensor:
-        """The embedding sum before BART's layer norm, float [B, L, D]; `normed`: after it. `plan`:
-        the batch's."""
-        bart = self.model.encoder
-        norm = bart.layernorm_embedding
-        tokens = bart.embed_tokens.weight
-        users, items = self.user_embedding, self.item_embedding
-        fused = normed and encoder.further_ids is None
-        tables = EmbeddingTables(
-            token=tokens,
-            position=bart.embed_positions.weight,
-            user=None if users is None else users.weight,
-            item=None if items is None else items.weight,
-            scale=bart.embed_tokens.embed_scale,
-            position_offset=POSITION_OFFSET,
-            pad_token_id=self.config.pad_token_id,
-            id_dropout=self.config.id_dropout,
-            user_projection=None if self.user_projection is None else self.user_projection.weight,
-            item_projection=None if self.item_projection is None else self.item_projection.weight,
-            norm_weight=norm.weight if fused else None,
-            norm_bias=norm.bias if fused else None,
-            norm_eps=norm.eps,
-        )
-        embedded_BLD = embedding_sum(
-            encoder.input_ids,
-            encoder.position_ids,
-            encoder.user_rows if users is None else users.places(encoder.user_rows),
-            encoder.item_rows if items is None else items.places(encoder.item_rows),
-            tables,
-            training=self.training,
-            order=plan,
-        )
-        if encoder.further_ids is None:
-            return embedded_BLD
-        further_BLD = sum_of_rows(encoder.further_ids, tokens, self.config.pad_token_id)
-        embedded_BLD = embedded_BLD + further_BLD * bart.embed_tokens.embed_scale
-        return norm(embedded_BLD) if normed else embedded_BLD
-
-    def encode(self, encoder: EncoderInput, plan: GradientOrder | None = None) -> Tensor:
-        """Encoder states, float [B, L, D]. `plan`: `ModelInputs.plan`."""
-        bart = self.model.encoder
-        hidden_BLD = self.embed(encoder, plan, normed=True)
-        hidden_BLD = F.dropout(hidden_BLD, bart.dropout, self.training)
-        seen = encoder.attention_mask[:, None, None]
-        if self.config.encoder_attention == "causal":
-            seen = seen & _lower_triangle(seen.shape[-1], seen.device)
-        bias = attention_bias(seen, hidden_BLD)
-        for layer in bart.layers:
-            hidden_BLD = layer(hidden_BLD, bias)
-        return hidden_BLD
-
-    def masked_states(self, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """The encoder's states at the [MASK] after each history, [B, D]; of a causal encoder at its
-        last token."""
-        from_end = 1 if self.config.encoder_attention == "causal" else 2
-        users_B = torch.arange(len(memory_BLD), device=memory_BLD.device)
-        return memory_BLD[users_B, mask_BL.sum(1) - from_end]
 
     def decode(
         self,
@@ -228,19 +138,13 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         if start_RD is not None:
             hidden_RTD = torch.cat([hidden_RTD[:, :1] + start_RD[:, None], hidden_RTD[:, 1:]], 1)
         hidden_RTD = F.dropout(bart.layernorm_embedding(hidden_RTD), bart.dropout, self.training)
-        causal_TT = _lower_triangle(ids_RT.shape[1], hidden_RTD.device)
+        causal_TT = lower_triangle(ids_RT.shape[1], hidden_RTD.device)
         bias_11TT = attention_bias(causal_TT[None, None], hidden_RTD)
         memory_bias = attention_bias(memory_mask_RL[:, None, None], hidden_RTD)
         options = {"encoder_attention_mask": memory_bias, "use_cache": False}
         for layer in bart.layers:
             hidden_RTD = layer(hidden_RTD, bias_11TT, memory_RLD, **options)
         return hidden_RTD
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The head's rows of the output vocabulary, [V, D]."""
-        weight: Tensor = self.lm_head.weight
-        return weight[: self.config.spoken_tokens] if self.config.spoken_tokens else weight
 
     def target_logits(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """(logits float [n, V], labels int64 [n]) of the label tokens of padded inputs; padding
@@ -288,17 +192,6 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         for layer in bart.decoder.layers:
             hidden_mD = self.runner.decode(layer, hidden_mD, memory_nD, packing)
         return hidden_mD, hidden_nD
-
-    def item_logits(self, masked_RD: Tensor) -> Tensor:
-        """The item head: logits [R, N] of the encoder's states at masks."""
-        return F.linear(*self._item_head(masked_RD))
-
-    def _item_head(self, masked_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """(queries [R, F], rows of the items [N, F])."""
-        assert isinstance(self.item_embedding, IdEmbedding)
-        if self.item_projection is not None:  # (P e) . h = e . (P^T h)
-            masked_RD = F.linear(masked_RD, self.item_projection.weight.T)
-        return masked_RD, self.item_embedding.weight[1:]
 
     def item_loss(self, memory: Tensor, targets: ItemTargets, label_smoothing: float) -> Tensor:
         """The summed cross-entropy of the item head.
@@ -448,56 +341,6 @@ class GenRecForConditionalGeneration(BartForConditionalGeneration):
         # On a device the check would wait for it; batches are checked when they are made.
         if ids.device.type == "cpu":
             check_ranges(encoder, self.config)
-
-
-def _id_table(
-    config: GenRecConfig, num_ids: int
-) -> tuple[IdEmbedding | FetchedRows | None, IdProjection | None]:
-    if num_ids == 0:
-        return None, None
-    width = config.id_dim or config.d_model
-    table = FetchedRows() if config.ids_outside else IdEmbedding(num_ids, width)
-    return table, IdProjection(width, config.d_model) if width != config.d_model else None
-
-
-def _lower_triangle(size: int, device: torch.device) -> Tensor:
-    return torch.ones(size, size, dtype=torch.bool, device=device).tril()
-
-
-def sum_of_rows(ids_BLS: Tensor, table_VD: Tensor, pad_token_id: int) -> Tensor:
-    """The sum of these rows over S, float [B, L, D]; `pad_token_id` adds nothing and has no
-    gradient."""
-    if not ids_BLS.shape[-1]:
-        return table_VD.new_zeros(*ids_BLS.shape[:-1], table_VD.shape[1])
-    flat_nS = ids_BLS.flatten(0, -2)
-    summed_nD: Tensor = F.embedding_bag(flat_nS, table_VD, mode="sum", padding_idx=pad_token_id)
-    return summed_nD.view(*ids_BLS.shape[:-1], -1)
-
-
-def check_ranges(encoder: EncoderInput, config: GenRecConfig) -> None:
-    """Raise ValueError naming the table if an index is outside it."""
-    limits = [
-        ("token", encoder.input_ids, config.vocab_size),
-        ("further token", encoder.further_ids, config.vocab_size),
-        ("position", encoder.position_ids, config.max_position_embeddings),
-        ("user", encoder.user_rows, config.num_users + 1 if config.num_users else None),
-        ("item", encoder.item_rows, config.num_items + 1 if config.num_items else None),
-    ]
-    for name, values, limit in limits:
-        if limit is None or values is None or not values.numel():
-            continue
-        low, high = (int(value) for value in torch.aminmax(values))
-        if low < 0 or high >= limit:
-            bad = low if low < 0 else high
-            raise ValueError(
-                f"{name} id {bad} is outside its table of {limit} rows: prepare and shard again"
-            )
-
-
-def attention_bias(seen: Tensor, hidden: Tensor) -> Tensor:
-    """0 where `seen` is True, -inf elsewhere, in the precision of the attention scores."""
-    bias = torch.zeros(seen.shape, dtype=product_dtype(hidden), device=hidden.device)
-    return bias.masked_fill_(~seen, float("-inf"))
 
 
 def choose_attention(model: GenRecForConditionalGeneration, precision: str) -> None:

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from genrec_dist.config.recipe import HeadLoss
-from genrec_dist.model.packed_layers import product_dtype
+from genrec_dist.model.network import product_dtype
 
 CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**25, 2**27
 """Most logits that the chunked loss holds at one time, whatever the number of target tokens."""

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from genrec_dist.data.word_table import WordTable
-from genrec_dist.model.genrec import GenRecForConditionalGeneration, IdEmbedding
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.network import IdEmbedding
 
 MOST_FACTORS = 128
 """Most columns of an item's row that co-occurrence initialises; more carry little and take long to

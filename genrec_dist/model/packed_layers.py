@@ -6,16 +6,23 @@ few conversions."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers.models.bart.modeling_bart import BartAttention, BartDecoderLayer, BartEncoderLayer
 
 from genrec_dist.data.packing import Attended, Packing
 from genrec_dist.model.dropout import add_dropped, drop
+from genrec_dist.model.network import product_dtype
 from genrec_dist.model.packed_attention import attend
+
+if TYPE_CHECKING:
+    from transformers.models.bart.modeling_bart import (
+        BartAttention,
+        BartDecoderLayer,
+        BartEncoderLayer,
+    )
 
 
 class LayerRunner:
@@ -75,12 +82,6 @@ def decoder_layer(
         add_dropped(hidden_mD, mixed_mD, layer.dropout, layer.training)
     )
     return _feed_forward(layer, hidden_mD)
-
-
-def product_dtype(values: Tensor) -> torch.dtype:
-    """The type of matrix products of these values: autocast's where it is on, else their own."""
-    device = values.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
 
 
 def lowered(hidden: Tensor) -> Tensor:

@@ -9,8 +9,11 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+import yaml
 from genrec_shards.atomic import atomic_file
 
+from genrec_dist.config.recipe import sample_unit
+from genrec_dist.config.used_settings import used_settings
 from genrec_dist.report.advice import advice
 from genrec_dist.report.html import definitions, duration, grid, page, percent, text
 from genrec_dist.report.run_files import RunFiles, is_number, read_run_files
@@ -332,6 +335,7 @@ def _protocol(run: RunFiles) -> str:
         + (f"<small>{PROTOCOL[key]}</small>" if key in PROTOCOL else "")
         + "</dd></div>"
         for key, value in protocol.items()
+        if value is not None  # of a part that this system does not have, as a beam
     )
     return f'<section><h2>Protocol</h2><dl class="protocol">{rows}</dl></section>'
 
@@ -351,7 +355,7 @@ def _throughput(run: RunFiles) -> str:
             continue
         cells = [
             _figure(steps, "tokens_per_second", median, "{:,.0f}"),
-            _figure(steps, "samples_per_second", median, "{:,.0f}"),
+            _figure(steps, "samples_per_second", median, "{:,.0f} " + _sample_unit(run, stage)),
             _figure(steps, "mfu", median, "{:.1%}"),
             _figure(steps, "padding_share", fmean, "{:.1%}"),
             _figure(steps, "data_wait_share", fmean, "{:.1%}"),
@@ -373,12 +377,17 @@ def _throughput(run: RunFiles) -> str:
 _RATES = (
     "stage",
     "tokens/s",
-    "samples/s",
+    "per second",
     "MFU",
     "padding",
     "waiting for data",
     "memory of rank 0",
 )
+
+
+def _sample_unit(run: RunFiles, stage: str) -> str:
+    section = run.recipe.get(stage)
+    return sample_unit(section.get("targets")) if isinstance(section, dict) else "samples"
 
 
 def _peak(run: RunFiles) -> str:
@@ -393,11 +402,13 @@ def _notes(run: RunFiles) -> str:
 
 
 def _recipe(run: RunFiles) -> str:
-    return (
-        f"<details><summary>Recipe</summary><pre>{text(run.recipe_text)}</pre></details>"
-        if run.recipe_text
-        else ""
-    )
+    if not run.recipe_text:
+        return ""
+    shown, note = run.recipe_text, ""
+    if run.recipe:
+        shown = yaml.safe_dump(used_settings(run.recipe), sort_keys=False, allow_unicode=True)
+        note = '<p class="small">Settings of parts that are off are left out.</p>'
+    return f"<details><summary>Recipe</summary><pre>{text(shown)}</pre>{note}</details>"
 
 
 def _systems(metrics: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -446,7 +457,7 @@ def _plain(value: Any) -> str:
         return ", ".join(
             f"{key} {item:,}" if is_number(item) else f"{key} {item}" for key, item in value.items()
         )
-    return "not known" if value is None else str(value)
+    return str(value)
 
 
 def _name(system: Any) -> str:

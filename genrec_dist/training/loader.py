@@ -16,7 +16,8 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import RankStep
 from genrec_dist.data.collate import BatchOptions, make_step
 from genrec_dist.data.encoder_input import Layout
-from genrec_dist.model.genrec import POSITION_OFFSET, GenRecConfig
+from genrec_dist.model.genrec import GenRecConfig
+from genrec_dist.model.network import POSITION_OFFSET
 from genrec_dist.training.id_tables import plan_ids
 from genrec_dist.training.stages import StageSteps, stage_of
 

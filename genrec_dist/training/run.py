@@ -12,6 +12,7 @@ from genrec_shards.histories import exclude_history_default, sample_users
 
 from genrec_dist.baselines.registry import reference_scores
 from genrec_dist.config.load import dump_recipe
+from genrec_dist.config.paths import check_run_is_new
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.distributed.collectives import Ranks
@@ -52,11 +53,8 @@ def train(
     run = Path(recipe.run)
     recipe = resolve_recipe(recipe, run if resume else None)[0]
     accelerator = make_accelerator(recipe)
-    if resume is None and (run / "events.jsonl").exists():
-        raise ValueError(
-            f"{run}: a run is there already: continue it with --resume latest, or set another run "
-            "directory"
-        )
+    if resume is None:
+        check_run_is_new(run)
     ranks = Ranks()
     setup, model = ranks.run_on_all(lambda: build_setup(recipe))
     model.config.exclude_history = exclude_history_default(setup.dataset.sequences)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from genrec_shards.storage.manifest import file_sha256
 from torch import Tensor
 
 from genrec_dist.config.load import load_recipe
+from genrec_dist.config.paths import origin_folder
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.word_table import WordTable
 from genrec_dist.decoding.trie import TRIE_FILE
@@ -77,13 +77,7 @@ def open_origin(path: str) -> Origin:
     Raises:
         ValueError: naming what is missing.
     """
-    run = Path(path)
-    folder = run / "best" if (run / "best").is_dir() else run
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"init_from {path}: neither a run with best/ in it nor a model's directory: give a run "
-            "of `genrec train` that has finished an epoch of finetuning"
-        )
+    folder = origin_folder(path)
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         if file.name != TRIE_FILE:

@@ -125,7 +125,7 @@ def load_dataset(path: str | Path, lists: Callable[[], Lists] | None = None) -> 
             another version.
     """
     path = Path(path)
-    info = _load_info(path / "dataset.json")
+    info = load_info(path / "dataset.json")
     users, items = _Table(path / "users.parquet"), _Table(path / "items.parquet")
     flat_items, offsets, timestamps = (lists or _Table(path / "sequences.parquet").lists)()
     periods = None
@@ -259,7 +259,12 @@ def _joined(arrays: list[Any], dtype: type) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype), *(array.to_numpy() for array in arrays)])
 
 
-def _load_info(path: Path) -> DatasetInfo:
+def load_info(path: Path) -> DatasetInfo:
+    """Read and check `dataset.json`.
+
+    Raises:
+        DataError: it is missing, damaged or of another version.
+    """
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         version = fields["format_version"]

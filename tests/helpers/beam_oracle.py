@@ -22,7 +22,8 @@ from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.evaluation.score_mixture import Mixture
 from genrec_dist.model.build import ModelSizes, build_model
-from genrec_dist.model.genrec import GenRecForConditionalGeneration, IdEmbedding
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.network import IdEmbedding
 
 BOS, PAD, EOS, MASK, FIRST = 0, 1, 2, 4, 5
 ALPHABET, MOST_ITEMS, NUM_USERS = 4, 60, 6

@@ -170,15 +170,32 @@ def test_the_citation_is_whole() -> None:
 
 
 @pytest.mark.skipif(find_spec("hatchling") is None, reason="hatchling is not in this environment")
-def test_the_wheel_holds_packages_recipes_and_styles(tmp_path: Path) -> None:
+def test_the_wheel_holds_packages_and_shipped_files(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
     for package in ("genrec_dist", "genrec_kernels", "genrec_shards", "genrec_tuning"):
         assert {f"{package}/__init__.py", f"{package}/py.typed"} <= held
     data = [path for path in ROOT.glob("genrec_dist/**/*") if path.suffix in (".yaml", ".css")]
     assert len(data) > 5
     assert {name_of(path) for path in data} <= held
     assert not [name for name in held if name.startswith(("tests/", "kernels/", "shards/"))]
+    # Where the wheel alone is installed, commands find what lies outside of the packages here.
+    code = """
+from genrec_dist.cli.app import run_command
+from genrec_dist.config.load import shipped_recipes
+from genrec_dist.config.shipped import shipped_files, shipped_folder
+print(*shipped_recipes(), *shipped_files(shipped_folder("genrec_tuning", "spaces")), flush=True)
+run_command(["launch-file", "gpu_node_8_zero2"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")}, check=True,
+    )  # fmt: skip
+    names, _, printed = done.stdout.partition("\n")
+    recipes = sorted(path.stem for path in (ROOT / "genrec_dist" / "recipes").iterdir())
+    assert names.split() == [*recipes, "beauty.yaml", "smoke.yaml"]
+    assert printed == (ROOT / "launch" / "gpu_node_8_zero2.yaml").read_text()

@@ -17,6 +17,7 @@ from genrec_shards.storage.remote import is_address
 
 from genrec_dist.config.load import load_recipe, recipe_from, use_current_keys
 from genrec_dist.config.recipe import Recipe
+from genrec_dist.config.shipped import find_shipped, shipped_folder
 from genrec_tuning.record import Value
 
 Kind = Literal["uniform", "loguniform", "int", "logint", "choice"]
@@ -158,7 +159,7 @@ def load_space(source: str | Path, trials: int | None = None) -> Space:
     """Read a space file and try the corners of its ranges on the recipe.
 
     Args:
-        source: the file.
+        source: the file, or the name of a shipped one.
         trials: in place of the file's.
 
     Raises:
@@ -166,7 +167,7 @@ def load_space(source: str | Path, trials: int | None = None) -> Space:
     """
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"{path}: no such space file; those of this project are in tuning/spaces")
+        path = find_shipped(shipped_folder("genrec_tuning", "spaces"), str(source), "space file")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):

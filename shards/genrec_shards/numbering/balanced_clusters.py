@@ -7,8 +7,6 @@ import heapq
 from collections.abc import Sequence
 
 import numpy as np
-import scipy.sparse as sp
-from scipy.spatial.distance import cdist
 
 from genrec_shards.keyed_random import keyed_bits, keyed_permutation, mixed_key
 
@@ -85,6 +83,9 @@ def balanced_clusters(points: np.ndarray, num_clusters: int, key: int) -> np.nda
 
     k-means whose assignment is `balanced_assignment`; first centres as in k-means++, drawn under
     the key."""
+    import scipy.sparse as sp
+    from scipy.spatial.distance import cdist
+
     if len(points) <= num_clusters:
         return np.arange(len(points))
     capacity = -(-len(points) // num_clusters)

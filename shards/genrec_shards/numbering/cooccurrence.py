@@ -3,11 +3,17 @@ its largest factors."""
 
 # N items, D dims
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-import scipy.sparse as sp
 
 from genrec_shards.numbering.truncated_eigen import factor_rows
 from genrec_shards.sequences import Sequences, flat_ranges
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
 
 WINDOW = 6
 """How many steps apart two items of one training part may be to count as a pair."""
@@ -33,6 +39,8 @@ def cooccurrence_vectors(sequences: Sequences, dims: int, seed: int) -> np.ndarr
     The factors of positive pointwise mutual information: max(0, log of how much more often than by
     chance two items are together). A row of zeros for an item without a neighbour. Held-out
     interactions are not looked at."""
+    import scipy.sparse as sp
+
     weights_NN = cooccurrences(sequences, WINDOW)
     mass_N = np.asarray(weights_NN.sum(axis=1)).ravel()
     pairs = weights_NN.tocoo()
@@ -50,6 +58,8 @@ def neighbour_vectors(sequences: Sequences, dims: int, seed: int) -> np.ndarray:
     The measure of `baseline knn`, both ways alike; more of an item's neighbours are near it than by
     `cooccurrence_vectors` (docs/log.md). A row of zeros for an item without a neighbour. Held-out
     interactions are not looked at."""
+    import scipy.sparse as sp
+
     weights_NN = cooccurrences(sequences, WINDOW)
     # One more, so that a rare item with one lucky pair does not outweigh everything.
     scale = sp.diags(1 / np.sqrt(np.asarray(weights_NN.sum(axis=1)).ravel() + 1))
@@ -59,6 +69,8 @@ def neighbour_vectors(sequences: Sequences, dims: int, seed: int) -> np.ndarray:
 def cooccurrences(sequences: Sequences, window: int) -> sp.csr_matrix:
     """float64[N, N], symmetric: the sum of 1/distance over all pairs at most `window` steps apart
     in a training part."""
+    import scipy.sparse as sp
+
     items, users = training_items(sequences)
     earlier, later, weights = [], [], []
     for distance in range(1, window + 1):

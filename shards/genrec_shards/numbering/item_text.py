@@ -1,6 +1,8 @@
 """What items are: their text and attributes, read from a table beside the log, and vectors of their
 words."""
 
+from __future__ import annotations
+
 import ast
 import csv
 import gzip
@@ -10,16 +12,18 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import scipy.sparse as sp
 
 from genrec_shards.errors import DataError
 from genrec_shards.numbering.truncated_eigen import factor_rows
 from genrec_shards.storage.manifest import file_sha256
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
 
 # N items, F features, D dims
 
@@ -132,6 +136,8 @@ def text_vectors(texts: Sequence[str], dims: int, seed: int) -> np.ndarray:
 
 def word_weights(texts: Sequence[str]) -> sp.csr_matrix:
     """float64[N, F] of the buckets that are used: what `text_vectors` takes the factors of."""
+    import scipy.sparse as sp
+
     # crc32, because Python's own hash of a string differs from process to process.
     buckets = [
         [zlib.crc32(word.encode()) % FEATURES for word in _WORD.findall(text.lower())]
@@ -152,6 +158,8 @@ def word_weights(texts: Sequence[str]) -> sp.csr_matrix:
 
 def unit_rows(matrix_NF: sp.csr_matrix) -> sp.csr_matrix:
     """Rows of length 1; rows of zeros stay."""
+    import scipy.sparse as sp
+
     lengths_N = np.sqrt(np.asarray(matrix_NF.multiply(matrix_NF).sum(axis=1)).ravel())
     factors_N = np.divide(1, lengths_N, out=np.zeros_like(lengths_N), where=lengths_N > 0)
     return (sp.diags(factors_N) @ matrix_NF).tocsr()

@@ -2,10 +2,16 @@
 
 # N rows, F columns, D dims kept, B columns of the iterated block
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
-import scipy.sparse as sp
 
 from genrec_shards.keyed_random import keyed_bits, mixed_key
+
+if TYPE_CHECKING:
+    import scipy.sparse as sp
 
 _START_STREAM = 11
 _SPARE = 16
@@ -80,6 +86,8 @@ def _orthonormal(block_NB: np.ndarray) -> np.ndarray:
 
 def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """left @ right as scipy multiplies sparse matrices: in one fixed order, without BLAS."""
+    import scipy.sparse as sp
+
     return sp.csr_matrix(left) @ right
 
 

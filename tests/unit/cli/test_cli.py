@@ -333,8 +333,11 @@ def test_recipes_that_do_not_fit(
 ) -> None:
     recipe = recipe_file(tmp_path, data=tiny_data, run=tmp_path / "run")
     for arguments, said in (
-        (["absent"], "absent: no such recipe file; shipped recipes: best, demo"),
-        ([recipe, "--set", "model.d_modle=8"], "unknown key model.d_modle; known here: d_model"),
+        (["absent"], "absent: no such recipe file; shipped recipes: auto, best, demo"),
+        (
+            [recipe, "--set", "model.d_modle=8"],
+            "unknown key model.d_modle; did you mean `model.d_m",
+        ),
         ([recipe, "--set", "model.d_model=wide"], "model.d_model: 'wide' is not of type int"),
         ([recipe, "--set", "seed"], "--set seed: write it as dotted.key=value"),
         (

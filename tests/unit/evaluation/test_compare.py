@@ -306,14 +306,31 @@ def test_what_may_differ_is_told(tmp_path, dataset):
 
 
 @pytest.mark.parametrize(
+    ("a", "b", "differs"),
+    [
+        ({}, {"beam": None, "decode": None}, {}),  # a baseline
+        ({}, {"beam": 50, "decode": "items"}, {"decode": ["exact", "items"]}),
+        ({"decode": "all"}, {"beam": 50, "decode": "all"}, {}),
+    ],
+)
+def test_what_one_side_does_not_have_does_not_differ(tmp_path, dataset, a, b, differs):
+    run_a, run_b = (
+        make_run(tmp_path / name, dataset, **side) for name, side in (("a", a), ("b", b))
+    )
+    found = compare(run_a, run_b, resamples=200)
+    assert found.differs == differs
+    assert ("differs" in conclusion(found)) == bool(differs)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "said"),
     [
         (
             "ties",
             "shuffle",
-            'ties is "keep" in .*a and "shuffle" in .*b: evaluate both under one protocol',
+            'different data: ties is "keep" in .*a and "shuffle" in .*b: .* one data directory',
         ),
-        ("trained_through", "n-1", 'trained_through is "n-2"'),
+        ("trained_through", "n-1", '^trained_through is "n-2" .* under one protocol'),
         ("exclude_history", True, "exclude_history is false in .*a and true in .*b"),
         ("users", {"sample": 60, "seed": 1}, 'users is "all"'),
     ],
@@ -333,15 +350,15 @@ def test_other_users_and_targets_are_refused(tmp_path, dataset):
     pq.write_table(table.set_column(0, "user", [[*users[:41], "somebody", *users[42:]]]), lists)
     with pytest.raises(
         ValueError,
-        match=r"row 41: user 'user-41' in .*a.*, 'somebody' in .*b.*: both runs need the same",
+        match=r"different data: user 'user-41' in row 41 of .*a.*, 'somebody' in that of .*b",
     ):
         compare(a, b)
     targets = table.column("target").to_pylist()
     pq.write_table(table.set_column(1, "target", [[*targets[1:], targets[0]]]), lists)
-    with pytest.raises(ValueError, match="row 0: target"):
+    with pytest.raises(ValueError, match=r"different data: target .* in row 0"):
         compare(a, b)
     pq.write_table(table.slice(0, 30), lists)
-    with pytest.raises(ValueError, match="hold different numbers of users"):
+    with pytest.raises(ValueError, match=r"different data: 60 users in .*a.*, 30 in .*b"):
         compare(a, b)
 
 

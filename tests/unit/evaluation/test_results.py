@@ -1,6 +1,5 @@
 """The files of results: what is in them, what is refused, and that equal lists give equal bytes."""
 
-import io
 import json
 import tracemalloc
 from dataclasses import asdict, replace
@@ -17,7 +16,6 @@ from genrec_shards.prepare import prepare
 from genrec_shards.sequences import Sequences
 from genrec_shards.storage.write import write_shards
 from result_files import write_results
-from rich.console import Console
 
 from genrec_dist.baselines import registry as baseline
 from genrec_dist.baselines.run import run_baseline
@@ -28,7 +26,7 @@ from genrec_dist.evaluation.metrics import (
     rank_histogram,
     target_ranks,
 )
-from genrec_dist.evaluation.results import Protocol, ResultsWriter, format_table
+from genrec_dist.evaluation.results import Protocol, ResultsWriter
 
 FIELDS = {
     *(
@@ -481,18 +479,6 @@ def test_sampled_users_are_a_function_of_the_seed():
         952,
     ]  # elsewhere and in years to come
     assert np.array_equal(sample_users(10, 0, 1), np.arange(10))
-
-
-def test_table_shows_each_system_once_in_the_fields_notation():
-    knn = {"HR@5": 0.0566, "NDCG@5": 0.0421, "HR@10": 0.0789, "NDCG@10": 0.0493}
-    ours = {"system": "genrec", "HR@5": 0.0601, "beside": {"counting": None, "knn": knn}}
-    console = Console(width=100, record=True, file=io.StringIO())
-    console.print(format_table([ours, {"system": "knn", **knn}]))
-    lines = [line.split("│")[1:-1] for line in console.export_text().splitlines() if "│" in line]
-    assert [[cell.strip() for cell in line] for line in lines] == [
-        ["genrec", ".0601", "–", "–", "–"],
-        ["knn", ".0566", ".0421", ".0789", ".0493"],
-    ]
 
 
 def test_codes_that_saw_validation_are_refused_there_and_not_on_test(tmp_path, dataset):

@@ -21,11 +21,10 @@ from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import (
     GenRecConfig,
     GenRecForConditionalGeneration,
-    attention_bias,
-    check_ranges,
     choose_attention,
 )
 from genrec_dist.model.head_loss import target_loss
+from genrec_dist.model.network import attention_bias, check_ranges
 from genrec_dist.model.optimizer import build_optimizer
 
 logging.set_verbosity_error()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from html_page import Page
 
+from genrec_dist.config.load import dump_recipe, load_recipe
 from genrec_dist.report.run_report import headline, write_report
 from genrec_dist.report.svg import Dot, Line, dot_chart, line_chart, score, smooth, ticks
 
@@ -163,6 +164,31 @@ def test_full_run_says_everything(tmp_path: Path) -> None:
         assert words in page.text, words
     assert sum(tag == "svg" for tag, _ in page.tags) == 4
     assert len(list(run.glob(".*"))) == 0
+
+
+def test_what_a_run_does_not_have_is_left_out(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", splits=())
+    metrics = metrics_of("test")
+    metrics["protocol"] |= {"beam": None, "item_weight": None, "graph": None}
+    (run / "metrics-test.json").write_text(json.dumps(metrics))
+    recipe = load_recipe("best", [f"run={run}"])
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    text = read(write_report(run)).text
+    for words in ("item weight", "graph", "candidates kept at each step", "warmup", "strategy"):
+        assert (words in text) == (words == "warmup"), words
+    for words in ("pretrain: epochs: 0 finetune: epochs: 6", "decode exact", "seed: 0"):
+        assert words in text, words
+    for words in ("id_learning_rate", "backbone", "null"):
+        assert words not in text, words
+
+
+@pytest.mark.parametrize(
+    ("targets", "unit"), [("every-prefix", "430 samples"), ("all-prefixes", "430 users")]
+)
+def test_samples_that_are_users_are_called_so(tmp_path: Path, targets: str, unit: str) -> None:
+    run = make_run(tmp_path / "run", stages=("finetune",))
+    (run / "recipe.yaml").write_text(f"finetune: {{epochs: 8, targets: {targets}}}\n")
+    assert unit in read(write_report(run)).text
 
 
 def test_breadth_and_breakdown_are_tables(tmp_path: Path) -> None:

@@ -1,0 +1,203 @@
+"""GenRec's arithmetic, for whatever modules hold BART's weights: from ids to encoder states, and
+from states to items."""
+
+# B samples, R decoder rows, L input tokens, T target tokens, D width, V output vocabulary, N items,
+# F width of the id tables
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from genrec_kernels import EmbeddingTables, GradientOrder, embedding_sum
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from genrec_dist.data.encoder_input import EncoderInput
+
+POSITION_OFFSET = 2
+"""BART's learned positions start at row 2 of their table."""
+
+
+class IdEmbedding(nn.Embedding):
+    """An id table whose row 0 is zero and stays zero."""
+
+    def __init__(self, num_ids: int, width: int):
+        super().__init__(num_ids + 1, width, padding_idx=0)
+
+    def places(self, rows_BL: Tensor) -> Tensor:
+        """The rows' indices in `weight`."""
+        return rows_BL
+
+
+class FetchedRows(nn.Module):
+    """The rows of an id table that a step or an evaluation reads, set from outside; not a
+    parameter."""
+
+    weight: Tensor
+    """float32 [u + 1, F]: the zero row and the fetched ones."""
+    rows: Tensor | None = None
+    """int64 [u], ascending: which rows they are. None: the batch holds indices already."""
+
+    def places(self, rows_BL: Tensor) -> Tensor:
+        """The rows' indices in `weight`."""
+        if self.rows is None:
+            return rows_BL
+        return torch.where(rows_BL > 0, torch.searchsorted(self.rows, rows_BL - 1) + 1, 0)
+
+
+class IdProjection(nn.Linear):
+    """From the width of a factorised id table to the model's; keeps the scale of its input."""
+
+    def __init__(self, id_dim: int, width: int):
+        super().__init__(id_dim, width, bias=False)
+
+
+class Network:
+    """What training and decoding compute alike. Whoever inherits from it has BART's modules under
+    Hugging Face's names, and the id tables."""
+
+    config: Any
+    """`GenRecConfig`, or an object with its fields."""
+    model: Any
+    """With `encoder` and `decoder`."""
+    lm_head: Any
+    user_embedding: IdEmbedding | FetchedRows | None
+    user_projection: IdProjection | None
+    item_embedding: IdEmbedding | FetchedRows | None
+    item_projection: IdProjection | None
+    training: bool
+    device: torch.device
+
+    def embed(
+        self, encoder: EncoderInput, plan: GradientOrder | None = None, *, normed: bool = False
+    ) -> Tensor:
+        """The embedding sum before BART's layer norm, float [B, L, D]; `normed`: after it. `plan`:
+        the batch's."""
+        bart = self.model.encoder
+        norm = bart.layernorm_embedding
+        tokens = bart.embed_tokens.weight
+        users, items = self.user_embedding, self.item_embedding
+        fused = normed and encoder.further_ids is None
+        tables = EmbeddingTables(
+            token=tokens,
+            position=bart.embed_positions.weight,
+            user=None if users is None else users.weight,
+            item=None if items is None else items.weight,
+            scale=bart.embed_tokens.embed_scale,
+            position_offset=POSITION_OFFSET,
+            pad_token_id=self.config.pad_token_id,
+            id_dropout=self.config.id_dropout,
+            user_projection=None if self.user_projection is None else self.user_projection.weight,
+            item_projection=None if self.item_projection is None else self.item_projection.weight,
+            norm_weight=norm.weight if fused else None,
+            norm_bias=norm.bias if fused else None,
+            norm_eps=norm.eps,
+        )
+        embedded_BLD = embedding_sum(
+            encoder.input_ids,
+            encoder.position_ids,
+            encoder.user_rows if users is None else users.places(encoder.user_rows),
+            encoder.item_rows if items is None else items.places(encoder.item_rows),
+            tables,
+            training=self.training,
+            order=plan,
+        )
+        if encoder.further_ids is None:
+            return embedded_BLD
+        further_BLD = sum_of_rows(encoder.further_ids, tokens, self.config.pad_token_id)
+        embedded_BLD = embedded_BLD + further_BLD * bart.embed_tokens.embed_scale
+        return norm(embedded_BLD) if normed else embedded_BLD
+
+    def encode(self, encoder: EncoderInput, plan: GradientOrder | None = None) -> Tensor:
+        """Encoder states, float [B, L, D]. `plan`: `ModelInputs.plan`."""
+        bart = self.model.encoder
+        hidden_BLD = self.embed(encoder, plan, normed=True)
+        hidden_BLD = F.dropout(hidden_BLD, bart.dropout, self.training)
+        seen = encoder.attention_mask[:, None, None]
+        if self.config.encoder_attention == "causal":
+            seen = seen & lower_triangle(seen.shape[-1], seen.device)
+        bias = attention_bias(seen, hidden_BLD)
+        for layer in bart.layers:
+            hidden_BLD = layer(hidden_BLD, bias)
+        return hidden_BLD
+
+    def masked_states(self, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """The encoder's states at the [MASK] after each history, [B, D]; of a causal encoder at its
+        last token."""
+        from_end = 1 if self.config.encoder_attention == "causal" else 2
+        users_B = torch.arange(len(memory_BLD), device=memory_BLD.device)
+        return memory_BLD[users_B, mask_BL.sum(1) - from_end]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's rows of the output vocabulary, [V, D]."""
+        weight: Tensor = self.lm_head.weight
+        return weight[: self.config.spoken_tokens] if self.config.spoken_tokens else weight
+
+    def item_logits(self, masked_RD: Tensor) -> Tensor:
+        """The item head: logits [R, N] of the encoder's states at masks."""
+        return F.linear(*self._item_head(masked_RD))
+
+    def _item_head(self, masked_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """(queries [R, F], rows of the items [N, F])."""
+        assert isinstance(self.item_embedding, IdEmbedding)
+        if self.item_projection is not None:  # (P e) . h = e . (P^T h)
+            masked_RD = F.linear(masked_RD, self.item_projection.weight.T)
+        return masked_RD, self.item_embedding.weight[1:]
+
+
+def id_table(
+    config: Any, num_ids: int
+) -> tuple[IdEmbedding | FetchedRows | None, IdProjection | None]:
+    if num_ids == 0:
+        return None, None
+    width = config.id_dim or config.d_model
+    table = FetchedRows() if config.ids_outside else IdEmbedding(num_ids, width)
+    return table, IdProjection(width, config.d_model) if width != config.d_model else None
+
+
+def lower_triangle(size: int, device: torch.device) -> Tensor:
+    return torch.ones(size, size, dtype=torch.bool, device=device).tril()
+
+
+def sum_of_rows(ids_BLS: Tensor, table_VD: Tensor, pad_token_id: int) -> Tensor:
+    """The sum of these rows over S, float [B, L, D]; `pad_token_id` adds nothing and has no
+    gradient."""
+    if not ids_BLS.shape[-1]:
+        return table_VD.new_zeros(*ids_BLS.shape[:-1], table_VD.shape[1])
+    flat_nS = ids_BLS.flatten(0, -2)
+    summed_nD: Tensor = F.embedding_bag(flat_nS, table_VD, mode="sum", padding_idx=pad_token_id)
+    return summed_nD.view(*ids_BLS.shape[:-1], -1)
+
+
+def check_ranges(encoder: EncoderInput, config: Any) -> None:
+    """Raise ValueError naming the table if an index is outside it."""
+    limits = [
+        ("token", encoder.input_ids, config.vocab_size),
+        ("further token", encoder.further_ids, config.vocab_size),
+        ("position", encoder.position_ids, config.max_position_embeddings),
+        ("user", encoder.user_rows, config.num_users + 1 if config.num_users else None),
+        ("item", encoder.item_rows, config.num_items + 1 if config.num_items else None),
+    ]
+    for name, values, limit in limits:
+        if limit is None or values is None or not values.numel():
+            continue
+        low, high = (int(value) for value in torch.aminmax(values))
+        if low < 0 or high >= limit:
+            bad = low if low < 0 else high
+            raise ValueError(
+                f"{name} id {bad} is outside its table of {limit} rows: prepare and shard again"
+            )
+
+
+def product_dtype(values: Tensor) -> torch.dtype:
+    """The type of matrix products of these values: autocast's where it is on, else their own."""
+    device = values.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else values.dtype
+
+
+def attention_bias(seen: Tensor, hidden: Tensor) -> Tensor:
+    """0 where `seen` is True, -inf elsewhere, in the precision of the attention scores."""
+    bias = torch.zeros(seen.shape, dtype=product_dtype(hidden), device=hidden.device)
+    return bias.masked_fill_(~seen, float("-inf"))
