@@ -12,6 +12,8 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
 
 from genrec_dist.config.suggest import did_you_mean
 
@@ -88,14 +90,15 @@ def say(text: str, style: str = "") -> None:
 
 
 @contextmanager
-def loading(what: str = "torch") -> Iterator[None]:
-    """A sign of life on a terminal's standard error while libraries are imported, which takes
-    seconds."""
+def working(what: str = "loading torch") -> Iterator[None]:
+    """A sign of life on a terminal's standard error, for what says nothing for seconds."""
     console = Console(stderr=True)
     if rank() != 0 or not console.is_terminal:
         yield
         return
-    with console.status(f"loading {what}"):
+    # Not `console.status`, which would send standard output there too.
+    spinner = Spinner("dots", text=what)
+    with Live(spinner, console=console, transient=True, redirect_stdout=False):
         yield
 
 

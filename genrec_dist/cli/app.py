@@ -18,7 +18,7 @@ from genrec_dist.cli.options import RecipeArgument
 from genrec_dist.cli.recipes import complete_space, launch_file, recipes
 from genrec_dist.cli.reproduce import reproduce
 from genrec_dist.cli.scores import baseline, compare, report
-from genrec_dist.console import UsageError, exit_code_of, loading, out, rank, say, world_size
+from genrec_dist.console import UsageError, exit_code_of, out, rank, say, working, world_size
 
 app = typer.Typer(
     name="genrec",
@@ -63,7 +63,8 @@ def demo(
 
     Example: genrec demo --out runs/demo
     """
-    from genrec_dist.cli.demo import run_demo
+    with working():
+        from genrec_dist.cli.demo import run_demo
 
     run_demo(out_dir, overrides or [], out)
 
@@ -113,7 +114,7 @@ def train(
     check_paths(resolved)
     if resume is None and not dry_run:
         check_run_is_new(Path(resolved.run))
-    with loading():
+    with working():
         from genrec_dist.data.fit_recipe import as_text, resolve_recipe
         from genrec_dist.report.advice import advice
         from genrec_dist.report.run_files import read_run_files
@@ -179,10 +180,13 @@ def plan(
     Example: genrec plan paper-base --gpus 1 --memory 24 --users 22363 --items 12101
     """
     from genrec_dist.config.load import load_recipe
-    from genrec_dist.estimate import forecast
+
+    resolved = load_recipe(recipe, overrides)
+    with working():
+        from genrec_dist.estimate import forecast
 
     found = forecast.forecast(
-        load_recipe(recipe, overrides), gpus=gpus, memory_gib=memory, users=users, items=items,
+        resolved, gpus=gpus, memory_gib=memory, users=users, items=items,
         zero_files=launch if launch.is_dir() else None, card=card, tflops=tflops,
     )  # fmt: skip
     if json_ is not None:
@@ -227,9 +231,10 @@ def tune(
 
     Example: genrec tune beauty --out runs/beauty-sweep
     """
-    from genrec_tuning.finals import finals_summary, finish_sweep
-    from genrec_tuning.space import load_space
-    from genrec_tuning.sweep import run_sweep, sweep_summary
+    with working("loading torch and Ray"):
+        from genrec_tuning.finals import finals_summary, finish_sweep
+        from genrec_tuning.space import load_space
+        from genrec_tuning.sweep import run_sweep, sweep_summary
 
     if finish:
         ended = finish_sweep(

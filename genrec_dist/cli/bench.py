@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ def bench_rows(json_path: JsonOption = None) -> None:
 
     Example: genrec bench rows --json rows.json
     """
+    _announce()
     from genrec_dist.bench.rows import bench_rows as run_bench
 
     claims, table = run_bench()
@@ -42,6 +44,7 @@ def bench_stream(data: DataOption = None, json_path: JsonOption = None) -> None:
 
     Example: genrec bench stream --data data/beauty --json stream.json
     """
+    _announce()
     from genrec_dist.bench.stream import bench_stream as run_bench
 
     claims, table = run_bench(data)
@@ -62,6 +65,7 @@ def bench_beam(
 
     Example: genrec bench beam --data data/beauty --run runs/tiny --json beam.json
     """
+    _announce()
     from genrec_dist.bench.beam import bench_beam as run_bench
     from genrec_dist.bench.beam import format_curves
 
@@ -83,6 +87,7 @@ def bench_latency(
 
     Example: genrec bench latency --run runs/beauty --data data/beauty --json latency.json
     """
+    _announce()
     from genrec_dist.bench.latency import bench_latency as run_bench
     from genrec_dist.bench.latency import format_latencies
 
@@ -97,6 +102,7 @@ def bench_kernels(data: DataOption = None, json_path: JsonOption = None) -> None
 
     Example: genrec bench kernels --data data/beauty --json kernels.json
     """
+    _announce()
     from genrec_dist.bench.kernels import bench_kernels as run_bench
     from genrec_dist.bench.kernels import format_shares
 
@@ -111,11 +117,19 @@ def bench_train(data: DataOption = None, json_path: JsonOption = None) -> None:
 
     Example: genrec bench train --data data/beauty --json train.json
     """
+    _announce()
     from genrec_dist.bench.train import bench_train as run_bench
     from genrec_dist.bench.train import format_rivals
 
     claims, table = run_bench(data)
     _show(claims, table, json_path, format_rivals(table))
+
+
+def _announce() -> None:
+    """A sign of life on a terminal; nothing that moves, which would take time from what is
+    measured."""
+    if sys.stderr.isatty():
+        typer.echo("measuring, which takes minutes", err=True)
 
 
 def _show(

@@ -21,7 +21,7 @@ from genrec_dist.cli.options import (
     data_of,
     exclude,
 )
-from genrec_dist.console import UsageError, loading, out, rank, say, world_size
+from genrec_dist.console import UsageError, out, rank, say, working, world_size
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +107,7 @@ def evaluate(
     best_folder(run)  # before torch is loaded
     if split == "test" and not force:
         check_training_is_over(run)
-    with loading():
+    with working():
         from genrec_shards.dataset import load_dataset
 
         from genrec_dist.distributed.collectives import Ranks
@@ -253,7 +253,7 @@ def recommend(
             "of --all-users join the lists with DATA/items.parquet"
         )
     best_folder(run)  # before torch is loaded
-    with loading():
+    with working():
         from genrec_shards.dataset import load_dataset
 
         from genrec_dist.distributed.collectives import Ranks

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from genrec_dist.console import working
+
 
 def reproduce(
     name: Annotated[
@@ -84,8 +86,9 @@ def reproduce(
     """
     from rich.console import Console
 
-    from genrec_dist.reproduce import runner
-    from genrec_dist.reproduce.systems import PROTOCOLS, Options
+    with working():
+        from genrec_dist.reproduce import runner
+        from genrec_dist.reproduce.systems import PROTOCOLS, Options
 
     words: list[object] = [name, "--data", data, "--protocol", protocol]
     words += ["--seeds", seeds, "--readings", readings, "--recipe", recipe]

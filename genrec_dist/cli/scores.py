@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from genrec_dist.cli.options import DataArgument, ExcludeOption, RunArgument, Split, exclude
-from genrec_dist.console import UsageError, out, say
+from genrec_dist.console import UsageError, out, say, working
 
 # Modules are imported inside the commands: `genrec --help` must not wait for torch.
 
@@ -42,12 +42,13 @@ def baseline(
 
     Example: genrec baseline knn data/beauty --out runs/beauty-knn
     """
-    from genrec_shards.dataset import load_dataset
-    from genrec_shards.histories import exclude_history_default
+    with working():
+        from genrec_shards.dataset import load_dataset
+        from genrec_shards.histories import exclude_history_default
 
-    from genrec_dist.baselines.run import run_baseline
-    from genrec_dist.baselines.tune_knn import tune_knn
-    from genrec_dist.evaluation.table import format_table
+        from genrec_dist.baselines.run import run_baseline
+        from genrec_dist.baselines.tune_knn import tune_knn
+        from genrec_dist.evaluation.table import format_table
 
     if overrides and name not in ("knn", "sasrec", "sasrec+knn"):
         raise UsageError(

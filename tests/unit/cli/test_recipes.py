@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import subprocess
 import sys
 from importlib.metadata import version
@@ -178,6 +180,23 @@ for arguments in {commands!r}:
     lines = done.stderr.splitlines()
     assert len(lines) == 8, done.stderr
     assert all(line.startswith("genrec: ") for line in lines)
+
+
+def test_a_sign_of_life_is_on_terminals_of_the_first_rank_alone() -> None:
+    code = "from genrec_dist.console import working\nwith working():\n    print('done')"
+    for rank, expected in (("0", True), ("1", False)):
+        leader, follower = pty.openpty()
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment(TERM="xterm") | {"RANK": rank},
+            stdout=subprocess.PIPE, stderr=follower, timeout=60, check=True,
+        )  # fmt: skip
+        os.write(follower, b"end")
+        assert (b"loading torch" in os.read(leader, 4096)) == expected
+        assert done.stdout == b"done\n"
+        for end in (leader, follower):
+            os.close(end)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
+    assert (done.stdout, done.stderr) == (b"done\n", b"")
 
 
 def test_a_space_is_found_by_its_name() -> None:
