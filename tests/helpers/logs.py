@@ -128,7 +128,23 @@ def _yelp(rows: list[Row], path: Path) -> tuple[Path, str]:
     return path / "review.json", "yelp"
 
 
-WRITERS = {"csv": _csv, "folder": _folder, "amazon": _amazon, "yelp": _yelp}
+def _objects(rows: list[Row], path: Path) -> tuple[Path, str]:
+    (path / "log.jsonl").write_bytes(json_of(rows, ("userId", "item_id", "ts")))
+    return path / "log.jsonl", "interactions"
+
+
+def _colons(rows: list[Row], path: Path) -> tuple[Path, str]:
+    """As MovieLens-1M has them: no names, a rating before the time."""
+    rated = [(user, item, 3, time) for user, item, time in rows]
+    data = csv_of(rated, ("user", "item", "rating", "time"), "::")
+    (path / "ratings.dat").write_bytes(data.partition(b"\n")[2])
+    return path / "ratings.dat", "interactions"
+
+
+WRITERS = {
+    **{"csv": _csv, "folder": _folder, "amazon": _amazon, "yelp": _yelp},
+    **{"objects": _objects, "colons": _colons},
+}
 """Each writes rows into a folder and gives the source and its format."""
 
 
