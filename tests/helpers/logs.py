@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -141,9 +142,15 @@ def _colons(rows: list[Row], path: Path) -> tuple[Path, str]:
     return path / "ratings.dat", "interactions"
 
 
+def _zipped(rows: list[Row], path: Path) -> tuple[Path, str]:
+    with zipfile.ZipFile(path / "log.zip", "w") as archive:
+        archive.writestr("log.csv", csv_of(rows))
+    return path / "log.zip", "interactions"
+
+
 WRITERS = {
     **{"csv": _csv, "folder": _folder, "amazon": _amazon, "yelp": _yelp},
-    **{"objects": _objects, "colons": _colons},
+    **{"objects": _objects, "colons": _colons, "zipped": _zipped},
 }
 """Each writes rows into a folder and gives the source and its format."""
 

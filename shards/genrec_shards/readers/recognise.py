@@ -130,7 +130,7 @@ def _guess_of_text(place: str, lines: Sequence[str]) -> Format:
         looks = "most of its words hold no digit, so they look like text and not like ids"
         remedy = f"give {_AS_SEQUENCES}, or --items FILE where it describes the items"
         raise DataError(f"{place}:1: {looks}: {remedy}")
-    if any(plain_name(word) in usual for word in words[0]):
+    if any(plain_name(word) in usual for word in words[0] if not re.search(r"\d", word)):
         looks = "names of columns, not all of user, item and time"
         remedy = f"{NAME_THEM}, or remove the line and give {_AS_SEQUENCES}"
         raise DataError(f"{place}:1: {looks}: {remedy}")

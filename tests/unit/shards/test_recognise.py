@@ -165,6 +165,8 @@ def test_sequences_are_words_of_ids_and_any_others_when_it_is_said(tmp_path):
     path = put(tmp_path, "log.txt", "u1 B00A 7 x9\nu2 B00A 8 7\n")
     assert guess_format(path) == "sequences"
     assert read_as(path, "sequences").startswith("sequences: `user item item ...` a line")
+    typed = put(tmp_path, "typed.txt", "user:1 item:5 item:9 item:7\nuser:2 item:5 item:7 item:1\n")
+    assert guess_format(typed) == "sequences"
     # Times alone do not make a table: there are several in each line.
     times = put(tmp_path, "times.txt", "1 881250949 881250950 881250951\n2 881250949 7 8\n")
     assert guess_format(times) == "sequences"
