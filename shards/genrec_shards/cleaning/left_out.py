@@ -57,7 +57,7 @@ def left_out(dropped: Mapping[str, int], details: Mapping[str, int | None]) -> s
             too_few = "too few" if fewest is None else f"fewer than {fewest}"
             parts.append(f"{counted(num_rows, 'row')} of {whom} with {too_few} interactions")
         else:
-            unit, what = _WORDS[reason]
+            unit, what = _WORDS.get(reason, ("row", f"for {reason}"))
             parts.append(f"{counted(num_rows, unit)} {what}")
     return ", ".join(parts)
 

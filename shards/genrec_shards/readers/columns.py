@@ -31,11 +31,14 @@ def find_columns(names: Sequence[str], columns: Sequence[str] | None) -> list[in
 
     Args:
         names: of the columns, as the log has them.
-        columns: what the user named the three by; None looks for usual names.
+        columns: what the user named the three by, as the log has it or plainly; None looks for
+            usual names.
     """
-    if columns is not None:
-        return [names.index(name) if name in names else None for name in columns]
     known = [plain_name(name) for name in names]
+    if columns is not None:
+        plain = {name: at for at, name in reversed([*enumerate(known)])}
+        exact = {name: at for at, name in reversed([*enumerate(names)])}
+        return [exact.get(name, plain.get(name)) for name in columns]
     return [
         next((known.index(name) for name in usual if name in known), None)
         for usual in COLUMNS.values()

@@ -25,6 +25,7 @@ from genrec_shards.readers.read_log import (
 )
 from genrec_shards.readers.tabular import (
     DELIMITERS,
+    OTHER_DELIMITERS,
     column_places,
     delimiter_of,
     is_parquet,
@@ -35,9 +36,8 @@ from genrec_shards.readers.tabular import (
 from genrec_shards.readers.text_blocks import Block, unpacked, whole_lines
 
 LINES_LOOKED_AT = 100
-_NAMES = DELIMITERS | {"::": "`::`", " ": "spaces"}
+_NAMES = DELIMITERS | OTHER_DELIMITERS
 _AS_SEQUENCES = "--format sequences where each line is `user item item ...`"
-
 _ID = re.compile(r"(?=.*\d|..?$)[\w.:@/+=-]+")
 """What looks like an id: it has a digit or at most two characters, and no brackets or quotes."""
 

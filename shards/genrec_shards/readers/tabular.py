@@ -34,7 +34,7 @@ OTHER_DELIMITERS = {"::": "`::`", " ": "spaces"}
 _UNIT_SEPARATOR = "\x1f"
 """In place of `::`, because readers of CSV know delimiters of one character."""
 _RECENT = 100_000_000 * 1_000_000
-"""Microseconds since 1970: in 1973."""
+"""Microseconds since 1970, in 1973: a larger number is hardly an id or a rating."""
 ROWS_PER_BATCH = 1 << 16
 LONGEST_JOINED = max(LONGEST_LINE, 4 * BLOCK_BYTES)
 """Bytes of blocks that are joined until their quotes are even."""
@@ -88,7 +88,7 @@ def row_places(cells: Sequence[str]) -> list[int] | None:
 
 
 def is_recent(cell: str) -> bool:
-    """Whether a cell is a time of our days, which hardly is an id or a rating."""
+    """Whether a cell is a time of our days."""
     micros = Clock().micros(cell.strip())
     return isinstance(micros, int) and micros > _RECENT
 
@@ -122,8 +122,8 @@ def read_text(
     Its first line has the columns' names, unless `reader.columns` are whole numbers: these are
     places, from 0, and every line is a row. A file with `::` need not have names: its cells are
     user, item, rating and time. Cells are separated by what `delimiter_of` finds in the first line
-    and may be quoted, and then may hold line ends. A row with more cells than the first
-    line is bad, so is one without user, item or time.
+    and may be quoted, and then may hold line ends. A row with more cells than the first line is
+    bad, so is one without user, item or time.
 
     Args:
         path: the file, as messages name it.

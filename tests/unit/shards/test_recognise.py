@@ -186,6 +186,14 @@ def test_columns_make_any_file_a_table(tmp_path):
     )
 
 
+def test_columns_may_be_named_without_the_type_that_recbole_adds(tmp_path):
+    atomic = ("who:token", "what:token", "rating:float", "when:float")
+    path = put(tmp_path, "ml.inter", table("\t", atomic))
+    assert read(path, ("who", "what:token", "when")) == WANTED
+    with pytest.raises(DataError, match="no column whom, only who:token, what:token"):
+        read(path, ("whom", "what", "when"))
+
+
 def test_reviews_and_parquet_say_what_they_are(tmp_path):
     path = put(tmp_path, "a.json", objects("reviewerID", "asin", "unixReviewTime"))
     assert guess_format(path) == "amazon"
