@@ -44,7 +44,8 @@ def test_what_was_left_out_is_said_in_words(tmp_path):
 @pytest.mark.parametrize(("k_core", "min_length"), [(6, 3), (4, 7), (3, 3)])
 @pytest.mark.parametrize("cutoff", [None, "2015-04-01,2015-05-15"])
 def test_items_and_users_are_counted_as_by_hand(tmp_path, k_core, min_length, cutoff):
-    rows = sorted({*messy_rows(2), ("U0001", "rare", START), ("brief", "I001", START)})
+    few = [("U0001", "rare", START), ("brief", "I001", START), ("U0001", "new", START + 34 * 10**6)]
+    rows = sorted({*messy_rows(2), *few})
     split = {} if cutoff is None else {"split": "global-time", "cutoff": cutoff}
     options = {"k_core": k_core, "min_length": min_length, **split}
     made = prepare(write_csv(tmp_path / "log.csv", rows), tmp_path / "data", **options)
@@ -56,12 +57,12 @@ def test_items_and_users_are_counted_as_by_hand(tmp_path, k_core, min_length, cu
         staying = [row for row in training if row[0] not in gone and row[1] not in rare]
         by_user = Counter(user for user, _, _ in staying)
         by_item = Counter(item for _, item, _ in staying)
-        few = {item for item in items - rare if by_item[item] < k_core}
+        under = {item for item in items - rare if by_item[item] < k_core}
         brief = {user for user in users - set(gone) if by_user[user] < max(k_core, min_length)}
-        if not few and not brief:
+        if not under and not brief:
             break
         gone |= {user: by_user[user] >= k_core for user in brief}
-        rare |= few
+        rare |= under
     named = {user for user, item, _ in training if item not in rare and user in gone}
     found = made.info.cleaned
     assert found.items_below_k_core == len(rare) > 0
