@@ -120,10 +120,10 @@ def read_text(
     """Frames of a text's blocks.
 
     Its first line has the columns' names, unless `reader.columns` are whole numbers: these are
-    places, from 0, and every line is a row. A file with `::` need not have names: its cells are
-    user, item, rating and time. Cells are separated by what `delimiter_of` finds in the first line
-    and may be quoted, and then may hold line ends. A row with more cells than the first line is
-    bad, so is one without user, item or time.
+    places, from 0, and every line is a row. A file with `::` need not have names where a cell of
+    its first line is a time: the first two others are user and item. Cells are separated by what
+    `delimiter_of` finds in the first line and may be quoted, and then may hold line ends. A row
+    with more cells than the first line is bad, so is one without user, item or time.
 
     Args:
         path: the file, as messages name it.
@@ -168,7 +168,7 @@ def read_header(path: str, block: Block, columns: Sequence[str] | None) -> tuple
         return Header(len(names), delimiter, places, None), block
     named = None not in find_columns(names, columns)
     if not named and (row := row_places(names)) is not None:
-        if delimiter == "::" and columns is None:
+        if delimiter == "::" and columns is None and is_recent(names[row[2]]):
             return Header(len(names), delimiter, row, None), block
         cells = listed(names, 8)
         found = ",".join(map(str, row))

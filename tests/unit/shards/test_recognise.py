@@ -138,6 +138,7 @@ NUMBERED = "".join(f"{n} The Great Story of {n}\n" for n in range(20))
             objects("who", "what", "when"),
             ":1: no field of users, it has who.*--columns",
         ),
+        ("users.dat", "1::F::1::10::48067\n", ":1: the first line is a row .* as --columns 0,1,4"),
         ("log.json", "[{}, {}]", ":1: one array of JSON.* one object a line"),
         (
             "all.zip",
