@@ -10,7 +10,13 @@ from typing import Any, get_args
 import numpy as np
 from genrec_shards.atomic import atomic_file
 from genrec_shards.dataset import Dataset
-from genrec_shards.histories import exclude_history_default, repeated_targets, training_part
+from genrec_shards.histories import (
+    exclude_history_default,
+    repeated_targets,
+    tied_targets,
+    training_part,
+)
+from genrec_shards.numbering.numbering import Numbering
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import Split
 
@@ -40,11 +46,16 @@ class Audit:
 
     users: int
     items: int
+    numbering: str
+    """Name of the numbering that the codes are of."""
     counting: dict[str, dict[str, float]] | None
     """HR, NDCG and MRR of the counting rule with these codes; None where they are not distinct
     whole numbers."""
     counting_ci95: dict[str, list[float]] | None
     """[low, high] of the rule's metrics on test."""
+    counting_of_ids: dict[str, dict[str, float]] | None
+    """The same with the log's own ids in place of the codes."""
+    counting_of_ids_ci95: dict[str, list[float]] | None
     popularity: dict[str, dict[str, float]]
     """The same of popularity trained through n-2, which the rule is measured against."""
     repeated_targets: dict[str, float]
@@ -57,50 +68,79 @@ class Audit:
     tied_held_out: float | None
     """Share of users with both targets whose targets have one time; None without timestamps."""
 
+    tied_targets: dict[str, float] | None
+    """Share of targets that share their time with another item of their user; None without
+    timestamps."""
+
     @property
     def leaks(self) -> bool:
-        """Whether the counting rule finds a leak on test; False does not prove absence."""
-        return self.counting_ci95 is not None and self.counting_ci95["HR@5"][0] > self._threshold()
+        """Whether the counting rule finds a leak in the codes, on test; False does not prove
+        absence."""
+        return self._leaks(self.counting_ci95)
+
+    @property
+    def ids_leak(self) -> bool:
+        """The same of the log's own ids."""
+        return self._leaks(self.counting_of_ids_ci95)
 
     def sentence(self) -> str:
-        """The finding in one sentence."""
-        if self.counting is None:
-            return (
-                "The counting rule does not apply: item codes are not distinct whole numbers, so "
-                "it cannot tell whether they leak. Given ids may; codes that prepare makes of "
-                "training parts or texts look at no held-out item."
-            )
-        score = as_written(self.counting["test"]["HR@5"])
-        popular = as_written(self.popularity["test"]["HR@5"])
-        if self.leaks:
-            return (
-                f"a rule that learns nothing scores HR@5 {score} with these ids; "
-                "use --numbering random"
-            )
-        return (
-            f"The counting rule scores HR@5 {score} with these ids (popularity {popular}) and "
-            "finds no leak; its score is a lower bound on the leak, not a proof of its absence."
-        )
+        """The finding: what the log's own ids give away, and what the codes do."""
+        return f"{self._of_ids()} {self._of_codes()}"
 
     def as_dict(self) -> dict[str, Any]:
-        """What `audit.json` holds: the fields, `leaks` and `sentence`."""
-        return {**asdict(self), "leaks": self.leaks, "sentence": self.sentence()}
+        """What `audit.json` holds: the fields, `leaks`, `ids_leak` and `sentence`."""
+        found = {"leaks": self.leaks, "ids_leak": self.ids_leak, "sentence": self.sentence()}
+        return {**asdict(self), **found}
 
-    def _threshold(self) -> float:
-        return LEAK_FACTOR * max(self.popularity["test"]["HR@5"], 5 / self.items)
+    def _of_ids(self) -> str:
+        if self.counting_of_ids is None:
+            return (
+                "Your log's ids are not distinct whole numbers, so the rule that counts on from "
+                "the last id cannot tell whether they leak."
+            )
+        score = as_written(self.counting_of_ids["test"]["HR@5"])
+        popular = as_written(self.popularity["test"]["HR@5"])
+        rule = f"a rule that learns nothing scores HR@5 {score} with them (popularity {popular})"
+        if self.ids_leak:
+            return f"Your log's ids leak: {rule}."
+        bound = "which is a lower bound on a leak, not a proof of its absence"
+        return f"Your log's ids show no leak: {rule}, {bound}."
+
+    def _of_codes(self) -> str:
+        if self.numbering == "given":
+            if self.counting is None:
+                return "They are the codes used here; --numbering random cannot leak."
+            remedy = "; use --numbering random" if self.leaks else " (--numbering given)"
+            return f"They are the codes used here{remedy}."
+        codes = f"The {self.numbering} codes used here"
+        if self.counting is None:
+            return f"{codes} are no whole numbers, and the rule does not apply to them."
+        remedy = ", which leaks; use --numbering random" if self.leaks else ""
+        score = as_written(self.counting["test"]["HR@5"])
+        if self.counting_of_ids is None:
+            popular = as_written(self.popularity["test"]["HR@5"])
+            score = f"it scores HR@5 {score} with them (popularity {popular})"
+        return f"{codes}: {score}{remedy}."
+
+    def _leaks(self, ci95: dict[str, list[float]] | None) -> bool:
+        threshold = LEAK_FACTOR * max(self.popularity["test"]["HR@5"], 5 / self.items)
+        return ci95 is not None and ci95["HR@5"][0] > threshold
 
 
-def audit(sequences: Sequences, codes: list[str], timestamps: np.ndarray | None = None) -> Audit:
-    """Examine sequences under these item codes.
+def audit(
+    sequences: Sequences, numbering: Numbering, timestamps: np.ndarray | None = None
+) -> Audit:
+    """Examine sequences with their own ids and with the codes of a numbering.
 
     Args:
         sequences: The data.
-        codes: A code per item row.
+        numbering: A code per item row.
         timestamps: A number per interaction of `sequences.items`, or None.
 
     Raises:
         ValueError: Where codes or timestamps do not match the sequences in number.
     """
+    codes = numbering.item_codes
     if len(codes) != sequences.num_items:
         raise ValueError(
             f"{len(codes)} item codes for {sequences.num_items} items: give one code per item row"
@@ -110,14 +150,8 @@ def audit(sequences: Sequences, codes: list[str], timestamps: np.ndarray | None 
             f"{len(timestamps)} timestamps for {sequences.num_interactions} interactions: give "
             "one per interaction"
         )
-    rule = interval = None
-    if counting.whole_numbers(codes) is not None:
-        hists = {
-            split: _histogram(sequences, split, counting.fit(sequences, split, codes=codes))
-            for split in get_args(Split)
-        }
-        rule = {split: metrics_from_histogram(hist) for split, hist in hists.items()}
-        interval = bootstrap_ci95(hists["test"])
+    of_ids = _counting(sequences, sequences.item_ids)
+    of_codes = of_ids if codes == sequences.item_ids else _counting(sequences, codes)
     excluded = exclude_history_default(sequences)
     popular, unseen = {}, {}
     seen = np.zeros(sequences.num_items, dtype=bool)
@@ -130,22 +164,41 @@ def audit(sequences: Sequences, codes: list[str], timestamps: np.ndarray | None 
     return Audit(
         users=sequences.num_users,
         items=sequences.num_items,
-        counting=rule,
-        counting_ci95=interval,
+        numbering=numbering.name,
+        counting=of_codes[0],
+        counting_ci95=of_codes[1],
+        counting_of_ids=of_ids[0],
+        counting_of_ids_ci95=of_ids[1],
         popularity=popular,
         repeated_targets=repeated_targets(sequences),
         unseen_targets=unseen,
         tied_users=None if timestamps is None else _tied_users(sequences, timestamps),
         tied_held_out=None if timestamps is None else _tied_held_out(sequences, timestamps),
+        tied_targets=None if timestamps is None else tied_targets(sequences, timestamps),
     )
 
 
 def write_audit(dataset: Dataset) -> Audit:
     """Examine a prepared data directory and leave `audit.json` in it."""
-    found = audit(dataset.sequences, dataset.numbering.item_codes, dataset.timestamps)
+    found = audit(dataset.sequences, dataset.numbering, dataset.timestamps)
     with atomic_file(dataset.path / "audit.json") as temporary:
         temporary.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
     return found
+
+
+def _counting(
+    sequences: Sequences, codes: list[str]
+) -> tuple[dict[str, dict[str, float]] | None, dict[str, list[float]] | None]:
+    """Metrics of the counting rule by split, and their intervals on test; None of both where the
+    codes are not distinct whole numbers."""
+    if counting.whole_numbers(codes) is None:
+        return None, None
+    hists = {
+        split: _histogram(sequences, split, counting.fit(sequences, split, codes=codes))
+        for split in get_args(Split)
+    }
+    metrics = {split: metrics_from_histogram(hist) for split, hist in hists.items()}
+    return metrics, bootstrap_ci95(hists["test"])
 
 
 def _histogram(sequences: Sequences, split: Split, rule: Rule) -> np.ndarray:

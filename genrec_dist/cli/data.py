@@ -13,20 +13,30 @@ from genrec_dist.console import UsageError, say
 if TYPE_CHECKING:
     from genrec_shards.dataset import Dataset
 
+    from genrec_dist.baselines.leak_audit import Audit
+
 # Modules are imported inside the commands: `genrec --help` must not wait for torch.
 
 
 Text = str | None
 _APPEND = "In place of SOURCE: what is to be added to --to, whose rows and codes stay."
 _FORMAT = (
-    "sequences: `user item item ...` a line, oldest first; interactions: CSV or Parquet, or a "
-    "folder of either; amazon (2014, 2018, 2023) and yelp: reviews in JSON lines; data: a data "
-    "directory to be numbered anew; auto: by name and first line."
+    "sequences: `user item item ...` a line, oldest first; interactions: a table (CSV, TSV, `::`, "
+    "Parquet, RecBole's .inter) or JSON lines, or a folder of these; amazon (2014, 2018, 2023) and "
+    "yelp: reviews in JSON lines; data: a data directory to be numbered anew; auto: by name and "
+    "content."
 )
 _LEVELS = "Clusters at each level of collaborative and semantic codes, as 64,64."
 _VECTORS = "Collaborative codes of trained item vectors (safetensors), not of co-occurrence."
-_ITEMS = "The items' text and attributes: CSV, Parquet or JSON lines."
-_COLUMNS = "Columns of interactions, where they have no usual names."
+_ITEMS = "The items' text and attributes: a table of any kind that a log may be, or JSON lines."
+_ITEM_COLUMN = (
+    "META's column of item ids, where it has no usual name; its place, as 0, where META has no "
+    "line of names."
+)
+_COLUMNS = (
+    "Columns of interactions, where they have no usual names; places, as 0,1,3, where the file has "
+    "no line of names."
+)
 _K_CORE = "Fewest rows of each user and item of a log that stay, 0: none; default: 5."
 _MIN_LENGTH = "Fewest items of a user of a log; default: 3, by time 1 in the training period."
 _SPLIT = (
@@ -44,7 +54,7 @@ _EXPECT = (
 def prepare(
     context: typer.Context,
     source: Annotated[
-        str | None, typer.Argument(metavar="SOURCE", help="The log, gz or not; or a folder.")
+        str | None, typer.Argument(metavar="SOURCE", help="The log, plain, gz or zip; or a folder.")
     ] = None,
     out_dir: Annotated[
         str | None,
@@ -68,9 +78,7 @@ def prepare(
         typer.Option(help="What those vectors may have seen; n-1 has seen validation."),
     ] = "n-2",
     items: Annotated[Path | None, typer.Option(metavar="META", help=_ITEMS)] = None,
-    item_column: Annotated[
-        Text, typer.Option(help="META's column of item ids, where it has no usual name.")
-    ] = None,
+    item_column: Annotated[Text, typer.Option(help=_ITEM_COLUMN)] = None,
     text_columns: Annotated[
         Text, typer.Option(help="META's columns to read, as title,brand; default: all.")
     ] = None,
@@ -112,9 +120,9 @@ def prepare(
     Example: genrec prepare Beauty.txt.gz --out data/beauty --numbering random
     """
     from genrec_shards.append import append as run_append
-    from genrec_shards.append import append_summary
+    from genrec_shards.cleaning.summary import append_summary, prepare_summary
     from genrec_shards.numbering.numbering import summary
-    from genrec_shards.prepare import PrepareOptions, prepare_summary
+    from genrec_shards.prepare import PrepareOptions
     from genrec_shards.prepare import prepare as run_prepare
     from genrec_shards.readers.read_log import LogOptions
 
@@ -148,10 +156,11 @@ def prepare(
     )
     if append is not None and to is not None:
         grown = run_append(append, to, out_dir, options)
-        write_audit(grown)
+        found = write_audit(grown)
         for line in append_summary(grown):
             say(line)
         say(f"{grown.path}: {_counts(grown)}")
+        _say_of_data(grown, found)
         say(f"shards hold the sequences they were made of; next: genrec shard {grown.path}")
         return
     assert source is not None
@@ -164,8 +173,16 @@ def prepare(
     say(f"{out_dir}: {_counts(dataset)}, numbering {numbering}")
     for line in summary(dataset.numbering):
         say(line)
-    if dataset.numbering.hierarchy is None:
-        say(found.sentence(), style="yellow" if found.leaks else "")
+    _say_of_data(dataset, found)
+
+
+def _say_of_data(dataset: Dataset, found: Audit) -> None:
+    """What times and ids of the data mean for scores on it."""
+    from genrec_shards.cleaning.summary import tie_summary
+
+    ties, many = tie_summary(dataset)
+    say(ties, style="yellow" if many else "")
+    say(found.sentence(), style="yellow" if found.leaks else "")
 
 
 def _counts(dataset: Dataset) -> str:

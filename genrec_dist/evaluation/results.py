@@ -24,6 +24,7 @@ from genrec_shards.histories import (
     check_trained_through,
     histories,
     sample_users,
+    tied_targets,
     training_counts,
 )
 from genrec_shards.sequences import Sequences
@@ -247,6 +248,7 @@ class ResultsWriter:
             "ci95": ci95,
             "breakdown": breakdown,
             "protocol": asdict(self.protocol),
+            "tied_targets": self._tied_targets(),
             "top": self.top,
             "beside": dict(reference_scores),
             "users_per_second": num_users / seconds if seconds > 0 else None,
@@ -275,6 +277,13 @@ class ResultsWriter:
         self._group.append(rows, past, items, scores, ranks)
         if not self._group.room:
             self._flush()
+
+    def _tied_targets(self) -> float | None:
+        """Share of all targets of the split that share their time with another item of their user;
+        None without times."""
+        if self.dataset.timestamps is None:
+            return None
+        return tied_targets(self.dataset.sequences, self.dataset.timestamps)[self.split]
 
     def _flush(self) -> None:
         group = self._group

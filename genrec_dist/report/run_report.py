@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from genrec_shards.atomic import atomic_file
+from genrec_shards.histories import MANY_TIES
 
 from genrec_dist.config.recipe import sample_unit
 from genrec_dist.config.used_settings import used_settings
@@ -327,9 +328,16 @@ def _buckets(metrics: Any, dimension: str) -> dict[str, dict[str, Any]]:
 
 
 def _protocol(run: RunFiles) -> str:
-    protocol = next(iter(run.metrics.values()), {}).get("protocol")
+    metrics = next(iter(run.metrics.values()), {})
+    protocol = metrics.get("protocol")
     if not isinstance(protocol, dict) or not protocol:
         return ""
+    tied = metrics.get("tied_targets")
+    if is_number(tied):
+        shared = f"{percent(tied)} of users have a held-out item that shares its time with others"
+        warning = "; warning: for so many the time does not say which came last"
+        ties = f"{protocol.get('ties')}: {shared}{warning if tied > MANY_TIES else ''}"
+        protocol = protocol | {"ties": ties}
     rows = "".join(
         f"<div><dt>{text(key.replace('_', ' '))}</dt><dd><b>{text(_plain(value))}</b>"
         + (f"<small>{PROTOCOL[key]}</small>" if key in PROTOCOL else "")

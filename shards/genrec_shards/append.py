@@ -19,12 +19,13 @@ from genrec_shards.cleaning.appended_rows import (
     without_known,
 )
 from genrec_shards.cleaning.clean import Cleaning
+from genrec_shards.cleaning.left_out import left_out
 from genrec_shards.dataset import Appended, Dataset, load_dataset, write_dataset
 from genrec_shards.errors import BadLines, DataError
 from genrec_shards.numbering.extend import continued
 from genrec_shards.numbering.item_text import Descriptions
-from genrec_shards.prepare import PrepareOptions, left_out, source_of_texts
-from genrec_shards.readers.read_log import guess_format
+from genrec_shards.prepare import PrepareOptions, source_of_texts
+from genrec_shards.readers.recognise import guess_format
 from genrec_shards.readers.text_blocks import check_readable
 from genrec_shards.sequences import Sequences, offsets_of, sort_ids
 from genrec_shards.splits import LEAVE_ONE_OUT
@@ -88,7 +89,9 @@ def append(
             lost = "is no part of a data directory and would be lost"
             raise ValueError(f"{path} {lost}: move it away, or give --out")
     check_readable(new)
-    format = guess_format(new) if options.format == "auto" else options.format
+    format = options.format
+    if format == "auto":
+        format = guess_format(new, options.log.columns)
     options.check(format)
     timed = data.timestamps is not None
     kept_ties = timed and data.info.ties == "keep"
@@ -119,6 +122,7 @@ def append(
             k_core=cleaning.k_core if rows.is_log else None,
             min_length=cleaning.fewest if rows.is_log else None,
             described_by=source_of_texts(read),
+            read_as=rows.read_as,
         )
         info = dataclasses.replace(
             data.info,
@@ -136,17 +140,6 @@ def append(
         dataset = Dataset(target, grown, numbering, info, descriptions, timestamps, bad_lines)
         write_dataset(dataset, folder)
     return dataset
-
-
-def append_summary(dataset: Dataset) -> list[str]:
-    """Lines for a person: what the last source has added, what was left out of it, and lines that
-    could not be read."""
-    assert dataset.info.appended
-    entry = dataset.info.appended[-1]
-    read = "" if entry.read is None else f"{entry.read:,} rows read, "
-    new = f"{entry.users:,} new users, {entry.items:,} new items{left_out(entry.dropped)}"
-    added = f"{entry.source.name}: {read}{entry.interactions:,} appended, {new}"
-    return [added, *dataset.bad_lines]
 
 
 def _selected(
@@ -188,8 +181,9 @@ def _selected(
     }
     rows = rows.keep(~by_item_R & ~by_user_R)
     if not len(rows.rows_R):
-        counts = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
-        lacks = f"nothing in it that {data.path} lacks and may take ({counts or 'no rows'})"
+        rules = {"k_core": cleaning.k_core, "min_length": cleaning.fewest}
+        counts = left_out(dropped, rules) or "no rows"
+        lacks = f"nothing in it that {data.path} lacks and may take ({counts})"
         raise DataError(f"{place}: {lacks}: nothing was appended")
     if data.timestamps is None:
         check_not_there(rows, data, place)

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from genrec_shards.cleaning.left_out import Cleaned
 from genrec_shards.errors import DataError
 from genrec_shards.numbering.item_text import Descriptions
 from genrec_shards.numbering.numbering import Hierarchy, Numbering, NumberingName
@@ -55,6 +56,8 @@ class Appended:
     """Fewest rows of a new user of a log."""
     described_by: Source | None = None
     """The file of new items' texts."""
+    read_as: str | None = None
+    """As in `DatasetInfo`."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ class DatasetInfo:
     it."""
     global_time: GlobalTime | None = None
     """The dates of a split by time and what they leave."""
+    cleaned: Cleaned | None = None
+    """Of a log, the rules of cleaning and whom they left out; None of one that an earlier version
+    prepared."""
+    read_as: str | None = None
+    """What the source was recognised as, in words; None as above."""
 
     @property
     def split_name(self) -> str:
@@ -279,8 +287,9 @@ def load_info(path: Path) -> DatasetInfo:
             fields["hierarchy"] = Hierarchy(**fields["hierarchy"] | {"levels": levels})
         if "described_by" in fields:
             fields["described_by"] = Source(**fields["described_by"])
-        if "global_time" in fields:
-            fields["global_time"] = GlobalTime(**fields["global_time"])
+        for key, kind in (("global_time", GlobalTime), ("cleaned", Cleaned)):
+            if key in fields:
+                fields[key] = kind(**fields[key])
         if "appended" in fields:
             for entry in fields["appended"]:
                 for key in ("source", "described_by"):

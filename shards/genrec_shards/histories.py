@@ -17,6 +17,8 @@ from genrec_shards.splits import Split, TrainedThrough
 
 WINDOW = 65_536
 """Users looked at together, so that memory does not grow with their number."""
+MANY_TIES = 1 / 3
+"""Share of tied targets above which there is a warning: the time does not say what came last."""
 _SAMPLE_STREAM = 0x56A1
 
 
@@ -98,6 +100,29 @@ def repeated_targets(sequences: Sequences) -> dict[str, float]:
             past = histories(sequences, split, rows)
             repeated += int(past.holds(np.arange(past.num_users), past.targets_U).sum())
         shares[split] = repeated / len(users)
+    return shares
+
+
+def tied_targets(sequences: Sequences, timestamps: np.ndarray) -> dict[str, float]:
+    """Share of targets that have the time of another item of their user, so that the time alone
+    does not say which of them is the target, by split.
+
+    Example, one user with items at 1, 2, 2, 3: validation (the third) is tied, test is not.
+
+    Args:
+        sequences: the data.
+        timestamps: int64[total], of each of the sequences' items.
+    """
+    equal = timestamps[1:] == timestamps[:-1]
+    tied = np.zeros(len(timestamps), bool)
+    same_user = np.ones(len(timestamps) - 1, bool)
+    same_user[sequences.offsets[1:-1] - 1] = False  # the next item is another user's
+    tied[1:] = equal & same_user
+    tied[:-1] |= equal & same_user
+    shares = {}
+    for split in get_args(Split):
+        view = sequences.history_and_target(split)
+        shares[split] = float(tied[view.ends[view.users]].mean())
     return shares
 
 

@@ -27,10 +27,10 @@ from genrec_shards.readers.read_log import (
     LOG_FORMATS,
     Format,
     LogOptions,
-    guess_format,
     read_log,
     source_files,
 )
+from genrec_shards.readers.recognise import guess_format, read_as
 from genrec_shards.readers.text_blocks import check_readable
 from genrec_shards.sequences import read_sequences
 from genrec_shards.splits import (
@@ -204,11 +204,12 @@ def prepare(
             uploads = "`genrec prepare --out` uploads one"
             raise ValueError(f"{out}: `prepare` makes a directory of this machine; {uploads}")
         check_source(place)
-        format = format_of(place) if format == "auto" else format
+        format = format_of(place, options.log.columns) if format == "auto" else format
     else:
         out = Path(out)
         check_readable(Path(source))
-        format = guess_format(Path(source)) if format == "auto" else format
+        if format == "auto":
+            format = guess_format(Path(source), options.log.columns)
     options.check(format)
     if options.engine == "local" and options.ray_address is not None:
         raise ValueError(f"--ray-address {options.ray_address}: goes with --engine ray")
@@ -231,10 +232,11 @@ def prepare(
                 "source": source_of(Path(place), [Path(place)]),
                 "ties": "keep",
                 "dropped": dropped,
+                "read_as": read_as(Path(place), format),
             }
             kept |= {"split": LEAVE_ONE_OUT}
         else:
-            log, origin = _clean_log(place, format, bad, cleaning, options, folder)
+            log, origin, words = _clean_log(place, format, bad, cleaning, options, folder)
             sequences, timestamps, descriptions = log.sequences, log.timestamps, None
             kept = {
                 "source": origin,
@@ -243,6 +245,8 @@ def prepare(
                 "dropped": {"bad_lines": bad.count} | log.dropped,
                 "read": log.num_read + bad.count,
                 "global_time": _global_time(cleaning.cutoff, log),
+                "cleaned": log.cleaned,
+                "read_as": words,
             }
         if options.expect is not None:
             check_expected(options.expect, sequences, str(place))
@@ -276,7 +280,10 @@ def prepare(
     return dataset
 
 
-_OF_SEQUENCES = ("source", "split", "ties", "dropped", "read", "appended", "global_time")
+_OF_SEQUENCES = (
+    *("source", "split", "ties", "dropped", "read", "appended", "global_time", "cleaned"),
+    "read_as",
+)
 """Fields of `DatasetInfo` that a new numbering keeps."""
 
 
@@ -287,9 +294,9 @@ def _clean_log(
     cleaning: Cleaning,
     options: PrepareOptions,
     folder: Path,
-) -> tuple[CleanLog, Source]:
-    """A log and where it came from. `folder`: where its rows are meanwhile; it is empty again
-    afterwards."""
+) -> tuple[CleanLog, Source, str]:
+    """A log, where it came from and what it was read as. `folder`: where its rows are meanwhile; it
+    is empty again afterwards."""
     waiting = folder / "rows"
     waiting.mkdir()
     if options.engine == "ray":
@@ -301,7 +308,8 @@ def _clean_log(
     else:
         path = Path(place)
         log = clean(read_log(path, format, bad, options.log), cleaning, waiting, str(path))
-        found = log, source_of(path, source_files(path, format))
+        words = read_as(path, format, options.log.columns)
+        found = log, source_of(path, source_files(path, format)), words
     shutil.rmtree(waiting)
     return found
 
@@ -321,24 +329,3 @@ def _global_time(cutoff: Cutoff | None, log: CleanLog) -> GlobalTime | None:
 def source_of_texts(descriptions: Descriptions | None) -> Source | None:
     """The file that texts were read from."""
     return None if descriptions is None else Source(descriptions.name, descriptions.sha256)
-
-
-def prepare_summary(dataset: Dataset) -> list[str]:
-    """Lines for a person: what was left out of a log and why, and the first lines that could not be
-    read."""
-    info, lines = dataset.info, []
-    if info.read is not None:
-        kept = info.interactions - sum(entry.interactions for entry in info.appended or ())
-        out = left_out(info.dropped) or ", none left out"
-        lines.append(f"{info.read:,} rows read, {kept:,} kept{out}")
-    if info.global_time is not None:
-        lines.append(info.global_time.summary())
-    if info.expected is not None:
-        lines.append(check_expected(info.expected, dataset.sequences, info.source.name))
-    return [*lines, *dataset.bad_lines]
-
-
-def left_out(dropped: dict[str, int]) -> str:
-    """The end of a sentence: how many rows were left out, by reason; empty where none were."""
-    counts = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count]
-    return f"; left out: {', '.join(counts)}" if counts else ""

@@ -239,7 +239,8 @@ def read_sequences(
                 reason = f"user {_shortened(user)} came before in line {line_of[user]}"
             if bad is None or not skipping:
                 remedy = "join the two lines" if user in line_of else "remove the line or add items"
-                raise DataError(f"{path}:{number}: {reason}: {remedy}")
+                skip = "or use --on-error skip to leave such lines out"
+                raise DataError(f"{path}:{number}: {reason}: {remedy}, {skip}")
             bad.add(path, number, reason)
             continue
         line_of[user] = number

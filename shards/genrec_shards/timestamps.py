@@ -25,6 +25,8 @@ _DATE_FORMS = (
     "%Y-%m-%d %H:%M:%S%.f",
     "%Y-%m-%dT%H:%M:%S%.f%#z",
     "%Y-%m-%dT%H:%M:%S%.f",
+    "%Y-%m-%d %H:%M",
+    "%Y-%m-%dT%H:%M",
     "%Y-%m-%d",
 )
 
@@ -49,12 +51,13 @@ class Clock:
             return f"time is {text}"
         found = self._of_number(text) if _NUMBER.fullmatch(text) else _of_date(text)
         if found is None:
-            forms = "neither a number nor a date as 2014-07-23 or 2014-07-23T12:30:00Z"
+            forms = "neither a number nor a date as 2014-07-23, or a time as 2014-07-23 12:30"
             return f"time {text[:40]!r} is {forms}"
         if found < 0:
             return f"time {text[:40]} is negative, before 1970"
         if found >= END:
-            return f"time {text[:40]} lies in the far future, after 2099 (taken as {self.unit})"
+            unit = f"taken as {self.unit}, which --time-unit settles"
+            return f"time {text[:40]} lies in the far future, after 2099 ({unit})"
         return found
 
     def column(self, values: pl.Series) -> pl.Series:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -128,7 +129,29 @@ def _yelp(rows: list[Row], path: Path) -> tuple[Path, str]:
     return path / "review.json", "yelp"
 
 
-WRITERS = {"csv": _csv, "folder": _folder, "amazon": _amazon, "yelp": _yelp}
+def _objects(rows: list[Row], path: Path) -> tuple[Path, str]:
+    (path / "log.jsonl").write_bytes(json_of(rows, ("userId", "item_id", "ts")))
+    return path / "log.jsonl", "interactions"
+
+
+def _colons(rows: list[Row], path: Path) -> tuple[Path, str]:
+    """As MovieLens-1M has them: no names, a rating before the time."""
+    rated = [(user, item, 3, time) for user, item, time in rows]
+    data = csv_of(rated, ("user", "item", "rating", "time"), "::")
+    (path / "ratings.dat").write_bytes(data.partition(b"\n")[2])
+    return path / "ratings.dat", "interactions"
+
+
+def _zipped(rows: list[Row], path: Path) -> tuple[Path, str]:
+    with zipfile.ZipFile(path / "log.zip", "w") as archive:
+        archive.writestr("log.csv", csv_of(rows))
+    return path / "log.zip", "interactions"
+
+
+WRITERS = {
+    **{"csv": _csv, "folder": _folder, "amazon": _amazon, "yelp": _yelp},
+    **{"objects": _objects, "colons": _colons, "zipped": _zipped},
+}
 """Each writes rows into a folder and gives the source and its format."""
 
 

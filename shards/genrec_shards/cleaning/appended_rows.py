@@ -14,6 +14,7 @@ from genrec_shards.cleaning.clean import Cleaning, first_of_equals, id_hashes, t
 from genrec_shards.dataset import Dataset, Source, load_dataset, source_of
 from genrec_shards.errors import BadLines, DataError
 from genrec_shards.readers.read_log import LOG_FORMATS, Format, LogOptions, read_log, source_files
+from genrec_shards.readers.recognise import read_as
 from genrec_shards.sequences import read_sequences
 from genrec_shards.splits import LEAVE_ONE_OUT
 
@@ -32,6 +33,8 @@ class Incoming:
     """Index = number."""
     item_ids: list[str]
     source: Source
+    read_as: str
+    """What the source was recognised as, in words."""
     is_log: bool
 
     def keep(self, kept_R: np.ndarray) -> Incoming:
@@ -54,11 +57,14 @@ def read_incoming(
             )
             rows.append(_rows(user_R, item_R, frame["time"].to_numpy()))
         source = source_of(path, source_files(path, format))
+        words = read_as(path, format, log.columns)
     else:
         if format == "sequences":
             found, times_R = read_sequences(path, bad, known=users), None
             source = source_of(path, [path])
+            words = read_as(path, format)
         else:
+            words = "a data directory"
             other = load_dataset(path)
             if other.info.split != LEAVE_ONE_OUT:
                 split = f"a split by time ({other.info.split})"
@@ -69,7 +75,9 @@ def read_incoming(
         item_R = _numbers(found.item_ids, items)[found.items]
         rows.append(_rows(user_R, item_R, np.zeros(len(user_R)) if times_R is None else times_R))
     is_log = format in LOG_FORMATS
-    return Incoming(np.concatenate(rows), has_times, list(users), list(items), source, is_log)
+    return Incoming(
+        np.concatenate(rows), has_times, list(users), list(items), source, words, is_log
+    )
 
 
 def _numbers(ids: Sequence[str], known: dict[str, int]) -> np.ndarray:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
 from genrec_shards.cleaning.buckets import Buckets, Numbers
+from genrec_shards.cleaning.left_out import Cleaned, left_out
 from genrec_shards.errors import DataError
 from genrec_shards.keyed_random import keyed_bits, mixed_key
 from genrec_shards.sequences import Sequences, flat_ranges, sort_ids
@@ -70,6 +71,10 @@ class Cleaning:
         """Fewest items of a user."""
         return self.shortest if self.min_length is None else self.min_length
 
+    def cleaned(self, num_items: int, num_users: dict[str, int]) -> Cleaned:
+        """These rules, with how many items and users they left out (`Core.dropped_users`)."""
+        return Cleaned(self.k_core, self.fewest, items_below_k_core=num_items, **num_users)
+
     def within_dates(self, found: pl.DataFrame) -> pl.DataFrame:
         """The rows of a frame that are neither before `since` nor after `until`."""
         if self.since is not None:
@@ -91,6 +96,7 @@ class CleanLog:
     """Rows of the log: the sequences' interactions and those dropped add up to it."""
     dropped: dict[str, int]
     """Rows left out, by reason; all reasons are there."""
+    cleaned: Cleaned
     users_without_history: int = 0
     """Of a split by time, users with held-out rows who are not among those of the training period's
     core."""
@@ -139,16 +145,19 @@ def clean(
         dropped["duplicates"] += len(rows_R) - len(kept_R)
         buckets.replace(bucket, kept_R)
     core = Core(len(buckets.users), len(buckets.items), cleaning)
+    counts_N = first_counts_N = core.count(buckets)
     while True:
-        counts_N = core.count(buckets)
         few_N = core.few_items(counts_N)
         if not few_N.any() and not core.few_users().any():
             break
         core.drop(few_N)
+        counts_N = core.count(buckets)
     core.settle(buckets, counts_N)
     dropped |= core.dropped
+    num_items = int((~core.items_N & (first_counts_N > 0)).sum())
+    cleaned = cleaning.cleaned(num_items, core.dropped_users)
     if not core.users_U.any():
-        raise nobody_left(len(buckets.users), num_read, dropped, cleaning, source)
+        raise nobody_left(len(buckets.users), num_read, dropped, cleaning, cleaned, source)
 
     user_ids, rows_U = _rows_by_number(buckets.users, core.users_U)
     item_ids, rows_N = _rows_by_number(buckets.items, core.catalogue_N)
@@ -164,7 +173,7 @@ def clean(
     cutoff = cleaning.cutoff
     periods = None if cutoff is None else cutoff.periods(timestamps, offsets)
     sequences = Sequences(items, offsets, user_ids, item_ids, periods)
-    log = CleanLog(sequences, timestamps, num_read, dropped, core.users_without_history)
+    log = CleanLog(sequences, timestamps, num_read, dropped, cleaned, core.users_without_history)
     log.check(cutoff, source)
     return log
 
@@ -187,13 +196,18 @@ def check_read(num_read: int, source: str) -> None:
 
 
 def nobody_left(
-    num_users: int, num_read: int, dropped: dict[str, int], cleaning: Cleaning, source: str
+    num_users: int,
+    num_read: int,
+    dropped: dict[str, int],
+    cleaning: Cleaning,
+    cleaned: Cleaned,
+    source: str,
 ) -> DataError:
     """What to raise where no user stays of so many."""
-    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items() if count)
     remedy = f"lower --k-core {cleaning.k_core} or --min-length {cleaning.fewest}"
     if cleaning.cutoff is not None:
         remedy += f", or give later dates than --cutoff {cleaning.cutoff}"
+    reasons = left_out(dropped, asdict(cleaned))
     left = f"no user is left of {num_users:,} with {num_read:,} rows ({reasons})"
     return DataError(f"{source}: {left}: {remedy}")
 
@@ -261,6 +275,8 @@ class Core:
         self.lengths_U = np.zeros(num_users, np.int64)
         self.short_U = np.zeros(num_users, bool)
         self.dropped: dict[str, int] = {}
+        self.dropped_users: dict[str, int] = {}
+        """Users who go with the rows in `dropped`, by reason."""
         self.users_without_history = 0
 
     def count(self, buckets: Iterable[np.ndarray]) -> np.ndarray:
@@ -308,6 +324,7 @@ class Core:
             dropped |= {"rows_of_users_without_history": 0}
             dropped |= {"rows_of_items_outside_the_catalogue": 0}
         without_U = np.zeros(len(self.users_U), bool)
+        users = dict.fromkeys(("users_below_k_core", "users_below_min_length"), 0)
         for rows_R in buckets:
             if self.cutoff is not None:
                 held_out_R = rows_R["time"] >= self.cutoff.validation
@@ -322,9 +339,15 @@ class Core:
             by_user_R = ~by_item_R & ~self.users_U[rows_R["user"]]
             short_R = by_user_R & self.short_U[rows_R["user"]]
             dropped["items_below_k_core"] += int(by_item_R.sum())
-            dropped["users_below_k_core"] += int((by_user_R & ~short_R).sum())
-            dropped["users_below_min_length"] += int(short_R.sum())
-        self.dropped, self.users_without_history = dropped, int(without_U.sum())
+            for reason, gone_R in (
+                ("users_below_k_core", by_user_R & ~short_R),
+                ("users_below_min_length", short_R),
+            ):
+                dropped[reason] += int(gone_R.sum())
+                # A user's rows are all in one bucket, so nobody is counted twice.
+                users[reason] += len(np.unique(rows_R["user"][gone_R]))
+        self.dropped, self.dropped_users = dropped, users
+        self.users_without_history = int(without_U.sum())
 
     def stay(self, rows_R: np.ndarray) -> np.ndarray:
         """bool[R], whether user and item of a row are left."""

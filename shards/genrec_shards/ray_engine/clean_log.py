@@ -31,6 +31,7 @@ from genrec_shards.ray_engine.sources import LogFile, log_files_of
 from genrec_shards.ray_engine.tasks import Tasks, cancel, connected
 from genrec_shards.readers.frames import polars
 from genrec_shards.readers.read_log import LogOptions
+from genrec_shards.readers.recognise import file_read_as
 from genrec_shards.sequences import Sequences, flat_ranges, sort_ids
 
 # P buckets, U users of a bucket or of the log, N items of the log, R rows of a bucket.
@@ -46,8 +47,8 @@ def clean_on_ray(
     options: LogOptions,
     folder: Path,
     address: str | None,
-) -> tuple[CleanLog, Source]:
-    """What `clean` and `source_of` give, to the byte.
+) -> tuple[CleanLog, Source, str]:
+    """What `clean`, `source_of` and `read_as` give, to the byte.
 
     This process holds each user and item once (id, row, count) and one range of users at a time;
     the sequences are in files under `folder`, 12 bytes per row, mapped and not read. A task holds
@@ -74,7 +75,8 @@ def clean_on_ray(
         spans = plan_spans(files, format == "interactions", SIZES, tasks)
         log = _clean(spans, reading, bad, folder, str(source), tasks)
         digests = [(file.name, tasks.get(one)) for file, one in zip(files, hashes, strict=True)]
-        return log, source_named(name, digests, is_folder)
+        words = file_read_as(files[0].place, files[0].open, format, options.columns)
+        return log, source_named(name, digests, is_folder), words
 
 
 def _sha256(file: LogFile) -> str:
@@ -110,7 +112,7 @@ def _clean(
         names = tasks.get(bucket.item_ids).to_pylist()
         numbers = [number_of.setdefault(name, len(number_of)) for name in names]
         bucket.item_numbers = tasks.put(np.array(numbers, np.int64))
-    counts_N, stay_N = _peel(buckets, len(number_of), cleaning, tasks)
+    counts_N, stay_N, num_few_items = _peel(buckets, len(number_of), cleaning, tasks)
 
     total = tasks.put(counts_N)
     settled = []
@@ -121,16 +123,21 @@ def _clean(
     settled = [tasks.get(found) for found in settled]
     for reason in settled[0].dropped:
         dropped[reason] = sum(part.dropped[reason] for part in settled)
+    users = {
+        reason: sum(part.dropped_users[reason] for part in settled)
+        for reason in settled[0].dropped_users
+    }
+    cleaned = cleaning.cleaned(num_few_items, users)
     if not any(part.user_ids for part in settled):
         num_users = sum(users for users, _ in counts)
-        raise nobody_left(num_users, num_read, dropped, cleaning, source)
+        raise nobody_left(num_users, num_read, dropped, cleaning, cleaned, source)
     ordered = _in_order(buckets, settled, list(number_of), stay_N & (counts_N > 0), folder, tasks)
     items, timestamps, offsets, user_ids, item_ids = ordered
     cutoff = cleaning.cutoff
     periods = None if cutoff is None else cutoff.periods(timestamps, offsets)
     sequences = Sequences(items, offsets, user_ids, item_ids, periods)
     without = sum(part.users_without_history for part in settled)
-    log = CleanLog(sequences, timestamps, num_read, dropped, without)
+    log = CleanLog(sequences, timestamps, num_read, dropped, cleaned, without)
     log.check(cutoff, source)
     return log
 
@@ -201,10 +208,11 @@ def _gathered(cleaning: Cleaning, *parts: Any) -> tuple[np.ndarray, Any, Any, Co
 
 def _peel(
     buckets: list[_Bucket], num_items: int, cleaning: Cleaning, tasks: Tasks
-) -> tuple[np.ndarray, np.ndarray]:
-    """int64[N] the items' last counts and bool[N] which stay; of each round only counts are
-    exchanged."""
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """int64[N] the items' last counts, bool[N] which stay, and how many that had rows do not; of
+    each round only counts are exchanged."""
     stay_N = np.ones(num_items, bool)
+    first_counts_N: np.ndarray | None = None
     few: Any = None
     while True:
         rounds = []
@@ -216,9 +224,10 @@ def _peel(
         for counts, few_users in rounds:
             counts_N += tasks.get(counts)
             any_user |= tasks.get(few_users)
+        first_counts_N = counts_N if first_counts_N is None else first_counts_N
         few_N = stay_N & (counts_N < cleaning.k_core)
         if not any_user and not few_N.any():
-            return counts_N, stay_N
+            return counts_N, stay_N, int((~stay_N & (first_counts_N > 0)).sum())
         stay_N &= ~few_N
         few = tasks.put(few_N)
 
@@ -246,6 +255,7 @@ class _Settled:
     user_ids: list[str]
     lengths_U: np.ndarray
     dropped: dict[str, int]
+    dropped_users: dict[str, int]
     users_without_history: int
 
 
@@ -255,7 +265,8 @@ def _settled(
     core.settle([rows_R], counts_N[item_numbers])
     names = user_ids.filter(pa.array(core.users_U)).to_pylist()
     lengths_U = core.lengths_U[core.users_U]
-    return core, _Settled(names, lengths_U, core.dropped, core.users_without_history)
+    gone = core.dropped, core.dropped_users, core.users_without_history
+    return core, _Settled(names, lengths_U, *gone)
 
 
 # Order

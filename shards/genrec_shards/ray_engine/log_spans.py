@@ -16,8 +16,8 @@ from genrec_shards.readers.tabular import LONGEST_JOINED, is_parquet
 from genrec_shards.readers.text_blocks import (
     BLOCK_BYTES,
     BYTE_ORDER_MARK,
-    GZIP_MAGIC,
     LONGEST_LINE,
+    is_packed,
 )
 
 # C pieces of a text file
@@ -66,8 +66,8 @@ class Span:
 def plan_spans(
     files: list[LogFile], is_table: bool, sizes: Sizes, tasks: Tasks
 ) -> list[list[Span]]:
-    """The spans of each task, in the log's order. A gzip cannot be entered half-way, so it is one
-    span. `is_table`: whether cells may be quoted and files may be Parquet."""
+    """The spans of each task, in the log's order. A gzip or zip cannot be entered half-way, so it
+    is one span. `is_table`: whether cells may be quoted and files may be Parquet."""
     target = sizes.bytes_per_task(sum(file.size for file in files), tasks.num_cpus)
     found: list[list[Span]] = []
     held = 0
@@ -88,8 +88,8 @@ def _spans(file: LogFile, is_table: bool, target: int, block: int, tasks: Tasks)
     if is_table and is_parquet(file.name):
         return _spans_of_groups(file, target, tasks)
     with file.open() as raw:
-        beginning = raw.read(len(BYTE_ORDER_MARK))
-    if beginning.startswith(GZIP_MAGIC):
+        beginning = raw.read(4)
+    if is_packed(beginning):
         return [Span(file)]
     num_pieces, each = -(-file.size // block), max(target // block, 1)
     surveys = [
@@ -97,7 +97,7 @@ def _spans(file: LogFile, is_table: bool, target: int, block: int, tasks: Tasks)
         for first in range(0, num_pieces, each)
     ]
     found_C4 = np.concatenate([tasks.get(part) for part in surveys])
-    first_byte = len(BYTE_ORDER_MARK) if beginning == BYTE_ORDER_MARK else 0
+    first_byte = len(BYTE_ORDER_MARK) if beginning.startswith(BYTE_ORDER_MARK) else 0
     spans = [Span(file)]
     for start, piece, line in cuts(found_C4, block, is_table, first_byte):
         if start - spans[-1].start >= target and start < file.size:

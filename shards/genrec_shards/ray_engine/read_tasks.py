@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -15,7 +16,7 @@ from genrec_shards.errors import BadLines, DataError, OnError
 from genrec_shards.ray_engine.log_spans import Span
 from genrec_shards.readers.frames import LogReader, polars
 from genrec_shards.readers.json_reviews import read_reviews, release_of
-from genrec_shards.readers.read_log import LogOptions
+from genrec_shards.readers.read_log import LogOptions, first_blocks, holds_objects
 from genrec_shards.readers.tabular import is_parquet, read_header, read_parquet, read_text
 from genrec_shards.readers.text_blocks import Block, unpacked, whole_lines
 from genrec_shards.timestamps import TimeUnit
@@ -91,26 +92,31 @@ def read_spans(spans: list[Span], unit: TimeUnit, reading: Reading) -> tuple[Any
 def _frames(span: Span, reader: LogReader, block: int) -> Iterator[pl.DataFrame]:
     """As `read_log` yields them of the whole file, those of the span."""
     file = span.file
+    is_table = reader.format == "interactions"
     with file.open() as raw:
-        if reader.format != "interactions":
-            fields = None
-            if span.start:  # the lines before the span tell the release
-                with file.open() as again:
-                    before = _blocks(Span(file, end=span.start), again, block)
-                    releases = (release_of(part, reader.format) for part in before)
-                    fields = next((fields for fields in releases if fields is not None), None)
-            yield from read_reviews(file.place, _blocks(span, raw, block), reader, fields)
-            if not file.size:
-                raise DataError(f"{file.place}: empty: expected a review a line")
-        elif is_parquet(file.name):
+        if is_table and is_parquet(file.name):
             yield from read_parquet(file.place, raw, reader, span.groups, span.line)
-        else:
-            header = None
-            if span.start:
-                with file.open() as again:
-                    first = next(whole_lines(file.place, unpacked(file.place, again)))
-                header, _ = read_header(file.place, first, reader.columns)
-            yield from read_text(file.place, _blocks(span, raw, block), reader, header)
+            return
+        found = _blocks(span, raw, block)
+        if is_table and span.start:
+            with file.open() as again:
+                first = first_blocks(whole_lines(file.place, unpacked(file.place, again)))
+        elif is_table:
+            first = first_blocks(found)
+            found = chain(first, found)
+        if is_table and not holds_objects(first):
+            header = read_header(file.place, first[0], reader.columns)[0] if span.start else None
+            yield from read_text(file.place, found, reader, header)
+            return
+        fields = None
+        if span.start:  # the lines before the span tell the release
+            with file.open() as again:
+                before = _blocks(Span(file, end=span.start), again, block)
+                releases = (release_of(part, reader) for part in before)
+                fields = next((fields for fields in releases if fields is not None), None)
+        yield from read_reviews(file.place, found, reader, fields)
+        if not file.size and not is_table:
+            raise DataError(f"{file.place}: empty: expected a review a line")
 
 
 def _blocks(span: Span, raw: BinaryIO, size: int) -> Iterator[Block]:

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from genrec_shards.errors import DataError
-from genrec_shards.readers.read_log import (
-    Format,
-    guess_by_name,
-    guess_format,
-    log_names,
-    source_files,
-)
+from genrec_shards.readers.read_log import Format, log_names, source_files
+from genrec_shards.readers.recognise import guess_format, guess_of_file
 from genrec_shards.readers.text_blocks import check_readable, unreadable
 from genrec_shards.storage.remote import RemoteFiles, RetryPolicy, is_address
 
@@ -101,12 +97,12 @@ def check_source(source: str | Path) -> None:
         RemoteFiles(source, RetryPolicy())
 
 
-def format_of(source: str | Path) -> Format:
+def format_of(source: str | Path, columns: Sequence[str] | None = None) -> Format:
     """As `guess_format`, behind an address too."""
     if isinstance(source, Path):
-        return guess_format(source)
+        return guess_format(source, columns)
     file = log_files_of(source, None)[0]
-    return guess_by_name(file.name, lambda: file.open().readline())
+    return guess_of_file(file.place, file.open, columns)
 
 
 def log_files_of(source: str | Path, format: str | None) -> list[LogFile]:

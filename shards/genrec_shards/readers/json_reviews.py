@@ -1,4 +1,4 @@
-"""Reviews as one object per line, gzipped or not, of which three fields are read."""
+"""Reviews or interactions as one object per line, of which three fields are read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import io
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from genrec_shards.errors import DataError
+from genrec_shards.readers.columns import COLUMNS, NAME_THEM, find_columns
 from genrec_shards.readers.frames import LogReader, listed, polars
 from genrec_shards.readers.python_literals import parsed_line
 from genrec_shards.readers.text_blocks import Block, find_fault
@@ -39,21 +41,45 @@ def read_reviews(
         fields: of the file's release, where earlier blocks told it; else the first object tells.
     """
     for block in found:
-        fields = fields or release_of(block, reader.format)
+        fields = fields or release_of(block, reader)
+        if fields is None and reader.format == "interactions":
+            _check_names(path, block, reader)
         frame = None if fields is None else _fast_frame(block, fields, reader)
         if frame is None:
             frame = reader.frame_one_by_one(path, _rows(block, fields, reader.format))
         yield frame
 
 
-def release_of(block: Block, format: str) -> Fields | None:
-    """The fields of the block's first object that has those of a release."""
+def release_of(block: Block, reader: LogReader) -> Fields | None:
+    """The fields of the block's first object that has those of a release, or of `interactions`
+    those that are named or have usual names."""
     for _, record in _records(block):
-        if isinstance(record, dict):
-            for fields in RELEASES[format]:
-                if record.keys() >= set(fields):
-                    return fields
+        if isinstance(record, dict) and (fields := fields_of(record, reader)) is not None:
+            return fields
     return None
+
+
+def fields_of(record: dict[str, Any], reader: LogReader) -> Fields | None:
+    """The names of an object's user, item and time; None where it lacks one."""
+    if reader.format != "interactions":
+        releases = RELEASES[reader.format]
+        return next((fields for fields in releases if record.keys() >= set(fields)), None)
+    names = list(record)
+    places = find_columns(names, reader.columns)
+    if None in places:
+        return None
+    user, item, time = (names[place] for place in places if place is not None)
+    return user, item, time
+
+
+def _check_names(path: str, block: Block, reader: LogReader) -> None:
+    """Raises DataError where objects are there, and none of them has the three fields."""
+    objects = ((line, found) for line, found in _records(block) if isinstance(found, dict))
+    for line, record in objects:
+        missing = find_columns(list(record), reader.columns).index(None)
+        wanted = list(COLUMNS)[missing] if reader.columns is None else reader.columns[missing]
+        found = listed(record, 8) or "nothing"
+        raise DataError(f"{path}:{line}: no field of {wanted}, it has {found}: {NAME_THEM}")
 
 
 def _fast_frame(block: Block, fields: Fields, reader: LogReader) -> pl.DataFrame | None:
@@ -94,7 +120,8 @@ def _rows(
                 ", ".join(names) for names in ([fields] if fields else RELEASES[format])
             )
             needed = f"fields {wanted} are needed, it has {listed(record, 8) or 'nothing'}"
-            yield line, f"no review of --format {format}: {needed}"
+            kind = "interaction" if format == "interactions" else "review"
+            yield line, f"no {kind} of --format {format}: {needed}"
         else:
             yield line, (record[fields[0]], record[fields[1]], record[fields[2]])
 

@@ -1,10 +1,10 @@
-"""A log of any format as frames, and which format a log is in where name and first line tell."""
+"""A log of any format as frames: which of its files are read, and how each of them is."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +12,7 @@ from genrec_shards.errors import BadLines, DataError
 from genrec_shards.readers.frames import LogReader
 from genrec_shards.readers.json_reviews import read_reviews
 from genrec_shards.readers.tabular import is_parquet, read_parquet, read_text
-from genrec_shards.readers.text_blocks import blocks, check_readable
+from genrec_shards.readers.text_blocks import Block, blocks, check_readable
 from genrec_shards.timestamps import Clock, TimeUnit
 
 if TYPE_CHECKING:
@@ -54,14 +54,32 @@ def read_log(path: Path, format: str, bad: BadLines, options: LogOptions) -> Ite
     """
     reader = options.reader(format, bad)
     for file in source_files(path, format):
-        if format != "interactions":
-            yield from read_reviews(str(file), blocks(file), reader)
-            if file.stat().st_size == 0:
-                raise DataError(f"{file}: empty: expected a review a line")
-        elif is_parquet(file.name):
+        if format == "interactions" and is_parquet(file.name):
             yield from read_parquet(str(file), file, reader)
+            continue
+        found = blocks(file)
+        first = first_blocks(found)
+        if format != "interactions" or holds_objects(first):
+            yield from read_reviews(str(file), chain(first, found), reader)
         else:
-            yield from read_text(str(file), blocks(file), reader)
+            yield from read_text(str(file), chain(first, found), reader)
+        if file.stat().st_size == 0 and format != "interactions":
+            raise DataError(f"{file}: empty: expected a review a line")
+
+
+def first_blocks(found: Iterator[Block]) -> list[Block]:
+    """The first block that is not blank, after those before it; fewer where the file ends."""
+    first = []
+    for block in found:
+        first.append(block)
+        if block.data.strip():
+            break
+    return first
+
+
+def holds_objects(first: Sequence[Block]) -> bool:
+    """Whether a text with these `first_blocks` is objects in JSON and not a table."""
+    return bool(first) and first[-1].data.lstrip().startswith(b"{")
 
 
 def source_files(path: Path, format: str) -> list[Path]:
@@ -76,50 +94,22 @@ def source_files(path: Path, format: str) -> list[Path]:
 
 def log_names(names: Iterable[str], format: str | None, place: str) -> list[str]:
     """Those of a folder's names that belong to a log of this format (None: of any), sorted; hidden
-    ones do not. Raises DataError where there are none."""
-    endings: tuple[str, ...] = TABLE_ENDINGS if format == "interactions" else JSON_ENDINGS
-    endings = (*TABLE_ENDINGS, *JSON_ENDINGS) if format is None else endings
-    found = sorted(
-        name for name in names if ending_of(name) in endings and not name.startswith((".", "_"))
-    )
+    ones do not. `interactions` are its tables, or where it has none its JSON lines. Raises
+    DataError where there are none."""
+    shown = sorted(name for name in names if not name.startswith((".", "_")))
+    tables = [name for name in shown if ending_of(name) in TABLE_ENDINGS]
+    objects = [name for name in shown if ending_of(name) in JSON_ENDINGS]
+    if format is None:
+        found = sorted(tables + objects)
+    else:
+        found = (tables or objects) if format == "interactions" else objects
     if not found:
-        raise DataError(f"{place}: no file that ends in .{', .'.join(endings)}: check the path")
+        endings = JSON_ENDINGS if format in ("amazon", "yelp") else (*TABLE_ENDINGS, *JSON_ENDINGS)
+        remedy = "check the path, or give one file of another name"
+        raise DataError(f"{place}: no file that ends in .{', .'.join(endings)}: {remedy}")
     return found
 
 
 def ending_of(name: str) -> str:
-    """In lower case and without a `.gz` behind it."""
-    return name.lower().removesuffix(".gz").rpartition(".")[2]
-
-
-def guess_format(path: Path) -> Format:
-    """By name and first line; `sequences` where nothing speaks against it. Raises DataError as
-    `blocks`."""
-    if not path.is_dir():
-        return guess_by_name(path.name, lambda: _first_line(path))
-    if (path / "dataset.json").exists():
-        return "data"
-    endings = (*TABLE_ENDINGS, *JSON_ENDINGS)
-    first = min((file for file in path.iterdir() if ending_of(file.name) in endings), default=None)
-    if first is None:
-        return "interactions"
-    return guess_by_name(first.name, lambda: _first_line(first))
-
-
-def guess_by_name(name: str, first_line: Callable[[], bytes]) -> Format:
-    """The format of a file. `first_line`: called only where the name does not tell."""
-    if ending_of(name) in TABLE_ENDINGS:
-        return "interactions"
-    if ending_of(name) not in JSON_ENDINGS:
-        return "sequences"
-    # Yelp's reviews name a business, Amazon's anything else; the reader tells what a line lacks.
-    line = first_line()
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        return "amazon"
-    return "yelp" if isinstance(record, dict) and "business_id" in record else "amazon"
-
-
-def _first_line(path: Path) -> bytes:
-    return next((block.data.lstrip().partition(b"\n")[0] for block in blocks(path)), b"")
+    """In lower case and without a `.gz` or `.zip` behind it."""
+    return name.lower().removesuffix(".gz").removesuffix(".zip").rpartition(".")[2]

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from genrec_shards.errors import DataError
+from genrec_shards.readers.columns import COLUMNS, NAME_THEM, find_columns
 from genrec_shards.readers.frames import LogReader, listed, polars
 from genrec_shards.readers.text_blocks import (
     BLOCK_BYTES,
@@ -22,21 +23,18 @@ from genrec_shards.readers.text_blocks import (
     find_fault,
     unreadable,
 )
+from genrec_shards.timestamps import Clock
 
 if TYPE_CHECKING:
     import polars as pl
 
-COLUMNS = {
-    "users": ["user", "user_id", "userid", "reviewerid", "customer_id", "visitorid", "uid"],
-    "items": [
-        *("item", "item_id", "itemid", "parent_asin", "asin", "business_id", "product_id"),
-        *("productid", "movieid", "iid"),
-    ],
-    "times": ["timestamp", "time", "date", "datetime", "unixreviewtime", "ts"],
-}
-"""Where users, items and times are looked for, in this order, unless columns are named. Capitals do
-not matter, nor does what follows a colon, as in RecBole's `user_id:token`."""
-DELIMITERS = (",", "\t", ";", "|")
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+OTHER_DELIMITERS = {"::": "`::`", " ": "spaces"}
+"""`::` is MovieLens-1M's; spaces are taken where a line has none of the others."""
+_UNIT_SEPARATOR = "\x1f"
+"""In place of `::`, because readers of CSV know delimiters of one character."""
+_RECENT = 100_000_000 * 1_000_000
+"""Microseconds since 1970, in 1973: a larger number is hardly an id or a rating."""
 ROWS_PER_BATCH = 1 << 16
 LONGEST_JOINED = max(LONGEST_LINE, 4 * BLOCK_BYTES)
 """Bytes of blocks that are joined until their quotes are even."""
@@ -54,7 +52,7 @@ def _are_places(columns: Sequence[str] | None) -> bool:
     )
 
 
-def _places(path: str, names: list[str], columns: Sequence[str] | None) -> list[int]:
+def column_places(path: str, names: list[str], columns: Sequence[str] | None) -> list[int]:
     """Which of the names are those of users, items and times."""
     if columns is not None and _are_places(columns) and not set(columns) <= set(names):
         places = [int(name) for name in columns]
@@ -62,21 +60,37 @@ def _places(path: str, names: list[str], columns: Sequence[str] | None) -> list[
             return places
         reason = f"no column {max(places)}, only 0 to {len(names) - 1}"
         raise DataError(f"{path}:1: {reason}: mend --columns USER,ITEM,TIME")
-    places = []
-    known = [name.strip().partition(":")[0].lower() for name in names]
-    for number, (kind, usual) in enumerate(COLUMNS.items()):
-        if columns is None:
-            place = next((known.index(name) for name in usual if name in known), None)
-            wanted = f"column of {kind}"
-        else:
-            place = names.index(columns[number]) if columns[number] in names else None
-            wanted = f"column {columns[number]}"
-        if place is None:
-            remedy = "name the three with --columns USER,ITEM,TIME"
-            found = listed(names, 12) or "none"
-            raise DataError(f"{path}:1: no {wanted}, only {found}: {remedy}")
-        places.append(place)
-    return places
+    found = find_columns(names, columns)
+    places = [place for place in found if place is not None]
+    if len(places) == len(found):
+        return places
+    missing = found.index(None)
+    kind = list(COLUMNS)[missing]
+    wanted = f"column of {kind}" if columns is None else f"column {columns[missing]}"
+    remedy = f"{NAME_THEM}, by places from 0 where the first line is a row"
+    if columns is None and kind == "times":
+        remedy += "; without times give --format sequences, one user a line, oldest item first"
+    raise DataError(f"{path}:1: no {wanted}, only {listed(names, 12) or 'none'}: {remedy}")
+
+
+def row_places(cells: Sequence[str]) -> list[int] | None:
+    """Where user, item and time seem to be in a first line that is a row; None where it may be
+    names: no cell is a number or a date.
+
+    Example: 196, 242, 3, 881250949 gives 0, 1, 3.
+    """
+    if len(cells) < 3 or all(isinstance(Clock().micros(cell.strip()), str) for cell in cells):
+        return None
+    times = [at for at, cell in enumerate(cells) if is_recent(cell)]
+    time = times[-1] if times else len(cells) - 1
+    user, item = [at for at in range(len(cells)) if at != time][:2]
+    return [user, item, time]
+
+
+def is_recent(cell: str) -> bool:
+    """Whether a cell is a time of our days."""
+    micros = Clock().micros(cell.strip())
+    return isinstance(micros, int) and micros > _RECENT
 
 
 # Text
@@ -91,6 +105,13 @@ class Header:
     delimiter: str
     places: list[int]
     """Cells of user, item and time, from 0."""
+    names: list[str] | None
+    """Of all columns; None where the first line is a row."""
+
+    @property
+    def separator(self) -> str:
+        """As `separator_of`."""
+        return separator_of(self.delimiter)
 
 
 def read_text(
@@ -99,9 +120,10 @@ def read_text(
     """Frames of a text's blocks.
 
     Its first line has the columns' names, unless `reader.columns` are whole numbers: these are
-    places, from 0, and every line is a row. Cells are separated by one of DELIMITERS (the first
-    line tells) and may be quoted, and then may hold line ends. A row with more cells than the first
-    line is bad, so is one without user, item or time.
+    places, from 0, and every line is a row. A file with `::` need not have names where a cell of
+    its first line is a time: the first two others are user and item. Cells are separated by what
+    `delimiter_of` finds in the first line and may be quoted, and then may hold line ends. A row
+    with more cells than the first line is bad, so is one without user, item or time.
 
     Args:
         path: the file, as messages name it.
@@ -117,6 +139,7 @@ def read_text(
             header, block = read_header(path, block, reader.columns)
         if not block.data.strip():
             continue
+        block = with_separators(block, header.delimiter)
         frame = _fast_frame(block, header, reader)
         yield reader.frame_one_by_one(path, _rows(block, header)) if frame is None else frame
     if header is None:
@@ -131,17 +154,50 @@ def read_header(path: str, block: Block, columns: Sequence[str] | None) -> tuple
         names_text = "expected text with the columns' names, plain or gzipped"
         remedy = names_text if binary else "save it as UTF-8 text"
         raise DataError(f"{path}:1: {fault[1]}: {remedy}")
-    text = line.decode().rstrip("\r")
-    delimiter = max(DELIMITERS, key=text.count)
+    delimiter = delimiter_of(line.decode())
+    separator = separator_of(delimiter)
+    text = line.decode().rstrip("\r").replace(delimiter, separator)
     try:
-        names = next(csv.reader([text], delimiter=delimiter, strict=True), [])
+        names = next(csv.reader([text], delimiter=separator, strict=True), [])
     except csv.Error as error:
         fault_text = f"the columns' names are not readable as CSV ({error})"
         raise DataError(f"{path}:1: {fault_text}: mend the line") from None
     if _are_places(columns):
         # These cells are a row, whatever they say: they name no column.
-        return Header(len(names), delimiter, _places(path, [""] * len(names), columns)), block
-    return Header(len(names), delimiter, _places(path, names, columns)), Block(2, rest)
+        places = column_places(path, [""] * len(names), columns)
+        return Header(len(names), delimiter, places, None), block
+    named = None not in find_columns(names, columns)
+    if not named and (row := row_places(names)) is not None:
+        if delimiter == "::" and columns is None and is_recent(names[row[2]]):
+            return Header(len(names), delimiter, row, None), block
+        cells = listed(names, 8)
+        found = ",".join(map(str, row))
+        remedy = f"give the places of user, item and time, as --columns {found}"
+        raise DataError(
+            f"{path}:1: the first line is a row and names no column ({cells}): {remedy}"
+        )
+    return Header(len(names), delimiter, column_places(path, names, columns), names), Block(2, rest)
+
+
+def delimiter_of(line: str) -> str:
+    """What separates the cells of a line: `::` where it is there twice, else the most frequent of
+    DELIMITERS, else a space."""
+    if line.count("::") >= 2:
+        return "::"
+    found = max(DELIMITERS, key=line.count)
+    return found if found in line else " "
+
+
+def separator_of(delimiter: str) -> str:
+    """One character for a delimiter: `::` has another in its place while a text is read."""
+    return _UNIT_SEPARATOR if delimiter == "::" else delimiter
+
+
+def with_separators(block: Block, delimiter: str) -> Block:
+    """The block with `::` as one character; as it is where the delimiter is another."""
+    if delimiter != "::":
+        return block
+    return Block(block.first_line, block.data.replace(b"::", _UNIT_SEPARATOR.encode()))
 
 
 def with_whole_cells(found: Iterator[Block]) -> Iterator[Block]:
@@ -164,14 +220,14 @@ def _fast_frame(block: Block, header: Header, reader: LogReader) -> pl.DataFrame
     pl = polars()
     data = block.data.rstrip(b"\r\n")
     # A quote that neither begins nor ends a cell: readers of CSV differ about it.
-    sign = re.escape(header.delimiter.encode())
+    sign = re.escape(header.separator.encode())
     stray_quote = b'[^\n"' + sign + b']"[^\r\n"' + sign + b"]"
     if b"\0" in data or (b'"' in data and re.search(stray_quote, data)):
         return None
     schema = {str(place): pl.String for place in range(header.width)}
     try:
         cells = pl.read_csv(
-            io.BytesIO(data), has_header=False, separator=header.delimiter, schema=schema
+            io.BytesIO(data), has_header=False, separator=header.separator, schema=schema
         )
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException):
         return None
@@ -208,7 +264,7 @@ def _cells(data: bytes, header: Header) -> tuple[str, str, str] | str:
     text = io.StringIO(data.decode().removesuffix("\r"), newline="")
     limit = csv.field_size_limit(LONGEST_LINE)
     try:
-        found = list(csv.reader(text, delimiter=header.delimiter, strict=True))
+        found = list(csv.reader(text, delimiter=header.separator, strict=True))
     except csv.Error as error:
         return f"not readable as CSV ({error})"
     finally:
@@ -244,7 +300,7 @@ def read_parquet(
     try:
         with pq.ParquetFile(source) as file:
             names = list(file.schema_arrow.names)
-            chosen = [names[place] for place in _places(path, names, reader.columns)]
+            chosen = [names[place] for place in column_places(path, names, reader.columns)]
             for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=groups, columns=chosen):
                 yield _frame_of_batch(path, first, [batch.column(name) for name in chosen], reader)
                 first += batch.num_rows

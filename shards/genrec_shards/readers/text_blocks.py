@@ -1,15 +1,27 @@
-"""Text files as blocks of whole lines, plain or gzipped, so that no file has to fit into memory."""
+"""Text files as blocks of whole lines, plain, gzipped or zipped, so that no file has to fit into
+memory."""
 
 import gzip
+import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from genrec_shards.errors import DataError
 
 GZIP_MAGIC = b"\x1f\x8b"
+_ZIP_MAGIC = b"PK\x03\x04"
+_NOT_READ = {
+    b"BZh91AY": ("bzip2", "unpack it"),
+    b"\xfd7zXZ": ("xz", "unpack it"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "unpack it"),
+    b"7z\xbc\xaf": ("7z", "unpack it"),
+    b"Rar!\x1a": ("rar", "unpack it"),
+    b"PAR1\x15": ("Parquet", "let its name end in .parquet"),
+}
+"""First bytes of files that are no text -> what they are, and the way out."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 26
@@ -27,7 +39,7 @@ class Block:
 
 def blocks(path: Path) -> Iterator[Block]:
     """Blocks of about BLOCK_BYTES, one after another, without a byte-order mark; the content tells
-    whether it is gzip.
+    whether it is gzip or zip.
 
     Raises:
         DataError: the file is missing, cannot be read, is a damaged gzip or has a line without end.
@@ -98,7 +110,7 @@ def unreadable(path: Path | str, error: Exception) -> DataError:
 
 
 def file_pieces(path: Path) -> Iterator[bytes]:
-    """The file's bytes, unpacked where it is gzip, in pieces of BLOCK_BYTES."""
+    """The file's bytes, unpacked where it is gzip or zip, in pieces of BLOCK_BYTES."""
     check_readable(path)
     try:
         with path.open("rb") as raw:
@@ -107,19 +119,53 @@ def file_pieces(path: Path) -> Iterator[bytes]:
         raise unreadable(path, error) from None
 
 
+def is_packed(beginning: bytes) -> bool:
+    """Whether a file that begins so, with at least four bytes, cannot be entered half-way."""
+    return beginning.startswith((GZIP_MAGIC, _ZIP_MAGIC))
+
+
 def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
-    """Pieces of BLOCK_BYTES of an open file, plain or gzipped. Raises DataError for a damaged
-    gzip."""
-    packed = raw.read(len(GZIP_MAGIC)) == GZIP_MAGIC
+    """Pieces of BLOCK_BYTES of an open file: plain, gzipped, or the one file of a zip. Raises
+    DataError where it is damaged, packed otherwise, or a zip of several files."""
+    beginning = raw.read(8)
     raw.seek(0)
-    file = gzip.GzipFile(fileobj=raw) if packed else raw
+    for magic, (kind, remedy) in _NOT_READ.items():
+        if beginning.startswith(magic):
+            raise DataError(f"{path}: {kind} is not read as text: {remedy}")
+    name = "gzip stream"
+    file: IO[bytes] | gzip.GzipFile = raw
+    if beginning.startswith(_ZIP_MAGIC):
+        name, file = "zip", _zipped_file(path, raw)
+    elif beginning.startswith(GZIP_MAGIC):
+        file = gzip.GzipFile(fileobj=raw)
     try:
         while data := file.read(BLOCK_BYTES):
             yield data
     except EOFError:
-        fault = "the gzip stream is cut off"
-    except (gzip.BadGzipFile, zlib.error) as error:
-        fault = f"the gzip stream is damaged ({error})"
+        fault = f"the {name} is cut off"
+    except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error) as error:
+        fault = f"the {name} is damaged ({error})"
     else:
         return
     raise DataError(f"{path}: {fault}: download or copy the file again")
+
+
+def _zipped_file(path: str, raw: BinaryIO) -> IO[bytes]:
+    """The one file of a zip, to be read."""
+    try:
+        archive = zipfile.ZipFile(raw)
+        files = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
+        # What a Mac puts beside each file is none of the user's.
+        files = [file for file in files if not file.startswith("__MACOSX/")]
+        if "[Content_Types].xml" in files:
+            raise DataError(f"{path}: a spreadsheet or document: save it as CSV")
+        if len(files) != 1:
+            few = ", ".join(file if file.isprintable() else repr(file) for file in files[:4])
+            named = f"a zip of {len(files)} files ({few}{', ...' * (len(files) > 4)})"
+            raise DataError(f"{path}: {named}: unpack it and give the one that is meant")
+        return archive.open(files[0])
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        reason = str(error).partition("\n")[0][:200]
+        raise DataError(f"{path}: the zip cannot be read ({reason}): unpack it yourself") from None

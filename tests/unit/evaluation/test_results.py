@@ -48,6 +48,7 @@ FIELDS = {
         "duplicate_rate",
         "ci95",
         "protocol",
+        "tied_targets",
         "beside",
         "users_per_second",
         "seconds",
@@ -93,6 +94,27 @@ def write(out, dataset, lists, **changes):
     return write_results(out, **{**arguments, **changes})
 
 
+def test_metrics_file_says_how_many_targets_of_its_split_share_their_time(tmp_path, dataset, lists):
+    sequences = dataset.sequences
+    times = np.arange(sequences.num_interactions)
+    last = sequences.offsets[1:] - 1
+    times[last[:5]] = times[last[:5] - 1]  # five users' test and validation items
+    times[last[5:8] - 1] = times[last[5:8] - 2]  # three others' validation items
+    timed = replace(dataset, timestamps=times)
+    shares = {}
+    for split in ("test", "validation"):
+        found = baseline.recommend(
+            "popularity",
+            sequences,
+            dataset.numbering.item_codes,
+            split,
+            exclude_history=True,
+        )
+        changes = {"split": split, "lists_UN": found.items_UN, "scores_UN": found.scores_UN}
+        shares[split] = write(tmp_path / split, timed, lists, **changes)["tied_targets"]
+    assert shares == {"test": 0.1, "validation": 0.16}
+
+
 def test_metrics_file_holds_the_contract(tmp_path, dataset, lists):
     returned = write(tmp_path, dataset, lists)
     report = json.loads((tmp_path / "metrics-test.json").read_text())
@@ -115,6 +137,7 @@ def test_metrics_file_holds_the_contract(tmp_path, dataset, lists):
         },
     }
     assert (report["system"], report["split"], report["users"]) == ("genrec", "test", 50)
+    assert report["tied_targets"] is None  # the log has no times
     assert (report["users_per_second"], report["recipe"]) == (25.0, {"width": 64})
     assert {"python", "torch", "transformers", "genrec-dist"} <= set(report["versions"])
     assert sorted(path.name for path in tmp_path.iterdir()) == [

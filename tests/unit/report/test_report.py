@@ -191,6 +191,21 @@ def test_samples_that_are_users_are_called_so(tmp_path: Path, targets: str, unit
     assert unit in read(write_report(run)).text
 
 
+@pytest.mark.parametrize(("share", "warned"), [(0.441, True), (0.2, False), (None, False)])
+def test_the_page_says_how_many_targets_share_their_time(
+    tmp_path: Path, share: float | None, warned: bool
+) -> None:
+    run = make_run(tmp_path / "run", splits=())
+    metrics = metrics_of("test") | {"tied_targets": share}
+    metrics["protocol"]["ties"] = "shuffle"
+    (run / "metrics-test.json").write_text(json.dumps(metrics))
+    found = read(write_report(run)).text
+    shared = "of users have a held-out item that shares its time with others"
+    expected = "ties shuffle order" if share is None else f"ties shuffle: {share:.1%} {shared}"
+    assert expected.replace("%", " %") in found
+    assert ("warning: for so many the time does not say which came last" in found) == warned
+
+
 def test_breadth_and_breakdown_are_tables(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", splits=())
     (run / "metrics-test.json").write_text(json.dumps(broad_metrics()))

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from genrec_shards.append import append, append_summary
+from genrec_shards.append import append
+from genrec_shards.cleaning.summary import append_summary, prepare_summary
 from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.errors import DataError
 from genrec_shards.numbering.extend import continued, nearest_leaves
 from genrec_shards.numbering.item_text import Descriptions
 from genrec_shards.numbering.numbering import number
-from genrec_shards.prepare import prepare, prepare_summary
+from genrec_shards.prepare import prepare
 from genrec_shards.sequences import Sequences
 from genrec_shards.storage.write import write_shards
 from hypothesis import given, settings
@@ -179,13 +180,16 @@ def test_every_row_is_counted_and_told(data: Path, tmp_path: Path) -> None:
     assert new.info.read == kept.info.read
     assert new.info.users == kept.info.users + entry.users
     assert new.info.items == kept.info.items + entry.items
-    first, *others = append_summary(new)
+    recognised, first, *others = append_summary(new)
+    assert recognised.startswith("new.csv was read as interactions: text with commas")
     assert f"{entry.read:,} rows read, {entry.interactions:,} appended" in first
-    assert "3 duplicates" in first
+    assert "3 rows there already with the same user, item and time" in first
+    fewest = f"new users with fewer than {entry.min_length} interactions"
+    assert f"{entry.dropped['new_users_below_min_length']} rows of {fewest}" in first
     assert any("new.csv:" in line for line in others)
     again = prepare(data, tmp_path / "anew", numbering="train-order")
     assert again.info.appended == new.info.appended
-    assert f"{kept.info.interactions:,} kept" in prepare_summary(again)[0]
+    assert f"{kept.info.interactions:,} kept" in prepare_summary(again)[1]
 
 
 def test_new_ones_need_each_other_until_all_have_enough(tmp_path: Path) -> None:
@@ -197,7 +201,12 @@ def test_new_ones_need_each_other_until_all_have_enough(tmp_path: Path) -> None:
     new = write_csv(
         tmp_path / "new.csv", [(*pair, START + 100 + n) for n, pair in enumerate(taken)]
     )
-    check_refused(data, new, "3 new_items_below_k, 1 new_users_below_min_length", k_core=2)
+    check_refused(
+        data,
+        new,
+        "3 rows of new items with fewer than 2 interactions, 1 row of new users with",
+        k_core=2,
+    )
     grown = append(new, data, k_core=1)
     assert grown.sequences.item_ids == ["x", "y", "lone", "n"]
     assert grown.sequences.user_ids == ["a", "b", "d"]
@@ -211,7 +220,7 @@ def test_the_same_log_twice_is_refused_and_changes_nothing(data: Path, tmp_path:
         write_csv(tmp_path / "resaved.csv", mixed),
         write_csv(tmp_path / "part.csv", ROWS[1000:1100]),
     ):
-        check_refused(data, new, r"nothing in it that .* lacks and may take .*duplicates")
+        check_refused(data, new, r"nothing in it that .* lacks and may take .*there already")
     # With a new row in it, that row alone is taken.
     more = write_csv(tmp_path / "more.csv", [*ROWS[900:], ("u1", "i1", START + 9000)])
     assert append(more, data).info.appended[1].interactions == 1
@@ -447,7 +456,9 @@ def test_wrong_options_and_paths_are_refused(data: Path, tmp_path: Path) -> None
     empty = write_csv(tmp_path / "empty.csv", [])
     check_refused(data, empty, r"empty\.csv: nothing in it .* \(no rows\)")
     empty.write_text("user,item,timestamp\nu,i,never\n")
-    check_refused(data, empty, r"nothing in it .* \(1 bad_lines\)", on_error="skip")
+    check_refused(
+        data, empty, r"nothing in it .* \(1 line that could not be read\)", on_error="skip"
+    )
     with pytest.raises(DataError, match=r"dataset\.json: no such file"):
         append(new, tmp_path / "absent")
 

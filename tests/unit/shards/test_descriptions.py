@@ -4,6 +4,7 @@ texts together."""
 import gzip
 import hashlib
 import json
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -27,14 +28,14 @@ RECORDS = [dict(zip(FIELDS, values, strict=True)) for values in VALUES]
 EXPECTED = ["Comb\nof wood 2.0", 'Red "rose" soap Äther 3.5 Beauty Bath', ""]
 
 
-def csv_text() -> str:
+def csv_text(sign: str = ",") -> str:
     def cell(value: object) -> str:
         if isinstance(value, list):
             value = " ".join(name for path in value for name in path)
         text = "" if value is None else str(value)
         return '"' + text.replace('"', '""') + '"'
 
-    return "".join(",".join(map(cell, row)) + "\r\n" for row in (FIELDS, *VALUES))
+    return "".join(sign.join(map(cell, row)) + "\r\n" for row in (FIELDS, *VALUES))
 
 
 def written(folder, kind: str):
@@ -44,16 +45,27 @@ def written(folder, kind: str):
         return path
     text = {
         "csv": csv_text(),
+        "tsv": csv_text("\t"),
+        "txt": csv_text(";"),
+        "item": csv_text("\t").replace('"asin"', '"item_id:token"'),
         "jsonl": "\n".join(json.dumps(record) for record in RECORDS) + "\n\n",
         "json": "\n".join(map(repr, RECORDS)),  # Amazon's 2014 release: Python's own literals
-    }[kind.removesuffix(".gz")]
+    }[kind.removesuffix(".gz").removesuffix(".zip")]
     data = ("\ufeff" + text).encode()
+    if kind.endswith(".zip"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("meta", data)
+        return path
     path.write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
     return path
 
 
 @pytest.mark.parametrize(
-    "kind", ["csv", "csv.gz", "jsonl", "jsonl.gz", "json", "json.gz", "parquet"]
+    "kind",
+    [
+        *("csv", "csv.gz", "csv.zip", "tsv", "tsv.gz", "txt", "item"),
+        *("jsonl", "jsonl.gz", "json", "json.gz", "parquet"),
+    ],
 )
 def test_every_kind_of_table_gives_the_same_texts(tmp_path, kind):
     path = written(tmp_path, kind)
@@ -62,7 +74,8 @@ def test_every_kind_of_table_gives_the_same_texts(tmp_path, kind):
     assert (found.name, found.sha256) == (path.name, hashlib.sha256(path.read_bytes()).hexdigest())
     chosen = read_descriptions(path, IDS, text_columns=["brand", "title"])
     assert chosen.texts[1] == 'Äther Red "rose" soap'
-    by_brand = read_descriptions(path, ["Äther"], id_column="brand", text_columns=["asin"])
+    ids = "item_id:token" if kind == "item" else "asin"  # RecBole's name has a type behind it
+    by_brand = read_descriptions(path, ["Äther"], id_column="brand", text_columns=[ids])
     assert by_brand.texts == ["B2"]
 
 
@@ -73,6 +86,29 @@ def test_titles_are_kept_apart_on_one_line(tmp_path, kind):
     other = read_descriptions(written(tmp_path, kind), IDS, title_column="brand")
     assert other.titles is not None
     assert other.titles[1] == "Äther"
+
+
+MOVIES = """1::Toy Story (1995)::Animation|Children's
+2::"Great" it's (1995)::Drama
+3::a,b::War
+"""
+
+
+def test_movielens_titles_are_read_as_they_come(tmp_path):
+    path = tmp_path / "movies.dat"
+    path.write_text(MOVIES)
+    found = read_descriptions(path, ["1", "2", "3"])
+    assert found.titles == ["Toy Story (1995)", '"Great" it\'s (1995)', "a,b"]
+    assert found.texts[0] == "Toy Story (1995) Animation|Children's"
+
+
+def test_columns_may_be_places_of_a_text_without_names(tmp_path):
+    path = tmp_path / "meta.txt"
+    path.write_text("Comb;3.5;B1\nSoap;2;B2\n")
+    with pytest.raises(DataError, match=r"name one of these with --item-column.* 0"):
+        read_descriptions(path, IDS)
+    found = read_descriptions(path, IDS, id_column="2", text_columns=["1"], title_column="0")
+    assert (found.texts, found.titles) == (["3.5", "2", ""], ["Comb", "Soap", ""])
 
 
 def test_table_may_have_no_titles_unless_a_column_is_named(tmp_path):
@@ -97,7 +133,7 @@ NO_ID = "m.csv:2: no column of item ids, only brand, title: .* --item-column"
     ("name", "content", "message"),
     [
         ("m.csv", b"asin,title\nB1,x\nB2,y,z\n", "m.csv:3: more cells"),
-        ("m.csv", b'asin,title\nB1,"x\n', "m.csv:1: not readable as CSV"),
+        ("m.csv", b'asin,title\nB1,"x\n', "m.csv:2: not readable as CSV"),
         ("m.csv", b"", "empty"),
         ("m.csv", b"title,brand\nx,y\n", NO_ID),
         ("m.csv", b"asin,title\nB7,x\n", "describes none of the 3 items"),
@@ -109,7 +145,8 @@ NO_ID = "m.csv:2: no column of item ids, only brand, title: .* --item-column"
         ("m.jsonl.gz", gzip.compress(B1 * 99)[:-12], "cut off"),
         ("m.jsonl.gz", b"\x1f\x8b" + b"\x07" * 40, "damaged|cut off"),
         ("m.parquet", b"PAR1", "not readable as Parquet"),
-        ("m.txt", b"B1 x", "neither .csv, .parquet"),
+        ("m.txt", b"B1 x", "empty"),
+        ("m.dat", b"1::Jos\xe9::Drama\n", "not UTF-8 text: save it as UTF-8, as `iconv"),
         ("m.csv", None, "no such file"),
     ],
 )

@@ -13,10 +13,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from genrec_shards import dataset as dataset_module
+from genrec_shards.cleaning.summary import prepare_summary
 from genrec_shards.dataset import load_dataset
 from genrec_shards.errors import DataError
 from genrec_shards.numbering.cooccurrence import training_counts
-from genrec_shards.prepare import prepare, prepare_summary
+from genrec_shards.prepare import prepare
 from genrec_shards.readers.read_log import LogOptions
 from genrec_shards.sequences import Sequences, sequences_from_ids, write_sequences
 from genrec_shards.storage.write import write_shards
@@ -70,7 +71,8 @@ def test_files_and_columns_are_as_documented(sequences_file, tmp_path):
     assert [row["id"] for row in users] == ["u2", "u1", "u3"]
     info = json.loads((folder / "dataset.json").read_text())
     fields = "format_version source users items interactions numbering seed split ties"
-    assert set(info) == {*fields.split(), "sequences_hash", "numbering_hash", "dropped"}
+    hashes = {"sequences_hash", "numbering_hash"}
+    assert set(info) == {*fields.split(), *hashes, "dropped", "read_as"}
     digest = hashlib.sha256(TEXT.encode()).hexdigest()
     assert info["source"] == {"name": "log.txt", "sha256": digest}
     assert (info["users"], info["items"], info["interactions"], info["dropped"]) == (3, 5, 12, {})
@@ -92,11 +94,12 @@ def test_what_a_log_leaves_is_as_documented_and_reads_back(tmp_path):
     loaded = load_dataset(tmp_path / "data")
     assert loaded.info == made.info
     assert loaded.timestamps.tolist() == made.timestamps.tolist()
-    kept = f"{len(rows):,} rows read, {info['interactions']:,} kept; left out: 1 duplicates, "
-    assert prepare_summary(made)[0].startswith(kept)
+    dates = "(from 2014-05-13 to 2014-05-13)"
+    kept = f"{len(rows):,} rows read, {info['interactions']:,} kept {dates}; left out: 1 row there "
+    assert prepare_summary(made)[1].startswith(kept)
     again = prepare(tmp_path / "data", tmp_path / "again", numbering="train-order")
     assert again.timestamps.tolist() == made.timestamps.tolist()
-    for field in ("read", "dropped", "ties", "source"):
+    for field in ("read", "dropped", "ties", "source", "cleaned", "read_as"):
         assert getattr(again.info, field) == getattr(made.info, field)
 
 
@@ -265,7 +268,7 @@ def test_skipped_lines_are_counted_shown_and_part_of_the_sum(log, tmp_path, capf
     assert list(tmp_path.iterdir()) == [log]
     assert run_command([*command, "--on-error", "skip"]) == 0
     said = capfd.readouterr().out
-    assert "12 bad lines" in said
+    assert "12 lines that could not be read" in said
     assert said.count("never") == 10
     info = json.loads((tmp_path / "data" / "dataset.json").read_text())
     assert info["dropped"]["bad_lines"] == 12

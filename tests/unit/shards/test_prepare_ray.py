@@ -125,7 +125,7 @@ def test_blocks_outside_the_dates_are_left_out_by_both(tmp_path, in_process):
     source = write_csv(tmp_path / "log.csv", rows)
     check_alike(source, tmp_path, since="2014-09-01", k_core=2)
     for engine in ("local", "ray"):
-        assert "no user is left of 0 with 1,575 rows (1,575 outside_dates)" in refused(
+        assert "no user is left of 0 with 1,575 rows (1,575 rows outside the dates)" in refused(
             source, tmp_path / "none", engine, since="2030-01-01"
         )
 

@@ -3,7 +3,9 @@
 import ast
 import datetime
 import gzip
+import io
 import json
+import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +13,8 @@ import pytest
 from genrec_shards.errors import BadLines, DataError
 from genrec_shards.readers import text_blocks
 from genrec_shards.readers.python_literals import parsed_line
-from genrec_shards.readers.read_log import LogOptions, guess_format, read_log
+from genrec_shards.readers.read_log import LogOptions, read_log
+from genrec_shards.readers.recognise import guess_format
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,6 +32,14 @@ CSV = 'user,item,timestamp\nu1,i9,{}\nu1,i7,{}\nu 2,"say ""x""",{}\né.3,"日本
     *TIMES
 )
 TABS = CSV.replace(",", "\t").replace("日本\t", "日本,")
+QUOTED = [(user, item.replace('say "x"', '"say ""x"""'), time) for user, item, time in ROWS]
+KEYS = ("userId", "item", "ts")
+_BUFFER = io.BytesIO()
+with zipfile.ZipFile(_BUFFER, "w") as _archive:
+    _archive.writestr("folder/", "")
+    _archive.writestr("folder/log.csv", CSV)
+    _archive.writestr("__MACOSX/folder/._log.csv", "x")
+ZIPPED = _BUFFER.getvalue()
 PACKED = gzip.compress(CSV.encode() * 50)
 
 
@@ -71,6 +82,14 @@ def check_bad_line(path, line, reason, wanted, **options):
         ("blank_lines.csv", CSV.replace("\n", "\n\n  \n")),
         ("capitals.csv", CSV.replace("user,item,timestamp", "UserId,movieId,Date")),
         ("recbole.inter", TABS.replace("user", "user_id:token", 1)),
+        ("zipped.csv", ZIPPED),
+        ("bars.csv", CSV.replace(",", "|").replace("日本|1", "日本,1")),
+        ("colons.csv", CSV.replace(",", "::").replace("日本::1", "日本,1")),
+        ("colons.dat", "".join(f"{u}::{i}::5::{t}\n" for u, i, t in QUOTED)),
+        (
+            "objects.csv",
+            "".join(json.dumps(dict(zip(KEYS, row, strict=True))) + "\n" for row in ROWS),
+        ),
         ("semicolons.csv", CSV.replace(",", ";").replace("日本;1", "日本,1")),
     ],
 )
@@ -103,6 +122,13 @@ def test_times_in_every_form(tmp_path, write, unit):
     for time in TIMES:
         text = text.replace(str(time), write(time))
     assert read(put(tmp_path, text), unit=unit)[0] == WANTED
+
+
+@pytest.mark.parametrize("sign", [" ", "T"])
+def test_times_may_end_with_the_minute_and_take_the_fast_way(tmp_path, monkeypatch, sign):
+    monkeypatch.setattr("genrec_shards.readers.tabular._rows", None)
+    path = put(tmp_path, f"user,item,date\na,b,2021-03-01{sign}10:00\n")
+    assert read(path)[0] == [("a", "b", 1_614_592_800 * SECOND)]
 
 
 def test_dates_alone_are_midnight(tmp_path):

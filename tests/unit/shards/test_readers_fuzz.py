@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from genrec_shards.errors import BadLines, DataError
-from genrec_shards.readers.read_log import LogOptions, guess_format, read_log
+from genrec_shards.readers.read_log import LogOptions, read_log
+from genrec_shards.readers.recognise import guess_format
 from genrec_shards.sequences import read_sequences
 from logs import AMAZON, Row, csv_of, json_of
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from genrec_shards.cleaning.summary import prepare_summary
 from genrec_shards.errors import DataError
-from genrec_shards.prepare import prepare, prepare_summary
+from genrec_shards.prepare import prepare
 from genrec_shards.sequences import (
     flat_ranges,
     read_sequences,
@@ -92,7 +93,8 @@ def test_splits_and_training_ends(tmp_path):
         (b"u1 1 2 3\nu2 \xe9t\xe9 2 3\n", r"log.txt:2: not UTF-8 \(byte 0xe9\)"),
         (PACKED[:-9], "cut off"),
         (PACKED[:-8] + b"12345678", "damaged"),
-        (b"PK\x03\x04\x14\x00\x00\x00", "binary"),
+        (b"PK\x03\x04\x14\x00\x00\x00", "the zip cannot be read"),
+        (b"\x7fELF\x02\x01\x01\x00", "binary"),
     ],
 )
 def test_bad_files_give_one_line_with_place_and_remedy(tmp_path, content, message):
@@ -169,7 +171,7 @@ def test_beauty_and_sports_match_the_papers_table_2(tmp_path):
         made = prepare(path, tmp_path / name, expect=name)
         assert (made.info.interactions, made.info.expected) == (interactions, name)
         found = f"{made.info.users:,} users and {made.info.items:,} items"
-        assert prepare_summary(made) == [f"{found}, as the paper's Table 2 has of {name}"]
+        assert prepare_summary(made)[1:] == [f"{found}, as the paper's Table 2 has of {name}"]
 
 
 def test_flat_ranges_lays_slices_end_to_end():

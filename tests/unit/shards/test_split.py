@@ -12,14 +12,15 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from genrec_shards.cleaning.clean import Cleaning, CleanLog, clean
+from genrec_shards.cleaning.summary import prepare_summary
 from genrec_shards.dataset import load_dataset
 from genrec_shards.errors import DataError
 from genrec_shards.histories import training_counts
 from genrec_shards.numbering.cooccurrence import neighbour_vectors, training_items
 from genrec_shards.numbering.item_text import Descriptions
 from genrec_shards.numbering.item_vectors import TrainedVectors
-from genrec_shards.numbering.numbering import NumberingName, number
-from genrec_shards.prepare import prepare, prepare_summary
+from genrec_shards.numbering.numbering import Numbering, NumberingName, number
+from genrec_shards.prepare import prepare
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import Cutoff, Periods, cutoff_of
 from genrec_shards.storage.reader import ShardReader
@@ -192,7 +193,7 @@ def test_a_data_directory_says_its_dates_and_is_checked_against_them(tmp_path):
     ]
     assert info["interactions"] + sum(info["dropped"].values()) == info["read"]
     assert (
-        f"tested from there on: {found['validation_targets']} users" in prepare_summary(dataset)[1]
+        f"tested from there on: {found['validation_targets']} users" in prepare_summary(dataset)[2]
     )
     assert dataset.info.split_name == f"global-time {DATES}"
     table = pq.read_table(path / "sequences.parquet")
@@ -307,7 +308,8 @@ def test_rules_take_each_user_with_a_target_once():
 
 
 def test_the_audit_counts_users_with_a_target():
-    found = audit(two_users(), list("012345"), np.array([1, 1, 12, 22, 23, 1, 2, 25, 3, 3]))
+    numbering = Numbering("random", 0, list("012345"), list("abc"))
+    found = audit(two_users(), numbering, np.array([1, 1, 12, 22, 23, 1, 2, 25, 3, 3]))
     assert found.users == 3
     assert found.repeated_targets == {"validation": 0.0, "test": 0.0}
     # Item d is in no training period.
