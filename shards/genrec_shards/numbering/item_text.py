@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from genrec_shards.errors import DataError
 from genrec_shards.numbering.truncated_eigen import factor_rows
 from genrec_shards.readers.columns import COLUMNS, plain_name
