@@ -16,6 +16,7 @@ from genrec_dist.cli.inference import evaluate, recommend
 from genrec_dist.cli.reproduce import reproduce
 from genrec_dist.cli.scores import baseline, compare, report
 from genrec_dist.console import UsageError, exit_code_of, out, rank, say, world_size
+from genrec_dist.distributed.threads import set_thread_defaults
 
 app = typer.Typer(
     name="genrec",
@@ -135,7 +136,7 @@ def plan(
     )  # fmt: skip
     if json_ is not None:
         forecast.write_json(found, json_)
-    out.print(forecast.render(found))
+    out.print(forecast.render(found, out.width))
 
 
 def tune(
@@ -231,11 +232,12 @@ app.add_typer(
 def run_command(arguments: list[str]) -> int:
     """Run one command and return its exit code (`console.exit_code_of`)."""
     return exit_code_of(
-        lambda: app(arguments or ["--help"], prog_name="genrec", standalone_mode=False)
+        lambda: app(arguments or ["--help"], prog_name="genrec", standalone_mode=False), arguments
     )
 
 
 def main() -> None:
+    set_thread_defaults()
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"
     )  # the tokenizer runs once, before workers fork

@@ -377,8 +377,10 @@ def format_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     figures as .0566, a dash where one is missing."""
     rows = list(rows)
     table = Table("system", *COLUMNS)
+    # In a narrow terminal names go on in the next line, and figures stay whole.
+    table.columns[0].overflow = "fold"
     for column in table.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     shown = set()
     for row in [*rows, *(row for metrics in rows for row in _beside_rows(metrics))]:
         cells = (str(row.get("system", "")), *(as_written(row.get(column)) for column in COLUMNS))
