@@ -35,10 +35,7 @@ def exit_code_of(action: Callable[[], object], arguments: list[str] | None = Non
         where = error.ctx.command_path if getattr(error, "ctx", None) else "genrec"
         typer.echo(f"genrec: {_one_line(error.format_message())}; see {where} --help", err=True)
         return int(error.exit_code)
-    except (typer.Abort, KeyboardInterrupt) as error:
-        # Typer turns the one into the other.
-        reason = str(error) or str(error.__cause__ or "") or "ended by SIGINT"
-        typer.echo(f"genrec: {reason}", err=True)
+    except (typer.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
     except Terminated as end:
         typer.echo(f"genrec: {end}", err=True)

@@ -242,9 +242,9 @@ def main() -> None:
         "TOKENIZERS_PARALLELISM", "false"
     )  # the tokenizer runs once, before workers fork
     code = run_command(sys.argv[1:])
-    if code and world_size() > 1:
+    if code and (world_size() > 1 or sys.argv[1:2] == ["train"]):
         # A process group that waits for its peers would keep this rank, and with it the others,
-        # from ending.
+        # from ending. And who has stopped a training would wait for torch to be taken apart.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -25,8 +25,8 @@ class Stopped(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM or SIGHUP (`number`) reached a command that has nothing to save; temporary files are
-    removed on the way out."""
+    """SIGTERM or SIGHUP (`number`) reached a command that has nothing to save, or a second SIGINT
+    one that is to end without it; temporary files are removed on the way out."""
 
     def __init__(self, number: int):
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -107,7 +107,7 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number and number == signal.SIGINT:
-            raise KeyboardInterrupt("ended at once by a second SIGINT")
+            raise Terminated(number)  # of a KeyboardInterrupt typer would say nothing
         self.number = self.number or number
 
 
