@@ -495,6 +495,15 @@ def test_table_shows_each_system_once_in_the_fields_notation():
     ]
 
 
+def test_in_a_narrow_terminal_figures_and_names_are_whole():
+    row = {"system": "a long name", "HR@5": 0.1, "NDCG@5": 0.2, "HR@10": 0.3, "NDCG@10": 0.4}
+    console = Console(width=44, record=True, file=io.StringIO())
+    console.print(format_table([row]))
+    lines = [line.split("│")[1:-1] for line in console.export_text().splitlines() if "│" in line]
+    assert [cell.strip() for cell in lines[0][1:]] == [".1000", ".2000", ".3000", ".4000"]
+    assert "".join(line[0].strip() for line in lines) == "alongname"
+
+
 def test_codes_that_saw_validation_are_refused_there_and_not_on_test(tmp_path, dataset):
     seen = Hierarchy(
         "vectors",
