@@ -113,7 +113,7 @@ class TrainingDisplay:
             return
         self.last_line = time.monotonic()
         if self.live is not None and not wrap:
-            parts = fitting(parts, self.console.width)
+            parts = fitting(parts, self.console.width) or parts[:1]
         # A log file gets a line whatever its length.
         self.console.print(
             "  ".join(parts), highlight=False, markup=False, soft_wrap=self.live is None
@@ -215,9 +215,8 @@ class StageLine:
 
 
 def fitting(parts: list[str], width: int) -> list[str]:
-    """The first parts that fit into `width` columns with two spaces between them; the first one
-    whatever its width."""
-    while len(parts) > 1 and len("  ".join(parts)) > width:
+    """The first parts that fit into `width` columns with two spaces between them."""
+    while parts and len("  ".join(parts)) > width:
         parts = parts[:-1]
     return parts
 
