@@ -263,6 +263,7 @@ class Loop:
                     epochs = here.stage.epochs
                     on_epoch(EpochReport(epoch + 1, epochs, step, scores, last=self.has_ended))
                     meter.restart()
+        self.stop.on_first = None  # what follows waits for no step
         self.check_finite()
         seconds = time.monotonic() - started
         self.log.write(
