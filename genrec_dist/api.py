@@ -40,7 +40,7 @@ def evaluate(
     split: Split = "test",
     *,
     data: str | Path | None = None,
-    decode: Mode = "exact",
+    decode: Mode | None = None,
     beam: int = 20,
     out_dir: str | Path | None = None,
     device: str | None = None,
@@ -51,7 +51,9 @@ def evaluate(
         run: directory of `train`.
         split: "validation" or "test".
         data: directory of `genrec prepare`; None takes the one that the run was trained on.
-        decode: the search mode, as `genrec evaluate --decode` (docs/decoding.md).
+        decode: the search mode, as `genrec evaluate --decode` (docs/decoding.md); None: as the
+            run's recipe says. The weights of "hybrid" are chosen on validation first, where the run
+            has none yet.
         beam: width of the beam.
         out_dir: where `metrics-SPLIT.json` and `top20-SPLIT.parquet` go; None: the run directory.
         device: "cpu" or "cuda"; None takes a GPU where there is one.
@@ -69,17 +71,18 @@ def evaluate(
     from genrec_dist.inference.evaluate import evaluate as run_evaluate
     from genrec_dist.inference.load import best_device, load_run
     from genrec_dist.inference.rank_users import Decoding
-    from genrec_dist.inference.tune_mixture import mixed_decoding
+    from genrec_dist.inference.tune_mixture import chosen_decoding
 
     recipe = load_recipe(Path(run) / "recipe.yaml")
     dataset = load_dataset(data or recipe.data)
     loaded = load_run(run, best_device() if device is None else device)
-    decoding = Decoding(beam=beam, mode=decode, exclude_history=loaded.model.config.exclude_history)
-    if decode == "hybrid":
-        decoding = mixed_decoding(
-            loaded, dataset, decoding, recipe.trained_through,
-            item_weight=None, graph_weight=None, overrides=None, anew=False,
-        )  # fmt: skip
+    decoding = Decoding(
+        beam=beam,
+        mode=decode or recipe.decode,
+        exclude_history=loaded.model.config.exclude_history,
+    )
+    if decoding.mode == "hybrid":
+        decoding = chosen_decoding(loaded, dataset, decoding, recipe.trained_through)
     metrics = run_evaluate(
         loaded,
         dataset,

@@ -44,9 +44,21 @@ def fit(
         ValueError: If training saw the split's targets.
     """
     settings = settings or KnnSettings()
+    weights_II = neighbour_weights(sequences, split, trained_through, settings)
+    return rule_of(weights_II, sequences, split, settings, exclude_history, top)
+
+
+def rule_of(
+    weights_II: sp.csr_matrix,
+    sequences: Sequences,
+    split: Split,
+    settings: KnnSettings,
+    exclude_history: bool,
+    top: int = TOP,
+) -> Rule:
+    """The rule of `fit`, of neighbour weights that are there already."""
     by_chance = tie_order(sequences.num_items)
     # Columns are in tie order from here on: of two equal scores the lower column goes first.
-    weights_II = neighbour_weights(sequences, split, trained_through, settings)
     weights_II = weights_II[:, by_chance].tocsr()
     column_of = np.empty(len(by_chance), dtype=np.int64)
     column_of[by_chance] = np.arange(len(by_chance))

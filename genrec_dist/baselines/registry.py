@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,9 +67,13 @@ def recommend(
 
 
 def reference_scores(
-    dataset: Dataset, split: Split, protocol: Protocol, users: np.ndarray | range
+    dataset: Dataset,
+    split: Split,
+    protocol: Protocol,
+    users: np.ndarray | range,
+    names: Sequence[str] = BESIDE,
 ) -> dict[str, dict[str, Any] | None]:
-    """Metrics of counting, popularity and knn (`Tally.metrics`) under the protocol of a result.
+    """Metrics of baselines (`Tally.metrics`) under the protocol of a result.
 
     Args:
         dataset: The prepared data.
@@ -77,6 +81,7 @@ def reference_scores(
         protocol: Of the result; where it does not say whether lists leave out the history, the
             data's default holds.
         users: Exactly the user rows of the result; they are taken window by window.
+        names: Of `BASELINES`.
 
     Returns:
         Metrics by baseline. counting is None where the codes are not whole numbers: the rule does
@@ -88,7 +93,7 @@ def reference_scores(
         exclude_history = exclude_history_default(sequences)
     counts_I = training_counts(sequences, through)
     scores: dict[str, dict[str, Any] | None] = {}
-    for name in BESIDE:
+    for name in names:
         if name == "counting" and counting.whole_numbers(codes) is None:
             scores[name] = None
             continue

@@ -21,6 +21,7 @@ from torch import Tensor
 from genrec_dist.baselines.sasrec_model import SASRec, listed, scored
 from genrec_dist.baselines.sasrec_run import SasrecRun, open_or_train
 from genrec_dist.baselines.sasrec_train import Epoch
+from genrec_dist.baselines.tune_knn import tune_knn
 from genrec_dist.config.load import section_from
 from genrec_dist.data.item_graph import Graph, KnnSettings, log_near
 from genrec_dist.evaluation import score_mixture as mixture
@@ -46,6 +47,8 @@ class ControlSettings:
     sasrec: dict[str, Any] = field(default_factory=dict)
     """Settings of the model that is trained."""
     knn: KnnSettings = field(default_factory=KnnSettings)
+    tune_knn: bool = False
+    """Choose kNN's settings on validation too, as `genrec train auto` does."""
 
 
 @dataclass(frozen=True)
@@ -121,15 +124,20 @@ def open_or_make(
         overrides=of_model,
         on_epoch=on_epoch,
     )
-    graph = Graph.of(dataset.sequences, split, trained_through, settings.knn)
+    knn = settings.knn
+    if settings.tune_knn:
+        knn = tune_knn(
+            dataset.sequences, exclude_history=exclude_history, trained_through=trained_through
+        ).settings
+    graph = Graph.of(dataset.sequences, split, trained_through, knn)
     if settings.weight >= 0:
-        return Control(run, graph, Mixture(0.0, settings.weight, settings.epsilon, settings.knn))
+        return Control(run, graph, Mixture(0.0, settings.weight, settings.epsilon, knn))
     origin = {
         "sequences_hash": dataset.info.sequences_hash,
         "trained_through": trained_through,
         "exclude_history": exclude_history,
         "model": run.digest(),
-        "knn": dataclasses.asdict(settings.knn),
+        "knn": dataclasses.asdict(knn),
     }
     chosen = mixture.load(out, origin)
     if chosen is None:

@@ -20,9 +20,9 @@ import torch
 
 from genrec_dist.bench.train_peers import TokenizingCollate, TrainerRival, pad_samples, samples_of
 from genrec_dist.config.load import load_recipe
-from genrec_dist.config.native_precision import with_precision
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Batch, RankStep
+from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.inference.load import best_device
 from genrec_dist.model.genrec import choose_packing
 from genrec_dist.training.engine import make_accelerator, make_engine
@@ -79,7 +79,7 @@ class World:
     """The samples and weights that all rivals train; `changes` to the recipe."""
 
     def __init__(self, setting: Setting, *changes: str):
-        self.recipe = with_precision(setting.recipe(*changes))
+        self.recipe = resolve_recipe(setting.recipe(*changes))[0]
         self.workshop, self.model = build_setup(self.recipe)
         self.num_steps = min(setting.num_steps, self.workshop.stages[0].plan.steps_per_epoch)
 

@@ -78,6 +78,9 @@ def train(
     Example: genrec train tiny --set data=data/beauty --set run=runs/beauty
     """
     from genrec_dist.config.load import load_recipe
+    from genrec_dist.data.fit_recipe import as_text, resolve_recipe
+    from genrec_dist.report.advice import advice
+    from genrec_dist.report.run_files import read_run_files
     from genrec_dist.report.run_report import write_report
     from genrec_dist.training.run import train as run_train
     from genrec_dist.training.setup import describe
@@ -85,12 +88,17 @@ def train(
     resolved = load_recipe(recipe, overrides)
     if init_from is not None:
         resolved = dataclasses.replace(resolved, init_from=str(init_from))
+    resolved, fitted = resolve_recipe(resolved, Path(resolved.run) if resume else None)
+    if fitted and rank() == 0:
+        say(as_text(fitted))
     if dry_run:
         out.print_json(data=describe(resolved))
         return
     path = run_train(resolved, resume, trace_steps=profile)
     if rank() == 0:
         write_report(path)
+        for line in advice(read_run_files(path)):
+            say(line)
         say(f"{path}: finished; next: genrec evaluate {path} --split test")
 
 

@@ -35,7 +35,7 @@ def evaluate(
         int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)
     ] = 20,
     top: Annotated[int, typer.Option(help="Length of the lists; metrics need 20.")] = 20,
-    decode: DecodeOption = "exact",
+    decode: DecodeOption = None,
     item_weight: Annotated[
         float | None,
         typer.Option(
@@ -59,7 +59,8 @@ def evaluate(
         bool,
         typer.Option(
             "--tune-weights",
-            help="Choose hybrid's weights on validation, into RUN/hybrid.json; no lists.",
+            help="Choose hybrid's weights on validation anew, into RUN/hybrid.json; no lists. The "
+            "graph's settings are chosen too, unless --graph-set gives one.",
         ),
     ] = False,
     exclude_history: ExcludeOption = "auto",
@@ -72,12 +73,15 @@ def evaluate(
         ),
     ] = None,
     data: DataOption = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Test, though the training has not come to its end.")
+    ] = False,
 ) -> None:
     """Decode every user once, score the lists, and show the baselines beside them; under accelerate
     launch or torchrun on several processes.
 
-    Weights of --decode hybrid are chosen once on validation (--tune-weights) and then used for
-    test.
+    Weights of --decode hybrid are chosen on validation, where RUN/hybrid.json does not hold them
+    yet, and then used for test.
 
     Example: genrec evaluate runs/beauty --split test
     """
@@ -88,13 +92,17 @@ def evaluate(
     from genrec_dist.evaluation.metrics import TOP
     from genrec_dist.evaluation.results import format_table
     from genrec_dist.inference.evaluate import evaluate as run_evaluate
-    from genrec_dist.inference.load import load_run
+    from genrec_dist.inference.load import check_training_is_over, load_run
     from genrec_dist.inference.rank_users import Decoding
-    from genrec_dist.inference.tune_mixture import mixed_decoding, tune_mixture
+    from genrec_dist.inference.tune_mixture import chosen_decoding, mixed_decoding, tune_mixture
+    from genrec_dist.report.advice import advice
+    from genrec_dist.report.run_files import read_run_files
     from genrec_dist.report.run_report import write_report
 
     if top < TOP:
         raise UsageError(f"--top {top}: metrics look at {TOP} places, give --top {TOP} or more")
+    recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+    decode = decode or (recipe.decode if recipe else "exact")
     if tune_weights and (decode != "hybrid" or split != "validation"):
         raise UsageError("--tune-weights goes with --decode hybrid --split validation")
     if tune_weights and out_dir is not None:
@@ -104,7 +112,8 @@ def evaluate(
             f"--decode {decode} has no graph: "
             "--graph-weight and --graph-set go with --decode hybrid"
         )
-    recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+    if split == "test" and not force:
+        check_training_is_over(run)
     trained_through = recipe.trained_through if recipe else "n-2"
     dataset = load_dataset(data or data_of(run))
     num_users = len(dataset.sequences.history_and_target(split).users)
@@ -117,7 +126,21 @@ def evaluate(
             batch_size=batch_size,
             exclude_history=exclude(exclude_history, loaded.model.config.exclude_history),
         )
-        if decode == "hybrid":
+        given = item_weight is not None or graph_weight is not None or bool(graph_settings)
+        if decode == "hybrid" and not given and not tune_weights:
+            with _progress("weights", num_users) as advance:
+                decoding = chosen_decoding(
+                    loaded,
+                    dataset,
+                    decoding,
+                    trained_through,
+                    ranks=Ranks(),
+                    on_choice=lambda choice: say(
+                        f"hybrid's weights, chosen on validation {choice}"
+                    ),
+                    on_batch=advance,
+                )
+        elif decode == "hybrid":
             decoding = mixed_decoding(
                 loaded,
                 dataset,
@@ -135,11 +158,12 @@ def evaluate(
                     dataset,
                     decoding=decoding,
                     trained_through=trained_through,
+                    tune_graph=not any(key_of(text) != "epsilon" for text in graph_settings or []),
                     ranks=Ranks(),
                     on_batch=advance,
                 )
             if rank() == 0:
-                say(choice.told())
+                say(str(choice))
             return
         with _progress(f"evaluate {split}", num_users) as advance:
             metrics = run_evaluate(
@@ -155,6 +179,8 @@ def evaluate(
             )
     if metrics is not None:
         out.print(format_table([metrics]))
+        for line in advice(read_run_files(out_dir or run)):
+            say(line)
         say(str(write_report(out_dir or run)))
 
 
@@ -180,7 +206,7 @@ def recommend(
     beam: Annotated[
         int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)
     ] = 20,
-    decode: DecodeOption = "exact",
+    decode: DecodeOption = None,
     exclude_history: ExcludeOption = "auto",
     allow: Annotated[
         Path | None, typer.Option(help="File of item ids, one a line: list these alone.")
@@ -228,6 +254,7 @@ def recommend(
             device,
             beam=beam,
             mode=decode,
+            data=data,
             exclude_history=None if exclude_history == "auto" else exclude_history == "yes",
             allow=None if allow is None else read_ids(allow),
             block=None if block is None else read_ids(block),
@@ -263,6 +290,11 @@ def recommend(
                 unknown = ", ".join(answer.unknown_items)
                 typer.echo(f"not in the catalogue, skipped: {unknown}", err=True)
             typer.echo(answer.as_json() if named is None else named.page(request, answer))
+
+
+def key_of(setting: str) -> str:
+    """The key of `key=value`."""
+    return setting.partition("=")[0]
 
 
 @contextmanager

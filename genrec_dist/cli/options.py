@@ -40,13 +40,13 @@ ExcludeOption = Annotated[
 
 
 DecodeOption = Annotated[
-    Literal["exact", "compact", "free", "all", "items", "hybrid"],
+    Literal["exact", "compact", "free", "all", "items", "hybrid"] | None,
     typer.Option(
         "--decode",
         help="exact: the model's softmax; compact: over the items' tokens alone; free: no trie; "
         "all: every item scored; items: by "
         "the item head (model.item_loss); hybrid: by the decoder with the item head, the "
-        "transition graph or both.",
+        "transition graph and the repeat model; default: as the run's recipe says (decode).",
     ),
 ]
 

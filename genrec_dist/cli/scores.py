@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -32,6 +33,9 @@ def baseline(
             help="key=value of knn or sasrec; of sasrec+knn also with knn. or sasrec. before it.",
         ),
     ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Choose knn's settings on validation first.")
+    ] = False,
 ) -> None:
     """The same metrics from the same evaluator for a rule that learns little or nothing, or for
     SASRec, trained into DIR.
@@ -42,14 +46,23 @@ def baseline(
     from genrec_shards.histories import exclude_history_default
 
     from genrec_dist.baselines.run import run_baseline
+    from genrec_dist.baselines.tune_knn import tune_knn
     from genrec_dist.evaluation.results import format_table
 
     if overrides and name not in ("knn", "sasrec", "sasrec+knn"):
         raise UsageError(
             f"--set {overrides[0]}: {name} has nothing to set, only knn, sasrec and sasrec+knn have"
         )
+    if tune and (overrides or name != "knn"):
+        raise UsageError("--tune chooses the settings of knn: leave out --set and other names")
     dataset = load_dataset(data)
     excluded = exclude(exclude_history, exclude_history_default(dataset.sequences))
+    if tune:
+        found = tune_knn(
+            dataset.sequences, exclude_history=excluded, trained_through=trained_through
+        )
+        overrides = [f"{key}={value}" for key, value in dataclasses.asdict(found.settings).items()]
+        say(str(found))
     metrics = run_baseline(
         name, dataset, split, out_dir, trained_through=trained_through, exclude_history=excluded,
         settings=overrides, on_epoch=lambda epoch: say(str(epoch)),

@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
-from genrec_dist.config.recipe import Recipe
+from genrec_dist.config.recipe import AUTO, AUTO_KEYS, Recipe
 from genrec_dist.config.validate import check_recipe
 
 RENAMED_KEYS = {
@@ -79,10 +79,39 @@ def section_from(
     """
     for override in overrides or []:
         _set(values, override)
-    if kind is Recipe:  # an override may have set a whole section
-        use_current_keys(values, source)
-    section: Section = _build(kind, values, source, "")
-    return section
+    if kind is not Recipe:
+        section: Section = _build(kind, values, source, "")
+        return section
+    use_current_keys(values, source)  # an override may have set a whole section
+    values, from_data = _without_auto(values)
+    recipe: Recipe = _build(Recipe, values, source, "")
+    return dataclasses.replace(recipe, from_data=from_data)  # type: ignore[return-value]
+
+
+def _without_auto(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """A copy without the keys that are to be chosen from the data, and these keys."""
+    values = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
+    found = []
+    for key, placeholder in AUTO_KEYS.items():
+        name, _, last = key.partition(".")
+        section = values.get(name)
+        if isinstance(section, dict) and section.get(last) == AUTO:
+            section[last] = placeholder
+            found.append(key)
+    return values, tuple(found)
+
+
+def with_values(recipe: Recipe, changes: dict[str, Any], source: str = "recipe") -> Recipe:
+    """The recipe with other values, by dotted key; they are checked.
+
+    Raises:
+        ValueError: As `recipe_from`.
+    """
+    values = recipe.as_dict()
+    for key, value in changes.items():
+        section, _, name = key.partition(".")
+        values[section][name] = value
+    return recipe_from(values, source=source)
 
 
 def use_current_keys(values: dict[str, Any], source: str) -> None:
@@ -109,6 +138,9 @@ def with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
         parent, _, new_name = new.rpartition(".")
         section = renamed[parent] if parent else renamed
         section[old.rpartition(".")[2]] = section.pop(new_name)
+    for stage in (renamed["pretrain"], renamed["finetune"]):
+        if stage["windows"] == "own":  # as before the key existed
+            del stage["windows"]
     return renamed
 
 
@@ -162,6 +194,7 @@ def _build_section(kind: type, value: Any, source: str, key: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{source}: {key or 'recipe'}: {value!r} is not a section")
     hints, prefix = get_type_hints(kind), f"{key}." if key else ""
+    hints.pop("from_data", None)
     for name in sorted(set(map(str, value)) - set(hints)):
         known = ", ".join(hints)
         raise ValueError(f"{source}: unknown key {prefix}{name}; known here: {known}")

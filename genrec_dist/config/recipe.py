@@ -15,7 +15,17 @@ EncoderUnit = Literal["subword", "item"]
 
 _PATHS = ("data", "run", "shards")
 _PACE = ("workers", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_tokens")
-MOVES_NO_GRADIENT = (*_PATHS, *_PACE)
+AUTO = "auto"
+AUTO_KEYS = {
+    "tokens.vocab_size": 1024,
+    "model.max_tokens": 512,
+    "finetune.batch_size": 256,
+    "finetune.epochs": 1,
+    "validation.every_epochs": 1,
+}
+"""Keys whose value may be `auto`, chosen from the data (`data.fit_recipe`), and what stands in its
+place until then."""
+MOVES_NO_GRADIENT = (*_PATHS, *_PACE, "decode")
 """Keys of a recipe that say where files are and how work is divided: runs that differ in these
 alone have the same recipe."""
 
@@ -130,6 +140,11 @@ class Stage:
     """mask: the strategy below chooses inside the training part. last, every-prefix: [MASK] after
     the history. all-prefixes: the samples of every-prefix, those of a user in one step and with
     one encoded sequence (causal encoders); a batch counts users."""
+    windows: Literal["own", "shared"] = "own"
+    """With all-prefixes, what a target reads whose history is longer than `model.max_tokens`. own:
+    the longest suffix that fits, as when lists are made; each such target is encoded alone. shared:
+    between half of that and all of it; windows begin every half of `max_tokens` and are encoded
+    once, which long histories need."""
     mask: Mask = field(default_factory=Mask)
     """Read when targets is mask."""
     label_smoothing: float = 0.0
@@ -189,6 +204,10 @@ class Recipe:
     shards: str | None = None
     """Directory of `genrec shard`. null: `shards/` inside the data directory."""
     seed: int = 0
+    decode: Literal["exact", "items", "hybrid"] = "exact"
+    """How `evaluate` and `recommend` score items where --decode is not given. hybrid: the decoder
+    with the transition graph and, where lists may repeat the history, a repeat model; training
+    ends with choosing their weights on validation."""
     trained_through: Literal["n-2", "n-1"] = "n-2"
     """Last position the model may learn; n-1 is the refit that also learns the validation item. Of
     a split by time the training period, and that with the validation period."""
@@ -227,6 +246,9 @@ class Recipe:
     finetune: Stage = field(default_factory=Stage)
     optimizer: Optimizer = field(default_factory=Optimizer)
     validation: Validation = field(default_factory=Validation)
+    from_data: tuple[str, ...] = ()
+    """Keys that were given as `auto`: their values are chosen from the data before a run begins.
+    (Not a key of its own.)"""
 
     @property
     def num_masks(self) -> int:
@@ -241,5 +263,9 @@ class Recipe:
         return str(Path(self.data) / "shards") if self.shards is None else self.shards
 
     def as_dict(self) -> dict[str, Any]:
-        """Nested keys and values."""
-        return dataclasses.asdict(self)
+        """Nested keys and values; `auto` for what is to be chosen from the data."""
+        values = dataclasses.asdict(self)
+        for key in values.pop("from_data"):
+            section, _, name = key.partition(".")
+            values[section][name] = AUTO
+        return values

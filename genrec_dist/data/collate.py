@@ -50,6 +50,8 @@ class BatchOptions:
     """For a model with an item head, or one whose decoder starts from a state."""
     all_prefixes: bool = False
     """Each item of a training part but the first is a target (causal encoders)."""
+    share_windows: bool = False
+    """With all_prefixes: targets whose history is too long share windows (`prefix_segments`)."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,13 @@ def make_step(
         last_B = samples.training_lengths - 1 if options.all_prefixes else samples.target_positions
         targets = Targets(last_B.astype(np.int64)[:, None], together=False)
         segments = prefix_segments(
-            items, starts_B, starts_B + last_B + 1, samples.user_rows, layout, options.all_prefixes
+            items,
+            starts_B,
+            starts_B + last_B + 1,
+            samples.user_rows,
+            layout,
+            options.all_prefixes,
+            share_windows=options.share_windows,
         )
         tokens = segments.tokens_P
     else:

@@ -55,7 +55,7 @@ class Layout:
         if self.sure_items < 1:
             raise ValueError(
                 f"model.max_tokens {self.max_tokens}: too few for the longest user and item, "
-                f"{self._longest_user} and {self._longest_item} positions, between <s> and </s>: "
+                f"{self._longest_user} and {self.longest_item} positions, between <s> and </s>: "
                 "raise it, train a larger vocabulary or let an item be one position "
                 "(model.encoder_unit)"
             )
@@ -76,10 +76,11 @@ class Layout:
     def sure_items(self) -> int:
         """Number of items that fit whatever their lengths; pretraining targets are drawn among
         these most recent ones."""
-        return (self.max_tokens - 2 - self._longest_user) // self._longest_item
+        return (self.max_tokens - 2 - self._longest_user) // self.longest_item
 
     @property
-    def _longest_item(self) -> int:
+    def longest_item(self) -> int:
+        """Encoder positions of the item's word that takes most."""
         return self.words.longest_item if self.unit == "subword" else 1
 
     @property

@@ -43,15 +43,21 @@ class Graph:
     def num_items(self) -> int:
         return int(self.weights_NN.shape[0])
 
-    def probabilities(self, items: np.ndarray, offsets: np.ndarray) -> Tensor:
+    def probabilities(
+        self, items: np.ndarray, offsets: np.ndarray, *, only_new: bool = False
+    ) -> Tensor:
         """float64 [B, N]: an item's kNN score over the sum of all items' scores; zeros for a
         history without neighbours.
 
         `items[offsets[b]:offsets[b + 1]]` is a history, oldest first; its own items have shares,
-        too."""
+        too, unless `only_new`."""
         scores_BN = (
             recent_item_weights(items, offsets, self.num_items, self.settings) @ self.weights_NN
         )
+        if only_new:
+            users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+            taken_BN = sp.csr_matrix((np.ones(len(items)), (users, items)), shape=scores_BN.shape)
+            scores_BN = scores_BN - scores_BN.multiply(taken_BN > 0)
         sums_B = np.asarray(scores_BN.sum(axis=1)).ravel()
         inverse_B = np.divide(1.0, sums_B, out=np.zeros_like(sums_B), where=sums_B > 0)
         return torch.from_numpy((sp.diags(inverse_B) @ scores_BN).toarray())
@@ -111,17 +117,29 @@ def neighbour_weights(
     it precedes it. Mass: out(x) is x's row sum, in(y) is y's column sum, both of pairs; s is the
     smoothing, a and b are the powers: by default 1, 1/2 and 1/2."""
     check_trained_through(split, trained_through)
+    forward_II = forward_pairs(sequences, trained_through, settings.window)
+    return scaled_weights(forward_II, settings)
+
+
+def forward_pairs(
+    sequences: Sequences, trained_through: TrainedThrough, window: int
+) -> sp.csr_matrix:
+    """float64[I, I]: the sum of 1/d over all pairs of a training part in which the column's item
+    follows the row's by d steps, d at most `window`."""
     shape = (sequences.num_items, sequences.num_items)
     pairs_II = sp.csr_matrix(shape, dtype=np.float64)
     for part in training_windows(sequences, trained_through):
-        for distance in range(1, settings.window + 1):
+        for distance in range(1, window + 1):
             same_user = part.users[:-distance] == part.users[distance:]
-            earlier, later = part.items[:-distance][same_user], part.items[distance:][same_user]
-            places = np.concatenate([earlier, later]), np.concatenate([later, earlier])
-            weights = settings.forward / distance, settings.backward / distance
-            pairs_II = pairs_II + sp.csr_matrix(
-                (np.repeat(weights, len(earlier)), places), shape=shape
-            )
+            places = part.items[:-distance][same_user], part.items[distance:][same_user]
+            shares = np.full(len(places[0]), 1 / distance)
+            pairs_II = pairs_II + sp.csr_matrix((shares, places), shape=shape)
+    return pairs_II
+
+
+def scaled_weights(forward_II: sp.csr_matrix, settings: KnnSettings) -> sp.csr_matrix:
+    """`neighbour_weights` of pairs that are counted already, whatever else the settings say."""
+    pairs_II = settings.forward * forward_II + settings.backward * forward_II.T
     out_I = np.asarray(pairs_II.sum(axis=1)).ravel()
     in_I = np.asarray(pairs_II.sum(axis=0)).ravel()
     scaled = sp.diags(_inverse_power(out_I + settings.smoothing, settings.out_power)) @ pairs_II

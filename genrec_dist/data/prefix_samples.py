@@ -48,12 +48,15 @@ def prefix_segments(
     user_rows_B: np.ndarray,
     layout: Layout,
     all_prefixes: bool,
+    *,
+    share_windows: bool = False,
 ) -> PrefixSegments:
     """The segments of sequences, whose targets are their last items or, with `all_prefixes`, all
     items but the first.
 
     A target reads what a sample of its own would hold: the longest suffix of its history that
-    fits. Targets share a segment as long as the whole history fits; each later one has its own.
+    fits. Targets share a segment as long as the whole history fits; each later one has its own,
+    or shares a window that begins every half of the room.
 
     Args:
         items: int32 [total], item rows.
@@ -62,6 +65,9 @@ def prefix_segments(
         user_rows_B: int64 [B].
         layout: of the encoder, which is causal.
         all_prefixes: whether each item after the first is a target.
+        share_windows: a target whose history does not fit reads between half of what fits and all
+            of it. A history of n items then costs about 2n encoder tokens, where windows of its
+            own for each target cost n times `layout.max_tokens`.
     """
     num_samples = len(starts_B)
     before = offsets_of(layout.lengths[layout.words.item_words(items)])
@@ -94,17 +100,21 @@ def prefix_segments(
     fits_T = before[targets_T] - before[starts_B[sample_T]] <= room_B[sample_T]
     shared_B = np.bincount(sample_T[fits_T], minlength=num_samples)
     alone_T, sample_of_alone_T = targets_T[~fits_T], sample_T[~fits_T]
-    first_alone_T = np.searchsorted(before, before[alone_T] - room_B[sample_of_alone_T])
+    first_W, sample_W, rows_W = _windows(
+        before, alone_T, sample_of_alone_T, starts_B, room_B, layout, share_windows
+    )
+    begin_W = offsets_of(rows_W)[:-1]  # each window's first target, an index of alone_T
 
-    sample_P = np.concatenate([np.arange(num_samples), sample_of_alone_T])
+    sample_P = np.concatenate([np.arange(num_samples), sample_W])
     order = np.argsort(sample_P, kind="stable")
     sample_P = sample_P[order]
-    starts_P = np.concatenate([starts_B, first_alone_T])[order]
-    ends_P = np.concatenate([starts_B + np.maximum(shared_B, 1), alone_T])[order]
-    rows_P = np.concatenate([np.maximum(shared_B, 1), np.ones_like(alone_T)])[order]
+    starts_P = np.concatenate([starts_B, first_W])[order]
+    last_W = alone_T[begin_W + rows_W - 1]
+    ends_P = np.concatenate([starts_B + np.maximum(shared_B, 1), last_W])[order]
+    rows_P = np.concatenate([np.maximum(shared_B, 1), rows_W])[order]
     # The row of a sequence of one item takes that item, before which it sees none.
     first_B = np.where(shared_B > 0, starts_B + 1, starts_B)
-    targets_R = flat_ranges(np.concatenate([first_B, alone_T])[order], rows_P)
+    targets_R = flat_ranges(np.concatenate([first_B, alone_T[begin_W]])[order], rows_P)
     segment_R = np.repeat(np.arange(len(rows_P)), rows_P)
     head_P = head_B[sample_P]
     return PrefixSegments(
@@ -117,3 +127,31 @@ def prefix_segments(
         visible_R=head_P[segment_R] + before[targets_R] - before[starts_P[segment_R]],
         learned_R=targets_R > starts_P[segment_R],
     )
+
+
+def _windows(
+    before: np.ndarray,
+    targets_T: np.ndarray,
+    sample_T: np.ndarray,
+    starts_B: np.ndarray,
+    room_B: np.ndarray,
+    layout: Layout,
+    share: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(first item, sample, number of targets), int64 [W] each, of the windows in which the targets
+    are read whose history does not fit; targets are ascending."""
+    half_T = room_B[sample_T] // 2
+    if not share or half_T.min(initial=layout.longest_item) < layout.longest_item:
+        first_T = np.searchsorted(before, before[targets_T] - room_B[sample_T])
+        return first_T, sample_T, np.ones_like(targets_T)
+    # One user of ten items, every word one token, room for four items: targets 1..4 fit, and
+    #   targets_T = [5 6 7 8 9], their excess [1 2 3 4 5] tokens, number_T = [1 1 2 2 3]
+    # Window k begins k halves after the sequence does, so that its last target fills the room:
+    #   windows from items 2, 4 and 6, with targets 5 and 6 (3 and 4 items visible), 7 and 8, 9
+    excess_T = before[targets_T] - before[starts_B[sample_T]] - room_B[sample_T]
+    number_T = -(-excess_T // half_T)
+    is_new_T = (np.diff(sample_T, prepend=-1) != 0) | (np.diff(number_T, prepend=0) != 0)
+    begin_W = np.flatnonzero(is_new_T)
+    sample_W = sample_T[begin_W]
+    first_W = np.searchsorted(before, before[starts_B[sample_W]] + (number_T * half_T)[begin_W])
+    return first_W, sample_W, np.diff(begin_W, append=len(targets_T))

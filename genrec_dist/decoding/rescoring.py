@@ -30,6 +30,8 @@ class Candidates:
     """log p of the item head, where the model has one."""
     graph_prob_BC: Tensor | None
     """Probability under the transition graph, where there was one."""
+    repeat_prob_BC: Tensor | None
+    """Probability under the repeat model, where there was one."""
     num_items: int
 
     def mix_scores(self, mixture: Mixture) -> Tensor:
@@ -41,6 +43,8 @@ class Candidates:
         if self.graph_prob_BC is not None and mixture.graph_weight:
             graph_logp_BC = log_near(self.graph_prob_BC, mixture.epsilon, self.num_items)
             mixed_BC.add_(graph_logp_BC, alpha=mixture.graph_weight)
+        if self.repeat_prob_BC is not None and mixture.repeat_weight:
+            mixed_BC.add_(self.repeat_prob_BC.log(), alpha=mixture.repeat_weight)
         return mixed_BC
 
 

@@ -172,6 +172,7 @@ class TrieSearcher:
         ends: Ends = "kept",
         mixture: Mixture | None = None,
         graph_prob_BN: Tensor | None = None,
+        repeat_prob_BN: Tensor | None = None,
     ) -> TopItems:
         """The best items of each user by log-probability under the mode's softmax.
 
@@ -188,18 +189,22 @@ class TrieSearcher:
             ends: Of modes `exact` and `compact`.
             mixture: Of `hybrid`; None: its defaults.
             graph_prob_BN: float, the graph's probabilities, of `hybrid`.
+            repeat_prob_BN: float, those of the repeat model, of `hybrid`.
 
         Raises:
             ValueError: An unknown mode; `free` where the searcher cannot read texts or the model
-                has forced tokens; `items`, and `hybrid` without a graph, where the model has no
-                item head.
+                has forced tokens; `items` where the model has no item head.
         """
         if mode not in get_args(Mode):
             raise ValueError(f"decode mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
         beam = max(beam, top)
         if mode == "hybrid":
             found = self.candidates(
-                encoder, beam=beam, excluded=excluded, graph_prob_BN=graph_prob_BN
+                encoder,
+                beam=beam,
+                excluded=excluded,
+                graph_prob_BN=graph_prob_BN,
+                repeat_prob_BN=repeat_prob_BN,
             )
             return self._rank(found.mix_scores(mixture or Mixture()), found.items_BC, top)
         if mode in ("exact", "compact"):
@@ -232,23 +237,22 @@ class TrieSearcher:
         beam: int,
         excluded: Pairs | None = None,
         graph_prob_BN: Tensor | None = None,
+        repeat_prob_BN: Tensor | None = None,
     ) -> Candidates:
-        """What `hybrid` ranks: the best `beam` items of the decoder, of the item head and of the
-        graph, as far as there are any, and none that is excluded.
+        """What `hybrid` ranks: the best `beam` items of the decoder, of the item head, of the graph
+        and of the history, as far as there are any, and none that is excluded.
 
         Args:
             encoder: The users' histories.
             beam: Width of the beam, and how many items each part suggests.
             excluded: Items that must not be listed.
             graph_prob_BN: float, the graph's probabilities.
-
-        Raises:
-            ValueError: There is neither an item head nor a graph.
+            repeat_prob_BN: float, those of the repeat model.
         """
         memory_BLD, mask_BL = encode_by_length(self.model, encoder), encoder.attention_mask
         excluded_BN = self._excluded_items(len(memory_BLD), excluded)
         item_logp_BN = None
-        if self.model.config.item_loss or graph_prob_BN is None:
+        if self.model.config.item_loss:
             item_logp_BN = item_log_probabilities(self.model, memory_BLD, mask_BL)
             item_logp_BN = item_logp_BN.masked_fill(excluded_BN, NEG_INF)
         options = BeamOptions(beam=beam, top=beam)
@@ -260,21 +264,28 @@ class TrieSearcher:
             graph_prob_BN = graph_prob_BN.to(self.device, scores_BN.dtype)
             impossible_BN = excluded_BN | (graph_prob_BN == 0)
             items_BC = add_best(items_BC, graph_prob_BN.masked_fill(impossible_BN, NEG_INF), beam)
+        if repeat_prob_BN is not None:
+            repeat_prob_BN = repeat_prob_BN.to(self.device, scores_BN.dtype)
+            # All items that are not in the history have the same, the least, probability.
+            new_BN = repeat_prob_BN <= repeat_prob_BN.amin(1, keepdim=True)
+            repeated_BN = repeat_prob_BN.masked_fill(new_BN | excluded_BN, NEG_INF)
+            items_BC = add_best(items_BC, repeated_BN, beam)
         paths_BCT = torch.where(
             items_BC[..., None] >= 0, self.paths[items_BC], self.levels.sentinel
         )
         decoder_logp_BC = score_candidates(
             self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, paths_BCT
         )
-        item_logp_BC, graph_prob_BC = (
+        item_logp_BC, graph_prob_BC, repeat_prob_BC = (
             None if values_BN is None else values_BN.gather(1, items_BC.clamp(min=0))
-            for values_BN in (item_logp_BN, graph_prob_BN)
+            for values_BN in (item_logp_BN, graph_prob_BN, repeat_prob_BN)
         )
         return Candidates(
             items_BC=items_BC,
             decoder_logp_BC=decoder_logp_BC,
             item_logp_BC=item_logp_BC,
             graph_prob_BC=graph_prob_BC,
+            repeat_prob_BC=repeat_prob_BC,
             num_items=excluded_BN.shape[1],
         )
 

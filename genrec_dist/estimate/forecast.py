@@ -24,6 +24,7 @@ from rich.text import Text
 
 from genrec_dist.config.recipe import Recipe, Stage
 from genrec_dist.data.batch import Work
+from genrec_dist.data.fit_recipe import DataFacts, fit_recipe, resolve_recipe
 from genrec_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from genrec_dist.data.word_table import WordTable, build_words, trim
 from genrec_dist.estimate import memory
@@ -181,6 +182,11 @@ def forecast(
         raise ValueError(
             f"--memory {memory_gib:g}: {RESERVE_GIB} GiB of it are kept free; give more"
         )
+    if recipe.from_data and users is not None and items is not None:
+        lengths = np.array(ASSUMED_ITEMS) - num_held_out(recipe.trained_through)
+        recipe, _ = fit_recipe(recipe, DataFacts(items, np.resize(lengths, max(users, 1))))
+    elif recipe.from_data:
+        recipe, _ = resolve_recipe(recipe)
     catalogue = read_catalogue(recipe, users, items)
     trimmed = catalogue.words.vocabulary if catalogue.words is not None else None
     config = memory.build_config(

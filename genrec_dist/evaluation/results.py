@@ -218,12 +218,18 @@ class ResultsWriter:
             start = part.stop
         self._seen += len(user_rows)
 
-    def finish(self, seconds: float, reference_scores: Mapping[str, Any]) -> dict[str, Any]:
+    def finish(
+        self,
+        seconds: float,
+        reference_scores: Mapping[str, Any],
+        training: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Give both files their names and return what the JSON file holds.
 
         Args:
             seconds: what making the lists took.
             reference_scores: the baselines' scores on the same users, for the field `beside`.
+            training: of a trained system, `status` of its training and `step` of its weights.
 
         Raises:
             ValueError: a user has no list.
@@ -249,6 +255,7 @@ class ResultsWriter:
             "users_per_second": num_users / seconds if seconds > 0 else None,
             "seconds": seconds,
             "recipe": self.recipe,
+            **({} if training is None else {"training": dict(training)}),
             **_provenance(),
         }
         text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

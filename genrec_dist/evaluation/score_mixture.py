@@ -17,33 +17,44 @@ from genrec_shards.atomic import atomic_file
 
 from genrec_dist.config.load import section_from
 from genrec_dist.data.item_graph import KnnSettings, knn_settings
+from genrec_dist.data.repeat_model import RepeatModel
 from genrec_dist.evaluation.metrics import as_written, metrics_from_histogram
 
 FILE = "hybrid.json"
 ITEM_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-GRAPH_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0)
+GRAPH_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0)
 EPSILONS = (0.1, 0.5, 0.9, 0.98, 0.995, 0.999)
+REPEAT_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 
 
 @dataclass(frozen=True)
 class Mixture:
     """score = log p + item_weight log p_item + graph_weight log((1 - epsilon) share + epsilon / N)
+    + repeat_weight log p_repeat
 
     log p: of GenRec's decoder; of SASRec's softmax in its control. p_item: the item head's, where
-    there is one. share: the item's part of the kNN scores (`Graph.probabilities`). N: size
-    of the catalogue."""
+    there is one. share: the item's part of the kNN scores (`Graph.probabilities`), of new items
+    alone where there is a repeat model. N: size of the catalogue. p_repeat:
+    `RepeatModel.probabilities`."""
 
     item_weight: float = 1.0
     graph_weight: float = 0.0
     epsilon: float = 0.1
     """How much of the graph's distribution is uniform."""
     graph: KnnSettings = field(default_factory=KnnSettings)
+    repeat_weight: float = 0.0
+    repeat: RepeatModel | None = None
+    """None where the history is left out of the lists, or no training part repeats an item."""
 
     def __post_init__(self) -> None:
-        for name in ("item_weight", "graph_weight"):
+        for name in ("item_weight", "graph_weight", "repeat_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} is {getattr(self, name)}: it has to be 0 or above")
+        if self.repeat_weight and self.repeat is None:
+            raise ValueError(
+                f"repeat_weight is {self.repeat_weight}, and there is no repeat model: set it to 0"
+            )
         if not 0 < self.epsilon <= 1:
             raise ValueError(
                 f"epsilon is {self.epsilon}: it has to be above 0, or no weight makes a number of "
@@ -52,21 +63,26 @@ class Mixture:
 
     @property
     def of_graph(self) -> dict[str, Any] | None:
-        """What the protocol says of the graph; None where it has no weight."""
-        if not self.graph_weight:
+        """What the protocol says of the parts that are known from the history; None where none has
+        a weight."""
+        if not self.graph_weight and not self.repeat_weight:
             return None
         return {
             "weight": self.graph_weight,
             "epsilon": self.epsilon,
             **dataclasses.asdict(self.graph),
+            **({"repeat_weight": self.repeat_weight} if self.repeat_weight else {}),
         }
 
 
-def grid(item_weights: Sequence[float], graph: KnnSettings) -> list[Mixture]:
+def grid(
+    item_weights: Sequence[float], graph: KnnSettings, repeat: RepeatModel | None = None
+) -> list[Mixture]:
     """All that is tried, the lighter weights first; without a graph's weight its epsilon does not
     matter."""
     return [
-        Mixture(item_weight, graph_weight, epsilon, graph)
+        Mixture(item_weight, graph_weight, epsilon, graph, repeat_weight, repeat)
+        for repeat_weight in (REPEAT_WEIGHTS if repeat is not None else REPEAT_WEIGHTS[:1])
         for item_weight in item_weights
         for graph_weight in GRAPH_WEIGHTS
         for epsilon in (EPSILONS if graph_weight else EPSILONS[:1])
@@ -80,19 +96,17 @@ class Choice:
     mixture: Mixture
     validation: dict[str, float]
     users: int
-    table: list[tuple[float, float, float, float]]
-    """(item_weight, graph_weight, epsilon, NDCG@10) of all that was tried."""
+    table: list[tuple[float, float, float, float, float]]
+    """(item_weight, graph_weight, epsilon, repeat_weight, NDCG@10) of all that was tried."""
 
-    def told(self) -> str:
+    def __str__(self) -> str:
         """A line a user may read."""
-        mixed, figures = (
-            self.mixture,
-            ", ".join(f"{name} {as_written(self.validation[name])}" for name in METRICS),
-        )
+        mixed = self.mixture
+        figures = ", ".join(f"{name} {as_written(self.validation[name])}" for name in METRICS)
+        repeat = f", repeat_weight {mixed.repeat_weight}" if mixed.repeat else ""
         return (
             f"of {len(self.table)} mixtures: item_weight {mixed.item_weight}, graph_weight "
-            f"{mixed.graph_weight}, epsilon "
-            f"{mixed.epsilon}; validation {figures}"
+            f"{mixed.graph_weight}, epsilon {mixed.epsilon}{repeat}; validation {figures}"
         )
 
 
@@ -101,8 +115,14 @@ def choose(tried: Sequence[Mixture], histograms_G: np.ndarray) -> Choice:
     mixture."""
     metrics = [metrics_from_histogram(histogram) for histogram in histograms_G]
     table = [
-        (mixture.item_weight, mixture.graph_weight, mixture.epsilon, found["NDCG@10"])
-        for mixture, found in zip(tried, metrics, strict=True)
+        (
+            mixed.item_weight,
+            mixed.graph_weight,
+            mixed.epsilon,
+            mixed.repeat_weight,
+            found["NDCG@10"],
+        )
+        for mixed, found in zip(tried, metrics, strict=True)
     ]
     best = int(np.argmax([row[-1] for row in table]))
     return Choice(

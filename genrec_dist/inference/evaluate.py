@@ -16,10 +16,15 @@ from genrec_shards.dataset import Dataset
 from genrec_shards.splits import Split, TrainedThrough
 
 from genrec_dist.baselines.registry import reference_scores
-from genrec_dist.data.item_graph import Graph
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation.results import Protocol, ResultsWriter
-from genrec_dist.inference.load import LoadedRun, check_numbering, check_split
+from genrec_dist.inference.history_scores import HistoryScores
+from genrec_dist.inference.load import (
+    LoadedRun,
+    check_numbering,
+    check_split,
+    training_state,
+)
 from genrec_dist.inference.rank_users import WINDOW, Decoding, Window, rank_windows
 
 SYSTEMS = {"items": "genrec, item head", "hybrid": "genrec, hybrid"}
@@ -72,12 +77,14 @@ def evaluate(
         exclude_history=decoding.exclude_history,
         beam=decoding.beam,
         decode=decoding.mode,
-        item_weight=decoding.item_weight if hybrid and run.model.config.item_loss else None,
+        item_weight=decoding.mixture.item_weight if hybrid and run.model.config.item_loss else None,
         graph=decoding.mixture.of_graph if hybrid else None,
     )
-    graph = None
+    history_scores = None
     if protocol.graph is not None:
-        graph = Graph.of(dataset.sequences, split, trained_through, decoding.graph)
+        history_scores = HistoryScores.of(
+            dataset.sequences, split, trained_through, decoding.mixture
+        )
     started_with = ranks.all_gather_str(f"{dataset.info.sequences_hash} {decoding}")
 
     def open_writer() -> ResultsWriter | None:
@@ -110,7 +117,7 @@ def evaluate(
         start = time.perf_counter()
         windows = rank_windows(
             run.searcher, run.layout, view, view.users, decoding, ranks, on_batch,
-            window=window, graph=graph,
+            window=window, history_scores=history_scores,
         )  # fmt: skip
         for found in windows:
             ranks.run_on_all(partial(write_window, found))
@@ -120,7 +127,9 @@ def evaluate(
             if writer is None:
                 return None
             return writer.finish(
-                seconds, reference_scores(dataset, split, protocol, writer.expected)
+                seconds,
+                reference_scores(dataset, split, protocol, writer.expected),
+                training=training_state(run.path),
             )
 
         return ranks.run_on_all(finish_writer)

@@ -19,6 +19,7 @@ from genrec_shards.sequences import SplitView
 from genrec_dist.decoding.searcher import TopItems
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation.metrics import TOP
+from genrec_dist.evaluation.score_mixture import Mixture
 from genrec_dist.inference.load import check_numbering
 from genrec_dist.inference.rank_users import WINDOW, Decoding, Window, rank_windows
 from genrec_dist.inference.recommend import REQUESTS_AT_ONCE, Recommender, Shown
@@ -71,6 +72,7 @@ def recommend_all(
         mode=recommender.mode,
         exclude_history=recommender.exclude_history,
         batch_size=batch_size,
+        mixture=recommender.mixture or Mixture(),
     )
 
     def open_file() -> ListsFile | None:
@@ -81,7 +83,7 @@ def recommend_all(
         lists = ranks.run_on_all(open_file)
         windows = rank_windows(
             recommender.searcher, recommender.run.layout, view, np.arange(sequences.num_users),
-            decoding, ranks, on_batch, window=window,
+            decoding, ranks, on_batch, window=window, history_scores=recommender.history_scores,
         )  # fmt: skip
         for found in windows:
             ranks.run_on_all(partial(lists.add, found) if lists else lambda: None)

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -109,16 +110,39 @@ def load_run(run: str | Path, device: torch.device | str = "cpu") -> LoadedRun:
     """
     path = Path(run)
     if not (path / "best" / "config.json").is_file():
-        try:
-            status = json.loads((path / "status.json").read_text(encoding="utf-8"))["status"]
-        except (OSError, ValueError, KeyError):
+        status = training_state(path)["status"]
+        reason = f"the run's status is {status!r}; it has not finished an epoch of finetuning yet"
+        if status is None:
             reason = "is it a directory of `genrec train`?"
-        else:
-            reason = (
-                f"the run's status is {status!r}; it has not finished an epoch of finetuning yet"
-            )
         raise ValueError(f"{path}: no best/ in it: {reason}")
     return replace(load_model(path / "best", device), path=path)
+
+
+def training_state(run: Path) -> dict[str, Any]:
+    """`status` of a run's training (running, stopped, failed, finished) and `step` of the weights
+    in its `best/`; None for what no file tells."""
+    found = {}
+    for key, name in (("status", "status.json"), ("step", "best/step.json")):
+        try:
+            found[key] = json.loads((run / name).read_text(encoding="utf-8"))[key]
+        except (OSError, ValueError, KeyError, TypeError):
+            found[key] = None
+    return found
+
+
+def check_training_is_over(run: Path) -> None:
+    """Refuse a run that may still change.
+
+    Raises:
+        ValueError: Naming its status and the way out.
+    """
+    status = training_state(run)["status"]
+    if status not in (None, "finished"):
+        raise ValueError(
+            f"{run}: the training's status is {status!r}, so that a look at test would come before "
+            "its end: go on with `genrec train ... --resume latest` first, give --split "
+            "validation, or look all the same with --force"
+        )
 
 
 def load_model(best: Path, device: torch.device | str = "cpu") -> LoadedRun:

@@ -13,11 +13,11 @@ import torch
 from genrec_shards.sequences import SplitView
 
 from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_histories, ragged
-from genrec_dist.data.item_graph import Graph, KnnSettings
 from genrec_dist.decoding.searcher import Mode, Pairs, TopItems, TrieSearcher
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation.metrics import EMPTY, TOP
 from genrec_dist.evaluation.score_mixture import Mixture
+from genrec_dist.inference.history_scores import HistoryProbabilities, HistoryScores
 
 WINDOW = 65_536
 """Users whose lists rank 0 holds at a time."""
@@ -33,18 +33,8 @@ class Decoding:
     mode: Mode = "exact"
     exclude_history: bool = True
     batch_size: int = 512
-    item_weight: float = 1.0
-    """Of the item head in mode `hybrid`, where the model has one."""
-    graph_weight: float = 0.0
-    """Of the transition graph in mode `hybrid`."""
-    epsilon: float = 0.1
-    """As in `Mixture`."""
-    graph: KnnSettings = field(default_factory=KnnSettings)
-    """How the graph counts neighbours."""
-
-    @property
-    def mixture(self) -> Mixture:
-        return Mixture(self.item_weight, self.graph_weight, self.epsilon, self.graph)
+    mixture: Mixture = field(default_factory=Mixture)
+    """Of mode `hybrid`."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +59,7 @@ def rank_windows(
     on_batch: Callable[[int], None] | None = None,
     *,
     window: int = WINDOW,
-    graph: Graph | None = None,
+    history_scores: HistoryScores | None = None,
 ) -> Iterator[Window]:
     """Top items of these users after their histories, window by window in the given order.
     Collective.
@@ -87,7 +77,7 @@ def rank_windows(
         ranks: Who shares the work.
         on_batch: Called on each rank with how many users all ranks have ranked since the last call.
         window: Users whose lists rank 0 holds at a time.
-        graph: Of mode `hybrid`.
+        history_scores: Of mode `hybrid`.
 
     Raises:
         Exception: On all ranks, where one fails. What may fail between two windows, such as
@@ -115,7 +105,7 @@ def rank_windows(
                 places_B = turn[ranks.rank]
                 try:
                     lists = rank_batch(
-                        searcher, layout, view, window_rows[places_B], decoding, graph
+                        searcher, layout, view, window_rows[places_B], decoding, history_scores
                     )
                     bits_BN = np.ascontiguousarray(lists.scores, np.float32).view(np.int32)
                     columns = [places_B[:, None], lists.items, bits_BN]
@@ -156,7 +146,7 @@ class HistoryBatch:
 
     encoder: EncoderInput
     excluded: Pairs | None
-    graph_prob_BN: torch.Tensor | None
+    probabilities: HistoryProbabilities
 
 
 def encode_batch(
@@ -165,7 +155,7 @@ def encode_batch(
     view: SplitView,
     user_rows_B: np.ndarray,
     decoding: Decoding,
-    graph: Graph | None,
+    history_scores: HistoryScores | None,
 ) -> HistoryBatch:
     """The histories of these users; arguments are those of `rank_windows`."""
     lengths_B = (view.ends - view.starts)[user_rows_B]
@@ -176,7 +166,9 @@ def encode_batch(
     return HistoryBatch(
         encoder=encode_histories(items, offsets, user_rows_B, layout).to(searcher.device),
         excluded=pairs if decoding.exclude_history else None,
-        graph_prob_BN=None if graph is None else graph.probabilities(items, offsets),
+        probabilities=(history_scores or HistoryScores()).probabilities(
+            items, offsets, layout.words.num_items
+        ),
     )
 
 
@@ -186,14 +178,14 @@ def rank_batch(
     view: SplitView,
     user_rows_B: np.ndarray,
     decoding: Decoding,
-    graph: Graph | None = None,
+    history_scores: HistoryScores | None = None,
 ) -> TopItems:
     """Top items of the users of one batch; arguments are those of `rank_windows`.
 
     Raises:
         ValueError: The device's memory is too small for the batch.
     """
-    batch = encode_batch(searcher, layout, view, user_rows_B, decoding, graph)
+    batch = encode_batch(searcher, layout, view, user_rows_B, decoding, history_scores)
     try:
         return searcher.search(
             batch.encoder,
@@ -202,7 +194,8 @@ def rank_batch(
             mode=decoding.mode,
             excluded=batch.excluded,
             mixture=decoding.mixture if decoding.mode == "hybrid" else None,
-            graph_prob_BN=batch.graph_prob_BN,
+            graph_prob_BN=batch.probabilities.graph_prob_BN,
+            repeat_prob_BN=batch.probabilities.repeat_prob_BN,
         )
     except torch.OutOfMemoryError:
         raise ValueError(

@@ -12,14 +12,18 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from genrec_shards.dataset import Dataset
+from genrec_shards.dataset import Dataset, load_dataset
 
+from genrec_dist.config.load import load_recipe
 from genrec_dist.data.encoder_input import encode_histories, offsets_of
 from genrec_dist.decoding.searcher import Mode, TopItems
 from genrec_dist.evaluation.metrics import TOP
+from genrec_dist.evaluation.score_mixture import Mixture
+from genrec_dist.inference.history_scores import HistoryScores
 from genrec_dist.inference.item_filter import ItemFilter, filter_items, find_rows, read_text
 from genrec_dist.inference.load import LoadedRun, check_numbering, load_run
 from genrec_dist.inference.request_batching import Batcher
+from genrec_dist.inference.tune_mixture import chosen_mixture
 
 REQUESTS_AT_ONCE = 256
 """Requests that are decoded in one batch, of one caller or of many."""
@@ -99,6 +103,8 @@ class Recommender:
         exclude_history: bool | None = None,
         allow: Iterable[str] | None = None,
         block: Iterable[str] | None = None,
+        mixture: Mixture | None = None,
+        history_scores: HistoryScores | None = None,
     ):
         """Answer requests with a loaded run.
 
@@ -109,6 +115,8 @@ class Recommender:
             exclude_history: Leave out items of the history; None: as the run does.
             allow: Item ids that alone may be listed; None: all.
             block: Item ids that must not be listed; None: none.
+            mixture: Of mode hybrid; `load` reads the one that was chosen for the run.
+            history_scores: What that mixture takes from a history alone.
 
         Raises:
             ValueError: An unknown mode, a beam below 1, or no item is left.
@@ -120,6 +128,7 @@ class Recommender:
         self.run = run
         self.beam = beam
         self.mode = mode
+        self.mixture, self.history_scores = mixture, history_scores or HistoryScores()
         self.exclude_history = (
             run.model.config.exclude_history if exclude_history is None else exclude_history
         )
@@ -134,6 +143,9 @@ class Recommender:
         cls,
         run: str | Path,
         device: torch.device | str = "cpu",
+        *,
+        mode: Mode | None = None,
+        data: str | Path | None = None,
         **options: Any,
     ) -> Recommender:
         """Load a run directory and answer requests with it.
@@ -141,12 +153,33 @@ class Recommender:
         Args:
             run: Run directory of `genrec train`.
             device: Where the model is put.
+            mode: How items are scored; None: as the run's recipe says (`decode`).
+            data: Directory of `genrec prepare`, which mode hybrid makes its graph of; None: the
+                one the run was trained on.
             **options: Those of `Recommender`.
 
         Raises:
-            ValueError: As `Recommender`, and naming what is missing or damaged in the run.
+            ValueError: As `Recommender`, naming what is missing or damaged in the run, and for mode
+                hybrid where no weights were chosen.
         """
-        return cls(load_run(run, device), **options)
+        loaded, path = load_run(run, device), Path(run) / "recipe.yaml"
+        recipe = load_recipe(path) if path.is_file() else None
+        mode = mode or (recipe.decode if recipe else "exact")
+        if mode == "hybrid" and recipe is not None and "mixture" not in options:
+            dataset = load_dataset(data or recipe.data)
+            check_numbering(loaded, dataset)
+            excluded = options.get("exclude_history")
+            mixture = chosen_mixture(
+                loaded,
+                dataset,
+                loaded.model.config.exclude_history if excluded is None else excluded,
+                recipe.trained_through,
+            )
+            options["mixture"] = mixture
+            options["history_scores"] = HistoryScores.of(
+                dataset.sequences, "test", recipe.trained_through, mixture
+            )
+        return cls(loaded, mode=mode, **options)
 
     def recommend(
         self, requests: Sequence[Request | Sequence[str]], k: int = TOP
@@ -225,12 +258,16 @@ class Recommender:
         encoder = encode_histories(items, offsets, users_B, self.run.layout)
         rows = np.concatenate([np.empty(0, np.int32), *excluded])
         pairs = (np.repeat(np.arange(len(users_B)), [len(part) for part in excluded]), rows)
+        known = self.history_scores.probabilities(items, offsets, self.run.words.num_items)
         lists = self.searcher.search(
             encoder.to(self.searcher.device),
             beam=self.beam,
             top=max(call.top for call in calls),
             mode=self.mode,
             excluded=pairs if len(rows) else None,
+            mixture=self.mixture,
+            graph_prob_BN=known.graph_prob_BN,
+            repeat_prob_BN=known.repeat_prob_BN,
         )
         answers, first = [], 0
         for call in calls:

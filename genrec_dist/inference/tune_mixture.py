@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,13 +16,17 @@ import torch
 from genrec_shards.dataset import Dataset
 from genrec_shards.splits import TrainedThrough
 
+from genrec_dist.baselines.tune_knn import tune_knn
+from genrec_dist.config.load import section_from
 from genrec_dist.data.item_graph import Graph
+from genrec_dist.data.repeat_model import fit_repeats
 from genrec_dist.decoding.rescoring import Candidates
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation import score_mixture as mixture
 from genrec_dist.evaluation.metrics import TOP, rank_histogram
 from genrec_dist.evaluation.score_mixture import Mixture
+from genrec_dist.inference.history_scores import HistoryScores
 from genrec_dist.inference.load import LoadedRun, check_numbering, check_split
 from genrec_dist.inference.rank_users import Decoding, cut_batches, encode_batch
 
@@ -31,6 +37,7 @@ def tune_mixture(
     *,
     decoding: Decoding,
     trained_through: TrainedThrough = "n-2",
+    tune_graph: bool = False,
     ranks: Ranks | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> mixture.Choice:
@@ -38,13 +45,14 @@ def tune_mixture(
     them to the run's `hybrid.json`. Collective.
 
     The candidates and their scores by each part are computed once and mixed in all ways of the
-    grid.
+    grid. Where lists may repeat the history, a repeat model is fitted and takes part.
 
     Args:
         run: The model.
         dataset: The data directory it was trained on.
         decoding: Of which beam, history exclusion and the graph's settings are used.
         trained_through: The last item of each user that training saw.
+        tune_graph: Choose the graph's settings too, by kNN's own NDCG@10 on validation.
         ranks: Who shares the work; None: this process alone.
         on_batch: Called with the number of users of each batch of this rank.
 
@@ -54,24 +62,32 @@ def tune_mixture(
     ranks = ranks or Ranks()
     ranks.run_on_all(partial(check_numbering, run, dataset))
     ranks.run_on_all(partial(check_split, run, dataset))
-    graph = ranks.run_on_all(
-        lambda: Graph.of(dataset.sequences, "validation", trained_through, decoding.graph)
+    parts = _same_on_all(
+        ranks, lambda: _history_parts(dataset, decoding, trained_through, tune_graph)
+    )
+    history_scores = ranks.run_on_all(
+        lambda: HistoryScores(
+            Graph.of(dataset.sequences, "validation", trained_through, parts.graph), parts.repeat
+        )
     )
     view, searcher = dataset.sequences.history_and_target("validation"), run.searcher
     has_head = bool(run.model.config.item_loss)
-    grid = mixture.grid(mixture.ITEM_WEIGHTS if has_head else (1.0,), decoding.graph)
+    grid = mixture.grid(
+        mixture.ITEM_WEIGHTS if has_head else (1.0,), parts.graph, repeat=parts.repeat
+    )
     batches = cut_batches((view.ends - view.starts)[view.users], decoding.batch_size)
 
     def count_ranks() -> np.ndarray:
         counts_G = np.zeros((len(grid), TOP + 1), np.int64)
         for places_B in batches[ranks.rank :: ranks.size]:
             rows_B = view.users[places_B]
-            batch = encode_batch(searcher, run.layout, view, rows_B, decoding, graph)
+            batch = encode_batch(searcher, run.layout, view, rows_B, decoding, history_scores)
             found = searcher.candidates(
                 batch.encoder,
                 beam=max(decoding.beam, TOP),
                 excluded=batch.excluded,
-                graph_prob_BN=batch.graph_prob_BN,
+                graph_prob_BN=batch.probabilities.graph_prob_BN,
+                repeat_prob_BN=batch.probabilities.repeat_prob_BN,
             )
             targets_B = torch.from_numpy(view.targets[rows_B].astype(np.int64))
             targets_B = targets_B.to(searcher.device)
@@ -86,6 +102,29 @@ def tune_mixture(
     if ranks.is_main:
         mixture.save(choice, run.path, mixture_origin(dataset, decoding, trained_through))
     return choice
+
+
+def _history_parts(
+    dataset: Dataset, decoding: Decoding, trained_through: TrainedThrough, tune_graph: bool
+) -> Mixture:
+    """The settings of graph and repeat model, as a mixture without weights."""
+    graph, repeat = decoding.mixture.graph, None
+    if not decoding.exclude_history:
+        repeat = fit_repeats(dataset.sequences, trained_through)
+    if tune_graph:
+        graph = tune_knn(
+            dataset.sequences,
+            # Beside a repeat model the graph has the new items alone.
+            exclude_history=decoding.exclude_history or repeat is not None,
+            trained_through=trained_through,
+        ).settings
+    return Mixture(graph=graph, repeat=repeat)
+
+
+def _same_on_all(ranks: Ranks, make: Callable[[], Mixture]) -> Mixture:
+    """What rank 0 makes, on all ranks: floating point may differ between machines. Collective."""
+    text = ranks.run_on_all(lambda: json.dumps(dataclasses.asdict(make())) if ranks.is_main else "")
+    return section_from(Mixture, json.loads(ranks.broadcast_str(text)), None, "rank 0")
 
 
 def _target_ranks(
@@ -145,10 +184,73 @@ def mixed_decoding(
     origin = mixture_origin(dataset, decoding, trained_through)
     chosen = (None if anew else mixture.load(run.path, origin)) or Mixture()
     mixed = mixture.changed(chosen, item_weight, graph_weight, overrides)
-    return replace(
-        decoding,
-        item_weight=mixed.item_weight,
-        graph_weight=mixed.graph_weight,
-        epsilon=mixed.epsilon,
-        graph=mixed.graph,
-    )
+    return replace(decoding, mixture=mixed)
+
+
+def chosen_mixture(
+    run: LoadedRun, dataset: Dataset, exclude_history: bool, trained_through: TrainedThrough
+) -> Mixture:
+    """The mixture of the run's `hybrid.json`, for requests; that of a model with an item head has
+    defaults.
+
+    Raises:
+        ValueError: As `mixed_decoding`, and where no weights were chosen.
+    """
+    decoding = Decoding(mode="hybrid", exclude_history=exclude_history)
+    found = mixture.load(run.path, mixture_origin(dataset, decoding, trained_through))
+    if found is None and not run.model.config.item_loss:
+        raise ValueError(
+            f"{run.path}: no weights of hybrid were chosen yet: choose them by "
+            f"genrec evaluate {run.path} --decode hybrid --split validation, or give --decode exact"
+        )
+    return found or Mixture()
+
+
+def chosen_decoding(
+    run: LoadedRun,
+    dataset: Dataset,
+    decoding: Decoding,
+    trained_through: TrainedThrough,
+    *,
+    ranks: Ranks | None = None,
+    on_choice: Callable[[mixture.Choice], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
+) -> Decoding:
+    """The decoding with the mixture of the run's `hybrid.json`; where there is none, weights, graph
+    settings and repeat model are chosen on validation first. Collective.
+
+    Args:
+        run: The model.
+        dataset: The data directory it was trained on.
+        decoding: What is changed.
+        trained_through: The last item of each user that training saw.
+        ranks: Who shares the work; None: this process alone.
+        on_choice: Called on rank 0 with what was chosen.
+        on_batch: As of `tune_mixture`.
+
+    Raises:
+        ValueError: As `mixed_decoding`, and where training saw the validation targets, so that
+            nothing is left to choose by.
+    """
+    ranks = ranks or Ranks()
+    # Only rank 0 looks, or a file that appears a moment later would part the ranks.
+    exists = ranks.run_on_all(lambda: (run.path / mixture.FILE).is_file() if ranks.is_main else 0)
+    if not ranks.exchange([int(exists)])[0][0]:
+        if trained_through == "n-1":
+            raise ValueError(
+                f"{run.path}: trained through n-1, which leaves nothing to choose hybrid's weights "
+                "by: give --graph-weight, as it was chosen for the run trained through n-2"
+            )
+        choice = tune_mixture(
+            run,
+            dataset,
+            decoding=decoding,
+            trained_through=trained_through,
+            tune_graph=True,
+            ranks=ranks,
+            on_batch=on_batch,
+        )
+        if on_choice is not None and ranks.is_main:
+            on_choice(choice)
+        return replace(decoding, mixture=choice.mixture)
+    return ranks.run_on_all(lambda: mixed_decoding(run, dataset, decoding, trained_through))

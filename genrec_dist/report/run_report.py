@@ -11,6 +11,7 @@ from typing import Any
 
 from genrec_shards.atomic import atomic_file
 
+from genrec_dist.report.advice import advice
 from genrec_dist.report.html import definitions, duration, grid, page, percent, text
 from genrec_dist.report.run_files import RunFiles, is_number, read_run_files
 from genrec_dist.report.svg import Dot, Line, dot_chart, line_chart, score, smooth
@@ -106,6 +107,7 @@ def _page_of(run: RunFiles) -> str:
     sections = [
         _header(run),
         _comparison(run),
+        _advice(run),
         _curves(run),
         *(part(metrics) for metrics in run.metrics.values() for part in (_table, _breadth)),
         _protocol(run),
@@ -167,6 +169,13 @@ def _comparison(run: RunFiles) -> str:
     return (
         f'<section><p class="lead">{text(headline(metrics))}</p><div class="charts">'
         f"{''.join(charts)}</div></section>"
+    )
+
+
+def _advice(run: RunFiles) -> str:
+    lines = advice(run)
+    return (
+        f"<section>{''.join(f'<p>{text(line)}</p>' for line in lines)}</section>" if lines else ""
     )
 
 

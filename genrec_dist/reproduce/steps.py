@@ -22,8 +22,8 @@ from genrec_dist.baselines.leak_audit import write_audit
 from genrec_dist.baselines.run import run_baseline
 from genrec_dist.baselines.sasrec_run import sasrec_settings
 from genrec_dist.config.load import load_recipe
-from genrec_dist.config.native_precision import with_precision
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
+from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.data.item_graph import knn_settings
 from genrec_dist.distributed.deadline import Deadline
 from genrec_dist.estimate.forecast import forecast
@@ -97,7 +97,7 @@ def check(options: Options, protocol: ProtocolName, systems: list[System]) -> No
 
 
 def _check_recipe(run: Path, requested: Recipe) -> None:
-    requested = with_precision(requested, run)
+    requested = resolve_recipe(requested, run)[0]
     kept = {
         key: value for key, value in requested.as_dict().items() if key not in MOVES_NO_GRADIENT
     }
@@ -239,7 +239,7 @@ def _train(recipe_of_run: Callable[[], Recipe], ending: Deadline, say: Say) -> N
     run = Path(recipe.run)
     if (run / "recipe.yaml").is_file() and has_checkpoint(run):
         _check_recipe(run, recipe)
-    train_run(with_precision(recipe, run), ending, say)
+    train_run(resolve_recipe(recipe, run)[0], ending, say)
 
 
 def _run_baseline(
@@ -296,9 +296,10 @@ def _choose_weights(
         load_dataset(options.data_dir(protocol)),
         decoding=decoding,
         trained_through=recipe.trained_through,
+        tune_graph=system.tune_graph,
         on_batch=lambda _: ending.check(),
     )
-    say(choice.told())
+    say(str(choice))
 
 
 def _rank(

@@ -27,6 +27,7 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "best": ("knn", "sasrec"),
     "hybrid": ("sasrec+knn", "best"),
     "items": ("sasrec",),
+    "auto": ("sasrec+knn", "knn"),
 }
 """Row -> the rows it is compared with, paired, where both are finished."""
 ORIGINAL_DECODING: tuple[Mode, int] = ("free", 21)
@@ -65,6 +66,8 @@ class System:
     """None: the recipe's `validation.beam`."""
     tuned: bool = False
     """Mixed by weights that validation chooses, run by run."""
+    tune_graph: bool = False
+    """The settings of the mixture's graph are chosen on validation, too."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,10 @@ def systems_of(
         decoder = System("hybrid-decoder", "recipe", overrides, options.hybrid)
         rows.append(decoder)
     rows.append(System("hybrid", "ranked", of=decoder, mode="hybrid", tuned=True))
+    # Chosen here, seed by seed, in place of the end of training.
+    fitted = (*options.overrides_of("auto"), "decode=exact")
+    rows.append(System("auto-decoder", "recipe", fitted, "auto"))
+    rows.append(System("auto", "ranked", of=rows[-1], mode="hybrid", tuned=True, tune_graph=True))
     if item_head:
         rows.append(System("items", "ranked", of=decoder, mode="items"))
     if options.refit:  # rows of their own, never in one list with the others

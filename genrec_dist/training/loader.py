@@ -113,6 +113,7 @@ class StepBatches(TorchDataset[RankStep]):
                 item_targets=self.recipe.model.item_loss > 0
                 or self.recipe.model.decoder_start == "state",
                 all_prefixes=here.stage.targets == "all-prefixes",
+                share_windows=here.stage.windows == "shared",
             ),
             epoch=here.first_epoch + epoch,
         )

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from genrec_shards.atomic import atomic_file
-from genrec_shards.histories import exclude_history_default
+from genrec_shards.histories import exclude_history_default, sample_users
 
+from genrec_dist.baselines.registry import reference_scores
 from genrec_dist.config.load import dump_recipe
-from genrec_dist.config.native_precision import with_precision
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.console import say
+from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.signals import Stopped
+from genrec_dist.evaluation.results import Protocol
+from genrec_dist.inference.load import load_run
+from genrec_dist.inference.rank_users import Decoding
+from genrec_dist.inference.tune_mixture import tune_mixture
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
 from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loop import EpochReport, Loop
@@ -46,7 +52,7 @@ def train(
         Stopped: after a signal, once the checkpoint is written.
     """
     run = Path(recipe.run)
-    recipe = with_precision(recipe, run if resume else None)
+    recipe = resolve_recipe(recipe, run if resume else None)[0]
     accelerator = make_accelerator(recipe)
     if resume is None and (run / "events.jsonl").exists():
         raise ValueError(
@@ -79,7 +85,58 @@ def train(
     with _status_of(loop), loop.stop:
         loop.start(str(checkpoint.path) if checkpoint else None)
         loop.run(on_epoch, trace_steps)
+        if recipe.trained_through == "n-2":
+            _judge(loop)
     return run
+
+
+def _judge(loop: Loop) -> None:
+    """Where lists are made by `hybrid`, choose its weights; then log what the run reached on
+    validation beside rules that learn nothing. Collective."""
+    setup, recipe = loop.setup, loop.setup.recipe
+    users_U = setup.dataset.sequences.history_and_target("validation").users
+    ndcg = loop.progress.best_ndcg
+    if recipe.decode == "hybrid":
+        ndcg = _choose_mixture(loop)
+    else:
+        users_U = users_U[sample_users(len(users_U), recipe.validation.users, recipe.seed)]
+    if not loop.ranks.is_main:
+        return
+    exclude_history = exclude_history_default(setup.dataset.sequences)
+    protocol = Protocol.of(setup.dataset, exclude_history=exclude_history)
+    names = ("popularity", "knn") if exclude_history else ("popularity", "repeat", "knn")
+    found = reference_scores(setup.dataset, "validation", protocol, users_U, names)
+    scores = {name: metrics["NDCG@10"] for name, metrics in found.items() if metrics}
+    loop.log.write(
+        "judgement", users=len(users_U), decode=recipe.decode, **{"NDCG@10": ndcg}, beside=scores
+    )
+
+
+def _choose_mixture(loop: Loop) -> float:
+    """Choose the weights of `hybrid` for the best weights of the run, write them beside it, and
+    return their NDCG@10 on validation."""
+    setup = loop.setup
+    best = loop.ranks.run_on_all(lambda: load_run(setup.run, loop.accelerator.device))
+    start = time.perf_counter()
+    choice = tune_mixture(
+        best,
+        setup.dataset,
+        decoding=Decoding(
+            beam=setup.recipe.validation.beam,
+            mode="hybrid",
+            exclude_history=best.model.config.exclude_history,
+        ),
+        tune_graph=True,
+        ranks=loop.ranks,
+    )
+    loop.log.write(
+        "mixture",
+        seconds=time.perf_counter() - start,
+        tried=len(choice.table),
+        users=choice.users,
+        **choice.validation,
+    )
+    return choice.validation["NDCG@10"]
 
 
 @contextlib.contextmanager

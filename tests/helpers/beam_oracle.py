@@ -194,6 +194,7 @@ class World:
         mode: str = "exact",
         mixture: Mixture | None = None,
         graph_prob_BN: Tensor | None = None,
+        repeat_prob_BN: Tensor | None = None,
     ) -> np.ndarray:
         """float64 [B, N]: the scores of all items by whole sequences, user by user."""
         if mode == "items":
@@ -207,6 +208,8 @@ class World:
                 near_BN = (1 - mixture.epsilon) * graph_prob_BN.numpy()
                 near_BN = np.log(near_BN + mixture.epsilon / len(self.items))
                 scores_BN = scores_BN + mixture.graph_weight * near_BN
+            if repeat_prob_BN is not None:
+                scores_BN = scores_BN + mixture.repeat_weight * np.log(repeat_prob_BN.numpy())
         return scores_BN
 
     def _decoder(self, histories: list[History], compact: bool) -> np.ndarray:

@@ -35,8 +35,11 @@ from genrec_dist.reproduce.systems import SWITCHES, Options, systems_of
 from genrec_dist.reproduce.train_process import best_epoch, worked_seconds
 
 SETTINGS = "--sasrec d_model=8 --sasrec epochs=2 --sasrec validation_users=50 --knn window=4"
+SETTINGS += (
+    " --set auto:finetune.epochs=1 --set auto:model.d_model=8 --set auto:validation.users=50"
+)
 RULES = ["popularity", "counting", "repeat", "knn"]
-SEEDED = ["sasrec", "sasrec+knn", "best", "hybrid", "items"]
+SEEDED = ["sasrec", "sasrec+knn", "best", "hybrid", "auto-decoder", "auto", "items"]
 LEAK_FREE = [*RULES, *SEEDED]
 OWN = ["own", "own-without-pretraining", "own-without-pretraining-equal-compute"]
 PAPER = ["counting", *OWN]
@@ -123,7 +126,7 @@ def test_runs_file_says_how_each_row_came_about(done: Path) -> None:
     found = read(done / "quality-runs.json")["beauty"]
     for protocol, numbering in (("leak-free", "random"), ("paper", "given")):
         assert {row["protocol"]["numbering"] for row in found[protocol].values()} == {numbering}
-    for name, mode in (("best", "exact"), ("hybrid", "hybrid"), ("items", "items")):
+    for name, mode in (("best", "exact"), ("auto", "hybrid"), ("items", "items")):
         assert found["leak-free"][name]["protocol"]["decode"] == mode
     for row in (row for table in found.values() for row in table.values()):
         assert row["command"].startswith("genrec reproduce beauty --data log.txt")
@@ -184,7 +187,8 @@ def test_a_finished_command_only_prints_and_says_what_is_comparable(
 
 def test_comparisons_report_and_no_checkpoints_are_left(done: Path) -> None:
     pairs = {path.stem for path in (done / "leak-free").glob("compare-*.json")}
-    names = ("best-knn", "best-sasrec", "hybrid-sasrec+knn", "hybrid-best", "items-sasrec")
+    names = {"best-knn", "best-sasrec", "hybrid-sasrec+knn", "hybrid-best", "items-sasrec"}
+    names |= {"auto-sasrec+knn", "auto-knn"}
     assert pairs == {f"compare-{name}" for name in names}
     assert len(read(done / "leak-free" / "compare-best-sasrec.json")["b"]["runs"]) == 2
     assert (done / "leak-free" / "best" / "seed-0" / "report.html").is_file()

@@ -22,8 +22,8 @@ from genrec_shards.atomic import atomic_file
 from genrec_shards.file_lock import hold
 
 from genrec_dist.config.load import dump_recipe, recipe_from
-from genrec_dist.config.native_precision import with_precision
 from genrec_dist.config.recipe import Recipe
+from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.distributed.deadline import Deadline
 from genrec_dist.report.run_files import RunFiles, read_run_files
 from genrec_dist.training.checkpoint import list_checkpoints
@@ -209,7 +209,7 @@ def train_on_ranks(
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
     with atomic_file(run / "recipe.yaml") as temporary:
-        temporary.write_text(dump_recipe(with_precision(recipe, run)), encoding="utf-8")
+        temporary.write_text(dump_recipe(resolve_recipe(recipe, run)[0]), encoding="utf-8")
     command = [sys.executable, "-m", "genrec_tuning.rank_process", str(os.getpid())]
     command += [str(run / "recipe.yaml"), *(["--resume", resume] if resume else [])]
     with socket.socket() as listener:

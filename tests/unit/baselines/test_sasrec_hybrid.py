@@ -98,7 +98,7 @@ def test_the_controls_weights_are_the_best_of_the_grid_on_validation(
 ) -> None:
     held = json.loads((control / "hybrid.json").read_text())
     targets = load_dataset(tiny_data).sequences.history_and_target("validation").targets
-    for item_weight, weight, epsilon, figure in held["table"][::5]:
+    for item_weight, weight, epsilon, _, figure in held["table"][::5]:
         scores_UI = control_scores(control, tiny_data, "validation", weight, epsilon)
         ranks = (scores_UI >= scores_UI[np.arange(len(targets)), targets][:, None]).sum(1)
         found = metrics_from_histogram(rank_histogram(np.where(ranks <= 20, ranks, 0)))

@@ -49,3 +49,15 @@ def test_graph_knows_no_held_out_item(through: str, last: int) -> None:
     assert abs(ours - nearer).sum() > 0
     with pytest.raises(ValueError, match="n-1 has seen the validation targets"):
         Graph.of(sequences, "validation", "n-1")
+
+
+def test_only_new_gives_the_history_no_share() -> None:
+    sequences = random_sequences(num_users=30, num_items=50)
+    past = histories(sequences, "test")
+    graph = Graph.of(sequences, "test", "n-2")
+    every_UI = graph.probabilities(past.items, past.offsets).numpy()
+    new_UI = graph.probabilities(past.items, past.offsets, only_new=True).numpy()
+    taken_UI = past.holds(np.arange(past.num_users)[:, None], np.arange(past.num_items)[None])
+    assert (every_UI * taken_UI).sum() > 0
+    expected_UI = np.where(taken_UI, 0, every_UI)
+    np.testing.assert_allclose(new_UI, expected_UI / expected_UI.sum(1, keepdims=True))

@@ -144,6 +144,40 @@ def test_prefix_segments_hold_what_fits_of_each_history():
     assert last.targets_R.tolist() == [6, 9]
 
 
+def test_shared_windows_begin_every_half_of_the_room():
+    where = causal(1 + 4, user_ids=False, unit="item")  # <s> and four items
+    items, starts, ends = np.arange(16, dtype=np.int32), np.array([0, 10]), np.array([10, 16])
+    found = prefix_segments(
+        items, starts, ends, np.array([0, 1]), where, all_prefixes=True, share_windows=True
+    )
+    assert found.sample_P.tolist() == [0, 0, 0, 0, 1, 1]
+    assert found.starts_P.tolist() == [0, 2, 4, 6, 10, 12]
+    assert found.ends_P.tolist() == [4, 6, 8, 9, 14, 15]
+    assert found.targets_R.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15]
+    assert found.visible_R.tolist() == [2, 3, 4, 5, 4, 5, 4, 5, 4, 2, 3, 4, 5, 4]
+    assert found.tokens_P.tolist() == [5, 5, 5, 4, 5, 4]
+    assert found.learned_R.all()
+
+
+@pytest.mark.parametrize("unit", ["item", "subword"])
+def test_shared_windows_hold_half_of_the_room_or_more_and_each_target_once(unit):
+    where = causal(17 if unit == "item" else 60, unit=unit)
+    lengths = np.random.default_rng(5).integers(2, 120, 40)
+    ends = np.cumsum(lengths)
+    starts, users = ends - lengths, np.arange(40) % len(TRAINING_CODES)
+    items = np.random.default_rng(6).integers(0, 20, ends[-1]).astype(np.int32)
+    options = {"all_prefixes": True}
+    own = prefix_segments(items, starts, ends, users, where, **options)
+    found = prefix_segments(items, starts, ends, users, where, share_windows=True, **options)
+    assert sorted(found.targets_R) == sorted(own.targets_R)
+    assert found.tokens_P.max() <= where.max_tokens
+    assert found.tokens_P.sum() < own.tokens_P.sum() / 4
+    read_own = dict(zip(own.targets_R, own.visible_R, strict=True))
+    for target, read in zip(found.targets_R, found.visible_R, strict=True):
+        least = (read_own[target] - 8) / 2 - where.longest_item
+        assert least <= read <= read_own[target]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_users_of_one_item_teach_nothing_and_are_no_error(packed):
     source = Lists([[0, 16, 17], [1, 18, 19], [2, 3, 20, 21]])

@@ -39,6 +39,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from genrec_dist.data.item_graph import Graph, KnnSettings
+from genrec_dist.data.repeat_model import RepeatModel
 from genrec_dist.decoding import exhaustive
 from genrec_dist.decoding.beam_search import best_of, best_static, num_open_beams
 from genrec_dist.decoding.decoder_state import DecoderState
@@ -46,6 +47,9 @@ from genrec_dist.evaluation.score_mixture import Mixture
 
 HISTORIES = [[0, 3], [], [1, 1, 2]]
 EVERYTHING = Switches(forced=True, trimmed=True, unit="item", start="state", head=True)
+
+
+REPEATS = RepeatModel(intercept=-1.0, age=-0.5, user_rate=0.5)
 
 
 def graph_among(items: list[Word]) -> Graph:
@@ -62,12 +66,19 @@ def graph_probabilities(items: list[Word], histories: list[History]) -> torch.Te
     return graph_among(items).probabilities(flat, np.cumsum([0, *map(len, histories)]))
 
 
+def repeat_probabilities(items: list[Word], histories: list[History]) -> torch.Tensor:
+    flat = np.array(list(chain(*histories)), np.int32)
+    return REPEATS.probabilities(flat, np.cumsum([0, *map(len, histories)]), len(items))
+
+
 def case(items: list[Word], draws: list[History], how: Switches, nodes_at_once: int) -> example:
     values = {"items": items, "draws": draws, "how": how, "nodes_at_once": nodes_at_once}
     return example(exclude=True, top=7, weights=(1.0, 1.0, 0.5), **values)
 
 
-@pytest.mark.parametrize("mode", ["exact", "compact", "all", "items", "hybrid", "hybrid, graph"])
+@pytest.mark.parametrize(
+    "mode", ["exact", "compact", "all", "items", "hybrid", "hybrid, graph", "hybrid, repeat"]
+)
 @settings(max_examples=20, deadline=None)
 @given(
     items=catalogues,
@@ -93,15 +104,17 @@ def test_search_equals_brute_force(
     mode: str,
 ) -> None:
     """With a beam as wide as the trie; `all` in any slices of the trie; hybrid with an item head, a
-    graph or both."""
+    graph, a repeat model or several of these."""
     histories, parts = histories_from(draws, len(items)), {}
-    mode, graph = mode.split(",")[0], mode.endswith("graph")
-    if mode == "items" or (mode == "hybrid" and not graph):
+    mode, _, part = mode.partition(", ")
+    if mode == "items" or (mode == "hybrid" and not part):
         how = replace(how, head=True)
     if mode == "hybrid":
         top = len(items)
-        parts["mixture"] = Mixture(*weights)
-        parts["graph_prob_BN"] = graph_probabilities(items, histories) if graph else None
+        parts["mixture"] = Mixture(*weights, repeat_weight=1.5, repeat=REPEATS)
+        parts["graph_prob_BN"] = graph_probabilities(items, histories) if part else None
+        if part == "repeat":
+            parts["repeat_prob_BN"] = repeat_probabilities(items, histories)
     world = World(items, how)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exhaustive, "NODES_AT_ONCE", nodes_at_once)
@@ -174,12 +187,16 @@ def test_a_user_who_has_everything_gets_an_empty_list() -> None:
     assert len(both[1]) == 20
 
 
-@pytest.mark.parametrize("graph", [False, True], ids=["item head", "graph"])
-def test_hybrid_lists_what_only_one_part_finds(graph: bool) -> None:
+@pytest.mark.parametrize("part", ["item head", "graph", "repeat"])
+def test_hybrid_lists_what_only_one_part_finds(part: str) -> None:
     """A narrow beam and few of the other part's: the best of each are among the candidates."""
-    world = World(GRID, Switches(head=not graph))
+    world = World(GRID, Switches(head=part == "item head"))
     (by_decoder,) = world.search([[1, 2]], beam=2, top=2)
-    if graph:
+    if part == "repeat":
+        prob_BN = repeat_probabilities(GRID, [[1, 2]])
+        heavy, parts = Mixture(repeat_weight=1000.0, repeat=REPEATS), {"repeat_prob_BN": prob_BN}
+        by_other = [1, 2]
+    elif part == "graph":
         prob_BN = graph_probabilities(GRID, [[1, 2]])
         heavy, parts = Mixture(graph_weight=1000.0), {"graph_prob_BN": prob_BN}
         by_other = prob_BN[0].topk(2).indices.tolist()
@@ -195,6 +212,14 @@ def test_hybrid_lists_what_only_one_part_finds(graph: bool) -> None:
     assert (
         items_of(light)
         == [item for item in best_first(world.truth([[1, 2]])[0], []) if item in candidates][:2]
+    )
+
+
+def test_hybrid_without_any_other_part_lists_what_the_decoder_does() -> None:
+    world = World(GRID)
+    options = {"beam": 20, "top": 7}
+    assert world.search([[1, 2], [3]], mode="hybrid", **options) == world.search(
+        [[1, 2], [3]], **options
     )
 
 
@@ -379,7 +404,6 @@ def test_num_open_beams_drops_beams_only_where_no_user_can_gain(
         (Switches(), "free", "needs the run's tokenizer"),
         (Switches(forced=True), "free", r"decode mode free: .* tokens\.forced learned"),
         (Switches(), "items", r"no item head: train with model\.item_loss"),
-        (Switches(), "hybrid", r"no item head: train with model\.item_loss"),
     ],
 )
 def test_search_refuses_what_it_cannot_do(how: Switches, mode: str, message: str) -> None:

@@ -223,6 +223,22 @@ def test_evaluate_writes_every_user_once_in_order(
     assert set(metrics["beside"]) == {"counting", "popularity", "knn"}
 
 
+def test_test_is_not_looked_at_before_the_training_is_over(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    step = json.loads((run / "best" / "step.json").read_text())["step"]
+    for status in ("running", "stopped", "failed"):
+        (run / "status.json").write_text(json.dumps({"status": status}))
+        assert run_command(["evaluate", str(run)]) == 1
+        assert f"the training's status is '{status}'" in capsys.readouterr().err
+        assert not (run / "metrics-test.json").exists()
+    assert run_command(["evaluate", str(run), "--split", "validation"]) == 0
+    assert run_command(["evaluate", str(run), "--force"]) == 0
+    metrics = json.loads((run / "metrics-test.json").read_text())
+    assert metrics["training"] == {"status": "failed", "step": step}
+
+
 @pytest.mark.parametrize("mode", ["compact", "free", "all"])
 def test_evaluate_names_the_mode_in_the_protocol(
     loaded: LoadedRun, dataset: Dataset, tmp_path: Path, mode: Mode

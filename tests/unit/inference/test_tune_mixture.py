@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from genrec_shards.dataset import load_dataset
+from genrec_shards.prepare import prepare
+from genrec_shards.storage.write import write_shards
 from tiny import TINY_RECIPE
 
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
-from genrec_dist.data.item_graph import Graph, KnnSettings
+from genrec_dist.data.item_graph import KnnSettings
 from genrec_dist.evaluation import score_mixture as mixture
 from genrec_dist.evaluation.metrics import metrics_from_histogram, rank_histogram, target_ranks
+from genrec_dist.evaluation.score_mixture import Mixture
+from genrec_dist.inference.history_scores import HistoryScores
 from genrec_dist.inference.load import LoadedRun, load_run
 from genrec_dist.inference.rank_users import Decoding, rank_batch
+from genrec_dist.inference.recommend import Recommender, Request
 from genrec_dist.training.run import train
 
 NDCG = "NDCG@10"
@@ -39,8 +46,8 @@ def ndcg_of(loaded: LoadedRun, data: Path, decoding: Decoding) -> float:
     """Of the lists of all users on validation."""
     sequences = load_dataset(data).sequences
     view = sequences.history_and_target("validation")
-    graph = Graph.of(sequences, "validation", "n-2", decoding.graph)
-    found = rank_batch(loaded.searcher, loaded.layout, view, view.users, decoding, graph)
+    known = HistoryScores.of(sequences, "validation", "n-2", decoding.mixture)
+    found = rank_batch(loaded.searcher, loaded.layout, view, view.users, decoding, known)
     ranks = target_ranks(found.items, view.targets[view.users])
     return metrics_from_histogram(rank_histogram(ranks))[NDCG]
 
@@ -64,13 +71,13 @@ def test_tune_mixture_chooses_in_one_pass_what_evaluation_finds_best(
     assert len(held["table"]) == (2 if has_head else 1) * 5
     assert not (run / "metrics-validation.json").exists()
     loaded = load_run(run)
-    base = Decoding(mode="hybrid", batch_size=1000, graph=KnnSettings(window=2))
-    for item_weight, graph_weight, epsilon, figure in held["table"]:
-        decoding = replace(
-            base, item_weight=item_weight, graph_weight=graph_weight, epsilon=epsilon
-        )
+    base = Decoding(mode="hybrid", batch_size=1000)
+    for item_weight, graph_weight, epsilon, repeat_weight, figure in held["table"]:
+        assert repeat_weight == 0
+        mixed = Mixture(item_weight, graph_weight, epsilon, KnnSettings(window=2))
+        decoding = replace(base, mixture=mixed)
         assert ndcg_of(loaded, tiny_data, decoding) == pytest.approx(figure, abs=1e-12)
-    figures = {tuple(row[:3]): row[3] for row in held["table"]}
+    figures = {tuple(row[:3]): row[-1] for row in held["table"]}
     chosen = held["mixture"]
     weights = (chosen["item_weight"], chosen["graph_weight"], chosen["epsilon"])
     assert len(set(figures.values())) > 1
@@ -85,6 +92,67 @@ def test_tune_mixture_chooses_in_one_pass_what_evaluation_finds_best(
     assert metrics["protocol"]["item_weight"] == (weights[0] if has_head else None)
     graph = {"weight": weights[1], "epsilon": weights[2], **chosen["graph"]}
     assert metrics["protocol"]["graph"] == (graph if weights[1] else None)
+
+
+@pytest.fixture(scope="module")
+def repeating_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of users who take their own items again half of the time."""
+    path = tmp_path_factory.mktemp("repeating")
+    dice, lines = random.Random(3), []
+    for user in range(120):
+        row = [f"B{dice.randrange(40):02}" for _ in range(3)]
+        for _ in range(9):
+            again = dice.random() < 0.5
+            row.append(dice.choice(row[-3:]) if again else f"B{dice.randrange(40):02}")
+        lines.append(" ".join([f"user-{user}", *row]))
+    (path / "log.txt").write_text("\n".join(lines) + "\n")
+    write_shards(prepare(path / "log.txt", path / "data"), path / "data" / "shards")
+    (path / "recipe.yaml").write_text(f"data: {path / 'data'}\nrun: {path / 'run'}\n{TINY_RECIPE}")
+    return train(load_recipe(path / "recipe.yaml"))
+
+
+def test_repeats_are_mixed_in_as_lists_and_requests_have_them(
+    repeating_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Where lists may repeat the history a repeat model takes part: figures are those of the lists,
+    a repeated item is listed first, and evaluate chooses the weights by itself."""
+    run = Path(shutil.copytree(repeating_run, tmp_path / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixture, "GRAPH_WEIGHTS", (0.0, 0.6))
+        patch.setattr(mixture, "EPSILONS", (0.5,))
+        patch.setattr(mixture, "REPEAT_WEIGHTS", (0.0, 1.0, 3.0))
+        assert run_command(["evaluate", str(run), "--decode", "hybrid"]) == 0
+        assert "hybrid's weights, chosen on validation of 6 mixtures" in capsys.readouterr().out
+    held = json.loads((run / "hybrid.json").read_text())
+    data, loaded = repeating_run.parent / "data", load_run(run)
+    best = mixture.load(run, held["origin"])
+    assert best is not None
+    assert best.repeat is not None
+    assert best.repeat_weight > 0
+    for item_weight, graph_weight, epsilon, repeat_weight, figure in held["table"]:
+        mixed = Mixture(item_weight, graph_weight, epsilon, best.graph, repeat_weight, best.repeat)
+        decoding = Decoding(mode="hybrid", batch_size=1000, exclude_history=False, mixture=mixed)
+        assert ndcg_of(loaded, data, decoding) == pytest.approx(figure, abs=1e-12)
+    metrics = json.loads((run / "metrics-test.json").read_text())
+    assert metrics["protocol"]["graph"]["repeat_weight"] == best.repeat_weight
+
+    listed = pq.read_table(run / "top20-test.parquet").to_pylist()
+    request = Request(history_of(data, 7), "user-7")
+    (answer,) = Recommender.load(run, mode="hybrid").recommend([request], k=20)
+    assert answer.items == listed[7]["items"]
+    assert answer.items[0] in request.history
+    (by_decoder,) = Recommender.load(run).recommend([request], k=20)
+    assert answer.items != by_decoder.items
+    (run / "hybrid.json").unlink()
+    with pytest.raises(ValueError, match="no weights of hybrid were chosen yet"):
+        Recommender.load(run, mode="hybrid")
+
+
+def history_of(data: Path, user: int) -> list[str]:
+    """Before the test item."""
+    sequences = load_dataset(data).sequences
+    begin, end = sequences.offsets[user], sequences.offsets[user + 1] - 1
+    return [sequences.item_ids[item] for item in sequences.items[begin:end]]
 
 
 def test_run_with_an_item_head_is_loaded_and_evaluated_by_it(

@@ -88,11 +88,23 @@ def test_an_old_run_is_resumed_to_the_same_weights(old: Path) -> None:
     shutil.rmtree(last)
     train(load_recipe(old / "recipe.yaml"), resume="latest")
     after = load_file(file)
-    assert before.keys() == after.keys()
-    for name, values in before.items():
-        torch.testing.assert_close(after[name], values, rtol=1e-4, atol=1e-6)
-    for name, values in load_file(old / "best" / "model.safetensors").items():
-        torch.testing.assert_close(values, best[name], rtol=1e-4, atol=1e-6)
+    again = load_file(old / "best" / "model.safetensors")
+    assert (before.keys(), best.keys()) == (after.keys(), again.keys())
+    # Attention does not change when all scores of a query move alike, so the gradient of a key's
+    # bias is rounding alone, which AdamW makes steps of: they differ between processors.
+    names = [name for name, _ in load_run(old).model.named_parameters()]
+    key_biases = {name for name in best if name.endswith("k_proj.bias")}
+    assert len(key_biases) == 3
+    for name, values in best.items():
+        if name not in key_biases:
+            torch.testing.assert_close(again[name], values, rtol=1e-4, atol=1e-6)
+    differ = {
+        name
+        for name, values in before.items()
+        if not torch.allclose(after[name], values, rtol=1e-4, atol=1e-6)
+    }
+    kinds = {name.split(".")[0] for name in before}
+    assert differ <= {f"{kind}.{names.index(name)}" for kind in kinds for name in key_biases}
 
 
 def test_a_run_starts_from_an_old_one(old: Path) -> None:

@@ -1,0 +1,71 @@
+"""What a mixture knows from the history alone: the transition graph and the repeat model."""
+
+# B users, N items
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from genrec_shards.sequences import Sequences
+from genrec_shards.splits import Split, TrainedThrough
+from torch import Tensor
+
+from genrec_dist.data.item_graph import Graph
+from genrec_dist.data.repeat_model import RepeatModel
+from genrec_dist.evaluation.score_mixture import Mixture
+
+
+@dataclass(frozen=True)
+class HistoryProbabilities:
+    """float64 [B, N] each, rows that sum to one; None where a part has no weight."""
+
+    graph_prob_BN: Tensor | None = None
+    repeat_prob_BN: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HistoryScores:
+    """The parts of a mixture that need no model."""
+
+    graph: Graph | None = None
+    repeat: RepeatModel | None = None
+    """Speaks of the history's items alone; the graph then speaks of all others alone."""
+    repeat_counts: bool = True
+    """Whether the repeat model has a weight."""
+
+    @classmethod
+    def of(
+        cls,
+        sequences: Sequences,
+        split: Split,
+        trained_through: TrainedThrough,
+        mixture: Mixture,
+    ) -> HistoryScores:
+        """Those that have a weight in the mixture.
+
+        Args:
+            sequences: Whose training parts the graph is made of.
+            split: Whose histories are continued.
+            trained_through: The last position that the graph is made of.
+            mixture: The weights, and the settings of each part.
+
+        Raises:
+            ValueError: If training saw the split's targets.
+        """
+        graph = None
+        if mixture.graph_weight:
+            graph = Graph.of(sequences, split, trained_through, mixture.graph)
+        return cls(graph, mixture.repeat, mixture.repeat_weight > 0)
+
+    def probabilities(
+        self, items: np.ndarray, offsets: np.ndarray, num_items: int
+    ) -> HistoryProbabilities:
+        """Of the next item after each history, `items[offsets[b]:offsets[b + 1]]`, oldest first."""
+        graph_BN = repeat_BN = None
+        if self.graph is not None:
+            only_new = self.repeat is not None
+            graph_BN = self.graph.probabilities(items, offsets, only_new=only_new)
+        if self.repeat is not None and self.repeat_counts:
+            repeat_BN = self.repeat.probabilities(items, offsets, num_items)
+        return HistoryProbabilities(graph_BN, repeat_BN)

@@ -1,0 +1,72 @@
+"""What a person should know of a run beside its figures: it ended early, or a rule that learns
+nothing is above it; and what to do then."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from genrec_dist.report.run_files import RunFiles, is_number
+from genrec_dist.report.svg import score
+
+RULES = {
+    "knn": "Co-occurrence kNN",
+    "popularity": "Popularity",
+    "repeat": "Listing the user's recent items again",
+}
+NDCG = "NDCG@10"
+
+
+def advice(run: RunFiles) -> list[str]:
+    """Sentences for the terminal and the report; none where nothing is to be said."""
+    return [line for line in (_still_rising(run), _beaten(run)) if line]
+
+
+def _still_rising(run: RunFiles) -> str:
+    """Where the last planned epoch was the best one."""
+    validations = [
+        line for line in run.stage("validation", "finetune") if is_number(line.get(NDCG))
+    ]
+    epochs = (run.recipe.get("finetune") or {}).get("epochs")
+    if len(validations) < 2 or not is_number(epochs):
+        return ""
+    last, scores = validations[-1], [float(line[NDCG]) for line in validations]
+    if last.get("epoch") != epochs - 1 or scores[-1] <= max(scores[:-1]):
+        return ""
+    return (
+        f"Validation {NDCG} still rose in the last epoch ({score(scores[-2])} to "
+        f"{score(scores[-1])}): train longer, into another run directory: "
+        f"--set finetune.epochs={2 * int(epochs)}"
+    )
+
+
+def _beaten(run: RunFiles) -> str:
+    """Where a rule that learns nothing is above the model: by the last evaluation, else by the
+    validation at the end of training."""
+    known: dict[str, Any]
+    if run.metrics:
+        split, metrics = next(iter(run.metrics.items()))
+        if not str(metrics.get("system", "")).startswith("genrec"):
+            return ""
+        ours, rules = metrics.get(NDCG), metrics.get("beside") or {}
+        known = {name: (rules.get(name) or {}).get(NDCG) for name in RULES}
+    else:
+        judged = (run.of("judgement") or [{}])[-1]
+        split, ours, known = "validation", judged.get(NDCG), judged.get("beside") or {}
+    above = {name: value for name, value in known.items() if name in RULES and is_number(value)}
+    if not above or not is_number(ours) or max(above.values()) <= ours:
+        return ""
+    best = max(above, key=above.__getitem__)
+    return (
+        f"{RULES[best]}, which learns nothing, is above this model on {split} "
+        f"({NDCG} {score(above[best])} to {score(ours)}): {_remedy(run)}"
+    )
+
+
+def _remedy(run: RunFiles) -> str:
+    recipe: dict[str, Any] = run.recipe
+    if recipe.get("decode") != "hybrid":
+        return (
+            "try `genrec train auto`, whose steps fit the data, or `--decode hybrid`, which takes "
+            "the rule in"
+        )
+    return "the data may be too few to learn from: train longer, or list by the rule"

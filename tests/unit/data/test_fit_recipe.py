@@ -1,0 +1,118 @@
+"""Values of a recipe that are chosen from the data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from genrec_shards.dataset import load_dataset
+from random_sequences import changed, random_sequences
+
+from genrec_dist.cli.app import run_command
+from genrec_dist.config.load import dump_recipe, load_recipe, recipe_from
+from genrec_dist.config.recipe import AUTO_KEYS, Recipe
+from genrec_dist.data.fit_recipe import DataFacts, as_text, fit_recipe, resolve_recipe
+
+
+def chosen(num_items: int, lengths: np.ndarray, *overrides: str) -> dict[str, int]:
+    recipe = load_recipe("auto", list(overrides))
+    fitted, values = fit_recipe(recipe, DataFacts(num_items, lengths))
+    assert fitted.from_data == ()
+    assert all(value.reason for value in values)
+    assert len(as_text(values).splitlines()) == len(values)
+    return {value.key: value.value for value in values}
+
+
+@pytest.mark.parametrize(
+    ("num_items", "lengths", "values"),
+    [
+        # As Beauty: short histories, the vocabulary of `best`.
+        (12_101, np.full(22_363, 7), [16_384, 50, 83, 6, 1]),
+        # As MovieLens-100k: few users of long histories. 5 users a step, 189 steps in an epoch.
+        (1_349, np.full(943, 103), [4_096, 112, 5, 8, 1]),
+        # Longer than what an encoder takes, on more targets: steps are larger.
+        (60_000, np.full(6_000, 1_000), [131_072, 256, 4, 6, 1]),
+        # Few users: many epochs, validated now and then.
+        (200, np.full(100, 5), [2_048, 50, 125, 200, 100]),
+        # Users who have nothing to learn from.
+        (50, np.ones(30, np.int64), [2_048, 50, 4096, 200, 100]),
+        # More items than tokens.
+        (400_000, np.full(1_000_000, 10), [131_072, 50, 373, 6, 1]),
+    ],
+)
+def test_values_follow_users_items_and_lengths(
+    num_items: int, lengths: np.ndarray, values: list[int]
+) -> None:
+    assert list(chosen(num_items, lengths).values()) == values
+
+
+def test_what_is_given_is_kept_and_what_follows_rests_on_it() -> None:
+    found = chosen(500, np.full(1000, 9), "finetune.batch_size=500")
+    assert "finetune.batch_size" not in found
+    assert found["finetune.epochs"] == 200  # two steps an epoch, 750 epochs would be too many
+    assert found["validation.every_epochs"] == 50
+
+
+def test_recipes_with_auto_are_written_and_read_back() -> None:
+    recipe = load_recipe("auto", ["tokens.vocab_size=4096"])
+    assert recipe.from_data == tuple(key for key in AUTO_KEYS if key != "tokens.vocab_size")
+    assert recipe_from(yaml.safe_load(dump_recipe(recipe))) == recipe
+    assert recipe.as_dict()["finetune"]["epochs"] == "auto"
+    with pytest.raises(ValueError, match=r"finetune\.warmup_fraction: 'auto' is not a number"):
+        load_recipe("auto", ["finetune.warmup_fraction=auto"])
+    with pytest.raises(ValueError, match="unknown key from_data"):
+        load_recipe("auto", ["from_data=[]"])
+
+
+def test_held_out_items_choose_nothing() -> None:
+    sequences = random_sequences()
+    facts, other = (DataFacts.of(each, "n-2") for each in (sequences, changed(sequences, 2)))
+    np.testing.assert_array_equal(facts.lengths_U, np.diff(sequences.offsets) - 2)
+    np.testing.assert_array_equal(facts.lengths_U, other.lengths_U)
+    assert facts.num_items == other.num_items
+
+
+def test_a_resumed_run_keeps_its_values(tiny_data: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("auto", [f"data={tiny_data}", f"run={tmp_path}"])
+    fitted, values = resolve_recipe(recipe)
+    assert {value.key for value in values} == set(AUTO_KEYS)
+    begun = replace(fitted, finetune=replace(fitted.finetune, epochs=17))
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(begun))
+    resumed, values = resolve_recipe(recipe, tmp_path)
+    assert (resumed.finetune.epochs, values) == (17, [])
+    assert resumed == replace(begun, precision=resumed.precision)
+
+
+def test_auto_trains_chooses_its_mixture_and_lists_by_it(
+    tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The whole path by the commands: values in the run's recipe, weights in hybrid.json, and the
+    same lists from evaluate and recommend without --decode."""
+    run = tmp_path / "run"
+    words = [f"data={tiny_data}", f"run={run}", "finetune.epochs=2", "model.d_model=32"]
+    assert run_command(["train", "auto", *(w for word in words for w in ("--set", word))]) == 0
+    said = capsys.readouterr().out
+    assert "chosen from the data: tokens.vocab_size" in said
+    kept = load_recipe(run / "recipe.yaml")
+    assert isinstance(kept, Recipe)
+    assert (kept.from_data, kept.finetune.epochs, kept.decode) == ((), 2, "hybrid")
+    held = json.loads((run / "hybrid.json").read_text())
+    assert held["validation"]["NDCG@10"] == max(row[-1] for row in held["table"])
+    assert run_command(["evaluate", str(run)]) == 0
+    metrics = json.loads((run / "metrics-test.json").read_text())
+    assert metrics["system"] == "genrec, hybrid"
+    capsys.readouterr()
+    dataset = load_dataset(tiny_data)
+    user = dataset.sequences.user_ids[0]
+    assert run_command(["recommend", str(run), "--user", user, "--top", "5"]) == 0
+    by_default = json.loads(capsys.readouterr().out)
+    for mode, same in (("hybrid", True), ("exact", False)):
+        assert (
+            run_command(["recommend", str(run), "--user", user, "--top", "5", "--decode", mode])
+            == 0
+        )
+        assert (json.loads(capsys.readouterr().out)["scores"] == by_default["scores"]) is same
