@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,12 +19,16 @@ from rich.spinner import Spinner
 from genrec_dist.config.suggest import did_you_mean
 
 
-def exit_code_of(action: Callable[[], object]) -> int:
+def exit_code_of(action: Callable[[], object], arguments: list[str] | None = None) -> int:
     """Run `action`, print in one line why it failed, and return the process's exit code.
+
+    Args:
+        action: what to run.
+        arguments: of the command that it is, to name the command that continues it.
 
     Returns:
         The code that `action` returns; else 0 after success, 1 after a failure, 2 for wrong usage,
-        130 and 143 after signals.
+        129, 130 and 143 after SIGHUP, SIGINT and SIGTERM.
     """
     from genrec_dist.distributed.signals import Stopped, Terminated
 
@@ -38,11 +43,12 @@ def exit_code_of(action: Callable[[], object]) -> int:
         return int(error.exit_code)
     except (typer.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
-    except Terminated:
-        typer.echo("genrec: ended by SIGTERM", err=True)
-        return 128 + signal.SIGTERM
+    except Terminated as end:
+        typer.echo(f"genrec: {end}", err=True)
+        return 128 + end.number
     except Stopped as stop:
-        typer.echo(f"genrec: {stop}; continue with {stop.remedy}", err=True)
+        how = stop.remedy if arguments is None else command_to_continue(arguments, stop.remedy)
+        typer.echo(f"genrec: {stop}; continue with: {how}", err=True)
         return 128 + stop.number
     except (ValueError, OSError) as error:
         typer.echo(f"genrec: {_one_line(_message(error))}", err=True)
@@ -56,16 +62,43 @@ def _suggestion(error: Any) -> str:
     return did_you_mean(given[1], re.findall(r"'([^']*)'", given[2])) if given else ""
 
 
+def command_to_continue(arguments: list[str], remedy: str) -> str:
+    """The whole command that goes on with a stopped one.
+
+    Args:
+        arguments: of the stopped command.
+        remedy: options to add, such as `--resume latest`; or words, such as `the same command`.
+    """
+    option, *value = remedy.split() if remedy.startswith("--") else [""]
+    kept, skip = [], 0
+    for argument in arguments:
+        if option and argument.split("=")[0] == option:
+            skip = len(value) * ("=" not in argument)
+        elif skip:
+            skip -= 1
+        else:
+            kept.append(argument)
+    command = shlex.join(["genrec", *kept, *([option, *value] if option else [])])
+    if world_size() > 1:
+        # The launcher's own part of its command is not known here.
+        return f"{remedy}, added to what was launched ({command})" if option else remedy
+    return command
+
+
 def _message(error: ValueError | OSError) -> str:
     """An error's own message; of the operating system's errors the reason, file and remedy."""
     if not isinstance(error, OSError):
         return str(error)
-    if error.errno is None:  # numpy's message says how much of an array it could not write
-        return f"{error}: make room or choose another output"
+    if error.errno is None:
+        # Of a short write numpy says how much of an array it could write, and not why.
+        is_short = re.search(r"\d+ requested and \d+ written", str(error))
+        return f"{error}: make room or choose another output" if is_short else str(error)
     reason = os.strerror(error.errno).lower()
     place = f"{error.filename}: " if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{place}{reason}: make room or choose another output"
+    if error.errno == errno.EFBIG:
+        return f"{place}{reason}: raise the limit (ulimit -f) or choose another output"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{place}{reason}: change its rights or choose another place"
     return f"{place}{reason}: check the path"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 
-import torch.distributed as dist
+from genrec_dist.distributed.threads import set_thread_defaults
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `genrec train` with these arguments and return its exit code:
     `python -m genrec_dist.train RECIPE [--set a.b=c ...] [--resume latest|PATH]`."""
+    set_thread_defaults()  # before torch is imported
     from genrec_dist.cli.app import run_command
 
     return run_command(["train", *(sys.argv[1:] if arguments is None else arguments)])
@@ -18,6 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = main()
+    import torch.distributed as dist
+
     launched = dist.is_available() and dist.is_initialized()
     if launched:
         dist.destroy_process_group()

@@ -19,6 +19,7 @@ from genrec_dist.cli.recipes import complete_space, launch_file, recipes
 from genrec_dist.cli.reproduce import reproduce
 from genrec_dist.cli.scores import baseline, compare, report
 from genrec_dist.console import UsageError, exit_code_of, out, rank, say, working, world_size
+from genrec_dist.distributed.threads import set_thread_defaults
 
 app = typer.Typer(
     name="genrec",
@@ -191,7 +192,7 @@ def plan(
     )  # fmt: skip
     if json_ is not None:
         forecast.write_json(found, json_)
-    out.print(forecast.render(found))
+    out.print(forecast.render(found, out.width))
 
 
 def tune(
@@ -293,18 +294,19 @@ app.add_typer(
 def run_command(arguments: list[str]) -> int:
     """Run one command and return its exit code (`console.exit_code_of`)."""
     return exit_code_of(
-        lambda: app(arguments or ["--help"], prog_name="genrec", standalone_mode=False)
+        lambda: app(arguments or ["--help"], prog_name="genrec", standalone_mode=False), arguments
     )
 
 
 def main() -> None:
+    set_thread_defaults()
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"
     )  # the tokenizer runs once, before workers fork
     code = run_command(sys.argv[1:])
-    if code and world_size() > 1:
+    if code and (world_size() > 1 or sys.argv[1:2] == ["train"]):
         # A process group that waits for its peers would keep this rank, and with it the others,
-        # from ending.
+        # from ending. And who has stopped a training would wait for torch to be taken apart.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -19,6 +19,8 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
+from genrec_dist.distributed.threads import describe_threads, num_cores
+
 State = Literal["ok", "absent", "untested", "broken"]
 
 _MODEL = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "tensorboard")
@@ -53,7 +55,6 @@ def examine() -> list[Finding]:
     """Look at the machine and the packages, and try what has to work. Takes seconds, and leaves no
     file."""
     glibc, temporary = platform.libc_ver()[1] or "none", tempfile.gettempdir()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     python: State = "ok" if sys.version_info < (3, 13) else "untested"
     try:
         pages = os.sysconf("SC_PHYS_PAGES")
@@ -64,11 +65,12 @@ def examine() -> list[Finding]:
     return [
         Finding("Python", python, f"{platform.python_version()} at {sys.prefix}"),
         Finding("platform", "ok", f"{platform.system()} {platform.machine()}, glibc {glibc}"),
-        Finding("processor", "ok", f"{cores or 1} cores for this process"),
+        Finding("processor", "ok", f"{num_cores()} cores for this process"),
         Finding("memory", "ok", memory),
         *(_package(name, tested) for name in REQUIRED),
         *(_package(name, tested, *uses) for name, uses in OPTIONAL.items()),
         _attempt("torch computes", _torch_computes, "make env"),
+        _attempt("threads", _threads, "", required=False),
         _attempt("bf16 on this CPU", _cpu_bf16, "", required=False),
         _attempt("GPU", _gpu, "", required=False),
         _attempt("processes (gloo)", _gloo, "install a torch build with torch.distributed", False),
@@ -153,7 +155,11 @@ def _multiply(device: str, dtype: str) -> None:
 
 def _torch_computes() -> tuple[State, str]:
     _multiply("cpu", "float32")
-    return "ok", f"fp32, {importlib.import_module('torch').get_num_threads()} threads"
+    return "ok", "fp32"
+
+
+def _threads() -> tuple[State, str]:
+    return "ok", describe_threads(importlib.import_module("torch").get_num_threads())
 
 
 def _cpu_bf16() -> tuple[State, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -325,17 +324,13 @@ def _process_group() -> Iterator[torch.device]:
     launcher has set for them.
     """
     from genrec_dist.distributed.collectives import join, leave
-    from genrec_dist.distributed.signals import terminate
+    from genrec_dist.distributed.signals import terminating
     from genrec_dist.inference.load import best_device
 
-    # A launcher sends it to all ranks when one is gone.
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
+    with terminating():  # a launcher sends SIGTERM to all ranks when one is gone
         if world_size() > 1:
             join()
         yield best_device()
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if world_size() > 1:
         leave()
 

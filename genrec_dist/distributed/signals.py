@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that ask a run to stop: a scheduler's, Ctrl-C, and that of a terminal that is closed."""
 
 
 class Stopped(Exception):
@@ -18,14 +25,32 @@ class Stopped(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM reached a command that has nothing to save; temporary files are removed on the way
-    out."""
+    """SIGTERM or SIGHUP (`number`) reached a command that has nothing to save, or a second SIGINT
+    one that is to end without it; temporary files are removed on the way out."""
+
+    def __init__(self, number: int):
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.number = number
 
 
-def terminate(number: int, frame: FrameType | None) -> None:
-    """A signal handler that raises Terminated. By default SIGTERM ends a process at once, and
-    leaves its temporary files."""
-    raise Terminated
+@contextlib.contextmanager
+def terminating() -> Iterator[None]:
+    """Context in which SIGTERM and SIGHUP raise Terminated. By default they end a process at once,
+    and leave its temporary files."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated(number)
+
+    before = {
+        number: signal.signal(number, terminate)
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if not _is_ignored(number)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class NotFinite(ValueError):
@@ -33,35 +58,66 @@ class NotFinite(ValueError):
 
 
 class StopRequest:
-    """Context that records SIGTERM and SIGINT in `number`, so that the run can save first; a second
-    SIGINT ends it at once."""
+    """Context that records the first of SIGTERM, SIGINT and SIGHUP in `number`, so that the run can
+    save first; a SIGINT after it ends the run at once."""
 
     def __init__(self) -> None:
         self.number = 0
+        self.on_first: Callable[[int], None] | None = None
+        """Called once with the first signal, from another thread, as soon as it comes: the main
+        thread learns of signals only between two operations, and a backward pass takes seconds."""
         self._before: dict[signal.Signals, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._wakeup_before = -1
 
     def __enter__(self) -> StopRequest:
         try:
             self._before = {
                 number: signal.signal(number, self._note)
-                for number in (signal.SIGTERM, signal.SIGINT)
+                for number in STOPPING
+                if not _is_ignored(number)
             }
         except ValueError:  # not in the main thread: the caller's process handles signals
             self._before = {}
+            return self
+        # Python's own handler, in C, writes the number of each signal into the pipe at once.
+        self._pipe = reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._wakeup_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._pipe is not None:
+            signal.set_wakeup_fd(self._wakeup_before)
+            os.close(self._pipe[1])  # ends the thread
+            self._pipe = None
+
+    def _watch(self, reader: int) -> None:
+        """Call `on_first` at the first signal, until the other end of the pipe is closed."""
+        is_first = True
+        while numbers := os.read(reader, 64):
+            number = next((number for number in numbers if number in STOPPING), 0)
+            if number and is_first and self.on_first is not None:
+                self.on_first(number)
+            is_first = is_first and not number
+        os.close(reader)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.number = number
+            raise Terminated(number)  # of a KeyboardInterrupt typer would say nothing
+        self.number = self.number or number
 
 
 def ignore_signals(_: int) -> None:
     """For workers that prepare batches: launchers and terminals signal the whole process group, but
     only the trainer ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _is_ignored(number: int) -> bool:
+    """Whether `nohup` has asked for a run that survives its terminal."""
+    return number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN

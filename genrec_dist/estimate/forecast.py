@@ -17,6 +17,7 @@ import numpy as np
 from genrec_shards.atomic import atomic_file
 from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.splits import num_held_out
+from rich.box import HEAVY_HEAD, Box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -510,8 +511,8 @@ def write_json(plan: Forecast, path: Path) -> None:
         temporary.write_text(json.dumps(as_dict(plan), indent=1) + "\n", encoding="utf-8")
 
 
-def render(plan: Forecast) -> RenderableType:
-    """A table, the stages, and the advice."""
+def render(plan: Forecast, width: int = 120) -> RenderableType:
+    """A table, or two where one is wider than `width`; the stages, and the advice."""
     sizes, catalogue = plan.sizes, plan.catalogue
     words = "" if catalogue.words else f"; {ASSUMED_ITEM_TOKENS} sub-words per word assumed"
     head = (
@@ -519,24 +520,13 @@ def render(plan: Forecast) -> RenderableType:
         f"users, {catalogue.items:,} items ({catalogue.source}{words}); {plan.recipe.precision}, "
         f"{plan.gpus} GPU of {plan.memory_gib:g} GiB, {RESERVE_GIB} of them kept free"
     )
+    parts: list[RenderableType] = [Text(head)]
     title = f"GiB per GPU; micro_batch_tokens {plan.recipe.micro_batch_tokens:,}"
-    table = Table(title=title, title_justify="left")
-    columns = "method weights optimiser gradients ids buffers state peak fits largest host"
-    for name in columns.split():
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for fit in plan.fits:
-        state, fits = fit.state, fit.fits(plan.limit)
-        optimiser = state.masters + state.moments + state.average
-        sizes_of = (state.weights, optimiser, state.gradients, state.id_rows, state.buffers)
-        table.add_row(
-            _NAMES[fit.method],
-            *(f"{size / GIB:.2f}" for size in (*sizes_of, state.total, fit.peak)),
-            "yes" if fits else "no",
-            f"{fit.largest:,}" if fit.largest else "none",
-            f"{state.host / GIB:.2f}",
-            style="" if fits else "red",
-        )
-    parts: list[RenderableType] = [Text(head), table]
+    if width >= _ONE_TABLE:
+        parts.append(_table(plan, title, (*_STATE_COLUMNS, *_FIT_COLUMNS)))
+    else:
+        parts.append(_table(plan, title, _FIT_COLUMNS, box=None))
+        parts.append(_table(plan, "The parts of the state, GiB per GPU", _STATE_COLUMNS, box=None))
     for each in plan.samples:
         unit = getattr(plan.recipe, each.stage).sample_unit
         line = (
@@ -552,6 +542,41 @@ def render(plan: Forecast) -> RenderableType:
     parts += [Text(f"-> {line}", style="bold") for line in plan.advice]
     parts += [Text(f"unchecked: {line}", style="dim") for line in UNCHECKED]
     return Group(*parts)
+
+
+_FIT_COLUMNS = ("peak", "fits", "largest", "host")
+_STATE_COLUMNS = ("weights", "optimiser", "gradients", "ids", "buffers", "state")
+_ONE_TABLE = 116
+"""Width of a terminal that holds all columns beside each other."""
+
+
+def _table(
+    plan: Forecast, title: str, columns: tuple[str, ...], box: Box | None = HEAVY_HEAD
+) -> Table:
+    """A row per method, with these columns."""
+    table = Table("method", title=title, title_justify="left", box=box)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for fit in plan.fits:
+        state, fits = fit.state, fit.fits(plan.limit)
+        sizes = {
+            "weights": state.weights,
+            "optimiser": state.masters + state.moments + state.average,
+            "gradients": state.gradients,
+            "ids": state.id_rows,
+            "buffers": state.buffers,
+            "state": state.total,
+            "peak": fit.peak,
+            "host": state.host,
+        }
+        cells = {name: f"{size / GIB:.2f}" for name, size in sizes.items()}
+        cells |= {
+            "fits": "yes" if fits else "no",
+            "largest": f"{fit.largest:,}" if fit.largest else "none",
+        }
+        row = [cells[name] for name in columns]
+        table.add_row(_NAMES[fit.method], *row, style="" if fits else "red")
+    return table
 
 
 def _time(seconds: float) -> str:

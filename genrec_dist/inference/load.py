@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Ids and codes by row."""
+    """Ids and codes by row. A model without user ids has no users here: `best/` then names none."""
 
     item_ids: list[str]
     item_codes: list[str]
@@ -133,11 +133,12 @@ def load_model(best: Path, device: torch.device | str = "cpu", *, light: bool = 
     try:
         model, tokenizer = (light and _light_parts(best)) or _whole_parts(best)
         model = model.to(device).eval()
-        items, users = (
-            # Not `read_table`: that imports pandas where there is one, half a second.
-            pq.ParquetFile(best / name).read(columns=["id", "code"]).to_pydict()
-            for name in ("items.parquet", "users.parquet")
-        )
+        names = ["items.parquet", *(["users.parquet"] if model.config.num_users else [])]
+        # Not `read_table`: that imports pandas where there is one, half a second.
+        tables = [
+            pq.ParquetFile(best / name).read(columns=["id", "code"]).to_pydict() for name in names
+        ]
+        items, users = [*tables, {"id": [], "code": []}][:2]
     except Exception as error:  # four libraries, each with errors of its own
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
@@ -207,10 +208,10 @@ def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
             f"{dataset.path} has {found[:12]}: {remedy}"
         )
     # Codes are 1..N of a seeded order: two catalogues of equal size share them.
-    for kind, ours, theirs in (
-        ("item", run.catalogue.item_ids, dataset.sequences.item_ids),
-        ("user", run.catalogue.user_ids, dataset.sequences.user_ids),
-    ):
+    ids = [("item", run.catalogue.item_ids, dataset.sequences.item_ids)]
+    if run.model.config.num_users:
+        ids.append(("user", run.catalogue.user_ids, dataset.sequences.user_ids))
+    for kind, ours, theirs in ids:
         if ours != theirs:
             mine, other = next(
                 pair for pair in zip(ours, theirs, strict=True) if pair[0] != pair[1]

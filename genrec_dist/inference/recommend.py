@@ -346,9 +346,9 @@ def user_request(dataset: Dataset, run: LoadedRun, user: str) -> Request:
         ValueError: The data lacks the user, or is not the run's.
     """
     check_numbering(run, dataset)
-    row = run.catalogue.user_row.get(user)
-    if row is None:
-        raise ValueError(f"user {user!r} is not in {dataset.path}; give their items with --history")
     sequences = dataset.sequences
+    if user not in sequences.user_ids:
+        raise ValueError(f"user {user!r} is not in {dataset.path}; give their items with --history")
+    row = sequences.user_ids.index(user)
     items = sequences.items[sequences.offsets[row] : sequences.offsets[row + 1]]
     return Request([sequences.item_ids[item] for item in items], user)

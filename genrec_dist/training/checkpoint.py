@@ -6,20 +6,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_origin, get_type_hints
 
 import torch
-from genrec_shards.atomic import atomic_directory, atomic_file
+from genrec_shards.atomic import atomic_directory, system_errors
 from genrec_shards.storage.manifest import file_sha256
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
+from genrec_dist.config.load import load_recipe
+from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.word_table import VOCABULARY_FILE
 from genrec_dist.decoding.trie import TRIE_FILE, Trie, hash_of_words, save_trie
 from genrec_dist.distributed.collectives import Ranks
@@ -27,7 +28,7 @@ from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.model.optimizer import AveragedWeights
 from genrec_dist.training.engine import Engine, Segment
 from genrec_dist.training.id_tables import IdTables
-from genrec_dist.training.setup import FRESH, TrainingSetup
+from genrec_dist.training.setup import FRESH, TrainingSetup, changed_keys
 
 FORMAT_VERSION = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -131,7 +132,8 @@ def _write_files(folder: Path, state: State, ranks: Ranks) -> str:
         }
         path = folder / f"rank-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
         table = [dataclasses.astuple(segment) for segment in engine.segments]
-        save_file(tensors, path, metadata={"fragments": json.dumps(table)})
+        with system_errors(folder):
+            save_file(tensors, path, metadata={"fragments": json.dumps(table)})
         written.append(path)
     entries = [
         _File(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
@@ -161,16 +163,28 @@ def _write_facts(folder: Path, state: State, files_of_ranks: list[str]) -> None:
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Complete checkpoints, oldest first; directories under temporary names are not among them."""
+    """Complete checkpoints, oldest first; directories under temporary or other names are not among
+    them."""
     found = [path.parent for path in (run / "checkpoints").glob("step-*/state.json")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    found = [path for path in found if _step_of(path) is not None]
+    return sorted(found, key=lambda path: _step_of(path) or 0)
 
 
-def find_checkpoint(run: Path, resume: str) -> Path:
+def _step_of(path: Path) -> int | None:
+    """The step in a checkpoint's name; None for another name."""
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isascii() and digits.isdigit() else None
+
+
+def find_checkpoint(run: Path, resume: str) -> Path | None:
     """The directory that `resume` means: the newest one for `latest`, else a path.
 
+    Returns:
+        None for the latest of a run that has ended before its first checkpoint.
+
     Raises:
-        ValueError: naming what is missing.
+        ValueError: naming what is missing, or a folder that may be a checkpoint and is not named
+            like one.
     """
     if resume != "latest":
         path = Path(resume)
@@ -179,30 +193,39 @@ def find_checkpoint(run: Path, resume: str) -> Path:
                 f"--resume {resume}: not a checkpoint directory (it has no state.json)"
             )
         return path
+    for path in sorted((run / "checkpoints").glob("[!.]*")):
+        if _step_of(path) is None:
+            raise ValueError(
+                f"{path}: not a checkpoint's name (step-NUMBER), so the latest one is not known: "
+                "move it elsewhere, or give --resume a directory"
+            )
     found = list_checkpoints(run)
-    if not found:
+    if not found and not (run / "events.jsonl").is_file():
         raise ValueError(
             f"--resume latest: {run / 'checkpoints'} holds no checkpoint; start without --resume"
         )
-    return found[-1]
+    return found[-1] if found else None
 
 
 class Checkpoint:
     """A checkpoint that all ranks have found undamaged, open for reading."""
 
-    def __init__(self, path: Path, identity: dict[str, str], ranks: Ranks):
+    def __init__(
+        self, path: Path, identity: dict[str, str], ranks: Ranks, recipe: Recipe | None = None
+    ):
         """Collective; the ranks share the reading that the check takes.
 
         Args:
             path: the checkpoint's directory.
             identity: what it has to have, as in `State.identity`; other keys are not compared.
             ranks: of the run.
+            recipe: of the run, to name the keys that differ.
 
         Raises:
             ValueError: on all ranks, if it is damaged or belongs to other data or another recipe.
         """
         self.path = path
-        self.facts = ranks.run_on_all(lambda: _read_facts(path, identity))
+        self.facts = ranks.run_on_all(lambda: _read_facts(path, identity, recipe))
         ranks.run_on_all(lambda: self._check_files(self.facts["files"][ranks.rank :: ranks.size]))
         self.stored: dict[str, list[tuple[str, Segment]]] = ranks.run_on_all(self._index)
         """The segments of each parameter, and the files they are in."""
@@ -305,34 +328,73 @@ class Checkpoint:
         return self.progress
 
 
-def _read_facts(path: Path, identity: dict[str, str]) -> _Facts:
+def _read_facts(path: Path, identity: dict[str, str], recipe: Recipe | None) -> _Facts:
+    file = path / "state.json"
     try:
-        facts: _Facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        facts: _Facts = json.loads(file.read_text(encoding="utf-8"))
         version = facts.get("format_version")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path / 'state.json'}: damaged ({error}); resume from an older checkpoint"
-        ) from None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file}: damaged ({error}); resume from an older checkpoint") from None
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path}: format {version}, this version reads {FORMAT_VERSION}: start without --resume"
         )
+    problem = _problem(facts, _Facts) or _problem(facts["progress"], Progress, "progress.")
+    for number, entry in enumerate([] if problem else facts["files"]):
+        problem = problem or _problem(entry, _File, f"files[{number}].")
+    if problem:
+        raise ValueError(f"{file}: damaged ({problem}); resume from an older checkpoint")
     # Checkpoints of the first versions have no origin.
     found = {"origin": FRESH, **facts["identity"]}
     for key, value in identity.items():
-        if found.get(key) != value:
+        if found.get(key) == value:
+            continue
+        changes = [] if recipe is None or key != "recipe" else _changes(path, recipe)
+        if changes:
             raise ValueError(
-                f"{path}: its {key} is not this run's: it was trained on other data or with "
-                "another recipe"
+                f"{path}: trained with another recipe: {'; '.join(changes)}: set them back, or set "
+                "another run directory"
             )
+        raise ValueError(
+            f"{path}: its {key} is not this run's: it was trained on other data or with another "
+            "recipe"
+        )
     return facts
+
+
+def _problem(value: Any, kind: type, name: str = "") -> str:
+    """Which field of a JSON object a class lacks, does not know, or has as another type; "" where
+    all fit."""
+    if not isinstance(value, dict):
+        return f"{name.rstrip('.')} is {value!r}"
+    hints = get_type_hints(kind)
+    for key in (*hints, *value):
+        if key not in value:
+            return f"{name}{key} is missing"
+        if key not in hints:
+            return f"{name}{key} is unknown"
+        expected = get_origin(hints[key]) or hints[key]
+        accepted = (int, float) if expected is float else expected
+        if not isinstance(value[key], accepted) or isinstance(value[key], bool):
+            return f"{name}{key} is {value[key]!r}"
+    return ""
+
+
+def _changes(path: Path, recipe: Recipe) -> list[str]:
+    """The keys in which the recipe beside a checkpoint's run differs from this one; none where that
+    cannot be told."""
+    try:
+        before = load_recipe(path.parent.parent / "recipe.yaml")
+    except (OSError, ValueError):
+        return []
+    return changed_keys(before, recipe)
 
 
 def save_best(
     setup: TrainingSetup, model: GenRecForConditionalGeneration, trie: Trie, step: int
 ) -> Path:
     """Write the run's `best/`: what `from_pretrained` loads, the trie of the words, and the
-    catalogue that maps rows to the users' and items' own ids.
+    catalogue that maps rows to the items' own ids, and to the users' where the model uses them.
 
     Args:
         setup: of the run.
@@ -347,7 +409,7 @@ def save_best(
         setup.tokenizer.save_pretrained(folder)
         if words.vocabulary is not None:
             words.vocabulary.save(folder / VOCABULARY_FILE)
-        for name in ("items.parquet", "users.parquet"):
+        for name in ("items.parquet", *(["users.parquet"] if model.config.num_users else [])):
             shutil.copyfile(setup.dataset.path / name, folder / name)
         words_hash = hash_of_words(*words.tokens_of_items())
         numbering_hash = model.config.numbering_hash
@@ -355,10 +417,3 @@ def save_best(
         save_trie(trie, file, numbering_hash=numbering_hash, words_hash=words_hash)
         (folder / "step.json").write_text(json.dumps({"step": step}), encoding="utf-8")
     return path
-
-
-def write_status(run: Path, status: str, **facts: object) -> None:
-    """Write `status.json`: how a run ended, whatever its launcher returned."""
-    text = json.dumps({"status": status, "pid": os.getpid(), **facts}, indent=1)
-    with atomic_file(run / "status.json") as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -1,40 +1,97 @@
-"""The events of a run: `events.jsonl` and TensorBoard."""
+"""The events of a run, `events.jsonl` and TensorBoard, and its `status.json`."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+from genrec_shards.atomic import atomic_file
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import scalar
 
 
 class EventLog:
     """Appends one JSON object per line; numbers of steps and validations also go to TensorBoard.
-    `active=False` (other ranks) writes nothing."""
+    `active=False` (other ranks) writes nothing.
+
+    Nothing is buffered, so that a full disk is an error of the event that met it. For the same
+    reason TensorBoard's records are written here: its own writer has a thread, which prints a
+    traceback."""
 
     def __init__(self, run: Path, active: bool = True):
+        """Raises OSError, naming the file."""
         self.active = active
         if not active:
             return
-        run.mkdir(parents=True, exist_ok=True)
-        self.file = (run / "events.jsonl").open("a", encoding="utf-8", buffering=1)
-        self.board = SummaryWriter(str(run / "tensorboard"))
+        self.file = _Appended(run / "events.jsonl")
+        seconds, rest = divmod(time.time_ns(), 10**9)
+        name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{rest}"
+        self.board_file = _Appended(run / "tensorboard" / name)
+        self.board = RecordWriter(self.board_file)
+        self.board.write(Event(wall_time=seconds, file_version="brain.Event:2").SerializeToString())
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append an event, with the time."""
+        """Append an event, with the time. Raises OSError, naming the file."""
         if not self.active:
             return
-        line = {"time": round(time.time(), 3), "event": event, **fields}
-        self.file.write(json.dumps(line, allow_nan=False, default=str) + "\n")
+        now = time.time()
+        line = {"time": round(now, 3), "event": event, **fields}
+        self.file.write((json.dumps(line, allow_nan=False, default=str) + "\n").encode())
         if event in ("step", "validation"):
             for name, value in fields.items():
                 if isinstance(value, float):
-                    self.board.add_scalar(f"{event}/{name}", value, fields["step"])
+                    summary = scalar(f"{event}/{name}", value)
+                    record = Event(wall_time=now, step=fields["step"], summary=summary)
+                    self.board.write(record.SerializeToString())
 
     def close(self) -> None:
-        """Flush and close both files."""
+        """Close both files."""
         if self.active:
             self.file.close()
-            self.board.close()
+            self.board_file.close()
+
+
+def write_status(run: Path, status: str, **facts: object) -> None:
+    """Write `status.json`: how a run ended, whatever its launcher returned."""
+    text = json.dumps({"status": status, "pid": os.getpid(), **facts}, indent=1)
+    path = run / "status.json"
+    try:
+        with atomic_file(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.is_file():
+            raise
+        # There is no room for a second file. The block of the first one is there: one write of at
+        # least its length, all of it or nothing, needs no other.
+        with path.open("r+b", buffering=0) as file:
+            file.write(text.encode().ljust(path.stat().st_size))
+
+
+class _Appended:
+    """A file that is only added to: what is written is in it, or OSError names it."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.file = path, path.open("a+b", buffering=0)
+        if self.file.seek(0, os.SEEK_END):
+            self.file.seek(-1, os.SEEK_END)
+            if self.file.read(1) != b"\n":
+                self.write(b"\n")  # the last line was torn by a kill or a full disk
+
+    def write(self, data: bytes) -> None:
+        """Add all of `data`."""
+        try:
+            while data:  # of the last bytes on a disk a part is taken; the rest says why not
+                data = data[self.file.write(data) :]
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+
+    def close(self) -> None:
+        self.file.close()

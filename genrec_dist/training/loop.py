@@ -39,14 +39,13 @@ from genrec_dist.training.checkpoint import (
     State,
     save_best,
     save_checkpoint,
-    write_status,
 )
 from genrec_dist.training.engine import make_engine
-from genrec_dist.training.event_log import EventLog
+from genrec_dist.training.event_log import EventLog, write_status
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches, ahead
 from genrec_dist.training.profiling import Meter, Trace
-from genrec_dist.training.progress import TrainingDisplay
+from genrec_dist.training.progress import TrainingDisplay, introduction
 from genrec_dist.training.setup import TrainingSetup
 from genrec_dist.training.stages import StageSteps, stage_of
 
@@ -109,6 +108,8 @@ class Loop:
         self.stop = StopRequest()
         self.peak = peak_of(accelerator.device, self.recipe.precision)
         self.log = EventLog(setup.run, active=False)
+        self.saved_step = -1
+        """Of the checkpoint that this process has written last."""
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         """(step, loss, gradient norm) of the steps since `check_finite`."""
 
@@ -202,25 +203,32 @@ class Loop:
         started = time.monotonic()
         stages, device = self.setup.stages, self.accelerator.device
         display = TrainingDisplay(stages, self.progress.step, active=self.ranks.is_main)
+        parameters = self.num_parameters + self.tables.num_parameters
+        about = introduction(self.setup, parameters, device, self.ranks.size, self.progress.step)
+        display.say([" ".join(about)], wrap=True)
+        self.stop.on_first = display.say_stopping
         meter = Meter(self.model.config, device, self.peak)
         trace = Trace(self.setup.run, self.ranks.rank, trace_steps, device)
         batches = self.batches()
         with display, trace, contextlib.closing(batches):  # type: ignore[type-var]
             while not self.has_ended:
+                step_started = time.monotonic()
                 with meter.waiting():
                     step, share = next(batches)
+                totals = self.step_totals(share)
+                if totals.stop:
+                    if self.saved_step != self.progress.step:
+                        self.save()
+                    raise Stopped(totals.stop)
                 here = stage_of(stages, step)
                 epoch, at_end = here.locate(step)[0], here.ends_epoch(step)
                 share_of_peak = peak_share(here.stage, step - here.first_step, here.num_steps)
-                totals = self.step_totals(share)
                 loss, norm = self.take_step(step, share, totals, here.stage, share_of_peak)
                 for batch in share.micro_batches:
                     meter.count(batch)
                 self.progress.step = step + 1
                 trace.step()
-                display.advance(here.name, step + 1)
 
-                scores = None
                 if step % self.recipe.log_every == 0 or at_end:
                     self.check_finite()
                     fields = meter.read(self.ranks.size)
@@ -238,19 +246,24 @@ class Loop:
                         **fields,
                     )
                     display.show(float(loss), fields)
+                step_ended = time.monotonic()
+                display.advance(here.name, step + 1, step_ended - step_started)
+                scores = None
                 if at_end and self.validates(here, step):
+                    display.work = "validation"
                     scores = self.validate(here, step)
-                    display.show_validation(here.name, epoch, scores)
+                    display.work = "step"
                     meter.restart()
-                if totals.stop or at_end or self.progress.step % self.recipe.checkpoint_every == 0:
+                if at_end:
+                    display.end_epoch(here.name, epoch, scores, time.monotonic() - step_ended)
+                if at_end or self.progress.step % self.recipe.checkpoint_every == 0:
                     self.save()
                     meter.restart()
                 if scores is not None and on_epoch is not None and self.ranks.is_main:
                     epochs = here.stage.epochs
                     on_epoch(EpochReport(epoch + 1, epochs, step, scores, last=self.has_ended))
                     meter.restart()
-                if totals.stop:
-                    raise Stopped(totals.stop)
+        self.stop.on_first = None  # what follows waits for no step
         self.check_finite()
         seconds = time.monotonic() - started
         self.log.write(
@@ -433,6 +446,7 @@ class Loop:
         self.check_finite()
         run, keep = self.setup.run, self.recipe.keep_checkpoints
         path = save_checkpoint(run, self.state(), keep, self.ranks)
+        self.saved_step = self.progress.step
         self.log.write("checkpoint", step=self.progress.step, path=str(path.relative_to(run)))
         self.write_status("running")
 

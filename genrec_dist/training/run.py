@@ -14,6 +14,7 @@ from genrec_dist.baselines.registry import reference_scores
 from genrec_dist.config.load import dump_recipe
 from genrec_dist.config.paths import check_run_is_new
 from genrec_dist.config.recipe import Recipe
+from genrec_dist.console import say
 from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.signals import Stopped
@@ -37,7 +38,8 @@ def train(
 
     Args:
         recipe: of the run.
-        resume: "latest" or a checkpoint directory.
+        resume: "latest" or a checkpoint directory. The latest of a run that has ended before its
+            first checkpoint is its start.
         on_epoch: called on rank 0 after each validated epoch, once the epoch's checkpoint is
             written, so that the run can be resumed after what it reports.
         trace_steps: how many steps are recorded (`profiling.Trace`).
@@ -61,9 +63,12 @@ def train(
     checkpoint = None
     if resume:
         # Only one rank looks for the latest: a directory may appear on other nodes a moment later.
-        found = ranks.run_on_all(lambda: str(find_checkpoint(run, resume)) if ranks.is_main else "")
-        checkpoint = Checkpoint(Path(ranks.broadcast_str(found)), setup.identity, ranks)
-        checkpoint.fill_model(model)
+        found = ranks.run_on_all(lambda: find_checkpoint(run, resume) if ranks.is_main else None)
+        if path := ranks.broadcast_str(str(found or "")):
+            checkpoint = Checkpoint(Path(path), setup.identity, ranks, recipe)
+            checkpoint.fill_model(model)
+        elif ranks.is_main:
+            say(f"{run}: it ended before its first checkpoint, so it starts anew")
     loop = Loop(setup, model, accelerator, ranks)
     if checkpoint is not None:
         loop.progress = checkpoint.restore(loop.state())
@@ -137,13 +142,17 @@ def _status_of(loop: Loop) -> Iterator[None]:
     """Record in the event log and in `status.json` how a run ended."""
     try:
         yield
-    except Stopped as stop:
-        loop.log.write("end", status="stopped", step=loop.progress.step, signal=stop.number)
-        loop.write_status("stopped", reason=str(stop), resume="--resume latest")
-        raise
     except BaseException as error:
-        loop.log.write("end", status="failed", step=loop.progress.step, error=str(error))
-        loop.write_status("failed", reason=f"{type(error).__name__}: {error}")
+        status, ended = "failed", dict[str, object](error=str(error))
+        facts = {"reason": f"{type(error).__name__}: {error}"}
+        if isinstance(error, Stopped):
+            status, ended = "stopped", {"signal": error.number}
+            facts = {"reason": str(error), "resume": "--resume latest"}
+        # On a full disk the error itself is what a person has to know.
+        with contextlib.suppress(OSError):
+            loop.log.write("end", status=status, step=loop.progress.step, **ended)
+        with contextlib.suppress(OSError):
+            loop.write_status(status, **facts)
         raise
     finally:
         loop.log.close()

@@ -17,7 +17,7 @@ from genrec_shards.numbering.cooccurrence import neighbour_vectors
 from genrec_shards.storage.reader import ShardReader
 from transformers import PreTrainedTokenizerFast
 
-from genrec_dist.config.load import with_old_keys
+from genrec_dist.config.load import RENAMED_KEYS, with_old_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
 from genrec_dist.data.encoder_input import Layout
 from genrec_dist.data.tokenizer import grow_tokenizer, load_tokenizer, train_tokenizer
@@ -141,14 +141,36 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGene
     return setup, model
 
 
+_MAY_CHANGE = (*MOVES_NO_GRADIENT, "init_from", "head", "packing", "activation_checkpointing")
+"""Keys that may differ between a checkpoint and its resume: paths, the division into micro-batches,
+the way the loss is computed. The weights that a run starts from have a hash of their own."""
+
+
 def _recipe_hash(recipe: Recipe) -> str:
-    """A hash of what must not change between a checkpoint and its resume. Paths, the division into
-    micro-batches and the way the loss is computed may change."""
+    """A hash of what must not change between a checkpoint and its resume."""
     values = with_old_keys(recipe.as_dict())  # so that checkpoints of earlier versions match
-    # The weights that a run starts from have a hash of their own.
-    for key in (*MOVES_NO_GRADIENT, "begin_from", "head", "packing", "recompute"):
-        del values[key]
+    old_names = {new: old for old, new in RENAMED_KEYS.items()}
+    for key in _MAY_CHANGE:
+        del values[old_names.get(key, key)]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def changed_keys(before: Recipe, now: Recipe) -> list[str]:
+    """The keys that a resume must not change and that differ, each with both values."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        return found
+
+    then, today = flat(before.as_dict()), flat(now.as_dict())
+    return [
+        f"{key} is {value} and was {then[key]}"
+        for key, value in today.items()
+        if key not in _MAY_CHANGE and value != then[key]
+    ]
 
 
 def describe(recipe: Recipe) -> dict[str, Any]:

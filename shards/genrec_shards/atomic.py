@@ -1,6 +1,7 @@
 """Files and directories that are complete or absent: temporary name, fsync, rename."""
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -24,12 +25,15 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     the block ends well.
 
     The parent directory is made if it is missing; an existing file is replaced in one step. When
-    the block raises, the temporary file is removed and `path` stays as it was."""
+    the block raises, the temporary file is removed and `path` stays as it was. The file gets the
+    mode that `open` gives, whatever wrote it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_sibling(path, "tmp")
     try:
-        yield temporary
+        with system_errors(path):
+            yield temporary
+        temporary.chmod(_ordinary_mode())
         _fsync(temporary)
         os.replace(temporary, path)
     except BaseException as error:
@@ -71,8 +75,12 @@ def atomic_directory(
     with contextlib.ExitStack() as held:
         temporary = _new_locked_directory(path, held)
         try:
-            yield temporary
+            with system_errors(path):
+                yield temporary
+            mode = _ordinary_mode()
             for folder, _, names in os.walk(temporary):
+                for name in names:
+                    (Path(folder) / name).chmod(mode)
                 for name in (*names, "."):
                     _fsync(Path(folder) / name)
             _take_name(temporary, path)
@@ -80,6 +88,28 @@ def atomic_directory(
             shutil.rmtree(temporary, ignore_errors=True)
             _name_target(error, temporary, path)
             raise
+
+
+@contextlib.contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Context in which a full disk is an OSError that names `path`, also where a Rust library
+    (safetensors, tokenizers) raises an exception of its own: those have the number in their text,
+    as in "No space left on device (os error 28)"."""
+    try:
+        yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else 0
+        if isinstance(error, OSError) or number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from None
+
+
+def _ordinary_mode() -> int:
+    """The mode that `open` gives a new file; safetensors gives 0600."""
+    umask = os.umask(0o077)  # it is read by setting it
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def _new_locked_directory(path: Path, held: contextlib.ExitStack) -> Path:

@@ -4,6 +4,8 @@ elsewhere."""
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, Group
@@ -13,7 +15,7 @@ from rich.text import Text
 
 from genrec_dist.report.html import duration
 from genrec_dist.report.svg import score
-from genrec_tuning.record import Sweep, Trial, show_value
+from genrec_tuning.record import Epoch, Sweep, Trial, show_value
 
 COLORS = {
     "running": "cyan",
@@ -24,6 +26,8 @@ COLORS = {
 }
 SHOWN_KEYS = 4
 """Keys of the space that have a column; the report has all of them."""
+LONGEST_VALUE = 14
+"""Characters that are shown of a value."""
 
 
 class SweepTable:
@@ -50,7 +54,8 @@ class SweepTable:
         """Show what is new in the sweep."""
         if self.live:
             # The cursor stays in the terminal's last line.
-            self.live.update(drawn(sweep, rows=max(4, self.console.height - 7)), refresh=True)
+            table = drawn(sweep, max(4, self.console.height - 7), self.console.width)
+            self.live.update(table, refresh=True)
             return
         for trial in sweep.trials:
             now, before = (
@@ -77,31 +82,23 @@ def line(trial: Trial) -> str:
     return "  ".join([*parts, " ".join((trial.reason or "").split())]).rstrip()
 
 
-def drawn(sweep: Sweep, rows: int) -> Group:
-    """The table of at most `rows` trials, under a line about the whole sweep."""
-    keys = list(sweep.keys)[:SHOWN_KEYS]
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("trial", "status"):
-        table.add_column(name, no_wrap=True)
-    for key in keys:
-        table.add_column(Text(key.rpartition(".")[2]), no_wrap=True, max_width=14)
-    for name in ("epoch", "NDCG@10", "best", "loss", "tokens/s", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
+def drawn(sweep: Sweep, rows: int, width: int = 120) -> Group:
+    """The table of at most `rows` trials, under a line about the whole sweep; of its columns those
+    that fit into `width`."""
 
     def order(trial: Trial) -> tuple[bool, float, str]:
         running = trial.status == "running"
         return not running, -trial.best.NDCG10 if trial.best and not running else 0.0, trial.id
 
     trials, best = sorted(sweep.trials, key=order), sweep.best
-    for trial in trials[:rows]:
-        values = [trial.values.get(key, "") for key in keys]
-        cells: list[Text | str] = [trial.id, Text(trial.status, style=COLORS[trial.status])]
-        cells += [Text(" ".join(show_value(value).split())) for value in values]
-        cells.append(f"{trial.last_epoch}/{trial.planned_epochs}")
-        if trial.epochs:
-            last = trial.epochs[-1]
-            cells += [score(last.NDCG10), score(trial.best.NDCG10) if trial.best else ""]
-            cells += [f"{last.loss:.3f}", f"{last.tokens_per_second:,.0f}", duration(last.seconds)]
+    columns = _fitting_columns(sweep, trials[:rows], width)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column in columns:
+        justify: Any = "right" if column.is_number else "left"
+        table.add_column(Text(column.title), justify=justify, no_wrap=True)
+    for row, trial in enumerate(trials[:rows]):
+        cells = [Text(column.cells[row]) for column in columns]
+        cells[1].style = COLORS[trial.status]
         table.add_row(*cells, style="bold" if best and trial.id == best.id else "")
     parts: list[Text | Table] = [Text(_headline(sweep), style="bold"), table]
     if len(trials) > rows:
@@ -111,6 +108,52 @@ def drawn(sweep: Sweep, rows: int) -> Group:
         last_failed = f"{failed[-1].id}: {' '.join(str(failed[-1].reason).split())}"
         parts.append(Text(last_failed, style="red", no_wrap=True, overflow="ellipsis"))
     return Group(*parts)
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    cells: list[str]
+    leaves: int = 0
+    """Of the columns that do not fit, the one with the highest number is left out first; 0: stays,
+    whatever the width."""
+    is_number: bool = True
+
+    @property
+    def width(self) -> int:
+        return max(map(len, (self.title, *self.cells))) + 2
+
+
+def _fitting_columns(sweep: Sweep, trials: list[Trial], width: int) -> list[_Column]:
+    """The columns that fit into `width`, of these trials."""
+
+    def of_last(text: Callable[[Epoch], str]) -> list[str]:
+        return [text(trial.epochs[-1]) if trial.epochs else "" for trial in trials]
+
+    columns = [
+        _Column("trial", [trial.id for trial in trials], is_number=False),
+        _Column("status", [trial.status for trial in trials], is_number=False),
+    ]
+    for number, key in enumerate(list(sweep.keys)[:SHOWN_KEYS]):
+        values = [" ".join(show_value(trial.values.get(key, "")).split()) for trial in trials]
+        values = [value[:LONGEST_VALUE] for value in values]
+        columns.append(_Column(key.rpartition(".")[2], values, leaves=1 + number, is_number=False))
+    epochs = [f"{trial.last_epoch}/{trial.planned_epochs}" for trial in trials]
+    best = [score(trial.best.NDCG10) if trial.best else "" for trial in trials]
+    columns += [
+        _Column("epoch", epochs),
+        _Column("NDCG@10", of_last(lambda epoch: score(epoch.NDCG10))),
+        _Column("best", best),
+        _Column("loss", of_last(lambda epoch: f"{epoch.loss:.3f}"), leaves=11),
+        _Column("tokens/s", of_last(lambda epoch: f"{epoch.tokens_per_second:,.0f}"), leaves=12),
+        _Column("time", of_last(lambda epoch: duration(epoch.seconds)), leaves=10),
+    ]
+    while sum(column.width for column in columns) - 2 > width:
+        least = max(columns, key=lambda column: column.leaves)
+        if not least.leaves:
+            break
+        columns.remove(least)
+    return columns
 
 
 def _headline(sweep: Sweep) -> str:

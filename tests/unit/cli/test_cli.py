@@ -525,7 +525,7 @@ def assert_disk_is_full(done: subprocess.CompletedProcess[str], place: Path) -> 
     assert done.stderr.count("\n") == 1, done.stderr
     assert str(place.parent) in done.stderr
     assert place.name in done.stderr
-    assert "file too large: make room or choose another output" in done.stderr
+    assert "file too large: raise the limit (ulimit -f)" in done.stderr
 
 
 def test_an_interrupt_is_130(tmp_path: Path) -> None:

@@ -29,7 +29,15 @@ def test_examine_finds_this_machine_fit_and_leaves_no_file(
     assert list(tmp_path.iterdir()) == []
     assert healthy(findings), [finding for finding in findings if finding.state == "broken"]
     named = by_name(findings)
-    assert {"Python", "memory", "deepspeed", "ray", "GPU", "processes (gloo)"} <= named.keys()
+    assert {
+        "Python",
+        "memory",
+        "threads",
+        "deepspeed",
+        "ray",
+        "GPU",
+        "processes (gloo)",
+    } <= named.keys()
     assert metadata.version("torch") in named["torch"].detail
     for check in ("torch computes", "tar in a temporary directory", "writing here"):
         assert named[check].state == "ok"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from places import ROOT
+from rich.console import Console
 
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
@@ -19,6 +21,7 @@ from genrec_dist.estimate.forecast import (
     as_dict,
     forecast,
     read_catalogue,
+    render,
     stage_samples,
 )
 from genrec_dist.estimate.memory import METHODS, activation_bytes, build_config, compute_of
@@ -61,6 +64,23 @@ def test_plan_of_the_papers_recipes_on_24_gib(
 
     largest = ddp["largest_micro_batch_tokens"]
     assert peak(largest) <= (24 - RESERVE_GIB) * GIB < peak(largest + 256)
+
+
+def test_a_narrow_terminal_gets_every_figure_in_two_tables() -> None:
+    plan = plan_of()
+
+    def cells(width: int) -> list[str]:
+        console = Console(file=io.StringIO(), width=width, record=True)
+        console.print(render(plan, width))
+        lines = console.export_text().splitlines()
+        assert max(map(len, lines)) <= width
+        assert not any("…" in line for line in lines)
+        rows = [line.replace("│", " ").split() for line in lines]
+        return sorted(cell for row in rows if row[:1] in (["DDP"], ["ZeRO"]) for cell in row[1:])
+
+    names = ["0", "1", "2", "3", "2", "+", "offload", "3", "+", "offload"]  # of ZeRO, again
+    assert cells(80) == sorted([*cells(120), *names])
+    assert len(cells(120)) == 7 * 10 + len(names)
 
 
 def test_advice_names_the_fastest_method_that_fits() -> None:

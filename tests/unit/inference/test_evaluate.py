@@ -409,7 +409,7 @@ def test_a_full_disk_of_rank_0_stops_the_others_and_leaves_no_file(
     tiny_run: Path, tmp_path: Path
 ) -> None:
     said, new = spoiled(tiny_run, tmp_path, who=0, how="full-disk")
-    assert "top20-test.parquet: file too large: make room or choose another output" in said[0]
+    assert "top20-test.parquet: file too large: raise the limit (ulimit -f)" in said[0]
     assert said[1] == said[2]
     assert said[1].startswith("genrec: rank 0: ")
     assert "File too large" in said[1]

@@ -1,15 +1,20 @@
 """Files and directories are complete or absent: what a failure leaves, what may be overwritten."""
 
+import errno
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
-from genrec_shards.atomic import atomic_directory, atomic_file
+from genrec_shards.atomic import atomic_directory, atomic_file, system_errors
+from safetensors.numpy import save_file
 
 
 def fail_half_way(path) -> None:
@@ -239,3 +244,53 @@ def test_what_another_machine_or_version_left_is_removed_after_a_day(tmp_path):
         pass
     left = {name for kind, name in names.items() if not kind.startswith("old")}
     assert {path.name for path in tmp_path.iterdir()} == {"out", *left}
+
+
+@pytest.fixture
+def no_room() -> Iterator[None]:
+    """No file of this process may become larger than a page."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("make", [atomic_file, atomic_directory])
+def test_a_full_disk_is_an_error_of_the_system_whatever_library_meets_it(tmp_path, no_room, make):
+    """`SafetensorError` is no OSError."""
+    path = tmp_path / "out"
+
+    def write() -> None:
+        with make(path) as temporary:
+            file = temporary / "weights" if make is atomic_directory else temporary
+            save_file({"values": np.zeros(10_000)}, file)
+
+    with pytest.raises(OSError, match="File too large") as caught:
+        write()
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_error_of_a_library_stays_what_it_is(tmp_path):
+    for error in (RuntimeError("No such file or directory (os error 2)"), RuntimeError("28")):
+        with pytest.raises(RuntimeError), system_errors(tmp_path):
+            raise error
+    with pytest.raises(OSError, match="No space left") as caught, system_errors(tmp_path):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+    assert caught.value.filename == str(tmp_path)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_have_the_mode_that_open_gives(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with atomic_file(tmp_path / "file") as temporary:
+            save_file({"values": np.zeros(3)}, temporary)
+        with atomic_directory(tmp_path / "folder") as temporary:
+            (temporary / "deep").mkdir()
+            save_file({"values": np.zeros(3)}, temporary / "deep" / "file")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "file", tmp_path / "folder" / "deep" / "file"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "folder" / "deep").stat().st_mode & 0o777 == 0o777 & ~umask

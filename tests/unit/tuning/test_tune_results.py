@@ -158,10 +158,10 @@ def test_train_takes_the_best_recipe_as_it_is(
 # The live table
 
 
-def shown(*sweeps: Sweep, terminal: bool = False, height: int = 30) -> str:
+def shown(*sweeps: Sweep, terminal: bool = False, height: int = 30, width: int = 130) -> str:
     file = io.StringIO()
     terminals = {"force_terminal": terminal, "color_system": None}
-    with SweepTable(Console(file=file, width=130, height=height, **terminals)) as table:  # type: ignore[arg-type]
+    with SweepTable(Console(file=file, width=width, height=height, **terminals)) as table:  # type: ignore[arg-type]
         for sweep in sweeps:
             table.show(sweep)
     return file.getvalue()
@@ -208,6 +208,22 @@ def test_in_a_terminal_the_table_shows_running_ones_first_and_the_best_next() ->
     long = shown(ordinary_sweep(60), terminal=True, height=20).split("\x1b[2K")[0]
     assert len(long.splitlines()) <= 20
     assert "and 47 more" in long
+
+
+def test_in_a_narrow_terminal_whole_columns_are_left_out() -> None:
+    names = ["trial", "status", "learning_rate", "strategy", "p", "k", "epoch", "NDCG@10", "best"]
+    for width, titles in (
+        (130, [*names, "loss", "tokens/s", "time"]),
+        (80, names),
+        (60, [*names[:3], *names[6:]]),
+        (40, [*names[:2], *names[6:]]),
+    ):
+        text = shown(ordinary_sweep(6), terminal=True, width=width)
+        text = text.removeprefix("\x1b[?25l").split("\x1b[2K")[0]
+        lines = text.splitlines()
+        assert next(line for line in lines if line.startswith("trial")).split() == titles, width
+        assert max(map(len, lines)) <= width
+        assert not any("…" in line for line in lines if re.match(r"t\d{4}  ", line))
 
 
 # What docs/tuning.md says
