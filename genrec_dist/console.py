@@ -13,8 +13,6 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.live import Live
-from rich.spinner import Spinner
 
 from genrec_dist.config.suggest import did_you_mean
 
@@ -129,6 +127,9 @@ def working(what: str = "loading torch") -> Iterator[None]:
     if rank() != 0 or not console.is_terminal:
         yield
         return
+    from rich.live import Live
+    from rich.spinner import Spinner
+
     # Not `console.status`, which would send standard output there too.
     spinner = Spinner("dots", text=what)
     with Live(spinner, console=console, transient=True, redirect_stdout=False):
