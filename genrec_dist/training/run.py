@@ -80,10 +80,12 @@ def train(
         if audit.is_file():
             with atomic_file(run / "audit.json") as temporary:
                 temporary.write_bytes(audit.read_bytes())
-    with _status_of(loop), loop.stop:
-        loop.start(str(checkpoint.path) if checkpoint else None)
-        loop.run(on_epoch, trace_steps)
-        if recipe.trained_through == "n-2":
+    with contextlib.closing(loop.log):
+        with _status_of(loop), loop.stop:
+            loop.start(str(checkpoint.path) if checkpoint else None)
+            loop.run(on_epoch, trace_steps)
+        # The run is finished: what stops this does not make it a failed one.
+        if recipe.trained_through == "n-2" and loop.progress.best_ndcg >= 0:
             _judge(loop)
     return run
 
@@ -114,6 +116,8 @@ def _choose_mixture(loop: Loop) -> float:
     """Choose the weights of `hybrid` for the best weights of the run, write them beside it, and
     return their NDCG@10 on validation."""
     setup = loop.setup
+    if loop.ranks.is_main:
+        say(f"{setup.run}: choosing the weights of hybrid on validation")
     best = loop.ranks.run_on_all(lambda: load_run(setup.run, loop.accelerator.device))
     start = time.perf_counter()
     choice = tune_mixture(
@@ -127,6 +131,8 @@ def _choose_mixture(loop: Loop) -> float:
         tune_graph=True,
         ranks=loop.ranks,
     )
+    if loop.ranks.is_main:
+        say(str(choice))
     loop.log.write(
         "mixture",
         seconds=time.perf_counter() - start,
@@ -154,5 +160,3 @@ def _status_of(loop: Loop) -> Iterator[None]:
         with contextlib.suppress(OSError):
             loop.write_status(status, **facts)
         raise
-    finally:
-        loop.log.close()

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from genrec_shards.storage.sample_order import Plan
+from genrec_shards.storage.sample_order import SampleOrder
 from rich.console import Console
 
 from genrec_dist.config.load import load_recipe
@@ -32,7 +32,7 @@ SCORES = {"loss": 2.5, "HR@10": 0.0612, "NDCG@10": 0.0345}
 def two_stages() -> list[StageSteps]:
     """1,500 steps of pretraining in 2 epochs, then 3,000 of finetuning in 4."""
     lengths = np.full(3000, 6)
-    plans = [Plan(lengths, 100, space="user", batch_size=4, seed=0) for _ in range(2)]
+    plans = [SampleOrder(lengths, 100, space="user", batch_size=4, seed=0) for _ in range(2)]
     return [
         StageSteps("pretrain", Stage(epochs=2), plans[0], first_step=0, first_epoch=0),
         StageSteps("finetune", Stage(epochs=4), plans[1], first_step=1500, first_epoch=2),
