@@ -11,7 +11,10 @@ from pathlib import Path
 
 import forked
 import pytest
+from genrec_shards.prepare import prepare
+from genrec_shards.storage.write import write_shards
 from places import HELPERS, ROOT
+from tiny import tiny_log
 from two_ranks import deepspeed_environment, environment
 
 from genrec_dist.distributed.launch_check import (
@@ -216,10 +219,13 @@ def test_deepspeed_that_nobody_asked_for_is_a_difference() -> None:
 def stopped(
     command: list[str | Path], folder: Path, env: dict[str, str], recipe: str = "precision: fp32"
 ) -> str:
-    """What the trainer said, launched by `command`, if any, so that it has to stop before it opens
-    anything."""
+    """What the trainer said, launched by `command`, if any, so that it has to stop before it takes
+    a step."""
+    if not (folder / "data").exists():
+        (folder / "log.txt").write_text(tiny_log(), encoding="utf-8")
+        write_shards(prepare(folder / "log.txt", folder / "data"), folder / "data" / "shards")
     (folder / "recipe.yaml").write_text(
-        f"data: {folder}/none\nrun: {folder}/run\n{recipe}\nfinetune: {{epochs: 1}}\n"
+        f"data: {folder}/data\nrun: {folder}/run\n{recipe}\nfinetune: {{epochs: 1}}\n"
     )
     trainer = ["-m", "genrec_dist.train", folder / "recipe.yaml"]
     if command:

@@ -272,7 +272,10 @@ def test_readings_and_switches_are_rows_of_their_own(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--systems", "magic"], "--systems magic: no such row here; there are best, "),
+        (
+            ["--systems", "magic"],
+            "--systems magic: no such row here; there are auto, auto-decoder, best, ",
+        ),
         (["--paper-recipe", "absent"], "absent: no such recipe file"),
         (["--set", "model.d_modle=8"], "unknown key model.d_modle"),
         (["--data", "absent.txt"], "absent.txt: no such file"),

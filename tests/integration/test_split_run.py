@@ -283,5 +283,8 @@ def test_the_command_says_what_was_cut(
     assert info.global_time is not None
     assert "trained before 2014-07-01, validated before 2014-10-01, tested from there on" in said
     assert f"{info.global_time.users_without_history} users without history left out" in said
-    for reason in ("rows_of_users_without_history", "rows_of_items_outside_the_catalogue"):
-        assert f"{info.dropped[reason]} {reason.replace('_', ' ')}" in said
+    for reason, words in (
+        ("rows_of_users_without_history", "of users without history"),
+        ("rows_of_items_outside_the_catalogue", "of items outside the catalogue"),
+    ):
+        assert f"{info.dropped[reason]} held-out rows {words}" in said
