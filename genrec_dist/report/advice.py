@@ -43,10 +43,12 @@ def _beaten(run: RunFiles) -> str:
     """Where a rule that learns nothing is above the model: by the last evaluation, else by the
     validation at the end of training."""
     known: dict[str, Any]
+    mode = run.recipe.get("decode")
     if run.metrics:
         split, metrics = next(iter(run.metrics.items()))
         if not str(metrics.get("system", "")).startswith("genrec"):
             return ""
+        mode = (metrics.get("protocol") or {}).get("decode", mode)
         ours, rules = metrics.get(NDCG), metrics.get("beside") or {}
         known = {name: (rules.get(name) or {}).get(NDCG) for name in RULES}
     else:
@@ -58,13 +60,12 @@ def _beaten(run: RunFiles) -> str:
     best = max(above, key=above.__getitem__)
     return (
         f"{RULES[best]}, which learns nothing, is above this model on {split} "
-        f"({NDCG} {score(above[best])} to {score(ours)}): {_remedy(run)}"
+        f"({NDCG} {score(above[best])} to {score(ours)}): {_remedy(mode)}"
     )
 
 
-def _remedy(run: RunFiles) -> str:
-    recipe: dict[str, Any] = run.recipe
-    if recipe.get("decode") != "hybrid":
+def _remedy(mode: Any) -> str:
+    if mode != "hybrid":
         return (
             "try `genrec train auto`, whose steps fit the data, or `--decode hybrid`, which takes "
             "the rule in"

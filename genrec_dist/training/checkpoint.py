@@ -357,7 +357,7 @@ def _read_facts(path: Path, identity: dict[str, str], recipe: Recipe | None) -> 
             )
         raise ValueError(
             f"{path}: its {key} is not this run's: it was trained on other data or with another "
-            "recipe"
+            "recipe: go on with those, or set another run directory"
         )
     return facts
 

@@ -300,6 +300,9 @@ def load_info(path: Path) -> DatasetInfo:
     except FileNotFoundError:
         remedy = "give a data directory made by `genrec prepare`"
         raise DataError(f"{path}: no such file: {remedy}") from None
+    except NotADirectoryError:
+        remedy = "give a data directory made by `genrec prepare`"
+        raise DataError(f"{path.parent}: a file: {remedy}") from None
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         complaint = f"not a dataset.json of this program ({error})"
         raise DataError(f"{path}: {complaint}: prepare again") from None

@@ -19,7 +19,7 @@ from genrec_shards.dataset import (
     source_of,
     write_dataset,
 )
-from genrec_shards.errors import BadLines, OnError
+from genrec_shards.errors import BadLines, DataError, OnError
 from genrec_shards.numbering.item_text import Descriptions, read_descriptions
 from genrec_shards.numbering.item_vectors import read_trained_vectors
 from genrec_shards.numbering.numbering import NumberingName, number
@@ -42,6 +42,7 @@ from genrec_shards.splits import (
     TrainedThrough,
     cutoff_of,
 )
+from genrec_shards.storage.remote import is_address
 from genrec_shards.timestamps import moment
 
 Engine = Literal["local", "ray"]
@@ -207,6 +208,9 @@ def prepare(
         format = format_of(place, options.log.columns) if format == "auto" else format
     else:
         out = Path(out)
+        if is_address(source) and not Path(source).exists():
+            reason = "an address, and only --engine ray reads those"
+            raise DataError(f"{source}: {reason}: download it, or give --engine ray")
         check_readable(Path(source))
         if format == "auto":
             format = guess_format(Path(source), options.log.columns)

@@ -205,6 +205,8 @@ def nobody_left(
 ) -> DataError:
     """What to raise where no user stays of so many."""
     remedy = f"lower --k-core {cleaning.k_core} or --min-length {cleaning.fewest}"
+    if dropped.get("outside_dates") == num_read:
+        remedy = "mend --since and --until"  # no number of rows would have been enough
     if cleaning.cutoff is not None:
         remedy += f", or give later dates than --cutoff {cleaning.cutoff}"
     reasons = left_out(dropped, asdict(cleaned))

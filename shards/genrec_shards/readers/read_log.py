@@ -38,7 +38,10 @@ class LogOptions:
         """What reads the log. Raises ValueError where the options do not go with the format."""
         if self.columns is not None and len(self.columns) != 3:
             names = ",".join(self.columns)
-            raise ValueError(f"columns {names}: give three names, as userId,movieId,timestamp")
+            raise ValueError(
+                f"columns {names}: give three names, as userId,movieId,timestamp, or the places of "
+                "three, as 0,1,3"
+            )
         if self.columns is not None and format != "interactions":
             own = f"the {format} format, whose columns have names of their own"
             raise ValueError(f"columns with {own}: leave them out")

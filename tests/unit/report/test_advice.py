@@ -67,5 +67,9 @@ def test_an_evaluation_speaks_before_the_validation_of_training() -> None:
     test["beside"]["popularity"] = {"NDCG@10": 0.031}
     (line,) = advice(run)
     assert line.startswith("Popularity, which learns nothing, is above this model on test")
+    assert "`--decode hybrid`" in line
+    test["protocol"] = {"decode": "hybrid"}  # another mode than the recipe's
+    (line,) = advice(run)
+    assert "`--decode hybrid`" not in line
     test["system"] = "knn"
     assert advice(run) == []

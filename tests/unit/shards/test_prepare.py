@@ -247,11 +247,12 @@ def test_wrong_options_leave_nothing(sequences_file, tmp_path, wrong, message):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"log": LogOptions(columns=("a", "b"))}, "give three names"),
+        ({"log": LogOptions(columns=("a", "b"))}, "or the places of three, as 0,1,3"),
         ({"log": LogOptions(time_unit="h")}, "choose auto, s, ms or us"),  # type: ignore[arg-type]
         ({"log": LogOptions(("a", "b", "c")), "format": "amazon"}, "names of their own"),
         ({"ties": "mix"}, "choose shuffle or keep"),
         ({"k_core": 99}, "lower --k-core 99"),
+        ({"since": "2090-01-01"}, "mend --since and --until$"),
     ],
 )
 def test_wrong_options_of_a_log_leave_nothing(log, tmp_path, wrong, message):
