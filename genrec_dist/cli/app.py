@@ -102,7 +102,7 @@ def train(
 ) -> None:
     """Pretrain and finetune by a recipe; under accelerate launch or torchrun on several processes.
 
-    Example: genrec train tiny --data data/beauty --run runs/beauty
+    Example: genrec train auto --data data/mine --run runs/mine
     """
     from genrec_dist.config.load import load_recipe
 

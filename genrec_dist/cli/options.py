@@ -16,7 +16,8 @@ RecipeArgument = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="A YAML file, or a shipped recipe's name: genrec recipes.",
+        help="auto, which fits a log of your own; another shipped recipe (genrec recipes); or a YAML "
+        "file.",
         autocompletion=complete_recipe,
     ),
 ]
