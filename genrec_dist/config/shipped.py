@@ -11,12 +11,13 @@ def shipped_folder(package: str, name: str) -> Path:
 
     Args:
         package: the import package.
-        name: the folder. A wheel has it inside the package (`pyproject.toml`); where the package
-            is used from a checkout, as after an editable install, it may also be beside it:
+        name: the folder. It is inside the package, as recipes are; or, of a wheel, in
+            `genrec_dist_files` beside it (`pyproject.toml`); or, of a checkout, beside it itself:
             `launch/` beside `genrec_dist/`, `tuning/spaces/` beside `tuning/genrec_tuning/`.
     """
     home = Path(str(resources.files(package)))
-    return home / name if (home / name).is_dir() else home.parent / name
+    places = (home / name, home.parent / "genrec_dist_files" / name, home.parent / name)
+    return next((place for place in places if place.is_dir()), places[-1])
 
 
 def shipped_files(folder: Path) -> dict[str, Path]:
