@@ -16,8 +16,8 @@ RecipeArgument = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="auto, which fits a log of your own; another shipped recipe (genrec recipes); or a YAML "
-        "file.",
+        help="auto, which fits a log of your own; another shipped recipe (genrec recipes); or "
+        "a YAML file.",
         autocompletion=complete_recipe,
     ),
 ]
