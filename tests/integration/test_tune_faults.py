@@ -245,21 +245,16 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
         process.kill()
     assert process.returncode == 0, errors
     sweep = read_sweep("s3://sweeps/of/two")
+    assert [(trial.status, trial.attempts) for trial in sweep.trials] == [("finished", 2)] * 2
     for trial in sweep.trials:
-        assert trial.status == "finished"
-        # On a busy machine Ray may lose a worker by itself: a further attempt is right then, and
-        # for that reason alone.
-        assert trial.attempts == 2 or trial.reason == "its process died", trial.reason
         run = run_of(trial.number)
         starts = events(run, "start")
         assert [epoch.epoch for epoch in trial.epochs] == list(range(1, 9))
-        assert [start["processes"] for start in starts] == [2] * len(starts)
-        assert 2 <= len(starts) <= trial.attempts
+        assert [start["processes"] for start in starts] == [2, 2]
         assert "MULTI_CPU" in starts[0]["distributed_type"]
         assert starts[1]["resumed_from"] is not None
         assert steps_rerun(run) == 0
-    if sweep.trials[0].attempts == 2:
-        assert "rank 1 ended by SIGKILL" in str(sweep.trials[0].reason)
+    assert "rank 1 ended by SIGKILL" in str(sweep.trials[0].reason)
     assert sweep.trials[1].reason == "its process died"
     assert Folder("s3://sweeps/of/two").holds("best.yaml")
     assert "died" not in said, "Ray speaks where results are said"

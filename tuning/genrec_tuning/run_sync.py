@@ -7,6 +7,7 @@ in which a copy that is cut short is still a run that can be resumed.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import shutil
 from pathlib import Path
@@ -16,15 +17,23 @@ from genrec_tuning.record import Folder
 
 def push(local: Path, remote: Folder) -> None:
     """Send what is new of a run and remove what is gone. A checkpoint's `state.json` is sent after
-    its other files, without which it is no checkpoint, and `events.jsonl` after all checkpoints."""
+    its other files, without which it is no checkpoint, and `events.jsonl` after all checkpoints.
+
+    The ranks of a trial train on meanwhile: a file that they remove, as those of the oldest
+    checkpoint, is left out."""
     if _same_place(local, remote):
         return
     there, here = _sizes(remote), _files(local)
     for name in sorted(here, key=_order):
-        # Files of a checkpoint never change; others are small, or may change at equal size.
-        if not (name.startswith("checkpoints/") and there.get(name) == here[name].stat().st_size):
-            remote.files.makedirs(posixpath.dirname(remote.place(name)), exist_ok=True)
-            remote.files.put_file(str(here[name]), remote.place(name))
+        try:
+            # Files of a checkpoint never change; others are small, or may change at equal size.
+            is_there = there.get(name) == here[name].stat().st_size
+            if not (name.startswith("checkpoints/") and is_there):
+                remote.files.makedirs(posixpath.dirname(remote.place(name)), exist_ok=True)
+                remote.files.put_file(str(here[name]), remote.place(name))
+        except FileNotFoundError:
+            if here[name].exists():
+                raise
     for name in sorted(there.keys() - here.keys(), key=_order, reverse=True):
         remote.files.rm_file(remote.place(name))
 
@@ -58,7 +67,9 @@ def _same_place(local: Path, remote: Folder) -> bool:
 
 def _files(local: Path) -> dict[str, Path]:
     """Relative names of a run's files; hidden ones, which are half-written, are left out."""
-    found = {path.relative_to(local): path for path in local.rglob("*") if path.is_file()}
+    # Not rglob, for which a folder that is removed meanwhile is an error.
+    walked = (Path(folder) / name for folder, _, names in os.walk(local) for name in names)
+    found = {path.relative_to(local): path for path in walked}
     return {
         str(name): path
         for name, path in found.items()

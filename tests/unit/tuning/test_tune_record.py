@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import forked
@@ -191,3 +192,26 @@ def test_a_run_is_sent_in_an_order_in_which_it_can_be_resumed_at_any_time(tmp_pa
     there.files.rm_file(there.place("events.jsonl"))
     pull(tmp_path / "none", there)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_checkpoint_that_is_removed_while_a_run_is_sent_is_left_out(tmp_path: Path) -> None:
+    """As ranks do that train on: the oldest goes when a new one is there."""
+    here, there = tmp_path / "here", Folder("memory://a-run-that-goes-on")
+    for step in ("step-1", "step-2"):
+        (here / "checkpoints" / step).mkdir(parents=True)
+        for name in ("state.json", "weights"):
+            (here / "checkpoints" / step / name).write_text("{}")
+    (here / "best.txt").write_text("sent first")
+    (here / "events.jsonl").write_text("{}\n")
+    put_file = type(there.files).put_file
+
+    def remove_the_oldest(self: object, local: str, remote: str, **more: object) -> None:
+        shutil.rmtree(here / "checkpoints" / "step-1", ignore_errors=True)
+        put_file(self, local, remote, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(there.files), "put_file", remove_the_oldest)
+        push(here, there)
+    for name in ("best.txt", "checkpoints/step-2/state.json", "events.jsonl"):
+        assert there.holds(name)
+    assert not there.holds("checkpoints/step-1/weights")
