@@ -28,7 +28,7 @@ from genrec_shards.errors import NUM_SHOWN, BadLines, DataError
 from genrec_shards.ray_engine.log_spans import Sizes, Span, plan_spans
 from genrec_shards.ray_engine.read_tasks import Reading, SpanReport, read_spans
 from genrec_shards.ray_engine.sources import LogFile, log_files_of
-from genrec_shards.ray_engine.tasks import Tasks, cancel, connected
+from genrec_shards.ray_engine.tasks import Tasks, connected
 from genrec_shards.readers.frames import polars
 from genrec_shards.readers.read_log import LogOptions
 from genrec_shards.readers.recognise import file_read_as
@@ -37,6 +37,8 @@ from genrec_shards.sequences import Sequences, flat_ranges, sort_ids
 # P buckets, U users of a bucket or of the log, N items of the log, R rows of a bucket.
 
 SIZES = Sizes()
+READING_AHEAD = 4
+"""Reading tasks per core that are begun before the first of them has answered."""
 
 
 def clean_on_ray(
@@ -151,27 +153,30 @@ def _read(
     """Reports, and references to the rows of each bucket, by task: what a reader from first to last
     would have found.
 
-    Of numbers without a unit the first one of the log settles it. All tasks begin at once as if
-    theirs were the first; one that took its numbers for another unit than the log's is done again.
+    Of numbers without a unit the first one of the log settles it. Every task begins as if it were
+    the first; one that took its numbers for another unit than the log's is done again.
+
+    At most `READING_AHEAD` tasks per core are begun before the first of them has answered. A bad
+    line so ends the reading after those, and nothing has to be cancelled: in Ray 2.60 a task that
+    is cancelled while it ends takes this process with it (ray-project/ray, pull request 54798).
     """
     unit, num_parts = reading.options.time_unit, reading.num_buckets + 1
-    started = [tasks.start(read_spans, part, unit, reading, parts=num_parts) for part in spans]
+    ahead = READING_AHEAD * tasks.num_cpus
+    started: list[list[Any]] = []
     reports: list[SpanReport] = []
-    try:
-        for number, part in enumerate(spans):
+    for number, part in enumerate(spans):
+        for later in spans[len(started) : number + ahead]:
+            started.append(tasks.start(read_spans, later, unit, reading, parts=num_parts))
+        report = tasks.get(started[number][0])
+        if unit != "auto" and report.unit not in ("auto", unit):
+            started[number] = tasks.start(read_spans, part, unit, reading, parts=num_parts)
             report = tasks.get(started[number][0])
-            if unit != "auto" and report.unit not in ("auto", unit):
-                started[number] = tasks.start(read_spans, part, unit, reading, parts=num_parts)
-                report = tasks.get(started[number][0])
-            unit = report.unit if unit == "auto" else unit
-            bad.count += report.bad
-            bad.shown += report.shown[: NUM_SHOWN - len(bad.shown)]
-            if report.error is not None:
-                raise DataError(report.error)
-            reports.append(report)
-    except BaseException:
-        cancel(tasks, [references[0] for references in started])
-        raise
+        unit = report.unit if unit == "auto" else unit
+        bad.count += report.bad
+        bad.shown += report.shown[: NUM_SHOWN - len(bad.shown)]
+        if report.error is not None:
+            raise DataError(report.error)
+        reports.append(report)
     return reports, [references[1:] for references in started]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from genrec_shards.ray_engine.session import started
@@ -63,10 +63,3 @@ def connected(address: str | None) -> Iterator[Tasks]:
     """
     with started(address, "--ray-address") as ray:
         yield Tasks(ray)
-
-
-def cancel(tasks: Tasks, references: Sequence[Any]) -> None:
-    """Stop tasks whose results nobody needs any more; a cluster that is not ours lives on."""
-    for reference in references:
-        with contextlib.suppress(Exception):
-            tasks.ray.cancel(reference, force=False)
