@@ -8,8 +8,9 @@ import gzip
 import random
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -139,6 +140,26 @@ def test_a_split_by_time_to_the_byte(tmp_path, in_process):
     write_shards_on_ray(tmp_path / "local", tmp_path / "ray-shards", **SMALL_SHARDS)
     assert files(tmp_path / "shards") == files(tmp_path / "ray-shards")
     assert "periods.npy" in files(tmp_path / "shards")
+
+
+class Counting(Here):
+    """Counts what was begun, by the function's name."""
+
+    begun: ClassVar[Counter[str]] = Counter()
+
+    def start(self, function, *arguments, parts=1):
+        self.begun[function.__name__] += 1
+        return super().start(function, *arguments, parts=parts)
+
+
+def test_a_bad_line_leaves_few_tasks_begun_behind_it(tmp_path, monkeypatch):
+    """None of them is cancelled, so a cluster must not be left with the rest of a long log."""
+    tasks = Counting()
+    monkeypatch.setattr(engine_module, "connected", lambda _: contextlib.nullcontext(tasks))
+    monkeypatch.setattr(engine_module, "SIZES", Sizes(block=64, span=64, bucket=9000, most=256))
+    source = write_csv(tmp_path / "log.csv", [("U1", "I1", -5), *messy_rows(2)])
+    assert "log.csv:2: time -5 is negative" in refused(source, tmp_path / "out", "ray")
+    assert tasks.begun["read_spans"] == engine_module.READING_AHEAD * tasks.num_cpus
 
 
 # Bad lines
