@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+import reprlib
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -218,6 +219,11 @@ class Recommender:
         answers = []
         for item in requests:
             request = item if isinstance(item, Request) else Request(item)
+            if isinstance(request.history, Mapping | Set):  # as iterables they would pass
+                raise ValueError(
+                    f"{reprlib.repr(request.history)} is not a history: write a list of item ids, "
+                    "oldest first, or a Request"
+                )
             history, unknown = find_rows(catalogue, request.history)
             blocked, _ = find_rows(catalogue, request.block)
             user = request.user
