@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from genrec_shards.storage.manifest import file_sha256
@@ -19,6 +20,15 @@ def write_model_manifest(folder: Path, names: Iterable[str]) -> None:
     hashes = {name: file_sha256(folder / name) for name in sorted(names)}
     fields = {"format_version": FORMAT_VERSION, "sha256": hashes}
     (folder / MANIFEST).write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
+
+
+def start_check(folder: Path) -> Future[None]:
+    """`check_model_manifest` on a thread: hashing leaves Python's lock to others, so where there is
+    a second core it takes no time beside the import of torch and the loading of the weights."""
+    pool = ThreadPoolExecutor(1)
+    check = pool.submit(check_model_manifest, folder)
+    pool.shutdown(wait=False)
+    return check
 
 
 def check_model_manifest(folder: Path) -> None:

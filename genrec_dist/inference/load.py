@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from genrec_shards.dataset import Dataset
 
 from genrec_dist.config.model_config import REMEDY, ModelFileError, read_model_config
-from genrec_dist.config.model_manifest import check_model_manifest
+from genrec_dist.config.model_manifest import start_check
 from genrec_dist.config.paths import best_folder
 from genrec_dist.data.encoder_input import ForcedTokens, Layout
 from genrec_dist.data.light_tokenizer import light_tokenizer
@@ -111,7 +111,11 @@ def make_searcher(model: Network, words: WordTable, device: torch.device | str) 
 
 
 def load_run(
-    run: str | Path, device: torch.device | str = "cpu", *, light: bool = False
+    run: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    light: bool = False,
+    checked: Future[None] | None = None,
 ) -> LoadedRun:
     """Load `best/` of a run directory for decoding.
 
@@ -120,30 +124,34 @@ def load_run(
         device: where the model is put.
         light: without transformers where that is possible, which loads 3 s of a core sooner; the
             lists are the same.
+        checked: `start_check` of its `best/`, where that was begun earlier.
 
     Raises:
         ValueError: Naming what is missing, damaged or of another numbering.
     """
     path = Path(run)
-    return replace(load_model(best_folder(path), device, light=light), path=path)
+    return replace(load_model(best_folder(path), device, light=light, checked=checked), path=path)
 
 
-def load_model(best: Path, device: torch.device | str = "cpu", *, light: bool = False) -> LoadedRun:
+def load_model(
+    best: Path,
+    device: torch.device | str = "cpu",
+    *,
+    light: bool = False,
+    checked: Future[None] | None = None,
+) -> LoadedRun:
     """Load `best/` itself, or a copy of it; its own path is the run's.
 
     Raises:
         ValueError: As `load_run`.
     """
-    # Hashing leaves Python's lock to others, so the manifest is checked while the model is loaded,
-    # on a second core where there is one. Nothing is answered before both are done.
-    with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(check_model_manifest, best)
-        try:
-            loaded = _load_unchecked(best, device, light)
-        except ValueError:
-            checked.result()  # a damaged file is the better reason
-            raise
-        checked.result()
+    checked = checked or start_check(best)
+    try:
+        loaded = _load_unchecked(best, device, light)
+    except Exception:  # whatever a damaged file led to
+        checked.result()  # names the file
+        raise
+    checked.result()
     return loaded
 
 

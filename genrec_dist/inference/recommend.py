@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -147,6 +148,7 @@ class Recommender:
         *,
         mode: Mode | None = None,
         data: str | Path | None = None,
+        checked: Future[None] | None = None,
         **options: Any,
     ) -> Recommender:
         """Load a run directory and answer requests with it.
@@ -157,13 +159,15 @@ class Recommender:
             mode: How items are scored; None: as the run's recipe says (`decode`).
             data: Directory of `genrec prepare`, which mode hybrid makes its graph of; None: the
                 one the run was trained on.
+            checked: As of `load_run`.
             **options: Those of `Recommender`.
 
         Raises:
             ValueError: As `Recommender`, naming what is missing or damaged in the run, and for mode
                 hybrid where no weights were chosen.
         """
-        loaded, path = load_run(run, device, light=True), Path(run) / "recipe.yaml"
+        loaded = load_run(run, device, light=True, checked=checked)
+        path = Path(run) / "recipe.yaml"
         recipe = load_recipe(path) if path.is_file() else None
         mode = mode or (recipe.decode if recipe else "exact")
         if mode == "hybrid" and recipe is not None and "mixture" not in options:

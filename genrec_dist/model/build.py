@@ -188,9 +188,9 @@ def _from_backbone(model: Model, sizes: ModelSizes) -> GenRecForConditionalGener
         _check_backbone(model.backbone, network, loading["missing_keys"])
     except (OSError, SafetensorError):
         raise ValueError(
-            f"model.backbone {model.backbone}: neither a directory with BART weights in safetensors "
-            "nor reachable on the hub; download it beforehand and give its directory, or set model.backbone to "
-            "null to start from scratch"
+            f"model.backbone {model.backbone}: neither a directory with BART weights in "
+            "safetensors nor reachable on the hub; download it beforehand and give its directory, "
+            "or set model.backbone to null to start from scratch"
         ) from None
     except ModelFileError as error:
         raise ValueError(f"model.backbone {model.backbone}: its config.json: {error}") from None
