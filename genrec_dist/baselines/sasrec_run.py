@@ -27,6 +27,7 @@ from genrec_dist.baselines.sasrec_model import SASRec, SasrecSettings, check_set
 from genrec_dist.baselines.sasrec_train import Epoch, Progress, Trained, train
 from genrec_dist.config.load import section_from
 from genrec_dist.evaluation.provenance import git_commit, versions
+from genrec_dist.model.weights import check_weights
 
 FORMAT_VERSION = "1"
 WEIGHTS, VECTORS, SETTINGS, EVENTS = (
@@ -144,6 +145,9 @@ def load(
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format {version}, this version reads {FORMAT_VERSION}")
+    lost = {"sequences_hash", "trained_through", "settings", "best_epoch"} - metadata.keys()
+    if lost:
+        raise ValueError(f"{path}: {min(lost)} is missing in its header: remove it and train again")
     found, expected = metadata["sequences_hash"], dataset.info.sequences_hash
     if found != expected:
         raise ValueError(
@@ -166,6 +170,7 @@ def load(
                 "another --out"
             )
     model = SASRec(dataset.sequences.num_items, settings)
+    check_weights(path, weights, model.state_dict())
     model.load_state_dict(weights)
     return SasrecRun(model.eval(), settings, int(metadata["best_epoch"]))
 

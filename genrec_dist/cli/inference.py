@@ -240,6 +240,7 @@ def recommend(
 
     Example: genrec recommend runs/beauty --history 83,104,105
     """
+    from genrec_dist.config.model_manifest import start_check
     from genrec_dist.config.paths import best_folder
 
     if sum([history is not None or user is not None, file is not None, all_users]) != 1:
@@ -251,7 +252,7 @@ def recommend(
             "--titles is for lists that are read: "
             "of --all-users join the lists with DATA/items.parquet"
         )
-    best_folder(run)  # before torch is loaded
+    checked = start_check(best_folder(run))  # while torch is imported
     with working():
         from genrec_shards.dataset import load_dataset
 
@@ -273,6 +274,7 @@ def recommend(
             beam=beam,
             mode=decode,
             data=data,
+            checked=checked,
             exclude_history=None if exclude_history == "auto" else exclude_history == "yes",
             allow=None if allow is None else read_ids(allow),
             block=None if block is None else read_ids(block),

@@ -67,6 +67,12 @@ def reproduce(
             "--switches", help="Paper's protocol: the published code's departures, one at a time."
         ),
     ] = False,
+    any_size: Annotated[
+        bool,
+        typer.Option(
+            "--any-size", help="Go on where FILE has not the users and items of the paper's."
+        ),
+    ] = False,
     minutes: Annotated[
         float | None,
         typer.Option(help="Stop in good order after so many; the same command goes on.", min=0),
@@ -101,7 +107,8 @@ def reproduce(
         ("--knn", knn or []),
     ]
     words += [word for flag, values in given for value in values for word in (flag, value)]
-    words += [flag for flag, on in (("--refit", refit), ("--switches", switches)) if on]
+    on_or_off = (("--refit", refit), ("--switches", switches), ("--any-size", any_size))
+    words += [flag for flag, on in on_or_off if on]
     rows = None
     if systems is not None:
         rows = [part.strip() for part in systems.split(",") if part.strip()]
@@ -122,6 +129,7 @@ def reproduce(
         refit=refit,
         readings=("n-2", "n-1") if readings == "both" else (readings,),
         switches=switches,
+        any_size=any_size,
         minutes=minutes,
         publish=publish,
     )

@@ -107,5 +107,8 @@ def report(run: RunArgument) -> None:
     from genrec_dist.report.run_report import write_report
 
     if not run.is_dir():
-        raise ValueError(f"{run}: no such run directory")
+        what = "a file" if run.is_file() else "no such directory"
+        raise ValueError(
+            f"{run}: {what}: give the directory of a run, as of genrec train or genrec baseline"
+        )
     say(str(write_report(run)))

@@ -24,6 +24,8 @@ RENAMED_KEYS = {
 }
 """Keys of a recipe by their old names, which are still read, and their names today."""
 
+_IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+
 Section = TypeVar("Section")
 
 
@@ -99,9 +101,20 @@ def recipe_from(
 
 
 def section_from(
-    kind: type[Section], values: dict[str, Any], overrides: list[str] | None, source: str
+    kind: type[Section],
+    values: dict[str, Any],
+    overrides: list[str] | None,
+    source: str,
+    more_keys: Sequence[str] = (),
 ) -> Section:
     """A dataclass of typed settings from keys and values; their limits are not checked.
+
+    Args:
+        kind: the dataclass.
+        values: by key; `overrides` change them.
+        overrides: `dotted.key=value` each.
+        source: what messages begin with.
+        more_keys: keys that the caller takes itself, which an unknown one may have meant.
 
     Raises:
         ValueError: naming `source` and the key for one that is unknown, missing or of another type.
@@ -110,7 +123,7 @@ def section_from(
         _set(values, override)
     if kind is Recipe:  # an override may have set a whole section
         use_current_keys(values, source)
-    _refuse_unknown(kind, values, source, "", dotted_keys(kind))
+    _refuse_unknown(kind, values, source, "", [*more_keys, *dotted_keys(kind)])
     if kind is not Recipe:
         section: Section = _build(kind, values, source, "")
         return section
@@ -169,7 +182,8 @@ def _refuse_unknown(kind: Any, values: Any, source: str, prefix: str, known: Seq
     hints = setting_types(kind)
     for name in sorted(set(map(str, values)) - set(hints)):
         key = f"{prefix}{name}"
-        suggestion = did_you_mean(key, known) or f"; known here: {', '.join(hints)}"
+        here = hints if prefix else dict.fromkeys(each.partition(".")[0] for each in known)
+        suggestion = did_you_mean(key, known) or f"; known here: {', '.join(here)}"
         raise ValueError(f"{source}: unknown key {key}{suggestion}")
     for name, inner in values.items():
         if dataclasses.is_dataclass(hints[str(name)]):
@@ -250,7 +264,7 @@ def _build(kind: Any, value: Any, source: str, key: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{where}: {value!r} is not of type {kind.__name__}")
+        raise ValueError(f"{where}: {value!r} is not {_IN_WORDS[kind]}")
     return value
 
 

@@ -11,14 +11,21 @@ from genrec_dist.config.recipe import Recipe
 
 Rule = tuple[str, Callable[[Any], bool]]
 
+MOST_WIDTH, MOST_LAYERS, MOST_FFN, MOST_POSITIONS = 65_536, 1_000, 2**20, 2**20
+"""Sizes beyond those of any model, which are refused before memory is asked for."""
+
 # A comparison with NaN is False: these refuse it too.
 _POSITIVE: Rule = ("above 0", lambda value: 0 < value < math.inf)
 _NOT_NEGATIVE: Rule = ("0 or above", lambda value: 0 <= value < math.inf)
 _AT_LEAST_1: Rule = ("1 or above", lambda value: value >= 1)
+_WIDTH: Rule = (f"from 1 to {MOST_WIDTH:,}", lambda value: 1 <= value <= MOST_WIDTH)
+_LAYERS: Rule = (f"from 1 to {MOST_LAYERS:,}", lambda value: 1 <= value <= MOST_LAYERS)
+_FFN: Rule = (f"from 1 to {MOST_FFN:,}", lambda value: 1 <= value <= MOST_FFN)
+_ID_DIM: Rule = (f"from 0 to {MOST_WIDTH:,}", lambda value: 0 <= value <= MOST_WIDTH)
+_POSITIONS: Rule = (f"from 16 to {MOST_POSITIONS:,}", lambda value: 16 <= value <= MOST_POSITIONS)
 _SHARE: Rule = ("from 0 to 1", lambda value: 0 <= value <= 1)
 _BELOW_1: Rule = ("0 or above and below 1", lambda value: 0 <= value < 1)
 _PROBABILITY: Rule = ("above 0 and at most 1", lambda value: 0 < value <= 1)
-_POSITIONS: Rule = ("16 or above", lambda value: value >= 16)
 
 # By section ("" is the recipe itself): keys, and the rule for all of them.
 _RULES: dict[str, tuple[tuple[str, Rule], ...]] = {
@@ -27,11 +34,14 @@ _RULES: dict[str, tuple[tuple[str, Rule], ...]] = {
         ("workers", _NOT_NEGATIVE),
     ),
     "model": (
-        ("d_model encoder_layers decoder_layers heads ffn", _AT_LEAST_1),
+        ("d_model heads", _WIDTH),
+        ("encoder_layers decoder_layers", _LAYERS),
+        ("ffn", _FFN),
         ("max_tokens", _POSITIONS),
         ("dropout attention_dropout activation_dropout embedding_dropout", _BELOW_1),
         ("init_std", _POSITIVE),
-        ("id_dim item_loss", _NOT_NEGATIVE),
+        ("id_dim", _ID_DIM),
+        ("item_loss", _NOT_NEGATIVE),
     ),
     "pretrain finetune": (
         ("epochs", _NOT_NEGATIVE),

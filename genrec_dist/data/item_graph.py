@@ -5,6 +5,7 @@ that sum to one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,10 @@ def log_near(shares: Tensor, epsilon: float, num_items: int) -> Tensor:
     return shares.mul(1 - epsilon).add_(epsilon / num_items).log_()
 
 
+MOST_WINDOW = 10_000
+"""Most steps of a window; each step is a pass over the data."""
+
+
 @dataclass(frozen=True)
 class KnnSettings:
     """How neighbours are counted; one set of defaults for all data sets."""
@@ -100,14 +105,30 @@ class KnnSettings:
     """Users scored at once; it changes memory, not results."""
 
 
-def knn_settings(overrides: list[str] | None, values: dict[str, Any] | None = None) -> KnnSettings:
-    """The defaults, changed by `values` and by `key=value`. Raises ValueError, one line, naming the
-    key that does not fit."""
-    settings = section_from(KnnSettings, dict(values or {}), overrides, "knn")
+def knn_settings(
+    overrides: list[str] | None,
+    values: dict[str, Any] | None = None,
+    more_keys: Sequence[str] = (),
+) -> KnnSettings:
+    """The defaults, changed by `values` and by `key=value`.
+
+    Args:
+        overrides: `key=value` each.
+        values: by key.
+        more_keys: what the caller takes besides, for the message about an unknown key.
+
+    Raises:
+        ValueError: in one line, naming the key that does not fit.
+    """
+    settings = section_from(KnnSettings, dict(values or {}), overrides, "knn", more_keys)
     for key, value in asdict(settings).items():
         least = 1 if key in ("window", "recent", "batch_size") else 0
         if not least <= value < float("inf"):
             raise ValueError(f"knn: {key} is {value}: it has to be {least} or above")
+    if settings.window > MOST_WINDOW:
+        raise ValueError(
+            f"knn: window is {settings.window}: it has to be from 1 to {MOST_WINDOW:,}"
+        )
     return settings
 
 

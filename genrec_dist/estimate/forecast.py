@@ -37,6 +37,8 @@ pieces of four digits."""
 MFU = 0.4
 """Share of a card's peak that training on real tokens is taken to reach."""
 
+MOST_GPUS, MOST_GIB, MOST_ROWS = 65_536, 65_536, 2**31 - 1
+"""Sizes beyond those of any machine or data, which are refused."""
 LARGEST_SEARCHED = 1 << 24
 _STEP = 256
 
@@ -152,10 +154,16 @@ def forecast(
     Raises:
         ValueError: Where sizes are missing or do not fit.
     """
+    if not 1 <= gpus <= MOST_GPUS:
+        raise ValueError(f"--gpus {gpus}: it has to be from 1 to {MOST_GPUS:,}")
+    if not memory_gib <= MOST_GIB:  # not a number either
+        raise ValueError(f"--memory {memory_gib:g}: it has to be GiB of one GPU, to {MOST_GIB:,}")
     if memory_gib <= RESERVE_GIB:
         raise ValueError(
             f"--memory {memory_gib:g}: {RESERVE_GIB} GiB of it are kept free; give more"
         )
+    if (users or 0) > MOST_ROWS or (items or 0) > MOST_ROWS:
+        raise ValueError(f"--users {users} --items {items}: rows are int32, {MOST_ROWS:,} at most")
     if recipe.from_data and users is not None and items is not None:
         lengths = np.array(ASSUMED_ITEMS) - num_held_out(recipe.trained_through)
         recipe, _ = fit_recipe(recipe, DataFacts(items, np.resize(lengths, max(users, 1))))

@@ -144,7 +144,7 @@ def changed(
     held = dataclasses.asdict(mixture)
     of_mixture = [text for text in overrides or [] if text.startswith("epsilon=")]
     of_graph = [text for text in overrides or [] if text not in of_mixture]
-    held["graph"] = dataclasses.asdict(knn_settings(of_graph, held["graph"]))
+    held["graph"] = dataclasses.asdict(knn_settings(of_graph, held["graph"], ["epsilon"]))
     for name, value in (("item_weight", item_weight), ("graph_weight", graph_weight)):
         held[name] = held[name] if value is None else value
     return section_from(Mixture, held, of_mixture, "hybrid")

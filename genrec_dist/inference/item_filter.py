@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +61,7 @@ def find_rows(catalogue: Catalogue, ids: Iterable[str]) -> tuple[np.ndarray, lis
     Raises:
         ValueError: What is no list of ids.
     """
-    if isinstance(ids, str) or not isinstance(ids, Iterable):
+    if isinstance(ids, str | Mapping) or not isinstance(ids, Iterable):
         raise ValueError(f"{ids!r} is not a list of ids: write ids as a list of strings")
     known, unknown = [], []
     for id_ in ids:

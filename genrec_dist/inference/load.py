@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 import torch
 from genrec_shards.dataset import Dataset
 
+from genrec_dist.config.model_config import REMEDY, ModelFileError, read_model_config
+from genrec_dist.config.model_manifest import start_check
 from genrec_dist.config.paths import best_folder
 from genrec_dist.data.encoder_input import ForcedTokens, Layout
 from genrec_dist.data.light_tokenizer import light_tokenizer
@@ -33,8 +36,9 @@ from genrec_dist.decoding.trie import (
     hash_of_words,
     load_trie,
 )
-from genrec_dist.model.light import light_config, load_light
+from genrec_dist.model.light import WithoutInit, light_config, load_light
 from genrec_dist.model.network import Network
+from genrec_dist.model.weights import WEIGHTS, read_weights
 
 if TYPE_CHECKING:
     from genrec_dist.model.genrec import GenRecConfig
@@ -107,7 +111,11 @@ def make_searcher(model: Network, words: WordTable, device: torch.device | str) 
 
 
 def load_run(
-    run: str | Path, device: torch.device | str = "cpu", *, light: bool = False
+    run: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    light: bool = False,
+    checked: Future[None] | None = None,
 ) -> LoadedRun:
     """Load `best/` of a run directory for decoding.
 
@@ -116,20 +124,39 @@ def load_run(
         device: where the model is put.
         light: without transformers where that is possible, which loads 3 s of a core sooner; the
             lists are the same.
+        checked: `start_check` of its `best/`, where that was begun earlier.
 
     Raises:
         ValueError: Naming what is missing, damaged or of another numbering.
     """
     path = Path(run)
-    return replace(load_model(best_folder(path), device, light=light), path=path)
+    return replace(load_model(best_folder(path), device, light=light, checked=checked), path=path)
 
 
-def load_model(best: Path, device: torch.device | str = "cpu", *, light: bool = False) -> LoadedRun:
+def load_model(
+    best: Path,
+    device: torch.device | str = "cpu",
+    *,
+    light: bool = False,
+    checked: Future[None] | None = None,
+) -> LoadedRun:
     """Load `best/` itself, or a copy of it; its own path is the run's.
 
     Raises:
         ValueError: As `load_run`.
     """
+    checked = checked or start_check(best)
+    try:
+        loaded = _load_unchecked(best, device, light)
+    except Exception:  # whatever a damaged file led to
+        checked.result()  # names the file
+        raise
+    checked.result()
+    return loaded
+
+
+def _load_unchecked(best: Path, device: torch.device | str, light: bool) -> LoadedRun:
+    """`load_model` without the manifest."""
     try:
         model, tokenizer = (light and _light_parts(best)) or _whole_parts(best)
         model = model.to(device).eval()
@@ -139,6 +166,8 @@ def load_model(best: Path, device: torch.device | str = "cpu", *, light: bool = 
             pq.ParquetFile(best / name).read(columns=["id", "code"]).to_pydict() for name in names
         ]
         items, users = [*tables, {"id": [], "code": []}][:2]
+    except ModelFileError:
+        raise
     except Exception as error:  # four libraries, each with errors of its own
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
@@ -151,6 +180,11 @@ def load_model(best: Path, device: torch.device | str = "cpu", *, light: bool = 
         user_codes=users["code"],
     )
     config = model.config
+    for name, table, rows in zip(names, tables, (config.num_items, config.num_users), strict=False):
+        if rows and len(table["id"]) != rows:
+            raise ModelFileError(
+                f"{best / name}: {len(table['id']):,} rows, and the model has {rows:,}: {REMEDY}"
+            )
     words = build_words(tokenizer, items["code"], users["code"], config.num_masks)
     if config.spoken_tokens:
         vocabulary = load_vocabulary(best / VOCABULARY_FILE, config.vocabulary_hash)
@@ -184,12 +218,19 @@ def _light_parts(best: Path) -> tuple[Any, WordTokenizer] | None:
 def _whole_parts(best: Path) -> tuple[Any, WordTokenizer]:
     """Model and tokenizer as transformers' classes."""
     from transformers import PreTrainedTokenizerFast
-    from transformers.utils import logging
 
-    from genrec_dist.model.genrec import GenRecForConditionalGeneration
+    from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
 
-    logging.disable_progress_bar()  # of transformers: a bar for a file that loads in a second
-    model = GenRecForConditionalGeneration.from_pretrained(best, dtype=torch.float32)
+    read_model_config(best)  # its messages name the file
+    # Not the model's `from_pretrained`: that fills missing weights with random ones, and reads
+    # other files where there is no model.safetensors. The attention is ours to choose: transformers
+    # would fetch a kernel that a configuration names.
+    config = GenRecConfig.from_pretrained(best, attn_implementation="sdpa")
+    with torch.device("meta"), WithoutInit():
+        model = GenRecForConditionalGeneration(config)
+    expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    model.load_state_dict(read_weights(best / WEIGHTS, expected), strict=False, assign=True)
+    model.tie_weights()
     return model, PreTrainedTokenizerFast.from_pretrained(best)
 
 

@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+import reprlib
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -146,6 +148,7 @@ class Recommender:
         *,
         mode: Mode | None = None,
         data: str | Path | None = None,
+        checked: Future[None] | None = None,
         **options: Any,
     ) -> Recommender:
         """Load a run directory and answer requests with it.
@@ -156,13 +159,15 @@ class Recommender:
             mode: How items are scored; None: as the run's recipe says (`decode`).
             data: Directory of `genrec prepare`, which mode hybrid makes its graph of; None: the
                 one the run was trained on.
+            checked: As of `load_run`.
             **options: Those of `Recommender`.
 
         Raises:
             ValueError: As `Recommender`, naming what is missing or damaged in the run, and for mode
                 hybrid where no weights were chosen.
         """
-        loaded, path = load_run(run, device, light=True), Path(run) / "recipe.yaml"
+        loaded = load_run(run, device, light=True, checked=checked)
+        path = Path(run) / "recipe.yaml"
         recipe = load_recipe(path) if path.is_file() else None
         mode = mode or (recipe.decode if recipe else "exact")
         if mode == "hybrid" and recipe is not None and "mixture" not in options:
@@ -218,6 +223,11 @@ class Recommender:
         answers = []
         for item in requests:
             request = item if isinstance(item, Request) else Request(item)
+            if isinstance(request.history, Mapping | Set):  # as iterables they would pass
+                raise ValueError(
+                    f"{reprlib.repr(request.history)} is not a history: write a list of item ids, "
+                    "oldest first, or a Request"
+                )
             history, unknown = find_rows(catalogue, request.history)
             blocked, _ = find_rows(catalogue, request.block)
             user = request.user

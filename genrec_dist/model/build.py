@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import copy
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +15,11 @@ import torch
 from safetensors import SafetensorError
 from transformers import BartConfig, GenerationConfig
 
+from genrec_dist.config.model_config import ModelFileError
 from genrec_dist.config.recipe import Model
 from genrec_dist.data.word_table import Vocabulary
 from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
+from genrec_dist.model.weights import LOGITS_BIAS, is_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +65,9 @@ def build_model(
     """
     if model.backbone is not None and before is None:
         return _from_backbone(model, sizes)
-    return GenRecForConditionalGeneration(make_config(model, sizes, before))
+    config = make_config(model, sizes, before)
+    check_memory(config)
+    return GenRecForConditionalGeneration(config)
 
 
 def make_config(
@@ -87,6 +93,31 @@ def make_config(
     config = GenRecConfig(**{**shape, **settings, "vocab_size": sizes.num_tokens})
     config.update(_trimmed_settings(sizes.vocabulary))
     return config
+
+
+def check_memory(config: GenRecConfig) -> None:
+    """Refuse a model whose float32 weights alone are more than the memory of this machine, before
+    any is asked for. Each process holds them whole when they are made.
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    width, outside = config.d_model, config.ids_outside
+    ids = 0 if outside else (config.num_users + config.num_items) * (config.id_dim or width)
+    weights = (
+        (config.vocab_size + 2 * config.max_position_embeddings) * width
+        + ids
+        # Of a layer: four square matrices per attention, and the feed-forward layer's two.
+        + config.encoder_layers * width * (4 * width + 2 * config.encoder_ffn_dim)
+        + config.decoder_layers * width * (8 * width + 2 * config.decoder_ffn_dim)
+    )
+    needed, there = 4 * weights, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise ValueError(
+            f"the model has {weights:,} parameters, {needed / 2**30:,.0f} GiB, and this machine "
+            f"{there / 2**30:,.0f} GiB of memory: lower model.d_model, model.ffn, the layers, "
+            "tokens.vocab_size or model.id_dim"
+        )
 
 
 def _settings(model: Model, sizes: ModelSizes) -> dict[str, Any]:
@@ -134,9 +165,6 @@ def _from_backbone(model: Model, sizes: ModelSizes) -> GenRecForConditionalGener
     assert model.backbone is not None
     settings = _settings(model, sizes)
     special = {key: settings[key] for key in settings if key.endswith("_token_id")}
-    if sizes.vocabulary is not None:
-        # The backbone's own special tokens are valid until its rows are chosen.
-        settings = {key: settings[key] for key in settings if key not in special}
     try:
         bart = BartConfig.from_pretrained(model.backbone)
         if bart.model_type != "bart":
@@ -148,25 +176,56 @@ def _from_backbone(model: Model, sizes: ModelSizes) -> GenRecForConditionalGener
                 f"model.max_tokens {model.max_tokens}: {model.backbone} has "
                 f"{bart.max_position_embeddings} positions"
             )
+        # The backbone's own special tokens are valid until its rows are chosen, or are more.
+        trimmed = sizes.vocabulary is not None
+        later = {key for key in special if trimmed or (special[key] or 0) >= bart.vocab_size}
+        settings = {key: settings[key] for key in settings if key not in later}
         config = GenRecConfig(**{**_shape_of(bart), **settings})
-        network = GenRecForConditionalGeneration.from_pretrained(
-            model.backbone, config=config, dtype=torch.float32
-        )
+        network, loading = GenRecForConditionalGeneration.from_pretrained(
+            model.backbone, config=config, dtype=torch.float32, use_safetensors=True,
+            attn_implementation="sdpa", output_loading_info=True,
+        )  # fmt: skip
+        _check_backbone(model.backbone, network, loading["missing_keys"])
     except (OSError, SafetensorError):
         raise ValueError(
-            f"model.backbone {model.backbone}: neither a directory with BART weights nor reachable "
-            "on the hub; download it beforehand and give its directory, or set model.backbone to "
-            "null to start from scratch"
+            f"model.backbone {model.backbone}: neither a directory with BART weights in "
+            "safetensors nor reachable on the hub; download it beforehand and give its directory, "
+            "or set model.backbone to null to start from scratch"
+        ) from None
+    except ModelFileError as error:
+        raise ValueError(f"model.backbone {model.backbone}: its config.json: {error}") from None
+    except RuntimeError:  # which lists all tensors
+        raise ValueError(
+            f"model.backbone {model.backbone}: the shapes of its tensors are not those that its "
+            "config.json says: download it again"
         ) from None
     if sizes.vocab_size > config.vocab_size:
         network.resize_token_embeddings(sizes.vocab_size)
     network.tie_weights()
+    if sizes.vocabulary is None:
+        network.config.update(special)
     # Our head has no bias (published BART weights hold zeros), and decoding starts with the mask.
     network.final_logits_bias.zero_()
     if sizes.vocabulary is not None:
         network = _trimmed(network, sizes.vocabulary, special)
     network.generation_config = GenerationConfig.from_model_config(network.config)
     return network
+
+
+def _check_backbone(
+    name: str, network: GenRecForConditionalGeneration, missing: Iterable[str]
+) -> None:
+    """Refuse a backbone of which weights are missing or not finite; BART has no id tables."""
+    fresh = ("user_embedding.", "user_projection.", "item_embedding.", "item_projection.")
+    lost = [key for key in missing if not key.startswith(fresh) and key != LOGITS_BIAS]
+    if lost:
+        raise ValueError(f"model.backbone {name}: tensor {min(lost)} is missing: download it again")
+    for key, value in network.named_parameters():
+        if not key.startswith(fresh) and not is_finite(value):
+            raise ValueError(
+                f"model.backbone {name}: tensor {key} holds numbers that are not finite: download "
+                "it again"
+            )
 
 
 def _trimmed(

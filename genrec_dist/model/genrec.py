@@ -20,6 +20,7 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from genrec_dist.config.model_config import check_model_config
 from genrec_dist.config.recipe import HeadLoss
 from genrec_dist.data.batch import IGNORED, ItemTargets, ModelInputs
 from genrec_dist.data.encoder_input import EncoderInput
@@ -86,6 +87,15 @@ class GenRecConfig(BartConfig):
     spoken_tokens: int = 0
     vocabulary_hash: str = ""
     certain_tokens: str = "learned"
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Set what transformers sets, and check the values.
+
+        Raises:
+            ModelFileError: naming a key, its value and what it has to be.
+        """
+        check_model_config({**vars(self), **kwargs})
+        super().__post_init__(**kwargs)
 
 
 class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):

@@ -5,7 +5,6 @@ than all the rest of a recommendation."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,14 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from genrec_dist.config.model_config import read_model_config
 from genrec_dist.model.network import POSITION_OFFSET, Network, id_table
+from genrec_dist.model.weights import LOGITS_BIAS, WEIGHTS, read_weights
 
-WEIGHTS = "model.safetensors"
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
 _FIELDS = (
     "activation_function", "bos_token_id", "certain_tokens", "d_model",
@@ -56,9 +55,13 @@ class LightGenRec(Network, nn.Module):
 def light_config(best: Path) -> Any | None:
     """The configuration of a saved model that `LightGenRec` can be, else None: where a field is
     missing, which an earlier version did not write, or says something that it has no modules
-    for."""
-    fields = json.loads((best / "config.json").read_text(encoding="utf-8"))
-    if not (best / WEIGHTS).is_file() or any(field not in fields for field in _FIELDS):
+    for.
+
+    Raises:
+        ModelFileError: the configuration is none of a model.
+    """
+    fields = read_model_config(best)
+    if any(field not in fields for field in _FIELDS):
         return None
     fits = fields["activation_function"] in _ACTIVATIONS and fields["tie_word_embeddings"]
     return SimpleNamespace(**fields) if fits and not fields["ids_outside"] else None
@@ -72,20 +75,21 @@ def load_light(best: Path, config: Any) -> LightGenRec:
         config: of `light_config`.
 
     Raises:
-        RuntimeError: the weights are not those of this configuration.
-        safetensors.SafetensorError: the file is damaged.
+        ModelFileError: the weights are damaged or not those of this configuration.
     """
-    with torch.device("meta"), _WithoutInit():
+    with torch.device("meta"), WithoutInit():
         model = LightGenRec(config)
-    weights = {name: value.float() for name, value in load_file(best / WEIGHTS).items()}
-    weights.pop("final_logits_bias", None)  # of Hugging Face's `generate`
+        bias_1V = torch.empty(1, config.vocab_size)  # of Hugging Face's `generate`
+    expected = {**dict(model.named_parameters()), LOGITS_BIAS: bias_1V}
+    weights = read_weights(best / WEIGHTS, expected)
+    del weights[LOGITS_BIAS]
     for name in ("lm_head", "model.encoder.embed_tokens", "model.decoder.embed_tokens"):
         weights[f"{name}.weight"] = weights["model.shared.weight"]
     model.load_state_dict(weights, assign=True)
     return model.eval()
 
 
-class _WithoutInit(TorchFunctionMode):
+class WithoutInit(TorchFunctionMode):
     """Initial values are not drawn: on the meta device that imports torch's compiler, which takes
     as long as torch itself."""
 

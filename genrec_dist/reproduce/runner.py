@@ -78,6 +78,11 @@ def reproduce(options: Options, console: Console) -> bool:
         ending = Deadline(options.minutes)
         with ending.stop:
             work = plan(options)
+            difference = size_difference(options.name, *work.sizes)
+            if difference is not None and not options.any_size:
+                raise ValueError(
+                    f"{options.data}: {difference}: check the file, or go on with --any-size"
+                )
             for note in work.notes:
                 _say(console, note, "yellow")
             over = None

@@ -97,6 +97,8 @@ class Options:
     readings: tuple[TrainedThrough, ...] = ("n-2",)
     """Of the paper's sentence on finetuning: is t_{n-1} a target of training?"""
     switches: bool = False
+    any_size: bool = False
+    """Go on where the file has not the users and items of the paper's data set."""
     minutes: float | None = None
     publish: Path | None = None
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from genrec_dist.config.load import load_recipe
+from genrec_dist.config.model_manifest import write_model_manifest
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.word_table import VOCABULARY_FILE
 from genrec_dist.decoding.trie import TRIE_FILE, Trie, hash_of_words, save_trie
@@ -393,8 +394,9 @@ def _changes(path: Path, recipe: Recipe) -> list[str]:
 def save_best(
     setup: TrainingSetup, model: GenRecForConditionalGeneration, trie: Trie, step: int
 ) -> Path:
-    """Write the run's `best/`: what `from_pretrained` loads, the trie of the words, and the
-    catalogue that maps rows to the items' own ids, and to the users' where the model uses them.
+    """Write the run's `best/`: what `from_pretrained` loads, the trie of the words, the catalogue
+    that maps rows to the items' own ids, and to the users' where the model uses them, and the
+    hashes of all files.
 
     Args:
         setup: of the run.
@@ -416,4 +418,6 @@ def save_best(
         file = folder / TRIE_FILE
         save_trie(trie, file, numbering_hash=numbering_hash, words_hash=words_hash)
         (folder / "step.json").write_text(json.dumps({"step": step}), encoding="utf-8")
+        # Not the trie: it has hashes of its own, and is built again where it was deleted.
+        write_model_manifest(folder, {each.name for each in folder.iterdir()} - {TRIE_FILE})
     return path

@@ -20,6 +20,7 @@ from typing import Any
 import forked
 import pytest
 from genrec_shards.file_lock import hold
+from genrec_shards.sequences import read_sequences
 from places import ROOT
 from tiny import TINY_RECIPE, tiny_log
 from two_ranks import environment
@@ -62,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(folder: Path, out: Path, *more: object) -> list[str]:
     words = ["--data", folder / "log.txt", "--out", out, "--recipe", folder / "head.yaml"]
-    words += ["--paper-recipe", folder / "own.yaml", *more]
+    words += ["--paper-recipe", folder / "own.yaml", "--any-size", *more]
     return ["reproduce", "beauty", *map(str, words)]
 
 
@@ -300,6 +301,21 @@ def test_usage_and_a_directory_in_use_are_one_line(
     assert "another genrec reproduce works in this directory" in line
 
 
+def test_a_file_of_other_sizes_is_refused_before_anything_is_trained(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = leak_free(folder, tmp_path / "out", ["knn"])
+    arguments.remove("--any-size")
+    line = refused(capfd, arguments)
+    sequences = read_sequences(folder / "log.txt")
+    found = f"{sequences.num_users} users and {sequences.num_items} items here"
+    assert f"log.txt: beauty has {found}, 22,363 and 12,101 in the paper's Table 2" in line
+    assert "go on with --any-size" in line
+    assert not (tmp_path / "out" / "leak-free").exists()
+    assert run_command([*arguments, "--dry-run"]) == 0
+    assert found in " ".join(capfd.readouterr().out.split())
+
+
 def test_what_exists_has_to_be_what_is_requested(
     done: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -467,7 +483,15 @@ def wait_for(what: Callable[[], bool]) -> None:
 @pytest.mark.slow
 def test_the_script_works_in_slices_that_go_on(folder: Path, tmp_path: Path) -> None:
     assert_no_gpu(run_script("beauty", folder / "log.txt", tmp_path / "out"))
-    own = ["--cpu", "beauty", folder / "log.txt", tmp_path / "out", "--protocol", "paper"]
+    own = [
+        "--cpu",
+        "beauty",
+        folder / "log.txt",
+        tmp_path / "out",
+        "--any-size",
+        "--protocol",
+        "paper",
+    ]
     over = run_script(*own, SLICE_MINUTES="0", TOTAL_MINUTES="0.01")
     assert over.returncode == 3, over.stderr
     assert "steps are left; the same command goes on" in over.stdout

@@ -18,6 +18,7 @@ from genrec_shards.histories import histories
 from genrec_shards.prepare import prepare
 from genrec_shards.sequences import Sequences, sequences_from_ids
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -612,7 +613,7 @@ def test_a_refit_trains_all_its_epochs(dataset: Dataset, tmp_path: Path) -> None
         ({"split": "validation", "trained_through": "n-1"}, "n-1 has seen the validation targets"),
         ({"trained_through": "n-1"}, "give --set epochs=N"),
         ({"settings": ["width=3"]}, "sasrec: unknown key width; known here: d_model"),
-        ({"settings": ["d_model=wide"]}, "sasrec: d_model: 'wide' is not of type int"),
+        ({"settings": ["d_model=wide"]}, "sasrec: d_model: 'wide' is not a whole number"),
         ({"settings": ["norm=none"]}, "sasrec: norm: 'none' is none of paper, pre, post"),
         ({"settings": ["d_model=9", "heads=2"]}, "sasrec: d_model 9 is no multiple of heads 2"),
         ({"settings": ["dropout=1"]}, "dropout is 1.0: it has to be 0 or above and below 1"),
@@ -626,6 +627,38 @@ def test_what_cannot_be_trained_is_refused_with_nothing_written(
 ) -> None:
     refused(message, dataset, tmp_path / "run", **dict(options))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["missing", "nan", "foreign", "shape"])
+def test_weights_that_are_not_the_models_are_refused(
+    damage: str, dataset: Dataset, tmp_path: Path
+) -> None:
+    run_baseline("sasrec", dataset, "test", tmp_path, settings=TINY_SET)
+    path, name = tmp_path / "best.safetensors", "item_embedding.weight"
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    if damage == "missing":
+        del weights[name]
+    elif damage == "nan":
+        weights[name][2, 1] = float("nan")
+    elif damage == "foreign":
+        weights["adapter.weight"] = torch.zeros(2)
+    else:
+        weights[name] = weights[name][:-1].clone()
+    save_file(weights, path, metadata=metadata)
+    tensor = "adapter.weight" if damage == "foreign" else name
+    found = {
+        "missing": "is missing",
+        "nan": "holds numbers that are not finite",
+        "foreign": "is none of the model's",
+        "shape": "has the shape ",
+    }
+    with pytest.raises(ValueError, match=f"^{path}: tensor {tensor} {found[damage]}"):
+        run_baseline("sasrec", dataset, "test", tmp_path, settings=TINY_SET)
+    save_file(weights, path, metadata={"format_version": "1"})
+    with pytest.raises(ValueError, match=f"^{path}: best_epoch is missing in its header"):
+        run_baseline("sasrec", dataset, "test", tmp_path, settings=TINY_SET)
 
 
 def test_the_command_trains_scores_and_refuses_settings_of_popularity(

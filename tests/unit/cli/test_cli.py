@@ -387,7 +387,9 @@ def test_runs_that_cannot_be_decoded(
     assert "no best/ in it" in refused(
         capfd, 1, ["recommend", tmp_path / "absent", "--history", "a"]
     )
-    assert "no such run directory" in refused(capfd, 1, ["report", tmp_path / "absent"])
+    wanted = "give the directory of a run, as of genrec train or genrec baseline"
+    for path, what in ((tmp_path / "absent", "no such directory"), (run / "recipe.yaml", "a file")):
+        assert f"{path}: {what}: {wanted}" in refused(capfd, 1, ["report", path])
     whole = (run / "best" / "model.safetensors").read_bytes()
     for damage in (whole[:-100], whole[:40], b""):
         (run / "best" / "model.safetensors").write_bytes(damage)

@@ -43,13 +43,13 @@ def refusal(path, overrides=None) -> str:
         ({"model": {"d_modle": 8}}, "model.d_modle"),
         ({"pretrain": {"mask": {"q": 1}}}, "pretrain.mask.q"),
         ({"lr": 1}, "unknown key lr"),
-        ({"model": {"heads": "four"}}, "model.heads: 'four' is not of type int"),
-        ({"model": {"heads": True}}, "model.heads: True is not of type int"),
-        ({"model": {"heads": 4.0}}, "model.heads: 4.0 is not of type int"),
-        ({"model": {"user_ids": 1}}, "model.user_ids: 1 is not of type bool"),
-        ({"model": {"backbone": 3}}, "model.backbone: 3 is not of type str"),
+        ({"model": {"heads": "four"}}, "model.heads: 'four' is not a whole number"),
+        ({"model": {"heads": True}}, "model.heads: True is not a whole number"),
+        ({"model": {"heads": 4.0}}, "model.heads: 4.0 is not a whole number"),
+        ({"model": {"user_ids": 1}}, "model.user_ids: 1 is not true or false"),
+        ({"model": {"backbone": 3}}, "model.backbone: 3 is not a text"),
         ({"model": {"dropout": "much"}}, "model.dropout: 'much' is not a number"),
-        ({"model": {"dropout": True}}, "model.dropout: True is not of type float"),
+        ({"model": {"dropout": True}}, "model.dropout: True is not a number"),
         ({"model": None}, "model: None is not a section"),
         ({"precision": "fp8"}, "precision: 'fp8' is none of auto, fp32, bf16, fp16"),
         ({"pretrain": {"mask": {"strategy": "last"}}}, "mask.strategy: 'last' is none of single,"),
@@ -120,7 +120,9 @@ finetune.label_smoothing=1 model.heads=0 model.d_model=0 model.dropout=1 model.i
 model.embedding_dropout=-.1 model.max_tokens=15 model.encoder_layers=0 micro_batch_tokens=100
 workers=-1 keep_checkpoints=0 checkpoint_every=0 log_every=0 validation.users=-1 validation.beam=0
 validation.every_epochs=0 validation.patience=-1 optimizer.ema_decay=1 optimizer.eps=0
-optimizer.betas=[1,0.9] optimizer.weight_decay=-1 optimizer.max_grad_norm=-1
+model.d_model=1000000000 model.ffn=1000000000000
+model.encoder_layers=1000000 model.decoder_layers=1000000 model.heads=1000000000
+model.id_dim=1000000000 model.max_tokens=1000000000 optimizer.betas=[1,0.9] optimizer.weight_decay=-1 optimizer.max_grad_norm=-1
 """
 
 

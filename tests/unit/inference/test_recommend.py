@@ -181,6 +181,12 @@ def test_read_requests_names_a_bad_one_by_file_and_line(tmp_path: Path, line: st
         (Request([]), 20, "is not a list of requests"),
         (["abc"], 20, "'abc' is not a list of ids: write ids as a list of strings"),
         ([7], 20, "7 is not a list of ids"),
+        ([{"history": ["a"]}], 20, "{'history': ['a']} is not a history: write a list of item ids"),
+        ([Request({"a": 1})], 20, "{'a': 1} is not a history"),  # type: ignore[arg-type]
+        ([{"a", "b"}], 20, " is not a history: write a list of item ids, oldest first"),
+        ([{f"item {n}": n for n in range(10**5)}], 20, "...} is not a history"),
+        ({"a": ["b"]}, 20, "{'a': ['b']} is not a list of requests"),
+        ([Request([], None, {"a": 1})], 20, "{'a': 1} is not a list of ids"),  # type: ignore[arg-type]
         ([[7]], 20, "7 is not an id: write ids as strings"),
         ([[None]], 20, "None is not an id"),
         ([Request([], 7)], 20, "7 is not a user's id"),  # type: ignore[arg-type]

@@ -95,6 +95,21 @@ def test_tune_mixture_chooses_in_one_pass_what_evaluation_finds_best(
     assert metrics["protocol"]["graph"] == (graph if weights[1] else None)
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("epsiln=0.5", "knn: unknown key epsiln; did you mean `epsilon`?"),
+        ("width=3", "knn: unknown key width; known here: epsilon, window, forward"),
+    ],
+)
+def test_a_mistyped_setting_of_the_graph_is_answered_with_what_was_meant(
+    setting: str, message: str, tiny_run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["evaluate", str(tiny_run), "--decode", "hybrid", "--graph-set", setting]
+    assert run_command(words) == 1
+    assert message in capfd.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def repeating_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of users who take their own items again half of the time."""

@@ -3,12 +3,14 @@ hand."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import BartConfig, BartForConditionalGeneration, T5Config
 from transformers.modeling_outputs import BaseModelOutput
@@ -17,7 +19,7 @@ from transformers.utils import logging
 from genrec_dist.config.recipe import Model, Optimizer
 from genrec_dist.data.batch import IGNORED, ModelInputs
 from genrec_dist.data.encoder_input import EncoderInput
-from genrec_dist.model.build import ModelSizes, build_model
+from genrec_dist.model.build import ModelSizes, build_model, check_memory
 from genrec_dist.model.genrec import (
     GenRecConfig,
     GenRecForConditionalGeneration,
@@ -504,6 +506,81 @@ def test_a_backbone_that_cannot_be_loaded_is_named_with_two_ways_out(tmp_path, w
     message = refusal(backbone=str(path))
     assert message.startswith(f"model.backbone {path}: ")
     assert "give its directory, or set model.backbone to null" in message
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("config", "its config.json: encoder_layers is 1000000: it has to be a whole number from"),
+        ("missing", "tensor model.encoder.layers.1.fc1.weight is missing"),
+        ("nan", "tensor model.encoder.layers.1.fc1.weight holds numbers that are not finite"),
+        ("shape", "the shapes of its tensors are not those that its config.json says"),
+        ("pickle", "neither a directory with BART weights in safetensors nor reachable"),
+    ],
+)
+def test_a_backbone_with_weights_that_are_not_there_is_refused(tmp_path, damage, message):
+    BartForConditionalGeneration(bart_config()).save_pretrained(tmp_path)
+    file, name = tmp_path / "model.safetensors", "model.encoder.layers.1.fc1.weight"
+    weights = load_file(file)
+    if damage == "missing":
+        del weights[name]
+    elif damage == "nan":
+        weights[name][1, 2] = float("nan")
+    elif damage == "shape":
+        weights[name] = weights[name][1:].clone()
+    save_file(weights, file, metadata={"format": "pt"})
+    if damage == "config":
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "encoder_layers": 10**6}))
+    if damage == "pickle":
+        file.unlink()
+        torch.save(weights, tmp_path / "pytorch_model.bin")
+    assert refusal(backbone=str(tmp_path)).startswith(f"model.backbone {tmp_path}: {message}")
+
+
+def test_no_kernel_that_a_configuration_names_is_used(tmp_path, monkeypatch):
+    """With the package `kernels` installed transformers would fetch it from the hub."""
+    BartForConditionalGeneration(bart_config()).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    kernel = {"_attn_implementation": "kernels-community/flash-attn"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **kernel}))
+
+    def fetch(*_args, **_options):
+        pytest.fail("a kernel was asked for")
+
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", fetch)
+    assert make(backbone=str(tmp_path)).config._attn_implementation == "sdpa"
+
+
+def test_tokens_beyond_the_backbones_vocabulary_are_set_with_their_rows(backbone):
+    path, _ = backbone
+    special = {**SPECIAL, "mask": VOCAB + 1}
+    sizes = ModelSizes(
+        vocab_size=VOCAB + 2, num_users=USERS, num_items=ITEMS, num_masks=1, special=special
+    )
+    model = build_model(Model(**TINY, backbone=str(path)), sizes)
+    assert model.config.decoder_start_token_id == VOCAB + 1
+    assert model.generation_config.decoder_start_token_id == VOCAB + 1
+
+
+def test_a_model_beyond_the_machines_memory_is_refused_before_any_is_asked_for():
+    """1,000 layers of the largest width: the first of them alone would fill most machines."""
+    largest = {"d_model": 65_536, "encoder_layers": 1_000, "decoder_layers": 1_000}
+    message = refusal(**largest, heads=64, ffn=2**20)
+    assert re.fullmatch(r"the model has [\d,]{15,} parameters, .* lower model.d_model, .*", message)
+
+
+def test_the_memory_of_a_model_is_that_of_its_matrices():
+    """Of a model that just does not fit: 4 bytes of each parameter, biases and norms left out."""
+    model = make(id_dim=8)
+    exact = sum(p.numel() for p in model.parameters() if p.dim() == 2)
+    exact -= 2 * 2 * 16 + 2 * 8 + 2 * 8 * 16  # rows before the positions, zero rows, projections
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4}.get(name, exact))
+        check_memory(model.config)
+        patch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4}.get(name, exact - 1))
+        with pytest.raises(ValueError, match=f"has {exact:,} parameters, "):
+            check_memory(model.config)
 
 
 def test_hub_names_without_a_network_are_named_with_two_ways_out(tmp_path):
