@@ -7,21 +7,24 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from genrec_shards.atomic import atomic_file
+from accelerate import Accelerator
+from genrec_shards.atomic import atomic_file, sweep_killed_writers
+from genrec_shards.file_lock import LOCK_FILE, hold
 from genrec_shards.histories import exclude_history_default, sample_users
 
 from genrec_dist.baselines.registry import reference_scores
 from genrec_dist.config.load import dump_recipe
-from genrec_dist.config.paths import check_run_is_new
+from genrec_dist.config.paths import check_run_is_new, training_state
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.console import say
 from genrec_dist.data.fit_recipe import resolve_recipe
-from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.distributed.collectives import RankGone, Ranks
 from genrec_dist.distributed.signals import Stopped
 from genrec_dist.evaluation.results import Protocol
 from genrec_dist.inference.load import load_run
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.tune_mixture import tune_mixture
+from genrec_dist.report.event_log import write_status
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
 from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loop import EpochReport, Loop
@@ -55,9 +58,35 @@ def train(
     run = Path(recipe.run)
     recipe = resolve_recipe(recipe, run if resume else None)[0]
     accelerator = make_accelerator(recipe)
-    if resume is None:
-        check_run_is_new(run)
     ranks = Ranks()
+    with contextlib.ExitStack() as held, ranks.naming_the_gone():
+        claim = _claimed(run, is_new=resume is None)
+        ranks.run_on_all(lambda: held.enter_context(claim) if ranks.is_main else None)
+        _train(recipe, resume, accelerator, ranks, on_epoch, trace_steps)
+    return run
+
+
+@contextlib.contextmanager
+def _claimed(run: Path, is_new: bool) -> Iterator[None]:
+    """Hold the lock of a run directory, which killed writers have left nothing in."""
+    with hold(run / LOCK_FILE, "another process trains this run"):
+        if is_new:
+            check_run_is_new(run)
+        sweep_killed_writers(run, "best", "status.json", "recipe.yaml", "audit.json")
+        sweep_killed_writers(run / "checkpoints", "step-*")
+        yield
+
+
+def _train(
+    recipe: Recipe,
+    resume: str | None,
+    accelerator: Accelerator,
+    ranks: Ranks,
+    on_epoch: Callable[[EpochReport], None] | None,
+    trace_steps: int,
+) -> None:
+    """Train in a run directory that rank 0 holds."""
+    run = Path(recipe.run)
     setup, model = ranks.run_on_all(lambda: build_setup(recipe))
     model.config.exclude_history = exclude_history_default(setup.dataset.sequences)
     checkpoint = None
@@ -81,13 +110,12 @@ def train(
             with atomic_file(run / "audit.json") as temporary:
                 temporary.write_bytes(audit.read_bytes())
     with contextlib.closing(loop.log):
-        with _status_of(loop), loop.stop:
+        with _status_of(loop), loop.stop, ranks.naming_the_gone():
             loop.start(str(checkpoint.path) if checkpoint else None)
             loop.run(on_epoch, trace_steps)
         # The run is finished: what stops this does not make it a failed one.
         if recipe.trained_through == "n-2" and loop.progress.best_ndcg >= 0:
             _judge(loop)
-    return run
 
 
 def _judge(loop: Loop) -> None:
@@ -159,4 +187,15 @@ def _status_of(loop: Loop) -> Iterator[None]:
             loop.log.write("end", status=status, step=loop.progress.step, **ended)
         with contextlib.suppress(OSError):
             loop.write_status(status, **facts)
+        if isinstance(error, RankGone) and error.is_main:
+            _write_status_of_main(loop, status, **facts)
         raise
+
+
+def _write_status_of_main(loop: Loop, status: str, **facts: object) -> None:
+    """Write how the run ended in place of rank 0, which has gone without a word."""
+    run = loop.setup.run
+    # Its lock has gone with it. Where another process has taken that, the run is that one's.
+    with contextlib.suppress(OSError, ValueError), hold(run / LOCK_FILE, "taken", wait=1.0):
+        if training_state(run)["status"] == "running":
+            write_status(run, status, step=loop.progress.step, of=loop.end_step, **facts)
