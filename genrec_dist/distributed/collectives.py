@@ -23,7 +23,7 @@ _GONE = " has gone ("
 _LOST = ("gloo/transport", "remote process exited")
 """What gloo's and NCCL's errors say where a connection is lost."""
 _NO_ANSWER = "no answer"
-_ANSWERS_SECONDS = {"main": 3.0, "other": 7.0}
+_MAIN_SECONDS, _OTHER_SECONDS = 3.0, 7.0
 """How long rank 0 waits for the others, and they for it, to find out who has gone: one may compute
 on, or wait in a collective for a rank that has left it."""
 
@@ -148,14 +148,13 @@ class Ranks:
         whole is in a collective or on its way to an ordinary meeting, where it learns the same.
         """
         if self.is_main:
+            until = time.monotonic() + _MAIN_SECONDS
             # Room for the frame of any meeting: gloo takes a shorter message for a longer one.
             room = torch.empty(2**16, dtype=torch.uint8)
-            answered_by = time.monotonic() + _ANSWERS_SECONDS["main"]
-            failure = self._collect(room, None, share=False, until=answered_by)[1]
+            _, failure = self._collect(room, None, share=False, until=until)
             return failure if _GONE in failure else ""
-        answered_by = time.monotonic() + _ANSWERS_SECONDS["other"]
-        reason = _reason(error)
-        failure = self._report(torch.empty(0), ValueError(reason), share=False, until=answered_by)[1]
+        until, reason = time.monotonic() + _OTHER_SECONDS, _reason(error)
+        _, failure = self._report(torch.empty(0), ValueError(reason), share=False, until=until)
         return failure if _GONE in failure else _gone("another rank", reason)
 
     def _meet(self, mine: Tensor, error: Exception | None, share: bool) -> list[Tensor]:
@@ -196,7 +195,8 @@ class Ranks:
             if problem not in ("", _NO_ANSWER):
                 failures[rank] = _gone(f"rank {rank}", problem)
         # One that has gone before those that have lost their connection to it.
-        first = min(failures, key=lambda rank: (_GONE not in failures[rank], rank), default=_NO_RANK)
+        gone = [rank for rank in failures if _GONE in failures[rank]]
+        first = min(gone or failures, default=_NO_RANK)
         everyone = [frame[8:].view(mine.dtype).view(mine.shape) for frame in frames]
         answers = [_frame(first, torch.stack(everyone) if share else torch.empty(0))]
         if failures:

@@ -94,7 +94,7 @@ def _train(
         # Only one rank looks for the latest: a directory may appear on other nodes a moment later.
         found = ranks.run_on_all(lambda: find_checkpoint(run, resume) if ranks.is_main else None)
         if path := ranks.broadcast_str(str(found or "")):
-            checkpoint = Checkpoint(Path(path), setup.identity, ranks, recipe)
+            checkpoint = Checkpoint(Path(path), setup.identity, ranks, setup)
             checkpoint.fill_model(model)
         elif ranks.is_main:
             say(f"{run}: it ended before its first checkpoint, so it starts anew")
