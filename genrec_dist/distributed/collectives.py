@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from genrec_dist.distributed.signals import HAS_GONE, RankGone
+
 T = TypeVar("T")
 
 _TEXT_BYTES = 2000
 _NO_RANK = -1
 _TIMEOUT = timedelta(days=1)
-_GONE = " has gone ("
 _LOST = ("gloo/transport", "remote process exited")
 """What gloo's and NCCL's errors say where a connection is lost."""
 _NO_ANSWER = "no answer"
@@ -41,15 +42,6 @@ def leave() -> None:
     """Destroy the process group after all ranks have come to their end."""
     Ranks().barrier()
     dist.destroy_process_group()
-
-
-class RankGone(ValueError):
-    """Another rank is no longer there. The input is not to blame: another attempt may succeed."""
-
-    @property
-    def is_main(self) -> bool:
-        """Whether it is rank 0."""
-        return str(self).startswith(f"rank 0{_GONE}")
 
 
 class Ranks:
@@ -152,10 +144,10 @@ class Ranks:
             # Room for the frame of any meeting: gloo takes a shorter message for a longer one.
             room = torch.empty(2**16, dtype=torch.uint8)
             _, failure = self._collect(room, None, share=False, until=until)
-            return failure if _GONE in failure else ""
+            return failure if HAS_GONE in failure else ""
         until, reason = time.monotonic() + _OTHER_SECONDS, _reason(error)
         _, failure = self._report(torch.empty(0), ValueError(reason), share=False, until=until)
-        return failure if _GONE in failure else _gone("another rank", reason)
+        return failure if HAS_GONE in failure else _gone("another rank", reason)
 
     def _meet(self, mine: Tensor, error: Exception | None, share: bool) -> list[Tensor]:
         """The tensors of every rank, by rank; where they are not shared, on rank 0 alone.
@@ -171,7 +163,7 @@ class Ranks:
         if error is not None:
             raise error
         if failure:
-            raise (RankGone if _GONE in failure.split(": ")[0] else ValueError)(failure)
+            raise (RankGone if HAS_GONE in failure.split(": ")[0] else ValueError)(failure)
         return everyone
 
     def _collect(
@@ -195,7 +187,7 @@ class Ranks:
             if problem not in ("", _NO_ANSWER):
                 failures[rank] = _gone(f"rank {rank}", problem)
         # One that has gone before those that have lost their connection to it.
-        gone = [rank for rank in failures if _GONE in failures[rank]]
+        gone = [rank for rank in failures if HAS_GONE in failures[rank]]
         first = min(gone or failures, default=_NO_RANK)
         everyone = [frame[8:].view(mine.dtype).view(mine.shape) for frame in frames]
         answers = [_frame(first, torch.stack(everyone) if share else torch.empty(0))]
@@ -265,7 +257,7 @@ def _reason(error: RuntimeError) -> str:
 
 
 def _gone(who: str, reason: str) -> str:
-    return f"{who}{_GONE}{reason}): its own message says why, unless it was killed"
+    return f"{who}{HAS_GONE}{reason}): its own message says why, unless it was killed"
 
 
 def _frame(mark: int, content: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from genrec_dist.config.paths import check_run_is_new, training_state
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.console import say
 from genrec_dist.data.fit_recipe import resolve_recipe
-from genrec_dist.distributed.collectives import RankGone, Ranks
-from genrec_dist.distributed.signals import Stopped
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.distributed.signals import RankGone, Stopped, speaking_last
 from genrec_dist.evaluation.results import Protocol
 from genrec_dist.inference.load import load_run
 from genrec_dist.inference.rank_users import Decoding
@@ -59,7 +59,7 @@ def train(
     recipe = resolve_recipe(recipe, run if resume else None)[0]
     accelerator = make_accelerator(recipe)
     ranks = Ranks()
-    with contextlib.ExitStack() as held, ranks.naming_the_gone():
+    with contextlib.ExitStack() as held, speaking_last(), ranks.naming_the_gone():
         claim = _claimed(run, is_new=resume is None)
         ranks.run_on_all(lambda: held.enter_context(claim) if ranks.is_main else None)
         _train(recipe, resume, accelerator, ranks, on_epoch, trace_steps)
@@ -110,7 +110,8 @@ def _train(
             with atomic_file(run / "audit.json") as temporary:
                 temporary.write_bytes(audit.read_bytes())
     with contextlib.closing(loop.log):
-        with _status_of(loop), loop.stop, ranks.naming_the_gone():
+        # A launcher signals the others when a rank is gone: not amid the writing of the status.
+        with loop.stop, _status_of(loop), ranks.naming_the_gone():
             loop.start(str(checkpoint.path) if checkpoint else None)
             loop.run(on_epoch, trace_steps)
         # The run is finished: what stops this does not make it a failed one.
@@ -177,6 +178,7 @@ def _status_of(loop: Loop) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        loop.stop.on_first = None  # no further step is taken, whatever signal comes
         status, ended = "failed", dict[str, object](error=str(error))
         facts = {"reason": f"{type(error).__name__}: {error}"}
         if isinstance(error, Stopped):

@@ -12,7 +12,7 @@ import pytest
 from genrec_shards.file_lock import LOCK_FILE, hold
 from places import HELPERS
 from run_events import events
-from two_ranks import deepspeed_environment, environment, start_each
+from two_ranks import deepspeed_environment, environment, run_ranks, start_each
 
 pytestmark = pytest.mark.dist
 
@@ -46,7 +46,6 @@ def lost(
     ("who", "stage"),
     [
         (0, None),
-        pytest.param(1, None, marks=pytest.mark.ranks),
         pytest.param(1, 2, marks=pytest.mark.ranks),
         pytest.param(0, 3, marks=pytest.mark.ranks),
         pytest.param(1, 3, marks=pytest.mark.ranks),
@@ -62,6 +61,17 @@ def test_the_survivor_names_the_rank_in_one_line_and_leaves_a_status(
     assert status["reason"] == line.replace("genrec: ", "RankGone: ")
     ended = [event["status"] for event in events(tiny_recipe.parent / "run", "end")]
     assert ended == (["failed"] if who else [])  # rank 0 writes the log
+
+
+@pytest.mark.ranks
+def test_the_line_comes_though_the_launcher_signals_the_survivor(tiny_recipe: Path) -> None:
+    folder = tiny_recipe.parent
+    arguments = [HELPERS / "dying_rank.py", "1", "3", folder / "died", tiny_recipe]
+    done = run_ranks(arguments, folder / "logs")
+    assert done.stderr[0].rstrip().splitlines()[-1].startswith("genrec: rank 1 has gone (")
+    assert "Traceback" not in done.stderr[0]
+    status = json.loads((folder / "run" / "status.json").read_text())
+    assert (status["status"], status["step"]) == ("failed", 3)
 
 
 @pytest.mark.ranks
