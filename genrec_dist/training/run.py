@@ -51,7 +51,8 @@ def train(
         The run directory.
 
     Raises:
-        ValueError: for input that does not fit.
+        ValueError: for input that does not fit, and where another process trains this run.
+        RankGone: naming a rank that was lost.
         NotFinite: naming the step whose loss or gradient is not finite.
         Stopped: after a signal, once the checkpoint is written.
     """
@@ -68,7 +69,8 @@ def train(
 
 @contextlib.contextmanager
 def _claimed(run: Path, is_new: bool) -> Iterator[None]:
-    """Hold the lock of a run directory, which killed writers have left nothing in."""
+    """Hold the lock of a run directory, and remove what killed writers left in it. Raises ValueError
+    where another process holds it, or a new run would go over another one."""
     with hold(run / LOCK_FILE, "another process trains this run"):
         if is_new:
             check_run_is_new(run)
