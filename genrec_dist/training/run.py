@@ -69,8 +69,11 @@ def train(
 
 @contextlib.contextmanager
 def _claimed(run: Path, is_new: bool) -> Iterator[None]:
-    """Hold the lock of a run directory, and remove what killed writers left in it. Raises ValueError
-    where another process holds it, or a new run would go over another one."""
+    """Hold the lock of a run directory, and remove what killed writers left in it.
+
+    Raises:
+        ValueError: another process holds it, or there is a run where a new one is to begin.
+    """
     with hold(run / LOCK_FILE, "another process trains this run"):
         if is_new:
             check_run_is_new(run)
