@@ -3,6 +3,7 @@ finished is used again."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -15,8 +16,9 @@ from typing import Any
 
 import torch
 import yaml
-from genrec_shards.atomic import atomic_file
+from genrec_shards.atomic import atomic_file, sweep_killed_writers
 from genrec_shards.dataset import Dataset
+from genrec_shards.file_lock import LOCK_FILE, hold
 from genrec_shards.histories import check_trained_through
 from genrec_shards.splits import Split, TrainedThrough
 from safetensors import SafetensorError, safe_open
@@ -89,13 +91,25 @@ def open_or_train(
 
     Raises:
         ValueError: For settings that do not fit, for weights of other data, settings or
-            `trained_through` than requested, and where training has seen the split's targets.
+            `trained_through` than requested, where training has seen the split's targets, and
+            where another process trains this run.
     """
     dataset, trained_through = training.dataset, training.trained_through
     check_trained_through(training.split, trained_through)
     path = Path(run)
-    if (path / WEIGHTS).is_file():
-        return load(path, dataset, trained_through, overrides)
+    with contextlib.ExitStack() as held:
+        if not (path / WEIGHTS).is_file():
+            held.enter_context(hold(path / LOCK_FILE, "another process trains this run"))
+        # Looked at again: another process may have finished it before the lock was free.
+        if (path / WEIGHTS).is_file():
+            return load(path, dataset, trained_through, overrides)
+        sweep_killed_writers(path, WEIGHTS, VECTORS, SETTINGS, EVENTS, PROGRESS)
+        return _train_anew(path, training, overrides)
+
+
+def _train_anew(run: Path, training: Training, overrides: list[str] | None) -> SasrecRun:
+    """Train in a run directory that this process holds; from the last epoch that is there."""
+    trained_through = training.trained_through
     has_epochs = any(override.startswith("epochs=") for override in overrides or [])
     if trained_through == "n-1" and not has_epochs:
         raise ValueError(
@@ -106,19 +120,18 @@ def open_or_train(
     origin = {  # what the training is of; metadata of all its files
         "format_version": FORMAT_VERSION,
         "system": "sasrec",
-        "sequences_hash": dataset.info.sequences_hash,
+        "sequences_hash": training.dataset.info.sequences_hash,
         "trained_through": trained_through,
         "exclude_history": json.dumps(training.exclude_history),
         "settings": json.dumps(dataclasses.asdict(settings)),
     }
-    progress = _read_progress(path / PROGRESS, origin) if (path / PROGRESS).is_file() else None
-    path.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path / SETTINGS) as temporary:
+    progress = _read_progress(run / PROGRESS, origin) if (run / PROGRESS).is_file() else None
+    with atomic_file(run / SETTINGS) as temporary:
         text = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
         temporary.write_text(text, encoding="utf-8")
-    trained = _train(path, training, settings, origin, progress)
-    _save(path, origin, trained)
-    (path / PROGRESS).unlink(missing_ok=True)
+    trained = _train(run, training, settings, origin, progress)
+    _save(run, origin, trained)
+    (run / PROGRESS).unlink(missing_ok=True)
     return SasrecRun(trained.model, settings, trained.best.epoch)
 
 

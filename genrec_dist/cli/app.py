@@ -110,10 +110,13 @@ def train(
     resolved = load_recipe(recipe, [*(overrides or []), *_paths(overrides, data=data, run=run)])
     if init_from is not None:
         resolved = dataclasses.replace(resolved, init_from=str(init_from))
+    from genrec_shards.file_lock import LOCK_FILE
+
     from genrec_dist.config.paths import check_paths, check_run_is_new
 
     check_paths(resolved)
-    if resume is None and not dry_run:
+    # A run that another process trains is not to be continued: its lock tells who that is.
+    if resume is None and not dry_run and not (Path(resolved.run) / LOCK_FILE).exists():
         check_run_is_new(Path(resolved.run))
     with working():
         from genrec_dist.data.fit_recipe import as_text, resolve_recipe

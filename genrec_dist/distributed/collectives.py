@@ -3,7 +3,10 @@ device waits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -11,12 +14,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from genrec_dist.distributed.signals import HAS_GONE, RankGone
+
 T = TypeVar("T")
 
 _TEXT_BYTES = 2000
 _NO_RANK = -1
 _TIMEOUT = timedelta(days=1)
-_GONE = " has gone ("
+_LOST = ("gloo/transport", "remote process exited")
+"""What gloo's and NCCL's errors say where a connection is lost."""
+_NO_ANSWER = "no answer"
+_MAIN_SECONDS, _OTHER_SECONDS = 3.0, 7.0
+"""How long rank 0 waits for the others, and they for it, to find out who has gone: one may compute
+on, or wait in a collective for a rank that has left it."""
 
 
 def join() -> None:
@@ -32,10 +42,6 @@ def leave() -> None:
     """Destroy the process group after all ranks have come to their end."""
     Ranks().barrier()
     dist.destroy_process_group()
-
-
-class RankGone(ValueError):
-    """Another rank is no longer there. The input is not to blame: another attempt may succeed."""
 
 
 class Ranks:
@@ -109,6 +115,40 @@ class Ranks:
         """
         self._meet(torch.empty(0), error, share=False)
 
+    @contextlib.contextmanager
+    def naming_the_gone(self) -> Iterator[None]:
+        """Context in which a collective of a library (DDP's or DeepSpeed's gradients) that a lost
+        connection ends raises what a meeting raises: its own error names no rank.
+
+        Raises:
+            RankGone: naming the rank, or "another rank" where rank 0 does not answer.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not any(words in str(error) for words in _LOST):
+                raise
+            failure = self._who_has_gone(error)
+            if not failure:
+                raise
+            raise RankGone(failure) from None
+
+    def _who_has_gone(self, error: RuntimeError) -> str:
+        """A sentence about the rank whose connection is lost; "" if all ranks are there.
+
+        It is a meeting of the ranks that have lost a connection; a rank whose own connections are
+        whole is in a collective or on its way to an ordinary meeting, where it learns the same.
+        """
+        if self.is_main:
+            until = time.monotonic() + _MAIN_SECONDS
+            # Room for the frame of any meeting: gloo takes a shorter message for a longer one.
+            room = torch.empty(2**16, dtype=torch.uint8)
+            _, failure = self._collect(room, None, share=False, until=until)
+            return failure if HAS_GONE in failure else ""
+        until, reason = time.monotonic() + _OTHER_SECONDS, _reason(error)
+        _, failure = self._report(torch.empty(0), ValueError(reason), share=False, until=until)
+        return failure if HAS_GONE in failure else _gone("another rank", reason)
+
     def _meet(self, mine: Tensor, error: Exception | None, share: bool) -> list[Tensor]:
         """The tensors of every rank, by rank; where they are not shared, on rank 0 alone.
 
@@ -123,13 +163,14 @@ class Ranks:
         if error is not None:
             raise error
         if failure:
-            raise (RankGone if _GONE in failure.split(": ")[0] else ValueError)(failure)
+            raise (RankGone if HAS_GONE in failure.split(": ")[0] else ValueError)(failure)
         return everyone
 
     def _collect(
-        self, mine: Tensor, error: Exception | None, share: bool
+        self, mine: Tensor, error: Exception | None, share: bool, until: float | None = None
     ) -> tuple[list[Tensor], str]:
-        """Rank 0's part of a meeting: all tensors, and the first failed rank's error or ""."""
+        """Rank 0's part of a meeting: all tensors, and the first failed rank's error or "". A rank
+        that has not answered at the time `until` counts as one that has nothing to say."""
         others = range(1, self.size)
         frames = [
             _frame(_NO_RANK, mine if rank == 0 else torch.empty_like(mine))
@@ -138,27 +179,30 @@ class Ranks:
         failures = {} if error is None else {0: f"rank 0: {error}"}
         receiving = [self._start(dist.irecv, frames[rank], rank) for rank in others]
         for rank, transfer in zip(others, receiving, strict=True):
-            problem = _wait(transfer)
+            problem = _wait(transfer, until)
             if not problem and _mark(frames[rank]) != _NO_RANK:
                 text = _bytes("")
-                problem = _wait(self._start(dist.irecv, text, rank))
+                problem = _wait(self._start(dist.irecv, text, rank), until)
                 failures[rank] = f"rank {rank}: {_text(text)}"
-            if problem:
-                failures[rank] = _gone(rank, problem)
-        first = min(failures, default=_NO_RANK)
+            if problem not in ("", _NO_ANSWER):
+                failures[rank] = _gone(f"rank {rank}", problem)
+        # One that has gone before those that have lost their connection to it.
+        gone = [rank for rank in failures if HAS_GONE in failures[rank]]
+        first = min(gone or failures, default=_NO_RANK)
         everyone = [frame[8:].view(mine.dtype).view(mine.shape) for frame in frames]
         answers = [_frame(first, torch.stack(everyone) if share else torch.empty(0))]
         if failures:
             answers.append(_bytes(failures[first]))
         sending = [self._start(dist.isend, data, rank) for rank in others for data in answers]
         for transfer in sending:
-            _wait(transfer)  # a rank that has gone since is named at the next meeting
+            _wait(transfer, until)  # a rank that has gone since is named at the next meeting
         return everyone, failures.get(first, "")
 
     def _report(
-        self, mine: Tensor, error: Exception | None, share: bool
+        self, mine: Tensor, error: Exception | None, share: bool, until: float | None = None
     ) -> tuple[list[Tensor], str]:
-        """Another rank's part of a meeting: send to rank 0, and receive its answer."""
+        """Another rank's part of a meeting: send to rank 0, and receive its answer, at the latest
+        at the time `until`."""
         sent = [_frame(_NO_RANK if error is None else self.rank, mine)]
         if error is not None:
             sent.append(_bytes(str(error)))
@@ -167,12 +211,14 @@ class Ranks:
         # Posted before sending: gloo sends at once to a rank that is already waiting, and otherwise
         # asks first, which would take two more hops.
         receiving = self._start(dist.irecv, answer, 0)
-        problems = [_wait(self._start(dist.isend, data, 0)) for data in sent]
-        problem = next(filter(None, problems), "") or _wait(receiving)
+        problems = [_wait(self._start(dist.isend, data, 0), until) for data in sent]
+        problem = next(filter(None, problems), "") or _wait(receiving, until)
         if not problem and _mark(answer) != _NO_RANK:
-            problem = _wait(self._start(dist.irecv, failure, 0))
+            problem = _wait(self._start(dist.irecv, failure, 0), until)
         everyone = list(answer[8:].view(shared.dtype).view(shared.shape))
-        return everyone, _gone(0, problem) if problem else _text(failure)
+        if problem:
+            return everyone, "" if problem == _NO_ANSWER else _gone("rank 0", problem)
+        return everyone, _text(failure)
 
     def _start(self, transfer: Callable[..., Any], data: Tensor, rank: int) -> Any:
         """A transfer under way, or the error of one that cannot begin."""
@@ -182,20 +228,36 @@ class Ranks:
             return error
 
 
-def _wait(transfer: Any) -> str:
-    """Wait for a transfer; why it did not take place, or ""."""
+def _wait(transfer: Any, until: float | None = None) -> str:
+    """Wait for a transfer; why it did not take place, or "".
+
+    Args:
+        transfer: of `Ranks._start`.
+        until: time of `time.monotonic` at which it is given up.
+    """
+    if until is not None:
+        # In a thread, since a time limit of gloo's own would close the connections to all ranks.
+        found: list[str] = []
+        waiting = threading.Thread(target=lambda: found.append(_wait(transfer)), daemon=True)
+        waiting.start()
+        waiting.join(max(0.1, until - time.monotonic()))
+        return found[0] if found else _NO_ANSWER
     try:
         if isinstance(transfer, RuntimeError):
             raise transfer
         transfer.wait()
     except RuntimeError as error:
-        # Without gloo's source file before the reason and its advice after it.
-        return str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+        return _reason(error)
     return ""
 
 
-def _gone(rank: int, reason: str) -> str:
-    return f"rank {rank}{_GONE}{reason}): its own message says why, unless it was killed"
+def _reason(error: RuntimeError) -> str:
+    """A library's message without gloo's source file before the reason and its advice after it."""
+    return str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+
+
+def _gone(who: str, reason: str) -> str:
+    return f"{who}{HAS_GONE}{reason}): its own message says why, unless it was killed"
 
 
 def _frame(mark: int, content: Tensor) -> Tensor:

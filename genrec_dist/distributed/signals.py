@@ -57,6 +57,31 @@ class NotFinite(ValueError):
     """The loss became NaN or infinite."""
 
 
+HAS_GONE = " has gone ("
+"""In the message of `RankGone`, between the rank and the reason."""
+
+
+class RankGone(ValueError):
+    """Another rank is no longer there. The input is not to blame: another attempt may succeed."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether it is rank 0."""
+        return str(self).startswith(f"rank 0{HAS_GONE}")
+
+
+@contextlib.contextmanager
+def speaking_last() -> Iterator[None]:
+    """Context after which a rank that has lost another one takes no SIGTERM: the launcher sends it
+    to all ranks when one is gone, and this one still has to say which."""
+    try:
+        yield
+    except RankGone:
+        with contextlib.suppress(ValueError):  # not in the main thread
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+
+
 class StopRequest:
     """Context that records the first of SIGTERM, SIGINT and SIGHUP in `number`, so that the run can
     save first; a SIGINT after it ends the run at once."""
@@ -87,8 +112,9 @@ class StopRequest:
         threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, _: object, error: object, __: object) -> None:
+        # With a rank gone, signals are still noted on the way to `speaking_last`.
+        for number, handler in self._before.items() if not isinstance(error, RankGone) else ():
             signal.signal(number, handler)
         if self._pipe is not None:
             signal.set_wakeup_fd(self._wakeup_before)

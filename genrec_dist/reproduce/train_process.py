@@ -7,7 +7,6 @@ import contextlib
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -16,10 +15,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from genrec_shards.atomic import atomic_file
-from genrec_shards.file_lock import hold
+import yaml
 
-from genrec_dist.config.load import dump_recipe, load_recipe
+from genrec_dist.config.load import dump_recipe, recipe_from
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.console import exit_code_of
 from genrec_dist.distributed.deadline import Deadline
@@ -113,13 +111,9 @@ def _train_in_child(
         from genrec_dist.report.run_report import write_report
         from genrec_dist.training.run import train
 
-        with hold(run.parent / f".{run.name}.lock", "another process still trains this run"):
-            resume = "latest" if has_checkpoint(run) else None
-            if not resume:  # whatever an attempt left before its first checkpoint
-                shutil.rmtree(run, ignore_errors=True)
-            with atomic_file(run / "recipe.yaml") as temporary:
-                temporary.write_text(recipe_text, encoding="utf-8")
-            write_report(train(load_recipe(run / "recipe.yaml"), resume, on_epoch=report))
+        resume = "latest" if (run / "events.jsonl").is_file() else None
+        recipe = recipe_from(yaml.safe_load(recipe_text), source=str(run))
+        write_report(train(recipe, resume, on_epoch=report))
 
     code = exit_code_of(work)
     sys.stdout.flush()

@@ -9,7 +9,6 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, get_origin, get_type_hints
 
 import torch
 from genrec_shards.atomic import atomic_directory, system_errors
@@ -19,34 +18,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
-from genrec_dist.config.load import load_recipe
 from genrec_dist.config.model_manifest import write_model_manifest
-from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.word_table import VOCABULARY_FILE
 from genrec_dist.decoding.trie import TRIE_FILE, Trie, hash_of_words, save_trie
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.model.optimizer import AveragedWeights
+from genrec_dist.training.checkpoint_state import (
+    STATE_FILE,
+    Progress,
+    StateFile,
+    read_state,
+    step_of,
+    write_state,
+)
 from genrec_dist.training.engine import Engine, Segment
 from genrec_dist.training.id_tables import IdTables
-from genrec_dist.training.setup import FRESH, TrainingSetup, changed_keys
+from genrec_dist.training.setup import TrainingSetup
 
-FORMAT_VERSION = 2
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass
-class Progress:
-    """How far a run is. With weights, optimiser and average it is all that a resume needs: sample
-    order, masks and dropout are functions of the step."""
-
-    step: int = 0
-    """Next global step."""
-    best_step: int = -1
-    best_ndcg: float = -1.0
-    validations_without_gain: int = 0
-    stage_ended_early: int = -1
-    """Number of the stage that early stopping ended; -1 for none."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +50,6 @@ class State:
     identity: dict[str, str]
     """Hashes of sequences, numbering, recipe, vocabulary and origin, which a resumed run must
     have too."""
-
-
-class _File(TypedDict):
-    name: str
-    bytes: int
-    sha256: str
-
-
-class _Facts(TypedDict):
-    """`state.json`."""
-
-    format_version: int
-    progress: dict[str, Any]
-    identity: dict[str, str]
-    optimizer_step: int
-    files: list[_File]
 
 
 def save_checkpoint(run: Path, state: State, keep: int, ranks: Ranks) -> Path:
@@ -137,14 +111,14 @@ def _write_files(folder: Path, state: State, ranks: Ranks) -> str:
             save_file(tensors, path, metadata={"fragments": json.dumps(table)})
         written.append(path)
     entries = [
-        _File(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
+        StateFile(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
         for path in written
     ]
     return json.dumps(entries)
 
 
 def _write_facts(folder: Path, state: State, files_of_ranks: list[str]) -> None:
-    files: list[_File] = [file for entries in files_of_ranks for file in json.loads(entries)]
+    files: list[StateFile] = [file for entries in files_of_ranks for file in json.loads(entries)]
     for file in files:
         path = folder / file["name"]
         if not path.is_file() or path.stat().st_size != file["bytes"]:
@@ -153,28 +127,16 @@ def _write_facts(folder: Path, state: State, files_of_ranks: list[str]) -> None:
                 "nodes see it"
             )
     moments = state.engine.optimizer.state.get(state.engine.masters[0], {})
-    facts = _Facts(
-        format_version=FORMAT_VERSION,
-        progress=dataclasses.asdict(state.progress),
-        identity=state.identity,
-        optimizer_step=int(moments["step"]) if "step" in moments else 0,
-        files=files,
-    )
-    (folder / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    optimizer_step = int(moments["step"]) if "step" in moments else 0
+    write_state(folder, state.progress, state.identity, optimizer_step, files)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Complete checkpoints, oldest first; directories under temporary or other names are not among
     them."""
-    found = [path.parent for path in (run / "checkpoints").glob("step-*/state.json")]
-    found = [path for path in found if _step_of(path) is not None]
-    return sorted(found, key=lambda path: _step_of(path) or 0)
-
-
-def _step_of(path: Path) -> int | None:
-    """The step in a checkpoint's name; None for another name."""
-    digits = path.name.removeprefix("step-")
-    return int(digits) if digits.isascii() and digits.isdigit() else None
+    found = [path.parent for path in (run / "checkpoints").glob(f"step-*/{STATE_FILE}")]
+    found = [path for path in found if step_of(path) is not None]
+    return sorted(found, key=lambda path: step_of(path) or 0)
 
 
 def find_checkpoint(run: Path, resume: str) -> Path | None:
@@ -189,13 +151,13 @@ def find_checkpoint(run: Path, resume: str) -> Path | None:
     """
     if resume != "latest":
         path = Path(resume)
-        if not (path / "state.json").is_file():
+        if not (path / STATE_FILE).is_file():
             raise ValueError(
                 f"--resume {resume}: not a checkpoint directory (it has no state.json)"
             )
         return path
     for path in sorted((run / "checkpoints").glob("[!.]*")):
-        if _step_of(path) is None:
+        if step_of(path) is None:
             raise ValueError(
                 f"{path}: not a checkpoint's name (step-NUMBER), so the latest one is not known: "
                 "move it elsewhere, or give --resume a directory"
@@ -212,7 +174,11 @@ class Checkpoint:
     """A checkpoint that all ranks have found undamaged, open for reading."""
 
     def __init__(
-        self, path: Path, identity: dict[str, str], ranks: Ranks, recipe: Recipe | None = None
+        self,
+        path: Path,
+        identity: dict[str, str],
+        ranks: Ranks,
+        setup: TrainingSetup | None = None,
     ):
         """Collective; the ranks share the reading that the check takes.
 
@@ -220,13 +186,13 @@ class Checkpoint:
             path: the checkpoint's directory.
             identity: what it has to have, as in `State.identity`; other keys are not compared.
             ranks: of the run.
-            recipe: of the run, to name the keys that differ.
+            setup: of the run, to name the keys that differ, and how many steps it has.
 
         Raises:
             ValueError: on all ranks, if it is damaged or belongs to other data or another recipe.
         """
         self.path = path
-        self.facts = ranks.run_on_all(lambda: _read_facts(path, identity, recipe))
+        self.facts = ranks.run_on_all(lambda: read_state(path, identity, setup))
         ranks.run_on_all(lambda: self._check_files(self.facts["files"][ranks.rank :: ranks.size]))
         self.stored: dict[str, list[tuple[str, Segment]]] = ranks.run_on_all(self._index)
         """The segments of each parameter, and the files they are in."""
@@ -236,7 +202,7 @@ class Checkpoint:
         """Of the run when it wrote this."""
         return Progress(**self.facts["progress"])
 
-    def _check_files(self, files: list[_File]) -> None:
+    def _check_files(self, files: list[StateFile]) -> None:
         for file in files:
             path = self.path / file["name"]
             is_whole = path.is_file() and path.stat().st_size == file["bytes"]
@@ -327,68 +293,6 @@ class Checkpoint:
                 stored = self.read(kind, segment.name, segment.start, segment.numel)
                 segment.of(values).copy_(stored)
         return self.progress
-
-
-def _read_facts(path: Path, identity: dict[str, str], recipe: Recipe | None) -> _Facts:
-    file = path / "state.json"
-    try:
-        facts: _Facts = json.loads(file.read_text(encoding="utf-8"))
-        version = facts.get("format_version")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file}: damaged ({error}); resume from an older checkpoint") from None
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path}: format {version}, this version reads {FORMAT_VERSION}: start without --resume"
-        )
-    problem = _problem(facts, _Facts) or _problem(facts["progress"], Progress, "progress.")
-    for number, entry in enumerate([] if problem else facts["files"]):
-        problem = problem or _problem(entry, _File, f"files[{number}].")
-    if problem:
-        raise ValueError(f"{file}: damaged ({problem}); resume from an older checkpoint")
-    # Checkpoints of the first versions have no origin.
-    found = {"origin": FRESH, **facts["identity"]}
-    for key, value in identity.items():
-        if found.get(key) == value:
-            continue
-        changes = [] if recipe is None or key != "recipe" else _changes(path, recipe)
-        if changes:
-            raise ValueError(
-                f"{path}: trained with another recipe: {'; '.join(changes)}: set them back, or set "
-                "another run directory"
-            )
-        raise ValueError(
-            f"{path}: its {key} is not this run's: it was trained on other data or with another "
-            "recipe: go on with those, or set another run directory"
-        )
-    return facts
-
-
-def _problem(value: Any, kind: type, name: str = "") -> str:
-    """Which field of a JSON object a class lacks, does not know, or has as another type; "" where
-    all fit."""
-    if not isinstance(value, dict):
-        return f"{name.rstrip('.')} is {value!r}"
-    hints = get_type_hints(kind)
-    for key in (*hints, *value):
-        if key not in value:
-            return f"{name}{key} is missing"
-        if key not in hints:
-            return f"{name}{key} is unknown"
-        expected = get_origin(hints[key]) or hints[key]
-        accepted = (int, float) if expected is float else expected
-        if not isinstance(value[key], accepted) or isinstance(value[key], bool):
-            return f"{name}{key} is {value[key]!r}"
-    return ""
-
-
-def _changes(path: Path, recipe: Recipe) -> list[str]:
-    """The keys in which the recipe beside a checkpoint's run differs from this one; none where that
-    cannot be told."""
-    try:
-        before = load_recipe(path.parent.parent / "recipe.yaml")
-    except (OSError, ValueError):
-        return []
-    return changed_keys(before, recipe)
 
 
 def save_best(

@@ -34,14 +34,10 @@ from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.validation import history_loss, target_histogram
 from genrec_dist.model.genrec import GenRecForConditionalGeneration, choose_packing
 from genrec_dist.model.optimizer import AveragedWeights, peak_share
-from genrec_dist.training.checkpoint import (
-    Progress,
-    State,
-    save_best,
-    save_checkpoint,
-)
+from genrec_dist.report.event_log import EventLog, write_status
+from genrec_dist.training.checkpoint import State, save_best, save_checkpoint
+from genrec_dist.training.checkpoint_state import Progress
 from genrec_dist.training.engine import make_engine
-from genrec_dist.training.event_log import EventLog, write_status
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches, ahead
 from genrec_dist.training.profiling import Meter, Trace

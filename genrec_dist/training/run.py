@@ -7,21 +7,24 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from genrec_shards.atomic import atomic_file
+from accelerate import Accelerator
+from genrec_shards.atomic import atomic_file, sweep_killed_writers
+from genrec_shards.file_lock import LOCK_FILE, hold
 from genrec_shards.histories import exclude_history_default, sample_users
 
 from genrec_dist.baselines.registry import reference_scores
 from genrec_dist.config.load import dump_recipe
-from genrec_dist.config.paths import check_run_is_new
+from genrec_dist.config.paths import check_run_is_new, training_state
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.console import say
 from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.distributed.signals import Stopped
+from genrec_dist.distributed.signals import RankGone, Stopped, speaking_last
 from genrec_dist.evaluation.results import Protocol
 from genrec_dist.inference.load import load_run
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.tune_mixture import tune_mixture
+from genrec_dist.report.event_log import write_status
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
 from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loop import EpochReport, Loop
@@ -48,16 +51,47 @@ def train(
         The run directory.
 
     Raises:
-        ValueError: for input that does not fit.
+        ValueError: for input that does not fit, and where another process trains this run.
+        RankGone: naming a rank that was lost.
         NotFinite: naming the step whose loss or gradient is not finite.
         Stopped: after a signal, once the checkpoint is written.
     """
     run = Path(recipe.run)
     recipe = resolve_recipe(recipe, run if resume else None)[0]
     accelerator = make_accelerator(recipe)
-    if resume is None:
-        check_run_is_new(run)
     ranks = Ranks()
+    with contextlib.ExitStack() as held, speaking_last(), ranks.naming_the_gone():
+        claim = _claimed(run, is_new=resume is None)
+        ranks.run_on_all(lambda: held.enter_context(claim) if ranks.is_main else None)
+        _train(recipe, resume, accelerator, ranks, on_epoch, trace_steps)
+    return run
+
+
+@contextlib.contextmanager
+def _claimed(run: Path, is_new: bool) -> Iterator[None]:
+    """Hold the lock of a run directory, and remove what killed writers left in it.
+
+    Raises:
+        ValueError: another process holds it, or there is a run where a new one is to begin.
+    """
+    with hold(run / LOCK_FILE, "another process trains this run"):
+        if is_new:
+            check_run_is_new(run)
+        sweep_killed_writers(run, "best", "status.json", "recipe.yaml", "audit.json")
+        sweep_killed_writers(run / "checkpoints", "step-*")
+        yield
+
+
+def _train(
+    recipe: Recipe,
+    resume: str | None,
+    accelerator: Accelerator,
+    ranks: Ranks,
+    on_epoch: Callable[[EpochReport], None] | None,
+    trace_steps: int,
+) -> None:
+    """Train in a run directory that rank 0 holds."""
+    run = Path(recipe.run)
     setup, model = ranks.run_on_all(lambda: build_setup(recipe))
     model.config.exclude_history = exclude_history_default(setup.dataset.sequences)
     checkpoint = None
@@ -65,7 +99,7 @@ def train(
         # Only one rank looks for the latest: a directory may appear on other nodes a moment later.
         found = ranks.run_on_all(lambda: find_checkpoint(run, resume) if ranks.is_main else None)
         if path := ranks.broadcast_str(str(found or "")):
-            checkpoint = Checkpoint(Path(path), setup.identity, ranks, recipe)
+            checkpoint = Checkpoint(Path(path), setup.identity, ranks, setup)
             checkpoint.fill_model(model)
         elif ranks.is_main:
             say(f"{run}: it ended before its first checkpoint, so it starts anew")
@@ -81,13 +115,13 @@ def train(
             with atomic_file(run / "audit.json") as temporary:
                 temporary.write_bytes(audit.read_bytes())
     with contextlib.closing(loop.log):
-        with _status_of(loop), loop.stop:
+        # A launcher signals the others when a rank is gone: not amid the writing of the status.
+        with loop.stop, _status_of(loop), ranks.naming_the_gone():
             loop.start(str(checkpoint.path) if checkpoint else None)
             loop.run(on_epoch, trace_steps)
         # The run is finished: what stops this does not make it a failed one.
         if recipe.trained_through == "n-2" and loop.progress.best_ndcg >= 0:
             _judge(loop)
-    return run
 
 
 def _judge(loop: Loop) -> None:
@@ -149,6 +183,7 @@ def _status_of(loop: Loop) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        loop.stop.on_first = None  # no further step is taken, whatever signal comes
         status, ended = "failed", dict[str, object](error=str(error))
         facts = {"reason": f"{type(error).__name__}: {error}"}
         if isinstance(error, Stopped):
@@ -159,4 +194,15 @@ def _status_of(loop: Loop) -> Iterator[None]:
             loop.log.write("end", status=status, step=loop.progress.step, **ended)
         with contextlib.suppress(OSError):
             loop.write_status(status, **facts)
+        if isinstance(error, RankGone) and error.is_main:
+            _write_status_of_main(loop, status, **facts)
         raise
+
+
+def _write_status_of_main(loop: Loop, status: str, **facts: object) -> None:
+    """Write how the run ended in place of rank 0, which has gone without a word."""
+    run = loop.setup.run
+    # Its lock has gone with it. Where another process has taken that, the run is that one's.
+    with contextlib.suppress(OSError, ValueError), hold(run / LOCK_FILE, "taken", wait=1.0):
+        if training_state(run)["status"] == "running":
+            write_status(run, status, step=loop.progress.step, of=loop.end_step, **facts)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import fnmatch
 import functools
 import hashlib
 import os
@@ -168,6 +169,33 @@ def _remove_left_over(path: Path) -> None:
                 if time.time() - touched <= STALE_SECONDS:
                     continue
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep_killed_writers(folder: Path, *patterns: str) -> None:
+    """Remove what killed writers have left in a folder whose writer's lock the caller holds.
+
+    Args:
+        folder: need not be there.
+        patterns: final names, as of `fnmatch`, that nobody without the lock writes. A directory
+            that was put aside gets its name back where no other one has taken it.
+    """
+    # Newest first: of two that were put aside the later one is the one to keep.
+    found = sorted(folder.glob(".*"), key=lambda path: path.lstat().st_mtime, reverse=True)
+    for path in found:
+        name = _HIDDEN.fullmatch(path.name)
+        if name is None or not any(fnmatch.fnmatchcase(name["of"], each) for each in patterns):
+            continue
+        final = folder / name["of"]
+        if name["ending"] == "old" and not os.path.lexists(final):
+            os.rename(path, final)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+_HIDDEN = re.compile(r"\.(?P<of>.+)\.\d+\.([0-9a-f]{8}-)?[0-9a-f]{8}\.(?P<ending>tmp|old)")
+"""A name of `_temporary_sibling`."""
 
 
 @functools.cache

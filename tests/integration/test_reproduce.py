@@ -19,7 +19,7 @@ from typing import Any
 
 import forked
 import pytest
-from genrec_shards.file_lock import hold
+from genrec_shards.file_lock import LOCK_FILE, hold
 from genrec_shards.sequences import read_sequences
 from places import ROOT
 from tiny import TINY_RECIPE, tiny_log
@@ -338,6 +338,16 @@ def test_a_training_that_fails_says_why(
         "best/seed-0: the training ended with exit code 1: tokens.tokenizer /absent: neither"
         in (refused(capfd, arguments))
     )
+
+
+def test_a_run_that_another_process_trains_is_left_alone(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "leak-free" / "best" / "seed-0"
+    with hold(run / LOCK_FILE, "I"):
+        line = refused(capfd, leak_free(folder, tmp_path, ["best"]))
+        assert [path.name for path in run.iterdir()] == [LOCK_FILE]
+    assert f"exit code 1: {run}/.lock: another process trains this run (process " in line
 
 
 def test_the_sizes_of_the_papers_sets() -> None:

@@ -4,7 +4,6 @@ epoch by epoch."""
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +25,6 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.distributed.deadline import Deadline
 from genrec_dist.report.run_files import RunFiles, read_run_files
-from genrec_dist.training.checkpoint import list_checkpoints
 from genrec_dist.training.run import train
 from genrec_tuning.record import SWEEP_FILE, Epoch, Folder, Value
 from genrec_tuning.run_sync import pull, push
@@ -135,9 +133,7 @@ def run_job(job: Job, report: Callable[[dict[str, Any]], None]) -> None:
     lock_file = run.parent / f".{run.name}.lock"
     with hold(lock_file, "another process still trains this run", LOCK_SECONDS) as lock:
         pull(run, job.remote_run)
-        resume = "latest" if list_checkpoints(run) else None
-        if resume is None:  # remove what an attempt wrote before its first checkpoint
-            shutil.rmtree(run, ignore_errors=True)
+        resume = "latest" if (run / "events.jsonl").is_file() else None
         if job.resources["processes"] > 1:
             train_on_ranks(Resources(**job.resources), recipe, resume, lock, report_new)
         else:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from genrec_shards.dataset import Dataset
+from genrec_shards.file_lock import LOCK_FILE, hold
 from genrec_shards.histories import histories
 from genrec_shards.prepare import prepare
 from genrec_shards.sequences import Sequences, sequences_from_ids
@@ -673,3 +674,16 @@ def test_the_command_trains_scores_and_refuses_settings_of_popularity(
     command = ["baseline", "popularity", str(tiny_data), "--out", str(tmp_path / "other")]
     assert CliRunner().invoke(app, [*command, "--set", "d_model=8"]).exit_code == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_one_process_trains_a_run_and_a_finished_one_is_read_beside_it(
+    run: Path, dataset: Dataset, tmp_path: Path
+) -> None:
+    held = r"\.lock: another process trains this run \(process \d+ on .* since .*\): wait"
+    with hold(tmp_path / LOCK_FILE, "I"):
+        refused(held, dataset, tmp_path)
+    assert not list(tmp_path.iterdir())
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    with hold(run / LOCK_FILE, "I"):
+        open_or_train(run, Training(dataset, "validation", exclude_history=True))
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before

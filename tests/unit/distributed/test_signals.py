@@ -12,7 +12,14 @@ from collections.abc import Iterator
 import pytest
 
 from genrec_dist.console import command_to_continue, exit_code_of
-from genrec_dist.distributed.signals import STOPPING, StopRequest, Terminated, terminating
+from genrec_dist.distributed.signals import (
+    STOPPING,
+    RankGone,
+    StopRequest,
+    Terminated,
+    speaking_last,
+    terminating,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +104,29 @@ def test_the_command_that_continues_is_whole(
     arguments: list[str], remedy: str, command: str
 ) -> None:
     assert command_to_continue(arguments, remedy) == command
+
+
+def test_a_rank_that_lost_another_is_not_ended_before_it_has_said_so() -> None:
+    def end(*_: object) -> None:
+        raise AssertionError("the launcher has ended it")
+
+    stop = StopRequest()
+
+    def lose_rank_0() -> None:
+        try:
+            with stop:
+                raise RankGone("rank 0 has gone (Connection closed by peer): ...")
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # on the way out of the run
+
+    signal.signal(signal.SIGTERM, end)
+    with pytest.raises(RankGone) as caught, speaking_last():
+        lose_rank_0()
+    signal.raise_signal(signal.SIGTERM)  # while the line is printed
+    assert (stop.number, caught.value.is_main) == (signal.SIGTERM, True)
+    assert not RankGone("rank 10 has gone (Connection closed by peer): ...").is_main
+    # Of any other error's way out the handlers from before are in place.
+    signal.signal(signal.SIGTERM, end)
+    with pytest.raises(ValueError, match="x"), speaking_last(), StopRequest():
+        raise ValueError("x")
+    assert signal.getsignal(signal.SIGTERM) is end

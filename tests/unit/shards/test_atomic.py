@@ -13,7 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from genrec_shards.atomic import atomic_directory, atomic_file, system_errors
+from genrec_shards.atomic import (
+    atomic_directory,
+    atomic_file,
+    sweep_killed_writers,
+    system_errors,
+)
 from safetensors.numpy import save_file
 
 
@@ -294,3 +299,54 @@ def test_files_have_the_mode_that_open_gives(tmp_path, umask):
     for path in (tmp_path / "file", tmp_path / "folder" / "deep" / "file"):
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask
     assert (tmp_path / "folder" / "deep").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from genrec_shards import atomic
+kill = lambda *_: os.kill(os.getpid(), 9)
+if sys.argv[2] == "amid":
+    atomic._fsync = kill
+else:
+    real, atomic.os.rename = os.rename, lambda *pair: (real(*pair), kill())
+path = Path(sys.argv[1])
+if path.suffix:
+    with atomic.atomic_file(path) as temporary:
+        temporary.write_text("new")
+else:
+    with atomic.atomic_directory(path, overwrite=True) as temporary:
+        (temporary / "file").write_text("new")
+"""
+
+
+def test_what_killed_writers_left_is_swept_and_what_was_put_aside_comes_back(tmp_path):
+    run = tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    (run / "best" / "file").write_text("old")
+
+    def killed(name: str, when: str) -> None:
+        done = subprocess.run([sys.executable, "-c", KILLED, run / name, when])
+        assert done.returncode == -signal.SIGKILL
+
+    killed("status.json", "amid")
+    killed("best", "amid")
+    killed("metrics.json", "amid")
+    killed("best", "between")  # its two renames: best/ has only a hidden name
+    mine = [".notes.tmp", ".best.old", ".lock"]
+    for name in mine:
+        (run / name).write_text("")
+    hidden = {path.name for path in run.iterdir()} - set(mine)
+    assert sorted(name.split(".")[1] for name in hidden) == ["best", "best", "metrics", "status"]
+    sweep_killed_writers(run, "best", "status.json")
+    (other,) = {path.name for path in run.iterdir()} - {*mine, "best"}
+    assert other.startswith(".metrics.json.")  # not under the caller's lock
+    assert (run / "best" / "file").read_text() == "old"
+
+    killed("best", "between")
+    (aside,) = run.glob(".best.*.old")
+    shutil.copytree(aside, run / "best")  # a new best/ has the name: the old one can go
+    sweep_killed_writers(run, "best")
+    assert not list(run.glob(".best.*.*"))
+    assert (run / "best" / "file").read_text() == "old"
+    sweep_killed_writers(tmp_path / "none", "*")

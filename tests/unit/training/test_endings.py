@@ -24,8 +24,8 @@ from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.signals import NotFinite, Stopped
+from genrec_dist.report.event_log import EventLog, write_status
 from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints
-from genrec_dist.training.event_log import EventLog, write_status
 from genrec_dist.training.loop import EpochReport, Loop
 from genrec_dist.training.run import train
 
@@ -294,89 +294,3 @@ def test_a_model_without_user_ids_names_no_user_and_files_have_ordinary_modes(
     shutil.copy(Path(recipe.data) / "users.parquet", best / "users.parquet")
     assert run_command(command) == 0
     assert capfd.readouterr().out.splitlines()[-1] == answer
-
-
-# state.json
-
-
-@pytest.fixture(scope="module")
-def stopped(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a checkpoint. Copy it before writing into it."""
-    folder = tmp_path_factory.mktemp("stopped")
-    from tiny import TINY_RECIPE
-
-    path = folder / "recipe.yaml"
-    path.write_text(f"data: {tiny_data}\nrun: {folder / 'run'}\n{TINY_RECIPE}")
-    return train(load_recipe(path))
-
-
-def copied(stopped: Path, tmp_path: Path) -> tuple[Recipe, Path]:
-    run = tmp_path / "run"
-    shutil.copytree(stopped, run)
-    return replace(load_recipe(run / "recipe.yaml"), run=str(run)), list_checkpoints(run)[-1]
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (lambda facts: facts.pop("identity"), "identity is missing"),
-        (lambda facts: facts.pop("files"), "files is missing"),
-        (lambda facts: facts.pop("optimizer_step"), "optimizer_step is missing"),
-        (lambda facts: facts.update(progress=None), "progress is None"),
-        (lambda facts: facts.update(optimizer_step=True), "optimizer_step is True"),
-        (lambda facts: facts.update(other=1), "other is unknown"),
-        (lambda facts: facts["progress"].pop("step"), "progress.step is missing"),
-        (lambda facts: facts["progress"].update(step="5"), "progress.step is '5'"),
-        (lambda facts: facts["progress"].update(more=5), "progress.more is unknown"),
-        (lambda facts: facts["files"][0].pop("sha256"), "files[0].sha256 is missing"),
-        (lambda facts: facts["files"].append("x"), "files[1] is 'x'"),
-    ],
-)
-def test_a_field_of_a_state_that_is_missing_or_foreign_is_named(
-    stopped: Path, tmp_path: Path, change: object, problem: str
-) -> None:
-    recipe, path = copied(stopped, tmp_path)
-    facts = json.loads((path / "state.json").read_text())
-    change(facts)  # type: ignore[operator]
-    (path / "state.json").write_text(json.dumps(facts))
-    with pytest.raises(ValueError, match=r"state\.json: damaged") as caught:
-        train(recipe, resume="latest")
-    expected = f"{path}/state.json: damaged ({problem}); resume from an older checkpoint"
-    assert str(caught.value) == expected
-
-
-def test_a_state_of_nested_lists_is_damaged(stopped: Path, tmp_path: Path) -> None:
-    recipe, path = copied(stopped, tmp_path)
-    (path / "state.json").write_text("[" * 200_000)
-    with pytest.raises(ValueError, match=r"state\.json: damaged"):
-        train(recipe, resume="latest")
-
-
-def test_a_foreign_folder_among_checkpoints_is_named(stopped: Path, tmp_path: Path) -> None:
-    recipe, path = copied(stopped, tmp_path)
-    foreign = path.with_name("step-before-the-change")
-    shutil.copytree(path, foreign)
-    assert list_checkpoints(Path(recipe.run))[-1] == path
-    with pytest.raises(ValueError, match=f"^{foreign}: not a checkpoint's name"):
-        train(recipe, resume="latest")
-    train(recipe, resume=str(foreign))
-
-
-def test_a_changed_recipe_is_refused_with_the_keys(stopped: Path, tmp_path: Path) -> None:
-    recipe, path = copied(stopped, tmp_path)
-    other = replace(
-        recipe,
-        seed=3,
-        micro_batch_tokens=77,
-        model=replace(recipe.model, dropout=0.3),
-        finetune=replace(recipe.finetune, mask=replace(recipe.finetune.mask, k=7)),
-    )
-    with pytest.raises(ValueError, match="another recipe") as caught:
-        train(other, resume="latest")
-    assert str(caught.value) == (
-        f"{path}: trained with another recipe: seed is 3 and was 0; model.dropout is 0.3 and was "
-        "0.1; finetune.mask.k is 7 and was 4: set them back, or set another run directory"
-    )
-    (Path(recipe.run) / "recipe.yaml").unlink()
-    with pytest.raises(ValueError, match=r"not this run's.*set another run directory$"):
-        train(other, resume="latest")
