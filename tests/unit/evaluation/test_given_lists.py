@@ -135,6 +135,15 @@ def test_whole_numbers_are_ids_however_a_file_holds_them(tmp_path: Path) -> None
     assert (found["HR@1"], found["HR@5"]) == (1 / 3, 1)
 
 
+def test_scores_tie_only_where_the_file_has_them_equal(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text("u a b c d\n")
+    dataset = prepare(tmp_path / "log.txt", tmp_path / "data")
+    for scores, rank in (("1.0000000001 1", 1), ("1 1", 2)):
+        (tmp_path / "l.csv").write_text(f"user,items,scores\nu,d a,{scores}\n")
+        score_lists(tmp_path / "l.csv", dataset, "test", tmp_path, exclude_history=False)
+        assert pq.read_table(tmp_path / "top20-test.parquet")["rank"].to_pylist() == [rank]
+
+
 # Lists of an exported training part.
 
 
