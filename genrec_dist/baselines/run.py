@@ -19,7 +19,7 @@ from genrec_dist.evaluation.ranked_lists import Rule
 from genrec_dist.evaluation.results import Protocol, ResultsWriter, lists_name
 
 if TYPE_CHECKING:
-    from genrec_dist.baselines.sasrec_train import Epoch
+    from genrec_dist.baselines.sasrec.train import Epoch
 
 
 def run_baseline(
@@ -56,7 +56,9 @@ def run_baseline(
     recipe, graph, seconds = None, None, 0.0
     if name in ("sasrec", "sasrec+knn"):
         # Imported here: they need torch, which the other baselines do without.
-        from genrec_dist.baselines import sasrec_hybrid, sasrec_model, sasrec_run
+        from genrec_dist.baselines.sasrec import hybrid as sasrec_hybrid
+        from genrec_dist.baselines.sasrec import model as sasrec_model
+        from genrec_dist.baselines.sasrec import run as sasrec_run
 
         training = sasrec_run.Training(
             dataset, split, exclude_history, trained_through, on_epoch=on_epoch

@@ -19,7 +19,7 @@ from genrec_shards.sequences import Sequences
 from genrec_shards.splits import TrainedThrough
 from torch import Tensor
 
-from genrec_dist.baselines.sasrec_model import Packed, SASRec, SasrecSettings, pack, target_places
+from genrec_dist.baselines.sasrec.model import Packed, SASRec, SasrecSettings, pack, target_places
 from genrec_dist.config.recipe import Optimizer
 from genrec_dist.distributed.signals import NotFinite
 from genrec_dist.evaluation.metrics import as_written, metrics_from_histogram, rank_histogram

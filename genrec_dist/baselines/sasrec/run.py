@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from genrec_dist.baselines.sasrec_model import SASRec, SasrecSettings, check_settings
-from genrec_dist.baselines.sasrec_train import Epoch, Progress, Trained, train
+from genrec_dist.baselines.sasrec.model import SASRec, SasrecSettings, check_settings
+from genrec_dist.baselines.sasrec.train import Epoch, Progress, Trained, train
 from genrec_dist.config.load import section_from
 from genrec_dist.evaluation.provenance import git_commit, versions
 
