@@ -37,33 +37,38 @@ def run_baseline(
     """Make the lists of a baseline and write its results.
 
     Args:
-        name: A baseline of `registry.BASELINES`, sasrec or sasrec+knn.
+        name: A baseline of `registry.BASELINES`, sasrec, bsarec or sasrec+knn.
         dataset: The prepared data.
         split: Whose targets are ranked.
-        out_dir: Where results go. sasrec is trained into it, or taken from there.
+        out_dir: Where results go. sasrec and bsarec are trained into it, or taken from there.
         trained_through: The last position that is trained on.
         exclude_history: Leave the history out of the lists; None: where no target repeats.
         users: all, or a seeded sample as in `Protocol.users`.
-        settings: `key=value` of knn, sasrec or sasrec+knn.
-        on_epoch: Called after each epoch of sasrec.
+        settings: `key=value` of knn, sasrec, bsarec or sasrec+knn.
+        on_epoch: Called after each epoch of sasrec or bsarec.
 
     Returns:
-        The metrics. `seconds` in them are those of the lists, without the training of sasrec.
+        The metrics. `seconds` in them are those of the lists, without training.
     """
     sequences, out = dataset.sequences, Path(out_dir)
     if exclude_history is None:
         exclude_history = exclude_history_default(sequences)
     recipe, graph, seconds = None, None, 0.0
-    if name in ("sasrec", "sasrec+knn"):
+    if name in ("sasrec", "bsarec", "sasrec+knn"):
         # Imported here: they need torch, which the other baselines do without.
         from genrec_dist.baselines.sasrec import hybrid as sasrec_hybrid
         from genrec_dist.baselines.sasrec import model as sasrec_model
         from genrec_dist.baselines.sasrec import run as sasrec_run
 
         training = sasrec_run.Training(
-            dataset, split, exclude_history, trained_through, on_epoch=on_epoch
+            dataset,
+            split,
+            exclude_history,
+            trained_through,
+            on_epoch,
+            "bsarec" if name == "bsarec" else "sasrec",
         )
-        if name == "sasrec":
+        if name != "sasrec+knn":
             run = sasrec_run.open_or_train(out, training, settings)
             recipe = run.recipe
             rule = sasrec_model.rule_of(

@@ -1,5 +1,5 @@
-"""The run directory of a trained SASRec: settings, events, weights and item vectors; what is
-finished is used again."""
+"""The run directory of a trained SASRec or BSARec: settings, events, weights and item vectors; what
+is finished is used again."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from genrec_dist.baselines.sasrec.bsarec import BsarecSettings
 from genrec_dist.baselines.sasrec.model import SASRec, SasrecSettings, check_settings
-from genrec_dist.baselines.sasrec.train import Epoch, Progress, Trained, train
+from genrec_dist.baselines.sasrec.train import Epoch, Progress, Trained, model_of, train
 from genrec_dist.config.load import section_from
 from genrec_dist.evaluation.provenance import git_commit, versions
 
+SETTINGS_OF: dict[str, type[SasrecSettings]] = {"sasrec": SasrecSettings, "bsarec": BsarecSettings}
 FORMAT_VERSION = "1"
 WEIGHTS, VECTORS, SETTINGS, EVENTS = (
     "best.safetensors",
@@ -73,6 +75,8 @@ class Training:
     """The last position that is trained on."""
     on_epoch: Callable[[Epoch], None] | None = None
     """Called after each epoch."""
+    system: str = "sasrec"
+    """Which model: one of SETTINGS_OF."""
 
 
 def open_or_train(
@@ -84,7 +88,7 @@ def open_or_train(
     Args:
         run: The run directory.
         training: What the model is of.
-        overrides: `key=value` of `SasrecSettings`.
+        overrides: `key=value` of the system's settings.
 
     Raises:
         ValueError: For settings that do not fit, for weights of other data, settings or
@@ -94,17 +98,17 @@ def open_or_train(
     check_trained_through(training.split, trained_through)
     path = Path(run)
     if (path / WEIGHTS).is_file():
-        return load(path, dataset, trained_through, overrides)
+        return load(path, dataset, trained_through, overrides, training.system)
     has_epochs = any(override.startswith("epochs=") for override in overrides or [])
     if trained_through == "n-1" and not has_epochs:
         raise ValueError(
             "trained_through n-1 leaves nothing to validate on: give --set epochs=N, the best "
             "epoch of the n-2 run"
         )
-    settings = sasrec_settings({}, overrides)
+    settings = sasrec_settings({}, overrides, system=training.system)
     origin = {  # what the training is of; metadata of all its files
         "format_version": FORMAT_VERSION,
-        "system": "sasrec",
+        "system": training.system,
         "sequences_hash": dataset.info.sequences_hash,
         "trained_through": trained_through,
         "exclude_history": json.dumps(training.exclude_history),
@@ -122,17 +126,24 @@ def open_or_train(
 
 
 def sasrec_settings(
-    values: dict[str, Any], overrides: list[str] | None = None, source: str = "sasrec"
+    values: dict[str, Any],
+    overrides: list[str] | None = None,
+    source: str | None = None,
+    system: str = "sasrec",
 ) -> SasrecSettings:
-    """Settings of keys and values, changed by `key=value`. Raises ValueError naming `source` and
-    the key that does not fit."""
-    settings = section_from(SasrecSettings, values, overrides, source)
-    check_settings(settings, source)
+    """Settings of keys and values, changed by `key=value`. Raises ValueError naming `source` (None:
+    the system) and the key that does not fit."""
+    settings = section_from(SETTINGS_OF[system], values, overrides, source or system)
+    check_settings(settings, source or system)
     return settings
 
 
 def load(
-    run: Path, dataset: Dataset, trained_through: TrainedThrough, overrides: list[str] | None
+    run: Path,
+    dataset: Dataset,
+    trained_through: TrainedThrough,
+    overrides: list[str] | None,
+    system: str = "sasrec",
 ) -> SasrecRun:
     """The finished run `run`.
 
@@ -144,6 +155,8 @@ def load(
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format {version}, this version reads {FORMAT_VERSION}")
+    if metadata["system"] != system:
+        raise ValueError(f"{path} is of {metadata['system']}, not {system}: choose another --out")
     found, expected = metadata["sequences_hash"], dataset.info.sequences_hash
     if found != expected:
         raise ValueError(
@@ -157,15 +170,15 @@ def load(
             "--out"
         )
     values = json.loads(metadata["settings"])
-    settings = sasrec_settings(dict(values), source=str(path))
-    requested = sasrec_settings(dict(values), overrides)
+    settings = sasrec_settings(dict(values), source=str(path), system=system)
+    requested = sasrec_settings(dict(values), overrides, system=system)
     for key, value in values.items():
         if getattr(requested, key) != value:
             raise ValueError(
                 f"{run} was trained with {key} {value}, not {getattr(requested, key)}: choose "
                 "another --out"
             )
-    model = SASRec(dataset.sequences.num_items, settings)
+    model = model_of(dataset.sequences.num_items, settings)
     model.load_state_dict(weights)
     return SasrecRun(model.eval(), settings, int(metadata["best_epoch"]))
 
@@ -221,7 +234,7 @@ def _train(
 
         write(
             "start",
-            system="sasrec",
+            system=training.system,
             recipe=dataclasses.asdict(settings),
             trained_through=training.trained_through,
             exclude_history=training.exclude_history,
