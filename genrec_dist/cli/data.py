@@ -1,4 +1,4 @@
-"""The commands `genrec prepare` and `genrec shard`."""
+"""The commands `genrec prepare`, `genrec shard` and `genrec export`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from genrec_dist.cli.options import EngineOption, OverwriteOption, RayAddressOption
+from genrec_dist.cli.options import DataArgument, EngineOption, OverwriteOption, RayAddressOption
 from genrec_dist.console import UsageError, say
 
 if TYPE_CHECKING:
@@ -258,6 +258,33 @@ def shard(
         manifest = write_shards(load_dataset(data), target, **sizes)
     size = sum(tar.bytes for tar in manifest.shards)
     say(f"{target}: {len(manifest.shards)} tars, {manifest.users:,} users, {size:,} bytes")
+
+
+def export(
+    data: DataArgument,
+    to: Annotated[
+        Literal["csv", "recbole", "rectools"],
+        typer.Option(
+            "--to",
+            help="csv: user_id, item_id, position, timestamp; recbole: atomic benchmark files; "
+            "rectools: user_id, item_id, weight, datetime.",
+        ),
+    ],
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="Directory to write; its name is RecBole's data set.")
+    ],
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Write training part, validation and test as files, so that another system trains on the same
+    split; `genrec score` reads its lists.
+
+    Example: genrec export data/beauty --to csv --out beauty-split
+    """
+    from genrec_shards.dataset import load_dataset
+    from genrec_shards.storage.export import export as run_export
+
+    for name, rows in run_export(load_dataset(data), out_dir, to, overwrite=overwrite).items():
+        say(f"{out_dir / name}: {rows:,} rows")
 
 
 def _directory(out_dir: str, overwrite: bool, marker: str) -> Any:

@@ -1,4 +1,4 @@
-"""The commands `genrec baseline`, `genrec compare` and `genrec report`."""
+"""The commands `genrec baseline`, `genrec score`, `genrec compare` and `genrec report`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from genrec_dist.console import UsageError, out, say, working
 
 def baseline(
     name: Annotated[
-        Literal["popularity", "counting", "repeat", "knn", "sasrec", "sasrec+knn"],
-        typer.Argument(help="Which rule, SASRec, or SASRec mixed with kNN, hybrid's control."),
+        Literal["popularity", "counting", "repeat", "knn", "sasrec", "bsarec", "sasrec+knn"],
+        typer.Argument(help="A rule, SASRec, BSARec, or SASRec mixed with kNN, hybrid's control."),
     ],
     data: DataArgument,
     out_dir: Annotated[Path, typer.Option("--out", help="Directory for metrics and lists.")],
@@ -30,7 +30,7 @@ def baseline(
         list[str] | None,
         typer.Option(
             "--set",
-            help="key=value of knn or sasrec; of sasrec+knn also with knn. or sasrec. before it.",
+            help="key=value of knn, sasrec, bsarec; of sasrec+knn with knn. or sasrec. before it.",
         ),
     ] = None,
     tune: Annotated[
@@ -38,7 +38,7 @@ def baseline(
     ] = False,
 ) -> None:
     """The same metrics from the same evaluator for a rule that learns little or nothing, or for
-    SASRec, trained into DIR.
+    SASRec or BSARec, trained into DIR.
 
     Example: genrec baseline knn data/beauty --out runs/beauty-knn
     """
@@ -50,9 +50,10 @@ def baseline(
         from genrec_dist.baselines.tune_knn import tune_knn
         from genrec_dist.evaluation.table import format_table
 
-    if overrides and name not in ("knn", "sasrec", "sasrec+knn"):
+    if overrides and name in ("popularity", "counting", "repeat"):
         raise UsageError(
-            f"--set {overrides[0]}: {name} has nothing to set, only knn, sasrec and sasrec+knn have"
+            f"--set {overrides[0]}: {name} has nothing to set, only knn, sasrec, bsarec and "
+            "sasrec+knn have"
         )
     if tune and (overrides or name != "knn"):
         raise UsageError("--tune chooses the settings of knn: leave out --set and other names")
@@ -68,6 +69,59 @@ def baseline(
         name, dataset, split, out_dir, trained_through=trained_through, exclude_history=excluded,
         settings=overrides, on_epoch=lambda epoch: say(str(epoch)),
     )  # fmt: skip
+    out.print(format_table([metrics]))
+
+
+def score(
+    lists: Annotated[
+        Path,
+        typer.Argument(
+            metavar="LISTS",
+            help="Any system's lists in the log's own ids: Parquet, JSON lines or CSV with user, "
+            "item and rank (or score), or a list per row in items.",
+        ),
+    ],
+    data: Annotated[Path, typer.Option("--data", help="Directory of `genrec prepare`.")],
+    split: Annotated[Split, typer.Option(help="Which items are the targets.")] = "test",
+    out_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Directory for metrics and lists, for `compare`; default: show only."
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the system; default: LISTS without its ending.")
+    ] = None,
+    trained_through: Annotated[
+        Literal["n-2", "n-1"], typer.Option(help="Last position the system has learned from.")
+    ] = "n-2",
+    exclude_history: ExcludeOption = "auto",
+    seed: Annotated[
+        int | None, typer.Option(help="Of its training, for `compare` over seeds.")
+    ] = None,
+) -> None:
+    """The same metrics, intervals and baselines beside them for the lists of any other system.
+
+    Example: genrec score peer.csv --data data/beauty --out runs/beauty-peer
+    """
+    from contextlib import nullcontext
+    from tempfile import TemporaryDirectory
+
+    with working():
+        from genrec_shards.dataset import load_dataset
+
+        from genrec_dist.baselines.run import score_lists
+        from genrec_dist.evaluation.table import format_table
+
+    dataset = load_dataset(data)
+    excluded = None if exclude_history == "auto" else exclude_history == "yes"
+    with TemporaryDirectory() if out_dir is None else nullcontext(out_dir) as folder:
+        metrics, given = score_lists(
+            lists, dataset, split, folder, system=name, trained_through=trained_through,
+            exclude_history=excluded, seed=seed,
+        )  # fmt: skip
+    for note in given.notes(split):
+        say(note, style="yellow")
     out.print(format_table([metrics]))
 
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from genrec_shards.histories import Histories
 from genrec_shards.keyed_random import keyed_permutation
 
-from genrec_dist.evaluation.metrics import EMPTY, pessimistic_ranks, target_ranks
+from genrec_dist.evaluation.metrics import EMPTY, is_item, pessimistic_ranks, target_ranks
 
 _TIE_STREAM = 0x71E5
 
@@ -62,6 +63,14 @@ def without_last(longer: Lists) -> Lists:
     items_UN, scores_UN = longer.items_UN, longer.scores_UN
     beyond_U = (items_UN[:, -1] != EMPTY) & (scores_UN[:, -1] == scores_UN[:, -2])
     return Lists(items_UN[:, :-1], scores_UN[:, :-1], beyond_U)
+
+
+def history_listed(lists_UN: np.ndarray, past: Histories) -> np.ndarray:
+    """bool[U, N]: is the listed item in its user's history?"""
+    listed_UN = is_item(lists_UN, past.num_items)
+    users_U1 = np.arange(past.num_users)[:, None]
+    held_UN: np.ndarray = past.holds(users_U1, np.where(listed_UN, lists_UN, 0))
+    return listed_UN & held_UN
 
 
 def tie_order(num_items: int) -> np.ndarray:

@@ -39,6 +39,7 @@ from genrec_dist.evaluation.metrics import (
     pessimistic_ranks,
     target_ranks,
 )
+from genrec_dist.evaluation.ranked_lists import history_listed
 
 USERS_PER_ROW_GROUP = 65_536
 _SCHEMA = pa.schema(
@@ -218,16 +219,19 @@ class ResultsWriter:
 
     def finish(
         self,
-        seconds: float,
+        seconds: float | None,
         reference_scores: Mapping[str, Any],
         training: Mapping[str, Any] | None = None,
+        lists: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Give both files their names and return what the JSON file holds.
 
         Args:
-            seconds: what making the lists took.
+            seconds: what making the lists took; None where nobody knows.
             reference_scores: the baselines' scores on the same users, for the field `beside`.
             training: of a trained system, `status` of its training and `step` of its weights.
+            lists: of another project's system, `name` and `sha256` of the file of lists, and how
+                many are `shorter` than 20.
 
         Raises:
             ValueError: a user has no list.
@@ -251,10 +255,11 @@ class ResultsWriter:
             "tied_targets": self._tied_targets(),
             "top": self.top,
             "beside": dict(reference_scores),
-            "users_per_second": num_users / seconds if seconds > 0 else None,
+            "users_per_second": num_users / seconds if seconds else None,
             "seconds": seconds,
             "recipe": self.recipe,
             **({} if training is None else {"training": dict(training)}),
+            **({} if lists is None else {"lists": dict(lists)}),
             **_provenance(),
         }
         text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -441,10 +446,7 @@ def _check_lists(
 def _check_history_is_out(
     lists_UN: np.ndarray, past: Histories, sequences: Sequences, rows: np.ndarray
 ) -> None:
-    listed_UN = is_item(lists_UN, sequences.num_items)
-    taken_UN = listed_UN & past.holds(
-        np.arange(past.num_users)[:, None], np.where(listed_UN, lists_UN, 0)
-    )
+    taken_UN = history_listed(lists_UN, past)
     if taken_UN.any():
         user, place = np.argwhere(taken_UN)[0]
         item, owner = sequences.item_ids[lists_UN[user, place]], sequences.user_ids[rows[user]]

@@ -20,7 +20,7 @@ from genrec_shards.storage.write import write_shards
 
 from genrec_dist.baselines.leak_audit import write_audit
 from genrec_dist.baselines.run import run_baseline
-from genrec_dist.baselines.sasrec_run import sasrec_settings
+from genrec_dist.baselines.sasrec.run import sasrec_settings
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
 from genrec_dist.data.fit_recipe import resolve_recipe

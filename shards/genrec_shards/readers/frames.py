@@ -71,7 +71,7 @@ class LogReader:
         return pl.DataFrame(found, schema=schema, orient="row")
 
     def _checked(self, row: tuple[Any, Any, Any]) -> tuple[str, str, int] | str:
-        user, item = _identifier(row[0]), _identifier(row[1])
+        user, item = identifier(row[0]), identifier(row[1])
         for kind, name, value in (("user", user, row[0]), ("item", item, row[1])):
             if name is None and value in (None, ""):
                 return f"no {kind}"
@@ -89,7 +89,7 @@ def listed(names: Iterable[object], most: int) -> str:
     return ", ".join(name if name.isprintable() else repr(name) for name in shown)
 
 
-def _identifier(value: Any) -> str | None:
+def identifier(value: Any) -> str | None:
     """Text or a whole number as an id; a table with gaps holds whole numbers as 7.0."""
     if isinstance(value, bool):
         return None

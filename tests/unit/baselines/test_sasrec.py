@@ -26,15 +26,15 @@ from typer.testing import CliRunner
 
 from genrec_dist.baselines import popularity
 from genrec_dist.baselines.run import run_baseline
-from genrec_dist.baselines.sasrec_model import (
+from genrec_dist.baselines.sasrec.model import (
     SASRec,
     SasrecSettings,
     pack,
     rule_of,
     target_places,
 )
-from genrec_dist.baselines.sasrec_run import Training, open_or_train, sasrec_settings
-from genrec_dist.baselines.sasrec_train import Epoch, TrainingParts, train
+from genrec_dist.baselines.sasrec.run import Training, open_or_train, sasrec_settings
+from genrec_dist.baselines.sasrec.train import Epoch, TrainingParts, train
 from genrec_dist.cli.app import app
 from genrec_dist.distributed.signals import NotFinite
 
@@ -344,7 +344,7 @@ def test_training_refuses_a_loss_that_is_no_number_and_users_with_nothing_to_lea
 def test_lists_are_the_best_scores_without_the_whole_history(
     exclude: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("genrec_dist.baselines.sasrec_model.SCORES_AT_ONCE", 7 * 40)
+    monkeypatch.setattr("genrec_dist.baselines.sasrec.model.SCORES_AT_ONCE", 7 * 40)
     sequences = made()
     model = made_model(sequences, dataclasses.replace(SHAPES[1], max_length=5))
     rows = np.array([31, 2, 59, 7, 40, 1, 18, 5, 44])
@@ -550,7 +550,7 @@ def test_a_training_whose_weights_were_not_written_at_the_end_only_writes_them(
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr("genrec_dist.baselines.sasrec_run._save", fail)
+        patch.setattr("genrec_dist.baselines.sasrec.run._save", fail)
         with pytest.raises(Interrupted):
             run_baseline("sasrec", dataset, "validation", tmp_path, settings=TINY_SET)
     seen: list[Epoch] = []

@@ -11,8 +11,8 @@ import pytest
 from genrec_shards.dataset import load_dataset
 
 from genrec_dist.baselines.run import run_baseline
-from genrec_dist.baselines.sasrec_model import scored
-from genrec_dist.baselines.sasrec_run import Training, open_or_train
+from genrec_dist.baselines.sasrec.model import scored
+from genrec_dist.baselines.sasrec.run import Training, open_or_train
 from genrec_dist.cli.app import run_command
 from genrec_dist.data.item_graph import KnnSettings, neighbour_weights
 from genrec_dist.evaluation.metrics import metrics_from_histogram, rank_histogram

@@ -11,8 +11,8 @@ import pytest
 import tune_baselines
 from tune_baselines import SPACES, best, draw
 
-from genrec_dist.baselines.sasrec_model import SasrecSettings
-from genrec_dist.baselines.sasrec_run import sasrec_settings
+from genrec_dist.baselines.sasrec.model import SasrecSettings
+from genrec_dist.baselines.sasrec.run import sasrec_settings
 from genrec_dist.data.item_graph import KnnSettings, knn_settings
 
 

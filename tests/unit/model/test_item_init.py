@@ -14,8 +14,8 @@ from genrec_shards.sequences import Sequences, offsets_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genrec_dist.baselines.sasrec_model import SasrecSettings
-from genrec_dist.baselines.sasrec_train import train as train_sasrec
+from genrec_dist.baselines.sasrec.model import SasrecSettings
+from genrec_dist.baselines.sasrec.train import train as train_sasrec
 from genrec_dist.config.load import load_recipe
 from genrec_dist.training.setup import build_setup
 

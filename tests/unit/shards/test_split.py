@@ -33,8 +33,8 @@ from logs import DATES, Row, dated_rows, files, write_csv
 
 from genrec_dist.baselines import registry as baseline
 from genrec_dist.baselines.leak_audit import audit
-from genrec_dist.baselines.sasrec_model import SasrecSettings
-from genrec_dist.baselines.sasrec_train import TrainingParts
+from genrec_dist.baselines.sasrec.model import SasrecSettings
+from genrec_dist.baselines.sasrec.train import TrainingParts
 from genrec_dist.data.item_graph import KnnSettings, neighbour_weights
 from genrec_dist.data.tokenizer import train_tokenizer
 

@@ -84,7 +84,7 @@ class SasrecSettings:
 
 
 LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "d_model layers heads ffn max_length batch_size epochs": (
+    "d_model layers heads ffn max_length batch_size epochs c": (
         "1 or above",
         lambda value: value >= 1,
     ),
@@ -92,6 +92,7 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         "0 or above and below 1",
         lambda value: 0 <= value < 1,
     ),
+    "alpha": ("from 0 to 1", lambda value: 0 <= value <= 1),
     "init_std learning_rate": ("above 0", lambda value: 0 < value < math.inf),
     "weight_decay patience validation_users": (
         "0 or above",
@@ -109,8 +110,8 @@ def check_settings(settings: SasrecSettings, source: str) -> None:
     """
     for keys, (text, holds) in LIMITS.items():
         for key in keys.split():
-            value = getattr(settings, key)
-            if not holds(value):
+            value = getattr(settings, key, None)  # alpha and c are BSARec's
+            if value is not None and not holds(value):
                 raise ValueError(f"{source}: {key} is {value}: it has to be {text}")
     if settings.d_model % settings.heads:
         raise ValueError(
@@ -167,12 +168,16 @@ class SASRec(nn.Module):
         width = settings.d_model
         self.item_embedding = nn.Embedding(num_items, width)
         self.position_embedding = nn.Embedding(settings.max_length, width)
-        self.blocks = nn.ModuleList(Block(settings) for _ in range(settings.layers))
+        self.blocks = nn.ModuleList(self.block(settings) for _ in range(settings.layers))
         # Post-norm blocks end with a norm of their own; there, this one belongs to the embedding
         # sum.
         self.norm = nn.LayerNorm(width)
         for table in (self.item_embedding, self.position_embedding):
             nn.init.normal_(table.weight, std=settings.init_std)
+
+    def block(self, settings: SasrecSettings) -> Block:
+        """A layer."""
+        return Block(settings)
 
     def states(self, packed: Packed) -> Tensor:
         """The state after each position, float32 [n, d]; it sees no later one."""

@@ -18,8 +18,8 @@ from genrec_shards.sequences import SplitView, flat_ranges, offsets_of
 from genrec_shards.splits import Split
 from torch import Tensor
 
-from genrec_dist.baselines.sasrec_model import SASRec, listed, scored
-from genrec_dist.baselines.sasrec_run import SasrecRun, Training, open_or_train
+from genrec_dist.baselines.sasrec.model import SASRec, listed, scored
+from genrec_dist.baselines.sasrec.run import SasrecRun, Training, open_or_train
 from genrec_dist.baselines.tune_knn import tune_knn
 from genrec_dist.config.load import section_from
 from genrec_dist.data.item_graph import Graph, KnnSettings, log_near

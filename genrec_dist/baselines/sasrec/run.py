@@ -1,5 +1,5 @@
-"""The run directory of a trained SASRec: settings, events, weights and item vectors; what is
-finished is used again."""
+"""The run directory of a trained SASRec or BSARec: settings, events, weights and item vectors; what
+is finished is used again."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from genrec_dist.baselines.sasrec_model import SASRec, SasrecSettings, check_settings
-from genrec_dist.baselines.sasrec_train import Epoch, Progress, Trained, train
+from genrec_dist.baselines.sasrec.bsarec import BsarecSettings
+from genrec_dist.baselines.sasrec.model import SASRec, SasrecSettings, check_settings
+from genrec_dist.baselines.sasrec.train import Epoch, Progress, Trained, model_of, train
 from genrec_dist.config.load import section_from
 from genrec_dist.evaluation.provenance import git_commit, versions
 from genrec_dist.model.weights import check_weights
 
+SETTINGS_OF: dict[str, type[SasrecSettings]] = {"sasrec": SasrecSettings, "bsarec": BsarecSettings}
 FORMAT_VERSION = "1"
 WEIGHTS, VECTORS, SETTINGS, EVENTS = (
     "best.safetensors",
@@ -76,6 +78,8 @@ class Training:
     """The last position that is trained on."""
     on_epoch: Callable[[Epoch], None] | None = None
     """Called after each epoch."""
+    system: str = "sasrec"
+    """Which model: one of SETTINGS_OF."""
 
 
 def open_or_train(
@@ -87,7 +91,7 @@ def open_or_train(
     Args:
         run: The run directory.
         training: What the model is of.
-        overrides: `key=value` of `SasrecSettings`.
+        overrides: `key=value` of the system's settings.
 
     Raises:
         ValueError: For settings that do not fit, for weights of other data, settings or
@@ -102,7 +106,7 @@ def open_or_train(
             held.enter_context(hold(path / LOCK_FILE, "another process trains this run"))
         # Looked at again: another process may have finished it before the lock was free.
         if (path / WEIGHTS).is_file():
-            return load(path, dataset, trained_through, overrides)
+            return load(path, dataset, trained_through, overrides, training.system)
         sweep_killed_writers(path, WEIGHTS, VECTORS, SETTINGS, EVENTS, PROGRESS)
         return _train_anew(path, training, overrides)
 
@@ -116,10 +120,10 @@ def _train_anew(run: Path, training: Training, overrides: list[str] | None) -> S
             "trained_through n-1 leaves nothing to validate on: give --set epochs=N, the best "
             "epoch of the n-2 run"
         )
-    settings = sasrec_settings({}, overrides)
+    settings = sasrec_settings({}, overrides, system=training.system)
     origin = {  # what the training is of; metadata of all its files
         "format_version": FORMAT_VERSION,
-        "system": "sasrec",
+        "system": training.system,
         "sequences_hash": training.dataset.info.sequences_hash,
         "trained_through": trained_through,
         "exclude_history": json.dumps(training.exclude_history),
@@ -136,17 +140,24 @@ def _train_anew(run: Path, training: Training, overrides: list[str] | None) -> S
 
 
 def sasrec_settings(
-    values: dict[str, Any], overrides: list[str] | None = None, source: str = "sasrec"
+    values: dict[str, Any],
+    overrides: list[str] | None = None,
+    source: str | None = None,
+    system: str = "sasrec",
 ) -> SasrecSettings:
-    """Settings of keys and values, changed by `key=value`. Raises ValueError naming `source` and
-    the key that does not fit."""
-    settings = section_from(SasrecSettings, values, overrides, source)
-    check_settings(settings, source)
+    """Settings of keys and values, changed by `key=value`. Raises ValueError naming `source` (None:
+    the system) and the key that does not fit."""
+    settings = section_from(SETTINGS_OF[system], values, overrides, source or system)
+    check_settings(settings, source or system)
     return settings
 
 
 def load(
-    run: Path, dataset: Dataset, trained_through: TrainedThrough, overrides: list[str] | None
+    run: Path,
+    dataset: Dataset,
+    trained_through: TrainedThrough,
+    overrides: list[str] | None,
+    system: str = "sasrec",
 ) -> SasrecRun:
     """The finished run `run`.
 
@@ -158,9 +169,11 @@ def load(
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format {version}, this version reads {FORMAT_VERSION}")
-    lost = {"sequences_hash", "trained_through", "settings", "best_epoch"} - metadata.keys()
+    lost = {"system", "sequences_hash", "trained_through", "settings", "best_epoch"} - metadata.keys()
     if lost:
         raise ValueError(f"{path}: {min(lost)} is missing in its header: remove it and train again")
+    if metadata["system"] != system:
+        raise ValueError(f"{path} is of {metadata['system']}, not {system}: choose another --out")
     found, expected = metadata["sequences_hash"], dataset.info.sequences_hash
     if found != expected:
         raise ValueError(
@@ -174,15 +187,15 @@ def load(
             "--out"
         )
     values = json.loads(metadata["settings"])
-    settings = sasrec_settings(dict(values), source=str(path))
-    requested = sasrec_settings(dict(values), overrides)
+    settings = sasrec_settings(dict(values), source=str(path), system=system)
+    requested = sasrec_settings(dict(values), overrides, system=system)
     for key, value in values.items():
         if getattr(requested, key) != value:
             raise ValueError(
                 f"{run} was trained with {key} {value}, not {getattr(requested, key)}: choose "
                 "another --out"
             )
-    model = SASRec(dataset.sequences.num_items, settings)
+    model = model_of(dataset.sequences.num_items, settings)
     check_weights(path, weights, model.state_dict())
     model.load_state_dict(weights)
     return SasrecRun(model.eval(), settings, int(metadata["best_epoch"]))
@@ -239,7 +252,7 @@ def _train(
 
         write(
             "start",
-            system="sasrec",
+            system=training.system,
             recipe=dataclasses.asdict(settings),
             trained_through=training.trained_through,
             exclude_history=training.exclude_history,

@@ -15,11 +15,12 @@ import torch
 from genrec_shards.histories import sample_users
 from genrec_shards.keyed_random import keyed_permutation, mixed_key
 from genrec_shards.numbering.cooccurrence import neighbour_vectors
-from genrec_shards.sequences import Sequences
+from genrec_shards.sequences import Sequences, flat_ranges
 from genrec_shards.splits import TrainedThrough
 from torch import Tensor
 
-from genrec_dist.baselines.sasrec_model import Packed, SASRec, SasrecSettings, pack, target_places
+from genrec_dist.baselines.sasrec.bsarec import BSARec, BsarecSettings
+from genrec_dist.baselines.sasrec.model import Packed, SASRec, SasrecSettings, pack, target_places
 from genrec_dist.config.recipe import Optimizer
 from genrec_dist.distributed.signals import NotFinite
 from genrec_dist.evaluation.metrics import as_written, metrics_from_histogram, rank_histogram
@@ -114,7 +115,7 @@ def train(
         users_V = users_V[sample_users(len(users_V), settings.validation_users, settings.seed)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_key(settings.seed, _INIT_STREAM) >> 1)
-        model = SASRec(sequences.num_items, settings)
+        model = model_of(sequences.num_items, settings)
         if settings.init_items == "cooccurrence":
             factors = min(settings.d_model, MOST_FACTORS)
             vectors_IF = neighbour_vectors(sequences, factors, settings.seed)
@@ -139,8 +140,17 @@ def train(
         return loop.finish()
 
 
+def model_of(num_items: int, settings: SasrecSettings) -> SASRec:
+    """The model that the settings are of, with new weights."""
+    if isinstance(settings, BsarecSettings):
+        return BSARec(num_items, settings)
+    return SASRec(num_items, settings)
+
+
 class TrainingParts:
-    """The training parts as batches of inputs and labels; held-out items are never looked at."""
+    """The training parts as batches of inputs and labels; held-out items are never looked at.
+
+    A row is a user, of BSARec a prefix of the user's last `max_length` items."""
 
     def __init__(
         self, sequences: Sequences, settings: SasrecSettings, trained_through: TrainedThrough
@@ -156,6 +166,13 @@ class TrainingParts:
                 "longer histories"
             )
         self.input_ends_U, self.lengths_U = ends_U[rows] - 1, lengths_U[rows]
+        self.prefixes = isinstance(settings, BsarecSettings)
+        if self.prefixes:
+            # Of 3 inputs that end at 10: lengths 1, 2, 3 with the ends 8, 9, 10.
+            num_U = np.minimum(self.lengths_U, settings.max_length - 1)
+            ones = np.ones(len(num_U), np.int64)
+            self.lengths_U = flat_ranges(ones, num_U)
+            self.input_ends_U = flat_ranges(self.input_ends_U - num_U + 1, num_U)
 
     def batches(self, epoch: int) -> Iterator[tuple[Packed, Tensor]]:
         """(inputs, labels int64 [n]) of all users, in an order of this epoch."""
@@ -164,7 +181,10 @@ class TrainingParts:
             users_B = order_U[start : start + self.settings.batch_size]
             ends_B, lengths_B = self.input_ends_U[users_B], self.lengths_U[users_B]
             packed = pack(self.items, ends_B, lengths_B, self.settings)
-            yield packed, torch.from_numpy(self.items[packed.places_n + 1].astype(np.int64))
+            places_n = packed.places_n
+            if self.prefixes:
+                places_n = places_n[packed.attended.queries.offsets[1:] - 1]
+            yield packed, torch.from_numpy(self.items[places_n + 1].astype(np.int64))
 
 
 class _Loop:

@@ -1,0 +1,1 @@
+"""SASRec, its training, its run directory, and its mixture with kNN."""
