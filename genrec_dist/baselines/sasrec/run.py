@@ -169,8 +169,8 @@ def load(
     version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format {version}, this version reads {FORMAT_VERSION}")
-    lost = {"system", "sequences_hash", "trained_through", "settings", "best_epoch"} - metadata.keys()
-    if lost:
+    facts = {"system", "sequences_hash", "trained_through", "settings", "best_epoch"}
+    if lost := facts - metadata.keys():
         raise ValueError(f"{path}: {min(lost)} is missing in its header: remove it and train again")
     if metadata["system"] != system:
         raise ValueError(f"{path} is of {metadata['system']}, not {system}: choose another --out")
