@@ -35,14 +35,15 @@ def run_baseline(
     """Make the lists of a baseline and write its results.
 
     Args:
-        name: A baseline of `registry.BASELINES`, sasrec or sasrec+knn.
+        name: A baseline of `registry.BASELINES`, sasrec, or a control: sasrec+knn, graph+text or
+            sasrec+graph+text.
         dataset: The prepared data.
         split: Whose targets are ranked.
         out_dir: Where results go. sasrec is trained into it, or taken from there.
         trained_through: The last position that is trained on.
         exclude_history: Leave the history out of the lists; None: where no target repeats.
         users: all, or a seeded sample as in `Protocol.users`.
-        settings: `key=value` of knn, sasrec or sasrec+knn.
+        settings: `key=value` of knn, sasrec or a control.
         on_epoch: Called after each epoch of sasrec.
 
     Returns:
@@ -52,7 +53,7 @@ def run_baseline(
     if exclude_history is None:
         exclude_history = exclude_history_default(sequences)
     recipe, graph, seconds = None, None, 0.0
-    if name in ("sasrec", "sasrec+knn"):
+    if name == "sasrec" or name in registry.CONTROLS:
         # Imported here: they need torch, which the other baselines do without.
         from genrec_dist.baselines import sasrec_hybrid, sasrec_model, sasrec_run
 
@@ -66,7 +67,7 @@ def run_baseline(
                 run.model, sequences, split, exclude_history=exclude_history
             )
         else:
-            control = sasrec_hybrid.open_or_make(out, training, settings)
+            control = sasrec_hybrid.open_or_make(name, out, training, settings)
             recipe, graph = control.recipe, control.mixture.of_graph
             rule = sasrec_hybrid.rule_of(control, dataset, split, exclude_history=exclude_history)
     else:

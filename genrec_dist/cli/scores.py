@@ -16,8 +16,20 @@ from genrec_dist.console import UsageError, out, say, working
 
 def baseline(
     name: Annotated[
-        Literal["popularity", "counting", "repeat", "knn", "sasrec", "sasrec+knn"],
-        typer.Argument(help="Which rule, SASRec, or SASRec mixed with kNN, hybrid's control."),
+        Literal[
+            "popularity",
+            "counting",
+            "repeat",
+            "knn",
+            "sasrec",
+            "sasrec+knn",
+            "graph+text",
+            "sasrec+graph+text",
+        ],
+        typer.Argument(
+            help="Which rule, SASRec, or one of hybrid's controls: a mixture of kNN's graph, the "
+            "items' texts and SASRec."
+        ),
     ],
     data: DataArgument,
     out_dir: Annotated[Path, typer.Option("--out", help="Directory for metrics and lists.")],
@@ -30,7 +42,7 @@ def baseline(
         list[str] | None,
         typer.Option(
             "--set",
-            help="key=value of knn or sasrec; of sasrec+knn also with knn. or sasrec. before it.",
+            help="key=value of knn or sasrec; of a mixture also with knn. or sasrec. before it.",
         ),
     ] = None,
     tune: Annotated[
@@ -50,9 +62,9 @@ def baseline(
         from genrec_dist.baselines.tune_knn import tune_knn
         from genrec_dist.evaluation.table import format_table
 
-    if overrides and name not in ("knn", "sasrec", "sasrec+knn"):
+    if overrides and name in ("popularity", "counting", "repeat"):
         raise UsageError(
-            f"--set {overrides[0]}: {name} has nothing to set, only knn, sasrec and sasrec+knn have"
+            f"--set {overrides[0]}: {name} has nothing to set, only knn, sasrec and mixtures have"
         )
     if tune and (overrides or name != "knn"):
         raise UsageError("--tune chooses the settings of knn: leave out --set and other names")

@@ -21,17 +21,48 @@ from genrec_dist.data.repeat_model import RepeatModel
 from genrec_dist.evaluation.metrics import as_written, metrics_from_histogram
 
 FILE = "hybrid.json"
+TEXTS = "texts_hash"
+"""Of a mixture's origin: the items' texts, there only where they have any."""
 ITEM_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 GRAPH_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0)
 EPSILONS = (0.1, 0.5, 0.9, 0.98, 0.995, 0.999)
 REPEAT_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
+TEXT_WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0)
+TEXT_EPSILONS = (0.02, 0.1, 0.3, 0.6, 0.9)
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
+
+
+@dataclass(frozen=True)
+class TextTerm:
+    """weight log((1 - epsilon) share + epsilon / N): what the items' texts add to a score."""
+
+    weight: float = 0.0
+    epsilon: float = 0.1
+    """How much of the distribution is uniform."""
+    source: str = "words"
+    """Whose cosine is taken: `words`, TF-IDF of the words, or a source of `item_vectors`."""
+    recent: int = 8
+    """How many items at the end of the history count."""
+    decay: float = 0.6
+    """Weight of the history's items: decay^age, age 0 being the last item."""
+    power: float = 3.0
+    """Of the cosine, whose part in the sum over all items is the share."""
+
+    def __post_init__(self) -> None:
+        for name in ("weight", "decay", "power"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"text {name} is {getattr(self, name)}: it has to be 0 or above")
+        if self.recent < 1:
+            raise ValueError(f"text recent is {self.recent}: it has to be 1 or above")
+        if not 0 < self.epsilon <= 1:
+            raise ValueError(f"text epsilon is {self.epsilon}: it has to be above 0, at most 1")
 
 
 @dataclass(frozen=True)
 class Mixture:
     """score = log p + item_weight log p_item + graph_weight log((1 - epsilon) share + epsilon / N)
-    + repeat_weight log p_repeat
+    + repeat_weight log p_repeat + the text term
+
 
     log p: of GenRec's decoder; of SASRec's softmax in its control. p_item: the item head's, where
     there is one. share: the item's part of the kNN scores (`Graph.probabilities`), of new items
@@ -46,6 +77,8 @@ class Mixture:
     repeat_weight: float = 0.0
     repeat: RepeatModel | None = None
     """None where the history is left out of the lists, or no training part repeats an item."""
+    text: TextTerm | None = None
+    """None where the items have no texts, or these do not help."""
 
     def __post_init__(self) -> None:
         for name in ("item_weight", "graph_weight", "repeat_weight"):
@@ -65,13 +98,14 @@ class Mixture:
     def of_graph(self) -> dict[str, Any] | None:
         """What the protocol says of the parts that are known from the history; None where none has
         a weight."""
-        if not self.graph_weight and not self.repeat_weight:
+        if not self.graph_weight and not self.repeat_weight and self.text is None:
             return None
         return {
             "weight": self.graph_weight,
             "epsilon": self.epsilon,
             **dataclasses.asdict(self.graph),
             **({"repeat_weight": self.repeat_weight} if self.repeat_weight else {}),
+            **({"text": dataclasses.asdict(self.text)} if self.text else {}),
         }
 
 
@@ -89,6 +123,41 @@ def grid(
     ]
 
 
+def text_grid(best: Mixture, term: TextTerm) -> list[Mixture]:
+    """The best mixture without texts and, after it, what a text term of every weight and epsilon
+    makes of it, with its item weight, graph weight and epsilon or the values next to these.
+
+    A text takes over some of what the other parts said alone; the repeat model stays as it is."""
+    item_weights = _next_to(best.item_weight, ITEM_WEIGHTS)
+    graph_weights = _next_to(best.graph_weight, GRAPH_WEIGHTS)
+    epsilons = _next_to(best.epsilon, EPSILONS)
+    return [
+        best,
+        *(
+            dataclasses.replace(
+                best,
+                item_weight=item_weight,
+                graph_weight=graph_weight,
+                epsilon=epsilon,
+                text=dataclasses.replace(term, weight=weight, epsilon=text_epsilon),
+            )
+            for weight in TEXT_WEIGHTS
+            for text_epsilon in TEXT_EPSILONS
+            for item_weight in item_weights
+            for graph_weight in graph_weights
+            for epsilon in (epsilons if graph_weight else epsilons[:1])
+        ),
+    ]
+
+
+def _next_to(value: float, values: Sequence[float]) -> tuple[float, ...]:
+    """A value and those before and after it; a value that is none of them alone."""
+    if value not in values:
+        return (value,)
+    place = values.index(value)
+    return tuple(values[max(place - 1, 0) : place + 2])
+
+
 @dataclass(frozen=True)
 class Choice:
     """The best of a grid by NDCG@10 on validation; of equal ones the first."""
@@ -97,16 +166,25 @@ class Choice:
     validation: dict[str, float]
     users: int
     table: list[tuple[float, float, float, float, float]]
-    """(item_weight, graph_weight, epsilon, repeat_weight, NDCG@10) of all that was tried."""
+    """(item_weight, graph_weight, epsilon, repeat_weight, NDCG@10) of all that was tried without
+    texts."""
+    text_table: list[tuple[float, float, float, float, float, float]] = field(default_factory=list)
+    """(item_weight, graph_weight, epsilon, text weight, text epsilon, NDCG@10) of what was tried
+    with them."""
 
     def __str__(self) -> str:
         """A line a user may read."""
         mixed = self.mixture
         figures = ", ".join(f"{name} {as_written(self.validation[name])}" for name in METRICS)
-        repeat = f", repeat_weight {mixed.repeat_weight}" if mixed.repeat else ""
+        parts = f", repeat_weight {mixed.repeat_weight}" if mixed.repeat else ""
+        if (text := mixed.text) is not None:
+            parts += f", text weight {text.weight} of {text.source}, its epsilon {text.epsilon}"
+        elif self.text_table:
+            parts += ", no text, which did not help"
         return (
-            f"of {len(self.table)} mixtures: item_weight {mixed.item_weight}, graph_weight "
-            f"{mixed.graph_weight}, epsilon {mixed.epsilon}{repeat}; validation {figures}"
+            f"of {len(self.table) + len(self.text_table)} mixtures: item_weight "
+            f"{mixed.item_weight}, graph_weight {mixed.graph_weight}, epsilon {mixed.epsilon}"
+            f"{parts}; validation {figures}"
         )
 
 
@@ -133,6 +211,17 @@ def choose(tried: Sequence[Mixture], histograms_G: np.ndarray) -> Choice:
     )
 
 
+def choose_with_text(before: Choice, tried: Sequence[Mixture], histograms_G: np.ndarray) -> Choice:
+    """The best of a `text_grid`; arguments as of `choose`, `before` chosen without texts."""
+    found = choose(tried, histograms_G)
+    rows = [
+        (*row[:3], mixed.text.weight, mixed.text.epsilon, row[-1])
+        for row, mixed in zip(found.table, tried, strict=True)
+        if mixed.text is not None
+    ]
+    return dataclasses.replace(found, table=before.table, text_table=rows)
+
+
 def changed(
     mixture: Mixture,
     item_weight: float | None,
@@ -154,16 +243,17 @@ def save(choice: Choice, run: Path, origin: dict[str, Any]) -> Path:
     """`origin`: what the weights are good for: `load` is given the same."""
     path = run / FILE
     with atomic_file(path) as temporary:
-        text = json.dumps(
-            {"origin": origin, **dataclasses.asdict(choice)}, indent=1, allow_nan=False
-        )
+        values = dataclasses.asdict(choice)
+        if not choice.text_table:
+            del values["text_table"], values["mixture"]["text"]
+        text = json.dumps({"origin": origin, **values}, indent=1, allow_nan=False)
         temporary.write_text(text + "\n", encoding="utf-8")
     return path
 
 
 def load(run: Path, origin: dict[str, Any]) -> Mixture | None:
     """The mixture that was chosen for a run; None where none was. Raises ValueError for a damaged
-    file, and for one of another origin."""
+    file, and for one of another origin; of other texts only where the mixture takes them."""
     path = run / FILE
     if not path.is_file():
         return None
@@ -175,6 +265,8 @@ def load(run: Path, origin: dict[str, Any]) -> Mixture | None:
             f"{path}: not readable ({error}): remove it and choose the weights again"
         ) from None
     for key, value in origin.items():
+        if key == TEXTS and mixture.text is None:
+            continue
         if found.get(key) != value:
             raise ValueError(
                 f"{path}: weights chosen for {key} {found.get(key)}, not {value}: remove it and "

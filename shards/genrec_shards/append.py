@@ -134,6 +134,7 @@ def append(
             expected=None,  # the published counts were those of the old rows
             hierarchy=numbering.hierarchy,
             described_by=source_of_texts(descriptions),
+            items_with_text=None if descriptions is None else descriptions.num_described,
             appended=(*(data.info.appended or ()), entry),
         )
         bad_lines = tuple(bad.summary())

@@ -47,7 +47,7 @@ def ndcg_of(loaded: LoadedRun, data: Path, decoding: Decoding) -> float:
     """Of the lists of all users on validation."""
     sequences = load_dataset(data).sequences
     view = sequences.history_and_target("validation")
-    known = HistoryScores.of(sequences, "validation", "n-2", decoding.mixture)
+    known = HistoryScores.of(load_dataset(data), "validation", "n-2", decoding.mixture)
     found = rank_batch(loaded.searcher, loaded.layout, view, view.users, decoding, known)
     ranks = target_ranks(found.items, view.targets[view.users])
     return metrics_from_histogram(rank_histogram(ranks))[NDCG]
@@ -132,7 +132,7 @@ def test_repeats_are_mixed_in_as_lists_and_requests_have_them(
     assert best.repeat_weight > 0
     sequences = load_dataset(data).sequences
     assert best.graph == tune_knn(sequences, exclude_history=True).settings
-    known = HistoryScores.of(sequences, "test", "n-2", replace(best, graph_weight=1.0))
+    known = HistoryScores.of(load_dataset(data), "test", "n-2", replace(best, graph_weight=1.0))
     prob = known.probabilities(np.array([3, 5, 3]), np.array([0, 3]), sequences.num_items)
     assert prob.graph_prob_BN is not None
     assert prob.repeat_prob_BN is not None
