@@ -52,7 +52,7 @@ class ControlSettings:
     knn: KnnSettings = field(default_factory=KnnSettings)
     tune_knn: bool = False
     """Choose kNN's settings on validation too, as `genrec train auto` does; controls with texts
-    always do."""
+    do so unless a `knn.` is given."""
     text: str = "words"
     """Source of the texts, as in a recipe, of what is mixed with them."""
 
@@ -135,7 +135,8 @@ def open_or_make(
             "trained_through n-1 leaves nothing to choose a weight by: "
             f"{'use n-2' if with_text else given}"
         )
-    if settings.tune_knn or with_text:
+    given_knn = any(text.startswith("knn.") for text in others)
+    if settings.tune_knn or (with_text and not given_knn):
         knn = tune_knn(
             dataset.sequences,
             exclude_history=training.exclude_history,
@@ -173,7 +174,8 @@ def choose(control: Control, dataset: Dataset, exclude_history: bool) -> mixture
     without = dataclasses.replace(control, text=None)
     choice = mixture.choose(tried, _histograms(without, dataset, tried, exclude_history))
     if control.text is not None:
-        tried = mixture.text_grid(choice.mixture, control.text.term)
+        weights = (1.0,) if control.run is None else None
+        tried = mixture.text_grid(choice.mixture, control.text.term, weights)
         counts_G = _histograms(control, dataset, tried, exclude_history)
         choice = mixture.choose_with_text(choice, tried, counts_G)
     return choice

@@ -27,8 +27,8 @@ ITEM_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 GRAPH_WEIGHTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0)
 EPSILONS = (0.1, 0.5, 0.9, 0.98, 0.995, 0.999)
 REPEAT_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
-TEXT_WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0)
-TEXT_EPSILONS = (0.02, 0.1, 0.3, 0.6, 0.9)
+TEXT_WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.8, 1.5, 3.0)
+TEXT_EPSILONS = (0.1, 0.5, 0.9, 0.98, 0.995)
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 
 
@@ -123,39 +123,26 @@ def grid(
     ]
 
 
-def text_grid(best: Mixture, term: TextTerm) -> list[Mixture]:
+def text_grid(
+    best: Mixture, term: TextTerm, graph_weights: Sequence[float] | None = None
+) -> list[Mixture]:
     """The best mixture without texts and, after it, what a text term of every weight and epsilon
-    makes of it, with its item weight, graph weight and epsilon or the values next to these.
+    makes of it, with these graph weights (None: its own and those next to it).
 
-    A text takes over some of what the other parts said alone; the repeat model stays as it is."""
-    item_weights = _next_to(best.item_weight, ITEM_WEIGHTS)
-    graph_weights = _next_to(best.graph_weight, GRAPH_WEIGHTS)
-    epsilons = _next_to(best.epsilon, EPSILONS)
-    return [
-        best,
-        *(
-            dataclasses.replace(
-                best,
-                item_weight=item_weight,
-                graph_weight=graph_weight,
-                epsilon=epsilon,
-                text=dataclasses.replace(term, weight=weight, epsilon=text_epsilon),
-            )
-            for weight in TEXT_WEIGHTS
-            for text_epsilon in TEXT_EPSILONS
-            for item_weight in item_weights
-            for graph_weight in graph_weights
-            for epsilon in (epsilons if graph_weight else epsilons[:1])
-        ),
+    A text takes over some of what the graph said alone; the other parts stay as they are."""
+    if graph_weights is None:
+        place = GRAPH_WEIGHTS.index(best.graph_weight)
+        graph_weights = GRAPH_WEIGHTS[max(place - 1, 0) : place + 2]
+    terms = [
+        dataclasses.replace(term, weight=weight, epsilon=epsilon)
+        for weight in TEXT_WEIGHTS
+        for epsilon in TEXT_EPSILONS
     ]
-
-
-def _next_to(value: float, values: Sequence[float]) -> tuple[float, ...]:
-    """A value and those before and after it; a value that is none of them alone."""
-    if value not in values:
-        return (value,)
-    place = values.index(value)
-    return tuple(values[max(place - 1, 0) : place + 2])
+    return [best] + [
+        dataclasses.replace(best, graph_weight=graph_weight, text=term)
+        for term in terms
+        for graph_weight in graph_weights
+    ]
 
 
 @dataclass(frozen=True)
@@ -168,9 +155,8 @@ class Choice:
     table: list[tuple[float, float, float, float, float]]
     """(item_weight, graph_weight, epsilon, repeat_weight, NDCG@10) of all that was tried without
     texts."""
-    text_table: list[tuple[float, float, float, float, float, float]] = field(default_factory=list)
-    """(item_weight, graph_weight, epsilon, text weight, text epsilon, NDCG@10) of what was tried
-    with them."""
+    text_table: list[tuple[float, float, float, float]] = field(default_factory=list)
+    """(graph_weight, text weight, text epsilon, NDCG@10) of what was tried with them."""
 
     def __str__(self) -> str:
         """A line a user may read."""
@@ -215,7 +201,7 @@ def choose_with_text(before: Choice, tried: Sequence[Mixture], histograms_G: np.
     """The best of a `text_grid`; arguments as of `choose`, `before` chosen without texts."""
     found = choose(tried, histograms_G)
     rows = [
-        (*row[:3], mixed.text.weight, mixed.text.epsilon, row[-1])
+        (mixed.graph_weight, mixed.text.weight, mixed.text.epsilon, row[-1])
         for row, mixed in zip(found.table, tried, strict=True)
         if mixed.text is not None
     ]
