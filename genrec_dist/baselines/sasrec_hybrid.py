@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,45 +168,57 @@ def open_or_make(
 
 def choose(control: Control, dataset: Dataset, exclude_history: bool) -> mixture.Choice:
     """The weights with the best NDCG@10 on validation, all users, all items ranked."""
-    if control.run is None:  # of one score alone neither weight nor epsilon changes a rank
-        tried = [Mixture(0.0, 1.0, graph=control.graph.settings)]
-    else:
-        tried = mixture.grid((0.0,), control.graph.settings)
-    without = dataclasses.replace(control, text=None)
-    choice = mixture.choose(tried, _histograms(without, dataset, tried, exclude_history))
+    histograms = partial(_histograms, control, dataset, exclude_history)
+    if control.run is None:  # of the graph alone neither weight nor epsilon changes a rank
+        assert control.text is not None
+        alone = Mixture(0.0, 1.0, graph=control.graph.settings)
+        tried = mixture.text_grid(alone, control.text.term, (1.0,))
+        counts_G = histograms(tried)
+        choice = mixture.choose(tried[:1], counts_G[:1])
+        return mixture.choose_with_text(choice, tried, counts_G)
+    tried = mixture.grid((0.0,), control.graph.settings)
+    choice = mixture.choose(tried, histograms(tried))
     if control.text is not None:
-        weights = (1.0,) if control.run is None else None
-        tried = mixture.text_grid(choice.mixture, control.text.term, weights)
-        counts_G = _histograms(control, dataset, tried, exclude_history)
-        choice = mixture.choose_with_text(choice, tried, counts_G)
+        tried = mixture.text_grid(choice.mixture, control.text.term)
+        choice = mixture.choose_with_text(choice, tried, histograms(tried))
     return choice
 
 
 def _histograms(
-    control: Control, dataset: Dataset, tried: list[Mixture], exclude_history: bool
+    control: Control, dataset: Dataset, exclude_history: bool, tried: list[Mixture]
 ) -> np.ndarray:
-    """int64 [G, 21] of the validation targets' ranks under each mixture."""
+    """int64 [G, 21] of the validation targets' ranks under each mixture.
+
+    Every score rises with each of its parts. So an item that is below the target in all parts
+    never ranks above it, and a target with 20 items above it in all parts is never listed; neither
+    is mixed. Of parts (3, 1), target (2, 2) and (1, 1), the first alone is mixed beside the
+    target."""
     view = dataset.sequences.history_and_target("validation")
     num_items = control.graph.num_items
     counts_G = np.zeros((len(tried), TOP + 1), np.int64)
     for rows_B, logp_BI in _log_probabilities(control, view, view.users, exclude_history):
-        graph_BI, text_BI = _shares(control, view, rows_B)
+        parts = [logp_BI, *_shares(control, view, rows_B)]
         targets_B1 = torch.from_numpy(view.targets[rows_B].astype(np.int64))[:, None]
-        near = {
-            epsilon: log_near(graph_BI, epsilon, num_items)
-            for epsilon in {mixed.epsilon for mixed in tried}
-        }
-        near_text = {
-            epsilon: log_near(text_BI, epsilon, num_items)
-            for epsilon in {mixed.text.epsilon for mixed in tried if mixed.text is not None}
-        }
+        at_least = [part_BI >= part_BI.gather(1, targets_B1) for part_BI in parts]
+        above_BI = torch.stack(at_least).all(0)
+        # Without a model the first part is the same for all items.
+        any_above_BI = torch.stack(at_least[control.run is None :]).any(0)
+        open_B1 = above_BI.sum(1, keepdim=True) <= TOP  # the target itself is one of them
+        counts_G[:, 0] += int((~open_B1).sum())
+        owner_E, items_E = torch.nonzero(any_above_BI & open_B1, as_tuple=True)
+        is_target_E = items_E == targets_B1[owner_E, 0]
+        logp_E, graph_E, *texts = (part_BI[owner_E, items_E] for part_BI in parts)
+        users, place_E = np.unique(owner_E.numpy(), return_inverse=True)
         for place, mixed in enumerate(tried):
-            scores_BI = torch.add(logp_BI, near[mixed.epsilon], alpha=mixed.graph_weight)
+            near_E = log_near(graph_E, mixed.epsilon, num_items)
+            scores_E = torch.add(logp_E, near_E, alpha=mixed.graph_weight)
             if mixed.text is not None:
-                scores_BI.add_(near_text[mixed.text.epsilon], alpha=mixed.text.weight)
+                near_E = log_near(texts[0], mixed.text.epsilon, num_items)
+                scores_E.add_(near_E, alpha=mixed.text.weight)
             # Ties rank above the target.
-            ranks_B = (scores_BI >= scores_BI.gather(1, targets_B1)).sum(1).numpy()
-            counts_G[place] += rank_histogram(np.where(ranks_B <= TOP, ranks_B, 0))
+            reached_E = (scores_E >= scores_E[is_target_E][place_E]).numpy()
+            ranks_U = np.bincount(place_E, reached_E, len(users)).astype(np.int64)
+            counts_G[place] += rank_histogram(np.where(ranks_U <= TOP, ranks_U, 0))
     return counts_G
 
 
@@ -216,10 +229,10 @@ def rule_of(control: Control, dataset: Dataset, split: Split, *, exclude_history
 
     def mixed_scores(users: np.ndarray) -> Iterator[tuple[np.ndarray, Tensor]]:
         for rows_B, logp_BI in _log_probabilities(control, view, users, exclude_history):
-            graph_BI, text_BI = _shares(control, view, rows_B)
+            graph_BI, *texts = _shares(control, view, rows_B)
             logp_BI.add_(log_near(graph_BI, mixed.epsilon, num_items), alpha=mixed.graph_weight)
             if mixed.text is not None:
-                near_BI = log_near(text_BI, mixed.text.epsilon, num_items)
+                near_BI = log_near(texts[0], mixed.text.epsilon, num_items)
                 logp_BI.add_(near_BI, alpha=mixed.text.weight)
             yield rows_B, logp_BI
 
@@ -247,11 +260,9 @@ def _log_probabilities(
         yield rows_B, scores_BI
 
 
-def _shares(control: Control, view: SplitView, rows_B: np.ndarray) -> tuple[Tensor, Tensor]:
-    """float32 [B, I] of the graph and of the texts; without texts the second is empty."""
+def _shares(control: Control, view: SplitView, rows_B: np.ndarray) -> list[Tensor]:
+    """float32 [B, I] of the graph and, where there are any, of the texts."""
     starts, lengths = view.starts[rows_B], (view.ends - view.starts)[rows_B]
     items, offsets = view.items[flat_ranges(starts, lengths)], offsets_of(lengths)
-    graph_BI = control.graph.probabilities(items, offsets).float()
-    if control.text is None:
-        return graph_BI, torch.empty(0)
-    return graph_BI, control.text.probabilities(items, offsets).float()
+    known = (control.graph, control.text)
+    return [part.probabilities(items, offsets).float() for part in known if part is not None]
