@@ -79,12 +79,21 @@ def item_vectors(dataset: Dataset, source: str) -> np.ndarray:
     return vectors_ND
 
 
+def check_source(source: str) -> None:
+    """Raises ValueError for a source that is none, or whose package is missing: before a training
+    that will end with it."""
+    if source in ("none", "words", "factors"):
+        return
+    _identity(source)
+    _package("wordllama" if source == "wordllama" else "sentence_transformers")
+
+
 def _identity(source: str) -> str:
     """What the vectors depend on beside the texts."""
     if source == "factors":
         return f"factors {FACTORS}"
     if source == "wordllama":
-        _package("wordllama")
+        _package(source)
         return f"wordllama {version('wordllama')}"
     folder = Path(source)
     if not (folder / "modules.json").is_file():

@@ -32,7 +32,10 @@ from genrec_shards.splits import LEAVE_ONE_OUT
 
 # R rows that are appended, U users, N items, both with the new ones
 
-FILES = ("sequences.parquet", "items.parquet", "users.parquet", "dataset.json", "audit.json")
+FILES = (
+    *("sequences.parquet", "items.parquet", "users.parquet", "dataset.json", "audit.json"),
+    "text",  # vectors, which are made again
+)
 """What a data directory holds beside shards."""
 SETTLED = (
     *("numbering", "seed", "levels", "vectors", "vectors_trained_through"),

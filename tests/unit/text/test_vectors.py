@@ -14,8 +14,10 @@ from genrec_shards.prepare import prepare
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from genrec_dist.config.load import load_recipe
 from genrec_dist.text.similarity import text_rows
 from genrec_dist.text.vectors import item_vectors
+from genrec_dist.training.run import train
 
 TEXTS = [
     "red nail polish", "blue nail polish", "soft hair brush", "hair dryer", "", "lip balm of honey",
@@ -83,6 +85,14 @@ def test_a_source_that_is_none_and_a_catalogue_without_texts_are_refused(
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin: weights are read from safetensors"):
         item_vectors(dataset, str(tmp_path))
+
+
+def test_a_training_that_will_end_with_an_unknown_source_does_not_begin(
+    tiny_recipe: Path,
+) -> None:
+    with pytest.raises(ValueError, match="text source 'wrods': choose words, factors, wordllama"):
+        train(load_recipe(tiny_recipe, ["decode=hybrid", "text=wrods"]))
+    assert not (tiny_recipe.parent / "run" / "events.jsonl").exists()
 
 
 def test_wordllama_brings_words_of_like_meaning_together(tmp_path: Path) -> None:
