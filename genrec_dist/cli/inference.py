@@ -52,7 +52,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--graph-set",
-            help="epsilon=value of the mixture, or key=value of the graph's kNN; repeatable.",
+            help="epsilon=value of the mixture, text.key=value of its texts (weight, epsilon, "
+            "source, recent, decay, power), or key=value of the graph's kNN; repeatable.",
         ),
     ] = None,
     tune_weights: Annotated[
@@ -106,6 +107,8 @@ def evaluate(
         raise UsageError("--tune-weights writes RUN/hybrid.json and no lists: leave out --out")
     if text is not None and not tune_weights:
         raise UsageError("--text goes with --tune-weights: hybrid.json holds what was chosen by it")
+    if tune_weights and any(setting.startswith("text.") for setting in graph_settings or []):
+        raise UsageError("--tune-weights chooses the texts' settings: leave out --graph-set text.")
     if decode != "hybrid" and (graph_weight is not None or graph_settings):
         raise UsageError(
             f"--decode {decode} has no graph: "

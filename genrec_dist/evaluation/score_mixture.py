@@ -214,11 +214,16 @@ def changed(
     graph_weight: float | None,
     overrides: Sequence[str] | None,
 ) -> Mixture:
-    """Another mixture where something is given; `overrides`: `epsilon=value`, or `key=value` of
-    `KnnSettings`."""
+    """Another mixture where something is given; `overrides`: `epsilon=value`, `text.key=value` of
+    `TextTerm`, or `key=value` of `KnnSettings`."""
     held = dataclasses.asdict(mixture)
     of_mixture = [text for text in overrides or [] if text.startswith("epsilon=")]
-    of_graph = [text for text in overrides or [] if text not in of_mixture]
+    of_text = [text for text in overrides or [] if text.startswith("text.")]
+    of_graph = [text for text in overrides or [] if text not in (*of_mixture, *of_text)]
+    if of_text:
+        keys = [text.removeprefix("text.") for text in of_text]
+        term = section_from(TextTerm, dict(held["text"] or {}), keys, "text")
+        held["text"] = dataclasses.asdict(term)
     held["graph"] = dataclasses.asdict(knn_settings(of_graph, held["graph"]))
     for name, value in (("item_weight", item_weight), ("graph_weight", graph_weight)):
         held[name] = held[name] if value is None else value

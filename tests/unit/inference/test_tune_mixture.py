@@ -217,6 +217,20 @@ def test_texts_are_mixed_in_where_the_data_has_them(
     capsys.readouterr()
     assert run_command([*command[:-1], "--data", str(tiny_data)]) == 1
     assert "its items have no texts: prepare it again with --items" in capsys.readouterr().err
+    given = [
+        "--graph-weight",
+        "0",
+        "--graph-set",
+        "text.weight=0.7",
+        "--graph-set",
+        "text.recent=2",
+    ]
+    assert run_command([*words, *given]) == 0
+    protocol = json.loads((run / "metrics-test.json").read_text())["protocol"]
+    term = {**held["mixture"]["text"], "weight": 0.7, "recent": 2}
+    assert (protocol["graph"]["weight"], protocol["graph"]["text"]) == (0.0, term)
+    assert run_command([*command, str(described_data), *tune, *given]) == 2
+    assert "leave out --graph-set text." in capsys.readouterr().err
     held["origin"]["texts_hash"] = "of others"
     (run / "hybrid.json").write_text(json.dumps(held))
     assert run_command([*command, str(described_data)]) == 1
