@@ -82,7 +82,9 @@ def evaluate(
         exclude_history=loaded.model.config.exclude_history,
     )
     if decoding.mode == "hybrid":
-        decoding = chosen_decoding(loaded, dataset, decoding, recipe.trained_through)
+        decoding = chosen_decoding(
+            loaded, dataset, decoding, recipe.trained_through, text=recipe.text
+        )
     metrics = run_evaluate(
         loaded,
         dataset,

@@ -70,7 +70,9 @@ def rule_of(
     def lists(users: np.ndarray) -> Lists:
         past = histories(sequences, split, users)
         found = empty_lists(past.num_users, top + 1)
-        history_UI = recent_item_weights(past.items, past.offsets, past.num_items, settings)
+        history_UI = recent_item_weights(
+            past.items, past.offsets, past.num_items, settings.recent, settings.decay
+        )
         for start in range(0, past.num_users, settings.batch_size):
             scores_BI = history_UI[start : start + settings.batch_size] @ weights_II
             if exclude_history:

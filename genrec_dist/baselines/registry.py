@@ -23,6 +23,9 @@ BASELINES: dict[str, Callable[..., Rule]] = {
     "knn": knn.fit,
 }
 
+CONTROLS = ("sasrec+knn", "graph+text", "sasrec+graph+text")
+"""What hybrid is compared with (`sasrec_hybrid.py`): other mixtures of its parts."""
+
 BESIDE = ("counting", "popularity", "knn")
 """Whose scores are in every metrics file."""
 

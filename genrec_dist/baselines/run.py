@@ -37,14 +37,15 @@ def run_baseline(
     """Make the lists of a baseline and write its results.
 
     Args:
-        name: A baseline of `registry.BASELINES`, sasrec, bsarec or sasrec+knn.
+        name: A baseline of `registry.BASELINES`, sasrec, bsarec, or a control: sasrec+knn,
+            graph+text or sasrec+graph+text.
         dataset: The prepared data.
         split: Whose targets are ranked.
         out_dir: Where results go. sasrec and bsarec are trained into it, or taken from there.
         trained_through: The last position that is trained on.
         exclude_history: Leave the history out of the lists; None: where no target repeats.
         users: all, or a seeded sample as in `Protocol.users`.
-        settings: `key=value` of knn, sasrec, bsarec or sasrec+knn.
+        settings: `key=value` of knn, sasrec, bsarec or a control.
         on_epoch: Called after each epoch of sasrec or bsarec.
 
     Returns:
@@ -54,7 +55,7 @@ def run_baseline(
     if exclude_history is None:
         exclude_history = exclude_history_default(sequences)
     recipe, graph, seconds = None, None, 0.0
-    if name in ("sasrec", "bsarec", "sasrec+knn"):
+    if name in ("sasrec", "bsarec") or name in registry.CONTROLS:
         # Imported here: they need torch, which the other baselines do without.
         from genrec_dist.baselines.sasrec import hybrid as sasrec_hybrid
         from genrec_dist.baselines.sasrec import model as sasrec_model
@@ -68,14 +69,14 @@ def run_baseline(
             on_epoch,
             "bsarec" if name == "bsarec" else "sasrec",
         )
-        if name != "sasrec+knn":
+        if name not in registry.CONTROLS:
             run = sasrec_run.open_or_train(out, training, settings)
             recipe = run.recipe
             rule = sasrec_model.rule_of(
                 run.model, sequences, split, exclude_history=exclude_history
             )
         else:
-            control = sasrec_hybrid.open_or_make(out, training, settings)
+            control = sasrec_hybrid.open_or_make(name, out, training, settings)
             recipe, graph = control.recipe, control.mixture.of_graph
             rule = sasrec_hybrid.rule_of(control, dataset, split, exclude_history=exclude_history)
     else:

@@ -177,9 +177,11 @@ def prepare(
 
 
 def _say_of_data(dataset: Dataset, found: Audit) -> None:
-    """What times and ids of the data mean for scores on it."""
-    from genrec_shards.cleaning.summary import tie_summary
+    """How many items have a text, and what times and ids of the data mean for scores on it."""
+    from genrec_shards.cleaning.summary import text_summary, tie_summary
 
+    if (texts := text_summary(dataset)) is not None:
+        say(texts)
     ties, many = tie_summary(dataset)
     say(ties, style="yellow" if many else "")
     say(found.sentence(), style="yellow" if found.leaks else "")

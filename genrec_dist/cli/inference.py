@@ -52,7 +52,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             "--graph-set",
-            help="epsilon=value of the mixture, or key=value of the graph's kNN; repeatable.",
+            help="epsilon=value of the mixture, text.key=value of its texts (weight, epsilon, "
+            "source, recent, decay, power), or key=value of the graph's kNN; repeatable.",
         ),
     ] = None,
     tune_weights: Annotated[
@@ -63,6 +64,13 @@ def evaluate(
             "graph's settings are chosen too, unless --graph-set gives one.",
         ),
     ] = False,
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="With --tune-weights, by what hybrid compares the items' texts: words, factors, "
+            "wordllama, a sentence-transformers directory, or none; default: as the recipe says."
+        ),
+    ] = None,
     exclude_history: ExcludeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Users decoded at once.", min=1)] = 512,
     out_dir: Annotated[
@@ -97,6 +105,10 @@ def evaluate(
         raise UsageError("--tune-weights goes with --decode hybrid --split validation")
     if tune_weights and out_dir is not None:
         raise UsageError("--tune-weights writes RUN/hybrid.json and no lists: leave out --out")
+    if text is not None and not tune_weights:
+        raise UsageError("--text goes with --tune-weights: hybrid.json holds what was chosen by it")
+    if tune_weights and any(setting.startswith("text.") for setting in graph_settings or []):
+        raise UsageError("--tune-weights chooses the texts' settings: leave out --graph-set text.")
     if decode != "hybrid" and (graph_weight is not None or graph_settings):
         raise UsageError(
             f"--decode {decode} has no graph: "
@@ -124,6 +136,7 @@ def evaluate(
         from genrec_dist.report.run_report import write_report
 
     trained_through = recipe.trained_through if recipe else "n-2"
+    text = text or (recipe.text if recipe else "words")
     dataset = load_dataset(data)
     num_users = len(dataset.sequences.history_and_target(split).users)
     with _process_group() as device:
@@ -143,6 +156,7 @@ def evaluate(
                     dataset,
                     decoding,
                     trained_through,
+                    text=text,
                     ranks=Ranks(),
                     on_choice=lambda choice: say(
                         f"hybrid's weights, chosen on validation {choice}"
@@ -168,6 +182,7 @@ def evaluate(
                     decoding=decoding,
                     trained_through=trained_through,
                     tune_graph=not any(key_of(text) != "epsilon" for text in graph_settings or []),
+                    text=text,
                     ranks=Ranks(),
                     on_batch=advance,
                 )

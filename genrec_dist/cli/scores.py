@@ -16,8 +16,21 @@ from genrec_dist.console import UsageError, out, say, working
 
 def baseline(
     name: Annotated[
-        Literal["popularity", "counting", "repeat", "knn", "sasrec", "bsarec", "sasrec+knn"],
-        typer.Argument(help="A rule, SASRec, BSARec, or SASRec mixed with kNN, hybrid's control."),
+        Literal[
+            "popularity",
+            "counting",
+            "repeat",
+            "knn",
+            "sasrec",
+            "bsarec",
+            "sasrec+knn",
+            "graph+text",
+            "sasrec+graph+text",
+        ],
+        typer.Argument(
+            help="A rule, SASRec, BSARec, or a control of hybrid: a mixture of kNN's graph, the "
+            "items' texts and SASRec."
+        ),
     ],
     data: DataArgument,
     out_dir: Annotated[Path, typer.Option("--out", help="Directory for metrics and lists.")],
@@ -30,7 +43,7 @@ def baseline(
         list[str] | None,
         typer.Option(
             "--set",
-            help="key=value of knn, sasrec, bsarec; of sasrec+knn with knn. or sasrec. before it.",
+            help="key=value of knn, sasrec or bsarec; of a mixture with knn. or sasrec. before it.",
         ),
     ] = None,
     tune: Annotated[
@@ -53,7 +66,7 @@ def baseline(
     if overrides and name in ("popularity", "counting", "repeat"):
         raise UsageError(
             f"--set {overrides[0]}: {name} has nothing to set, only knn, sasrec, bsarec and "
-            "sasrec+knn have"
+            "mixtures have"
         )
     if tune and (overrides or name != "knn"):
         raise UsageError("--tune chooses the settings of knn: leave out --set and other names")

@@ -25,7 +25,7 @@ AUTO_KEYS = {
 }
 """Keys whose value may be `auto`, chosen from the data (`data.fit_recipe`), and what stands in its
 place until then."""
-MOVES_NO_GRADIENT = (*_PATHS, *_PACE, "decode")
+MOVES_NO_GRADIENT = (*_PATHS, *_PACE, "decode", "text")
 """Keys of a recipe that say where files are and how work is divided: runs that differ in these
 alone have the same recipe."""
 
@@ -228,8 +228,12 @@ class Recipe:
     """Seed of the initial weights, the order of samples, masks and dropout."""
     decode: Literal["exact", "items", "hybrid"] = "exact"
     """How `evaluate` and `recommend` score items where --decode is not given. hybrid: the decoder
-    with the transition graph and, where lists may repeat the history, a repeat model; training
-    ends with choosing their weights on validation."""
+    with the transition graph, the items' texts where the data has any and, where lists may repeat
+    the history, a repeat model; training ends with choosing their weights on validation."""
+    text: str = "words"
+    """By what hybrid compares the items' texts. words: TF-IDF of their words. factors: the largest
+    factors of it. wordllama: that package's token vectors. A directory: the sentence-transformers
+    model in it. none: not at all."""
     trained_through: Literal["n-2", "n-1"] = "n-2"
     """Last position the model may learn; n-1 is the refit that also learns the validation item. Of
     a split by time the training period, and that with the validation period."""

@@ -57,7 +57,10 @@ class Graph:
         import scipy.sparse as sp
 
         scores_BN = (
-            recent_item_weights(items, offsets, self.num_items, self.settings) @ self.weights_NN
+            recent_item_weights(
+                items, offsets, self.num_items, self.settings.recent, self.settings.decay
+            )
+            @ self.weights_NN
         )
         if only_new:
             users = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
@@ -69,9 +72,8 @@ class Graph:
 
 
 def log_near(shares: Tensor, epsilon: float, num_items: int) -> Tensor:
-    """log((1 - epsilon) share + epsilon / N), of shares of any shape: the graph's distribution
-    mixed with a uniform one, so that an item without a neighbour in the history is unlikely and
-    not impossible."""
+    """log((1 - epsilon) share + epsilon / N), of shares of any shape: a distribution mixed with a
+    uniform one, so that an item without a share is unlikely and not impossible."""
     return shares.mul(1 - epsilon).add_(epsilon / num_items).log_()
 
 
@@ -181,9 +183,9 @@ def _inverse_power(mass_I: np.ndarray, power: float) -> np.ndarray:
 
 
 def recent_item_weights(
-    items: np.ndarray, offsets: np.ndarray, num_items: int, settings: KnnSettings
+    items: np.ndarray, offsets: np.ndarray, num_items: int, recent: int, decay: float
 ) -> sp.csr_matrix:
-    """float64 [U, I]: the weight, decay^age, of each history's recent items.
+    """float64 [U, I]: the weight, decay^age, of the last `recent` items of each history.
 
     `items[offsets[u]:offsets[u + 1]]` is a history, oldest first.
     """
@@ -191,7 +193,7 @@ def recent_item_weights(
 
     lengths_U = np.diff(offsets)
     ages = np.repeat(offsets[1:], lengths_U) - 1 - np.arange(len(items))
-    recent = ages < settings.recent
+    counts = ages < recent
     users = np.repeat(np.arange(len(lengths_U)), lengths_U)
-    entries = (settings.decay ** ages[recent], (users[recent], items[recent]))
+    entries = (decay ** ages[counts], (users[counts], items[counts]))
     return sp.csr_matrix(entries, shape=(len(lengths_U), num_items))

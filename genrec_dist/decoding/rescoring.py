@@ -32,6 +32,8 @@ class Candidates:
     """Probability under the transition graph, where there was one."""
     repeat_prob_BC: Tensor | None
     """Probability under the repeat model, where there was one."""
+    text_prob_BC: Tensor | None
+    """Share of nearness by text, where there was any."""
     num_items: int
 
     def mix_scores(self, mixture: Mixture) -> Tensor:
@@ -45,6 +47,9 @@ class Candidates:
             mixed_BC.add_(graph_logp_BC, alpha=mixture.graph_weight)
         if self.repeat_prob_BC is not None and mixture.repeat_weight:
             mixed_BC.add_(self.repeat_prob_BC.log(), alpha=mixture.repeat_weight)
+        if self.text_prob_BC is not None and mixture.text is not None:
+            text_logp_BC = log_near(self.text_prob_BC, mixture.text.epsilon, self.num_items)
+            mixed_BC.add_(text_logp_BC, alpha=mixture.text.weight)
         return mixed_BC
 
 

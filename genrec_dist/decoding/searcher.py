@@ -173,6 +173,7 @@ class TrieSearcher:
         mixture: Mixture | None = None,
         graph_prob_BN: Tensor | None = None,
         repeat_prob_BN: Tensor | None = None,
+        text_prob_BN: Tensor | None = None,
     ) -> TopItems:
         """The best items of each user by log-probability under the mode's softmax.
 
@@ -190,6 +191,7 @@ class TrieSearcher:
             mixture: Of `hybrid`; None: its defaults.
             graph_prob_BN: float, the graph's probabilities, of `hybrid`.
             repeat_prob_BN: float, those of the repeat model, of `hybrid`.
+            text_prob_BN: float, the texts' shares, of `hybrid`.
 
         Raises:
             ValueError: An unknown mode; `free` where the searcher cannot read texts or the model
@@ -205,6 +207,7 @@ class TrieSearcher:
                 excluded=excluded,
                 graph_prob_BN=graph_prob_BN,
                 repeat_prob_BN=repeat_prob_BN,
+                text_prob_BN=text_prob_BN,
             )
             return self._rank(found.mix_scores(mixture or Mixture()), found.items_BC, top)
         if mode in ("exact", "compact"):
@@ -238,9 +241,10 @@ class TrieSearcher:
         excluded: Pairs | None = None,
         graph_prob_BN: Tensor | None = None,
         repeat_prob_BN: Tensor | None = None,
+        text_prob_BN: Tensor | None = None,
     ) -> Candidates:
-        """What `hybrid` ranks: the best `beam` items of the decoder, of the item head, of the graph
-        and of the history, as far as there are any, and none that is excluded.
+        """What `hybrid` ranks: the best `beam` items of the decoder, of the item head, of the
+        graph, of the history and of the texts, as far as there are any, and none that is excluded.
 
         Args:
             encoder: The users' histories.
@@ -248,6 +252,7 @@ class TrieSearcher:
             excluded: Items that must not be listed.
             graph_prob_BN: float, the graph's probabilities.
             repeat_prob_BN: float, those of the repeat model.
+            text_prob_BN: float, the texts' shares.
         """
         memory_BLD, mask_BL = encode_by_length(self.model, encoder), encoder.attention_mask
         excluded_BN = self._excluded_items(len(memory_BLD), excluded)
@@ -270,15 +275,19 @@ class TrieSearcher:
             new_BN = repeat_prob_BN <= repeat_prob_BN.amin(1, keepdim=True)
             repeated_BN = repeat_prob_BN.masked_fill(new_BN | excluded_BN, NEG_INF)
             items_BC = add_best(items_BC, repeated_BN, beam)
+        if text_prob_BN is not None:
+            text_prob_BN = text_prob_BN.to(self.device, scores_BN.dtype)
+            far_BN = excluded_BN | (text_prob_BN == 0)
+            items_BC = add_best(items_BC, text_prob_BN.masked_fill(far_BN, NEG_INF), beam)
         paths_BCT = torch.where(
             items_BC[..., None] >= 0, self.paths[items_BC], self.levels.sentinel
         )
         decoder_logp_BC = score_candidates(
             self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, paths_BCT
         )
-        item_logp_BC, graph_prob_BC, repeat_prob_BC = (
+        item_logp_BC, graph_prob_BC, repeat_prob_BC, text_prob_BC = (
             None if values_BN is None else values_BN.gather(1, items_BC.clamp(min=0))
-            for values_BN in (item_logp_BN, graph_prob_BN, repeat_prob_BN)
+            for values_BN in (item_logp_BN, graph_prob_BN, repeat_prob_BN, text_prob_BN)
         )
         return Candidates(
             items_BC=items_BC,
@@ -286,6 +295,7 @@ class TrieSearcher:
             item_logp_BC=item_logp_BC,
             graph_prob_BC=graph_prob_BC,
             repeat_prob_BC=repeat_prob_BC,
+            text_prob_BC=text_prob_BC,
             num_items=excluded_BN.shape[1],
         )
 

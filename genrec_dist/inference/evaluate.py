@@ -82,9 +82,7 @@ def evaluate(
     )
     history_scores = None
     if protocol.graph is not None:
-        history_scores = HistoryScores.of(
-            dataset.sequences, split, trained_through, decoding.mixture
-        )
+        history_scores = HistoryScores.of(dataset, split, trained_through, decoding.mixture)
     started_with = ranks.all_gather_str(f"{dataset.info.sequences_hash} {decoding}")
 
     def open_writer() -> ResultsWriter | None:

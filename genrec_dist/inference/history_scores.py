@@ -1,4 +1,5 @@
-"""What a mixture knows from the history alone: the transition graph and the repeat model."""
+"""What a mixture knows from the history alone: the transition graph, the repeat model and the
+texts."""
 
 # B users, N items
 
@@ -7,13 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from genrec_shards.sequences import Sequences
+from genrec_shards.dataset import Dataset
 from genrec_shards.splits import Split, TrainedThrough
 from torch import Tensor
 
 from genrec_dist.data.item_graph import Graph
 from genrec_dist.data.repeat_model import RepeatModel
 from genrec_dist.evaluation.score_mixture import Mixture
+from genrec_dist.text.similarity import TextSimilarity
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class HistoryProbabilities:
 
     graph_prob_BN: Tensor | None = None
     repeat_prob_BN: Tensor | None = None
+    text_prob_BN: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,13 @@ class HistoryScores:
     """Speaks of the history's items alone; the graph then speaks of all others alone."""
     repeat_counts: bool = True
     """Whether the repeat model has a weight."""
+    text: TextSimilarity | None = None
+    """Speaks of items outside the history."""
 
     @classmethod
     def of(
         cls,
-        sequences: Sequences,
+        dataset: Dataset,
         split: Split,
         trained_through: TrainedThrough,
         mixture: Mixture,
@@ -45,27 +50,31 @@ class HistoryScores:
         """Those that have a weight in the mixture.
 
         Args:
-            sequences: Whose training parts the graph is made of.
+            dataset: Whose training parts the graph is made of, and whose items have the texts.
             split: Whose histories are continued.
             trained_through: The last position that the graph is made of.
             mixture: The weights, and the settings of each part.
 
         Raises:
-            ValueError: If training saw the split's targets.
+            ValueError: If training saw the split's targets, or the mixture takes texts and there
+                are none.
         """
         graph = None
         if mixture.graph_weight:
-            graph = Graph.of(sequences, split, trained_through, mixture.graph)
-        return cls(graph, mixture.repeat, mixture.repeat_weight > 0)
+            graph = Graph.of(dataset.sequences, split, trained_through, mixture.graph)
+        text = TextSimilarity.of(dataset, mixture.text)
+        return cls(graph, mixture.repeat, mixture.repeat_weight > 0, text)
 
     def probabilities(
         self, items: np.ndarray, offsets: np.ndarray, num_items: int
     ) -> HistoryProbabilities:
         """Of the next item after each history, `items[offsets[b]:offsets[b + 1]]`, oldest first."""
-        graph_BN = repeat_BN = None
+        graph_BN = repeat_BN = text_BN = None
         if self.graph is not None:
             only_new = self.repeat is not None
             graph_BN = self.graph.probabilities(items, offsets, only_new=only_new)
         if self.repeat is not None and self.repeat_counts:
             repeat_BN = self.repeat.probabilities(items, offsets, num_items)
-        return HistoryProbabilities(graph_BN, repeat_BN)
+        if self.text is not None:
+            text_BN = self.text.probabilities(items, offsets)
+        return HistoryProbabilities(graph_BN, repeat_BN, text_BN)

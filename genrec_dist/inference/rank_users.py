@@ -196,6 +196,7 @@ def rank_batch(
             mixture=decoding.mixture if decoding.mode == "hybrid" else None,
             graph_prob_BN=batch.probabilities.graph_prob_BN,
             repeat_prob_BN=batch.probabilities.repeat_prob_BN,
+            text_prob_BN=batch.probabilities.text_prob_BN,
         )
     except torch.OutOfMemoryError:
         raise ValueError(

@@ -182,7 +182,7 @@ class Recommender:
             )
             options["mixture"] = mixture
             options["history_scores"] = HistoryScores.of(
-                dataset.sequences, "test", recipe.trained_through, mixture
+                dataset, "test", recipe.trained_through, mixture
             )
         return cls(loaded, mode=mode, **options)
 
@@ -278,6 +278,7 @@ class Recommender:
             mixture=self.mixture,
             graph_prob_BN=known.graph_prob_BN,
             repeat_prob_BN=known.repeat_prob_BN,
+            text_prob_BN=known.text_prob_BN,
         )
         answers, first = [], 0
         for call in calls:

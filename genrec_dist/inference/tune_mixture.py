@@ -29,6 +29,11 @@ from genrec_dist.evaluation.score_mixture import Mixture
 from genrec_dist.inference.history_scores import HistoryScores
 from genrec_dist.inference.load import LoadedRun, check_numbering, check_split
 from genrec_dist.inference.rank_users import Decoding, cut_batches, encode_batch
+from genrec_dist.text.similarity import TextSimilarity
+from genrec_dist.text.tune import tune_text
+
+NO_TEXT = "none"
+"""In place of a source of texts."""
 
 
 def tune_mixture(
@@ -38,6 +43,7 @@ def tune_mixture(
     decoding: Decoding,
     trained_through: TrainedThrough = "n-2",
     tune_graph: bool = False,
+    text: str = "words",
     ranks: Ranks | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> mixture.Choice:
@@ -45,7 +51,9 @@ def tune_mixture(
     them to the run's `hybrid.json`. Collective.
 
     The candidates and their scores by each part are computed once and mixed in all ways of the
-    grid. Where lists may repeat the history, a repeat model is fitted and takes part.
+    grid. Where lists may repeat the history, a repeat model is fitted and takes part. Where the
+    items have texts, candidates are computed once more with theirs, and a text term is added to
+    the best mixture if that is better still.
 
     Args:
         run: The model.
@@ -53,6 +61,7 @@ def tune_mixture(
         decoding: Of which beam, history exclusion and the graph's settings are used.
         trained_through: The last item of each user that training saw.
         tune_graph: Choose the graph's settings too, by kNN's own NDCG@10 on validation.
+        text: The source of the text term, as of `TextTerm`; `none`: no such term.
         ranks: Who shares the work; None: this process alone.
         on_batch: Called with the number of users of each batch of this rank.
 
@@ -63,7 +72,7 @@ def tune_mixture(
     ranks.run_on_all(partial(check_numbering, run, dataset))
     ranks.run_on_all(partial(check_split, run, dataset))
     parts = _same_on_all(
-        ranks, lambda: _history_parts(dataset, decoding, trained_through, tune_graph)
+        ranks, lambda: _history_parts(dataset, decoding, trained_through, tune_graph, text)
     )
     history_scores = ranks.run_on_all(
         lambda: HistoryScores(
@@ -77,7 +86,8 @@ def tune_mixture(
     )
     batches = cut_batches((view.ends - view.starts)[view.users], decoding.batch_size)
 
-    def count_ranks() -> np.ndarray:
+    def count_ranks(grid: list[Mixture], history_scores: HistoryScores) -> np.ndarray:
+        """int64 [G, 21] of this rank's batches."""
         counts_G = np.zeros((len(grid), TOP + 1), np.int64)
         for places_B in batches[ranks.rank :: ranks.size]:
             rows_B = view.users[places_B]
@@ -88,6 +98,7 @@ def tune_mixture(
                 excluded=batch.excluded,
                 graph_prob_BN=batch.probabilities.graph_prob_BN,
                 repeat_prob_BN=batch.probabilities.repeat_prob_BN,
+                text_prob_BN=batch.probabilities.text_prob_BN,
             )
             targets_B = torch.from_numpy(view.targets[rows_B].astype(np.int64))
             targets_B = targets_B.to(searcher.device)
@@ -97,17 +108,31 @@ def tune_mixture(
                 on_batch(len(rows_B))
         return counts_G
 
-    counts = ranks.exchange(ranks.run_on_all(count_ranks).flatten().tolist())
-    choice = mixture.choose(grid, np.sum(counts, axis=0).reshape(len(grid), -1))
+    def histograms(grid: list[Mixture], history_scores: HistoryScores) -> np.ndarray:
+        """int64 [G, 21] of all ranks. Collective."""
+        counts_G = ranks.run_on_all(partial(count_ranks, grid, history_scores))
+        counts = ranks.exchange(counts_G.flatten().tolist())
+        return np.sum(counts, axis=0).reshape(len(grid), -1)
+
+    choice = mixture.choose(grid, histograms(grid, history_scores))
+    if parts.text is not None:
+        similarity = ranks.run_on_all(partial(TextSimilarity.of, dataset, parts.text))
+        grid = mixture.text_grid(choice.mixture, parts.text)
+        counts_G = histograms(grid, replace(history_scores, text=similarity))
+        choice = mixture.choose_with_text(choice, grid, counts_G)
     if ranks.is_main:
         mixture.save(choice, run.path, mixture_origin(dataset, decoding, trained_through))
     return choice
 
 
 def _history_parts(
-    dataset: Dataset, decoding: Decoding, trained_through: TrainedThrough, tune_graph: bool
+    dataset: Dataset,
+    decoding: Decoding,
+    trained_through: TrainedThrough,
+    tune_graph: bool,
+    text: str,
 ) -> Mixture:
-    """The settings of graph and repeat model, as a mixture without weights."""
+    """The settings of graph, repeat model and text term, as a mixture without weights."""
     graph, repeat = decoding.mixture.graph, None
     if not decoding.exclude_history:
         repeat = fit_repeats(dataset.sequences, trained_through)
@@ -118,7 +143,10 @@ def _history_parts(
             exclude_history=decoding.exclude_history or repeat is not None,
             trained_through=trained_through,
         ).settings
-    return Mixture(graph=graph, repeat=repeat)
+    term = None
+    if text != NO_TEXT and dataset.descriptions is not None:
+        term = tune_text(dataset, text)
+    return Mixture(graph=graph, repeat=repeat, text=term)
 
 
 def _same_on_all(ranks: Ranks, make: Callable[[], Mixture]) -> Mixture:
@@ -147,10 +175,12 @@ def mixture_origin(
     dataset: Dataset, decoding: Decoding, trained_through: TrainedThrough
 ) -> dict[str, Any]:
     """What chosen weights are good for."""
+    texts = dataset.descriptions
     return {
         "sequences_hash": dataset.info.sequences_hash,
         "trained_through": trained_through,
         "exclude_history": decoding.exclude_history,
+        **({} if texts is None else {mixture.TEXTS: texts.texts_hash}),
     }
 
 
@@ -212,6 +242,7 @@ def chosen_decoding(
     decoding: Decoding,
     trained_through: TrainedThrough,
     *,
+    text: str = "words",
     ranks: Ranks | None = None,
     on_choice: Callable[[mixture.Choice], None] | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -224,6 +255,7 @@ def chosen_decoding(
         dataset: The data directory it was trained on.
         decoding: What is changed.
         trained_through: The last item of each user that training saw.
+        text: As of `tune_mixture`.
         ranks: Who shares the work; None: this process alone.
         on_choice: Called on rank 0 with what was chosen.
         on_batch: As of `tune_mixture`.
@@ -247,6 +279,7 @@ def chosen_decoding(
             decoding=decoding,
             trained_through=trained_through,
             tune_graph=True,
+            text=text,
             ranks=ranks,
             on_batch=on_batch,
         )

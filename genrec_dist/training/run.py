@@ -163,6 +163,7 @@ def _choose_mixture(loop: Loop) -> float:
             exclude_history=best.model.config.exclude_history,
         ),
         tune_graph=True,
+        text=setup.recipe.text,
         ranks=loop.ranks,
     )
     if loop.ranks.is_main:
@@ -170,7 +171,7 @@ def _choose_mixture(loop: Loop) -> float:
     loop.log.write(
         "mixture",
         seconds=time.perf_counter() - start,
-        tried=len(choice.table),
+        tried=len(choice.table) + len(choice.text_table),
         users=choice.users,
         **choice.validation,
     )

@@ -28,6 +28,7 @@ from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.model.head_loss import target_loss
 from genrec_dist.model.item_init import MOST_FACTORS, init_item_rows
+from genrec_dist.text.vectors import check_source
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.stages import StageSteps, plan_stages
@@ -65,6 +66,8 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGene
     Raises:
         ValueError: where data, shards, recipe and origin do not fit together.
     """
+    if recipe.decode == "hybrid":
+        check_source(recipe.text)
     dataset = load_dataset(recipe.data)
     # One process per node reads every byte to check it; the others rely on its result.
     reader = ShardReader(recipe.shards_dir, verify=os.environ.get("LOCAL_RANK", "0") == "0")

@@ -32,7 +32,10 @@ from genrec_shards.splits import LEAVE_ONE_OUT
 
 # R rows that are appended, U users, N items, both with the new ones
 
-FILES = ("sequences.parquet", "items.parquet", "users.parquet", "dataset.json", "audit.json")
+FILES = (
+    *("sequences.parquet", "items.parquet", "users.parquet", "dataset.json", "audit.json"),
+    "text",  # vectors, which are made again
+)
 """What a data directory holds beside shards."""
 SETTLED = (
     *("numbering", "seed", "levels", "vectors", "vectors_trained_through"),
@@ -134,6 +137,7 @@ def append(
             expected=None,  # the published counts were those of the old rows
             hierarchy=numbering.hierarchy,
             described_by=source_of_texts(descriptions),
+            items_with_text=None if descriptions is None else descriptions.num_described,
             appended=(*(data.info.appended or ()), entry),
         )
         bad_lines = tuple(bad.summary())

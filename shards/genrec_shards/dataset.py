@@ -87,6 +87,8 @@ class DatasetInfo:
     """What `collaborative` and `semantic` codes were made of."""
     described_by: Source | None = None
     """The file of the items' texts."""
+    items_with_text: int | None = None
+    """How many items have one; None where no file was given, and of an earlier version."""
     appended: tuple[Appended, ...] | None = None
     """What came later, oldest first: `read` and `dropped` are without it, all other numbers with
     it."""

@@ -276,6 +276,7 @@ def prepare(
             expected=options.expect,
             hierarchy=codes.hierarchy,
             described_by=source_of_texts(descriptions),
+            items_with_text=None if descriptions is None else descriptions.num_described,
             **kept,
         )
         bad_lines = tuple(bad.summary())

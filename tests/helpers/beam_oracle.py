@@ -196,6 +196,7 @@ class World:
         mixture: Mixture | None = None,
         graph_prob_BN: Tensor | None = None,
         repeat_prob_BN: Tensor | None = None,
+        text_prob_BN: Tensor | None = None,
     ) -> np.ndarray:
         """float64 [B, N]: the scores of all items by whole sequences, user by user."""
         if mode == "items":
@@ -211,6 +212,10 @@ class World:
                 scores_BN = scores_BN + mixture.graph_weight * near_BN
             if repeat_prob_BN is not None:
                 scores_BN = scores_BN + mixture.repeat_weight * np.log(repeat_prob_BN.numpy())
+            if text_prob_BN is not None and mixture.text is not None:
+                near_BN = (1 - mixture.text.epsilon) * text_prob_BN.numpy()
+                near_BN = np.log(near_BN + mixture.text.epsilon / len(self.items))
+                scores_BN = scores_BN + mixture.text.weight * near_BN
         return scores_BN
 
     def _decoder(self, histories: list[History], compact: bool) -> np.ndarray:

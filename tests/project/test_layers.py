@@ -22,6 +22,7 @@ FLOORS = (
     {"genrec_shards", "genrec_kernels", "config", "distributed"},
     {"data", "report", "console"},
     {"model", "evaluation"},
+    {"text"},
     {"decoding", "baselines", "estimate"},
     {"inference"},
     {"training"},

@@ -307,6 +307,14 @@ def target_places(
     return np.concatenate(places)
 
 
+def taken_places(view: SplitView, rows_B: np.ndarray) -> tuple[Tensor, Tensor]:
+    """(place of the user in `rows_B`, item) int64 of all items of these users' histories."""
+    lengths_B = (view.ends - view.starts)[rows_B]
+    taken = view.items[flat_ranges(view.starts[rows_B], lengths_B)].astype(np.int64)
+    of_whom = np.repeat(np.arange(len(rows_B)), lengths_B)
+    return torch.from_numpy(of_whom), torch.from_numpy(taken)
+
+
 def scored(
     model: SASRec, view: SplitView, users: np.ndarray, exclude_history: bool
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
@@ -324,9 +332,7 @@ def scored(
             with torch.inference_mode():
                 scores_BI = model.scores(pack(view.items, ends_B, lengths_B, model.settings))
                 if exclude_history:
-                    taken = view.items[flat_ranges(view.starts[rows_B], lengths_B)].astype(np.int64)
-                    of_whom = np.repeat(np.arange(len(rows_B)), lengths_B)
-                    scores_BI[torch.from_numpy(of_whom), torch.from_numpy(taken)] = float("-inf")
+                    scores_BI[taken_places(view, rows_B)] = float("-inf")
             yield rows_B, scores_BI
     finally:
         model.train(training)

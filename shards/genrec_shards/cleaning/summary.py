@@ -45,6 +45,17 @@ def append_summary(dataset: Dataset) -> list[str]:
     return [recognised, added, *dataset.bad_lines]
 
 
+def text_summary(dataset: Dataset) -> str | None:
+    """How many items have a text, and how many a title; None where no file of items was given."""
+    found = dataset.descriptions
+    if found is None:
+        return None
+    count, total = found.num_described, len(found.texts)
+    share = "all" if count == total else f"{count:,} ({in_percent(count / total)})"
+    titles = "" if found.titles is None else f", {sum(map(bool, found.titles)):,} a title"
+    return f"{found.name}: {share} of {total:,} items have a text{titles}"
+
+
 def tie_summary(dataset: Dataset) -> tuple[str, bool]:
     """How many users' targets share their time with other items, and whether these are so many that
     it is a warning."""

@@ -3,10 +3,12 @@ words."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +47,16 @@ class Descriptions:
     titles: list[str] | None = None
     """What a person calls each item, '' where the file does not say; None where it has no
     titles."""
+
+    @property
+    def num_described(self) -> int:
+        """Items that have a text."""
+        return sum(map(bool, self.texts))
+
+    @cached_property
+    def texts_hash(self) -> str:
+        """sha256 of the texts in the order of the rows: what is made of them depends on no more."""
+        return hashlib.sha256("\0".join(self.texts).encode()).hexdigest()
 
 
 def read_descriptions(

@@ -9,13 +9,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from genrec_shards.dataset import load_dataset
+from genrec_shards.prepare import prepare
 
 from genrec_dist.baselines.run import run_baseline
 from genrec_dist.baselines.sasrec.model import scored
 from genrec_dist.baselines.sasrec.run import Training, open_or_train
 from genrec_dist.cli.app import run_command
 from genrec_dist.data.item_graph import KnnSettings, neighbour_weights
+from genrec_dist.evaluation import score_mixture as mixture
 from genrec_dist.evaluation.metrics import metrics_from_histogram, rank_histogram
+from genrec_dist.text.similarity import TextSimilarity
+from genrec_dist.text.tune import tune_text
 
 NDCG = "NDCG@10"
 
@@ -33,17 +37,19 @@ def control(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def control_scores(
-    control: Path, data: Path, split: str, weight: float, epsilon: float
+    control: Path | None, data: Path, split: str, weight: float, epsilon: float
 ) -> np.ndarray:
-    """float64 [U, I] of all items, -inf for those of the history, in numpy."""
+    """float64 [U, I] of all items, -inf for those of the history, in numpy; None: without a
+    model."""
     dataset = load_dataset(data)
     training = Training(dataset, "test", exclude_history=True)
-    model = open_or_train(control / "sasrec", training).model
     view = dataset.sequences.history_and_target(split)
     rows = np.arange(len(view.targets))
-    logits_UI = np.concatenate(
-        [part.numpy() for _, part in scored(model, view, rows, False)]
-    ).astype(np.float64)
+    logits_UI = np.zeros((len(rows), dataset.sequences.num_items))
+    if control is not None:
+        model = open_or_train(control / "sasrec", training).model
+        parts = [part.numpy() for _, part in scored(model, view, rows, False)]
+        logits_UI = np.concatenate(parts).astype(np.float64)
     logp_UI = logits_UI - np.log(np.exp(logits_UI).sum(1, keepdims=True))
     weights_II = neighbour_weights(
         dataset.sequences, "test", "n-2", KnnSettings(window=2)
@@ -153,3 +159,67 @@ def test_a_refit_has_nothing_to_choose_by(tiny_data: Path, tmp_path: Path) -> No
         0.2,
         "n-1",
     )
+
+
+@pytest.fixture(scope="module")
+def described(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data, with texts of two words for most items."""
+    folder = tmp_path_factory.mktemp("described")
+    plain = load_dataset(tiny_data)
+    rows = [
+        f"{id_},topic{row % 7} kind{row % 3}" for row, id_ in enumerate(plain.sequences.item_ids)
+    ]
+    (folder / "items.csv").write_text("\n".join(["item,words", *rows[5:]]) + "\n")
+    options = {"numbering": plain.info.numbering, "seed": plain.info.seed}
+    prepare(tiny_data, folder / "data", format="data", items=folder / "items.csv", **options)
+    return folder / "data"
+
+
+@pytest.mark.parametrize("name", ["graph+text", "sasrec+graph+text"])
+def test_controls_with_texts_rank_all_items_by_the_mixture(
+    name: str, control: Path, described: Path, tmp_path: Path
+) -> None:
+    """Their weights are the best of their table, which test then uses."""
+    model = [f"model={control / 'sasrec'}"] if name.startswith("sasrec") else []
+    words = ["knn.window=2", *model]
+    dataset = load_dataset(described)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixture, "EPSILONS", (0.1, 0.9))
+        patch.setattr(mixture, "TEXT_EPSILONS", (0.1, 0.9))
+        metrics = run_baseline(name, dataset, "test", tmp_path, settings=words)
+    held = json.loads((tmp_path / "hybrid.json").read_text())
+    mixed = mixture.load(tmp_path, held["origin"])
+    assert mixed is not None
+    figures = [*held["table"], *held["text_table"]]
+    assert held["validation"][NDCG] == max(row[-1] for row in figures)
+    assert metrics["recipe"]["weight"] == mixed.graph_weight
+    term, view = tune_text(dataset, "words"), dataset.sequences.history_and_target("validation")
+    similarity = TextSimilarity.of(dataset, term)
+    assert similarity is not None
+    rows = range(len(view.targets))
+    pasts = [view.items[view.starts[user] : view.ends[user]] for user in rows]
+    text_UI = similarity.probabilities(np.concatenate(pasts), np.cumsum([0, *map(len, pasts)]))
+    for weight, text_weight, text_epsilon, figure in held["text_table"][::7]:
+        place = control if model else None
+        scores_UI = control_scores(place, described, "validation", weight, mixed.epsilon)
+        near_UI = (1 - text_epsilon) * text_UI.numpy() + text_epsilon / text_UI.shape[1]
+        scores_UI += text_weight * np.log(near_UI)
+        ranks = (scores_UI >= scores_UI[rows, view.targets][:, None]).sum(1)
+        found = metrics_from_histogram(rank_histogram(np.where(ranks <= 20, ranks, 0)))
+        assert figure == pytest.approx(found[NDCG], abs=1e-9)
+    again = run_baseline(name, dataset, "test", tmp_path, settings=words)
+    assert again[NDCG] == metrics[NDCG]
+    assert metrics["system"] == name
+
+
+def test_controls_with_texts_say_what_they_lack(
+    tiny_data: Path, described: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="its items have no texts: prepare it again"):
+        run_baseline("graph+text", load_dataset(tiny_data), "test", tmp_path)
+    for words, message in (
+        (["weight=0.5"], "graph\\+text: weight is chosen on validation"),
+        (["sasrec.d_model=8"], "graph\\+text has no model: leave out model and sasrec"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_baseline("graph+text", load_dataset(described), "test", tmp_path, settings=words)

@@ -43,7 +43,7 @@ from genrec_dist.data.repeat_model import RepeatModel
 from genrec_dist.decoding import exhaustive
 from genrec_dist.decoding.beam_search import best_of, best_static, num_open_beams
 from genrec_dist.decoding.decoder_state import DecoderState
-from genrec_dist.evaluation.score_mixture import Mixture
+from genrec_dist.evaluation.score_mixture import Mixture, TextTerm
 
 HISTORIES = [[0, 3], [], [1, 1, 2]]
 EVERYTHING = Switches(forced=True, trimmed=True, unit="item", start="state", head=True)
@@ -71,13 +71,30 @@ def repeat_probabilities(items: list[Word], histories: list[History]) -> torch.T
     return REPEATS.probabilities(flat, np.cumsum([0, *map(len, histories)]), len(items))
 
 
+def text_probabilities(items: list[Word], histories: list[History]) -> torch.Tensor:
+    """Any shares that sum to one, some of them zero, as of texts."""
+    prob_BN = np.random.default_rng(6).random((len(histories), len(items))) ** 3
+    prob_BN[:, ::3] = 0
+    return torch.from_numpy(prob_BN / np.maximum(prob_BN.sum(1, keepdims=True), 1e-9))
+
+
 def case(items: list[Word], draws: list[History], how: Switches, nodes_at_once: int) -> example:
     values = {"items": items, "draws": draws, "how": how, "nodes_at_once": nodes_at_once}
     return example(exclude=True, top=7, weights=(1.0, 1.0, 0.5), **values)
 
 
 @pytest.mark.parametrize(
-    "mode", ["exact", "compact", "all", "items", "hybrid", "hybrid, graph", "hybrid, repeat"]
+    "mode",
+    [
+        "exact",
+        "compact",
+        "all",
+        "items",
+        "hybrid",
+        "hybrid, graph",
+        "hybrid, repeat",
+        "hybrid, text",
+    ],
 )
 @settings(max_examples=20, deadline=None)
 @given(
@@ -105,7 +122,7 @@ def test_search_equals_brute_force(
     mode: str,
 ) -> None:
     """With a beam as wide as the trie; `all` in any slices of the trie; hybrid with an item head, a
-    graph, a repeat model or several of these. A user who has everything gets an empty list, alone
+    graph, a repeat model, texts or several of these. A user who has everything gets an empty list, alone
     and beside others."""
     histories, parts = histories_from(draws, len(items)), {}
     mode, _, part = mode.partition(", ")
@@ -113,8 +130,11 @@ def test_search_equals_brute_force(
         how = replace(how, head=True)
     if mode == "hybrid":
         top = len(items)
-        parts["mixture"] = Mixture(*weights, repeat_weight=1.5, repeat=REPEATS)
+        term = TextTerm(weight=0.7, epsilon=0.2)
+        parts["mixture"] = Mixture(*weights, repeat_weight=1.5, repeat=REPEATS, text=term)
         parts["graph_prob_BN"] = graph_probabilities(items, histories) if part else None
+        if part == "text":
+            parts["text_prob_BN"] = text_probabilities(items, histories)
         if part == "repeat":
             parts["repeat_prob_BN"] = repeat_probabilities(items, histories)
     world = World(items, how)
@@ -176,7 +196,7 @@ def test_search_finds_the_three_items_that_a_user_lacks(beam: int) -> None:
     assert len(lists[1]) == 20
 
 
-@pytest.mark.parametrize("part", ["item head", "graph", "repeat"])
+@pytest.mark.parametrize("part", ["item head", "graph", "repeat", "text"])
 def test_hybrid_lists_what_only_one_part_finds(part: str) -> None:
     """A narrow beam and few of the other part's: the best of each are among the candidates."""
     world = World(GRID, Switches(head=part == "item head"))
@@ -188,6 +208,10 @@ def test_hybrid_lists_what_only_one_part_finds(part: str) -> None:
     elif part == "graph":
         prob_BN = graph_probabilities(GRID, [[1, 2]])
         heavy, parts = Mixture(graph_weight=1000.0), {"graph_prob_BN": prob_BN}
+        by_other = prob_BN[0].topk(2).indices.tolist()
+    elif part == "text":
+        prob_BN = text_probabilities(GRID, [[1, 2]])
+        heavy, parts = Mixture(text=TextTerm(weight=1000.0)), {"text_prob_BN": prob_BN}
         by_other = prob_BN[0].topk(2).indices.tolist()
     else:
         heavy, parts = Mixture(1000.0), {}

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from genrec_dist.config.load import section_from
 from genrec_dist.data.item_graph import KnnSettings
 from genrec_dist.evaluation import score_mixture as mixture
 from genrec_dist.evaluation.metrics import metrics_from_histogram
@@ -54,8 +55,11 @@ def test_load_reads_what_save_wrote_and_refuses_other_origins(tmp_path: Path) ->
     [
         ({"graph_weight": -1.0}, "graph_weight is -1.0"),
         ({"epsilon": 0.0}, "epsilon is 0.0: it has to be above 0"),
+        ({"text": {"recent": 0}}, "text recent is 0: it has to be 1 or above"),
+        ({"text": {"epsilon": 0.0}}, "text epsilon is 0.0: it has to be above 0"),
+        ({"text": {"weight": -0.1}}, "text weight is -0.1: it has to be 0 or above"),
     ],
 )
 def test_mixture_refuses_what_cannot_be_mixed(values: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        Mixture(**values)
+        section_from(Mixture, values, None, "hybrid")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from genrec_shards.cleaning.summary import text_summary
 from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.prepare import prepare
 
@@ -36,6 +37,10 @@ def test_titles_are_in_the_data_directory_and_the_codes_are_what_they_were(
     titled: Dataset, tiny_data: Path
 ) -> None:
     rows = pq.read_table(titled.path / "items.parquet").to_pylist()
+    count = len(rows)
+    assert json.loads((titled.path / "dataset.json").read_text())["items_with_text"] == count - 1
+    share = f"{count - 1} (98 %) of {count} items have a text, {count - 1} a title"
+    assert text_summary(titled) == f"meta.jsonl: {share}"
     assert rows[0]["title"] == ""
     assert rows[1]["title"] == f"A thing called {rows[1]['id']}"
     loaded = load_dataset(titled.path)

@@ -47,7 +47,7 @@ def ndcg_of(loaded: LoadedRun, data: Path, decoding: Decoding) -> float:
     """Of the lists of all users on validation."""
     sequences = load_dataset(data).sequences
     view = sequences.history_and_target("validation")
-    known = HistoryScores.of(sequences, "validation", "n-2", decoding.mixture)
+    known = HistoryScores.of(load_dataset(data), "validation", "n-2", decoding.mixture)
     found = rank_batch(loaded.searcher, loaded.layout, view, view.users, decoding, known)
     ranks = target_ranks(found.items, view.targets[view.users])
     return metrics_from_histogram(rank_histogram(ranks))[NDCG]
@@ -147,7 +147,7 @@ def test_repeats_are_mixed_in_as_lists_and_requests_have_them(
     assert best.repeat_weight > 0
     sequences = load_dataset(data).sequences
     assert best.graph == tune_knn(sequences, exclude_history=True).settings
-    known = HistoryScores.of(sequences, "test", "n-2", replace(best, graph_weight=1.0))
+    known = HistoryScores.of(load_dataset(data), "test", "n-2", replace(best, graph_weight=1.0))
     prob = known.probabilities(np.array([3, 5, 3]), np.array([0, 3]), sequences.num_items)
     assert prob.graph_prob_BN is not None
     assert prob.repeat_prob_BN is not None
@@ -170,6 +170,88 @@ def test_repeats_are_mixed_in_as_lists_and_requests_have_them(
     (run / "hybrid.json").unlink()
     with pytest.raises(ValueError, match="no weights of hybrid were chosen yet"):
         Recommender.load(run, mode="hybrid")
+
+
+@pytest.fixture(scope="module")
+def described_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data with texts that name the topic of most items, under the same codes."""
+    folder = tmp_path_factory.mktemp("described")
+    plain = load_dataset(tiny_data)
+    rows = [f"{id_},topic{row % 7} word{row}" for row, id_ in enumerate(plain.sequences.item_ids)]
+    (folder / "items.csv").write_text("\n".join(["item,words", *rows[5:]]) + "\n")
+    options = {"numbering": plain.info.numbering, "seed": plain.info.seed}
+    prepare(tiny_data, folder / "data", format="data", items=folder / "items.csv", **options)
+    return folder / "data"
+
+
+def test_texts_are_mixed_in_where_the_data_has_them(
+    tiny_run: Path, tiny_data: Path, described_data: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:  # fmt: skip
+    """Figures are those of the lists; evaluate, recommend and hybrid.json agree; without texts, or
+    with source none, all is as it was; other texts are refused."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    command = ["evaluate", str(run), "--decode", "hybrid", "--split", "validation", "--data"]
+    tune = ["--tune-weights", "--graph-set", "window=2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixture, "GRAPH_WEIGHTS", (0.0, 0.3, 3.0))
+        patch.setattr(mixture, "EPSILONS", (0.1,))
+        patch.setattr(mixture, "TEXT_WEIGHTS", (0.5, 3.0))
+        patch.setattr(mixture, "TEXT_EPSILONS", (0.1, 0.9))
+        assert run_command([*command, str(tiny_data), *tune]) == 0
+        plain = (run / "hybrid.json").read_bytes()
+        assert b"text" not in plain
+        assert run_command([*command, str(described_data), *tune, "--text", "none"]) == 0
+        without = json.loads((run / "hybrid.json").read_text())
+        assert len(without["origin"].pop("texts_hash")) == 64
+        assert without == json.loads(plain)
+        assert run_command([*command, str(described_data), *tune]) == 0
+    held = json.loads((run / "hybrid.json").read_text())
+    assert held["table"] == without["table"]
+    best = mixture.load(run, held["origin"])
+    assert best is not None
+    assert best.text is not None, "of a model of few steps the texts help by chance"
+    loaded = load_run(run)
+    for graph_weight, weight, epsilon, figure in held["text_table"]:
+        term = replace(best.text, weight=weight, epsilon=epsilon)
+        decoding = Decoding(
+            mode="hybrid", mixture=replace(best, graph_weight=graph_weight, text=term)
+        )
+        assert ndcg_of(loaded, described_data, decoding) == pytest.approx(figure, abs=1e-12)
+    assert held["validation"][NDCG] == max(row[-1] for row in held["text_table"])
+
+    words = ["evaluate", str(run), "--decode", "hybrid", "--data", str(described_data)]
+    assert run_command(words) == 0
+    metrics = json.loads((run / "metrics-test.json").read_text())
+    assert metrics["protocol"]["graph"]["text"] == held["mixture"]["text"]
+    listed = pq.read_table(run / "top20-test.parquet").to_pylist()
+    request = Request(history_of(described_data, 7), "user-7")
+    recommender = Recommender.load(run, mode="hybrid", data=described_data)
+    (answer,) = recommender.recommend([request], k=20)
+    assert answer.items == listed[7]["items"]
+    capsys.readouterr()
+    assert run_command([*command[:-1], "--data", str(tiny_data)]) == 1
+    assert "its items have no texts: prepare it again with --items" in capsys.readouterr().err
+    given = [
+        "--graph-weight",
+        "0",
+        "--graph-set",
+        "text.weight=0.7",
+        "--graph-set",
+        "text.recent=2",
+    ]
+    assert run_command([*words, *given]) == 0
+    protocol = json.loads((run / "metrics-test.json").read_text())["protocol"]
+    term = {**held["mixture"]["text"], "weight": 0.7, "recent": 2}
+    assert (protocol["graph"]["weight"], protocol["graph"]["text"]) == (0.0, term)
+    assert run_command([*command, str(described_data), *tune, *given]) == 2
+    assert "leave out --graph-set text." in capsys.readouterr().err
+    held["origin"]["texts_hash"] = "of others"
+    (run / "hybrid.json").write_text(json.dumps(held))
+    assert run_command([*command, str(described_data)]) == 1
+    assert "hybrid.json: weights chosen for texts_hash of others" in capsys.readouterr().err
+    assert run_command([*words, "--text", "none"]) == 2
+    assert "--text goes with --tune-weights" in capsys.readouterr().err
 
 
 def history_of(data: Path, user: int) -> list[str]:
