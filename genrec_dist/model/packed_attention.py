@@ -21,6 +21,9 @@ LONG_ON_CPU = 128
 For each new shape oneDNN first prepares a product in bf16, which takes as long as a thousand short
 ones (docs/log.md)."""
 
+WIDEST_RAGGED = 256
+"""Widest head of the kernel for ragged sequences, which takes multiples of 8."""
+
 
 @torch.compiler.disable
 def attend(
@@ -57,9 +60,12 @@ def attend(
 
 
 def has_varlen(query: Tensor) -> bool:
-    """Whether torch's kernel for ragged sequences (flash attention) takes such queries."""
+    """Whether torch's kernel for ragged sequences (flash attention) takes such queries, [.., d]."""
+    width = query.shape[-1]
     return (
         query.is_cuda
+        and width % 8 == 0
+        and width <= WIDEST_RAGGED
         and query.dtype in (torch.float16, torch.bfloat16)
         and find_spec("torch.nn.attention.varlen") is not None
     )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from genrec_shards.atomic import atomic_file
 from genrec_shards.histories import exclude_history_default, sample_users
 
@@ -69,7 +70,8 @@ def train(
             checkpoint.fill_model(model)
         elif ranks.is_main:
             say(f"{run}: it ended before its first checkpoint, so it starts anew")
-    loop = Loop(setup, model, accelerator, ranks)
+    with _memory_in_one_line(recipe):
+        loop = Loop(setup, model, accelerator, ranks)
     if checkpoint is not None:
         loop.progress = checkpoint.restore(loop.state())
     if accelerator.is_main_process:
@@ -81,7 +83,7 @@ def train(
             with atomic_file(run / "audit.json") as temporary:
                 temporary.write_bytes(audit.read_bytes())
     with contextlib.closing(loop.log):
-        with _status_of(loop), loop.stop:
+        with _status_of(loop), _memory_in_one_line(recipe), loop.stop:
             loop.start(str(checkpoint.path) if checkpoint else None)
             loop.run(on_epoch, trace_steps)
         # The run is finished: what stops this does not make it a failed one.
@@ -141,6 +143,20 @@ def _choose_mixture(loop: Loop) -> float:
         **choice.validation,
     )
     return choice.validation["NDCG@10"]
+
+
+@contextlib.contextmanager
+def _memory_in_one_line(recipe: Recipe) -> Iterator[None]:
+    """Raise ValueError with the way out where a device's memory does not hold what is asked of
+    it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"out of GPU memory ({str(error).partition('. ')[0]}): lower micro_batch_tokens, now "
+            f"{recipe.micro_batch_tokens}, or set activation_checkpointing true; --resume latest "
+            "goes on from the last checkpoint, and genrec plan says what fits"
+        ) from None
 
 
 @contextlib.contextmanager
