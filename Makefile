@@ -8,9 +8,10 @@ BIN := .venv/bin
 STAMP := .venv/.made
 # Test files side by side. One thread a process: threads that wait for others of another process spin, and take ten times as long.
 PROCESSES ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+# GPUs are hidden: two ranks of a test would share one, and tolerances are those of a CPU. Those of `-m gpu` alone use them.
+PYTEST := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
-.PHONY: env demo test check slow docs dist lock clean
+.PHONY: env demo test check slow gpu docs dist lock clean
 
 env: $(STAMP)
 
@@ -52,10 +53,14 @@ test: check
 	echo "  .venv/bin/python -m pytest -n 2      .venv/bin/python -m pytest -m ranks      .venv/bin/python -m pytest tests/unit/model"
 	$(PYTEST) -n $(PROCESSES) --dist loadfile --durations 20 --durations-min 4
 	$(PYTEST) -m ranks -n $(PROCESSES) --dist loadfile --durations 10 --durations-min 4
-	$(BIN)/python -m pytest -m demo
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m demo
 
 slow: env
 	$(PYTEST) -m slow
+
+# On a machine with an NVIDIA GPU: the tests that need one.
+gpu: env
+	$(BIN)/python -m pytest -m gpu
 
 # The documentation site in build/site: the command reference from the commands, the API from docstrings.
 docs: env

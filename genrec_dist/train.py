@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 
+from genrec_dist.distributed.gpu import set_gpu_defaults
 from genrec_dist.distributed.threads import set_thread_defaults
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run `genrec train` with these arguments and return its exit code:
     `python -m genrec_dist.train RECIPE [--set a.b=c ...] [--resume latest|PATH]`."""
-    set_thread_defaults()  # before torch is imported
+    # Before torch is imported.
+    set_thread_defaults()
+    set_gpu_defaults()
     from genrec_dist.cli.app import run_command
 
     return run_command(["train", *(sys.argv[1:] if arguments is None else arguments)])

@@ -19,6 +19,7 @@ from genrec_dist.cli.recipes import complete_space, launch_file, recipes
 from genrec_dist.cli.reproduce import reproduce
 from genrec_dist.cli.scores import baseline, compare, report, score
 from genrec_dist.console import UsageError, exit_code_of, out, rank, say, working, world_size
+from genrec_dist.distributed.gpu import set_gpu_defaults
 from genrec_dist.distributed.threads import set_thread_defaults
 
 app = typer.Typer(
@@ -304,6 +305,7 @@ def run_command(arguments: list[str]) -> int:
 
 def main() -> None:
     set_thread_defaults()
+    set_gpu_defaults()
     os.environ.setdefault(
         "TOKENIZERS_PARALLELISM", "false"
     )  # the tokenizer runs once, before workers fork

@@ -19,6 +19,7 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
+from genrec_dist.distributed.gpu import unusable_gpu
 from genrec_dist.distributed.threads import describe_threads, num_cores
 
 State = Literal["ok", "absent", "untested", "broken"]
@@ -37,6 +38,8 @@ OPTIONAL = {
     "ruff": ("checks", "dev"),
     "mypy": ("checks", "dev"),
 }
+
+TRITON_NEEDS = "apt-get install gcc python3-dev"
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def examine() -> list[Finding]:
         _attempt("threads", _threads, "", required=False),
         _attempt("bf16 on this CPU", _cpu_bf16, "", required=False),
         _attempt("GPU", _gpu, "", required=False),
+        _attempt("Triton on the GPU", _triton, TRITON_NEEDS, required=False),
         _attempt("processes (gloo)", _gloo, "install a torch build with torch.distributed", False),
         _attempt(
             "tar in a temporary directory", _tar_round_trip, f"free or set TMPDIR (now {temporary})"
@@ -171,11 +175,22 @@ def _cpu_bf16() -> tuple[State, str]:
 
 def _gpu() -> tuple[State, str]:
     torch = importlib.import_module("torch")
+    if problem := unusable_gpu():
+        return "broken", problem
     if not torch.cuda.is_available():
         return "absent", f"none that this torch sees (built for CUDA {torch.version.cuda or 'no'})"
     _multiply("cuda", "bfloat16")
     gpus = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     return "ok", ", ".join(f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus)
+
+
+def _triton() -> tuple[State, str]:
+    if not importlib.import_module("torch").cuda.is_available():
+        return "absent", "no GPU to launch a kernel on"
+    problem = importlib.import_module("genrec_kernels").launch_problem()
+    if problem:
+        return "broken", f"{problem}; plain torch takes the place of the kernels"
+    return "ok", "a kernel was compiled and launched"
 
 
 def _gloo() -> tuple[State, str]:

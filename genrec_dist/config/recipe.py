@@ -259,6 +259,11 @@ class Recipe:
     activation_checkpointing: bool = False
     """Keep only the input of each layer and compute the rest again in the backward pass: a third
     more operations for a fraction of the memory."""
+    deterministic: bool = False
+    """On a GPU add in a fixed order, so that the same steps give the same bits: torch's
+    deterministic algorithms and cuBLAS's fixed workspace. It takes time, most of it in the backward
+    pass of attention, and memory; how much is not measured. A CPU's sums have a fixed order
+    anyway."""
     workers: int = 1
     """Processes per rank that prepare batches ahead; 0 prepares them in the training process."""
     log_every: int = 10

@@ -97,6 +97,11 @@ def _contradiction(recipe: Recipe) -> str:
         )
     if tables_outside and optimizer.decay == "all":
         return "optimizer.decay all: row-adagrad decays no ids; set it to matrices or none"
+    if tables_outside and recipe.precision == "fp16":
+        return (
+            "precision fp16: row-adagrad would step by gradients that fp16's loss scale has "
+            "multiplied or overflowed: set precision bf16, or optimizer.id_tables dense"
+        )
     for name, stage in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune)):
         masks = stage.epochs and stage.targets == "mask"
         if stage.epochs and stage.targets == "all-prefixes" and not causal:

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from genrec_kernels import GradientOrder
@@ -16,6 +19,59 @@ from genrec_dist.data.packing import Packing
 
 IGNORED = -100
 """Label of positions that are not in the loss."""
+
+_ALIGN = 16  # bytes: what a kernel reads in its widest loads
+T = TypeVar("T")
+
+
+class Place(NamedTuple):
+    """Where a tensor is in a buffer."""
+
+    first: int
+    """Its first byte."""
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def of(self, buffer: Tensor) -> Tensor:
+        """The tensor, a view of a buffer of bytes."""
+        numbers = math.prod(self.shape) * self.dtype.itemsize
+        return buffer[self.first : self.first + numbers].view(self.dtype).view(self.shape)
+
+
+def in_one_buffer(value: T) -> tuple[Tensor, T]:
+    """The bytes of all tensors of nested dataclasses in one tensor of the CPU, and the dataclasses
+    with a `Place` instead of each tensor."""
+    tensors: list[tuple[Place, Tensor]] = []
+
+    def put(tensor: Tensor) -> Place:
+        first = 0
+        if tensors:
+            last, before = tensors[-1]
+            first = last.first + -(-before.nbytes // _ALIGN) * _ALIGN
+        tensors.append((Place(first, tensor.shape, tensor.dtype), tensor))
+        return tensors[-1][0]
+
+    placed = _mapped(value, Tensor, put)
+    size = tensors[-1][0].first + tensors[-1][1].nbytes if tensors else 0
+    buffer = torch.empty(size, dtype=torch.uint8)
+    for place, tensor in tensors:
+        place.of(buffer).copy_(tensor)
+    return buffer, placed
+
+
+def out_of_buffer(buffer: Tensor, placed: T) -> T:
+    """What `in_one_buffer` was given, its tensors views of the buffer, wherever that is now."""
+    return _mapped(placed, Place, lambda place: place.of(buffer))
+
+
+def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """A copy of nested dataclasses with each value of a kind changed."""
+    if isinstance(value, kind):
+        return change(value)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    held = {item.name: getattr(value, item.name) for item in fields(value)}
+    return replace(value, **{name: _mapped(one, kind, change) for name, one in held.items()})
 
 
 @dataclass(frozen=True)
@@ -28,12 +84,8 @@ class ItemTargets:
     items_R: Tensor
     """int64 [R], item rows, IGNORED where a row is not in the loss; of several items for one mask
     the first."""
-
-    def to(self, device: torch.device) -> ItemTargets:
-        places_R, items_R = (
-            values.to(device, non_blocking=True) for values in (self.places_R, self.items_R)
-        )
-        return ItemTargets(places_R, items_R)
+    learned: Tensor
+    """int64, the rows that are in the loss."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +121,9 @@ class ModelInputs:
     """int64 [R, T], first the mask to fill; [m] where packed."""
     labels: Tensor
     """int64 [R, T], IGNORED on padding; [m] where packed."""
+    learned: Tensor | None = None
+    """int64, indices in the flat labels of those that are in the loss. None: they are looked for,
+    for which a device is waited for."""
     item_targets: ItemTargets | None = None
     """Of the item head; None: the model has none."""
     visible: Tensor | None = None
@@ -78,6 +133,12 @@ class ModelInputs:
     """Where the sequences of packed arrays start and end; None: the arrays are padded."""
     plan: GradientOrder | None = None
     """For the backward pass of the embedding kernel, where that is used."""
+
+    def learned_places(self) -> Tensor:
+        """`learned`, whoever made these inputs."""
+        if self.learned is not None:
+            return self.learned
+        return (self.labels.flatten() != IGNORED).nonzero()[:, 0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +158,27 @@ class Batch(ModelInputs):
     work: Work = field(default_factory=Work)
     """Of the samples that count."""
 
+    def __reduce__(self) -> tuple[Callable[..., Batch], tuple[Tensor, dict[str, Any]]]:
+        # Another process is sent the handle of one tensor instead of those of ten and more.
+        buffer, placed = in_one_buffer(self)
+        return _received, (buffer, {item.name: getattr(placed, item.name) for item in fields(self)})
+
     def to(self, device: torch.device) -> Batch:
-        """The batch with all tensors on a device."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if hasattr(value, "to")}
-        return replace(self, **moved)
+        """The batch with all tensors on a device: one copy, from pinned memory where that is a
+        GPU, and nobody waits for it."""
+        if device.type == "cpu":
+            return self
+        buffer, placed = self.__dict__.get("_buffered") or in_one_buffer(self)
+        if device.type == "cuda":
+            buffer = buffer.pin_memory()
+        return out_of_buffer(buffer.to(device, non_blocking=True), placed)
+
+
+def _received(buffer: Tensor, placed: dict[str, Any]) -> Batch:
+    """A batch that another process has sent."""
+    batch = out_of_buffer(buffer, Batch(**placed))
+    batch.__dict__["_buffered"] = buffer, Batch(**placed)  # `to` takes it as it is
+    return batch
 
 
 @dataclass(frozen=True)
@@ -139,13 +216,16 @@ def dummy_batch(batch: Batch) -> Batch:
         tokens, targets, packing = batch.packing.last_sequence()
     encoder = batch.encoder.map(lambda values: values[tokens])
     labels = torch.full_like(batch.labels[targets], IGNORED)
-    zero = torch.zeros(1, dtype=torch.long)
+    zero, nothing = torch.zeros(1, dtype=torch.long), torch.empty(0, dtype=torch.long)
     return Batch(
         encoder=encoder,
         encoder_row=zero,
         decoder_input_ids=batch.decoder_input_ids[targets],
         labels=labels,
-        item_targets=None if batch.item_targets is None else ItemTargets(zero, zero + IGNORED),
+        learned=nothing,
+        item_targets=None
+        if batch.item_targets is None
+        else ItemTargets(zero, zero + IGNORED, nothing),
         visible=None if batch.visible is None else zero + 1,
         packing=packing,
         num_slots=encoder.input_ids.numel() + labels.numel(),

@@ -321,7 +321,8 @@ def collate(
             places_R = sequences.masks if options.packed else sequences.padded_masks
         items_R = masked.target_items[masked.target_offsets[:-1]].astype(np.int64)
         items_R[ignored_R] = IGNORED
-        item_targets = ItemTargets(torch.from_numpy(places_R), torch.from_numpy(items_R))
+        learned = np.flatnonzero(items_R != IGNORED)
+        item_targets = ItemTargets(*map(torch.from_numpy, (places_R, items_R, learned)))
 
     if options.packed:
         inputs = _packed(sequences, rows, masked, layout, item_targets)
@@ -332,6 +333,7 @@ def collate(
             encoder_row=torch.from_numpy(masked.row_sample),
             decoder_input_ids=torch.from_numpy(rows.input_ids_RT),
             labels=torch.from_numpy(rows.labels_RT),
+            learned=_learned(rows.labels_RT),
             item_targets=item_targets,
             visible=None if visible_R is None else torch.from_numpy(visible_R),
         )
@@ -383,6 +385,7 @@ def target_batch(encoder: EncoderInput, target_items_B: np.ndarray, layout: Layo
         encoder_row=torch.from_numpy(rows_B),
         decoder_input_ids=torch.from_numpy(rows.input_ids_RT),
         labels=torch.from_numpy(rows.labels_RT),
+        learned=_learned(rows.labels_RT),
         num_samples=len(rows_B),
         num_target_tokens=int((rows.labels_RT != IGNORED).sum()),
         num_targets=len(rows_B),
@@ -423,14 +426,21 @@ def _packed(
         visible_m=visible_m,
     )
     input_ids_m = np.append(rows.input_ids_RT[real_RT], np.full(missing, layout.pad_token))
+    labels_m = np.append(rows.labels_RT[real_RT], np.full(missing, IGNORED))
     return ModelInputs(
         encoder=sequences.packed(),
         encoder_row=torch.from_numpy(masked.row_sample),
         decoder_input_ids=torch.from_numpy(input_ids_m),
-        labels=torch.from_numpy(np.append(rows.labels_RT[real_RT], np.full(missing, IGNORED))),
+        labels=torch.from_numpy(labels_m),
+        learned=_learned(labels_m),
         item_targets=item_targets,
         packing=packing,
     )
+
+
+def _learned(labels: np.ndarray) -> torch.Tensor:
+    """`ModelInputs.learned` of these labels."""
+    return torch.from_numpy(np.flatnonzero(labels != IGNORED))
 
 
 def _decoder_rows(masked: MaskedSamples, layout: Layout) -> DecoderRows:

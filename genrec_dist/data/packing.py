@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -52,9 +52,9 @@ class Segments:
     """Sequences one after another."""
 
     offsets: np.ndarray
-    """int32 [S + 1], the first token of each (`cu_seqlens`), and the end."""
-    on_device: Tensor | None = None
-    """The same on the tokens' device, for a kernel that reads it there."""
+    """int32 [S + 1], the first token of each, and the end."""
+    cu_seqlens: Tensor
+    """The same as a tensor where the tokens are, for a kernel that reads it there."""
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -63,11 +63,6 @@ class Segments:
     @cached_property
     def longest(self) -> int:
         return int(self.lengths.max(initial=0))
-
-    def to(self, device: torch.device) -> Segments:
-        if device.type == "cpu":
-            return self
-        return replace(self, on_device=torch.from_numpy(self.offsets).to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -104,6 +99,15 @@ class Attended:
             groups.append(Group(last - first, queries, keys, visible_cQ))
         return groups
 
+    def groups_on(self, device: torch.device) -> list[Group]:
+        """`groups` with their indices on a device, moved there once, by one copy."""
+        if device.type == "cpu":
+            return self.groups
+        moved: list[Group] | None = self.__dict__.get("_groups_moved")
+        if moved is None:
+            moved = self.__dict__["_groups_moved"] = _groups_moved(self.groups, device)
+        return moved
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -136,15 +140,6 @@ class Packing:
     def across(self) -> Attended:
         return Attended(self.targets, self.encoder, visible=self.visible_m)
 
-    def to(self, device: torch.device) -> Packing:
-        return replace(
-            self,
-            encoder=self.encoder.to(device),
-            targets=self.targets.to(device),
-            rows=self.rows.to(device),
-            positions_m=self.positions_m.to(device, non_blocking=True),
-        )
-
     def last_sequence(self) -> tuple[slice, slice, Packing]:
         """The encoder tokens of the last sample, the decoder tokens of its last row, and the
         packing of both alone."""
@@ -175,7 +170,8 @@ def filled_size(num_tokens: int) -> int:
 
 def segments_of(lengths: np.ndarray) -> Segments:
     """Segments of these lengths, int [S]."""
-    return Segments(offsets_of(lengths).astype(np.int32))
+    offsets = offsets_of(lengths).astype(np.int32)
+    return Segments(offsets, torch.from_numpy(offsets))
 
 
 def _runs(lengths_S: np.ndarray, shortest_share: float) -> list[tuple[int, int]]:
@@ -195,6 +191,33 @@ def _runs(lengths_S: np.ndarray, shortest_share: float) -> list[tuple[int, int]]
             first, longest = start, length
         longest = max(longest, length)
     return [*runs, (first, len(lengths_S))]
+
+
+def _groups_moved(groups: list[Group], device: torch.device) -> list[Group]:
+    """The groups with their indices on a device, by one copy."""
+    indices = [
+        found
+        for group in groups
+        for found in (group.queries.slots, group.keys.slots, group.visible_cQ)
+        if found is not None
+    ]
+    flat = torch.cat([torch.empty(0, dtype=torch.long), *(found.flatten() for found in indices)])
+    flat = flat.pin_memory() if device.type == "cuda" else flat
+    parts = flat.to(device, non_blocking=True).split([found.numel() for found in indices])
+    moved = iter([part.view(found.shape) for part, found in zip(parts, indices, strict=True)])
+
+    def next_of(found: Tensor | None) -> Tensor | None:
+        return None if found is None else next(moved)
+
+    return [
+        Group(
+            group.size,
+            group.queries._replace(slots=next_of(group.queries.slots)),
+            group.keys._replace(slots=next_of(group.keys.slots)),
+            next_of(group.visible_cQ),
+        )
+        for group in groups
+    ]
 
 
 def _group_tokens(segments: Segments, first: int, last: int) -> GroupTokens:

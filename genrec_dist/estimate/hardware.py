@@ -12,7 +12,10 @@ CARDS = {
     "RTX 4090": (82.6, 165.2),
     "A100": (19.5, 312.0),
     "H100": (66.9, 989.4),
+    "H100 PCIe": (51.2, 756.0),
+    "H100 NVL": (60.0, 835.0),
     "H200": (66.9, 989.4),
+    "H200 NVL": (60.0, 835.0),
 }
 """Published dense peaks in TFLOP/s: float32, and bfloat16 with float32 sums."""
 
@@ -36,12 +39,21 @@ def peak_of(device: torch.device, precision: str) -> Peak | None:
         return _measured(torch.float32 if precision == "fp32" else torch.bfloat16)
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    found = next((card for card in CARDS if card in name), None)
+    found = card_named(torch.cuda.get_device_name(device))
     if found is None:
         return None
     tflops = CARDS[found][precision != "fp32"]
     return Peak(tflops * 1e12, f"published peak of {found}: {tflops:g} TFLOP/s")
+
+
+def device_name(device: torch.device) -> str:
+    """`CPU`, or what a GPU calls itself."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def card_named(name: str) -> str | None:
+    """The card of `CARDS` that a device's name says, the most exact one; None: none of them."""
+    return max((card for card in CARDS if card in name), key=len, default=None)
 
 
 def _measured(dtype: torch.dtype) -> Peak:

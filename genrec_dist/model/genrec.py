@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from genrec_dist.config.model_config import check_model_config
 from genrec_dist.config.recipe import HeadLoss
-from genrec_dist.data.batch import IGNORED, ItemTargets, ModelInputs
+from genrec_dist.data.batch import ItemTargets, ModelInputs
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.model.dropout import drop
 from genrec_dist.model.head_loss import head_loss, resolve_head
@@ -178,8 +178,7 @@ class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
             columns_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
             mask_BL = mask_BL & (columns_L < visible_R[:, None])
         hidden_RTD = self.decode(inputs.decoder_input_ids, memory_BLD, mask_BL, start_RD)
-        learned_RT = inputs.labels != IGNORED
-        return hidden_RTD[learned_RT], inputs.labels[learned_RT]
+        return _learned_states(hidden_RTD, inputs)
 
     def _packed_states(self, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
         """(decoder states float [m, D], encoder states [n, D]) of packed inputs."""
@@ -195,7 +194,7 @@ class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
         if self.config.decoder_start == "state":
             assert inputs.item_targets is not None
             places_R = inputs.item_targets.places_R
-            first_R = torch.from_numpy(packing.rows.offsets[: len(places_R)]).to(hidden_mD.device)
+            first_R = packing.rows.cu_seqlens[: len(places_R)]
             hidden_mD = hidden_mD.index_add(0, first_R, hidden_nD[places_R].to(hidden_mD.dtype))
         hidden_mD = bart.decoder.layernorm_embedding(hidden_mD)
         hidden_mD = drop(hidden_mD, bart.decoder.dropout, self.training)
@@ -211,9 +210,9 @@ class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
             targets: what it predicts.
             label_smoothing: of the stage.
         """
-        learned_R = targets.items_R != IGNORED
-        query_RF, table_NF = self._item_head(memory.flatten(0, -2)[targets.places_R[learned_R]])
-        items_R = targets.items_R[learned_R]
+        places_R = targets.places_R.index_select(0, targets.learned)
+        items_R = targets.items_R.index_select(0, targets.learned)
+        query_RF, table_NF = self._item_head(memory.flatten(0, -2).index_select(0, places_R))
         return head_loss(query_RF, table_NF, items_R, label_smoothing, self.loss_by)
 
     def forward(
@@ -274,8 +273,7 @@ class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
         self._check(inputs.encoder)
         if inputs.packing is not None:
             hidden_mD, memory = self._packed_states(inputs)
-            learned_m = inputs.labels != IGNORED
-            hidden_nD, labels_n = hidden_mD[learned_m], inputs.labels[learned_m]
+            hidden_nD, labels_n = _learned_states(hidden_mD, inputs)
         else:
             memory = self.encode(inputs.encoder, inputs.plan)
             hidden_nD, labels_n = self._target_states(memory, inputs)
@@ -351,6 +349,13 @@ class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
         # On a device the check would wait for it; batches are checked when they are made.
         if ids.device.type == "cpu":
             check_ranges(encoder, self.config)
+
+
+def _learned_states(hidden: Tensor, inputs: ModelInputs) -> tuple[Tensor, Tensor]:
+    """(decoder states [k, D], labels int64 [k]) of the labels that are in the loss."""
+    learned = inputs.learned_places()
+    flat_nD, labels_n = hidden.flatten(0, -2), inputs.labels.flatten()
+    return flat_nD.index_select(0, learned), labels_n.index_select(0, learned)
 
 
 def choose_attention(model: GenRecForConditionalGeneration, precision: str) -> None:

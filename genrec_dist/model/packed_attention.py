@@ -21,6 +21,9 @@ LONG_ON_CPU = 128
 For each new shape oneDNN first prepares a product in bf16, which takes as long as a thousand short
 ones (docs/log.md)."""
 
+WIDEST_RAGGED = 256
+"""Widest head of the kernel for ragged sequences, which takes multiples of 8."""
+
 
 @torch.compiler.disable
 def attend(
@@ -47,19 +50,20 @@ def attend(
     from torch.nn.attention.varlen import varlen_attn
 
     queries, keys = attended.queries, attended.keys
-    assert queries.on_device is not None
-    assert keys.on_device is not None
     window = (-1, 0) if attended.causal else (-1, -1)
-    packed = (query_nHd, key_kHd, value_kHd, queries.on_device, keys.on_device)
+    packed = (query_nHd, key_kHd, value_kHd, queries.cu_seqlens, keys.cu_seqlens)
     ragged = varlen_attn(*packed, queries.longest, keys.longest, scale=scale, window_size=window)
     assert isinstance(ragged, Tensor)
     return ragged
 
 
 def has_varlen(query: Tensor) -> bool:
-    """Whether torch's kernel for ragged sequences (flash attention) takes such queries."""
+    """Whether torch's kernel for ragged sequences (flash attention) takes such queries, [.., d]."""
+    width = query.shape[-1]
     return (
         query.is_cuda
+        and width % 8 == 0
+        and width <= WIDEST_RAGGED
         and query.dtype in (torch.float16, torch.bfloat16)
         and find_spec("torch.nn.attention.varlen") is not None
     )
@@ -91,7 +95,7 @@ class ByRectangles(torch.autograd.Function):
     ) -> Tensor:
         out_nHd = torch.empty_like(query_nHd)
         weights, kept = [], []
-        for group in attended.groups:
+        for group in attended.groups_on(query_nHd.device):
             query, key, value = _rectangles(group, query_nHd, key_kHd, value_kHd)
             # Products and softmax in the inputs' type, as in backward, whatever autocast does.
             weights_cHQK = torch.matmul(query, key.transpose(2, 3)).mul_(scale)
@@ -113,7 +117,7 @@ class ByRectangles(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_nHd: Tensor) -> tuple[Tensor | None, ...]:
         query_nHd, key_kHd, value_kHd, *saved = ctx.saved_tensors
-        groups = ctx.attended.groups
+        groups = ctx.attended.groups_on(query_nHd.device)
         kept = saved[len(groups) :] or [None] * len(groups)
         grads = [torch.empty_like(tensor) for tensor in (query_nHd, key_kHd, value_kHd)]
         if sum(group.keys.number for group in groups) < len(key_kHd):  # keys without a query
@@ -150,7 +154,7 @@ def _take(part: GroupTokens, packed_nHd: Tensor, group: Group) -> Tensor:
     tokens = packed_nHd[part.first : part.first + part.number]
     if part.slots is not None:
         padded = tokens.new_zeros(group.size * part.longest, *tokens.shape[1:])
-        tokens = padded.index_copy_(0, part.slots.to(tokens.device), tokens)
+        tokens = padded.index_copy_(0, part.slots, tokens)
     by_head = tokens.view(group.size, part.longest, *tokens.shape[1:]).transpose(1, 2)
     dtype = by_head.dtype
     if by_head.device.type == "cpu" and dtype == torch.bfloat16:
@@ -167,7 +171,7 @@ def _put(part: GroupTokens, packed_nHd: Tensor, rectangle_cHLd: Tensor) -> None:
         tokens.view(by_token.shape).copy_(by_token)
     else:
         slots = by_token.reshape(-1, *tokens.shape[1:])
-        tokens.copy_(slots.index_select(0, part.slots.to(tokens.device)))
+        tokens.copy_(slots.index_select(0, part.slots))
 
 
 def _bias(group: Group, causal: bool, like: Tensor) -> Tensor | None:
@@ -175,11 +179,11 @@ def _bias(group: Group, causal: bool, like: Tensor) -> Tensor | None:
     seen, (queries, keys), device = None, (group.queries, group.keys), like.device
     if keys.slots is not None:
         seen = torch.zeros(group.size * keys.longest, dtype=torch.bool, device=device)
-        seen[keys.slots.to(device)] = True
+        seen.index_fill_(0, keys.slots, True)
         seen = seen.view(group.size, 1, 1, keys.longest)
     if group.visible_cQ is not None:
         # What can be seen is within the sequence, so this excludes its padding too.
-        visible = group.visible_cQ.to(device)[:, None, :, None]
+        visible = group.visible_cQ[:, None, :, None]
         seen = torch.arange(keys.longest, device=device) < visible
     if causal:
         # Padding is after a sequence's end, so causality excludes it too.

@@ -22,7 +22,7 @@ from genrec_dist.baselines import counting
 from genrec_dist.config.load import load_recipe
 from genrec_dist.distributed.deadline import Deadline, OutOfTime
 from genrec_dist.estimate.forecast import forecast
-from genrec_dist.estimate.hardware import CARDS
+from genrec_dist.estimate.hardware import card_named
 from genrec_dist.estimate.memory import BACKBONES
 from genrec_dist.evaluation.compare import write_json
 from genrec_dist.evaluation.provenance import hardware
@@ -193,7 +193,7 @@ def _estimate(step: Step, work: Work) -> str:
     if others := list(map(train_process.worked_seconds, runs)):
         return f"{statistics.fmean(others):,.0f} s, as another seed"
     name = hardware()["gpu"] or ""
-    card = next((card for card in CARDS if card in name), None)
+    card = card_named(name)
     if card is None:
         return ""
     try:

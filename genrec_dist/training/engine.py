@@ -21,13 +21,16 @@ from torch import Tensor, nn
 from transformers.integrations import unset_hf_deepspeed_config
 
 from genrec_dist.config.recipe import Recipe
+from genrec_dist.console import rank, say
 from genrec_dist.data.batch import Batch
 from genrec_dist.distributed import launch_check
+from genrec_dist.distributed.gpu import unusable_gpu
 from genrec_dist.model.genrec import (
     GenRecForConditionalGeneration,
     choose_attention,
     choose_layers,
     choose_loss,
+    choose_packing,
 )
 from genrec_dist.model.optimizer import build_optimizer
 
@@ -117,6 +120,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision fp16 needs a GPU: use bf16 or fp32 here")
+    if recipe.deterministic:
+        # Read when cuBLAS starts.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Every element that is read has been written: filling it before costs time alone.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if (problem := unusable_gpu()) and rank() == 0:
+        say(problem)
     on_gpu = torch.accelerator.is_available()
     if not on_gpu:
         # What DeepSpeed would find anyway, with a warning.
@@ -197,6 +208,11 @@ def make_engine(
     """The engine of a model, on its device; under DeepSpeed it shards the model. Collective."""
     choose_attention(model.to(accelerator.device), recipe.precision)
     choose_loss(model, recipe.head)
+    if recipe.compile == "layers" and not choose_packing(recipe.packing, accelerator.device):
+        raise ValueError(
+            "compile layers: it concerns packed micro-batches, and on a GPU they are padded by "
+            "default: set packing packed, or compile none"
+        )
     choose_layers(model, recipe.compile == "layers", recipe.activation_checkpointing)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return Spread(model, recipe, accelerator)
@@ -211,7 +227,7 @@ class Replicated:
     def __init__(
         self, model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator
     ):
-        self.model, self.accelerator = model, accelerator
+        self.model, self.recipe, self.accelerator = model, recipe, accelerator
         self.max_grad_norm = recipe.optimizer.max_grad_norm or math.inf
         self.optimizer = build_optimizer(model, recipe.optimizer)
         self.prepared, self.prepared_optimizer = accelerator.prepare(model, self.optimizer)
@@ -224,8 +240,11 @@ class Replicated:
         # The other ranks hold the same.
         self.segments = self.segments_read if accelerator.is_main_process else []
 
-    def micro_step(self, last: bool) -> AbstractContextManager[None]:
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared)
+    @contextlib.contextmanager
+    def micro_step(self, last: bool) -> Iterator[None]:
+        unsynced = contextlib.nullcontext() if last else self.accelerator.no_sync(self.prepared)
+        with unsynced, _strict(self.recipe.deterministic):
+            yield
 
     def loss(self, batch: Batch, label_smoothing: float, tokens_a_target: float = 1.0) -> Tensor:
         self.prepared.train()
@@ -330,7 +349,8 @@ class Spread:
     @contextlib.contextmanager
     def micro_step(self, last: bool) -> Iterator[None]:
         self.engine.set_gradient_accumulation_boundary(is_boundary=last)
-        yield
+        with _strict(self.recipe.deterministic):
+            yield
 
     def loss(self, batch: Batch, label_smoothing: float, tokens_a_target: float = 1.0) -> Tensor:
         self.engine.train()
@@ -384,3 +404,18 @@ def _loss(prepared: Any, batch: Batch, label_smoothing: float, tokens_a_target: 
         inputs=batch, label_smoothing=label_smoothing, tokens_per_target=tokens_a_target
     )
     return summed
+
+
+@contextlib.contextmanager
+def _strict(deterministic: bool) -> Iterator[None]:
+    """Refuse operations whose sums have no fixed order, where the recipe asks for that.
+
+    A warning would not do: attention on a GPU then keeps its faster backward pass, in which they
+    have none. Outside of forward and backward, as in validation, a warning does."""
+    if deterministic:
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        if deterministic:
+            torch.use_deterministic_algorithms(True, warn_only=True)

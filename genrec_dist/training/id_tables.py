@@ -72,6 +72,7 @@ class IdTables:
                 key=mixed_key(seed, 0x1D5, number),
                 rank=ranks.rank,
                 world_size=ranks.size,
+                host_group=ranks.group,
                 device=device,
             )
             for number, (kind, num_rows) in enumerate(sizes.items())

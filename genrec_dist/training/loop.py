@@ -27,7 +27,7 @@ from genrec_dist.decoding.trie import build_trie
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.signals import NotFinite, Stopped, StopRequest, ignore_signals
 from genrec_dist.estimate.flops import FORMULA
-from genrec_dist.estimate.hardware import peak_of
+from genrec_dist.estimate.hardware import device_name, peak_of
 from genrec_dist.evaluation.metrics import metrics_from_histogram
 from genrec_dist.evaluation.provenance import git_commit, versions
 from genrec_dist.inference.rank_users import Decoding
@@ -138,6 +138,7 @@ class Loop:
             flops_formula=FORMULA,
             resumed_from=resumed_from,
             begun_from=None if warm_start is None else warm_start.as_dict(),
+            device=device_name(self.accelerator.device),
             processes=self.ranks.size,
             distributed_type=str(self.accelerator.distributed_type),
             zero_stage=plugin.zero_stage if plugin else None,

@@ -12,6 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from genrec_dist.estimate.hardware import device_name
 from genrec_dist.report.html import duration
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ def introduction(
     ]
     place = f"CPU, {count(threads, 'thread')}"
     if device.type == "cuda":
-        place = torch.cuda.get_device_name(device)
+        place = device_name(device)
     place = f"{processes} processes, each on {place}" if processes > 1 else place
     return [
         f"{setup.run}: {words.num_users:,} users, {words.num_items:,} items;",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from genrec_shards.atomic import atomic_file, sweep_killed_writers
 from genrec_shards.file_lock import LOCK_FILE, hold
@@ -103,7 +104,8 @@ def _train(
             checkpoint.fill_model(model)
         elif ranks.is_main:
             say(f"{run}: it ended before its first checkpoint, so it starts anew")
-    loop = Loop(setup, model, accelerator, ranks)
+    with _memory_in_one_line(recipe):
+        loop = Loop(setup, model, accelerator, ranks)
     if checkpoint is not None:
         loop.progress = checkpoint.restore(loop.state())
     if accelerator.is_main_process:
@@ -116,7 +118,7 @@ def _train(
                 temporary.write_bytes(audit.read_bytes())
     with contextlib.closing(loop.log):
         # A launcher signals the others when a rank is gone: not amid the writing of the status.
-        with loop.stop, _status_of(loop), ranks.naming_the_gone():
+        with loop.stop, _status_of(loop), ranks.naming_the_gone(), _memory_in_one_line(recipe):
             loop.start(str(checkpoint.path) if checkpoint else None)
             loop.run(on_epoch, trace_steps)
         # The run is finished: what stops this does not make it a failed one.
@@ -176,6 +178,20 @@ def _choose_mixture(loop: Loop) -> float:
         **choice.validation,
     )
     return choice.validation["NDCG@10"]
+
+
+@contextlib.contextmanager
+def _memory_in_one_line(recipe: Recipe) -> Iterator[None]:
+    """Raise ValueError with the way out where a device's memory does not hold what is asked of
+    it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"out of GPU memory ({str(error).partition('. ')[0]}): lower micro_batch_tokens, now "
+            f"{recipe.micro_batch_tokens}, or set activation_checkpointing true; --resume latest "
+            "goes on from the last checkpoint, and genrec plan says what fits"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -144,7 +144,14 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGene
     return setup, model
 
 
-_MAY_CHANGE = (*MOVES_NO_GRADIENT, "init_from", "head", "packing", "activation_checkpointing")
+_MAY_CHANGE = (
+    *MOVES_NO_GRADIENT,
+    "init_from",
+    "head",
+    "packing",
+    "activation_checkpointing",
+    "deterministic",
+)
 """Keys that may differ between a checkpoint and its resume: paths, the division into micro-batches,
 the way the loss is computed. The weights that a run starts from have a hash of their own."""
 

@@ -30,6 +30,8 @@ _WIDEST = 8192
 _TYPES = (torch.float32, torch.float16, torch.bfloat16)
 _log = logging.getLogger("genrec_kernels")
 _logged: set[str] = set()
+_launched: list[str] = []
+"""What `launch_problem` has found, once it has tried."""
 
 
 def chosen(device_type: str) -> Implementation:
@@ -50,7 +52,13 @@ def chosen(device_type: str) -> Implementation:
         remedy = "unset it, or set TRITON_INTERPRET=1"
         raise ValueError(f"{SWITCH}=triton: there is no Triton for {device_type}; {remedy}")
     use_triton = setting == "triton" or (not setting and device_type == "cuda" and _TRITON)
-    if setting:
+    problem = launch_problem() if use_triton and device_type == "cuda" and not interpreted else ""
+    if problem and setting:
+        raise ValueError(f"{SWITCH}=triton: {problem}; unset it for plain torch")
+    use_triton = use_triton and not problem
+    if problem:
+        reason = f", {problem}"
+    elif setting:
         reason = f" ({SWITCH}={setting})"
     elif use_triton:
         reason = ""
@@ -61,6 +69,31 @@ def chosen(device_type: str) -> Implementation:
     name = "Triton kernel" if use_triton else "plain torch"
     _log_once(f"embedding sum on {device_type}: {name}{reason}")
     return "triton" if use_triton else "reference"
+
+
+def launch_problem() -> str:
+    """Why Triton launches no kernel on this machine's GPU, in one line; "" where it does. Tried
+    once in a process: Triton compiles a launcher with the machine's C compiler, which slim
+    containers and compute nodes lack."""
+    if not _launched:
+        _launched.append(_try_launch())
+    return _launched[0]
+
+
+# As torch.compiler.assume_constant_result marks it, which would load all of the compiler here.
+launch_problem._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _try_launch() -> str:
+    try:
+        from genrec_kernels.triton_embedding_sum import launch_one
+
+        launch_one()
+    except Exception as error:  # whatever it is, plain torch does the work
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        remedy = "it needs a C compiler and Python's headers (apt-get install gcc python3-dev)"
+        return f"Triton does not launch here ({reason}): {remedy}"
+    return ""
 
 
 def wants_gradient_order(device_type: str) -> bool:

@@ -123,6 +123,7 @@ class RowTable:
         rank: int = 0,
         world_size: int = 1,
         group: dist.ProcessGroup | None = None,
+        host_group: dist.ProcessGroup | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         """Rows are N(0, init_std) as a function of (key, row, dim): the same at any world size and
@@ -134,6 +135,8 @@ class RowTable:
             init_std: standard deviation; 0: zeros.
             key: any whole number.
             rank, world_size, group: who shares the table.
+            host_group: the same ranks over host memory, where `group` is over a device: by it they
+                say how many rows they request, so that nobody waits for a device. None: `group`.
             device: of this rank's rows.
 
         Raises:
@@ -151,6 +154,7 @@ class RowTable:
                 raise ValueError(f"rank {rank} of {world_size}: {says}")
         self.num_rows, self.dim = num_rows, dim
         self.rank, self.world_size, self.group = rank, world_size, group
+        self.host_group = group if host_group is None else host_group
         self.device = torch.device(device)
         self.bytes_sent = 0
         """Bytes this rank has sent in fetch() and update(): ids, counts, values and gradients."""
@@ -179,8 +183,7 @@ class RowTable:
         """These rows, from whichever rank owns them. Collective; the next update() is for them.
 
         Args:
-            rows_u: int64 [u], strictly ascending; best on the CPU, where it is checked and where
-                counting makes nobody wait for a device.
+            rows_u: int64 [u] on the CPU, strictly ascending.
             zero_row: put a row of zeros in front, which `distinct_rows` counts from.
 
         Returns:
@@ -188,7 +191,8 @@ class RowTable:
         """
         self._check_process()
         assert (rows_u.dtype, rows_u.ndim) == (torch.int64, 1), (rows_u.dtype, rows_u.shape)
-        if rows_u.device.type == "cpu" and len(rows_u):
+        assert rows_u.device.type == "cpu", rows_u.device
+        if len(rows_u):
             first, last = int(rows_u[0]), int(rows_u[-1])
             assert 0 <= first <= last < self.num_rows, f"rows {first}..{last} of {self.num_rows}"
             assert bool((rows_u[1:] > rows_u[:-1]).all()), "rows must be distinct and ascending"
@@ -196,7 +200,7 @@ class RowTable:
         fetched = torch.empty(zero_row + len(rows_u), self.dim, device=self.device)
         fetched[:zero_row].zero_()
         if self.world_size == 1:
-            owned_n = rows_u.to(self.device)
+            owned_n = _moved(rows_u, self.device)
             torch.index_select(self.values, 0, owned_n, out=fetched[zero_row:])
             self._exchange = _Exchange(owned_n, rows_u.new_empty(0), [len(rows_u)], [len(rows_u)])
             return fetched
@@ -207,14 +211,14 @@ class RowTable:
         local_u = (blocks_u // self.world_size) * BLOCK + rows_u % BLOCK
         order_u = torch.argsort(owner_u, stable=True)
         asked_W = torch.bincount(owner_u, minlength=self.world_size)
-        counts = torch.stack([asked_W, torch.zeros_like(asked_W)]).to(self.device)
-        dist.all_to_all_single(counts[1], counts[0].contiguous(), group=self.group)
+        owed_W = torch.empty_like(asked_W)
+        dist.all_to_all_single(owed_W, asked_W, group=self.host_group)
         self.bytes_sent += 8 * (self.world_size - 1)
-        requested, owed = counts.tolist()
-        ids = local_u[order_u].to(self.device, torch.int32)
+        requested, owed = asked_W.tolist(), owed_W.tolist()
+        ids = _moved(local_u[order_u].int(), self.device)
         owned_n = self._send(ids, requested, owed).long()
         arrived_uD = self._send(self.values.index_select(0, owned_n), owed, requested)
-        self._exchange = _Exchange(owned_n, order_u.to(self.device), requested, owed)
+        self._exchange = _Exchange(owned_n, _moved(order_u, self.device), requested, owed)
         fetched[zero_row:].index_copy_(0, self._exchange.order, arrived_uD)
         return fetched
 
@@ -425,6 +429,12 @@ def _zeros(size: int, device: torch.device) -> Tensor:
             with contextlib.suppress(OSError):  # advice: a kernel without it is slower, not wrong
                 memory.madvise(advice)
     return torch.frombuffer(memory, dtype=torch.float32)
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """Host values on a device, for which nobody waits."""
+    values = values.pin_memory() if device.type == "cuda" else values
+    return values.to(device, non_blocking=True)
 
 
 def _file_name(name: str, rank: int, world_size: int) -> str:

@@ -228,6 +228,23 @@ def _long_kernel(
         tl.store(out_at + row.to(tl.int64) * WIDTH + columns, result_D, mask=inside)
 
 
+@triton.jit
+def _one_kernel(out_at):
+    tl.store(out_at, 1.0)
+
+
+def launch_one() -> None:
+    """Compile and launch a kernel on the current GPU and read what it wrote.
+
+    Raises:
+        Exception: of Triton or CUDA, where that does not work.
+    """
+    out = torch.zeros(1, device="cuda")
+    _one_kernel[(1,)](out)
+    if out.item() != 1.0:
+        raise ArithmeticError("a kernel wrote nothing")
+
+
 def embedding_sum(
     ids: Sequence[Tensor], tables: EmbeddingTables, seed: Tensor | None, *, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

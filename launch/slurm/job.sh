@@ -18,7 +18,10 @@ fi
 if [ -d .venv/bin ]; then PATH="$PWD/.venv/bin:$PATH"; fi
 
 processes=$((SLURM_JOB_NUM_NODES * SLURM_GPUS_ON_NODE))
-host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+host=$(head -n 1 <<<"$hosts")
+next=''
+if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then next=$(sed -n 2p <<<"$hosts"); fi
 port=$((20000 + SLURM_JOB_ID % 20000))
 export GENREC_EXPECT=${GENREC_EXPECT:-processes=$processes,device=gpu}
 # The agent kills ranks 30 s after a SIGTERM unless it is told to wait for their checkpoint.
@@ -42,8 +45,18 @@ stop() {
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
 
-# Each node's task finds its number only in its own environment, hence the inner shell.
-srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch "${@:1:10}" --machine_rank "$SLURM_NODEID" -m genrec_dist.train "${@:11}"' task \
+# Each node's task finds its number only in its own environment, hence the inner shell. It also finds the network interface
+# through which the node reaches the others: by itself gloo takes that of the node's own name, which may be 127.0.1.1 or a
+# management network, and ranks of two nodes then never meet.
+srun --kill-on-bad-exit=1 bash -c '
+  peer=$1
+  if [ "$SLURM_NODEID" = 0 ]; then peer=$2; fi
+  address=$(getent ahosts "$peer" 2>/dev/null | sed -n "1s/ .*//p")
+  device=$(ip -o route get "$address" 2>/dev/null | sed -n "s/.* dev \([^ ]*\).*/\1/p")
+  if [ -n "$device" ] && [ "$device" != lo ]; then
+    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$device} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-=$device}
+  fi
+  exec accelerate launch "${@:3:10}" --machine_rank "$SLURM_NODEID" -m genrec_dist.train "${@:13}"' task "$host" "$next" \
   --config_file "$launch_file" --num_machines "$SLURM_JOB_NUM_NODES" --num_processes "$processes" \
   --main_process_ip "$host" --main_process_port "$port" \
   "$recipe" --set "run=$run" "$@" ${resume[@]+"${resume[@]}"} &

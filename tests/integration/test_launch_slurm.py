@@ -77,6 +77,44 @@ def test_a_job_starts_one_launcher_per_node(cluster: Cluster) -> None:
     )
 
 
+GETENT = """#!/usr/bin/env bash
+case "$2" in 127.0.0.1) echo "10.0.0.1  STREAM" ;; another) echo "10.0.0.2  STREAM" ;; esac
+"""
+IP = """#!/usr/bin/env bash
+echo "$4" >> ip.calls
+case "$4" in
+  10.0.0.1) echo "10.0.0.1 dev ib0 src 10.0.0.2 uid 0" ;;
+  10.0.0.2) echo "10.0.0.2 via 10.0.0.254 dev eth1 src 10.0.0.1 uid 0" ;;
+  *) exit 2 ;;
+esac
+"""
+INTERFACES = """#!/usr/bin/env bash
+echo "$SLURM_NODEID ${GLOO_SOCKET_IFNAME:-unset} ${NCCL_SOCKET_IFNAME:-unset}" >> accelerate.calls
+mkdir -p run
+echo '{"status": "finished"}' > run/status.json
+"""
+
+
+def test_each_node_names_the_interface_that_leads_to_the_others(cluster: Cluster) -> None:
+    for name, text in (("getent", GETENT), ("ip", IP), ("accelerate", INTERFACES)):
+        cluster.stub(name, text)
+    job = cluster.submit("two_nodes.sbatch", "demo", "run", nodes=2, gpus=4)
+    assert ended(job)[0] == 0
+    # The first node asks for the way to the second, the second for that to the first.
+    assert sorted(cluster.calls("accelerate")) == ["0 eth1 =eth1", "1 ib0 =ib0"]
+    own = {"GLOO_SOCKET_IFNAME": "bond0"}
+    assert ended(cluster.submit("two_nodes.sbatch", "demo", "run", nodes=2, gpus=4, **own))[0] == 0
+    assert sorted(cluster.calls("accelerate"))[:2] == ["0 bond0 =eth1", "0 eth1 =eth1"]
+
+
+def test_a_node_alone_names_no_interface(cluster: Cluster) -> None:
+    for name, text in (("getent", GETENT), ("ip", IP), ("accelerate", INTERFACES)):
+        cluster.stub(name, text)
+    job = cluster.submit("one_node.sbatch", "demo", "run", nodes=1, gpus=4)
+    assert ended(job)[0] == 0
+    assert cluster.calls("accelerate") == ["0 unset unset"]
+
+
 def test_the_time_limit_queues_the_job_again_and_it_resumes(cluster: Cluster) -> None:
     job = submitted(cluster, "wait")
     until(cluster.folder / "run" / "events.jsonl", job)

@@ -4,14 +4,17 @@ import io
 import json
 import subprocess
 import sys
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from genrec_dist.cli import doctor
 from genrec_dist.cli.doctor import Finding, as_json, examine, healthy, render
+from genrec_dist.distributed.gpu import unusable_gpu
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:
@@ -67,6 +70,26 @@ def test_a_missing_package_and_a_failing_check_are_findings_with_a_remedy(
     assert failed.remedy.startswith("cd to a directory you may write to")
     assert not healthy([*named.values()])
     assert healthy([finding for finding in named.values() if finding.what != "pyarrow"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this GPU can be used")
+def test_a_driver_that_torch_cannot_use_is_a_finding_and_triton_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    assert doctor._gpu()[0] == doctor._triton()[0] == "absent"
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.54.03\n")
+    monkeypatch.setattr(doctor, "unusable_gpu", partial(unusable_gpu, tmp_path / "version"))
+    state, detail = doctor._gpu()
+    assert state == "broken"
+    assert detail.startswith("this machine has an NVIDIA driver 535.54.03")
+    # With a GPU to be seen, a kernel is tried, and here it cannot be launched.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = doctor._attempt("Triton on the GPU", doctor._triton, doctor.TRITON_NEEDS, False)
+    assert found.state == "broken"
+    assert "Triton does not launch here" in found.detail
+    assert "gcc" in found.remedy
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,7 @@ def test_values_that_do_not_go_together_are_refused(write):
         (["finetune.epochs=0"], "nothing to train"),
         (["micro_batch_tokens=500"], "micro_batch_tokens 500 is below model.max_tokens 512"),
         (["optimizer={id_tables: row-adagrad, decay: all}"], "row-adagrad decays no ids"),
+        (["precision=fp16", "optimizer.id_tables=row-adagrad"], "set precision bf16"),
         (["validation.decode=items"], "there is no item head: set model.item_loss"),
         (["model={item_loss: 1, item_ids: false}"], "set model.item_ids true"),
         (["finetune.targets=all-prefixes"], "set model.encoder_attention causal"),

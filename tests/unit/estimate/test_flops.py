@@ -117,5 +117,8 @@ def test_peak_is_measured_on_a_cpu_and_not_guessed_for_an_unknown_card(monkeypat
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
     peaks = [peak_of(cuda, precision).flops for precision in ("fp32", "bf16")]
     assert peaks == [tflops * 1e12 for tflops in CARDS["RTX 3090"]]
+    for name, bf16 in (("H100 PCIe", 756), ("H100 NVL", 835), ("H100 80GB HBM3", 989.4)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, n=name: f"NVIDIA {n}")
+        assert peak_of(cuda, "bf16").flops == bf16 * 1e12
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA T4")
     assert peak_of(cuda, "bf16") is None

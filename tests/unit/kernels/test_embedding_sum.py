@@ -309,7 +309,27 @@ def test_choice_on_cuda(
 ) -> None:
     monkeypatch.setenv("GENREC_KERNELS", setting)
     monkeypatch.setattr(embedding, "_TRITON", installed)
+    monkeypatch.setattr(embedding, "_launched", [""])
     assert embedding.chosen("cuda") == expected
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton launches here")
+@pytest.mark.usefixtures("unset")
+def test_where_triton_cannot_launch_plain_torch_takes_over_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Triton is installed here and launches nothing, as on a machine without a compiler."""
+    monkeypatch.setattr(embedding, "_launched", [])
+    with caplog.at_level(logging.INFO, "genrec_kernels"):
+        assert [embedding.chosen("cuda") for _ in range(3)] == ["reference"] * 3
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("embedding sum on cuda: plain torch, Triton does not launch here (")
+    assert "gcc python3-dev" in line
+    assert "\n" not in line
+    monkeypatch.setenv("GENREC_KERNELS", "triton")
+    with pytest.raises(ValueError, match=r"^GENREC_KERNELS=triton: Triton does not launch here"):
+        embedding.chosen("cuda")
 
 
 def test_importing_the_package_is_light() -> None:

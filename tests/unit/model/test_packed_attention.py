@@ -1,14 +1,13 @@
 """Attention over packed sequences, against attention written out sequence by sequence in
 float64."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from genrec_dist.data.batch import in_one_buffer, out_of_buffer
 from genrec_dist.data.packing import Attended, filled_size, segments_of
 from genrec_dist.model.packed_attention import LONG_ON_CPU, ByRectangles, attend, has_varlen
 
@@ -100,9 +99,8 @@ def test_the_kernel_for_ragged_sequences_gives_the_same(width):
     keys, rows = np.array([300, 41, 41, 9, 1]), np.array([4, 2, 6, 2, 0])
     for queries, causal in ((keys, False), (rows, False), (keys, True)):
         attended = Attended(segments_of(queries), segments_of(keys), causal=causal)
-        there = replace(
-            attended, queries=attended.queries.to(DEVICE), keys=attended.keys.to(DEVICE)
-        )
+        buffer, placed = in_one_buffer(attended)
+        there = out_of_buffer(buffer.to(DEVICE), placed)
         inputs = [
             torch.randn(int(lengths.sum()), 4, width, generator=generator)
             .to(DEVICE, torch.bfloat16)
