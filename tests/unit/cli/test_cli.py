@@ -395,7 +395,7 @@ def test_runs_that_cannot_be_decoded(
         (run / "best" / "model.safetensors").write_bytes(damage)
         for command in commands:
             line = refused(capfd, 1, command)
-            assert f"{run / 'best'}: damaged or incomplete" in line
+            assert f"{run / 'best' / 'model.safetensors'}: damaged or changed" in line
     (run / "best" / "model.safetensors").write_bytes(whole)
     for name in ("items.parquet", "tokenizer.json", "config.json"):
         kept = (run / "best" / name).read_bytes()
