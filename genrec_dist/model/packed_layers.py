@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from genrec_dist.data.packing import Attended, Packing
+from genrec_dist.model import sample_rows
 from genrec_dist.model.dropout import add_dropped, drop
 from genrec_dist.model.network import product_dtype
 from genrec_dist.model.packed_attention import attend
@@ -49,6 +50,10 @@ class LayerRunner:
         self, layer: BartDecoderLayer, hidden_mD: Tensor, memory_nD: Tensor, packing: Packing
     ) -> Tensor:
         return self._run(layer, self.decoder_layer, hidden_mD, memory_nD, packing)
+
+    def decode_rows(self, layer: BartDecoderLayer, hidden_RTD: Tensor, *inputs: Any) -> Tensor:
+        """A layer of padded rows that share their sample's memory (`sample_rows`)."""
+        return self._run(layer, sample_rows.decoder_layer, hidden_RTD, *inputs)
 
     def _run(self, layer: Any, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
         if self.recompute and layer.training and torch.is_grad_enabled():

@@ -23,8 +23,8 @@ from genrec_dist.evaluation.results import Protocol
 from genrec_dist.inference.load import load_run
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.tune_mixture import tune_mixture
+from genrec_dist.model.accelerator import make_accelerator
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
-from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loop import EpochReport, Loop
 from genrec_dist.training.setup import build_setup
 

@@ -30,9 +30,9 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import RankStep
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.signals import NotFinite
+from genrec_dist.model.accelerator import make_accelerator
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints
-from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loader import StepBatches, ahead
 from genrec_dist.training.loop import Loop
 from genrec_dist.training.run import train
