@@ -33,8 +33,7 @@ from genrec_dist.model.network import (
     id_table,
     lower_triangle,
 )
-from genrec_dist.model.packed_layers import LayerRunner, lowered
-from genrec_dist.model.sample_rows import rows_bias
+from genrec_dist.model.packed_layers import LayerRunner, lowered, rows_bias
 
 ENCODER_FIELDS = ("position_ids", "user_rows", "item_rows", "further_ids")
 """Fields of `EncoderInput` that callers with plain Hugging Face inputs may leave out."""

@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 from genrec_dist.config.load import load_recipe
 from genrec_dist.data.batch import Batch
 from genrec_dist.data.encoder_input import EncoderInput
+from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.estimate.memory import build_config
-from genrec_dist.model.accelerator import make_accelerator
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.model.optimizer import AveragedWeights
 from genrec_dist.training.engine import Replicated, Spread, make_engine

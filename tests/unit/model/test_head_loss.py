@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import HeadLoss
+from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.model import head_loss as module
-from genrec_dist.model.accelerator import make_accelerator
 from genrec_dist.model.genrec import choose_loss
 from genrec_dist.model.head_loss import (
     ChunkedLoss,

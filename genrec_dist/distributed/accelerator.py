@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
@@ -11,10 +12,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
 from transformers.integrations import unset_hf_deepspeed_config
 
-from genrec_dist.config.recipe import Recipe
-from genrec_dist.console import rank, say
 from genrec_dist.distributed import launch_check
-from genrec_dist.distributed.gpu import unusable_gpu
 
 SUPPORTED = (
     DistributedType.NO,
@@ -27,7 +25,18 @@ SUPPORTED = (
 _DECIDED_BY_RECIPE = ("gradient_clipping", "bf16", "fp16", "optimizer", "scheduler")
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
+class Settings(Protocol):
+    """What of a recipe is read here."""
+
+    @property
+    def precision(self) -> str: ...
+    @property
+    def deterministic(self) -> bool: ...
+    @property
+    def optimizer(self) -> Any: ...
+
+
+def make_accelerator(recipe: Settings) -> Accelerator:
     """Accelerate's state for this recipe; topology comes from the launcher, the rest from the
     recipe.
 
@@ -43,8 +52,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         torch.use_deterministic_algorithms(True, warn_only=True)
         # Every element that is read has been written: filling it before costs time alone.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if (problem := unusable_gpu()) and rank() == 0:
-        say(problem)
     on_gpu = torch.accelerator.is_available()
     if not on_gpu:
         # What DeepSpeed would find anyway, with a warning.
@@ -74,7 +81,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def _deepspeed_plugin(recipe: Recipe) -> DeepSpeedPlugin | None:
+def _deepspeed_plugin(recipe: Settings) -> DeepSpeedPlugin | None:
     """The launcher's DeepSpeed file with the recipe's values put in; None where no DeepSpeed was
     asked for."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
