@@ -23,11 +23,13 @@ from genrec_dist.bench.measure import (
     REPEATS,
     Claim,
     Measured,
+    OnPart,
     format_columns,
     in_turn,
     make_claim,
     read_events,
     table,
+    tell_nobody,
     watch_training,
 )
 from genrec_dist.bench.synthetic import (
@@ -52,6 +54,9 @@ from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 GENERATE = "generate + prefix_allowed_tokens_fn"
+MOST_OF_GENERATE = 128
+"""Largest batch that `generate` decodes too: each step it asks Python about every beam, which takes
+seconds at larger ones, and its scores of all steps do not fit into a card of 24 GiB."""
 SAME = 1e-4
 """Scores of one list that two implementations may differ by in float32."""
 
@@ -114,13 +119,18 @@ TINY = Sizes(
 
 
 def bench_beam(
-    data: Path | None = None, run: Path | None = None, sizes: Sizes | None = None
+    data: Path | None = None,
+    run: Path | None = None,
+    sizes: Sizes | None = None,
+    on_part: OnPart = tell_nobody,
 ) -> Measured:
     """The claims and the table of `genrec bench beam`.
 
     Args:
         data: a directory of `genrec prepare` whose histories are decoded; None: synthetic ones.
         run: a run trained on `data`: also measure what evaluating takes beside an epoch.
+        sizes: what is measured.
+        on_part: told each batch.
 
     Raises:
         AssertionError: if `generate` and the exact search give different lists.
@@ -133,7 +143,9 @@ def bench_beam(
     claims: list[Claim] = []
     shapes: dict[str, Any] = {}
     for shape in sizes.shapes:
-        found, shapes[shape.name] = measure_shape(World(shape, dataset.sequences, device), sizes)
+        found, shapes[shape.name] = measure_shape(
+            World(shape, dataset.sequences, device), sizes, on_part
+        )
         claims += found
     found, trie = measure_trie(sizes.trie_items)
     claims += found
@@ -264,10 +276,12 @@ def compare_lists(ours: TopItems, theirs: TopItems) -> dict[str, Any]:
 # Measuring a shape.
 
 
-def measure_shape(world: World, sizes: Sizes) -> Measured:
+def measure_shape(world: World, sizes: Sizes, on_part: OnPart) -> Measured:
     """Users per second of all rivals at each batch; their lists are compared first."""
-    shape = world.shape
-    curve = {str(size): measure_batch(world, size, sizes) for size in shape.batches}
+    shape, curve = world.shape, {}
+    for size in shape.batches:
+        curve[str(size)] = measure_batch(world, size, sizes)
+        on_part(f"{shape.name}, batch {size}", curve[str(size)])
     seconds = curve[str(shape.headline)]["seconds"]
     theirs = median(seconds[GENERATE])
     claims = [
@@ -284,7 +298,9 @@ def measure_shape(world: World, sizes: Sizes) -> Measured:
     ]
     if world.device.type == "cuda":
         rates = [point["users a second"] for point in curve.values()]
-        ours, theirs = (max(rate[name] for rate in rates) for name in ("exact", GENERATE))
+        ours, theirs = (
+            max(rate[name] for rate in rates if name in rate) for name in ("exact", GENERATE)
+        )
         id = f"exact, {shape.name}, each at its best batch"
         claims.append(make_claim(id, GENERATE, ours, theirs, "users/s", ">= 5x"))
     return claims, {
@@ -295,12 +311,16 @@ def measure_shape(world: World, sizes: Sizes) -> Measured:
 
 
 def measure_batch(world: World, size: int, sizes: Sizes) -> dict[str, Any]:
-    """Seconds of each rival at one batch, after a run whose lists are compared."""
+    """Seconds of each rival at one batch, after a run whose lists are compared; of `generate` up to
+    `MOST_OF_GENERATE` users."""
     encoder = world.batch(size)
     search = partial(world.searcher.search, encoder, beam=sizes.beam, top=sizes.beam)
     generate = make_generate(world.model, world.words, encoder, sizes.beam)
     ours, _ = search(), search(mode="compact")
-    compared = compare_lists(ours, generated_lists(generate(True), world.model, world.words, size))
+    compared = {}
+    if size <= MOST_OF_GENERATE:
+        theirs = generated_lists(generate(True), world.model, world.words, size)
+        compared = compare_lists(ours, theirs)
 
     def finished(run: Callable[[], object]) -> None:
         run()
@@ -308,7 +328,7 @@ def measure_batch(world: World, size: int, sizes: Sizes) -> dict[str, Any]:
             torch.cuda.synchronize(world.device)
 
     modes = {name: partial(finished, partial(search, mode=name)) for name in ("exact", "compact")}
-    peers = {GENERATE: partial(finished, generate)}
+    peers = {GENERATE: partial(finished, generate)} if size <= MOST_OF_GENERATE else {}
     if size == world.shape.headline:
         seconds = in_turn(modes | peers, sizes.repeats, warm_up=False)
     else:
@@ -406,5 +426,6 @@ def format_curves(table: dict[str, Any]) -> str:
             rates = point["users a second"]
             if not rows:
                 rows.append(["users/s", "batch", *rates])
-            rows.append([name, size, *(f"{rate:,.4g}" for rate in rates.values())])
+            shown = [f"{rates[rival]:,.4g}" if rival in rates else "-" for rival in rows[0][2:]]
+            rows.append([name, size, *shown])
     return format_columns(rows)

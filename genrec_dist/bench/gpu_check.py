@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
 import subprocess
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -21,14 +21,13 @@ import torch
 from genrec_dist.bench.measure import (
     Claim,
     Measured,
+    OnPart,
     format_claims,
-    make_claim,
     read_events,
     table,
     write_table,
 )
 from genrec_dist.config.load import load_recipe
-from genrec_dist.config.recipe import Recipe
 from genrec_dist.evaluation.provenance import git_commit, hardware, versions
 
 # What is measured is imported by the step that measures it: each is a process of its own, and its
@@ -38,121 +37,80 @@ COMMIT = "GENREC_COMMIT"
 """The environment variable that names the commit where the checkout came without its history."""
 HEAVY = ("polars", "webdataset", "pydantic", "deepspeed", "ray", "triton")
 MAY_BE_MISSING = (*HEAVY, "hypothesis", "pytest")
-SMALL_MODEL = (
-    "model.d_model=16",
-    "model.heads=2",
-    "model.ffn=16",
-    "model.max_tokens=64",
-    "tokens.vocab_size=300",
-    "finetune.batch_size=64",
-)
-BASE = (
-    "micro_batch_tokens=16384",
-    "finetune.batch_size=128",
-    "finetune.targets=last",
-    "validation.users=64",
-    "model.d_model=768",
-    "model.encoder_layers=6",
-    "model.decoder_layers=6",
-    "model.heads=12",
-    "model.ffn=3072",
-    "model.dropout=0.1",
-    "model.embedding_dropout=0",
-    "model.max_tokens=512",
-    "model.user_ids=true",
-    "model.positions=from-start",
-    "tokens.vocab_size=50265",
-)
-"""BART-base's shape and the paper's input, as changes to the recipe `tiny`; the vocabulary is that
-of a tokenizer trained on the codes."""
-TRAININGS = ("train-tiny", "train-tiny-packed", "train-base", "train-base-packed")
-STEPS = ("kernels", "beam", *TRAININGS, "latency")
+STEPS = ("steps", "lists", "kernels", "beam", "latency")
+LISTED_USERS = 500
 LEFT_OUT = "left-out"
 GIB = 2**30
 
 
-def measure(step: str, small: bool) -> Measured:
-    """Claims and measurements of a step; `small`: at the sizes of a test."""
+def measure(step: str, small: bool, seconds: float, on_part: OnPart) -> Measured:
+    """Claims and measurements of a step.
+
+    Args:
+        step: one of STEPS.
+        small: at the sizes of a test.
+        seconds: what would begin later than this is left out, where a step has parts.
+        on_part: told each part as soon as it is measured.
+    """
+    if step == "steps":
+        from genrec_dist.bench import gpu_steps
+
+        return gpu_steps.bench_steps(small, seconds, on_part)
     if step == "kernels":
         from genrec_dist.bench import kernels
 
-        return kernels.bench_kernels(sizes=kernels.TINY if small else kernels.Sizes(seconds=90))
+        sizes = kernels.TINY if small else kernels.Sizes(seconds=seconds)
+        return kernels.bench_kernels(sizes=sizes, on_part=on_part)
     if step == "beam":
         from genrec_dist.bench import beam
 
-        return beam.bench_beam(sizes=beam.TINY if small else beam.Sizes(repeats=3))
+        return beam.bench_beam(sizes=beam.TINY if small else beam.Sizes(repeats=3), on_part=on_part)
     if step == "latency":
         from genrec_dist.bench import latency
 
-        sizes = latency.Sizes(calls=96, rounds=3)
-        return latency.bench_latency(sizes=latency.TINY if small else sizes)
-    return measure_training(step, small)
+        few = latency.Sizes(calls=96, rounds=3)
+        return latency.bench_latency(sizes=latency.TINY if small else few)
+    return measure_lists(small, on_part)
 
 
-def changes_to_tiny(step: str, small: bool) -> list[str]:
-    """What the recipe of a training step changes in `tiny`: an epoch of a few hundred steps."""
-    changes = ["packing=packed" if step.endswith("packed") else "packing=padded"]
-    changes += ["finetune.epochs=1", *(BASE if "base" in step else ["validation.users=200"])]
-    return [*changes, *(["log_every=2", *SMALL_MODEL] if small else ["log_every=10"])]
-
-
-def measure_training(step: str, small: bool) -> Measured:
-    """`genrec train` for an epoch: tokens per second, and the peak of memory beside what `genrec
-    plan` forecasts."""
+def measure_lists(small: bool, on_part: OnPart) -> Measured:
+    """A run of `best` to its end, and its lists on this device beside those of the CPU."""
     from genrec_shards.storage.write import write_shards
 
     from genrec_dist.bench.synthetic import make_data
+    from genrec_dist.decoding.searcher import Mode
+    from genrec_dist.inference.load import best_device, load_run
+    from genrec_dist.inference.rank_users import Decoding, rank_batch
     from genrec_dist.training.run import train
 
-    on_gpu, changes = torch.cuda.is_available(), changes_to_tiny(step, small)
-    card = torch.cuda.get_device_properties(0).total_memory if on_gpu else 24 * GIB
     with tempfile.TemporaryDirectory(prefix="genrec-check-") as temporary:
         folder, run = Path(temporary), Path(temporary) / "run"
         dataset = make_data(folder / "made", *((200, 60) if small else ()))
         write_shards(dataset, folder / "shards")
         where = (f"data={dataset.path}", f"shards={folder / 'shards'}", f"run={run}")
-        recipe = load_recipe("tiny", [*where, *changes])
-        forecast = forecast_bytes(recipe, card / GIB)
-        train(recipe)
-        steps, (start, *_) = (read_events(run / "events.jsonl", kind) for kind in ("step", "start"))
-    # On a CPU the peak of what tensors hold is not counted.
-    peak = torch.cuda.max_memory_allocated() if on_gpu else None
-    settled = steps[len(steps) // 5 :]  # before it: caches, compiled kernels, the allocator
-
-    def of_steps(key: str, middle: Any = median) -> float | None:
-        values = [event[key] for event in settled if key in event]
-        return middle(values) if values else None
-
-    return [] if peak is None else [memory_claim(step, peak, forecast)], {
-        "tokens a second": of_steps("tokens_per_second"),
-        "samples a second": of_steps("samples_per_second"),
-        # Where the device's peak is known.
-        "TFLOP/s": of_steps("tflops_per_second"),
-        "MFU": of_steps("mfu"),
-        "padding share": of_steps("padding_share", fmean),
-        "share waiting for data": of_steps("data_wait_share", fmean),
-        "steps": steps[-1]["step"] + 1,
-        "parameters": start["parameters"],
-        "last loss": steps[-1]["loss"],
-        "precision": recipe.precision,
-        "changes to the recipe tiny": changes,
-        "memory": {"max_memory_allocated": peak, "foretold": forecast, "of the card": card},
-    }
-
-
-def forecast_bytes(recipe: Recipe, memory_gib: float) -> int:
-    """What `genrec plan` says one process holds at its most, for this recipe's data."""
-    from genrec_dist.estimate.forecast import forecast
-
-    plan = forecast(recipe, memory_gib=memory_gib)
-    return next(fit.peak for fit in plan.fits if fit.method == "ddp")
-
-
-def memory_claim(step: str, peak: int, forecast: int) -> Claim:
-    name = step.removeprefix("train-")
-    figures = (f"peak memory, {name}", "genrec plan", peak / GIB, forecast / GIB, "GiB")
-    claim = make_claim(*figures, "none")
-    return replace(claim, goal="0.8x to 1.25x", holds=0.8 <= claim.ratio <= 1.25)
+        changes = ("finetune.epochs=1", "validation.users=500", "model.d_model=32" * small)
+        train(load_recipe("best", [*where, *filter(None, changes)]))
+        (validation,) = read_events(run / "events.jsonl", kind="validation")
+        (end,) = read_events(run / "events.jsonl", kind="end")
+        trained = {"NDCG@10": validation["NDCG@10"], "seconds": end["seconds"]}
+        on_part("trained", trained)
+        view = dataset.sequences.history_and_target("test")
+        users = view.users[: 20 if small else LISTED_USERS]
+        here, there = (load_run(run, device) for device in (best_device(), torch.device("cpu")))
+        compared: dict[str, Any] = {}
+        modes: tuple[Mode, ...] = ("exact", "compact")
+        for mode in modes:
+            decoding = Decoding(mode=mode)
+            begun = time.perf_counter()
+            ours = rank_batch(here.searcher, here.layout, view, users, decoding)
+            seconds = time.perf_counter() - begun
+            theirs = rank_batch(there.searcher, there.layout, view, users, decoding)
+            # At equal scores, up to rounding, another item may stand at a place.
+            apart = float(abs(ours.scores - theirs.scores).max())
+            differ = int((ours.items != theirs.items).sum())
+            compared[mode] = {"seconds": seconds, "scores apart": apart, "items differ": differ}
+            on_part(mode, compared[mode])
+    return [], table("lists", [], trained=trained, users=len(users), modes=compared)
 
 
 def facts() -> dict[str, Any]:
@@ -197,15 +155,27 @@ def prefix() -> str:
     return f"{time.strftime('%Y-%m-%d')}-gpu-{name}"
 
 
-def run_step(step: str, out: Path, small: bool) -> Path:
-    """Measure, print, and write `PREFIX-STEP.json`."""
-    path = out / f"{prefix()}-{step}.json"
-    path.unlink(missing_ok=True)  # one of an earlier run would pass for this one's
+def run_step(step: str, out: Path, small: bool, seconds: float = math.inf) -> Path:
+    """Measure, print, and write `PREFIX-STEP.json`; each part is a line of `PREFIX-STEP.jsonl` as
+    soon as it is measured, so that a step that is cut off has said what it knew."""
+    path, parts = out / f"{prefix()}-{step}.json", out / f"{prefix()}-{step}.jsonl"
+    for one in (path, parts):
+        one.unlink(missing_ok=True)  # one of an earlier run would pass for this one's
+    begun = time.monotonic()
+
+    def on_part(name: str, figures: Mapping[str, Any]) -> None:
+        line = {"part": name, "after": round(time.monotonic() - begun, 1), **figures}
+        with parts.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, default=str) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        print(json.dumps(line, default=str), flush=True)
+
     if step == "facts":
         write_table(facts(), path)
         print(path.read_text(encoding="utf-8"))
         return path
-    claims, found = measure(step, small)
+    claims, found = measure(step, small, seconds, on_part)
     if "claims" not in found:
         found = table(step, claims, **found)
     write_table({**found, "git": commit()}, path)
@@ -278,13 +248,15 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
         from genrec_dist.bench.beam import format_curves
 
         lines += ["", "```", format_curves(found), "```"]
-    if name in TRAININGS:
-        figures = {key: value for key, value in found.items() if isinstance(value, int | float)}
-        lines.append("")
-        for key, value in figures.items():
-            small = isinstance(value, float) and value < 1000
-            lines.append(f"- {key}: {value:.3g}" if small else f"- {key}: {value:,.0f}")
+    if name in ("steps", "lists"):
+        kind = "cases" if name == "steps" else "modes"
+        for case, figures in found[kind].items():
+            lines.append(f"- {case}: {_words({key: _short(one) for key, one in figures.items()})}")
     return lines
+
+
+def _short(value: Any) -> Any:
+    return f"{value:,.4g}" if isinstance(value, float) else value
 
 
 def _end_of(log: Path, count: int = 25) -> str:
@@ -299,6 +271,7 @@ def main() -> None:
     parser.add_argument("step", choices=["facts", *STEPS, "summary"])
     parser.add_argument("--out", type=Path, required=True, help="Directory of the tables.")
     parser.add_argument("--small", action="store_true", help="Sizes for a test.")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="Time for the step.")
     parser.add_argument("--status", type=Path, help="summary: what became of the steps.")
     parser.add_argument("--logs", type=Path, help="summary: directory of STEP.log.")
     chosen = parser.parse_args()
@@ -306,7 +279,7 @@ def main() -> None:
     if chosen.step == "summary":
         print(summarise(chosen.status, chosen.logs, chosen.out))
     else:
-        run_step(chosen.step, chosen.out, chosen.small)
+        run_step(chosen.step, chosen.out, chosen.small, chosen.seconds)
 
 
 if __name__ == "__main__":

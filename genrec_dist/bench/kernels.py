@@ -30,10 +30,12 @@ from torch.nn import functional as F
 from genrec_dist.bench.measure import (
     Claim,
     Measured,
+    OnPart,
     each_in_turn,
     in_turn,
     make_claim,
     table,
+    tell_nobody,
     torch_threads,
 )
 from genrec_dist.bench.rows import draw_ids, id_step
@@ -110,11 +112,15 @@ TINY = Sizes(
 """For a test."""
 
 
-def bench_kernels(data: Path | None = None, sizes: Sizes | None = None) -> Measured:
+def bench_kernels(
+    data: Path | None = None, sizes: Sizes | None = None, on_part: OnPart = tell_nobody
+) -> Measured:
     """The claims and the table of `genrec bench kernels`: on a GPU, else on one thread of the CPU.
 
     Args:
         data: a directory of `genrec prepare`; None: synthetic histories.
+        sizes: what is measured.
+        on_part: told each sum, and the growth of the id tables, which comes last.
 
     Raises:
         AssertionError: if ours is further from float64's sums than eager torch is.
@@ -130,13 +136,14 @@ def bench_kernels(data: Path | None = None, sizes: Sizes | None = None) -> Measu
                 name = f"{shape.name}, {tokens:,} tokens{', layer norm' if norm else ''}"
                 cases = partial(make_cases, histories, shape, tokens, norm, sizes, device)
                 parts[name] = partial(measure_sum, name, cases, sizes, device)
-        parts.setdefault(GROWTH, partial(measure_growth, sizes, device))
+    parts[GROWTH] = partial(measure_growth, sizes, device)
     measured: dict[str, Measured] = {}
     end = time.monotonic() + sizes.seconds
     with torch_threads(1):
         for name, part in parts.items():
             if time.monotonic() < end:
                 measured[name] = part()
+                on_part(name, measured[name][1])
     claims = [claim for found, _ in measured.values() for claim in found]
     figures = {name: found for name, (_, found) in measured.items()}
     more = {

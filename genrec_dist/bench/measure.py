@@ -43,6 +43,14 @@ Measured = tuple[list[Claim], dict[str, Any]]
 """Claims, and the single measurements they were made of."""
 
 
+OnPart = Callable[[str, Mapping[str, Any]], None]
+"""Is told the name and the figures of each part of a benchmark as soon as it is measured."""
+
+
+def tell_nobody(name: str, figures: Mapping[str, Any]) -> None:
+    """An `OnPart` for benchmarks that are read at their end."""
+
+
 def make_claim(id: str, peer: str, ours: float, theirs: float, unit: str, goal: str) -> Claim:
     """The claim with its ratio and whether it holds.
 

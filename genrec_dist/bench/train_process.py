@@ -24,9 +24,10 @@ from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Batch, RankStep
 from genrec_dist.data.fit_recipe import resolve_recipe
+from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.inference.load import best_device
 from genrec_dist.model.genrec import choose_packing
-from genrec_dist.training.engine import make_accelerator, make_engine
+from genrec_dist.training.engine import make_engine
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.profiling import peak_memory
 from genrec_dist.training.setup import build_setup

@@ -10,8 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from genrec_kernels import GradientOrder
+from genrec_shards.sequences import offsets_of
 from torch import Tensor
 
 from genrec_dist.data.encoder_input import EncoderInput
@@ -89,6 +91,26 @@ class ItemTargets:
 
 
 @dataclass(frozen=True)
+class SampleRows:
+    """Where decoder rows are among places for equally many rows of each sample."""
+
+    places_R: Tensor
+    """int64 [R]: sample x most + number of the row in its sample."""
+    most: int
+    """Rows of the sample that has most."""
+
+    @staticmethod
+    def of(row_sample: np.ndarray) -> SampleRows:
+        """Of decoder rows numbered by sample: int64 [R], the sample of each, ascending."""
+        # Rows of samples 0 0 0 2: counts [3 0 1], most 3, numbers in their samples 0 1 2 0, places
+        # 0 1 2 6.
+        counts = np.bincount(row_sample)
+        numbers = np.arange(len(row_sample)) - offsets_of(counts)[row_sample]
+        most = int(counts.max(initial=0))
+        return SampleRows(torch.from_numpy(row_sample * most + numbers), most)
+
+
+@dataclass(frozen=True)
 class Work:
     """Counts of a batch from which its floating-point operations follow."""
 
@@ -129,6 +151,8 @@ class ModelInputs:
     visible: Tensor | None = None
     """int64 [R], how many of its sample's encoder tokens a decoder row attends to, from the first
     on; None: all."""
+    rows: SampleRows | None = None
+    """Of padded inputs with `visible`."""
     packing: Packing | None = None
     """Where the sequences of packed arrays start and end; None: the arrays are padded."""
     plan: GradientOrder | None = None
@@ -227,6 +251,7 @@ def dummy_batch(batch: Batch) -> Batch:
         if batch.item_targets is None
         else ItemTargets(zero, zero + IGNORED, nothing),
         visible=None if batch.visible is None else zero + 1,
+        rows=None if batch.rows is None else SampleRows(zero, most=1),
         packing=packing,
         num_slots=encoder.input_ids.numel() + labels.numel(),
     )

@@ -18,7 +18,15 @@ from genrec_shards.sequences import flat_ranges, offsets_of
 from genrec_shards.storage.sample_order import StepSamples
 
 from genrec_dist.config.recipe import Mask
-from genrec_dist.data.batch import IGNORED, Batch, ItemTargets, ModelInputs, RankStep, Work
+from genrec_dist.data.batch import (
+    IGNORED,
+    Batch,
+    ItemTargets,
+    ModelInputs,
+    RankStep,
+    SampleRows,
+    Work,
+)
 from genrec_dist.data.encoder_input import EncoderInput, FlatSequences, Layout, encode_words, ragged
 from genrec_dist.data.masking import STRATEGIES, Targets
 from genrec_dist.data.packing import Packing, filled_size, segments_of
@@ -336,6 +344,7 @@ def collate(
             learned=_learned(rows.labels_RT),
             item_targets=item_targets,
             visible=None if visible_R is None else torch.from_numpy(visible_R),
+            rows=None if visible_R is None else SampleRows.of(masked.row_sample),
         )
     # What the samples that count add up to.
     counted_B, counted_R = lengths_B[~is_padding_B], lengths_R[~ignored_R]

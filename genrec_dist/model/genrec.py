@@ -22,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from genrec_dist.config.model_config import check_model_config
 from genrec_dist.config.recipe import HeadLoss
-from genrec_dist.data.batch import ItemTargets, ModelInputs
+from genrec_dist.data.batch import ItemTargets, ModelInputs, SampleRows
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.model.dropout import drop
 from genrec_dist.model.head_loss import head_loss, resolve_head
@@ -34,7 +34,7 @@ from genrec_dist.model.network import (
     id_table,
     lower_triangle,
 )
-from genrec_dist.model.packed_layers import LayerRunner, lowered
+from genrec_dist.model.packed_layers import LayerRunner, lowered, rows_bias
 
 ENCODER_FIELDS = ("position_ids", "user_rows", "item_rows", "further_ids")
 """Fields of `EncoderInput` that callers with plain Hugging Face inputs may leave out."""
@@ -132,6 +132,7 @@ class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
         memory_RLD: Tensor,
         memory_mask_RL: Tensor,
         start_RD: Tensor | None = None,
+        shared: tuple[SampleRows, Tensor] | None = None,
     ) -> Tensor:
         """Decoder states of whole target sequences, float [R, T, D]. Rows are padded on the right,
         so causality alone keeps them from attending to padding.
@@ -141,6 +142,7 @@ class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
             memory_RLD: encoder states of each row.
             memory_mask_RL: bool [R, L], False where a row does not attend.
             start_RD: added to the first input of each row.
+            shared: places of the rows, and `visible`; memory and mask are then those of samples.
         """
         bart = self.model.decoder
         ids_RT = decoder_input_ids_RT
@@ -150,6 +152,12 @@ class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
         hidden_RTD = F.dropout(bart.layernorm_embedding(hidden_RTD), bart.dropout, self.training)
         causal_TT = lower_triangle(ids_RT.shape[1], hidden_RTD.device)
         bias_11TT = attention_bias(causal_TT[None, None], hidden_RTD)
+        if shared is not None:
+            memory_bias = rows_bias(*shared, ids_RT.shape[1], memory_RLD)
+            inputs = (bias_11TT, memory_RLD, memory_bias, shared[0])
+            for layer in bart.layers:
+                hidden_RTD = self.runner.decode_rows(layer, hidden_RTD, *inputs)
+            return hidden_RTD
         memory_bias = attention_bias(memory_mask_RL[:, None, None], hidden_RTD)
         options = {"encoder_attention_mask": memory_bias, "use_cache": False}
         for layer in bart.layers:
@@ -171,6 +179,11 @@ class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
                 start_RD = memory_BLD.flatten(0, 1)[inputs.item_targets.places_R]
             else:
                 start_RD = self.masked_states(memory_BLD, mask_BL)[rows_R]
+        if visible_R is not None and inputs.rows is not None:
+            shared = (inputs.rows, visible_R)
+            ids_RT = inputs.decoder_input_ids
+            hidden_RTD = self.decode(ids_RT, memory_BLD, mask_BL, start_RD, shared)
+            return _learned_states(hidden_RTD, inputs)
         # Decoder rows are numbered by sample, ascending: as many rows as samples means one each.
         if visible_R is not None or len(rows_R) != len(memory_BLD):
             memory_BLD, mask_BL = memory_BLD[rows_R], mask_BL[rows_R]

@@ -5,26 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
-from accelerate.state import AcceleratorState
-from accelerate.utils import DeepSpeedPlugin
+from accelerate import Accelerator, DistributedType
 from torch import Tensor, nn
-from transformers.integrations import unset_hf_deepspeed_config
 
 from genrec_dist.config.recipe import Recipe
-from genrec_dist.console import rank, say
 from genrec_dist.data.batch import Batch
-from genrec_dist.distributed import launch_check
-from genrec_dist.distributed.gpu import unusable_gpu
 from genrec_dist.model.genrec import (
     GenRecForConditionalGeneration,
     choose_attention,
@@ -32,17 +24,8 @@ from genrec_dist.model.genrec import (
     choose_loss,
     choose_packing,
 )
+from genrec_dist.model.low_weights import LowWeights
 from genrec_dist.model.optimizer import build_optimizer
-
-SUPPORTED = (
-    DistributedType.NO,
-    DistributedType.MULTI_CPU,
-    DistributedType.MULTI_GPU,
-    DistributedType.DEEPSPEED,
-)
-
-# What the recipe decides, by its keys in a DeepSpeed file.
-_DECIDED_BY_RECIPE = ("gradient_clipping", "bf16", "fp16", "optimizer", "scheduler")
 
 
 @dataclass(frozen=True)
@@ -110,98 +93,6 @@ class Engine(Protocol):
         `best/`."""
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate's state for this recipe; topology comes from the launcher, the rest from the
-    recipe.
-
-    Raises:
-        ValueError: where the launcher's files decide what the recipe decides, or ask for what is
-            not supported.
-    """
-    if recipe.precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("precision fp16 needs a GPU: use bf16 or fp32 here")
-    if recipe.deterministic:
-        # Read when cuBLAS starts.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # Every element that is read has been written: filling it before costs time alone.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if (problem := unusable_gpu()) and rank() == 0:
-        say(problem)
-    on_gpu = torch.accelerator.is_available()
-    if not on_gpu:
-        # What DeepSpeed would find anyway, with a warning.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    plugin = _deepspeed_plugin(recipe)
-    handlers = None
-    if plugin is not None and not on_gpu:
-        # Plain gloo. Otherwise DeepSpeed would look for a collective library of its own on a CPU,
-        # and at each start compile one for the ranks of a node, under a lock that a killed run
-        # leaves to all later ones.
-        import deepspeed
-
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        handlers = [InitProcessGroupKwargs(backend="gloo")]
-    precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
-    accelerator = Accelerator(
-        mixed_precision=precision, deepspeed_plugin=plugin, kwargs_handlers=handlers
-    )
-    # Otherwise from_pretrained would shard a backbone before it has its weights and id tables.
-    unset_hf_deepspeed_config()
-    if accelerator.distributed_type not in SUPPORTED:
-        names = ", ".join(str(kind.value) for kind in SUPPORTED)
-        raise ValueError(
-            f"{accelerator.distributed_type.value}: not supported; launch with one of {names}"
-        )
-    launch_check.check(accelerator, recipe.precision)
-    return accelerator
-
-
-def _deepspeed_plugin(recipe: Recipe) -> DeepSpeedPlugin | None:
-    """The launcher's DeepSpeed file with the recipe's values put in; None where no DeepSpeed was
-    asked for."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
-        return None
-    if AcceleratorState._shared_state and AcceleratorState().deepspeed_plugin is not None:
-        return None  # a second loop in one process, as in tests: accelerate keeps its state
-    if find_spec("deepspeed") is None:
-        raise ValueError(
-            "DeepSpeed was asked for and is not installed: pip install 'genrec-dist[zero]', or "
-            "launch with DDP"
-        )
-    if recipe.precision == "fp16":
-        raise ValueError(
-            "precision fp16 under DeepSpeed: not supported, its loss scale is in no checkpoint; "
-            "use bf16"
-        )
-    plugin = DeepSpeedPlugin()
-    source = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "the launcher's DeepSpeed settings")
-    config = plugin.deepspeed_config
-    for key in _DECIDED_BY_RECIPE:
-        found = config.get(key)
-        values = list(found.values()) if isinstance(found, dict) else [found]
-        if any(value not in (None, "auto") for value in values):
-            raise ValueError(
-                f"{source}: {key} is {found}: the recipe decides it; remove it or write auto"
-            )
-    config |= {
-        # Micro-batches are cut by tokens, so their number varies from step to step: the loop tells
-        # the engine which is the last.
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": recipe.optimizer.max_grad_norm,
-        "bf16": {"enabled": recipe.precision == "bf16"},
-        "fp16": {"enabled": False},
-        "zero_allow_untested_optimizer": True,
-    }
-    if plugin.zero_stage > 0:
-        # bf16 sums over micro-batches would lose small gradients; stage 0 has no other dtype.
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    config.pop("train_batch_size", None)
-    config.setdefault("steps_per_print", 2**62)  # it prints to standard output
-    return plugin
-
-
 def make_engine(
     model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator
 ) -> Engine:
@@ -229,6 +120,7 @@ class Replicated:
     ):
         self.model, self.recipe, self.accelerator = model, recipe, accelerator
         self.max_grad_norm = recipe.optimizer.max_grad_norm or math.inf
+        self.low = LowWeights(model, torch.bfloat16) if _lowers(recipe, accelerator) else None
         self.optimizer = build_optimizer(model, recipe.optimizer)
         self.prepared, self.prepared_optimizer = accelerator.prepare(model, self.optimizer)
         named = dict(model.named_parameters())
@@ -248,7 +140,8 @@ class Replicated:
 
     def loss(self, batch: Batch, label_smoothing: float, tokens_a_target: float = 1.0) -> Tensor:
         self.prepared.train()
-        return _loss(self.prepared, batch, label_smoothing, tokens_a_target)
+        with self.low.in_place() if self.low else contextlib.nullcontext():
+            return _loss(self.prepared, batch, label_smoothing, tokens_a_target)
 
     def backward(self, loss: Tensor) -> None:
         # DDP averages gradients over ranks; the loss is a sum over them.
@@ -259,6 +152,8 @@ class Replicated:
             self.prepared.parameters(), self.max_grad_norm
         )
         self.prepared_optimizer.step()
+        if self.low:
+            self.low.is_fresh = False
         self.prepared_optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -404,6 +299,15 @@ def _loss(prepared: Any, batch: Batch, label_smoothing: float, tokens_a_target: 
         inputs=batch, label_smoothing=label_smoothing, tokens_per_target=tokens_a_target
     )
     return summed
+
+
+def _lowers(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Whether linear layers get their bf16 weights by one copy. With several ranks DDP sends each
+    gradient as soon as it is there, and with all of them at the end nothing would overlap; layers
+    that are computed again or compiled take their weights by themselves."""
+    alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
+    plain = recipe.compile == "none" and not recipe.activation_checkpointing
+    return alone and plain and recipe.precision == "bf16"
 
 
 @contextlib.contextmanager

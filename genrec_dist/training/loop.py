@@ -297,9 +297,9 @@ class Loop:
         loss = torch.zeros((), device=self.accelerator.device)
         tokens_per_target = totals.target_tokens / max(totals.targets, 1)
         for number, batch in enumerate(micro_batches):
+            there = batch.to(self.accelerator.device)
             with self.engine.micro_step(last=number == len(micro_batches) - 1):
-                on_device = batch.to(self.accelerator.device)
-                summed = self.engine.loss(on_device, stage.label_smoothing, tokens_per_target)
+                summed = self.engine.loss(there, stage.label_smoothing, tokens_per_target)
                 # Divided by the tokens of the step, not of the micro-batch: the gradient does not
                 # depend on how the step is cut.
                 term = summed / max(totals.target_tokens, 1)

@@ -19,7 +19,9 @@ from genrec_dist.config.paths import check_run_is_new, training_state
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.console import say
 from genrec_dist.data.fit_recipe import resolve_recipe
+from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.distributed.gpu import unusable_gpu
 from genrec_dist.distributed.signals import RankGone, Stopped, speaking_last
 from genrec_dist.evaluation.results import Protocol
 from genrec_dist.inference.load import load_run
@@ -27,7 +29,6 @@ from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.tune_mixture import tune_mixture
 from genrec_dist.report.event_log import write_status
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
-from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loop import EpochReport, Loop
 from genrec_dist.training.setup import build_setup
 
@@ -60,6 +61,8 @@ def train(
     run = Path(recipe.run)
     recipe = resolve_recipe(recipe, run if resume else None)[0]
     accelerator = make_accelerator(recipe)
+    if accelerator.is_main_process and (problem := unusable_gpu()):
+        say(problem)
     ranks = Ranks()
     with contextlib.ExitStack() as held, speaking_last(), ranks.naming_the_gone():
         claim = _claimed(run, is_new=resume is None)

@@ -24,10 +24,38 @@ from torch.utils._pytree import tree_leaves
 CUDA = torch.device("cuda", 0)
 # They change what a tensor looks like, and launch nothing.
 VIEWS = frozenset(
-    "view t transpose permute expand slice select as_strided detach alias unsqueeze squeeze "
-    "_unsafe_view empty empty_like new_empty empty_strided new_empty_strided split "
-    "split_with_sizes narrow unbind lift_fresh _reshape_alias unfold is_same_size diagonal "
-    "resize_ record_stream set_".split()
+    [
+        "view",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "slice",
+        "select",
+        "as_strided",
+        "detach",
+        "alias",
+        "unsqueeze",
+        "squeeze",
+        "_unsafe_view",
+        "empty",
+        "empty_like",
+        "new_empty",
+        "empty_strided",
+        "new_empty_strided",
+        "split",
+        "split_with_sizes",
+        "narrow",
+        "unbind",
+        "lift_fresh",
+        "_reshape_alias",
+        "unfold",
+        "is_same_size",
+        "diagonal",
+        "resize_",
+        "record_stream",
+        "set_",
+    ]
 )
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
 COPIES = ("_to_copy", "copy_")
@@ -37,9 +65,9 @@ class Watch(TorchDispatchMode):
     """Counts what reaches the device. Answers what the host would read there: `kept` places of a
     mask, and ones."""
 
-    def __init__(self, kept: int = 40):
+    def __init__(self, device: str = "cuda", kept: int = 40):
         super().__init__()
-        self.kept = kept
+        self.device, self.kept = device, kept
         self.launches: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         """Places in the code where the host waits for the device, by line."""
@@ -47,13 +75,11 @@ class Watch(TorchDispatchMode):
         """To the device."""
         self.mixed: set[str] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func.overloadpacket.__name__
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         device = kwargs.get("device")
-        on_device = any(tensor.is_cuda for tensor in tensors)
+        on_device = any(tensor.device.type == self.device for tensor in tensors)
         if name in COPIES and tensors:
             self._see_copy(name, args, kwargs)
         elif on_device:
@@ -61,15 +87,20 @@ class Watch(TorchDispatchMode):
                 self.mixed.add(f"{name} {where()}")
             if name == "_local_scalar_dense":
                 self.waits[where()] += 1
-                return tensors[0].dtype.is_floating_point and 1.0 or 1
+                return (tensors[0].dtype.is_floating_point and 1.0) or 1
             if name == "nonzero":
                 self.waits[where()] += 1
                 places = min(self.kept, tensors[0].numel())
-                return torch.zeros(places, tensors[0].dim(), dtype=torch.long, device=CUDA)
+                return torch.zeros(places, tensors[0].dim(), dtype=torch.long, device=self.device)
             if name in INDEXING:
                 args = (args[0], self._without_masks(args[1]), *args[2:])
+        if name == "_local_scalar_dense":
+            return 1.0 if tensors[0].dtype.is_floating_point else 1
+        if name == "_unique2":
+            count = min(self.kept, tensors[0].numel())
+            return tuple(torch.zeros_like(tensors[0].flatten()[:n]) for n in (count, 0, 0))
         out = func(*args, **kwargs)
-        makes = device is not None and torch.device(device).type == "cuda"
+        makes = device is not None and torch.device(device).type == self.device
         if (on_device or makes) and name not in VIEWS and func.namespace != "prim":
             self.launches[name] += 1
         return out
@@ -102,7 +133,8 @@ class Watch(TorchDispatchMode):
                 found.append(index)
                 continue
             self.waits[where()] += 1
-            places = torch.zeros(min(self.kept, index.numel()), dtype=torch.long, device=CUDA)
+            count = min(self.kept, index.numel())
+            places = torch.zeros(count, dtype=torch.long, device=self.device)
             found += [places] * index.dim()
         return found
 

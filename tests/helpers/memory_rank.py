@@ -26,11 +26,12 @@ from torch.utils._pytree import tree_leaves
 from genrec_dist.config.load import load_recipe
 from genrec_dist.data.batch import Batch
 from genrec_dist.data.encoder_input import EncoderInput
+from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.estimate.memory import build_config
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.model.optimizer import AveragedWeights
-from genrec_dist.training.engine import Replicated, Spread, make_accelerator, make_engine
+from genrec_dist.training.engine import Replicated, Spread, make_engine
 
 USERS, ITEMS = 3000, 2000
 

@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 import genrec_dist.training.engine
 from genrec_dist.config.load import load_recipe
 from genrec_dist.decoding.searcher import TrieSearcher
+from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.inference.rank_users import Decoding, rank_windows
 from genrec_dist.inference.validation import history_loss, target_histogram
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.model.optimizer import build_optimizer
-from genrec_dist.training.engine import Spread, make_accelerator
+from genrec_dist.training.engine import Spread
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.loop import Loop
 from genrec_dist.training.run import train

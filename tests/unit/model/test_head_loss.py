@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import HeadLoss
+from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.model import head_loss as module
 from genrec_dist.model.genrec import choose_loss
 from genrec_dist.model.head_loss import (
@@ -25,7 +26,6 @@ from genrec_dist.model.head_loss import (
     resolve_head,
     target_loss,
 )
-from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.loop import Loop
 from genrec_dist.training.setup import build_setup

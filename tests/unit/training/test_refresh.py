@@ -26,12 +26,12 @@ from genrec_dist.data.encoder_input import encode_histories
 from genrec_dist.data.tokenizer import grow_tokenizer, train_tokenizer
 from genrec_dist.data.word_table import build_words, item_text
 from genrec_dist.decoding.trie import build_trie
+from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.inference.load import load_run, make_searcher
 from genrec_dist.inference.rank_users import Decoding, rank_batch
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints, save_best
-from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loop import Loop
 from genrec_dist.training.run import train

@@ -14,11 +14,11 @@ import torch
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import RankStep
+from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.inference.load import load_run
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.training.checkpoint import list_checkpoints
-from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.id_tables import IdTables, plan_ids
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.loop import Loop

@@ -28,11 +28,11 @@ from two_ranks import run_ranks
 from genrec_dist.config.load import dump_recipe, load_recipe
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import RankStep
+from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.signals import NotFinite
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints
-from genrec_dist.training.engine import make_accelerator
 from genrec_dist.training.loader import StepBatches, ahead
 from genrec_dist.training.loop import Loop
 from genrec_dist.training.run import train
