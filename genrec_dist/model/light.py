@@ -5,7 +5,6 @@ than all the rest of a recommendation."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from genrec_shards.readers.documents import read_object
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -57,7 +57,7 @@ def light_config(best: Path) -> Any | None:
     """The configuration of a saved model that `LightGenRec` can be, else None: where a field is
     missing, which an earlier version did not write, or says something that it has no modules
     for."""
-    fields = json.loads((best / "config.json").read_text(encoding="utf-8"))
+    fields = read_object(best / "config.json")
     if not (best / WEIGHTS).is_file() or any(field not in fields for field in _FIELDS):
         return None
     fits = fields["activation_function"] in _ACTIVATIONS and fields["tie_word_embeddings"]

@@ -4,7 +4,6 @@ time is over; and what its run directory says of it."""
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from genrec_shards.atomic import atomic_file
 from genrec_shards.file_lock import hold
+from genrec_shards.readers.documents import read_object
 
 from genrec_dist.config.load import dump_recipe, load_recipe
 from genrec_dist.config.recipe import Recipe
@@ -172,7 +172,6 @@ def best_epoch(run: Path) -> int:
 
 def _status(run: Path) -> dict[str, Any]:
     try:
-        found = json.loads((run / "status.json").read_text(encoding="utf-8"))
+        return read_object(run / "status.json")
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}

@@ -9,10 +9,11 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, get_origin, get_type_hints
+from typing import Any, TypedDict, cast, get_origin, get_type_hints
 
 import torch
 from genrec_shards.atomic import atomic_directory, system_errors
+from genrec_shards.readers.documents import read_object
 from genrec_shards.storage.manifest import file_sha256
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -331,9 +332,9 @@ class Checkpoint:
 def _read_facts(path: Path, identity: dict[str, str], recipe: Recipe | None) -> _Facts:
     file = path / "state.json"
     try:
-        facts: _Facts = json.loads(file.read_text(encoding="utf-8"))
+        facts = cast(_Facts, read_object(file))
         version = facts.get("format_version")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{file}: damaged ({error}); resume from an older checkpoint") from None
     if version != FORMAT_VERSION:
         raise ValueError(
