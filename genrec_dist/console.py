@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,7 +50,7 @@ def exit_code_of(action: Callable[[], object], arguments: list[str] | None = Non
         typer.echo(f"genrec: {stop}; continue with: {how}", err=True)
         return 128 + stop.number
     except (ValueError, OSError) as error:
-        typer.echo(f"genrec: {_one_line(_message(error))}", err=True)
+        typer.echo(f"genrec: {shown(_message(error), arguments)}", err=True)
         return 1
 
 
@@ -99,11 +100,29 @@ def _message(error: ValueError | OSError) -> str:
         return f"{place}{reason}: raise the limit (ulimit -f) or choose another output"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{place}{reason}: change its rights or choose another place"
+    if error.errno == errno.EEXIST:
+        return f"{place}a file is there, not a directory: choose another name, or move the file"
     return f"{place}{reason}: check the path"
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def shown(text: str, arguments: Sequence[str] | None = None) -> str:
+    """A message as a person gave its paths, in one line: an address with both slashes, of which a
+    Path keeps one, and a path below the working directory as a relative one.
+
+    Args:
+        text: the message.
+        arguments: of the command; a working directory that is in them is not taken out.
+    """
+    text = re.sub(r"\b(s3|gs|https?):/(?=[^/])", r"\1://", _one_line(text))
+    with contextlib.suppress(FileNotFoundError):  # the directory may have been removed
+        here = f"{os.getcwd().rstrip('/')}/"
+        if len(here) > 1 and not any(here in argument for argument in arguments or ()):
+            text = re.sub(rf"(?<![\w./-]){re.escape(here)}", "", text)
+    return text
 
 
 out = Console()

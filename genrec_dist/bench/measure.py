@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from genrec_shards.atomic import atomic_file
+from genrec_shards.readers.documents import parse_object
 
 from genrec_dist.evaluation.provenance import git_commit, hardware, versions
 
@@ -150,8 +151,8 @@ def format_columns(rows: Sequence[Sequence[str]]) -> str:
 def read_events(path: Path, kind: str = "step") -> list[dict[str, Any]]:
     """Events of this kind in an `events.jsonl` that may be missing or still being written."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    events = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [event for event in events if event["event"] == kind]
+    events = [parse_object(line, str(path)) for line in lines if line.endswith("\n")]
+    return [event for event in events if event.get("event") == kind]
 
 
 def watch_training(

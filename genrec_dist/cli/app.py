@@ -18,7 +18,7 @@ from genrec_dist.cli.options import RecipeArgument
 from genrec_dist.cli.recipes import complete_space, launch_file, recipes
 from genrec_dist.cli.reproduce import reproduce
 from genrec_dist.cli.scores import baseline, compare, report, score
-from genrec_dist.console import UsageError, exit_code_of, out, rank, say, working, world_size
+from genrec_dist.console import UsageError, exit_code_of, out, rank, say, shown, working, world_size
 from genrec_dist.distributed.gpu import set_gpu_defaults
 from genrec_dist.distributed.threads import set_thread_defaults
 
@@ -260,7 +260,7 @@ def tune(
     sweep = run_sweep(
         found, out_dir, resume=resume, budget_hours=budget_hours, address=address, storage=storage
     )
-    say(sweep_summary(sweep, str(out_dir)))
+    say("\n".join(map(shown, sweep_summary(sweep, str(out_dir)).splitlines())))
 
 
 def doctor(

@@ -310,8 +310,9 @@ def recommend(
             if lists is not None:
                 say(f"{lists}: {num_users:,} users, {len(items.rows):,} items to choose from")
             return
+        bad: list[str] = []
         if file is not None:
-            requests = list(read_requests(file))
+            requests = list(read_requests(file, bad))
         elif history is not None:
             requests = [
                 Request([item.strip() for item in history.split(",") if item.strip()], user)
@@ -325,6 +326,9 @@ def recommend(
                 unknown = ", ".join(answer.unknown_items)
                 typer.echo(f"not in the catalogue, skipped: {unknown}", err=True)
             typer.echo(answer.as_json() if named is None else named.page(request, answer))
+        if bad:
+            others = f"; {len(bad) - 1} lines more are none" if len(bad) > 1 else ""
+            raise ValueError(f"{bad[0]}{others}; the {len(requests)} others are answered")
 
 
 def key_of(setting: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from genrec_shards.readers.documents import parse_yaml
 
 from genrec_dist.config.recipe import AUTO, AUTO_KEYS, Recipe
 from genrec_dist.config.shipped import shipped_folder
@@ -73,10 +74,7 @@ def read_recipe(source: str | Path) -> tuple[dict[str, Any], Path]:
         ValueError: there is no such recipe, or its file is no YAML mapping.
     """
     path = find_recipe(source)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
+    values = parse_yaml(path.read_bytes(), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: a recipe is a mapping of keys to values")
     return values, path
@@ -229,10 +227,7 @@ def _set(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise ValueError(f"--set {override}: {parent} is a value, not a section")
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"--set {override}: {text} is not YAML: put quotes around it") from None
+    values[last] = parse_yaml(text, f"--set {override[:80]}", "put quotes around the value")
 
 
 def _build(kind: Any, value: Any, source: str, key: str) -> Any:

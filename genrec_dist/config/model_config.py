@@ -3,11 +3,12 @@ torch."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
+
+from genrec_shards.readers.documents import read_object
 
 from genrec_dist.config.recipe import Model, Tokens
 from genrec_dist.config.validate import MOST_FFN, MOST_LAYERS, MOST_POSITIONS, MOST_WIDTH
@@ -68,11 +69,9 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        fields = read_object(path)
+    except (OSError, ValueError) as error:
         raise ModelFileError(f"{path}: not readable ({error}): {REMEDY}") from None
-    if not isinstance(fields, dict):
-        raise ModelFileError(f"{path}: no JSON object: {REMEDY}")
     check_model_config(fields, f"{path}: ")
     return fields
 

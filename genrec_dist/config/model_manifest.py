@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from genrec_shards.readers.documents import read_object
 from genrec_shards.storage.manifest import file_sha256
 
 from genrec_dist.config.model_config import REMEDY, ModelFileError
@@ -40,11 +41,11 @@ def check_model_manifest(folder: Path) -> None:
     """
     path = folder / MANIFEST
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_object(path)
         version, hashes = fields["format_version"], dict(fields["sha256"])
     except FileNotFoundError:
         return
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ModelFileError(f"{path}: not readable ({error}): {REMEDY}") from None
     if version != FORMAT_VERSION:
         raise ModelFileError(

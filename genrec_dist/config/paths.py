@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import errno
 from pathlib import Path
 from typing import Any
 
 from genrec_shards.dataset import load_info
+from genrec_shards.readers.documents import read_object
 from genrec_shards.storage.manifest import load_manifest
 from genrec_shards.storage.remote import is_address
 
@@ -27,11 +28,13 @@ def check_paths(recipe: Recipe) -> None:
 
 
 def check_run_is_new(run: Path) -> None:
-    """Refuse a run directory that holds a run.
+    """Refuse a run directory that holds a run, and a file in its place.
 
     Raises:
-        ValueError: naming it, and how to continue it.
+        ValueError, FileExistsError: naming it, and how to continue it.
     """
+    if run.exists() and not run.is_dir():
+        raise FileExistsError(errno.EEXIST, "", str(run))
     if (run / "events.jsonl").exists():
         raise ValueError(
             f"{run}: a run is there already: continue it with --resume latest, or set another run "
@@ -76,8 +79,8 @@ def training_state(run: Path) -> dict[str, Any]:
     found = {}
     for key, name in (("status", "status.json"), ("step", "best/step.json")):
         try:
-            found[key] = json.loads((run / name).read_text(encoding="utf-8"))[key]
-        except (OSError, ValueError, KeyError, TypeError):
+            found[key] = read_object(run / name).get(key)
+        except (OSError, ValueError):
             found[key] = None
     return found
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from genrec_shards.readers.documents import read_object
 from tokenizers import Tokenizer
 
 _CLASSES = ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -43,7 +43,7 @@ def light_tokenizer(best: Path) -> LightTokenizer | None:
     Raises:
         OSError, ValueError: a file is missing or damaged.
     """
-    fields = json.loads((best / "tokenizer_config.json").read_text(encoding="utf-8"))
+    fields = read_object(best / "tokenizer_config.json")
     further = fields.get("extra_special_tokens") or []
     special = {name: fields.get(f"{name}_token") for name in _SPECIAL}
     named = {name: token for name, token in special.items() if token is not None}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from genrec_shards.readers.documents import read_object
 from genrec_shards.sequences import offsets_of
 
 BOS_WORD, EOS_WORD, FIRST_MASK_WORD = 0, 1, 2
@@ -93,9 +94,9 @@ def load_vocabulary(path: str | Path, expected_hash: str) -> Vocabulary:
     """What `Vocabulary.save` wrote. Raises ValueError naming the file if it is missing, damaged or
     another model's."""
     try:
-        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+        facts = read_object(path)
         vocabulary = Vocabulary(np.array(facts["tokens"], np.int64), int(facts["num_spoken"]))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise ValueError(
             f"{path}: missing or damaged ({type(error).__name__}): copy the run again, or train "
             "again"

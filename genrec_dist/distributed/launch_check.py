@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import str_to_bool
+from genrec_shards.readers.documents import read_object
 
 from genrec_dist.distributed.collectives import Ranks
 
@@ -204,8 +205,7 @@ def _stages(file: str | None, stage: Any, by: str) -> Iterator[Request]:
     in_file = None
     if file and file != "none":
         try:
-            config = json.loads(Path(file).read_text(encoding="utf-8"))
-            in_file = config["zero_optimization"]["stage"]
+            in_file = read_object(file)["zero_optimization"]["stage"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file}: no DeepSpeed file with zero_optimization.stage ({error!r})"

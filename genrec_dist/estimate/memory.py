@@ -11,13 +11,13 @@ storages."""
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from genrec_kernels.sharded_rows import BLOCK
+from genrec_shards.readers.documents import read_object
 from torch import nn
 
 from genrec_dist.config.recipe import HeadLoss, Recipe
@@ -226,7 +226,7 @@ def _read_sizes(backbone: str) -> BackboneSizes:
             f"model.backbone {backbone}: its shape is not known here; give a directory with its "
             f"config.json, or one of {known}"
         )
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_object(path)
     names = {"heads": "encoder_attention_heads", "ffn": "encoder_ffn_dim"}
     names |= {"positions": "max_position_embeddings", "vocabulary": "vocab_size"}
     sizes = {}
@@ -261,7 +261,7 @@ def read_settings(folder: Path | None, method: Method) -> ZeroSettings:
     path = folder / f"{method}.json" if folder else None
     found: dict[str, Any] = {}
     if path is not None and path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
+        found = read_object(path).get("zero_optimization", {})
     sizes = {
         "reduce_bucket_size": found.get("reduce_bucket_size", "auto"),
         "persistence_threshold": found.get("stage3_param_persistence_threshold", "auto"),

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from genrec_shards.atomic import atomic_file
+from genrec_shards.readers.documents import read_object
 from genrec_shards.splits import Split
 from rich.table import Table
 
@@ -354,8 +355,8 @@ def _seeds_of(path: Path, split: Split) -> list[_Run]:
 
 def _load(path: Path, split: Split) -> _Run:
     file = path / f"metrics-{split}.json"
+    metrics = read_object(file, "a metrics file of this program", "evaluate again")
     try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(metrics.get("recipe"), dict):
             use_current_keys(metrics["recipe"], str(file))
         protocol, top = metrics["protocol"], int(metrics.get("top", TOP))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from genrec_shards.atomic import atomic_file
+from genrec_shards.readers.documents import read_object
 
 from genrec_dist.config.load import section_from
 from genrec_dist.data.item_graph import KnnSettings, knn_settings
@@ -248,8 +249,8 @@ def load(run: Path, origin: dict[str, Any]) -> Mixture | None:
     path = run / FILE
     if not path.is_file():
         return None
+    held = read_object(path, "readable", "remove it and choose the weights again")
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
         found, mixture = held["origin"], section_from(Mixture, held["mixture"], None, str(path))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(

@@ -15,6 +15,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.readers.documents import parse_object
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.data.encoder_input import encode_histories, offsets_of
@@ -316,33 +317,43 @@ class Shown:
         return cls(listed_BN & ~again_BN & allowed_BN, (lists.items == -2).sum(1), again_BN.sum(1))
 
 
-def read_requests(path: str | Path) -> Iterator[Request]:
+def read_requests(path: str | Path, bad: list[str] | None = None) -> Iterator[Request]:
     """Requests from JSON lines `{"history": [...], "user": ..., "block": [...]}`.
+
+    Args:
+        path: the file.
+        bad: takes a message for each line that is no request, and the others are read; None stops
+            at the first.
 
     Raises:
         ValueError: Naming file and line.
     """
     # Not splitlines(): a JSON string may hold U+2028 and its like as they are.
     for number, line in enumerate(read_text(path, "JSON lines").split("\n"), 1):
-        if line.strip():
-            yield _parse_request(line, f"{path}:{number}")
+        if not line.strip():
+            continue
+        try:
+            request = _parse_request(line, f"{path}:{number}")
+        except ValueError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+        else:
+            yield request
 
 
 def _parse_request(line: str, place: str) -> Request:
-    try:
-        fields = json.loads(line)
-    except json.JSONDecodeError:
-        fields = None
-    if not isinstance(fields, dict) or not isinstance(fields.get("history"), list):
-        raise ValueError(
-            f'{place}: not a request; write {{"history": ["item", ...], "user": "optional"}}'
-        )
+    remedy = 'write {"history": ["item", ...], "user": "optional"}'
+    fields = parse_object(line, place, "a request", remedy)
+    if not isinstance(fields.get("history"), list):
+        raise ValueError(f"{place}: not a request (no list of items as history): {remedy}")
     user, block = fields.get("user"), fields.get("block", [])
     if not isinstance(block, list):
-        raise ValueError(f'{place}: "block" is {json.dumps(block)}: write a list of item ids')
+        raise ValueError(f'{place}: "block" is {json.dumps(block)[:80]}: write a list of item ids')
     for value in (*fields["history"], *block, *([] if user is None else [user])):
         if isinstance(value, bool) or not isinstance(value, str | int):
-            raise ValueError(f"{place}: {json.dumps(value)} is not an id: write ids as strings")
+            shown = json.dumps(value)[:80]
+            raise ValueError(f"{place}: {shown} is not an id: write ids as strings")
     return Request(
         history=list(map(str, fields["history"])),
         user=None if user is None else str(user),

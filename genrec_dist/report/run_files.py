@@ -3,13 +3,12 @@ they are there."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import yaml
+from genrec_shards.readers.documents import parse_object, parse_yaml
 
 
 @dataclass
@@ -83,13 +82,12 @@ def _read_events(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         return []
     events, torn = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
         try:
-            event = json.loads(line) if line.strip() else None
+            events.append(parse_object(line, path.name))
         except ValueError:
             torn += 1
-            continue
-        if isinstance(event, dict):
-            events.append(event)
     if torn:
         notes.append(f"events.jsonl: {torn} torn line{'s' if torn > 1 else ''} skipped")
     return events
@@ -99,20 +97,16 @@ def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_bytes(), path.name)
     except (OSError, ValueError) as error:
-        notes.append(f"{path.name}: {error}")
+        notes.append(str(error))
         return {}
-    if not isinstance(found, dict):
-        notes.append(f"{path.name}: not a JSON object")
-        return {}
-    return found
 
 
 def _read_yaml(text: str, notes: list[str]) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        notes.append(f"recipe.yaml: {' '.join(str(error).split())}")
+        found = parse_yaml(text, "recipe.yaml")
+    except ValueError as error:
+        notes.append(str(error))
         return {}
     return found if isinstance(found, dict) else {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from genrec_shards.atomic import atomic_file
+from genrec_shards.readers.documents import parse_object, read_object
 
 from genrec_dist.reproduce.published import METRICS
 from genrec_dist.reproduce.steps import Step, read_metrics
@@ -124,10 +125,10 @@ def _step_of(options: Options, run: Path) -> dict[str, Any]:
     path, found = options.out / STEPS, {}
     for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            line = json.loads(text)
+            line = parse_object(text, str(path))
         except ValueError:  # torn by a kill
             continue
-        if line["run"] == str(run.relative_to(options.out)):
+        if line.get("run") == str(run.relative_to(options.out)):
             found = {"step_seconds": line["seconds"], "hardware": line["hardware"]}
     return found
 
@@ -158,13 +159,10 @@ def read_quality(path: Path) -> Quality:
     """
     if not path.is_file():
         return {}
-    try:
-        found: Quality = json.loads(path.read_text(encoding="utf-8"))
-        tables = [table for protocols in found.values() for table in protocols.values()]
-        fits = all(isinstance(table, dict) for table in tables)
-    except (ValueError, AttributeError):
-        fits = False
-    if not fits:
-        table = "{dataset: {protocol: {system: ...}}}"
-        raise ValueError(f"{path}: not a table {table}: choose another file")
+    expected, remedy = "a table {dataset: {protocol: {system: ...}}}", "choose another file"
+    found: Quality = read_object(path, expected, remedy)
+    for protocols in found.values():
+        tables = protocols.values() if isinstance(protocols, dict) else [protocols]
+        if not all(isinstance(table, dict) for table in tables):
+            raise ValueError(f"{path}: not {expected}: {remedy}")
     return found

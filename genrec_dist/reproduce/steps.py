@@ -4,7 +4,6 @@ where that exists."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import shutil
 import statistics
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from genrec_shards.dataset import load_dataset
+from genrec_shards.dataset import load_dataset, load_info
 from genrec_shards.prepare import prepare
+from genrec_shards.readers.documents import read_object
 from genrec_shards.storage.manifest import file_sha256
 from genrec_shards.storage.write import write_shards
 
@@ -58,10 +58,10 @@ def read_metrics(run: Path) -> dict[str, Any] | None:
     path = run / "metrics-test.json"
     if not path.is_file():
         return None
+    found = read_object(path, "a metrics file of this program", "remove it, and run again")
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         {key: found[key] for key in ("protocol", "ci95", "users", "seconds", "recipe")}
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(
             f"{path}: not a metrics file of this program ({error}): remove it, and run again"
         ) from None
@@ -75,12 +75,11 @@ def check(options: Options, protocol: ProtocolName, systems: list[System]) -> No
         ValueError: Where results were made of another file, by other recipes or other settings.
     """
     data = options.data_dir(protocol)
-    if (data / "dataset.json").is_file():
-        found = json.loads((data / "dataset.json").read_text(encoding="utf-8"))["source"]["sha256"]
-        if found != file_sha256(options.data):
-            raise ValueError(
-                f"{data} was made of another file than {options.data}: choose another --out"
-            )
+    marker = data / "dataset.json"
+    if marker.is_file() and load_info(marker).source.sha256 != file_sha256(options.data):
+        raise ValueError(
+            f"{data} was made of another file than {options.data}: choose another --out"
+        )
     for system in systems:
         trained = system.of if system.kind == "ranked" and system.of else system
         for seed, run in enumerate(options.runs(protocol, trained)):

@@ -4,7 +4,6 @@ time is over; and what its run directory says of it."""
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
+from genrec_shards.readers.documents import read_object
 
 from genrec_dist.config.load import dump_recipe, recipe_from
 from genrec_dist.config.recipe import Recipe
@@ -166,7 +166,6 @@ def best_epoch(run: Path) -> int:
 
 def _status(run: Path) -> dict[str, Any]:
     try:
-        found = json.loads((run / "status.json").read_text(encoding="utf-8"))
+        return read_object(run / "status.json")
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}

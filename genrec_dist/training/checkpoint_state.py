@@ -10,7 +10,9 @@ import re
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, get_origin, get_type_hints
+from typing import Any, TypedDict, cast, get_origin, get_type_hints
+
+from genrec_shards.readers.documents import read_object
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
@@ -110,9 +112,9 @@ def read_state(
     """
     file = path / STATE_FILE
     try:
-        state: CheckpointState = json.loads(file.read_text(encoding="utf-8"))
+        state = cast(CheckpointState, read_object(file))
         problem = _problem_of(state, path)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise _damaged(file, str(error)) from None
     if problem:
         raise _damaged(file, problem)

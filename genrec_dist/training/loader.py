@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
 from genrec_kernels import Rows, make_gradient_order
+from genrec_shards.errors import DataError
 from genrec_shards.storage.reader import ShardReader
-from genrec_shards.storage.sample_order import split_among_ranks
+from genrec_shards.storage.sample_order import StepSamples, split_among_ranks
 from torch.utils.data import Dataset as TorchDataset
 
 from genrec_dist.config.recipe import Recipe
@@ -102,6 +104,25 @@ class StepBatches(TorchDataset[RankStep]):
         epoch += here.first_epoch
         all_samples = here.plan.step(epoch, step_of_epoch)
         samples = split_among_ranks(all_samples, self.rank, self.world)
+        try:
+            return self._share(samples, here, epoch)
+        except DataError:
+            raise
+        except Exception as error:
+            # A worker's traceback reaches a person as one long line: name the record instead, which
+            # is looked for by making the step of each record's samples alone.
+            records_B = samples.user_rows // self.reader.manifest.users_per_record
+            place = f"step {step}"
+            for record in np.unique(records_B).tolist():
+                try:
+                    self._share(samples[records_B == record], here, epoch)
+                except Exception:
+                    place = self.reader.place(record)
+                    break
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DataError(f"{place}: no batch can be made of it ({reason})") from error
+
+    def _share(self, samples: StepSamples, here: StageSteps, epoch: int) -> RankStep:
         share = make_step(
             samples,
             self.reader,

@@ -71,11 +71,7 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGene
     dataset = load_dataset(recipe.data)
     # One process per node reads every byte to check it; the others rely on its result.
     reader = ShardReader(recipe.shards_dir, verify=os.environ.get("LOCAL_RANK", "0") == "0")
-    if reader.manifest.sequences_hash != dataset.sequences.sequences_hash():
-        raise ValueError(
-            f"{recipe.shards_dir}: made from other sequences than {recipe.data}: run "
-            "`genrec shard` again"
-        )
+    reader.expect(dataset.sequences, recipe.data)
     codes, num_masks = dataset.numbering, recipe.num_masks
     origin = None if recipe.init_from is None else open_origin(recipe.init_from)
     name = recipe.tokens.tokenizer or recipe.model.backbone
@@ -133,7 +129,7 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGene
         layout=make_layout(words, model.config),
         stages=plan_stages(recipe, reader),
         identity={
-            "sequences": dataset.sequences.sequences_hash(),
+            "sequences": reader.manifest.sequences_hash,
             "numbering": codes.numbering_hash(),
             "recipe": _recipe_hash(recipe),
             "vocabulary": "whole" if words.vocabulary is None else words.vocabulary.hash(),

@@ -17,9 +17,11 @@ from genrec_shards.cleaning.left_out import Cleaned
 from genrec_shards.errors import DataError
 from genrec_shards.numbering.item_text import Descriptions
 from genrec_shards.numbering.numbering import Hierarchy, Numbering, NumberingName
+from genrec_shards.readers.documents import read_object
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import GlobalTime, cutoff_of
 from genrec_shards.storage.manifest import file_sha256
+from genrec_shards.storage.remote import is_address
 
 Lists = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 """Items int32[total], offsets int64[U+1] and, where there are any, timestamps int64[total]."""
@@ -276,7 +278,7 @@ def load_info(path: Path) -> DatasetInfo:
         DataError: it is missing, damaged or of another version.
     """
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = read_object(path, "a dataset.json of this program", "prepare again")
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             complaint = f"format_version {version}, this program reads {FORMAT_VERSION}"
@@ -301,11 +303,13 @@ def load_info(path: Path) -> DatasetInfo:
         return DatasetInfo(**fields)
     except FileNotFoundError:
         remedy = "give a data directory made by `genrec prepare`"
+        if is_address(path):
+            remedy = "a data directory has to be on this machine, only shards may be at an address"
         raise DataError(f"{path}: no such file: {remedy}") from None
     except NotADirectoryError:
         remedy = "give a data directory made by `genrec prepare`"
         raise DataError(f"{path.parent}: a file: {remedy}") from None
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         complaint = f"not a dataset.json of this program ({error})"
         raise DataError(f"{path}: {complaint}: prepare again") from None
     except OSError as error:

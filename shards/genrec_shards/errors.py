@@ -15,6 +15,11 @@ class DataError(ValueError):
     remedy."""
 
 
+def printable(text: str) -> str:
+    """Foreign text as a terminal may get it: without control characters, cut at 200."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:200])
+
+
 @dataclass
 class BadLines:
     """What happens at a line that cannot be read and, under `skip`, what was left out so far."""

@@ -3,7 +3,9 @@ format."""
 
 import gzip
 import hashlib
-from collections.abc import Collection, Iterable, Sequence
+from array import array
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from genrec_shards.atomic import atomic_file
 from genrec_shards.errors import BadLines, DataError
-from genrec_shards.readers.text_blocks import BYTE_ORDER_MARK, file_pieces, find_fault
+from genrec_shards.readers.text_blocks import blocks, find_fault
 from genrec_shards.splits import (
     MINIMUM_LENGTH,
     NO_TARGET,
@@ -211,18 +213,15 @@ def read_sequences(
             or cut off, for fewer than 3 items and for a user who comes twice.
     """
     path = Path(path)
-    data = b"".join(file_pieces(path)).removeprefix(BYTE_ORDER_MARK)
     skipping = bad is not None and bad.on_error == "skip"
-    if not skipping and (fault := find_fault(data)) is not None:
-        binary = fault[1].startswith("binary")
-        remedy = "expected text, plain or gzipped" if binary else "save it as UTF-8 text"
-        number = data.count(b"\n", 0, fault[0]) + 1
-        raise DataError(f"{path}:{number}: {fault[1]}: {remedy}")
     user_ids: list[str] = []
     lengths: list[int] = []
-    ids: list[str] = []
+    # Item ids get numbers as they come: a log is far longer than its catalogue.
+    number_of: defaultdict[bytes, int] = defaultdict()
+    number_of.default_factory = number_of.__len__
+    numbers = array("i")
     line_of: dict[str, int] = {}
-    for number, line in enumerate(data.split(b"\n"), start=1):
+    for number, line in _lines(path, check=not skipping):
         words = line.split()
         if not words:
             continue
@@ -246,11 +245,25 @@ def read_sequences(
         line_of[user] = number
         user_ids.append(user)
         lengths.append(num_items)
-        # One decode per line costs a third of one per word; \n cannot be inside a word.
-        ids.extend(b"\n".join(words[1:]).decode().split("\n"))
+        numbers.extend(map(number_of.__getitem__, words[1:]))
     if not user_ids:
         raise DataError(f"{path}: empty: expected one user a line, `user item item ...`")
-    return sequences_from_ids(user_ids, lengths, ids)
+    ids = [item.decode() for item in number_of]
+    item_ids = sort_ids(ids)
+    row_of = {item: row for row, item in enumerate(item_ids)}
+    rows = np.array([row_of[item] for item in ids], np.int32)
+    return Sequences(rows[np.array(numbers)], offsets_of(np.array(lengths)), user_ids, item_ids)
+
+
+def _lines(path: Path, check: bool) -> Iterator[tuple[int, bytes]]:
+    """(number, line) from 1. `check`: raise DataError at the first that is no text."""
+    for block in blocks(path):
+        if check and (fault := find_fault(block.data)) is not None:
+            binary = fault[1].startswith("binary")
+            remedy = "expected text, plain or gzipped" if binary else "save it as UTF-8 text"
+            number = block.first_line + block.data.count(b"\n", 0, fault[0])
+            raise DataError(f"{path}:{number}: {fault[1]}: {remedy}")
+        yield from enumerate(block.data.split(b"\n"), start=block.first_line)
 
 
 def write_sequences(sequences: Sequences, path: str | Path) -> None:

@@ -21,6 +21,8 @@ _MICROS = {"s": 1_000_000, "ms": 1_000, "us": 1}
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
 # Both are times before the year 5138; numbers of microseconds are recognised from 1973 on.
 _LARGEST_SECONDS, _LARGEST_MILLISECONDS = 1e11, 1e14
+# Python has no date of such a year; Parquet has.
+_FAR_DATE = re.compile(r"(-[0-9]{4,}|[0-9]{5,})-[0-9]{2}-[0-9]{2}(T.*)?")
 _DATE_FORMS = (
     "%Y-%m-%d %H:%M:%S%.f",
     "%Y-%m-%dT%H:%M:%S%.f%#z",
@@ -49,15 +51,21 @@ class Clock:
         text = str(value).strip()
         if text.lower() in ("nan", "inf", "-inf", "infinity", "-infinity"):
             return f"time is {text}"
-        found = self._of_number(text) if _NUMBER.fullmatch(text) else _of_date(text)
+        found: int | None
+        if _NUMBER.fullmatch(text):
+            found = self._of_number(text)
+        elif _FAR_DATE.fullmatch(text):
+            found = -1 if text.startswith("-") else END
+        else:
+            found = _of_date(text)
         if found is None:
             forms = "neither a number nor a date as 2014-07-23, or a time as 2014-07-23 12:30"
             return f"time {text[:40]!r} is {forms}"
         if found < 0:
             return f"time {text[:40]} is negative, before 1970"
         if found >= END:
-            unit = f"taken as {self.unit}, which --time-unit settles"
-            return f"time {text[:40]} lies in the far future, after 2099 ({unit})"
+            unit = f" (taken as {self.unit}, which --time-unit settles)" * (self.unit != "auto")
+            return f"time {text[:40]} lies in the far future, after 2099{unit}"
         return found
 
     def column(self, values: pl.Series) -> pl.Series:
@@ -69,15 +77,14 @@ class Clock:
             found = values.cast(pl.Datetime("us")).cast(pl.Int64)
         elif values.dtype.is_integer():
             values = values.cast(pl.Int64, strict=False)
-            known = values.head(1000).drop_nulls()
+            known = _within(values.head(1000))
             if known.is_empty():
                 return values.clear(len(values))
             factor = self._factor(known[0])
             found = values.set((values < 0) | (values > END // factor), None) * factor
         elif values.dtype.is_float():
             values = values.cast(pl.Float64)
-            known = values.head(1000).drop_nulls()
-            known = known.filter(known.is_finite())
+            known = _within(values.head(1000))
             if known.is_empty():
                 return pl.Series(values.name, [None] * len(values), dtype=pl.Int64)
             micros = (values * self._factor(known[0]) + 0.5).floor()
@@ -89,21 +96,27 @@ class Clock:
 
     def _of_number(self, text: str) -> int:
         number = float(text)
-        if not math.isfinite(number):
-            return END
+        if not 0 <= number < END:
+            return -1 if number < 0 else END
         factor = self._factor(number)
         if re.fullmatch(r"[+-]?[0-9]{1,18}", text):
             return int(text) * factor
         return min(math.floor(number * factor + 0.5), END)
 
     def _factor(self, first: float) -> int:
-        """Microseconds of one unit. `first`: settles it, where nothing has yet."""
+        """Microseconds of one unit. `first`: settles it, where nothing has yet; no time in any unit
+        does."""
         if self.unit == "auto":
             if abs(first) < _LARGEST_SECONDS:
                 self.unit = "s"
             else:
                 self.unit = "ms" if abs(first) < _LARGEST_MILLISECONDS else "us"
         return _MICROS[self.unit]
+
+
+def _within(values: pl.Series) -> pl.Series:
+    """Those numbers that are a time in some unit."""
+    return values.filter((values >= 0) & (values < END))
 
 
 def _parsed(values: pl.Series) -> pl.Series:

@@ -94,7 +94,11 @@ class _Handler(BaseHTTPRequestHandler):
             status, body = 206, whole[start : end + 1]
             shift = fault == "other range"
             more = {"Content-Range": f"bytes {start + shift}-{end + shift}/{len(whole)}"}
-        if fault in ("500", "403"):
+        if fault == "escape":
+            self.send_response_only(500, "secret\x1b[31m\x07")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif fault in ("500", "403"):
             self._head(int(fault), 0)
         elif fault == "stall":
             self.state.released.wait(60)

@@ -25,9 +25,9 @@ def npy(values, **options) -> bytes:
     return buffer.getvalue()
 
 
-def replace_record(shards, change) -> None:
+def replace_record(shards, change, headers=None) -> None:
     """Rewrite record 0 with other members, the manifest in agreement: only the reader's own checks
-    are left."""
+    are left. `headers`: pax headers by member."""
     reader = ShardReader(shards)
     record = reader.record(0)
     members = {
@@ -39,6 +39,7 @@ def replace_record(shards, change) -> None:
         for name, data in members.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(data)
+            entry.pax_headers = (headers or {}).get(name, {})
             tar.addfile(entry, io.BytesIO(data))
         size = tar.offset
     path = shards / "shard-000000.tar"

@@ -10,6 +10,7 @@ from statistics import fmean
 
 from genrec_shards.dataset import load_dataset
 from genrec_shards.file_lock import hold
+from genrec_shards.readers.documents import read_object
 
 from genrec_dist.distributed.deadline import Deadline
 from genrec_dist.evaluation.compare import METRICS, compare
@@ -223,7 +224,7 @@ def _test(job: Job) -> dict[str, float]:
             trained_through=recipe.trained_through,
             recipe=recipe.as_dict(),
         )
-    metrics = json.loads(written.read_text(encoding="utf-8"))
+    metrics = read_object(written)
     return {name: float(metrics[name]) for name in METRICS}
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, Self, TypeAlias
 
 import fsspec
 from genrec_shards.atomic import atomic_file
+from genrec_shards.readers.documents import parse_object
 
 from genrec_dist.report.run_files import is_number
 
@@ -344,11 +345,11 @@ def _finals(values: dict[str, Any]) -> dict[str, Any]:
 
 def _read(folder: Folder, name: str, parse: Any) -> Any:
     """What `parse` makes of a file's JSON object."""
+    place = folder.place(name)
+    remedy = "remove it to run this trial anew" if name.startswith(TRIALS) else ""
+    values = parse_object(folder.files.cat_file(place), place, "a record of a sweep", remedy)
     try:
-        values = json.loads(folder.files.cat_file(folder.place(name)).decode("utf-8"))
-        if not isinstance(values, dict):
-            problem = "not a JSON object"
-        elif (version := values.pop("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
+        if (version := values.pop("format_version", FORMAT_VERSION)) != FORMAT_VERSION:
             problem = f"format {version}, this version reads {FORMAT_VERSION}"
         else:
             return parse(values)
@@ -356,5 +357,4 @@ def _read(folder: Folder, name: str, parse: Any) -> Any:
         problem = f"damaged ({error} is missing)"
     except (ValueError, TypeError, AttributeError) as error:
         problem = f"damaged ({error})"
-    remedy = "; remove it to run this trial anew" if name.startswith(TRIALS) else ""
-    raise ValueError(f"{folder.place(name)}: {problem}{remedy}")
+    raise ValueError(f"{place}: {problem}" + (f"; {remedy}" if remedy else ""))

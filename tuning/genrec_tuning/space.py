@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from genrec_shards.readers.documents import parse_yaml
 from genrec_shards.storage.remote import is_address
 
 from genrec_dist.config.load import load_recipe, recipe_from, use_current_keys
@@ -168,14 +168,12 @@ def load_space(source: str | Path, trials: int | None = None) -> Space:
     path = Path(source)
     if not path.is_file():
         path = find_shipped(shipped_folder("genrec_tuning", "spaces"), str(source), "space file")
+    values = parse_yaml(path.read_bytes(), str(path))
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("a space file is a mapping: base, set, space, trials, ...")
         space = _parse(values if trials is None else {**values, "trials": trials}, path)
         _try_corners(space)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return space

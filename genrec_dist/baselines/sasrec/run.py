@@ -20,6 +20,7 @@ from genrec_shards.atomic import atomic_file, sweep_killed_writers
 from genrec_shards.dataset import Dataset
 from genrec_shards.file_lock import LOCK_FILE, hold
 from genrec_shards.histories import check_trained_through
+from genrec_shards.readers.documents import parse_object
 from genrec_shards.splits import Split, TrainedThrough
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -186,7 +187,7 @@ def load(
             f"{path} was trained through {through}: pass --trained-through {through}, or another "
             "--out"
         )
-    values = json.loads(metadata["settings"])
+    values = parse_object(metadata["settings"], f"{path}: settings")
     settings = sasrec_settings(dict(values), source=str(path), system=system)
     requested = sasrec_settings(dict(values), overrides, system=system)
     for key, value in values.items():
@@ -212,7 +213,9 @@ def _read_progress(path: Path, origin: dict[str, str]) -> Progress:
                 f"{path}: an interrupted training with {key} {found}, not {requested}: choose "
                 "another --out, or remove it to train from the start"
             )
-    last, best = (Epoch(**json.loads(metadata[name])) for name in ("last", "best"))
+    last, best = (
+        Epoch(**parse_object(metadata[name], f"{path}: {name}")) for name in ("last", "best")
+    )
     return Progress(last, best, tensors)
 
 
@@ -290,9 +293,9 @@ def _drop_events_after(path: Path, epoch: int) -> None:
     def is_kept(line: str) -> bool:
         if not line.endswith("\n"):  # torn
             return False
-        event = json.loads(line)
-        of_epochs = event["event"] == "epoch" and event["epoch"] <= epoch
-        return of_epochs or event["event"] == "start"
+        event = parse_object(line, str(path))
+        of_epochs = event.get("event") == "epoch" and event["epoch"] <= epoch
+        return of_epochs or event.get("event") == "start"
 
     # What follows an epoch that was lost has been lost with it.
     with atomic_file(path) as temporary:

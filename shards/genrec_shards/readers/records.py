@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import csv
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from genrec_shards.errors import DataError
+from genrec_shards.readers.python_literals import parsed_line
 from genrec_shards.readers.read_log import JSON_ENDINGS, ending_of
 from genrec_shards.readers.tabular import delimiter_of, is_parquet, separator_of
-from genrec_shards.readers.text_blocks import check_readable, file_pieces, unreadable
+from genrec_shards.readers.text_blocks import blocks, check_readable, unreadable
 
 _LONGEST_CELL = 1 << 24
 _MOVIELENS = ("item", "title")
@@ -62,7 +61,8 @@ class _Pieces(io.RawIOBase):
     """The unpacked bytes of a file, as something that text can be read from."""
 
     def __init__(self, path: Path) -> None:
-        self.pieces, self.rest = file_pieces(path), b""
+        self.pieces = (block.data for block in blocks(path))
+        self.rest = b""
 
     def readable(self) -> bool:
         return True
@@ -130,13 +130,7 @@ def _json_records(path: Path, file: io.TextIOWrapper) -> Iterator[tuple[int, dic
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            try:
-                record = ast.literal_eval(line.strip())
-            except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-                record = None
+        record = parsed_line(line)
         if not isinstance(record, dict):
             complaint = "not an object in JSON: expected one item per line; mend the line"
             raise DataError(f"{path}:{number}: {complaint}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -312,30 +313,47 @@ def read_parquet(
 
 
 def _usable(kind: Any) -> bool:
-    """Whether ids or times come in this Arrow type."""
-    if pa.types.is_dictionary(kind):
-        return _usable(kind.value_type)
+    """Whether ids come in this Arrow type, and times that are no dates."""
     usable = ("string", "large_string", "string_view", "integer", "float32", "float64", "null")
-    times = ("timestamp", "date")
-    return any(getattr(pa.types, f"is_{name}")(kind) for name in (*usable, *times))
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in usable)
 
 
 def _frame_of_batch(path: str, first: int, columns: list[Any], reader: LogReader) -> pl.DataFrame:
     pl = polars()
+    columns = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in columns]
+    dates = None
+    if pa.types.is_timestamp(columns[2].type) or pa.types.is_date(columns[2].type):
+        dates, columns[2] = _dates(path, columns[2]), pa.nulls(len(columns[2]))
     for kind, column in zip(COLUMNS, columns, strict=True):
         if not _usable(column.type):
-            expected = "expected text, whole numbers or times"
+            expected = f"expected text{', dates' * (kind == 'times')} or whole numbers"
             raise DataError(f"{path}: the column of {kind} is {column.type}: {expected}")
     users, items, times = (
         pl.Series(name, pl.from_arrow(column)) for name, column in zip("uit", columns, strict=True)
     )
+    if dates is not None:
+        # The limits are in the column's own unit: in another one a far date would wrap around.
+        first_day, end = np.array(["1970-01-01", "2100-01-01"], "<M8[D]").astype(dates.dtype)
+        inside = (dates >= first_day) & (dates < end)
+        times = pl.Series("t", np.where(inside, dates, np.datetime64("NaT")).astype("<M8[us]"))
     if all(ids.dtype == pl.String or ids.dtype.is_integer() for ids in (users, items)):
         found = reader.frame(users, items, times)
         if found is not None:
             return found
-    if times.dtype.is_temporal():
-        # Python has no date for some of Arrow's, and text says the same.
-        micros = times.cast(pl.Datetime("us")).cast(pl.Int64)
-        times = micros.cast(pl.Datetime("us", "UTC")).dt.to_string("iso:strict")
-    rows = zip(users.to_list(), items.to_list(), times.to_list(), strict=True)
+    texts = times.to_list() if dates is None else np.datetime_as_string(dates).tolist()
+    times_or_none = [None if text == "NaT" else text for text in texts]
+    rows = zip(users.to_list(), items.to_list(), times_or_none, strict=True)
     return reader.frame_one_by_one(path, enumerate(rows, start=first))
+
+
+def _dates(path: str, column: Any) -> np.ndarray:
+    """datetime64 in UTC, in the column's own unit: numpy has a date for every number."""
+    pl = polars()
+    zone: Any = getattr(column.type, "tz", None)
+    try:
+        pl.Series([], dtype=pl.Datetime("us", zone))
+    except pl.exceptions.PolarsError:
+        kind = f"the column of times has the time zone {zone[:40]!r}, which nobody knows"
+        raise DataError(f"{path}: {kind}: save it in UTC") from None
+    dates: np.ndarray = column.to_numpy(zero_copy_only=False)
+    return dates

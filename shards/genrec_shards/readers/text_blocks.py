@@ -58,25 +58,27 @@ def whole_lines(
         line: number of the first line.
         start: whether the first piece is the beginning of the file.
     """
-    rest = b""
+    parts: list[bytes] = []  # of a line whose end has not come yet
+    size = 0
     for data in pieces:
         if start:
             data, start = data.removeprefix(BYTE_ORDER_MARK), False
         whole, end, tail = data.rpartition(b"\n")
+        first = data.find(b"\n") if end else len(data)
+        if size + first > LONGEST_LINE:
+            limit = f"a line of more than {LONGEST_LINE >> 20} MiB"
+            raise DataError(
+                f"{path}:{line}: {limit}: this is no log of interactions, check the path"
+            )
         if end:
-            block = Block(line, rest + whole + end)
-            rest = tail
+            block = Block(line, b"".join([*parts, whole, end]))
+            parts, size = [], 0
             line += block.data.count(b"\n")
             yield block
-            continue
-        rest += data
-        if len(rest) > LONGEST_LINE:
-            size = f"a line of more than {LONGEST_LINE >> 20} MiB"
-            raise DataError(
-                f"{path}:{line}: {size}: this is no log of interactions, check the path"
-            )
-    if rest:
-        yield Block(line, rest)
+        parts.append(tail)
+        size += len(tail)
+    if size:
+        yield Block(line, b"".join(parts))
 
 
 def find_fault(data: bytes) -> tuple[int, str] | None:

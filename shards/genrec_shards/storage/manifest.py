@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from genrec_shards.errors import DataError
+from genrec_shards.readers.documents import parse_object
 
 FORMAT_VERSION = 2
 MANIFEST, LENGTHS, PERIODS = "manifest.json", "lengths.npy", "periods.npy"
+_HASHES = {"sequences_hash", "lengths_sha256", "periods_sha256"}
+_SHA256 = re.compile("[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
@@ -89,12 +92,16 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
     """The manifest in these bytes, checked. Raises DataError naming `place`, the file or address
     they came from."""
     try:
-        fields = json.loads(data.decode("utf-8"))
+        fields = parse_object(data, place, "a manifest of this program", "shard again")
         version = fields["format_version"]
         if version != FORMAT_VERSION:
             versions = f"format_version {version}, this program reads {FORMAT_VERSION}"
             raise DataError(f"{place}: {versions}: shard again")
         manifest = Manifest(**{**fields, "shards": tuple(map(_shard_entry, fields["shards"]))})
+        for name in ("users", "items", "interactions", "users_per_record"):
+            _check_count(name, fields[name], least=1)
+        for name in _HASHES & fields.keys():
+            _check_hash(name, fields[name])
         # Records must tile the users, because a user's record is found by division.
         next_user, complaint = 0, None
         for shard in manifest.shards:
@@ -109,9 +116,19 @@ def parse_manifest(data: bytes, place: str) -> Manifest:
             complaint = f"records of {next_user} users, {manifest.users} expected"
         if complaint is not None:
             raise DataError(f"{place}: {complaint}: shard again")
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise DataError(f"{place}: not a manifest of this program ({error}): shard again") from None
     return manifest
+
+
+def _check_count(name: str, value: object, least: int = 0) -> None:
+    if type(value) is not int or not least <= value < 1 << 62:
+        raise TypeError(f"{name} is {value!r:.40}, no whole number")
+
+
+def _check_hash(name: str, value: object) -> None:
+    if not isinstance(value, str) or not _SHA256.fullmatch(value):
+        raise TypeError(f"{name} is {value!r:.40}, no sha256")
 
 
 def verify_manifest(directory: str | Path, manifest: Manifest) -> None:
@@ -147,10 +164,12 @@ def _shard_entry(fields: dict[str, Any]) -> ShardEntry:
         raise DataError(f"{complaint}: shard again")
     records = tuple(RecordEntry(**record) for record in fields["records"])
     shard = ShardEntry(**{**fields, "records": records})
+    _check_count(f"{name}: bytes", shard.bytes)
+    _check_hash(f"{name}: sha256", shard.sha256)
     for record in shard.records:
-        numbers = (shard.bytes, record.offset, record.bytes, record.first_user, record.users)
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise TypeError(f"{name}: a size or place is no whole number")
+        for key in ("offset", "bytes", "first_user", "users"):
+            _check_count(f"{name}: {key}", getattr(record, key))
+        _check_hash(f"{name}: sha256", record.sha256)
         if record.offset + record.bytes > shard.bytes:
             complaint = "the manifest has a record behind the end of its tar"
             raise DataError(f"{name}: {complaint}: shard again")

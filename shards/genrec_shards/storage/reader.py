@@ -1,5 +1,6 @@
 """Reading shards: any record in one read, any users' sequences in any order."""
 
+import hashlib
 import io
 import re
 import tarfile
@@ -13,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from genrec_shards.errors import DataError
-from genrec_shards.sequences import flat_ranges, offsets_of
+from genrec_shards.readers.frames import listed
+from genrec_shards.sequences import Sequences, flat_ranges, offsets_of
 from genrec_shards.splits import Periods
 from genrec_shards.storage.manifest import LENGTHS, PERIODS, Manifest, RecordEntry
 from genrec_shards.storage.remote import RetryPolicy
@@ -23,11 +25,12 @@ from genrec_shards.storage.store import FetchStats, open_store
 
 _MEMBERS = ("users", "offsets", "items")
 
-# The header of version 1.0 that numpy writes for an array of ours. Others go through np.load, whose
-# parser of Python literals fails at times where several threads read ("AST constructor recursion
-# depth mismatch", CPython 3.11).
-_OUR_HEADER = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '<i4', 'fortran_order': False, 'shape': \((\d+),\), \} *\n",
+# The header of version 1.0 that numpy writes for an array of ours; others are refused. np.load asks
+# for the memory that a header promises, and its parser of Python literals fails where several
+# threads read ("AST constructor recursion depth mismatch", CPython 3.11).
+_HEADER = re.compile(
+    rb"\x93NUMPY\x01\x00..\{'descr': '<i4', 'fortran_order': False, "
+    rb"'shape': \(([0-9]{1,18}),\), \} *\n",
     re.DOTALL,
 )
 
@@ -91,7 +94,38 @@ class ShardReader:
         self._entries = [
             (shard, entry) for shard in self.manifest.shards for entry in shard.records
         ]
+        self._item_hashes: list[bytes] | None = None
         self.__setstate__({})
+
+    def expect(self, sequences: Sequences, data: str) -> None:
+        """Accept from now on only records that hold the items of these sequences, each checked when
+        it is read. The manifest alone does not bind them: whoever writes it anew can leave the hash
+        of the sequences as it was.
+
+        Args:
+            sequences: of the data directory.
+            data: that directory, as messages name it.
+
+        Raises:
+            DataError: manifest, lengths or periods are those of others.
+        """
+        ours, theirs = (
+            np.zeros(0) if periods is None else periods.flat()
+            for periods in (sequences.periods, self.periods)
+        )
+        if (
+            self.manifest.sequences_hash != sequences.sequences_hash()
+            or self.manifest.items != sequences.num_items
+            or not np.array_equal(self.lengths, sequences.lengths)
+            or not np.array_equal(ours, theirs)
+        ):
+            raise DataError(
+                f"{self._store.address}: made from other sequences than {data}: run "
+                "`genrec shard` again"
+            )
+        firsts = [entry.first_user for _, entry in self._entries]
+        bounds = sequences.offsets[[*firsts, sequences.num_users]].tolist()
+        self._item_hashes = [_hash_of(sequences.items[a:b]) for a, b in pairwise(bounds)]
 
     @property
     def fetch_stats(self) -> FetchStats:
@@ -101,6 +135,10 @@ class ShardReader:
     @property
     def num_records(self) -> int:
         return len(self._entries)
+
+    def place(self, index: int) -> str:
+        """A record as messages name it: its tar and its number."""
+        return f"{self._store.place(self._entries[index][0].name)}: record {index}"
 
     def record(self, index: int) -> Record:
         """Record number `index` of the directory. Raises DataError naming shard and record if it is
@@ -113,11 +151,13 @@ class ShardReader:
                 self._cache.move_to_end(index)
                 return self._cache[index]
         shard, entry = self._entries[index]
-        place = f"{self._store.place(shard.name)}: record {index}"
+        place = self.place(index)
         data = self._store.record(shard, entry, place)
         users, offsets, items = _decoded(data, f"{index:08d}", place)
         record = Record(entry.first_user, users=users, offsets=offsets, items=items)
         self._check(record, entry, place)
+        if self._item_hashes is not None and _hash_of(items) != self._item_hashes[index]:
+            raise DataError(f"{place}: holds other items than the data: run `genrec shard` again")
         with self._lock:
             self._cache[index] = record
             while len(self._cache) > self._cache_records:
@@ -190,38 +230,36 @@ class ShardReader:
             raise DataError(f"{place}: {complaint}: shard again")
 
 
+def _hash_of(items: np.ndarray) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(items, "<i4").data).digest()
+
+
 def _decoded(data: bytes, key: str, place: str) -> list[np.ndarray]:
     """The arrays users, offsets, items. Only these three members, as int32 arrays, are accepted."""
     members = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for member in tar:
-                file = tar.extractfile(member) if member.isreg() else None
-                if file is not None:
-                    members[member.name] = file.read()
-    except tarfile.TarError as error:
+                # A sparse file says how many zeros it stands for.
+                if member.isreg() and not member.issparse():
+                    file = tar.extractfile(member)
+                    members[member.name] = b"" if file is None else file.read()
+    except (tarfile.TarError, ValueError) as error:
         raise DataError(f"{place}: not a readable tar ({error}): shard again") from None
     expected = [f"{key}.{name}.npy" for name in _MEMBERS]
     if sorted(members) != sorted(expected):
-        found = f"members {', '.join(sorted(members))}; expected {', '.join(expected)}"
+        found = f"members {listed(sorted(members), 4)}; expected {', '.join(expected)}"
         raise DataError(f"{place}: {found}: shard again")
     return [_array(members[name], f"{place}: {name}") for name in expected]
 
 
 def _array(data: bytes, place: str) -> np.ndarray:
-    header = _OUR_HEADER.match(data)
-    if header is not None and len(data) - header.end() == 4 * int(header[1]):
-        return np.frombuffer(data, "<i4", offset=header.end()).astype(np.int32)
-    try:
-        values = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        reason = str(error).splitlines()[0]
-        raise DataError(f"{place}: not a plain array ({reason}): shard again") from None
-    if not isinstance(values, np.ndarray) or values.dtype != np.dtype("<i4") or values.ndim != 1:
-        kind, ndim = getattr(values, "dtype", type(values).__name__), getattr(values, "ndim", 0)
-        found = f"{kind} of {ndim} dimensions, expected little-endian int32 of one dimension"
-        raise DataError(f"{place}: {found}: shard again")
-    return values.astype(np.int32, copy=False)
+    header = _HEADER.match(data)
+    if header is None or len(data) - header.end() != 4 * int(header[1]):
+        found = f"{len(data)} bytes that begin with {data[:90]!r}"
+        expected = "little-endian int32 of one dimension, as numpy saves them"
+        raise DataError(f"{place}: not a plain array ({found}), expected {expected}: shard again")
+    return np.frombuffer(data, "<i4", offset=header.end()).astype(np.int32)
 
 
 def _lengths(data: bytes, place: str, manifest: Manifest) -> np.ndarray:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from genrec_shards.errors import DataError
+from genrec_shards.errors import DataError, printable
 
 Result = TypeVar("Result")
 # A drive's single letter is a path.
@@ -68,7 +68,7 @@ def check_address(text: str) -> str:
     """
     # Neither a query, which may be a signature, nor what may be a password; and one line.
     shown = re.sub(r"//.*@", "//***@", text.split("?")[0], flags=re.DOTALL)
-    shown = "".join(letter if letter.isprintable() else "?" for letter in shown)
+    shown = printable(shown)
     if "::" in re.sub(r"\[[0-9a-fA-F:.]*\]", "", text):
         raise ValueError(f"{shown}: a chain of addresses is not opened; {_ALLOWED}")
     try:
@@ -328,7 +328,7 @@ def _check_head(response: Any, requested: str | None) -> None:
     if status == 404:
         raise BadResponse("no such file on the server", final=True)
     if status not in (200, 206):
-        reason = f"the server answers {status} {response.reason or ''}".rstrip()
+        reason = f"the server answers {status} {printable(response.reason or '')}".rstrip()
         raise BadResponse(reason, final=300 <= status < 400 or status in _FINAL_STATUS)
     length = headers.get("Content-Length", "")
     if not length.isdigit() or int(length) > _MOST_BYTES:

@@ -437,13 +437,103 @@ def test_data_that_the_run_does_not_know(
 def test_a_bad_request_file(
     tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    file = write(tmp_path / "requests.jsonl", '{"history": []}\n{"history": 5}\n')
-    assert f"{file}:2: not a request; write" in refused(
+    file = write(tmp_path / "requests.jsonl", '\n{"history": 5}\n')
+    assert f"{file}:2: not a request (no list of items as history): write" in refused(
         capfd, 1, ["recommend", tiny_run, "--file", file]
     )
     assert "no such file" in refused(
         capfd, 1, ["recommend", tiny_run, "--file", tmp_path / "absent"]
     )
+
+
+def test_the_good_lines_of_a_request_file_are_answered(
+    tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    good, deep = '{"history": [], "user": "user-3"}', "[" * 200_000
+    bad = ['{"history": %s' % deep, '{"history": [%s]}' % ("9" * 5000), '{"history": ["\\ud800"]}']  # noqa: UP031
+    bad += ['{"history": ["a"], "block": [NaN]}', deep]
+    lines = [good, *(line for text in bad for line in (text, good))]
+    file = write(tmp_path / "requests.jsonl", "\n".join(lines))
+    assert run_command(["recommend", str(tiny_run), "--file", str(file)]) == 1
+    captured = capfd.readouterr()
+    assert captured.err == (
+        f"genrec: {file}:2: not a request (nested more than 100 deep): write "
+        '{"history": ["item", ...], "user": "optional"}; 4 lines more are none; the 6 others are '
+        "answered\n"
+    )
+    answers = [json.loads(line) for line in captured.out.splitlines()]
+    assert [answer["user"] for answer in answers] == ["user-3"] * 6
+    assert len({tuple(answer["items"]) for answer in answers}) == 1
+    for number, text in enumerate(bad):
+        file.write_text(f"\n\n{text}\n")
+        said = refused(capfd, 1, ["recommend", tiny_run, "--file", file])
+        assert f"{file}:3: not a request (" in said, number
+        assert len(said) < 400, number
+
+
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"a": ' * 200_000, '{"status": NaN}', "\ud800"])
+def test_files_of_a_run_from_elsewhere(
+    tiny_data: Path, tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str
+) -> None:
+    content = text.encode("utf-8", "surrogatepass")
+    run, data = copy_of(tiny_run, tmp_path / "run"), copy_of(tiny_data, tmp_path / "data")
+
+    def spoil(path: Path) -> str:
+        path.write_bytes(content)
+        return path.name
+
+    for name in ("status.json", "events.jsonl", "metrics-test.json", "audit.json"):
+        spoil(run / name)
+    assert run_command(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    for words in ("status.json: not JSON", "metrics-test.json: not JSON", "1 torn line skipped"):
+        assert words in page, words
+    capfd.readouterr()
+    assert "metrics-test.json: not a metrics file" in refused(capfd, 1, ["compare", run, run])
+    name = spoil(run / "hybrid.json")
+    hybrid = ["evaluate", run, "--decode", "hybrid", "--split", "validation"]
+    assert f"{name}: not readable (" in refused(capfd, 1, hybrid)
+    state = next(iter((run / "checkpoints").iterdir())) / "state.json"
+    name = spoil(state)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text((run / "recipe.yaml").read_text())
+    again = ["train", recipe, "--set", f"run={run}", "--resume", state.parent]
+    assert f"{name}: damaged (" in refused(capfd, 1, again)
+    spoil(run / "recipe.yaml")
+    assert "recipe.yaml: " in refused(capfd, 1, ["train", run / "recipe.yaml"])
+    assert "recipe.yaml: " in refused(capfd, 1, ["tune", run / "recipe.yaml"])
+    spoil(data / "dataset.json")
+    assert "dataset.json: not a dataset.json" in refused(capfd, 1, ["shard", data])
+
+
+def test_paths_are_shown_as_they_were_given(
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in (["shard"], ["train", "tiny", "--run", "r", "--data"]):
+        said = refused(capfd, 1, [*command, "s3://bucket/data"])
+        assert said.startswith("genrec: s3://bucket/data/dataset.json: no such file: a data dir")
+    log = write(tmp_path / "log.csv", "user,item,time\n")
+    there = "genrec: log.csv: a file is there, not a directory: choose another name"
+    for command in (
+        ["train", "tiny", "--data", tiny_data, "--run", "log.csv"],
+        ["baseline", "popularity", tiny_data, "--out", "log.csv"],
+    ):
+        assert refused(capfd, 1, command).startswith(there), command
+    assert log.read_text() == "user,item,time\n"
+    space = "base: tiny\nset: {data: data}\nspace: {finetune.learning_rate: {choice: [0.1]}}\n"
+    write(tmp_path / "space.yaml", space)
+    tune = ["tune", "space.yaml", "--out", "sweep"]
+    assert refused(capfd, 1, tune).startswith("genrec: data/dataset.json: no such file")
+    copy_of(tiny_data, tmp_path / "data")
+    (tmp_path / "sweep").mkdir()
+    write(tmp_path / "sweep" / "sweep.json", "{}")
+    assert refused(capfd, 1, tune).startswith("genrec: sweep: a sweep is there already")
+    tune[3] = str(tmp_path / "sweep")
+    assert refused(capfd, 1, tune).startswith(f"genrec: {tmp_path}/sweep: a sweep is there")
 
 
 def test_an_output_that_is_a_file(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,8 @@ CHECKED = [
     "genrec train tinny --data data/mine --run runs/a",
     "genrec train small.yaml --data data/mine",
     "genrec train small.yaml --data data/mnie --run runs/a",
+    "genrec train bad_yaml.yaml --data data/mine --run runs/a",
+    "genrec train small.yaml --data s3://bucket/data --run runs/a",
     f"{SET} finetune.epoch=2",
     f"{SET} finetune.epochs=two",
     f"{SET} model.d_model=1000000000",
@@ -56,6 +58,7 @@ def make_files(folder: Path) -> None:
     titles = "The Old Man and the Sea\nA Farewell to Arms\nFor Whom the Bell Tolls again\n"
     (folder / "titles.txt").write_text(titles)
     (folder / "small.yaml").write_text(TINY_RECIPE)
+    (folder / "bad_yaml.yaml").write_text("model: {d_model: 16\nseed: 1\n")
     with zipfile.ZipFile(folder / "two.zip", "w") as archive:
         archive.write(folder / "log.csv", "log.csv")
         archive.write(folder / "small.csv", "small.csv")

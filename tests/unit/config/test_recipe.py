@@ -91,8 +91,8 @@ def test_set_reaches_nested_keys_and_makes_missing_sections(write):
         ("=1", "write it as dotted.key=value"),
         ("seed.deep=1", "seed is a value"),
         ("model.nothing=1", "unknown key model.nothing"),
-        ("run=[", "is not YAML"),
-        ("run=@here", "is not YAML"),
+        ("run=[", "--set run=[: not YAML"),
+        ("run=@here", "--set run=@here: not YAML"),
     ],
 )
 def test_a_wrong_set_is_refused_in_one_line(write, override, said):

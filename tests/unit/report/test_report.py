@@ -374,7 +374,7 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
 def test_unreadable_metrics_are_said_not_hidden(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "metrics-test.json").write_text('{"system": ')
-    assert "metrics-test.json: Expecting value" in read(write_report(run)).text
+    assert "metrics-test.json: not JSON (Expecting value" in read(write_report(run)).text
 
 
 @pytest.mark.parametrize(

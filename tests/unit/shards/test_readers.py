@@ -507,3 +507,60 @@ def test_files_that_are_no_reviews(tmp_path, format, content, message):
     assert str(path) in str(caught.value)
     with pytest.raises(DataError, match="no such file"):
         read(tmp_path / "absent.json", format=format)
+
+
+# Times that no calendar has
+
+
+@pytest.mark.parametrize(
+    "time", ["1e302", "1.8e302", "1.7e308", "-1.8e302", "1e999", "12345-01-01"]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_time_beyond_all_numbers_is_a_bad_line_that_settles_no_unit(tmp_path, time, first):
+    rows = [("u1", "i1", time), ("u1", "i2", AT)]
+    rows = rows if first else rows[::-1]
+    line = 1 if first else 2
+    wanted, reason = [("u1", "i2", AT * SECOND)], "far future|before 1970"
+    csv = "".join(f"{user},{item},{at}\n" for user, item, at in rows)
+    path = put(tmp_path, "user,item,time\n" + csv)
+    check_bad_line(path, line + 1, reason, wanted)
+    if "-01-" not in time and time != "1e999":
+        lines = [f'{{"user": "{u}", "item": "{i}", "time": {at}}}\n' for u, i, at in rows]
+        check_bad_line(put(tmp_path, "".join(lines), "log.json"), line, reason, wanted)
+        times = pa.array([float(at) for _, _, at in rows])
+        wanted = [("u1", f"i{3 - line}", AT * SECOND)]
+        check_bad_line(put_parquet(tmp_path, times), line, reason, wanted)
+
+
+def put_parquet(tmp_path, times):
+    items = [f"i{number}" for number in range(1, len(times) + 1)]
+    table = pa.table({"user": ["u1"] * len(times), "item": items, "time": times})
+    pq.write_table(table, tmp_path / "log.parquet")
+    return tmp_path / "log.parquet"
+
+
+@pytest.mark.parametrize(
+    ("kind", "far", "good"),
+    [
+        (pa.date32(), 2**31 - 1, 16_000),
+        (pa.date32(), -(2**31), 16_000),
+        (pa.timestamp("ms"), 2**62, 16_000 * 86_400_000),
+        # A cast to microseconds wraps around, to a day of 2013.
+        (pa.timestamp("ms"), (2**64 + 16_000 * 86_400_000_000) // 1000, 16_000 * 86_400_000),
+        (pa.timestamp("us", "Europe/Berlin"), 2**63 - 1, 16_000 * 86_400_000_000),
+        (pa.timestamp("ns", "+02:00"), 2**63 - 1, 16_000 * 86_400_000_000_000),
+    ],
+)
+@pytest.mark.parametrize("line", [1, 2])
+def test_a_parquet_date_that_no_calendar_has_is_a_bad_row(tmp_path, kind, far, good, line):
+    values = [far, good] if line == 1 else [good, far]
+    path = put_parquet(tmp_path, pa.array(values, kind))
+    wanted = [("u1", f"i{3 - line}", 16_000 * 86_400 * SECOND)]
+    check_bad_line(path, line, "far future|before 1970", wanted)
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_parquet_column_in_a_zone_that_nobody_knows_is_refused(tmp_path, on_error):
+    path = put_parquet(tmp_path, pa.array([AT], pa.timestamp("us", "Mars/Phobos")))
+    with pytest.raises(DataError, match=r"log\.parquet: .* time zone 'Mars/Phobos', .*UTC$"):
+        read(path, on_error=on_error)

@@ -2,14 +2,17 @@
 
 import gzip
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from genrec_shards.cleaning.summary import prepare_summary
-from genrec_shards.errors import DataError
+from genrec_shards.errors import BadLines, DataError
 from genrec_shards.prepare import prepare
+from genrec_shards.readers import text_blocks
 from genrec_shards.sequences import (
     flat_ranges,
     read_sequences,
@@ -178,3 +181,64 @@ def test_flat_ranges_lays_slices_end_to_end():
     indices = flat_ranges(np.array([5, 0, 9, 2]), np.array([2, 0, 3, 1]))
     assert indices.tolist() == [5, 6, 9, 10, 11, 2]
     assert flat_ranges(np.zeros(0, np.int64), np.zeros(0, np.int64)).tolist() == []
+
+
+# VmHWM: what `getrusage` says has the test's own process in it, whose child this is.
+PEAK = """
+import re, sys
+from genrec_shards.errors import DataError
+from genrec_shards.prepare import prepare
+try:
+    prepare(sys.argv[1], sys.argv[1] + ".data", format="sequences")
+except DataError as error:
+    print(error)
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) >> 10)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"x" * 1024, "1: a line of more than 64 MiB"),
+        (b"u1 1 2 3\n" * 1024, "2: user 'u1' came before in line 1"),
+    ],
+)
+def test_a_gzip_bomb_is_unpacked_block_by_block(tmp_path, line, message):
+    # 640 MiB, of which no more than a line or a block is held.
+    packed = gzip.compress(line * ((16 << 20) // len(line)), 1)
+    (tmp_path / "bomb.gz").write_bytes(packed * 40)
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "bomb.gz")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    said, peak = done.stdout.splitlines()
+    assert f"bomb.gz:{message}" in said
+    assert int(peak) < 300
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_line_without_end_is_an_error_with_its_number(tmp_path, monkeypatch, pack, on_error):
+    monkeypatch.setattr(text_blocks, "LONGEST_LINE", 3 << 20)
+    path = tmp_path / "log.txt"
+    path.write_bytes(pack(b"u1 1 2 3\nu2 " + b"77 " * 1_048_000))
+    assert read_sequences(path).num_interactions == 3 + 1_048_000
+    path.write_bytes(pack(b"u1 1 2 3\n\nu2 " + b"77 " * (1 << 20) + b"77\nu3 1 2 3\n"))
+    with pytest.raises(DataError, match=r"log\.txt:3: a line of more than 3 MiB"):
+        read_sequences(path, BadLines(on_error))
+
+
+def test_blocks_of_a_long_text_read_as_the_whole(tmp_path, monkeypatch):
+    text = "".join(
+        f"u{n} {' '.join(str((n * k) % 97) for k in range(3, 20))}\r\n" for n in range(300)
+    )
+    (tmp_path / "log.txt").write_text("\ufeff" + text)
+    whole = read_sequences(tmp_path / "log.txt")
+    lines = [line.split() for line in text.splitlines()]
+    again = sequences_from_ids(
+        [line[0] for line in lines], [17] * 300, [item for line in lines for item in line[1:]]
+    )
+    assert whole.sequences_hash() == again.sequences_hash()
+    monkeypatch.setattr(text_blocks, "BLOCK_BYTES", 100)
+    assert read_sequences(tmp_path / "log.txt").sequences_hash() == whole.sequences_hash()
+    (tmp_path / "log.txt").write_text(text + "u7 1 2 3\n")
+    with pytest.raises(DataError, match=r"log\.txt:301: user 'u7' came before in line 8"):
+        read_sequences(tmp_path / "log.txt")

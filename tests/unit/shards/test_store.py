@@ -91,6 +91,7 @@ def test_address_gives_what_the_directory_gives_with_one_request_per_record(made
 
 FAULTS = [
     ("500", "answers 500", 3),
+    ("escape", r"answers 500 secret\?\[31m\?", 3),
     ("stall", "stalls", 3),
     ("stall half-way", "stalls", 3),
     ("truncate", "breaks off", 3),

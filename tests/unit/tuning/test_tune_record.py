@@ -90,9 +90,9 @@ def test_show_value_writes_as_a_recipe_does() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("trials/t0000.json", '{"id": "t00', r"t0000\.json: damaged .*; remove it to run this trial"),
+        ("trials/t0000.json", '{"id": "t00', r"t0000\.json: not a record .*: remove it to run this trial"),
         ("trials/t0000.json", '{"id": "t0000", "epochs": []}', r"t0000\.json: damaged .*; remove it"),
-        ("trials/t0000.json", "[]", r"t0000\.json: not a JSON object"),
+        ("trials/t0000.json", "[]", r"t0000\.json: not a record of a sweep \(not a JSON object\): remove it"),
         ("trials/t0007.json", None, r"t0007\.json: it is about trial t0000"),
         ("sweep.json", '{"format_version": 9}', r"sweep\.json: format 9, this version reads 1"),
         ("sweep.json", '{"name": "x"}', r"sweep\.json: damaged \('space' is missing\)"),

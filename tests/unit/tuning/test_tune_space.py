@@ -92,7 +92,7 @@ def test_the_corners_that_are_tried_are_all_of_them(folder: Path) -> None:
         ("trials: 6", "trials: 0", r"trials: 0 is no whole number from 1 on"),
         ("trials: 6", "search: grid", r"search: 'grid' is none of optuna, random"),
         ("base.yaml", "nosuch", r"nosuch: no such recipe file; shipped recipes: "),
-        ("trials: 6", "trials: [", r"space\.yaml: not YAML"),
+        ("trials: 6", "trials: [", r"space\.yaml:\d+: not YAML"),
         ("finetune.learning_rate", "finetune.learning_rat", r"space: finetune\.learning_rat: .*unknown key"),
         ("finetune.batch_size", "finetune.batch", r"set: finetune\.batch: .*unknown key finetune\.batch"),
         ("batch_size: 32", "batch_size: 0", r"set: finetune\.batch_size: .* it has to be 1 or above"),
