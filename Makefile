@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml requirements.lock
 	fi; \
 	version='import sys; print(sys.version_info[:2])'; \
 	if [ -e .venv ] && [ "$$($(BIN)/python -c "$$version" 2>/dev/null)" != "$$("$$chosen" -c "$$version")" ]; then rm -rf .venv; fi; \
-	echo "making .venv with $$("$$chosen" --version): about 3 GB and some minutes"; \
+	echo "making .venv with $$("$$chosen" --version): about 3 GB (5 GB and more with CUDA) and some minutes"; \
 	"$$chosen" -m venv .venv
 	@$(BIN)/python -m pip install --quiet --upgrade pip || echo "pip stays at the version Python came with"
 	@for wait in 5 20 0; do \

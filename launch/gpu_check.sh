@@ -59,7 +59,7 @@ step() { # NAME BUDGET COMMAND...
 measure() { # NAME BUDGET SLOWEST: no part begins when less than the slowest part's seconds are left
   local left=$((deadline - SECONDS)) seconds=$(($2 * factor))
   if [ "$left" -lt "$seconds" ]; then seconds=$left; fi
-  step "$1" "$2" "$python" -m genrec_dist.bench.gpu_check "$1" --out "$out" --seconds $((seconds - $3)) ${small[@]+"${small[@]}"}
+  step "$1" "$2" "$python" -m genrec_dist.bench.gpu_check "$1" --out "$out" --seconds $((seconds - $3 * factor)) ${small[@]+"${small[@]}"}
 }
 
 measure facts 20 0

@@ -58,6 +58,17 @@ def test_every_make_target_in_the_documents_exists() -> None:
         assert named <= targets
 
 
+def test_only_the_tests_of_a_gpu_see_one() -> None:
+    """Others start ranks that would share it, and compare with a CPU's tolerances."""
+    command = ["make", "-n", "-o", ".venv/.made", "test", "slow", "gpu"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    calls = [line for line in done.stdout.splitlines() if "/python -m pytest" in line]
+    calls = [line for line in calls if not line.startswith("echo")]
+    assert len(calls) >= 5
+    for call in calls:
+        assert ("CUDA_VISIBLE_DEVICES= " in call) != call.endswith("-m gpu"), call
+
+
 @pytest.mark.parametrize("path", WITH_COMMANDS, ids=name_of)
 def test_every_command_and_option_exists(path: Path) -> None:
     commands = click_commands()

@@ -58,6 +58,15 @@ def test_catalogue_has_beautys_size_and_every_item_four_sub_words() -> None:
     assert PAD not in words.tokens
 
 
+def test_generate_is_left_out_where_a_batch_is_too_large_for_it(
+    tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "MOST_OF_GENERATE", 2)
+    world = World(TINY.shapes[0], load_dataset(tiny_data).sequences, torch.device("cpu"))
+    rates = [set(bench.measure_batch(world, size, TINY)["users a second"]) for size in (2, 3)]
+    assert rates == [{"exact", "compact", GENERATE}, {"exact", "compact"}]
+
+
 def test_typical_batch_is_neither_short_nor_long(tiny_data: Path) -> None:
     sequences = load_dataset(tiny_data).sequences
     world = World(TINY.shapes[0], sequences, torch.device("cpu"))
