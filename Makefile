@@ -10,7 +10,7 @@ STAMP := .venv/.made
 PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: env demo test check slow docs lock clean
+.PHONY: env demo test check slow faults docs lock clean
 
 env: $(STAMP)
 
@@ -56,6 +56,10 @@ test: check
 
 slow: env
 	$(PYTEST) -m slow
+
+# A thousand attacks on the program; SEED and ONLY repeat one of them, as it says itself.
+faults: env
+	$(BIN)/python tests/faults/run.py --processes $(PROCESSES) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
 
 # The documentation site in build/site: the command reference from the commands, the API from docstrings.
 docs: env
