@@ -20,7 +20,7 @@ WRITING = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.tru
 
 def main() -> None:
     order = json.loads(Path(sys.argv[1]).read_text())
-    os.chdir(order["folder"])
+    os.chdir(Path(sys.argv[1]).parent)
     if order["nobody"]:
         become_nobody()
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

@@ -131,8 +131,10 @@ def request(box: Box) -> None:
     expected = str(sound["standard output"]).splitlines()
     answers = ended.out.splitlines()
     if ended.refused(path):
-        if not re.search(r"line 2|position \d", ended.told.replace(str(path), "")):
+        if not re.search(r"jsonl:2: |line 2|position \d", ended.told):
             raise NotHeld(f"does not name the line: {ended.told[:200]}")
+        if answers and answers != expected:
+            raise NotHeld("the other lines are answered in another way")
     elif [*answers[:1], *answers[-1:]] != [expected[0], expected[-1]]:
         raise NotHeld("the other lines are answered in another way")
     elif len(answers) != len(expected) + bool(hostile.strip()):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import cache
 from typing import Any
 
 from attacks import Box, NotHeld, kind
 from hostile import SCRIPT, shown
 from typer.main import get_command
-from world import REQUESTS
+from world import REQUESTS, recipe_keys
+
+from genrec_dist.data.item_graph import KnnSettings
 
 NUMBERS = [
     "-1", "0", "1", "1000000000", "1" + "0" * 30, "-1" + "0" * 30, "nan", "inf", "-inf", "1e400",
@@ -88,3 +91,20 @@ def value(box: Box) -> None:
         return
     if given == "nan" and is_number(parameter):
         raise NotHeld(f"{option} nan is accepted")
+
+
+@kind("options", 40)
+def setting(box: Box) -> None:
+    """A key of `--set` with a hostile value, in a command that computes something with it."""
+    dry = ["WORLD/dense.yaml", "--dry-run"]
+    command, keys = box.dice.choice(
+        [
+            (["baseline", "knn", "WORLD/data", "--out", "OUT"], [*asdict(KnnSettings()), "more"]),
+            (["train", *dry], recipe_keys()),
+            (["plan", "WORLD/dense.yaml"], recipe_keys()),
+        ]
+    )
+    key, given = box.dice.choice(keys), box.dice.choice([*NUMBERS, "null", "[]", "{a: 1}", "yes"])
+    box.note(f"genrec {command[0]} --set {key}={shown(given)}")
+    if not box.run(*command, "--set", f"{key}={given}", nobody=True).refused() and given == "nan":
+        raise NotHeld(f"{key}=nan is accepted")
