@@ -47,7 +47,7 @@ check: env
 
 # The tests, those of real ranks at length, then the demo as its user runs it, its table judged.
 test: check
-	@echo "make test runs, on two idle cores: 1. the default tests, about 6 minutes; 2. -m ranks, real ranks, kills"; \
+	@echo "make test runs, on two idle cores: 1. the default tests, about 7 minutes; 2. -m ranks, real ranks, kills"; \
 	echo "and clusters, about 10 minutes; 3. -m demo, the whole demo judged, about 4 minutes. One part alone:"; \
 	echo "  .venv/bin/python -m pytest -n 2      .venv/bin/python -m pytest -m ranks      .venv/bin/python -m pytest tests/unit/model"
 	$(PYTEST) -n $(PROCESSES) --dist loadfile --durations 20 --durations-min 4
