@@ -153,7 +153,7 @@ def parquet(box: Box) -> None:
     )  # fmt: skip
     names = box.dice.choice([pa.array([f"u{n % 4}" for n in range(30)]), times, pa.nulls(30)])
     table = {"user": names, "item": pa.array([f"i{n % 7}" for n in range(30)]), "timestamp": times}
-    box.note(f"user {names.type}, timestamp {times.type} {shown(times[0])}")
+    box.note(f"user {names.type}, timestamp {times.type}")
     path = box.folder / "log.parquet"
     pq.write_table(pa.table(table), path)
     prepared(box, path, path, "--k-core", "0", *errors(box))

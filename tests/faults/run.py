@@ -53,4 +53,5 @@ if __name__ == "__main__":
     sys.path[:0] = [str(HELPERS)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ |= {"MALLOC_ARENA_MAX": "2", "POLARS_MAX_THREADS": "2", "RAYON_NUM_THREADS": "2"}
+    os.environ["HF_HUB_OFFLINE"] = "1"  # a name that nobody means is not looked for
     sys.exit(main())

@@ -64,7 +64,8 @@ def genrec(*arguments: object) -> None:
 
 def bits(run: Path) -> dict[str, object]:
     """Weights, moments, average and progress of a run's last checkpoint, and its `best/`."""
-    last = max((run / "checkpoints").glob("step-*"), default=None)
+    states = (run / "checkpoints").glob("step-*/state.json")
+    last = max((state.parent for state in states), default=None)
     if last is None:
         raise NotHeld(f"{run.name} has no checkpoint at its end")
     found = content(run / "best") | {f"{last.name}/{k}": v for k, v in content(last).items()}

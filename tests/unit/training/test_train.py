@@ -460,6 +460,18 @@ def test_the_oldest_checkpoint_goes_only_after_the_new_one_has_its_name(
         assert names() == kept
 
 
+def test_a_backbone_without_a_tokenizer_is_told_by_its_own_key(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    backbone = replace(recipe.model, backbone=str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=rf"^model\.backbone {tmp_path}/empty: neither"):
+        build_setup(replace(recipe, model=backbone))
+    named = replace(recipe.tokens, tokenizer=str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=rf"^tokens\.tokenizer {tmp_path}/empty: neither"):
+        build_setup(replace(recipe, tokens=named))
+
+
 @pytest.mark.dist
 def test_two_ranks_train_what_one_trains(recipe: Recipe, tmp_path: Path) -> None:
     """Without dropout two gloo ranks and one process end with the same weights, up to the order of
