@@ -8,7 +8,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -69,12 +69,16 @@ def attempts(
     """The results of attacks, as they come; none is begun after so many seconds."""
     # Not by fork: each process has its own server of processes.
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=preload) as pool:
-        waiting = [pool.submit(attempt, world, name, seed) for name in names]
+        left = iter(names)
+        waiting: set[Future[Result]] = set()
         end = time.monotonic() + seconds
-        for future in as_completed(waiting):
-            if time.monotonic() > end:
-                pool.shutdown(wait=False, cancel_futures=True)
-            if not future.cancelled():
+        while True:
+            while len(waiting) < processes and time.monotonic() < end and (name := next(left, "")):
+                waiting.add(pool.submit(attempt, world, name, seed))
+            if not waiting:
+                return
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
                 yield future.result()
 
 
