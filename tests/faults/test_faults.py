@@ -25,7 +25,7 @@ def test_a_sample_of_attacks_is_held() -> None:
     print(done.stdout)
     assert done.returncode == 0, f"FAULTS_SEED={SEED}\n{done.stdout[-20_000:]}{done.stderr[-2000:]}"
     held = int(done.stdout.splitlines()[-2].split()[2])
-    assert held >= 10, done.stdout
+    assert held >= 3, done.stdout
 
 
 def test_a_seed_makes_the_same_attacks_and_each_kind_has_its_share() -> None:
