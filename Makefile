@@ -11,7 +11,7 @@ PROCESSES ?= 2
 # GPUs are hidden: two ranks of a test would share one, and tolerances are those of a CPU. Those of `-m gpu` alone use them.
 PYTEST := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
-.PHONY: env demo test check slow gpu docs dist lock clean
+.PHONY: env demo test check slow faults gpu docs dist lock clean
 
 env: $(STAMP)
 
@@ -48,7 +48,7 @@ check: env
 
 # The tests, those of real ranks at length, then the demo as its user runs it, its table judged.
 test: check
-	@echo "make test runs, on two idle cores: 1. the default tests, about 6 minutes; 2. -m ranks, real ranks, kills"; \
+	@echo "make test runs, on two idle cores: 1. the default tests, about 7 minutes; 2. -m ranks, real ranks, kills"; \
 	echo "and clusters, about 10 minutes; 3. -m demo, the whole demo judged, about 4 minutes. One part alone:"; \
 	echo "  .venv/bin/python -m pytest -n 2      .venv/bin/python -m pytest -m ranks      .venv/bin/python -m pytest tests/unit/model"
 	$(PYTEST) -n $(PROCESSES) --dist loadfile --durations 20 --durations-min 4
@@ -57,6 +57,10 @@ test: check
 
 slow: env
 	$(PYTEST) -m slow
+
+# A thousand attacks on the program; SEED and ONLY repeat one of them, as it says itself.
+faults: env
+	$(BIN)/python tests/faults/run.py --processes $(PROCESSES) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
 
 # On a machine with an NVIDIA GPU: the tests that need one.
 gpu: env

@@ -105,8 +105,20 @@ def _message(error: ValueError | OSError) -> str:
     return f"{place}{reason}: check the path"
 
 
+LONGEST_LINE = 2000
+"""Characters of a message; a value of a file can be of any length."""
+
+
 def _one_line(text: str) -> str:
-    return " ".join(text.split())
+    """A message as a terminal may get it: one line, control characters spelled out, of a long one
+    the beginning and the end, where the remedy is."""
+    line = "".join(
+        letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(text.split())
+    )
+    end = LONGEST_LINE // 4
+    if len(line) <= LONGEST_LINE:
+        return line
+    return f"{line[: LONGEST_LINE - end - 5]} ... {line[-end:]}"
 
 
 def shown(text: str, arguments: Sequence[str] | None = None) -> str:

@@ -62,8 +62,15 @@ def train_tokenizer(
     )
 
 
-def load_tokenizer(name: str | Path, num_masks: int = 1) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    name: str | Path, num_masks: int = 1, key: str = "tokens.tokenizer"
+) -> PreTrainedTokenizerFast:
     """A Hugging Face fast tokenizer by name or directory, with the numbered masks it lacks.
+
+    Args:
+        name: of the tokenizer.
+        num_masks: numbered masks.
+        key: of the recipe that says the name.
 
     Raises:
         ValueError: it cannot be loaded or does not fit; names it and the ways out.
@@ -72,9 +79,8 @@ def load_tokenizer(name: str | Path, num_masks: int = 1) -> PreTrainedTokenizerF
         tokenizer = AutoTokenizer.from_pretrained(str(name), use_fast=True)
     except (OSError, ValueError):
         raise ValueError(
-            f"tokens.tokenizer {name}: neither a directory with a tokenizer nor reachable on the "
-            "hub; download it beforehand and give its directory, or set tokens.tokenizer to null "
-            "to train one"
+            f"{key} {name}: neither a directory with a tokenizer nor reachable on the hub; "
+            f"download it beforehand and give its directory, or set {key} to null to train one"
         ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokens.tokenizer {name}: not a fast tokenizer")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from genrec_shards.atomic import atomic_directory, system_errors
+from genrec_shards.atomic import atomic_directory, remove_directory, system_errors
 from genrec_shards.storage.manifest import file_sha256
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -83,7 +83,7 @@ def save_checkpoint(run: Path, state: State, keep: int, ranks: Ranks) -> Path:
         ranks.run_on_all(stack.close)  # the directory gets its name
     if ranks.is_main:
         for old in list_checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
+            remove_directory(old)
     return path
 
 

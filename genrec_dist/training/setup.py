@@ -83,7 +83,8 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGene
     elif name is None:
         tokenizer = train_tokenizer(codes.item_codes, recipe.tokens.vocab_size, num_masks)
     else:
-        tokenizer = load_tokenizer(name, num_masks)
+        key = "tokens.tokenizer" if recipe.tokens.tokenizer else "model.backbone"
+        tokenizer = load_tokenizer(name, num_masks, key)
     words = build_words(tokenizer, codes.item_codes, codes.user_codes, num_masks)
     # The ids of a tokenizer can have gaps.
     vocab_size = max(len(tokenizer), int(words.tokens.max()) + 1)

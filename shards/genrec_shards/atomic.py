@@ -91,6 +91,14 @@ def atomic_directory(
             raise
 
 
+def remove_directory(path: Path) -> None:
+    """Remove a directory that no longer bears its name while it is in parts, so that a kill leaves
+    all of it or what counts as left over."""
+    aside = _temporary_sibling(path, "tmp")
+    os.rename(path, aside)
+    shutil.rmtree(aside)
+
+
 @contextlib.contextmanager
 def system_errors(path: Path) -> Iterator[None]:
     """Context in which a full disk is an OSError that names `path`, also where a Rust library

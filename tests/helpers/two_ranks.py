@@ -61,7 +61,7 @@ def run_ranks(
     outputs. A run that outlives `timeout` seconds is killed and fails the test."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(num_ranks),
-        "--master_addr", "127.0.0.1", "--master_port", str(_free_port()),
+        "--master_addr", "127.0.0.1", "--master_port", str(free_port()),
         "--log_dir", str(logs), "--redirects", "3", *map(str, arguments),
     ]  # fmt: skip
     done = subprocess.run(
@@ -89,7 +89,7 @@ def start_each(
     logs.mkdir(parents=True, exist_ok=True)
     meeting = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(num_ranks),
     }
     meeting["LOCAL_WORLD_SIZE"] = meeting["WORLD_SIZE"]
@@ -105,7 +105,8 @@ def start_each(
             process.kill()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody holds just now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

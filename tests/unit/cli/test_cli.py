@@ -20,6 +20,7 @@ from two_ranks import environment
 from typer.main import get_command
 
 from genrec_dist.cli.app import app, run_command
+from genrec_dist.console import exit_code_of
 
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 GOOD = "ann a b c d\nbob b c a d\ncy c d b a e\n"
@@ -53,6 +54,28 @@ def names(directory: Path) -> list[str]:
 def recipe_file(folder: Path, **values: object) -> Path:
     lines = "".join(f"{key}: {json.dumps(str(value))}\n" for key, value in values.items())
     return write(folder / "recipe.yaml", lines + TINY_RECIPE)
+
+
+# Messages.
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("x: damaged\n  at line 3:\tagain", "x: damaged at line 3: again"),
+        ("500 secret\x1b[31m\x07, 日本 é", "500 secret\\x1b[31m\\x07, 日本 é"),
+        ("\udcff.json: no such file", "\\udcff.json: no such file"),
+        (f"{'x' * 1495} {'y' * 9000}{'z' * 500}", f"{'x' * 1495} ... {'z' * 500}"),
+    ],
+)
+def test_a_message_is_one_line_of_bounded_length_without_control_characters(
+    capfd: pytest.CaptureFixture[str], message: str, expected: str
+) -> None:
+    def fail() -> None:
+        raise ValueError(message)
+
+    assert exit_code_of(fail) == 1
+    assert capfd.readouterr().err == f"genrec: {expected}\n"
 
 
 # What succeeds.

@@ -16,6 +16,7 @@ import pytest
 from genrec_shards.atomic import (
     atomic_directory,
     atomic_file,
+    remove_directory,
     sweep_killed_writers,
     system_errors,
 )
@@ -273,6 +274,22 @@ def test_a_full_disk_is_an_error_of_the_system_whatever_library_meets_it(tmp_pat
     with pytest.raises(OSError, match="File too large") as caught:
         write()
     assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_that_is_half_removed_no_longer_bears_its_name(tmp_path, monkeypatch):
+    (tmp_path / "step-3").mkdir()
+    for name in ("a", "b"):
+        (tmp_path / "step-3" / name).write_text("whole")
+    unlink, left = os.unlink, []
+
+    def noted(*arguments, **options):
+        unlink(*arguments, **options)
+        left.append([path.name for path in tmp_path.iterdir() if not path.name.startswith(".")])
+
+    monkeypatch.setattr(os, "unlink", noted)
+    remove_directory(tmp_path / "step-3")
+    assert left == [[], []]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -455,8 +455,21 @@ def test_the_oldest_checkpoint_goes_only_after_the_new_one_has_its_name(
         old = names()
         loop.save()
         # Nothing that was there is gone when the new one appears, and then no more than one goes.
-        assert seen == [(old, [*old, step])]
-        assert names() == [*old, step][-keep:]
+        new, kept = [*old, step], [*old, step][-keep:]
+        assert seen == [(old, new), *([(new, kept)] if kept != new else [])]
+        assert names() == kept
+
+
+def test_a_backbone_without_a_tokenizer_is_told_by_its_own_key(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    backbone = replace(recipe.model, backbone=str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=rf"^model\.backbone {tmp_path}/empty: neither"):
+        build_setup(replace(recipe, model=backbone))
+    named = replace(recipe.tokens, tokenizer=str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=rf"^tokens\.tokenizer {tmp_path}/empty: neither"):
+        build_setup(replace(recipe, tokens=named))
 
 
 @pytest.mark.dist
