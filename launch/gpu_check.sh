@@ -19,8 +19,6 @@ case "${1:-}" in
   --cpu) small=(--small) out=${2:?usage: launch/gpu_check.sh [--cpu OUT]} factor=5 ;;
   *) echo "usage: launch/gpu_check.sh [--cpu OUT]" >&2; exit 2 ;;
 esac
-# In memory where that is a file system: what a step writes is not what it measures.
-if [ -z "${TMPDIR:-}" ] && [ -w /dev/shm ]; then export TMPDIR=/dev/shm; fi
 work=$(mktemp -d) || exit 1
 trap 'rm -rf "$work"' EXIT
 # A CPU may be shared with other work.

@@ -39,8 +39,6 @@ OPTIONAL = {
     "mypy": ("checks", "dev"),
 }
 
-TRITON_NEEDS = "apt-get install gcc python3-dev"
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -76,7 +74,7 @@ def examine() -> list[Finding]:
         _attempt("threads", _threads, "", required=False),
         _attempt("bf16 on this CPU", _cpu_bf16, "", required=False),
         _attempt("GPU", _gpu, "", required=False),
-        _attempt("Triton on the GPU", _triton, TRITON_NEEDS, required=False),
+        _attempt("Triton on the GPU", _triton, "", required=False),
         _attempt("processes (gloo)", _gloo, "install a torch build with torch.distributed", False),
         _attempt(
             "tar in a temporary directory", _tar_round_trip, f"free or set TMPDIR (now {temporary})"
