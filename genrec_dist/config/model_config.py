@@ -69,9 +69,11 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        fields = read_object(path)
-    except (OSError, ValueError) as error:
+        fields = read_object(path, remedy=REMEDY)
+    except OSError as error:
         raise ModelFileError(f"{path}: not readable ({error}): {REMEDY}") from None
+    except ValueError as error:
+        raise ModelFileError(str(error)) from None
     check_model_config(fields, f"{path}: ")
     return fields
 

@@ -111,12 +111,8 @@ def read_state(
             type or out of its range; or what of the run differs.
     """
     file = path / STATE_FILE
-    try:
-        state = cast(CheckpointState, read_object(file))
-        problem = _problem_of(state, path)
-    except (OSError, ValueError) as error:
-        raise _damaged(file, str(error)) from None
-    if problem:
+    state = cast(CheckpointState, read_object(file, remedy="resume from an older checkpoint"))
+    if problem := _problem_of(state, path):
         raise _damaged(file, problem)
     found = {"origin": FRESH, **state["identity"]}
     for key, value in identity.items():
@@ -148,17 +144,13 @@ def _damaged(file: Path, problem: str) -> ValueError:
     return ValueError(f"{file}: damaged ({problem}); resume from an older checkpoint")
 
 
-def _problem_of(state: Any, path: Path) -> str:
-    """What is wrong with a `state.json`, whatever the run; "" for nothing.
-
-    Raises:
-        ValueError: naming a version that is not read.
-    """
+def _problem_of(state: CheckpointState, path: Path) -> str:
+    """What is wrong with a `state.json`, whatever the run; "" for nothing."""
     hints = get_type_hints(CheckpointState)
-    if isinstance(state, dict) and "format_version" in state:
+    if "format_version" in state:
         version = state["format_version"]
         if not isinstance(version, int) or version not in (WITHOUT_SHA256, FORMAT_VERSION):
-            raise ValueError(
+            return (
                 f"format_version is {reprlib.repr(version)}, this version reads {WITHOUT_SHA256} "
                 f"and {FORMAT_VERSION}"
             )

@@ -364,7 +364,7 @@ def test_recipes_that_do_not_fit(
             [recipe, "--set", "model.d_modle=8"],
             "unknown key model.d_modle; did you mean `model.d_m",
         ),
-        ([recipe, "--set", "model.d_model=wide"], "model.d_model: 'wide' is not of type int"),
+        ([recipe, "--set", "model.d_model=wide"], "model.d_model: 'wide' is not a whole number"),
         ([recipe, "--set", "seed"], "--set seed: write it as dotted.key=value"),
         (
             [recipe, "--set", f"data={tmp_path / 'absent'}"],

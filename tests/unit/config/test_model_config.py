@@ -54,7 +54,9 @@ def test_the_class_and_the_file_refuse_the_same(key: str, value: object, tmp_pat
         GenRecConfig(**{key: value})
     fields = GenRecConfig().to_dict()
     (tmp_path / "config.json").write_text(json.dumps({**fields, key: value}))
-    with pytest.raises(ValueError, match=f"^{tmp_path / 'config.json'}: {key} is .*: copy"):
+    with pytest.raises(
+        ValueError, match=f"^{tmp_path / 'config.json'}: ({key} is|not JSON) .*: copy"
+    ):
         read_model_config(tmp_path)
 
 
@@ -68,5 +70,5 @@ def test_what_a_model_has_passes_and_missing_fields_are_those_of_older_ones(tmp_
 def test_a_file_that_is_no_object_is_named(text: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    with pytest.raises(ValueError, match=f"^{path}: (not readable|no JSON object)"):
+    with pytest.raises(ValueError, match=f"^{path}: not JSON .*: copy the model again"):
         read_model_config(tmp_path)

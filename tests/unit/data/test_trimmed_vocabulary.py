@@ -317,6 +317,10 @@ def test_mode_free_reads_items_back(loaded: LoadedRun, tiny_data: Path) -> None:
 def test_a_run_without_its_vocabulary_is_refused(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run / "best", tmp_path / "run" / "best")
     (tmp_path / "run" / "best" / VOCABULARY_FILE).unlink()
+    with pytest.raises(ValueError, match=r"json: no such file, and manifest\.json names it: copy"):
+        load_run(tmp_path / "run")
+    # A run of a version without a manifest.
+    (tmp_path / "run" / "best" / "manifest.json").unlink()
     with pytest.raises(ValueError, match=r"json: missing or damaged .*: copy the run again, or tr"):
         load_run(tmp_path / "run")
 
