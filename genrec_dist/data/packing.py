@@ -45,6 +45,8 @@ class Group(NamedTuple):
     keys: GroupTokens
     visible_cQ: Tensor | None
     """int64 [c, Q], how many keys each query attends to, from the first on; None: all."""
+    branch_cQ: Tensor | None = None
+    """int64 [c, Q], as `Attended.branch`; -1 on padding."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,12 @@ class Attended:
     all."""
     by_length: bool = True
     """Neighbours have like lengths; otherwise a group takes sequences of any length."""
+    branch: np.ndarray | None = None
+    """int64 [n], of queries that are keys too: the branch a token belongs to, -1 for the stem. A
+    token attends to what of the stem is visible, and to its own branch up to itself."""
+
+    def to(self, device: torch.device) -> Attended:
+        return replace(self, queries=self.queries.to(device), keys=self.keys.to(device))
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -93,16 +101,26 @@ class Attended:
             queries, keys = (_group_tokens(each, first, last) for each in (self.queries, self.keys))
             if queries.number == 0:
                 continue
-            visible_cQ = None
-            if self.visible is not None:
-                # Padding sees one key: a softmax over none would give NaN.
-                visible = torch.ones((last - first) * queries.longest, dtype=torch.long)
-                slots = slice(None) if queries.slots is None else queries.slots
-                of_group = self.visible[queries.first : queries.first + queries.number]
-                visible[slots] = torch.from_numpy(of_group)
-                visible_cQ = visible.view(last - first, queries.longest)
-            groups.append(Group(last - first, queries, keys, visible_cQ))
+            # Padding sees one key: a softmax over none would give NaN.
+            visible_cQ = _in_rectangle(self.visible, queries, last - first, 1)
+            branch_cQ = _in_rectangle(self.branch, queries, last - first, -1)
+            groups.append(Group(last - first, queries, keys, visible_cQ, branch_cQ))
         return groups
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The encoder's and the decoder's tokens of each sample as one sequence, for a model that has
+    one stack of layers for both: a stem, and a branch for each decoder row."""
+
+    order_s: Tensor
+    """int64 [n + m], for each token its index among the encoder's tokens and then the
+    decoder's."""
+    places_m: Tensor
+    """int64 [m], where each decoder token is."""
+    positions_s: Tensor
+    """int64 [n + m], position of each token in its stem or after what it sees of it."""
+    attended: Attended
 
 
 @dataclass(frozen=True)
@@ -136,6 +154,41 @@ class Packing:
     def across(self) -> Attended:
         return Attended(self.targets, self.encoder, visible=self.visible_m)
 
+    @cached_property
+    def joined(self) -> Joined:
+        """The tokens of each sample as one sequence."""
+        # Two samples of 3 and 2 encoder tokens, decoder rows of 2, 1 and 2, the first two of sample
+        # 0, which see 2 and 3 tokens of it:
+        #   order_s = [0 1 2 5 6 7 | 3 4 8 9], places_m = [3 4 5 8 9]
+        #   visible_s = [1 2 3 2 2 3 | 1 2 2 2], branch_s = [- - - 0 0 1 | - - 2 2]
+        #   positions_s = [0 1 2 2 3 3 | 0 1 2 3]
+        stems, answers = self.encoder.lengths, self.targets.lengths
+        num_stem, samples = int(self.encoder.offsets[-1]), np.arange(len(stems))
+        sample_s = np.concatenate([np.repeat(samples, stems), np.repeat(samples, answers)])
+        order_s = np.argsort(sample_s, kind="stable")
+        places_s = np.argsort(order_s)
+        within_n = np.arange(num_stem) - np.repeat(self.encoder.offsets[:-1], stems)
+        visible_m = np.repeat(stems, answers) if self.visible_m is None else self.visible_m
+        branch_m = np.repeat(np.arange(len(self.rows.lengths)), self.rows.lengths)
+        positions_m = visible_m + self.positions_m.cpu().numpy()
+        visible_s = np.concatenate([within_n + 1, visible_m])[order_s]
+        branch_s = np.concatenate([np.full(num_stem, -1), branch_m])[order_s]
+        segments = segments_of(stems + answers)
+        # One row after the whole stem is causal attention over both.
+        sample_of_row = np.searchsorted(self.targets.offsets[1:], self.rows.offsets[:-1], "right")
+        if len(np.unique(sample_of_row)) == len(sample_of_row) and np.array_equal(
+            visible_m, np.repeat(stems, answers)
+        ):
+            attended = Attended(segments, segments, causal=True)
+        else:
+            attended = Attended(segments, segments, visible=visible_s, branch=branch_s)
+        return Joined(
+            order_s=torch.from_numpy(order_s),
+            places_m=torch.from_numpy(places_s[num_stem:]),
+            positions_s=torch.from_numpy(np.concatenate([within_n, positions_m])[order_s]),
+            attended=attended,
+        )
+
     def to(self, device: torch.device) -> Packing:
         return replace(
             self,
@@ -162,6 +215,18 @@ class Packing:
             visible_m=None if self.visible_m is None else self.visible_m[targets],
         )
         return tokens, targets, packing
+
+
+def _in_rectangle(
+    values: np.ndarray | None, tokens: GroupTokens, size: int, fill: int
+) -> Tensor | None:
+    """A group's share of a packed array as [c, L], `fill` on padding."""
+    if values is None:
+        return None
+    rectangle = torch.full((size * tokens.longest,), fill, dtype=torch.long)
+    of_group = values[tokens.first : tokens.first + tokens.number]
+    rectangle[slice(None) if tokens.slots is None else tokens.slots] = torch.from_numpy(of_group)
+    return rectangle.view(size, tokens.longest)
 
 
 def filled_size(num_tokens: int) -> int:

@@ -14,8 +14,8 @@ from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation.metrics import TOP, rank_histogram, target_ranks
 from genrec_dist.inference.rank_users import Decoding, cut_batches, rank_batch
-from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.model.head_loss import target_loss
+from genrec_dist.model.kinds import AnyModel
 
 
 def target_histogram(
@@ -46,7 +46,7 @@ def target_histogram(
 
 @torch.inference_mode()
 def history_loss(
-    model: GenRecForConditionalGeneration,
+    model: AnyModel,
     layout: Layout,
     view: SplitView,
     user_rows_U: np.ndarray,

@@ -24,7 +24,7 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.word_table import VOCABULARY_FILE
 from genrec_dist.decoding.trie import TRIE_FILE, Trie, hash_of_words, save_trie
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.kinds import AnyModel
 from genrec_dist.model.optimizer import AveragedWeights
 from genrec_dist.training.engine import Engine, Segment
 from genrec_dist.training.id_tables import IdTables
@@ -391,7 +391,7 @@ def _changes(path: Path, recipe: Recipe) -> list[str]:
 
 
 def save_best(
-    setup: TrainingSetup, model: GenRecForConditionalGeneration, trie: Trie, step: int
+    setup: TrainingSetup, model: AnyModel, trie: Trie, step: int
 ) -> Path:
     """Write the run's `best/`: what `from_pretrained` loads, the trie of the words, and the
     catalogue that maps rows to the items' own ids, and to the users' where the model uses them.

@@ -23,12 +23,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Batch
 from genrec_dist.distributed import launch_check
-from genrec_dist.model.genrec import (
-    GenRecForConditionalGeneration,
-    choose_attention,
-    choose_layers,
-    choose_loss,
-)
+from genrec_dist.model.kinds import AnyModel, empty_copy, set_up
 from genrec_dist.model.optimizer import build_optimizer
 
 SUPPORTED = (
@@ -102,7 +97,7 @@ class Engine(Protocol):
         """Clip, step and clear the gradients; returns the global gradient norm before clipping. If
         it is not finite, nothing was stepped or the weights are lost, and the run has to end."""
 
-    def whole(self) -> AbstractContextManager[GenRecForConditionalGeneration]:
+    def whole(self) -> AbstractContextManager[AnyModel]:
         """Collective: the model with the masters' values in float32, for decoding and for
         `best/`."""
 
@@ -192,12 +187,10 @@ def _deepspeed_plugin(recipe: Recipe) -> DeepSpeedPlugin | None:
 
 
 def make_engine(
-    model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator
+    model: AnyModel, recipe: Recipe, accelerator: Accelerator
 ) -> Engine:
     """The engine of a model, on its device; under DeepSpeed it shards the model. Collective."""
-    choose_attention(model.to(accelerator.device), recipe.precision)
-    choose_loss(model, recipe.head)
-    choose_layers(model, recipe.compile == "layers", recipe.activation_checkpointing)
+    set_up(model.to(accelerator.device), recipe)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return Spread(model, recipe, accelerator)
     return Replicated(model, recipe, accelerator)
@@ -209,7 +202,7 @@ class Replicated:
     needs_equal_micro_steps = False
 
     def __init__(
-        self, model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator
+        self, model: AnyModel, recipe: Recipe, accelerator: Accelerator
     ):
         self.model, self.accelerator = model, accelerator
         self.max_grad_norm = recipe.optimizer.max_grad_norm or math.inf
@@ -244,7 +237,7 @@ class Replicated:
         return norm
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[GenRecForConditionalGeneration]:
+    def whole(self) -> Iterator[AnyModel]:
         self.model.eval()
         with self.accelerator.autocast():
             yield self.model
@@ -256,7 +249,7 @@ class Spread:
     needs_equal_micro_steps = True
 
     def __init__(
-        self, model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator
+        self, model: AnyModel, recipe: Recipe, accelerator: Accelerator
     ):
         self.model, self.recipe, self.accelerator = model, recipe, accelerator
         optimizer = build_optimizer(model, recipe.optimizer)
@@ -353,17 +346,9 @@ class Spread:
         return torch.as_tensor(norm, dtype=torch.float32)
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[GenRecForConditionalGeneration]:
+    def whole(self) -> Iterator[AnyModel]:
         device = self.accelerator.device
-        with torch.device("meta"):
-            model = GenRecForConditionalGeneration(self.model.config)
-        model.to_empty(device=device)
-        model.tie_weights()
-        buffers = zip(model.named_buffers(), self.model.named_buffers(), strict=True)
-        for (_, copy), (_, buffer) in buffers:
-            copy.copy_(buffer)
-        choose_attention(model, self.recipe.precision)
-        model.eval()
+        model = empty_copy(self.model, self.recipe, device)
         mine = {segment.name: segment for segment in self.segments}
         with torch.no_grad():
             for name, parameter in model.named_parameters():
