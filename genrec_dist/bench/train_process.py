@@ -25,7 +25,7 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Batch, RankStep
 from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.inference.load import best_device
-from genrec_dist.model.genrec import choose_packing
+from genrec_dist.model.genrec import GenRecForConditionalGeneration, choose_packing
 from genrec_dist.training.engine import make_accelerator, make_engine
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.profiling import peak_memory
@@ -158,6 +158,7 @@ def make_rival(name: str, setting: Setting, folder: Path) -> tuple[Rival, World]
     elif name != DEFAULT:
         known = ", ".join((OURS, TRIMMED, TUNED, DEFAULT, PUBLISHED))
         raise ValueError(f"{name}: no such rival; there are {known}")
+    assert isinstance(world.model, GenRecForConditionalGeneration)
     return TrainerRival(world.model, samples, collate, arguments), world
 
 

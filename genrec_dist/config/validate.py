@@ -142,7 +142,9 @@ def _prompt_problem(recipe: Recipe) -> str:
     """What of a recipe does not fit its prompt, with the way out; "" where all fits."""
     prompt, model = recipe.prompt, recipe.model
     if not prompt.template:
-        return "lora.rank: adapters need a model with a prompt: set it to 0" * (recipe.lora.rank > 0)
+        return "lora.rank: adapters need a model with a prompt: set it to 0" * (
+            recipe.lora.rank > 0
+        )
     before, _, after = prompt.template.partition(HISTORY)
     if prompt.template.count(HISTORY) != 1 or not before.strip() or not after:
         return "prompt.template: write text, {history} once, and text after it"
@@ -158,7 +160,7 @@ def _prompt_problem(recipe: Recipe) -> str:
         "optimizer.id_tables": recipe.optimizer.id_tables != "dense",
         "compile": recipe.compile != "none",
         "init_from": recipe.init_from is not None,
-        **{key: True for key in recipe.from_data},
+        **dict.fromkeys(recipe.from_data, True),
     }
     found = next((key for key, is_set in refused.items() if is_set), None)
     if found:

@@ -1,8 +1,8 @@
 """The running search of a prompted model: a prompt's keys and values once per user, shared by all
 beams."""
 
-# B users, K beams, H query heads, G key and value heads, R = H / G, L prompt tokens, P shared tokens
-# after the prompt, t tokens of a beam since then, d width of a head, D width, W as in PromptedModel
+# B users, K beams, H query heads, G key and value heads, R = H / G, L prompt tokens, P tokens that
+# answers share, t tokens of a beam since then, d width of a head, D width, W as in PromptedModel
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from genrec_dist.model.causal.prompted import PromptedModel
 
 
 class PromptState:
-    """Takes the place of `DecoderState`: what that reads from an encoder is here a prompt's keys and
-    values.
+    """Takes the place of `DecoderState`: what that reads from an encoder is here a prompt's keys
+    and values.
 
     The beams of a user are the tokens of one row in a pass through the layers: each sees the shared
     keys and its own.
@@ -80,8 +80,8 @@ class PromptState:
 
 
 class _SharedAttention:
-    """Of tokens that all answers of a user share, over the prompt and the ones before; appends their
-    keys and values to the prompt's."""
+    """Of tokens that all answers of a user share, over the prompt and the ones before; appends
+    their keys and values to the prompt's."""
 
     def __init__(self, state: PromptState, causal_PP: Tensor):
         self.state = state

@@ -413,7 +413,10 @@ def _parts(encoder: EncoderInput, excluded: Pairs | None, most: int) -> Iterator
 
 def _joined_lists(parts: Iterable[TopItems]) -> TopItems:
     lists = list(parts)
-    return TopItems(*(np.concatenate([getattr(l, n) for l in lists]) for n in ("items", "scores")))
+    return TopItems(
+        items=np.concatenate([part.items for part in lists]),
+        scores=np.concatenate([part.scores for part in lists]),
+    )
 
 
 def _as_lists(scores_BN: Tensor, items_BN: Tensor, top: int) -> TopItems:

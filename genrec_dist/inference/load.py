@@ -191,9 +191,7 @@ def load_model(best: Path, device: torch.device | str = "cpu", *, light: bool = 
 def _coded_layout(
     best: Path, config: GenRecConfig, tokenizer: WordTokenizer, catalogue: Catalogue
 ) -> tuple[Layout, ItemTexts]:
-    words = build_words(
-        tokenizer, catalogue.item_codes, catalogue.user_codes, config.num_masks
-    )
+    words = build_words(tokenizer, catalogue.item_codes, catalogue.user_codes, config.num_masks)
     if config.spoken_tokens:
         vocabulary = load_vocabulary(best / VOCABULARY_FILE, config.vocabulary_hash)
         words = trim(words, tokenizer.pad_token_id, vocabulary)

@@ -1,5 +1,5 @@
-"""The two kinds of model that are trained: GenRec's encoder-decoder, and a causal language model that
-reads titles."""
+"""The two kinds of model that are trained: GenRec's encoder-decoder, and a causal language model
+that reads titles."""
 
 from __future__ import annotations
 

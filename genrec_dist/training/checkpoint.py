@@ -390,9 +390,7 @@ def _changes(path: Path, recipe: Recipe) -> list[str]:
     return changed_keys(before, recipe)
 
 
-def save_best(
-    setup: TrainingSetup, model: AnyModel, trie: Trie, step: int
-) -> Path:
+def save_best(setup: TrainingSetup, model: AnyModel, trie: Trie, step: int) -> Path:
     """Write the run's `best/`: what `from_pretrained` loads, the trie of the words, and the
     catalogue that maps rows to the items' own ids, and to the users' where the model uses them.
 

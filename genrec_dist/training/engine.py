@@ -186,9 +186,7 @@ def _deepspeed_plugin(recipe: Recipe) -> DeepSpeedPlugin | None:
     return plugin
 
 
-def make_engine(
-    model: AnyModel, recipe: Recipe, accelerator: Accelerator
-) -> Engine:
+def make_engine(model: AnyModel, recipe: Recipe, accelerator: Accelerator) -> Engine:
     """The engine of a model, on its device; under DeepSpeed it shards the model. Collective."""
     set_up(model.to(accelerator.device), recipe)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -201,9 +199,7 @@ class Replicated:
 
     needs_equal_micro_steps = False
 
-    def __init__(
-        self, model: AnyModel, recipe: Recipe, accelerator: Accelerator
-    ):
+    def __init__(self, model: AnyModel, recipe: Recipe, accelerator: Accelerator):
         self.model, self.accelerator = model, accelerator
         self.max_grad_norm = recipe.optimizer.max_grad_norm or math.inf
         self.optimizer = build_optimizer(model, recipe.optimizer)
@@ -248,9 +244,7 @@ class Spread:
 
     needs_equal_micro_steps = True
 
-    def __init__(
-        self, model: AnyModel, recipe: Recipe, accelerator: Accelerator
-    ):
+    def __init__(self, model: AnyModel, recipe: Recipe, accelerator: Accelerator):
         self.model, self.recipe, self.accelerator = model, recipe, accelerator
         optimizer = build_optimizer(model, recipe.optimizer)
         exact = {}

@@ -109,9 +109,7 @@ class IdTables:
             table.update(gradient[1:], learning_rate=learning_rate, scale=1 / self.ranks.size)
 
     @contextlib.contextmanager
-    def serving(
-        self, model: AnyModel, view: SplitView, users_U: np.ndarray
-    ) -> Iterator[None]:
+    def serving(self, model: AnyModel, view: SplitView, users_U: np.ndarray) -> Iterator[None]:
         """Context in which the model can encode these users' histories. Collective.
 
         Args:

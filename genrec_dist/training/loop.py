@@ -32,8 +32,7 @@ from genrec_dist.evaluation.metrics import metrics_from_histogram
 from genrec_dist.evaluation.provenance import git_commit, versions
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.validation import history_loss, target_histogram
-from genrec_dist.model.causal.config import PromptedConfig
-from genrec_dist.model.genrec import choose_packing
+from genrec_dist.model.genrec import GenRecConfig, choose_packing
 from genrec_dist.model.kinds import AnyModel
 from genrec_dist.model.optimizer import AveragedWeights, peak_share
 from genrec_dist.training.checkpoint import (
@@ -155,7 +154,7 @@ class Loop:
     def batches(self) -> Iterator[tuple[int, RankStep]]:
         """(global step, this rank's share of it) from the run's next step on."""
         config, device, workers = self.model.config, self.accelerator.device, self.recipe.workers
-        has_ids = not isinstance(config, PromptedConfig)
+        of_ids = config if isinstance(config, GenRecConfig) else None
         data = StepBatches(
             self.setup.stages,
             self.setup.reader,
@@ -163,8 +162,8 @@ class Loop:
             self.recipe,
             self.ranks.rank,
             self.ranks.size,
-            ids_outside=config if has_ids and config.ids_outside else None,
-            sums=config if has_ids and wants_gradient_order(device.type) else None,
+            ids_outside=of_ids if config.ids_outside else None,
+            sums=of_ids if wants_gradient_order(device.type) else None,
             packed=choose_packing(self.recipe.packing, device),
         )
         steps = range(self.progress.step, self.end_step)

@@ -28,8 +28,8 @@ from genrec_dist.data.prompt.title_words import (
 )
 from genrec_dist.data.tokenizer import grow_tokenizer, load_tokenizer, train_tokenizer
 from genrec_dist.data.word_table import WordTable, build_words, mask_tokens, trim
-from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.decoding.trie import hash_of_words
+from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.inference.load import forced_of, make_layout
 from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.causal.build import build_prompted

@@ -115,7 +115,12 @@ def build_title_words(
     plain, framed = encode("a"), backend.encode("a", add_special_tokens=True).ids
     first = framed[: framed.index(plain[0])]
     head, _, tail = template.partition(HISTORY)
-    texts = [[*first, *encode(head)], [int(tokenizer.eos_token_id)], encode(tail), encode(separator)]
+    texts = [
+        [*first, *encode(head)],
+        [int(tokenizer.eos_token_id)],
+        encode(tail),
+        encode(separator),
+    ]
     encoded = backend.encode_batch(list(titles), add_special_tokens=False)
     title_ids = [encoding.ids for encoding in encoded]
     special = set(tokenizer.all_special_ids)

@@ -49,9 +49,7 @@ def build_prompted(
             bos_token_id=None,
             pad_token_id=layout.pad_token,
         )
-        lm = AutoModelForCausalLM.from_config(
-            config, attn_implementation=NAME, dtype=torch.float32
-        )
+        lm = AutoModelForCausalLM.from_config(config, attn_implementation=NAME, dtype=torch.float32)
     else:
         lm = _load(model.backbone, model.attention_dropout)
         name, room = f"model.backbone {model.backbone}", lm.config.max_position_embeddings
@@ -100,8 +98,8 @@ def _load(name: str, attention_dropout: float) -> Any:
         )
     except (OSError, SafetensorError):
         raise ValueError(
-            f"model.backbone {name}: neither a directory with config.json and model.safetensors nor "
-            "reachable on the hub; download it beforehand and give its directory, or set "
+            f"model.backbone {name}: neither a directory with config.json and model.safetensors "
+            "nor reachable on the hub; download it beforehand and give its directory, or set "
             "model.backbone to null for fresh weights"
         ) from None
 

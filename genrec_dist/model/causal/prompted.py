@@ -1,6 +1,6 @@
 """A causal language model that reads a prompt of titles and writes the next item's title."""
 
-# B users, R answers, L prompt tokens, T answer tokens, S = L + T, n and m: the same packed, D width,
+# B users, R answers, L prompt tokens, T answer tokens, S = L + T, s tokens of both packed, D width,
 # V vocabulary, W keys and values of a token in all layers
 
 from __future__ import annotations
@@ -80,7 +80,10 @@ class PromptedModel(nn.Module):
 
     def recompute_layers(self) -> None:
         """Keep only the input of each layer (`activation_checkpointing`)."""
-        self.lm.gradient_checkpointing_enable({"use_reentrant": False})
+        # By its newer name where transformers has it.
+        lm = self.lm
+        enable = getattr(lm, "activation_checkpointing_enable", lm.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
 
     def save_pretrained(self, folder: Path) -> None:
         """Write the language model in its own form, and `prompt.json`."""
