@@ -176,8 +176,13 @@ def forecast(
         tflops: TFLOP/s that a GPU really reaches, in place of `card`.
 
     Raises:
-        ValueError: Where sizes are missing or do not fit.
+        ValueError: Where sizes are missing or do not fit, or the model has a prompt.
     """
+    if recipe.prompt.template:
+        raise ValueError(
+            "prompt.template: memory and time of a model with a prompt are not foretold; "
+            "`genrec train --dry-run` says its sizes"
+        )
     if memory_gib <= RESERVE_GIB:
         raise ValueError(
             f"--memory {memory_gib:g}: {RESERVE_GIB} GiB of it are kept free; give more"

@@ -4,11 +4,11 @@ that reads titles."""
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from genrec_dist.config.recipe import Recipe
-from genrec_dist.model.causal.build import blank_prompted
 from genrec_dist.model.causal.config import PromptedConfig
-from genrec_dist.model.causal.prompted import PromptedModel
+from genrec_dist.model.causal.prompted import PromptedModel, blank_prompted
 from genrec_dist.model.genrec import (
     GenRecConfig,
     GenRecForConditionalGeneration,
@@ -16,6 +16,11 @@ from genrec_dist.model.genrec import (
     choose_layers,
     choose_loss,
 )
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """By name; without those that adapters leave as they are."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
 
 AnyModel = GenRecForConditionalGeneration | PromptedModel
 AnyConfig = GenRecConfig | PromptedConfig

@@ -23,6 +23,7 @@ from genrec_dist.report.svg import Dot, Line, dot_chart, line_chart, score, smoo
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 NAMES = {
     "genrec": "GenRec",
+    "genrec, titles": "GenRec of titles",
     "knn": "co-occurrence kNN",
     "popularity": "popularity",
     "counting": "counting rule",

@@ -24,7 +24,7 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.word_table import VOCABULARY_FILE
 from genrec_dist.decoding.trie import TRIE_FILE, Trie, hash_of_words, save_trie
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.model.kinds import AnyModel
+from genrec_dist.model.kinds import AnyModel, trained_parameters
 from genrec_dist.model.optimizer import AveragedWeights
 from genrec_dist.training.engine import Engine, Segment
 from genrec_dist.training.id_tables import IdTables
@@ -299,7 +299,7 @@ class Checkpoint:
     @torch.no_grad()
     def fill_model(self, model: torch.nn.Module) -> None:
         """Copy the weights into a model, before an engine rounds or shards them."""
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained_parameters(model).items():
             parameter.copy_(self.read("weight", name, 0, parameter.numel()).view_as(parameter))
 
     @torch.no_grad()

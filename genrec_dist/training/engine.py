@@ -23,7 +23,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Batch
 from genrec_dist.distributed import launch_check
-from genrec_dist.model.kinds import AnyModel, empty_copy, set_up
+from genrec_dist.model.kinds import AnyModel, empty_copy, set_up, trained_parameters
 from genrec_dist.model.optimizer import build_optimizer
 
 SUPPORTED = (
@@ -204,7 +204,7 @@ class Replicated:
         self.max_grad_norm = recipe.optimizer.max_grad_norm or math.inf
         self.optimizer = build_optimizer(model, recipe.optimizer)
         self.prepared, self.prepared_optimizer = accelerator.prepare(model, self.optimizer)
-        named = dict(model.named_parameters())
+        named = trained_parameters(model)
         self.masters: list[Tensor] = list(named.values())
         self.segments_read = [
             Segment(name, start=0, master=number, offset=0, numel=p.numel())
@@ -247,9 +247,12 @@ class Spread:
     def __init__(self, model: AnyModel, recipe: Recipe, accelerator: Accelerator):
         self.model, self.recipe, self.accelerator = model, recipe, accelerator
         optimizer = build_optimizer(model, recipe.optimizer)
-        exact = {}
-        if recipe.precision != "fp32":
-            exact = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters()}
+        named = dict(model.named_parameters())
+        frozen = named.keys() - trained_parameters(model).keys()
+        kept = named.keys() if recipe.precision != "fp32" else frozen
+        exact = {name: named[name].detach().to("cpu", copy=True) for name in kept}
+        # What is not trained is in no master: each rank keeps it whole.
+        self.frozen = {name: exact.pop(name) for name in frozen}
         self.engine, _ = accelerator.prepare(model, optimizer)
         self.stage = self.engine.zero_optimization_stage()
         # Only stage 0 in float32 has no wrapper that keeps masters: its parameters are stepped.
@@ -270,7 +273,7 @@ class Spread:
     def _masters_and_segments(self) -> tuple[list[Tensor], list[Segment]]:
         """The float32 tensors that DeepSpeed's optimiser steps, and the model's segments in
         them."""
-        wrapper, named = self.engine.optimizer, dict(self.model.named_parameters())
+        wrapper, named = self.engine.optimizer, trained_parameters(self.model)
         if self.stage == 0:
             pairs = [(parameter, parameter) for parameter in named.values()]
             if self.wrapped:
@@ -346,6 +349,9 @@ class Spread:
         mine = {segment.name: segment for segment in self.segments}
         with torch.no_grad():
             for name, parameter in model.named_parameters():
+                if name in self.frozen:
+                    parameter.copy_(self.frozen[name])
+                    continue
                 # Each element is in the segments of one rank alone, and a sum of one number and
                 # zeros is that number.
                 flat = torch.zeros(parameter.numel(), device=device)

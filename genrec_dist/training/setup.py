@@ -33,6 +33,7 @@ from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.inference.load import forced_of, make_layout
 from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.causal.build import build_prompted
+from genrec_dist.model.causal.lora import hash_of_frozen
 from genrec_dist.model.genrec import GenRecConfig
 from genrec_dist.model.head_loss import target_loss
 from genrec_dist.model.item_init import MOST_FACTORS, init_item_rows
@@ -142,6 +143,8 @@ def _prompted_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
     model.config.certain_tokens = forced
     # Titles, template and tokenizer together.
     identity = {"origin": FRESH, "titles": hash_of_words(words.tokens, words.offsets)}
+    if recipe.lora.rank:
+        identity["backbone"] = hash_of_frozen(model.named_parameters())
     return _Parts(tokenizer, layout, model, identity)
 
 

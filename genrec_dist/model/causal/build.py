@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +73,7 @@ def build_prompted(
             eos_token_id=eos_token,
             pad_token_id=layout.pad_token,
         ),
+        recipe.lora,
     )
 
 
@@ -112,11 +112,3 @@ def load_prompted(folder: Path) -> PromptedModel:
     )
     return PromptedModel(lm, config)
 
-
-def blank_prompted(model: PromptedModel) -> PromptedModel:
-    """A model of the same form without values, on the meta device."""
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(
-            model.lm.config, attn_implementation=NAME, dtype=torch.float32
-        )
-        return PromptedModel(lm, dataclasses.replace(model.config))

@@ -5,22 +5,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
-from genrec_dist.config.recipe import HeadLoss
+from genrec_dist.config.recipe import HeadLoss, Lora
 from genrec_dist.data.batch import IGNORED, ModelInputs
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.model.causal.attention import (
+    NAME,
     Attention,
     MaskedAttention,
     PackedAttention,
     PromptAttention,
 )
 from genrec_dist.model.causal.config import PromptedConfig
+from genrec_dist.model.causal.lora import add_adapters, merged_weights, save_adapters
 from genrec_dist.model.head_loss import head_loss
 
 
@@ -35,15 +39,16 @@ class PromptedModel(nn.Module):
     loss_by: HeadLoss = "full"
     """How `forward` computes the loss."""
 
-    def __init__(self, lm: Any, config: PromptedConfig):
+    def __init__(self, lm: Any, config: PromptedConfig, lora: Lora = Lora()):
         """A model around a language model of transformers.
 
         Args:
             lm: with `genrec_dist`'s attention.
             config: of the prompt; gets the sizes of the language model.
+            lora: of the adapters that are trained; rank 0: all weights are.
         """
         super().__init__()
-        self.lm, self.config = lm, config
+        self.lm, self.config, self.lora = lm, config, lora
         layers = self.layers
         config.d_model, config.num_layers = lm.config.hidden_size, len(layers)
         config.vocab_size = lm.config.vocab_size
@@ -53,6 +58,8 @@ class PromptedModel(nn.Module):
             if name.endswith((".k_proj", ".v_proj"))
         )
         config.layer_weights = sum(p.numel() for p in layers[0].parameters() if p.ndim == 2)
+        # In a list: as a module it would give each parameter a second name.
+        self._adapted = [add_adapters(lm, lora)] if lora.rank else []
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -86,8 +93,16 @@ class PromptedModel(nn.Module):
         enable({"use_reentrant": False})
 
     def save_pretrained(self, folder: Path) -> None:
-        """Write the language model in its own form, and `prompt.json`."""
-        self.lm.save_pretrained(folder)
+        """Write the language model in its own form, adapters merged, and `prompt.json`; adapters
+        also by themselves, in peft's form."""
+        plain = self.lm
+        if self._adapted:
+            save_adapters(self._adapted[0], folder)
+            plain = blank_lm(self.lm)
+            plain.load_state_dict(merged_weights(self.lm), assign=True)
+            plain.tie_weights()
+            plain.generation_config = self.lm.generation_config
+        plain.save_pretrained(folder)
         self.config.save(folder)
 
     def run(self, tokens_BS: Tensor, positions_BS: Tensor, attention: Attention) -> Tensor:
@@ -164,3 +179,18 @@ class PromptedModel(nn.Module):
             MaskedAttention(causal_SS & shown_RS[:, None]),
         )
         return states_RSD[:, num_prompt:][learned], inputs.labels[learned]
+
+
+def blank_lm(lm: Any) -> Any:
+    """A language model of the same form without values and adapters, on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            lm.config, attn_implementation=NAME, dtype=torch.float32
+        )
+
+
+def blank_prompted(model: PromptedModel) -> PromptedModel:
+    """A model of the same form without values, on the meta device."""
+    lm = blank_lm(model.lm)
+    with torch.device("meta"):
+        return PromptedModel(lm, dataclasses.replace(model.config), model.lora)

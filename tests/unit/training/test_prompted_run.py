@@ -15,7 +15,7 @@ from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
 from genrec_shards.storage.write import write_shards
 from run_events import events
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from titled_data import RECIPE, titled_data
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,16 +100,25 @@ def test_best_is_a_language_model_of_its_own(run: Path, data: Path) -> None:
         assert logp == pytest.approx(score, abs=2e-4)
 
 
-def test_a_resumed_run_is_the_same_to_the_bit(run: Path, data: Path, tmp_path: Path) -> None:
+LORA = ("lora.rank=4", "lora.dropout=0.1")
+
+
+@pytest.mark.parametrize("sets", [(), LORA], ids=["all weights", "adapters"])
+def test_a_resumed_run_is_the_same_to_the_bit(
+    run: Path, data: Path, tmp_path: Path, sets: tuple[str, ...]
+) -> None:
+    if sets:
+        run = train(recipe_in(tmp_path, data, *sets, name="unbroken"))
     broken = tmp_path / "run"
     shutil.copytree(run, broken)
     (broken / "events.jsonl").unlink()
     for path in list_checkpoints(broken)[1:]:
         shutil.rmtree(path)
     shutil.rmtree(broken / "best")
-    assert train(recipe_in(tmp_path, data), resume="latest") == broken
+    assert train(recipe_in(tmp_path, data, *sets), resume="latest") == broken
     last = list_checkpoints(run)[-1].name
-    for name in ("checkpoints/" + last + "/rank-00000-of-00001", "best/model"):
+    adapter = ["best/adapter/adapter_model"] * bool(sets)
+    for name in ("checkpoints/" + last + "/rank-00000-of-00001", "best/model", *adapter):
         ours, theirs = (load_file(place / f"{name}.safetensors") for place in (broken, run))
         assert ours.keys() == theirs.keys()
         for key, tensor in theirs.items():
@@ -158,6 +167,19 @@ def test_backbone_weights_are_loaded_and_checked(
     (bare / "config.json").write_text(json.dumps({**fields, "model_type": "mistral", "sliding_window": 8}))
     with pytest.raises(ValueError, match="a mistral model; one whose layers are decoders"):
         build_setup(recipe_in(tmp_path, data, f"model.backbone={bare}"))
+
+
+def test_adapters_go_with_their_backbone_alone(run: Path, data: Path, tmp_path: Path) -> None:
+    """Its weights are in no checkpoint."""
+    backbone = tmp_path / "backbone"
+    shutil.copytree(run / "best", backbone)
+    recipe = recipe_in(tmp_path, data, *LORA, f"model.backbone={backbone}", "finetune.epochs=1")
+    train(recipe)
+    weights = load_file(backbone / "model.safetensors")
+    weights["model.norm.weight"] += 1e-3
+    save_file(weights, backbone / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"its backbone is not this run's"):
+        train(recipe, resume="latest")
 
 
 def test_damaged_prompt_files_are_named(run: Path, tmp_path: Path) -> None:
