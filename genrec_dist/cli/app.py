@@ -278,8 +278,8 @@ def doctor(
 
 # In the order of the help.
 for command in (
-    demo, prepare, shard, recipes, backbone, train, evaluate, recommend, baseline, compare, report, plan,
-    tune, doctor, reproduce, launch_file,
+    demo, prepare, shard, recipes, train, evaluate, recommend, baseline, compare, report, plan,
+    tune, doctor, reproduce, launch_file, backbone,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(

@@ -100,7 +100,8 @@ def evaluate(
             return None
         writer = ResultsWriter(
             out_dir or run.path,
-            system=("genrec, titles" if reads_titles else "genrec") + SYSTEMS.get(decoding.mode, ""),
+            system=("genrec, titles" if reads_titles else "genrec")
+            + SYSTEMS.get(decoding.mode, ""),
             split=split,
             dataset=dataset,
             protocol=protocol,

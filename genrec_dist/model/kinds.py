@@ -17,6 +17,7 @@ from genrec_dist.model.genrec import (
     choose_loss,
 )
 
+
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """By name; without those that adapters leave as they are."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}

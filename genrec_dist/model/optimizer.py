@@ -12,8 +12,8 @@ from genrec_dist.config.recipe import Optimizer, Stage
 
 
 def build_optimizer(model: nn.Module, optimizer: Optimizer) -> torch.optim.AdamW:
-    """AdamW over all parameters that are trained, in two groups, decayed and not; the learning rate is set at every
-    step."""
+    """AdamW over all parameters that are trained, in two groups, decayed and not; the learning rate
+    is set at every step."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -113,9 +113,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision fp16 needs a GPU: use bf16 or fp32 here")
     on_gpu = torch.accelerator.is_available()
-    if not on_gpu:
-        # What DeepSpeed would find anyway, with a warning.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    launch_check.name_device_to_deepspeed()
     plugin = _deepspeed_plugin(recipe)
     handlers = None
     if plugin is not None and not on_gpu:

@@ -72,7 +72,9 @@ def test_two_ranks_take_the_steps_of_one(folder: Path, stage: int | None, kind: 
     assert (ours["processes"], ours["stage"]) == (2, stage)
     assert ours["digests"] == alone["digests"]
     assert ours["losses"] == pytest.approx(alone["losses"], rel=1e-5)
-    change, expected = (load_file(folder / f"{kind}-{s}.safetensors") for s in (f"{stage}-2", "None-1"))
+    change, expected = (
+        load_file(folder / f"{kind}-{s}.safetensors") for s in (f"{stage}-2", "None-1")
+    )
     assert change.keys() == expected.keys()
     moved = {name for name, tensor in expected.items() if tensor.any()}
     assert moved == {name for name in expected if kind == "full" or ".lora_" in name}
@@ -82,7 +84,9 @@ def test_two_ranks_take_the_steps_of_one(folder: Path, stage: int | None, kind: 
     assert ours["validation_loss"] == pytest.approx(alone["validation_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("whole", "resumed"), [("whole-3", "three-to-plain"), ("whole-2", "two-to-plain")])
+@pytest.mark.parametrize(
+    ("whole", "resumed"), [("whole-3", "three-to-plain"), ("whole-2", "two-to-plain")]
+)
 def test_a_run_goes_on_with_another_number_of_ranks(folder: Path, whole: str, resumed: str) -> None:
     facts(folder, whole), facts(folder, resumed)
     ends = [
@@ -94,7 +98,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(folder: Path, whole: str, re
     for name, tensor in ends[0].items():
         difference = float((ends[1][name] - tensor).norm())
         assert difference <= 1e-3 * float(tensor.norm()) + 1e-6, name
-    adapters = [folder / run / "best" / "adapter" / "adapter_model.safetensors" for run in (whole, resumed)]
+    adapters = [
+        folder / run / "best" / "adapter" / "adapter_model.safetensors" for run in (whole, resumed)
+    ]
     assert [path.is_file() for path in adapters] == [whole == "whole-3"] * 2
 
 

@@ -36,7 +36,13 @@ def titled_data(folder: Path) -> Path:
     some titles are equal."""
     write_sequences(make_process(num_items=64, num_groups=8).sample(90, 5, 9), folder / "log.txt")
     dice = np.random.default_rng(3)
-    ids = sorted({item for line in (folder / "log.txt").read_text().splitlines() for item in line.split()[1:]})
+    ids = sorted(
+        {
+            item
+            for line in (folder / "log.txt").read_text().splitlines()
+            for item in line.split()[1:]
+        }
+    )
     titles = [" ".join(dice.choice(WORDS, dice.integers(1, 4))) for _ in ids]
     titles[5] = titles[4]
     rows = [f"{item},{title}" for item, title in zip(ids, titles, strict=True)]

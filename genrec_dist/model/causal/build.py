@@ -111,4 +111,3 @@ def load_prompted(folder: Path) -> PromptedModel:
         folder, attn_implementation=NAME, dtype=torch.float32, use_safetensors=True
     )
     return PromptedModel(lm, config)
-

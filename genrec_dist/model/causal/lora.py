@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genrec_dist.config.recipe import Lora
+from genrec_dist.distributed.launch_check import name_device_to_deepspeed
 
 ADAPTER_FOLDER = "adapter"
 """Of a model's own adapters, beside the merged weights."""
@@ -35,9 +35,7 @@ def add_adapters(lm: Any, lora: Lora) -> Any:
         raise ValueError(
             "lora.rank: peft is not installed: pip install 'genrec-dist[llama]', or set it to 0"
         )
-    if not torch.accelerator.is_available():
-        # What DeepSpeed, which peft imports, would find anyway, with a warning.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    name_device_to_deepspeed()  # which peft imports
     from peft import LoraConfig, get_peft_model
 
     whole = lora.targets == "all-linear"

@@ -22,8 +22,6 @@ from genrec_dist.model.causal.prompted import PromptedModel
 from genrec_dist.model.kinds import trained_parameters
 from genrec_dist.model.optimizer import build_optimizer
 
-pytest.importorskip("peft", reason="adapters need the extra llama")
-
 SETTINGS = ["model.d_model=16", "model.heads=2", "model.ffn=32", "tokens.vocab_size=300"]
 LORA = ["lora.rank=4", "lora.alpha=8.0"]
 
@@ -94,7 +92,17 @@ def test_saved_models_are_merged_and_adapters_are_pefts(tmp_path: Path) -> None:
     merged = load_prompted(tmp_path).eval()
     assert not any("lora_" in name for name, _ in merged.named_parameters())
     assert float((states(merged) - expected).abs().max()) < 1e-4
-    assert float((states(random_prompted(made_up_titles(30, np.random.default_rng(0)), SETTINGS)[0]) - expected).abs().max()) > 0.1
+    assert (
+        float(
+            (
+                states(random_prompted(made_up_titles(30, np.random.default_rng(0)), SETTINGS)[0])
+                - expected
+            )
+            .abs()
+            .max()
+        )
+        > 0.1
+    )
     # peft reads the adapters onto the weights that they were trained on.
     config = copy.deepcopy(model.lm.config)
     base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")

@@ -51,7 +51,9 @@ def test_training_lowers_the_loss_of_answers(run: Path) -> None:
     assert losses[-1] < 0.8 * losses[0]
     steps = events(run, "step")
     assert sum(event["samples"] for event in steps) == 2 * 90
-    assert events(run, "start")[0]["flops_formula"].startswith("3 x 2 x [(inputs + targets) x N x w")
+    assert events(run, "start")[0]["flops_formula"].startswith(
+        "3 x 2 x [(inputs + targets) x N x w"
+    )
 
 
 def test_commands_answer_from_a_run(
@@ -71,9 +73,11 @@ def test_commands_answer_from_a_run(
         assert len(set(user["items"])) == 20
         assert not {dataset.sequences.item_ids[item] for item in history} & set(user["items"])
     capsys.readouterr()
-    assert run_command(["recommend", str(copy), "--user", "7", "--titles", "--data", str(data)]) == 0
+    assert (
+        run_command(["recommend", str(copy), "--user", "7", "--titles", "--data", str(data)]) == 0
+    )
     shown = capsys.readouterr().out
-    assert lists[0]["items"] and shown.startswith("user 7 of ")
+    assert shown.startswith("user 7 of ")
     titles = dict(zip(dataset.sequences.item_ids, dataset.descriptions.titles, strict=True))
     assert sum(title in shown for title in titles.values()) >= 10
     other = tmp_path / "other"
@@ -146,9 +150,7 @@ def test_data_without_titles_is_refused_in_one_line(
     assert "its items have no titles, which a prompt is made of: make it once more with" in line
 
 
-def test_backbone_weights_are_loaded_and_checked(
-    run: Path, data: Path, tmp_path: Path
-) -> None:
+def test_backbone_weights_are_loaded_and_checked(run: Path, data: Path, tmp_path: Path) -> None:
     """`best/` of a run is a language model, so it can be a backbone."""
     backbone = f"model.backbone={run / 'best'}"
     recipe = recipe_in(tmp_path, data, backbone)
@@ -156,15 +158,21 @@ def test_backbone_weights_are_loaded_and_checked(
     expected = load_file(run / "best" / "model.safetensors")
     for name, tensor in model.lm.state_dict().items():
         assert torch.equal(tensor, expected.get(name, expected["model.embed_tokens.weight"])), name
-    with pytest.raises(ValueError, match=r"model\.max_tokens 300: with the longest answer \d+ positions"):
+    with pytest.raises(
+        ValueError, match=r"model\.max_tokens 300: with the longest answer \d+ positions"
+    ):
         build_setup(recipe_in(tmp_path, data, backbone, "model.max_tokens=300"))
     bare = tmp_path / "bare"
     shutil.copytree(run / "best", bare)
     (bare / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"neither a directory with config.json and model.safetensors"):
+    with pytest.raises(
+        ValueError, match=r"neither a directory with config.json and model.safetensors"
+    ):
         build_setup(recipe_in(tmp_path, data, f"model.backbone={bare}"))
     fields = json.loads((bare / "config.json").read_text())
-    (bare / "config.json").write_text(json.dumps({**fields, "model_type": "mistral", "sliding_window": 8}))
+    (bare / "config.json").write_text(
+        json.dumps({**fields, "model_type": "mistral", "sliding_window": 8})
+    )
     with pytest.raises(ValueError, match="a mistral model; one whose layers are decoders"):
         build_setup(recipe_in(tmp_path, data, f"model.backbone={bare}"))
 
