@@ -80,6 +80,7 @@ def bench_titles(
         Path | None,
         typer.Option("--run", help="A run with a prompt; default: random weights, recipe llama."),
     ] = None,
+    users: Annotated[int, typer.Option(help="How many are decoded.", min=1)] = 200,
     json_path: JsonOption = None,
 ) -> None:
     """Decoding titles beside Hugging Face's `generate` under a constraint, lists compared.
@@ -87,9 +88,10 @@ def bench_titles(
     Example: genrec bench titles --json titles.json
     """
     _announce()
+    from genrec_dist.bench.titles import Sizes
     from genrec_dist.bench.titles import bench_titles as run_bench
 
-    claims, table = run_bench(data, run)
+    claims, table = run_bench(data, run, Sizes(users=users))
     _show(claims, table, json_path)
 
 

@@ -184,7 +184,6 @@ def _bias(group: Group, causal: bool, like: Tensor) -> Tensor | None:
         if group.branch_cQ is not None:
             branch_cQ = group.branch_cQ.to(device)
             own = branch_cQ[:, :, None] == branch_cQ[:, None]
-            own &= (branch_cQ >= 0)[:, :, None]
             seen = seen | own.tril()[:, None]
     if causal:
         # Padding is after a sequence's end, so causality excludes it too.

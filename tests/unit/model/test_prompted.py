@@ -127,19 +127,32 @@ def test_targets_that_share_a_prompt_have_the_loss_and_gradients_of_their_own() 
 
 def test_shared_windows_show_no_more_titles_than_a_prompt_may() -> None:
     _, layout = model_of()
-    whole = batches_of(layout, every=False, packed=True)
-    shared = batches_of(layout, every=False, packed=True, share_windows=True)
-    for batches in (whole, shared):
+    separator = layout.words.tokens[layout.words.offsets[3]]
+    tokens = []
+    for shared in (False, True):
+        batches = batches_of(layout, every=False, packed=True, share_windows=shared)
+        titles = []
         for batch in batches:
-            assert batch.packing is not None
-            assert batch.packing.visible_m.max() <= layout.max_tokens
-            separators = layout.words.tokens[layout.words.offsets[3]]
-            for tokens in np.split(
-                batch.encoder.input_ids.numpy(), batch.packing.encoder.offsets[1:-1]
-            ):
-                assert (tokens[layout.head :] == separators).sum() <= 4
-    assert sum(b.num_targets for b in shared) == sum(b.num_targets for b in whole)
-    assert sum(b.num_tokens for b in shared) < sum(b.num_tokens for b in whole)
+            packing, samples = batch.packing, batch.encoder_row.numpy()
+            assert packing is not None
+            visible = packing.visible_m[packing.rows.offsets[: len(samples)]]
+            for row, sample in enumerate(samples):
+                first, end = packing.encoder.offsets[sample : sample + 2]
+                assert visible[row] <= end - first
+                stem = batch.encoder.input_ids[first : first + visible[row]].numpy()
+                titles.append(int((stem[layout.head :] == separator).sum()) + 1)
+        # A target after one item sees one title, the next two, and so on up to four.
+        seen = [min(place, 4) for items in HISTORIES.items for place in range(1, len(items))]
+        seen.append(1)  # the row of the history of one item, which has no target
+        assert len(titles) == len(seen)
+        if shared:
+            assert max(titles) <= 4
+            assert sum(titles) < sum(seen)
+            assert sum(count == 1 for count in titles) == sum(count == 1 for count in seen)
+        else:
+            assert sorted(titles) == sorted(seen)
+        tokens.append(sum(batch.num_tokens for batch in batches))
+    assert tokens[1] < tokens[0]
 
 
 def test_a_dummy_batch_has_no_loss_and_no_gradient() -> None:
