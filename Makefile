@@ -10,7 +10,7 @@ STAMP := .venv/.made
 PROCESSES ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: env demo test check slow docs lock clean
+.PHONY: env demo test check slow docs dist lock clean
 
 env: $(STAMP)
 
@@ -62,6 +62,13 @@ docs: env
 	$(BIN)/python -m pip install --quiet $(if $(LOCK),--constraint $(LOCK)) --editable '.[$(EXTRAS),docs]'
 	$(BIN)/python -m typer genrec_dist.cli.app utils docs --name genrec --output docs/reference/commands.md
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+# A source archive and a wheel in dist/, with metadata that an index takes.
+dist: env
+	$(BIN)/python -m pip install --quiet $(if $(LOCK),--constraint $(LOCK)) --editable '.[$(EXTRAS),release]'
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+	$(BIN)/python -m twine check --strict dist/*
 
 # Writes down the versions of this environment as the tested ones: without local labels (`+cpu`), which other machines'
 # indexes do not know, and without packages that came from a file.

@@ -184,15 +184,16 @@ def plan(
 
     resolved = load_recipe(recipe, overrides)
     with working():
-        from genrec_dist.estimate import forecast
+        from genrec_dist.estimate.forecast import forecast
+        from genrec_dist.estimate.forecast_table import render, write_json
 
-    found = forecast.forecast(
+    found = forecast(
         resolved, gpus=gpus, memory_gib=memory, users=users, items=items,
         zero_files=launch if launch.is_dir() else None, card=card, tflops=tflops,
     )  # fmt: skip
     if json_ is not None:
-        forecast.write_json(found, json_)
-    out.print(forecast.render(found, out.width))
+        write_json(found, json_)
+    out.print(render(found, out.width))
 
 
 def tune(

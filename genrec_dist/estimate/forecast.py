@@ -6,21 +6,14 @@ and advice."""
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from genrec_shards.atomic import atomic_file
 from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.splits import num_held_out
-from rich.box import HEAVY_HEAD, Box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from genrec_dist.config.recipe import Recipe, Stage
 from genrec_dist.data.batch import Work
@@ -46,21 +39,6 @@ MFU = 0.4
 
 LARGEST_SEARCHED = 1 << 24
 _STEP = 256
-_BY_COST: tuple[Method, ...] = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
-"""From the fastest to the slowest; stage 0 holds no less than DDP."""
-_NAMES: dict[Method, str] = {
-    "ddp": "DDP",
-    **{method: f"ZeRO {method[4:].replace('_', ' + ')}" for method in METHODS[1:]},
-}
-UNCHECKED = [
-    "States are compared with measured storages of two CPU ranks (test_memory.py); no figure was "
-    "checked on a GPU.",
-    "Activations are compared with autograd's on a CPU; on a GPU dropout keeps 1 byte per element, "
-    "and attention's own workspaces, the decoding of a validation and NCCL's buffers are left to "
-    "the reserve.",
-    "Times count matrix products and attention of real tokens alone: no padding, no communication, "
-    "no waiting for data.",
-]
 
 
 @dataclass(frozen=True)
@@ -146,10 +124,6 @@ class Forecast:
     def limit(self) -> float:
         """Bytes that may be used."""
         return (self.memory_gib - RESERVE_GIB) * GIB
-
-    @property
-    def advice(self) -> list[str]:
-        return advise(self)
 
 
 def forecast(
@@ -384,207 +358,3 @@ def _speed(recipe: Recipe, card: str | None, tflops: float | None) -> tuple[floa
         raise ValueError(f"--card {card}: known are {', '.join(CARDS)}; or give --tflops")
     peak = CARDS[card][recipe.precision != "fp32"]
     return peak * MFU, f"published peak of {peak:g} TFLOP/s x {MFU:g} assumed, not measured"
-
-
-def advise(plan: Forecast) -> list[str]:
-    """What to do, in whole sentences."""
-    # Training refuses fp16 under DeepSpeed.
-    methods = _BY_COST if plan.recipe.precision != "fp16" else _BY_COST[:1]
-    by_method = {fit.method: fit for fit in plan.fits}
-    fitting = [by_method[method] for method in methods if by_method[method].fits(plan.limit)]
-    ddp = by_method["ddp"]
-    states = (
-        f"the states of {plan.sizes.dense / 1e6:,.0f} M parameters are "
-        f"{16 * plan.sizes.dense / 1e9:.1f} GB"
-    )
-    if not fitting:
-        lines = _advise_lowering(plan)
-    elif ddp not in fitting:
-        lines = [
-            f"DDP needs {gib(ddp.peak)} of {gib(plan.limit)}: use {_NAMES[fitting[0].method]}, the "
-            f"fastest method that fits ({gib(fitting[0].peak)})."
-        ]
-    elif plan.gpus == 1:
-        lines = [
-            f"Use one process without ZeRO: {states}, they fit, and with one GPU there is nothing "
-            "to spread."
-        ]
-    else:
-        lines = [
-            f"Use DDP, ZeRO is slower here: {states} and fit on each GPU. DDP sums gradients once "
-            "per step, while backward is still running; ZeRO 1 and 2 then also send the weights "
-            "around, ZeRO 3 fetches them for every forward and backward, and offload moves them "
-            "through the host. All that buys is memory that is not short."
-        ]
-    if fitting:
-        tokens, largest = plan.recipe.micro_batch_tokens, fitting[0].largest
-        share = max(each.per_rank(plan.gpus) * int(each.lengths[-1]) for each in plan.samples)
-        if largest < min(tokens, share):
-            lines.append(
-                f"micro_batch_tokens {tokens:,} only fits as steps are small; at most {largest:,} "
-                "fits by itself."
-            )
-        elif tokens >= share:
-            lines.append(
-                f"A rank's share of a step has at most {share:,} encoder tokens and goes through "
-                "at once: a larger micro_batch_tokens changes nothing."
-            )
-        else:
-            lines.append(f"micro_batch_tokens can rise from {tokens:,} to {min(largest, share):,}.")
-    of_ids = plan.sizes.ids / plan.sizes.parameters
-    if of_ids > 1 / 2 and not plan.sizes.ids_outside:
-        lines.append(
-            f"The id tables are {of_ids:.0%} of the parameters: optimizer.id_tables row-adagrad "
-            "takes them out of AdamW, gradients and ZeRO and spreads their rows over the GPUs; "
-            "model.id_dim 64 makes them narrow."
-        )
-    return lines
-
-
-def _advise_lowering(plan: Forecast) -> list[str]:
-    best = min(plan.fits, key=lambda fit: fit.peak)
-    needs = f"{_NAMES[best.method]} needs least, {gib(best.peak)} of {gib(plan.limit)}"
-    nothing = f"Nothing fits: {needs}."
-    with_room = [fit for fit in plan.fits if fit.largest >= plan.recipe.model.max_tokens]
-    if with_room:
-        order = {method: place for place, method in enumerate(_BY_COST)}
-        first = min(with_room, key=lambda fit: order.get(fit.method, len(order)))
-        return [
-            nothing,
-            f"Lower micro_batch_tokens to {first.largest:,} with {_NAMES[first.method]}: the step "
-            "and its gradient stay the same.",
-        ]
-    ways = ["model.max_tokens"] if plan.recipe.model.max_tokens > 128 else []
-    if plan.sizes.ids > plan.sizes.parameters / 10 and not plan.sizes.ids_outside:
-        ways.append("model.id_dim, or set optimizer.id_tables to row-adagrad")
-    if plan.recipe.precision == "fp32":
-        ways.append("precision, to bf16")
-    ways.append("the backbone's size, or take more GPUs under ZeRO 3")
-    return [nothing, f"Not one longest sample fits. Lower {'; '.join(ways)}."]
-
-
-def gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
-
-
-def as_dict(plan: Forecast) -> dict[str, Any]:
-    """All of it as JSON values; sizes in bytes."""
-    methods = [
-        {
-            "method": fit.method,
-            "fits": fit.fits(plan.limit),
-            "peak": fit.peak,
-            "largest_micro_batch_tokens": fit.largest,
-            "state": {**dataclasses.asdict(fit.state), "total": fit.state.total},
-        }
-        for fit in plan.fits
-    ]
-    durations = {stage: dataclasses.asdict(found) for stage, found in plan.duration.items()}
-    stages = [
-        {
-            "stage": each.stage,
-            "epoch_samples": each.epoch_samples,
-            "mean_tokens": float(each.lengths.mean()),
-            "longest_tokens": int(each.lengths[-1]),
-            "target_tokens": each.target_tokens,
-            "step_flops": plan.step_flops[each.stage],
-            "duration": durations.get(each.stage),
-        }
-        for each in plan.samples
-    ]
-    return {
-        "data": plan.catalogue.source,
-        "users": plan.catalogue.users,
-        "items": plan.catalogue.items,
-        "parameters": plan.sizes.parameters,
-        "id_parameters": plan.sizes.ids,
-        "precision": plan.recipe.precision,
-        "micro_batch_tokens": plan.recipe.micro_batch_tokens,
-        "gpus": plan.gpus,
-        "memory_gib": plan.memory_gib,
-        "reserve_gib": RESERVE_GIB,
-        "methods": methods,
-        "stages": stages,
-        "advice": plan.advice,
-        "unchecked": UNCHECKED,
-    }
-
-
-def write_json(plan: Forecast, path: Path) -> None:
-    """Write `as_dict`, complete or not at all."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(as_dict(plan), indent=1) + "\n", encoding="utf-8")
-
-
-def render(plan: Forecast, width: int = 120) -> RenderableType:
-    """A table, or two where one is wider than `width`; the stages, and the advice."""
-    sizes, catalogue = plan.sizes, plan.catalogue
-    words = "" if catalogue.words else f"; {ASSUMED_ITEM_TOKENS} sub-words per word assumed"
-    head = (
-        f"{sizes.parameters:,} parameters, {sizes.ids:,} of them in id tables; {catalogue.users:,} "
-        f"users, {catalogue.items:,} items ({catalogue.source}{words}); {plan.recipe.precision}, "
-        f"{plan.gpus} GPU of {plan.memory_gib:g} GiB, {RESERVE_GIB} of them kept free"
-    )
-    parts: list[RenderableType] = [Text(head)]
-    title = f"GiB per GPU; micro_batch_tokens {plan.recipe.micro_batch_tokens:,}"
-    if width >= _ONE_TABLE:
-        parts.append(_table(plan, title, (*_STATE_COLUMNS, *_FIT_COLUMNS)))
-    else:
-        parts.append(_table(plan, title, _FIT_COLUMNS, box=None))
-        parts.append(_table(plan, "The parts of the state, GiB per GPU", _STATE_COLUMNS, box=None))
-    for each in plan.samples:
-        unit = getattr(plan.recipe, each.stage).sample_unit
-        line = (
-            f"{each.stage}: {each.epoch_samples:,} {unit} per epoch, {each.lengths.mean():.0f} "
-            f"encoder tokens on average, {each.lengths[-1]:,} at most; "
-            f"{plan.step_flops[each.stage] / 1e12:.2f} TFLOP per step of {each.batch_size:,}"
-        )
-        if each.stage in plan.duration:
-            took = plan.duration[each.stage]
-            epoch, total = _time(took.epoch_seconds), _time(took.total_seconds)
-            line += f"; {epoch} per epoch, {total} in all ({took.assumption})"
-        parts.append(Text(line))
-    parts += [Text(f"-> {line}", style="bold") for line in plan.advice]
-    parts += [Text(f"unchecked: {line}", style="dim") for line in UNCHECKED]
-    return Group(*parts)
-
-
-_FIT_COLUMNS = ("peak", "fits", "largest", "host")
-_STATE_COLUMNS = ("weights", "optimiser", "gradients", "ids", "buffers", "state")
-_ONE_TABLE = 116
-"""Width of a terminal that holds all columns beside each other."""
-
-
-def _table(
-    plan: Forecast, title: str, columns: tuple[str, ...], box: Box | None = HEAVY_HEAD
-) -> Table:
-    """A row per method, with these columns."""
-    table = Table("method", title=title, title_justify="left", box=box)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    for fit in plan.fits:
-        state, fits = fit.state, fit.fits(plan.limit)
-        sizes = {
-            "weights": state.weights,
-            "optimiser": state.masters + state.moments + state.average,
-            "gradients": state.gradients,
-            "ids": state.id_rows,
-            "buffers": state.buffers,
-            "state": state.total,
-            "peak": fit.peak,
-            "host": state.host,
-        }
-        cells = {name: f"{size / GIB:.2f}" for name, size in sizes.items()}
-        cells |= {
-            "fits": "yes" if fits else "no",
-            "largest": f"{fit.largest:,}" if fit.largest else "none",
-        }
-        row = [cells[name] for name in columns]
-        table.add_row(_NAMES[fit.method], *row, style="" if fits else "red")
-    return table
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -6,19 +6,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 import yaml
 from genrec_shards.atomic import atomic_file
 from genrec_shards.histories import MANY_TIES
 
-from genrec_dist.config.recipe import sample_unit
 from genrec_dist.config.used_settings import used_settings
 from genrec_dist.report.advice import advice
 from genrec_dist.report.html import definitions, duration, grid, page, percent, text
 from genrec_dist.report.run_files import RunFiles, is_number, read_run_files
-from genrec_dist.report.svg import Dot, Line, dot_chart, line_chart, score, smooth
+from genrec_dist.report.svg import Dot, dot_chart, score
+from genrec_dist.report.training_charts import curves, throughput
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 NAMES = {
@@ -60,7 +59,6 @@ BREAKDOWN = {
     "history_length": "items in the history",
     "target_popularity": "times the target was taken in training",
 }
-STAGES = ("pretrain", "finetune")
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -113,11 +111,11 @@ def _page_of(run: RunFiles) -> str:
         _header(run),
         _comparison(run),
         _advice(run),
-        _curves(run),
+        curves(run),
         *(part(metrics) for metrics in run.metrics.values() for part in (_table, _breadth)),
         _protocol(run),
         _audit(run),
-        _throughput(run),
+        throughput(run),
         _notes(run),
         _recipe(run),
     ]
@@ -181,44 +179,6 @@ def _advice(run: RunFiles) -> str:
     lines = advice(run)
     return (
         f"<section>{''.join(f'<p>{text(line)}</p>' for line in lines)}</section>" if lines else ""
-    )
-
-
-def _curves(run: RunFiles) -> str:
-    charts, losses, scores = [], [], []
-    for color, stage in enumerate(STAGES):
-        xs, ys = _series(run.stage("step", stage), "loss")
-        losses.append(Line(stage, xs, ys, color, faint=True))
-        losses.append(Line(stage, xs, smooth(ys, len(ys) / 25), color))
-        losses.append(
-            Line(
-                f"{stage}, validation",
-                *_series(run.stage("validation", stage), "loss"),
-                color,
-                dots=True,
-                dashed=True,
-            )
-        )
-        for offset, key in enumerate(("NDCG@10", "HR@10")):
-            xs, ys = _series(run.stage("validation", stage), key)
-            name = key if stage == "finetune" else f"{key}, {stage}"
-            scores.append(
-                Line(name, xs, ys, offset if stage == "finetune" else offset + 2, dots=True)
-            )
-    if any(len(line.xs) for line in losses):
-        charts.append(line_chart("Loss", "step", losses))
-    if any(len(line.xs) for line in scores):
-        charts.append(line_chart("Validation", "step", scores, from_zero=True))
-    if not charts:
-        return ""
-    users = {count for line in run.of("validation") if is_number(count := line.get("users"))}
-    told = (
-        f" Validation: {', '.join(f'{count:,}' for count in sorted(users))} users." if users else ""
-    )
-    return (
-        f'<section><h2>Training</h2><div class="charts">{"".join(charts)}</div>'
-        '<p class="small">Faint: as logged; strong: exponential average over a 25th of the '
-        f"curve.{told}</p></section>"
     )
 
 
@@ -356,55 +316,6 @@ def _audit(run: RunFiles) -> str:
     return f"<section><h2>Audit of the data</h2><blockquote>{text(sentence)}</blockquote></section>"
 
 
-def _throughput(run: RunFiles) -> str:
-    rows = []
-    for stage in STAGES:
-        steps = run.stage("step", stage)
-        if not steps:
-            continue
-        cells = [
-            _figure(steps, "tokens_per_second", median, "{:,.0f}"),
-            _figure(steps, "samples_per_second", median, "{:,.0f} " + _sample_unit(run, stage)),
-            _figure(steps, "mfu", median, "{:.1%}"),
-            _figure(steps, "padding_share", fmean, "{:.1%}"),
-            _figure(steps, "data_wait_share", fmean, "{:.1%}"),
-            _figure(steps, "peak_memory_gib", max, "{:.2f} GiB"),
-        ]
-        rows.append(
-            f'<tr><th scope="row">{stage}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>'
-        )
-    if not rows:
-        return ""
-    return (
-        f"<section><h2>Throughput</h2>{grid(_RATES, rows)}"
-        '<p class="small">Rates count real tokens and are medians of the logged steps; shares are '
-        "means. MFU: share of "
-        f"the device's peak, {text(_peak(run))}.</p></section>"
-    )
-
-
-_RATES = (
-    "stage",
-    "tokens/s",
-    "per second",
-    "MFU",
-    "padding",
-    "waiting for data",
-    "memory of rank 0",
-)
-
-
-def _sample_unit(run: RunFiles, stage: str) -> str:
-    section = run.recipe.get(stage)
-    return sample_unit(section.get("targets")) if isinstance(section, dict) else "samples"
-
-
-def _peak(run: RunFiles) -> str:
-    """What the run took for its device's peak."""
-    peak = run.of("start")[-1].get("peak") if run.of("start") else None
-    return str(peak["source"]) if isinstance(peak, dict) and "source" in peak else "not known here"
-
-
 def _notes(run: RunFiles) -> str:
     items = "".join(f"<li>{text(note)}</li>" for note in run.notes)
     return f"<section><h2>Could not be read</h2><ul>{items}</ul></section>" if items else ""
@@ -435,16 +346,6 @@ def _interval(row: dict[str, Any], key: str) -> tuple[float, float] | None:
     if isinstance(bounds, list) and len(bounds) == 2 and all(is_number(bound) for bound in bounds):
         return bounds[0], bounds[1]
     return None
-
-
-def _series(events: Iterable[dict[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    points = [(event["step"], event[key]) for event in events if is_number(event.get(key))]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def _figure(events: list[dict[str, Any]], key: str, reduce: Any, form: str) -> str:
-    values = _series(events, key)[1]
-    return form.format(reduce(values)).replace("%", " %") if values else "–"
 
 
 def _row(name: str, cells: Iterable[str], ours: bool = False) -> str:

@@ -168,6 +168,21 @@ def test_make_env_looks_for_a_newer_python(tmp_path: Path) -> None:
     assert done.returncode != 0
 
 
+def test_workflows_run_targets_of_the_makefile_and_hooks_of_this_environment() -> None:
+    """What runs on another machine is what runs here."""
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    called = set()
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        workflow = yaml.safe_load(path.read_text(encoding="utf-8"))
+        steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
+        called |= set(re.findall(r"^make (\w+)", "\n".join(s.get("run", "") for s in steps), re.M))
+    assert {"test", "docs", "dist"} == called <= targets
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    checks = (ROOT / "Makefile").read_text().replace("$(BIN)", ".venv/bin")
+    for hook in hooks:
+        assert hook["entry"].removesuffix(" --fix") in checks
+
+
 def test_the_citation_is_whole() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()

@@ -13,17 +13,18 @@ from rich.console import Console
 
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
-from genrec_dist.estimate import forecast as module
+from genrec_dist.estimate import advice as advice_module
+from genrec_dist.estimate.advice import advise
 from genrec_dist.estimate.forecast import (
     GIB,
+    MFU,
     RESERVE_GIB,
     Forecast,
-    as_dict,
     forecast,
     read_catalogue,
-    render,
     stage_samples,
 )
+from genrec_dist.estimate.forecast_table import as_dict, render
 from genrec_dist.estimate.memory import METHODS, activation_bytes, build_config, compute_of
 
 BEAUTY: dict[str, Any] = {"users": 22_363, "items": 12_101}
@@ -90,18 +91,20 @@ def test_advice_names_the_fastest_method_that_fits() -> None:
         options: dict[str, Any] = {"gpus": 8, "memory_gib": memory, "zero_files": LAUNCH}
         plan = plan_of("paper-base", "micro_batch_tokens=512", **options)
         fits = {fit.method for fit in plan.fits if fit.fits(plan.limit)}
-        found.append(next((n for n, method in enumerate(module._BY_COST) if method in fits), 9))
+        found.append(
+            next((n for n, method in enumerate(advice_module._BY_COST) if method in fits), 9)
+        )
         expected = "Nothing fits"
         if found[-1] == 0:
             expected = "Use DDP, ZeRO is slower here"
         elif found[-1] != 9:
-            name = module._NAMES[module._BY_COST[found[-1]]]
+            name = advice_module.NAMES[advice_module._BY_COST[found[-1]]]
             expected = f"use {name}, the fastest method that fits"
-        assert expected in plan.advice[0]
+        assert expected in advise(plan)[0]
     assert found == sorted(found, reverse=True)
     assert found[-1] == 0
     assert len(set(found)) >= 3
-    advice = " ".join(plan_of(gpus=8).advice)
+    advice = " ".join(advise(plan_of(gpus=8)))
     assert "2.7 GB" in advice
     assert "A rank's share of a step" in advice
 
@@ -111,10 +114,10 @@ def test_advice_lowers_what_is_too_large() -> None:
     plan = plan_of("paper-base", *sets)
     assert not plan.fits[0].fits(plan.limit)
     largest = plan.fits[0].largest
-    assert f"Lower micro_batch_tokens to {largest:,} with DDP" in " ".join(plan.advice)
+    assert f"Lower micro_batch_tokens to {largest:,} with DDP" in " ".join(advise(plan))
     lowered = plan_of("paper-base", sets[0], f"micro_batch_tokens={largest}")
     assert lowered.fits[0].fits(lowered.limit)
-    advice = " ".join(plan_of("paper-large", memory_gib=1.6).advice)
+    advice = " ".join(advise(plan_of("paper-large", memory_gib=1.6)))
     assert "Nothing fits" in advice
     assert "Not one longest sample fits. Lower model.max_tokens" in advice
     assert "precision, to bf16" in advice
@@ -123,9 +126,9 @@ def test_advice_lowers_what_is_too_large() -> None:
 def test_large_id_tables_are_named_and_outside_they_are_not_state() -> None:
     many: dict[str, Any] = {"users": 3_000_000, "items": 500_000, "gpus": 4}
     inside = plan_of("tiny", "model.user_ids=true", **many)
-    assert "row-adagrad" in " ".join(inside.advice)
+    assert "row-adagrad" in " ".join(advise(inside))
     outside = plan_of("tiny", "model.user_ids=true", "optimizer.id_tables=row-adagrad", **many)
-    assert "row-adagrad" not in " ".join(outside.advice)
+    assert "row-adagrad" not in " ".join(advise(outside))
     ids = 3_500_000 * 128
     assert inside.sizes.ids == ids + 2 * 128
     assert inside.fits[0].state.total - outside.fits[0].state.total > 16 * ids - ids * 1.1
@@ -157,7 +160,7 @@ def test_time_is_estimated_only_from_a_stated_speed() -> None:
     assert given.total_seconds == pytest.approx(25 * given.epoch_seconds)
     card = plan_of(card="RTX 3090").duration["finetune"]
     assert "not measured" in card.assumption
-    assert card.epoch_seconds == pytest.approx(flops / (35.6e12 * module.MFU))
+    assert card.epoch_seconds == pytest.approx(flops / (35.6e12 * MFU))
 
 
 @pytest.mark.parametrize(
@@ -181,6 +184,6 @@ def test_json_holds_every_method_the_advice_and_what_is_unchecked() -> None:
     plan = plan_of(gpus=2)
     values = as_dict(plan)
     assert json.loads(json.dumps(values)) == values
-    assert values["advice"] == plan.advice
+    assert values["advice"] == advise(plan)
     assert "no figure was checked on a GPU" in values["unchecked"][0]
     assert [compute_of(method, True) for method in METHODS].count("autocast") == 1

@@ -162,7 +162,9 @@ def test_full_run_says_everything(tmp_path: Path) -> None:
     ]  # fmt: skip
     for words in expected:
         assert words in page.text, words
-    assert sum(tag == "svg" for tag, _ in page.tags) == 4
+    for words in ("Tokens per second", "Share of the time that waits for data"):
+        assert words in page.text, words
+    assert sum(tag == "svg" for tag, _ in page.tags) == 6
     assert len(list(run.glob(".*"))) == 0
 
 
