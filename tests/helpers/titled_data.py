@@ -34,7 +34,9 @@ validation: {{users: 30}}
 def titled_data(folder: Path, num_users: int = 90) -> Path:
     """`folder/data` with its shards: users of 5 to 9 of 64 items whose order can be learned;
     some titles are equal."""
-    write_sequences(make_process(num_items=64, num_groups=8).sample(num_users, 5, 9), folder / "log.txt")
+    write_sequences(
+        make_process(num_items=64, num_groups=8).sample(num_users, 5, 9), folder / "log.txt"
+    )
     dice = np.random.default_rng(3)
     ids = sorted(
         {
