@@ -150,6 +150,7 @@ def measure_case(case: Case, where: tuple[str, ...], small: bool) -> dict[str, A
 def _measure(recipe: Recipe, rows: int, on_gpu: bool) -> dict[str, Any]:
     setup, model = build_setup(recipe)
     if rows:  # BART's table and head, of which this tokenizer uses the first rows
+        assert isinstance(model.config, GenRecConfig)
         config = GenRecConfig(**{**model.config.to_dict(), "vocab_size": rows})
         model = GenRecForConditionalGeneration(config)
     loop = Loop(setup, model, make_accelerator(recipe))

@@ -35,7 +35,6 @@ from genrec_dist.bench.measure import (
 )
 from genrec_dist.bench.synthetic import BEAUTY_ITEMS, BEAUTY_USERS, load_or_make, make_data
 from genrec_dist.config.load import load_recipe
-from genrec_dist.inference.load import make_layout
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.setup import build_setup
 from genrec_dist.training.stages import plan_stages
@@ -183,8 +182,8 @@ def _drain(values: Iterator[Any]) -> None:
 def measure_resuming(dataset: Dataset, sizes: Sizes) -> Measured:
     """Seconds from a fresh reader and order to the first batch, at four places of an epoch."""
     recipe = load_recipe("tiny", [f"data={dataset.path}", f"shards={dataset.path / 'shards'}"])
-    setup, model = build_setup(recipe)
-    layout = make_layout(setup.words, model.config)
+    setup, _ = build_setup(recipe)
+    layout = setup.layout
     num_steps = setup.stages[-1].plan.steps_per_epoch
 
     def first_batch(step: int) -> None:

@@ -26,7 +26,7 @@ from genrec_dist.data.batch import Batch, RankStep
 from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.inference.load import best_device
-from genrec_dist.model.genrec import choose_packing
+from genrec_dist.model.genrec import GenRecForConditionalGeneration, choose_packing
 from genrec_dist.training.engine import make_engine
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.profiling import peak_memory
@@ -159,6 +159,7 @@ def make_rival(name: str, setting: Setting, folder: Path) -> tuple[Rival, World]
     elif name != DEFAULT:
         known = ", ".join((OURS, TRIMMED, TUNED, DEFAULT, PUBLISHED))
         raise ValueError(f"{name}: no such rival; there are {known}")
+    assert isinstance(world.model, GenRecForConditionalGeneration)
     return TrainerRival(world.model, samples, collate, arguments), world
 
 

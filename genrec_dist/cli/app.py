@@ -15,7 +15,7 @@ from genrec_dist.cli.bench import bench
 from genrec_dist.cli.data import export, prepare, shard
 from genrec_dist.cli.inference import evaluate, recommend
 from genrec_dist.cli.options import RecipeArgument
-from genrec_dist.cli.recipes import complete_space, launch_file, recipes
+from genrec_dist.cli.recipes import backbone, complete_space, launch_file, recipes
 from genrec_dist.cli.reproduce import reproduce
 from genrec_dist.cli.scores import baseline, compare, report, score
 from genrec_dist.console import UsageError, exit_code_of, out, rank, say, shown, working, world_size
@@ -284,7 +284,7 @@ def doctor(
 # In the order of the help.
 for command in (
     demo, prepare, shard, export, recipes, train, evaluate, recommend, baseline, score, compare,
-    report, plan, tune, doctor, reproduce, launch_file,
+    report, plan, tune, doctor, reproduce, launch_file, backbone,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(

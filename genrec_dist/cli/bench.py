@@ -73,6 +73,28 @@ def bench_beam(
     _show(claims, table, json_path, format_curves(table))
 
 
+@bench.command("titles")
+def bench_titles(
+    data: DataOption = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", help="A run with a prompt; default: random weights, recipe llama."),
+    ] = None,
+    users: Annotated[int, typer.Option(help="How many are decoded.", min=1)] = 200,
+    json_path: JsonOption = None,
+) -> None:
+    """Decoding titles beside Hugging Face's `generate` under a constraint, lists compared.
+
+    Example: genrec bench titles --json titles.json
+    """
+    _announce()
+    from genrec_dist.bench.titles import Sizes
+    from genrec_dist.bench.titles import bench_titles as run_bench
+
+    claims, table = run_bench(data, run, Sizes(users=users))
+    _show(claims, table, json_path)
+
+
 @bench.command("latency")
 def bench_latency(
     run: Annotated[

@@ -33,6 +33,8 @@ OPTIONAL = {
     "triton": ("GPU kernels", "kernels"),
     "ray": ("sweeps", "tune"),
     "optuna": ("sweeps", "tune"),
+    "peft": ("adapters of language models", "llama"),
+    "gguf": ("weights in GGUF files", "llama"),
     "torchmetrics": ("a test's second opinion", "dev"),
     "pytest": ("tests", "dev"),
     "ruff": ("checks", "dev"),

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from genrec_dist.console import out
+from genrec_dist.console import out, say, working
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -125,3 +125,20 @@ def _first_sentence(text: str) -> str:
 
 def _stem(name: str) -> str:
     return name.rpartition(".")[0] or name
+
+
+def backbone(
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="A .gguf file, or smollm2 (docs/llama.md).")
+    ],
+    out_dir: Annotated[Path, typer.Option("--out", help="A new directory for model.backbone.")],
+) -> None:
+    """Write a GGUF file's language model as a directory that a recipe's model.backbone takes.
+
+    Example: genrec backbone smollm2 --out models/smollm2
+    """
+    with working():
+        from genrec_dist.model.causal.gguf import convert_gguf
+
+    parameters = convert_gguf(source, out_dir)
+    say(f"{out_dir}: {parameters:,} parameters; next: set model.backbone to it (recipe llama)")

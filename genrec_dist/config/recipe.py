@@ -45,8 +45,8 @@ class Model:
     ffn: int = 512
     """Width of the feed-forward layers."""
     backbone: str | None = None
-    """Name or directory of BART weights to start from; they then set the shape above. null: from
-    scratch."""
+    """Name or directory of BART weights to start from, with a `prompt` of a causal language model's
+    (Llama and its like); they then set the shape above. null: from scratch."""
     max_tokens: int = 512
     """Longest encoder input in positions (`encoder_unit`); whole oldest items are dropped beyond
     it."""
@@ -112,6 +112,37 @@ class Tokens:
     """Tokens that the catalogue leaves no choice about: an item's only continuation, and </s> where
     nothing else can follow. learned: in loss and score like all others, as in the paper. given: in
     neither, their probability is 1."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a causal language model reads, and writes after it the title of the next item. A
+    template makes the model one of these; `model.backbone` then names its weights (docs/llama.md).
+    """
+
+    template: str = ""
+    """The text around a history's titles, which go where {history} is; the answer follows its end.
+    Empty: no prompt, an encoder-decoder over the words of items."""
+    separator: str = "\n"
+    """Between two titles; no title may contain it."""
+    max_titles: int = 20
+    """Latest items of a history that are read, as far as they fit `model.max_tokens`; whole titles
+    are left out, oldest first."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters of a model with a prompt; the other weights then stay as they are."""
+
+    rank: int = 0
+    """Rank of each adapter. 0: none, all weights are trained."""
+    alpha: float = 32.0
+    """An adapter's output is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout of an adapter's input."""
+    targets: str = "all-linear"
+    """Modules with an adapter: all-linear (those of all layers, not the head), or names with commas
+    between them, such as q_proj,v_proj."""
 
 
 @dataclass(frozen=True)
@@ -241,8 +272,9 @@ class Recipe:
     """auto: bf16 on a GPU and on a CPU with instructions for it, fp32 elsewhere; the run's
     recipe.yaml holds which of them it was, and a resumed run keeps it."""
     micro_batch_tokens: int = 8192
-    """Encoder tokens, padding included, that a rank takes through the model at once; a step
-    accumulates as many micro-batches of samples of similar length as its share needs."""
+    """Encoder tokens, padding included, that a rank takes through the model at once (with a
+    `prompt`: tokens of prompts and answers); a step accumulates as many micro-batches of samples of
+    similar length as its share needs."""
     head: Literal["auto", HeadLoss] = "auto"
     """How the loss of the output head is computed. full: the logits of all target tokens of a
     micro-batch at once, and their gradients. chunked: some rows of them at a time. liger: the same
@@ -274,6 +306,8 @@ class Recipe:
     """Newest checkpoints that stay; older ones are deleted."""
     model: Model = field(default_factory=Model)
     tokens: Tokens = field(default_factory=Tokens)
+    prompt: Prompt = field(default_factory=Prompt)
+    lora: Lora = field(default_factory=Lora)
     pretrain: Stage = field(default_factory=lambda: Stage(targets="mask"))
     """The first stage, in which the model learns to fill masks."""
     finetune: Stage = field(default_factory=Stage)

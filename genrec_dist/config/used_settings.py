@@ -10,6 +10,23 @@ Get = Callable[[str], Any]
 
 _STAGES = ("pretrain", "finetune")
 _SHAPE = ("d_model", "encoder_layers", "decoder_layers", "heads", "ffn")
+_ENCODER_DECODER = (
+    "encoder_layers",
+    "dropout",
+    "activation_dropout",
+    "embedding_dropout",
+    "user_ids",
+    "item_ids",
+    "decoder_start",
+    "item_loss",
+    "id_dim",
+    "encoder_unit",
+    "encoder_attention",
+    "positions",
+    "scale_embedding",
+    "init_items",
+)
+"""Keys of `model` that a model with a prompt does not have."""
 
 
 def used_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,11 +79,16 @@ def _unused(get: Get) -> set[str]:
         unused.add("validation")
     if get("validation.decode") == "items":
         unused.add("validation.beam")
+    if get("prompt.template"):
+        unused |= {f"model.{key}" for key in _ENCODER_DECODER}
+        unused |= set() if get("lora.rank") else {"lora"}
+    else:
+        unused |= {"prompt", "lora"}
     if get("model.backbone"):
         unused |= {f"model.{key}" for key in _SHAPE}
     if get("model.backbone") or get("tokens.tokenizer"):
         unused.add("tokens.vocab_size")
-    if not (get("model.user_ids") or get("model.item_ids")):
+    if get("prompt.template") or not (get("model.user_ids") or get("model.item_ids")):
         unused |= {"model.embedding_dropout", "model.id_dim", "optimizer.id_tables"}
     if get("optimizer.id_tables") != "row-adagrad":
         unused.add("optimizer.id_learning_rate")

@@ -51,6 +51,8 @@ _RULES: dict[str, tuple[tuple[str, Rule], ...]] = {
         ("label_smoothing", _BELOW_1),
         ("mask.p", _PROBABILITY),
     ),
+    "prompt": (("max_titles", _AT_LEAST_1),),
+    "lora": (("rank", _NOT_NEGATIVE), ("alpha", _POSITIVE), ("dropout", _BELOW_1)),
     "optimizer": (
         ("betas ema_decay", _BELOW_1),
         ("eps id_learning_rate", _POSITIVE),
@@ -88,6 +90,9 @@ def _contradiction(recipe: Recipe) -> str:
     """What two values of a recipe make impossible, with the way out; "" where all fit."""
     model, optimizer, decode = recipe.model, recipe.optimizer, recipe.validation.decode
     causal, tables_outside = model.encoder_attention == "causal", optimizer.id_tables != "dense"
+    if problem := _prompt_problem(recipe):
+        return problem
+    causal |= bool(recipe.prompt.template)
     if model.d_model % model.heads:
         return f"model.d_model {model.d_model} is no multiple of model.heads {model.heads}"
     if recipe.micro_batch_tokens < model.max_tokens:
@@ -111,8 +116,8 @@ def _contradiction(recipe: Recipe) -> str:
             )
         if masks and causal:
             return (
-                f"{name}.targets mask: a causal encoder sees nothing after a mask: set others, "
-                "or epochs 0"
+                f"{name}.targets mask: a causal {'model' if recipe.prompt.template else 'encoder'} "
+                "sees nothing after a mask: set others, or epochs 0"
             )
         if masks and stage.mask.strategy == "span" and recipe.tokens.forced == "given":
             return (
@@ -141,4 +146,38 @@ def _contradiction(recipe: Recipe) -> str:
         )
     if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
         return "pretrain.epochs and finetune.epochs are both 0: nothing to train"
+    return ""
+
+
+HISTORY = "{history}"
+"""Where a template has the titles."""
+
+
+def _prompt_problem(recipe: Recipe) -> str:
+    """What of a recipe does not fit its prompt, with the way out; "" where all fits."""
+    prompt, model = recipe.prompt, recipe.model
+    if not prompt.template:
+        return "lora.rank: adapters need a model with a prompt: set it to 0" * (
+            recipe.lora.rank > 0
+        )
+    before, _, after = prompt.template.partition(HISTORY)
+    if prompt.template.count(HISTORY) != 1 or not before.strip() or not after:
+        return "prompt.template: write text, {history} once, and text after it"
+    if not prompt.separator:
+        return "prompt.separator: it is empty: write what no title contains, such as a line's end"
+    refused = {
+        "model.item_loss": model.item_loss > 0,
+        "model.decoder_start": model.decoder_start != "mask",
+        "model.init_items": model.init_items != "random",
+        "model.encoder_unit": model.encoder_unit != "subword",
+        "model.positions": model.positions != "from-start",
+        "tokens.trim": recipe.tokens.trim,
+        "optimizer.id_tables": recipe.optimizer.id_tables != "dense",
+        "compile": recipe.compile != "none",
+        "init_from": recipe.init_from is not None,
+        **dict.fromkeys(recipe.from_data, True),
+    }
+    found = next((key for key, is_set in refused.items() if is_set), None)
+    if found:
+        return f"{found}: a model with a prompt cannot have it: leave it out"
     return ""

@@ -119,7 +119,7 @@ def make_step(
             options.all_prefixes,
             share_windows=options.share_windows,
         )
-        tokens = segments.tokens_P
+        tokens = segments.tokens_P + np.diff(segments.row_offsets_P) * layout.row_length
     else:
         if options.mask is None:
             # A finetuning target follows its history: it is gathered, then replaced by [MASK].
@@ -293,7 +293,7 @@ def _prefix_rows(
 
 @dataclass(frozen=True)
 class DecoderRows:
-    """Each row is its items' tokens and </s>."""
+    """Each row is its items' tokens and </s>, after the rest of a prompt where there is one."""
 
     labels_RT: np.ndarray
     """int64 [R, T], IGNORED on padding and on forced tokens."""
@@ -301,6 +301,17 @@ class DecoderRows:
     """int64 [R, T], the same one place later, after the mask to fill."""
     lengths_R: np.ndarray
     """int64 [R], tokens up to the last label."""
+
+    def after(self, lead: np.ndarray) -> DecoderRows:
+        """The rows after these tokens, which are no labels."""
+        if not len(lead):
+            return self
+        shape = (len(self.lengths_R), len(lead))
+        return DecoderRows(
+            labels_RT=np.concatenate([np.full(shape, IGNORED), self.labels_RT], 1),
+            input_ids_RT=np.concatenate([np.broadcast_to(lead, shape), self.input_ids_RT], 1),
+            lengths_R=self.lengths_R + len(lead),
+        )
 
 
 def collate(
@@ -464,11 +475,11 @@ def _decoder_rows(masked: MaskedSamples, layout: Layout) -> DecoderRows:
     labels_RT[columns < lengths_R[:, None]] = words.tokens[flat]
     labels_RT[last] = words.tokens[words.offsets[EOS_WORD]]
     input_ids_RT = np.empty_like(labels_RT)
-    input_ids_RT[:, 0] = words.tokens[words.offsets[FIRST_MASK_WORD + masked.row_mask]]
+    input_ids_RT[:, 0] = words.tokens[words.offsets[FIRST_MASK_WORD + masked.row_mask + 1] - 1]
     before_RT = labels_RT[:, :-1]
     input_ids_RT[:, 1:] = np.where(before_RT == IGNORED, layout.pad_token, before_RT)
     if layout.forced is None:
-        return DecoderRows(labels_RT, input_ids_RT, lengths_R + 1)
+        return DecoderRows(labels_RT, input_ids_RT, lengths_R + 1).after(layout.lead)
     assert len(masked.target_items) == len(lengths_R), "several items in one answer have no trie"
     forced_RT = np.ones(labels_RT.shape, bool)
     forced_RT[columns < lengths_R[:, None]] = layout.forced.tokens[flat]
@@ -477,4 +488,5 @@ def _decoder_rows(masked: MaskedSamples, layout: Layout) -> DecoderRows:
     lengths_R = len(columns) - np.argmin(forced_RT[:, ::-1], axis=1)
     input_ids_RT[columns >= lengths_R[:, None]] = layout.pad_token
     longest = int(lengths_R.max(initial=0))
-    return DecoderRows(labels_RT[:, :longest], input_ids_RT[:, :longest], lengths_R)
+    rows = DecoderRows(labels_RT[:, :longest], input_ids_RT[:, :longest], lengths_R)
+    return rows.after(layout.lead)

@@ -6,7 +6,7 @@ padded."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal
 
@@ -17,7 +17,15 @@ from torch import Tensor
 
 from genrec_dist.config.recipe import EncoderUnit
 from genrec_dist.data.packing import filled_size
-from genrec_dist.data.word_table import BOS_WORD, EOS_WORD, FIRST_MASK_WORD, WordTable
+from genrec_dist.data.word_table import (
+    BOS_WORD,
+    EOS_WORD,
+    FIRST_MASK_WORD,
+    HEAD_WORD,
+    SEPARATOR_WORD,
+    TAIL_WORD,
+    WordTable,
+)
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,31 @@ class Layout:
         return self.words.lengths if self.unit == "subword" else np.ones_like(self.words.lengths)
 
     @property
+    def written_lengths(self) -> np.ndarray:
+        """int64 [W], the same without what comes between two words."""
+        return self.lengths
+
+    @property
+    def head_length(self) -> int:
+        """Positions before the user and the items: `<s>`."""
+        return 1
+
+    @property
+    def max_items(self) -> int:
+        """Most items of a history that are read, as far as they fit."""
+        return self.max_tokens
+
+    @property
+    def lead(self) -> np.ndarray:
+        """int64, what a decoder row has before the input whose output is its first label."""
+        return np.empty(0, np.int64)
+
+    @property
+    def row_length(self) -> int:
+        """Tokens of a decoder row that count where micro-batches are cut."""
+        return 0
+
+    @property
     def num_further(self) -> int:
         """S, most sub-words after the first that a position has."""
         if self.unit == "subword":
@@ -88,6 +121,75 @@ class Layout:
         if not self.user_ids:
             return 0
         return self.words.longest_user if self.unit == "subword" else 1
+
+
+@dataclass(frozen=True)
+class PromptLayout(Layout):
+    """The form of a prompt (`data/prompt/`): its head, and titles with separators between
+    them, are what an encoder reads; its tail and the answer are a decoder row.
+
+    So an item has room for its title and one separator, and the head for one separator less: a
+    history of two titles has head + title + separator + title.
+
+    Raises:
+        ValueError: `max_tokens` has no room for the head and the longest title.
+    """
+
+    max_titles: int = 1
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < self.head_length + self.longest_item:
+            raise ValueError(
+                f"model.max_tokens {self.max_tokens}: too few for the prompt's {self.head} tokens "
+                f"before the history and the longest title's {self.words.longest_item}: raise it"
+            )
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        lengths = self.words.lengths.copy()
+        lengths[self.words.first_item_word :] += self.separator
+        return lengths
+
+    @property
+    def written_lengths(self) -> np.ndarray:
+        return self.words.lengths
+
+    @property
+    def head(self) -> int:
+        """Tokens before the first title."""
+        return int(self.words.lengths[HEAD_WORD])
+
+    @property
+    def separator(self) -> int:
+        """Tokens between two titles."""
+        return int(self.words.lengths[SEPARATOR_WORD])
+
+    @property
+    def head_length(self) -> int:
+        return self.head - self.separator
+
+    @property
+    def max_items(self) -> int:
+        return self.max_titles
+
+    @property
+    def longest_item(self) -> int:
+        return self.words.longest_item + self.separator
+
+    @cached_property
+    def tail(self) -> np.ndarray:
+        """int64, the tokens after the history."""
+        first, last = self.words.offsets[TAIL_WORD : TAIL_WORD + 2]
+        return self.words.tokens[first:last].astype(np.int64)
+
+    @property
+    def lead(self) -> np.ndarray:
+        return self.tail[:-1]
+
+    @property
+    def row_length(self) -> int:
+        # With a mean title: a target's own length would choose what its sample is cut beside.
+        return len(self.tail) + len(self.words.tokens_of_items()[0]) // self.words.num_items + 1
 
 
 @dataclass(frozen=True)
@@ -225,6 +327,8 @@ def encode_words(
         user_rows_B: int64 [B], -1 for an unknown user.
         layout: lengths, positions and which words there are.
     """
+    if isinstance(layout, PromptLayout):
+        return _prompts(words, offsets, layout)
     known_B = (user_rows_B >= 0) & layout.user_ids
     user_words_B = np.full(len(user_rows_B), BOS_WORD)
     user_words_B[known_B] = layout.words.user_words(user_rows_B[known_B])
@@ -247,9 +351,28 @@ def encode_words(
     return _tokens_of(sequences, sequence_offsets, layout)
 
 
+def _prompts(words: np.ndarray, offsets: np.ndarray, layout: PromptLayout) -> FlatSequences:
+    """The prompts of histories up to their tail; no token has an id row."""
+    # The latest titles that fit.
+    num_words_B = np.diff(offsets)
+    sample_W = np.repeat(np.arange(len(num_words_B)), num_words_B)
+    before = offsets_of(layout.lengths[words])
+    fits_W = before[offsets[1:]][sample_W] - before[:-1] <= layout.max_tokens - layout.head_length
+    keep_W = fits_W & (offsets[1:][sample_W] - np.arange(len(words)) <= layout.max_titles)
+    kept_B = np.bincount(sample_W[keep_W], minlength=len(num_words_B))
+    # Two histories, a b and none: sequences = [HEAD a SEPARATOR b | HEAD]
+    sequence_offsets = offsets_of(np.maximum(2 * kept_B, 1))
+    sequences = np.full(sequence_offsets[-1], SEPARATOR_WORD)
+    sequences[sequence_offsets[:-1]] = HEAD_WORD
+    first_W = np.repeat(sequence_offsets[:-1] + 1 - 2 * offsets_of(kept_B)[:-1], kept_B)
+    sequences[first_W + 2 * np.arange(len(first_W))] = words[keep_W]
+    flat = _tokens_of(sequences, sequence_offsets, layout)
+    return replace(flat, items_n=np.zeros_like(flat.items_n))
+
+
 def _tokens_of(sequences: np.ndarray, offsets: np.ndarray, layout: Layout) -> FlatSequences:
     """The tokens of sequences of words; sequence b starts at word `offsets[b]`."""
-    table, lengths = layout.words, layout.lengths[sequences]
+    table, lengths = layout.words, layout.written_lengths[sequences]
     ends = offsets_of(lengths)[offsets]
     lengths_B = np.diff(ends)
     words_n = np.repeat(sequences, lengths)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -45,6 +45,8 @@ class Group(NamedTuple):
     keys: GroupTokens
     visible_cQ: Tensor | None
     """int64 [c, Q], how many keys each query attends to, from the first on; None: all."""
+    branch_cQ: Tensor | None = None
+    """int64 [c, Q], as `Attended.branch`; -1 on padding."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,17 @@ class Attended:
     all."""
     by_length: bool = True
     """Neighbours have like lengths; otherwise a group takes sequences of any length."""
+    branch: np.ndarray | None = None
+    """int64 [n], of queries that are keys too: the branch a token belongs to, -1 for the stem. A
+    token attends to what of the stem is visible, and to its own branch up to itself."""
+
+    def to(self, device: torch.device) -> Attended:
+        """The same, with offsets of the sequences where a kernel reads them."""
+
+        def moved(segments: Segments) -> Segments:
+            return replace(segments, cu_seqlens=segments.cu_seqlens.to(device, non_blocking=True))
+
+        return replace(self, queries=moved(self.queries), keys=moved(self.keys))
 
     @cached_property
     def groups(self) -> list[Group]:
@@ -88,15 +101,10 @@ class Attended:
             queries, keys = (_group_tokens(each, first, last) for each in (self.queries, self.keys))
             if queries.number == 0:
                 continue
-            visible_cQ = None
-            if self.visible is not None:
-                # Padding sees one key: a softmax over none would give NaN.
-                visible = torch.ones((last - first) * queries.longest, dtype=torch.long)
-                slots = slice(None) if queries.slots is None else queries.slots
-                of_group = self.visible[queries.first : queries.first + queries.number]
-                visible[slots] = torch.from_numpy(of_group)
-                visible_cQ = visible.view(last - first, queries.longest)
-            groups.append(Group(last - first, queries, keys, visible_cQ))
+            # Padding sees one key: a softmax over none would give NaN.
+            visible_cQ = _in_rectangle(self.visible, queries, last - first, 1)
+            branch_cQ = _in_rectangle(self.branch, queries, last - first, -1)
+            groups.append(Group(last - first, queries, keys, visible_cQ, branch_cQ))
         return groups
 
     def groups_on(self, device: torch.device) -> list[Group]:
@@ -107,6 +115,21 @@ class Attended:
         if moved is None:
             moved = self.__dict__["_groups_moved"] = _groups_moved(self.groups, device)
         return moved
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The encoder's and the decoder's tokens of each sample as one sequence, for a model that has
+    one stack of layers for both: a stem, and a branch for each decoder row."""
+
+    order_s: Tensor
+    """int64 [n + m], for each token its index among the encoder's tokens and then the
+    decoder's."""
+    places_m: Tensor
+    """int64 [m], where each decoder token is."""
+    positions_s: Tensor
+    """int64 [n + m], position of each token in its stem or after what it sees of it."""
+    attended: Attended
 
 
 @dataclass(frozen=True)
@@ -140,6 +163,42 @@ class Packing:
     def across(self) -> Attended:
         return Attended(self.targets, self.encoder, visible=self.visible_m)
 
+    @cached_property
+    def joined(self) -> Joined:
+        """The tokens of each sample as one sequence."""
+        # Two samples of 3 and 2 encoder tokens, decoder rows of 2, 1 and 2, the first two of sample
+        # 0, which see 2 and 3 tokens of it:
+        #   order_s = [0 1 2 5 6 7 | 3 4 8 9], places_m = [3 4 5 8 9]
+        #   visible_s = [1 2 3 2 2 3 | 1 2 2 2], branch_s = [- - - 0 0 1 | - - 2 2]
+        #   positions_s = [0 1 2 2 3 3 | 0 1 2 3]
+        stems, answers = self.encoder.lengths, self.targets.lengths
+        num_stem, samples = int(self.encoder.offsets[-1]), np.arange(len(stems))
+        sample_s = np.concatenate([np.repeat(samples, stems), np.repeat(samples, answers)])
+        order_s = np.argsort(sample_s, kind="stable")
+        places_s = np.argsort(order_s)
+        within_n = np.arange(num_stem) - np.repeat(self.encoder.offsets[:-1], stems)
+        visible_m = np.repeat(stems, answers) if self.visible_m is None else self.visible_m
+        branch_m = np.repeat(np.arange(len(self.rows.lengths)), self.rows.lengths)
+        within_m = np.arange(len(visible_m)) - np.repeat(self.rows.offsets[:-1], self.rows.lengths)
+        positions_m = visible_m + within_m
+        visible_s = np.concatenate([within_n + 1, visible_m])[order_s]
+        branch_s = np.concatenate([np.full(num_stem, -1), branch_m])[order_s]
+        segments = segments_of(stems + answers)
+        # One row after the whole stem is causal attention over both.
+        sample_of_row = np.searchsorted(self.targets.offsets[1:], self.rows.offsets[:-1], "right")
+        if len(np.unique(sample_of_row)) == len(sample_of_row) and np.array_equal(
+            visible_m, np.repeat(stems, answers)
+        ):
+            attended = Attended(segments, segments, causal=True)
+        else:
+            attended = Attended(segments, segments, visible=visible_s, branch=branch_s)
+        return Joined(
+            order_s=torch.from_numpy(order_s),
+            places_m=torch.from_numpy(places_s[num_stem:]),
+            positions_s=torch.from_numpy(np.concatenate([within_n, positions_m])[order_s]),
+            attended=attended,
+        )
+
     def last_sequence(self) -> tuple[slice, slice, Packing]:
         """The encoder tokens of the last sample, the decoder tokens of its last row, and the
         packing of both alone."""
@@ -157,6 +216,18 @@ class Packing:
             visible_m=None if self.visible_m is None else self.visible_m[targets],
         )
         return tokens, targets, packing
+
+
+def _in_rectangle(
+    values: np.ndarray | None, tokens: GroupTokens, size: int, fill: int
+) -> Tensor | None:
+    """A group's share of a packed array as [c, L], `fill` on padding."""
+    if values is None:
+        return None
+    rectangle = torch.full((size * tokens.longest,), fill, dtype=torch.long)
+    of_group = values[tokens.first : tokens.first + tokens.number]
+    rectangle[slice(None) if tokens.slots is None else tokens.slots] = torch.from_numpy(of_group)
+    return rectangle.view(size, tokens.longest)
 
 
 def filled_size(num_tokens: int) -> int:
@@ -198,7 +269,7 @@ def _groups_moved(groups: list[Group], device: torch.device) -> list[Group]:
     indices = [
         found
         for group in groups
-        for found in (group.queries.slots, group.keys.slots, group.visible_cQ)
+        for found in (group.queries.slots, group.keys.slots, group.visible_cQ, group.branch_cQ)
         if found is not None
     ]
     flat = torch.cat([torch.empty(0, dtype=torch.long), *(found.flatten() for found in indices)])
@@ -215,6 +286,7 @@ def _groups_moved(groups: list[Group], device: torch.device) -> list[Group]:
             group.queries._replace(slots=next_of(group.queries.slots)),
             group.keys._replace(slots=next_of(group.keys.slots)),
             next_of(group.visible_cQ),
+            next_of(group.branch_cQ),
         )
         for group in groups
     ]

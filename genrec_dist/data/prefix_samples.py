@@ -71,13 +71,14 @@ def prefix_segments(
     """
     num_samples = len(starts_B)
     before = offsets_of(layout.lengths[layout.words.item_words(items)])
-    head_B = np.ones(num_samples, np.int64)
+    head_B = np.full(num_samples, layout.head_length)
     if layout.user_ids:
         head_B += layout.lengths[layout.words.user_words(user_rows_B)]
     room_B = layout.max_tokens - head_B
     if not all_prefixes:
         targets_B = ends_B - 1
         first_B = np.maximum(starts_B, np.searchsorted(before, before[targets_B] - room_B))
+        first_B = np.maximum(first_B, targets_B - layout.max_items)
         tokens_B = head_B + before[targets_B] - before[first_B]
         return PrefixSegments(
             sample_P=np.arange(num_samples),
@@ -98,6 +99,7 @@ def prefix_segments(
     targets_T = flat_ranges(starts_B + 1, ends_B - starts_B - 1)
     sample_T = np.repeat(np.arange(num_samples), ends_B - starts_B - 1)
     fits_T = before[targets_T] - before[starts_B[sample_T]] <= room_B[sample_T]
+    fits_T &= targets_T - starts_B[sample_T] <= layout.max_items
     shared_B = np.bincount(sample_T[fits_T], minlength=num_samples)
     alone_T, sample_of_alone_T = targets_T[~fits_T], sample_T[~fits_T]
     first_W, sample_W, rows_W = _windows(
@@ -117,6 +119,7 @@ def prefix_segments(
     targets_R = flat_ranges(np.concatenate([first_B, alone_T[begin_W]])[order], rows_P)
     segment_R = np.repeat(np.arange(len(rows_P)), rows_P)
     head_P = head_B[sample_P]
+    visible_R = head_P[segment_R] + before[targets_R] - before[starts_P[segment_R]]
     return PrefixSegments(
         sample_P=sample_P,
         starts_P=starts_P,
@@ -124,7 +127,8 @@ def prefix_segments(
         tokens_P=head_P + before[ends_P] - before[starts_P],
         row_offsets_P=offsets_of(rows_P),
         targets_R=targets_R,
-        visible_R=head_P[segment_R] + before[targets_R] - before[starts_P[segment_R]],
+        # A row without a target sees something, too: a softmax over nothing is no number.
+        visible_R=np.maximum(visible_R, 1),
         learned_R=targets_R > starts_P[segment_R],
     )
 
@@ -141,13 +145,18 @@ def _windows(
     """(first item, sample, number of targets), int64 [W] each, of the windows in which the targets
     are read whose history does not fit; targets are ascending."""
     half_T = room_B[sample_T] // 2
-    if not share or half_T.min(initial=layout.longest_item) < layout.longest_item:
+    # An item counts as at least its share of the room, so that no window has too many.
+    least = -(-int(room_B.max(initial=1)) // layout.max_items)
+    longest = max(layout.longest_item, least)
+    if not share or half_T.min(initial=longest) < longest:
         first_T = np.searchsorted(before, before[targets_T] - room_B[sample_T])
+        first_T = np.maximum(first_T, targets_T - layout.max_items)
         return first_T, sample_T, np.ones_like(targets_T)
     # One user of ten items, every word one token, room for four items: targets 1..4 fit, and
     #   targets_T = [5 6 7 8 9], their excess [1 2 3 4 5] tokens, number_T = [1 1 2 2 3]
     # Window k begins k halves after the sequence does, so that its last target fills the room:
     #   windows from items 2, 4 and 6, with targets 5 and 6 (3 and 4 items visible), 7 and 8, 9
+    before = offsets_of(np.maximum(np.diff(before), least))
     excess_T = before[targets_T] - before[starts_B[sample_T]] - room_B[sample_T]
     number_T = -(-excess_T // half_T)
     is_new_T = (np.diff(sample_T, prepend=-1) != 0) | (np.diff(number_T, prepend=0) != 0)

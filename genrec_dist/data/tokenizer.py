@@ -62,15 +62,23 @@ def train_tokenizer(
     )
 
 
+ROLES = ("bos_token", "pad_token", "eos_token", "mask_token")
+"""Roles of tokens that an encoder-decoder needs."""
+
+
 def load_tokenizer(
-    name: str | Path, num_masks: int = 1, key: str = "tokens.tokenizer"
+    name: str | Path,
+    num_masks: int = 1,
+    key: str = "tokens.tokenizer",
+    roles: Sequence[str] = ROLES,
 ) -> PreTrainedTokenizerFast:
     """A Hugging Face fast tokenizer by name or directory, with the numbered masks it lacks.
 
     Args:
-        name: of the tokenizer.
-        num_masks: numbered masks.
+        name: of the tokenizer, or its directory.
+        num_masks: how many masks it is to have, where it has any.
         key: of the recipe that says the name.
+        roles: for which it has to have a token.
 
     Raises:
         ValueError: it cannot be loaded or does not fit; names it and the ways out.
@@ -84,7 +92,7 @@ def load_tokenizer(
         ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokens.tokenizer {name}: not a fast tokenizer")
-    for role in ("bos_token", "pad_token", "eos_token", "mask_token"):
+    for role in roles:
         if getattr(tokenizer, role) is None:
             raise ValueError(f"tokens.tokenizer {name}: it has no {role}")
     # Hugging Face makes an empty tokenizer of a directory that holds a model and no vocabulary.

@@ -18,6 +18,9 @@ from genrec_shards.readers.documents import read_object
 from genrec_shards.sequences import offsets_of
 
 BOS_WORD, EOS_WORD, FIRST_MASK_WORD = 0, 1, 2
+HEAD_WORD, TAIL_WORD, SEPARATOR_WORD = BOS_WORD, FIRST_MASK_WORD, FIRST_MASK_WORD + 1
+"""The words of a prompt's text have the places of `<s>` and of two masks: what is before a history,
+what a decoder row begins with, and what is between two titles. They have any number of tokens."""
 
 VOCABULARY_FILE = "vocabulary.json"
 """Name of a trimmed vocabulary beside its model."""

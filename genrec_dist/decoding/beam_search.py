@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from genrec_dist.decoding.decoder_state import DecoderState
+from genrec_dist.decoding.decoder_state import Searchable, start_search
 from genrec_dist.decoding.output_head import Heads, log_probabilities
 from genrec_dist.decoding.trie import Pruned, Trie
-from genrec_dist.model.network import Network
 
 Ends = Literal["kept", "ranked"]
 """What becomes of an item that ends at a beam. kept: it is a candidate for the list. ranked: only
@@ -151,7 +150,7 @@ class BeamOptions:
 
 
 def search_trie(
-    model: Network,
+    model: Searchable,
     levels: Levels,
     heads: Heads,
     memory_BLD: Tensor,
@@ -183,7 +182,7 @@ def search_trie(
     beam, top, static = options.beam, options.top, options.static
     best = best_static if static else best_of
     num_users, device = len(memory_BLD), memory_BLD.device
-    state = DecoderState(model, memory_BLD, mask_BL, static=static)
+    state = start_search(model, memory_BLD, mask_BL, static=static)
     states_BPD = state.start(torch.cat([state.start_token, levels.prefix]))
     hidden_BKD = states_BPD[:, -1:]
     scores_BK = states_BPD.new_zeros(num_users, 1, dtype=heads.levels[0].dtype)

@@ -4,16 +4,68 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.model.network import POSITION_OFFSET, Network
 
 if TYPE_CHECKING:
     from transformers.models.bart.modeling_bart import BartAttention, BartDecoderLayer
+
+
+class Searchable(Protocol):
+    """What a search needs of a model."""
+
+    config: Any
+
+    @property
+    def lm_head(self) -> Any: ...
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's rows of the output vocabulary, [V, D]."""
+
+    def encode(self, encoder: EncoderInput) -> Tensor:
+        """What answers read of the users' inputs, float [B, L, D]: states, or of a prompted model
+        keys and values."""
+
+
+class SearchState(Protocol):
+    """A running search, whatever the model."""
+
+    start_token: Tensor
+    """int64 [1], what the first output follows."""
+
+    def start(self, prefix_P: Tensor) -> Tensor:
+        """Decode the tokens that every beam of every user begins with; returns the states after
+        each, float [B, P, D]."""
+
+    def step(self, tokens_BK: Tensor) -> Tensor:
+        """Decode one token per beam; returns the states after it, float [B, K, D]."""
+
+    def reorder_beams(self, parent_BK: Tensor) -> None:
+        """Let each beam continue the beam `parent_BK` names; the number of beams may change."""
+
+    def fork(self, parent_BK: Tensor) -> SearchState:
+        """Another search from here, as after `reorder_beams`; this one stays as it is."""
+
+
+def start_search(
+    model: Searchable, memory_BLD: Tensor, mask_BL: Tensor, *, static: bool = False
+) -> SearchState:
+    """The search of a model's answers to what it has encoded; arguments as of `DecoderState`."""
+    if isinstance(model, Network):
+        return DecoderState(model, memory_BLD, mask_BL, static=static)
+    # Here: the encoder-decoder alone needs nothing of transformers.
+    from genrec_dist.decoding.prompt_state import PromptState
+    from genrec_dist.model.causal.prompted import PromptedModel
+
+    assert isinstance(model, PromptedModel)
+    return PromptState(model, memory_BLD, mask_BL)
 
 
 class DecoderState:

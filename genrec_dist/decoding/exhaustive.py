@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from genrec_dist.decoding.beam_search import NEG_INF, Levels, step_log_probabilities
-from genrec_dist.decoding.decoder_state import DecoderState
+from genrec_dist.decoding.decoder_state import Searchable, SearchState, start_search
 from genrec_dist.decoding.output_head import Heads
 from genrec_dist.decoding.trie import Trie
-from genrec_dist.model.network import Network
 
 ROWS_AT_ONCE = 8192
 """Decoder rows of one step: users times nodes."""
@@ -20,7 +19,7 @@ NODES_AT_ONCE = 2048
 
 
 def score_all(
-    model: Network,
+    model: Searchable,
     trie: Trie,
     levels: Levels,
     heads: Heads,
@@ -40,7 +39,7 @@ def score_all(
 
     def score_below(
         users: slice,
-        state: DecoderState,
+        state: SearchState,
         hidden_BMD: Tensor,
         scores_BM: Tensor,
         level: int,
@@ -69,7 +68,7 @@ def score_all(
     users_at_once = max(1, ROWS_AT_ONCE // min(NODES_AT_ONCE, trie.num_nodes))
     for first_user in range(0, len(memory_BLD), users_at_once):
         users = slice(first_user, first_user + users_at_once)
-        state = DecoderState(model, memory_BLD[users], mask_BL[users])
+        state = start_search(model, memory_BLD[users], mask_BL[users])
         hidden_B1D = state.start(state.start_token)
         score_below(users, state, hidden_B1D, torch.zeros_like(found_BN[users, :1]), 0, 0)
     return found_BN

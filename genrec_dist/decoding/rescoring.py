@@ -12,7 +12,7 @@ from torch import Tensor
 
 from genrec_dist.data.item_graph import log_near
 from genrec_dist.decoding.beam_search import NEG_INF, Levels, step_log_probabilities
-from genrec_dist.decoding.decoder_state import DecoderState
+from genrec_dist.decoding.decoder_state import Searchable, start_search
 from genrec_dist.decoding.output_head import Heads
 from genrec_dist.evaluation.score_mixture import Mixture
 from genrec_dist.model.network import Network
@@ -53,7 +53,7 @@ class Candidates:
         return mixed_BC
 
 
-def item_log_probabilities(model: Network, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+def item_log_probabilities(model: Searchable, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     """log p of every item under the item head, float [B, N], from the encoder's state at [MASK],
     the last but </s>; of a causal encoder from the last one.
 
@@ -65,6 +65,7 @@ def item_log_probabilities(model: Network, memory_BLD: Tensor, mask_BL: Tensor) 
             "this model has no item head: train with model.item_loss above 0, "
             "or decode in another mode"
         )
+    assert isinstance(model, Network)
     masked_BD = model.masked_states(memory_BLD, mask_BL)
     # As the decoder's head: rounded logits would tie.
     with torch.autocast(memory_BLD.device.type, enabled=False):
@@ -80,7 +81,7 @@ def add_best(items_BC: Tensor, scores_BN: Tensor, count: int) -> Tensor:
 
 
 def score_candidates(
-    model: Network,
+    model: Searchable,
     levels: Levels,
     heads: Heads,
     memory_BLD: Tensor,
@@ -95,7 +96,7 @@ def score_candidates(
         paths_BCT: int64, a candidate's nodes from below the root on, `levels.sentinel` after its
             last one.
     """
-    state = DecoderState(model, memory_BLD, mask_BL)
+    state = start_search(model, memory_BLD, mask_BL)
     hidden_BKD = state.start(state.start_token)
     total_BC = torch.zeros_like(paths_BCT[..., 0], dtype=memory_BLD.dtype)
     before_BC = torch.zeros_like(paths_BCT[..., 0])

@@ -5,9 +5,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from genrec_dist.decoding.beam_search import (
     exclude_by_level,
     search_trie,
 )
+from genrec_dist.decoding.decoder_state import Searchable
 from genrec_dist.decoding.exhaustive import score_all
 from genrec_dist.decoding.output_head import make_heads
 from genrec_dist.decoding.rescoring import (
@@ -50,6 +52,9 @@ USERS_ENCODED_AT_ONCE, LENGTHS_ENCODED_AT_ONCE = 4, 1.5
 """An encoder pass on a CPU takes at least so many users, and more while the longest has at most so
 many times the tokens of the shortest (docs/log.md, 2026-11-21)."""
 
+MEMORY_AT_ONCE = 2**27
+"""Most numbers that the keys and values of prompts take at one time."""
+
 Pairs = tuple[np.ndarray, np.ndarray]
 """(user index in the batch, item row) [P] of items that must not be listed."""
 
@@ -72,7 +77,7 @@ class TrieSearcher:
 
     def __init__(
         self,
-        model: Network,
+        model: Searchable,
         trie: Trie,
         device: torch.device | str = "cpu",
         *,
@@ -94,13 +99,15 @@ class TrieSearcher:
         """
         self.device = torch.device(device)
         self.texts = texts
-        self.static = self.device.type == "cuda" if static is None else static
+        # A prompted model's search has shapes of its own.
+        on_gpu = self.device.type == "cuda" and isinstance(model, Network)
+        self.static = on_gpu if static is None else static
         self._search_trie = search_trie
         given = model.config.certain_tokens == "given"
         self._set_trie(trie, forced_nodes(trie) if given else None)
         self._set_model(model)
 
-    def of(self, model: Network) -> TrieSearcher:
+    def of(self, model: Searchable) -> TrieSearcher:
         """The same trie, decoded with another model of the same words."""
         other = copy.copy(self)
         other._set_model(model)
@@ -141,7 +148,7 @@ class TrieSearcher:
         self.item_node = torch.from_numpy(trie.item_node).to(self.device)
         self.__dict__.pop("paths", None)
 
-    def _set_model(self, model: Network) -> None:
+    def _set_model(self, model: Searchable) -> None:
         self.model = model
         weight_VD, eos = model.head_weight.detach(), model.config.eos_token_id
         if self.static and model.lm_head.weight.dtype != torch.float32:
@@ -200,6 +207,22 @@ class TrieSearcher:
         if mode not in get_args(Mode):
             raise ValueError(f"decode mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
         beam = max(beam, top)
+        most = self._users_at_once(encoder)
+        if len(encoder.input_ids) > most:
+            return _joined_lists(
+                self.search(
+                    part.encoder,
+                    beam=beam,
+                    top=top,
+                    mode=mode,
+                    excluded=part.excluded,
+                    ends=ends,
+                    mixture=mixture,
+                    graph_prob_BN=None if graph_prob_BN is None else graph_prob_BN[part.users],
+                    repeat_prob_BN=None if repeat_prob_BN is None else repeat_prob_BN[part.users],
+                )
+                for part in _parts(encoder, excluded, most)
+            )
         if mode == "hybrid":
             found = self.candidates(
                 encoder,
@@ -299,6 +322,13 @@ class TrieSearcher:
             num_items=excluded_BN.shape[1],
         )
 
+    def _users_at_once(self, encoder: EncoderInput) -> int:
+        """Most users of a batch that are searched together."""
+        if isinstance(self.model, Network):
+            return len(encoder.input_ids)
+        per_user = encoder.input_ids.shape[1] * self.model.config.memory_width
+        return max(1, MEMORY_AT_ONCE // per_user)
+
     def _search_beam(
         self,
         memory_BLD: Tensor,
@@ -372,6 +402,33 @@ class TrieSearcher:
         )
 
 
+class _Part(NamedTuple):
+    """Some users of a batch."""
+
+    users: slice
+    encoder: EncoderInput
+    excluded: Pairs | None
+
+
+def _parts(encoder: EncoderInput, excluded: Pairs | None, most: int) -> Iterator[_Part]:
+    """A batch in parts of at most so many users."""
+    for first in range(0, len(encoder.input_ids), most):
+        users, pairs = slice(first, first + most), None
+        if excluded is not None:
+            rows, items = (np.asarray(column) for column in excluded)
+            mine = (rows >= first) & (rows < first + most)
+            pairs = rows[mine] - first, items[mine]
+        yield _Part(users, encoder.map(lambda values, at=users: values[at]), pairs)  # type: ignore[misc]
+
+
+def _joined_lists(parts: Iterable[TopItems]) -> TopItems:
+    lists = list(parts)
+    return TopItems(
+        items=np.concatenate([part.items for part in lists]),
+        scores=np.concatenate([part.scores for part in lists]),
+    )
+
+
 def _as_lists(scores_BN: Tensor, items_BN: Tensor, top: int) -> TopItems:
     items_BN = items_BN.masked_fill(scores_BN == NEG_INF, EMPTY)
     missing = top - items_BN.shape[1]
@@ -381,7 +438,7 @@ def _as_lists(scores_BN: Tensor, items_BN: Tensor, top: int) -> TopItems:
     return TopItems(items_BN.cpu().numpy().astype(np.int32), scores_BN.float().cpu().numpy())
 
 
-def encode_by_length(model: Network, encoder: EncoderInput) -> Tensor:
+def encode_by_length(model: Searchable, encoder: EncoderInput) -> Tensor:
     """Encoder states [B, L, D], rows of like length encoded together: a short history does not pay
     for a long one."""
     lengths_B = encoder.attention_mask.sum(1)

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from genrec_dist.decoding.beam_search import NEG_INF
-from genrec_dist.decoding.decoder_state import DecoderState
-from genrec_dist.model.network import Network
+from genrec_dist.decoding.decoder_state import Searchable, start_search
 
 
 def generate_freely(
-    model: Network,
+    model: Searchable,
     memory_BLD: Tensor,
     mask_BL: Tensor,
     *,
@@ -35,7 +34,7 @@ def generate_freely(
         (scores float32 [B, N] best first, tokens [B, N, T], how many of them count [B, N])
     """
     device, num_users, eos = memory_BLD.device, len(memory_BLD), model.config.eos_token_id
-    state = DecoderState(model, memory_BLD, mask_BL)
+    state = start_search(model, memory_BLD, mask_BL)
     hidden_BKD = state.start(state.start_token)
     weight_VD = model.head_weight
     scores_BK = torch.zeros(num_users, 1, dtype=weight_VD.dtype, device=device)

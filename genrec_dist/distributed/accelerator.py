@@ -53,9 +53,7 @@ def make_accelerator(recipe: Settings) -> Accelerator:
         # Every element that is read has been written: filling it before costs time alone.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     on_gpu = torch.accelerator.is_available()
-    if not on_gpu:
-        # What DeepSpeed would find anyway, with a warning.
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    launch_check.name_device_to_deepspeed()
     plugin = _deepspeed_plugin(recipe)
     handlers = None
     if plugin is not None and not on_gpu:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import str_to_bool
 from genrec_shards.readers.documents import read_object
@@ -36,6 +37,12 @@ _WORLD_SIZES = (
 )
 _ANCESTORS = 4
 """How many processes above this one may be the launcher."""
+
+
+def name_device_to_deepspeed() -> None:
+    """Where there is no accelerator, tell DeepSpeed so: it would find it out, and print it."""
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from genrec_dist.data.batch import Work
+from genrec_dist.model.causal.config import PromptedConfig
 from genrec_dist.model.genrec import GenRecConfig
 
 FORMULA = (
@@ -19,8 +20,24 @@ FORMULA = (
 usual."""
 
 
-def flops(config: GenRecConfig, work: Work) -> float:
-    """Floating-point operations of forward and backward (`FORMULA`)."""
+FORMULA_OF_PROMPTS = (
+    "3 x 2 x [(inputs + targets) x N x w + 2 N d x sum(L (L + 1) / 2 + T^2 + T L)]  layers\n"
+    "+ 3 x 2 x labels x d x V  head\n"
+    "inputs, targets: tokens of prompts and of answers with the prompts' tails, of a history once "
+    "for all its answers; labels: those of the answers; w: elements of a layer's matrices; the "
+    "rest as of an encoder-decoder"
+)
+"""The same of a prompted model. With adapters, whose backward pass is shorter, too much."""
+
+
+def flops(config: GenRecConfig | PromptedConfig, work: Work) -> float:
+    """Floating-point operations of forward and backward (`FORMULA`, `FORMULA_OF_PROMPTS`)."""
+    if isinstance(config, PromptedConfig):
+        tokens, pairs = work.inputs + work.targets, work.encoder_pairs + work.decoder_pairs
+        in_layer = tokens * config.layer_weights
+        in_layer += 2 * config.d_model * (pairs + work.cross_pairs)
+        head = work.labels * config.d_model * config.vocab_size
+        return 6.0 * (config.num_layers * in_layer + head)
     width, vocabulary = config.d_model, config.spoken_tokens or config.vocab_size
     in_encoder = 4 * width**2 + 2 * width * config.encoder_ffn_dim
     in_decoder = 4 * width**2 + 2 * width * config.decoder_ffn_dim

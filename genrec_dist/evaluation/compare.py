@@ -521,7 +521,7 @@ def _verdict(found: Comparison) -> str:
     single = [
         name
         for name, side in (("A", found.a), ("B", found.b))
-        if len(side.runs) == 1 and side.system == "genrec"
+        if len(side.runs) == 1 and side.system in ("genrec", "genrec, titles")
     ]
     if single:
         sentence += (

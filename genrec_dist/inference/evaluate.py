@@ -17,6 +17,7 @@ from genrec_shards.splits import Split, TrainedThrough
 
 from genrec_dist.baselines.registry import reference_scores
 from genrec_dist.config.paths import training_state
+from genrec_dist.data.encoder_input import PromptLayout
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation.results import Protocol, ResultsWriter
 from genrec_dist.inference.history_scores import HistoryScores
@@ -27,8 +28,8 @@ from genrec_dist.inference.load import (
 )
 from genrec_dist.inference.rank_users import WINDOW, Decoding, Window, rank_windows
 
-SYSTEMS = {"items": "genrec, item head", "hybrid": "genrec, hybrid"}
-"""Names of systems that are not ranked by the decoder alone."""
+SYSTEMS = {"items": ", item head", "hybrid": ", hybrid"}
+"""What the names of systems that are not ranked by the decoder alone end in."""
 
 
 def evaluate(
@@ -70,7 +71,7 @@ def evaluate(
     """
     ranks = ranks or Ranks()
     view = dataset.sequences.history_and_target(split)
-    hybrid = decoding.mode == "hybrid"
+    hybrid, reads_titles = decoding.mode == "hybrid", isinstance(run.layout, PromptLayout)
     protocol = Protocol.of(
         dataset,
         trained_through=trained_through,
@@ -97,7 +98,8 @@ def evaluate(
             return None
         writer = ResultsWriter(
             out_dir or run.path,
-            system=SYSTEMS.get(decoding.mode, "genrec"),
+            system=("genrec, titles" if reads_titles else "genrec")
+            + SYSTEMS.get(decoding.mode, ""),
             split=split,
             dataset=dataset,
             protocol=protocol,

@@ -28,6 +28,7 @@ from genrec_dist.data.word_table import (
     load_vocabulary,
     trim,
 )
+from genrec_dist.decoding.decoder_state import Searchable
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import (
     TRIE_FILE,
@@ -36,11 +37,13 @@ from genrec_dist.decoding.trie import (
     hash_of_words,
     load_trie,
 )
+from genrec_dist.model.causal.config import PROMPT_FILE, PromptedConfig
 from genrec_dist.model.light import WithoutInit, light_config, load_light
-from genrec_dist.model.network import Network
 from genrec_dist.model.weights import WEIGHTS, read_weights
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
     from genrec_dist.model.genrec import GenRecConfig
 
 
@@ -67,7 +70,7 @@ class LoadedRun:
     path: Path
     model: Any
     """A `GenRecForConditionalGeneration`; where it is loaded for decoding alone, a `LightGenRec`
-    with the same weights."""
+    with the same weights. Or a `PromptedModel`."""
     tokenizer: WordTokenizer
     words: WordTable
     layout: Layout
@@ -75,24 +78,32 @@ class LoadedRun:
     catalogue: Catalogue
 
 
+def forced_of(words: WordTable, certain_tokens: str) -> ForcedTokens | None:
+    """The tokens of items that are the only continuation in the trie, where they are given.
+
+    Raises:
+        ValueError: They are and there is one item, of which nothing can be learned.
+    """
+    if certain_tokens != "given":
+        return None
+    if words.num_items < 2:
+        raise ValueError(
+            "tokens.forced given: a catalogue of one item leaves nothing to learn: "
+            "set it to learned"
+        )
+    tokens, ends = np.zeros(len(words.tokens), bool), np.zeros(len(words.lengths), bool)
+    items = slice(words.first_item_word, words.first_user_word)
+    first, last = words.offsets[items.start], words.offsets[items.stop]
+    tokens[first:last], ends[items] = forced_tokens(build_trie(*words.tokens_of_items()))
+    return ForcedTokens(tokens, ends)
+
+
 def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
     """The encoder's input as this model was built to read it.
 
     Raises:
-        ValueError: Forced tokens are given and there is one item, of which nothing can be learned.
+        ValueError: As `forced_of`.
     """
-    forced = None
-    if config.certain_tokens == "given":
-        if words.num_items < 2:
-            raise ValueError(
-                "tokens.forced given: a catalogue of one item leaves nothing to learn: "
-                "set it to learned"
-            )
-        tokens, ends = np.zeros(len(words.tokens), bool), np.zeros(len(words.lengths), bool)
-        items = slice(words.first_item_word, words.first_user_word)
-        first, last = words.offsets[items.start], words.offsets[items.stop]
-        tokens[first:last], ends[items] = forced_tokens(build_trie(*words.tokens_of_items()))
-        forced = ForcedTokens(tokens, ends)
     return Layout(
         words=words,
         pad_token=config.pad_token_id,
@@ -101,11 +112,11 @@ def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
         positions=config.encoder_positions,  # type: ignore[arg-type]
         unit=config.encoder_unit,  # type: ignore[arg-type]
         causal=config.encoder_attention == "causal",
-        forced=forced,
+        forced=forced_of(words, config.certain_tokens),
     )
 
 
-def make_searcher(model: Network, words: WordTable, device: torch.device | str) -> TrieSearcher:
+def make_searcher(model: Searchable, words: WordTable, device: torch.device | str) -> TrieSearcher:
     """A searcher over all items, for all modes but `free`."""
     return TrieSearcher(model, build_trie(*words.tokens_of_items()), device)
 
@@ -158,7 +169,11 @@ def load_model(
 def _load_unchecked(best: Path, device: torch.device | str, light: bool) -> LoadedRun:
     """`load_model` without the manifest."""
     try:
-        model, tokenizer = (light and _light_parts(best)) or _whole_parts(best)
+        is_prompted = (best / PROMPT_FILE).is_file()
+        if is_prompted:
+            model, tokenizer = _prompted_parts(best)
+        else:
+            model, tokenizer = (light and _light_parts(best)) or _whole_parts(best)
         model = model.to(device).eval()
         names = ["items.parquet", *(["users.parquet"] if model.config.num_users else [])]
         # Not `read_table`: that imports pandas where there is one, half a second.
@@ -166,6 +181,9 @@ def _load_unchecked(best: Path, device: torch.device | str, light: bool) -> Load
             pq.ParquetFile(best / name).read(columns=["id", "code"]).to_pydict() for name in names
         ]
         items, users = [*tables, {"id": [], "code": []}][:2]
+        titles = None
+        if is_prompted:
+            titles = pq.ParquetFile(best / "items.parquet").read(columns=["title"])["title"]
     except ModelFileError:
         raise
     except Exception as error:  # four libraries, each with errors of its own
@@ -179,18 +197,17 @@ def _load_unchecked(best: Path, device: torch.device | str, light: bool) -> Load
         user_ids=users["id"],
         user_codes=users["code"],
     )
-    config = model.config
-    for name, table, rows in zip(names, tables, (config.num_items, config.num_users), strict=False):
+    sizes = (model.config.num_items, model.config.num_users)
+    for name, table, rows in zip(names, tables, sizes, strict=False):
         if rows and len(table["id"]) != rows:
             raise ModelFileError(
                 f"{best / name}: {len(table['id']):,} rows, and the model has {rows:,}: {REMEDY}"
             )
-    words = build_words(tokenizer, items["code"], users["code"], config.num_masks)
-    if config.spoken_tokens:
-        vocabulary = load_vocabulary(best / VOCABULARY_FILE, config.vocabulary_hash)
-        words = trim(words, tokenizer.pad_token_id, vocabulary)
-    layout = make_layout(words, config)
-    texts = ItemTexts(tokenizer, items["code"], words.vocabulary)
+    if titles is None:
+        layout, texts = _coded_layout(best, model.config, tokenizer, catalogue)
+    else:
+        layout, texts = _title_layout(model.config, tokenizer, titles.to_pylist())
+    config, words = model.config, layout.words
     arrays, trie_path = words.tokens_of_items(), best / TRIE_FILE
     if trie_path.is_file():
         words_hash = hash_of_words(*arrays)
@@ -207,6 +224,39 @@ def _load_unchecked(best: Path, device: torch.device | str, light: bool) -> Load
         searcher=searcher,
         catalogue=catalogue,
     )
+
+
+def _coded_layout(
+    best: Path, config: GenRecConfig, tokenizer: WordTokenizer, catalogue: Catalogue
+) -> tuple[Layout, ItemTexts]:
+    words = build_words(tokenizer, catalogue.item_codes, catalogue.user_codes, config.num_masks)
+    if config.spoken_tokens:
+        vocabulary = load_vocabulary(best / VOCABULARY_FILE, config.vocabulary_hash)
+        words = trim(words, tokenizer.pad_token_id, vocabulary)
+    texts = ItemTexts(tokenizer, catalogue.item_codes, words.vocabulary)
+    return make_layout(words, config), texts
+
+
+def _title_layout(
+    config: PromptedConfig, tokenizer: PreTrainedTokenizerFast, titles: list[str]
+) -> tuple[Layout, ItemTexts]:
+    from genrec_dist.data.prompt.title_words import (
+        TitleTexts,
+        build_title_words,
+        distinct_titles,
+        make_prompt_layout,
+    )
+
+    titles = distinct_titles(titles)
+    words = build_title_words(tokenizer, titles, config.template, config.separator)
+    layout = make_prompt_layout(
+        words,
+        config.pad_token_id,
+        config.max_input_tokens,
+        config.max_titles,
+        forced_of(words, config.certain_tokens),
+    )
+    return layout, TitleTexts(tokenizer, titles)
 
 
 def _light_parts(best: Path) -> tuple[Any, WordTokenizer] | None:
@@ -232,6 +282,17 @@ def _whole_parts(best: Path) -> tuple[Any, WordTokenizer]:
     model.load_state_dict(read_weights(best / WEIGHTS, expected), strict=False, assign=True)
     model.tie_weights()
     return model, PreTrainedTokenizerFast.from_pretrained(best)
+
+
+def _prompted_parts(best: Path) -> tuple[Any, Any]:
+    """A prompted model and its tokenizer."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    from genrec_dist.model.causal.build import load_prompted
+
+    logging.disable_progress_bar()
+    return load_prompted(best), PreTrainedTokenizerFast.from_pretrained(best)
 
 
 def check_numbering(run: LoadedRun, dataset: Dataset) -> None:

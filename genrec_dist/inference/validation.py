@@ -14,8 +14,12 @@ from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation.metrics import TOP, rank_histogram, target_ranks
 from genrec_dist.inference.rank_users import Decoding, cut_batches, rank_batch
-from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.causal.prompted import PromptedModel
 from genrec_dist.model.head_loss import target_loss
+from genrec_dist.model.kinds import AnyModel
+
+PROMPTS_AT_ONCE = 32
+"""Users whose prompts go through the layers together where nothing else bounds their number."""
 
 
 def target_histogram(
@@ -46,18 +50,20 @@ def target_histogram(
 
 @torch.inference_mode()
 def history_loss(
-    model: GenRecForConditionalGeneration,
+    model: AnyModel,
     layout: Layout,
     view: SplitView,
     user_rows_U: np.ndarray,
     ranks: Ranks,
-    batch_size: int = 250,
+    batch_size: int | None = None,
 ) -> float:
     """Cross-entropy per target token of these users' targets, the model as it is. Collective.
 
     The ranks share the batches, and the sum of their sums is exact before it is rounded: the same
     for any number of ranks.
     """
+    if batch_size is None:
+        batch_size = PROMPTS_AT_ONCE if isinstance(model, PromptedModel) else 250
     starts = range(0, len(user_rows_U), batch_size)
 
     def sum_losses() -> list[tuple[float, int]]:

@@ -398,7 +398,7 @@ def choose_layers(model: GenRecForConditionalGeneration, compiled: bool, recompu
         enable({"use_reentrant": False})
 
 
-def choose_loss(model: GenRecForConditionalGeneration, how: HeadLoss | Literal["auto"]) -> None:
+def choose_loss(model: Any, how: HeadLoss | Literal["auto"]) -> None:
     """Set how `forward` computes the loss. Raises ValueError where device or installation lack
     it."""
     model.loss_by = resolve_head(how, model.device)

@@ -12,11 +12,13 @@ from genrec_dist.config.recipe import Optimizer, Stage
 
 
 def build_optimizer(model: nn.Module, optimizer: Optimizer) -> torch.optim.AdamW:
-    """AdamW over all parameters in two groups, decayed and not; the learning rate is set at every
-    step."""
+    """AdamW over all parameters that are trained, in two groups, decayed and not; the learning rate
+    is set at every step."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:  # adapters are trained in its place
+            continue
         # An id's row is seen seldom; decay at every step would shrink rare ids towards nothing.
         is_table = "user_embedding" in name or "item_embedding" in name
         is_matrix = parameter.ndim >= 2 and not is_table

@@ -185,6 +185,9 @@ def _bias(group: Group, causal: bool, like: Tensor) -> Tensor | None:
         # What can be seen is within the sequence, so this excludes its padding too.
         visible = group.visible_cQ[:, None, :, None]
         seen = torch.arange(keys.longest, device=device) < visible
+        if group.branch_cQ is not None:
+            own = group.branch_cQ[:, :, None] == group.branch_cQ[:, None]
+            seen = seen | own.tril()[:, None]
     if causal:
         # Padding is after a sequence's end, so causality excludes it too.
         ones = torch.ones(queries.longest, keys.longest, dtype=torch.bool, device=device)

@@ -22,6 +22,7 @@ from genrec_dist.report.training_charts import curves, throughput
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 NAMES = {
     "genrec": "GenRec",
+    "genrec, titles": "GenRec of titles",
     "knn": "co-occurrence kNN",
     "popularity": "popularity",
     "counting": "counting rule",

@@ -22,7 +22,7 @@ from genrec_dist.config.model_manifest import write_model_manifest
 from genrec_dist.data.word_table import VOCABULARY_FILE
 from genrec_dist.decoding.trie import TRIE_FILE, Trie, hash_of_words, save_trie
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.kinds import AnyModel, trained_parameters
 from genrec_dist.model.optimizer import AveragedWeights
 from genrec_dist.training.checkpoint_state import (
     STATE_FILE,
@@ -266,7 +266,7 @@ class Checkpoint:
     @torch.no_grad()
     def fill_model(self, model: torch.nn.Module) -> None:
         """Copy the weights into a model, before an engine rounds or shards them."""
-        for name, parameter in model.named_parameters():
+        for name, parameter in trained_parameters(model).items():
             parameter.copy_(self.read("weight", name, 0, parameter.numel()).view_as(parameter))
 
     @torch.no_grad()
@@ -295,9 +295,7 @@ class Checkpoint:
         return self.progress
 
 
-def save_best(
-    setup: TrainingSetup, model: GenRecForConditionalGeneration, trie: Trie, step: int
-) -> Path:
+def save_best(setup: TrainingSetup, model: AnyModel, trie: Trie, step: int) -> Path:
     """Write the run's `best/`: what `from_pretrained` loads, the trie of the words, the catalogue
     that maps rows to the items' own ids, and to the users' where the model uses them, and the
     hashes of all files.
@@ -323,5 +321,6 @@ def save_best(
         save_trie(trie, file, numbering_hash=numbering_hash, words_hash=words_hash)
         (folder / "step.json").write_text(json.dumps({"step": step}), encoding="utf-8")
         # Not the trie: it has hashes of its own, and is built again where it was deleted.
-        write_model_manifest(folder, {each.name for each in folder.iterdir()} - {TRIE_FILE})
+        names = {each.name for each in folder.iterdir() if each.is_file()}
+        write_model_manifest(folder, names - {TRIE_FILE})
     return path

@@ -17,13 +17,8 @@ from torch import Tensor, nn
 
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Batch
-from genrec_dist.model.genrec import (
-    GenRecForConditionalGeneration,
-    choose_attention,
-    choose_layers,
-    choose_loss,
-    choose_packing,
-)
+from genrec_dist.model.genrec import choose_packing
+from genrec_dist.model.kinds import AnyModel, empty_copy, set_up, trained_parameters
 from genrec_dist.model.low_weights import LowWeights
 from genrec_dist.model.optimizer import build_optimizer
 
@@ -88,23 +83,19 @@ class Engine(Protocol):
         """Clip, step and clear the gradients; returns the global gradient norm before clipping. If
         it is not finite, nothing was stepped or the weights are lost, and the run has to end."""
 
-    def whole(self) -> AbstractContextManager[GenRecForConditionalGeneration]:
+    def whole(self) -> AbstractContextManager[AnyModel]:
         """Collective: the model with the masters' values in float32, for decoding and for
         `best/`."""
 
 
-def make_engine(
-    model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator
-) -> Engine:
+def make_engine(model: AnyModel, recipe: Recipe, accelerator: Accelerator) -> Engine:
     """The engine of a model, on its device; under DeepSpeed it shards the model. Collective."""
-    choose_attention(model.to(accelerator.device), recipe.precision)
-    choose_loss(model, recipe.head)
     if recipe.compile == "layers" and not choose_packing(recipe.packing, accelerator.device):
         raise ValueError(
             "compile layers: it concerns packed micro-batches, and on a GPU they are padded by "
             "default: set packing packed, or compile none"
         )
-    choose_layers(model, recipe.compile == "layers", recipe.activation_checkpointing)
+    set_up(model.to(accelerator.device), recipe)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return Spread(model, recipe, accelerator)
     return Replicated(model, recipe, accelerator)
@@ -115,15 +106,13 @@ class Replicated:
 
     needs_equal_micro_steps = False
 
-    def __init__(
-        self, model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator
-    ):
+    def __init__(self, model: AnyModel, recipe: Recipe, accelerator: Accelerator):
         self.model, self.recipe, self.accelerator = model, recipe, accelerator
         self.max_grad_norm = recipe.optimizer.max_grad_norm or math.inf
         self.low = LowWeights(model, torch.bfloat16) if _lowers(recipe, accelerator) else None
         self.optimizer = build_optimizer(model, recipe.optimizer)
         self.prepared, self.prepared_optimizer = accelerator.prepare(model, self.optimizer)
-        named = dict(model.named_parameters())
+        named = trained_parameters(model)
         self.masters: list[Tensor] = list(named.values())
         self.segments_read = [
             Segment(name, start=0, master=number, offset=0, numel=p.numel())
@@ -158,7 +147,7 @@ class Replicated:
         return norm
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[GenRecForConditionalGeneration]:
+    def whole(self) -> Iterator[AnyModel]:
         self.model.eval()
         with self.accelerator.autocast():
             yield self.model
@@ -169,14 +158,15 @@ class Spread:
 
     needs_equal_micro_steps = True
 
-    def __init__(
-        self, model: GenRecForConditionalGeneration, recipe: Recipe, accelerator: Accelerator
-    ):
+    def __init__(self, model: AnyModel, recipe: Recipe, accelerator: Accelerator):
         self.model, self.recipe, self.accelerator = model, recipe, accelerator
         optimizer = build_optimizer(model, recipe.optimizer)
-        exact = {}
-        if recipe.precision != "fp32":
-            exact = {n: p.detach().to("cpu", copy=True) for n, p in model.named_parameters()}
+        named = dict(model.named_parameters())
+        frozen = named.keys() - trained_parameters(model).keys()
+        kept = named.keys() if recipe.precision != "fp32" else frozen
+        exact = {name: named[name].detach().to("cpu", copy=True) for name in kept}
+        # What is not trained is in no master: each rank keeps it whole.
+        self.frozen = {name: exact.pop(name) for name in frozen}
         self.engine, _ = accelerator.prepare(model, optimizer)
         self.stage = self.engine.zero_optimization_stage()
         # Only stage 0 in float32 has no wrapper that keeps masters: its parameters are stepped.
@@ -197,7 +187,7 @@ class Spread:
     def _masters_and_segments(self) -> tuple[list[Tensor], list[Segment]]:
         """The float32 tensors that DeepSpeed's optimiser steps, and the model's segments in
         them."""
-        wrapper, named = self.engine.optimizer, dict(self.model.named_parameters())
+        wrapper, named = self.engine.optimizer, trained_parameters(self.model)
         if self.stage == 0:
             pairs = [(parameter, parameter) for parameter in named.values()]
             if self.wrapped:
@@ -268,20 +258,15 @@ class Spread:
         return torch.as_tensor(norm, dtype=torch.float32)
 
     @contextlib.contextmanager
-    def whole(self) -> Iterator[GenRecForConditionalGeneration]:
+    def whole(self) -> Iterator[AnyModel]:
         device = self.accelerator.device
-        with torch.device("meta"):
-            model = GenRecForConditionalGeneration(self.model.config)
-        model.to_empty(device=device)
-        model.tie_weights()
-        buffers = zip(model.named_buffers(), self.model.named_buffers(), strict=True)
-        for (_, copy), (_, buffer) in buffers:
-            copy.copy_(buffer)
-        choose_attention(model, self.recipe.precision)
-        model.eval()
+        model = empty_copy(self.model, self.recipe, device)
         mine = {segment.name: segment for segment in self.segments}
         with torch.no_grad():
             for name, parameter in model.named_parameters():
+                if name in self.frozen:
+                    parameter.copy_(self.frozen[name])
+                    continue
                 # Each element is in the segments of one rank alone, and a sum of one number and
                 # zeros is that number.
                 flat = torch.zeros(parameter.numel(), device=device)
@@ -307,6 +292,7 @@ def _lowers(recipe: Recipe, accelerator: Accelerator) -> bool:
     that are computed again or compiled take their weights by themselves."""
     alone = accelerator.device.type == "cuda" and accelerator.num_processes == 1
     plain = recipe.compile == "none" and not recipe.activation_checkpointing
+    plain = plain and not recipe.prompt.template
     return alone and plain and recipe.precision == "bf16"
 
 

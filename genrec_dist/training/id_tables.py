@@ -21,6 +21,7 @@ from genrec_dist.data.batch import Batch, RankStep
 from genrec_dist.data.encoder_input import ragged
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
+from genrec_dist.model.kinds import AnyConfig, AnyModel
 from genrec_dist.model.network import FetchedRows
 
 Kind = Literal["user", "item"]
@@ -58,17 +59,17 @@ class IdTables:
     """User and item tables, their rows sharded over the ranks. Empty for a model that has them
     inside."""
 
-    def __init__(self, config: GenRecConfig, seed: int, ranks: Ranks, device: torch.device):
+    def __init__(self, config: AnyConfig, seed: int, ranks: Ranks, device: torch.device):
         self.ranks, self.device = ranks, device
-        width = config.id_dim or config.d_model
-        sizes: dict[Kind, int] = (
-            {"user": config.num_users, "item": config.num_items} if config.ids_outside else {}
-        )
+        width, init_std, sizes = 0, 0.0, dict[Kind, int]()
+        if isinstance(config, GenRecConfig) and config.ids_outside:
+            width, init_std = config.id_dim or config.d_model, config.init_std
+            sizes = {"user": config.num_users, "item": config.num_items}
         self.tables: dict[Kind, RowTable] = {
             kind: RowTable(
                 num_rows,
                 width,
-                init_std=config.init_std,
+                init_std=init_std,
                 key=mixed_key(seed, 0x1D5, number),
                 rank=ranks.rank,
                 world_size=ranks.size,
@@ -92,7 +93,7 @@ class IdTables:
         """Of the tables of all ranks."""
         return sum(table.num_rows * table.dim for table in self.tables.values())
 
-    def attach(self, model: GenRecForConditionalGeneration, step: RankStep) -> None:
+    def attach(self, model: AnyModel, step: RankStep) -> None:
         """Fetch a step's rows and put them into the model, for its micro-batches. Collective."""
         for kind, table in self.tables.items():
             self.leaves[kind] = table.fetch(step.id_rows[kind], zero_row=True).requires_grad_()
@@ -109,9 +110,7 @@ class IdTables:
             table.update(gradient[1:], learning_rate=learning_rate, scale=1 / self.ranks.size)
 
     @contextlib.contextmanager
-    def serving(
-        self, model: GenRecForConditionalGeneration, view: SplitView, users_U: np.ndarray
-    ) -> Iterator[None]:
+    def serving(self, model: AnyModel, view: SplitView, users_U: np.ndarray) -> Iterator[None]:
         """Context in which the model can encode these users' histories. Collective.
 
         Args:
@@ -127,9 +126,9 @@ class IdTables:
             module.weight, module.rows = table.fetch(rows_u, zero_row=True), rows_u.to(self.device)
         yield
 
-    def whole(self, model: GenRecForConditionalGeneration) -> GenRecForConditionalGeneration | None:
+    def whole(self, model: AnyModel) -> AnyModel | None:
         """The model with its tables inside, on rank 0's CPU; None elsewhere. Collective."""
-        if not self.tables:
+        if not self.tables or not isinstance(model, GenRecForConditionalGeneration):
             return model if self.ranks.is_main else None
         rows = {f"{kind}_embedding.weight": table.full() for kind, table in self.tables.items()}
         if not self.ranks.is_main:
@@ -163,7 +162,8 @@ class IdTables:
             table.load(folder, f"ids-{kind}")
 
 
-def _module_of(model: GenRecForConditionalGeneration, kind: Kind) -> FetchedRows:
+def _module_of(model: AnyModel, kind: Kind) -> FetchedRows:
+    assert isinstance(model, GenRecForConditionalGeneration)
     module = model.user_embedding if kind == "user" else model.item_embedding
     assert isinstance(module, FetchedRows)
     return module

@@ -26,13 +26,14 @@ from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.signals import NotFinite, Stopped, StopRequest, ignore_signals
-from genrec_dist.estimate.flops import FORMULA
+from genrec_dist.estimate.flops import FORMULA, FORMULA_OF_PROMPTS
 from genrec_dist.estimate.hardware import device_name, peak_of
 from genrec_dist.evaluation.metrics import metrics_from_histogram
 from genrec_dist.evaluation.provenance import git_commit, versions
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.validation import history_loss, target_histogram
-from genrec_dist.model.genrec import GenRecForConditionalGeneration, choose_packing
+from genrec_dist.model.genrec import GenRecConfig, choose_packing
+from genrec_dist.model.kinds import AnyModel
 from genrec_dist.model.optimizer import AveragedWeights, peak_share
 from genrec_dist.report.event_log import EventLog, write_status
 from genrec_dist.training.checkpoint import State, save_best, save_checkpoint
@@ -85,7 +86,7 @@ class Loop:
     def __init__(
         self,
         setup: TrainingSetup,
-        model: GenRecForConditionalGeneration,
+        model: AnyModel,
         accelerator: Accelerator,
         ranks: Ranks | None = None,
     ):
@@ -135,7 +136,7 @@ class Loop:
             versions=versions(),
             parameters=self.num_parameters + self.tables.num_parameters,
             peak=dataclasses.asdict(self.peak) if self.peak else None,
-            flops_formula=FORMULA,
+            flops_formula=FORMULA_OF_PROMPTS if self.recipe.prompt.template else FORMULA,
             resumed_from=resumed_from,
             begun_from=None if warm_start is None else warm_start.as_dict(),
             device=device_name(self.accelerator.device),
@@ -150,6 +151,7 @@ class Loop:
     def batches(self) -> Iterator[tuple[int, RankStep]]:
         """(global step, this rank's share of it) from the run's next step on."""
         config, device, workers = self.model.config, self.accelerator.device, self.recipe.workers
+        of_ids = config if isinstance(config, GenRecConfig) else None
         data = StepBatches(
             self.setup.stages,
             self.setup.reader,
@@ -157,8 +159,8 @@ class Loop:
             self.recipe,
             self.ranks.rank,
             self.ranks.size,
-            ids_outside=config if config.ids_outside else None,
-            sums=config if wants_gradient_order(device.type) else None,
+            ids_outside=of_ids if config.ids_outside else None,
+            sums=of_ids if wants_gradient_order(device.type) else None,
             packed=choose_packing(self.recipe.packing, device),
         )
         steps = range(self.progress.step, self.end_step)

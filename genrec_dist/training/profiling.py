@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from genrec_dist.data.batch import Batch, Work
 from genrec_dist.estimate.flops import flops
 from genrec_dist.estimate.hardware import Peak
-from genrec_dist.model.genrec import GenRecConfig
+from genrec_dist.model.kinds import AnyConfig
 
 WARM_UP = 2
 """Steps that are not recorded first: they allocate what the others use again."""
@@ -67,7 +67,7 @@ class Trace(AbstractContextManager["Trace"]):
 class Meter:
     """Real tokens, samples, operations, padding and waiting since the last reading."""
 
-    def __init__(self, config: GenRecConfig, device: torch.device, peak: Peak | None):
+    def __init__(self, config: AnyConfig, device: torch.device, peak: Peak | None):
         """`peak`: of one process's device, for the share of it that is reached (`mfu`)."""
         self.config, self.device, self.peak = config, device, peak
         self.restart()

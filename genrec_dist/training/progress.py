@@ -256,7 +256,7 @@ def introduction(
         place = device_name(device)
     place = f"{processes} processes, each on {place}" if processes > 1 else place
     return [
-        f"{setup.run}: {words.num_users:,} users, {words.num_items:,} items;",
+        f"{setup.run}: {setup.dataset.sequences.num_users:,} users, {words.num_items:,} items;",
         f"{num_parameters:,} parameters;",
         ", ".join(steps) + (f", from step {step:,} on;" if step else ";"),
         f"{place}, {setup.recipe.precision}",

@@ -27,6 +27,7 @@ from genrec_dist.evaluation.results import Protocol
 from genrec_dist.inference.load import load_run
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.tune_mixture import tune_mixture
+from genrec_dist.inference.validation import PROMPTS_AT_ONCE
 from genrec_dist.report.event_log import write_status
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
 from genrec_dist.training.loop import EpochReport, Loop
@@ -165,6 +166,7 @@ def _choose_mixture(loop: Loop) -> float:
         decoding=Decoding(
             beam=setup.recipe.validation.beam,
             mode="hybrid",
+            batch_size=PROMPTS_AT_ONCE if setup.recipe.prompt.template else 512,
             exclude_history=best.model.config.exclude_history,
         ),
         tune_graph=True,

@@ -20,14 +20,24 @@ from transformers import PreTrainedTokenizerFast
 from genrec_dist.config.load import RENAMED_KEYS, with_old_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
 from genrec_dist.data.encoder_input import Layout
+from genrec_dist.data.prompt.title_words import (
+    build_title_words,
+    make_prompt_layout,
+    titles_of,
+    train_title_tokenizer,
+)
 from genrec_dist.data.tokenizer import grow_tokenizer, load_tokenizer, train_tokenizer
 from genrec_dist.data.word_table import WordTable, build_words, mask_tokens, trim
+from genrec_dist.decoding.trie import hash_of_words
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.inference.load import make_layout
+from genrec_dist.inference.load import forced_of, make_layout
 from genrec_dist.model.build import ModelSizes, build_model
-from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.causal.build import build_prompted
+from genrec_dist.model.causal.lora import hash_of_frozen
+from genrec_dist.model.genrec import GenRecConfig
 from genrec_dist.model.head_loss import target_loss
 from genrec_dist.model.item_init import MOST_FACTORS, init_item_rows
+from genrec_dist.model.kinds import AnyModel
 from genrec_dist.text.vectors import check_source
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches
@@ -56,7 +66,7 @@ class TrainingSetup:
     """Of a run that starts from another's weights."""
 
 
-def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGeneration]:
+def build_setup(recipe: Recipe) -> tuple[TrainingSetup, AnyModel]:
     """Everything that training by a recipe needs, and its model.
 
     Returns:
@@ -72,6 +82,73 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGene
     # One process per node reads every byte to check it; the others rely on its result.
     reader = ShardReader(recipe.shards_dir, verify=os.environ.get("LOCAL_RANK", "0") == "0")
     reader.expect(dataset.sequences, recipe.data)
+    parts = (_prompted_parts if recipe.prompt.template else _coded_parts)(recipe, dataset)
+    model, words = parts.model, parts.layout.words
+    model.config.numbering_hash = dataset.numbering.numbering_hash()
+    model.config.split = dataset.info.split_name
+    setup = TrainingSetup(
+        recipe=recipe,
+        run=Path(recipe.run),
+        dataset=dataset,
+        reader=reader,
+        tokenizer=parts.tokenizer,
+        words=words,
+        layout=parts.layout,
+        stages=plan_stages(recipe, reader),
+        identity={
+            "sequences": reader.manifest.sequences_hash,
+            "numbering": dataset.numbering.numbering_hash(),
+            "recipe": _recipe_hash(recipe),
+            "vocabulary": "whole" if words.vocabulary is None else words.vocabulary.hash(),
+            **parts.identity,
+        },
+        warm_start=parts.warm_start,
+    )
+    return setup, model
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the two kinds of model differ in."""
+
+    tokenizer: PreTrainedTokenizerFast
+    layout: Layout
+    model: AnyModel
+    identity: dict[str, str]
+    """Hashes of what is the kind's own, as in `TrainingSetup.identity`."""
+    warm_start: WarmStart | None = None
+
+
+def _prompted_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
+    """Of a model that reads and writes titles."""
+    titles, prompt, forced = titles_of(dataset), recipe.prompt, recipe.tokens.forced
+    name = recipe.tokens.tokenizer or recipe.model.backbone
+    if name is None:
+        tokenizer = train_title_tokenizer(titles, prompt.template, recipe.tokens.vocab_size)
+    else:
+        tokenizer = load_tokenizer(name, roles=("eos_token",))
+    words = build_title_words(tokenizer, titles, prompt.template, prompt.separator)
+    eos_token = tokenizer.eos_token_id
+    layout = make_prompt_layout(
+        words,
+        eos_token if tokenizer.pad_token is None else tokenizer.pad_token_id,
+        recipe.model.max_tokens,
+        prompt.max_titles,
+        forced_of(words, forced),
+    )
+    vocab_size = max(len(tokenizer), int(words.tokens.max()) + 1)
+    torch.manual_seed(mixed_key(recipe.seed, 0x1217) >> 1)
+    model = build_prompted(recipe, layout, eos_token, vocab_size)
+    model.config.certain_tokens = forced
+    # Titles, template and tokenizer together.
+    identity = {"origin": FRESH, "titles": hash_of_words(words.tokens, words.offsets)}
+    if recipe.lora.rank:
+        identity["backbone"] = hash_of_frozen(model.named_parameters())
+    return _Parts(tokenizer, layout, model, identity)
+
+
+def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
+    """Of an encoder-decoder that reads and writes the words of codes."""
     codes, num_masks = dataset.numbering, recipe.num_masks
     origin = None if recipe.init_from is None else open_origin(recipe.init_from)
     name = recipe.tokens.tokenizer or recipe.model.backbone
@@ -117,28 +194,9 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, GenRecForConditionalGene
             num_factors = min(recipe.model.d_model, MOST_FACTORS)
             vectors_NF = neighbour_vectors(dataset.sequences, num_factors, recipe.seed)
             init_item_rows(model, vectors_NF, words)
-    model.config.numbering_hash = codes.numbering_hash()
-    model.config.split = dataset.info.split_name
     model.config.certain_tokens = recipe.tokens.forced
-    setup = TrainingSetup(
-        recipe=recipe,
-        run=Path(recipe.run),
-        dataset=dataset,
-        reader=reader,
-        tokenizer=tokenizer,
-        words=words,
-        layout=make_layout(words, model.config),
-        stages=plan_stages(recipe, reader),
-        identity={
-            "sequences": reader.manifest.sequences_hash,
-            "numbering": codes.numbering_hash(),
-            "recipe": _recipe_hash(recipe),
-            "vocabulary": "whole" if words.vocabulary is None else words.vocabulary.hash(),
-            "origin": FRESH if origin is None else origin.weights_hash,
-        },
-        warm_start=warm_start,
-    )
-    return setup, model
+    identity = {"origin": FRESH if origin is None else origin.weights_hash}
+    return _Parts(tokenizer, make_layout(words, model.config), model, identity, warm_start)
 
 
 _MAY_CHANGE = (
@@ -184,7 +242,8 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     """What a run would do (`--dry-run`): sizes and steps, and the loss of one batch. Nothing is
     written."""
     setup, model = build_setup(recipe)
-    outside = model.config if model.config.ids_outside else None
+    config = model.config
+    outside = config if isinstance(config, GenRecConfig) and config.ids_outside else None
     share = StepBatches(setup.stages, setup.reader, setup.layout, recipe, 0, 1, outside)[0]
     tables = IdTables(model.config, recipe.seed, Ranks(), model.device)
     if setup.warm_start is not None:
@@ -195,7 +254,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         logits, labels = model.target_logits(first)
         loss = float(target_loss(logits, labels, first.num_target_tokens))
     return {
-        "users": setup.words.num_users,
+        "users": setup.dataset.sequences.num_users,
         "items": setup.words.num_items,
         "parameters": sum(p.numel() for p in model.parameters()) + tables.num_parameters,
         "vocabulary": model.config.vocab_size,

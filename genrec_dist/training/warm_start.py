@@ -84,7 +84,13 @@ def open_origin(path: str) -> Origin:
             digest.update(f"{file.name} {file_sha256(file)}\n".encode())
     recipe = folder.parent / "recipe.yaml"
     trained_through = load_recipe(recipe).trained_through if recipe.is_file() else None
-    return Origin(path, load_model(folder), digest.hexdigest(), trained_through)
+    best = load_model(folder)
+    if not isinstance(best.model, GenRecForConditionalGeneration):
+        raise ValueError(
+            f"init_from {path}: a model that reads titles; set model.backbone to "
+            f"{folder} in a recipe with a prompt"
+        )
+    return Origin(path, best, digest.hexdigest(), trained_through)
 
 
 def check_origin(origin: Origin, recipe: Recipe, dataset: Dataset) -> None:

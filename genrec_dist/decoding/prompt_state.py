@@ -1,0 +1,150 @@
+"""The running search of a prompted model: a prompt's keys and values once per user, shared by all
+beams."""
+
+# B users, K beams, H query heads, G key and value heads, R = H / G, L prompt tokens, P tokens that
+# answers share, t tokens of a beam since then, d width of a head, D width, W as in PromptedModel
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from genrec_dist.model.causal.attention import per_query_head
+from genrec_dist.model.causal.prompted import PromptedModel
+
+
+class PromptState:
+    """Takes the place of `DecoderState`: what that reads from an encoder is here a prompt's keys
+    and values.
+
+    The beams of a user are the tokens of one row in a pass through the layers: each sees the shared
+    keys and its own.
+    """
+
+    def __init__(self, model: PromptedModel, memory_BLW: Tensor, mask_BL: Tensor):
+        """Start after the prompts.
+
+        Args:
+            model: whose answers are searched.
+            memory_BLW: of `PromptedModel.encode`.
+            mask_BL: bool, False on padding.
+        """
+        tail = torch.tensor(model.config.tail_tokens, device=memory_BLW.device)
+        # The output after the tail's last token is the first that counts.
+        self.model, self.lead, self.start_token = model, tail[:-1], tail[-1:]
+        self.memory, self.mask_BL = model.memory_shape(memory_BLW), mask_BL
+        self.next_B = mask_BL.sum(1)
+        """Position of the next token."""
+        self.shared: list[tuple[Tensor, Tensor]] = []
+        """Keys and values [B, G, L + P, d] of each layer."""
+        self.seen_B11L = mask_BL[:, None, None]
+        self.own: list[tuple[Tensor, Tensor] | None] = [None] * len(self.memory)
+        """[B, K, G, t, d] of each layer."""
+
+    def start(self, prefix_P: Tensor) -> Tensor:
+        """Read the prompt's tail and the tokens that every answer begins with; returns the states
+        after the latter, float [B, P, D]."""
+        tokens_P = torch.cat([self.lead, prefix_P])
+        steps_P = torch.arange(len(tokens_P), device=tokens_P.device)
+        num_users = len(self.mask_BL)
+        states_BPD = self.model.run(
+            tokens_P.expand(num_users, -1),
+            self.next_B[:, None] + steps_P,
+            _SharedAttention(self, steps_P <= steps_P[:, None]),
+        )
+        self.next_B = self.next_B + len(tokens_P)
+        shown_BP = self.mask_BL.new_ones(num_users, len(tokens_P))
+        self.seen_B11L = torch.cat([self.mask_BL, shown_BP], 1)[:, None, None]
+        return states_BPD[:, len(self.lead) :]
+
+    def step(self, tokens_BK: Tensor) -> Tensor:
+        """Read one token per beam; returns the states after it, float [B, K, D]."""
+        positions_BK = self.next_B[:, None].expand(tokens_BK.shape)
+        states_BKD = self.model.run(tokens_BK, positions_BK, _BeamAttention(self))
+        self.next_B = self.next_B + 1
+        return states_BKD
+
+    def reorder_beams(self, parent_BK: Tensor) -> None:
+        """Let each beam continue the beam `parent_BK` names; the number of beams may change."""
+        rows_B1 = torch.arange(len(parent_BK), device=parent_BK.device)[:, None]
+        self.own = [
+            pair and (pair[0][rows_B1, parent_BK], pair[1][rows_B1, parent_BK]) for pair in self.own
+        ]
+
+    def fork(self, parent_BK: Tensor) -> PromptState:
+        """Another search from here, as after `reorder_beams`; this one stays as it is."""
+        other = object.__new__(PromptState)
+        other.__dict__.update(self.__dict__)
+        other.reorder_beams(parent_BK)
+        return other
+
+
+class _SharedAttention:
+    """Of tokens that all answers of a user share, over the prompt and the ones before; appends
+    their keys and values to the prompt's."""
+
+    def __init__(self, state: PromptState, causal_PP: Tensor):
+        self.state = state
+        num_users, mask_BL = len(state.mask_BL), state.mask_BL
+        seen_BPL = mask_BL[:, None].expand(-1, len(causal_PP), -1)
+        self.seen_B1PL = torch.cat([seen_BPL, causal_PP.expand(num_users, -1, -1)], 2)[:, None]
+
+    def mix(
+        self,
+        layer: int,
+        query_BHSd: Tensor,
+        key_BGSd: Tensor,
+        value_BGSd: Tensor,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        assert layer == len(self.state.shared), "layers out of order"
+        keys, values = (
+            torch.cat([before, after], 2)
+            for before, after in zip(
+                self.state.memory[layer].to(key_BGSd.dtype), (key_BGSd, value_BGSd), strict=True
+            )
+        )
+        self.state.shared.append((keys, values))
+        keys, values = per_query_head(keys, query_BHSd), per_query_head(values, query_BHSd)
+        return torch.nn.functional.scaled_dot_product_attention(
+            query_BHSd, keys, values, attn_mask=self.seen_B1PL, scale=scale
+        )
+
+
+class _BeamAttention:
+    """Of one token per beam, over the shared keys and the beam's own: one softmax over both."""
+
+    def __init__(self, state: PromptState):
+        self.state = state
+        self.hidden_B11L = ~state.seen_B11L
+
+    def mix(
+        self,
+        layer: int,
+        query_BHSd: Tensor,
+        key_BGSd: Tensor,
+        value_BGSd: Tensor,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        state, heads = self.state, key_BGSd.shape[1]
+        keys, values = (t.transpose(1, 2)[:, :, :, None] for t in (key_BGSd, value_BGSd))
+        past = state.own[layer]
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], 3), torch.cat([past[1], values], 3)
+        state.own[layer] = (keys, values)
+        shared_keys, shared_values = state.shared[layer]
+        # The query heads that share keys, of all beams, are rows of one product.
+        query_BGRKd = (query_BHSd * scale).unflatten(1, (heads, -1))
+        on_shared = query_BGRKd.flatten(2, 3) @ shared_keys.transpose(2, 3)
+        on_shared = on_shared.masked_fill_(self.hidden_B11L, float("-inf"))
+        on_shared = on_shared.unflatten(2, query_BGRKd.shape[2:4])  # [B, G, R, K, L + P]
+        query_BKGRd = query_BGRKd.permute(0, 3, 1, 2, 4)
+        on_own = (query_BKGRd @ keys.transpose(3, 4)).permute(0, 2, 3, 1, 4)  # [B, G, R, K, t]
+        weights = torch.cat([on_shared, on_own], -1).softmax(-1)
+        num_shared = shared_keys.shape[2]
+        from_shared = weights[..., :num_shared].flatten(2, 3) @ shared_values
+        from_own = weights[..., num_shared:].permute(0, 3, 1, 2, 4) @ values  # [B, K, G, R, d]
+        mixed = from_shared.unflatten(2, query_BGRKd.shape[2:4]) + from_own.permute(0, 2, 3, 1, 4)
+        return mixed.flatten(1, 2)

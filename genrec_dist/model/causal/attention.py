@@ -1,0 +1,129 @@
+"""The attentions of a prompted model, which the layers of any causal language model of transformers
+call by name."""
+
+# B users or rows, H query heads, G key and value heads, L prompt tokens, S tokens of prompt and
+# answer, K beams, d width of a head, s packed tokens
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+
+from genrec_dist.data.packing import Attended
+from genrec_dist.model.network import product_dtype
+from genrec_dist.model.packed_attention import attend
+
+NAME = "genrec_dist"
+"""Of the attention, as `attn_implementation`."""
+
+
+class Attention(Protocol):
+    """What a pass through the layers does with their queries, keys and values."""
+
+    def mix(
+        self,
+        layer: int,
+        query_BHSd: Tensor,
+        key_BGSd: Tensor,
+        value_BGSd: Tensor,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        """The mixed values of each query, [B, H, S, d]."""
+
+
+class PromptAttention:
+    """Causal, over prompts padded on the right; keeps keys and values for the answers."""
+
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+        """[B, L, 2, G, d] of each layer."""
+
+    def mix(
+        self,
+        layer: int,
+        query_BHSd: Tensor,
+        key_BGSd: Tensor,
+        value_BGSd: Tensor,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        assert layer == len(self.kept), "layers out of order"
+        self.kept.append(torch.stack([key_BGSd, value_BGSd], 1).permute(0, 3, 1, 2, 4))
+        key_BHSd, value_BHSd = (per_query_head(t, query_BHSd) for t in (key_BGSd, value_BGSd))
+        return F.scaled_dot_product_attention(
+            query_BHSd, key_BHSd, value_BHSd, is_causal=True, scale=scale
+        )
+
+
+class MaskedAttention:
+    """Over padded rows, under a mask of which key each query sees."""
+
+    def __init__(self, seen_BSS: Tensor):
+        self.seen_B1SS = seen_BSS[:, None]
+
+    def mix(
+        self,
+        layer: int,
+        query_BHSd: Tensor,
+        key_BGSd: Tensor,
+        value_BGSd: Tensor,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        key_BHSd, value_BHSd = (per_query_head(t, query_BHSd) for t in (key_BGSd, value_BGSd))
+        return F.scaled_dot_product_attention(
+            query_BHSd, key_BHSd, value_BHSd, self.seen_B1SS, dropout_p=dropout, scale=scale
+        )
+
+
+class PackedAttention:
+    """Over packed sequences, [1, H, s, d]."""
+
+    def __init__(self, attended: Attended):
+        self.attended = attended
+
+    def mix(
+        self,
+        layer: int,
+        query_BHSd: Tensor,
+        key_BGSd: Tensor,
+        value_BGSd: Tensor,
+        scale: float,
+        dropout: float,
+    ) -> Tensor:
+        key_BHSd, value_BHSd = (per_query_head(t, query_BHSd) for t in (key_BGSd, value_BGSd))
+        packed = (t[0].transpose(0, 1).contiguous() for t in (query_BHSd, key_BHSd, value_BHSd))
+        return attend(*packed, self.attended, scale, dropout).transpose(0, 1)[None]
+
+
+def per_query_head(values_BGSd: Tensor, query_BHSd: Tensor) -> Tensor:
+    """Keys or values once for each query head, [B, H, S, d]."""
+    repeats = query_BHSd.shape[1] // values_BGSd.shape[1]
+    return values_BGSd if repeats == 1 else values_BGSd.repeat_interleave(repeats, 1)
+
+
+def _interface(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    *,
+    genrec_attention: Attention,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it; the pass's own attention comes by way of the model's forward."""
+    # Under autocast rotated queries and keys are float32 and values are not.
+    query, key, value = (values.to(product_dtype(values)) for values in (query, key, value))
+    mixed = genrec_attention.mix(module.layer_idx, query, key, value, scaling, dropout)
+    return mixed.transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, _interface)
