@@ -14,9 +14,9 @@ from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation.metrics import TOP, rank_histogram, target_ranks
 from genrec_dist.inference.rank_users import Decoding, cut_batches, rank_batch
+from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.causal.prompted import PromptedModel
 from genrec_dist.model.head_loss import target_loss
-from genrec_dist.model.kinds import AnyModel
 
 PROMPTS_AT_ONCE = 32
 """Users whose prompts go through the layers together where nothing else bounds their number."""

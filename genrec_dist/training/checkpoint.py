@@ -22,7 +22,7 @@ from genrec_dist.config.model_manifest import write_model_manifest
 from genrec_dist.data.word_table import VOCABULARY_FILE
 from genrec_dist.decoding.trie import TRIE_FILE, Trie, hash_of_words, save_trie
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.model.kinds import AnyModel, trained_parameters
+from genrec_dist.model.causal.kinds import AnyModel, trained_parameters
 from genrec_dist.model.optimizer import AveragedWeights
 from genrec_dist.training.checkpoint_state import (
     STATE_FILE,

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 import reprlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, cast, get_origin, get_type_hints
@@ -48,7 +49,15 @@ class StateFile(TypedDict):
     sha256: str
 
 
-class Identity(TypedDict):
+class PromptIdentity(TypedDict, total=False):
+    """Hashes of a run with a prompt alone."""
+
+    titles: str
+    backbone: str
+    """Of the weights that adapters leave as they are."""
+
+
+class Identity(PromptIdentity):
     """Hashes that a resumed run must have too."""
 
     sequences: str
@@ -116,7 +125,7 @@ def read_state(
         raise _damaged(file, problem)
     found = {"origin": FRESH, **state["identity"]}
     for key, value in identity.items():
-        if found[key] == value:
+        if found.get(key) == value:
             continue
         changes = [] if setup is None or key != "recipe" else _changes(path, setup.recipe)
         if changes:
@@ -160,7 +169,8 @@ def _problem_of(state: CheckpointState, path: Path) -> str:
         return problem
     # Checkpoints of the first versions have no origin.
     identity = {"origin": FRESH, **state["identity"]}
-    problem = _problem_of_fields(identity, get_type_hints(Identity), "identity.")
+    optional = PromptIdentity.__optional_keys__
+    problem = _problem_of_fields(identity, get_type_hints(Identity), "identity.", optional)
     progress_hints = get_type_hints(Progress)
     problem = problem or _problem_of_fields(state["progress"], progress_hints, "progress.")
     for number, entry in enumerate(state["files"]):
@@ -171,11 +181,13 @@ def _problem_of(state: CheckpointState, path: Path) -> str:
     return problem
 
 
-def _problem_of_fields(value: Any, hints: dict[str, Any], name: str = "") -> str:
+def _problem_of_fields(
+    value: Any, hints: dict[str, Any], name: str = "", optional: Collection[str] = ()
+) -> str:
     """Which field of a JSON object is missing, unknown or of another type; "" where all fit."""
     if not isinstance(value, dict):
         return f"{name.rstrip('.') or 'it'} is {reprlib.repr(value)}"
-    for key in (*hints, *value):
+    for key in (*(key for key in hints if key not in optional), *value):
         if key not in value:
             return f"{name}{key} is missing"
         if key not in hints:

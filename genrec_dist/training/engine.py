@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Batch
+from genrec_dist.model.causal.kinds import AnyModel, empty_copy, set_up, trained_parameters
 from genrec_dist.model.genrec import choose_packing
-from genrec_dist.model.kinds import AnyModel, empty_copy, set_up, trained_parameters
 from genrec_dist.model.low_weights import LowWeights
 from genrec_dist.model.optimizer import build_optimizer
 

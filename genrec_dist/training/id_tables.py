@@ -20,8 +20,8 @@ from torch import Tensor
 from genrec_dist.data.batch import Batch, RankStep
 from genrec_dist.data.encoder_input import ragged
 from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.model.causal.kinds import AnyConfig, AnyModel
 from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
-from genrec_dist.model.kinds import AnyConfig, AnyModel
 from genrec_dist.model.network import FetchedRows
 
 Kind = Literal["user", "item"]

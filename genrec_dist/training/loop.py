@@ -32,8 +32,8 @@ from genrec_dist.evaluation.metrics import metrics_from_histogram
 from genrec_dist.evaluation.provenance import git_commit, versions
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.validation import history_loss, target_histogram
+from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.genrec import GenRecConfig, choose_packing
-from genrec_dist.model.kinds import AnyModel
 from genrec_dist.model.optimizer import AveragedWeights, peak_share
 from genrec_dist.report.event_log import EventLog, write_status
 from genrec_dist.training.checkpoint import State, save_best, save_checkpoint

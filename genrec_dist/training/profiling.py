@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from genrec_dist.data.batch import Batch, Work
 from genrec_dist.estimate.flops import flops
 from genrec_dist.estimate.hardware import Peak
-from genrec_dist.model.kinds import AnyConfig
+from genrec_dist.model.causal.kinds import AnyConfig
 
 WARM_UP = 2
 """Steps that are not recorded first: they allocate what the others use again."""

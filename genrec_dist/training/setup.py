@@ -33,11 +33,11 @@ from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.inference.load import forced_of, make_layout
 from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.causal.build import build_prompted
+from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.causal.lora import hash_of_frozen
 from genrec_dist.model.genrec import GenRecConfig
 from genrec_dist.model.head_loss import target_loss
 from genrec_dist.model.item_init import MOST_FACTORS, init_item_rows
-from genrec_dist.model.kinds import AnyModel
 from genrec_dist.text.vectors import check_source
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches

@@ -521,7 +521,7 @@ def test_files_of_a_run_from_elsewhere(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text((run / "recipe.yaml").read_text())
     again = ["train", recipe, "--set", f"run={run}", "--resume", state.parent]
-    assert f"{name}: damaged (" in refused(capfd, 1, again)
+    assert f"{name}: not JSON (" in refused(capfd, 1, again)
     spoil(run / "recipe.yaml")
     assert "recipe.yaml: " in refused(capfd, 1, ["train", run / "recipe.yaml"])
     assert "recipe.yaml: " in refused(capfd, 1, ["tune", run / "recipe.yaml"])

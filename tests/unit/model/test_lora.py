@@ -17,9 +17,9 @@ from genrec_dist.bench.titles import made_up_titles, random_prompted
 from genrec_dist.config.load import load_recipe
 from genrec_dist.data.encoder_input import encode_histories
 from genrec_dist.model.causal.build import load_prompted
+from genrec_dist.model.causal.kinds import trained_parameters
 from genrec_dist.model.causal.lora import hash_of_frozen
 from genrec_dist.model.causal.prompted import PromptedModel
-from genrec_dist.model.kinds import trained_parameters
 from genrec_dist.model.optimizer import build_optimizer
 
 SETTINGS = ["model.d_model=16", "model.heads=2", "model.ffn=32", "tokens.vocab_size=300"]

@@ -198,6 +198,7 @@ def test_damaged_prompt_files_are_named(run: Path, tmp_path: Path) -> None:
     ):
         copy = tmp_path / next(iter(change))
         shutil.copytree(run / "best", copy / "best")
+        (copy / "best" / "manifest.json").unlink()  # whose hash would be found wrong before
         path = copy / "best" / "prompt.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
         with pytest.raises(ValueError, match=message):
