@@ -57,7 +57,7 @@ step() { # NAME BUDGET COMMAND...
 measure() { # NAME BUDGET SLOWEST: no part begins when less than the slowest part's seconds are left
   local left=$((deadline - SECONDS)) seconds=$(($2 * factor))
   if [ "$left" -lt "$seconds" ]; then seconds=$left; fi
-  step "$1" "$2" "$python" -m genrec_dist.bench.gpu_check "$1" --out "$out" --seconds $((seconds - $3 * factor)) ${small[@]+"${small[@]}"}
+  step "$1" "$2" "$python" -m genrec_dist.bench.gpu.check "$1" --out "$out" --seconds $((seconds - $3 * factor)) ${small[@]+"${small[@]}"}
 }
 
 measure facts 20 0
@@ -81,6 +81,6 @@ measure beam 60 0
 measure latency 30 0
 # Nothing is measured here, so it may run past the deadline.
 deadline=$((SECONDS + 10 * factor))
-step summary 10 "$python" -m genrec_dist.bench.gpu_check summary --out "$out" --status "$work/status" --logs "$work"
+step summary 10 "$python" -m genrec_dist.bench.gpu.check summary --out "$out" --status "$work/status" --logs "$work"
 tail -n 1 "$work/summary.log"
 exit "$failed"

@@ -14,14 +14,14 @@ import pytest
 from places import ROOT
 from two_ranks import environment
 
-from genrec_dist.bench.gpu_check import (
+from genrec_dist.bench.gpu.check import (
     LEFT_OUT,
     STEPS,
     prefix,
     run_step,
     summarise,
 )
-from genrec_dist.bench.gpu_steps import CASES
+from genrec_dist.bench.gpu.steps import CASES
 
 SCRIPT = ROOT / "launch" / "gpu_check.sh"
 # Not on the GPU machine; and nothing of ours is installed there either.

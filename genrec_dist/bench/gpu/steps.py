@@ -100,7 +100,7 @@ CASES = (
 
 
 def bench_steps(small: bool, seconds: float, on_part: OnPart) -> Measured:
-    """The table of `genrec_dist.bench.gpu_check steps`.
+    """The table of `genrec_dist.bench.gpu.check steps`.
 
     Args:
         small: the sizes of a test.

@@ -53,7 +53,7 @@ def measure(step: str, small: bool, seconds: float, on_part: OnPart) -> Measured
         on_part: told each part as soon as it is measured.
     """
     if step == "steps":
-        from genrec_dist.bench import gpu_steps
+        from genrec_dist.bench.gpu import steps as gpu_steps
 
         return gpu_steps.bench_steps(small, seconds, on_part)
     if step == "kernels":
