@@ -33,6 +33,8 @@ OPTIONAL = {
     "triton": ("GPU kernels", "kernels"),
     "ray": ("sweeps", "tune"),
     "optuna": ("sweeps", "tune"),
+    "fastapi": ("serving", "serve"),
+    "uvicorn": ("serving", "serve"),
     "torchmetrics": ("a test's second opinion", "dev"),
     "pytest": ("tests", "dev"),
     "ruff": ("checks", "dev"),
