@@ -124,7 +124,13 @@ def test_ci_runs_make_test_on_the_data_beside_the_clone(tmp_path: Path, code: in
 
 def test_the_lock_pins_every_direct_dependency_for_any_machine() -> None:
     extras = PROJECT["optional-dependencies"]
-    wanted = [*PROJECT["dependencies"], *extras["zero"], *extras["tune"], *extras["serve"], *extras["dev"]]
+    wanted = [
+        *PROJECT["dependencies"],
+        *extras["zero"],
+        *extras["tune"],
+        *extras["serve"],
+        *extras["dev"],
+    ]
     pins = re.findall(r"^([A-Za-z0-9._-]+)==\S+$", LOCK, flags=re.MULTILINE)
     names = {canonical(re.split(r"[\[<>=!~; ]", line)[0]) for line in wanted}
     assert names <= {canonical(name) for name in pins}
