@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,8 +34,6 @@ from genrec_dist.serving.service import QueueFull, Service
 
 DRAIN_SECONDS = 30
 """How long a stopping server waits for requests it has taken."""
-
-
 EXAMPLES: dict[str, Any] = {
     "/recommend": [
         {"history": ["b07", "c12"], "k": 5},
@@ -51,14 +49,17 @@ def _id(value: Any) -> Any:
 
 
 Id = Annotated[str, BeforeValidator(_id)]
+# Lists fail fast: a body of nothing but errors would otherwise take a second to say them all.
 
 
 class History(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    history: list[Id] = Field(description="Item ids, oldest first; may be empty.")
+    history: list[Id] = Field(fail_fast=True, description="Item ids, oldest first; may be empty.")
     user: Id | None = Field(None, description="A user's id; unknown ones count as none.")
-    block: list[Id] = Field([], description="Item ids that this answer must not list.")
+    block: list[Id] = Field(
+        [], fail_fast=True, description="Item ids that this answer must not list."
+    )
 
 
 class Recommend(BaseModel):
@@ -68,10 +69,14 @@ class Recommend(BaseModel):
         extra="forbid", json_schema_extra={"examples": EXAMPLES["/recommend"]}
     )
 
-    history: list[Id] | None = Field(None, description="Item ids, oldest first; may be empty.")
+    history: list[Id] | None = Field(
+        None, fail_fast=True, description="Item ids, oldest first; may be empty."
+    )
     user: Id | None = Field(None, description="A user's id; unknown ones count as none.")
-    block: list[Id] = Field([], description="Item ids that the answer must not list.")
-    requests: list[History] | None = Field(None, max_length=REQUESTS_AT_ONCE)
+    block: list[Id] = Field(
+        [], fail_fast=True, description="Item ids that the answer must not list."
+    )
+    requests: list[History] | None = Field(None, fail_fast=True, max_length=REQUESTS_AT_ONCE)
     k: int = Field(10, ge=1, strict=True, description="Length of the lists.")
 
     @model_validator(mode="after")
@@ -163,22 +168,27 @@ class Limits:
     """Until the body is there."""
 
 
-class Gate:
-    """Middleware: bounds a body in bytes and seconds, counts and times requests."""
+OPEN_PATHS = {"/health", "/metrics", "/docs", "/openapi.json"}
+"""Those that need no token."""
+PATHS = {*OPEN_PATHS, "/recommend", "/reload"}
 
-    def __init__(self, app: ASGIApp, service: Service, limits: Limits):
+
+class Gate:
+    """Middleware: refuses before a body is read, bounds it in bytes and seconds, counts and times
+    requests."""
+
+    def __init__(self, app: ASGIApp, service: Service, limits: Limits, token: str | None):
         self._app, self._metrics, self._limits = app, service.metrics, limits
+        self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         start, size, status, whole = time.perf_counter(), 0, 500, False
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
 
         async def bounded() -> Message:
             nonlocal size, whole
-            if int(declared) > self._limits.body:
-                raise self._too_large()
             left = None if whole else start + self._limits.seconds - time.perf_counter()
             try:
                 async with asyncio.timeout(left):
@@ -197,19 +207,36 @@ class Gate:
             status = message.get("status", status)
             await send(message)
 
+        refusal = None
+        if scope["path"] not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
+            reason = "send the header Authorization: Bearer with the server's token"
+            refusal = Problem(401, "unauthorized", reason, www_authenticate="Bearer")
+        elif int(headers.get(b"content-length", b"0")) > self._limits.body:
+            refusal = self._too_large()
         try:
-            await self._app(scope, bounded, watched)
+            if refusal is not None:
+                answer = _answer_problem(Request(scope), refusal)
+                await (await answer)(scope, receive, watched)
+            else:
+                await self._app(scope, bounded, watched)
         finally:
             path = scope["path"] if scope["path"] in PATHS else "other"
             self._metrics.requests[path, status] += 1
             if path == "/recommend" and status == 200:
                 self._metrics.observe(time.perf_counter() - start)
 
+    def _knows(self, given: bytes) -> bool:
+        """Whether the header has the token, in a time that does not tell how much of it."""
+        if self._token is None:
+            return True
+        scheme, _, found = given.partition(b" ")
+        is_equal = hmac.compare_digest(found.strip(), self._token.encode())
+        return is_equal and scheme.lower() == b"bearer"
+
     def _too_large(self) -> Problem:
         return Problem(413, "too_large", f"the body is over {self._limits.body:,} bytes: send less")
 
 
-PATHS = {"/recommend", "/reload", "/health", "/metrics", "/docs", "/openapi.json"}
 _BEARER = HTTPBearer(auto_error=False, description="The value of the server's GENREC_TOKEN.")
 
 
@@ -218,7 +245,7 @@ def make_app(service: Service, *, token: str | None, limits: Limits, at: str) ->
 
     Args:
         service: What answers.
-        token: What `/recommend` and `/reload` want as bearer token; None: nothing.
+        token: What all but `OPEN_PATHS` want as bearer token; None: nothing.
         limits: What a request may ask for.
         at: Address of the server, for the page of examples and the line that says it is ready.
     """
@@ -244,20 +271,11 @@ def make_app(service: Service, *, token: str | None, limits: Limits, at: str) ->
         yield
         await asyncio.gather(*tasks)
 
-    async def authorised(
-        given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)],
-    ) -> None:
-        if token is not None and not hmac.compare_digest(
-            (given.credentials if given else "").encode("latin-1"), token.encode()
-        ):
-            reason = "send the header Authorization: Bearer with the server's token"
-            raise Problem(401, "unauthorized", reason, www_authenticate="Bearer")
-
     app = FastAPI(title="genrec serve", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(Gate, service=service, limits=limits)
+    app.add_middleware(Gate, service=service, limits=limits, token=token)
     for kind in (RequestValidationError, StarletteHTTPException, Exception):
         app.add_exception_handler(kind, _answer_problem)
-    locked = [Depends(authorised)]
+    locked = [Depends(_BEARER)]  # for the schema: the gate has compared it
 
     @app.post("/recommend", dependencies=locked, response_model=Lists)
     async def recommend(body: Recommend) -> Response:
