@@ -70,7 +70,7 @@ def serve(
             f"--host {host} is open to other machines: set {TOKEN}, or serve at 127.0.0.1"
         )
     best_folder(run)  # before torch is loaded
-    listener = _listen(host, port)
+    listener = listen(host, port)
     with working():
         import torch
 
@@ -125,7 +125,7 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A listening socket, before torch is loaded.
 
     Raises:
@@ -133,9 +133,13 @@ def _listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=1024)
+        listener = socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise ValueError(
             f"{host} port {port}: {reason}: choose others with --host and --port"
         ) from None
+    # Connections inherit it. An answer's body would otherwise wait 40 ms for the client's word that
+    # its head has come: asyncio sees to that only of sockets that it makes.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener

@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from two_ranks import environment
 
 from genrec_dist.cli.app import run_command
+from genrec_dist.cli.serve import listen
 from genrec_dist.inference.recommend import Recommendation, Recommender, Request
 
 TOKEN = "a secret, with ü"
@@ -403,3 +404,10 @@ def test_what_cannot_be_served_is_one_line(
     assert "pip install 'genrec-dist[serve]'" in refused(1, "--port", "0")
     assert run_command(["serve", str(tmp_path)]) == 1
     assert "no best/ in it" in capfd.readouterr().err
+
+
+def test_a_short_answer_does_not_wait_for_a_full_packet() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
