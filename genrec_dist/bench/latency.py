@@ -1,11 +1,19 @@
-"""Latency of recommending: one caller, and several at once beside a lock around each call."""
+"""Latency of recommending: one caller, and several at once beside a lock around each call; and of
+the same over HTTP."""
 
 from __future__ import annotations
 
+import http.client
+import json
+import os
+import re
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -13,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from genrec_shards.dataset import Dataset
+from genrec_shards.dataset import Dataset, load_dataset
 
 from genrec_dist.bench.measure import (
     Claim,
@@ -27,6 +35,7 @@ from genrec_dist.bench.synthetic import BEAUTY_ITEMS, BEAUTY_USERS, open_data
 from genrec_dist.config.load import load_recipe
 from genrec_dist.data.tokenizer import train_tokenizer
 from genrec_dist.data.word_table import build_words
+from genrec_dist.evaluation.metrics import TOP
 from genrec_dist.inference.load import (
     Catalogue,
     LoadedRun,
@@ -41,6 +50,9 @@ from genrec_dist.model.build import ModelSizes, build_model
 
 SHARED, LOCKED = "shared", "locked"
 LOCK = "a lock round each call"
+SERVED, DIRECT = "served", "in process"
+CALLERS = (1, 8, 64)
+"""Of a server, at once."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +163,18 @@ def measure(
         with lock:
             recommender.recommend([history])
 
-    ways: dict[str, Callable[[Sequence[str]], None]] = {SHARED: shared, LOCKED: locked}
+    return measure_ways({SHARED: shared, LOCKED: locked}, histories, sizes, (1, sizes.callers))
+
+
+def measure_ways(
+    ways: Mapping[str, Callable[[Sequence[str]], None]],
+    histories: Sequence[Sequence[str]],
+    sizes: Sizes,
+    callers_each: Sequence[int],
+) -> list[dict[str, Any]]:
+    """A row for each way and each number of callers, the ways in turn."""
     rows = []
-    for callers in (1, sizes.callers):
+    for callers in callers_each:
         latencies: dict[str, list[float]] = {name: [] for name in ways}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         requests = cycle(histories)
@@ -236,3 +257,83 @@ def format_latencies(measured: list[dict[str, Any]]) -> str:
         for row in measured
     ]
     return format_columns([names, *texts])
+
+
+def bench_serve(run: Path, data: Path, sizes: Sizes | None = None) -> Measured:
+    """The table of `genrec bench serve`: requests to a server beside the same calls in process.
+
+    Args:
+        run: a trained run.
+        data: the directory it was trained on, whose histories are requested.
+
+    Raises:
+        ValueError: if run and data have different items, or the server does not start.
+        AssertionError: if the server gives another list.
+    """
+    sizes = sizes or Sizes(rounds=3)
+    dataset, recommender = load_dataset(data), Recommender.load(run, best_device())
+    check_numbering(recommender.run, dataset)
+    histories = histories_of(dataset, recommender.run.catalogue)
+    with torch_threads(sizes.threads), _serving(run, max(CALLERS), sizes.threads) as port:
+        own = threading.local()
+
+        def request(history: Sequence[str]) -> dict[str, Any]:
+            if not hasattr(own, "connection"):  # each caller keeps one open
+                own.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+            body, headers = (
+                json.dumps({"history": history, "k": TOP}),
+                {"Content-Type": "application/json"},
+            )
+            own.connection.request("POST", "/recommend", body, headers)
+            answer = own.connection.getresponse()
+            content = answer.read()
+            if answer.status != 200:
+                raise ValueError(f"the server answers {answer.status}: {content[:200]!r}")
+            return json.loads(content)["recommendations"][0]
+
+        def served(history: Sequence[str]) -> None:
+            request(history)
+
+        def direct(history: Sequence[str]) -> None:
+            recommender.recommend([history])
+
+        for history in histories[:16]:
+            (alone,) = recommender.recommend([history])
+            assert np.allclose(request(history)["scores"], alone.scores, rtol=0, atol=1e-4)
+        measured = measure_ways({SERVED: served, DIRECT: direct}, histories, sizes, CALLERS)
+    rows = {(row["way"], row["callers"]): row for row in measured}
+    claims = [
+        make_claim(
+            f"{'calls' if figure == 'calls/s' else figure.removesuffix(' ms')}, {callers} at once",
+            "the same calls in process",
+            rows[SERVED, callers][figure],
+            rows[DIRECT, callers][figure],
+            figure.removeprefix("p50 ").removeprefix("p95 "),
+            "none",
+        )
+        for callers in CALLERS
+        for figure in ("p50 ms", "p95 ms", "calls/s")
+    ]
+    facts = {"run": run.name, "items": len(recommender.run.catalogue.item_ids)}
+    return claims, table("serve", claims, sizes=vars(sizes), data=facts, measured=measured)
+
+
+@contextmanager
+def _serving(run: Path, queue: int, threads: int) -> Iterator[int]:
+    """The port of a `genrec serve` of its own."""
+    options = ["--port", "0", "--queue", str(queue), "--threads", str(threads)]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "genrec_dist.cli", "serve", str(run), *options],
+        env={name: value for name, value in os.environ.items() if name != "GENREC_TOKEN"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        found = re.search(r" at http://127\.0\.0\.1:(\d+) ", server.stdout.readline())
+        if found is None:
+            raise ValueError("the server did not start: its own message says why")
+        yield int(found[1])
+    finally:
+        server.terminate()
+        server.communicate()

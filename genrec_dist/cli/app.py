@@ -18,6 +18,7 @@ from genrec_dist.cli.options import RecipeArgument
 from genrec_dist.cli.recipes import backbone, complete_space, launch_file, recipes
 from genrec_dist.cli.reproduce import reproduce
 from genrec_dist.cli.scores import baseline, compare, report, score
+from genrec_dist.cli.serve import serve
 from genrec_dist.console import UsageError, exit_code_of, out, rank, say, shown, working, world_size
 from genrec_dist.distributed.gpu import set_gpu_defaults
 from genrec_dist.distributed.threads import set_thread_defaults
@@ -283,8 +284,8 @@ def doctor(
 
 # In the order of the help.
 for command in (
-    demo, prepare, shard, export, recipes, train, evaluate, recommend, baseline, score, compare,
-    report, plan, tune, doctor, reproduce, launch_file, backbone,
+    demo, prepare, shard, export, recipes, train, evaluate, recommend, serve, baseline, score,
+    compare, report, plan, tune, doctor, reproduce, launch_file, backbone,
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(

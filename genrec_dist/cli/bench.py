@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from genrec_dist.cli.options import DataOption as RunDataOption
+from genrec_dist.cli.options import RunArgument, data_of
+
 if TYPE_CHECKING:
     from genrec_dist.bench.measure import Claim
 
@@ -114,6 +117,21 @@ def bench_latency(
     from genrec_dist.bench.latency import format_latencies
 
     claims, table = run_bench(run, data)
+    _show(claims, table, json_path, format_latencies(table["measured"]))
+
+
+@bench.command("serve")
+def bench_serve(run: RunArgument, data: RunDataOption = None, json_path: JsonOption = None) -> None:
+    """p50, p95, p99 and requests per second of `genrec serve` at 1, 8 and 64 callers, beside the
+    same calls in process.
+
+    Example: genrec bench serve runs/beauty --json serve.json
+    """
+    _announce()
+    from genrec_dist.bench.latency import bench_serve as run_bench
+    from genrec_dist.bench.latency import format_latencies
+
+    claims, table = run_bench(run, data or data_of(run))
     _show(claims, table, json_path, format_latencies(table["measured"]))
 
 

@@ -35,6 +35,8 @@ OPTIONAL = {
     "optuna": ("sweeps", "tune"),
     "peft": ("adapters of language models", "llama"),
     "gguf": ("weights in GGUF files", "llama"),
+    "fastapi": ("serving", "serve"),
+    "uvicorn": ("serving", "serve"),
     "torchmetrics": ("a test's second opinion", "dev"),
     "pytest": ("tests", "dev"),
     "ruff": ("checks", "dev"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tomllib
 
 from launching import LAUNCH, ROOT
+from typer.main import get_command
+
+from genrec_dist.cli.app import app
 
 TEXT = (LAUNCH / "Dockerfile").read_text()
 
@@ -42,6 +46,22 @@ def test_what_the_dockerfile_copies_and_installs_is_there() -> None:
     needed = {package.split("/")[0] for package in packages}
     needed |= {project["project"]["readme"], *project["project"]["license-files"]}
     assert needed <= set(sources)
-    installed = re.search(r"pip install .*'\.\[(.*)\]'", TEXT)
-    assert installed is not None
-    assert set(installed[1].split(",")) <= set(project["project"]["optional-dependencies"])
+    installed = re.findall(r"pip install .*'\.\[(.*)\]'", TEXT)
+    assert len(installed) == 2
+    extras = {extra for each in installed for extra in each.split(",")}
+    assert extras <= set(project["project"]["optional-dependencies"])
+
+
+def test_the_target_that_serves_gives_the_command_options_that_it_has() -> None:
+    """Only its run is left to say, and it has to be open beyond the container."""
+    stages = TEXT.split("\nFROM ")
+    (stage,) = [text for text in stages if text.startswith("base AS serve")]
+    entry = re.search(r"^ENTRYPOINT (.*)$", stage, re.M)
+    assert entry is not None
+    words = json.loads(entry[1])
+    assert words[:2] == ["genrec", "serve"]
+    options = get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    context = options.make_context("serve", [*words[2:], "/runs/mine"])
+    assert (context.params["host"], context.params["port"]) == ("0.0.0.0", 8000)
+    # The last stage is the one that is built where no target is named.
+    assert '["genrec"]' in stages[-1]

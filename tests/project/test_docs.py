@@ -140,6 +140,7 @@ def test_the_lock_pins_every_direct_dependency_for_any_machine() -> None:
         *extras["zero"],
         *extras["tune"],
         *extras["llama"],
+        *extras["serve"],
         *extras["dev"],
     ]
     pins = re.findall(r"^([A-Za-z0-9._-]+)==\S+$", LOCK, flags=re.MULTILINE)

@@ -26,7 +26,7 @@ FLOORS = (
     {"decoding", "baselines", "estimate"},
     {"inference"},
     {"training"},
-    {"api", "reproduce", "bench", "genrec_tuning"},
+    {"api", "reproduce", "bench", "serving", "genrec_tuning"},
     {"cli"},
     {"train"},
 )
@@ -37,9 +37,10 @@ LAZY = {"genrec_dist", "genrec_dist.auto_classes"}
 SIDEWAYS = {("config", "genrec_shards"), ("distributed", "genrec_shards")}
 MOST_MODULES = 12
 # A training machine may have none of these, so nothing may need them to be imported.
-HEAVY = {"polars", "webdataset", "pydantic", "deepspeed", "ray", "triton"}
+HEAVY = {"polars", "webdataset", "pydantic", "deepspeed", "ray", "triton", "fastapi", "uvicorn"}
 MAY_IMPORT_HEAVY = {
     "kernels/genrec_kernels/triton_embedding_sum.py": {"triton"},
+    "genrec_dist/serving/app.py": {"fastapi", "pydantic", "uvicorn"},
 }
 SOURCES = sorted(path for folder in PACKAGES.values() for path in folder.rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))

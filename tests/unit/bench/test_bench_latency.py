@@ -16,11 +16,15 @@ from claims import check_claims
 from genrec_shards.dataset import load_dataset
 
 from genrec_dist.bench.latency import (
+    CALLERS,
+    DIRECT,
     LOCKED,
+    SERVED,
     SHARED,
     TINY,
     Sizes,
     bench_latency,
+    bench_serve,
     check_same,
     claims_of,
     format_latencies,
@@ -116,3 +120,20 @@ def test_run_is_measured_on_its_own_data_alone(
     run = Recommender.load(tiny_run).run
     synthetic = histories_of(load_dataset(made.path), run.catalogue)
     assert {item for history in synthetic for item in history} <= set(run.catalogue.item_ids)
+
+
+def test_a_server_is_measured_at_each_number_of_callers(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GENREC_TOKEN", "the user's own")
+    claims, table = bench_serve(tiny_run, tiny_data, Sizes(calls=12, rounds=1))
+    check_claims(claims, table, tmp_path / "serve.json")
+    rows = {(row["way"], row["callers"]): row for row in table["measured"]}
+    assert set(rows) == {(way, callers) for way in (SERVED, DIRECT) for callers in CALLERS}
+    for (_, callers), row in rows.items():
+        assert row["calls"] == max(12, -(-12 // callers) * callers)
+        assert 0 < row["p50 ms"] <= row["p95 ms"] <= row["p99 ms"]
+    assert [claim.ours for claim in claims[:3]] == [
+        rows[SERVED, 1][figure] for figure in ("p50 ms", "p95 ms", "calls/s")
+    ]
+    assert len(format_latencies(table["measured"]).splitlines()) == 7

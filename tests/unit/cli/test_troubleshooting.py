@@ -43,6 +43,8 @@ CHECKED = [
     "genrec plan tiny --users 100 --items 50 --gpus 1000000000",
     "genrec plan tiny --users 100 --items 50 --memory nan",
     "genrec evaluate runs/none",
+    "genrec serve runs/none",
+    "genrec serve runs/a --host 0.0.0.0",
     "genrec evaluate runs/a --split tset",
     "genrec launch-file gpu_single_309",
 ]
@@ -78,6 +80,7 @@ def test_the_page_shows_what_a_mistake_prints(
     make_files(tmp_path)
     before = files_of(tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GENREC_TOKEN", raising=False)
     assert run_command(shlex.split(command)[1:]) in (1, 2)
     captured = capfd.readouterr()
     assert captured.err == PRINTED[command] + "\n"

@@ -1,0 +1,145 @@
+"""The command `genrec serve`."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from genrec_dist.cli.options import DataOption, DecodeOption, ExcludeOption, RunArgument
+from genrec_dist.console import UsageError, say, working
+
+if TYPE_CHECKING:
+    from genrec_dist.inference.recommend import Recommender
+
+TOKEN = "GENREC_TOKEN"
+
+# Modules are imported inside the command: `genrec --help` must not wait for torch.
+
+
+def serve(
+    run: RunArgument,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; beyond this machine with GENREC_TOKEN alone.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="0: a free one, which is printed.", min=0, max=65535)
+    ] = 8000,
+    beam: Annotated[
+        int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)
+    ] = 20,
+    decode: DecodeOption = None,
+    exclude_history: ExcludeOption = "auto",
+    allow: Annotated[
+        Path | None, typer.Option(help="File of item ids, one a line: list these alone.")
+    ] = None,
+    block: Annotated[
+        Path | None, typer.Option(help="File of item ids, one a line: never list these.")
+    ] = None,
+    data: DataOption = None,
+    max_k: Annotated[int, typer.Option(help="Longest list that may be wanted.", min=1)] = 100,
+    max_body: Annotated[int, typer.Option(help="Largest request in KiB.", min=1)] = 1024,
+    max_wait: Annotated[
+        float, typer.Option(help="Seconds in which a request has to arrive whole.", min=0.1)
+    ] = 10,
+    queue: Annotated[
+        int, typer.Option(help="Requests that may wait at once; more get a 503.", min=1)
+    ] = 128,
+    threads: Annotated[
+        int, typer.Option(help="Of torch for each batch, on a CPU; 1 is fastest.", min=1)
+    ] = 1,
+) -> None:
+    """Answer requests for lists at an HTTP address, in your own item ids: docs/serving.md.
+
+    SIGTERM stops it once what it has taken is answered; SIGHUP and POST /reload load the run's
+    newest weights. GENREC_TOKEN in the environment is the bearer token that requests then need.
+
+    Example: genrec serve runs/beauty --port 8000
+    """
+    from genrec_dist.config.paths import best_folder
+
+    token = os.environ.get(TOKEN)
+    if token is not None and not token.strip():
+        raise UsageError(f"{TOKEN} is empty: give a token, or unset it")
+    if token is None and not _is_loopback(host):
+        raise UsageError(
+            f"--host {host} is open to other machines: set {TOKEN}, or serve at 127.0.0.1"
+        )
+    best_folder(run)  # before torch is loaded
+    listener = listen(host, port)
+    with working():
+        import torch
+
+        from genrec_dist.inference.item_filter import name_some, read_ids
+        from genrec_dist.inference.load import best_device
+        from genrec_dist.inference.recommend import Recommender
+        from genrec_dist.serving.service import Service
+
+        try:
+            from genrec_dist.serving.app import Limits, make_app, run_server
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"serve: {error.name} is not installed: pip install 'genrec-dist[serve]'"
+            ) from None
+
+    device = best_device()
+    if device.type == "cpu":
+        torch.set_num_threads(threads)
+
+    def load(path: Path) -> Recommender:
+        recommender = Recommender.load(
+            path,
+            device,
+            beam=beam,
+            mode=decode,
+            data=data,
+            exclude_history=None if exclude_history == "auto" else exclude_history == "yes",
+            allow=None if allow is None else read_ids(allow),
+            block=None if block is None else read_ids(block),
+        )
+        items = recommender.item_filter
+        for file, ids in ((allow, items.unknown_allow), (block, items.unknown_block)):
+            if ids:
+                count = f"{len(ids):,} ids are not in the catalogue, skipped"
+                typer.echo(f"{file}: {count}: {name_some(ids)}", err=True)
+        return recommender
+
+    shown = f"[{host}]" if ":" in host else host
+    at = f"http://{shown}:{listener.getsockname()[1]}"
+    service = Service(run, load, queue)
+    run_server(
+        make_app(service, token=token, limits=Limits(max_k, max_body * 1024, max_wait), at=at),
+        listener,
+    )
+    say(f"{service.model.run}: stopped")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket, before torch is loaded.
+
+    Raises:
+        ValueError: The address cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=1024)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ValueError(
+            f"{host} port {port}: {reason}: choose others with --host and --port"
+        ) from None
+    # Connections inherit it. An answer's body would otherwise wait 40 ms for the client's word that
+    # its head has come: asyncio sees to that only of sockets that it makes.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
