@@ -377,4 +377,6 @@ def run_server(app: FastAPI, listener: socket.socket) -> None:
         timeout_keep_alive=60,
         timeout_graceful_shutdown=DRAIN_SECONDS,
     )
+    # The loop works beside a thread that decodes, and would wait 5 ms for a turn (docs/log.md).
+    sys.setswitchinterval(0.0005)
     _Server(config).run(sockets=[listener])
