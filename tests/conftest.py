@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import forked
+import hypothesis
 import pytest
 from genrec_shards.prepare import prepare
 from genrec_shards.storage.write import write_shards
 from tiny import TINY_RECIPE, tiny_log
 from two_ranks import environment
+
+# An example may take as long as a busy machine makes it; a hang ends by the tests' own timeout.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

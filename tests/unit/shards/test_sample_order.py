@@ -191,7 +191,6 @@ def test_last_window_costs_no_more_than_the_first():
             started = time.perf_counter()
             order.step(epoch, int(order.steps_per_epoch * share))
             found.append(time.perf_counter() - started)
-    assert min(map(min, seconds.values())) < 0.2
     assert min(seconds[0.9]) < 3 * min(seconds[0]) + 0.02
 
 
