@@ -17,7 +17,7 @@ from tiny import TINY_RECIPE
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
-from genrec_dist.training.checkpoint import list_checkpoints
+from genrec_dist.training.checkpoint import find_checkpoint, list_checkpoints
 from genrec_dist.training.checkpoint_state import _sha256_of, read_state
 from genrec_dist.training.run import train
 from genrec_dist.training.setup import TrainingSetup, build_setup
@@ -207,6 +207,16 @@ def test_a_state_that_is_no_object_is_one_line(
     assert run_command([*command, "--resume", "latest"]) == 1
     expected = f"{path}/state.json: not JSON ({problem}): resume from an older checkpoint"
     assert capfd.readouterr().err.splitlines()[-1] == f"genrec: {expected}"
+
+
+def test_latest_is_the_newest_by_number_and_a_torn_one_is_none(tmp_path: Path) -> None:
+    for name in ("step-9", "step-00000010", "step-00000002"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "state.json").touch()
+    (tmp_path / "checkpoints" / "step-00000011").mkdir()
+    found = find_checkpoint(tmp_path, "latest")
+    assert found is not None
+    assert found.name == "step-00000010"
 
 
 def test_a_foreign_folder_among_checkpoints_is_named(stopped: Path, tmp_path: Path) -> None:
