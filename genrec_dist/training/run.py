@@ -66,21 +66,24 @@ def train(
         say(problem)
     ranks = Ranks()
     with contextlib.ExitStack() as held, speaking_last(), ranks.naming_the_gone():
-        claim = _claimed(run, is_new=resume is None)
+        claim = _claimed(run, resume)
         ranks.run_on_all(lambda: held.enter_context(claim) if ranks.is_main else None)
         _train(recipe, resume, accelerator, ranks, on_epoch, trace_steps)
     return run
 
 
 @contextlib.contextmanager
-def _claimed(run: Path, is_new: bool) -> Iterator[None]:
+def _claimed(run: Path, resume: str | None) -> Iterator[None]:
     """Hold the lock of a run directory, and remove what killed writers left in it.
 
     Raises:
-        ValueError: another process holds it, or there is a run where a new one is to begin.
+        ValueError: another process holds it, there is a run where a new one is to begin, or none
+            where one is to be resumed.
     """
+    if resume is not None:  # before the lock, which a run that begins just now may want
+        find_checkpoint(run, resume)
     with hold(run / LOCK_FILE, "another process trains this run"):
-        if is_new:
+        if resume is None:
             check_run_is_new(run)
         sweep_killed_writers(run, "best", "status.json", "recipe.yaml", "audit.json")
         sweep_killed_writers(run / "checkpoints", "step-*")
