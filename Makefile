@@ -11,6 +11,12 @@ PROCESSES ?= 2
 # GPUs are hidden: two ranks of a test would share one, and tolerances are those of a CPU. Those of `-m gpu` alone use them.
 PYTEST := OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest
 
+# Of the sample of faults among the tests: another one each day and second, printed, and given again to repeat it.
+ifndef FAULTS_SEED
+FAULTS_SEED := $(shell date +%s)
+endif
+export FAULTS_SEED
+
 .PHONY: env demo test check slow faults gpu docs dist lock clean
 
 env: $(STAMP)
@@ -50,7 +56,8 @@ check: env
 test: check
 	@echo "make test runs, on two idle cores: 1. the default tests, about 7 minutes; 2. -m ranks, real ranks, kills"; \
 	echo "and clusters, about 10 minutes; 3. -m demo, the whole demo judged, about 4 minutes. One part alone:"; \
-	echo "  .venv/bin/python -m pytest -n 2      .venv/bin/python -m pytest -m ranks      .venv/bin/python -m pytest tests/unit/model"
+	echo "  .venv/bin/python -m pytest -n 2      .venv/bin/python -m pytest -m ranks      .venv/bin/python -m pytest tests/unit/model"; \
+	echo "The sample of faults is that of FAULTS_SEED=$(FAULTS_SEED)."
 	$(PYTEST) -n $(PROCESSES) --dist loadfile --durations 20 --durations-min 4
 	$(PYTEST) -m ranks -n $(PROCESSES) --dist loadfile --durations 10 --durations-min 4
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m demo
