@@ -10,6 +10,9 @@ from typing import Any, TypeGuard
 
 from genrec_shards.readers.documents import parse_object, parse_yaml
 
+METRICS_OBJECTS = ("beside", "breakdown", "ci95", "protocol", "training", "versions", "recipe")
+"""Fields of a metrics file that hold fields themselves."""
+
 
 @dataclass
 class RunFiles:
@@ -67,7 +70,26 @@ def read_run_files(path: Path) -> RunFiles:
     for split in ("test", "validation"):
         if found := _read_object(path / f"metrics-{split}.json", run.notes):
             run.metrics[split] = found
+    _keep_objects("recipe.yaml", run.recipe, ("pretrain", "finetune"), run.notes)
+    for event in run.events:
+        _keep_objects("events.jsonl", event, ("beside", "peak", "versions"), run.notes)
+    for split, found in run.metrics.items():
+        name = f"metrics-{split}.json"
+        _keep_objects(name, found, METRICS_OBJECTS, run.notes)
+        beside = found.get("beside") or {}
+        _keep_objects(f"{name}: beside", beside, tuple(beside), run.notes)
     return run
+
+
+def _keep_objects(
+    name: str, values: dict[str, Any], keys: tuple[str, ...], notes: list[str]
+) -> None:
+    """Remove the values of these keys that are no objects, and note it; readers of them look
+    inside."""
+    for key in keys:
+        if values.get(key) is not None and not isinstance(values[key], dict):
+            notes.append(f"{name}: {key} is no object")
+            del values[key]
 
 
 def is_number(value: Any) -> TypeGuard[float]:

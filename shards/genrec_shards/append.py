@@ -95,7 +95,7 @@ def append(
     format = options.format
     if format == "auto":
         format = guess_format(new, options.log.columns)
-    options.check(format)
+    options.check(format, new)
     timed = data.timestamps is not None
     kept_ties = timed and data.info.ties == "keep"
     cleaning = dataclasses.replace(

@@ -107,8 +107,8 @@ class PrepareOptions:
             named = "a column of item ids, text or titles is named, and no table"
             raise ValueError(f"{named}: give --items META")
 
-    def check(self, format: str) -> None:
-        """Raises ValueError for options that do not go with a format."""
+    def check(self, format: str, source: str | Path) -> None:
+        """Raises ValueError for options that do not go with the format of a source."""
         if format not in ("sequences", "data", *LOG_FORMATS):
             formats = f"--format sequences, {_LOGS}, or data to number a data directory anew"
             raise ValueError(f"format {format!r} is not supported: use {formats}")
@@ -119,11 +119,11 @@ class PrepareOptions:
             raise ValueError(f"ties {self.ties!r}: {no_ties}")
         this = f"({_LOGS}), this is of the {format} format"
         if self.engine == "ray":
-            raise ValueError(f"engine ray is for logs {this}: leave it out")
+            raise ValueError(f"{source}: engine ray is for logs {this}: leave it out")
         of_logs = (self.k_core, self.min_length, self.since, self.until, self.log)
         if of_logs != (None, None, None, None, LogOptions()):
             names = "k_core, min_length, since, until, columns and time_unit"
-            raise ValueError(f"{names} are a log's {this}: leave them out")
+            raise ValueError(f"{source}: {names} are a log's {this}: leave them out")
 
     def cutoff_for(self, format: str) -> Cutoff | None:
         """The dates of a split by time; None for leave-one-out, and for a data directory, which is
@@ -214,7 +214,7 @@ def prepare(
         check_readable(Path(source))
         if format == "auto":
             format = guess_format(Path(source), options.log.columns)
-    options.check(format)
+    options.check(format, source)
     if options.engine == "local" and options.ray_address is not None:
         raise ValueError(f"--ray-address {options.ray_address}: goes with --engine ray")
     cleaning = options.cleaning(options.cutoff_for(format))

@@ -233,6 +233,17 @@ def test_a_breakdown_of_another_shape_breaks_no_page(tmp_path: Path, broken: obj
     assert "Metrics on test" in read(write_report(run)).text
 
 
+@pytest.mark.parametrize("key", ["beside", "protocol", "ci95", "recipe", "versions", "knn"])
+def test_a_value_where_fields_belong_is_noted_and_breaks_no_page(tmp_path: Path, key: str) -> None:
+    run = make_run(tmp_path / "run", splits=())
+    metrics = broad_metrics()
+    (metrics["beside"] if key == "knn" else metrics)[key] = "nan"
+    (run / "metrics-test.json").write_text(json.dumps(metrics))
+    text = read(write_report(run)).text
+    assert "Metrics on test" in text
+    assert f"{key} is no object" in text
+
+
 def test_the_run_s_own_audit_comes_first(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (tmp_path / "data").mkdir()
