@@ -453,7 +453,9 @@ def _batches(path: Path) -> Iterator[pa.RecordBatch]:
                     "evaluate again"
                 )
             yield from file.iter_batches(_USERS_AT_ONCE, columns=["user", "target", "rank"])
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's, not a damaged page's
+            raise
         raise ValueError(
             f"{path}: not readable as Parquet ({str(error).splitlines()[0]}): evaluate again"
         ) from None

@@ -370,6 +370,11 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, dataset):
     ):
         compare(a, b)
     table = pq.read_table(b / "top20-test.parquet")
+    whole = (b / "top20-test.parquet").read_bytes()
+    # The header of its first page: an error of the system's kind, without the file's name.
+    (b / "top20-test.parquet").write_bytes(whole[:4] + b"\xff" * 200 + whole[204:])
+    with pytest.raises(ValueError, match=r"top20-test\.parquet: not readable as Parquet"):
+        compare(a, b)
     pq.write_table(table.drop_columns("rank"), b / "top20-test.parquet")
     with pytest.raises(
         ValueError, match=r"no column rank: it was written by an older version; evaluate again"
