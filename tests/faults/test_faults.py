@@ -1,4 +1,4 @@
-"""A sample of the fault suite, drawn by a fresh seed, and that the suite sees what is not held."""
+"""A sample of the fault suite, drawn by FAULTS_SEED or else a fresh seed, and that the suite sees what is not held."""
 
 from __future__ import annotations
 
