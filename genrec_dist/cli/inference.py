@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from genrec_dist.cli.options import (
+    AllowOption,
+    BeamOption,
+    BlockOption,
     DataOption,
     DecodeOption,
     ExcludeOption,
@@ -227,17 +230,11 @@ def recommend(
         Path | None, typer.Option("--out", help="Directory for --all-users.")
     ] = None,
     top: Annotated[int, typer.Option(help="Length of the lists.", min=1)] = 20,
-    beam: Annotated[
-        int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)
-    ] = 20,
+    beam: BeamOption = 20,
     decode: DecodeOption = None,
     exclude_history: ExcludeOption = "auto",
-    allow: Annotated[
-        Path | None, typer.Option(help="File of item ids, one a line: list these alone.")
-    ] = None,
-    block: Annotated[
-        Path | None, typer.Option(help="File of item ids, one a line: never list these.")
-    ] = None,
+    allow: AllowOption = None,
+    block: BlockOption = None,
     titles: Annotated[
         bool,
         typer.Option(

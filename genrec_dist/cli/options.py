@@ -55,10 +55,19 @@ DecodeOption = Annotated[
     typer.Option(
         "--decode",
         help="exact: the model's softmax; compact: over the items' tokens alone; free: no trie; "
-        "all: every item scored; items: by "
-        "the item head (model.item_loss); hybrid: by the decoder with the item head, the "
-        "transition graph and the repeat model; default: as the run's recipe says (decode).",
+        "all: every item scored; items: by the item head (model.item_loss); hybrid: by the decoder "
+        "with the item head, the transition graph, the items' texts and the repeat model; default: "
+        "as the run's recipe says (decode).",
     ),
+]
+BeamOption = Annotated[
+    int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)
+]
+AllowOption = Annotated[
+    Path | None, typer.Option(help="File of item ids, one a line: list these alone.")
+]
+BlockOption = Annotated[
+    Path | None, typer.Option(help="File of item ids, one a line: never list these.")
 ]
 
 

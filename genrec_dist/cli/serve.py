@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from genrec_dist.cli.options import DataOption, DecodeOption, ExcludeOption, RunArgument
+from genrec_dist.cli.options import (
+    AllowOption,
+    BeamOption,
+    BlockOption,
+    DataOption,
+    DecodeOption,
+    ExcludeOption,
+    RunArgument,
+)
 from genrec_dist.console import UsageError, say, working
 
 if TYPE_CHECKING:
@@ -29,17 +37,11 @@ def serve(
     port: Annotated[
         int, typer.Option(help="0: a free one, which is printed.", min=0, max=65535)
     ] = 8000,
-    beam: Annotated[
-        int, typer.Option(help="Width of the beam; one narrower than the lists is widened.", min=1)
-    ] = 20,
+    beam: BeamOption = 20,
     decode: DecodeOption = None,
     exclude_history: ExcludeOption = "auto",
-    allow: Annotated[
-        Path | None, typer.Option(help="File of item ids, one a line: list these alone.")
-    ] = None,
-    block: Annotated[
-        Path | None, typer.Option(help="File of item ids, one a line: never list these.")
-    ] = None,
+    allow: AllowOption = None,
+    block: BlockOption = None,
     data: DataOption = None,
     max_k: Annotated[int, typer.Option(help="Longest list that may be wanted.", min=1)] = 100,
     max_body: Annotated[int, typer.Option(help="Largest request in KiB.", min=1)] = 1024,
