@@ -19,7 +19,8 @@ from genrec_dist.baselines.registry import reference_scores
 from genrec_dist.config.paths import training_state
 from genrec_dist.data.encoder_input import PromptLayout
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.evaluation.results import Protocol, ResultsWriter
+from genrec_dist.evaluation.protocol import Protocol
+from genrec_dist.evaluation.results import ResultsWriter
 from genrec_dist.inference.history_scores import HistoryScores
 from genrec_dist.inference.load import (
     LoadedRun,
