@@ -42,7 +42,7 @@ from genrec_shards.splits import (
     TrainedThrough,
     cutoff_of,
 )
-from genrec_shards.storage.remote import is_address
+from genrec_shards.storage.address import is_address
 from genrec_shards.timestamps import moment
 
 Engine = Literal["local", "ray"]
