@@ -23,7 +23,8 @@ from genrec_kernels import (
     make_gradient_order,
     wants_gradient_order,
 )
-from genrec_kernels.sharded_rows import RowTable, distinct_rows
+from genrec_kernels.distinct_rows import distinct_rows
+from genrec_kernels.sharded_rows import RowTable
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from genrec_kernels.sharded_rows import BLOCK
+from genrec_kernels.row_blocks import BLOCK
 from genrec_shards.readers.documents import read_object
 from torch import nn
 
