@@ -20,7 +20,7 @@ from genrec_dist.inference.load import best_device, load_run
 from genrec_dist.inference.rank_users import Decoding
 from genrec_tuning.live_table import SweepTable
 from genrec_tuning.record import FINALS, Final, Recorder, Status, Sweep, Trial, read_sweep
-from genrec_tuning.report import check_plotly, write_results
+from genrec_tuning.report.page import check_plotly, write_results
 from genrec_tuning.run_sync import pull, push
 from genrec_tuning.space import Resources
 from genrec_tuning.sweep import (

@@ -32,7 +32,7 @@ from genrec_tuning.record import (
     read_sweep,
     trial_id,
 )
-from genrec_tuning.report import check_plotly, write_results
+from genrec_tuning.report.page import check_plotly, write_results
 from genrec_tuning.space import (
     Resources,
     Space,
