@@ -28,9 +28,9 @@ from genrec_dist.data.batch import (
     Work,
 )
 from genrec_dist.data.encoder_input import EncoderInput, FlatSequences, Layout, encode_words, ragged
-from genrec_dist.data.masking import STRATEGIES, Targets
 from genrec_dist.data.packing import Packing, filled_size, segments_of
-from genrec_dist.data.prefix_samples import PrefixSegments, prefix_segments
+from genrec_dist.data.samples.masking import STRATEGIES, Targets
+from genrec_dist.data.samples.prefix_samples import PrefixSegments, prefix_segments
 from genrec_dist.data.word_table import EOS_WORD, FIRST_MASK_WORD, WordTable
 
 WORTH_A_BATCH = 4096
