@@ -30,12 +30,7 @@ from genrec_dist.bench.measure import (
     tell_nobody,
     watch_training,
 )
-from genrec_dist.bench.peers.beam import (
-    GENERATE,
-    compare_lists,
-    generated_lists,
-    make_generate,
-)
+from genrec_dist.bench.peers.beam import GENERATE, compare_lists, generated_lists, make_generate
 from genrec_dist.bench.synthetic import (
     BEAUTY_ITEMS,
     BEAUTY_USERS,

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 from genrec_shards.dataset import Dataset
-from genrec_shards.histories import (
-    sample_users,
-)
+from genrec_shards.histories import sample_users
 from genrec_shards.splits import TrainedThrough
 
 

@@ -31,13 +31,7 @@ from genrec_shards.splits import Split
 from genrec_shards.storage.manifest import MANIFEST, load_manifest
 
 from genrec_dist.evaluation.list_counts import Tally
-from genrec_dist.evaluation.metrics import (
-    EMPTY,
-    TOP,
-    is_item,
-    pessimistic_ranks,
-    target_ranks,
-)
+from genrec_dist.evaluation.metrics import EMPTY, TOP, is_item, pessimistic_ranks, target_ranks
 from genrec_dist.evaluation.protocol import Protocol, expected_users
 from genrec_dist.evaluation.ranked_lists import history_listed
 

@@ -23,13 +23,7 @@ from genrec_shards.errors import BadLines, DataError, OnError
 from genrec_shards.numbering.item_text import Descriptions, read_descriptions
 from genrec_shards.numbering.item_vectors import read_trained_vectors
 from genrec_shards.numbering.numbering import NumberingName, number
-from genrec_shards.readers.read_log import (
-    LOG_FORMATS,
-    Format,
-    LogOptions,
-    read_log,
-    source_files,
-)
+from genrec_shards.readers.read_log import LOG_FORMATS, Format, LogOptions, read_log, source_files
 from genrec_shards.readers.recognise import guess_format, read_as
 from genrec_shards.readers.text_blocks import check_readable
 from genrec_shards.sequences import read_sequences

@@ -23,14 +23,7 @@ from genrec_tuning.record import FINALS, Final, Recorder, Status, Sweep, Trial, 
 from genrec_tuning.report.page import check_plotly, write_results
 from genrec_tuning.run_sync import pull, push
 from genrec_tuning.space import Resources
-from genrec_tuning.sweep import (
-    RAY_FILES,
-    connected,
-    deadline,
-    job_of,
-    place_of,
-    raise_if_ended,
-)
+from genrec_tuning.sweep import RAY_FILES, connected, deadline, job_of, place_of, raise_if_ended
 from genrec_tuning.trial import Job
 
 FINALISTS = 3

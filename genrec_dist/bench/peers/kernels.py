@@ -20,9 +20,7 @@ from genrec_kernels import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from genrec_dist.bench.synthetic import (
-    PAD,
-)
+from genrec_dist.bench.synthetic import PAD
 
 OURS, EAGER, COMPILED, CLONE = "ours", "eager", "torch.compile", "clone() of the same bytes"
 ATOMICS = "atomics"

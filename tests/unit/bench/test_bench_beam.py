@@ -24,11 +24,7 @@ from genrec_dist.bench.beam import (
 )
 from genrec_dist.bench.measure import Claim
 from genrec_dist.bench.peers import beam as peers
-from genrec_dist.bench.peers.beam import (
-    GENERATE,
-    compare_lists,
-    make_generate,
-)
+from genrec_dist.bench.peers.beam import GENERATE, compare_lists, make_generate
 from genrec_dist.bench.synthetic import EOS, MASK, PAD, make_words, spell
 from genrec_dist.cli.app import run_command
 from genrec_dist.decoding.searcher import TopItems

@@ -20,10 +20,7 @@ from genrec_dist.evaluation.bootstrap import (
     holm,
     training_variance,
 )
-from genrec_dist.evaluation.compare import (
-    compare,
-    conclusion,
-)
+from genrec_dist.evaluation.compare import compare, conclusion
 from genrec_dist.evaluation.metrics import WEIGHTS
 from genrec_dist.evaluation.protocol import Protocol
 
