@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from genrec_dist.evaluation.metrics import WEIGHTS
-
-METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
+from genrec_dist.evaluation.metrics import METRICS, WEIGHTS
 
 _DEEPEST = 10
 """Below this rank none of the metrics sees a target."""

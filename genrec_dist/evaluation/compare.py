@@ -23,6 +23,7 @@ from genrec_dist.evaluation.compared_runs import (
     read_ranks,
     seeds_of,
 )
+from genrec_dist.evaluation.metrics import signed
 
 LEVEL = 0.05
 """A difference is called one where Holm's p is below."""
@@ -116,11 +117,11 @@ def render(found: Comparison) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for name, row in found.metrics.items():
-        interval = f"{_signed(row.ci95[0])} to {_signed(row.ci95[1])}"
+        interval = f"{signed(row.ci95[0])} to {signed(row.ci95[1])}"
         cells = (
             _plain(row.a),
             _plain(row.b),
-            _signed(row.difference),
+            signed(row.difference),
             interval,
             _p(row.p),
             _p(row.p_holm),
@@ -189,10 +190,6 @@ def _runs(side: Side) -> str:
 
 def _plain(value: float) -> str:
     return f"{value:.4f}".removeprefix("0")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("0.", ".", 1).replace("-", "−")
 
 
 def _p(value: float) -> str:

@@ -19,8 +19,7 @@ from genrec_shards.splits import Split
 
 from genrec_dist.config.load import use_current_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT
-from genrec_dist.evaluation.bootstrap import METRICS
-from genrec_dist.evaluation.metrics import TOP, metrics_from_histogram, rank_histogram
+from genrec_dist.evaluation.metrics import METRICS, TOP, metrics_from_histogram, rank_histogram
 from genrec_dist.evaluation.results import lists_name
 
 _OF_THE_DATA = ("split", "ties")

@@ -4,7 +4,6 @@ without a network."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from genrec_shards.histories import MANY_TIES
 
 from genrec_dist.config.used_settings import used_settings
 from genrec_dist.report.advice import advice
-from genrec_dist.report.html import definitions, duration, grid, page, percent, text
+from genrec_dist.report.html import definitions, duration, grid, page, percent, table_row, text
 from genrec_dist.report.run_files import RunFiles, is_number, read_run_files
 from genrec_dist.report.svg import Dot, dot_chart, score
 from genrec_dist.report.training_charts import curves, throughput
@@ -186,7 +185,7 @@ def _table(metrics: dict[str, Any]) -> str:
     rows = []
     for index, (system, row) in enumerate(_systems(metrics)):
         rows.append(
-            _row(_name(system), [_with_interval(row, key) for key in METRICS], ours=index == 0)
+            table_row(_name(system), [_with_interval(row, key) for key in METRICS], ours=index == 0)
         )
     users = f", {metrics['users']:,} users" if is_number(metrics.get("users")) else ""
     more = [
@@ -231,7 +230,7 @@ def _catalogue(metrics: dict[str, Any]) -> str:
     if not systems:
         return ""
     rows = [
-        _row(
+        table_row(
             _name(name),
             [_breadth_cell(key, row.get(key)) for key in BREADTH],
             name == systems[0][0],
@@ -271,7 +270,7 @@ def _breakdown(metrics: dict[str, Any]) -> str:
             cells = [f"{bucket['users']:,}" if is_number(bucket.get("users")) else "–"]
             cells += [_with_interval(bucket, key) for key in ("HR@10", "NDCG@10")]
             cells += [_with_interval(knn.get(name, {}), "NDCG@10")] * with_knn
-            rows.append(_row(name, cells))
+            rows.append(table_row(name, cells))
         if rows:
             columns = (meaning, "users", "HR@10", "NDCG@10", *["kNN's NDCG@10"] * with_knn)
             tables.append(f'<div class="narrow">{grid(columns, rows)}</div>')
@@ -346,11 +345,6 @@ def _interval(row: dict[str, Any], key: str) -> tuple[float, float] | None:
     if isinstance(bounds, list) and len(bounds) == 2 and all(is_number(bound) for bound in bounds):
         return bounds[0], bounds[1]
     return None
-
-
-def _row(name: str, cells: Iterable[str], ours: bool = False) -> str:
-    inside = "".join(f"<td>{cell}</td>" for cell in cells)
-    return f'<tr{" class=ours" if ours else ""}><th scope="row">{text(name)}</th>{inside}</tr>'
 
 
 def _with_interval(row: dict[str, Any], key: str) -> str:

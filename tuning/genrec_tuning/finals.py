@@ -13,8 +13,8 @@ from genrec_shards.file_lock import hold
 from genrec_shards.readers.documents import read_object
 
 from genrec_dist.distributed.deadline import Deadline
-from genrec_dist.evaluation.bootstrap import METRICS
 from genrec_dist.evaluation.compare import compare
+from genrec_dist.evaluation.metrics import METRICS
 from genrec_dist.inference.evaluate import evaluate
 from genrec_dist.inference.load import best_device, load_run
 from genrec_dist.inference.rank_users import Decoding

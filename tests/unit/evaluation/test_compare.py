@@ -14,14 +14,16 @@ from result_files import write_results
 
 from genrec_dist.baselines.run import run_baseline
 from genrec_dist.evaluation.bootstrap import (
-    METRICS,
     bootstrap_difference,
     distinct_tuples,
     holm,
     training_variance,
 )
 from genrec_dist.evaluation.compare import compare, conclusion
-from genrec_dist.evaluation.metrics import WEIGHTS
+from genrec_dist.evaluation.metrics import (
+    METRICS,
+    WEIGHTS,
+)
 from genrec_dist.evaluation.protocol import Protocol
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
-from genrec_dist.evaluation.bootstrap import METRICS
-from genrec_dist.report.html import duration, grid, text
+from genrec_dist.evaluation.metrics import METRICS
+from genrec_dist.report.html import duration, grid, table_row, text
 from genrec_dist.report.run_files import is_number
 from genrec_dist.report.svg import score
 from genrec_tuning.export import table_of
@@ -28,7 +28,7 @@ def finals_section(sweep: Sweep) -> str:
         cells = [f"{sum(final.status == 'finished' for final in runs)} of {len(runs)}"]
         cells += [f"{score(means[name])}<small>{text(each)}</small>"]
         cells += [score(_mean([(f.test or {}).get(key) for f in runs])) for key in METRICS]
-        rows.append(_row(f"{name} (winner)" if won else _system(name), cells, won))
+        rows.append(table_row(f"{name} (winner)" if won else _system(name), cells, won))
     columns = ("", "seeds run", f"validation {SCORE}", *(f"test {key}" for key in METRICS))
     looked = " and ".join(_system(name) for name in systems if any(f.test for f in systems[name]))
     rule = "Means over seeds, each seed in small figures. The winner has the best mean on "
@@ -64,7 +64,7 @@ def _comparison(sweep: Sweep) -> str:
                 score(b),
                 f"{difference:+.4f}<small>{low:+.4f} to {high:+.4f}</small>",
             ]
-            rows.append(_row(key, [*cells, f"{p:.4f}"], ours=False))
+            rows.append(table_row(key, [*cells, f"{p:.4f}"], ours=False))
     head = ("on test, paired over users and seeds", text(sweep.winner), "base recipe")
     return grid((*head, "difference, 95 % interval", "p after Holm"), rows) if rows else ""
 
@@ -83,18 +83,12 @@ def trials_section(sweep: Sweep) -> str:
             for key, value in row.items()
         ]
         ours = sweep.best is not None and row["trial"] == sweep.best.id
-        rows.append(_row(row["trial"], cells[1:], ours))
+        rows.append(table_row(row["trial"], cells[1:], ours))
     return (
         f'<section><h2>All trials</h2><div class="trials">{grid(map(text, found[0]), rows)}</div>'
         '<p class="small">Scores are those of each trial\'s best epoch on validation. '
         "–: not known, or does not apply. The same table: sweep.parquet.</p></section>"
     )
-
-
-def _row(name: str, cells: list[str], ours: bool) -> str:
-    """A table row; cells are HTML."""
-    inside = "".join(f"<td>{cell}</td>" for cell in cells)
-    return f'<tr{" class=ours" if ours else ""}><th scope="row">{text(name)}</th>{inside}</tr>'
 
 
 def _system(name: str) -> str:
