@@ -13,7 +13,7 @@ from attacks import Ended, NotHeld, content, left_over, must_equal
 from suite import attacks
 
 RUN = Path(__file__).with_name("run.py")
-SECONDS = 60
+SECONDS = 20
 SEED = os.environ.get("FAULTS_SEED") or str(secrets.randbelow(10**6))
 """Printed with what is not held; FAULTS_SEED gives it again."""
 
