@@ -256,9 +256,6 @@ def must_equal(
 
 
 def left_over(folder: Path) -> list[str]:
-    """Names of temporary files and directories of the program, but for those of reports: anybody
-    may be writing one, so a training cannot tell what a killed writer has left."""
+    """Names of temporary files and directories of the program."""
     found = (path for path in folder.rglob(".*.*") if path.suffix in (".tmp", ".old"))
-    return sorted(
-        str(path.relative_to(folder)) for path in found if not path.name.startswith(".report.html.")
-    )
+    return sorted(str(path.relative_to(folder)) for path in found)
