@@ -46,7 +46,10 @@ def serve(
     max_k: Annotated[int, typer.Option(help="Longest list that may be wanted.", min=1)] = 100,
     max_body: Annotated[int, typer.Option(help="Largest request in KiB.", min=1)] = 1024,
     max_wait: Annotated[
-        float, typer.Option(help="Seconds in which a request's head, then its body has to arrive.", min=0.1)
+        float,
+        typer.Option(
+            help="Seconds in which a request's head, then its body has to arrive.", min=0.1
+        ),
     ] = 10,
     queue: Annotated[
         int, typer.Option(help="Requests that may wait at once; more get a 503.", min=1)

@@ -49,7 +49,9 @@ def test_load_reads_what_save_wrote_and_refuses_other_origins(tmp_path: Path) ->
     held = json.loads(path.read_text())
     for changed in ({"origin": "x"}, {"mixture": {"graph": {"window": 10**9}}}):
         path.write_text(json.dumps(held | changed))
-        with pytest.raises(ValueError, match=r"^\S*hybrid\.json: not readable .*choose the weights"):
+        with pytest.raises(
+            ValueError, match=r"^\S*hybrid\.json: not readable .*choose the weights"
+        ):
             mixture.load(tmp_path, {"data": "x"})
     path.write_text(path.read_text()[:50])
     with pytest.raises(ValueError, match=r"hybrid\.json: not readable .*choose the weights again"):

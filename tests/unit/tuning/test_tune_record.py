@@ -207,7 +207,9 @@ def test_a_run_that_is_trained_here_is_not_replaced_and_a_torn_copy_is(tmp_path:
     (other / "events.jsonl").write_text("")
     with (
         hold(other / LOCK_FILE, "x"),
-        pytest.raises(ValueError, match=r"\.lock: another process trains this run \(process \d+ on"),
+        pytest.raises(
+            ValueError, match=r"\.lock: another process trains this run \(process \d+ on"
+        ),
     ):
         pull(other, there)
     assert older.is_file()
