@@ -155,9 +155,9 @@ def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
         while data := file.read(BLOCK_BYTES):
             size += len(data)
             if size > most:
-                limit = f"unpacks to more than {int(most) >> 20:,} MiB, over {MOST_TIMES} times its size"
+                limit = f"more than {int(most) >> 20:,} MiB, over {MOST_TIMES} times its size"
                 remedy = "where it is a log, unpack it and give what comes of it"
-                raise DataError(f"{path}: {limit}: {remedy}")
+                raise DataError(f"{path}: unpacks to {limit}: {remedy}")
             yield data
     except EOFError:
         fault = f"the {name} is cut off"
