@@ -262,6 +262,18 @@ def test_state_bytes_of_outside_tables_are_a_ranks_rows() -> None:
     assert state.id_rows - 2 * 4 * 100 * 32 == pytest.approx(held, rel=0.01)
 
 
+def test_state_bytes_of_ddp_by_hand() -> None:
+    """Weights, gradients, two moments, and on several ranks the buckets: a copy of the gradients.
+    Real ranks say the same (`test_state_bytes_are_the_measured_ones`)."""
+    recipe = load_recipe("tiny", ["data=x", "run=x"])
+    counts = count_parameters(recipe, build_config(recipe, 0, 100))
+    copy = 4 * counts.dense
+    alone, two = (state_bytes(counts, "ddp", ranks, bf16=False) for ranks in (1, 2))
+    assert (alone.total, two.total) == (4 * copy, 5 * copy)
+    assert (alone.buffers, two.buffers) == (0, copy)
+    assert state_bytes(counts, "ddp", 2, bf16=False, average=True).total == 6 * copy
+
+
 def test_step_flops_are_about_those_that_torch_counts() -> None:
     """About 18 GFLOP per sample of 50 source and 6 target tokens at BART-base; matrix products
     counted by torch itself."""
