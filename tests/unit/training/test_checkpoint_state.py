@@ -3,6 +3,7 @@ that are not the run's."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -12,7 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+<<<<<<< HEAD
 from genrec_shards.storage.manifest import file_sha256
+=======
+>>>>>>> faults
 from places import ROOT
 from safetensors.torch import save_file
 from tiny import TINY_RECIPE
@@ -20,6 +24,7 @@ from tiny import TINY_RECIPE
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
+<<<<<<< HEAD
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
 from genrec_dist.training.checkpoint_state import (
@@ -29,6 +34,10 @@ from genrec_dist.training.checkpoint_state import (
     read_state,
     write_state,
 )
+=======
+from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
+from genrec_dist.training.checkpoint_state import _sha256_of, read_state
+>>>>>>> faults
 from genrec_dist.training.engine import Segment
 from genrec_dist.training.run import train
 from genrec_dist.training.setup import TrainingSetup, build_setup
@@ -228,6 +237,27 @@ def test_latest_is_the_newest_by_number_and_a_torn_one_is_none(tmp_path: Path) -
     found = find_checkpoint(tmp_path, "latest")
     assert found is not None
     assert found.name == "step-00000010"
+
+
+def test_any_slice_is_read_whatever_ranks_wrote_it(tmp_path: Path) -> None:
+    """Parameters a and b as ZeRO-1 on two ranks has them: one after another, cut in the middle."""
+    flat = torch.arange(20.0)
+    whole = {"a": flat[:12], "b": flat[12:]}
+    segments = [[Segment("a", 0, 0, 0, 10)], [Segment("a", 10, 0, 0, 2), Segment("b", 0, 0, 2, 8)]]
+    names = [f"rank-{rank:05d}-of-00002.safetensors" for rank in range(2)]
+    for rank, name in enumerate(names):
+        fragments = json.dumps([astuple(segment) for segment in segments[rank]])
+        tensors = {"weight.0": flat[10 * rank :][:10].clone()}
+        save_file(tensors, tmp_path / name, {"fragments": fragments})
+    checkpoint = Checkpoint.__new__(Checkpoint)  # of files alone: state.json is not read here
+    checkpoint.path, checkpoint.facts = tmp_path, {"files": [{"name": name} for name in names]}
+    checkpoint.stored = checkpoint._index()
+    for name, values in whole.items():
+        for start, end in itertools.combinations(range(len(values) + 1), 2):
+            found = checkpoint.read("weight", name, start, end - start)
+            assert torch.equal(found, values[start:end]), (name, start, end)
+    with pytest.raises(ValueError, match="2 of 3 values of b"):
+        checkpoint.read("weight", "b", 6, 3)
 
 
 def test_a_foreign_folder_among_checkpoints_is_named(stopped: Path, tmp_path: Path) -> None:
