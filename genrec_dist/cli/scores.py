@@ -166,7 +166,16 @@ def compare(
     say(conclusion(found))
 
 
-def report(run: RunArgument) -> None:
+def report(
+    run: RunArgument,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="Data directory, for histories and titles; default: the one the run names.",
+        ),
+    ] = None,
+) -> None:
     """Write `report.html` of a run; it opens without a network.
 
     Example: genrec report runs/beauty
@@ -178,4 +187,4 @@ def report(run: RunArgument) -> None:
         raise ValueError(
             f"{run}: {what}: give the directory of a run, as of genrec train or genrec baseline"
         )
-    say(str(write_report(run)))
+    say(str(write_report(run, data)))

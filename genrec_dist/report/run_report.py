@@ -14,6 +14,7 @@ from genrec_shards.histories import MANY_TIES
 from genrec_dist.config.used_settings import used_settings
 from genrec_dist.report.advice import advice
 from genrec_dist.report.html import definitions, duration, page, percent, text
+from genrec_dist.report.list_sections import list_sections
 from genrec_dist.report.run_files import RunFiles, is_number, read_run_files
 from genrec_dist.report.score_tables import (
     breadth,
@@ -38,15 +39,23 @@ PROTOCOL = {
 }
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write `report.html` into a directory of `genrec train` or `genrec baseline` and return its
-    path.
+def write_report(run_dir: str | Path, data: str | Path | None = None) -> Path:
+    """Write `report.html` into a directory of `genrec train`, `evaluate --out` or `baseline`.
 
     Missing files leave their parts out; what could not be read is said on the page.
-    Raises ValueError if the directory holds nothing that a run writes.
+
+    Args:
+        run_dir: the directory.
+        data: the data directory, for histories and titles; None: the one that the run names.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: the directory holds nothing that a run writes.
     """
     run = read_run_files(Path(run_dir))
-    source = _page_of(run)
+    source = _page_of(run, _data_of(run) if data is None else Path(data))
     target = run.path / "report.html"
     with atomic_file(target) as temporary:
         temporary.write_text(source, encoding="utf-8")
@@ -83,13 +92,22 @@ def headline(metrics: dict[str, Any], key: str = "NDCG@10") -> str:
     return sentence
 
 
-def _page_of(run: RunFiles) -> str:
+def _data_of(run: RunFiles) -> Path | None:
+    """The data directory by the recipe, of `evaluate --out` that in the metrics file."""
+    recipes = [run.recipe, *(metrics.get("recipe") or {} for metrics in run.metrics.values())]
+    named = next((recipe["data"] for recipe in recipes if recipe.get("data")), None)
+    return None if named is None else Path(str(named))
+
+
+def _page_of(run: RunFiles, data: Path | None) -> str:
+    lists = list_sections(run, data)
     sections = [
         _header(run),
         _comparison(run),
         _advice(run),
         curves(run),
         *(part(metrics) for metrics in run.metrics.values() for part in (metrics_table, breadth)),
+        lists,
         _protocol(run),
         _audit(run),
         throughput(run),

@@ -8,11 +8,13 @@ from typing import Any
 
 from genrec_dist.report.html import grid, percent, text
 from genrec_dist.report.run_files import is_number
-from genrec_dist.report.svg import score
+from genrec_dist.report.svg import BucketSeries, bucket_chart, score, short_count
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 NAMES = {
     "genrec": "GenRec",
+    "genrec, hybrid": "GenRec, hybrid",
+    "genrec, item head": "GenRec, item head",
     "genrec, titles": "GenRec of titles",
     "knn": "co-occurrence kNN",
     "popularity": "popularity",
@@ -39,6 +41,9 @@ BREAKDOWN = {
     "history_length": "items in the history",
     "target_popularity": "times the target was taken in training",
 }
+FEWEST = 10
+"""Users of a bucket that is drawn; of fewer the interval would fill the chart."""
+CHARTED = {"history_length": "history length", "target_popularity": "target popularity"}
 
 
 def metrics_table(metrics: dict[str, Any]) -> str:
@@ -119,8 +124,9 @@ def _breadth_cell(key: str, value: Any) -> str:
 
 
 def _breakdown(metrics: dict[str, Any]) -> str:
-    """A table a dimension: the run's own scores by bucket, and those of kNN in the same bucket."""
-    tables = []
+    """Charts and a table per dimension: the run's own scores by bucket, and those of kNN in the
+    same bucket."""
+    tables, charts = [], []
     for dimension, meaning in BREAKDOWN.items():
         ours, knn = (
             buckets_of(metrics, dimension),
@@ -134,9 +140,42 @@ def _breakdown(metrics: dict[str, Any]) -> str:
             cells += [with_interval(knn.get(name, {}), "NDCG@10")] * with_knn
             rows.append(table_row(name, cells))
         if rows:
+            beside = {"co-occurrence kNN": knn} if with_knn else {}
+            systems = {system_name(metrics.get("system", "genrec")): ours, **beside}
+            charts += [
+                _bucket_chart(f"{key} by {CHARTED[dimension]}", meaning, systems, key)
+                for key in ("NDCG@10", "HR@10")
+            ]
             columns = (meaning, "users", "HR@10", "NDCG@10", *["kNN's NDCG@10"] * with_knn)
             tables.append(f'<div class="narrow">{grid(columns, rows)}</div>')
-    return f'<div class="pair">{"".join(tables)}</div>' if tables else ""
+    if not tables:
+        return ""
+    drawn, few = "".join(charts), ""
+    if drawn:
+        few = f'<p class="small">Buckets of fewer than {FEWEST} users are in the tables alone.</p>'
+    return f'<div class="charts apart">{drawn}</div>{few}<div class="pair">{"".join(tables)}</div>'
+
+
+def _bucket_chart(
+    title: str, meaning: str, systems: dict[str, dict[str, dict[str, Any]]], key: str
+) -> str:
+    """A metric by bucket; `systems` are the buckets of each, the run's own first."""
+    ours = {
+        name: bucket["users"]
+        for name, bucket in next(iter(systems.values())).items()
+        if is_number(bucket.get("users")) and bucket["users"] >= FEWEST
+    }
+    if not ours:
+        return ""
+    labels = [(name, short_count(users)) for name, users in ours.items()]
+    series = []
+    for color, (system, buckets) in enumerate(systems.items()):
+        found = [buckets.get(name, {}) for name in ours]
+        values = [bucket[key] if is_number(bucket.get(key)) else None for bucket in found]
+        series.append(
+            BucketSeries(system, values, [interval_of(bucket, key) for bucket in found], color)
+        )
+    return bucket_chart(title, f"{meaning}; below: users", labels, series)
 
 
 def buckets_of(metrics: Any, dimension: str) -> dict[str, dict[str, Any]]:

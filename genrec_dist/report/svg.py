@@ -37,6 +37,16 @@ class Dot:
     ours: bool = False
 
 
+@dataclass(frozen=True)
+class BucketSeries:
+    """One system of a bucket chart: a value and an interval by bucket, None where there is none."""
+
+    name: str
+    values: Sequence[float | None]
+    intervals: Sequence[tuple[float, float] | None]
+    color: int
+
+
 def ticks(low: float, high: float, wanted: int = 5) -> list[float]:
     """About `wanted` round numbers, the first not above `low` and the last not below `high`."""
     if not high > low:
@@ -66,6 +76,16 @@ def short(value: float) -> str:
     return f"{value / 1e3:g}k" if abs(value) >= 1e4 else f"{value:.6g}"
 
 
+def short_count(count: float) -> str:
+    """A count of two or three figures: 943, 4.2k, 22k."""
+    for size, unit in ((1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return (
+                f"{count / size:.3g}{unit}" if count >= 100 * size else f"{count / size:.2g}{unit}"
+            )
+    return f"{count:.0f}"
+
+
 def line_chart(title: str, x_label: str, lines: Sequence[Line], from_zero: bool = False) -> str:
     """A figure with a legend, axes and one path a line; a `<title>` names the value under the
     pointer.
@@ -78,13 +98,7 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], from_zero: bool 
     y_ticks = ticks(0.0 if from_zero else min(ys), max(ys))
     x_scale = _scale(0, max(x for line in lines for x in line.xs), LEFT, WIDTH - RIGHT)
     y_scale = _scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP)
-    parts = []
-    for tick in y_ticks:
-        y = y_scale(tick)
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
+    parts = _value_axis(y_ticks, y_scale)
     for tick in x_ticks:
         x = x_scale(tick)
         if x <= WIDTH - RIGHT + 1:
@@ -96,21 +110,9 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], from_zero: bool 
                 f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 19}" text-anchor="middle">'
                 f"{short(tick)}</text>"
             )
-    parts.append(
-        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" '
-        f'y2="{HEIGHT - BOTTOM}"/>'
-    )
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(
-        f'<text x="{middle}" y="{HEIGHT - 5}" text-anchor="middle">{escape(x_label)}</text>'
-    )
+    parts.append(_base_line(x_label, HEIGHT - 5))
     parts += [_path(line, x_scale, y_scale, x_label) for line in lines]
-    legend = "".join(
-        f'<span><i class="key c{line.color}{" dashed" if line.dashed else ""}"></i>'
-        f"{escape(line.name)}</span>"
-        for line in lines
-        if not line.faint
-    )
+    legend = "".join(_key(line.name, line.color, line.dashed) for line in lines if not line.faint)
     return _figure(title, HEIGHT, "".join(parts), legend)
 
 
@@ -155,6 +157,60 @@ def dot_chart(title: str, dots: Sequence[Dot]) -> str:
     return _figure(title, height, "".join(parts), "")
 
 
+def bucket_chart(
+    title: str, x_label: str, buckets: Sequence[tuple[str, str]], series: Sequence[BucketSeries]
+) -> str:
+    """A column of dots with intervals per bucket, those of the systems beside each other; the value
+    axis begins at zero.
+
+    Args:
+        title: of the figure.
+        x_label: what the buckets are of.
+        buckets: name of each and the line below it, such as its number of users.
+        series: a value by bucket each.
+    """
+    height, floor = HEIGHT + 18, HEIGHT - BOTTOM
+    highest = max(
+        (
+            bound
+            for one in series
+            for value, interval in zip(one.values, one.intervals, strict=True)
+            if value is not None
+            for bound in (value, *(interval or ()))
+        ),
+        default=0.0,
+    )
+    y_ticks = ticks(0.0, highest)
+    scale = _scale(0.0, y_ticks[-1], floor, TOP)
+    parts = [*_value_axis(y_ticks, scale), _base_line(x_label, height - 6)]
+    width = (WIDTH - RIGHT - LEFT) / max(len(buckets), 1)
+    for at, (name, below) in enumerate(buckets):
+        middle = LEFT + width * (at + 0.5)
+        for line, words in enumerate((name, below)):
+            y = floor + 19 + 17 * line
+            parts.append(
+                f'<text x="{middle:.1f}" y="{y}" text-anchor="middle">{escape(words)}</text>'
+            )
+        for place, one in enumerate(series):
+            value, interval = one.values[at], one.intervals[at]
+            if value is None:
+                continue
+            x, color = middle + 14 * (place - (len(series) - 1) / 2), f"c{one.color}"
+            told = f" ({score(interval[0])} to {score(interval[1])})" if interval else ""
+            label = escape(f"{one.name}, {name}: {score(value)}{told}")
+            parts.append(f"<g><title>{label}</title>")
+            if interval:
+                low, high = (f"{scale(bound):.1f}" for bound in interval)
+                start, end = f"{x - 4:.1f}", f"{x + 4:.1f}"
+                whisker = f"M{start},{low}H{end}M{start},{high}H{end}M{x:.1f},{low}V{high}"
+                parts.append(f'<path class="range {color}" d="{whisker}"/>')
+            parts.append(
+                f'<circle class="{color}" cx="{x:.1f}" cy="{scale(value):.1f}" r="4.5"/></g>'
+            )
+    legend = "".join(_key(one.name, one.color) for one in series)
+    return _figure(title, height, "".join(parts), legend)
+
+
 def score(value: float | None) -> str:
     """A metric between 0 and 1 as tables of the field write it: .0493."""
     if value is None:
@@ -165,6 +221,33 @@ def score(value: float | None) -> str:
 def _scale(low: float, high: float, start: float, end: float) -> Scale:
     span = (high - low) or 1.0
     return lambda value: start + (value - low) / span * (end - start)
+
+
+def _value_axis(y_ticks: Sequence[float], y_scale: Scale) -> list[str]:
+    """A grid line and a number per tick."""
+    parts = []
+    for tick in y_ticks:
+        y = y_scale(tick)
+        parts.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>'
+        )
+    return parts
+
+
+def _base_line(x_label: str, y: float) -> str:
+    """The line below a chart, and its name at height `y`."""
+    floor = HEIGHT - BOTTOM
+    return (
+        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>'
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{y}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
+    )
+
+
+def _key(name: str, color: int, dashed: bool = False) -> str:
+    """One entry of a legend."""
+    return f'<span><i class="key c{color}{" dashed" if dashed else ""}"></i>{escape(name)}</span>'
 
 
 def _path(line: Line, x_scale: Scale, y_scale: Scale, x_label: str) -> str:
