@@ -9,6 +9,8 @@ from html import escape
 WIDTH, HEIGHT = 480, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 46
 MOST_POINTS = 600
+ROOM_FOR_NAME = 21
+"""Letters of a name beside a dot chart."""
 
 Scale = Callable[[float], float]
 
@@ -16,7 +18,7 @@ Scale = Callable[[float], float]
 @dataclass(frozen=True)
 class Line:
     """One curve. `color` counts in the page's palette; `dots` marks each point, `dashed` and
-    `faint` set it back."""
+    `faint` set it back; a faint one is in no legend."""
 
     name: str
     xs: Sequence[float]
@@ -25,16 +27,25 @@ class Line:
     dots: bool = False
     dashed: bool = False
     faint: bool = False
+    in_legend: bool = True
 
 
 @dataclass(frozen=True)
 class Dot:
-    """One system of a dot chart with its interval, if known; `ours` puts it in the first colour."""
+    """One system of a dot chart with its interval, if known; `ours` puts its name in bold."""
 
     name: str
     value: float
     interval: tuple[float, float] | None = None
     ours: bool = False
+    color: int | None = None
+    """In the page's palette; None: the first colour of `ours`, grey of the others."""
+
+    @property
+    def style(self) -> str:
+        if self.color is not None:
+            return f"c{self.color}"
+        return "c0" if self.ours else "muted"
 
 
 @dataclass(frozen=True)
@@ -112,20 +123,26 @@ def line_chart(title: str, x_label: str, lines: Sequence[Line], from_zero: bool 
             )
     parts.append(_base_line(x_label, HEIGHT - 5))
     parts += [_path(line, x_scale, y_scale, x_label) for line in lines]
-    legend = "".join(_key(line.name, line.color, line.dashed) for line in lines if not line.faint)
+    legend = "".join(
+        _key(line.name, line.color, line.dashed)
+        for line in lines
+        if line.in_legend and not line.faint
+    )
     return _figure(title, HEIGHT, "".join(parts), legend)
 
 
-def dot_chart(title: str, dots: Sequence[Dot]) -> str:
+def dot_chart(title: str, dots: Sequence[Dot], signed: bool = False) -> str:
     """One row a system, best first: a dot at its value, a bar through its interval, the value at
-    the right."""
+    the right.
+
+    The axis holds zero; `signed` writes values as differences, with their sign."""
     dots = sorted(dots, key=lambda dot: -dot.value)
     left, right, row = 168, 62, 34
     height = TOP + row * len(dots) + 30
-    scale_ticks = ticks(
-        0.0, max(max(dot.value, *(dot.interval or (0.0,))) for dot in dots), wanted=3
-    )
-    scale = _scale(0.0, scale_ticks[-1], left, WIDTH - right)
+    bounds = [bound for dot in dots for bound in (dot.value, *(dot.interval or ()))]
+    scale_ticks = ticks(min(0.0, *bounds), max(0.0, *bounds), wanted=3)
+    scale = _scale(scale_ticks[0], scale_ticks[-1], left, WIDTH - right)
+    write = signed_score if signed else score
     floor = height - 30
     parts = []
     for tick in scale_ticks:
@@ -136,11 +153,14 @@ def dot_chart(title: str, dots: Sequence[Dot]) -> str:
         )
     for index, dot in enumerate(dots):
         y = TOP + row * (index + 0.5)
-        color, weight = ("c0", ' class="strong"') if dot.ours else ("muted", "")
-        told = f" ({score(dot.interval[0])} to {score(dot.interval[1])})" if dot.interval else ""
-        parts.append(f"<g><title>{escape(dot.name)}: {score(dot.value)}{told}</title>")
+        color, weight = dot.style, ' class="strong"' if dot.ours else ""
+        told = f" ({write(dot.interval[0])} to {write(dot.interval[1])})" if dot.interval else ""
+        # The end of a path says more than its beginning.
+        name = dot.name if len(dot.name) <= ROOM_FOR_NAME else f"…{dot.name[1 - ROOM_FOR_NAME :]}"
+        parts.append(f"<g><title>{escape(dot.name)}: {write(dot.value)}{told}</title>")
         parts.append(
-            f'<line class="stem" x1="{left}" x2="{scale(dot.value):.1f}" y1="{y}" y2="{y}"/>'
+            f'<line class="stem" x1="{scale(0.0):.1f}" x2="{scale(dot.value):.1f}" '
+            f'y1="{y}" y2="{y}"/>'
         )
         if dot.interval:
             low, high = (f"{scale(bound):.1f}" for bound in dot.interval)
@@ -148,11 +168,11 @@ def dot_chart(title: str, dots: Sequence[Dot]) -> str:
             parts.append(f'<path class="range {color}" d="{whisker}"/>')
         parts.append(f'<circle class="{color}" cx="{scale(dot.value):.1f}" cy="{y}" r="4.5"/>')
         parts.append(
-            f'<text{weight} x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(dot.name)}</text>'
+            f'<text{weight} x="{left - 12}" y="{y + 4}" text-anchor="end">{escape(name)}</text>'
         )
         parts.append(
             f'<text{weight} x="{WIDTH - 4}" y="{y + 4}" text-anchor="end">'
-            f"{score(dot.value)}</text></g>"
+            f"{write(dot.value)}</text></g>"
         )
     return _figure(title, height, "".join(parts), "")
 
@@ -216,6 +236,11 @@ def score(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:.4f}".replace("0.", ".", 1) if 0 <= value < 0.99995 else f"{value:.4f}"
+
+
+def signed_score(value: float) -> str:
+    """A difference of two metrics: +.0012, −.0004."""
+    return f"{value:+.4f}".replace("0.", ".", 1).replace("-", "−")
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Scale:
