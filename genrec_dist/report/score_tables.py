@@ -3,7 +3,6 @@ catalogue, and the scores by bucket."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from genrec_dist.report.html import grid, percent, table_row, text

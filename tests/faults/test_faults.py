@@ -13,13 +13,9 @@ from attacks import Ended, NotHeld, content, left_over, must_equal
 from suite import attacks
 
 RUN = Path(__file__).with_name("run.py")
-<<<<<<< HEAD
-SECONDS = 20
-=======
-SECONDS, LEAST = 50, 5
+SECONDS, LEAST = 20, 5
 """No attack is begun after so many seconds, those of making what is attacked among them, but for
 the first few: on a busy machine there may be no others."""
->>>>>>> faults
 SEED = os.environ.get("FAULTS_SEED") or str(secrets.randbelow(10**6))
 """Printed with what is not held; FAULTS_SEED gives it again."""
 

@@ -22,24 +22,14 @@ from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import HeadLoss
 from genrec_dist.estimate.activations import Compute, MicroBatch, activation_bytes
 from genrec_dist.estimate.forecast import step_flops
-<<<<<<< HEAD
-from genrec_dist.estimate.memory import (
+from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_parameters
+from genrec_dist.estimate.state import (
     METHODS,
-    Compute,
-    MicroBatch,
-    ParameterCounts,
     State,
-    activation_bytes,
-    build_config,
-    count_parameters,
     gathered_elements,
     read_settings,
     state_bytes,
 )
-=======
-from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_parameters
-from genrec_dist.estimate.state import METHODS, gathered_elements, read_settings, state_bytes
->>>>>>> graph
 from genrec_dist.model.genrec import GenRecForConditionalGeneration, choose_loss
 
 # 4.2 million parameters, so that paddings and scalars are small beside them.

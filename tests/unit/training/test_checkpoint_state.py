@@ -13,10 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-<<<<<<< HEAD
 from genrec_shards.storage.manifest import file_sha256
-=======
->>>>>>> faults
 from places import ROOT
 from safetensors.torch import save_file
 from tiny import TINY_RECIPE
@@ -24,7 +21,6 @@ from tiny import TINY_RECIPE
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
-<<<<<<< HEAD
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
 from genrec_dist.training.checkpoint_state import (
@@ -34,10 +30,6 @@ from genrec_dist.training.checkpoint_state import (
     read_state,
     write_state,
 )
-=======
-from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
-from genrec_dist.training.checkpoint_state import _sha256_of, read_state
->>>>>>> faults
 from genrec_dist.training.engine import Segment
 from genrec_dist.training.run import train
 from genrec_dist.training.setup import TrainingSetup, build_setup
