@@ -129,11 +129,7 @@ def evaluate(
         from genrec_dist.inference.evaluate import evaluate as run_evaluate
         from genrec_dist.inference.load import load_run
         from genrec_dist.inference.rank_users import Decoding
-        from genrec_dist.inference.tune_mixture import (
-            chosen_decoding,
-            mixed_decoding,
-            tune_mixture,
-        )
+        from genrec_dist.inference.tune_mixture import chosen_decoding, mixed_decoding, tune_mixture
         from genrec_dist.report.advice import advice
         from genrec_dist.report.run_files import read_run_files
         from genrec_dist.report.run_report import write_report
@@ -208,7 +204,7 @@ def evaluate(
         out.print(format_table([metrics]))
         for line in advice(read_run_files(out_dir or run)):
             say(line)
-        say(str(write_report(out_dir or run)))
+        say(str(write_report(out_dir or run, data)))
 
 
 def recommend(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -172,8 +172,17 @@ class PrepareOptions:
         )
 
 
+Finish = Callable[[Dataset, Path], object]
+"""Adds files of its own to a data directory: called with the data set and the folder that its files
+are in, before that bears the directory's name."""
+
+
 def prepare(
-    source: str | Path, out: str | Path, options: PrepareOptions | None = None, **fields: Any
+    source: str | Path,
+    out: str | Path,
+    options: PrepareOptions | None = None,
+    finish: Finish | None = None,
+    **fields: Any,
 ) -> Dataset:
     """Read a source and write a data directory, complete or not at all; the same input gives the
     same bytes.
@@ -182,6 +191,7 @@ def prepare(
         source: file or folder; with the Ray engine also an address.
         out: the data directory.
         options: None: the defaults.
+        finish: adds to what the directory holds.
         fields: fields of `options` by name, in place of those in it.
 
     Raises:
@@ -276,6 +286,8 @@ def prepare(
         bad_lines = tuple(bad.summary())
         dataset = Dataset(out, sequences, codes, info, descriptions, timestamps, bad_lines)
         write_dataset(dataset, folder)
+        if finish is not None:
+            finish(dataset, folder)
     return dataset
 
 
