@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genrec_dist.model.causal.attention import per_query_head
+from genrec_dist.model.causal.attention import AttentionCall, per_query_head
 from genrec_dist.model.causal.prompted import PromptedModel
 
 
@@ -89,26 +89,18 @@ class _SharedAttention:
         seen_BPL = mask_BL[:, None].expand(-1, len(causal_PP), -1)
         self.seen_B1PL = torch.cat([seen_BPL, causal_PP.expand(num_users, -1, -1)], 2)[:, None]
 
-    def mix(
-        self,
-        layer: int,
-        query_BHSd: Tensor,
-        key_BGSd: Tensor,
-        value_BGSd: Tensor,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
-        assert layer == len(self.state.shared), "layers out of order"
+    def mix(self, call: AttentionCall) -> Tensor:
+        assert call.layer == len(self.state.shared), "layers out of order"
+        memory = self.state.memory[call.layer].to(call.key_BGSd.dtype)
         keys, values = (
             torch.cat([before, after], 2)
-            for before, after in zip(
-                self.state.memory[layer].to(key_BGSd.dtype), (key_BGSd, value_BGSd), strict=True
-            )
+            for before, after in zip(memory, (call.key_BGSd, call.value_BGSd), strict=True)
         )
         self.state.shared.append((keys, values))
+        query_BHSd = call.query_BHSd
         keys, values = per_query_head(keys, query_BHSd), per_query_head(values, query_BHSd)
         return torch.nn.functional.scaled_dot_product_attention(
-            query_BHSd, keys, values, attn_mask=self.seen_B1PL, scale=scale
+            query_BHSd, keys, values, attn_mask=self.seen_B1PL, scale=call.scale
         )
 
 
@@ -119,24 +111,16 @@ class _BeamAttention:
         self.state = state
         self.hidden_B11L = ~state.seen_B11L
 
-    def mix(
-        self,
-        layer: int,
-        query_BHSd: Tensor,
-        key_BGSd: Tensor,
-        value_BGSd: Tensor,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
-        state, heads = self.state, key_BGSd.shape[1]
-        keys, values = (t.transpose(1, 2)[:, :, :, None] for t in (key_BGSd, value_BGSd))
+    def mix(self, call: AttentionCall) -> Tensor:
+        state, layer, heads = self.state, call.layer, call.key_BGSd.shape[1]
+        keys, values = (t.transpose(1, 2)[:, :, :, None] for t in (call.key_BGSd, call.value_BGSd))
         past = state.own[layer]
         if past is not None:
             keys, values = torch.cat([past[0], keys], 3), torch.cat([past[1], values], 3)
         state.own[layer] = (keys, values)
         shared_keys, shared_values = state.shared[layer]
         # The query heads that share keys, of all beams, are rows of one product.
-        query_BGRKd = (query_BHSd * scale).unflatten(1, (heads, -1))
+        query_BGRKd = (call.query_BHSd * call.scale).unflatten(1, (heads, -1))
         on_shared = query_BGRKd.flatten(2, 3) @ shared_keys.transpose(2, 3)
         on_shared = on_shared.masked_fill_(self.hidden_B11L, float("-inf"))
         on_shared = on_shared.unflatten(2, query_BGRKd.shape[2:4])  # [B, G, R, K, L + P]
