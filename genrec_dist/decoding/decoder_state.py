@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+import copy
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from genrec_dist.data.encoder_input import EncoderInput
-from genrec_dist.model.network import POSITION_OFFSET, Network
+from genrec_dist.model.network import POSITION_OFFSET, BartNetwork
 
 if TYPE_CHECKING:
     from transformers.models.bart.modeling_bart import BartAttention, BartDecoderLayer
@@ -58,17 +59,51 @@ def start_search(
     model: Searchable, memory_BLD: Tensor, mask_BL: Tensor, *, static: bool = False
 ) -> SearchState:
     """The search of a model's answers to what it has encoded; arguments as of `DecoderState`."""
-    if isinstance(model, Network):
+    if isinstance(model, BartNetwork):
         return DecoderState(model, memory_BLD, mask_BL, static=static)
-    # Here: the encoder-decoder alone needs nothing of transformers.
+    # Here: BART alone needs nothing of transformers.
     from genrec_dist.decoding.prompt_state import PromptState
+    from genrec_dist.decoding.t5_state import T5State
     from genrec_dist.model.causal.prompted import PromptedModel
+    from genrec_dist.model.seq2seq.t5 import GenRecT5ForConditionalGeneration
 
+    if isinstance(model, GenRecT5ForConditionalGeneration):
+        return T5State(model, memory_BLD, mask_BL)
     assert isinstance(model, PromptedModel)
     return PromptState(model, memory_BLD, mask_BL)
 
 
-class DecoderState:
+class BeamCaches:
+    """What beams keep of their own tokens, and how they pass it on."""
+
+    own: list[tuple[Tensor, Tensor] | None]
+    """Keys and values [B, K, ...] of each layer."""
+
+    def reorder_beams(self, parent_BK: Tensor) -> None:
+        """Let each beam continue the beam `parent_BK` names; the number of beams may change."""
+        rows_B1 = torch.arange(len(parent_BK), device=parent_BK.device)[:, None]
+        self.own = [
+            pair and (pair[0][rows_B1, parent_BK], pair[1][rows_B1, parent_BK]) for pair in self.own
+        ]
+
+    def add_own(self, layer: int, key_BKHd: Tensor, value_BKHd: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the key and value of one token more per beam; returns all of a layer, each
+        [B, K, H, t, d]."""
+        keys, values = key_BKHd[:, :, :, None], value_BKHd[:, :, :, None]
+        past = self.own[layer]
+        if past is not None:
+            keys, values = torch.cat([past[0], keys], 3), torch.cat([past[1], values], 3)
+        self.own[layer] = (keys, values)
+        return keys, values
+
+    def fork(self, parent_BK: Tensor) -> Self:
+        """Another search from here, as after `reorder_beams`; this one stays as it is."""
+        other = copy.copy(self)
+        other.reorder_beams(parent_BK)
+        return other
+
+
+class DecoderState(BeamCaches):
     """Keys and values of a search: the encoder's and those of the prefix once per user, the rest
     once per beam.
 
@@ -79,7 +114,7 @@ class DecoderState:
 
     def __init__(
         self,
-        model: Network,
+        model: BartNetwork,
         memory_BLD: Tensor,
         mask_BL: Tensor,
         *,
@@ -149,20 +184,6 @@ class DecoderState:
         self.num_tokens += 1
         return hidden_BKD
 
-    def reorder_beams(self, parent_BK: Tensor) -> None:
-        """Let each beam continue the beam `parent_BK` names; the number of beams may change."""
-        rows_B1 = torch.arange(len(parent_BK), device=parent_BK.device)[:, None]
-        self.own = [
-            pair and (pair[0][rows_B1, parent_BK], pair[1][rows_B1, parent_BK]) for pair in self.own
-        ]
-
-    def fork(self, parent_BK: Tensor) -> DecoderState:
-        """Another search from here, as after `reorder_beams`; this one stays as it is."""
-        other = object.__new__(DecoderState)
-        other.__dict__.update(self.__dict__)
-        other.reorder_beams(parent_BK)
-        return other
-
     def _embed(self, tokens: Tensor, start_BD: Tensor | None = None) -> Tensor:
         """Tokens [P] of one position each, or [B, K] all of one position. `start_BD`: added to the
         first column."""
@@ -190,25 +211,42 @@ class DecoderState:
         return layer.final_layer_norm(hidden_BKD + widened)
 
     def _attend_self(self, attention: BartAttention, number: int, hidden_BKD: Tensor) -> Tensor:
-        """Over the shared prefix by matrix products, over a beam's own few tokens element by
-        element."""
+        """Over the shared prefix and a beam's own tokens."""
         query_BKHd, key, value = (
             project(hidden_BKD).unflatten(-1, (attention.num_heads, attention.head_dim))
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        keys, values = key[:, :, :, None], value[:, :, :, None]
-        past = self.own[number]
-        if past is not None:
-            keys, values = torch.cat([past[0], keys], 3), torch.cat([past[1], values], 3)
-        self.own[number] = (keys, values)
-        prefix_keys, prefix_values = self.prefix[number]
-        on_prefix = (query_BKHd.transpose(1, 2) @ prefix_keys.transpose(2, 3)).transpose(1, 2)
-        on_own = (query_BKHd[:, :, :, None] * keys).sum(-1)
-        weights = torch.cat([on_prefix, on_own], -1).mul_(attention.scaling).softmax(-1)
-        num_prefix = prefix_keys.shape[2]
-        from_prefix = (weights[..., :num_prefix].transpose(1, 2) @ prefix_values).transpose(1, 2)
-        from_own = (weights[..., num_prefix:, None] * values).sum(3)
-        return (from_prefix + from_own).flatten(2)
+        own = self.add_own(number, key, value)
+        return attend_beams(query_BKHd, self.prefix[number], own, attention.scaling)
+
+
+def attend_beams(
+    query_BKHd: Tensor,
+    prefix: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    scale: float,
+    bias_Ht: Tensor | None = None,
+) -> Tensor:
+    """The mixed values [B, K, H d] of one token per beam, over the shared prefix by matrix products
+    and over a beam's own few tokens element by element.
+
+    Args:
+        query_BKHd: of the tokens.
+        prefix: keys and values [B, H, P, d].
+        own: keys and values [B, K, H, t, d], the token's own included.
+        scale: of the products.
+        bias_Ht: [H, P + t], added to the scores after that.
+    """
+    (prefix_keys, prefix_values), (keys, values) = prefix, own
+    on_prefix = (query_BKHd.transpose(1, 2) @ prefix_keys.transpose(2, 3)).transpose(1, 2)
+    on_own = (query_BKHd[:, :, :, None] * keys).sum(-1)
+    scores = torch.cat([on_prefix, on_own], -1).mul_(scale)
+    if bias_Ht is not None:
+        scores = scores + bias_Ht
+    weights, num_prefix = scores.softmax(-1), prefix_keys.shape[2]
+    from_prefix = (weights[..., :num_prefix].transpose(1, 2) @ prefix_values).transpose(1, 2)
+    from_own = (weights[..., num_prefix:, None] * values).sum(3)
+    return (from_prefix + from_own).flatten(2)
 
 
 def _heads(attention: BartAttention, states: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from genrec_dist.decoding.decoder_state import BeamCaches
 from genrec_dist.model.causal.attention import AttentionCall, per_query_head
 from genrec_dist.model.causal.prompted import PromptedModel
 
 
-class PromptState:
+class PromptState(BeamCaches):
     """Takes the place of `DecoderState`: what that reads from an encoder is here a prompt's keys
     and values.
 
@@ -64,20 +65,6 @@ class PromptState:
         self.next_B = self.next_B + 1
         return states_BKD
 
-    def reorder_beams(self, parent_BK: Tensor) -> None:
-        """Let each beam continue the beam `parent_BK` names; the number of beams may change."""
-        rows_B1 = torch.arange(len(parent_BK), device=parent_BK.device)[:, None]
-        self.own = [
-            pair and (pair[0][rows_B1, parent_BK], pair[1][rows_B1, parent_BK]) for pair in self.own
-        ]
-
-    def fork(self, parent_BK: Tensor) -> PromptState:
-        """Another search from here, as after `reorder_beams`; this one stays as it is."""
-        other = object.__new__(PromptState)
-        other.__dict__.update(self.__dict__)
-        other.reorder_beams(parent_BK)
-        return other
-
 
 class _SharedAttention:
     """Of tokens that all answers of a user share, over the prompt and the ones before; appends
@@ -113,11 +100,8 @@ class _BeamAttention:
 
     def mix(self, call: AttentionCall) -> Tensor:
         state, layer, heads = self.state, call.layer, call.key_BGSd.shape[1]
-        keys, values = (t.transpose(1, 2)[:, :, :, None] for t in (call.key_BGSd, call.value_BGSd))
-        past = state.own[layer]
-        if past is not None:
-            keys, values = torch.cat([past[0], keys], 3), torch.cat([past[1], values], 3)
-        state.own[layer] = (keys, values)
+        one = (call.key_BGSd.transpose(1, 2), call.value_BGSd.transpose(1, 2))
+        keys, values = state.add_own(layer, *one)
         shared_keys, shared_values = state.shared[layer]
         # The query heads that share keys, of all beams, are rows of one product.
         query_BGRKd = (call.query_BHSd * call.scale).unflatten(1, (heads, -1))

@@ -18,6 +18,7 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import RankStep
 from genrec_dist.data.collate import BatchOptions, make_step
 from genrec_dist.data.encoder_input import Layout
+from genrec_dist.model.build import CodedConfig
 from genrec_dist.model.genrec import GenRecConfig
 from genrec_dist.model.network import POSITION_OFFSET
 from genrec_dist.training.id_tables import plan_ids
@@ -77,7 +78,7 @@ class StepBatches(TorchDataset[RankStep]):
         recipe: Recipe,
         rank: int,
         world: int,
-        ids_outside: GenRecConfig | None = None,
+        ids_outside: CodedConfig | None = None,
         sums: GenRecConfig | None = None,
         packed: bool = False,
     ):
