@@ -100,9 +100,7 @@ def sharp_model(
     return model.double().eval()
 
 
-def among_items(
-    model: CodedModel, num_items: int
-) -> CodedModel:
+def among_items(model: CodedModel, num_items: int) -> CodedModel:
     """The same model, its item head over the first so many items alone."""
     other = copy.copy(model)
     other._modules = dict(model._modules)
