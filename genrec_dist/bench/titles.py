@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from genrec_shards.dataset import load_dataset
 from genrec_shards.sequences import offsets_of
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from genrec_dist.bench.beam import allowed_tokens, compare_lists
 from genrec_dist.bench.measure import Measured, in_turn, make_claim, table
@@ -30,6 +30,7 @@ from genrec_dist.data.prompt.title_words import (
     titles_of,
     train_title_tokenizer,
 )
+from genrec_dist.data.tokenizer import load_tokenizer
 from genrec_dist.data.word_table import WordTable
 from genrec_dist.decoding.searcher import TopItems, TrieSearcher
 from genrec_dist.decoding.trie import build_trie
@@ -72,16 +73,20 @@ class World:
 
 
 def bench_titles(
-    data: Path | None = None, run: Path | None = None, sizes: Sizes = Sizes()
+    data: Path | None = None,
+    run: Path | None = None,
+    sizes: Sizes = Sizes(),
+    settings: Sequence[str] = (),
 ) -> Measured:
     """Claims and their table.
 
     Args:
         data: directory of `genrec prepare` with titles; None: titles made of a few words.
-        run: a run with a prompt; None: random weights in the shape of the recipe llama.
+        run: a run with a prompt; None: a model of the recipe llama, not trained.
         sizes: of the measurement.
+        settings: `key=value` of that recipe; with `model.backbone` the model has its weights.
     """
-    world = _make_world(data, run, sizes)
+    world = _make_world(data, run, sizes, settings)
     parts = [
         (world.batch(first, sizes.batch), min(sizes.batch, sizes.users - first))
         for first in range(0, sizes.users, sizes.batch)
@@ -129,7 +134,9 @@ def bench_titles(
     return [claim], table("titles", [claim], measured=measured)
 
 
-def _make_world(data: Path | None, run: Path | None, sizes: Sizes) -> World:
+def _make_world(
+    data: Path | None, run: Path | None, sizes: Sizes, settings: Sequence[str]
+) -> World:
     dice = np.random.default_rng(0)
     if run is not None:
         loaded = load_run(run)
@@ -138,7 +145,8 @@ def _make_world(data: Path | None, run: Path | None, sizes: Sizes) -> World:
         model, layout, searcher = loaded.model, loaded.layout, loaded.searcher
     else:
         titles = None if data is None else titles_of(load_dataset(data))
-        model, layout = random_prompted(titles or made_up_titles(sizes.items, dice))
+        titles = titles or made_up_titles(sizes.items, dice)
+        model, layout = untrained_prompted(titles, settings)
         searcher = TrieSearcher(model, build_trie(*layout.words.tokens_of_items()))
     num_items = layout.words.num_items
     histories = [
@@ -158,10 +166,11 @@ def made_up_titles(num_items: int, dice: np.random.Generator) -> list[str]:
     )
 
 
-def random_prompted(
+def untrained_prompted(
     titles: Sequence[str], settings: Sequence[str] = ()
 ) -> tuple[PromptedModel, PromptLayout]:
-    """Random weights in the shape of the recipe llama, large enough that scores lie apart.
+    """A model of the recipe llama: a backbone's weights where the settings name one, otherwise
+    random ones, large enough that scores lie apart.
 
     Args:
         titles: no two equal.
@@ -169,15 +178,20 @@ def random_prompted(
     """
     recipe = load_recipe("llama", ["model.init_std=0.2", *settings])
     template, separator = recipe.prompt.template, recipe.prompt.separator
-    tokenizer: PreTrainedTokenizerFast = train_title_tokenizer(
-        titles, template, recipe.tokens.vocab_size
-    )
+    if recipe.model.backbone is None:
+        tokenizer = train_title_tokenizer(titles, template, recipe.tokens.vocab_size)
+    else:
+        tokenizer = load_tokenizer(recipe.model.backbone, roles=("eos_token",))
     words = build_title_words(tokenizer, titles, template, separator)
+    eos_token = tokenizer.eos_token_id
     layout = make_prompt_layout(
-        words, tokenizer.pad_token_id, recipe.model.max_tokens, recipe.prompt.max_titles
+        words,
+        eos_token if tokenizer.pad_token is None else tokenizer.pad_token_id,
+        recipe.model.max_tokens,
+        recipe.prompt.max_titles,
     )
     torch.manual_seed(0)
-    return build_prompted(recipe, layout, tokenizer.eos_token_id, len(tokenizer)).eval(), layout
+    return build_prompted(recipe, layout, eos_token, len(tokenizer)).eval(), layout
 
 
 class HuggingFace:

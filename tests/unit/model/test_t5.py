@@ -23,7 +23,7 @@ from genrec_dist.data.batch import IGNORED, ItemTargets, ModelInputs, Work
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.estimate.flops import flops
 from genrec_dist.model.build import ModelSizes, build_model
-from genrec_dist.model.genrec import choose_loss
+from genrec_dist.model.genrec import choose_layers, choose_loss
 from genrec_dist.model.seq2seq.t5 import GenRecT5ForConditionalGeneration
 
 SPECIAL = {"bos": 0, "pad": 1, "eos": 2, "mask": 4}
@@ -236,3 +236,15 @@ def test_its_operations_are_those_of_the_formula(tmp_path: Path, feed_forward: s
         model(inputs=inputs)
     work = Work(inputs=9, targets=4, labels=4, encoder_pairs=81, decoder_pairs=16, cross_pairs=36)
     assert flops(model.config, work) == 3 * counter.get_total_flops()
+
+
+def test_layers_that_are_computed_again_give_the_same_gradients() -> None:
+    grads = []
+    for again in (False, True):
+        model, inputs = make(dropout=0.0).train(), make_inputs()
+        choose_layers(model, compiled=False, recompute=again)
+        model(inputs=inputs).backward()
+        assert model.encoder.gradient_checkpointing is again
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, msg=name)
