@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genrec_dist.decoding.decoder_state import BeamCaches
+from genrec_dist.decoding.beam_caches import BeamCaches
 from genrec_dist.model.causal.attention import AttentionCall, per_query_head
 from genrec_dist.model.causal.prompted import PromptedModel
 

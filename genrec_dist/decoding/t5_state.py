@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from genrec_dist.decoding.decoder_state import BeamCaches, attend_beams
+from genrec_dist.decoding.beam_caches import BeamCaches, attend_beams
 from genrec_dist.model.seq2seq.t5 import GenRecT5ForConditionalGeneration
 
 
