@@ -34,6 +34,9 @@ alone have the same recipe."""
 class Model:
     """Shape and parts of the model."""
 
+    architecture: Literal["bart", "t5"] = "bart"
+    """Whose encoder and decoder these are. bart: the paper's. t5: relative positions instead of a
+    table of them; docs/backbones.md says what it lacks. With a `prompt` neither."""
     d_model: int = 128
     """Width of every layer."""
     encoder_layers: int = 2
@@ -45,8 +48,8 @@ class Model:
     ffn: int = 512
     """Width of the feed-forward layers."""
     backbone: str | None = None
-    """Name or directory of BART weights to start from, with a `prompt` of a causal language model's
-    (Llama and its like); they then set the shape above. null: from scratch."""
+    """Name or directory of weights to start from, BART's or T5's, with a `prompt` those of a causal
+    language model (Llama and its like); they then set the shape above. null: from scratch."""
     max_tokens: int = 512
     """Longest encoder input in positions (`encoder_unit`); whole oldest items are dropped beyond
     it."""
@@ -284,7 +287,7 @@ class Recipe:
     """How the sequences of a micro-batch lie in memory. packed: one after another, no padding; on
     a GPU attention then takes torch's kernel for ragged sequences. padded: side by side, to the
     longest one. auto: packed on a CPU, where it is measured (docs/speed.md), padded elsewhere until
-    it is measured there. Losses and gradients are the same to rounding."""
+    it is measured there, and for T5. Losses and gradients are the same to rounding."""
     compile: Literal["none", "layers"] = "none"
     """layers: torch.compile of each layer around its attention, for packed micro-batches. It takes
     a minute at the start; the gain is in docs/speed.md."""

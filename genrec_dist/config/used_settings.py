@@ -11,6 +11,7 @@ Get = Callable[[str], Any]
 _STAGES = ("pretrain", "finetune")
 _SHAPE = ("d_model", "encoder_layers", "decoder_layers", "heads", "ffn")
 _ENCODER_DECODER = (
+    "architecture",
     "encoder_layers",
     "dropout",
     "activation_dropout",

@@ -19,6 +19,7 @@ from genrec_dist.data.batch import RankStep
 from genrec_dist.data.collate import BatchOptions
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.samples.step import make_step
+from genrec_dist.model.build import CodedConfig
 from genrec_dist.model.genrec import GenRecConfig
 from genrec_dist.model.network import POSITION_OFFSET
 from genrec_dist.training.id_tables import plan_ids
@@ -78,7 +79,7 @@ class StepBatches(TorchDataset[RankStep]):
         recipe: Recipe,
         rank: int,
         world: int,
-        ids_outside: GenRecConfig | None = None,
+        ids_outside: CodedConfig | None = None,
         sums: GenRecConfig | None = None,
         packed: bool = False,
     ):

@@ -39,7 +39,7 @@ from genrec_dist.report.event_log import EventLog, write_status
 from genrec_dist.training.checkpoint import State, save_best, save_checkpoint
 from genrec_dist.training.checkpoint_state import Progress
 from genrec_dist.training.engine import make_engine
-from genrec_dist.training.id_tables import IdTables
+from genrec_dist.training.id_tables import IdTables, with_ids_outside
 from genrec_dist.training.loader import StepBatches, ahead
 from genrec_dist.training.profiling import Meter, Trace
 from genrec_dist.training.progress import TrainingDisplay, introduction
@@ -151,7 +151,6 @@ class Loop:
     def batches(self) -> Iterator[tuple[int, RankStep]]:
         """(global step, this rank's share of it) from the run's next step on."""
         config, device, workers = self.model.config, self.accelerator.device, self.recipe.workers
-        of_ids = config if isinstance(config, GenRecConfig) else None
         data = StepBatches(
             self.setup.stages,
             self.setup.reader,
@@ -159,9 +158,11 @@ class Loop:
             self.recipe,
             self.ranks.rank,
             self.ranks.size,
-            ids_outside=of_ids if config.ids_outside else None,
-            sums=of_ids if wants_gradient_order(device.type) else None,
-            packed=choose_packing(self.recipe.packing, device),
+            ids_outside=with_ids_outside(config),
+            sums=config
+            if isinstance(config, GenRecConfig) and wants_gradient_order(device.type)
+            else None,
+            packed=choose_packing(self.recipe, device),
         )
         steps = range(self.progress.step, self.end_step)
         loader = DataLoader(
