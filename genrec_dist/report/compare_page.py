@@ -14,11 +14,12 @@ from genrec_shards.atomic import atomic_file
 from genrec_shards.splits import Split
 
 from genrec_dist.config.used_settings import used_settings
-from genrec_dist.evaluation.compare import LEVEL, Comparison, compare, holm
+from genrec_dist.evaluation.bootstrap import holm
+from genrec_dist.evaluation.compare import LEVEL, Comparison, compare
 from genrec_dist.report.compare_training import COLORS, Entry, training_cost, training_curves
-from genrec_dist.report.html import definitions, grid, page, text
+from genrec_dist.report.html import definitions, grid, page, table_row, text
 from genrec_dist.report.run_files import read_run_files
-from genrec_dist.report.score_tables import METRICS, system_name, table_row
+from genrec_dist.report.score_tables import METRICS, system_name
 from genrec_dist.report.svg import Dot, dot_chart, score, signed_score
 
 SHOWN = ("NDCG@10", "HR@10")

@@ -3,10 +3,9 @@ catalogue, and the scores by bucket."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-from genrec_dist.report.html import grid, percent, text
+from genrec_dist.report.html import grid, percent, table_row, text
 from genrec_dist.report.run_files import is_number
 from genrec_dist.report.svg import BucketSeries, bucket_chart, score, short_count
 
@@ -203,11 +202,6 @@ def interval_of(row: dict[str, Any], key: str) -> tuple[float, float] | None:
     if isinstance(bounds, list) and len(bounds) == 2 and all(is_number(bound) for bound in bounds):
         return bounds[0], bounds[1]
     return None
-
-
-def table_row(name: str, cells: Iterable[str], ours: bool = False) -> str:
-    inside = "".join(f"<td>{cell}</td>" for cell in cells)
-    return f'<tr{" class=ours" if ours else ""}><th scope="row">{text(name)}</th>{inside}</tr>'
 
 
 def with_interval(row: dict[str, Any], key: str) -> str:
