@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import time
@@ -25,7 +26,14 @@ from genrec_dist.data.batch import Batch, RankStep, dummy_batch
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.distributed.signals import NotFinite, Stopped, StopRequest, ignore_signals
+from genrec_dist.distributed.signals import (
+    NotFinite,
+    RankGone,
+    Stopped,
+    StopRequest,
+    Terminated,
+    ignore_signals,
+)
 from genrec_dist.estimate.flops import FORMULA, FORMULA_OF_PROMPTS
 from genrec_dist.estimate.hardware import device_name, peak_of
 from genrec_dist.evaluation.metrics import metrics_from_histogram
@@ -36,13 +44,14 @@ from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.genrec import GenRecConfig, choose_packing
 from genrec_dist.model.optimizer import AveragedWeights, peak_share
 from genrec_dist.report.event_log import EventLog, write_status
-from genrec_dist.training.checkpoint import State, save_best, save_checkpoint
+from genrec_dist.training.checkpoint import State, save_best
 from genrec_dist.training.checkpoint_state import Progress
 from genrec_dist.training.engine import make_engine
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches, ahead
 from genrec_dist.training.profiling import Meter, Trace
 from genrec_dist.training.progress import TrainingDisplay, introduction
+from genrec_dist.training.saving.writer import CheckpointWriter
 from genrec_dist.training.setup import TrainingSetup
 from genrec_dist.training.stages import StageSteps, stage_of
 
@@ -78,6 +87,10 @@ class StepTotals:
     """Most micro-batches that a rank has."""
     stop: int
     """Signal that any rank has received, or 0."""
+    saving_ended: bool
+    """Whether the writing of a checkpoint has ended on all ranks, well or not."""
+    save_due: bool
+    """Whether a checkpoint is to follow the step, by rank 0's clock."""
 
 
 class Loop:
@@ -105,8 +118,11 @@ class Loop:
         self.stop = StopRequest()
         self.peak = peak_of(accelerator.device, self.recipe.precision)
         self.log = EventLog(setup.run, active=False)
-        self.saved_step = -1
-        """Of the checkpoint that this process has written last."""
+        self.writer = CheckpointWriter(setup.run, self.recipe.keep_checkpoints)
+        self.saved_step, self.saved_at = -1, time.monotonic()
+        """Of the checkpoint that was begun last."""
+        self.on_saved: Callable[[], None] | None = None
+        """Called once that checkpoint has its name."""
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         """(step, loss, gradient norm) of the steps since `check_finite`."""
 
@@ -209,15 +225,17 @@ class Loop:
         meter = Meter(self.model.config, device, self.peak)
         trace = Trace(self.setup.run, self.ranks.rank, trace_steps, device)
         batches = self.batches()
-        with display, trace, contextlib.closing(batches):  # type: ignore[type-var]
+        with display, trace, contextlib.closing(batches), self.saving():  # type: ignore[type-var]
             while not self.has_ended:
                 step_started = time.monotonic()
                 with meter.waiting():
                     step, share = next(batches)
                 totals = self.step_totals(share)
+                if totals.saving_ended:
+                    self.finish_saving()
+                    meter.restart()
                 if totals.stop:
-                    if self.saved_step != self.progress.step:
-                        self.save()
+                    self.save_last()
                     raise Stopped(totals.stop)
                 here = stage_of(stages, step)
                 epoch, at_end = here.locate(step)[0], here.ends_epoch(step)
@@ -255,13 +273,13 @@ class Loop:
                     meter.restart()
                 if at_end:
                     display.end_epoch(here.name, epoch, scores, time.monotonic() - step_ended)
-                if at_end or self.progress.step % self.recipe.checkpoint_every == 0:
+                if at_end or totals.save_due or self.is_due_by_steps():
                     self.save()
                     meter.restart()
                 if scores is not None and on_epoch is not None and self.ranks.is_main:
                     epochs = here.stage.epochs
-                    on_epoch(EpochReport(epoch + 1, epochs, step, scores, last=self.has_ended))
-                    meter.restart()
+                    report = EpochReport(epoch + 1, epochs, step, scores, last=self.has_ended)
+                    self.on_saved = functools.partial(on_epoch, report)
         self.stop.on_first = None  # what follows waits for no step
         self.check_finite()
         seconds = time.monotonic() - started
@@ -335,9 +353,11 @@ class Loop:
             share.samples_digest,
             len(share.micro_batches),
             self.stop.number,
+            self.writer.has_ended,
+            0 < 60 * self.recipe.checkpoint_minutes <= time.monotonic() - self.saved_at,
         ]
-        everyone = self.ranks.exchange(mine)
-        tokens, targets, samples, padding, digests, micro_steps, stops = zip(*everyone, strict=True)
+        columns = zip(*self.ranks.exchange(mine), strict=True)
+        tokens, targets, samples, padding, digests, micro_steps, stops, ended, due = columns
         return StepTotals(
             target_tokens=sum(tokens),
             targets=sum(targets),
@@ -346,6 +366,8 @@ class Loop:
             samples_digest=f"{sum(digests) % 2**64:016x}",
             micro_steps=max(micro_steps),
             stop=signal.SIGTERM if signal.SIGTERM in stops else max(stops),
+            saving_ended=all(ended),
+            save_due=bool(due[0]),
         )
 
     def check_finite(self) -> None:
@@ -440,14 +462,55 @@ class Loop:
         finally:
             self.average.swap()
 
+    def is_due_by_steps(self) -> bool:
+        """Whether the recipe wants a checkpoint of this step."""
+        every = self.recipe.checkpoint_every
+        return every > 0 and self.progress.step % every == 0
+
     def save(self) -> None:
-        """Write a checkpoint; its bytes are on disk before an older one is removed."""
+        """Begin a checkpoint of now, once the one before it is written. Collective."""
         self.check_finite()
-        run, keep = self.setup.run, self.recipe.keep_checkpoints
-        path = save_checkpoint(run, self.state(), keep, self.ranks)
-        self.saved_step = self.progress.step
-        self.log.write("checkpoint", step=self.progress.step, path=str(path.relative_to(run)))
+        self.finish_saving()
+        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
+        self.writer.start(self.state())
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, where there is one. Collective.
+
+        Raises:
+            OSError, ValueError, RankGone: it could not be written; the same on all ranks.
+        """
+        saved, on_saved, self.on_saved = self.writer.finish(), self.on_saved, None
+        if saved is None:
+            return
+        path = str(saved.path.relative_to(self.setup.run))
+        self.log.write("checkpoint", step=saved.step, path=path, seconds=round(saved.seconds, 3))
         self.write_status("running")
+        if on_saved is not None:
+            on_saved()
+
+    def save_last(self) -> None:
+        """Write a checkpoint of now, in the time that a signal leaves: one of an earlier step that
+        is being written is given up for it. Collective."""
+        if self.saved_step != self.progress.step:
+            self.writer.abandon()
+            self.save()
+        self.finish_saving()
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Context at whose end no checkpoint is being written. What was copied before an error of
+        another kind is written all the same, unless a rank is gone or nobody wants to wait."""
+        try:
+            yield
+            self.finish_saving()
+        except (RankGone, Terminated):
+            self.writer.abandon()
+            raise
+        except BaseException:
+            with contextlib.suppress(Exception):
+                self.finish_saving()
+            raise
 
     def write_status(self, status: str, **facts: Any) -> None:
         """Write `status.json`, on rank 0."""
