@@ -34,6 +34,7 @@ from genrec_dist.distributed.signals import (
     Terminated,
     ignore_signals,
 )
+from genrec_dist.distributed.watch import RankWatch
 from genrec_dist.estimate.flops import FORMULA, FORMULA_OF_PROMPTS
 from genrec_dist.estimate.hardware import device_name, peak_of
 from genrec_dist.evaluation.metrics import metrics_from_histogram
@@ -118,6 +119,7 @@ class Loop:
         self.stop = StopRequest()
         self.peak = peak_of(accelerator.device, self.recipe.precision)
         self.log = EventLog(setup.run, active=False)
+        self.watch = RankWatch(setup.run, self.ranks.rank, self.ranks.size, self.note_stuck)
         self.writer = CheckpointWriter(setup.run, self.recipe.keep_checkpoints)
         self.saved_step, self.saved_at = -1, time.monotonic()
         """Of the checkpoint that was begun last."""
@@ -225,12 +227,15 @@ class Loop:
         meter = Meter(self.model.config, device, self.peak)
         trace = Trace(self.setup.run, self.ranks.rank, trace_steps, device)
         batches = self.batches()
-        with display, trace, contextlib.closing(batches), self.saving():  # type: ignore[type-var]
+        with display, trace, contextlib.closing(batches), self.watch, self.saving():  # type: ignore[type-var]
             while not self.has_ended:
                 step_started = time.monotonic()
+                self.watch.beat(self.progress.step, "waiting for a batch")
                 with meter.waiting():
                     step, share = next(batches)
+                self.watch.beat(step, "waiting for the other ranks")
                 totals = self.step_totals(share)
+                self.watch.beat(step, "computing")
                 if totals.saving_ended:
                     self.finish_saving()
                     meter.restart()
@@ -263,6 +268,7 @@ class Loop:
                         **fields,
                     )
                     display.show(float(loss), fields)
+                self.watch.pause(step, "between steps")
                 step_ended = time.monotonic()
                 display.advance(here.name, step + 1, step_ended - step_started)
                 scores = None
@@ -511,6 +517,11 @@ class Loop:
             with contextlib.suppress(Exception):
                 self.finish_saving()
             raise
+
+    def note_stuck(self, reason: str) -> None:
+        """Write into `status.json` that a rank is stuck; any rank does, since it may be rank 0."""
+        step, of = self.progress.step, self.end_step
+        write_status(self.setup.run, "failed", step=step, of=of, reason=f"Stuck: {reason}")
 
     def write_status(self, status: str, **facts: Any) -> None:
         """Write `status.json`, on rank 0."""
