@@ -26,14 +26,7 @@ from genrec_dist.data.batch import Batch, RankStep, dummy_batch
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.distributed.signals import (
-    NotFinite,
-    RankGone,
-    Stopped,
-    StopRequest,
-    Terminated,
-    ignore_signals,
-)
+from genrec_dist.distributed.signals import NotFinite, Stopped, StopRequest, ignore_signals
 from genrec_dist.distributed.watch import RankWatch
 from genrec_dist.estimate.flops import FORMULA, FORMULA_OF_PROMPTS
 from genrec_dist.estimate.hardware import device_name, peak_of
@@ -52,7 +45,8 @@ from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches, ahead
 from genrec_dist.training.profiling import Meter, Trace
 from genrec_dist.training.progress import TrainingDisplay, introduction
-from genrec_dist.training.saving.writer import CheckpointWriter
+from genrec_dist.training.saving.checkpoints import Checkpoints
+from genrec_dist.training.saving.writer import Saved
 from genrec_dist.training.setup import TrainingSetup
 from genrec_dist.training.stages import StageSteps, stage_of
 
@@ -120,17 +114,18 @@ class Loop:
         self.peak = peak_of(accelerator.device, self.recipe.precision)
         self.log = EventLog(setup.run, active=False)
         self.watch = RankWatch(setup.run, self.ranks.rank, self.ranks.size, self.note_stuck)
-        self.writer = CheckpointWriter(setup.run, self.recipe.keep_checkpoints)
-        self.saved_step, self.saved_at = -1, time.monotonic()
-        """Of the checkpoint that was begun last."""
-        self.on_saved: Callable[[], None] | None = None
-        """Called once that checkpoint has its name."""
+        self.checkpoints = Checkpoints(self.recipe, self.checked_state, self.note_saved)
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         """(step, loss, gradient norm) of the steps since `check_finite`."""
 
     def state(self) -> State:
         """What a checkpoint of now stores."""
         return State(self.engine, self.average, self.tables, self.progress, self.setup.identity)
+
+    def checked_state(self) -> State:
+        """The same, of finite losses and gradients alone; raises NotFinite."""
+        self.check_finite()
+        return self.state()
 
     @property
     def end_step(self) -> int:
@@ -226,8 +221,8 @@ class Loop:
         self.stop.on_first = display.say_stopping
         meter = Meter(self.model.config, device, self.peak)
         trace = Trace(self.setup.run, self.ranks.rank, trace_steps, device)
-        batches = self.batches()
-        with display, trace, contextlib.closing(batches), self.watch, self.saving():  # type: ignore[type-var]
+        batches, finishing = self.batches(), self.checkpoints.finishing()
+        with display, trace, contextlib.closing(batches), self.watch, finishing:  # type: ignore[type-var]
             while not self.has_ended:
                 step_started = time.monotonic()
                 self.watch.beat(self.progress.step, "waiting for a batch")
@@ -237,10 +232,10 @@ class Loop:
                 totals = self.step_totals(share)
                 self.watch.beat(step, "computing")
                 if totals.saving_ended:
-                    self.finish_saving()
+                    self.checkpoints.finish()
                     meter.restart()
                 if totals.stop:
-                    self.save_last()
+                    self.checkpoints.save_last()
                     raise Stopped(totals.stop)
                 here = stage_of(stages, step)
                 epoch, at_end = here.locate(step)[0], here.ends_epoch(step)
@@ -279,13 +274,14 @@ class Loop:
                     meter.restart()
                 if at_end:
                     display.end_epoch(here.name, epoch, scores, time.monotonic() - step_ended)
-                if at_end or totals.save_due or self.is_due_by_steps():
-                    self.save()
+                due = totals.save_due or self.checkpoints.is_due_by_steps(self.progress.step)
+                if at_end or due:
+                    self.checkpoints.save()
                     meter.restart()
                 if scores is not None and on_epoch is not None and self.ranks.is_main:
                     epochs = here.stage.epochs
                     report = EpochReport(epoch + 1, epochs, step, scores, last=self.has_ended)
-                    self.on_saved = functools.partial(on_epoch, report)
+                    self.checkpoints.then = functools.partial(on_epoch, report)
         self.stop.on_first = None  # what follows waits for no step
         self.check_finite()
         seconds = time.monotonic() - started
@@ -359,8 +355,8 @@ class Loop:
             share.samples_digest,
             len(share.micro_batches),
             self.stop.number,
-            self.writer.has_ended,
-            0 < 60 * self.recipe.checkpoint_minutes <= time.monotonic() - self.saved_at,
+            self.checkpoints.writer.has_ended,
+            self.checkpoints.is_due_by_clock,
         ]
         columns = zip(*self.ranks.exchange(mine), strict=True)
         tokens, targets, samples, padding, digests, micro_steps, stops, ended, due = columns
@@ -468,55 +464,11 @@ class Loop:
         finally:
             self.average.swap()
 
-    def is_due_by_steps(self) -> bool:
-        """Whether the recipe wants a checkpoint of this step."""
-        every = self.recipe.checkpoint_every
-        return every > 0 and self.progress.step % every == 0
-
-    def save(self) -> None:
-        """Begin a checkpoint of now, once the one before it is written. Collective."""
-        self.check_finite()
-        self.finish_saving()
-        self.saved_step, self.saved_at = self.progress.step, time.monotonic()
-        self.writer.start(self.state())
-
-    def finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written, where there is one. Collective.
-
-        Raises:
-            OSError, ValueError, RankGone: it could not be written; the same on all ranks.
-        """
-        saved, on_saved, self.on_saved = self.writer.finish(), self.on_saved, None
-        if saved is None:
-            return
+    def note_saved(self, saved: Saved) -> None:
+        """Log a checkpoint that has its name."""
         path = str(saved.path.relative_to(self.setup.run))
         self.log.write("checkpoint", step=saved.step, path=path, seconds=round(saved.seconds, 3))
         self.write_status("running")
-        if on_saved is not None:
-            on_saved()
-
-    def save_last(self) -> None:
-        """Write a checkpoint of now, in the time that a signal leaves: one of an earlier step that
-        is being written is given up for it. Collective."""
-        if self.saved_step != self.progress.step:
-            self.writer.abandon()
-            self.save()
-        self.finish_saving()
-
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
-        """Context at whose end no checkpoint is being written. What was copied before an error of
-        another kind is written all the same, unless a rank is gone or nobody wants to wait."""
-        try:
-            yield
-            self.finish_saving()
-        except (RankGone, Terminated):
-            self.writer.abandon()
-            raise
-        except BaseException:
-            with contextlib.suppress(Exception):
-                self.finish_saving()
-            raise
 
     def note_stuck(self, reason: str) -> None:
         """Write into `status.json` that a rank is stuck; any rank does, since it may be rank 0."""

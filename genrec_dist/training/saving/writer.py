@@ -17,6 +17,7 @@ import torch
 from genrec_shards.atomic import atomic_directory, remove_directory
 from torch import Tensor
 
+from genrec_dist.config.recipe import Recipe
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.training.checkpoint import State, list_checkpoints
 from genrec_dist.training.checkpoint_state import Progress, StateFile, write_state
@@ -61,14 +62,9 @@ class CheckpointWriter:
     name, and only then removes the oldest. If one rank cannot write, all threads end with an error,
     and nothing is left."""
 
-    def __init__(self, run: Path, keep: int):
-        """Collective.
-
-        Args:
-            run: the run directory, which all ranks see.
-            keep: how many checkpoints stay.
-        """
-        self.run, self.keep = run, keep
+    def __init__(self, recipe: Recipe):
+        """Collective. All ranks see the recipe's run directory."""
+        self.run, self.keep = Path(recipe.run), recipe.keep_checkpoints
         self._ranks = Ranks(own_group=True)
         self._copies = HostCopies()
         self._threads = ThreadPoolExecutor(1, "checkpoint")

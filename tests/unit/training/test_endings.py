@@ -206,7 +206,7 @@ def test_a_disk_that_fills_up_while_training_is_one_line(
 
     def take_step(self: Loop, at: int, *rest: object) -> object:
         if at == 3:
-            self.finish_saving()  # the pretraining's checkpoint is there
+            self.checkpoints.finish()  # the pretraining's checkpoint is there
             fill(small_disk, leave)
         return real(self, at, *rest)  # type: ignore[arg-type]
 
