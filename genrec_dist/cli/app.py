@@ -91,7 +91,12 @@ def train(
             help="Begin with this run's weights: --set init_from=RUN (docs/refresh.md).",
         ),
     ] = None,
-    resume: Annotated[str | None, typer.Option(help="latest, or a checkpoint directory.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="latest, a checkpoint directory, or auto: the latest where the run has begun."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
     ] = False,
@@ -117,6 +122,8 @@ def train(
     from genrec_dist.config.paths import check_paths, check_run_is_new
 
     check_paths(resolved)
+    if resume == "auto":  # a launcher that starts the ranks again gives them the same command
+        resume = "latest" if (Path(resolved.run) / "events.jsonl").is_file() else None
     # A run that another process trains is not to be continued: its lock tells who that is.
     if resume is None and not dry_run and not (Path(resolved.run) / LOCK_FILE).exists():
         check_run_is_new(Path(resolved.run))

@@ -14,7 +14,8 @@ EncoderUnit = Literal["subword", "item"]
 
 
 _PATHS = ("data", "run", "shards")
-_PACE = ("workers", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_tokens")
+_SAVING = ("checkpoint_minutes", "checkpoint_every", "keep_checkpoints")
+_PACE = ("workers", "log_every", "micro_batch_tokens", *_SAVING)
 AUTO = "auto"
 AUTO_KEYS = {
     "tokens.vocab_size": 1024,
@@ -303,8 +304,11 @@ class Recipe:
     """Processes per rank that prepare batches ahead; 0 prepares them in the training process."""
     log_every: int = 10
     """Steps between two `step` events."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints; one is also written at the end of each epoch."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between two checkpoints; 0: time brings none. One is also written at the end of each
+    epoch. They are written while the training goes on."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints, besides; 0: none by steps."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay; older ones are deleted."""
     model: Model = field(default_factory=Model)

@@ -30,8 +30,8 @@ _PROBABILITY: Rule = ("above 0 and at most 1", lambda value: 0 < value <= 1)
 # By section ("" is the recipe itself): keys, and the rule for all of them.
 _RULES: dict[str, tuple[tuple[str, Rule], ...]] = {
     "": (
-        ("micro_batch_tokens log_every checkpoint_every keep_checkpoints", _AT_LEAST_1),
-        ("workers", _NOT_NEGATIVE),
+        ("micro_batch_tokens log_every keep_checkpoints", _AT_LEAST_1),
+        ("workers checkpoint_minutes checkpoint_every", _NOT_NEGATIVE),
     ),
     "model": (
         ("d_model heads", _WIDTH),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import signal
 import time
@@ -26,6 +27,7 @@ from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.signals import NotFinite, Stopped, StopRequest, ignore_signals
+from genrec_dist.distributed.watch import RankWatch
 from genrec_dist.estimate.flops import FORMULA, FORMULA_OF_PROMPTS
 from genrec_dist.estimate.hardware import device_name, peak_of
 from genrec_dist.evaluation.metrics import metrics_from_histogram
@@ -36,13 +38,15 @@ from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.genrec import GenRecConfig, choose_packing
 from genrec_dist.model.optimizer import AveragedWeights, peak_share
 from genrec_dist.report.event_log import EventLog, write_status
-from genrec_dist.training.checkpoint import State, save_best, save_checkpoint
+from genrec_dist.training.checkpoint import State, save_best
 from genrec_dist.training.checkpoint_state import Progress
 from genrec_dist.training.engine import make_engine
 from genrec_dist.training.id_tables import IdTables, with_ids_outside
 from genrec_dist.training.loader import StepBatches, ahead
 from genrec_dist.training.profiling import Meter, Trace
 from genrec_dist.training.progress import TrainingDisplay, introduction
+from genrec_dist.training.saving.checkpoints import Checkpoints
+from genrec_dist.training.saving.writer import Saved
 from genrec_dist.training.setup import TrainingSetup
 from genrec_dist.training.stages import StageSteps, stage_of
 
@@ -78,6 +82,10 @@ class StepTotals:
     """Most micro-batches that a rank has."""
     stop: int
     """Signal that any rank has received, or 0."""
+    saving_ended: bool
+    """Whether the writing of a checkpoint has ended on all ranks, well or not."""
+    save_due: bool
+    """Whether a checkpoint is to follow the step, by rank 0's clock."""
 
 
 class Loop:
@@ -105,14 +113,19 @@ class Loop:
         self.stop = StopRequest()
         self.peak = peak_of(accelerator.device, self.recipe.precision)
         self.log = EventLog(setup.run, active=False)
-        self.saved_step = -1
-        """Of the checkpoint that this process has written last."""
+        self.watch = RankWatch(setup.run, self.ranks.rank, self.ranks.size, self.note_stuck)
+        self.checkpoints = Checkpoints(self.recipe, self.checked_state, self.note_saved)
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         """(step, loss, gradient norm) of the steps since `check_finite`."""
 
     def state(self) -> State:
         """What a checkpoint of now stores."""
         return State(self.engine, self.average, self.tables, self.progress, self.setup.identity)
+
+    def checked_state(self) -> State:
+        """The same, of finite losses and gradients alone; raises NotFinite."""
+        self.check_finite()
+        return self.state()
 
     @property
     def end_step(self) -> int:
@@ -209,16 +222,21 @@ class Loop:
         self.stop.on_first = display.say_stopping
         meter = Meter(self.model.config, device, self.peak)
         trace = Trace(self.setup.run, self.ranks.rank, trace_steps, device)
-        batches = self.batches()
-        with display, trace, contextlib.closing(batches):  # type: ignore[type-var]
+        batches, finishing = self.batches(), self.checkpoints.finishing()
+        with display, trace, contextlib.closing(batches), self.watch, finishing:  # type: ignore[type-var]
             while not self.has_ended:
                 step_started = time.monotonic()
+                self.watch.beat(self.progress.step, "waiting for a batch")
                 with meter.waiting():
                     step, share = next(batches)
+                self.watch.beat(step, "waiting for the other ranks")
                 totals = self.step_totals(share)
+                self.watch.beat(step, "computing")
+                if totals.saving_ended:
+                    self.checkpoints.finish()
+                    meter.restart()
                 if totals.stop:
-                    if self.saved_step != self.progress.step:
-                        self.save()
+                    self.checkpoints.save_last()
                     raise Stopped(totals.stop)
                 here = stage_of(stages, step)
                 epoch, at_end = here.locate(step)[0], here.ends_epoch(step)
@@ -246,6 +264,7 @@ class Loop:
                         **fields,
                     )
                     display.show(float(loss), fields)
+                self.watch.pause(step, "between steps")
                 step_ended = time.monotonic()
                 display.advance(here.name, step + 1, step_ended - step_started)
                 scores = None
@@ -256,13 +275,14 @@ class Loop:
                     meter.restart()
                 if at_end:
                     display.end_epoch(here.name, epoch, scores, time.monotonic() - step_ended)
-                if at_end or self.progress.step % self.recipe.checkpoint_every == 0:
-                    self.save()
+                due = totals.save_due or self.checkpoints.is_due_by_steps(self.progress.step)
+                if at_end or due:
+                    self.checkpoints.save()
                     meter.restart()
                 if scores is not None and on_epoch is not None and self.ranks.is_main:
                     epochs = here.stage.epochs
-                    on_epoch(EpochReport(epoch + 1, epochs, step, scores, last=self.has_ended))
-                    meter.restart()
+                    report = EpochReport(epoch + 1, epochs, step, scores, last=self.has_ended)
+                    self.checkpoints.then = functools.partial(on_epoch, report)
         self.stop.on_first = None  # what follows waits for no step
         self.check_finite()
         seconds = time.monotonic() - started
@@ -336,9 +356,11 @@ class Loop:
             share.samples_digest,
             len(share.micro_batches),
             self.stop.number,
+            self.checkpoints.writer.has_ended,
+            self.checkpoints.is_due_by_clock,
         ]
-        everyone = self.ranks.exchange(mine)
-        tokens, targets, samples, padding, digests, micro_steps, stops = zip(*everyone, strict=True)
+        columns = zip(*self.ranks.exchange(mine), strict=True)
+        tokens, targets, samples, padding, digests, micro_steps, stops, ended, due = columns
         return StepTotals(
             target_tokens=sum(tokens),
             targets=sum(targets),
@@ -347,6 +369,8 @@ class Loop:
             samples_digest=f"{sum(digests) % 2**64:016x}",
             micro_steps=max(micro_steps),
             stop=signal.SIGTERM if signal.SIGTERM in stops else max(stops),
+            saving_ended=all(ended),
+            save_due=bool(due[0]),
         )
 
     def check_finite(self) -> None:
@@ -441,14 +465,16 @@ class Loop:
         finally:
             self.average.swap()
 
-    def save(self) -> None:
-        """Write a checkpoint; its bytes are on disk before an older one is removed."""
-        self.check_finite()
-        run, keep = self.setup.run, self.recipe.keep_checkpoints
-        path = save_checkpoint(run, self.state(), keep, self.ranks)
-        self.saved_step = self.progress.step
-        self.log.write("checkpoint", step=self.progress.step, path=str(path.relative_to(run)))
+    def note_saved(self, saved: Saved) -> None:
+        """Log a checkpoint that has its name."""
+        path = str(saved.path.relative_to(self.setup.run))
+        self.log.write("checkpoint", step=saved.step, path=path, seconds=round(saved.seconds, 3))
         self.write_status("running")
+
+    def note_stuck(self, reason: str) -> None:
+        """Write into `status.json` that a rank is stuck; any rank does, since it may be rank 0."""
+        step, of = self.progress.step, self.end_step
+        write_status(self.setup.run, "failed", step=step, of=of, reason=f"Stuck: {reason}")
 
     def write_status(self, status: str, **facts: Any) -> None:
         """Write `status.json`, on rank 0."""
