@@ -12,6 +12,7 @@ import yaml
 from genrec_shards.atomic import atomic_file
 from genrec_shards.histories import MANY_TIES
 
+from genrec_dist.config.paths import check_writable
 from genrec_dist.config.used_settings import used_settings
 from genrec_dist.report.advice import advice
 from genrec_dist.report.html import definitions, duration, grid, page, percent, text
@@ -68,6 +69,7 @@ def write_report(run_dir: str | Path) -> Path:
     Missing files leave their parts out; what could not be read is said on the page.
     Raises ValueError if the directory holds nothing that a run writes.
     """
+    check_writable(Path(run_dir))
     run = read_run_files(Path(run_dir))
     source = _page_of(run)
     target = run.path / "report.html"

@@ -26,7 +26,7 @@ FLOORS = (
     {"decoding", "baselines", "estimate"},
     {"inference"},
     {"training"},
-    {"api", "reproduce", "bench", "serving", "genrec_tuning"},
+    {"api", "reproduce", "bench", "serving", "sharing", "genrec_tuning"},
     {"cli"},
     {"train"},
 )
