@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from genrec_dist.config.recipe import Recipe
 
 
 def check_paths(recipe: Recipe) -> None:
-    """Refuse a recipe whose data, shards or origin are missing.
+    """Refuse a recipe whose data, shards or origin are missing, or a tracker's library.
 
     Raises:
         ValueError: naming the path and the way out. Shards at an address are not looked at.
@@ -27,6 +28,10 @@ def check_paths(recipe: Recipe) -> None:
         load_manifest(recipe.shards_dir)
     if recipe.init_from is not None:
         origin_folder(recipe.init_from)
+    for name in recipe.tracker:
+        if name != "none" and find_spec(name) is None:
+            package = name if name == "trackio" else "'genrec-dist[track]'"
+            raise ValueError(f"tracker {name}: it is not installed: pip install {package}")
 
 
 def check_run_is_new(run: Path) -> None:
