@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from genrec_dist.cli.options import DataOption as RunDataOption
-from genrec_dist.cli.options import RunArgument, data_of
+from genrec_dist.cli.options import RunArgument
+from genrec_dist.config.paths import data_of
 
 if TYPE_CHECKING:
     from genrec_dist.bench.measure import Claim

@@ -13,6 +13,9 @@ EncoderUnit = Literal["subword", "item"]
 """What an encoder position stands for: see `Model.encoder_unit`."""
 
 
+TrackerName = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+"""Where a run's numbers go beside its own files: see `Recipe.tracker`."""
+
 _PATHS = ("data", "run", "shards")
 _SAVING = ("checkpoint_minutes", "checkpoint_every", "keep_checkpoints")
 _PACE = ("workers", "log_every", "micro_batch_tokens", *_SAVING)
@@ -26,7 +29,7 @@ AUTO_KEYS = {
 }
 """Keys whose value may be `auto`, chosen from the data (`data.fit_recipe`), and what stands in its
 place until then."""
-MOVES_NO_GRADIENT = (*_PATHS, *_PACE, "decode", "text")
+MOVES_NO_GRADIENT = (*_PATHS, *_PACE, "decode", "text", "tracker")
 """Keys of a recipe that say where files are and how work is divided: runs that differ in these
 alone have the same recipe."""
 
@@ -311,6 +314,9 @@ class Recipe:
     """Steps between two checkpoints, besides; 0: none by steps."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay; older ones are deleted."""
+    tracker: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where the run's numbers go beside events.jsonl: one, or a list of several. A tracker that
+    fails is given up with one warning, and the run goes on (docs/track.md)."""
     model: Model = field(default_factory=Model)
     tokens: Tokens = field(default_factory=Tokens)
     prompt: Prompt = field(default_factory=Prompt)

@@ -144,6 +144,8 @@ def _contradiction(recipe: Recipe) -> str:
             f"model.init_items {model.init_items}: tables outside the model begin at random: set "
             "optimizer.id_tables dense"
         )
+    if "none" in recipe.tracker and len(recipe.tracker) > 1:
+        return f"tracker {', '.join(recipe.tracker)}: none stands alone: leave out one or the other"
     if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
         return "pretrain.epochs and finetune.epochs are both 0: nothing to train"
     return ""

@@ -22,6 +22,7 @@ from genrec_shards.keyed_random import mixed_key
 from torch.utils.data import DataLoader
 
 from genrec_dist.config.recipe import Stage
+from genrec_dist.console import say
 from genrec_dist.data.batch import Batch, RankStep, dummy_batch
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
@@ -38,6 +39,7 @@ from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.genrec import GenRecConfig, choose_packing
 from genrec_dist.model.optimizer import AveragedWeights, peak_share
 from genrec_dist.report.event_log import EventLog, write_status
+from genrec_dist.report.trackers import Trackers
 from genrec_dist.training.checkpoint import State, save_best
 from genrec_dist.training.checkpoint_state import Progress
 from genrec_dist.training.engine import make_engine
@@ -141,10 +143,17 @@ class Loop:
         """Open the event log and write the start event."""
         warm_start, stages = self.setup.warm_start, self.setup.stages
         plugin = self.accelerator.deepspeed_plugin
-        self.log = EventLog(self.setup.run, active=self.ranks.is_main)
+        recipe, names = self.recipe.as_dict(), self.recipe.tracker
+        trackers = Trackers(names, self.setup.run, recipe, say) if self.ranks.is_main else None
+        self.log = EventLog(
+            self.setup.run,
+            active=self.ranks.is_main,
+            tensorboard="tensorboard" in names,
+            trackers=trackers,
+        )
         self.log.write(
             "start",
-            recipe=self.recipe.as_dict(),
+            recipe=recipe,
             git=git_commit(),
             versions=versions(),
             parameters=self.num_parameters + self.tables.num_parameters,
