@@ -88,7 +88,8 @@ def read_catalogue(recipe: Recipe, users: int | None, items: int | None) -> Cata
         return Catalogue(users, items, training_items, source)
     if not (Path(recipe.data) / "dataset.json").is_file():
         raise ValueError(
-            f"{recipe.data}: no data directory there: give --users and --items, or set data to one"
+            f"{recipe.data}: no data directory there: give --users and --items, or set data in the "
+            "recipe to one"
         )
     dataset = load_dataset(recipe.data)
     sequences = dataset.sequences

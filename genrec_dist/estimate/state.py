@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from genrec_kernels.sharded_rows import BLOCK
+from genrec_kernels.row_blocks import BLOCK
 from genrec_shards.readers.documents import read_object
 
 from genrec_dist.estimate.sizes import ParameterCounts

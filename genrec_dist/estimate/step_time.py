@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from genrec_dist.data.batch import Work
-from genrec_dist.data.collate import split_packed, split_padded
 from genrec_dist.data.packing import Attended, segments_of
+from genrec_dist.data.samples.step import split_packed, split_padded
 from genrec_dist.estimate.activations import MicroBatch, activation_bytes
 from genrec_dist.estimate.flops import flops
 from genrec_dist.estimate.launches import STEP, Rectangles, launches

@@ -216,7 +216,7 @@ def test_a_step_on_this_cpu_takes_what_was_foretold_within_half(
     ("options", "message"),
     [
         ({"users": 10, "items": None}, "--users and --items belong together"),
-        ({"users": None, "items": None}, "nowhere: no data directory there: give --users and"),
+        ({"users": None, "items": None}, "or set data in the recipe to one"),
         ({"users": 0, "items": 5}, "both must be at least 1"),
         ({"memory_gib": 1.0}, "--memory 1: 1.5 GiB of it are kept free"),
         ({"memory_gib": float("nan")}, "--memory nan: it has to be GiB of one GPU, to 65,536"),
