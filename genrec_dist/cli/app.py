@@ -179,7 +179,8 @@ def plan(
         Path, typer.Option(help="Directory of zero0.json ...: their buckets count.")
     ] = Path("launch"),
     card: Annotated[
-        str | None, typer.Option(help="Its published peak gives the time, e.g. 'RTX 3090'.")
+        str | None,
+        typer.Option(help="Gives the time: 'RTX 3090' and the like; CPU: measured now."),
     ] = None,
     tflops: Annotated[
         float | None, typer.Option(help="TFLOP/s a GPU really reaches, for the time.")

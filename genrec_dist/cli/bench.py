@@ -174,6 +174,20 @@ def bench_train(data: DataOption = None, json_path: JsonOption = None) -> None:
     _show(claims, table, json_path, format_rivals(table))
 
 
+@bench.command("plan")
+def bench_plan(data: DataOption = None, json_path: JsonOption = None) -> None:
+    """Steps of three models beside what `genrec plan` foretells of them; some minutes.
+
+    Example: genrec bench plan --data data/beauty --json plan.json
+    """
+    _announce()
+    from genrec_dist.bench.plan import bench_plan as run_bench
+    from genrec_dist.bench.plan import format_plan
+
+    claims, table = run_bench(data)
+    _show(claims, table, json_path, format_plan(table["cases"]))
+
+
 def _announce() -> None:
     """A sign of life on a terminal; nothing that moves, which would take time from what is
     measured."""
