@@ -143,7 +143,7 @@ def evaluate(
         from genrec_dist.report.advice import advice
         from genrec_dist.report.run_files import read_run_files
         from genrec_dist.report.run_report import write_report
-        from genrec_dist.report.trackers import IDS, Trackers
+        from genrec_dist.tracking.trackers import IDS, Trackers
 
     trained_through = recipe.trained_through if recipe else "n-2"
     text = text or (recipe.text if recipe else "words")
@@ -215,7 +215,7 @@ def evaluate(
         out.print(format_table([metrics]))
         for line in advice(read_run_files(out_dir or run)):
             say(line)
-        page = write_report(out_dir or run)
+        page = write_report(out_dir or run, data)
         say(str(page))
         if recipe is not None and world_size() == 1 and (run / IDS).is_file():
             trackers = Trackers(recipe.tracker, run, recipe.as_dict(), say)

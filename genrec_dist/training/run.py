@@ -23,13 +23,13 @@ from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.gpu import unusable_gpu
 from genrec_dist.distributed.signals import RankGone, Stopped, speaking_last
-from genrec_dist.evaluation.results import Protocol
+from genrec_dist.evaluation.protocol import Protocol
 from genrec_dist.inference.load import load_run
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.tune_mixture import tune_mixture
 from genrec_dist.inference.validation import PROMPTS_AT_ONCE
-from genrec_dist.report.event_log import write_status
 from genrec_dist.report.run_report import write_report
+from genrec_dist.tracking.event_log import write_status
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
 from genrec_dist.training.loop import EpochReport, Loop
 from genrec_dist.training.setup import build_setup
