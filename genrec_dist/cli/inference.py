@@ -143,7 +143,7 @@ def evaluate(
         from genrec_dist.report.advice import advice
         from genrec_dist.report.run_files import read_run_files
         from genrec_dist.report.run_report import write_report
-        from genrec_dist.report.trackers import IDS, Trackers
+        from genrec_dist.tracking.trackers import IDS, Trackers
 
     trained_through = recipe.trained_through if recipe else "n-2"
     text = text or (recipe.text if recipe else "words")

@@ -14,7 +14,7 @@ from genrec_dist.config.paths import best_folder, recipe_of
 from genrec_dist.model.causal.config import PROMPT_FILE
 from genrec_dist.report.run_files import RunFiles, is_number, read_run_files
 from genrec_dist.report.run_report import PROTOCOL, headline
-from genrec_dist.report.score_tables import METRICS, NAMES
+from genrec_dist.report.score_tables import METRICS, interval_of, system_name, systems_of
 from genrec_dist.report.svg import score
 
 NOT_STATED = "not stated"
@@ -92,30 +92,25 @@ def _what(run: Path) -> str:
 def _numbers(metrics: dict[str, Any]) -> str:
     if not metrics:
         return "## Results\n\nNot evaluated yet."
-    systems = [(str(metrics.get("system", "genrec")), metrics)]
-    beside = metrics.get("beside") or {}
-    systems += [(name, row) for name, row in beside.items() if isinstance(row, dict)]
     rows = [
-        f"| {NAMES.get(name, name)} | " + " | ".join(_with_interval(row, key) for key in METRICS)
-        for name, row in systems
+        f"| {system_name(name)} | " + " | ".join(_with_interval(row, key) for key in METRICS) + " |"
+        for name, row in systems_of(metrics)
     ]
-    head = f"| system | {' | '.join(METRICS)} |\n|---|{'---|' * len(METRICS)}"
     users = f", {metrics['users']:,} users" if is_number(metrics.get("users")) else ""
-    title = f"## Results on {metrics.get('split', 'an unnamed split')}{users}"
     return (
-        f"{title}\n\n{headline(metrics)}\n\n"
-        + "\n".join([head, *(f"{row} |" for row in rows)])
+        f"## Results on {metrics.get('split', 'an unnamed split')}{users}\n\n"
+        f"{headline(metrics)}\n\n| system | {' | '.join(METRICS)} |\n"
+        f"|---|{'---|' * len(METRICS)}\n"
+        + "\n".join(rows)
         + "\n\nIn brackets: 95 % bootstrap intervals over users. All rows have the same users and "
         "the same protocol."
     )
 
 
 def _with_interval(row: dict[str, Any], key: str) -> str:
-    bounds = (row.get("ci95") or {}).get(key)
+    bounds = interval_of(row, key)
     shown = score(row[key] if is_number(row.get(key)) else None)
-    if isinstance(bounds, list) and len(bounds) == 2 and all(map(is_number, bounds)):
-        shown += f" [{score(bounds[0])}, {score(bounds[1])}]"
-    return shown
+    return f"{shown} [{score(bounds[0])}, {score(bounds[1])}]" if bounds else shown
 
 
 def _protocol(metrics: dict[str, Any]) -> str:

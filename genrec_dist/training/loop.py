@@ -35,8 +35,7 @@ from genrec_dist.inference.validation import history_loss, target_histogram
 from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.genrec import GenRecConfig, choose_packing
 from genrec_dist.model.optimizer import AveragedWeights, peak_share, swapped
-from genrec_dist.report.event_log import EventLog, write_status
-from genrec_dist.report.trackers import Trackers
+from genrec_dist.tracking.event_log import EventLog, log_of, write_status
 from genrec_dist.training.checkpoint import State, save_best
 from genrec_dist.training.checkpoint_state import Progress
 from genrec_dist.training.engine import make_engine
@@ -125,17 +124,10 @@ class Loop:
         """Open the event log and write the start event."""
         warm_start, stages = self.setup.warm_start, self.setup.stages
         plugin = self.accelerator.deepspeed_plugin
-        recipe, names = self.recipe.as_dict(), self.recipe.tracker
-        trackers = Trackers(names, self.setup.run, recipe, say) if self.ranks.is_main else None
-        self.log = EventLog(
-            self.setup.run,
-            active=self.ranks.is_main,
-            tensorboard="tensorboard" in names,
-            trackers=trackers,
-        )
+        self.log = log_of(self.recipe, self.ranks.is_main, say)
         self.log.write(
             "start",
-            recipe=recipe,
+            recipe=self.recipe.as_dict(),
             git=git_commit(),
             versions=versions(),
             parameters=self.num_parameters + self.tables.num_parameters,

@@ -28,8 +28,8 @@ from genrec_dist.inference.load import load_run
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.tune_mixture import tune_mixture
 from genrec_dist.inference.validation import PROMPTS_AT_ONCE
-from genrec_dist.report.event_log import write_status
 from genrec_dist.report.run_report import write_report
+from genrec_dist.tracking.event_log import write_status
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
 from genrec_dist.training.loop import EpochReport, Loop
 from genrec_dist.training.setup import build_setup

@@ -20,7 +20,7 @@ PACKAGES = {
 # imports from its own folder and from the floors below, never up and never sideways.
 FLOORS = (
     {"genrec_shards", "genrec_kernels", "config", "distributed"},
-    {"data", "console"},
+    {"data", "tracking", "console"},
     {"model", "evaluation"},
     {"text", "report"},
     {"decoding", "baselines", "estimate"},

@@ -268,7 +268,6 @@ def test_a_copy_keeps_no_results_and_says_what_needs_the_data(
     for command in (
         ["evaluate", PLACE, "--data", str(tiny_data)],
         ["evaluate", PLACE],
-        ["report", PLACE],
         ["recommend", PLACE, "--decode", "hybrid", "--history", "a"],
     ):
         assert run_command(command) == 1
@@ -276,9 +275,9 @@ def test_a_copy_keeps_no_results_and_says_what_needs_the_data(
     assert [line.rpartition(": ")[2][:20] for line in said] == [
         "give another directory for them (--out)"[:20],
         "give --data DIR, or, to list by the model alone"[:20],
-        "give another directory for them (--out)"[:20],
         "give --data DIR, or, to list by the model alone"[:20],
     ]
+    assert run_command(["report", str(folder)]) == 1
     assert sorted(folder.iterdir()) == before
     out = tmp_path / "results"
     assert run_command(["evaluate", PLACE, "--data", str(tiny_data), "--out", str(out)]) == 0

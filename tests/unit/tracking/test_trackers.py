@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import dump_recipe, load_recipe
-from genrec_dist.report import trackers as module
-from genrec_dist.report.trackers import IDS, Trackers, flat
+from genrec_dist.tracking import trackers as module
+from genrec_dist.tracking.trackers import IDS, Trackers, flat
 
 
 @pytest.fixture(autouse=True)

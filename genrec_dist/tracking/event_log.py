@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import scalar
 
-from genrec_dist.report.trackers import Trackers
+from genrec_dist.config.recipe import Recipe
+from genrec_dist.tracking.trackers import Trackers
 
 
 class EventLog:
@@ -73,6 +75,14 @@ class EventLog:
             self.board_file.close()
         if self.trackers is not None:
             self.trackers.finish(None, failed=True)
+
+
+def log_of(recipe: Recipe, is_main: bool, warn: Callable[[str], None]) -> EventLog:
+    """The log of a run with what its recipe names as `tracker`; `warn` as of `Trackers`. Raises
+    OSError, naming the file."""
+    run, names = Path(recipe.run), recipe.tracker
+    trackers = Trackers(names, run, recipe.as_dict(), warn) if is_main else None
+    return EventLog(run, is_main, tensorboard="tensorboard" in names, trackers=trackers)
 
 
 def write_status(run: Path, status: str, **facts: object) -> None:
