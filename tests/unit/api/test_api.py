@@ -16,8 +16,10 @@ PUBLIC = [
     "GenRecConfig",
     "GenRecForConditionalGeneration",
     "Recommender",
+    "compare",
     "evaluate",
     "load_recipe",
+    "prepare",
     "train",
 ]
 
