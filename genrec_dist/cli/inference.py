@@ -277,7 +277,7 @@ def recommend(
     with working():
         from genrec_shards.dataset import load_dataset
 
-        from genrec_dist.data.encoder_input import PromptLayout
+        from genrec_dist.data.layout import PromptLayout
         from genrec_dist.distributed.collectives import Ranks
         from genrec_dist.inference.export_lists import recommend_all
         from genrec_dist.inference.item_filter import name_some, read_ids

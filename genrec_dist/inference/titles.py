@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from genrec_shards.dataset import Dataset
 
-from genrec_dist.data.encoder_input import PromptLayout, encode_histories
+from genrec_dist.data.encoder_input import encode_histories
+from genrec_dist.data.layout import PromptLayout
 from genrec_dist.inference.item_filter import find_rows
 from genrec_dist.inference.load import LoadedRun
 from genrec_dist.inference.recommend import Recommendation, Request
