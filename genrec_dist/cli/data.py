@@ -297,7 +297,7 @@ def _directory(out_dir: str, overwrite: bool, marker: str) -> Any:
     files go there when it is complete."""
     from contextlib import nullcontext
 
-    from genrec_shards.storage.remote import is_address
+    from genrec_shards.storage.address import is_address
 
     if not is_address(out_dir) or out_dir.startswith("file:"):
         return nullcontext(out_dir)

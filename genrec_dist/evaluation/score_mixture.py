@@ -19,7 +19,7 @@ from genrec_shards.readers.documents import read_object
 from genrec_dist.config.load import section_from
 from genrec_dist.data.item_graph import MOST_RECENT, KnnSettings, knn_settings
 from genrec_dist.data.repeat_model import RepeatModel
-from genrec_dist.evaluation.metrics import as_written, metrics_from_histogram
+from genrec_dist.evaluation.metrics import METRICS, as_written, metrics_from_histogram
 
 FILE = "hybrid.json"
 TEXTS = "texts_hash"
@@ -30,7 +30,6 @@ EPSILONS = (0.1, 0.5, 0.9, 0.98, 0.995, 0.999)
 REPEAT_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 TEXT_WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.8, 1.5, 3.0)
 TEXT_EPSILONS = (0.1, 0.5, 0.9, 0.98, 0.995)
-METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,7 @@ from genrec_shards.errors import BadLines, DataError, OnError
 from genrec_shards.numbering.item_text import Descriptions, read_descriptions
 from genrec_shards.numbering.item_vectors import read_trained_vectors
 from genrec_shards.numbering.numbering import NumberingName, number
-from genrec_shards.readers.read_log import (
-    LOG_FORMATS,
-    Format,
-    LogOptions,
-    read_log,
-    source_files,
-)
+from genrec_shards.readers.read_log import LOG_FORMATS, Format, LogOptions, read_log, source_files
 from genrec_shards.readers.recognise import guess_format, read_as
 from genrec_shards.readers.text_blocks import check_readable
 from genrec_shards.sequences import read_sequences
@@ -42,7 +36,7 @@ from genrec_shards.splits import (
     TrainedThrough,
     cutoff_of,
 )
-from genrec_shards.storage.remote import is_address
+from genrec_shards.storage.address import is_address
 from genrec_shards.timestamps import moment
 
 Engine = Literal["local", "ray"]

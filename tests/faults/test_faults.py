@@ -16,7 +16,7 @@ from forked import Started
 from suite import attacks
 
 RUN = Path(__file__).with_name("run.py")
-SECONDS, LEAST = 50, 5
+SECONDS, LEAST = 20, 5
 """No attack is begun after so many seconds, those of making what is attacked among them, but for
 the first few: on a busy machine there may be no others."""
 SEED = os.environ.get("FAULTS_SEED") or str(secrets.randbelow(10**6))

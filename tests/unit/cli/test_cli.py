@@ -14,8 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pyarrow.parquet as pq
 import pytest
+from places import HELPERS
 from tiny import TINY_RECIPE
 from two_ranks import environment
 from typer.main import get_command
@@ -24,6 +26,7 @@ from genrec_dist.baselines import leak_audit
 from genrec_dist.cli.app import app, run_command
 from genrec_dist.console import exit_code_of
 
+LIMITED = HELPERS / "limited.py"
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 GOOD = "ann a b c d\nbob b c a d\ncy c d b a e\n"
 
@@ -657,7 +660,7 @@ def test_a_full_disk_while_sharding(tiny_data: Path, tmp_path: Path) -> None:
 def test_a_full_disk_while_evaluating(tiny_run: Path, tmp_path: Path) -> None:
     run = copy_of(tiny_run, tmp_path / "run")
     before = names(run)
-    done = genrec("evaluate", run, preexec_fn=limit_files(1000))
+    done = forked.run([LIMITED, "1000", "evaluate", run], environment(), timeout=120)
     assert_disk_is_full(done, run)
     assert names(run) == before
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
 from genrec_dist.estimate import advice as advice_module
+from genrec_dist.estimate.activations import activation_bytes, compute_of
 from genrec_dist.estimate.advice import advise
 from genrec_dist.estimate.forecast import (
     GIB,
@@ -25,7 +26,8 @@ from genrec_dist.estimate.forecast import (
     stage_samples,
 )
 from genrec_dist.estimate.forecast_table import as_dict, render
-from genrec_dist.estimate.memory import METHODS, activation_bytes, build_config, compute_of
+from genrec_dist.estimate.sizes import build_config
+from genrec_dist.estimate.state import METHODS
 
 BEAUTY: dict[str, Any] = {"users": 22_363, "items": 12_101}
 LAUNCH = ROOT / "launch"

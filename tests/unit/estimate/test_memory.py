@@ -20,16 +20,12 @@ from two_ranks import start_each
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import HeadLoss
+from genrec_dist.estimate.activations import Compute, MicroBatch, activation_bytes
 from genrec_dist.estimate.forecast import step_flops
-from genrec_dist.estimate.memory import (
+from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_parameters
+from genrec_dist.estimate.state import (
     METHODS,
-    Compute,
-    MicroBatch,
-    ParameterCounts,
     State,
-    activation_bytes,
-    build_config,
-    count_parameters,
     gathered_elements,
     read_settings,
     state_bytes,

@@ -11,7 +11,7 @@ import pytest
 from genrec_dist.config.load import section_from
 from genrec_dist.data.item_graph import KnnSettings
 from genrec_dist.evaluation import score_mixture as mixture
-from genrec_dist.evaluation.metrics import metrics_from_histogram
+from genrec_dist.evaluation.metrics import METRICS, metrics_from_histogram
 from genrec_dist.evaluation.score_mixture import Mixture
 
 
@@ -29,7 +29,7 @@ def test_grid_holds_each_mixture_once_and_choose_takes_the_first_best() -> None:
     assert choice.mixture == tried[7]
     assert choice.users == 13
     assert choice.validation == {
-        key: pytest.approx(metrics_from_histogram(counts[7])[key]) for key in mixture.METRICS
+        key: pytest.approx(metrics_from_histogram(counts[7])[key]) for key in METRICS
     }
 
 
