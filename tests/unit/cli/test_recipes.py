@@ -201,7 +201,10 @@ def test_a_sign_of_life_is_on_terminals_of_the_first_rank_alone() -> None:
         assert done.stdout == b"done\n"
         for end in (leader, follower):
             os.close(end)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(FORCE_COLOR="1"),
+        capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
     assert (done.stdout, done.stderr) == (b"done\n", b"")
 
 
