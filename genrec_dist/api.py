@@ -86,7 +86,8 @@ def evaluate(
     """Rank every user's items once, write metrics and lists, and return the metrics.
 
     Args:
-        run: directory of `train`.
+        run: directory of `train`, or `hf://owner/name[@revision]`, which needs `data` and
+            `out_dir`.
         split: "validation" or "test".
         data: directory of `genrec prepare`; None takes the one that the run was trained on.
         decode: the search mode, as `genrec evaluate --decode` (docs/decoding.md); None: as the
@@ -105,14 +106,17 @@ def evaluate(
     """
     from genrec_shards.dataset import load_dataset
 
+    from genrec_dist.config.hub import run_folder
     from genrec_dist.config.load import load_recipe
+    from genrec_dist.config.paths import data_of
     from genrec_dist.inference.evaluate import evaluate as run_evaluate
     from genrec_dist.inference.load import best_device, load_run
     from genrec_dist.inference.rank_users import Decoding
     from genrec_dist.inference.tune_mixture import chosen_decoding
 
-    recipe = load_recipe(Path(run) / "recipe.yaml")
-    dataset = load_dataset(data or recipe.data)
+    run = run_folder(run)
+    recipe = load_recipe(run / "recipe.yaml")
+    dataset = load_dataset(data or data_of(run))
     loaded = load_run(run, best_device() if device is None else device)
     decoding = Decoding(
         beam=beam,
