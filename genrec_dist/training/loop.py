@@ -134,8 +134,10 @@ class Loop:
         )
         self.write_status("running")
 
-    def batches(self) -> Iterator[tuple[int, RankStep]]:
-        """(global step, this rank's share of it) from the run's next step on."""
+    def batches(self, one_size: bool | None = None) -> Iterator[tuple[int, RankStep]]:
+        """(global step, this rank's share of it) from the run's next step on. `one_size`: whether
+        micro-batches have one; None: as the recipe says."""
+        one_size = wants_graph(self.recipe) if one_size is None else one_size
         config, device, workers = self.model.config, self.accelerator.device, self.recipe.workers
         of_ids = config if isinstance(config, GenRecConfig) else None
         data = StepBatches(
@@ -147,8 +149,8 @@ class Loop:
             self.ranks.size,
             ids_outside=of_ids if config.ids_outside else None,
             sums=of_ids if wants_gradient_order(device.type) else None,
-            packed=wants_graph(self.recipe) or choose_packing(self.recipe.packing, device),
-            one_size=wants_graph(self.recipe),
+            packed=one_size or choose_packing(self.recipe.packing, device),
+            one_size=one_size,
         )
         return loaded(data, range(self.progress.step, self.end_step), workers)
 
