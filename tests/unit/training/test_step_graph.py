@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from genrec_kernels import Rows, make_gradient_order
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -46,7 +47,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "tiny": ("tiny", "finetune.label_smoothing=0.1", "model.user_ids=true"),
     "best": ("best", "finetune.batch_size=12"),
     "item head": ("best", "finetune.batch_size=12", "model.item_loss=0.5", "model.id_dim=8"),
-    "masks": ("small", "pretrain.epochs=1", "pretrain.batch_size=40", "model.max_tokens=64"),
+    "masks": ("small", "pretrain.epochs=3", "pretrain.batch_size=40", "model.max_tokens=64"),
 }
 
 
@@ -59,6 +60,8 @@ class World:
     """A run's loop, and its steps with micro-batches of one size or of any."""
 
     def __init__(self, recipe: Recipe, one_size: bool):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
         self.setup, model = build_setup(recipe)
         self.loop = Loop(self.setup, model, make_accelerator(recipe))
         made = self.setup
