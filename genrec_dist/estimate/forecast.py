@@ -111,16 +111,18 @@ def forecast(
         tflops: TFLOP/s that a GPU really reaches, in place of `card`.
 
     Raises:
-        ValueError: Where sizes are missing or do not fit, or the model has a prompt.
+        ValueError: Where sizes are missing or do not fit, or the model has a prompt or
+            is a T5.
     """
     if not 1 <= gpus <= MOST_GPUS:
         raise ValueError(f"--gpus {gpus}: it has to be from 1 to {MOST_GPUS:,}")
     if not memory_gib <= MOST_GIB:  # not a number either
         raise ValueError(f"--memory {memory_gib:g}: it has to be GiB of one GPU, to {MOST_GIB:,}")
-    if recipe.prompt.template:
+    if recipe.prompt.template or recipe.model.architecture == "t5":
+        which = "prompt.template" if recipe.prompt.template else "model.architecture t5"
         raise ValueError(
-            "prompt.template: memory and time of a model with a prompt are not foretold; "
-            "`genrec train --dry-run` says its sizes"
+            f"{which}: memory and time of such a model are not foretold; `genrec train --dry-run` "
+            "says its sizes"
         )
     if memory_gib <= RESERVE_GIB:
         raise ValueError(
@@ -156,7 +158,7 @@ def forecast(
             config=config,
             counts=sizes,
             bf16=(with_precision(recipe) if card == CPU else recipe).precision != "fp32",
-            packed=choose_packing(recipe.packing, torch.device("cpu" if card == CPU else "cuda")),
+            packed=choose_packing(recipe, torch.device("cpu" if card == CPU else "cuda")),
             on_cpu=card == CPU,
             micro_batch_tokens=recipe.micro_batch_tokens,
             average=recipe.optimizer.ema_decay > 0,

@@ -90,7 +90,7 @@ class Engine(Protocol):
 
 def make_engine(model: AnyModel, recipe: Recipe, accelerator: Accelerator) -> Engine:
     """The engine of a model, on its device; under DeepSpeed it shards the model. Collective."""
-    if recipe.compile == "layers" and not choose_packing(recipe.packing, accelerator.device):
+    if recipe.compile == "layers" and not choose_packing(recipe, accelerator.device):
         raise ValueError(
             "compile layers: it concerns packed micro-batches, and on a GPU they are padded by "
             "default: set packing packed, or compile none"

@@ -21,6 +21,7 @@ from genrec_dist.data.collate import BatchOptions
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.samples.step import make_step
 from genrec_dist.distributed.signals import ignore_signals
+from genrec_dist.model.build import CodedConfig
 from genrec_dist.model.genrec import GenRecConfig
 from genrec_dist.model.network import POSITION_OFFSET
 from genrec_dist.training.id_tables import plan_ids
@@ -83,7 +84,7 @@ class StepBatches(TorchDataset[RankStep]):
         recipe: Recipe,
         rank: int,
         world: int,
-        ids_outside: GenRecConfig | None = None,
+        ids_outside: CodedConfig | None = None,
         sums: GenRecConfig | None = None,
         packed: bool = False,
         one_size: bool = False,

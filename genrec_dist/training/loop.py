@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,49 +18,35 @@ from genrec_shards.histories import sample_users
 from genrec_shards.keyed_random import mixed_key
 
 from genrec_dist.config.recipe import Stage
+from genrec_dist.console import say
 from genrec_dist.data.batch import Batch, RankStep, dummy_batch
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.signals import NotFinite, Stopped, StopRequest
+from genrec_dist.distributed.watch import RankWatch
 from genrec_dist.estimate.flops import FORMULA, FORMULA_OF_PROMPTS
 from genrec_dist.estimate.hardware import device_name, peak_of
-from genrec_dist.evaluation.metrics import metrics_from_histogram
 from genrec_dist.evaluation.provenance import git_commit, versions
 from genrec_dist.inference.rank_users import Decoding
-from genrec_dist.inference.validation import history_loss, target_histogram
+from genrec_dist.inference.validation import validation_scores
 from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.genrec import GenRecConfig, choose_packing
 from genrec_dist.model.optimizer import AveragedWeights, peak_share, swapped
-from genrec_dist.report.event_log import EventLog, write_status
-from genrec_dist.training.checkpoint import State, save_best, save_checkpoint
+from genrec_dist.tracking.event_log import EventLog, log_of, write_status
+from genrec_dist.training.checkpoint import State, save_best
 from genrec_dist.training.checkpoint_state import Progress
 from genrec_dist.training.engine import make_engine
-from genrec_dist.training.id_tables import IdTables
+from genrec_dist.training.id_tables import IdTables, with_ids_outside
 from genrec_dist.training.loader import StepBatches, loaded
 from genrec_dist.training.profiling import Meter, Trace
-from genrec_dist.training.progress import TrainingDisplay, introduction
+from genrec_dist.training.progress import EpochReport, TrainingDisplay, introduction
+from genrec_dist.training.saving.checkpoints import Checkpoints
+from genrec_dist.training.saving.writer import Saved
 from genrec_dist.training.setup import TrainingSetup
 from genrec_dist.training.stages import StageSteps, stage_of
 from genrec_dist.training.step.graph import make_graph, wants_graph
 from genrec_dist.training.step.totals import StepTotals, total
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """A finished epoch: validated, and in a checkpoint that a run can be resumed from."""
-
-    epoch: int
-    """Of the last stage, counted from 1."""
-    epochs: int
-    """Of the stage."""
-    step: int
-    """Its last global step."""
-    scores: dict[str, float]
-    """`loss`, `HR@5`, `HR@10`, `NDCG@5`, `NDCG@10` on validation."""
-    last: bool
-    """Whether training has ended, also by early stopping."""
-
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 
@@ -91,14 +77,19 @@ class Loop:
         self.stop = StopRequest()
         self.peak = peak_of(accelerator.device, self.recipe.precision)
         self.log = EventLog(setup.run, active=False)
-        self.saved_step = -1
-        """Of the checkpoint that this process has written last."""
+        self.watch = RankWatch(setup.run, self.ranks.rank, self.ranks.size, self.note_stuck)
+        self.checkpoints = Checkpoints(self.recipe, self.checked_state, self.note_saved)
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         """(step, loss, gradient norm) of the steps since `check_finite`."""
 
     def state(self) -> State:
         """What a checkpoint of now stores."""
         return State(self.engine, self.average, self.tables, self.progress, self.setup.identity)
+
+    def checked_state(self) -> State:
+        """The same, of finite losses and gradients alone; raises NotFinite."""
+        self.check_finite()
+        return self.state()
 
     @property
     def end_step(self) -> int:
@@ -114,7 +105,7 @@ class Loop:
         """Open the event log and write the start event."""
         warm_start, stages = self.setup.warm_start, self.setup.stages
         plugin = self.accelerator.deepspeed_plugin
-        self.log = EventLog(self.setup.run, active=self.ranks.is_main)
+        self.log = log_of(self.recipe, self.ranks.is_main, say)
         self.log.write(
             "start",
             recipe=self.recipe.as_dict(),
@@ -139,7 +130,6 @@ class Loop:
         micro-batches have one; None: as the recipe says."""
         one_size = wants_graph(self.recipe) if one_size is None else one_size
         config, device, workers = self.model.config, self.accelerator.device, self.recipe.workers
-        of_ids = config if isinstance(config, GenRecConfig) else None
         data = StepBatches(
             self.setup.stages,
             self.setup.reader,
@@ -147,9 +137,11 @@ class Loop:
             self.recipe,
             self.ranks.rank,
             self.ranks.size,
-            ids_outside=of_ids if config.ids_outside else None,
-            sums=of_ids if wants_gradient_order(device.type) else None,
-            packed=one_size or choose_packing(self.recipe.packing, device),
+            ids_outside=with_ids_outside(config),
+            sums=config
+            if isinstance(config, GenRecConfig) and wants_gradient_order(device.type)
+            else None,
+            packed=one_size or choose_packing(self.recipe, device),
             one_size=one_size,
         )
         return loaded(data, range(self.progress.step, self.end_step), workers)
@@ -176,16 +168,21 @@ class Loop:
         self.stop.on_first = display.say_stopping
         meter = Meter(self.model.config, device, self.peak)
         trace = Trace(self.setup.run, self.ranks.rank, trace_steps, device)
-        batches = self.batches()
-        with display, trace, contextlib.closing(batches):  # type: ignore[type-var]
+        batches, finishing = self.batches(), self.checkpoints.finishing()
+        with display, trace, contextlib.closing(batches), self.watch, finishing:  # type: ignore[type-var]
             while not self.has_ended:
                 step_started = time.monotonic()
+                self.watch.beat(self.progress.step, "waiting for a batch")
                 with meter.waiting():
                     step, share = next(batches)
+                self.watch.beat(step, "waiting for the other ranks")
                 totals = self.step_totals(share)
+                self.watch.beat(step, "computing")
+                if totals.saving_ended:
+                    self.checkpoints.finish()
+                    meter.restart()
                 if totals.stop:
-                    if self.saved_step != self.progress.step:
-                        self.save()
+                    self.checkpoints.save_last()
                     raise Stopped(totals.stop)
                 here = stage_of(stages, step)
                 epoch, at_end = here.locate(step)[0], here.ends_epoch(step)
@@ -213,6 +210,7 @@ class Loop:
                         **fields,
                     )
                     display.show(float(loss), fields)
+                self.watch.pause(step, "between steps")
                 step_ended = time.monotonic()
                 display.advance(here.name, step + 1, step_ended - step_started)
                 scores = None
@@ -223,13 +221,14 @@ class Loop:
                     meter.restart()
                 if at_end:
                     display.end_epoch(here.name, epoch, scores, time.monotonic() - step_ended)
-                if at_end or self.progress.step % self.recipe.checkpoint_every == 0:
-                    self.save()
+                due = totals.save_due or self.checkpoints.is_due_by_steps(self.progress.step)
+                if at_end or due:
+                    self.checkpoints.save()
                     meter.restart()
                 if scores is not None and on_epoch is not None and self.ranks.is_main:
                     epochs = here.stage.epochs
-                    on_epoch(EpochReport(epoch + 1, epochs, step, scores, last=self.has_ended))
-                    meter.restart()
+                    report = EpochReport(epoch + 1, epochs, step, scores, last=self.has_ended)
+                    self.checkpoints.then = functools.partial(on_epoch, report)
         self.stop.on_first = None  # what follows waits for no step
         self.check_finite()
         seconds = time.monotonic() - started
@@ -302,7 +301,13 @@ class Loop:
 
     def step_totals(self, share: RankStep) -> StepTotals:
         """The totals of a step, before it is taken. Collective."""
-        return total(share, self.stop.number, self.ranks)
+        return total(
+            share,
+            self.stop.number,
+            self.ranks,
+            saving_ended=self.checkpoints.writer.has_ended,
+            save_due=self.checkpoints.is_due_by_clock,
+        )
 
     def check_finite(self) -> None:
         """Check the steps since the last call, together, so that no step waits for a device.
@@ -329,11 +334,7 @@ class Loop:
 
     def validate(self, here: StageSteps, step: int) -> dict[str, float]:
         """Score a seeded sample of users on validation, keep the best model, and decide on early
-        stopping. Collective.
-
-        Returns:
-            `loss`, `HR@5`, `HR@10`, `NDCG@5`, `NDCG@10`.
-        """
+        stopping. Returns `loss`, `HR@5`, `HR@10`, `NDCG@5`, `NDCG@10`. Collective."""
         start, progress = time.perf_counter(), self.progress
         view = self.setup.dataset.sequences.history_and_target("validation")
         validation, users_U = self.recipe.validation, view.users
@@ -344,20 +345,17 @@ class Loop:
             self.tables.serving(model, view, users_U),
             torch.inference_mode(),
         ):
-            # Under a thousand users the loss is steady enough for a curve.
-            loss = history_loss(model, self.setup.layout, view, users_U[:1000], self.ranks)
+            # Made anew each time: a searcher holds rows of the weights, which under ZeRO-3 exist in
+            # this context alone.
+            searcher = TrieSearcher(model, self.trie, self.accelerator.device)
             decoding = Decoding(
                 beam=validation.beam,
                 mode=validation.decode,
                 exclude_history=model.config.exclude_history,
             )
-            # Made anew each time: a searcher holds rows of the weights, which under ZeRO-3 exist in
-            # this context alone.
-            searcher = TrieSearcher(model, self.trie, self.accelerator.device)
-            counts = target_histogram(
-                searcher, self.setup.layout, view, users_U, decoding, self.ranks
+            loss, metrics = validation_scores(
+                model, searcher, self.setup.layout, view, users_U, decoding, self.ranks
             )
-            metrics = metrics_from_histogram(counts)
             gained = metrics["NDCG@10"] > progress.best_ndcg
             if gained:
                 self.check_finite()
@@ -384,14 +382,16 @@ class Loop:
                 progress.stage_ended_early = self.setup.stages.index(here)
         return scores
 
-    def save(self) -> None:
-        """Write a checkpoint; its bytes are on disk before an older one is removed."""
-        self.check_finite()
-        run, keep = self.setup.run, self.recipe.keep_checkpoints
-        path = save_checkpoint(run, self.state(), keep, self.ranks)
-        self.saved_step = self.progress.step
-        self.log.write("checkpoint", step=self.progress.step, path=str(path.relative_to(run)))
+    def note_saved(self, saved: Saved) -> None:
+        """Log a checkpoint that has its name."""
+        path = str(saved.path.relative_to(self.setup.run))
+        self.log.write("checkpoint", step=saved.step, path=path, seconds=round(saved.seconds, 3))
         self.write_status("running")
+
+    def note_stuck(self, reason: str) -> None:
+        """Write into `status.json` that a rank is stuck; any rank does, since it may be rank 0."""
+        step, of = self.progress.step, self.end_step
+        write_status(self.setup.run, "failed", step=step, of=of, reason=f"Stuck: {reason}")
 
     def write_status(self, status: str, **facts: Any) -> None:
         """Write `status.json`, on rank 0."""

@@ -24,13 +24,19 @@ class StepTotals:
     """Most micro-batches that a rank has."""
     stop: int
     """Signal that any rank has received, or 0."""
+    saving_ended: bool
+    """Whether the writing of a checkpoint has ended on all ranks, well or not."""
+    save_due: bool
+    """Whether a checkpoint is to follow the step, by rank 0's clock."""
 
     @property
     def tokens_per_target(self) -> float:
         return self.target_tokens / max(self.targets, 1)
 
 
-def total(share: RankStep, stop: int, ranks: Ranks) -> StepTotals:
+def total(
+    share: RankStep, stop: int, ranks: Ranks, saving_ended: bool = True, save_due: bool = False
+) -> StepTotals:
     """The totals of a step, before it is taken: all ranks divide by the same tokens and stop at the
     same step. Collective.
 
@@ -38,6 +44,8 @@ def total(share: RankStep, stop: int, ranks: Ranks) -> StepTotals:
         share: this rank's.
         stop: signal that this rank has received, or 0.
         ranks: that take the step.
+        saving_ended: whether this rank writes no checkpoint.
+        save_due: whether a checkpoint is to follow by this rank's clock.
     """
     mine = [
         share.num_target_tokens,
@@ -47,9 +55,11 @@ def total(share: RankStep, stop: int, ranks: Ranks) -> StepTotals:
         share.samples_digest,
         len(share.micro_batches),
         stop,
+        saving_ended,
+        save_due,
     ]
-    everyone = ranks.exchange(mine)
-    tokens, targets, samples, padding, digests, micro_steps, stops = zip(*everyone, strict=True)
+    columns = zip(*ranks.exchange(mine), strict=True)
+    tokens, targets, samples, padding, digests, micro_steps, stops, ended, due = columns
     return StepTotals(
         target_tokens=sum(tokens),
         targets=sum(targets),
@@ -58,4 +68,6 @@ def total(share: RankStep, stop: int, ranks: Ranks) -> StepTotals:
         samples_digest=f"{sum(digests) % 2**64:016x}",
         micro_steps=max(micro_steps),
         stop=signal.SIGTERM if signal.SIGTERM in stops else max(stops),
+        saving_ended=all(ended),
+        save_due=bool(due[0]),
     )

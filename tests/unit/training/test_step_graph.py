@@ -121,7 +121,7 @@ def test_every_step_launches_the_same_operators_and_reads_no_value(
 ) -> None:
     """What a graph that was captured once would replay."""
     # Ids on a CPU are read to be checked.
-    monkeypatch.setattr("genrec_dist.model.genrec.check_ranges", lambda encoder, config: None)
+    monkeypatch.setattr("genrec_dist.model.seq2seq.base.check_ranges", lambda encoder, config: None)
     dropouts = ("model.dropout=0.1", "model.embedding_dropout=0.1", "model.attention_dropout=0.1")
     recipe = recipe_of(case, tiny_data, f"precision={precision}", *dropouts)
     world = World(recipe, one_size=True)
