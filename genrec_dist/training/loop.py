@@ -20,6 +20,7 @@ from genrec_shards.keyed_random import mixed_key
 from genrec_dist.config.recipe import Stage
 from genrec_dist.console import say
 from genrec_dist.data.batch import Batch, RankStep, dummy_batch
+from genrec_dist.data.collate import padding_worth_a_batch
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.distributed.collectives import Ranks
@@ -46,9 +47,7 @@ from genrec_dist.training.saving.writer import Saved
 from genrec_dist.training.setup import TrainingSetup
 from genrec_dist.training.stages import StageSteps, stage_of
 from genrec_dist.training.step.graph import make_graph, wants_graph
-from genrec_dist.training.step.totals import StepTotals, total
-
-Pair = tuple[torch.Tensor, torch.Tensor]
+from genrec_dist.training.step.totals import Pair, StepTotals, total
 
 
 class Loop:
@@ -143,6 +142,7 @@ class Loop:
             else None,
             packed=one_size or choose_packing(self.recipe, device),
             one_size=one_size,
+            most_padding=padding_worth_a_batch(device.type, config.d_model),
         )
         return loaded(data, range(self.progress.step, self.end_step), workers)
 
@@ -268,11 +268,10 @@ class Loop:
         micro_batches = self.micro_batches(share, totals)
         self.tables.attach(self.model, share)
         loss = torch.zeros((), device=self.accelerator.device)
-        tokens_per_target = totals.tokens_per_target
         for number, batch in enumerate(micro_batches):
-            there = batch.to(self.accelerator.device)
+            there = batch.to(loss.device)
             with self.engine.micro_step(last=number == len(micro_batches) - 1):
-                summed = self.engine.loss(there, stage.label_smoothing, tokens_per_target)
+                summed = self.engine.loss(there, stage.label_smoothing, totals.tokens_per_target)
                 # Divided by the tokens of the step, not of the micro-batch: the gradient does not
                 # depend on how the step is cut.
                 term = summed / max(totals.target_tokens, 1)

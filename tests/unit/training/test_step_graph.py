@@ -199,6 +199,7 @@ def test_a_fixed_gradient_order_has_the_sizes_of_its_places_alone() -> None:
     ("change", "message"),
     [
         ("optimizer.id_tables=row-adagrad", "row-adagrad: .* set dense, or step_graph off"),
+        ("model.architecture=t5 model.positions=from-start", "model.architecture t5: .*: set bart"),
         ("precision=fp16", "precision fp16: its loss scale is read on the host: set bf16"),
         ("packing=padded", "packing padded: .*: set packed"),
         ("head=chunked", "head chunked: .*: set full"),
@@ -210,7 +211,7 @@ def test_a_fixed_gradient_order_has_the_sizes_of_its_places_alone() -> None:
 )
 def test_what_cannot_be_captured_is_refused_by_name(change: str, message: str) -> None:
     with pytest.raises(ValueError, match=f"step_graph on: .*{message}"):
-        load_recipe("tiny", ["step_graph=on", "precision=bf16", change])
+        load_recipe("tiny", ["step_graph=on", "precision=bf16", *change.split()])
 
 
 def test_a_run_without_a_gpu_refuses_and_auto_is_off(tiny_data: Path) -> None:
