@@ -98,6 +98,21 @@ def test_a_training_that_will_end_with_an_unknown_source_does_not_begin(
     assert not (tiny_recipe.parent / "run" / "events.jsonl").exists()
 
 
+def test_what_all_texts_share_is_taken_off(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an encoder, here one that needs no package, whose vectors have a large part in common."""
+    found = np.random.default_rng(0).normal(size=(7, 5)).astype(np.float32)
+    monkeypatch.setattr("genrec_dist.text.vectors._encode", lambda texts, _: found + 100)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "modules.json").write_text("[]")
+    vectors = item_vectors(dataset, str(tmp_path / "model"))
+    centred = found - found.mean(0)
+    expected = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    np.testing.assert_allclose(vectors[[0, 1, 2, 3, 5, 6, 7]], expected, atol=1e-4)
+    assert not vectors[4].any()
+
+
 def test_wordllama_brings_words_of_like_meaning_together(tmp_path: Path) -> None:
     pytest.importorskip("wordllama", reason="extra `text` is not installed")
     texts = [
