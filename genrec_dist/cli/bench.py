@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from genrec_dist.cli.options import DataOption as RunDataOption
-from genrec_dist.cli.options import RunArgument, data_of
+from genrec_dist.cli.options import RunArgument
+from genrec_dist.config.paths import data_of
 
 if TYPE_CHECKING:
     from genrec_dist.bench.measure import Claim
@@ -171,6 +172,20 @@ def bench_train(data: DataOption = None, json_path: JsonOption = None) -> None:
 
     claims, table = run_bench(data)
     _show(claims, table, json_path, format_rivals(table))
+
+
+@bench.command("plan")
+def bench_plan(data: DataOption = None, json_path: JsonOption = None) -> None:
+    """Steps of three models beside what `genrec plan` foretells of them; some minutes.
+
+    Example: genrec bench plan --data data/beauty --json plan.json
+    """
+    _announce()
+    from genrec_dist.bench.plan import bench_plan as run_bench
+    from genrec_dist.bench.plan import format_plan
+
+    claims, table = run_bench(data)
+    _show(claims, table, json_path, format_plan(table["cases"]))
 
 
 def _announce() -> None:

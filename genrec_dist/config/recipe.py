@@ -13,8 +13,12 @@ EncoderUnit = Literal["subword", "item"]
 """What an encoder position stands for: see `Model.encoder_unit`."""
 
 
+TrackerName = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+"""Where a run's numbers go beside its own files: see `Recipe.tracker`."""
+
 _PATHS = ("data", "run", "shards")
-_PACE = ("workers", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_tokens")
+_SAVING = ("checkpoint_minutes", "checkpoint_every", "keep_checkpoints")
+_PACE = ("workers", "log_every", "micro_batch_tokens", *_SAVING)
 AUTO = "auto"
 AUTO_KEYS = {
     "tokens.vocab_size": 1024,
@@ -25,7 +29,7 @@ AUTO_KEYS = {
 }
 """Keys whose value may be `auto`, chosen from the data (`data.fit_recipe`), and what stands in its
 place until then."""
-MOVES_NO_GRADIENT = (*_PATHS, *_PACE, "decode", "text")
+MOVES_NO_GRADIENT = (*_PATHS, *_PACE, "decode", "text", "tracker")
 """Keys of a recipe that say where files are and how work is divided: runs that differ in these
 alone have the same recipe."""
 
@@ -291,6 +295,10 @@ class Recipe:
     compile: Literal["none", "layers"] = "none"
     """layers: torch.compile of each layer around its attention, for packed micro-batches. It takes
     a minute at the start; the gain is in docs/speed.md."""
+    step_graph: Literal["auto", "on", "off"] = "auto"
+    """on: on one GPU a step is captured as CUDA graphs over packed micro-batches of one size, so
+    that the host launches two things in place of a thousand (decision 0017); what cannot be
+    captured is refused by name. auto: off, until a GPU has shown it."""
     activation_checkpointing: bool = False
     """Keep only the input of each layer and compute the rest again in the backward pass: a third
     more operations for a fraction of the memory."""
@@ -303,10 +311,16 @@ class Recipe:
     """Processes per rank that prepare batches ahead; 0 prepares them in the training process."""
     log_every: int = 10
     """Steps between two `step` events."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints; one is also written at the end of each epoch."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between two checkpoints; 0: time brings none. One is also written at the end of each
+    epoch. They are written while the training goes on."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints, besides; 0: none by steps."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay; older ones are deleted."""
+    tracker: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where the run's numbers go beside events.jsonl: one, or a list of several. A tracker that
+    fails is given up with one warning, and the run goes on (docs/track.md)."""
     model: Model = field(default_factory=Model)
     tokens: Tokens = field(default_factory=Tokens)
     prompt: Prompt = field(default_factory=Prompt)

@@ -93,4 +93,6 @@ def _unused(get: Get) -> set[str]:
         unused |= {"model.embedding_dropout", "model.id_dim", "optimizer.id_tables"}
     if get("optimizer.id_tables") != "row-adagrad":
         unused.add("optimizer.id_learning_rate")
+    if get("step_graph") != "on":
+        unused.add("step_graph")
     return unused

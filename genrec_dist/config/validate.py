@@ -30,8 +30,8 @@ _PROBABILITY: Rule = ("above 0 and at most 1", lambda value: 0 < value <= 1)
 # By section ("" is the recipe itself): keys, and the rule for all of them.
 _RULES: dict[str, tuple[tuple[str, Rule], ...]] = {
     "": (
-        ("micro_batch_tokens log_every checkpoint_every keep_checkpoints", _AT_LEAST_1),
-        ("workers", _NOT_NEGATIVE),
+        ("micro_batch_tokens log_every keep_checkpoints", _AT_LEAST_1),
+        ("workers checkpoint_minutes checkpoint_every", _NOT_NEGATIVE),
     ),
     "model": (
         ("d_model heads", _WIDTH),
@@ -144,9 +144,51 @@ def _contradiction(recipe: Recipe) -> str:
             f"model.init_items {model.init_items}: tables outside the model begin at random: set "
             "optimizer.id_tables dense"
         )
+    if "none" in recipe.tracker and len(recipe.tracker) > 1:
+        return f"tracker {', '.join(recipe.tracker)}: none stands alone: leave out one or the other"
+    if recipe.step_graph == "on" and (problem := _graph_problem(recipe)):
+        return f"step_graph on: {problem}, or step_graph off"
     if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
         return "pretrain.epochs and finetune.epochs are both 0: nothing to train"
     return ""
+
+
+MOST_MASKED = 4096
+"""Tokens of a captured micro-batch up to which attention may go by one mask over all pairs."""
+
+
+def _graph_problem(recipe: Recipe) -> str:
+    """What of a recipe cannot be captured as a CUDA graph, with the way out but for `off`."""
+    model, tokens = recipe.model, recipe.micro_batch_tokens
+    masked = recipe.precision == "fp32" or model.encoder_attention == "causal"
+    masked |= model.attention_dropout > 0
+    found = {
+        "prompt.template: a prompted model orders its tokens on the host: leave it out": bool(
+            recipe.prompt.template
+        ),
+        "optimizer.id_tables row-adagrad: a step has as many rows as it touches: set dense": (
+            recipe.optimizer.id_tables != "dense"
+        ),
+        "precision fp16: its loss scale is read on the host: set bf16": recipe.precision == "fp16",
+        "packing padded: its shapes differ from step to step: set packed": (
+            recipe.packing == "padded"
+        ),
+        f"head {recipe.head}: it passes over labels alone, which differ in number: set full": (
+            recipe.head not in ("auto", "full")
+        ),
+        "compile layers: set none": recipe.compile != "none",
+        "activation_checkpointing: it reads the generator's state on the host: set false": (
+            recipe.activation_checkpointing
+        ),
+        "model.encoder_unit item: its sub-words differ in number: set subword": (
+            model.encoder_unit == "item"
+        ),
+        f"micro_batch_tokens {tokens:,}: in fp32, behind a causal encoder and with attention "
+        f"dropout attention goes by one mask over all pairs: set {MOST_MASKED:,} or less": (
+            masked and tokens > MOST_MASKED
+        ),
+    }
+    return next((text for text, is_there in found.items() if is_there), "")
 
 
 HISTORY = "{history}"

@@ -26,6 +26,7 @@ from genrec_dist.model.causal.config import PromptedConfig
 from genrec_dist.model.causal.kinds import AnyConfig, AnyModel
 from genrec_dist.model.network import FetchedRows
 from genrec_dist.model.seq2seq.base import EncoderDecoder
+from genrec_dist.training.saving.tensor_file import TensorFile
 
 Kind = Literal["user", "item"]
 
@@ -157,9 +158,9 @@ class IdTables:
         complete.generation_config = model.generation_config
         return complete.eval()
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write this rank's rows into a checkpoint's folder; returns the files."""
-        return [table.save(folder, f"ids-{kind}") for kind, table in self.tables.items()]
+    def files(self) -> list[TensorFile]:
+        """What this rank stores of them in a checkpoint."""
+        return [TensorFile(*table.contents(f"ids-{kind}")) for kind, table in self.tables.items()]
 
     def load(self, folder: Path) -> None:
         """Read this rank's rows from a checkpoint of any number of ranks.

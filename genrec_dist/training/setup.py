@@ -203,6 +203,7 @@ _MAY_CHANGE = (
     "init_from",
     "head",
     "packing",
+    "step_graph",
     "activation_checkpointing",
     "deterministic",
 )
