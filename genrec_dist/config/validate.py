@@ -166,6 +166,9 @@ def _graph_problem(recipe: Recipe) -> str:
         "prompt.template: a prompted model orders its tokens on the host: leave it out": bool(
             recipe.prompt.template
         ),
+        "model.architecture t5: its micro-batches are padded: set bart": (
+            model.architecture == "t5"
+        ),
         "optimizer.id_tables row-adagrad: a step has as many rows as it touches: set dense": (
             recipe.optimizer.id_tables != "dense"
         ),
