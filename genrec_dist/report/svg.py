@@ -9,7 +9,7 @@ from html import escape
 WIDTH, HEIGHT = 480, 270
 LEFT, RIGHT, TOP, BOTTOM = 58, 16, 14, 46
 MOST_POINTS = 600
-ROOM_FOR_NAME = 21
+ROOM_FOR_NAME = 17
 """Letters of a name beside a dot chart."""
 
 Scale = Callable[[float], float]

@@ -135,7 +135,7 @@ def test_differences_have_an_axis_with_zero_inside() -> None:
 
 def test_a_long_name_ends_as_it_ends(made: Path) -> None:
     page = Page(dot_chart("t", [Dot("a" * 40 + "/seed-7", 0.1)]))
-    assert "…" + "a" * 13 + "/seed-7 " in page.text + " "
+    assert "…" + "a" * 9 + "/seed-7 " in page.text + " "
 
 
 def test_what_cannot_be_compared_leaves_no_page(
