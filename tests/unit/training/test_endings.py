@@ -24,7 +24,7 @@ from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.signals import NotFinite, Stopped
-from genrec_dist.report.event_log import EventLog, write_status
+from genrec_dist.tracking.event_log import EventLog, write_status
 from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints
 from genrec_dist.training.loop import EpochReport, Loop
 from genrec_dist.training.run import train
