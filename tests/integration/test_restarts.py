@@ -20,7 +20,7 @@ from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.watch import RankWatch, stuck_ranks
 from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints
 
-SETS = ["checkpoint_every=2", "workers=1", "finetune.epochs=12", "finetune.batch_size=20"]
+SETS = ["checkpoint_every=2", "workers=1", "finetune.epochs=6", "finetune.batch_size=20"]
 
 
 def write(run: Path, *ranks: tuple[int, str]) -> None:

@@ -49,7 +49,7 @@ def total(
         share: this rank's.
         stop: signal that this rank has received, or 0.
         ranks: that take the step.
-        saving_ended: whether this rank writes no checkpoint.
+        saving_ended: whether the writing of this rank's checkpoint has ended, well or not.
         save_due: whether a checkpoint is to follow by this rank's clock.
     """
     mine = [
