@@ -92,7 +92,12 @@ def train(
             "(docs/refresh.md).",
         ),
     ] = None,
-    resume: Annotated[str | None, typer.Option(help="latest, or a checkpoint directory.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="latest, a checkpoint directory, or auto: the latest where the run has begun."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
     ] = False,
@@ -118,6 +123,8 @@ def train(
     from genrec_dist.config.paths import check_paths, check_run_is_new
 
     check_paths(resolved)
+    if resume == "auto":  # a launcher that starts the ranks again gives them the same command
+        resume = "latest" if (Path(resolved.run) / "events.jsonl").is_file() else None
     # A run that another process trains is not to be continued: its lock tells who that is.
     if resume is None and not dry_run and not (Path(resolved.run) / LOCK_FILE).exists():
         check_run_is_new(Path(resolved.run))
@@ -172,7 +179,8 @@ def plan(
         Path, typer.Option(help="Directory of zero0.json ...: their buckets count.")
     ] = Path("launch"),
     card: Annotated[
-        str | None, typer.Option(help="Its published peak gives the time, e.g. 'RTX 3090'.")
+        str | None,
+        typer.Option(help="Gives the time: 'RTX 3090' and the like; CPU: measured now."),
     ] = None,
     tflops: Annotated[
         float | None, typer.Option(help="TFLOP/s a GPU really reaches, for the time.")

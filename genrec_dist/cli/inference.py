@@ -251,7 +251,8 @@ def recommend(
         bool,
         typer.Option(
             "--titles",
-            help="Lists for a person, with the titles of `prepare --items`, for JSON lines.",
+            help="Lists for a person, with the titles of `prepare --items`, for JSON lines; of a "
+            "model that reads titles also the end of the prompt.",
         ),
     ] = False,
     data: DataOption = None,
@@ -280,6 +281,7 @@ def recommend(
     with working():
         from genrec_shards.dataset import load_dataset
 
+        from genrec_dist.data.encoder_input import PromptLayout
         from genrec_dist.distributed.collectives import Ranks
         from genrec_dist.inference.export_lists import recommend_all
         from genrec_dist.inference.item_filter import name_some, read_ids
@@ -329,7 +331,11 @@ def recommend(
         else:
             assert user is not None
             requests = [user_request(load_dataset(data or data_of(run)), recommender.run, user)]
-        named = Titles(load_dataset(data or data_of(run))) if titles else None
+        named = None
+        if titles and isinstance(recommender.run.layout, PromptLayout):
+            named = Titles.of_prompts(recommender.run)
+        elif titles:
+            named = Titles.of_data(load_dataset(data or data_of(run)))
         for request, answer in zip(requests, recommender.answers(requests, k=top), strict=True):
             if answer.unknown_items:
                 unknown = ", ".join(answer.unknown_items)

@@ -217,6 +217,8 @@ def with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
             del stage["windows"]
     if not renamed["prompt"]["template"]:  # as before the sections existed
         del renamed["prompt"], renamed["lora"]
+    if renamed["model"]["architecture"] == "bart":
+        renamed["model"] = {k: v for k, v in renamed["model"].items() if k != "architecture"}
     return renamed
 
 

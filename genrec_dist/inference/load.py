@@ -40,7 +40,7 @@ from genrec_dist.model.weights import WEIGHTS, read_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from genrec_dist.model.genrec import GenRecConfig
+    from genrec_dist.model.build import CodedConfig
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class LoadedRun:
     path: Path
     model: Any
     """A `GenRecForConditionalGeneration`; where it is loaded for decoding alone, a `LightGenRec`
-    with the same weights. Or a `PromptedModel`."""
+    with the same weights. Or a T5 with ids, or a `PromptedModel`."""
     tokenizer: WordTokenizer
     words: WordTable
     layout: Layout
@@ -94,7 +94,7 @@ def forced_of(words: WordTable, certain_tokens: str) -> ForcedTokens | None:
     return ForcedTokens(tokens, ends)
 
 
-def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
+def make_layout(words: WordTable, config: CodedConfig) -> Layout:
     """The encoder's input as this model was built to read it.
 
     Raises:
@@ -231,7 +231,7 @@ def _read_table(best: Path, name: str, columns: list[str]) -> dict[str, list[str
 
 
 def _coded_layout(
-    best: Path, config: GenRecConfig, tokenizer: WordTokenizer, catalogue: Catalogue
+    best: Path, config: CodedConfig, tokenizer: WordTokenizer, catalogue: Catalogue
 ) -> tuple[Layout, ItemTexts]:
     words = build_words(tokenizer, catalogue.item_codes, catalogue.user_codes, config.num_masks)
     if config.spoken_tokens:
@@ -273,15 +273,16 @@ def _whole_parts(best: Path) -> tuple[Any, WordTokenizer]:
     """Model and tokenizer as transformers' classes."""
     from transformers import PreTrainedTokenizerFast
 
-    from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
+    from genrec_dist.model.build import CLASSES
 
-    read_model_config(best)  # its messages name the file
+    fields = read_model_config(best)  # its messages name the file
+    config_class, model_class = CLASSES[fields.get("model_type", "genrec")]
     # Not the model's `from_pretrained`: that fills missing weights with random ones, and reads
     # other files where there is no model.safetensors. The attention is ours to choose: transformers
     # would fetch a kernel that a configuration names.
-    config = GenRecConfig.from_pretrained(best, attn_implementation="sdpa")
+    config = config_class.from_pretrained(best, attn_implementation="sdpa")
     with torch.device("meta"), WithoutInit():
-        model = GenRecForConditionalGeneration(config)
+        model = model_class(config)
     expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     model.load_state_dict(read_weights(best / WEIGHTS, expected), strict=False, assign=True)
     model.tie_weights()

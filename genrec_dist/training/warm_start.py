@@ -25,6 +25,7 @@ from genrec_dist.decoding.trie import TRIE_FILE
 from genrec_dist.inference.load import LoadedRun, load_model
 from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
+from genrec_dist.model.seq2seq.t5 import GenRecT5ForConditionalGeneration
 from genrec_dist.training.id_tables import Kind
 
 
@@ -84,6 +85,8 @@ def open_origin(path: str) -> Origin:
     recipe = recipe_of(folder if is_pushed(folder) else folder.parent)
     trained_through = recipe.trained_through if recipe else None
     best = load_model(folder)
+    if isinstance(best.model, GenRecT5ForConditionalGeneration):
+        raise ValueError(f"init_from {path}: a T5, from which no run can start: set it to null")
     if not isinstance(best.model, GenRecForConditionalGeneration):
         raise ValueError(
             f"init_from {path}: a model that reads titles; set model.backbone to "

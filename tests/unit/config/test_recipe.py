@@ -118,7 +118,7 @@ pretrain.epochs=-1 finetune.batch_size=0 finetune.learning_rate=0 pretrain.learn
 finetune.learning_rate=.inf pretrain.warmup_fraction=1.1 pretrain.mask.p=0 finetune.mask.k=0
 finetune.label_smoothing=1 model.heads=0 model.d_model=0 model.dropout=1 model.init_std=0
 model.embedding_dropout=-.1 model.max_tokens=15 model.encoder_layers=0 micro_batch_tokens=100
-workers=-1 keep_checkpoints=0 checkpoint_every=0 log_every=0 validation.users=-1 validation.beam=0
+workers=-1 keep_checkpoints=0 checkpoint_every=-1 checkpoint_minutes=-1 log_every=0 validation.users=-1 validation.beam=0
 validation.every_epochs=0 validation.patience=-1 optimizer.ema_decay=1 optimizer.eps=0
 model.d_model=1000000000 model.ffn=1000000000000
 model.encoder_layers=1000000 model.decoder_layers=1000000 model.heads=1000000000
