@@ -89,6 +89,15 @@ def test_commands_answer_from_a_run(
     assert run_command(["compare", str(copy), str(other), "--split", "test"]) == 0
 
 
+def test_what_a_push_uploads_lists_the_same_titles(run: Path, tmp_path: Path) -> None:
+    write_public_files(run, tmp_path)
+    ours, copy = Recommender.load(run), Recommender.load(tmp_path)
+    history = ours.run.catalogue.item_ids[:7]
+    assert copy.recommend([history])[0] == ours.recommend([history])[0]
+    names = {path.suffix for path in tmp_path.iterdir()}
+    assert names == {".json", ".safetensors", ".yaml"}
+
+
 def test_titles_come_with_the_end_of_the_prompt_as_the_model_read_it(
     run: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,15 +145,6 @@ LORA = ("lora.rank=4", "lora.dropout=0.1")
 
 
 @pytest.mark.parametrize("sets", [(), LORA], ids=["all weights", "adapters"])
-def test_what_a_push_uploads_lists_the_same_titles(run: Path, tmp_path: Path) -> None:
-    write_public_files(run, tmp_path)
-    ours, copy = Recommender.load(run), Recommender.load(tmp_path)
-    history = ours.run.catalogue.item_ids[:7]
-    assert copy.recommend([history])[0] == ours.recommend([history])[0]
-    names = {path.suffix for path in tmp_path.iterdir()}
-    assert names == {".json", ".safetensors", ".yaml"}
-
-
 def test_a_resumed_run_is_the_same_to_the_bit(
     run: Path, data: Path, tmp_path: Path, sets: tuple[str, ...]
 ) -> None:
