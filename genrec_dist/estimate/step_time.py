@@ -76,6 +76,8 @@ class Cost:
 
     flops: float
     bytes: float
+    """Of activations."""
+    weight_bytes: float
     launches: int
 
 
@@ -119,7 +121,7 @@ def step_time(
         for each in step:
             taken = {
                 "arithmetic": each.flops / rates.flops,
-                "memory": each.bytes / rates.bandwidth,
+                "memory": each.bytes / rates.bandwidth + each.weight_bytes / rates.memory_bandwidth,
                 "host": each.launches * rates.launch_seconds,
             }
             # A CPU is its own host.
@@ -187,11 +189,13 @@ def cost(setup: StepSetup, lengths_B: np.ndarray, rows: Rows) -> Cost:
     kept = activation_bytes(
         config, setup.counts, batch, "autocast" if setup.bf16 else "fp32", head=head
     )
-    weights = 3 * setup.counts.dense * 4
+    # Weights are read twice and their gradients written; a cast is also made.
+    casts = 2 * setup.counts.matmul if setup.bf16 else 0
     logits = work.labels * (config.spoken_tokens or config.vocab_size) * LOGIT_BYTES
     return Cost(
         flops=flops(config, work),
-        bytes=PASSES * kept.saved + weights + logits,
+        bytes=PASSES * (kept.saved - casts) + logits,
+        weight_bytes=12 * setup.counts.dense + 3 * casts,
         launches=sum(
             launches(config, setup.bf16, rectangles(setup, lengths_B, rows), rows.shares_memory)
         ),

@@ -169,17 +169,17 @@ def test_time_is_estimated_only_from_a_stated_speed() -> None:
     assert 1 < given.epoch_seconds / (flops / 2e13) < 2.2
     assert given.total_seconds == pytest.approx(25 * given.epoch_seconds)
     assert given.step.bound == "arithmetic"
-    small = plan_of(card="H200").duration["finetune"]
+    small = plan_of("paper-base", "precision=bf16", card="H200").duration["finetune"]
     assert "assumed" in small.assumption
     assert small.step.bound == "host"
-    assert small.step.seconds > 10 * small.step.parts["arithmetic"]
+    assert small.step.seconds > 3 * small.step.parts["arithmetic"]
 
 
 def test_a_large_step_is_bound_by_its_products_and_a_small_one_by_the_host() -> None:
     sets = ("finetune.batch_size=2048", "micro_batch_tokens=65536", "precision=bf16")
     large = plan_of("paper-base", *sets, card="RTX 3090").duration["finetune"].step
     assert large.bound in ("arithmetic", "memory")
-    small = plan_of("paper-base", "precision=bf16", card="RTX 3090").duration["finetune"].step
+    small = plan_of("paper-base", "precision=bf16", card="H200").duration["finetune"].step
     assert small.bound == "host"
     # As many launches for sixteen samples as for two thousand.
     assert small.launches == pytest.approx(large.launches / large.micro_batches, rel=0.05)

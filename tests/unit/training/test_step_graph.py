@@ -107,10 +107,11 @@ class Launches(TorchDispatchMode):
         values = [
             (tuple(leaf.shape), leaf.stride(), leaf.dtype)
             if isinstance(leaf, torch.Tensor)
-            else leaf
+            else str(leaf)
             for leaf in leaves
         ]
-        self.seen.append((func.overloadpacket.__name__, *values))
+        if func.namespace != "profiler":
+            self.seen.append((func.overloadpacket.__name__, *values))
         return out
 
 
