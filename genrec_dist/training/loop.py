@@ -182,6 +182,7 @@ class Loop:
                     self.checkpoints.finish()
                     meter.restart()
                 if totals.stop:
+                    self.watch.pause(step, "saving")
                     self.checkpoints.save_last()
                     raise Stopped(totals.stop)
                 here = stage_of(stages, step)
