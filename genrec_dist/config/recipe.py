@@ -92,6 +92,13 @@ class Model:
     """Initial values of the items' rows. cooccurrence: directions that items share with their
     neighbours in the training parts (t_1..t_{n-2} whatever `trained_through`), as long as random
     ones; in the rows of their tokens where each item is one token, else in the item id table."""
+    item_text: Literal["none", "add", "init"] = "none"
+    """What the items' texts do to the rows of their tokens, where each item is one token. add: a
+    learned projection of the text's vector is added, in the input and in the output; it is the
+    whole row of an item that the training parts do not hold, which is in no loss. init: the rows
+    begin so, and texts then play no part. The saved model has the sums and needs no texts."""
+    item_text_source: str = "factors"
+    """The vectors: `factors`, `wordllama` or a directory, as under `text`."""
 
 
 @dataclass(frozen=True)

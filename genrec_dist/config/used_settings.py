@@ -25,6 +25,8 @@ _ENCODER_DECODER = (
     "positions",
     "scale_embedding",
     "init_items",
+    "item_text",
+    "item_text_source",
 )
 """Keys of `model` that a model with a prompt does not have."""
 
@@ -84,6 +86,8 @@ def _unused(get: Get) -> set[str]:
         unused |= set() if get("lora.rank") else {"lora"}
     else:
         unused |= {"prompt", "lora"}
+    if get("model.item_text") in (None, "none"):
+        unused.add("model.item_text_source")
     if get("model.backbone"):
         unused |= {f"model.{key}" for key in _SHAPE}
     if get("model.backbone") or get("tokens.tokenizer"):

@@ -144,6 +144,16 @@ def _contradiction(recipe: Recipe) -> str:
             f"model.init_items {model.init_items}: tables outside the model begin at random: set "
             "optimizer.id_tables dense"
         )
+    if model.item_text != "none" and model.item_text_source == "words":
+        return (
+            "model.item_text_source words: each word would be a dimension: set factors, their "
+            "largest ones"
+        )
+    if model.item_text != "none" and recipe.init_from is not None:
+        return (
+            f"model.item_text {model.item_text}: init_from takes the rows of its model, which may "
+            "have texts in them: set item_text none"
+        )
     if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
         return "pretrain.epochs and finetune.epochs are both 0: nothing to train"
     return ""
@@ -169,6 +179,7 @@ def _prompt_problem(recipe: Recipe) -> str:
         "model.item_loss": model.item_loss > 0,
         "model.decoder_start": model.decoder_start != "mask",
         "model.init_items": model.init_items != "random",
+        "model.item_text": model.item_text != "none",
         "model.encoder_unit": model.encoder_unit != "subword",
         "model.positions": model.positions != "from-start",
         "tokens.trim": recipe.tokens.trim,

@@ -26,6 +26,7 @@ from genrec_dist.data.batch import ItemTargets, ModelInputs, SampleRows
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.model.dropout import drop
 from genrec_dist.model.head_loss import head_loss, resolve_head
+from genrec_dist.model.item_text import ItemText, texts_added
 from genrec_dist.model.network import (
     IdProjection,
     Network,
@@ -116,6 +117,7 @@ class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
         super().__init__(config)
         self.user_embedding, self.user_projection = id_table(config, config.num_users)
         self.item_embedding, self.item_projection = id_table(config, config.num_items)
+        self.item_text: ItemText | None = None  # while it is trained; never in what is saved
         if config.spoken_tokens:
             # Hugging Face's `generate` adds this to the logits.
             self.final_logits_bias[:, config.spoken_tokens :] = float("-inf")
@@ -267,7 +269,8 @@ class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
             others.setdefault("encoder_row", torch.arange(len(labels), device=labels.device))
             inputs = ModelInputs(encoder=encoder, labels=labels, **others)
         if inputs is not None:
-            return self._loss(inputs, label_smoothing, tokens_per_target)
+            with texts_added(self):
+                return self._loss(inputs, label_smoothing, tokens_per_target)
         if self.config.decoder_start == "state":
             raise ValueError(
                 "Hugging Face's decoding gives the decoder no state to start from: "

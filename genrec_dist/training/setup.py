@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.histories import training_counts
 from genrec_shards.keyed_random import mixed_key
 from genrec_shards.numbering.cooccurrence import neighbour_vectors
 from genrec_shards.storage.reader import ShardReader
@@ -38,7 +39,8 @@ from genrec_dist.model.causal.lora import hash_of_frozen
 from genrec_dist.model.genrec import GenRecConfig
 from genrec_dist.model.head_loss import target_loss
 from genrec_dist.model.item_init import MOST_FACTORS, init_item_rows
-from genrec_dist.text.vectors import check_source
+from genrec_dist.model.item_text import add_texts, begin_with_texts, texts_in_table
+from genrec_dist.text.vectors import check_source, item_vectors
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.stages import StageSteps, plan_stages
@@ -174,6 +176,7 @@ def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
     if recipe.tokens.trim:
         words = trim(words, tokenizer.pad_token_id)
     torch.manual_seed(mixed_key(recipe.seed, 0x1217) >> 1)
+    identity = {"origin": FRESH if origin is None else origin.weights_hash}
     warm_start = None
     if origin is not None:
         model, warm_start = warm_start_model(origin, recipe, dataset, words, vocab_size, special)
@@ -190,12 +193,21 @@ def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
                 vocabulary=words.vocabulary,
             ),
         )
+        known_N = None
         if recipe.model.init_items == "cooccurrence":
             num_factors = min(recipe.model.d_model, MOST_FACTORS)
             vectors_NF = neighbour_vectors(dataset.sequences, num_factors, recipe.seed)
             init_item_rows(model, vectors_NF, words)
+            known_N = vectors_NF.any(1)
+        if recipe.model.item_text != "none":
+            text_NF = item_vectors(dataset, recipe.model.item_text_source)
+            trained_N = training_counts(dataset.sequences, recipe.trained_through) > 0
+            add_texts(model, text_NF, words, trained_N, known_N)
+            if recipe.model.item_text == "init":
+                begin_with_texts(model)
+            else:
+                identity["item_text"] = hashlib.sha256(text_NF.tobytes()).hexdigest()
     model.config.certain_tokens = recipe.tokens.forced
-    identity = {"origin": FRESH if origin is None else origin.weights_hash}
     return _Parts(tokenizer, make_layout(words, model.config), model, identity, warm_start)
 
 
@@ -249,14 +261,14 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     if setup.warm_start is not None:
         tables.begin_with(setup.warm_start.id_rows)
     tables.attach(model, share)
-    first = share.micro_batches[-1]
-    with torch.inference_mode():
+    first, parameters = share.micro_batches[-1], sum(p.numel() for p in model.parameters())
+    with texts_in_table(model), torch.inference_mode():
         logits, labels = model.target_logits(first)
         loss = float(target_loss(logits, labels, first.num_target_tokens))
     return {
         "users": setup.dataset.sequences.num_users,
         "items": setup.words.num_items,
-        "parameters": sum(p.numel() for p in model.parameters()) + tables.num_parameters,
+        "parameters": parameters + tables.num_parameters,
         "vocabulary": model.config.vocab_size,
         "tokens an item": float(np.diff(setup.words.tokens_of_items()[1]).mean()),
         "first loss": loss,
