@@ -6,6 +6,7 @@ positions (the paper's equation 2)."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Literal
 
 import torch
@@ -26,9 +27,9 @@ from genrec_dist.data.batch import ItemTargets, ModelInputs, SampleRows
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.model.dropout import drop
 from genrec_dist.model.head_loss import head_loss, resolve_head
-from genrec_dist.model.item_text import ItemText, texts_added
 from genrec_dist.model.network import (
     IdProjection,
+    ItemText,
     Network,
     attention_bias,
     check_ranges,
@@ -269,7 +270,9 @@ class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
             others.setdefault("encoder_row", torch.arange(len(labels), device=labels.device))
             inputs = ModelInputs(encoder=encoder, labels=labels, **others)
         if inputs is not None:
-            with texts_added(self):
+            bart = self.model
+            tied = (bart.shared, bart.encoder.embed_tokens, bart.decoder.embed_tokens, self.lm_head)
+            with self.item_text.added(tied) if self.item_text else contextlib.nullcontext():
                 return self._loss(inputs, label_smoothing, tokens_per_target)
         if self.config.decoder_start == "state":
             raise ValueError(

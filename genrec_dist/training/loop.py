@@ -34,7 +34,7 @@ from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.validation import history_loss, target_histogram
 from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.genrec import GenRecConfig, choose_packing
-from genrec_dist.model.item_text import texts_in_table
+from genrec_dist.model.item_rows import texts_in_table
 from genrec_dist.model.optimizer import AveragedWeights, peak_share
 from genrec_dist.report.event_log import EventLog, write_status
 from genrec_dist.training.checkpoint import State, save_best, save_checkpoint

@@ -38,8 +38,13 @@ from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.causal.lora import hash_of_frozen
 from genrec_dist.model.genrec import GenRecConfig
 from genrec_dist.model.head_loss import target_loss
-from genrec_dist.model.item_init import MOST_FACTORS, init_item_rows
-from genrec_dist.model.item_text import add_texts, begin_with_texts, texts_in_table
+from genrec_dist.model.item_rows import (
+    MOST_FACTORS,
+    add_texts,
+    begin_with_texts,
+    init_item_rows,
+    texts_in_table,
+)
 from genrec_dist.text.vectors import check_source, item_vectors
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches
@@ -198,7 +203,7 @@ def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
             num_factors = min(recipe.model.d_model, MOST_FACTORS)
             vectors_NF = neighbour_vectors(dataset.sequences, num_factors, recipe.seed)
             init_item_rows(model, vectors_NF, words)
-            known_N = vectors_NF.any(1)
+            known_N = np.linalg.norm(vectors_NF, axis=1) > 0
         if recipe.model.item_text != "none":
             text_NF = item_vectors(dataset, recipe.model.item_text_source)
             trained_N = training_counts(dataset.sequences, recipe.trained_through) > 0

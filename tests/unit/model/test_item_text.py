@@ -20,7 +20,7 @@ from genrec_dist.config.load import dump_recipe, load_recipe, recipe_from
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.inference.recommend import Recommender
-from genrec_dist.model.item_text import texts_in_table
+from genrec_dist.model.item_rows import texts_in_table
 from genrec_dist.text.vectors import item_vectors
 from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints
 from genrec_dist.training.loader import StepBatches
