@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -178,10 +179,11 @@ def audit(
     )
 
 
-def write_audit(dataset: Dataset) -> Audit:
-    """Examine a prepared data directory and leave `audit.json` in it."""
+def write_audit(dataset: Dataset, folder: Path | None = None) -> Audit:
+    """Examine a data set and leave `audit.json` in its directory, or in the `folder` that has yet
+    to become that."""
     found = audit(dataset.sequences, dataset.numbering, dataset.timestamps)
-    with atomic_file(dataset.path / "audit.json") as temporary:
+    with atomic_file((folder or dataset.path) / "audit.json") as temporary:
         temporary.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
     return found
 

@@ -13,8 +13,8 @@ from genrec_shards.splits import Split, TrainedThrough
 
 from genrec_dist.baselines import counting, knn, popularity, repeat
 from genrec_dist.evaluation.list_counts import Tally
+from genrec_dist.evaluation.protocol import Protocol
 from genrec_dist.evaluation.ranked_lists import Lists, Rule
-from genrec_dist.evaluation.results import Protocol
 
 BASELINES: dict[str, Callable[..., Rule]] = {
     "popularity": popularity.fit,

@@ -15,8 +15,9 @@ from genrec_shards.splits import Split, TrainedThrough
 from genrec_dist.baselines import knn, registry
 from genrec_dist.data.item_graph import knn_settings
 from genrec_dist.evaluation.given_lists import GivenLists, read_lists
+from genrec_dist.evaluation.protocol import Protocol
 from genrec_dist.evaluation.ranked_lists import Rule
-from genrec_dist.evaluation.results import Protocol, ResultsWriter, lists_name
+from genrec_dist.evaluation.results import ResultsWriter, lists_name
 
 if TYPE_CHECKING:
     from genrec_dist.baselines.sasrec.train import Epoch

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from genrec_kernels.sharded_rows import RowTable, distinct_rows, look_up
+from genrec_kernels.distinct_rows import distinct_rows, look_up
+from genrec_kernels.sharded_rows import RowTable
 from torch import Tensor, nn
 from torch.nn import functional as F
 

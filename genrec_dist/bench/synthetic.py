@@ -13,7 +13,8 @@ from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.prepare import prepare
 from genrec_shards.sequences import Sequences, offsets_of, sequences_from_ids, write_sequences
 
-from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_histories, ragged
+from genrec_dist.data.encoder_input import EncoderInput, encode_histories, ragged
+from genrec_dist.data.layout import Layout
 from genrec_dist.data.word_table import WordTable
 
 BEAUTY_USERS, BEAUTY_ITEMS = 22_363, 12_101

@@ -19,10 +19,11 @@ from genrec_shards.dataset import load_dataset
 from genrec_shards.sequences import offsets_of
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from genrec_dist.bench.beam import allowed_tokens, compare_lists
 from genrec_dist.bench.measure import Measured, in_turn, make_claim, table
+from genrec_dist.bench.peers.beam import allowed_tokens, compare_lists
 from genrec_dist.config.load import load_recipe
-from genrec_dist.data.encoder_input import EncoderInput, PromptLayout, encode_histories
+from genrec_dist.data.encoder_input import EncoderInput, encode_histories
+from genrec_dist.data.layout import PromptLayout
 from genrec_dist.data.prompt.title_words import (
     build_title_words,
     distinct_titles,

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn.functional import cross_entropy
 
-from genrec_dist.bench.train_peers import TokenizingCollate, TrainerRival, pad_samples, samples_of
+from genrec_dist.bench.peers.train import TokenizingCollate, TrainerRival, pad_samples, samples_of
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Batch, RankStep

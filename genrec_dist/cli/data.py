@@ -154,26 +154,29 @@ def prepare(
         engine=engine,
         ray_address=ray_address,
     )
+    audits: list[Audit] = []
+
+    def finish(dataset: Dataset, folder: Path) -> None:
+        audits.append(write_audit(dataset, folder))
+
     if append is not None and to is not None:
-        grown = run_append(append, to, out_dir, options)
-        found = write_audit(grown)
+        grown = run_append(append, to, out_dir, options, finish)
         for line in append_summary(grown):
             say(line)
         say(f"{grown.path}: {_counts(grown)}")
-        _say_of_data(grown, found)
+        _say_of_data(grown, *audits)
         say(f"shards hold the sequences they were made of; next: genrec shard {grown.path}")
         return
     assert source is not None
     assert out_dir is not None
     with _directory(out_dir, overwrite, "dataset.json") as folder:
-        dataset = run_prepare(source, folder, options)
-        found = write_audit(dataset)
+        dataset = run_prepare(source, folder, options, finish)
     for line in prepare_summary(dataset):
         say(line)
     say(f"{out_dir}: {_counts(dataset)}, numbering {numbering}")
     for line in summary(dataset.numbering):
         say(line)
-    _say_of_data(dataset, found)
+    _say_of_data(dataset, *audits)
 
 
 def _say_of_data(dataset: Dataset, found: Audit) -> None:
@@ -294,7 +297,7 @@ def _directory(out_dir: str, overwrite: bool, marker: str) -> Any:
     files go there when it is complete."""
     from contextlib import nullcontext
 
-    from genrec_shards.storage.remote import is_address
+    from genrec_shards.storage.address import is_address
 
     if not is_address(out_dir) or out_dir.startswith("file:"):
         return nullcontext(out_dir)

@@ -208,7 +208,7 @@ def evaluate(
         out.print(format_table([metrics]))
         for line in advice(read_run_files(out_dir or run)):
             say(line)
-        say(str(write_report(out_dir or run)))
+        say(str(write_report(out_dir or run, data)))
 
 
 def recommend(

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from genrec_dist.cli.options import DataArgument, ExcludeOption, RunArgument, Split, exclude
+from genrec_dist.cli.options import DataArgument, ExcludeOption, Split, exclude
 from genrec_dist.console import UsageError, out, say, working
 
 # Modules are imported inside the commands: `genrec --help` must not wait for torch.
@@ -166,16 +166,55 @@ def compare(
     say(conclusion(found))
 
 
-def report(run: RunArgument) -> None:
-    """Write `report.html` of a run; it opens without a network.
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...", help="A run; with --compare several, or folders of seeds."
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            help="Data directory, for histories and titles; default: the one the run names.",
+        ),
+    ] = None,
+    side_by_side: Annotated[
+        bool,
+        typer.Option(
+            "--compare", help="One page of several runs, the others compared with the first."
+        ),
+    ] = False,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="With --compare: the page; default: compare.html.")
+    ] = None,
+    split: Annotated[Split, typer.Option(help="With --compare: whose lists.")] = "test",
+) -> None:
+    """Write `report.html` of a run, or with --compare one page of several; both open without a
+    network.
 
-    Example: genrec report runs/beauty
+    Example: genrec report --compare runs/beauty runs/beauty-knn --out beauty.html
     """
+    for run in runs:
+        if not run.is_dir():
+            what = "a file" if run.is_file() else "no such directory"
+            raise ValueError(
+                f"{run}: {what}: give the directory of a run, as of genrec train or genrec baseline"
+            )
+    if side_by_side:
+        from genrec_dist.report.compare_page import write_comparison
+
+        if data is not None:
+            raise UsageError("--compare looks at lists alone: leave out --data")
+        if len(runs) < 2:
+            raise UsageError("--compare takes two runs or more")
+        say(str(write_comparison(runs, out_file or Path("compare.html"), split=split)))
+        return
     from genrec_dist.report.run_report import write_report
 
-    if not run.is_dir():
-        what = "a file" if run.is_file() else "no such directory"
-        raise ValueError(
-            f"{run}: {what}: give the directory of a run, as of genrec train or genrec baseline"
-        )
-    say(str(write_report(run)))
+    if len(runs) > 1:
+        raise UsageError(f"{len(runs)} runs: --compare sets them side by side")
+    if out_file is not None:
+        raise UsageError("--out goes with --compare: the report of a run is RUN/report.html")
+    say(str(write_report(runs[0], data)))

@@ -46,7 +46,10 @@ def serve(
     max_k: Annotated[int, typer.Option(help="Longest list that may be wanted.", min=1)] = 100,
     max_body: Annotated[int, typer.Option(help="Largest request in KiB.", min=1)] = 1024,
     max_wait: Annotated[
-        float, typer.Option(help="Seconds in which a request has to arrive whole.", min=0.1)
+        float,
+        typer.Option(
+            help="Seconds in which a request's head, then its body has to arrive.", min=0.1
+        ),
     ] = 10,
     queue: Annotated[
         int, typer.Option(help="Requests that may wait at once; more get a 503.", min=1)
@@ -57,8 +60,9 @@ def serve(
 ) -> None:
     """Answer requests for lists at an HTTP address, in your own item ids: docs/serving.md.
 
-    SIGTERM stops it once what it has taken is answered; SIGHUP and POST /reload load the run's
-    newest weights. GENREC_TOKEN in the environment is the bearer token that requests then need.
+    SIGTERM stops it once what it has taken is answered; SIGHUP loads the run's newest weights.
+    GENREC_TOKEN in the environment is the bearer token that requests then need, and with which POST
+    /reload does the same.
 
     Example: genrec serve runs/beauty --port 8000
     """
@@ -113,10 +117,8 @@ def serve(
     shown = f"[{host}]" if ":" in host else host
     at = f"http://{shown}:{listener.getsockname()[1]}"
     service = Service(run, load, queue)
-    run_server(
-        make_app(service, token=token, limits=Limits(max_k, max_body * 1024, max_wait), at=at),
-        listener,
-    )
+    limits = Limits(max_k, max_body * 1024, max_wait)
+    run_server(make_app(service, token=token, limits=limits, at=at), listener, limits)
     say(f"{service.model.run}: stopped")
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from genrec_shards.dataset import load_info
 from genrec_shards.readers.documents import read_object
+from genrec_shards.storage.address import is_address
 from genrec_shards.storage.manifest import load_manifest
-from genrec_shards.storage.remote import is_address
 
 from genrec_dist.config.recipe import Recipe
 

@@ -1,5 +1,4 @@
-"""A rank's samples of a step as micro-batches: choose targets, split by length, mask, gather
-tokens, pad or pack."""
+"""The tensors of a micro-batch: gather tokens, pad or pack."""
 
 # B samples, b samples of a micro-batch, K targets of a sample, T targets, R decoder rows, L input
 # tokens; packed: n input tokens, m target tokens
@@ -7,40 +6,18 @@ tokens, pad or pack."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 import torch
-from genrec_shards.keyed_random import keyed_bits, keyed_uniform
-from genrec_shards.sequences import flat_ranges, offsets_of
-from genrec_shards.storage.sample_order import StepSamples
+from genrec_shards.sequences import offsets_of
 
 from genrec_dist.config.recipe import Mask
-from genrec_dist.data.batch import (
-    IGNORED,
-    Batch,
-    ItemTargets,
-    ModelInputs,
-    RankStep,
-    SampleRows,
-    Work,
-)
-from genrec_dist.data.encoder_input import EncoderInput, FlatSequences, Layout, encode_words, ragged
-from genrec_dist.data.masking import STRATEGIES, Targets
+from genrec_dist.data.batch import IGNORED, Batch, ItemTargets, ModelInputs, SampleRows, Work
+from genrec_dist.data.encoder_input import EncoderInput, FlatSequences, encode_words, ragged
+from genrec_dist.data.layout import Layout
 from genrec_dist.data.packing import Packing, filled_size, segments_of
-from genrec_dist.data.prefix_samples import PrefixSegments, prefix_segments
-from genrec_dist.data.word_table import EOS_WORD, FIRST_MASK_WORD, WordTable
-
-WORTH_A_BATCH = 4096
-"""Padding tokens that cost more than one more micro-batch (two CPU cores, width 128: docs/log.md,
-2026-11-21)."""
-
-
-class SequenceSource(Protocol):
-    def gather(self, user_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(items int32 [total], offsets int64 [B + 1]) of these users' whole sequences."""
+from genrec_dist.data.samples.masked_samples import MaskedSamples
+from genrec_dist.data.word_table import EOS_WORD, FIRST_MASK_WORD
 
 
 @dataclass(frozen=True)
@@ -60,235 +37,6 @@ class BatchOptions:
     """Each item of a training part but the first is a target (causal encoders)."""
     share_windows: bool = False
     """With all_prefixes: targets whose history is too long share windows (`prefix_segments`)."""
-
-
-@dataclass(frozen=True)
-class MaskedSamples:
-    """The words of each encoder row between user and </s>, and what the decoder rows generate."""
-
-    words: np.ndarray
-    """int64 [total], item and mask words, oldest first."""
-    offsets: np.ndarray
-    """int64 [B + 1]."""
-    row_sample: np.ndarray
-    """int64 [R], sample of each decoder row."""
-    row_mask: np.ndarray
-    """int64 [R], number of the mask that the row fills."""
-    target_items: np.ndarray
-    """int32 [total targets], item rows."""
-    target_offsets: np.ndarray
-    """int64 [R + 1]."""
-    visible_R: np.ndarray | None = None
-    """int64 [R], how many of its sample's encoder tokens each decoder row attends to; None: all."""
-    counted_B: np.ndarray | None = None
-    """bool [B], encoder rows that count as a sample; None: all."""
-    learned_R: np.ndarray | None = None
-    """bool [R], decoder rows that are in the loss; None: all."""
-
-    def ignored_R(self, is_padding_B: np.ndarray) -> np.ndarray:
-        """bool [R], decoder rows that are not in the loss."""
-        of_padding_R: np.ndarray = is_padding_B[self.row_sample]
-        return of_padding_R if self.learned_R is None else of_padding_R | ~self.learned_R
-
-
-def make_step(
-    samples: StepSamples, source: SequenceSource, layout: Layout, options: BatchOptions, epoch: int
-) -> RankStep:
-    """A rank's samples of a step as micro-batches of samples of like length. (The sum over a step
-    does not depend on the order.)
-
-    Args:
-        samples: the rank's, padding samples included.
-        source: of the users' items.
-        layout: of the encoder's input.
-        options: of the stage.
-        epoch: counted over all stages; with seed and sample id it decides each mask.
-    """
-    items, offsets = source.gather(samples.user_rows)
-    starts_B, ends_B = offsets[:-1], offsets[:-1] + samples.training_lengths
-    segments = None
-    if layout.causal:
-        last_B = samples.training_lengths - 1 if options.all_prefixes else samples.target_positions
-        targets = Targets(last_B.astype(np.int64)[:, None], together=False)
-        segments = prefix_segments(
-            items,
-            starts_B,
-            starts_B + last_B + 1,
-            samples.user_rows,
-            layout,
-            options.all_prefixes,
-            share_windows=options.share_windows,
-        )
-        tokens = segments.tokens_P + np.diff(segments.row_offsets_P) * layout.row_length
-    else:
-        if options.mask is None:
-            # A finetuning target follows its history: it is gathered, then replaced by [MASK].
-            ends_B = starts_B + samples.target_positions + 1
-            targets = Targets(samples.target_positions.astype(np.int64)[:, None], together=False)
-        else:
-            targets = choose_targets(samples, layout, options.mask, options.seed, epoch)
-        tokens = _token_lengths(items, starts_B, ends_B, samples.user_rows, targets, layout)
-
-    batches = []
-    split = split_packed if options.packed else split_padded
-    for part in split(tokens, options.micro_batch_tokens):
-        if segments is not None:
-            masked, samples_b = _prefix_rows(items, segments, part, layout), segments.sample_P[part]
-        else:
-            of_part = Targets(targets.positions_BK[part], targets.together)
-            masked = apply_mask(items, starts_B[part], ends_B[part], of_part, layout.words)
-            samples_b = part
-        user_rows_b, is_padding_b = samples.user_rows[samples_b], samples.is_padding[samples_b]
-        batches.append(collate(masked, user_rows_b, is_padding_b, layout, options))
-    num_padding = int(samples.is_padding.sum())
-    return RankStep(
-        micro_batches=batches,
-        samples_digest=digest(samples, targets),
-        num_samples=len(samples) - num_padding,
-        num_padding=num_padding,
-    )
-
-
-def digest(samples: StepSamples, targets: Targets) -> int:
-    """`RankStep.samples_digest` of samples and the targets chosen for them."""
-    hashes_B = keyed_bits(0, samples.sample_ids)
-    for column, positions_B in enumerate(targets.positions_BK.T):
-        hashes_B ^= keyed_bits(column + 1, positions_B ^ samples.sample_ids)
-    return int(hashes_B[~samples.is_padding].sum(dtype=np.uint64).astype(np.int64))
-
-
-def _token_lengths(
-    items: np.ndarray,
-    starts_B: np.ndarray,
-    ends_B: np.ndarray,
-    user_rows_B: np.ndarray,
-    targets: Targets,
-    layout: Layout,
-) -> np.ndarray:
-    """int64 [B], encoder tokens of each sample; too long ones count as full.
-
-    A target counts as its mask. Counted as itself, its length would choose which samples it is
-    padded beside, and so leak."""
-    words = layout.words
-    item_tokens = layout.lengths[words.item_words(items)]
-    before = offsets_of(item_tokens)
-    user_tokens_B = layout.lengths[words.user_words(user_rows_B)] if layout.user_ids else 0
-    sample_T, column_T = np.nonzero(targets.positions_BK >= 0)
-    target_tokens_T = item_tokens[starts_B[sample_T] + targets.positions_BK[sample_T, column_T]]
-    mask_tokens_T = (column_T == 0) | (not targets.together)
-    hidden_B = np.bincount(sample_T, target_tokens_T - mask_tokens_T, len(starts_B))
-    shown_B = before[ends_B] - before[starts_B] - hidden_B.astype(np.int64)
-    return np.minimum(shown_B + user_tokens_B + 2, layout.max_tokens)
-
-
-def split_padded(tokens_B: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
-    """Indices of samples by micro-batch, longest first. One ends where its padded rectangle would
-    exceed the budget, or where its padding would cost more than another micro-batch."""
-    order = np.argsort(-tokens_B, kind="stable")
-    lengths = tokens_B[order]
-    parts, start = [], 0
-    while start < len(order):
-        longest = int(lengths[start])
-        fitting = lengths[start : start + max(1, micro_batch_tokens // longest)]
-        padding = np.cumsum(longest - fitting)
-        size = max(1, int(np.searchsorted(padding, WORTH_A_BATCH, side="right")))
-        parts.append(order[start : start + size])
-        start += size
-    return parts
-
-
-def split_packed(tokens_B: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
-    """Indices of samples by micro-batch, longest first: as few micro-batches as the budget allows,
-    of nearly equal numbers of tokens."""
-    order = np.argsort(-tokens_B, kind="stable")
-    before = offsets_of(tokens_B[order])
-    parts = 1
-    while True:
-        shares = np.arange(1, parts) * (int(before[-1]) / parts)
-        firsts = np.searchsorted(before[1:], shares, side="left")
-        bounds = np.unique(np.concatenate([[0], firsts, [len(order)]]))
-        sizes = np.diff(before[bounds])
-        if np.all((sizes <= micro_batch_tokens) | (np.diff(bounds) == 1)):
-            return [order[first:last] for first, last in pairwise(bounds)]
-        parts += 1
-
-
-def choose_targets(
-    samples: StepSamples, layout: Layout, mask: Mask, seed: int, epoch: int
-) -> Targets:
-    """Targets inside the training parts, among the most recent items that are sure to fit."""
-    lengths_B = samples.training_lengths.astype(np.int64)
-    allowed_B = np.minimum(lengths_B, layout.sure_items)
-    draw = partial(keyed_uniform, seed, epoch, samples.sample_ids)
-    chosen = STRATEGIES[mask.strategy](allowed_B, draw, mask)
-    shifted_BK = chosen.positions_BK + (lengths_B - allowed_B)[:, None]
-    return Targets(np.where(chosen.positions_BK < 0, -1, shifted_BK), chosen.together)
-
-
-def apply_mask(
-    items: np.ndarray, starts_B: np.ndarray, ends_B: np.ndarray, targets: Targets, words: WordTable
-) -> MaskedSamples:
-    """The samples with their targets replaced by masks. No item from `ends_B` on is read.
-
-    Args:
-        items: int32 [total], item rows.
-        starts_B: int64 [B], index of each sample's first item, from which positions count.
-        ends_B: int64 [B], exclusive.
-        targets: positions of the targets.
-        words: of the items and masks.
-    """
-    # Three users, items 0 to 3, sequences 0 1 2 | 3 | 1 0, M and N the first and second mask:
-    #   positions_BK = [[0 2] [0 -1] [1 -1]], each target with a mask of its own:
-    #     places_T = [0 2 3 5], column_T = [0 1 0 0], words = [M 1 N | M | 1 M],
-    #     row_sample = [0 0 1 2], target_items = [0 2 3 0], target_offsets = [0 1 2 3 4]
-    #   positions_BK = [[0 1] [0 -1] [0 1]], one mask for all of a sample (together):
-    #     words = [M 2 | M | M], row_sample = [0 1 2], target_items = [0 1 | 3 | 1 0],
-    #     target_offsets = [0 2 3 5]
-    positions_BK = targets.positions_BK
-    flat, offsets = ragged(starts_B, ends_B - starts_B)
-    masked = words.item_words(items[flat])
-    sample_T, column_T = np.nonzero(positions_BK >= 0)
-    assert targets.together or column_T.max(initial=0) < words.num_masks
-    places_T = offsets[sample_T] + positions_BK[sample_T, column_T]
-    target_items = items[flat[places_T]]
-    if not targets.together:
-        masked[places_T] = FIRST_MASK_WORD + column_T
-        one_each = np.arange(len(sample_T) + 1)
-        return MaskedSamples(masked, offsets, sample_T, column_T, target_items, one_each)
-    keep = np.ones(len(masked), bool)
-    keep[places_T] = column_T == 0
-    masked[places_T] = FIRST_MASK_WORD
-    counts_B = (positions_BK >= 0).sum(axis=1)
-    rows = np.arange(len(starts_B))
-    return MaskedSamples(
-        words=masked[keep],
-        offsets=offsets_of(np.diff(offsets) - np.maximum(counts_B - 1, 0)),
-        row_sample=rows,
-        row_mask=np.zeros_like(rows),
-        target_items=target_items,
-        target_offsets=offsets_of(counts_B),
-    )
-
-
-def _prefix_rows(
-    items: np.ndarray, segments: PrefixSegments, part_P: np.ndarray, layout: Layout
-) -> MaskedSamples:
-    """The decoder rows of some segments, each after a prefix of its own."""
-    starts_P = segments.starts_P[part_P]
-    flat, offsets = ragged(starts_P, segments.ends_P[part_P] - starts_P)
-    num_rows_P = np.diff(segments.row_offsets_P)[part_P]
-    rows_R = flat_ranges(segments.row_offsets_P[part_P], num_rows_P)
-    return MaskedSamples(
-        words=layout.words.item_words(items[flat]),
-        offsets=offsets,
-        row_sample=np.repeat(np.arange(len(part_P)), num_rows_P),
-        row_mask=np.zeros(len(rows_R), np.int64),
-        target_items=items[segments.targets_R[rows_R]],
-        target_offsets=np.arange(len(rows_R) + 1),
-        visible_R=segments.visible_R[rows_R],
-        counted_B=segments.first_P[part_P],
-        learned_R=segments.learned_R[rows_R],
-    )
 
 
 @dataclass(frozen=True)

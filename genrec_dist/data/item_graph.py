@@ -79,6 +79,8 @@ def log_near(shares: Tensor, epsilon: float, num_items: int) -> Tensor:
 
 MOST_WINDOW = 10_000
 """Most steps of a window; each step is a pass over the data."""
+MOST_RECENT = 1_000_000
+"""Most items of a history that count; no user has taken more."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,15 @@ class KnnSettings:
     batch_size: int = 1024
     """Users scored at once; it changes memory, not results."""
 
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            least = 1 if key in ("window", "recent", "batch_size") else 0
+            most = {"window": MOST_WINDOW, "recent": MOST_RECENT}.get(key)
+            if most is not None and not least <= value <= most:
+                raise ValueError(f"knn: {key} is {value}: it has to be from {least} to {most:,}")
+            if not least <= value < float("inf"):
+                raise ValueError(f"knn: {key} is {value}: it has to be {least} or above")
+
 
 def knn_settings(
     overrides: list[str] | None,
@@ -122,16 +133,7 @@ def knn_settings(
     Raises:
         ValueError: in one line, naming the key that does not fit.
     """
-    settings = section_from(KnnSettings, dict(values or {}), overrides, "knn", more_keys)
-    for key, value in asdict(settings).items():
-        least = 1 if key in ("window", "recent", "batch_size") else 0
-        if not least <= value < float("inf"):
-            raise ValueError(f"knn: {key} is {value}: it has to be {least} or above")
-    if settings.window > MOST_WINDOW:
-        raise ValueError(
-            f"knn: window is {settings.window}: it has to be from 1 to {MOST_WINDOW:,}"
-        )
-    return settings
+    return section_from(KnnSettings, dict(values or {}), overrides, "knn", more_keys)
 
 
 def neighbour_weights(

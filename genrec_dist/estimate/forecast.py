@@ -20,10 +20,11 @@ from genrec_dist.data.batch import Work
 from genrec_dist.data.fit_recipe import DataFacts, fit_recipe, resolve_recipe
 from genrec_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from genrec_dist.data.word_table import WordTable, build_words, trim
-from genrec_dist.estimate import memory
+from genrec_dist.estimate.activations import MicroBatch, activation_bytes, compute_of
 from genrec_dist.estimate.flops import flops
 from genrec_dist.estimate.hardware import CARDS
-from genrec_dist.estimate.memory import METHODS, Method, MicroBatch, ParameterCounts, State
+from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_parameters
+from genrec_dist.estimate.state import METHODS, Method, State, read_settings, state_bytes
 from genrec_dist.model.genrec import GenRecConfig
 
 GIB = 2**30
@@ -176,7 +177,7 @@ def forecast(
         recipe, _ = resolve_recipe(recipe)
     catalogue = read_catalogue(recipe, users, items)
     trimmed = catalogue.words.vocabulary if catalogue.words is not None else None
-    config = memory.build_config(
+    config = build_config(
         recipe,
         catalogue.users,
         catalogue.items,
@@ -199,7 +200,7 @@ def forecast(
         recipe=recipe,
         gpus=gpus,
         memory_gib=memory_gib,
-        sizes=memory.count_parameters(recipe, config),
+        sizes=count_parameters(recipe, config),
         catalogue=catalogue,
         samples=samples,
         fits=[],
@@ -222,7 +223,8 @@ def read_catalogue(recipe: Recipe, users: int | None, items: int | None) -> Cata
         return Catalogue(users, items, training_items, source)
     if not (Path(recipe.data) / "dataset.json").is_file():
         raise ValueError(
-            f"{recipe.data}: no data directory there: give --users and --items, or set data to one"
+            f"{recipe.data}: no data directory there: give --users and --items, or set data in the "
+            "recipe to one"
         )
     dataset = load_dataset(recipe.data)
     sequences = dataset.sequences
@@ -311,16 +313,16 @@ def step_flops(config: GenRecConfig, batch: MicroBatch) -> float:
 def _fit(plan: Forecast, config: GenRecConfig, method: Method, zero_files: Path | None) -> Fit:
     recipe, gpus = plan.recipe, plan.gpus
     bf16 = recipe.precision != "fp32"
-    compute = memory.compute_of(method, bf16)
+    compute = compute_of(method, bf16)
     head = "full" if recipe.head == "auto" else recipe.head  # what `auto` means on a GPU
     # At most one user per sample, and each token an item of its own.
     id_rows = [each.per_rank(gpus) * (1 + each.lengths.mean()) for each in plan.samples]
-    state = memory.state_bytes(
+    state = state_bytes(
         plan.sizes,
         method,
         gpus,
         bf16,
-        settings=memory.read_settings(zero_files, method),
+        settings=read_settings(zero_files, method),
         average=recipe.optimizer.ema_decay > 0,
         step_id_rows=int(max(id_rows)),
     )
@@ -335,7 +337,7 @@ def _fit(plan: Forecast, config: GenRecConfig, method: Method, zero_files: Path 
                 if whole_steps:
                     count = min(count, each.per_rank(gpus))
                 batch = each.micro_batch(count, length)
-                found = memory.activation_bytes(config, plan.sizes, batch, compute, head=head)
+                found = activation_bytes(config, plan.sizes, batch, compute, head=head)
                 most = max(most, found.total)
         return state.peak(most)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import ast
 import re
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from genrec_shards.dataset import Source, source_of
 from genrec_shards.errors import DataError
 from genrec_shards.histories import histories, windows
-from genrec_shards.readers.columns import COLUMNS, plain_name
+from genrec_shards.readers.columns import COLUMNS, first_of
 from genrec_shards.readers.frames import identifier, listed
 from genrec_shards.readers.records import read_records
 from genrec_shards.sequences import Sequences, offsets_of
@@ -302,16 +301,13 @@ class _Rows:
 
 
 def _form_of(place: str, names: list[str]) -> _Form:
-    def first_of(usual: Sequence[str]) -> str | None:
-        spelled = {plain_name(name): name for name in reversed(names)}
-        return next((spelled[name] for name in usual if name in spelled), None)
-
-    user, item, whole = first_of(COLUMNS["users"]), first_of(COLUMNS["items"]), first_of(LISTS)
+    usual = (COLUMNS["users"], COLUMNS["items"], LISTS, RANKS, SCORES)
+    user, item, whole, rank, score = (first_of(one, names) for one in usual)
     numbered = {name: re.fullmatch(r"\D*(\d{1,4})", name.strip()) for name in names if name != user}
     if user is not None and whole is not None:
-        return _Form(user, score=first_of(SCORES), places=[whole])
+        return _Form(user, score=score, places=[whole])
     if user is not None and item is not None:
-        return _Form(user, item, first_of(RANKS), first_of(SCORES))
+        return _Form(user, item, rank, score)
     if user is not None and numbered and all(numbered.values()):
         return _Form(user, places=sorted(numbered, key=lambda name: int(numbered[name][1])))  # type: ignore[index]
     raise DataError(f"{place}: no lists in columns {listed(names, 12) or 'none'}: {_FORMS}")

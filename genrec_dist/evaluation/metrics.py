@@ -11,6 +11,9 @@ import numpy as np
 TOP = 20
 """How far down a list is scored; no list is asked to be shorter."""
 
+METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
+"""What tables and comparisons show."""
+
 EMPTY = -1
 """A place of a list that holds nothing; only at the end of a list."""
 
@@ -103,12 +106,6 @@ def bootstrap_ci95(
     return {name: [float(low), float(high)] for name, (low, high) in bounds.items()}
 
 
-def list_faults(lists_UN: np.ndarray, num_items: int) -> dict[str, float]:
-    """`invalid_rate` and `duplicate_rate`: shares of the filled places that hold no item, or one
-    listed above."""
-    return fault_rates(fault_counts(lists_UN, num_items))
-
-
 def fault_counts(lists_UN: np.ndarray, num_items: int) -> np.ndarray:
     """int64[3]: filled places, those that hold no item, those whose item is listed above. Counts of
     users add up."""
@@ -121,7 +118,8 @@ def fault_counts(lists_UN: np.ndarray, num_items: int) -> np.ndarray:
 
 
 def fault_rates(counts: np.ndarray) -> dict[str, float]:
-    """The shares that `list_faults` gives, out of what `fault_counts` counted."""
+    """`invalid_rate` and `duplicate_rate`: shares of the filled places that hold no item, or one
+    listed above, out of what `fault_counts` counted."""
     total = max(int(counts[0]), 1)
     return {"invalid_rate": float(counts[1] / total), "duplicate_rate": float(counts[2] / total)}
 
@@ -146,6 +144,11 @@ def listed_above(lists_UN: np.ndarray) -> np.ndarray:
 def as_written(value: float | None) -> str:
     """A metric as the field writes it: .0566; a dash where there is none."""
     return "–" if value is None else f"{value:.4f}".removeprefix("0")
+
+
+def signed(value: float) -> str:
+    """A difference of metrics as the field writes it: +.0021."""
+    return f"{value:+.4f}".replace("0.", ".", 1).replace("-", "−")
 
 
 def _num_users(hist: np.ndarray) -> int:

@@ -17,9 +17,9 @@ from genrec_shards.atomic import atomic_file
 from genrec_shards.readers.documents import read_object
 
 from genrec_dist.config.load import section_from
-from genrec_dist.data.item_graph import KnnSettings, knn_settings
+from genrec_dist.data.item_graph import MOST_RECENT, KnnSettings, knn_settings
 from genrec_dist.data.repeat_model import RepeatModel
-from genrec_dist.evaluation.metrics import as_written, metrics_from_histogram
+from genrec_dist.evaluation.metrics import METRICS, as_written, metrics_from_histogram
 
 FILE = "hybrid.json"
 TEXTS = "texts_hash"
@@ -30,7 +30,6 @@ EPSILONS = (0.1, 0.5, 0.9, 0.98, 0.995, 0.999)
 REPEAT_WEIGHTS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 5.0)
 TEXT_WEIGHTS = (0.1, 0.2, 0.3, 0.5, 0.8, 1.5, 3.0)
 TEXT_EPSILONS = (0.1, 0.5, 0.9, 0.98, 0.995)
-METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 
 
 @dataclass(frozen=True)
@@ -53,8 +52,10 @@ class TextTerm:
         for name in ("weight", "decay", "power"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"text {name} is {getattr(self, name)}: it has to be 0 or above")
-        if self.recent < 1:
-            raise ValueError(f"text recent is {self.recent}: it has to be 1 or above")
+        if not 1 <= self.recent <= MOST_RECENT:
+            raise ValueError(
+                f"text recent is {self.recent}: it has to be from 1 to {MOST_RECENT:,}"
+            )
         if not 0 < self.epsilon <= 1:
             raise ValueError(f"text epsilon is {self.epsilon}: it has to be above 0, at most 1")
 
@@ -249,19 +250,17 @@ def load(run: Path, origin: dict[str, Any]) -> Mixture | None:
     path = run / FILE
     if not path.is_file():
         return None
-    held = read_object(path, "readable", "remove it and choose the weights again")
+    remedy = "remove it and choose the weights again"
+    held = read_object(path, "readable", remedy)
     try:
-        found, mixture = held["origin"], section_from(Mixture, held["mixture"], None, str(path))
+        found, mixture = dict(held["origin"]), section_from(Mixture, held["mixture"], None, FILE)
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: not readable ({error}): remove it and choose the weights again"
-        ) from None
+        raise ValueError(f"{path}: not readable ({error}): {remedy}") from None
     for key, value in origin.items():
         if key == TEXTS and mixture.text is None:
             continue
         if found.get(key) != value:
             raise ValueError(
-                f"{path}: weights chosen for {key} {found.get(key)}, not {value}: remove it and "
-                "choose the weights again"
+                f"{path}: weights chosen for {key} {found.get(key)}, not {value}: {remedy}"
             )
     return mixture

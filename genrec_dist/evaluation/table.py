@@ -9,9 +9,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from genrec_dist.evaluation.metrics import as_written
+from genrec_dist.evaluation.metrics import METRICS, as_written
 
-COLUMNS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 SORTED_BY = "NDCG@10"
 BOUND = "bound"
 """The key of a row that no system can pass, such as an oracle's: it is not marked as the best."""
@@ -34,17 +33,17 @@ def format_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     caption = [f"* best {SORTED_BY}"] if best is not None else []
     caption += ["behind each figure its 95 % interval"] if with_intervals else []
     table = Table("system", caption="; ".join(caption) or None, caption_justify="left")
-    for column in COLUMNS:
+    for column in METRICS:
         # Where the terminal is narrow the interval is below the figure.
         table.add_column(column, justify="right", min_width=len(".0000-.0000"))
     shown: set[tuple[str, ...]] = set()
     for row in rows:
         name = str(row.get("system", ""))
-        figures = (name, *(as_written(row.get(column)) for column in COLUMNS))
+        figures = (name, *(as_written(row.get(column)) for column in METRICS))
         if figures in shown:
             continue
         shown.add(figures)
-        cells = [_cell(row, column) for column in COLUMNS]
+        cells = [_cell(row, column) for column in METRICS]
         mark, style = (" *", "bold") if row is best else ("", "")
         table.add_row(Text(f"{name}{mark}"), *cells, style=style)
     return table

@@ -17,15 +17,12 @@ from genrec_shards.splits import Split, TrainedThrough
 
 from genrec_dist.baselines.registry import reference_scores
 from genrec_dist.config.paths import training_state
-from genrec_dist.data.encoder_input import PromptLayout
+from genrec_dist.data.layout import PromptLayout
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.evaluation.results import Protocol, ResultsWriter
+from genrec_dist.evaluation.protocol import Protocol
+from genrec_dist.evaluation.results import ResultsWriter
 from genrec_dist.inference.history_scores import HistoryScores
-from genrec_dist.inference.load import (
-    LoadedRun,
-    check_numbering,
-    check_split,
-)
+from genrec_dist.inference.load import LoadedRun, check_numbering, check_split
 from genrec_dist.inference.rank_users import WINDOW, Decoding, Window, rank_windows
 
 SYSTEMS = {"items": ", item head", "hybrid": ", hybrid"}

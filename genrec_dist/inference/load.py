@@ -17,7 +17,7 @@ from genrec_shards.dataset import Dataset
 from genrec_dist.config.model_config import REMEDY, ModelFileError, read_model_config
 from genrec_dist.config.model_manifest import start_check
 from genrec_dist.config.paths import best_folder
-from genrec_dist.data.encoder_input import ForcedTokens, Layout
+from genrec_dist.data.layout import ForcedTokens, Layout
 from genrec_dist.data.light_tokenizer import light_tokenizer
 from genrec_dist.data.word_table import (
     VOCABULARY_FILE,
@@ -30,13 +30,7 @@ from genrec_dist.data.word_table import (
 )
 from genrec_dist.decoding.decoder_state import Searchable
 from genrec_dist.decoding.searcher import TrieSearcher
-from genrec_dist.decoding.trie import (
-    TRIE_FILE,
-    build_trie,
-    forced_tokens,
-    hash_of_words,
-    load_trie,
-)
+from genrec_dist.decoding.trie import TRIE_FILE, build_trie, forced_tokens, hash_of_words, load_trie
 from genrec_dist.model.causal.config import PROMPT_FILE, PromptedConfig
 from genrec_dist.model.light import WithoutInit, light_config, load_light
 from genrec_dist.model.weights import WEIGHTS, read_weights

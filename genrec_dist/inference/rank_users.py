@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from genrec_shards.sequences import SplitView
 
-from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_histories, ragged
+from genrec_dist.data.encoder_input import EncoderInput, encode_histories, ragged
+from genrec_dist.data.layout import Layout
 from genrec_dist.decoding.searcher import Mode, Pairs, TopItems, TrieSearcher
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation.metrics import EMPTY, TOP

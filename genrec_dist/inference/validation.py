@@ -9,7 +9,8 @@ import torch
 from genrec_shards.sequences import SplitView
 
 from genrec_dist.data.collate import target_batch
-from genrec_dist.data.encoder_input import Layout, encode_histories, ragged
+from genrec_dist.data.encoder_input import encode_histories, ragged
+from genrec_dist.data.layout import Layout
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation.metrics import TOP, rank_histogram, target_ranks

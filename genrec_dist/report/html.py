@@ -46,6 +46,12 @@ def definitions(pairs: Iterable[tuple[str, Any]], kind: str) -> str:
     return f'<dl class="{kind}">{rows}</dl>'
 
 
+def table_row(name: str, cells: Iterable[str], ours: bool = False) -> str:
+    """A row of `grid`; cells are HTML. `ours`: the row that stands out."""
+    inside = "".join(f"<td>{cell}</td>" for cell in cells)
+    return f'<tr{" class=ours" if ours else ""}><th scope="row">{text(name)}</th>{inside}</tr>'
+
+
 def percent(share: float) -> str:
     return f"{share:.1%}".replace("%", " %")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from genrec_shards.readers.documents import parse_object, parse_yaml
+from genrec_shards.splits import Split
 
 METRICS_OBJECTS = ("beside", "breakdown", "ci95", "protocol", "training", "versions", "recipe")
 """Fields of a metrics file that hold fields themselves."""
@@ -23,7 +24,7 @@ class RunFiles:
     recipe: dict[str, Any] = field(default_factory=dict)
     status: dict[str, Any] = field(default_factory=dict)
     audit: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metrics: dict[Split, dict[str, Any]] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -67,7 +68,8 @@ def read_run_files(path: Path) -> RunFiles:
     run.audit = _read_object(path / "audit.json", run.notes)
     if not run.audit and run.recipe.get("data"):
         run.audit = _read_object(Path(str(run.recipe["data"])) / "audit.json", run.notes)
-    for split in ("test", "validation"):
+    splits: tuple[Split, ...] = ("test", "validation")
+    for split in splits:
         if found := _read_object(path / f"metrics-{split}.json", run.notes):
             run.metrics[split] = found
     _keep_objects("recipe.yaml", run.recipe, ("pretrain", "finetune"), run.notes)

@@ -7,7 +7,6 @@ from typing import Literal
 
 SetName = Literal["beauty", "sports", "toys", "yelp"]
 
-METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 """What the paper reports, in its order."""
 SOURCE = "arXiv 2407.21191"
 

@@ -13,7 +13,7 @@ from typing import Any
 from genrec_shards.atomic import atomic_file
 from genrec_shards.readers.documents import parse_object, read_object
 
-from genrec_dist.reproduce.published import METRICS
+from genrec_dist.evaluation.metrics import METRICS
 from genrec_dist.reproduce.steps import Step, read_metrics
 from genrec_dist.reproduce.systems import Options, ProtocolName, System, label_of
 from genrec_dist.reproduce.train_process import best_epoch, validated, worked_seconds

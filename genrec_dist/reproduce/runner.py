@@ -23,7 +23,7 @@ from genrec_dist.config.load import load_recipe
 from genrec_dist.distributed.deadline import Deadline, OutOfTime
 from genrec_dist.estimate.forecast import forecast
 from genrec_dist.estimate.hardware import card_named
-from genrec_dist.estimate.memory import BACKBONES
+from genrec_dist.estimate.sizes import BACKBONES
 from genrec_dist.evaluation.compare import write_json
 from genrec_dist.evaluation.provenance import hardware
 from genrec_dist.inference.load import best_device

@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from genrec_dist.evaluation.compare import Comparison, compare
-from genrec_dist.evaluation.metrics import as_written
-from genrec_dist.reproduce.published import METRICS, SETS, SOURCE, SetName
+from genrec_dist.evaluation.metrics import METRICS, as_written, signed
+from genrec_dist.reproduce.published import SETS, SOURCE, SetName
 from genrec_dist.reproduce.result_rows import Row
 from genrec_dist.reproduce.systems import COMPARED, EQUAL, REFIT, WITHOUT, ProtocolName
 
@@ -127,11 +127,7 @@ def compared(a: Row, b: Row) -> tuple[Comparison | None, str]:
     except ValueError as error:
         return None, f"{a.name} beside {b.name}: not compared: {error}"
     gaps = ", ".join(
-        f"{metric} {_signed(gap.difference)} ({_signed(gap.ci95[0])} to {_signed(gap.ci95[1])})"
+        f"{metric} {signed(gap.difference)} ({signed(gap.ci95[0])} to {signed(gap.ci95[1])})"
         for metric, gap in found.metrics.items()
     )
     return found, f"{a.name} (A) beside {b.name} (B), A − B: {gaps}. {found.verdict()}"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.4f}".replace("0.", ".", 1).replace("-", "−")

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from genrec_dist.inference.recommend import REQUESTS_AT_ONCE, Recommendation
 from genrec_dist.inference.recommend import Request as RecommendRequest
 from genrec_dist.report.html import page, text
+from genrec_dist.serving.connection import Connection
 from genrec_dist.serving.metrics import CONTENT_TYPE
 from genrec_dist.serving.service import QueueFull, Service
 
@@ -165,12 +167,13 @@ class Limits:
     body: int = 2**20
     """Bytes of a request's body."""
     seconds: float = 10.0
-    """Until the body is there."""
+    """Until the head of a request is there, and then until its body is."""
 
 
 OPEN_PATHS = {"/health", "/metrics", "/docs", "/openapi.json"}
 """Those that need no token."""
-PATHS = {*OPEN_PATHS, "/recommend", "/reload"}
+RELOAD = "/reload"
+PATHS = {*OPEN_PATHS, "/recommend", RELOAD}
 
 
 class Gate:
@@ -211,6 +214,10 @@ class Gate:
         if scope["path"] not in OPEN_PATHS and not self._knows(headers.get(b"authorization", b"")):
             reason = "send the header Authorization: Bearer with the server's token"
             refusal = Problem(401, "unauthorized", reason, www_authenticate="Bearer")
+        elif scope["path"] == RELOAD and self._token is None:
+            # Any program of this machine, and a page in its browser, could send one.
+            reason = "start the server with GENREC_TOKEN to reload over HTTP, or send it SIGHUP"
+            refusal = Problem(403, "forbidden", reason)
         elif int(headers.get(b"content-length", b"0")) > self._limits.body:
             refusal = self._too_large()
         try:
@@ -245,7 +252,8 @@ def make_app(service: Service, *, token: str | None, limits: Limits, at: str) ->
 
     Args:
         service: What answers.
-        token: What all but `OPEN_PATHS` want as bearer token; None: nothing.
+        token: What all but `OPEN_PATHS` want as bearer token; None: nothing, and nobody reloads
+            over HTTP.
         limits: What a request may ask for.
         at: Address of the server, for the page of examples and the line that says it is ready.
     """
@@ -341,6 +349,8 @@ def _docs(schema: dict[str, Any], at: str, token: str) -> str:
     """
     sections = ['<h1>genrec serve</h1><p>Schema: <a href="/openapi.json">OpenAPI</a></p>']
     for path, methods in schema["paths"].items():
+        if path == RELOAD and not token:
+            continue
         for method, operation in methods.items():
             call = f"curl {at}{path}"
             if token and "security" in operation:
@@ -362,12 +372,12 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def run_server(app: FastAPI, listener: socket.socket) -> None:
+def run_server(app: FastAPI, listener: socket.socket, limits: Limits) -> None:
     """Serve until SIGTERM or SIGINT."""
     config = uvicorn.Config(
         app,
         loop="asyncio",
-        http="h11",
+        http=partial(Connection, head_seconds=limits.seconds),  # type: ignore[arg-type]
         ws="none",
         lifespan="on",
         log_level="error",

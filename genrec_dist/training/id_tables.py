@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from genrec_kernels.sharded_rows import RowTable, distinct_rows
+from genrec_kernels.distinct_rows import distinct_rows
+from genrec_kernels.sharded_rows import RowTable
 from genrec_shards.keyed_random import mixed_key
 from genrec_shards.sequences import SplitView
 from torch import Tensor

@@ -16,8 +16,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import RankStep
-from genrec_dist.data.collate import BatchOptions, make_step
-from genrec_dist.data.encoder_input import Layout
+from genrec_dist.data.collate import BatchOptions
+from genrec_dist.data.layout import Layout
+from genrec_dist.data.samples.step import make_step
 from genrec_dist.model.genrec import GenRecConfig
 from genrec_dist.model.network import POSITION_OFFSET
 from genrec_dist.training.id_tables import plan_ids

@@ -23,7 +23,7 @@ from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.gpu import unusable_gpu
 from genrec_dist.distributed.signals import RankGone, Stopped, speaking_last
-from genrec_dist.evaluation.results import Protocol
+from genrec_dist.evaluation.protocol import Protocol
 from genrec_dist.inference.load import load_run
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.tune_mixture import tune_mixture

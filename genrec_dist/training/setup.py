@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from genrec_dist.config.load import RENAMED_KEYS, with_old_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
-from genrec_dist.data.encoder_input import Layout
+from genrec_dist.data.layout import Layout
 from genrec_dist.data.prompt.title_words import (
     build_title_words,
     make_prompt_layout,

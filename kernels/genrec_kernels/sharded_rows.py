@@ -7,7 +7,6 @@ rows ever touched."""
 from __future__ import annotations
 
 import contextlib
-import glob
 import json
 import math
 import mmap
@@ -23,70 +22,18 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
-BLOCK = 64
-"""Rows that stay together; block b is on rank b % world_size, so a row's place is a function of the
-row alone."""
+from genrec_kernels.row_blocks import (
+    BLOCK,
+    copy_blocks,
+    file_name,
+    global_rows,
+    local_rows,
+    saved_ranks,
+)
 
 _WIPE_ON_FORK = 18  # MADV_WIPEONFORK of Linux, which the mmap module does not name
-_FEW_ROWS = 1_000_000  # up to here a table of all rows' places beats a sort of those that come
 _CHUNK = 1 << 24  # bytes that full() moves at once
-_COPIED_BLOCKS = 1024  # on another device a copy of spread blocks is gathered first
-
-
-def distinct_rows(arrays: Sequence[np.ndarray], num_rows: int) -> tuple[Tensor, list[np.ndarray]]:
-    """The distinct table rows of a step, made where the batch is made.
-
-    For arrays [5, 0, 9] and [9, 2] the rows are [1, 4, 8] and the arrays become [2, 0, 3] and
-    [3, 1].
-
-    Args:
-        arrays: whole numbers of any shapes: 0 means "no row", and r + 1 table row r.
-        num_rows: rows of the table.
-
-    Returns:
-        The rows, int64 [u], strictly ascending; and the arrays, shapes and dtypes kept, in which 0
-        stays 0 and p + 1 means `rows[p]`.
-
-    Raises:
-        ValueError: a number is outside 0..num_rows.
-    """
-    # The zero in front is always there to be found, so that the others' places follow it.
-    flat = np.concatenate([np.zeros(1, np.int64), *(array.reshape(-1) for array in arrays)])
-    low, high = int(flat.min()), int(flat.max())
-    if low < 0 or high > num_rows:
-        wrong = f"id {low if low < 0 else high} is outside its table"
-        raise ValueError(f"{wrong} of {num_rows} rows and the zero row: prepare and shard again")
-    if num_rows <= _FEW_ROWS:
-        # What np.unique gives, several times as fast. Only the entries of rows that come are ever
-        # written or read.
-        ordered = np.sort(flat)
-        found = ordered[np.concatenate([[True], ordered[1:] != ordered[:-1]])]
-        place_of = np.empty(num_rows + 1, np.int32)
-        place_of[found] = np.arange(len(found), dtype=np.int32)
-        places = place_of.take(flat)
-    else:
-        found, inverse = np.unique(flat, return_inverse=True)
-        places = inverse.astype(np.int32)
-    local, end = [], 1
-    for array in arrays:
-        part = places[end : end + array.size]
-        local.append(part.reshape(array.shape).astype(array.dtype, copy=False))
-        end += array.size
-    return torch.from_numpy(found[1:] - 1), local
-
-
-def look_up(table: Tensor, places: Tensor) -> Tensor:
-    """`table[places]`, float [..., D], where gradients reach the table: its backward adds into
-    [rows, D], no more.
-
-    On CPU this backward takes half the time of `F.embedding`'s. Elsewhere it is `F.embedding`'s,
-    which sorts and is therefore the same to the bit each time. Row 0 gets a gradient too: update()
-    is given `table.grad[1:]`."""
-    if table.device.type == "cpu":
-        return table.index_select(0, places.reshape(-1)).view(*places.shape, table.shape[1])
-    return F.embedding(places, table, padding_idx=0)
 
 
 @dataclass(frozen=True)
@@ -160,7 +107,7 @@ class RowTable:
         """Bytes this rank has sent in fetch() and update(): ids, counts, values and gradients."""
         self.rows_fetched = 0
         """Rows this rank has requested, of whichever owner."""
-        local = _local_rows(num_rows, rank, world_size)
+        local = local_rows(num_rows, rank, world_size)
         assert local < 1 << 31  # ids are sent as int32
         self.values = _zeros(local * dim, self.device).view(local, dim)
         """float32 [local, D]: block `rank`, block `rank + world_size`, ..."""
@@ -267,7 +214,7 @@ class RowTable:
         self._check_process()
         assert rows_nD.shape[0] <= self.num_rows, (rows_nD.shape, self.num_rows)
         assert rows_nD.shape[1] == self.dim, (rows_nD.shape, self.dim)
-        mine = _global_rows(0, len(self.values), self.rank, self.world_size)
+        mine = global_rows(0, len(self.values), self.rank, self.world_size)
         mine = mine[mine < len(rows_nD)]  # ascending, so that they are this rank's first ones
         self.values[: len(mine)] = rows_nD[mine].to(self.device, torch.float32)
 
@@ -279,7 +226,7 @@ class RowTable:
         """
         self._check_process()
         tensors = {"values": self.values, "squares": self.squares}
-        path = folder / _file_name(name, self.rank, self.world_size)
+        path = folder / file_name(name, self.rank, self.world_size)
         save_file(tensors, path, metadata=self._metadata(self.rank, self.world_size))
         return path
 
@@ -289,9 +236,9 @@ class RowTable:
         Files are mapped and only the rows of this rank are read. Raises ValueError naming a file
         that is missing, damaged or of another table."""
         self._check_process()
-        saved = _saved_ranks(folder, name)
+        saved = saved_ranks(folder, name)
         for rank in range(saved):
-            self._load_from(folder / _file_name(name, rank, saved), rank, saved)
+            self._load_from(folder / file_name(name, rank, saved), rank, saved)
 
     @torch.no_grad()
     def full(self) -> Tensor | None:
@@ -302,7 +249,7 @@ class RowTable:
             return self.values.to("cpu", copy=True)
         ranks, is_first = range(self.world_size), self.rank == 0
         whole = torch.empty(self.num_rows, self.dim) if is_first else None
-        owned = [_local_rows(self.num_rows, rank, self.world_size) for rank in ranks]
+        owned = [local_rows(self.num_rows, rank, self.world_size) for rank in ranks]
         step = BLOCK * max(1, _CHUNK // (BLOCK * self.dim * 4 * self.world_size))
         for start in range(0, owned[0], step):
             counts = [max(0, min(count - start, step)) for count in owned]
@@ -312,7 +259,7 @@ class RowTable:
             leaving = [counts[self.rank]] + [0] * (self.world_size - 1)
             dist.all_to_all_single(chunk, mine, arriving, leaving, group=self.group)
             if whole is not None:
-                rows = [_global_rows(start, counts[r], r, self.world_size) for r in ranks]
+                rows = [global_rows(start, counts[r], r, self.world_size) for r in ranks]
                 whole.index_copy_(0, torch.cat(rows), chunk.cpu())
         return whole
 
@@ -358,10 +305,10 @@ class RowTable:
                 for key, target in (("values", self.values), ("squares", self.squares)):
                     # Mapped: a page is read when something is copied from it.
                     source = file.get_tensor(key)
-                    if source.shape != (_local_rows(self.num_rows, rank, saved), *target.shape[1:]):
+                    if source.shape != (local_rows(self.num_rows, rank, saved), *target.shape[1:]):
                         found = f"{key} of shape {list(source.shape)}"
                         raise ValueError(f"{path}: {found}; resume from an older checkpoint")
-                    _copy_blocks(source, target, spread, wanted)
+                    copy_blocks(source, target, spread, wanted)
         except (OSError, SafetensorError) as error:
             remedy = "resume from an older checkpoint"
             raise ValueError(f"{path}: damaged ({error}); {remedy}") from None
@@ -390,33 +337,6 @@ def _summed(gradient_nD: Tensor, owned_n: Tensor, owed: Sequence[int]) -> Tensor
     return total_nD
 
 
-def _copy_blocks(source: Tensor, target: Tensor, spread: slice, wanted: slice) -> None:
-    """Copy the blocks `spread` of `source` [rows, ...] to the blocks `wanted` of `target`; only a
-    table's last block is short."""
-    whole_source, whole_target = len(source) // BLOCK * BLOCK, len(target) // BLOCK * BLOCK
-    blocks_source = source[:whole_source].unflatten(0, (-1, BLOCK))[spread]
-    blocks_target = target[:whole_target].unflatten(0, (-1, BLOCK))[wanted]
-    assert len(blocks_source) == len(blocks_target)
-    for start in range(0, len(blocks_target), _COPIED_BLOCKS):
-        part = slice(start, start + _COPIED_BLOCKS)
-        blocks_target[part].copy_(blocks_source[part])
-    if whole_source < len(source) and whole_target < len(target):
-        target[whole_target:].copy_(source[whole_source:])
-
-
-def _local_rows(num_rows: int, rank: int, world_size: int) -> int:
-    """How many of the rows a rank owns."""
-    whole = num_rows // BLOCK
-    mine = (whole - rank + world_size - 1) // world_size * BLOCK
-    return mine + (num_rows % BLOCK if whole % world_size == rank else 0)
-
-
-def _global_rows(start: int, count: int, rank: int, world_size: int) -> Tensor:
-    """int64 [count], the table rows of a rank's local rows start, start + 1, ..."""
-    local = torch.arange(start, start + count)
-    return (local // BLOCK * world_size + rank) * BLOCK + local % BLOCK
-
-
 def _zeros(size: int, device: torch.device) -> Tensor:
     """float32 [size]; on CPU in huge pages, which torch does not request, and hidden from forked
     children."""
@@ -435,26 +355,3 @@ def _moved(values: Tensor, device: torch.device) -> Tensor:
     """Host values on a device, for which nobody waits."""
     values = values.pin_memory() if device.type == "cuda" else values
     return values.to(device, non_blocking=True)
-
-
-def _file_name(name: str, rank: int, world_size: int) -> str:
-    return f"{name}-{rank:05d}-of-{world_size:05d}.safetensors"
-
-
-def _saved_ranks(folder: Path, name: str) -> int:
-    """How many ranks saved the table in this folder. Raises ValueError unless each left its file
-    and no other is there."""
-    pattern = f"{glob.escape(name)}-?????-of-?????.safetensors"
-    found = sorted(path.name for path in folder.glob(pattern))
-    if not found:
-        example = f"{_file_name(name, 0, 1)} or the like"
-        raise ValueError(f"{folder}: holds no {example}; give a checkpoint with this table")
-    saved = int(found[0].removesuffix(".safetensors")[-5:])
-    expected = [_file_name(name, rank, saved) for rank in range(saved)]
-    if missing := sorted(set(expected) - set(found)):
-        complaint = f"missing; {saved} files make this table, copy them all"
-        raise ValueError(f"{folder / missing[0]}: {complaint}")
-    if foreign := sorted(set(found) - set(expected)):
-        complaint = f"beside {found[0]}: files of two savings, remove the older ones"
-        raise ValueError(f"{folder / foreign[0]}: {complaint}")
-    return saved

@@ -24,7 +24,7 @@ from genrec_shards.dataset import Appended, Dataset, load_dataset, write_dataset
 from genrec_shards.errors import BadLines, DataError
 from genrec_shards.numbering.extend import continued
 from genrec_shards.numbering.item_text import Descriptions
-from genrec_shards.prepare import PrepareOptions, source_of_texts
+from genrec_shards.prepare import Finish, PrepareOptions, source_of_texts
 from genrec_shards.readers.recognise import guess_format
 from genrec_shards.readers.text_blocks import check_readable
 from genrec_shards.sequences import Sequences, offsets_of, sort_ids
@@ -49,6 +49,7 @@ def append(
     to: str | Path,
     out: str | Path | None = None,
     options: PrepareOptions | None = None,
+    finish: Finish | None = None,
     **fields: Any,
 ) -> Dataset:
     """Add a source to a data directory; complete or not at all.
@@ -68,6 +69,7 @@ def append(
         to: the data directory.
         out: the data directory to write; None replaces `to`.
         options: as of `prepare`, without those that `to` has settled.
+        finish: adds to what the directory holds.
         fields: fields of `options` by name, in place of those in it.
 
     Raises:
@@ -143,6 +145,8 @@ def append(
         bad_lines = tuple(bad.summary())
         dataset = Dataset(target, grown, numbering, info, descriptions, timestamps, bad_lines)
         write_dataset(dataset, folder)
+        if finish is not None:
+            finish(dataset, folder)
     return dataset
 
 

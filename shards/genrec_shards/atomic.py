@@ -180,29 +180,68 @@ def _remove_left_over(path: Path) -> None:
 
 
 def sweep_killed_writers(folder: Path, *patterns: str) -> None:
-    """Remove what killed writers have left in a folder whose writer's lock the caller holds.
+    """Remove what killed writers have left in a folder.
+
+    A directory that was put aside gets its name back where no other one has taken it.
 
     Args:
         folder: need not be there.
-        patterns: final names, as of `fnmatch`, that nobody without the lock writes. A directory
-            that was put aside gets its name back where no other one has taken it.
+        patterns: final names, as of `fnmatch`, that nobody writes without the lock that the caller
+            holds. Of other names only what a process that is gone has left is removed; whether one
+            of another machine is gone cannot be seen, so of those what nothing has touched for a
+            day.
     """
     # Newest first: of two that were put aside the later one is the one to keep.
-    found = sorted(folder.glob(".*"), key=lambda path: path.lstat().st_mtime, reverse=True)
+    found = sorted(folder.glob(".*"), key=_touched, reverse=True)
     for path in found:
         name = _HIDDEN.fullmatch(path.name)
-        if name is None or not any(fnmatch.fnmatchcase(name["of"], each) for each in patterns):
+        if name is None:
             continue
-        final = folder / name["of"]
-        if name["ending"] == "old" and not os.path.lexists(final):
-            os.rename(path, final)
-        elif path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        if any(fnmatch.fnmatchcase(name["of"], each) for each in patterns):
+            _clear_away(path, folder / name["of"], name["ending"])
+        elif _is_gone(path, int(name["pid"]), name["machine"]):
+            # Another process may do the same, and another user may own it.
+            with contextlib.suppress(OSError):
+                _clear_away(path, folder / name["of"], name["ending"])
 
 
-_HIDDEN = re.compile(r"\.(?P<of>.+)\.\d+\.([0-9a-f]{8}-)?[0-9a-f]{8}\.(?P<ending>tmp|old)")
+def _clear_away(path: Path, final: Path, ending: str) -> None:
+    if ending == "old" and not os.path.lexists(final):
+        os.rename(path, final)
+    elif path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_gone(path: Path, pid: int, machine: str | None) -> bool:
+    """Whether the process that has made a temporary file or directory has ended."""
+    if machine != _machine():
+        return time.time() - _touched(path) > STALE_SECONDS
+    try:
+        os.kill(pid, 0)  # asks alone
+    except ProcessLookupError:
+        if not path.is_dir():
+            return True
+        # A container has process numbers of its own, and sees the lock all the same.
+        with contextlib.suppress(OSError), _locked(path) as lock:
+            return lock is not False
+    except OSError:  # another user's
+        pass
+    return False
+
+
+def _touched(path: Path) -> float:
+    """When a file or directory was last written; 0 where it is gone."""
+    try:
+        return path.lstat().st_mtime
+    except OSError:
+        return 0.0
+
+
+_HIDDEN = re.compile(
+    r"\.(?P<of>.+)\.(?P<pid>\d+)\.((?P<machine>[0-9a-f]{8})-)?[0-9a-f]{8}\.(?P<ending>tmp|old)"
+)
 """A name of `_temporary_sibling`."""
 
 

@@ -20,8 +20,8 @@ from genrec_shards.numbering.numbering import Hierarchy, Numbering, NumberingNam
 from genrec_shards.readers.documents import read_object
 from genrec_shards.sequences import Sequences
 from genrec_shards.splits import GlobalTime, cutoff_of
+from genrec_shards.storage.address import is_address
 from genrec_shards.storage.manifest import file_sha256
-from genrec_shards.storage.remote import is_address
 
 Lists = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 """Items int32[total], offsets int64[U+1] and, where there are any, timestamps int64[total]."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,13 +23,7 @@ from genrec_shards.errors import BadLines, DataError, OnError
 from genrec_shards.numbering.item_text import Descriptions, read_descriptions
 from genrec_shards.numbering.item_vectors import read_trained_vectors
 from genrec_shards.numbering.numbering import NumberingName, number
-from genrec_shards.readers.read_log import (
-    LOG_FORMATS,
-    Format,
-    LogOptions,
-    read_log,
-    source_files,
-)
+from genrec_shards.readers.read_log import LOG_FORMATS, Format, LogOptions, read_log, source_files
 from genrec_shards.readers.recognise import guess_format, read_as
 from genrec_shards.readers.text_blocks import check_readable
 from genrec_shards.sequences import read_sequences
@@ -42,7 +36,7 @@ from genrec_shards.splits import (
     TrainedThrough,
     cutoff_of,
 )
-from genrec_shards.storage.remote import is_address
+from genrec_shards.storage.address import is_address
 from genrec_shards.timestamps import moment
 
 Engine = Literal["local", "ray"]
@@ -178,8 +172,17 @@ class PrepareOptions:
         )
 
 
+Finish = Callable[[Dataset, Path], object]
+"""Adds files of its own to a data directory: called with the data set and the folder that its files
+are in, before that bears the directory's name."""
+
+
 def prepare(
-    source: str | Path, out: str | Path, options: PrepareOptions | None = None, **fields: Any
+    source: str | Path,
+    out: str | Path,
+    options: PrepareOptions | None = None,
+    finish: Finish | None = None,
+    **fields: Any,
 ) -> Dataset:
     """Read a source and write a data directory, complete or not at all; the same input gives the
     same bytes.
@@ -188,6 +191,7 @@ def prepare(
         source: file or folder; with the Ray engine also an address.
         out: the data directory.
         options: None: the defaults.
+        finish: adds to what the directory holds.
         fields: fields of `options` by name, in place of those in it.
 
     Raises:
@@ -282,6 +286,8 @@ def prepare(
         bad_lines = tuple(bad.summary())
         dataset = Dataset(out, sequences, codes, info, descriptions, timestamps, bad_lines)
         write_dataset(dataset, folder)
+        if finish is not None:
+            finish(dataset, folder)
     return dataset
 
 

@@ -83,14 +83,6 @@ class Process:
         user_ids = [str(user + 1) for user in range(num_users)]
         return sequences_from_ids(user_ids, lengths, names[kept].tolist())
 
-    def next_item_probabilities(self, history: np.ndarray) -> np.ndarray:
-        """float64[N], the exact distribution of the next item after `history`, int[L] item numbers
-        0..N-1 (id - 1)."""
-        history = np.asarray(history, dtype=np.int64)
-        probabilities = self._item_probabilities(self.group_of[history[-2:]])
-        probabilities[history] = 0
-        return probabilities / probabilities.sum()
-
     def oracle_lists(self, sequences: Sequences, split: Split, top: int = 20) -> np.ndarray:
         """For each user the most probable next items, best first: no recommender can do better on
         average.

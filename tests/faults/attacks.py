@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ from genrec_dist.console import LONGEST_LINE
 
 CHILD = Path(__file__).with_name("child.py")
 PATIENCE = 120
-"""Seconds that a command on tiny files may take."""
+"""Seconds of a processor that a command on tiny files may take, with its children that ended."""
+WAIT = 900
+"""Seconds after which it hangs, however many others want the processor."""
 MEMORY = 2 << 30
 """Bytes that a command on tiny files may take beside what its libraries have mapped."""
 VOLATILE = re.compile(r'"(time|seconds|users_per_second|pid)": [\d.e-]+')
@@ -125,13 +128,16 @@ class Box:
             os.chown(path, NOBODY, NOBODY)
         return forked.Started([CHILD, own / "order.json"], own / "out", own / "err", env)
 
-    def end(self, process: forked.Started, timeout: float = PATIENCE) -> Ended:
+    def end(self, process: forked.Started) -> Ended:
         """Wait for a command. Raises NotHeld where it does not end, or ends in another way than a
         command may."""
+        until = time.monotonic() + WAIT
         try:
-            done = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise NotHeld(f"no end within {timeout:.0f} s") from None
+            while (done := waited(process)) is None:
+                if (used := processor_seconds(process.pid)) > PATIENCE:
+                    raise NotHeld(f"no end within {used:.0f} s of a processor")
+                if time.monotonic() > until:
+                    raise NotHeld(f"no end within {WAIT} s")
         except UnicodeDecodeError as error:
             raise NotHeld(f"its output is no UTF-8: {error}") from None
         finally:
@@ -157,6 +163,23 @@ class Box:
     def operations(self) -> int:
         """File operations of the last command, where they were counted."""
         return int((self.folder / f".order-{self._orders}" / "count").read_text())
+
+
+def waited(process: forked.Started) -> subprocess.CompletedProcess[str] | None:
+    """How a process has ended, after at most a second; None where it goes on."""
+    try:
+        return process.wait(1)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process and its children that ended have used; 0 where it is gone."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
 
 
 @dataclass(frozen=True)
@@ -233,9 +256,6 @@ def must_equal(
 
 
 def left_over(folder: Path) -> list[str]:
-    """Names of temporary files and directories of the program, but for those of reports: anybody
-    may be writing one, so a training cannot tell what a killed writer has left."""
+    """Names of temporary files and directories of the program."""
     found = (path for path in folder.rglob(".*.*") if path.suffix in (".tmp", ".old"))
-    return sorted(
-        str(path.relative_to(folder)) for path in found if not path.name.startswith(".report.html.")
-    )
+    return sorted(str(path.relative_to(folder)) for path in found)

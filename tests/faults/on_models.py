@@ -186,7 +186,7 @@ def recipe(box: Box) -> None:
     """A recipe with another value, key or text: trained by in a dry run, or planned."""
     path = box.folder / "recipe.yaml"
     text = (box.world / "dense.yaml").read_text()
-    key = ""
+    key = section = ""
     how = box.dice.randrange(4)
     if how == 0:
         box.note("a text")
@@ -210,7 +210,7 @@ def recipe(box: Box) -> None:
         path.write_text(yaml.safe_dump(values))
     command = box.dice.choice([["train", path, "--dry-run"], ["plan", path]])
     box.note(f"genrec {command[0]}")
-    place = [key.partition(".")[0], key.rpartition(".")[2]] if key else [path, "recipe", box.world]
+    place = [section, key.rpartition(".")[2]] if key else ["recipe", section or path, box.world]
     box.run(*command).refused(*place, path)
 
 

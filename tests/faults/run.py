@@ -22,7 +22,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     parser.add_argument("--only", default="", help="GROUP, GROUP.KIND or GROUP.KIND:NUMBER")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--seconds", type=float, default=1200, help="begin none after so many")
+    parser.add_argument("--seconds", type=float, default=1200, help="begin none after so many,")
+    parser.add_argument("--least", type=int, default=1, help="but for the first so many")
     given = parser.parse_args()
     from suite import attacks, attempts, not_held, table
     from world import make_world
@@ -35,7 +36,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         Path(folder).chmod(0o755)
         world = make_world(Path(folder) / "world")
-        for result in attempts(names, world, given.seed, given.processes, given.seconds):
+        left = given.seconds - (time.monotonic() - began)
+        for result in attempts(names, world, given.seed, given.processes, left, given.least):
             results.append(result)
             if len(names) < 20 or result.reason:
                 words = result.reason or "held"

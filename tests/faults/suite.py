@@ -64,17 +64,21 @@ def preload() -> None:
 
 
 def attempts(
-    names: Iterable[str], world: Path, seed: int, processes: int, seconds: float
+    names: Iterable[str], world: Path, seed: int, processes: int, seconds: float, least: int
 ) -> Iterator[Result]:
-    """The results of attacks, as they come; none is begun after so many seconds."""
+    """The results of attacks, as they come; none but the first `least` is begun after so many
+    seconds."""
     # Not by fork: each process has its own server of processes.
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=preload) as pool:
-        left = iter(names)
+        left = enumerate(names)
         waiting: set[Future[Result]] = set()
         end = time.monotonic() + seconds
         while True:
-            while len(waiting) < processes and time.monotonic() < end and (name := next(left, "")):
-                waiting.add(pool.submit(attempt, world, name, seed))
+            while len(waiting) < processes and (given := next(left, None)) is not None:
+                if given[0] >= least and time.monotonic() >= end:
+                    left = enumerate(())
+                    break
+                waiting.add(pool.submit(attempt, world, given[1], seed))
             if not waiting:
                 return
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)

@@ -13,19 +13,22 @@ from attacks import Ended, NotHeld, content, left_over, must_equal
 from suite import attacks
 
 RUN = Path(__file__).with_name("run.py")
-SECONDS = 60
+SECONDS, LEAST = 20, 5
+"""No attack is begun after so many seconds, those of making what is attacked among them, but for
+the first few: on a busy machine there may be no others."""
 SEED = os.environ.get("FAULTS_SEED") or str(secrets.randbelow(10**6))
 """Printed with what is not held; FAULTS_SEED gives it again."""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the suite reads /proc")
 def test_a_sample_of_attacks_is_held() -> None:
-    command = [sys.executable, RUN, "--seed", SEED, "--seconds", str(SECONDS), "--processes", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    command = [sys.executable, RUN, "--seed", SEED, "--processes", "1"]
+    command += ["--seconds", str(SECONDS), "--least", str(LEAST)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     print(done.stdout)
     assert done.returncode == 0, f"FAULTS_SEED={SEED}\n{done.stdout[-20_000:]}{done.stderr[-2000:]}"
     held = int(done.stdout.splitlines()[-2].split()[2])
-    assert held >= 3, done.stdout
+    assert held >= LEAST, done.stdout
 
 
 def test_a_seed_makes_the_same_attacks_and_each_kind_has_its_share() -> None:

@@ -10,9 +10,10 @@ from genrec_shards.storage.sample_order import SampleOrder, StepSamples
 
 from genrec_dist.config.recipe import Mask, Model
 from genrec_dist.data.batch import Batch, RankStep
-from genrec_dist.data.collate import BatchOptions, make_step
-from genrec_dist.data.encoder_input import Layout
-from genrec_dist.data.masking import STRATEGIES
+from genrec_dist.data.collate import BatchOptions
+from genrec_dist.data.layout import Layout
+from genrec_dist.data.samples.masking import STRATEGIES
+from genrec_dist.data.samples.step import make_step
 from genrec_dist.data.tokenizer import train_tokenizer
 from genrec_dist.data.word_table import build_words, mask_tokens
 from genrec_dist.model.build import ModelSizes, build_model

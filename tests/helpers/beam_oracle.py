@@ -14,9 +14,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from genrec_dist.bench.beam import generated_lists, make_generate
+from genrec_dist.bench.peers.beam import generated_lists, make_generate
 from genrec_dist.config.recipe import Model
-from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_histories
+from genrec_dist.data.encoder_input import EncoderInput, encode_histories
+from genrec_dist.data.layout import Layout
 from genrec_dist.data.word_table import WordTable
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie

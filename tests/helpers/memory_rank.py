@@ -28,7 +28,7 @@ from genrec_dist.data.batch import Batch
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.estimate.memory import build_config
+from genrec_dist.estimate.sizes import build_config
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 from genrec_dist.model.optimizer import AveragedWeights
 from genrec_dist.training.engine import Replicated, Spread, make_engine

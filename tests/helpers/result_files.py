@@ -9,7 +9,8 @@ from genrec_shards.histories import windows
 from genrec_shards.splits import Split
 
 from genrec_dist.baselines.registry import reference_scores
-from genrec_dist.evaluation.results import Protocol, ResultsWriter
+from genrec_dist.evaluation.protocol import Protocol
+from genrec_dist.evaluation.results import ResultsWriter
 
 
 def write_results(

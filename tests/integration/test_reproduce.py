@@ -28,8 +28,9 @@ from two_ranks import environment
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import dump_recipe, load_recipe
 from genrec_dist.evaluation import score_mixture as mixture
+from genrec_dist.evaluation.metrics import METRICS
 from genrec_dist.report.run_files import read_run_files
-from genrec_dist.reproduce.published import METRICS, SETS, size_difference
+from genrec_dist.reproduce.published import SETS, size_difference
 from genrec_dist.reproduce.result_rows import merge
 from genrec_dist.reproduce.steps import recipe_of
 from genrec_dist.reproduce.systems import SWITCHES, Options, systems_of

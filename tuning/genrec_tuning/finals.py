@@ -13,23 +13,17 @@ from genrec_shards.file_lock import hold
 from genrec_shards.readers.documents import read_object
 
 from genrec_dist.distributed.deadline import Deadline
-from genrec_dist.evaluation.compare import METRICS, compare
+from genrec_dist.evaluation.compare import compare
+from genrec_dist.evaluation.metrics import METRICS
 from genrec_dist.inference.evaluate import evaluate
 from genrec_dist.inference.load import best_device, load_run
 from genrec_dist.inference.rank_users import Decoding
 from genrec_tuning.live_table import SweepTable
 from genrec_tuning.record import FINALS, Final, Recorder, Status, Sweep, Trial, read_sweep
-from genrec_tuning.report import check_plotly, write_results
+from genrec_tuning.report.page import check_plotly, write_results
 from genrec_tuning.run_sync import pull, push
 from genrec_tuning.space import Resources
-from genrec_tuning.sweep import (
-    RAY_FILES,
-    connected,
-    deadline,
-    job_of,
-    place_of,
-    raise_if_ended,
-)
+from genrec_tuning.sweep import RAY_FILES, connected, deadline, job_of, place_of, raise_if_ended
 from genrec_tuning.trial import Job
 
 FINALISTS = 3

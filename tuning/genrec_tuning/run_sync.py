@@ -12,6 +12,8 @@ import posixpath
 import shutil
 from pathlib import Path
 
+from genrec_shards.file_lock import LOCK_FILE, hold
+
 from genrec_tuning.record import Folder
 
 
@@ -38,9 +40,20 @@ def push(local: Path, remote: Folder) -> None:
         remote.files.rm_file(remote.place(name))
 
 
-def pull(local: Path, remote: Folder) -> None:
+def pull(local: Path, remote: Folder, wait: float = 0.0) -> None:
     """Fetch a run unless this place has a newer checkpoint of it. A checkpoint that `events.jsonl`
-    does not name yet is left out: continued from it, the epochs before it would be in no record."""
+    does not name yet is left out: continued from it, the epochs before it would be in no record.
+
+    What is here is replaced under the run's own lock, so never below a process that trains it.
+
+    Args:
+        local: the run directory of this node.
+        remote: where the run lies.
+        wait: seconds to wait for another process that trains the run here.
+
+    Raises:
+        ValueError: another process still does; names it.
+    """
     if _same_place(local, remote):
         return
     there = _sizes(remote)
@@ -53,12 +66,19 @@ def pull(local: Path, remote: Folder) -> None:
         return first != "checkpoints" or f'"checkpoints/{rest.split("/")[0]}"' in events
 
     wanted = sorted(filter(is_named, there), key=_order)
-    if _newest(wanted) <= _newest(_files(local)):
-        return
-    shutil.rmtree(local, ignore_errors=True)
-    for name in wanted:
-        (local / name).parent.mkdir(parents=True, exist_ok=True)
-        remote.files.get_file(remote.place(name), str(local / name))
+    with hold(local / LOCK_FILE, "another process trains this run", wait):
+        here = _files(local)
+        # A copy that was cut short lacks the file that comes last.
+        if _newest(wanted) <= (_newest(here) if "events.jsonl" in here else ""):
+            return
+        for path in local.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != LOCK_FILE:
+                path.unlink(missing_ok=True)
+        for name in wanted:
+            (local / name).parent.mkdir(parents=True, exist_ok=True)
+            remote.files.get_file(remote.place(name), str(local / name))
 
 
 def _same_place(local: Path, remote: Folder) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genrec_shards.readers.documents import parse_yaml
-from genrec_shards.storage.remote import is_address
+from genrec_shards.storage.address import is_address
 
 from genrec_dist.config.load import load_recipe, recipe_from, use_current_keys
 from genrec_dist.config.recipe import Recipe

@@ -32,15 +32,8 @@ from genrec_tuning.record import (
     read_sweep,
     trial_id,
 )
-from genrec_tuning.report import check_plotly, write_results
-from genrec_tuning.space import (
-    Resources,
-    Space,
-    planned_epochs,
-    points,
-    recipe_of,
-    refuse_changes,
-)
+from genrec_tuning.report.page import check_plotly, write_results
+from genrec_tuning.space import Resources, Space, planned_epochs, points, recipe_of, refuse_changes
 from genrec_tuning.trial import Job, ended_because
 
 RAY_FILES = "ray"

@@ -132,7 +132,7 @@ def run_job(job: Job, report: Callable[[dict[str, Any]], None]) -> None:
 
     lock_file = run.parent / f".{run.name}.lock"
     with hold(lock_file, "another process still trains this run", LOCK_SECONDS) as lock:
-        pull(run, job.remote_run)
+        pull(run, job.remote_run, LOCK_SECONDS)
         resume = "latest" if (run / "events.jsonl").is_file() else None
         if job.resources["processes"] > 1:
             train_on_ranks(Resources(**job.resources), recipe, resume, lock, report_new)

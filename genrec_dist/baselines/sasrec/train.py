@@ -23,12 +23,16 @@ from genrec_dist.baselines.sasrec.bsarec import BSARec, BsarecSettings
 from genrec_dist.baselines.sasrec.model import Packed, SASRec, SasrecSettings, pack, target_places
 from genrec_dist.config.recipe import Optimizer
 from genrec_dist.distributed.signals import NotFinite
-from genrec_dist.evaluation.metrics import as_written, metrics_from_histogram, rank_histogram
+from genrec_dist.evaluation.metrics import (
+    METRICS,
+    as_written,
+    metrics_from_histogram,
+    rank_histogram,
+)
 from genrec_dist.model.item_rows import MOST_FACTORS, turn_rows
 from genrec_dist.model.optimizer import AveragedWeights, build_optimizer
 
 _INIT_STREAM, _ORDER_STREAM, _DROPOUT_STREAM = 0x5A50, 0x5A51, 0x5A52
-METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 
 
 @dataclass(frozen=True)

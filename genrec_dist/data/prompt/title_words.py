@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from genrec_dist.config.validate import HISTORY
-from genrec_dist.data.encoder_input import ForcedTokens, PromptLayout
+from genrec_dist.data.layout import ForcedTokens, PromptLayout
 from genrec_dist.data.tokenizer import SPECIAL_TOKENS
 from genrec_dist.data.word_table import ItemTexts, WordTable
 

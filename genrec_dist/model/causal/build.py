@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from genrec_dist.config.model_config import REMEDY, ModelFileError
 from genrec_dist.config.recipe import Recipe
-from genrec_dist.data.encoder_input import PromptLayout
+from genrec_dist.data.layout import PromptLayout
 from genrec_dist.model.causal.attention import NAME
 from genrec_dist.model.causal.config import PromptedConfig, load_prompted_config
 from genrec_dist.model.causal.prompted import PromptedModel

@@ -16,7 +16,7 @@ import numpy as np
 
 from genrec_shards.errors import DataError
 from genrec_shards.numbering.truncated_eigen import factor_rows
-from genrec_shards.readers.columns import COLUMNS, plain_name
+from genrec_shards.readers.columns import COLUMNS, first_of
 from genrec_shards.readers.records import read_records
 from genrec_shards.storage.manifest import file_sha256
 
@@ -94,8 +94,8 @@ def read_descriptions(
         if named != tuple(record):
             named = tuple(record)
             found_columns |= record.keys()
-            column = id_column if id_column is not None else _first_of(ID_COLUMNS, named)
-            title = title_column if title_column is not None else _first_of(TITLE_COLUMNS, named)
+            column = id_column if id_column is not None else first_of(ID_COLUMNS, named)
+            title = title_column if title_column is not None else first_of(TITLE_COLUMNS, named)
         if column is None or column not in record:
             wanted = f"column {column}" if column else "column of item ids"
             complaint = f"no {wanted}, only {_listed(record)}"
@@ -164,12 +164,6 @@ def unit_rows(matrix_NF: sp.csr_matrix) -> sp.csr_matrix:
     lengths_N = np.sqrt(np.asarray(matrix_NF.multiply(matrix_NF).sum(axis=1)).ravel())
     factors_N = np.divide(1, lengths_N, out=np.zeros_like(lengths_N), where=lengths_N > 0)
     return (sp.diags(factors_N) @ matrix_NF).tocsr()
-
-
-def _first_of(usual: Sequence[str], names: Sequence[str]) -> str | None:
-    """The first of the usual names that a record has, as the record spells it."""
-    spelled = {plain_name(name): name for name in reversed(names)}
-    return next((spelled[name] for name in usual if name in spelled), None)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from genrec_shards.storage.remote import is_loopback
+from genrec_shards.storage.address import is_loopback
 
 LOOPBACK = "127.0.0.1"
 PROBE_SECONDS = 5.0

@@ -19,8 +19,9 @@ from genrec_shards.ray_engine.sources import LogFile, place_of
 from genrec_shards.ray_engine.tasks import connected
 from genrec_shards.ray_engine.upload import is_taken, send, writable
 from genrec_shards.sequences import Sequences
+from genrec_shards.storage.address import is_address
 from genrec_shards.storage.manifest import MANIFEST, Manifest, ShardEntry
-from genrec_shards.storage.remote import RemoteFiles, RetryPolicy, is_address
+from genrec_shards.storage.remote import RemoteFiles, RetryPolicy
 from genrec_shards.storage.write import check_sizes, finish_shards, write_shard
 
 TARS_PER_CORE = 4

@@ -13,7 +13,8 @@ from genrec_shards.errors import DataError
 from genrec_shards.readers.read_log import Format, log_names, source_files
 from genrec_shards.readers.recognise import guess_format, guess_of_file
 from genrec_shards.readers.text_blocks import check_readable, unreadable
-from genrec_shards.storage.remote import RemoteFiles, RetryPolicy, is_address
+from genrec_shards.storage.address import is_address
+from genrec_shards.storage.remote import RemoteFiles, RetryPolicy
 
 BYTES_PER_REQUEST = 8 << 20
 """Read at once behind an address."""

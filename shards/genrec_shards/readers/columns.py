@@ -20,6 +20,12 @@ with `plain_name`."""
 NAME_THEM = "name the three with --columns USER,ITEM,TIME"
 
 
+def first_of(usual: Sequence[str], names: Sequence[str]) -> str | None:
+    """The first of the usual names that is among `names`, as it is spelled there."""
+    spelled = {plain_name(name): name for name in reversed(names)}
+    return next((spelled[name] for name in usual if name in spelled), None)
+
+
 def plain_name(name: str) -> str:
     """A column's name without what does not matter: capitals, `-` or a space for `_`, and what
     follows a colon, as in RecBole's `user_id:token`."""

@@ -2,6 +2,8 @@
 memory."""
 
 import gzip
+import io
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -26,6 +28,10 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 26
 """Bytes without an end of line that are no longer taken for a line of a log."""
+MOST_TIMES = 100
+"""How many times its own size a packed log may unpack to; logs unpack to 3 to 20 times theirs."""
+ALWAYS_UNPACKED = 1 << 28
+"""Bytes that any packed log may unpack to."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +133,12 @@ def is_packed(beginning: bytes) -> bool:
 
 
 def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
-    """Pieces of BLOCK_BYTES of an open file: plain, gzipped, or the one file of a zip. Raises
-    DataError where it is damaged, packed otherwise, or a zip of several files."""
+    """Pieces of BLOCK_BYTES of an open file: plain, gzipped, or the one file of a zip.
+
+    Raises:
+        DataError: it is damaged, packed otherwise, a zip of several files, or unpacks to more than
+            ALWAYS_UNPACKED bytes and MOST_TIMES its size: a small file would be read for hours.
+    """
     beginning = raw.read(8)
     raw.seek(0)
     for magic, (kind, remedy) in _NOT_READ.items():
@@ -140,8 +150,14 @@ def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
         name, file = "zip", _zipped_file(path, raw)
     elif beginning.startswith(GZIP_MAGIC):
         file = gzip.GzipFile(fileobj=raw)
+    size, most = 0, math.inf if file is raw else _most_unpacked(raw)
     try:
         while data := file.read(BLOCK_BYTES):
+            size += len(data)
+            if size > most:
+                limit = f"more than {int(most) >> 20:,} MiB, over {MOST_TIMES} times its size"
+                remedy = "where it is a log, unpack it and give what comes of it"
+                raise DataError(f"{path}: unpacks to {limit}: {remedy}")
             yield data
     except EOFError:
         fault = f"the {name} is cut off"
@@ -150,6 +166,14 @@ def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
     else:
         return
     raise DataError(f"{path}: {fault}: download or copy the file again")
+
+
+def _most_unpacked(raw: BinaryIO) -> int:
+    """Bytes to which an open packed file may unpack."""
+    place = raw.tell()
+    size = raw.seek(0, io.SEEK_END)
+    raw.seek(place)
+    return max(ALWAYS_UNPACKED, MOST_TIMES * size)
 
 
 def _zipped_file(path: str, raw: BinaryIO) -> IO[bytes]:

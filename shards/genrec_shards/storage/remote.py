@@ -1,14 +1,11 @@
-"""Files at an address: which addresses are allowed, requests of byte ranges, retries."""
+"""Files at an address: requests of byte ranges, checked and tried again."""
 
 import asyncio
 import contextlib
 import hashlib
-import ipaddress
 import os
 import random
-import re
 import ssl
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,17 +13,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from genrec_shards.errors import DataError, printable
+from genrec_shards.errors import DataError
+from genrec_shards.storage.address import check_address
+from genrec_shards.storage.clients import BadResponse, client_of, network_errors
 
 Result = TypeVar("Result")
-# A drive's single letter is a path.
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]+:")
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.\-]{1,61}[a-z0-9]")
-_ALLOWED = "allowed are https://, s3://, and http:// of this machine (127.0.0.1, [::1], localhost)"
-# A whole file is the manifest or lengths.npy; more than this is something else.
-_MOST_BYTES = 1 << 30
-_REDIRECTS = (301, 302, 303, 307, 308)
-_FINAL_STATUS = {*range(400, 500)} - {408, 425, 429}
 
 
 @dataclass(frozen=True)
@@ -44,68 +35,6 @@ class RetryPolicy:
     """Seconds without a byte after which a request is given up."""
     deadline: float = 180.0
     """Seconds for all attempts together."""
-
-
-class BadResponse(Exception):
-    """An answer that is not the bytes requested. `final`: another request would change nothing."""
-
-    def __init__(self, complaint: str, final: bool = False) -> None:
-        super().__init__(complaint)
-        self.final = final
-
-
-def is_address(path: str | Path) -> bool:
-    """Whether this is meant as an address, allowed or not. A directory of such a name is written
-    `./name`."""
-    return _SCHEME.match(str(path)) is not None or "://" in str(path)
-
-
-def check_address(text: str) -> str:
-    """The address without a slash at its end.
-
-    Raises:
-        ValueError: the address is not allowed. The message shows no password.
-    """
-    # Neither a query, which may be a signature, nor what may be a password; and one line.
-    shown = re.sub(r"//.*@", "//***@", text.split("?")[0], flags=re.DOTALL)
-    shown = printable(shown)
-    if "::" in re.sub(r"\[[0-9a-fA-F:.]*\]", "", text):
-        raise ValueError(f"{shown}: a chain of addresses is not opened; {_ALLOWED}")
-    try:
-        parts = urlsplit(text)
-        host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise ValueError(f"{shown}: not an address ({error}); {_ALLOWED}") from None
-    problem = None
-    if parts.scheme not in ("https", "s3", "http"):
-        problem = f"{parts.scheme}: is not opened; {_ALLOWED}"
-    elif not host:
-        problem = f"names no server; write {parts.scheme}://SERVER/PATH, as text and not as a Path"
-    elif "@" in parts.netloc:
-        problem = (
-            "a password in an address ends up in every run's files; "
-            "put it into ~/.netrc (https) or the AWS credentials (s3)"
-        )
-    elif "?" in text or "#" in text or not text.isprintable() or any(map(str.isspace, text)):
-        problem = "an address with ?, # or blanks is not opened; give that of the directory alone"
-    elif parts.scheme == "http" and not is_loopback(host):
-        problem = f"http of another machine can be read and changed on its way; {_ALLOWED}"
-    elif parts.scheme == "s3" and not _BUCKET.fullmatch(parts.netloc):
-        problem = f"{parts.netloc!r} is no bucket's name"
-    if problem is not None:
-        raise ValueError(f"{shown}: {problem}")
-    return text.rstrip("/")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether the host is this machine. Only names and numbers that need no name server count: its
-    answer could change from call to call."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class RemoteFiles:
@@ -201,7 +130,7 @@ class RemoteFiles:
         )
 
     def _client(self) -> Any:
-        return _client(self.scheme, self.retry.stall)
+        return client_of(self.scheme, self.retry.stall)
 
     def _path(self, name: str) -> str:
         """The file as fsspec names it."""
@@ -244,7 +173,7 @@ class RemoteFiles:
         for attempt in range(1, retry.attempts + 1):
             try:
                 return request(retry.deadline - (time.monotonic() - started))
-            except _network_errors(self.scheme) as error:
+            except network_errors(self.scheme) as error:
                 complaint, final = _describe(error, retry)
             # A random share keeps many processes from trying again in the same moment; the
             # generators of the training stay untouched.
@@ -258,124 +187,6 @@ class RemoteFiles:
         tries = "" if attempt == 1 else f" ({attempt} attempts in {seconds:.1f} s)"
         remedy = "mend the server or the way to it, or copy the shards"
         raise DataError(f"{place}: {complaint}{tries}: {remedy}") from None
-
-
-# Clients by (scheme, seconds a server may stall), shared by all readers of a process.
-_clients: dict[tuple[str, float], Any] = {}
-# A parent's clients in its child: never touched and never collected, since closing them here would
-# take the parent's sockets out of the event queue that both processes share.
-_left_alone: list[Any] = []
-_clients_lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    global _clients, _clients_lock
-    _left_alone.append(_clients)
-    _clients, _clients_lock = {}, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_after_fork)
-
-
-def _client(scheme: str, stall: float) -> Any:
-    """This process's fsspec file system."""
-    with _clients_lock:
-        if (scheme, stall) not in _clients:
-            make = _s3_client if scheme == "s3" else _http_client
-            _clients[scheme, stall] = make(scheme, stall)
-        return _clients[scheme, stall]
-
-
-def _http_client(scheme: str, stall: float) -> Any:
-    import aiohttp
-    from fsspec.implementations.http import HTTPFileSystem
-
-    async def guard(request: Any, send: Any) -> Any:
-        # Every hop of a redirect comes through here. A server elsewhere may send us on to https
-        # alone, and not to the services of this machine.
-        target, host = request.url.scheme, request.url.host or ""
-        if target != "https" and not (target == scheme == "http" and is_loopback(host)):
-            complaint = f"the server sends us on to {target}://{host}, which is not allowed"
-            raise BadResponse(complaint, final=True)
-        response = await send(request)
-        try:
-            _check_head(response, request.headers.get("Range"))
-        except BadResponse:
-            response.close()
-            raise
-        return response
-
-    session = {
-        "middlewares": (guard,),
-        "headers": {"Accept-Encoding": "identity"},
-        "auto_decompress": False,  # an answer could unpack to any size
-        "timeout": aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall),
-        "trust_env": scheme == "https",  # ~/.netrc and proxies are for servers elsewhere
-    }
-    return HTTPFileSystem(skip_instance_cache=True, client_kwargs=session)
-
-
-def _check_head(response: Any, requested: str | None) -> None:
-    """Raise BadResponse unless the head of an answer fits; its body has not been read yet.
-
-    Args:
-        response: aiohttp's.
-        requested: the Range header of the request.
-    """
-    status, headers = response.status, response.headers
-    if status in _REDIRECTS:
-        return
-    if status == 404:
-        raise BadResponse("no such file on the server", final=True)
-    if status not in (200, 206):
-        reason = f"the server answers {status} {printable(response.reason or '')}".rstrip()
-        raise BadResponse(reason, final=300 <= status < 400 or status in _FINAL_STATUS)
-    length = headers.get("Content-Length", "")
-    if not length.isdigit() or int(length) > _MOST_BYTES:
-        raise BadResponse(f"the server announces {length or 'no number of'} bytes", final=True)
-    if requested is None:
-        return
-    if status != 206:
-        complaint = "the server ignores Range and sends the whole file; choose one that honours it"
-        raise BadResponse(complaint, final=True)
-    sent = headers.get("Content-Range", "no range")
-    if sent.replace(" ", "").split("/")[0] != requested.replace("=", ""):
-        raise BadResponse(f"the server sends {sent[:60]!r} for {requested}")
-
-
-def _s3_client(scheme: str, stall: float) -> Any:
-    import s3fs
-
-    config = {
-        "connect_timeout": stall,
-        "read_timeout": stall,
-        "retries": {"total_max_attempts": 1},  # attempts are counted here alone
-    }
-    endpoint_url = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    client = s3fs.S3FileSystem(
-        skip_instance_cache=True, endpoint_url=endpoint_url, config_kwargs=config
-    )
-    client.retries = 1
-    client.connect()
-    # A configuration file can name an endpoint too.
-    endpoint = urlsplit(client.s3.meta.endpoint_url)
-    host = endpoint.hostname or ""
-    if endpoint.scheme != "https" and not (endpoint.scheme == "http" and is_loopback(host)):
-        raise ValueError(f"AWS endpoint {endpoint.scheme}://{host}: not opened; {_ALLOWED}")
-    return client
-
-
-def _network_errors(scheme: str) -> tuple[type[BaseException], ...]:
-    """What a request can raise because of a server or a network; our own mistakes are not among
-    them."""
-    import aiohttp
-
-    errors = OSError, asyncio.TimeoutError, BadResponse, aiohttp.ClientError
-    if scheme != "s3":
-        return errors
-    from botocore.exceptions import BotoCoreError, HTTPClientError
-
-    return *errors, BotoCoreError, HTTPClientError
 
 
 def _describe(error: BaseException, retry: RetryPolicy) -> tuple[str, bool]:

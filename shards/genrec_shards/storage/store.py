@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from genrec_shards.errors import DataError
+from genrec_shards.storage.address import is_address
 from genrec_shards.storage.disk_cache import NodeCache
 from genrec_shards.storage.manifest import (
     MANIFEST,
@@ -17,7 +18,7 @@ from genrec_shards.storage.manifest import (
     parse_manifest,
     verify_manifest,
 )
-from genrec_shards.storage.remote import RemoteFiles, RetryPolicy, is_address
+from genrec_shards.storage.remote import RemoteFiles, RetryPolicy
 
 
 @dataclass(frozen=True)

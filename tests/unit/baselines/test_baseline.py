@@ -172,7 +172,8 @@ def test_knn_settings_are_set_by_name_and_written_into_the_metrics(tiny_data, tm
     ("override", "message"),
     [
         ("width=3", "knn: unknown key width; known here: window"),
-        ("window=0", "knn: window is 0: it has to be 1 or above"),
+        ("window=0", "knn: window is 0: it has to be from 1 to 10,000"),
+        ("recent=1000001", "knn: recent is 1000001: it has to be from 1 to 1,000,000"),
         ("decay=-0.1", "knn: decay is -0.1: it has to be 0 or above"),
         ("recent=some", "knn: recent: 'some' is not a whole number"),
         ("window=100000000", "knn: window is 100000000: it has to be from 1 to 10,000"),

@@ -15,17 +15,16 @@ from genrec_shards.dataset import load_dataset
 
 from genrec_dist.bench import beam as bench
 from genrec_dist.bench.beam import (
-    GENERATE,
     TINY,
     World,
     bench_beam,
-    compare_lists,
     evaluate_share,
     format_curves,
-    make_generate,
     steps_of_an_epoch,
 )
 from genrec_dist.bench.measure import Claim
+from genrec_dist.bench.peers import beam as peers
+from genrec_dist.bench.peers.beam import GENERATE, compare_lists, make_generate
 from genrec_dist.bench.synthetic import EOS, MASK, PAD, make_words, spell
 from genrec_dist.cli.app import run_command
 from genrec_dist.decoding.searcher import TopItems
@@ -138,7 +137,7 @@ def test_exact_search_equals_generate(measured: tuple[list[Claim], dict[str, Any
 def test_peer_with_other_lists_stops_the_measurement(
     broken: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = bench.allowed_tokens
+    whole = peers.allowed_tokens
 
     def changed(words: Any, eos: int) -> Any:
         after = whole(words, eos)
@@ -147,7 +146,7 @@ def test_peer_with_other_lists_stops_the_measurement(
         widest = max(after, key=lambda prefix: len(after[prefix]) if len(prefix) == 3 else 0)
         return {**after, widest: after[widest][:1]}
 
-    monkeypatch.setattr(bench, "allowed_tokens", changed)
+    monkeypatch.setattr(peers, "allowed_tokens", changed)
     with pytest.raises(AssertionError, match=r"user \d of the batch, rank \d"):
         bench_beam(sizes=TINY)
 

@@ -15,21 +15,24 @@ from genrec_shards.dataset import load_dataset
 
 from genrec_dist.bench import kernels as bench
 from genrec_dist.bench.kernels import (
-    ATOMICS,
-    CLONE,
-    COMPILED,
-    EAGER,
     GROWTH,
-    OURS,
     TINY,
-    Case,
-    Shape,
     bench_kernels,
     bytes_moved,
     check_errors,
     claims_of,
     draw_places,
     format_shares,
+)
+from genrec_dist.bench.peers import kernels as peers
+from genrec_dist.bench.peers.kernels import (
+    ATOMICS,
+    CLONE,
+    COMPILED,
+    EAGER,
+    OURS,
+    Case,
+    Shape,
     forward_and_backward,
     make_case,
     make_rivals,
@@ -82,16 +85,16 @@ def test_bytes_are_counted_by_the_rows_that_are_read_and_learn() -> None:
 @pytest.mark.parametrize("norm", [False, True])
 def test_rivals_give_the_same_sums_and_a_less_exact_one_is_not_measured(norm: bool) -> None:
     case = small_case(norm)
-    rivals = make_rivals(CPU) | {ATOMICS: bench.by_atomics}
+    rivals = make_rivals(CPU) | {ATOMICS: peers.by_atomics}
     del rivals[COMPILED]
     found = check_errors(rivals, case)
     assert found[OURS]["sum"] < 1e-6
     assert all(0 < found[name]["gradients"] < 1e-5 for name in (EAGER, ATOMICS))
-    gradients = forward_and_backward(bench.by_atomics, case)[1:5]
-    for zero_row, gradient in zip(bench.ZERO_ROWS, gradients, strict=True):
+    gradients = forward_and_backward(peers.by_atomics, case)[1:5]
+    for zero_row, gradient in zip(peers.ZERO_ROWS, gradients, strict=True):
         assert zero_row is None or not gradient[zero_row].any()
     with pytest.raises(AssertionError, match=r"ours is 0.*from float64"):
-        check_errors({**rivals, OURS: lambda one: 1.001 * bench.ours(one)}, case)
+        check_errors({**rivals, OURS: lambda one: 1.001 * peers.ours(one)}, case)
 
 
 @pytest.mark.dist

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from claims import check_claims
-from genrec_kernels.sharded_rows import BLOCK
+from genrec_kernels.row_blocks import BLOCK
 from torch import Tensor
 from torch.multiprocessing import start_processes
 from two_ranks import environment

@@ -10,6 +10,7 @@ import torch
 from claims import check_claims
 from genrec_shards.dataset import load_dataset
 
+from genrec_dist.bench.peers.train import PlainGenRec, TokenizingCollate, pad_samples, samples_of
 from genrec_dist.bench.train import (
     CAPPED_ITEMS,
     LONG,
@@ -20,7 +21,6 @@ from genrec_dist.bench.train import (
     process,
     tokens_of,
 )
-from genrec_dist.bench.train_peers import PlainGenRec, TokenizingCollate, pad_samples, samples_of
 from genrec_dist.bench.train_process import (
     DEFAULT,
     OURS,

@@ -3,6 +3,7 @@ name."""
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -13,15 +14,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pyarrow.parquet as pq
 import pytest
+from places import HELPERS
 from tiny import TINY_RECIPE
 from two_ranks import environment
 from typer.main import get_command
 
+from genrec_dist.baselines import leak_audit
 from genrec_dist.cli.app import app, run_command
 from genrec_dist.console import exit_code_of
 
+LIMITED = HELPERS / "limited.py"
 COMMANDS = get_command(app).commands  # type: ignore[attr-defined]
 GOOD = "ann a b c d\nbob b c a d\ncy c d b a e\n"
 
@@ -110,6 +115,31 @@ def test_prepare_and_shard_say_what_they_made(
         "manifest.json",
         "shard-000000.tar",
     ]
+
+
+def test_data_whose_audit_fails_has_no_name_and_what_was_there_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log, new = write(tmp_path / "log.txt", GOOD), write(tmp_path / "new.txt", "u9 a b c d\n")
+    assert run_command(["prepare", str(log), "--out", str(tmp_path / "old")]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()}
+    room = leak_audit.audit
+    capfd.readouterr()
+
+    def full_disk(*arguments: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(leak_audit, "audit", full_disk)
+    prepared = ["prepare", log, "--out", tmp_path / "data"]
+    appended = ["prepare", "--append", new, "--to", tmp_path / "old"]
+    for command in (prepared, appended):
+        assert "make room" in refused(capfd, 1, command)
+    assert names(tmp_path) == ["log.txt", "new.txt", "old"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "old").iterdir()} == before
+    monkeypatch.setattr(leak_audit, "audit", room)
+    for command in (prepared, appended):
+        assert run_command([str(word) for word in command]) == 0
+    assert json.loads((tmp_path / "old" / "audit.json").read_text())["users"] == 4
 
 
 def test_prepare_warns_of_numbers_that_leak(
@@ -630,7 +660,7 @@ def test_a_full_disk_while_sharding(tiny_data: Path, tmp_path: Path) -> None:
 def test_a_full_disk_while_evaluating(tiny_run: Path, tmp_path: Path) -> None:
     run = copy_of(tiny_run, tmp_path / "run")
     before = names(run)
-    done = genrec("evaluate", run, preexec_fn=limit_files(1000))
+    done = forked.run([LIMITED, "1000", "evaluate", run], environment(), timeout=120)
     assert_disk_is_full(done, run)
     assert names(run) == before
 

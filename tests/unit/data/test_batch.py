@@ -39,14 +39,10 @@ from hypothesis import strategies as st
 
 from genrec_dist.config.recipe import Mask
 from genrec_dist.data.batch import IGNORED, Batch, dummy_batch
-from genrec_dist.data.collate import (
-    WORTH_A_BATCH,
-    choose_targets,
-    split_packed,
-    split_padded,
-    target_batch,
-)
-from genrec_dist.data.encoder_input import EncoderInput, Layout, encode_histories
+from genrec_dist.data.collate import target_batch
+from genrec_dist.data.encoder_input import EncoderInput, encode_histories
+from genrec_dist.data.layout import Layout
+from genrec_dist.data.samples.step import WORTH_A_BATCH, choose_targets, split_packed, split_padded
 from genrec_dist.data.word_table import build_words, item_text, user_text
 
 __all__ = ["model"]

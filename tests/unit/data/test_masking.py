@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from genrec_dist.config.recipe import Mask
-from genrec_dist.data.masking import STRATEGIES, Targets
+from genrec_dist.data.samples.masking import STRATEGIES, Targets
 
 NAMES = sorted(STRATEGIES)
 MANY = 60_000

@@ -28,8 +28,9 @@ from torch.nn import functional as F
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.data.batch import IGNORED, dummy_batch
-from genrec_dist.data.encoder_input import Layout, encode_histories
-from genrec_dist.data.prefix_samples import prefix_segments
+from genrec_dist.data.encoder_input import encode_histories
+from genrec_dist.data.layout import Layout
+from genrec_dist.data.samples.prefix_samples import prefix_segments
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.inference.load import load_run

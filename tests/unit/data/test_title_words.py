@@ -7,7 +7,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from genrec_dist.bench.titles import made_up_titles
-from genrec_dist.data.encoder_input import PromptLayout, encode_histories
+from genrec_dist.data.encoder_input import encode_histories
+from genrec_dist.data.layout import PromptLayout
 from genrec_dist.data.prompt.title_words import (
     build_title_words,
     distinct_titles,

@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from genrec_dist.bench.beam import compare_lists
+from genrec_dist.bench.peers.beam import compare_lists
 from genrec_dist.bench.titles import HuggingFace, made_up_titles, random_prompted
-from genrec_dist.data.encoder_input import EncoderInput, PromptLayout, encode_histories
+from genrec_dist.data.encoder_input import EncoderInput, encode_histories
+from genrec_dist.data.layout import PromptLayout
 from genrec_dist.decoding import searcher as searcher_module
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie

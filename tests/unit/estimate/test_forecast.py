@@ -14,6 +14,7 @@ from rich.console import Console
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
 from genrec_dist.estimate import advice as advice_module
+from genrec_dist.estimate.activations import activation_bytes, compute_of
 from genrec_dist.estimate.advice import advise
 from genrec_dist.estimate.forecast import (
     GIB,
@@ -25,7 +26,8 @@ from genrec_dist.estimate.forecast import (
     stage_samples,
 )
 from genrec_dist.estimate.forecast_table import as_dict, render
-from genrec_dist.estimate.memory import METHODS, activation_bytes, build_config, compute_of
+from genrec_dist.estimate.sizes import build_config
+from genrec_dist.estimate.state import METHODS
 
 BEAUTY: dict[str, Any] = {"users": 22_363, "items": 12_101}
 LAUNCH = ROOT / "launch"
@@ -167,7 +169,7 @@ def test_time_is_estimated_only_from_a_stated_speed() -> None:
     ("options", "message"),
     [
         ({"users": 10, "items": None}, "--users and --items belong together"),
-        ({"users": None, "items": None}, "nowhere: no data directory there: give --users and"),
+        ({"users": None, "items": None}, "or set data in the recipe to one"),
         ({"users": 0, "items": 5}, "both must be at least 1"),
         ({"memory_gib": 1.0}, "--memory 1: 1.5 GiB of it are kept free"),
         ({"memory_gib": float("nan")}, "--memory nan: it has to be GiB of one GPU, to 65,536"),

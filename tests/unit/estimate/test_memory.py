@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,15 +20,12 @@ from two_ranks import start_each
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import HeadLoss
+from genrec_dist.estimate.activations import Compute, MicroBatch, activation_bytes
 from genrec_dist.estimate.forecast import step_flops
-from genrec_dist.estimate.memory import (
+from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_parameters
+from genrec_dist.estimate.state import (
     METHODS,
-    Compute,
-    MicroBatch,
-    ParameterCounts,
-    activation_bytes,
-    build_config,
-    count_parameters,
+    State,
     gathered_elements,
     read_settings,
     state_bytes,
@@ -260,6 +258,29 @@ def test_state_bytes_of_outside_tables_are_a_ranks_rows() -> None:
     state = state_bytes(counts, "zero2", 1, True, step_id_rows=100)
     held = sum(value.nbytes for value in vars(table).values() if isinstance(value, torch.Tensor))
     assert state.id_rows - 2 * 4 * 100 * 32 == pytest.approx(held, rel=0.01)
+
+
+def test_state_bytes_of_ddp_by_hand() -> None:
+    """Weights, gradients, two moments, and on several ranks the buckets: a copy of the gradients.
+    Real ranks say the same (`test_state_bytes_are_the_measured_ones`)."""
+    recipe = load_recipe("tiny", ["data=x", "run=x"])
+    counts = count_parameters(recipe, build_config(recipe, 0, 100))
+    copy = 4 * counts.dense
+    alone, two = (state_bytes(counts, "ddp", ranks, bf16=False) for ranks in (1, 2))
+    assert (alone.total, two.total) == (4 * copy, 5 * copy)
+    assert (alone.buffers, two.buffers) == (0, copy)
+    assert state_bytes(counts, "ddp", 2, bf16=False, average=True).total == 6 * copy
+
+
+def test_peak_is_the_largest_of_micro_batch_step_and_validation() -> None:
+    state = State(
+        weights=1, masters=2, moments=4, gradients=8, average=16, id_rows=32, buffers=64,
+        step_extra=128, validation_extra=256, host=512,
+    )  # fmt: skip
+    held = 1 + 2 + 4 + 16 + 32
+    assert state.peak(1000) == held + 8 + 64 + 1000
+    assert state.peak(0) == held + 256
+    assert replace(state, validation_extra=0).peak(0) == held + 8 + 128
 
 
 def test_step_flops_are_about_those_that_torch_counts() -> None:

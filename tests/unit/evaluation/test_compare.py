@@ -13,17 +13,18 @@ from genrec_shards.prepare import prepare
 from result_files import write_results
 
 from genrec_dist.baselines.run import run_baseline
-from genrec_dist.evaluation.compare import (
-    METRICS,
+from genrec_dist.evaluation.bootstrap import (
     bootstrap_difference,
-    compare,
-    conclusion,
     distinct_tuples,
     holm,
     training_variance,
 )
-from genrec_dist.evaluation.metrics import WEIGHTS
-from genrec_dist.evaluation.results import Protocol
+from genrec_dist.evaluation.compare import compare, conclusion
+from genrec_dist.evaluation.metrics import (
+    METRICS,
+    WEIGHTS,
+)
+from genrec_dist.evaluation.protocol import Protocol
 
 
 def simulated(
@@ -286,7 +287,7 @@ def test_a_folder_of_runs_is_one_recipe_with_several_seeds(tmp_path, dataset, mo
     assert len(found.a.runs) == len(found.b.runs) == 3
     assert "3 seeds" in conclusion(found)
     assert "training run" not in found.verdict()
-    monkeypatch.setattr("genrec_dist.evaluation.compare._USERS_AT_ONCE", 7)
+    monkeypatch.setattr("genrec_dist.evaluation.compared_runs._USERS_AT_ONCE", 7)
     assert compare(tmp_path / "a", tmp_path / "b", resamples=500) == found
 
 

@@ -16,7 +16,8 @@ from genrec_dist.evaluation.metrics import (
     INVALID,
     as_written,
     bootstrap_ci95,
-    list_faults,
+    fault_counts,
+    fault_rates,
     listed_above,
     metrics_from_histogram,
     pessimistic_ranks,
@@ -137,11 +138,12 @@ def test_repeats_are_marked_from_the_second_on():
 
 def test_faults_are_shares_of_the_filled_places():
     lists_UN = np.array([[0, 1, 1, EMPTY, EMPTY], [2, INVALID, 9, INVALID, EMPTY]])
-    assert list_faults(lists_UN, num_items=9) == {"invalid_rate": 3 / 7, "duplicate_rate": 1 / 7}
-    assert list_faults(np.full((2, 3), EMPTY), num_items=9) == {
-        "invalid_rate": 0.0,
-        "duplicate_rate": 0.0,
+    assert fault_rates(fault_counts(lists_UN, num_items=9)) == {
+        "invalid_rate": 3 / 7,
+        "duplicate_rate": 1 / 7,
     }
+    nothing = fault_counts(np.full((2, 3), EMPTY), num_items=9)
+    assert fault_rates(nothing) == {"invalid_rate": 0.0, "duplicate_rate": 0.0}
 
 
 def test_errors_name_the_value():

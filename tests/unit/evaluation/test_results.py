@@ -26,7 +26,8 @@ from genrec_dist.evaluation.metrics import (
     rank_histogram,
     target_ranks,
 )
-from genrec_dist.evaluation.results import Protocol, ResultsWriter
+from genrec_dist.evaluation.protocol import Protocol
+from genrec_dist.evaluation.results import ResultsWriter
 
 FIELDS = {
     *(

@@ -10,7 +10,7 @@ from genrec_dist.evaluation.list_counts import BUCKETS, Tally, bucket_names, gin
 from genrec_dist.evaluation.metrics import (
     bootstrap_ci95,
     fault_counts,
-    list_faults,
+    fault_rates,
     metrics_from_histogram,
     rank_histogram,
 )
@@ -128,7 +128,7 @@ def test_a_bucket_without_users_has_no_scores():
 
 def test_faults_are_counted_as_in_one_piece():
     counts_I, lists_UN, *_ = users()
-    assert tally_of([50, 51]).fault_rates() == list_faults(lists_UN, NUM_ITEMS)
+    assert tally_of([50, 51]).fault_rates() == fault_rates(fault_counts(lists_UN, NUM_ITEMS))
     assert (fault_counts(lists_UN, NUM_ITEMS) > 0).all()
     assert len(counts_I) == NUM_ITEMS
 

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from genrec_kernels.sharded_rows import BLOCK, RowTable, distinct_rows, look_up
+from genrec_kernels.distinct_rows import distinct_rows, look_up
+from genrec_kernels.row_blocks import BLOCK
+from genrec_kernels.sharded_rows import RowTable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from places import HELPERS

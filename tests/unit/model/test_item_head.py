@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.data.batch import IGNORED, dummy_batch
-from genrec_dist.data.collate import BatchOptions, choose_targets, make_step
+from genrec_dist.data.collate import BatchOptions
+from genrec_dist.data.samples.step import choose_targets, make_step
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 __all__ = ["plain_model"]

@@ -2,10 +2,7 @@
 hand."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -19,6 +16,7 @@ from transformers.utils import logging
 from genrec_dist.config.recipe import Model, Optimizer
 from genrec_dist.data.batch import IGNORED, ModelInputs
 from genrec_dist.data.encoder_input import EncoderInput
+from genrec_dist.data.tokenizer import load_tokenizer
 from genrec_dist.model.build import ModelSizes, build_model, check_memory
 from genrec_dist.model.genrec import (
     GenRecConfig,
@@ -583,27 +581,16 @@ def test_the_memory_of_a_model_is_that_of_its_matrices():
             check_memory(model.config)
 
 
-def test_hub_names_without_a_network_are_named_with_two_ways_out(tmp_path):
-    """Of a backbone and of a tokenizer, in a process of its own: offline is decided at import."""
-    program = """
-from genrec_dist.config.recipe import Model
-from genrec_dist.data.tokenizer import load_tokenizer
-from genrec_dist.model.build import ModelSizes, build_model
-
-name, special = "facebook/bart-base", {"bos": 0, "pad": 1, "eos": 2, "mask": 4}
-sizes = ModelSizes(vocab_size=9, num_users=1, num_items=1, num_masks=1, special=special)
-for load in (lambda: build_model(Model(backbone=name), sizes), lambda: load_tokenizer(name)):
-    try:
-        load()
-    except ValueError as error:
-        print(error)
-"""
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **offline})
-    assert done.returncode == 0, done.stderr
-    for key, message in zip(
-        ("model.backbone", "tokens.tokenizer"), done.stdout.splitlines()[-2:], strict=True
+def test_hub_names_without_a_network_are_named_with_two_ways_out(tmp_path, monkeypatch):
+    """Of a backbone and of a tokenizer, with an empty cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    name, special = "facebook/bart-base", {"bos": 0, "pad": 1, "eos": 2, "mask": 4}
+    sizes = ModelSizes(vocab_size=9, num_users=1, num_items=1, num_masks=1, special=special)
+    for key, load in (
+        ("model.backbone", lambda: build_model(Model(backbone=name), sizes)),
+        ("tokens.tokenizer", lambda: load_tokenizer(name)),
     ):
-        assert message.startswith(f"{key} facebook/bart-base: ")
-        assert f"give its directory, or set {key} to null" in message
+        with pytest.raises(ValueError, match=rf"^{key} {name}: ") as caught:
+            load()
+        assert f"give its directory, or set {key} to null" in str(caught.value)

@@ -11,8 +11,9 @@ from genrec_shards.storage.sample_order import StepSamples
 
 from genrec_dist.bench.titles import HuggingFace, made_up_titles, random_prompted
 from genrec_dist.data.batch import IGNORED, Batch, dummy_batch
-from genrec_dist.data.collate import BatchOptions, make_step
-from genrec_dist.data.encoder_input import PromptLayout
+from genrec_dist.data.collate import BatchOptions
+from genrec_dist.data.layout import PromptLayout
+from genrec_dist.data.samples.step import make_step
 from genrec_dist.model.causal.prompted import PromptedModel
 
 SMALL = ["model.d_model=16", "model.heads=2", "model.ffn=32", "model.max_tokens=160"]

@@ -5,7 +5,9 @@ import json
 import math
 import random
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -374,6 +376,17 @@ def test_a_resumed_run_keeps_the_later_of_two_steps(tmp_path: Path) -> None:
     )
     assert faint is not None
     assert len(faint.split("L")) == 4
+
+
+def test_what_a_killed_report_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    report = "from genrec_dist.report.run_report import write_report; write_report(sys.argv[1])"
+    killed = f"import os, sys; os.fsync = lambda _: os.kill(os.getpid(), 9); {report}"
+    done = subprocess.run([sys.executable, "-c", killed, run])
+    assert done.returncode == -signal.SIGKILL
+    assert len(list(run.glob(".report.html.*.tmp"))) == 1
+    assert write_report(run).is_file()
+    assert not list(run.glob(".report.html.*"))
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -249,6 +249,40 @@ def test_a_body_in_pieces_is_bounded_in_bytes_and_in_time(server: Server) -> Non
     slow.close()
 
 
+def test_a_client_that_is_slow_with_its_head_is_cut_off_and_an_idle_one_is_not(
+    server: Server,
+) -> None:
+    def drip(client: socket.socket) -> float:
+        """Send a header line now and then; seconds until the server closes."""
+        started = time.monotonic()
+        client.settimeout(0.2)
+        while time.monotonic() - started < 30:
+            try:
+                client.sendall(b"X-More: 1\r\n")
+                if not client.recv(1000):
+                    return time.monotonic() - started
+            except TimeoutError:
+                continue
+            except OSError:
+                return time.monotonic() - started
+        raise AssertionError("the connection is held")
+
+    address = ("127.0.0.1", server.port)
+    silent = socket.create_connection(address, timeout=30)
+    with socket.create_connection(address) as client:
+        client.sendall(b"POST /recommend HTTP/1.1\r\nHost: x\r\n")
+        assert drip(client) > 1
+    assert silent.recv(100) == b""
+    silent.close()
+    with socket.create_connection(address, timeout=30) as client:
+        for _ in range(2):
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+            assert client.recv(10_000).startswith(b"HTTP/1.1 200 ")
+            time.sleep(2)  # longer than a head may take
+        client.sendall(b"GET /health HTTP/1.1\r\n")
+        assert drip(client) > 1
+
+
 def test_unknown_items_are_named_and_counted(server: Server) -> None:
     unknown = [f"no-{number}" for number in range(10_000)]
     before = metric(server, "genrec_unknown_items_total")
@@ -357,6 +391,10 @@ def test_a_full_queue_is_said_and_a_stop_answers_what_was_taken(
 ) -> None:
     server = start(tiny_run, tmp_path, "--queue", "2", "--decode", "free")
     try:
+        status, answer, _ = server.ask("POST", "/reload", {})  # any program might, without a token
+        assert (status, answer["error"]["type"]) == (403, "forbidden")
+        assert "GENREC_TOKEN" in answer["error"]["message"]
+        assert "/reload" not in server.ask("GET", "/docs")[1]
         heavy = {"requests": [{"history": histories[n % 40]} for n in range(256)], "k": 64}
         with ThreadPoolExecutor(8) as pool:
             taken = [pool.submit(server.ask, "POST", "/recommend", heavy) for _ in range(2)]

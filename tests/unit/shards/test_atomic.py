@@ -355,9 +355,23 @@ def test_what_killed_writers_left_is_swept_and_what_was_put_aside_comes_back(tmp
         (run / name).write_text("")
     hidden = {path.name for path in run.iterdir()} - set(mine)
     assert sorted(name.split(".")[1] for name in hidden) == ["best", "best", "metrics", "status"]
-    sweep_killed_writers(run, "best", "status.json")
-    (other,) = {path.name for path in run.iterdir()} - {*mine, "best"}
-    assert other.startswith(".metrics.json.")  # not under the caller's lock
+    living, busy = writer_of(run / "busy")  # not under the caller's lock either
+    foreign = run / f".report.html.1.{'0' * 8}-0123abcd.tmp"
+    foreign.write_text("")
+    try:
+        with atomic_file(run / "own.json") as own:
+            own.write_text("")
+            sweep_killed_writers(run, "best", "status.json")
+            assert {path.name for path in run.iterdir()} == {
+                *mine, "best", busy.name, foreign.name, own.name
+            }  # fmt: skip
+    finally:
+        living.kill()
+        living.wait(60)
+    yesterday = time.time() - 25 * 3600
+    os.utime(foreign, (yesterday, yesterday))
+    sweep_killed_writers(run)
+    assert {path.name for path in run.iterdir()} == {*mine, "best", "own.json"}
     assert (run / "best" / "file").read_text() == "old"
 
     killed("best", "between")

@@ -363,7 +363,7 @@ def s3(monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setattr("genrec_shards.storage.remote._clients", {})
+    monkeypatch.setattr("genrec_shards.storage.clients._clients", {})
     client = boto3.client("s3")
     client.create_bucket(Bucket="bucket")
     yield client

@@ -488,6 +488,26 @@ def test_files_that_are_no_log(tmp_path, name, content, message, on_error):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["gz", "zip"])
+def test_a_small_file_that_unpacks_without_end_is_refused_and_read_unpacked(
+    tmp_path, monkeypatch, kind
+):
+    content = CSV.encode() + CSV.encode().partition(b"\n")[2] * 40_000
+    path = tmp_path / f"log.csv.{kind}"
+    if kind == "gz":
+        path.write_bytes(gzip.compress(content, 9))
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("log.csv", content)
+    rows, _ = read(path)
+    assert len(content) > 100 * path.stat().st_size
+    monkeypatch.setattr(text_blocks, "ALWAYS_UNPACKED", 1 << 20)
+    with pytest.raises(DataError, match=f"log.csv.{kind}: unpacks to more than 1 MiB") as caught:
+        read(path)
+    assert "unpack it" in str(caught.value)
+    assert read(put(tmp_path, content))[0] == rows
+
+
 @pytest.mark.parametrize("format", ["amazon", "yelp"])
 @pytest.mark.parametrize(
     ("content", "message"),

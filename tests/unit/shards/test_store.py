@@ -20,8 +20,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from faulty_server import FaultyServer, serving
 from genrec_shards.dataset import Dataset
 from genrec_shards.errors import DataError
+from genrec_shards.storage.address import check_address, is_address
 from genrec_shards.storage.reader import ShardReader
-from genrec_shards.storage.remote import RemoteFiles, RetryPolicy, check_address, is_address
+from genrec_shards.storage.remote import RemoteFiles, RetryPolicy
 from s3_server import credentials, s3_server
 from shard_damage import Canary, npy, replace_record
 from shard_data import NUM_USERS, check_gather, make_dataset, shard
@@ -405,7 +406,7 @@ def use_endpoint(monkeypatch, url: str) -> None:
     for name, value in credentials(url).items():
         monkeypatch.setenv(name, value)
     # The clients that are there were made for another endpoint.
-    monkeypatch.setattr("genrec_shards.storage.remote._clients", {})
+    monkeypatch.setattr("genrec_shards.storage.clients._clients", {})
 
 
 @pytest.fixture

@@ -3,22 +3,34 @@ that are not the run's."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from genrec_shards.storage.manifest import file_sha256
 from places import ROOT
+from safetensors.torch import save_file
 from tiny import TINY_RECIPE
 
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
-from genrec_dist.training.checkpoint import find_checkpoint, list_checkpoints
-from genrec_dist.training.checkpoint_state import _sha256_of, read_state
+from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
+from genrec_dist.training.checkpoint_state import (
+    Progress,
+    StateFile,
+    _sha256_of,
+    read_state,
+    write_state,
+)
+from genrec_dist.training.engine import Segment
 from genrec_dist.training.run import train
 from genrec_dist.training.setup import TrainingSetup, build_setup
 
@@ -219,6 +231,27 @@ def test_latest_is_the_newest_by_number_and_a_torn_one_is_none(tmp_path: Path) -
     assert found.name == "step-00000010"
 
 
+def test_any_slice_is_read_whatever_ranks_wrote_it(tmp_path: Path) -> None:
+    """Parameters a and b as ZeRO-1 on two ranks has them: one after another, cut in the middle."""
+    flat = torch.arange(20.0)
+    whole = {"a": flat[:12], "b": flat[12:]}
+    segments = [[Segment("a", 0, 0, 0, 10)], [Segment("a", 10, 0, 0, 2), Segment("b", 0, 0, 2, 8)]]
+    names = [f"rank-{rank:05d}-of-00002.safetensors" for rank in range(2)]
+    for rank, name in enumerate(names):
+        fragments = json.dumps([astuple(segment) for segment in segments[rank]])
+        tensors = {"weight.0": flat[10 * rank :][:10].clone()}
+        save_file(tensors, tmp_path / name, {"fragments": fragments})
+    checkpoint = Checkpoint.__new__(Checkpoint)  # of files alone: state.json is not read here
+    checkpoint.path, checkpoint.facts = tmp_path, {"files": [{"name": name} for name in names]}
+    checkpoint.stored = checkpoint._index()
+    for name, values in whole.items():
+        for start, end in itertools.combinations(range(len(values) + 1), 2):
+            found = checkpoint.read("weight", name, start, end - start)
+            assert torch.equal(found, values[start:end]), (name, start, end)
+    with pytest.raises(ValueError, match="2 of 3 values of b"):
+        checkpoint.read("weight", "b", 6, 3)
+
+
 def test_a_foreign_folder_among_checkpoints_is_named(stopped: Path, tmp_path: Path) -> None:
     recipe, path = copied(stopped, tmp_path)
     foreign = path.with_name("step-before-the-change")
@@ -247,3 +280,32 @@ def test_a_changed_recipe_is_refused_with_the_keys(stopped: Path, tmp_path: Path
     (Path(recipe.run) / "recipe.yaml").unlink()
     with pytest.raises(ValueError, match=r"not this run's.*set another run directory$"):
         train(other, resume="latest")
+
+
+def test_shards_of_two_ranks_are_read_in_any_part(stopped: Path, tmp_path: Path) -> None:
+    """As a run of another size reads what ZeRO-1 on two ranks wrote: a (6 elements) and b (4) lie
+    one after another, and each rank has half of that."""
+    whole, files = list_checkpoints(stopped)[-1], []
+    (folder := tmp_path / whole.name).mkdir()
+    shards = [
+        [Segment("a", start=0, master=0, offset=0, numel=5)],
+        [
+            Segment("a", start=5, master=0, offset=0, numel=1),
+            Segment("b", start=0, master=0, offset=1, numel=4),
+        ],
+    ]
+    for rank, segments in enumerate(shards):
+        path = folder / f"rank-{rank:05d}-of-00002.safetensors"
+        held = {"weight.0": torch.arange(5.0) + 5 * rank}
+        save_file(held, path, metadata={"fragments": json.dumps([*map(astuple, segments)])})
+        files.append(StateFile(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path)))
+    state = json.loads((whole / "state.json").read_text())
+    write_state(folder, Progress(**state["progress"]), state["identity"], 6, files)
+    checkpoint = Checkpoint(folder, {}, Ranks())
+    for name, first, size in (("a", 0, 6), ("b", 6, 4)):
+        for start in range(size):
+            for numel in range(1, size - start + 1):
+                found = checkpoint.read("weight", name, start, numel)
+                assert found.tolist() == [float(first + start + n) for n in range(numel)]
+    with pytest.raises(ValueError, match=r"4 of 5 values of b \(weight\) in it"):
+        checkpoint.read("weight", "b", 0, 5)

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import Started
 from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
 from genrec_shards.sequences import write_sequences
 from genrec_shards.storage.write import write_shards
 from genrec_shards.synthetic import make_process
-from two_ranks import run_ranks
+from two_ranks import start_each
 
 from genrec_dist.config.load import dump_recipe, load_recipe
 from genrec_dist.config.recipe import Recipe
@@ -109,19 +109,17 @@ def files_of(folder: Path) -> dict[str, object]:
     return found
 
 
-def start(recipe: Recipe, folder: Path, *more: str) -> subprocess.Popen:
+def start(recipe: Recipe, folder: Path, *more: str) -> Started:
     path = folder / "resolved.yaml"
     path.write_text(dump_recipe(recipe))
-    return subprocess.Popen(
-        [sys.executable, "-m", "genrec_dist.train", str(path), *more],
-        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    command = ["-m", "genrec_dist.train", path, *more]
+    return Started(command, folder / "out.txt", folder / "err.txt", ENVIRONMENT)
 
 
-def wait_for_step(process: subprocess.Popen, run: Path, step: int) -> None:
+def wait_for_step(process: Started, run: Path, step: int) -> None:
     log = run / "events.jsonl"
     while not log.exists() or f'"step": {step},' not in log.read_text():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.err.read_text()
         time.sleep(0.005)
 
 
@@ -177,21 +175,19 @@ def test_sigkill_at_a_random_step_resumes_to_the_same_bits(
 ) -> None:
     recipe = replace(recipe, optimizer=replace(recipe.optimizer, ema_decay=average), workers=1)
     unbroken = replace(recipe, run=str(tmp_path / "unbroken"))
-    process = start(unbroken, tmp_path)
-    _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, errors
+    done = start(unbroken, tmp_path).wait(PATIENCE)
+    assert done.returncode == 0, done.stderr
     last = events(tmp_path / "unbroken", "step")[-1]["step"]
 
     seed = random.randrange(1 << 30)
     step = random.Random(seed).randrange(3, last)
     process = start(recipe, tmp_path)
     wait_for_step(process, Path(recipe.run), step)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(PATIENCE).returncode == -signal.SIGKILL
     assert status(Path(recipe.run))["status"] == "running"
-    process = start(recipe, tmp_path, "--resume", "latest")
-    _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, errors
+    done = start(recipe, tmp_path, "--resume", "latest").wait(PATIENCE)
+    assert done.returncode == 0, done.stderr
     assert events(Path(recipe.run), "start")[1]["resumed_from"]
 
     where = f"after a kill at step {step} (seed {seed})"
@@ -222,9 +218,10 @@ def test_a_signal_saves_and_says_so(recipe: Recipe, tmp_path: Path, number: int,
     recipe = replace(recipe, checkpoint_every=10_000, finetune=replace(recipe.finetune, epochs=200))
     process = start(recipe, tmp_path)
     wait_for_step(process, Path(recipe.run), 4)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == code, errors
+    os.kill(process.pid, number)
+    done = process.wait(PATIENCE)
+    errors = done.stderr
+    assert done.returncode == code, errors
     run = Path(recipe.run)
     told = status(run)
     assert told["status"] == "stopped"
@@ -486,8 +483,8 @@ def test_two_ranks_train_what_one_trains(recipe: Recipe, tmp_path: Path) -> None
     alone = weights(train(replace(calm, run=str(tmp_path / "alone"))))
     path = tmp_path / "two.yaml"
     path.write_text(dump_recipe(replace(calm, run=str(tmp_path / "two"))))
-    done = run_ranks(["-m", "genrec_dist.train", path], tmp_path / "logs", timeout=PATIENCE)
-    assert done.returncode == 0, done.stderr
+    for done in start_each(["-m", "genrec_dist.train", path], tmp_path / "logs", timeout=PATIENCE):
+        assert done.returncode == 0, done.stderr
     started = events(tmp_path / "two", "start")[0]
     assert started["processes"] == 2
     assert "MULTI_CPU" in started["distributed_type"]

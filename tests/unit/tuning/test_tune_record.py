@@ -10,6 +10,7 @@ from pathlib import Path
 
 import forked
 import pytest
+from genrec_shards.file_lock import LOCK_FILE, hold
 from genrec_tuning.record import Final, Folder, Recorder, Sweep, Trial, read_sweep, show_value
 from genrec_tuning.run_sync import pull, push
 from genrec_tuning.trial import first_failed, rank_error
@@ -192,6 +193,32 @@ def test_a_run_is_sent_in_an_order_in_which_it_can_be_resumed_at_any_time(tmp_pa
     there.files.rm_file(there.place("events.jsonl"))
     pull(tmp_path / "none", there)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_run_that_is_trained_here_is_not_replaced_and_a_torn_copy_is(tmp_path: Path) -> None:
+    here, there, other = tmp_path / "here", Folder(f"memory://{tmp_path}/run"), tmp_path / "other"
+    (here / "checkpoints" / "step-2").mkdir(parents=True)
+    (here / "checkpoints" / "step-2" / "state.json").write_text("{}")
+    (here / "events.jsonl").write_text('{"event": "checkpoint", "path": "checkpoints/step-2"}\n')
+    push(here, there)
+    older = other / "checkpoints" / "step-1" / "state.json"
+    older.parent.mkdir(parents=True)
+    older.write_text("{}")
+    (other / "events.jsonl").write_text("")
+    with (
+        hold(other / LOCK_FILE, "x"),
+        pytest.raises(
+            ValueError, match=r"\.lock: another process trains this run \(process \d+ on"
+        ),
+    ):
+        pull(other, there)
+    assert older.is_file()
+    pull(other, there)
+    names = ["checkpoints/step-2/state.json", "events.jsonl"]
+    assert sorted(str(p.relative_to(other)) for p in other.rglob("*") if p.is_file()) == names
+    (other / "events.jsonl").unlink()  # as a copy that was killed leaves it
+    pull(other, there)
+    assert (other / "events.jsonl").read_text() == (here / "events.jsonl").read_text()
 
 
 def test_a_checkpoint_that_is_removed_while_a_run_is_sent_is_left_out(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from typing import Any
 import plotly.graph_objects
 import pytest
 from genrec_tuning.record import Sweep
-from genrec_tuning.report import charts_of, epoch_counts, headline, report_html, rungs_of, saving
+from genrec_tuning.report.charts import charts_of, epoch_counts, rungs_of
+from genrec_tuning.report.page import headline, report_html, saving
 from html_page import Page
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -22,7 +22,7 @@ import yaml
 from genrec_tuning.export import COLUMNS, best_yaml, table_of
 from genrec_tuning.live_table import SweepTable
 from genrec_tuning.record import Sweep, Trial
-from genrec_tuning.report import write_results
+from genrec_tuning.report.page import write_results
 from genrec_tuning.space import load_space
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from genrec_shards.sequences import flat_ranges, offsets_of
 
-from genrec_dist.data.encoder_input import Layout
+from genrec_dist.data.layout import Layout
 
 
 @dataclass(frozen=True)
