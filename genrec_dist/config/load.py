@@ -217,6 +217,8 @@ def with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
     for stage in (renamed["pretrain"], renamed["finetune"]):
         if stage["windows"] == "own":  # as before the key existed
             del stage["windows"]
+        if not stage["distill"]["weight"]:
+            del stage["distill"]
     if not renamed["prompt"]["template"]:  # as before the sections existed
         del renamed["prompt"], renamed["lora"]
     return renamed

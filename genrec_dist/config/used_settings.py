@@ -71,6 +71,8 @@ def _unused(get: Get) -> set[str]:
         strategy = get(f"{stage}.mask.strategy")
         if get(f"{stage}.targets") != "all-prefixes":
             unused.add(f"{stage}.windows")
+        if not get(f"{stage}.distill.weight"):
+            unused.add(f"{stage}.distill")
         if get(f"{stage}.targets") != "mask":
             unused.add(f"{stage}.mask")
         if strategy not in ("last-biased", "recency"):

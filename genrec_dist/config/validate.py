@@ -45,10 +45,11 @@ _RULES: dict[str, tuple[tuple[str, Rule], ...]] = {
     ),
     "pretrain finetune": (
         ("epochs", _NOT_NEGATIVE),
-        ("batch_size mask.k", _AT_LEAST_1),
+        ("batch_size mask.k distill.top", _AT_LEAST_1),
         ("learning_rate", _POSITIVE),
         ("warmup_fraction", _SHARE),
-        ("label_smoothing", _BELOW_1),
+        ("label_smoothing distill.weight", _BELOW_1),
+        ("distill.temperature", _POSITIVE),
         ("mask.p", _PROBABILITY),
     ),
     "prompt": (("max_titles", _AT_LEAST_1),),
@@ -154,6 +155,15 @@ def _contradiction(recipe: Recipe) -> str:
             f"model.item_text {model.item_text}: init_from takes the rows of its model, which may "
             "have texts in them: set item_text none"
         )
+    if recipe.pretrain.distill.weight:
+        return "pretrain.distill.weight: finetuning alone has soft targets: set it to 0"
+    if recipe.finetune.distill.weight and not (
+        recipe.finetune.targets == "all-prefixes" and recipe.tokens.forced == "given"
+    ):
+        return (
+            f"finetune.distill.weight {recipe.finetune.distill.weight}: set finetune.targets "
+            "all-prefixes and tokens.forced given, or the weight to 0"
+        )
     if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
         return "pretrain.epochs and finetune.epochs are both 0: nothing to train"
     return ""
@@ -179,6 +189,7 @@ def _prompt_problem(recipe: Recipe) -> str:
         "model.item_loss": model.item_loss > 0,
         "model.decoder_start": model.decoder_start != "mask",
         "model.init_items": model.init_items != "random",
+        "finetune.distill.weight": recipe.finetune.distill.weight > 0,
         "model.item_text": model.item_text != "none",
         "model.encoder_unit": model.encoder_unit != "subword",
         "model.positions": model.positions != "from-start",

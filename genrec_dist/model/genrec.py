@@ -26,7 +26,7 @@ from genrec_dist.config.recipe import HeadLoss
 from genrec_dist.data.batch import ItemTargets, ModelInputs, SampleRows
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.model.dropout import drop
-from genrec_dist.model.head_loss import head_loss, resolve_head
+from genrec_dist.model.head_loss import head_loss, resolve_head, soft_difference
 from genrec_dist.model.network import (
     IdProjection,
     ItemText,
@@ -297,6 +297,8 @@ class GenRecForConditionalGeneration(Network, BartForConditionalGeneration):
             memory = self.encode(inputs.encoder, inputs.plan)
             hidden_nD, labels_n = self._target_states(memory, inputs)
         loss = head_loss(hidden_nD, self.head_weight, labels_n, smoothing, self.loss_by)
+        if inputs.soft is not None:
+            loss = loss + soft_difference(hidden_nD, self.head_weight, labels_n, inputs.soft)
         if inputs.item_targets is None or not self.config.item_loss:
             return loss
         item_loss = self.item_loss(memory, inputs.item_targets, smoothing)

@@ -67,8 +67,8 @@ def turn_rows(table_VD: Tensor, rows_N: Tensor, vectors_NF: np.ndarray, init_std
     table_VD[rows_N[known_N], : turned_NF.shape[1]] = (length * turned_NF).to(table_VD.dtype)
 
 
-def item_rows(words: WordTable) -> Tensor:
-    """int64 [N], the row of each item's token.
+def item_tokens(words: WordTable, key: str) -> Tensor:
+    """int64 [N], each item's token; `key`: of the recipe, which needs there to be one.
 
     Raises:
         ValueError: an item has several tokens.
@@ -76,8 +76,8 @@ def item_rows(words: WordTable) -> Tensor:
     tokens, offsets = words.tokens_of_items()
     if (np.diff(offsets) != 1).any():
         raise ValueError(
-            "model.item_text: items have several tokens, so that no row is an item's: raise "
-            "tokens.vocab_size, or set item_text none"
+            f"{key}: items have several tokens, so that no row is an item's: raise "
+            "tokens.vocab_size, or leave it out"
         )
     return torch.from_numpy(tokens.astype(np.int64))
 
@@ -104,7 +104,7 @@ def add_texts(
     Raises:
         ValueError: an item has several tokens.
     """
-    table_VD, rows_N = model.model.shared.weight, item_rows(words)
+    table_VD, rows_N = model.model.shared.weight, item_tokens(words, "model.item_text")
     text = ItemText(len(rows_N), vectors_NF.shape[1], *table_VD.shape)
     text.rows_N.copy_(rows_N)
     text.vectors_NF.copy_(torch.from_numpy(vectors_NF))

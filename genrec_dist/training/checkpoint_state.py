@@ -58,6 +58,7 @@ class PartialIdentity(TypedDict, total=False):
     """Of the weights that adapters leave as they are."""
     item_text: str
     """Of the texts' vectors that are added to rows."""
+    soft_targets: str
 
 
 class Identity(PartialIdentity):

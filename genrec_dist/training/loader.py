@@ -18,6 +18,7 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import RankStep
 from genrec_dist.data.collate import BatchOptions
 from genrec_dist.data.layout import Layout
+from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.data.samples.step import make_step
 from genrec_dist.model.genrec import GenRecConfig
 from genrec_dist.model.network import POSITION_OFFSET
@@ -81,6 +82,7 @@ class StepBatches(TorchDataset[RankStep]):
         ids_outside: GenRecConfig | None = None,
         sums: GenRecConfig | None = None,
         packed: bool = False,
+        teacher: Teacher | None = None,
     ):
         """A data set of all steps.
 
@@ -94,10 +96,11 @@ class StepBatches(TorchDataset[RankStep]):
             ids_outside: the model's configuration, if its id tables are outside it.
             sums: the model's configuration, if its embedding sum takes plans.
             packed: whether micro-batches are packed.
+            teacher: of finetuning.
         """
         self.stages, self.reader, self.layout, self.recipe = stages, reader, layout, recipe
         self.rank, self.world, self.packed = rank, world, packed
-        self.ids_outside, self.sums = ids_outside, sums
+        self.ids_outside, self.sums, self.teacher = ids_outside, sums, teacher
 
     def __getitem__(self, step: int) -> RankStep:
         here = stage_of(self.stages, step)
@@ -137,6 +140,7 @@ class StepBatches(TorchDataset[RankStep]):
                 or self.recipe.model.decoder_start == "state",
                 all_prefixes=here.stage.targets == "all-prefixes",
                 share_windows=here.stage.windows == "shared",
+                teacher=self.teacher if here.name == "finetune" else None,
             ),
             epoch=here.first_epoch + epoch,
         )

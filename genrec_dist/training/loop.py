@@ -163,6 +163,7 @@ class Loop:
             ids_outside=of_ids if config.ids_outside else None,
             sums=of_ids if wants_gradient_order(device.type) else None,
             packed=choose_packing(self.recipe.packing, device),
+            teacher=self.setup.teacher,
         )
         steps = range(self.progress.step, self.end_step)
         loader = DataLoader(

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from genrec_shards.dataset import Dataset, load_dataset
-from genrec_shards.histories import training_counts
+from genrec_shards.histories import exclude_history_default, training_counts
 from genrec_shards.keyed_random import mixed_key
 from genrec_shards.numbering.cooccurrence import neighbour_vectors
 from genrec_shards.storage.reader import ShardReader
 from transformers import PreTrainedTokenizerFast
 
+from genrec_dist.baselines.tune_knn import tune_knn
 from genrec_dist.config.load import RENAMED_KEYS, with_old_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
+from genrec_dist.console import say
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.prompt.title_words import (
     build_title_words,
@@ -27,6 +29,7 @@ from genrec_dist.data.prompt.title_words import (
     titles_of,
     train_title_tokenizer,
 )
+from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.data.tokenizer import grow_tokenizer, load_tokenizer, train_tokenizer
 from genrec_dist.data.word_table import WordTable, build_words, mask_tokens, trim
 from genrec_dist.decoding.trie import hash_of_words
@@ -43,8 +46,11 @@ from genrec_dist.model.item_rows import (
     add_texts,
     begin_with_texts,
     init_item_rows,
+    item_tokens,
     texts_in_table,
 )
+from genrec_dist.text.teacher import make_teacher
+from genrec_dist.text.tune import tune_text
 from genrec_dist.text.vectors import check_source, item_vectors
 from genrec_dist.training.id_tables import IdTables
 from genrec_dist.training.loader import StepBatches
@@ -71,6 +77,8 @@ class TrainingSetup:
     """Hashes that a resumed run must have too (`checkpoint.State.identity`)."""
     warm_start: WarmStart | None = None
     """Of a run that starts from another's weights."""
+    teacher: Teacher | None = None
+    """Where soft targets have a weight."""
 
 
 def build_setup(recipe: Recipe) -> tuple[TrainingSetup, AnyModel]:
@@ -110,6 +118,7 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, AnyModel]:
             **parts.identity,
         },
         warm_start=parts.warm_start,
+        teacher=parts.teacher,
     )
     return setup, model
 
@@ -124,6 +133,7 @@ class _Parts:
     identity: dict[str, str]
     """Hashes of what is the kind's own, as in `TrainingSetup.identity`."""
     warm_start: WarmStart | None = None
+    teacher: Teacher | None = None
 
 
 def _prompted_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
@@ -213,7 +223,34 @@ def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
             else:
                 identity["item_text"] = hashlib.sha256(text_NF.tobytes()).hexdigest()
     model.config.certain_tokens = recipe.tokens.forced
-    return _Parts(tokenizer, make_layout(words, model.config), model, identity, warm_start)
+    teacher = None
+    if recipe.finetune.distill.weight:
+        teacher = _teacher(recipe, dataset)
+        item_tokens(words, "finetune.distill")
+        identity["soft_targets"] = hashlib.sha256(
+            teacher.items_SK.tobytes() + teacher.shares_SK.tobytes()
+        ).hexdigest()
+    layout = make_layout(words, model.config)
+    return _Parts(tokenizer, layout, model, identity, warm_start, teacher)
+
+
+def _teacher(recipe: Recipe, dataset: Dataset) -> Teacher:
+    """The soft targets of a recipe; the settings of graph and texts are chosen on validation."""
+    if os.environ.get("RANK", "0") == "0":
+        say(f"{recipe.run}: soft targets of the transition graph, its settings by validation")
+    excluded = exclude_history_default(dataset.sequences)
+    graph = tune_knn(dataset.sequences, exclude_history=excluded).settings
+    text = None
+    if recipe.text != "none" and dataset.descriptions is not None:
+        text = tune_text(dataset, recipe.text)
+    return make_teacher(
+        dataset,
+        recipe.trained_through,
+        recipe.finetune.distill,
+        graph,
+        text,
+        exclude_history=excluded,
+    )
 
 
 _MAY_CHANGE = (
