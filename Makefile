@@ -3,7 +3,7 @@
 #   LOCK=                        do not hold the environment to the tested versions (for a platform that lacks one of them)
 PYTHON ?=
 LOCK ?= requirements.lock
-EXTRAS ?= zero,tune,remote,llama,serve,dev
+EXTRAS ?= zero,tune,remote,llama,serve,track,dev
 BIN := .venv/bin
 STAMP := .venv/.made
 # Test files side by side. One thread a process: threads that wait for others of another process spin, and take ten times as long.

@@ -1,7 +1,8 @@
 """GenRec: generative sequential recommendation, trained at any scale.
 
-    from genrec_dist import Recommender, evaluate, load_recipe, train
+    from genrec_dist import Recommender, evaluate, load_recipe, prepare, train
 
+    prepare("log.csv", "data/mine")
     run = train(load_recipe("tiny", ["data=data/mine", "run=runs/mine"]))
     metrics = evaluate(run, "test")
     Recommender.load(run).recommend([["b07", "c12"]], k=10)
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from genrec_dist import auto_classes
 
 if TYPE_CHECKING:
-    from genrec_dist.api import evaluate, train
+    from genrec_dist.api import compare, evaluate, prepare, train
     from genrec_dist.config.load import load_recipe
     from genrec_dist.inference.recommend import Recommender
     from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
@@ -26,8 +27,10 @@ __all__ = [
     "GenRecConfig",
     "GenRecForConditionalGeneration",
     "Recommender",
+    "compare",
     "evaluate",
     "load_recipe",
+    "prepare",
     "train",
 ]
 
@@ -35,8 +38,10 @@ _MODULES = {
     "GenRecConfig": "genrec_dist.model.genrec",
     "GenRecForConditionalGeneration": "genrec_dist.model.genrec",
     "Recommender": "genrec_dist.inference.recommend",
+    "compare": "genrec_dist.api",
     "evaluate": "genrec_dist.api",
     "load_recipe": "genrec_dist.config.load",
+    "prepare": "genrec_dist.api",
     "train": "genrec_dist.api",
 }
 

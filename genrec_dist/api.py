@@ -1,7 +1,8 @@
-"""The functions a notebook calls: train by a recipe, evaluate a run."""
+"""The functions a notebook calls: prepare a log, train by a recipe, evaluate and compare runs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,43 @@ if TYPE_CHECKING:
 
     from genrec_dist.config.recipe import Recipe
     from genrec_dist.decoding.searcher import Mode
+    from genrec_dist.evaluation.compare import Comparison
+
+
+def prepare(
+    source: str | Path,
+    out: str | Path,
+    *,
+    columns: Sequence[str] | None = None,
+    items: str | Path | None = None,
+    **options: Any,
+) -> Path:
+    """Turn a log into a data directory with its audit and shards, and return the directory.
+
+    Args:
+        source: the log, as `genrec prepare` takes it: a table, JSON lines, a folder of them, or
+            sequences.
+        out: the data directory.
+        columns: those of user, item and time, where they have no usual names; places, such as
+            ("0", "1", "3"), where the file has no line of names. None: by name.
+        items: a table of the items' texts and titles.
+        options: fields of `genrec_shards.prepare.PrepareOptions` by name, which are the options of
+            `genrec prepare`, such as `numbering`, `k_core`, `item_column` or `overwrite`.
+
+    Raises:
+        ValueError: one line with the file, for what cannot be read or does not go together.
+    """
+    from genrec_shards.prepare import prepare as run_prepare
+    from genrec_shards.readers.read_log import LogOptions
+    from genrec_shards.storage.write import write_shards
+
+    from genrec_dist.baselines.leak_audit import write_audit
+
+    log = LogOptions(None if columns is None else tuple(columns))
+    dataset = run_prepare(source, out, log=log, items=items, **options)
+    write_audit(dataset)
+    write_shards(dataset, dataset.path / "shards")
+    return dataset.path
 
 
 def train(recipe: Recipe | str | Path, *, resume: str | None = None) -> Path:
@@ -48,7 +86,8 @@ def evaluate(
     """Rank every user's items once, write metrics and lists, and return the metrics.
 
     Args:
-        run: directory of `train`.
+        run: directory of `train`, or `hf://owner/name[@revision]`, which needs `data` and
+            `out_dir`.
         split: "validation" or "test".
         data: directory of `genrec prepare`; None takes the one that the run was trained on.
         decode: the search mode, as `genrec evaluate --decode` (docs/decoding.md); None: as the
@@ -67,14 +106,17 @@ def evaluate(
     """
     from genrec_shards.dataset import load_dataset
 
+    from genrec_dist.config.hub import run_folder
     from genrec_dist.config.load import load_recipe
+    from genrec_dist.config.paths import data_of
     from genrec_dist.inference.evaluate import evaluate as run_evaluate
     from genrec_dist.inference.load import best_device, load_run
     from genrec_dist.inference.rank_users import Decoding
     from genrec_dist.inference.tune_mixture import chosen_decoding
 
-    recipe = load_recipe(Path(run) / "recipe.yaml")
-    dataset = load_dataset(data or recipe.data)
+    run = run_folder(run)
+    recipe = load_recipe(run / "recipe.yaml")
+    dataset = load_dataset(data or data_of(run))
     loaded = load_run(run, best_device() if device is None else device)
     decoding = Decoding(
         beam=beam,
@@ -96,3 +138,27 @@ def evaluate(
     )
     assert metrics is not None  # a single process is rank 0
     return metrics
+
+
+def compare(
+    run_a: str | Path, run_b: str | Path, split: Split = "test", *, resamples: int = 10_000
+) -> Comparison:
+    """Compare the lists of two runs by a paired bootstrap over users, and over seeds where there
+    are several.
+
+    Args:
+        run_a: a run, or a folder of runs that are seeds of one recipe.
+        run_b: what it is compared with.
+        split: whose lists.
+        resamples: of the bootstrap.
+
+    Returns:
+        A comparison: `verdict()` in words, `metrics` with the two values, their difference, its
+        95 % interval and p by metric.
+
+    Raises:
+        ValueError: the runs do not share users, targets and protocol, or were not evaluated.
+    """
+    from genrec_dist.evaluation.compare import compare as run_compare
+
+    return run_compare(run_a, run_b, split=split, resamples=resamples)

@@ -8,8 +8,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-MODEL = "genrec_dist.model.genrec"
-MODEL_TYPE = "genrec"
+MODULES = {"genrec": "genrec_dist.model.genrec", "genrec-t5": "genrec_dist.model.seq2seq.t5"}
+"""Module of the model by model type."""
 AUTO = "transformers.models.auto.configuration_auto"
 
 
@@ -17,7 +17,7 @@ def register() -> None:
     """Make AutoConfig and AutoModelForSeq2SeqLM know GenRec.
 
     The module of the model registers its classes when it is imported. What is added here is the
-    moment: whoever asks AutoConfig for the model type "genrec" imports that module. If transformers
+    moment: whoever asks AutoConfig for one of these model types imports its module. If transformers
     is not loaded yet, an import hook waits for AutoConfig's module; it finds nothing by itself.
     """
     if AUTO in sys.modules:
@@ -35,12 +35,12 @@ def _await(module: ModuleType) -> None:
 
 class _ImportsOnDemand(dict[str, Any]):
     def __contains__(self, key: object) -> bool:
-        return key == MODEL_TYPE or super().__contains__(key)
+        return key in MODULES or super().__contains__(key)
 
     def __missing__(self, key: str) -> Any:
-        if key != MODEL_TYPE:
+        if key not in MODULES:
             raise KeyError(key)
-        import_module(MODEL)  # which registers itself
+        import_module(MODULES[key])  # which registers itself
         return self[key]
 
 

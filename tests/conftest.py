@@ -12,9 +12,28 @@ from genrec_shards.storage.write import write_shards
 from tiny import TINY_RECIPE, tiny_log
 from two_ranks import environment
 
+FIRST = (
+    "test_tune_faults.py",
+    "test_zero.py",
+    "test_tune.py",
+    "test_prompted_ranks.py",
+    "test_kernel_ranks.py",
+    "test_train.py",
+    "test_faults.py",
+    "test_reproduce.py",
+    "test_refresh.py",
+)
+"""The files that take longest. A process takes a whole file; one of these begun last would keep one
+process at work when the others have ended."""
+
 # An example may take as long as a busy machine makes it; a hang ends by the tests' own timeout.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -110,7 +110,7 @@ class Ours:
     """The training step of `genrec train`: its batches, its engine."""
 
     def __init__(self, world: World):
-        self.world, self.packed = world, choose_packing(world.recipe.packing, best_device())
+        self.world, self.packed = world, choose_packing(world.recipe, best_device())
         self.engine = make_engine(world.model, world.recipe, make_accelerator(world.recipe))
         for group in self.engine.optimizer.param_groups:
             group["lr"] = world.recipe.finetune.learning_rate

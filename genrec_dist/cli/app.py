@@ -18,7 +18,7 @@ from genrec_dist.cli.options import RecipeArgument
 from genrec_dist.cli.recipes import backbone, complete_space, launch_file, recipes
 from genrec_dist.cli.reproduce import reproduce
 from genrec_dist.cli.scores import baseline, compare, report, score
-from genrec_dist.cli.serve import serve
+from genrec_dist.cli.serve import push, serve
 from genrec_dist.console import UsageError, exit_code_of, out, rank, say, shown, working, world_size
 from genrec_dist.distributed.gpu import set_gpu_defaults
 from genrec_dist.distributed.threads import set_thread_defaults
@@ -84,14 +84,20 @@ def train(
         list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")
     ] = None,
     init_from: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             "--from",
             metavar="RUN",
-            help="Begin with this run's weights: --set init_from=RUN (docs/refresh.md).",
+            help="Begin with this run's weights, also hf://owner/name: --set init_from=RUN "
+            "(docs/refresh.md).",
         ),
     ] = None,
-    resume: Annotated[str | None, typer.Option(help="latest, or a checkpoint directory.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            help="latest, a checkpoint directory, or auto: the latest where the run has begun."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done; write nothing.")
     ] = False,
@@ -111,12 +117,14 @@ def train(
     # What can be wrong with names, keys and paths is found before torch is loaded.
     resolved = load_recipe(recipe, [*(overrides or []), *_paths(overrides, data=data, run=run)])
     if init_from is not None:
-        resolved = dataclasses.replace(resolved, init_from=str(init_from))
+        resolved = dataclasses.replace(resolved, init_from=init_from)
     from genrec_shards.file_lock import LOCK_FILE
 
     from genrec_dist.config.paths import check_paths, check_run_is_new
 
     check_paths(resolved)
+    if resume == "auto":  # a launcher that starts the ranks again gives them the same command
+        resume = "latest" if (Path(resolved.run) / "events.jsonl").is_file() else None
     # A run that another process trains is not to be continued: its lock tells who that is.
     if resume is None and not dry_run and not (Path(resolved.run) / LOCK_FILE).exists():
         check_run_is_new(Path(resolved.run))
@@ -171,7 +179,8 @@ def plan(
         Path, typer.Option(help="Directory of zero0.json ...: their buckets count.")
     ] = Path("launch"),
     card: Annotated[
-        str | None, typer.Option(help="Its published peak gives the time, e.g. 'RTX 3090'.")
+        str | None,
+        typer.Option(help="Gives the time: 'RTX 3090' and the like; CPU: measured now."),
     ] = None,
     tflops: Annotated[
         float | None, typer.Option(help="TFLOP/s a GPU really reaches, for the time.")
@@ -284,7 +293,7 @@ def doctor(
 
 # In the order of the help.
 for command in (
-    demo, prepare, shard, export, recipes, train, evaluate, recommend, serve, baseline, score,
+    demo, prepare, shard, export, recipes, train, evaluate, recommend, serve, push, baseline, score,
     compare, report, plan, tune, doctor, reproduce, launch_file, backbone,
 ):  # fmt: skip
     app.command()(command)

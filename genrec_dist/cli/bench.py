@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from genrec_dist.cli.options import DataOption as RunDataOption
-from genrec_dist.cli.options import RunArgument, data_of
+from genrec_dist.cli.options import RunArgument
+from genrec_dist.config.paths import data_of
 
 if TYPE_CHECKING:
     from genrec_dist.bench.measure import Claim
@@ -84,6 +85,13 @@ def bench_titles(
         typer.Option("--run", help="A run with a prompt; default: random weights, recipe llama."),
     ] = None,
     users: Annotated[int, typer.Option(help="How many are decoded.", min=1)] = 200,
+    rounds: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 5,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="dotted.key=value of the recipe llama, such as model.backbone=DIR."
+        ),
+    ] = None,
     json_path: JsonOption = None,
 ) -> None:
     """Decoding titles beside Hugging Face's `generate` under a constraint, lists compared.
@@ -94,7 +102,8 @@ def bench_titles(
     from genrec_dist.bench.titles import Sizes
     from genrec_dist.bench.titles import bench_titles as run_bench
 
-    claims, table = run_bench(data, run, Sizes(users=users))
+    sizes = Sizes(users=users, repeats=rounds)
+    claims, table = run_bench(data, run, sizes, overrides or [])
     _show(claims, table, json_path)
 
 
@@ -163,6 +172,20 @@ def bench_train(data: DataOption = None, json_path: JsonOption = None) -> None:
 
     claims, table = run_bench(data)
     _show(claims, table, json_path, format_rivals(table))
+
+
+@bench.command("plan")
+def bench_plan(data: DataOption = None, json_path: JsonOption = None) -> None:
+    """Steps of three models beside what `genrec plan` foretells of them; some minutes.
+
+    Example: genrec bench plan --data data/beauty --json plan.json
+    """
+    _announce()
+    from genrec_dist.bench.plan import bench_plan as run_bench
+    from genrec_dist.bench.plan import format_plan
+
+    claims, table = run_bench(data)
+    _show(claims, table, json_path, format_plan(table["cases"]))
 
 
 def _announce() -> None:

@@ -37,6 +37,8 @@ OPTIONAL = {
     "gguf": ("weights in GGUF files", "llama"),
     "fastapi": ("serving", "serve"),
     "uvicorn": ("serving", "serve"),
+    "wandb": ("tracking", "track"),
+    "mlflow-skinny": ("tracking", "track"),
     "torchmetrics": ("a test's second opinion", "dev"),
     "pytest": ("tests", "dev"),
     "ruff": ("checks", "dev"),

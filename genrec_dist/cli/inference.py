@@ -20,7 +20,6 @@ from genrec_dist.cli.options import (
     ExcludeOption,
     RunArgument,
     Split,
-    data_of,
     exclude,
 )
 from genrec_dist.console import UsageError, out, rank, say, working, world_size
@@ -96,13 +95,18 @@ def evaluate(
 
     Example: genrec evaluate runs/beauty --split test
     """
-    from genrec_dist.config.load import load_recipe
-    from genrec_dist.config.paths import best_folder, check_training_is_over
+    from genrec_dist.config.paths import (
+        best_folder,
+        check_training_is_over,
+        check_writable,
+        data_of,
+        recipe_of,
+    )
     from genrec_dist.evaluation.metrics import TOP
 
     if top < TOP:
         raise UsageError(f"--top {top}: metrics look at {TOP} places, give --top {TOP} or more")
-    recipe = load_recipe(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else None
+    recipe = recipe_of(run)
     decode = decode or (recipe.decode if recipe else "exact")
     if tune_weights and (decode != "hybrid" or split != "validation"):
         raise UsageError("--tune-weights goes with --decode hybrid --split validation")
@@ -119,6 +123,8 @@ def evaluate(
         )
     data = data or data_of(run)
     best_folder(run)  # before torch is loaded
+    if out_dir is None:
+        check_writable(run)
     if split == "test" and not force:
         check_training_is_over(run)
     with working():
@@ -137,6 +143,7 @@ def evaluate(
         from genrec_dist.report.advice import advice
         from genrec_dist.report.run_files import read_run_files
         from genrec_dist.report.run_report import write_report
+        from genrec_dist.tracking.trackers import IDS, Trackers
 
     trained_through = recipe.trained_through if recipe else "n-2"
     text = text or (recipe.text if recipe else "words")
@@ -208,7 +215,12 @@ def evaluate(
         out.print(format_table([metrics]))
         for line in advice(read_run_files(out_dir or run)):
             say(line)
-        say(str(write_report(out_dir or run, data)))
+        page = write_report(out_dir or run, data)
+        say(str(page))
+        if recipe is not None and world_size() == 1 and (run / IDS).is_file():
+            trackers = Trackers(recipe.tracker, run, recipe.as_dict(), say)
+            trackers.results(metrics)
+            trackers.finish(page)
 
 
 def recommend(
@@ -239,7 +251,8 @@ def recommend(
         bool,
         typer.Option(
             "--titles",
-            help="Lists for a person, with the titles of `prepare --items`, for JSON lines.",
+            help="Lists for a person, with the titles of `prepare --items`, for JSON lines; of a "
+            "model that reads titles also the end of the prompt.",
         ),
     ] = False,
     data: DataOption = None,
@@ -253,7 +266,7 @@ def recommend(
     Example: genrec recommend runs/beauty --history 83,104,105
     """
     from genrec_dist.config.model_manifest import start_check
-    from genrec_dist.config.paths import best_folder
+    from genrec_dist.config.paths import best_folder, data_of
 
     if sum([history is not None or user is not None, file is not None, all_users]) != 1:
         raise UsageError("give one of --history/--user, --file, --all-users")
@@ -268,6 +281,7 @@ def recommend(
     with working():
         from genrec_shards.dataset import load_dataset
 
+        from genrec_dist.data.encoder_input import PromptLayout
         from genrec_dist.distributed.collectives import Ranks
         from genrec_dist.inference.export_lists import recommend_all
         from genrec_dist.inference.item_filter import name_some, read_ids
@@ -317,7 +331,11 @@ def recommend(
         else:
             assert user is not None
             requests = [user_request(load_dataset(data or data_of(run)), recommender.run, user)]
-        named = Titles(load_dataset(data or data_of(run))) if titles else None
+        named = None
+        if titles and isinstance(recommender.run.layout, PromptLayout):
+            named = Titles.of_prompts(recommender.run)
+        elif titles:
+            named = Titles.of_data(load_dataset(data or data_of(run)))
         for request, answer in zip(requests, recommender.answers(requests, k=top), strict=True):
             if answer.unknown_items:
                 unknown = ", ".join(answer.unknown_items)

@@ -21,8 +21,22 @@ RecipeArgument = Annotated[
         autocompletion=complete_recipe,
     ),
 ]
+
+
+def _local_run(context: typer.Context, run: Path) -> Path:
+    """The directory of RUN; one on the hub is downloaded."""
+    from genrec_dist.config.hub import run_folder
+
+    return run if context.resilient_parsing else run_folder(run)
+
+
 RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="Run directory of `genrec train`.")
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="Run directory of `genrec train`, or hf://owner/name[@revision] (docs/share.md).",
+        callback=_local_run,
+    ),
 ]
 DataArgument = Annotated[
     Path, typer.Argument(metavar="DATA", help="Directory of `genrec prepare`.")
@@ -69,14 +83,6 @@ AllowOption = Annotated[
 BlockOption = Annotated[
     Path | None, typer.Option(help="File of item ids, one a line: never list these.")
 ]
-
-
-def data_of(run: Path) -> Path:
-    from genrec_dist.config.load import load_recipe
-
-    if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"{run}: no recipe.yaml in it; is it a directory of `genrec train`?")
-    return Path(load_recipe(run / "recipe.yaml").data)
 
 
 def exclude(choice: YesNo, default: bool) -> bool:

@@ -73,6 +73,12 @@ def reproduce(
             "--any-size", help="Go on where FILE has not the users and items of the paper's."
         ),
     ] = False,
+    parallel: Annotated[
+        int,
+        typer.Option(
+            help="Steps side by side, each a process: small runs that share a card.", min=1
+        ),
+    ] = 1,
     minutes: Annotated[
         float | None,
         typer.Option(help="Stop in good order after so many; the same command goes on.", min=0),
@@ -131,6 +137,7 @@ def reproduce(
         switches=switches,
         any_size=any_size,
         minutes=minutes,
+        parallel=parallel,
         publish=publish,
     )
     console = Console()

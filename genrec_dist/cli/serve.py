@@ -1,4 +1,4 @@
-"""The command `genrec serve`."""
+"""The commands `genrec serve` and `genrec push`: a run for others."""
 
 from __future__ import annotations
 
@@ -120,6 +120,47 @@ def serve(
     limits = Limits(max_k, max_body * 1024, max_wait)
     run_server(make_app(service, token=token, limits=limits, at=at), listener, limits)
     say(f"{service.model.run}: stopped")
+
+
+def push(
+    run: RunArgument,
+    to: Annotated[
+        str, typer.Option("--to", metavar="NAME", help="owner/name, or owner/name@branch.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    license_: Annotated[
+        str | None,
+        typer.Option("--license", help="Of the weights, as the hub names it, e.g. apache-2.0."),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="What the data is, for the card.")] = None,
+    dataset_license: Annotated[
+        str | None, typer.Option(help="The licence of the data, for the card.")
+    ] = None,
+) -> None:
+    """Upload a run to the Hugging Face Hub: weights, catalogue, recipe and a model card with its
+    results, no data, user or path (docs/share.md).
+
+    HF_TOKEN in the environment is the token; HF_ENDPOINT another server. An interrupted push, run
+    again, sends what is missing.
+
+    Example: genrec push runs/beauty --to me/beauty --dataset "Amazon Beauty" --license mit
+    """
+    from genrec_dist.config.hub import parse_hub_name
+    from genrec_dist.config.paths import best_folder
+
+    try:
+        name = parse_hub_name(to)
+    except ValueError as error:
+        raise UsageError(f"--to {error}") from None
+    best_folder(run)  # before torch is loaded
+    with working():
+        from genrec_dist.sharing.card import About
+        from genrec_dist.sharing.push import push as run_push
+
+    address = run_push(run, name, About(license_, dataset, dataset_license), private=private)
+    say(f"{run}: pushed: {address}; anyone who may read it: genrec recommend {name} --history ...")
 
 
 def _is_loopback(host: str) -> bool:

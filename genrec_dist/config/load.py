@@ -221,6 +221,8 @@ def with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
             del stage["distill"]
     if not renamed["prompt"]["template"]:  # as before the sections existed
         del renamed["prompt"], renamed["lora"]
+    if renamed["model"]["architecture"] == "bart":
+        renamed["model"] = {k: v for k, v in renamed["model"].items() if k != "architecture"}
     return renamed
 
 
@@ -252,11 +254,14 @@ def _build(kind: Any, value: Any, source: str, key: str) -> Any:
         if value is None and type(None) in parts:
             return None
         return _build(next(p for p in parts if p is not type(None)), value, source, key)
+    if origin is tuple and parts[-1] is Ellipsis:  # one value is a list of one
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_build(parts[0], item, source, key) for item in items)
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(parts):
             raise ValueError(f"{where}: {value!r} is not a list of {len(parts)} values")
-        items = zip(parts, value, strict=True)
-        return tuple(_build(part, item, source, key) for part, item in items)
+        pairs = zip(parts, value, strict=True)
+        return tuple(_build(part, item, source, key) for part, item in pairs)
     if kind is float and isinstance(value, str):
         try:  # YAML 1.1 reads 1e-3 as text
             value = float(value)
@@ -291,4 +296,5 @@ def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
     values = recipe.as_dict()
     values["optimizer"]["betas"] = list(values["optimizer"]["betas"])
+    values["tracker"] = list(values["tracker"])
     return yaml.safe_dump(values, sort_keys=False)

@@ -74,6 +74,8 @@ def _allowed(hint: Any, limit: str) -> str:
     if get_origin(hint) in (types.UnionType, Union):
         parts = [_allowed(part, limit) or "a name" for part in get_args(hint)]
         return ", ".join(parts)
+    if get_origin(hint) is tuple and get_args(hint)[-1] is Ellipsis:
+        return f"{_allowed(get_args(hint)[0], limit)}, or a list of them"
     return {bool: "true, false", type(None): "null"}.get(hint, limit)
 
 

@@ -26,6 +26,13 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "decoder_ffn_dim": (1, MOST_FFN),
     "max_position_embeddings": (1, MOST_POSITIONS),
     "max_input_tokens": (1, MOST_POSITIONS),
+    "num_layers": (1, MOST_LAYERS),  # from here on T5's
+    "num_decoder_layers": (1, MOST_LAYERS),
+    "num_heads": (1, MOST_WIDTH),
+    "d_ff": (1, MOST_FFN),
+    "d_kv": (1, MOST_WIDTH),
+    "relative_attention_num_buckets": (4, MOST_POSITIONS),
+    "relative_attention_max_distance": (4, MOST_POSITIONS),
     "vocab_size": (1, _MOST_ROWS),
     "num_users": (0, _MOST_ROWS),
     "num_items": (0, _MOST_ROWS),
@@ -33,11 +40,11 @@ _INTEGERS: dict[str, tuple[int, int]] = {
 }
 _TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
 _BOOLEANS = (
-    "exclude_history", "ids_outside", "is_encoder_decoder", "scale_embedding",
-    "tie_word_embeddings",
+    "exclude_history", "ids_outside", "is_encoder_decoder", "scale_decoder_outputs",
+    "scale_embedding", "tie_word_embeddings",
 )  # fmt: skip
 _TEXTS = ("activation_function", "numbering_hash", "split", "vocabulary_hash")
-_SHARES = ("activation_dropout", "attention_dropout", "dropout", "id_dropout")
+_SHARES = ("activation_dropout", "attention_dropout", "dropout", "dropout_rate", "id_dropout")
 
 
 def _choices(kind: type, name: str) -> tuple[str, ...]:
@@ -45,7 +52,8 @@ def _choices(kind: type, name: str) -> tuple[str, ...]:
 
 
 _CHOICES = {
-    "model_type": ("genrec",),
+    "model_type": ("genrec", "genrec-t5"),
+    "feed_forward_proj": ("relu", "gated-gelu"),
     "encoder_positions": _choices(Model, "positions"),
     "encoder_unit": _choices(Model, "encoder_unit"),
     "encoder_attention": _choices(Model, "encoder_attention"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from genrec_shards.readers.documents import read_object
 from genrec_shards.storage.address import is_address
 from genrec_shards.storage.manifest import load_manifest
 
+from genrec_dist.config.hub import run_folder
+from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
 
 
 def check_paths(recipe: Recipe) -> None:
-    """Refuse a recipe whose data, shards or origin are missing.
+    """Refuse a recipe whose data, shards or origin are missing, or a tracker's library.
 
     Raises:
         ValueError: naming the path and the way out. Shards at an address are not looked at.
@@ -25,6 +28,10 @@ def check_paths(recipe: Recipe) -> None:
         load_manifest(recipe.shards_dir)
     if recipe.init_from is not None:
         origin_folder(recipe.init_from)
+    for name in recipe.tracker:
+        if name != "none" and find_spec(name) is None:
+            package = name if name == "trackio" else "'genrec-dist[track]'"
+            raise ValueError(f"tracker {name}: it is not installed: pip install {package}")
 
 
 def check_run_is_new(run: Path) -> None:
@@ -43,12 +50,13 @@ def check_run_is_new(run: Path) -> None:
 
 
 def origin_folder(path: str) -> Path:
-    """The directory of the model that `init_from` names: `best/` of a run, or the path itself.
+    """The directory of the model that `init_from` names: `best/` of a run, or the path itself; a
+    run on the hub is downloaded.
 
     Raises:
         ValueError: there is no model in it.
     """
-    run = Path(path)
+    run = run_folder(path)
     folder = run / "best" if (run / "best").is_dir() else run
     if not (folder / "config.json").is_file():
         raise ValueError(
@@ -59,11 +67,13 @@ def origin_folder(path: str) -> Path:
 
 
 def best_folder(run: Path) -> Path:
-    """`best/` of a run directory.
+    """`best/` of a run directory, or the directory itself where it is a pushed run's.
 
     Raises:
         ValueError: there is none, with the run's status.
     """
+    if is_pushed(run):
+        return run
     if not (run / "best" / "config.json").is_file():
         status = training_state(run)["status"]
         reason = f"the run's status is {status!r}; it has not finished an epoch of finetuning yet"
@@ -71,6 +81,48 @@ def best_folder(run: Path) -> Path:
             reason = "is it a directory of `genrec train`?"
         raise ValueError(f"{run}: no best/ in it: {reason}")
     return run / "best"
+
+
+def is_pushed(run: Path) -> bool:
+    """Whether a directory is a copy of what `genrec push` uploads: a model with its recipe beside
+    it, and without results."""
+    return (run / "config.json").is_file() and (run / "recipe.yaml").is_file()
+
+
+def check_writable(run: Path) -> None:
+    """Refuse to write results into a copy of a pushed run.
+
+    Raises:
+        ValueError: naming the way out.
+    """
+    if is_pushed(run):
+        raise ValueError(
+            f"{run}: a copy of a pushed run, which keeps no results: give another directory for "
+            "them (--out)"
+        )
+
+
+def recipe_of(run: Path) -> Recipe | None:
+    """The recipe of a run directory, where there is one."""
+    path = run / "recipe.yaml"
+    return load_recipe(path) if path.is_file() else None
+
+
+def data_of(run: Path) -> Path:
+    """The data directory that a run was trained on.
+
+    Raises:
+        ValueError: there is no recipe that names it, or the run was pushed without it.
+    """
+    recipe = recipe_of(run)
+    if recipe is None:
+        raise ValueError(f"{run}: no recipe.yaml in it; is it a directory of `genrec train`?")
+    if not recipe.data:
+        raise ValueError(
+            f"{run}: pushed without its data: give --data DIR, or, to list by the model alone, "
+            "--decode exact"
+        )
+    return Path(recipe.data)
 
 
 def training_state(run: Path) -> dict[str, Any]:

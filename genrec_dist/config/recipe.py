@@ -13,8 +13,12 @@ EncoderUnit = Literal["subword", "item"]
 """What an encoder position stands for: see `Model.encoder_unit`."""
 
 
+TrackerName = Literal["none", "tensorboard", "wandb", "mlflow", "trackio"]
+"""Where a run's numbers go beside its own files: see `Recipe.tracker`."""
+
 _PATHS = ("data", "run", "shards")
-_PACE = ("workers", "log_every", "checkpoint_every", "keep_checkpoints", "micro_batch_tokens")
+_SAVING = ("checkpoint_minutes", "checkpoint_every", "keep_checkpoints")
+_PACE = ("workers", "log_every", "micro_batch_tokens", *_SAVING)
 AUTO = "auto"
 AUTO_KEYS = {
     "tokens.vocab_size": 1024,
@@ -25,7 +29,7 @@ AUTO_KEYS = {
 }
 """Keys whose value may be `auto`, chosen from the data (`data.fit_recipe`), and what stands in its
 place until then."""
-MOVES_NO_GRADIENT = (*_PATHS, *_PACE, "decode", "text")
+MOVES_NO_GRADIENT = (*_PATHS, *_PACE, "decode", "text", "tracker")
 """Keys of a recipe that say where files are and how work is divided: runs that differ in these
 alone have the same recipe."""
 
@@ -34,6 +38,9 @@ alone have the same recipe."""
 class Model:
     """Shape and parts of the model."""
 
+    architecture: Literal["bart", "t5"] = "bart"
+    """Whose encoder and decoder these are. bart: the paper's. t5: relative positions instead of a
+    table of them; docs/backbones.md says what it lacks. With a `prompt` neither."""
     d_model: int = 128
     """Width of every layer."""
     encoder_layers: int = 2
@@ -45,8 +52,8 @@ class Model:
     ffn: int = 512
     """Width of the feed-forward layers."""
     backbone: str | None = None
-    """Name or directory of BART weights to start from, with a `prompt` of a causal language model's
-    (Llama and its like); they then set the shape above. null: from scratch."""
+    """Name or directory of weights to start from, BART's or T5's, with a `prompt` those of a causal
+    language model (Llama and its like); they then set the shape above. null: from scratch."""
     max_tokens: int = 512
     """Longest encoder input in positions (`encoder_unit`); whole oldest items are dropped beyond
     it."""
@@ -309,10 +316,14 @@ class Recipe:
     """How the sequences of a micro-batch lie in memory. packed: one after another, no padding; on
     a GPU attention then takes torch's kernel for ragged sequences. padded: side by side, to the
     longest one. auto: packed on a CPU, where it is measured (docs/speed.md), padded elsewhere until
-    it is measured there. Losses and gradients are the same to rounding."""
+    it is measured there, and for T5. Losses and gradients are the same to rounding."""
     compile: Literal["none", "layers"] = "none"
     """layers: torch.compile of each layer around its attention, for packed micro-batches. It takes
     a minute at the start; the gain is in docs/speed.md."""
+    step_graph: Literal["auto", "on", "off"] = "auto"
+    """on: on one GPU a step is captured as CUDA graphs over packed micro-batches of one size, so
+    that the host launches two things in place of a thousand (decision 0017); what cannot be
+    captured is refused by name. auto: off, until a GPU has shown it."""
     activation_checkpointing: bool = False
     """Keep only the input of each layer and compute the rest again in the backward pass: a third
     more operations for a fraction of the memory."""
@@ -325,10 +336,16 @@ class Recipe:
     """Processes per rank that prepare batches ahead; 0 prepares them in the training process."""
     log_every: int = 10
     """Steps between two `step` events."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints; one is also written at the end of each epoch."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between two checkpoints; 0: time brings none. One is also written at the end of each
+    epoch. They are written while the training goes on."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints, besides; 0: none by steps."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay; older ones are deleted."""
+    tracker: tuple[TrackerName, ...] = ("tensorboard",)
+    """Where the run's numbers go beside events.jsonl: one, or a list of several. A tracker that
+    fails is given up with one warning, and the run goes on (docs/track.md)."""
     model: Model = field(default_factory=Model)
     tokens: Tokens = field(default_factory=Tokens)
     prompt: Prompt = field(default_factory=Prompt)

@@ -11,6 +11,7 @@ Get = Callable[[str], Any]
 _STAGES = ("pretrain", "finetune")
 _SHAPE = ("d_model", "encoder_layers", "decoder_layers", "heads", "ffn")
 _ENCODER_DECODER = (
+    "architecture",
     "encoder_layers",
     "dropout",
     "activation_dropout",
@@ -98,4 +99,6 @@ def _unused(get: Get) -> set[str]:
         unused |= {"model.embedding_dropout", "model.id_dim", "optimizer.id_tables"}
     if get("optimizer.id_tables") != "row-adagrad":
         unused.add("optimizer.id_learning_rate")
+    if get("step_graph") != "on":
+        unused.add("step_graph")
     return unused

@@ -30,8 +30,8 @@ _PROBABILITY: Rule = ("above 0 and at most 1", lambda value: 0 < value <= 1)
 # By section ("" is the recipe itself): keys, and the rule for all of them.
 _RULES: dict[str, tuple[tuple[str, Rule], ...]] = {
     "": (
-        ("micro_batch_tokens log_every checkpoint_every keep_checkpoints", _AT_LEAST_1),
-        ("workers", _NOT_NEGATIVE),
+        ("micro_batch_tokens log_every keep_checkpoints", _AT_LEAST_1),
+        ("workers checkpoint_minutes checkpoint_every", _NOT_NEGATIVE),
     ),
     "model": (
         ("d_model heads", _WIDTH),
@@ -91,7 +91,7 @@ def _contradiction(recipe: Recipe) -> str:
     """What two values of a recipe make impossible, with the way out; "" where all fit."""
     model, optimizer, decode = recipe.model, recipe.optimizer, recipe.validation.decode
     causal, tables_outside = model.encoder_attention == "causal", optimizer.id_tables != "dense"
-    if problem := _prompt_problem(recipe):
+    if problem := _prompt_problem(recipe) or _t5_problem(recipe):
         return problem
     causal |= bool(recipe.prompt.template)
     if model.d_model % model.heads:
@@ -164,9 +164,57 @@ def _contradiction(recipe: Recipe) -> str:
             f"finetune.distill.weight {recipe.finetune.distill.weight}: set finetune.targets "
             "all-prefixes and tokens.forced given, or the weight to 0"
         )
+    if "none" in recipe.tracker and len(recipe.tracker) > 1:
+        return f"tracker {', '.join(recipe.tracker)}: none stands alone: leave out one or the other"
+    if recipe.step_graph == "on" and (problem := _graph_problem(recipe)):
+        return f"step_graph on: {problem}, or step_graph off"
     if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
         return "pretrain.epochs and finetune.epochs are both 0: nothing to train"
     return ""
+
+
+MOST_MASKED = 4096
+"""Tokens of a captured micro-batch up to which attention may go by one mask over all pairs."""
+
+
+def _graph_problem(recipe: Recipe) -> str:
+    """What of a recipe cannot be captured as a CUDA graph, with the way out but for `off`."""
+    model, tokens = recipe.model, recipe.micro_batch_tokens
+    masked = recipe.precision == "fp32" or model.encoder_attention == "causal"
+    masked |= model.attention_dropout > 0
+    found = {
+        "prompt.template: a prompted model orders its tokens on the host: leave it out": bool(
+            recipe.prompt.template
+        ),
+        "optimizer.id_tables row-adagrad: a step has as many rows as it touches: set dense": (
+            recipe.optimizer.id_tables != "dense"
+        ),
+        "precision fp16: its loss scale is read on the host: set bf16": recipe.precision == "fp16",
+        "packing padded: its shapes differ from step to step: set packed": (
+            recipe.packing == "padded"
+        ),
+        f"head {recipe.head}: it passes over labels alone, which differ in number: set full": (
+            recipe.head not in ("auto", "full")
+        ),
+        "model.item_text add: its sums are made anew in each step: set none": (
+            model.item_text == "add"
+        ),
+        "finetune.distill: soft targets differ in number: set its weight to 0": (
+            recipe.finetune.distill.weight > 0
+        ),
+        "compile layers: set none": recipe.compile != "none",
+        "activation_checkpointing: it reads the generator's state on the host: set false": (
+            recipe.activation_checkpointing
+        ),
+        "model.encoder_unit item: its sub-words differ in number: set subword": (
+            model.encoder_unit == "item"
+        ),
+        f"micro_batch_tokens {tokens:,}: in fp32, behind a causal encoder and with attention "
+        f"dropout attention goes by one mask over all pairs: set {MOST_MASKED:,} or less": (
+            masked and tokens > MOST_MASKED
+        ),
+    }
+    return next((text for text, is_there in found.items() if is_there), "")
 
 
 HISTORY = "{history}"
@@ -186,6 +234,7 @@ def _prompt_problem(recipe: Recipe) -> str:
     if not prompt.separator:
         return "prompt.separator: it is empty: write what no title contains, such as a line's end"
     refused = {
+        "model.architecture": model.architecture != "bart",
         "model.item_loss": model.item_loss > 0,
         "model.decoder_start": model.decoder_start != "mask",
         "model.init_items": model.init_items != "random",
@@ -202,4 +251,31 @@ def _prompt_problem(recipe: Recipe) -> str:
     found = next((key for key, is_set in refused.items() if is_set), None)
     if found:
         return f"{found}: a model with a prompt cannot have it: leave it out"
+    return ""
+
+
+def _t5_problem(recipe: Recipe) -> str:
+    """What of a recipe a T5 cannot have, with the way out; "" where all fits."""
+    model = recipe.model
+    if model.architecture != "t5":
+        return ""
+    refused = (
+        ("pretrain.targets all-prefixes", recipe.pretrain.targets == "all-prefixes", "mask"),
+        (
+            "finetune.targets all-prefixes",
+            recipe.finetune.targets == "all-prefixes",
+            "every-prefix",
+        ),
+        ("model.encoder_attention causal", model.encoder_attention == "causal", "bidirectional"),
+        ("model.positions from-end", model.positions == "from-end", "from-start"),
+        ("model.scale_embedding true", model.scale_embedding, "false"),
+        ("model.init_items cooccurrence", model.init_items == "cooccurrence", "random"),
+        ("tokens.trim true", recipe.tokens.trim, "false"),
+        ("packing packed", recipe.packing == "packed", "padded"),
+        ("compile layers", recipe.compile == "layers", "none"),
+        (f"init_from {recipe.init_from}", recipe.init_from is not None, "null"),
+    )
+    for setting, is_set, fitting in refused:
+        if is_set:
+            return f"{setting}: model.architecture t5 cannot have it: set {fitting}"
     return ""

@@ -66,6 +66,13 @@ def out_of_buffer(buffer: Tensor, placed: T) -> T:
     return _mapped(placed, Place, lambda place: place.of(buffer))
 
 
+def places_of(placed: Any) -> tuple[Place, ...]:
+    """The places in nested dataclasses, in order: equal for values of the same shapes."""
+    found: list[Place] = []
+    _mapped(placed, Place, found.append)
+    return tuple(found)
+
+
 def _mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     """A copy of nested dataclasses with each value of a kind changed."""
     if isinstance(value, kind):

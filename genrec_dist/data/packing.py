@@ -57,6 +57,8 @@ class Segments:
     """int32 [S + 1], the first token of each, and the end."""
     cu_seqlens: Tensor
     """The same as a tensor where the tokens are, for a kernel that reads it there."""
+    at_most: int | None = None
+    """What a kernel is told of the longest one, whatever it is: of micro-batches of one size."""
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -64,7 +66,47 @@ class Segments:
 
     @cached_property
     def longest(self) -> int:
-        return int(self.lengths.max(initial=0))
+        return int(self.lengths.max(initial=0)) if self.at_most is None else self.at_most
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Which sequence each token belongs to, where attention must have the same shapes in each
+    micro-batch: it then goes by one mask over all pairs, not by rectangles."""
+
+    queries: Tensor
+    """int64 [n], of each query."""
+    keys: Tensor
+    """int64 [k], of each key."""
+    visible: Tensor | None = None
+    """int64 [n], as `Attended.visible`."""
+    places: Tensor | None = None
+    """int64 [k], place of each key in its sequence; there with `visible`."""
+
+    def seen(self, causal: bool) -> Tensor:
+        """bool [n, k], which keys each query attends to."""
+        seen_nk = self.queries[:, None] == self.keys
+        if causal:  # queries and keys are the same tokens
+            seen_nk = seen_nk.tril()
+        if self.visible is not None and self.places is not None:
+            seen_nk = seen_nk & (self.places < self.visible[:, None])
+        return seen_nk
+
+
+@dataclass(frozen=True)
+class FixedMarks:
+    """What the marks of a packing's three attentions are made of."""
+
+    sample_n: Tensor
+    """int64 [n], sample of each encoder token."""
+    place_n: Tensor
+    """int64 [n], its place in it."""
+    sample_m: Tensor
+    """int64 [m], sample of each decoder token."""
+    row_m: Tensor
+    """int64 [m], its decoder row."""
+    visible_m: Tensor | None = None
+    """int64 [m], as `Packing.visible_m`."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +124,20 @@ class Attended:
     branch: np.ndarray | None = None
     """int64 [n], of queries that are keys too: the branch a token belongs to, -1 for the stem. A
     token attends to what of the stem is visible, and to its own branch up to itself."""
+    marks: Marks | None = None
+    """Of micro-batches of one size."""
+
+    @property
+    def by_whole_sequences(self) -> bool:
+        """Whether a query sees all of its sequence, or all before itself."""
+        partly = self.visible is not None or (self.marks and self.marks.visible is not None)
+        return not partly
+
+    @cached_property
+    def seen_nk(self) -> Tensor:
+        """`Marks.seen`, made once for all layers."""
+        assert self.marks is not None
+        return self.marks.seen(self.causal)
 
     def to(self, device: torch.device) -> Attended:
         """The same, with offsets of the sequences where a kernel reads them."""
@@ -150,18 +206,27 @@ class Packing:
     visible_m: np.ndarray | None = None
     """int64 [m], how many of its sample's encoder tokens a decoder token attends to, from the first
     on; None: all."""
+    fixed: FixedMarks | None = None
+    """Of micro-batches of one size, whose `visible_m` is in here."""
 
     @cached_property
     def within_encoder(self) -> Attended:
-        return Attended(self.encoder, self.encoder, causal=self.causal)
+        fixed = self.fixed
+        marks = None if fixed is None else Marks(fixed.sample_n, fixed.sample_n)
+        return Attended(self.encoder, self.encoder, causal=self.causal, marks=marks)
 
     @cached_property
     def within_decoder(self) -> Attended:
-        return Attended(self.rows, self.rows, causal=True, by_length=False)
+        fixed = self.fixed
+        marks = None if fixed is None else Marks(fixed.row_m, fixed.row_m)
+        return Attended(self.rows, self.rows, causal=True, by_length=False, marks=marks)
 
     @cached_property
     def across(self) -> Attended:
-        return Attended(self.targets, self.encoder, visible=self.visible_m)
+        fixed, marks = self.fixed, None
+        if fixed is not None:
+            marks = Marks(fixed.sample_m, fixed.sample_n, fixed.visible_m, fixed.place_n)
+        return Attended(self.targets, self.encoder, visible=self.visible_m, marks=marks)
 
     @cached_property
     def joined(self) -> Joined:

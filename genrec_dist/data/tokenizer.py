@@ -62,6 +62,8 @@ def train_tokenizer(
     )
 
 
+T5_MASK = "<extra_id_0>"
+
 ROLES = ("bos_token", "pad_token", "eos_token", "mask_token")
 """Roles of tokens that an encoder-decoder needs."""
 
@@ -92,6 +94,9 @@ def load_tokenizer(
         ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(f"tokens.tokenizer {name}: not a fast tokenizer")
+    if tokenizer.mask_token is None and T5_MASK in tokenizer.get_vocab():
+        # T5 has learned to fill this one, and has no token for a text's start.
+        tokenizer.add_special_tokens({"mask_token": T5_MASK, "bos_token": "<s>"})
     for role in roles:
         if getattr(tokenizer, role) is None:
             raise ValueError(f"tokens.tokenizer {name}: it has no {role}")

@@ -263,7 +263,11 @@ class ItemTexts:
 
     @cached_property
     def row_of(self) -> dict[str, int]:
-        return {item_text(code): row for row, code in enumerate(self.item_codes)}
+        # Some tokenizers, such as T5's, decode a word without its leading space.
+        encoded = self.tokenizer.backend_tokenizer.encode(item_text("0"), add_special_tokens=False)
+        decoded = self.tokenizer.backend_tokenizer.decode(encoded.ids, skip_special_tokens=False)
+        first = 0 if decoded.startswith(" ") else 1
+        return {item_text(code)[first:]: row for row, code in enumerate(self.item_codes)}
 
     def rows(self, token_lists: Sequence[Sequence[int]]) -> np.ndarray:
         """int32 [n], the item whose word these tokens spell, however they split it; -2 where there

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from genrec_dist.data.encoder_input import EncoderInput
-from genrec_dist.model.network import POSITION_OFFSET, Network
+from genrec_dist.decoding.beam_caches import BeamCaches, attend_beams
+from genrec_dist.model.network import POSITION_OFFSET, BartNetwork
 
 if TYPE_CHECKING:
     from transformers.models.bart.modeling_bart import BartAttention, BartDecoderLayer
@@ -58,17 +59,21 @@ def start_search(
     model: Searchable, memory_BLD: Tensor, mask_BL: Tensor, *, static: bool = False
 ) -> SearchState:
     """The search of a model's answers to what it has encoded; arguments as of `DecoderState`."""
-    if isinstance(model, Network):
+    if isinstance(model, BartNetwork):
         return DecoderState(model, memory_BLD, mask_BL, static=static)
-    # Here: the encoder-decoder alone needs nothing of transformers.
+    # Here: BART alone needs nothing of transformers.
     from genrec_dist.decoding.prompt_state import PromptState
+    from genrec_dist.decoding.t5_state import T5State
     from genrec_dist.model.causal.prompted import PromptedModel
+    from genrec_dist.model.seq2seq.t5 import GenRecT5ForConditionalGeneration
 
+    if isinstance(model, GenRecT5ForConditionalGeneration):
+        return T5State(model, memory_BLD, mask_BL)
     assert isinstance(model, PromptedModel)
     return PromptState(model, memory_BLD, mask_BL)
 
 
-class DecoderState:
+class DecoderState(BeamCaches):
     """Keys and values of a search: the encoder's and those of the prefix once per user, the rest
     once per beam.
 
@@ -79,7 +84,7 @@ class DecoderState:
 
     def __init__(
         self,
-        model: Network,
+        model: BartNetwork,
         memory_BLD: Tensor,
         mask_BL: Tensor,
         *,
@@ -149,20 +154,6 @@ class DecoderState:
         self.num_tokens += 1
         return hidden_BKD
 
-    def reorder_beams(self, parent_BK: Tensor) -> None:
-        """Let each beam continue the beam `parent_BK` names; the number of beams may change."""
-        rows_B1 = torch.arange(len(parent_BK), device=parent_BK.device)[:, None]
-        self.own = [
-            pair and (pair[0][rows_B1, parent_BK], pair[1][rows_B1, parent_BK]) for pair in self.own
-        ]
-
-    def fork(self, parent_BK: Tensor) -> DecoderState:
-        """Another search from here, as after `reorder_beams`; this one stays as it is."""
-        other = object.__new__(DecoderState)
-        other.__dict__.update(self.__dict__)
-        other.reorder_beams(parent_BK)
-        return other
-
     def _embed(self, tokens: Tensor, start_BD: Tensor | None = None) -> Tensor:
         """Tokens [P] of one position each, or [B, K] all of one position. `start_BD`: added to the
         first column."""
@@ -190,25 +181,13 @@ class DecoderState:
         return layer.final_layer_norm(hidden_BKD + widened)
 
     def _attend_self(self, attention: BartAttention, number: int, hidden_BKD: Tensor) -> Tensor:
-        """Over the shared prefix by matrix products, over a beam's own few tokens element by
-        element."""
+        """Over the shared prefix and a beam's own tokens."""
         query_BKHd, key, value = (
             project(hidden_BKD).unflatten(-1, (attention.num_heads, attention.head_dim))
             for project in (attention.q_proj, attention.k_proj, attention.v_proj)
         )
-        keys, values = key[:, :, :, None], value[:, :, :, None]
-        past = self.own[number]
-        if past is not None:
-            keys, values = torch.cat([past[0], keys], 3), torch.cat([past[1], values], 3)
-        self.own[number] = (keys, values)
-        prefix_keys, prefix_values = self.prefix[number]
-        on_prefix = (query_BKHd.transpose(1, 2) @ prefix_keys.transpose(2, 3)).transpose(1, 2)
-        on_own = (query_BKHd[:, :, :, None] * keys).sum(-1)
-        weights = torch.cat([on_prefix, on_own], -1).mul_(attention.scaling).softmax(-1)
-        num_prefix = prefix_keys.shape[2]
-        from_prefix = (weights[..., :num_prefix].transpose(1, 2) @ prefix_values).transpose(1, 2)
-        from_own = (weights[..., num_prefix:, None] * values).sum(3)
-        return (from_prefix + from_own).flatten(2)
+        own = self.add_own(number, key, value)
+        return attend_beams(query_BKHd, self.prefix[number], own, attention.scaling)
 
 
 def _heads(attention: BartAttention, states: Tensor) -> Tensor:

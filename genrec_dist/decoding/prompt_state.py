@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from genrec_dist.model.causal.attention import per_query_head
+from genrec_dist.decoding.beam_caches import BeamCaches
+from genrec_dist.model.causal.attention import AttentionCall, per_query_head
 from genrec_dist.model.causal.prompted import PromptedModel
 
 
-class PromptState:
+class PromptState(BeamCaches):
     """Takes the place of `DecoderState`: what that reads from an encoder is here a prompt's keys
     and values.
 
@@ -64,20 +65,6 @@ class PromptState:
         self.next_B = self.next_B + 1
         return states_BKD
 
-    def reorder_beams(self, parent_BK: Tensor) -> None:
-        """Let each beam continue the beam `parent_BK` names; the number of beams may change."""
-        rows_B1 = torch.arange(len(parent_BK), device=parent_BK.device)[:, None]
-        self.own = [
-            pair and (pair[0][rows_B1, parent_BK], pair[1][rows_B1, parent_BK]) for pair in self.own
-        ]
-
-    def fork(self, parent_BK: Tensor) -> PromptState:
-        """Another search from here, as after `reorder_beams`; this one stays as it is."""
-        other = object.__new__(PromptState)
-        other.__dict__.update(self.__dict__)
-        other.reorder_beams(parent_BK)
-        return other
-
 
 class _SharedAttention:
     """Of tokens that all answers of a user share, over the prompt and the ones before; appends
@@ -89,26 +76,18 @@ class _SharedAttention:
         seen_BPL = mask_BL[:, None].expand(-1, len(causal_PP), -1)
         self.seen_B1PL = torch.cat([seen_BPL, causal_PP.expand(num_users, -1, -1)], 2)[:, None]
 
-    def mix(
-        self,
-        layer: int,
-        query_BHSd: Tensor,
-        key_BGSd: Tensor,
-        value_BGSd: Tensor,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
-        assert layer == len(self.state.shared), "layers out of order"
+    def mix(self, call: AttentionCall) -> Tensor:
+        assert call.layer == len(self.state.shared), "layers out of order"
+        memory = self.state.memory[call.layer].to(call.key_BGSd.dtype)
         keys, values = (
             torch.cat([before, after], 2)
-            for before, after in zip(
-                self.state.memory[layer].to(key_BGSd.dtype), (key_BGSd, value_BGSd), strict=True
-            )
+            for before, after in zip(memory, (call.key_BGSd, call.value_BGSd), strict=True)
         )
         self.state.shared.append((keys, values))
+        query_BHSd = call.query_BHSd
         keys, values = per_query_head(keys, query_BHSd), per_query_head(values, query_BHSd)
         return torch.nn.functional.scaled_dot_product_attention(
-            query_BHSd, keys, values, attn_mask=self.seen_B1PL, scale=scale
+            query_BHSd, keys, values, attn_mask=self.seen_B1PL, scale=call.scale
         )
 
 
@@ -119,24 +98,13 @@ class _BeamAttention:
         self.state = state
         self.hidden_B11L = ~state.seen_B11L
 
-    def mix(
-        self,
-        layer: int,
-        query_BHSd: Tensor,
-        key_BGSd: Tensor,
-        value_BGSd: Tensor,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
-        state, heads = self.state, key_BGSd.shape[1]
-        keys, values = (t.transpose(1, 2)[:, :, :, None] for t in (key_BGSd, value_BGSd))
-        past = state.own[layer]
-        if past is not None:
-            keys, values = torch.cat([past[0], keys], 3), torch.cat([past[1], values], 3)
-        state.own[layer] = (keys, values)
+    def mix(self, call: AttentionCall) -> Tensor:
+        state, layer, heads = self.state, call.layer, call.key_BGSd.shape[1]
+        one = (call.key_BGSd.transpose(1, 2), call.value_BGSd.transpose(1, 2))
+        keys, values = state.add_own(layer, *one)
         shared_keys, shared_values = state.shared[layer]
         # The query heads that share keys, of all beams, are rows of one product.
-        query_BGRKd = (query_BHSd * scale).unflatten(1, (heads, -1))
+        query_BGRKd = (call.query_BHSd * call.scale).unflatten(1, (heads, -1))
         on_shared = query_BGRKd.flatten(2, 3) @ shared_keys.transpose(2, 3)
         on_shared = on_shared.masked_fill_(self.hidden_B11L, float("-inf"))
         on_shared = on_shared.unflatten(2, query_BGRKd.shape[2:4])  # [B, G, R, K, L + P]

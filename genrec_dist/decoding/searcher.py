@@ -39,7 +39,7 @@ from genrec_dist.decoding.trie import Trie, forced_nodes, nodes_in_whole, prune_
 from genrec_dist.decoding.unconstrained import generate_freely
 from genrec_dist.evaluation.metrics import EMPTY
 from genrec_dist.evaluation.score_mixture import Mixture
-from genrec_dist.model.network import Network
+from genrec_dist.model.network import BartNetwork, Network
 
 Mode = Literal["exact", "compact", "free", "all", "items", "hybrid"]
 """exact: the trie's items by log-probability under the model's whole softmax. compact: the softmax
@@ -99,8 +99,8 @@ class TrieSearcher:
         """
         self.device = torch.device(device)
         self.texts = texts
-        # A prompted model's search has shapes of its own.
-        on_gpu = self.device.type == "cuda" and isinstance(model, Network)
+        # The searches of other models have shapes of their own.
+        on_gpu = self.device.type == "cuda" and isinstance(model, BartNetwork)
         self.static = on_gpu if static is None else static
         self._search_trie = search_trie
         given = model.config.certain_tokens == "given"

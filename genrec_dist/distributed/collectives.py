@@ -51,13 +51,17 @@ class Ranks:
     rank that has gone (torch's own collectives name a connection), and a few bytes take two hops,
     however many ranks there are. Nothing is pickled."""
 
-    def __init__(self) -> None:
-        """Collective: all ranks make theirs together, once the process group is there."""
+    def __init__(self, own_group: bool = False) -> None:
+        """Collective: all ranks make theirs together, once the process group is there.
+
+        `own_group`: with connections of their own, for a thread that meets the threads of other
+        ranks while the training goes on. In the training's own group its messages would be taken
+        for theirs."""
         launched = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if launched else 0
         self.size = dist.get_world_size() if launched else 1
         # NCCL would move these few bytes over the GPU and wait for its queue.
-        needs_gloo = self.size > 1 and dist.get_backend() != "gloo"
+        needs_gloo = self.size > 1 and (own_group or dist.get_backend() != "gloo")
         self.group = dist.new_group(backend="gloo") if needs_gloo else None
 
     @property

@@ -31,6 +31,8 @@ class MicroBatch:
     target_tokens: int
     """T, labels of a decoder row."""
     rows_per_sample: int = 1
+    shares_memory: bool = False
+    """The rows of a sample are queries over one copy of its keys and values (`all-prefixes`)."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,18 @@ def activation_bytes(
     loss_saved, logits = _loss_bytes(config, targets, head, compute, device)
     encoder = inputs * (embedding + ids + config.encoder_layers * encoder_layer)
     decoder = targets * (embedding + head_input + config.decoder_layers * decoder_layer)
-    decoder += rows * batch.input_tokens * config.decoder_layers * memory + loss_saved
+    read = inputs if batch.shares_memory else rows * batch.input_tokens
+    decoder += read * config.decoder_layers * memory + loss_saved
+    if batch.shares_memory:
+        # The rows of a sample are put side by side and taken apart again; one mask for all layers.
+        decoder += targets * (config.decoder_layers * width + batch.input_tokens) * linear
     if casts:  # the weights, cast
         in_layer = 4 * width**2 + 2 * width * config.encoder_ffn_dim
         encoder += 2 * config.encoder_layers * in_layer
         decoder += 2 * (counts.matmul - config.encoder_layers * in_layer)
-    elif batch.rows_per_sample > 1:  # the encoder's output, repeated; autocast saves casts alone
+    elif (
+        batch.rows_per_sample > 1 and not batch.shares_memory
+    ):  # the encoder's output, repeated; autocast saves casts alone
         decoder += rows * batch.input_tokens * width * residual
     # The head's gradient of the shared embedding waits for the decoder's; their sum is a third.
     shared = config.vocab_size * width

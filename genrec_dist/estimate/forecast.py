@@ -12,80 +12,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from genrec_shards.dataset import Dataset, load_dataset
+import torch
 from genrec_shards.splits import num_held_out
 
-from genrec_dist.config.recipe import Recipe, Stage
+from genrec_dist.config.native_precision import with_precision
+from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Work
 from genrec_dist.data.fit_recipe import DataFacts, fit_recipe, resolve_recipe
-from genrec_dist.data.tokenizer import load_tokenizer, train_tokenizer
-from genrec_dist.data.word_table import WordTable, build_words, trim
 from genrec_dist.estimate.activations import MicroBatch, activation_bytes, compute_of
 from genrec_dist.estimate.flops import flops
 from genrec_dist.estimate.hardware import CARDS
+from genrec_dist.estimate.rates import CPU, card_rates, cpu_rates, given_rates
+from genrec_dist.estimate.samples import (
+    ASSUMED_ITEMS,
+    Catalogue,
+    Samples,
+    read_catalogue,
+    stage_samples,
+)
 from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_parameters
 from genrec_dist.estimate.state import METHODS, Method, State, read_settings, state_bytes
-from genrec_dist.model.genrec import GenRecConfig
+from genrec_dist.estimate.step_time import StepSetup, StepTime, draw, products, step_time
+from genrec_dist.model.genrec import GenRecConfig, choose_packing
 
 GIB = 2**30
 RESERVE_GIB = 1.5
 """Kept free for the CUDA context, libraries' workspaces and fragmentation; not measured."""
-ASSUMED_ITEMS = (5, 5, 5, 6, 6, 7, 8, 10, 14, 24)
-"""Items per user where there is no data: about the deciles of Beauty."""
-ASSUMED_ITEM_TOKENS = 4
-"""Sub-words of a user's or an item's word where the tokenizer is not at hand: ` item`, `_` and two
-pieces of four digits."""
-MFU = 0.4
-"""Share of a card's peak that training on real tokens is taken to reach."""
-
 MOST_GPUS, MOST_GIB, MOST_ROWS = 65_536, 65_536, 2**31 - 1
 """Sizes beyond those of any machine or data, which are refused."""
 LARGEST_SEARCHED = 1 << 24
 _STEP = 256
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The samples of a stage, as far as their lengths go."""
-
-    stage: str
-    lengths: np.ndarray
-    """int64, encoder tokens of each sample, ascending."""
-    target_tokens: int
-    """T of the longest target."""
-    rows_per_sample: int
-    batch_size: int
-    epochs: int
-    epoch_samples: int
-    """Samples of an epoch."""
-
-    @property
-    def quantiles(self) -> np.ndarray:
-        """Lengths that represent all, the shortest and the longest among them."""
-        shares = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
-        return np.unique(np.quantile(self.lengths, shares, method="nearest"))
-
-    def micro_batch(self, samples: int, length: int) -> MicroBatch:
-        return MicroBatch(samples, length, self.target_tokens, self.rows_per_sample)
-
-    def per_rank(self, gpus: int) -> int:
-        """Samples of a step that a rank takes."""
-        return -(-self.batch_size // gpus)
-
-
-@dataclass(frozen=True)
-class Catalogue:
-    """What of the data decides sizes."""
-
-    users: int
-    items: int
-    training_items: np.ndarray
-    """int64, items of each user's training part; where sizes are given, of a few users who
-    represent all."""
-    source: str
-    words: WordTable | None = None
-    """None: the tokenizer is not at hand; a vocabulary to be trimmed is then counted whole."""
-    vocabulary: int | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +63,8 @@ class Fit:
 class Duration:
     epoch_seconds: float
     total_seconds: float
+    step: StepTime
+    """Of one process; the others take as long."""
     assumption: str
 
 
@@ -153,16 +111,18 @@ def forecast(
         tflops: TFLOP/s that a GPU really reaches, in place of `card`.
 
     Raises:
-        ValueError: Where sizes are missing or do not fit, or the model has a prompt.
+        ValueError: Where sizes are missing or do not fit, or the model has a prompt or
+            is a T5.
     """
     if not 1 <= gpus <= MOST_GPUS:
         raise ValueError(f"--gpus {gpus}: it has to be from 1 to {MOST_GPUS:,}")
     if not memory_gib <= MOST_GIB:  # not a number either
         raise ValueError(f"--memory {memory_gib:g}: it has to be GiB of one GPU, to {MOST_GIB:,}")
-    if recipe.prompt.template:
+    if recipe.prompt.template or recipe.model.architecture == "t5":
+        which = "prompt.template" if recipe.prompt.template else "model.architecture t5"
         raise ValueError(
-            "prompt.template: memory and time of a model with a prompt are not foretold; "
-            "`genrec train --dry-run` says its sizes"
+            f"{which}: memory and time of such a model are not foretold; `genrec train --dry-run` "
+            "says its sizes"
         )
     if memory_gib <= RESERVE_GIB:
         raise ValueError(
@@ -190,17 +150,25 @@ def forecast(
         lengths, counts = np.unique(each.lengths, return_counts=True)
         found = [step_flops(config, each.micro_batch(1, int(length))) for length in lengths]
         flops_per_sample[each.stage] = float(np.average(found, weights=counts))
-    speed, duration = _speed(recipe, card, tflops), {}
-    if speed is not None:
-        for each in samples:
-            operations = flops_per_sample[each.stage] * each.epoch_samples
-            seconds = operations / (gpus * speed[0] * 1e12)
-            duration[each.stage] = Duration(seconds, seconds * each.epochs, speed[1])
+    sizes = count_parameters(recipe, config)
+    duration = {}
+    if card is not None or tflops is not None:
+        _check_speed(card, tflops)
+        setup = StepSetup(
+            config=config,
+            counts=sizes,
+            bf16=(with_precision(recipe) if card == CPU else recipe).precision != "fp32",
+            packed=choose_packing(recipe, torch.device("cpu" if card == CPU else "cuda")),
+            on_cpu=card == CPU,
+            micro_batch_tokens=recipe.micro_batch_tokens,
+            average=recipe.optimizer.ema_decay > 0,
+        )
+        duration = {each.stage: _duration(setup, each, gpus, card, tflops) for each in samples}
     plan = Forecast(
         recipe=recipe,
         gpus=gpus,
         memory_gib=memory_gib,
-        sizes=count_parameters(recipe, config),
+        sizes=sizes,
         catalogue=catalogue,
         samples=samples,
         fits=[],
@@ -209,91 +177,6 @@ def forecast(
     )
     fits = [_fit(plan, config, method, zero_files) for method in METHODS]
     return dataclasses.replace(plan, fits=fits)
-
-
-def read_catalogue(recipe: Recipe, users: int | None, items: int | None) -> Catalogue:
-    """Sizes, lengths and words of the recipe's data, or the given sizes."""
-    if (users is None) != (items is None):
-        raise ValueError("--users and --items belong together: give both or none")
-    if users is not None and items is not None:
-        if users < 1 or items < 1:
-            raise ValueError(f"--users {users} --items {items}: both must be at least 1")
-        source = f"given sizes; users of {min(ASSUMED_ITEMS)} to {max(ASSUMED_ITEMS)} items assumed"
-        training_items = np.array(ASSUMED_ITEMS) - num_held_out(recipe.trained_through)
-        return Catalogue(users, items, training_items, source)
-    if not (Path(recipe.data) / "dataset.json").is_file():
-        raise ValueError(
-            f"{recipe.data}: no data directory there: give --users and --items, or set data in the "
-            "recipe to one"
-        )
-    dataset = load_dataset(recipe.data)
-    sequences = dataset.sequences
-    training_items = sequences.training_ends(recipe.trained_through) - sequences.offsets[:-1]
-    words, vocabulary = _words(recipe, dataset)
-    sizes = sequences.num_users, sequences.num_items
-    return Catalogue(*sizes, training_items, str(recipe.data), words, vocabulary)
-
-
-def _words(recipe: Recipe, dataset: Dataset) -> tuple[WordTable | None, int | None]:
-    """Words by the run's own tokenizer where it can be had without a network, and the size of the
-    vocabulary."""
-    name = recipe.tokens.tokenizer or recipe.model.backbone
-    codes = dataset.numbering
-    if name is None:
-        tokenizer = train_tokenizer(codes.item_codes, recipe.tokens.vocab_size, recipe.num_masks)
-    elif (Path(name) / "tokenizer.json").is_file():
-        tokenizer = load_tokenizer(name, recipe.num_masks)
-    else:
-        return None, None
-    words = build_words(tokenizer, codes.item_codes, codes.user_codes, recipe.num_masks)
-    if recipe.tokens.trim:
-        words = trim(words, tokenizer.pad_token_id)
-        assert words.vocabulary is not None
-        return words, words.vocabulary.size
-    vocabulary = max(len(tokenizer), int(words.tokens.max()) + 1)
-    return words, vocabulary if recipe.model.backbone is None else None
-
-
-def stage_samples(recipe: Recipe, catalogue: Catalogue) -> list[Samples]:
-    """Lengths of the samples of each stage that has epochs, all items taken to be of mean
-    length."""
-    stages = ("pretrain", recipe.pretrain), ("finetune", recipe.finetune)
-    return [_samples(name, stage, recipe, catalogue) for name, stage in stages if stage.epochs]
-
-
-def _samples(name: str, stage: Stage, recipe: Recipe, catalogue: Catalogue) -> Samples:
-    training = catalogue.training_items[catalogue.training_items > 1]
-    item_tokens, longest_item, user_tokens = float(ASSUMED_ITEM_TOKENS), ASSUMED_ITEM_TOKENS, 0
-    if catalogue.words is not None:
-        item_tokens = float(np.diff(catalogue.words.tokens_of_items()[1]).mean())
-        longest_item = catalogue.words.longest_item
-    if recipe.model.user_ids:
-        words = catalogue.words
-        user_tokens = ASSUMED_ITEM_TOKENS if words is None else words.longest_user
-    histories = training - 1
-    if stage.targets == "every-prefix":
-        histories = np.concatenate([np.arange(1, length) for length in training])
-    rows, masks, target = 1, 1, longest_item
-    if stage.targets == "all-prefixes":
-        rows = math.ceil(float(histories.mean()))
-    if recipe.model.encoder_unit == "item":
-        item_tokens, user_tokens = 1.0, min(user_tokens, 1)
-    if stage.targets == "mask" and stage.mask.strategy == "multi":
-        rows = masks = stage.mask.k
-    if stage.targets == "mask" and stage.mask.strategy == "span":
-        target *= stage.mask.k
-    items = np.ceil(np.maximum(histories + 1 - masks, 0) * item_tokens).astype(np.int64)
-    lengths = 2 + user_tokens + masks + items
-    share = catalogue.users / len(catalogue.training_items)
-    return Samples(
-        stage=name,
-        lengths=np.sort(np.minimum(lengths, recipe.model.max_tokens)),
-        target_tokens=target + 1,
-        rows_per_sample=rows,
-        batch_size=stage.batch_size,
-        epochs=stage.epochs,
-        epoch_samples=round(share * len(lengths)),
-    )
 
 
 def step_flops(config: GenRecConfig, batch: MicroBatch) -> float:
@@ -354,17 +237,28 @@ def _largest(fits: Callable[[int], bool]) -> int:
     return low * _STEP
 
 
-def _speed(recipe: Recipe, card: str | None, tflops: float | None) -> tuple[float, str] | None:
-    """(TFLOP/s per GPU, how that is known), None where nothing is stated."""
+def _check_speed(card: str | None, tflops: float | None) -> None:
     if card is not None and tflops is not None:
         raise ValueError("--card and --tflops: give one of them")
+    if tflops is not None and not 0 < tflops < math.inf:
+        raise ValueError(f"--tflops {tflops}: it has to be above 0")
+    if card is not None and card not in (*CARDS, CPU):
+        known = ", ".join((*CARDS, f"{CPU} for this machine's"))
+        raise ValueError(f"--card {card}: known are {known}; or give --tflops")
+
+
+def _duration(
+    setup: StepSetup, samples: Samples, gpus: int, card: str | None, tflops: float | None
+) -> Duration:
+    """Of a stage, by a card or by its operations in a second."""
+    steps = draw(setup, samples.lengths, samples.windows, samples.per_rank(gpus))
     if tflops is not None:
-        if not 0 < tflops < math.inf:
-            raise ValueError(f"--tflops {tflops}: it has to be above 0")
-        return tflops, f"{tflops:g} TFLOP/s per GPU, as given"
-    if card is None:
-        return None
-    if card not in CARDS:
-        raise ValueError(f"--card {card}: known are {', '.join(CARDS)}; or give --tflops")
-    peak = CARDS[card][recipe.precision != "fp32"]
-    return peak * MFU, f"published peak of {peak:g} TFLOP/s x {MFU:g} assumed, not measured"
+        rates = given_rates(tflops)
+    elif card == CPU:
+        rates = cpu_rates(products(setup, steps, samples.rows), setup.config.d_model, setup.bf16)
+    else:
+        assert card is not None
+        rates = card_rates(card, setup.bf16)
+    step = step_time(setup, rates, steps, samples.rows)
+    epoch = step.seconds * -(-samples.epoch_samples // samples.batch_size)
+    return Duration(epoch, epoch * samples.epochs, step, rates.source)

@@ -14,7 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from genrec_dist.estimate.advice import NAMES, advise
-from genrec_dist.estimate.forecast import ASSUMED_ITEM_TOKENS, GIB, RESERVE_GIB, Forecast
+from genrec_dist.estimate.forecast import GIB, RESERVE_GIB, Forecast
+from genrec_dist.estimate.samples import ASSUMED_ITEM_TOKENS
+from genrec_dist.estimate.step_time import WORDS
 
 UNCHECKED = [
     "States are compared with measured storages of two CPU ranks (test_memory.py); no figure was "
@@ -22,8 +24,9 @@ UNCHECKED = [
     "Activations are compared with autograd's on a CPU; on a GPU dropout keeps 1 byte per element, "
     "and attention's own workspaces, the decoding of a validation and NCCL's buffers are left to "
     "the reserve.",
-    "Times count matrix products and attention of real tokens alone: no padding, no communication, "
-    "no waiting for data.",
+    "Times are those of steps: of each micro-batch the slowest of arithmetic, memory and host, on "
+    "a CPU their sum, which is compared with measured steps. Communication, waiting for data, "
+    "validation and checkpoints come besides.",
 ]
 
 
@@ -102,7 +105,11 @@ def render(plan: Forecast, width: int = 120) -> RenderableType:
         if each.stage in plan.duration:
             took = plan.duration[each.stage]
             epoch, total = _time(took.epoch_seconds), _time(took.total_seconds)
-            line += f"; {epoch} per epoch, {total} in all ({took.assumption})"
+            step, bound = took.step, took.step.bound
+            line += (
+                f"; a step {_time(step.seconds)}, bound by {WORDS[bound]}; {epoch} per epoch, "
+                f"{total} in all ({took.assumption})"
+            )
         parts.append(Text(line))
     parts += [Text(f"-> {line}", style="bold") for line in advise(plan)]
     parts += [Text(f"unchecked: {line}", style="dim") for line in UNCHECKED]
@@ -145,6 +152,8 @@ def _table(
 
 
 def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1e3 * seconds:.3g} ms"
     if seconds < 120:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -18,6 +18,17 @@ CARDS = {
     "H200 NVL": (60.0, 835.0),
 }
 """Published dense peaks in TFLOP/s: float32, and bfloat16 with float32 sums."""
+BANDWIDTHS = {
+    "RTX 3090": 936,
+    "RTX 4090": 1008,
+    "A100": 1555,
+    "H100": 3350,
+    "H100 PCIe": 2000,
+    "H100 NVL": 3900,
+    "H200": 4800,
+    "H200 NVL": 4800,
+}
+"""Published bytes to and from memory in GB/s; of several sizes of a card the slowest."""
 
 _SIDE, _TRIES = 1536, 5
 _MOST_SECONDS = 0.2

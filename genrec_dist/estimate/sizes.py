@@ -111,6 +111,7 @@ def build_config(
             ids_outside=recipe.optimizer.id_tables == "row-adagrad",
         ),
     )
+    assert isinstance(config, GenRecConfig)  # of a T5 nothing is foretold
     config.max_position_embeddings = positions
     config.spoken_tokens = spoken
     return config

@@ -16,7 +16,7 @@ from genrec_shards.dataset import Dataset
 from genrec_shards.splits import Split, TrainedThrough
 
 from genrec_dist.baselines.registry import reference_scores
-from genrec_dist.config.paths import training_state
+from genrec_dist.config.paths import check_writable, training_state
 from genrec_dist.data.layout import PromptLayout
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation.protocol import Protocol
@@ -86,6 +86,7 @@ def evaluate(
     def open_writer() -> ResultsWriter | None:
         check_numbering(run, dataset)
         check_split(run, dataset)
+        check_writable(out_dir or run.path)
         if started_with[ranks.rank] != started_with[0]:
             raise ValueError(
                 "not the data or the options of rank 0: "

@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from genrec_shards.dataset import Dataset
+from genrec_shards.readers.documents import read_object
 
+from genrec_dist.config.hub import run_folder
 from genrec_dist.config.model_config import REMEDY, ModelFileError, read_model_config
 from genrec_dist.config.model_manifest import start_check
 from genrec_dist.config.paths import best_folder
@@ -38,7 +40,7 @@ from genrec_dist.model.weights import WEIGHTS, read_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from genrec_dist.model.genrec import GenRecConfig
+    from genrec_dist.model.build import CodedConfig
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class LoadedRun:
     path: Path
     model: Any
     """A `GenRecForConditionalGeneration`; where it is loaded for decoding alone, a `LightGenRec`
-    with the same weights. Or a `PromptedModel`."""
+    with the same weights. Or a T5 with ids, or a `PromptedModel`."""
     tokenizer: WordTokenizer
     words: WordTable
     layout: Layout
@@ -92,7 +94,7 @@ def forced_of(words: WordTable, certain_tokens: str) -> ForcedTokens | None:
     return ForcedTokens(tokens, ends)
 
 
-def make_layout(words: WordTable, config: GenRecConfig) -> Layout:
+def make_layout(words: WordTable, config: CodedConfig) -> Layout:
     """The encoder's input as this model was built to read it.
 
     Raises:
@@ -125,7 +127,7 @@ def load_run(
     """Load `best/` of a run directory for decoding.
 
     Args:
-        run: the run directory.
+        run: the run directory, or `hf://owner/name[@revision]`.
         device: where the model is put.
         light: without transformers where that is possible, which loads 3 s of a core sooner; the
             lists are the same.
@@ -134,7 +136,7 @@ def load_run(
     Raises:
         ValueError: Naming what is missing, damaged or of another numbering.
     """
-    path = Path(run)
+    path = run_folder(run)
     return replace(load_model(best_folder(path), device, light=light, checked=checked), path=path)
 
 
@@ -169,15 +171,10 @@ def _load_unchecked(best: Path, device: torch.device | str, light: bool) -> Load
         else:
             model, tokenizer = (light and _light_parts(best)) or _whole_parts(best)
         model = model.to(device).eval()
-        names = ["items.parquet", *(["users.parquet"] if model.config.num_users else [])]
-        # Not `read_table`: that imports pandas where there is one, half a second.
-        tables = [
-            pq.ParquetFile(best / name).read(columns=["id", "code"]).to_pydict() for name in names
-        ]
-        items, users = [*tables, {"id": [], "code": []}][:2]
-        titles = None
-        if is_prompted:
-            titles = pq.ParquetFile(best / "items.parquet").read(columns=["title"])["title"]
+        items = _read_table(best, "items", ["id", "code", *(["title"] if is_prompted else [])])
+        users: dict[str, list[str]] = {"id": [], "code": []}
+        if model.config.num_users:
+            users = _read_table(best, "users", ["id", "code"])
     except ModelFileError:
         raise
     except Exception as error:  # four libraries, each with errors of its own
@@ -191,16 +188,17 @@ def _load_unchecked(best: Path, device: torch.device | str, light: bool) -> Load
         user_ids=users["id"],
         user_codes=users["code"],
     )
-    sizes = (model.config.num_items, model.config.num_users)
-    for name, table, rows in zip(names, tables, sizes, strict=False):
+    sizes = {"items": (items, model.config.num_items), "users": (users, model.config.num_users)}
+    for name, (table, rows) in sizes.items():
         if rows and len(table["id"]) != rows:
             raise ModelFileError(
-                f"{best / name}: {len(table['id']):,} rows, and the model has {rows:,}: {REMEDY}"
+                f"{best / name}.parquet: {len(table['id']):,} rows, and the model has {rows:,}: "
+                f"{REMEDY}"
             )
-    if titles is None:
-        layout, texts = _coded_layout(best, model.config, tokenizer, catalogue)
+    if is_prompted:
+        layout, texts = _title_layout(model.config, tokenizer, items["title"])
     else:
-        layout, texts = _title_layout(model.config, tokenizer, titles.to_pylist())
+        layout, texts = _coded_layout(best, model.config, tokenizer, catalogue)
     config, words = model.config, layout.words
     arrays, trie_path = words.tokens_of_items(), best / TRIE_FILE
     if trie_path.is_file():
@@ -220,8 +218,20 @@ def _load_unchecked(best: Path, device: torch.device | str, light: bool) -> Load
     )
 
 
+def _read_table(best: Path, name: str, columns: list[str]) -> dict[str, list[str]]:
+    """Columns of `NAME.parquet` in a model's directory, of a pushed run of `NAME.json`."""
+    if (best / f"{name}.json").is_file():
+        held = read_object(best / f"{name}.json")
+        return {column: list(map(str, held[column])) for column in columns}
+    # Not `read_table`: that imports pandas where there is one, half a second.
+    table: dict[str, list[str]] = (
+        pq.ParquetFile(best / f"{name}.parquet").read(columns=columns).to_pydict()
+    )
+    return table
+
+
 def _coded_layout(
-    best: Path, config: GenRecConfig, tokenizer: WordTokenizer, catalogue: Catalogue
+    best: Path, config: CodedConfig, tokenizer: WordTokenizer, catalogue: Catalogue
 ) -> tuple[Layout, ItemTexts]:
     words = build_words(tokenizer, catalogue.item_codes, catalogue.user_codes, config.num_masks)
     if config.spoken_tokens:
@@ -263,15 +273,16 @@ def _whole_parts(best: Path) -> tuple[Any, WordTokenizer]:
     """Model and tokenizer as transformers' classes."""
     from transformers import PreTrainedTokenizerFast
 
-    from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
+    from genrec_dist.model.build import CLASSES
 
-    read_model_config(best)  # its messages name the file
+    fields = read_model_config(best)  # its messages name the file
+    config_class, model_class = CLASSES[fields.get("model_type", "genrec")]
     # Not the model's `from_pretrained`: that fills missing weights with random ones, and reads
     # other files where there is no model.safetensors. The attention is ours to choose: transformers
     # would fetch a kernel that a configuration names.
-    config = GenRecConfig.from_pretrained(best, attn_implementation="sdpa")
+    config = config_class.from_pretrained(best, attn_implementation="sdpa")
     with torch.device("meta"), WithoutInit():
-        model = GenRecForConditionalGeneration(config)
+        model = model_class(config)
     expected = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     model.load_state_dict(read_weights(best / WEIGHTS, expected), strict=False, assign=True)
     model.tie_weights()

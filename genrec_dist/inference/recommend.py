@@ -17,7 +17,8 @@ import torch
 from genrec_shards.dataset import Dataset, load_dataset
 from genrec_shards.readers.documents import parse_object
 
-from genrec_dist.config.load import load_recipe
+from genrec_dist.config.hub import run_folder
+from genrec_dist.config.paths import data_of, recipe_of
 from genrec_dist.data.encoder_input import encode_histories, offsets_of
 from genrec_dist.decoding.searcher import Mode, TopItems
 from genrec_dist.evaluation.metrics import TOP
@@ -155,7 +156,7 @@ class Recommender:
         """Load a run directory and answer requests with it.
 
         Args:
-            run: Run directory of `genrec train`.
+            run: Run directory of `genrec train`, or `hf://owner/name[@revision]`.
             device: Where the model is put.
             mode: How items are scored; None: as the run's recipe says (`decode`).
             data: Directory of `genrec prepare`, which mode hybrid makes its graph of; None: the
@@ -167,12 +168,12 @@ class Recommender:
             ValueError: As `Recommender`, naming what is missing or damaged in the run, and for mode
                 hybrid where no weights were chosen.
         """
+        run = run_folder(run)
         loaded = load_run(run, device, light=True, checked=checked)
-        path = Path(run) / "recipe.yaml"
-        recipe = load_recipe(path) if path.is_file() else None
+        recipe = recipe_of(run)
         mode = mode or (recipe.decode if recipe else "exact")
         if mode == "hybrid" and recipe is not None and "mixture" not in options:
-            dataset = load_dataset(data or recipe.data)
+            dataset = load_dataset(data or data_of(run))
             check_numbering(loaded, dataset)
             excluded = options.get("exclude_history")
             mixture = chosen_mixture(

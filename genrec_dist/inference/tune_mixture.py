@@ -18,6 +18,7 @@ from genrec_shards.splits import TrainedThrough
 
 from genrec_dist.baselines.tune_knn import tune_knn
 from genrec_dist.config.load import section_from
+from genrec_dist.config.paths import check_writable
 from genrec_dist.data.item_graph import Graph
 from genrec_dist.data.repeat_model import fit_repeats
 from genrec_dist.decoding.rescoring import Candidates
@@ -71,6 +72,7 @@ def tune_mixture(
     ranks = ranks or Ranks()
     ranks.run_on_all(partial(check_numbering, run, dataset))
     ranks.run_on_all(partial(check_split, run, dataset))
+    ranks.run_on_all(partial(check_writable, run.path))
     parts = _same_on_all(
         ranks, lambda: _history_parts(dataset, decoding, trained_through, tune_graph, text)
     )

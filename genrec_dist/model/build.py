@@ -1,4 +1,4 @@
-"""A model built from a recipe's shape, from BART's weights, or in an earlier model's shape."""
+"""An encoder-decoder from a recipe's shape, a backbone's weights or an earlier model's shape."""
 
 # V tokens of a trimmed vocabulary, D width
 
@@ -13,13 +13,25 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import BartConfig, GenerationConfig
+from transformers import BartConfig, GenerationConfig, PreTrainedConfig, T5Config
 
 from genrec_dist.config.model_config import ModelFileError
 from genrec_dist.config.recipe import Model
 from genrec_dist.data.word_table import Vocabulary
-from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.seq2seq.config import GenRecConfig, GenRecT5Config
+from genrec_dist.model.seq2seq.t5 import GenRecT5ForConditionalGeneration
 from genrec_dist.model.weights import LOGITS_BIAS, is_finite
+
+CodedConfig = GenRecConfig | GenRecT5Config
+CodedModel = GenRecForConditionalGeneration | GenRecT5ForConditionalGeneration
+"""Of an encoder-decoder over the words of codes."""
+
+CLASSES: dict[str, tuple[type[CodedConfig], type[CodedModel]]] = {
+    GenRecConfig.model_type: (GenRecConfig, GenRecForConditionalGeneration),
+    GenRecT5Config.model_type: (GenRecT5Config, GenRecT5ForConditionalGeneration),
+}
+"""By `model_type` of a saved configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +62,8 @@ class ModelSizes:
         return dict(zip(self.special, numbers.tolist(), strict=True))
 
 
-def build_model(
-    model: Model, sizes: ModelSizes, before: GenRecConfig | None = None
-) -> GenRecForConditionalGeneration:
-    """A fresh model, or BART's weights with fresh id tables where the recipe names a backbone.
+def build_model(model: Model, sizes: ModelSizes, before: GenRecConfig | None = None) -> CodedModel:
+    """A fresh model, or a backbone's weights with fresh id tables where the recipe names one.
 
     Args:
         model: the recipe's.
@@ -67,16 +77,24 @@ def build_model(
         return _from_backbone(model, sizes)
     config = make_config(model, sizes, before)
     check_memory(config)
-    return GenRecForConditionalGeneration(config)
+    return CLASSES[config.model_type][1](config)
 
 
-def make_config(
-    model: Model, sizes: ModelSizes, before: GenRecConfig | None = None
-) -> GenRecConfig:
+def make_config(model: Model, sizes: ModelSizes, before: GenRecConfig | None = None) -> CodedConfig:
     """The configuration of a fresh model; arguments as of `build_model`."""
-    settings = _settings(model, sizes)
+    settings, kind = _settings(model, sizes), GenRecConfig.model_type
     if before is not None:
         shape, settings["id_dim"] = _shape_of(before), before.id_dim
+    elif model.architecture == "t5":
+        kind = GenRecT5Config.model_type
+        shape = {
+            "d_model": model.d_model,
+            "d_kv": model.d_model // model.heads,
+            "num_heads": model.heads,
+            "num_layers": model.encoder_layers,
+            "num_decoder_layers": model.decoder_layers,
+            "d_ff": model.ffn,
+        }
     else:
         shape = {
             "max_position_embeddings": model.max_tokens,
@@ -90,12 +108,12 @@ def make_config(
             "scale_embedding": model.scale_embedding,
             "init_std": model.init_std,
         }
-    config = GenRecConfig(**{**shape, **settings, "vocab_size": sizes.num_tokens})
+    config = CLASSES[kind][0](**{**shape, **settings, "vocab_size": sizes.num_tokens})
     config.update(_trimmed_settings(sizes.vocabulary))
     return config
 
 
-def check_memory(config: GenRecConfig) -> None:
+def check_memory(config: CodedConfig) -> None:
     """Refuse a model whose float32 weights alone are more than the memory of this machine, before
     any is asked for. Each process holds them whole when they are made.
 
@@ -123,8 +141,15 @@ def check_memory(config: GenRecConfig) -> None:
 def _settings(model: Model, sizes: ModelSizes) -> dict[str, Any]:
     """What does not depend on where the shape comes from."""
     special = sizes.special_ids()
+    of_backbone: dict[str, Any] = {"dropout_rate": model.dropout, "init_std": model.init_std}
+    if model.architecture == "bart":
+        of_backbone = {
+            "dropout": model.dropout,
+            "forced_eos_token_id": None,
+            "forced_bos_token_id": None,
+        }
     return {
-        "dropout": model.dropout,
+        **of_backbone,
         "attention_dropout": model.attention_dropout,
         "activation_dropout": model.activation_dropout,
         "num_users": sizes.num_users if model.user_ids else 0,
@@ -144,12 +169,10 @@ def _settings(model: Model, sizes: ModelSizes) -> dict[str, Any]:
         "eos_token_id": special["eos"],
         # The decoder's first input is the mask that it fills (docs/decisions/0004).
         "decoder_start_token_id": special["mask"],
-        "forced_eos_token_id": None,
-        "forced_bos_token_id": None,
     }
 
 
-def _shape_of(config: BartConfig) -> dict[str, Any]:
+def _shape_of(config: PreTrainedConfig) -> dict[str, Any]:
     """A configuration's values without those of its origin."""
     of_origin = ("model_type", "architectures", "transformers_version")
     return {key: value for key, value in config.to_dict().items() if key not in of_origin}
@@ -161,34 +184,28 @@ def _trimmed_settings(vocabulary: Vocabulary | None) -> dict[str, Any]:
     return {"spoken_tokens": vocabulary.num_outputs, "vocabulary_hash": vocabulary.hash()}
 
 
-def _from_backbone(model: Model, sizes: ModelSizes) -> GenRecForConditionalGeneration:
+def _from_backbone(model: Model, sizes: ModelSizes) -> CodedModel:
     assert model.backbone is not None
-    settings = _settings(model, sizes)
+    settings, name = _settings(model, sizes), model.architecture
+    their_config, kind = (T5Config, "genrec-t5") if name == "t5" else (BartConfig, "genrec")
+    our_config, our_model = CLASSES[kind]
     special = {key: settings[key] for key in settings if key.endswith("_token_id")}
     try:
-        bart = BartConfig.from_pretrained(model.backbone)
-        if bart.model_type != "bart":
-            raise ValueError(
-                f"model.backbone {model.backbone}: it is a {bart.model_type} model, only BART fits"
-            )
-        if bart.max_position_embeddings < model.max_tokens:
-            raise ValueError(
-                f"model.max_tokens {model.max_tokens}: {model.backbone} has "
-                f"{bart.max_position_embeddings} positions"
-            )
+        theirs = their_config.from_pretrained(model.backbone)
+        _check_shape(theirs, model)
         # The backbone's own special tokens are valid until its rows are chosen, or are more.
         trimmed = sizes.vocabulary is not None
-        later = {key for key in special if trimmed or (special[key] or 0) >= bart.vocab_size}
+        later = {key for key in special if trimmed or (special[key] or 0) >= theirs.vocab_size}
         settings = {key: settings[key] for key in settings if key not in later}
-        config = GenRecConfig(**{**_shape_of(bart), **settings})
-        network, loading = GenRecForConditionalGeneration.from_pretrained(
+        config = our_config(**{**_shape_of(theirs), **settings})
+        network, loading = our_model.from_pretrained(
             model.backbone, config=config, dtype=torch.float32, use_safetensors=True,
             attn_implementation="sdpa", output_loading_info=True,
         )  # fmt: skip
         _check_backbone(model.backbone, network, loading["missing_keys"])
     except (OSError, SafetensorError):
         raise ValueError(
-            f"model.backbone {model.backbone}: neither a directory with BART weights in "
+            f"model.backbone {model.backbone}: neither a directory with {name.upper()} weights in "
             "safetensors nor reachable on the hub; download it beforehand and give its directory, "
             "or set model.backbone to null to start from scratch"
         ) from None
@@ -204,18 +221,40 @@ def _from_backbone(model: Model, sizes: ModelSizes) -> GenRecForConditionalGener
     network.tie_weights()
     if sizes.vocabulary is None:
         network.config.update(special)
-    # Our head has no bias (published BART weights hold zeros), and decoding starts with the mask.
-    network.final_logits_bias.zero_()
+    if isinstance(network, GenRecForConditionalGeneration):
+        network.final_logits_bias.zero_()  # our head has none, and published weights hold zeros
+    # Decoding starts with the mask.
     if sizes.vocabulary is not None:
         network = _trimmed(network, sizes.vocabulary, special)
     network.generation_config = GenerationConfig.from_model_config(network.config)
     return network
 
 
-def _check_backbone(
-    name: str, network: GenRecForConditionalGeneration, missing: Iterable[str]
-) -> None:
-    """Refuse a backbone of which weights are missing or not finite; BART has no id tables."""
+def _check_shape(theirs: Any, model: Model) -> None:
+    """Refuse a backbone of another architecture or of a shape that does not fit."""
+    name = f"model.backbone {model.backbone}"
+    if theirs.model_type != model.architecture:
+        known = theirs.model_type in ("bart", "t5")
+        way = f"set model.architecture {theirs.model_type}" if known else "only BART and T5 fit"
+        raise ValueError(
+            f"{name}: it is a {theirs.model_type} model and model.architecture is "
+            f"{model.architecture}: {way}"
+        )
+    if model.architecture == "t5":
+        if not theirs.scale_decoder_outputs:
+            raise ValueError(
+                f"{name}: its head has weights of its own (T5 1.1, FLAN-T5); take a T5 whose head "
+                "is its embedding"
+            )
+    elif theirs.max_position_embeddings < model.max_tokens:
+        raise ValueError(
+            f"model.max_tokens {model.max_tokens}: {model.backbone} has "
+            f"{theirs.max_position_embeddings} positions"
+        )
+
+
+def _check_backbone(name: str, network: CodedModel, missing: Iterable[str]) -> None:
+    """Refuse a backbone of which weights are missing or not finite; it has no id tables."""
     fresh = ("user_embedding.", "user_projection.", "item_embedding.", "item_projection.")
     lost = [key for key in missing if not key.startswith(fresh) and key != LOGITS_BIAS]
     if lost:

@@ -102,8 +102,10 @@ def add_texts(
             points where the items of like texts are. None: it begins at random.
 
     Raises:
-        ValueError: an item has several tokens.
+        ValueError: an item has several tokens, or the model is a T5.
     """
+    if not isinstance(model, GenRecForConditionalGeneration):
+        raise ValueError("model.item_text: a T5's rows take no texts: set item_text none")
     table_VD, rows_N = model.model.shared.weight, item_tokens(words, "model.item_text")
     text = ItemText(len(rows_N), vectors_NF.shape[1], *table_VD.shape)
     text.rows_N.copy_(rows_N)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from genrec_dist.config.model_config import read_model_config
-from genrec_dist.model.network import POSITION_OFFSET, Network, id_table
+from genrec_dist.model.network import POSITION_OFFSET, BartNetwork, id_table
 from genrec_dist.model.weights import LOGITS_BIAS, WEIGHTS, read_weights
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
@@ -34,7 +34,7 @@ _FIELDS = (
 """Fields of the configuration that decoding reads."""
 
 
-class LightGenRec(Network, nn.Module):
+class LightGenRec(BartNetwork, nn.Module):
     """A model that decodes as `GenRecForConditionalGeneration` does, with the names of its
     parameters."""
 

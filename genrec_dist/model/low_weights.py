@@ -37,13 +37,17 @@ class LowWeights:
         self.is_fresh = False
         """Whether the copies are those of the masters; whoever changes these sets it to False."""
 
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Copy the masters."""
+        torch._foreach_copy_(self.copies, self.masters)
+        self.is_fresh = True
+
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Context in which the layers compute with the copies; gradients reach the masters."""
         if not self.is_fresh:
-            with torch.no_grad():
-                torch._foreach_copy_(self.copies, self.masters)
-            self.is_fresh = True
+            self.refresh()
         lowered = _Lowered.apply(self.copies, *self.masters)
         for (module, name), low in zip(self.places, lowered, strict=True):
             # Found before the parameter of the same name, which stays where it is.

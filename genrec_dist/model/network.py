@@ -1,5 +1,5 @@
-"""GenRec's arithmetic, for whatever modules hold BART's weights: from ids to encoder states, and
-from states to items."""
+"""GenRec's arithmetic, whatever modules hold the weights: from ids to encoder states, and from
+states to items."""
 
 # B samples, R decoder rows, L input tokens, T target tokens, D width, V output vocabulary, N items,
 # F width of the id tables
@@ -7,7 +7,7 @@ from states to items."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -100,10 +100,12 @@ class ItemText(nn.Module):
         return ItemText(num_items, dims, len(self.own_V1), width)
 
     @contextlib.contextmanager
-    def added(self, tied: Sequence[Any]) -> Iterator[None]:
-        """Context in which the modules that share the token table compute with the texts in it;
+    def added(self, model: Any) -> Iterator[None]:
+        """Context in which BART's embeddings and head compute with the texts in their table;
         gradients reach the table itself and the projection."""
-        rows_VD = self(tied[0].weight)
+        bart = model.model
+        tied = (bart.shared, bart.encoder.embed_tokens, bart.decoder.embed_tokens, model.lm_head)
+        rows_VD = self(bart.shared.weight)
         for module in tied:
             # Found before the parameter of the same name, which stays where it is.
             module.__dict__["weight"] = rows_VD
@@ -115,13 +117,10 @@ class ItemText(nn.Module):
 
 
 class Network:
-    """What training and decoding compute alike. Whoever inherits from it has BART's modules under
-    Hugging Face's names, and the id tables."""
+    """What training and decoding compute alike, of any encoder-decoder with id tables."""
 
     config: Any
-    """`GenRecConfig`, or an object with its fields."""
-    model: Any
-    """With `encoder` and `decoder`."""
+    """`GenRecConfig`, or an object with its fields; or another backbone's."""
     lm_head: Any
     user_embedding: IdEmbedding | FetchedRows | None
     user_projection: IdProjection | None
@@ -129,6 +128,41 @@ class Network:
     item_projection: IdProjection | None
     training: bool
     device: torch.device
+
+    def encode(self, encoder: EncoderInput, plan: GradientOrder | None = None) -> Tensor:
+        """Encoder states, float [B, L, D]. `plan`: `ModelInputs.plan`."""
+        raise NotImplementedError
+
+    def masked_states(self, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """The encoder's states at the [MASK] after each history, [B, D]; of a causal encoder at its
+        last token."""
+        from_end = 1 if self.config.encoder_attention == "causal" else 2
+        users_B = torch.arange(len(memory_BLD), device=memory_BLD.device)
+        return memory_BLD[users_B, mask_BL.sum(1) - from_end]
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The head's rows of the output vocabulary, [V, D]."""
+        weight: Tensor = self.lm_head.weight
+        return weight[: self.config.spoken_tokens] if self.config.spoken_tokens else weight
+
+    def item_logits(self, masked_RD: Tensor) -> Tensor:
+        """The item head: logits [R, N] of the encoder's states at masks."""
+        return F.linear(*self._item_head(masked_RD))
+
+    def _item_head(self, masked_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """(queries [R, F], rows of the items [N, F])."""
+        assert isinstance(self.item_embedding, IdEmbedding)
+        if self.item_projection is not None:  # (P e) . h = e . (P^T h)
+            masked_RD = F.linear(masked_RD, self.item_projection.weight.T)
+        return masked_RD, self.item_embedding.weight[1:]
+
+
+class BartNetwork(Network):
+    """The same of BART, whose modules it has under Hugging Face's names."""
+
+    model: Any
+    """With `encoder` and `decoder`."""
 
     def embed(
         self, encoder: EncoderInput, plan: GradientOrder | None = None, *, normed: bool = False
@@ -171,7 +205,7 @@ class Network:
         return norm(embedded_BLD) if normed else embedded_BLD
 
     def encode(self, encoder: EncoderInput, plan: GradientOrder | None = None) -> Tensor:
-        """Encoder states, float [B, L, D]. `plan`: `ModelInputs.plan`."""
+        """As of any encoder-decoder."""
         bart = self.model.encoder
         hidden_BLD = self.embed(encoder, plan, normed=True)
         hidden_BLD = F.dropout(hidden_BLD, bart.dropout, self.training)
@@ -182,30 +216,6 @@ class Network:
         for layer in bart.layers:
             hidden_BLD = layer(hidden_BLD, bias)
         return hidden_BLD
-
-    def masked_states(self, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """The encoder's states at the [MASK] after each history, [B, D]; of a causal encoder at its
-        last token."""
-        from_end = 1 if self.config.encoder_attention == "causal" else 2
-        users_B = torch.arange(len(memory_BLD), device=memory_BLD.device)
-        return memory_BLD[users_B, mask_BL.sum(1) - from_end]
-
-    @property
-    def head_weight(self) -> Tensor:
-        """The head's rows of the output vocabulary, [V, D]."""
-        weight: Tensor = self.lm_head.weight
-        return weight[: self.config.spoken_tokens] if self.config.spoken_tokens else weight
-
-    def item_logits(self, masked_RD: Tensor) -> Tensor:
-        """The item head: logits [R, N] of the encoder's states at masks."""
-        return F.linear(*self._item_head(masked_RD))
-
-    def _item_head(self, masked_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """(queries [R, F], rows of the items [N, F])."""
-        assert isinstance(self.item_embedding, IdEmbedding)
-        if self.item_projection is not None:  # (P e) . h = e . (P^T h)
-            masked_RD = F.linear(masked_RD, self.item_projection.weight.T)
-        return masked_RD, self.item_embedding.weight[1:]
 
 
 def id_table(
@@ -237,7 +247,7 @@ def check_ranges(encoder: EncoderInput, config: Any) -> None:
     limits = [
         ("token", encoder.input_ids, config.vocab_size),
         ("further token", encoder.further_ids, config.vocab_size),
-        ("position", encoder.position_ids, config.max_position_embeddings),
+        ("position", encoder.position_ids, config.max_position_embeddings or None),
         ("user", encoder.user_rows, config.num_users + 1 if config.num_users else None),
         ("item", encoder.item_rows, config.num_items + 1 if config.num_items else None),
     ]

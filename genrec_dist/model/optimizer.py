@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -68,3 +69,16 @@ class AveragedWeights:
             kept = parameter.detach().clone()
             parameter.copy_(value)
             value.copy_(kept)
+
+
+@contextlib.contextmanager
+def swapped(average: AveragedWeights | None) -> Iterator[None]:
+    """Context in which the average is where the weights are, if there is one: it is scored and
+    kept."""
+    if average is not None:
+        average.swap()
+    try:
+        yield
+    finally:
+        if average is not None:
+            average.swap()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from genrec_dist.data.packing import Attended, Group, GroupTokens
 
@@ -44,7 +45,9 @@ def attend(
         scale: of the scores.
         dropout: of the weights; 0 outside of training.
     """
-    if not has_varlen(query_nHd) or dropout or attended.visible is not None:
+    if not has_varlen(query_nHd) or dropout or not attended.by_whole_sequences:
+        if attended.marks is not None:
+            return by_mask(query_nHd, key_kHd, value_kHd, attended.seen_nk, scale, dropout)
         mixed: Tensor = ByRectangles.apply(query_nHd, key_kHd, value_kHd, attended, scale, dropout)
         return mixed
     from torch.nn.attention.varlen import varlen_attn
@@ -55,6 +58,23 @@ def attend(
     ragged = varlen_attn(*packed, queries.longest, keys.longest, scale=scale, window_size=window)
     assert isinstance(ragged, Tensor)
     return ragged
+
+
+def by_mask(
+    query_nHd: Tensor,
+    key_kHd: Tensor,
+    value_kHd: Tensor,
+    seen_nk: Tensor,
+    scale: float,
+    dropout: float,
+) -> Tensor:
+    """`attend` as one attention of all queries to all keys, whose shapes are those of the packed
+    arrays alone: for small micro-batches of one size."""
+    query, key, value = (t.transpose(0, 1)[None] for t in (query_nHd, key_kHd, value_kHd))
+    mixed_1Hnd = F.scaled_dot_product_attention(
+        query, key, value, seen_nk, dropout_p=dropout, scale=scale
+    )
+    return mixed_1Hnd[0].transpose(0, 1)
 
 
 def has_varlen(query: Tensor) -> bool:

@@ -11,6 +11,7 @@ import yaml
 from genrec_shards.atomic import atomic_file, sweep_killed_writers
 from genrec_shards.histories import MANY_TIES
 
+from genrec_dist.config.paths import check_writable
 from genrec_dist.config.used_settings import used_settings
 from genrec_dist.report.advice import advice
 from genrec_dist.report.html import definitions, duration, page, percent, text
@@ -54,6 +55,7 @@ def write_report(run_dir: str | Path, data: str | Path | None = None) -> Path:
     Raises:
         ValueError: the directory holds nothing that a run writes.
     """
+    check_writable(Path(run_dir))
     run = read_run_files(Path(run_dir))
     source = _page_of(run, _data_of(run) if data is None else Path(data))
     target = run.path / "report.html"

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from genrec_dist.report.run_report import write_report
 from genrec_dist.reproduce import result_rows, tables, train_process
 from genrec_dist.reproduce.published import size_difference
 from genrec_dist.reproduce.result_rows import Row, runs_file
+from genrec_dist.reproduce.side_by_side import do_side_by_side
 from genrec_dist.reproduce.steps import Step, check, steps_of
 from genrec_dist.reproduce.systems import (
     PROTOCOLS,
@@ -85,12 +87,18 @@ def reproduce(options: Options, console: Console) -> bool:
                 )
             for note in work.notes:
                 _say(console, note, "yellow")
-            over = None
+            over, failed = None, None
             try:
                 _do_steps(work, ending, console)
             except OutOfTime as out_of_time:
                 over = out_of_time
+            except ValueError as error:  # of steps side by side the others are done
+                if options.parallel == 1:
+                    raise
+                failed = error
             _print_rows(work, console)
+            if failed is not None:
+                raise failed
             if over is not None:
                 left = sum(not step.is_done() for step in work.steps)
                 steps = f"{left} of {len(work.steps)} steps are left; the same command goes on"
@@ -207,7 +215,29 @@ def _estimate(step: Step, work: Work) -> str:
     return f"{seconds:,.0f} s, by genrec plan"
 
 
+def do_step(options: Options, name: str, send: Callable[[str], None]) -> None:
+    """Do the step of this name, as the process that `side_by_side` starts for it.
+
+    Raises:
+        Stopped: After a signal.
+    """
+    ending = Deadline()
+    with ending.stop:
+        (step,) = (step for step in plan(options).steps if step.name == name)
+        step.work(ending, send)
+
+
 def _do_steps(work: Work, ending: Deadline, console: Console) -> None:
+    def done(step: Step, seconds: float) -> None:
+        result_rows.note_step(work.options, step, seconds, hardware())
+        if step.listed is not None:
+            _write_tables(work)
+
+    if work.options.parallel > 1:
+        do_side_by_side(
+            work.options, work.steps, do_step, ending, lambda text: _say(console, text), done
+        )
+        return
     for number, step in enumerate(work.steps, 1):
         if step.is_done():
             continue
@@ -215,11 +245,9 @@ def _do_steps(work: Work, ending: Deadline, console: Console) -> None:
         _say(console, f"[{number}/{len(work.steps)}] {step.name}", "bold")
         start = time.monotonic()
         step.work(ending, lambda text: _say(console, f"  {text}"))
-        result_rows.note_step(work.options, step, time.monotonic() - start, hardware())
         if torch.cuda.is_available():  # the next training is another process's
             torch.cuda.empty_cache()
-        if step.listed is not None:
-            _write_tables(work)
+        done(step, time.monotonic() - start)
 
 
 def _tables(options: Options) -> list[Path]:

@@ -51,6 +51,9 @@ class Step:
     """The recipe of a training."""
     listed: Path | None = None
     """Where the metrics of an evaluation or a baseline go."""
+    after: frozenset[str] = frozenset()
+    """Names of the steps whose results this one needs, or that have to come before a look at
+    test."""
 
 
 def read_metrics(run: Path) -> dict[str, Any] | None:
@@ -187,23 +190,34 @@ def steps_of(options: Options, protocol: ProtocolName, systems: list[System]) ->
     manifest = data / "shards" / "manifest.json"
     steps = [
         Step(f"{protocol}: prepare", (data / "audit.json").is_file, prepare_data),
-        Step(f"{protocol}: shard", manifest.is_file, shard),
+        Step(
+            f"{protocol}: shard", manifest.is_file, shard, after=frozenset([f"{protocol}: prepare"])
+        ),
     ]
+    data_steps = _names(steps)
     for system in systems:
-        steps += _system_steps(options, protocol, system)
+        steps += _system_steps(options, protocol, system, data_steps)
     return list({step.name: step for step in steps}.values())
 
 
-def _system_steps(options: Options, protocol: ProtocolName, system: System) -> list[Step]:
+def _names(steps: list[Step]) -> frozenset[str]:
+    return frozenset(step.name for step in steps)
+
+
+def _system_steps(
+    options: Options, protocol: ProtocolName, system: System, after: frozenset[str]
+) -> list[Step]:
     """What a row needs of another row, its trainings, and then the only looks at test: one per run
     and way of ranking, and none before all seeds are trained."""
     before: list[Step] = []
     if system.of is not None and system.of.kind == "recipe":
-        before = _training_steps(options, protocol, system.of)
+        before = _training_steps(options, protocol, system.of, after)
     elif system.of is not None:
-        before = _system_steps(options, protocol, system.of)
+        before = _system_steps(options, protocol, system.of, after)
+    after |= _names(before)
     if system.kind == "recipe":
-        before += _training_steps(options, protocol, system)
+        before += _training_steps(options, protocol, system, after)
+        after |= _names(before)
     by_decoder = system.kind in ("recipe", "ranked")
     weights, rows = [], []
     for seed, run in enumerate(options.runs(protocol, system)):
@@ -211,20 +225,25 @@ def _system_steps(options: Options, protocol: ProtocolName, system: System) -> l
         name += "" if system.kind == "rule" else f", seed {seed}"
         if system.tuned:
             choose = partial(_choose_weights, options, protocol, system, seed)
-            weights.append(Step(f"{name}: weights", (run / mixture.FILE).is_file, choose))
+            is_chosen = (run / mixture.FILE).is_file
+            weights.append(Step(f"{name}: weights", is_chosen, choose, after=after))
         work = partial(_rank if by_decoder else _run_baseline, options, protocol, system, seed)
         name += ": test" if by_decoder else ""
-        rows.append(Step(name, partial(_is_evaluated, run), work, listed=run))
+        is_done, needs = partial(_is_evaluated, run), after | _names(weights)
+        rows.append(Step(name, is_done, work, listed=run, after=needs))
     return [*before, *weights, *rows]
 
 
-def _training_steps(options: Options, protocol: ProtocolName, system: System) -> list[Step]:
+def _training_steps(
+    options: Options, protocol: ProtocolName, system: System, after: frozenset[str]
+) -> list[Step]:
     steps = []
     for seed, run in enumerate(options.runs(protocol, system)):
         recipe = partial(recipe_of, options, protocol, system, seed)
         name = f"{protocol}: {system.name}, seed {seed}: train"
         work = partial(_train, recipe)
-        steps.append(Step(name, partial(is_finished, run), work, run=run, recipe=recipe))
+        is_done = partial(is_finished, run)
+        steps.append(Step(name, is_done, work, run=run, recipe=recipe, after=after))
     return steps
 
 

@@ -100,6 +100,8 @@ class Options:
     any_size: bool = False
     """Go on where the file has not the users and items of the paper's data set."""
     minutes: float | None = None
+    parallel: int = 1
+    """Steps side by side."""
     publish: Path | None = None
 
     @property

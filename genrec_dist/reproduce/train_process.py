@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PRELOADED = ["genrec_dist.training.run", "genrec_dist.report.run_report"]
 """Imported once, by the server that trainings are forked from."""
+_starting = threading.Lock()
 
 
 def is_finished(run: Path) -> bool:
@@ -59,13 +60,38 @@ def train_run(recipe: Recipe, ending: Deadline, say: Callable[[str], None]) -> N
         ValueError: The training's own last line where it failed.
     """
     run = Path(recipe.run)
-    run.parent.mkdir(parents=True, exist_ok=True)
+    code = work_in_process(_train_in_child, (run, dump_recipe(recipe)), _log_of(run), ending, say)
+    if is_finished(run):
+        return
+    ending.check()
+    reason = last_line(_log_of(run))
+    raise ValueError(f"{run}: the training ended with exit code {code}: {reason}")
+
+
+def work_in_process(
+    target: Callable[..., None],
+    arguments: tuple[Any, ...],
+    log: Path,
+    ending: Deadline,
+    say: Callable[[str], None],
+) -> int:
+    """Have a process do something; returns its exit code.
+
+    Args:
+        target: Called there with `arguments`, and with a function that sends a line to `say`.
+        arguments: What can be sent to a process.
+        log: Gets what it prints.
+        ending: When it is due, the process gets SIGTERM, and is waited for.
+        say: Called here with each line.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    reports, reports_end = context.Pipe(duplex=False)
-    arguments = (run, dump_recipe(recipe), dict(os.environ), reports_end)
-    process = context.Process(target=_train_in_child, args=arguments)
-    process.start()
+    with _starting:  # several threads may start their first process at once
+        context.set_forkserver_preload(PRELOADED)
+        reports, reports_end = context.Pipe(duplex=False)
+        sent = (target, arguments, log, dict(os.environ), reports_end)
+        process = context.Process(target=_in_child, args=sent)
+        process.start()
     reports_end.close()
     try:
         while process.exitcode is None:
@@ -80,45 +106,54 @@ def train_run(recipe: Recipe, ending: Deadline, say: Callable[[str], None]) -> N
         if process.exitcode is None:
             process.terminate()
             process.join()
-    if is_finished(run):
-        return
-    ending.check()
-    log = _log_of(run)
+    return process.exitcode
+
+
+def last_line(log: Path) -> str:
+    """The last line that a process has printed, why it failed where it did."""
     lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
     last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
-    reason = last.strip().removeprefix("genrec: ")
-    raise ValueError(f"{run}: the training ended with exit code {process.exitcode}: {reason}")
+    return last.strip().removeprefix("genrec: ")
 
 
-def _train_in_child(
-    run: Path, recipe_text: str, environment: dict[str, str], reports: Connection
+def _in_child(
+    target: Callable[..., None],
+    arguments: tuple[Any, ...],
+    log: Path,
+    environment: dict[str, str],
+    reports: Connection,
 ) -> None:
-    """What `genrec train RECIPE --resume latest` does, in the forked process."""
-    log = os.open(_log_of(run), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    """What the forked process does."""
+    opened = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
-        os.dup2(log, stream)
+        os.dup2(opened, stream)
     os.environ.clear()
     os.environ.update(environment)
     multiprocessing.set_start_method(None, force=True)  # its own children start as anybody's do
     threading.Thread(target=_stop_with_parent, daemon=True).start()
 
-    def report(epoch: EpochReport) -> None:
-        score = as_written(epoch.scores["NDCG@10"])
+    def send(text: str) -> None:
         with contextlib.suppress(OSError):  # the reader is gone: _stop_with_parent acts
-            reports.send(f"epoch {epoch.epoch} of {epoch.epochs}: validation NDCG@10 {score}")
+            reports.send(text)
 
-    def work() -> None:
-        from genrec_dist.report.run_report import write_report
-        from genrec_dist.training.run import train
-
-        resume = "latest" if (run / "events.jsonl").is_file() else None
-        recipe = recipe_from(yaml.safe_load(recipe_text), source=str(run))
-        write_report(train(recipe, resume, on_epoch=report))
-
-    code = exit_code_of(work)
+    code = exit_code_of(lambda: target(*arguments, send))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _train_in_child(run: Path, recipe_text: str, send: Callable[[str], None]) -> None:
+    """What `genrec train RECIPE --resume latest` does."""
+    from genrec_dist.report.run_report import write_report
+    from genrec_dist.training.run import train
+
+    def report(epoch: EpochReport) -> None:
+        score = as_written(epoch.scores["NDCG@10"])
+        send(f"epoch {epoch.epoch} of {epoch.epochs}: validation NDCG@10 {score}")
+
+    resume = "latest" if (run / "events.jsonl").is_file() else None
+    recipe = recipe_from(yaml.safe_load(recipe_text), source=str(run))
+    write_report(train(recipe, resume, on_epoch=report))
 
 
 def _stop_with_parent() -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from genrec_shards.storage.manifest import file_sha256
 
+from genrec_dist.config.hub import run_folder
 from genrec_dist.config.model_manifest import MANIFEST
+from genrec_dist.config.paths import best_folder
 from genrec_dist.inference.recommend import Recommendation, Recommender, Request
 from genrec_dist.serving.metrics import Metrics
 
@@ -53,9 +55,10 @@ class Service:
         self.model = self._open(run)
 
     def _open(self, run: Path) -> Model:
+        run = run_folder(run)
         recommender = self._load(run)
         recommender.recommend([[]])  # what cannot answer does not replace what can
-        manifest = run / "best" / MANIFEST
+        manifest = best_folder(run) / MANIFEST
         digest = file_sha256(manifest)[:12] if manifest.is_file() else ""
         return Model(recommender, run, digest)
 

@@ -3,18 +3,15 @@ anywhere."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from genrec_shards.atomic import atomic_directory, remove_directory, system_errors
+from genrec_shards.atomic import atomic_directory
 from genrec_shards.storage.manifest import file_sha256
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import logging
 
@@ -30,7 +27,6 @@ from genrec_dist.training.checkpoint_state import (
     StateFile,
     read_state,
     step_of,
-    write_state,
 )
 from genrec_dist.training.engine import Engine, Segment
 from genrec_dist.training.id_tables import IdTables
@@ -50,85 +46,6 @@ class State:
     identity: dict[str, str]
     """Hashes of sequences, numbering, recipe, vocabulary and origin, which a resumed run must
     have too."""
-
-
-def save_checkpoint(run: Path, state: State, keep: int, ranks: Ranks) -> Path:
-    """Write `checkpoints/step-N/` whole under a temporary name, rename it, and only then remove the
-    oldest. Collective.
-
-    Each rank writes the segments of weights and moments that it owns, so nothing is gathered, and
-    any number of ranks at any ZeRO stage can read them. If one rank cannot write, all raise and
-    nothing is left.
-
-    Args:
-        run: the run directory, which all ranks see.
-        state: this rank's.
-        keep: how many checkpoints stay.
-        ranks: of the run.
-
-    Returns:
-        The checkpoint's directory.
-    """
-    path = run / "checkpoints" / f"step-{state.progress.step:08d}"
-    with contextlib.ExitStack() as stack:
-
-        def open_folder() -> str:
-            if not ranks.is_main:
-                return ""
-            return str(stack.enter_context(atomic_directory(path, overwrite=True)))
-
-        folder = Path(ranks.broadcast_str(ranks.run_on_all(open_folder)))
-        files = ranks.all_gather_str(ranks.run_on_all(lambda: _write_files(folder, state, ranks)))
-        ranks.run_on_all(lambda: _write_facts(folder, state, files) if ranks.is_main else None)
-        ranks.run_on_all(stack.close)  # the directory gets its name
-    if ranks.is_main:
-        for old in list_checkpoints(run)[:-keep]:
-            remove_directory(old)
-    return path
-
-
-def _write_files(folder: Path, state: State, ranks: Ranks) -> str:
-    """Write this rank's files and return their entries of `state.json`, as JSON; there are none
-    where other ranks hold all that this one holds."""
-    engine, written = state.engine, state.tables.save(folder)
-    if engine.segments:
-        # Of each master: its values, the optimiser's moments, the running average.
-        kinds = {"weight": engine.masters}
-        for key in engine.optimizer.state.get(engine.masters[0], {}):
-            if key != "step":
-                kinds[key] = [engine.optimizer.state[master][key] for master in engine.masters]
-        if state.average is not None:
-            kinds["average"] = state.average.values
-        held = sorted({segment.master for segment in engine.segments})
-        tensors = {
-            f"{kind}.{master}": values[master].detach().reshape(-1).contiguous()
-            for kind, values in kinds.items()
-            for master in held
-        }
-        path = folder / f"rank-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
-        table = [dataclasses.astuple(segment) for segment in engine.segments]
-        with system_errors(folder):
-            save_file(tensors, path, metadata={"fragments": json.dumps(table)})
-        written.append(path)
-    entries = [
-        StateFile(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path))
-        for path in written
-    ]
-    return json.dumps(entries)
-
-
-def _write_facts(folder: Path, state: State, files_of_ranks: list[str]) -> None:
-    files: list[StateFile] = [file for entries in files_of_ranks for file in json.loads(entries)]
-    for file in files:
-        path = folder / file["name"]
-        if not path.is_file() or path.stat().st_size != file["bytes"]:
-            raise ValueError(
-                f"{path}: written by its rank, not seen by rank 0: the run has to lie where all "
-                "nodes see it"
-            )
-    moments = state.engine.optimizer.state.get(state.engine.masters[0], {})
-    optimizer_step = int(moments["step"]) if "step" in moments else 0
-    write_state(folder, state.progress, state.identity, optimizer_step, files)
 
 
 def list_checkpoints(run: Path) -> list[Path]:

@@ -90,7 +90,7 @@ class Engine(Protocol):
 
 def make_engine(model: AnyModel, recipe: Recipe, accelerator: Accelerator) -> Engine:
     """The engine of a model, on its device; under DeepSpeed it shards the model. Collective."""
-    if recipe.compile == "layers" and not choose_packing(recipe.packing, accelerator.device):
+    if recipe.compile == "layers" and not choose_packing(recipe, accelerator.device):
         raise ValueError(
             "compile layers: it concerns packed micro-batches, and on a GPU they are padded by "
             "default: set packing packed, or compile none"
@@ -127,7 +127,9 @@ class Replicated:
         with unsynced, _strict(self.recipe.deterministic):
             yield
 
-    def loss(self, batch: Batch, label_smoothing: float, tokens_a_target: float = 1.0) -> Tensor:
+    def loss(
+        self, batch: Batch, label_smoothing: float, tokens_a_target: float | Tensor = 1.0
+    ) -> Tensor:
         self.prepared.train()
         with self.low.in_place() if self.low else contextlib.nullcontext():
             return _loss(self.prepared, batch, label_smoothing, tokens_a_target)
@@ -279,7 +281,9 @@ class Spread:
             yield model
 
 
-def _loss(prepared: Any, batch: Batch, label_smoothing: float, tokens_a_target: float) -> Tensor:
+def _loss(
+    prepared: Any, batch: Batch, label_smoothing: float, tokens_a_target: float | Tensor
+) -> Tensor:
     summed: Tensor = prepared(
         inputs=batch, label_smoothing=label_smoothing, tokens_per_target=tokens_a_target
     )

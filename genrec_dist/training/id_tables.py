@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,14 +21,22 @@ from torch import Tensor
 from genrec_dist.data.batch import Batch, RankStep
 from genrec_dist.data.encoder_input import ragged
 from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.model.build import CodedConfig
+from genrec_dist.model.causal.config import PromptedConfig
 from genrec_dist.model.causal.kinds import AnyConfig, AnyModel
-from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.model.network import FetchedRows
+from genrec_dist.model.seq2seq.base import EncoderDecoder
+from genrec_dist.training.saving.tensor_file import TensorFile
 
 Kind = Literal["user", "item"]
 
 
-def plan_ids(step: RankStep, config: GenRecConfig) -> RankStep:
+def with_ids_outside(config: AnyConfig) -> CodedConfig | None:
+    """The configuration of a model whose id tables are outside it, else None."""
+    return config if not isinstance(config, PromptedConfig) and config.ids_outside else None
+
+
+def plan_ids(step: RankStep, config: CodedConfig) -> RankStep:
     """The step with its ids as indices into its distinct rows. Data workers do this, so that the
     loop never sorts.
 
@@ -63,9 +71,10 @@ class IdTables:
     def __init__(self, config: AnyConfig, seed: int, ranks: Ranks, device: torch.device):
         self.ranks, self.device = ranks, device
         width, init_std, sizes = 0, 0.0, dict[Kind, int]()
-        if isinstance(config, GenRecConfig) and config.ids_outside:
-            width, init_std = config.id_dim or config.d_model, config.init_std
-            sizes = {"user": config.num_users, "item": config.num_items}
+        outside = with_ids_outside(config)
+        if outside is not None:
+            width, init_std = outside.id_dim or outside.d_model, outside.init_std
+            sizes = {"user": outside.num_users, "item": outside.num_items}
         self.tables: dict[Kind, RowTable] = {
             kind: RowTable(
                 num_rows,
@@ -129,14 +138,14 @@ class IdTables:
 
     def whole(self, model: AnyModel) -> AnyModel | None:
         """The model with its tables inside, on rank 0's CPU; None elsewhere. Collective."""
-        if not self.tables or not isinstance(model, GenRecForConditionalGeneration):
+        if not self.tables or not isinstance(model, EncoderDecoder):
             return model if self.ranks.is_main else None
         rows = {f"{kind}_embedding.weight": table.full() for kind, table in self.tables.items()}
         if not self.ranks.is_main:
             return None
-        config = GenRecConfig(**{**model.config.to_dict(), "ids_outside": False})
+        config = type(model.config)(**{**model.config.to_dict(), "ids_outside": False})
         with torch.device("meta"):
-            complete = GenRecForConditionalGeneration(config)
+            complete: Any = type(model)(config)
         # Before the rows is the zero row, which all positions without an id use.
         tables = {
             name: torch.cat([table.new_zeros(1, table.shape[1]), table])
@@ -149,9 +158,9 @@ class IdTables:
         complete.generation_config = model.generation_config
         return complete.eval()
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write this rank's rows into a checkpoint's folder; returns the files."""
-        return [table.save(folder, f"ids-{kind}") for kind, table in self.tables.items()]
+    def files(self) -> list[TensorFile]:
+        """What this rank stores of them in a checkpoint."""
+        return [TensorFile(*table.contents(f"ids-{kind}")) for kind, table in self.tables.items()]
 
     def load(self, folder: Path) -> None:
         """Read this rank's rows from a checkpoint of any number of ranks.
@@ -164,7 +173,7 @@ class IdTables:
 
 
 def _module_of(model: AnyModel, kind: Kind) -> FetchedRows:
-    assert isinstance(model, GenRecForConditionalGeneration)
+    assert isinstance(model, EncoderDecoder)
     module = model.user_embedding if kind == "user" else model.item_embedding
     assert isinstance(module, FetchedRows)
     return module

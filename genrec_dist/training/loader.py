@@ -12,6 +12,7 @@ from genrec_kernels import Rows, make_gradient_order
 from genrec_shards.errors import DataError
 from genrec_shards.storage.reader import ShardReader
 from genrec_shards.storage.sample_order import StepSamples, split_among_ranks
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from genrec_dist.config.recipe import Recipe
@@ -20,15 +21,18 @@ from genrec_dist.data.collate import BatchOptions
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.data.samples.step import make_step
+from genrec_dist.distributed.signals import ignore_signals
+from genrec_dist.model.build import CodedConfig
 from genrec_dist.model.genrec import GenRecConfig
 from genrec_dist.model.network import POSITION_OFFSET
 from genrec_dist.training.id_tables import plan_ids
 from genrec_dist.training.stages import StageSteps, stage_of
+from genrec_dist.training.step.fixed_size import Sizes, fitted, sizes_of
 
 
-def plan_sums(step: RankStep, config: GenRecConfig) -> RankStep:
+def plan_sums(step: RankStep, config: GenRecConfig, fixed: bool = False) -> RankStep:
     """The step with a plan of its embedding sum in each micro-batch. Run after `plan_ids`, which
-    changes the row numbers that are planned.
+    changes the row numbers that are planned. `fixed`: as of `make_gradient_order`.
 
     Raises:
         ValueError: for an id outside its table; the kernel on the device does not check.
@@ -49,11 +53,13 @@ def plan_sums(step: RankStep, config: GenRecConfig) -> RankStep:
             Rows("user", users, num_users + 1, 0) if config.num_users else None,
             Rows("item", items, num_items + 1, 0) if config.num_items else None,
         ]
-        batches.append(dataclasses.replace(batch, plan=make_gradient_order(tables)))
+        batches.append(dataclasses.replace(batch, plan=make_gradient_order(tables, fixed)))
     return dataclasses.replace(step, micro_batches=batches)
 
 
 T = TypeVar("T")
+LOOKED_AT = 16
+"""First steps of a stage whose micro-batches say what size all have."""
 
 
 def ahead(loader: Iterable[T]) -> Iterator[T]:
@@ -79,9 +85,10 @@ class StepBatches(TorchDataset[RankStep]):
         recipe: Recipe,
         rank: int,
         world: int,
-        ids_outside: GenRecConfig | None = None,
+        ids_outside: CodedConfig | None = None,
         sums: GenRecConfig | None = None,
         packed: bool = False,
+        one_size: bool = False,
         teacher: Teacher | None = None,
     ):
         """A data set of all steps.
@@ -96,11 +103,20 @@ class StepBatches(TorchDataset[RankStep]):
             ids_outside: the model's configuration, if its id tables are outside it.
             sums: the model's configuration, if its embedding sum takes plans.
             packed: whether micro-batches are packed.
+            one_size: whether all of a stage have one size, which is that of its first steps: a
+                function of recipe and data, so that a resumed run has the same.
             teacher: of finetuning.
         """
         self.stages, self.reader, self.layout, self.recipe = stages, reader, layout, recipe
         self.rank, self.world, self.packed = rank, world, packed
         self.ids_outside, self.sums, self.teacher = ids_outside, sums, teacher
+        self.sizes: dict[str, Sizes] = {}
+        if one_size:
+            longest = recipe.model.max_tokens
+            for here in stages:
+                last = min(here.first_step + LOOKED_AT, here.end_step)
+                steps = [self[step] for step in range(here.first_step, last)]
+                self.sizes[here.name] = sizes_of(steps, longest)
 
     def __getitem__(self, step: int) -> RankStep:
         here = stage_of(self.stages, step)
@@ -127,23 +143,58 @@ class StepBatches(TorchDataset[RankStep]):
             raise DataError(f"{place}: no batch can be made of it ({reason})") from error
 
     def _share(self, samples: StepSamples, here: StageSteps, epoch: int) -> RankStep:
-        share = make_step(
-            samples,
-            self.reader,
-            self.layout,
-            BatchOptions(
-                micro_batch_tokens=self.recipe.micro_batch_tokens,
-                seed=self.recipe.seed,
-                mask=here.stage.mask if here.stage.targets == "mask" else None,
-                packed=self.packed,
-                item_targets=self.recipe.model.item_loss > 0
-                or self.recipe.model.decoder_start == "state",
-                all_prefixes=here.stage.targets == "all-prefixes",
-                share_windows=here.stage.windows == "shared",
-                teacher=self.teacher if here.name == "finetune" else None,
-            ),
-            epoch=here.first_epoch + epoch,
+        def make(budget: int) -> RankStep:
+            return make_step(
+                samples,
+                self.reader,
+                self.layout,
+                dataclasses.replace(options, micro_batch_tokens=budget),
+                epoch=here.first_epoch + epoch,
+            )
+
+        options = BatchOptions(
+            micro_batch_tokens=self.recipe.micro_batch_tokens,
+            seed=self.recipe.seed,
+            mask=here.stage.mask if here.stage.targets == "mask" else None,
+            packed=self.packed,
+            item_targets=self.recipe.model.item_loss > 0
+            or self.recipe.model.decoder_start == "state",
+            all_prefixes=here.stage.targets == "all-prefixes",
+            share_windows=here.stage.windows == "shared",
+            teacher=self.teacher if here.name == "finetune" else None,
         )
+        sizes, budget = self.sizes.get(here.name), self.recipe.micro_batch_tokens
+        if sizes is None:
+            share = make(budget)
+        else:
+            share = fitted(make, sizes, budget, self.layout.pad_token)
         if self.ids_outside is not None:
             share = plan_ids(share, self.ids_outside)
-        return share if self.sums is None else plan_sums(share, self.sums)
+        if self.sums is None:
+            return share
+        return plan_sums(share, self.sums, fixed=sizes is not None)
+
+
+def loaded(data: StepBatches, steps: range, workers: int) -> Iterator[tuple[int, RankStep]]:
+    """(global step, this rank's share of it), made ahead by so many processes; 0: in this one."""
+    loader = DataLoader(
+        data,
+        sampler=steps,
+        batch_size=None,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=ignore_signals,
+    )
+    source = iter(loader)
+    shares = ahead(source) if workers else source
+    try:
+        yield from zip(steps, shares, strict=True)
+    except DataError as error:
+        # A worker's error has its traceback as message; the last line is its own message.
+        raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
+    finally:
+        # Workers ignore signals: while an error keeps this generator alive, nothing else would
+        # end them.
+        if workers:
+            shares.close()  # type: ignore[attr-defined]
+            source._shutdown_workers()  # type: ignore[attr-defined]

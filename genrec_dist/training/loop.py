@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,17 +15,17 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from genrec_kernels import wants_gradient_order
-from genrec_shards.errors import DataError
 from genrec_shards.histories import sample_users
 from genrec_shards.keyed_random import mixed_key
-from torch.utils.data import DataLoader
 
 from genrec_dist.config.recipe import Stage
+from genrec_dist.console import say
 from genrec_dist.data.batch import Batch, RankStep, dummy_batch
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.distributed.signals import NotFinite, Stopped, StopRequest, ignore_signals
+from genrec_dist.distributed.signals import NotFinite, Stopped, StopRequest
+from genrec_dist.distributed.watch import RankWatch
 from genrec_dist.estimate.flops import FORMULA, FORMULA_OF_PROMPTS
 from genrec_dist.estimate.hardware import device_name, peak_of
 from genrec_dist.evaluation.metrics import metrics_from_histogram
@@ -35,17 +35,21 @@ from genrec_dist.inference.validation import history_loss, target_histogram
 from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.genrec import GenRecConfig, choose_packing
 from genrec_dist.model.item_rows import texts_in_table
-from genrec_dist.model.optimizer import AveragedWeights, peak_share
-from genrec_dist.report.event_log import EventLog, write_status
-from genrec_dist.training.checkpoint import State, save_best, save_checkpoint
+from genrec_dist.model.optimizer import AveragedWeights, peak_share, swapped
+from genrec_dist.tracking.event_log import EventLog, log_of, write_status
+from genrec_dist.training.checkpoint import State, save_best
 from genrec_dist.training.checkpoint_state import Progress
 from genrec_dist.training.engine import make_engine
-from genrec_dist.training.id_tables import IdTables
-from genrec_dist.training.loader import StepBatches, ahead
+from genrec_dist.training.id_tables import IdTables, with_ids_outside
+from genrec_dist.training.loader import StepBatches, loaded
 from genrec_dist.training.profiling import Meter, Trace
 from genrec_dist.training.progress import TrainingDisplay, introduction
+from genrec_dist.training.saving.checkpoints import Checkpoints
+from genrec_dist.training.saving.writer import Saved
 from genrec_dist.training.setup import TrainingSetup
 from genrec_dist.training.stages import StageSteps, stage_of
+from genrec_dist.training.step.graph import make_graph, wants_graph
+from genrec_dist.training.step.totals import StepTotals, total
 
 
 @dataclass(frozen=True)
@@ -64,21 +68,7 @@ class EpochReport:
     """Whether training has ended, also by early stopping."""
 
 
-@dataclass(frozen=True)
-class StepTotals:
-    """What the ranks must know of a step together, summed over them."""
-
-    target_tokens: int
-    targets: int
-    """Decoder rows."""
-    samples: int
-    padding_samples: int
-    samples_digest: str
-    """64 bits in hex: the same for the same samples with the same masks, on any number of ranks."""
-    micro_steps: int
-    """Most micro-batches that a rank has."""
-    stop: int
-    """Signal that any rank has received, or 0."""
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Loop:
@@ -96,6 +86,7 @@ class Loop:
         # Counted before ZeRO-3 takes most of them away.
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.engine = make_engine(model, self.recipe, accelerator)
+        self.graph = make_graph(self.engine, self.recipe)
         self.tables = IdTables(model.config, self.recipe.seed, self.ranks, accelerator.device)
         if setup.warm_start is not None:
             self.tables.begin_with(setup.warm_start.id_rows)
@@ -106,14 +97,19 @@ class Loop:
         self.stop = StopRequest()
         self.peak = peak_of(accelerator.device, self.recipe.precision)
         self.log = EventLog(setup.run, active=False)
-        self.saved_step = -1
-        """Of the checkpoint that this process has written last."""
+        self.watch = RankWatch(setup.run, self.ranks.rank, self.ranks.size, self.note_stuck)
+        self.checkpoints = Checkpoints(self.recipe, self.checked_state, self.note_saved)
         self.unchecked: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         """(step, loss, gradient norm) of the steps since `check_finite`."""
 
     def state(self) -> State:
         """What a checkpoint of now stores."""
         return State(self.engine, self.average, self.tables, self.progress, self.setup.identity)
+
+    def checked_state(self) -> State:
+        """The same, of finite losses and gradients alone; raises NotFinite."""
+        self.check_finite()
+        return self.state()
 
     @property
     def end_step(self) -> int:
@@ -129,7 +125,7 @@ class Loop:
         """Open the event log and write the start event."""
         warm_start, stages = self.setup.warm_start, self.setup.stages
         plugin = self.accelerator.deepspeed_plugin
-        self.log = EventLog(self.setup.run, active=self.ranks.is_main)
+        self.log = log_of(self.recipe, self.ranks.is_main, say)
         self.log.write(
             "start",
             recipe=self.recipe.as_dict(),
@@ -152,7 +148,6 @@ class Loop:
     def batches(self) -> Iterator[tuple[int, RankStep]]:
         """(global step, this rank's share of it) from the run's next step on."""
         config, device, workers = self.model.config, self.accelerator.device, self.recipe.workers
-        of_ids = config if isinstance(config, GenRecConfig) else None
         data = StepBatches(
             self.setup.stages,
             self.setup.reader,
@@ -160,33 +155,15 @@ class Loop:
             self.recipe,
             self.ranks.rank,
             self.ranks.size,
-            ids_outside=of_ids if config.ids_outside else None,
-            sums=of_ids if wants_gradient_order(device.type) else None,
-            packed=choose_packing(self.recipe.packing, device),
+            ids_outside=with_ids_outside(config),
+            sums=config
+            if isinstance(config, GenRecConfig) and wants_gradient_order(device.type)
+            else None,
+            packed=wants_graph(self.recipe) or choose_packing(self.recipe, device),
+            one_size=wants_graph(self.recipe),
             teacher=self.setup.teacher,
         )
-        steps = range(self.progress.step, self.end_step)
-        loader = DataLoader(
-            data,
-            sampler=steps,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=4 if workers else None,
-            worker_init_fn=ignore_signals,
-        )
-        source = iter(loader)
-        shares = ahead(source) if workers else source
-        try:
-            yield from zip(steps, shares, strict=True)
-        except DataError as error:
-            # A worker's error has its traceback as message; the last line is its own message.
-            raise DataError(str(error).strip().splitlines()[-1].split("DataError: ")[-1]) from None
-        finally:
-            # Workers ignore signals: while an error keeps this generator alive, nothing else would
-            # end them.
-            if workers:
-                shares.close()  # type: ignore[attr-defined]
-                source._shutdown_workers()  # type: ignore[attr-defined]
+        return loaded(data, range(self.progress.step, self.end_step), workers)
 
     def run(
         self, on_epoch: Callable[[EpochReport], None] | None = None, trace_steps: int = 0
@@ -210,16 +187,21 @@ class Loop:
         self.stop.on_first = display.say_stopping
         meter = Meter(self.model.config, device, self.peak)
         trace = Trace(self.setup.run, self.ranks.rank, trace_steps, device)
-        batches = self.batches()
-        with display, trace, contextlib.closing(batches):  # type: ignore[type-var]
+        batches, finishing = self.batches(), self.checkpoints.finishing()
+        with display, trace, contextlib.closing(batches), self.watch, finishing:  # type: ignore[type-var]
             while not self.has_ended:
                 step_started = time.monotonic()
+                self.watch.beat(self.progress.step, "waiting for a batch")
                 with meter.waiting():
                     step, share = next(batches)
+                self.watch.beat(step, "waiting for the other ranks")
                 totals = self.step_totals(share)
+                self.watch.beat(step, "computing")
+                if totals.saving_ended:
+                    self.checkpoints.finish()
+                    meter.restart()
                 if totals.stop:
-                    if self.saved_step != self.progress.step:
-                        self.save()
+                    self.checkpoints.save_last()
                     raise Stopped(totals.stop)
                 here = stage_of(stages, step)
                 epoch, at_end = here.locate(step)[0], here.ends_epoch(step)
@@ -247,6 +229,7 @@ class Loop:
                         **fields,
                     )
                     display.show(float(loss), fields)
+                self.watch.pause(step, "between steps")
                 step_ended = time.monotonic()
                 display.advance(here.name, step + 1, step_ended - step_started)
                 scores = None
@@ -257,13 +240,14 @@ class Loop:
                     meter.restart()
                 if at_end:
                     display.end_epoch(here.name, epoch, scores, time.monotonic() - step_ended)
-                if at_end or self.progress.step % self.recipe.checkpoint_every == 0:
-                    self.save()
+                due = totals.save_due or self.checkpoints.is_due_by_steps(self.progress.step)
+                if at_end or due:
+                    self.checkpoints.save()
                     meter.restart()
                 if scores is not None and on_epoch is not None and self.ranks.is_main:
                     epochs = here.stage.epochs
-                    on_epoch(EpochReport(epoch + 1, epochs, step, scores, last=self.has_ended))
-                    meter.restart()
+                    report = EpochReport(epoch + 1, epochs, step, scores, last=self.has_ended)
+                    self.checkpoints.then = functools.partial(on_epoch, report)
         self.stop.on_first = None  # what follows waits for no step
         self.check_finite()
         seconds = time.monotonic() - started
@@ -279,7 +263,7 @@ class Loop:
 
     def take_step(
         self, step: int, share: RankStep, totals: StepTotals, stage: Stage, share_of_peak: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> Pair:
         """One optimiser step. Collective.
 
         Args:
@@ -292,14 +276,18 @@ class Loop:
         Returns:
             The loss per target token over all ranks, and the gradient norm: scalars on the device.
         """
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = stage.learning_rate * share_of_peak
+        rate = stage.learning_rate * share_of_peak
         # Dropout is a function of the step too: a resumed run draws what an unbroken one draws.
         torch.manual_seed(mixed_key(self.recipe.seed, 0xD209, step, self.ranks.rank) >> 1)
+        if self.graph is not None:
+            found = self.graph.take(share.micro_batches, rate, totals, stage.label_smoothing)
+            return self.taken(step, *found)
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
         micro_batches = self.micro_batches(share, totals)
         self.tables.attach(self.model, share)
         loss = torch.zeros((), device=self.accelerator.device)
-        tokens_per_target = totals.target_tokens / max(totals.targets, 1)
+        tokens_per_target = totals.tokens_per_target
         for number, batch in enumerate(micro_batches):
             there = batch.to(self.accelerator.device)
             with self.engine.micro_step(last=number == len(micro_batches) - 1):
@@ -311,10 +299,14 @@ class Loop:
             loss = loss + term.detach()
         norm = self.engine.step()
         self.tables.learn(self.recipe.optimizer.id_learning_rate * share_of_peak)
-        if self.average is not None:
-            self.average.update(step)
         if self.ranks.size > 1:
             dist.all_reduce(loss)
+        return self.taken(step, loss, norm)
+
+    def taken(self, step: int, loss: torch.Tensor, norm: torch.Tensor) -> Pair:
+        """What follows every step: the running average, and the numbers to be checked later."""
+        if self.average is not None:
+            self.average.update(step)
         self.unchecked.append((step, loss, norm))
         return loss, norm
 
@@ -327,27 +319,13 @@ class Loop:
         return [dummy_batch(share.micro_batches[-1])] * missing + share.micro_batches
 
     def step_totals(self, share: RankStep) -> StepTotals:
-        """The totals of a step, before it is taken: all ranks divide by the same tokens and stop at
-        the same step. Collective."""
-        mine = [
-            share.num_target_tokens,
-            share.num_targets,
-            share.num_samples,
-            share.num_padding,
-            share.samples_digest,
-            len(share.micro_batches),
+        """The totals of a step, before it is taken. Collective."""
+        return total(
+            share,
             self.stop.number,
-        ]
-        everyone = self.ranks.exchange(mine)
-        tokens, targets, samples, padding, digests, micro_steps, stops = zip(*everyone, strict=True)
-        return StepTotals(
-            target_tokens=sum(tokens),
-            targets=sum(targets),
-            samples=sum(samples),
-            padding_samples=sum(padding),
-            samples_digest=f"{sum(digests) % 2**64:016x}",
-            micro_steps=max(micro_steps),
-            stop=signal.SIGTERM if signal.SIGTERM in stops else max(stops),
+            self.ranks,
+            saving_ended=self.checkpoints.writer.has_ended,
+            save_due=self.checkpoints.is_due_by_clock,
         )
 
     def check_finite(self) -> None:
@@ -385,7 +363,7 @@ class Loop:
         validation, users_U = self.recipe.validation, view.users
         users_U = users_U[sample_users(len(users_U), validation.users, self.recipe.seed)]
         with (
-            self.averaged(),
+            swapped(self.average),
             self.engine.whole() as model,
             self.tables.serving(model, view, users_U),
             texts_in_table(model),
@@ -431,26 +409,16 @@ class Loop:
                 progress.stage_ended_early = self.setup.stages.index(here)
         return scores
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Swap the running average of the weights in, where there is one: it is scored and kept."""
-        if self.average is None:
-            yield
-            return
-        self.average.swap()
-        try:
-            yield
-        finally:
-            self.average.swap()
-
-    def save(self) -> None:
-        """Write a checkpoint; its bytes are on disk before an older one is removed."""
-        self.check_finite()
-        run, keep = self.setup.run, self.recipe.keep_checkpoints
-        path = save_checkpoint(run, self.state(), keep, self.ranks)
-        self.saved_step = self.progress.step
-        self.log.write("checkpoint", step=self.progress.step, path=str(path.relative_to(run)))
+    def note_saved(self, saved: Saved) -> None:
+        """Log a checkpoint that has its name."""
+        path = str(saved.path.relative_to(self.setup.run))
+        self.log.write("checkpoint", step=saved.step, path=path, seconds=round(saved.seconds, 3))
         self.write_status("running")
+
+    def note_stuck(self, reason: str) -> None:
+        """Write into `status.json` that a rank is stuck; any rank does, since it may be rank 0."""
+        step, of = self.progress.step, self.end_step
+        write_status(self.setup.run, "failed", step=step, of=of, reason=f"Stuck: {reason}")
 
     def write_status(self, status: str, **facts: Any) -> None:
         """Write `status.json`, on rank 0."""

@@ -28,7 +28,8 @@ from genrec_dist.inference.load import load_run
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.tune_mixture import tune_mixture
 from genrec_dist.inference.validation import PROMPTS_AT_ONCE
-from genrec_dist.report.event_log import write_status
+from genrec_dist.report.run_report import write_report
+from genrec_dist.tracking.event_log import write_status
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
 from genrec_dist.training.loop import EpochReport, Loop
 from genrec_dist.training.setup import build_setup
@@ -131,6 +132,8 @@ def _train(
         # The run is finished: what stops this does not make it a failed one.
         if recipe.trained_through == "n-2" and loop.progress.best_ndcg >= 0:
             _judge(loop)
+        if loop.log.trackers is not None and loop.log.trackers.names:
+            loop.log.trackers.finish(write_report(run))
 
 
 def _judge(loop: Loop) -> None:

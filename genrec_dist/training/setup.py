@@ -39,7 +39,6 @@ from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.causal.build import build_prompted
 from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.causal.lora import hash_of_frozen
-from genrec_dist.model.genrec import GenRecConfig
 from genrec_dist.model.head_loss import target_loss
 from genrec_dist.model.item_rows import (
     MOST_FACTORS,
@@ -52,7 +51,7 @@ from genrec_dist.model.item_rows import (
 from genrec_dist.text.teacher import make_teacher
 from genrec_dist.text.tune import tune_text
 from genrec_dist.text.vectors import check_source, item_vectors
-from genrec_dist.training.id_tables import IdTables
+from genrec_dist.training.id_tables import IdTables, with_ids_outside
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.stages import StageSteps, plan_stages
 from genrec_dist.training.warm_start import WarmStart, check_origin, open_origin, warm_start_model
@@ -258,6 +257,7 @@ _MAY_CHANGE = (
     "init_from",
     "head",
     "packing",
+    "step_graph",
     "activation_checkpointing",
     "deterministic",
 )
@@ -297,7 +297,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     written."""
     setup, model = build_setup(recipe)
     config = model.config
-    outside = config if isinstance(config, GenRecConfig) and config.ids_outside else None
+    outside = with_ids_outside(config)
     share = StepBatches(setup.stages, setup.reader, setup.layout, recipe, 0, 1, outside)[0]
     tables = IdTables(model.config, recipe.seed, Ranks(), model.device)
     if setup.warm_start is not None:

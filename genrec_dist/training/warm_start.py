@@ -18,14 +18,14 @@ from genrec_shards.sequences import Sequences
 from genrec_shards.storage.manifest import file_sha256
 from torch import Tensor
 
-from genrec_dist.config.load import load_recipe
-from genrec_dist.config.paths import origin_folder
+from genrec_dist.config.paths import is_pushed, origin_folder, recipe_of
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.word_table import WordTable
 from genrec_dist.decoding.trie import TRIE_FILE
 from genrec_dist.inference.load import LoadedRun, load_model
 from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
+from genrec_dist.model.seq2seq.t5 import GenRecT5ForConditionalGeneration
 from genrec_dist.training.id_tables import Kind
 
 
@@ -82,9 +82,11 @@ def open_origin(path: str) -> Origin:
     for file in sorted(folder.glob("*.safetensors")):
         if file.name != TRIE_FILE:
             digest.update(f"{file.name} {file_sha256(file)}\n".encode())
-    recipe = folder.parent / "recipe.yaml"
-    trained_through = load_recipe(recipe).trained_through if recipe.is_file() else None
+    recipe = recipe_of(folder if is_pushed(folder) else folder.parent)
+    trained_through = recipe.trained_through if recipe else None
     best = load_model(folder)
+    if isinstance(best.model, GenRecT5ForConditionalGeneration):
+        raise ValueError(f"init_from {path}: a T5, from which no run can start: set it to null")
     if not isinstance(best.model, GenRecForConditionalGeneration):
         raise ValueError(
             f"init_from {path}: a model that reads titles; set model.backbone to "

@@ -89,11 +89,12 @@ def unpack(packed: Tensor, segment: Sequence[int]) -> TableOrder:
     return TableOrder(header, places, chunk_part.view(chunks, 3), long_part.view(long_rows, 3))
 
 
-def make_gradient_order(tables: Sequence[Rows | None]) -> GradientOrder:
+def make_gradient_order(tables: Sequence[Rows | None], fixed: bool = False) -> GradientOrder:
     """The order for `embedding_sum`'s backward.
 
     Args:
         tables: of token, position, user and item; None for a table that is not there.
+        fixed: the sizes depend on the number of places alone, as a captured graph requires.
 
     Raises:
         ValueError: an id is outside its table; nobody looks again on the device.
@@ -108,7 +109,7 @@ def make_gradient_order(tables: Sequence[Rows | None]) -> GradientOrder:
         if rows is not None:
             check_rows(rows)
             assert rows.ids.size == first.ids.size, (rows.name, rows.ids.shape, first.ids.shape)
-            segment, array = _table_order(rows, start)
+            segment, array = _table_order(rows, start, fixed)
             packed.append(array)
             start += segment.size
         segments.append(segment)
@@ -127,7 +128,7 @@ def check_rows(rows: Rows) -> None:
         raise ValueError(f"{found} is outside {table}: prepare and shard again")
 
 
-def _table_order(rows: Rows, start: int) -> tuple[Segment, np.ndarray]:
+def _table_order(rows: Rows, start: int, fixed: bool) -> tuple[Segment, np.ndarray]:
     # Worked example, CHUNK = 2: one table of 4 rows, silent row 0, and six places that read
     #     ids_n        3 1 0 3 3 1
     #     places       0 1 3 4 5        place 2 reads the silent row
@@ -165,8 +166,9 @@ def _table_order(rows: Rows, start: int) -> tuple[Segment, np.ndarray]:
     segment = Segment(
         start,
         order=_rounded(num_places, 0),
-        chunks=_rounded(len(row_index), num_places),
-        long_rows=_rounded(len(long_rows), num_places // 16),
+        # At most one chunk a place, and a long row has more than CHUNK places.
+        chunks=_rounded(num_places if fixed else len(row_index), num_places),
+        long_rows=_rounded(num_places // CHUNK if fixed else len(long_rows), num_places // 16),
     )
     array = np.zeros(segment.size, np.int32)
     array[:_HEADER] = len(row_index), len(long_rows), len(firsts), len(keys)

@@ -224,11 +224,17 @@ class RowTable:
 
         Not atomic either: the folder is the caller's to rename when all ranks are done.
         """
+        own_name, tensors, metadata = self.contents(name)
+        save_file(tensors, folder / own_name, metadata=metadata)
+        return folder / own_name
+
+    def contents(self, name: str) -> tuple[str, dict[str, Tensor], dict[str, str]]:
+        """What `save` writes, for a caller that writes it itself: the file's name, its tensors (the
+        table's own, not copies) and the metadata of its header."""
         self._check_process()
         tensors = {"values": self.values, "squares": self.squares}
-        path = folder / file_name(name, self.rank, self.world_size)
-        save_file(tensors, path, metadata=self._metadata(self.rank, self.world_size))
-        return path
+        own_name = file_name(name, self.rank, self.world_size)
+        return own_name, tensors, self._metadata(self.rank, self.world_size)
 
     def load(self, folder: Path, name: str) -> None:
         """Read this rank's rows from files that any number of ranks saved. Not collective.

@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from pathlib import Path
 STALE_SECONDS = 24 * 3600
 """How long nothing touches the temporary directory of a process on another machine before it counts
 as left over."""
+
+_reading_umask = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -116,8 +119,9 @@ def system_errors(path: Path) -> Iterator[None]:
 
 def _ordinary_mode() -> int:
     """The mode that `open` gives a new file; safetensors gives 0600."""
-    umask = os.umask(0o077)  # it is read by setting it
-    os.umask(umask)
+    with _reading_umask:  # it is read by setting it, which two threads must not do at once
+        umask = os.umask(0o077)
+        os.umask(umask)
     return 0o666 & ~umask
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import random
 import secrets
 import subprocess
 import sys
 from pathlib import Path
 
+import attacks as attacks_module
 import pytest
-from attacks import Ended, NotHeld, content, left_over, must_equal
+from attacks import Box, Ended, NotHeld, content, left_over, must_equal
+from forked import Started
 from suite import attacks
 
 RUN = Path(__file__).with_name("run.py")
@@ -58,6 +61,23 @@ def test_a_seed_makes_the_same_attacks_and_each_kind_has_its_share() -> None:
 def test_what_is_no_refusal_in_one_line_is_not_held(code: int, err: str) -> None:
     with pytest.raises(NotHeld):
         Ended(code, "", err).refused("run/best")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the suite reads /proc")
+@pytest.mark.parametrize(
+    ("loop", "limit", "said"),
+    [("pass", "PATIENCE", "s of a processor"), ("time.sleep(1)", "WAIT", "no end within 0 s")],
+)
+def test_a_command_that_does_not_end_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loop: str, limit: str, said: str
+) -> None:
+    program = tmp_path / "loop.py"
+    program.write_text(f"import time\nwhile True:\n    {loop}\n")
+    monkeypatch.setattr(attacks_module, limit, 0)
+    process = Started([program], tmp_path / "out", tmp_path / "err", dict(os.environ))
+    with pytest.raises(NotHeld, match=said):
+        Box(tmp_path, tmp_path, random.Random(0)).end(process)
+    assert process.poll() is not None
 
 
 def test_a_refusal_names_the_place_and_a_success_is_none() -> None:

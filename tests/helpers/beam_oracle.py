@@ -22,8 +22,7 @@ from genrec_dist.data.word_table import WordTable
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.evaluation.score_mixture import Mixture
-from genrec_dist.model.build import ModelSizes, build_model
-from genrec_dist.model.genrec import GenRecForConditionalGeneration
+from genrec_dist.model.build import CodedModel, ModelSizes, build_model
 from genrec_dist.model.network import IdEmbedding
 
 BOS, PAD, EOS, MASK, FIRST = 0, 1, 2, 4, 5
@@ -60,6 +59,8 @@ class Switches:
     """What the decoder starts from."""
     head: bool = False
     """With an item head."""
+    architecture: str = "bart"
+    """Whose layers."""
 
 
 switches = st.builds(
@@ -69,18 +70,19 @@ switches = st.builds(
     unit=st.sampled_from(["subword", "item"]),
     start=st.sampled_from(["mask", "state"]),
     head=st.booleans(),
+    architecture=st.sampled_from(["bart", "t5"]),
 )
 
 
 @cache
 def sharp_model(
     how: Switches = Switches(), vocabulary: int = FIRST + ALPHABET, num_items: int = MOST_ITEMS
-) -> GenRecForConditionalGeneration:
+) -> CodedModel:
     """Random weights, large enough that scores lie far apart, in float64."""
     torch.manual_seed(3)
     shape = Model(
         d_model=16, encoder_layers=1, decoder_layers=2, heads=2, ffn=32, max_tokens=64,
-        init_std=0.4,
+        init_std=0.4, architecture=how.architecture,
         encoder_unit=how.unit, decoder_start=how.start, item_loss=float(how.head),
     )  # fmt: skip
     tokens = {"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK}
@@ -99,9 +101,7 @@ def sharp_model(
     return model.double().eval()
 
 
-def among_items(
-    model: GenRecForConditionalGeneration, num_items: int
-) -> GenRecForConditionalGeneration:
+def among_items(model: CodedModel, num_items: int) -> CodedModel:
     """The same model, its item head over the first so many items alone."""
     other = copy.copy(model)
     other._modules = dict(model._modules)
@@ -124,7 +124,7 @@ class World:
         self,
         items: list[Word],
         how: Switches = Switches(),
-        model: GenRecForConditionalGeneration | None = None,
+        model: CodedModel | None = None,
     ):
         self.how = how
         self.items = [tuple(number_of(token, how) for token in item) for item in items]
@@ -320,7 +320,7 @@ def random_histories(world: World, count: int) -> list[History]:
 
 
 def hugging_face(
-    model: GenRecForConditionalGeneration, words: WordTable, encoder: EncoderInput, beam: int
+    model: CodedModel, words: WordTable, encoder: EncoderInput, beam: int
 ) -> list[tuple[list[int], list[float]]]:
     """(items, scores) of each user as `generate` gives them with a trie in
     `prefix_allowed_tokens_fn`, those that are items alone."""

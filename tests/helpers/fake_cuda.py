@@ -150,26 +150,45 @@ def where() -> str:
 
 
 @custom_op("fake_cuda::attention", mutates_args=())
-def _attention(query: Tensor, value: Tensor) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     raise NotImplementedError
 
 
 @_attention.register_fake
-def _(query: Tensor, value: Tensor) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+@custom_op("fake_cuda::attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError
+
+
+@_attention_backward.register_fake
+def _(grad: Tensor, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+_attention.register_autograd(
+    lambda ctx, grad: _attention_backward(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **_: Any) -> Tensor:
     """One launch, and what CUDA's fused attention requires."""
-    if torch.is_autocast_enabled("cuda"):
-        low = torch.get_autocast_dtype("cuda")
+    device = query.device
+    if torch.is_autocast_enabled(device.type):
+        low = torch.get_autocast_dtype(device.type)
         query, key, value = query.to(low), key.to(low), value.to(low)
     assert query.dtype == key.dtype == value.dtype, (query.dtype, key.dtype, value.dtype)
     if attn_mask is not None:
         assert attn_mask.dtype in (torch.bool, query.dtype), (attn_mask.dtype, query.dtype)
-        assert attn_mask.is_cuda
+        assert attn_mask.device == device
         torch.broadcast_shapes(attn_mask.shape, (*query.shape[:-1], key.shape[-2]))
-    out: Tensor = _attention(query, value)
+    out: Tensor = _attention(query, key, value)
     return out
 
 
@@ -178,10 +197,17 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, *offsets: Any, **_: Any) 
     assert query.dtype in (torch.bfloat16, torch.float16), query.dtype
     assert query.shape[-1] % 8 == 0, query.shape
     for cu_seqlens in offsets[:2]:
-        assert cu_seqlens.is_cuda
+        assert cu_seqlens.device == query.device
         assert cu_seqlens.dtype == torch.int32
-    out: Tensor = _attention(query, value)
+    out: Tensor = _attention(query, key, value)
     return out
+
+
+FUSED = (
+    ("torch.nn.functional.scaled_dot_product_attention", _sdpa),
+    ("torch.nn.attention.varlen.varlen_attn", _varlen),
+)
+"""Attentions of CUDA, each as one launch; on fake tensors of any device."""
 
 
 def _pinned(tensor: Tensor) -> Tensor:
@@ -226,8 +252,7 @@ def fake_cuda() -> Iterator[None]:
     changes = [
         patch("torch.cuda.amp.common.amp_definitely_not_available", no),
         patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
-        patch("torch.nn.functional.scaled_dot_product_attention", _sdpa),
-        patch("torch.nn.attention.varlen.varlen_attn", _varlen),
+        *(patch(name, fake) for name, fake in FUSED),
         patch.object(Tensor, "pin_memory", _pinned),
         patch.object(Tensor, "numpy", lambda self, *args: _numpy(real, self, *args)),
         # Fake tensors are none of inference.

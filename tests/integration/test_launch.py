@@ -136,6 +136,7 @@ def launch(arguments: list[str | Path], env: dict[str, str]) -> subprocess.Compl
 
 
 @pytest.mark.dist
+@pytest.mark.ranks
 def test_one_process_under_accelerate(tiny_recipe: Path) -> None:
     env = environment()
     del env["ACCELERATE_USE_CPU"]  # the file says it
@@ -146,6 +147,7 @@ def test_one_process_under_accelerate(tiny_recipe: Path) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.ranks
 def test_two_ranks(tiny_recipe: Path) -> None:
     launch([LAUNCH / "cpu_two_ranks.sh", tiny_recipe, "--set", "seed=1"], environment())
     start = started(tiny_recipe.parent / "run")

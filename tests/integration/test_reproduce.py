@@ -3,6 +3,7 @@ and what it refuses."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -359,6 +360,69 @@ def test_the_sizes_of_the_papers_sets() -> None:
         if found is not None:
             pairs = zip(found.pretrained, found.without, strict=True)
             assert all(with_it >= without for with_it, without in pairs)
+
+
+# Side by side
+
+
+def test_side_by_side_finds_what_one_after_the_other_finds(
+    done: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = ["knn", "sasrec", "best", "hybrid"]
+    assert run_command(leak_free(folder, tmp_path / "out", rows, "--parallel", "3")) == 0
+    printed = capfd.readouterr().out
+    for name in ("best, seed 0: train: epoch 1 of 1", "best, seed 1: train: begins"):
+        assert f"leak-free: {name}" in printed
+    # No look at test before all seeds are trained, and no step twice.
+    begun = [line for line in printed.splitlines() if line.endswith(": begins")]
+    assert len(set(begun)) == len(begun) == 2 + 1 + 2 + 2 + 2 + 2 + 2
+    trained = [place for place, line in enumerate(begun) if ": train" in line]
+    assert max(trained) < begun.index("leak-free: best, seed 0: test: begins")
+    expected, found = (
+        read(out / "quality.json")["beauty"]["leak-free"] for out in (done, tmp_path / "out")
+    )
+    assert found == {name: expected[name] for name in rows}
+    for path in sorted((tmp_path / "out" / "leak-free").rglob("top20-test.parquet")):
+        same = done / path.relative_to(tmp_path / "out")
+        assert path.read_bytes() == same.read_bytes(), path
+    steps = (tmp_path / "out" / "steps.jsonl").read_text().splitlines()
+    assert len(steps) == len(begun)
+
+
+def test_one_that_fails_leaves_out_what_needs_it_alone(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--set", "head:tokens.tokenizer=/absent", "--parallel", "2"]
+    line = refused(capfd, leak_free(folder, tmp_path, ["knn", "best"], *arguments))
+    assert line.startswith(
+        "genrec: 2 of 7 steps failed, 2 need them: leak-free: best, seed 0: train"
+    )
+    assert "tokens.tokenizer /absent: neither" in line
+    assert line.endswith("; the others are done, and the same command goes on\n")
+    assert list(read(tmp_path / "quality.json")["beauty"]["leak-free"]) == ["knn"]
+
+
+@pytest.mark.ranks
+@pytest.mark.dist
+def test_an_interrupt_ends_all_that_work_side_by_side(folder: Path, tmp_path: Path) -> None:
+    arguments = leak_free(folder, tmp_path / "out", ["best"], "--set", "finetune.epochs=400")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "genrec_dist.cli", *arguments, "--parallel", "2"],
+        env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    runs = [tmp_path / "out" / "leak-free" / "best" / f"seed-{seed}" for seed in (0, 1)]
+    try:
+        wait_for(lambda: all(list(run.glob("checkpoints/step-*/state.json")) for run in runs))
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        _, errors = process.communicate(timeout=300)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1].startswith("genrec: stopped by SIGINT")
+    for run in runs:
+        assert read(run / "status.json")["status"] == "stopped"
 
 
 # launch/reproduce_gpu.sh

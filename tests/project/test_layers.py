@@ -20,13 +20,13 @@ PACKAGES = {
 # imports from its own folder and from the floors below, never up and never sideways.
 FLOORS = (
     {"genrec_shards", "genrec_kernels", "config", "distributed"},
-    {"data", "console"},
+    {"data", "tracking", "console"},
     {"model", "evaluation"},
     {"text", "report"},
     {"decoding", "baselines", "estimate"},
     {"inference"},
     {"training"},
-    {"api", "reproduce", "bench", "serving", "genrec_tuning"},
+    {"api", "reproduce", "bench", "serving", "sharing", "genrec_tuning"},
     {"cli"},
     {"train"},
 )
@@ -37,7 +37,18 @@ LAZY = {"genrec_dist", "genrec_dist.auto_classes"}
 SIDEWAYS = {("config", "genrec_shards"), ("distributed", "genrec_shards")}
 MOST_MODULES = 12
 # A training machine may have none of these, so nothing may need them to be imported.
-HEAVY = {"polars", "webdataset", "pydantic", "deepspeed", "ray", "triton", "fastapi", "uvicorn"}
+HEAVY = {
+    "polars",
+    "webdataset",
+    "pydantic",
+    "deepspeed",
+    "ray",
+    "triton",
+    "fastapi",
+    "uvicorn",
+    "wandb",
+    "mlflow",
+}
 MAY_IMPORT_HEAVY = {
     "kernels/genrec_kernels/triton_embedding_sum.py": {"triton"},
     "genrec_dist/serving/app.py": {"fastapi", "pydantic", "uvicorn"},

@@ -332,6 +332,10 @@ def _resources(values: Any) -> Resources:
     gpu = _number(values.get("gpu", 0), f"{where}gpu")
     if cpu <= 0 or gpu < 0:
         raise ValueError(f"{where}cpu has to be above 0 and gpu 0 or above")
+    if gpu > 1 and gpu != int(gpu):
+        raise ValueError(
+            f"{where}gpu {gpu}: above 1 a trial takes whole GPUs; below, a part of one"
+        )
     if gpu and processes > 1 and gpu != processes:
         raise ValueError(f"{where}gpu {gpu}, processes {processes}: each process takes one GPU")
     return Resources(cpu, gpu, processes)

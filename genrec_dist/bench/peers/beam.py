@@ -78,13 +78,13 @@ def generated_lists(
     return TopItems(np.array(rows, np.int32).reshape(scores_BN.shape), scores_BN)
 
 
-def compare_lists(ours: TopItems, theirs: TopItems) -> dict[str, Any]:
+def compare_lists(ours: TopItems, theirs: TopItems, same: float = SAME) -> dict[str, Any]:
     """How many items differ, and the largest difference of scores at one rank.
 
     Both lists fall, so different items at a rank are a tie if and only if the scores there agree.
-    Raises AssertionError where they do not, to `SAME`."""
+    Raises AssertionError where they do not, to `same`."""
     apart_BN = np.abs(ours.scores.astype(np.float64) - theirs.scores)
-    wrong_BN = ~(apart_BN <= SAME) | (theirs.items < 0)
+    wrong_BN = ~(apart_BN <= same) | (theirs.items < 0)
     if wrong_BN.any():
         user, rank = (int(values[0]) for values in np.nonzero(wrong_BN))
         mine, other = (

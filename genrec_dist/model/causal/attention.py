@@ -6,6 +6,7 @@ call by name."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,18 +22,30 @@ NAME = "genrec_dist"
 """Of the attention, as `attn_implementation`."""
 
 
+@dataclass(frozen=True)
+class AttentionCall:
+    """What a layer hands to its attention."""
+
+    layer: int
+    """Its number."""
+    query_BHSd: Tensor
+    key_BGSd: Tensor
+    value_BGSd: Tensor
+    scale: float
+    """Factor of the products of queries and keys."""
+    dropout: float
+    """Of the weights."""
+
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """Once for each query head, [B, H, S, d]."""
+        keys_BHSd = per_query_head(self.key_BGSd, self.query_BHSd)
+        return keys_BHSd, per_query_head(self.value_BGSd, self.query_BHSd)
+
+
 class Attention(Protocol):
     """What a pass through the layers does with their queries, keys and values."""
 
-    def mix(
-        self,
-        layer: int,
-        query_BHSd: Tensor,
-        key_BGSd: Tensor,
-        value_BGSd: Tensor,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
+    def mix(self, call: AttentionCall) -> Tensor:
         """The mixed values of each query, [B, H, S, d]."""
 
 
@@ -43,20 +56,12 @@ class PromptAttention:
         self.kept: list[Tensor] = []
         """[B, L, 2, G, d] of each layer."""
 
-    def mix(
-        self,
-        layer: int,
-        query_BHSd: Tensor,
-        key_BGSd: Tensor,
-        value_BGSd: Tensor,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
-        assert layer == len(self.kept), "layers out of order"
-        self.kept.append(torch.stack([key_BGSd, value_BGSd], 1).permute(0, 3, 1, 2, 4))
-        key_BHSd, value_BHSd = (per_query_head(t, query_BHSd) for t in (key_BGSd, value_BGSd))
+    def mix(self, call: AttentionCall) -> Tensor:
+        assert call.layer == len(self.kept), "layers out of order"
+        kept = torch.stack([call.key_BGSd, call.value_BGSd], 1)
+        self.kept.append(kept.permute(0, 3, 1, 2, 4))
         return F.scaled_dot_product_attention(
-            query_BHSd, key_BHSd, value_BHSd, is_causal=True, scale=scale
+            call.query_BHSd, *call.keys_and_values(), is_causal=True, scale=call.scale
         )
 
 
@@ -66,18 +71,13 @@ class MaskedAttention:
     def __init__(self, seen_BSS: Tensor):
         self.seen_B1SS = seen_BSS[:, None]
 
-    def mix(
-        self,
-        layer: int,
-        query_BHSd: Tensor,
-        key_BGSd: Tensor,
-        value_BGSd: Tensor,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
-        key_BHSd, value_BHSd = (per_query_head(t, query_BHSd) for t in (key_BGSd, value_BGSd))
+    def mix(self, call: AttentionCall) -> Tensor:
         return F.scaled_dot_product_attention(
-            query_BHSd, key_BHSd, value_BHSd, self.seen_B1SS, dropout_p=dropout, scale=scale
+            call.query_BHSd,
+            *call.keys_and_values(),
+            self.seen_B1SS,
+            dropout_p=call.dropout,
+            scale=call.scale,
         )
 
 
@@ -87,18 +87,10 @@ class PackedAttention:
     def __init__(self, attended: Attended):
         self.attended = attended
 
-    def mix(
-        self,
-        layer: int,
-        query_BHSd: Tensor,
-        key_BGSd: Tensor,
-        value_BGSd: Tensor,
-        scale: float,
-        dropout: float,
-    ) -> Tensor:
-        key_BHSd, value_BHSd = (per_query_head(t, query_BHSd) for t in (key_BGSd, value_BGSd))
-        packed = (t[0].transpose(0, 1).contiguous() for t in (query_BHSd, key_BHSd, value_BHSd))
-        return attend(*packed, self.attended, scale, dropout).transpose(0, 1)[None]
+    def mix(self, call: AttentionCall) -> Tensor:
+        arrays = (call.query_BHSd, *call.keys_and_values())
+        packed = (array[0].transpose(0, 1).contiguous() for array in arrays)
+        return attend(*packed, self.attended, call.scale, call.dropout).transpose(0, 1)[None]
 
 
 def per_query_head(values_BGSd: Tensor, query_BHSd: Tensor) -> Tensor:
@@ -122,7 +114,8 @@ def _interface(
     """As transformers calls it; the pass's own attention comes by way of the model's forward."""
     # Under autocast rotated queries and keys are float32 and values are not.
     query, key, value = (values.to(product_dtype(values)) for values in (query, key, value))
-    mixed = genrec_attention.mix(module.layer_idx, query, key, value, scaling, dropout)
+    call = AttentionCall(module.layer_idx, query, key, value, scaling, dropout)
+    mixed = genrec_attention.mix(call)
     return mixed.transpose(1, 2), None
 
 

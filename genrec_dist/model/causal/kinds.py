@@ -7,15 +7,10 @@ import torch
 from torch import nn
 
 from genrec_dist.config.recipe import Recipe
+from genrec_dist.model.build import CodedConfig, CodedModel
 from genrec_dist.model.causal.config import PromptedConfig
 from genrec_dist.model.causal.prompted import PromptedModel, blank_prompted
-from genrec_dist.model.genrec import (
-    GenRecConfig,
-    GenRecForConditionalGeneration,
-    choose_attention,
-    choose_layers,
-    choose_loss,
-)
+from genrec_dist.model.genrec import choose_attention, choose_layers, choose_loss
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -23,8 +18,8 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-AnyModel = GenRecForConditionalGeneration | PromptedModel
-AnyConfig = GenRecConfig | PromptedConfig
+AnyModel = CodedModel | PromptedModel
+AnyConfig = CodedConfig | PromptedConfig
 
 
 def set_up(model: AnyModel, recipe: Recipe) -> None:
@@ -45,13 +40,13 @@ def empty_copy(model: AnyModel, recipe: Recipe, device: torch.device) -> AnyMode
         copy = blank_prompted(model)
     else:
         with torch.device("meta"):
-            copy = GenRecForConditionalGeneration(model.config)
+            copy = type(model)(model.config)
             copy.item_text = None if model.item_text is None else model.item_text.like()
     copy.to_empty(device=device)
     copy.tie_weights()
     buffers = zip(copy.named_buffers(), model.named_buffers(), strict=True)
     for (_, ours), (_, theirs) in buffers:
         ours.copy_(theirs)
-    if isinstance(copy, GenRecForConditionalGeneration):
+    if not isinstance(copy, PromptedModel):
         choose_attention(copy, recipe.precision)
     return copy.eval()

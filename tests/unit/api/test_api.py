@@ -16,15 +16,17 @@ PUBLIC = [
     "GenRecConfig",
     "GenRecForConditionalGeneration",
     "Recommender",
+    "compare",
     "evaluate",
     "load_recipe",
+    "prepare",
     "train",
 ]
 
 
 def in_fresh_python(code: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment()
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=400, env=environment()
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
@@ -46,22 +48,34 @@ def test_every_public_name_is_listed_and_documented() -> None:
         genrec_dist.Trainer  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    "imports",
-    [
-        "import genrec_dist; from transformers import AutoConfig, AutoModelForSeq2SeqLM",
-        "from transformers import AutoConfig, AutoModelForSeq2SeqLM; import genrec_dist",
-        "import genrec_dist.model.genrec; from transformers import AutoConfig, "
-        "AutoModelForSeq2SeqLM",
-    ],
-)
-def test_auto_classes_load_a_run(tiny_run: Path, imports: str) -> None:
-    code = f"""
-{imports}
-print(type(AutoConfig.from_pretrained({str(tiny_run / "best")!r})).__name__)
-print(type(AutoModelForSeq2SeqLM.from_pretrained({str(tiny_run / "best")!r})).__name__)
+IMPORTS = [
+    "import genrec_dist; from transformers import AutoConfig, AutoModelForSeq2SeqLM",
+    "from transformers import AutoConfig, AutoModelForSeq2SeqLM; import genrec_dist",
+    "import genrec_dist.model.genrec; from transformers import AutoConfig, AutoModelForSeq2SeqLM",
+]
+# Torch is loaded once for all; each order of imports has a process of its own.
+EACH_IN_A_FORK = """
+import os, sys, torch
+assert not {"transformers", "genrec_dist"} & sys.modules.keys()
+for code in CODES:
+    if (child := os.fork()) == 0:
+        exec(code, {})
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, code
 """
-    assert in_fresh_python(code).split() == ["GenRecConfig", "GenRecForConditionalGeneration"]
+
+
+def test_auto_classes_load_a_run_whatever_is_imported_first(tiny_run: Path) -> None:
+    best = str(tiny_run / "best")
+    codes = [
+        f"{imports}\n"
+        f"print(type(AutoConfig.from_pretrained({best!r})).__name__)\n"
+        f"print(type(AutoModelForSeq2SeqLM.from_pretrained({best!r})).__name__)"
+        for imports in IMPORTS
+    ]
+    said = in_fresh_python(f"CODES = {codes!r}\n{EACH_IN_A_FORK}").split()
+    assert said == ["GenRecConfig", "GenRecForConditionalGeneration"] * len(IMPORTS)
 
 
 def test_a_notebook_trains_evaluates_and_recommends(tiny_recipe: Path, tiny_data: Path) -> None:

@@ -118,7 +118,7 @@ pretrain.epochs=-1 finetune.batch_size=0 finetune.learning_rate=0 pretrain.learn
 finetune.learning_rate=.inf pretrain.warmup_fraction=1.1 pretrain.mask.p=0 finetune.mask.k=0
 finetune.label_smoothing=1 model.heads=0 model.d_model=0 model.dropout=1 model.init_std=0
 model.embedding_dropout=-.1 model.max_tokens=15 model.encoder_layers=0 micro_batch_tokens=100
-workers=-1 keep_checkpoints=0 checkpoint_every=0 log_every=0 validation.users=-1 validation.beam=0
+workers=-1 keep_checkpoints=0 checkpoint_every=-1 checkpoint_minutes=-1 log_every=0 validation.users=-1 validation.beam=0
 validation.every_epochs=0 validation.patience=-1 optimizer.ema_decay=1 optimizer.eps=0
 model.d_model=1000000000 model.ffn=1000000000000
 model.encoder_layers=1000000 model.decoder_layers=1000000 model.heads=1000000000
@@ -151,8 +151,8 @@ def test_values_that_do_not_go_together_are_refused(write):
 
 
 def test_every_number_of_a_recipe_has_its_limit():
-    # Any seed will do, and the tokenizer checks its own size.
-    free = {"seed", "tokens.vocab_size", "from_data"}
+    # Any seed will do, the tokenizer checks its own size, and trackers are names.
+    free = {"seed", "tokens.vocab_size", "from_data", "tracker"}
     assert _numbers(Recipe("d", "r"), "") - free == set(LIMITS)
 
 

@@ -111,6 +111,8 @@ def case(items: list[Word], draws: list[History], how: Switches, nodes_at_once: 
 @case(PREFIXES, [list(range(7))], Switches(), nodes_at_once=1)
 @case(ONE_TOKEN, [[0, 3], []], Switches(forced=True), nodes_at_once=2048)
 @case(CHAIN, [[0], []], Switches(forced=True), nodes_at_once=1)
+@case(PREFIXES, HISTORIES, Switches(architecture="t5"), nodes_at_once=2)
+@case(PREFIXES, [list(range(7)), [6]], replace(EVERYTHING, architecture="t5"), nodes_at_once=1)
 def test_search_equals_brute_force(
     items: list[Word],
     draws: list[History],

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from genrec_dist.bench.peers.beam import compare_lists
-from genrec_dist.bench.titles import HuggingFace, made_up_titles, random_prompted
+from genrec_dist.bench.titles import HuggingFace, made_up_titles, untrained_prompted
 from genrec_dist.data.encoder_input import EncoderInput, encode_histories
 from genrec_dist.data.layout import PromptLayout
 from genrec_dist.decoding import searcher as searcher_module
@@ -27,7 +27,7 @@ def world(
 ) -> tuple[PromptedModel, PromptLayout, EncoderInput, tuple[np.ndarray, np.ndarray]]:
     """A model whose query heads share keys, and histories of 0 to 9 items."""
     dice = np.random.default_rng(2)
-    model, layout = random_prompted(made_up_titles(num_items, dice), SETTINGS)
+    model, layout = untrained_prompted(made_up_titles(num_items, dice), SETTINGS)
     config = LlamaConfig(**{**model.lm.config.to_dict(), "num_key_value_heads": 2})
     torch.manual_seed(1)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation="genrec_dist")

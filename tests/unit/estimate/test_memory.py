@@ -20,6 +20,7 @@ from two_ranks import start_each
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import HeadLoss
+from genrec_dist.data.batch import SampleRows
 from genrec_dist.estimate.activations import Compute, MicroBatch, activation_bytes
 from genrec_dist.estimate.forecast import step_flops
 from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_parameters
@@ -149,6 +150,11 @@ def micro_batch_loss(
     tokens, inputs = model.config.vocab_size, (batch.samples, batch.input_tokens)
     rows = batch.samples * batch.rows_per_sample
     labels = torch.randint(5, tokens, (rows, batch.target_tokens))
+    of_row = torch.arange(batch.samples).repeat_interleave(batch.rows_per_sample)
+    shared = {}
+    if batch.shares_memory:
+        visible = torch.randint(1, batch.input_tokens, (rows,))
+        shared = {"visible": visible, "rows": SampleRows.of(of_row.numpy())}
     with torch.autocast("cpu", torch.bfloat16, enabled=compute == "autocast"):
         summed = model(
             input_ids=torch.randint(5, tokens, inputs),
@@ -156,9 +162,10 @@ def micro_batch_loss(
             position_ids=torch.arange(batch.input_tokens).expand(inputs).contiguous(),
             user_rows=torch.randint(0, 500, inputs),
             item_rows=torch.randint(0, 400, inputs),
-            encoder_row=torch.arange(batch.samples).repeat_interleave(batch.rows_per_sample),
+            encoder_row=of_row,
             decoder_input_ids=labels,
             labels=labels,
+            **shared,
         )
     yield summed / labels.numel()
 
@@ -184,6 +191,7 @@ def saved_bytes(model: GenRecForConditionalGeneration, batch: MicroBatch, comput
 LAYERS = ("model.encoder_layers=3", "model.decoder_layers=2", "model.ffn=512")
 DROPOUTS = ("dropout", "embedding_dropout", "activation_dropout")
 MICRO_BATCHES = [MicroBatch(16, 60, 5), MicroBatch(8, 100, 6), MicroBatch(6, 40, 4, 3)]
+MICRO_BATCHES += [MicroBatch(6, 40, 4, 5, shares_memory=True)]
 
 
 @pytest.mark.parametrize("batch", MICRO_BATCHES, ids=str)

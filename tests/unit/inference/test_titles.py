@@ -63,7 +63,7 @@ def test_lists_are_those_of_the_json_with_titles_beside_them(
     lines = capsys.readouterr().out.splitlines()
     start, end = titled.sequences.offsets[3:5]
     history = [titled.sequences.item_ids[row] for row in titled.sequences.items[start:end]]
-    called = Titles(titled)
+    called = Titles.of_data(titled)
     assert lines[0] == f"user {user} of {len(history)} items"
     shown = [line.split(maxsplit=1) for line in lines[1:] if line.strip() not in ("", "...")]
     latest = history[-LATEST:]
@@ -78,7 +78,7 @@ def test_lists_are_those_of_the_json_with_titles_beside_them(
 
 
 def test_titles_that_are_long_or_missing(titled: Dataset) -> None:
-    called = Titles(titled)
+    called = Titles.of_data(titled)
     first, second = titled.sequences.item_ids[:2]
     called.of_item[second] = "long " * 40
     assert called.of(first) == "(no title)"

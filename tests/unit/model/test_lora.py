@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from genrec_dist.bench.titles import made_up_titles, random_prompted
+from genrec_dist.bench.titles import made_up_titles, untrained_prompted
 from genrec_dist.config.load import load_recipe
 from genrec_dist.data.encoder_input import encode_histories
 from genrec_dist.model.causal.build import load_prompted
@@ -29,7 +29,7 @@ LORA = ["lora.rank=4", "lora.alpha=8.0"]
 def adapted(*settings: str) -> PromptedModel:
     """With adapters that have been trained, as far as random values are."""
     titles = made_up_titles(30, np.random.default_rng(0))
-    model, _ = random_prompted(titles, [*SETTINGS, *LORA, *settings])
+    model, _ = untrained_prompted(titles, [*SETTINGS, *LORA, *settings])
     torch.manual_seed(5)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -40,7 +40,7 @@ def adapted(*settings: str) -> PromptedModel:
 def states(model: PromptedModel) -> torch.Tensor:
     """What decoding reads of three histories."""
     titles = made_up_titles(30, np.random.default_rng(0))
-    _, layout = random_prompted(titles, SETTINGS)
+    _, layout = untrained_prompted(titles, SETTINGS)
     items, offsets = np.arange(9, dtype=np.int32), np.array([0, 2, 5, 9])
     with torch.inference_mode():
         return model.encode(encode_histories(items, offsets, np.full(3, -1), layout))
@@ -95,7 +95,9 @@ def test_saved_models_are_merged_and_adapters_are_pefts(tmp_path: Path) -> None:
     assert (
         float(
             (
-                states(random_prompted(made_up_titles(30, np.random.default_rng(0)), SETTINGS)[0])
+                states(
+                    untrained_prompted(made_up_titles(30, np.random.default_rng(0)), SETTINGS)[0]
+                )
                 - expected
             )
             .abs()

@@ -26,6 +26,7 @@ from genrec_dist.model.genrec import (
 from genrec_dist.model.head_loss import target_loss
 from genrec_dist.model.network import attention_bias, check_ranges
 from genrec_dist.model.optimizer import build_optimizer
+from genrec_dist.model.seq2seq.config import GenRecFields
 
 logging.set_verbosity_error()
 
@@ -402,7 +403,7 @@ def test_a_saved_model_loads_back_bit_for_bit(tmp_path):
     assert torch.equal(logits_of(model, make_inputs()), logits_of(again, make_inputs()))
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["model_type"] == "genrec"
-    names = {*GenRecConfig.__annotations__, "decoder_start_token_id", "pad_token_id"} & {*stored}
+    names = {*GenRecFields.__annotations__, "decoder_start_token_id", "pad_token_id"} & {*stored}
     assert {"num_users", "id_dropout", "numbering_hash", "exclude_history"} < names
     for name in names - {"model_type"}:
         assert getattr(again.config, name) == getattr(model.config, name), name
@@ -487,7 +488,7 @@ def test_a_backbone_that_does_not_fit_is_named(backbone, tmp_path):
     message = f"model.max_tokens 33: {path} has 32 positions"
     assert refusal(backbone=str(path), max_tokens=33) == message
     T5Config().save_pretrained(tmp_path)
-    assert "it is a t5 model, only BART fits" in refusal(backbone=str(tmp_path))
+    assert "it is a t5 model and model.architecture is bart" in refusal(backbone=str(tmp_path))
 
 
 @pytest.mark.parametrize(

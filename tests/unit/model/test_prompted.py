@@ -9,7 +9,7 @@ import pytest
 import torch
 from genrec_shards.storage.sample_order import StepSamples
 
-from genrec_dist.bench.titles import HuggingFace, made_up_titles, random_prompted
+from genrec_dist.bench.titles import HuggingFace, made_up_titles, untrained_prompted
 from genrec_dist.data.batch import IGNORED, Batch, dummy_batch
 from genrec_dist.data.collate import BatchOptions
 from genrec_dist.data.layout import PromptLayout
@@ -41,7 +41,7 @@ def model_of(
     settings: list[str] | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[PromptedModel, PromptLayout]:
     titles = made_up_titles(NUM_ITEMS, np.random.default_rng(0))
-    model, layout = random_prompted(titles, [*SETTINGS, *(settings or [])])
+    model, layout = untrained_prompted(titles, [*SETTINGS, *(settings or [])])
     return model.to(dtype), layout
 
 

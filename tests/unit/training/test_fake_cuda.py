@@ -12,22 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_cuda import CUDA, Watch, fake_cuda
+from fake_cuda import CUDA, FUSED, Watch, fake_cuda
 from genrec_kernels import embedding
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.data.batch import RankStep
 from genrec_dist.data.item_graph import Graph
+from genrec_dist.data.word_table import ItemTexts
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.estimate.launches import Rectangles, launches
 from genrec_dist.inference.history_scores import HistoryScores
 from genrec_dist.inference.rank_users import Decoding, rank_batch
-from genrec_dist.model.genrec import (
-    GenRecConfig,
-    GenRecForConditionalGeneration,
-)
+from genrec_dist.model import packed_attention
+from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.model.low_weights import LowWeights
 from genrec_dist.model.packed_attention import has_varlen
 from genrec_dist.training.id_tables import IdTables
@@ -63,6 +63,8 @@ WAITS_OF_OTHER_MODES = {
     "decoding/beam_search.py: return int(open_BK.sum(dim=1).max())",
     "decoding/exhaustive.py: found_BN[users, trie.end_item[nodes][ending]] = "
     "reached_BMV[:, ending, 0]",
+    "decoding/unconstrained.py: return found_BN.float().cpu().numpy(), "
+    "strings_BNT.cpu().numpy(), lengths_BN.cpu().numpy()",
     "decoding/exhaustive.py: parent_M = "
     "torch.from_numpy(parents[start : start + NODES_AT_ONCE]).to(device)",
 }
@@ -172,16 +174,20 @@ def test_a_training_step_waits_for_nothing_and_copies_once_a_micro_batch(
     check_launches(f"{name} {'packed' if packed else 'padded'}", watch)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("name", ["tiny", "best", "base"])
 def test_the_backward_pass_waits_for_nothing(
-    name: str, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, packed: bool, tiny_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU of fake tensors with a GPU's choices: without a GPU autograd has no streams."""
     monkeypatch.setenv(embedding.SWITCH, "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(embedding, "_rows", lambda ids, tables: [])  # ids on a CPU are checked
+    monkeypatch.setattr(packed_attention, "has_varlen", lambda query: True)
+    for place, attention in FUSED:
+        monkeypatch.setattr(place, attention)
     found = world(tiny_data, *TRAINED[name])
-    batch = found.step(packed=False).micro_batches[0]
+    batch = found.step(packed=packed).micro_batches[0]
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = found.model("cpu").train()
         low = LowWeights(model, torch.bfloat16)
@@ -190,7 +196,36 @@ def test_the_backward_pass_waits_for_nothing(
         with Watch("cpu") as watch:
             loss.backward()
     assert not watch.waits
-    check_launches(f"{name} backward", watch)
+    check_launches(f"{name} backward{' packed' * packed}", watch)
+
+
+@pytest.mark.parametrize(
+    ("name", "packed"),
+    [
+        *((name, packed) for name in ("tiny", "best", "base") for packed in (False, True)),
+        ("base fp32", False),
+        ("base fp32", True),
+        ("item unit", False),
+    ],
+)
+def test_launches_are_foretold_by_a_formula(name: str, packed: bool, tiny_data: Path) -> None:
+    """Of the committed numbers, which the tests above count."""
+    found = world(tiny_data, *TRAINED[name])
+    rectangles = None
+    if packed:
+        packing = found.step(packed=True).micro_batches[0].packing
+        assert packing is not None
+        rectangles = Rectangles(
+            encoder=0 if found.is_bf16 else len(packing.within_encoder.groups),
+            decoder=0 if found.is_bf16 else len(packing.within_decoder.groups),
+            cross=len(packing.across.groups) if "fp32" in name or name == "best" else 0,
+        )
+    causal = found.config.encoder_attention == "causal"
+    forward, backward = launches(found.config, found.is_bf16, rectangles, causal)
+    counted = LAUNCHES[f"{name} {'packed' if packed else 'padded'}"]
+    assert forward == pytest.approx(counted, rel=0.12)
+    counted = LAUNCHES.get(f"{name} backward{' packed' * packed}")
+    assert counted is None or backward == pytest.approx(counted, rel=0.12)
 
 
 def test_heads_that_flash_attention_does_not_take_go_by_rectangles() -> None:
@@ -205,7 +240,7 @@ def test_heads_that_flash_attention_does_not_take_go_by_rectangles() -> None:
 
 
 DECODED = {
-    "tiny": (("tiny",), ("exact", "compact", "all", "hybrid")),
+    "tiny": (("tiny",), ("exact", "compact", "all", "hybrid", "free")),
     "best": (("best",), ("exact", "compact", "all", "hybrid")),
     "base": (("base",), ("exact", "compact", "hybrid")),
     "item head": (("best", *ITEM_HEAD), ("items", "hybrid")),
@@ -226,7 +261,9 @@ def test_lists_are_made_on_the_device_and_known_places_wait(name: str, tiny_data
         model = found.model().eval()
         tables = IdTables(found.config, 0, Ranks(), CUDA)
         with Watch() as making, tables.serving(model, view, users):
-            searcher = TrieSearcher(model, trie, CUDA)
+            codes = made.dataset.numbering.item_codes
+            texts = ItemTexts(made.tokenizer, codes, made.words.vocabulary)
+            searcher = TrieSearcher(model, trie, CUDA, texts=texts)
         assert searcher.static
         # Once for each searcher: rows, the trie's arrays, and the tokens of `compact`.
         files = {line.partition(":")[0] for line in making.waits}

@@ -23,7 +23,9 @@ from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.encoder_input import encode_histories
+from genrec_dist.data.prompt.title_words import distinct_titles
 from genrec_dist.inference.load import load_run
+from genrec_dist.inference.titles import prompt_of
 from genrec_dist.training.checkpoint import list_checkpoints
 from genrec_dist.training.run import train
 from genrec_dist.training.setup import build_setup
@@ -83,6 +85,30 @@ def test_commands_answer_from_a_run(
     other = tmp_path / "other"
     shutil.copytree(copy, other)
     assert run_command(["compare", str(copy), str(other), "--split", "test"]) == 0
+
+
+def test_titles_come_with_the_end_of_the_prompt_as_the_model_read_it(
+    run: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = load_dataset(data)
+    ids, titles = dataset.sequences.item_ids, distinct_titles(dataset.descriptions.titles)
+    loaded, chosen = load_run(run), [4, 5, 9, 11, 7, 2, 3]
+    latest = "\n".join(titles[item] for item in chosen[-5:])  # max_titles of the recipe
+    assert prompt_of(loaded, [ids[item] for item in chosen]) == f"Seen:\n{latest}\nNext:\n"
+    assert prompt_of(loaded, []) == "Seen:\n\nNext:\n"
+    # Titles are the model's own: no --data.
+    ask = ["recommend", str(run), "--history", ",".join(ids[item] for item in chosen), "--top", "3"]
+    assert run_command(ask) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert run_command([*ask, "--titles"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    read = [f"    | {line}" for line in ("Seen:", *latest.split("\n"), "Next:")]
+    assert lines[:9] == ["a history of 7 items", "the end of the prompt:", *read]
+    for place, line in enumerate(lines[9:12]):
+        number, probability, item, title = line.split(maxsplit=3)
+        assert (number, item) == (str(place + 1), answer["items"][place])
+        assert title == titles[ids.index(item)]
+        assert float(probability) == pytest.approx(np.exp(answer["scores"][place]), abs=6e-6)
 
 
 def test_best_is_a_language_model_of_its_own(run: Path, data: Path) -> None:

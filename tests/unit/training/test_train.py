@@ -396,7 +396,7 @@ def test_dropout_is_a_function_of_seed_step_and_rank_alone(recipe: Recipe) -> No
 def test_resume_restores_the_running_average(recipe: Recipe) -> None:
     averaged = replace(recipe, optimizer=replace(recipe.optimizer, ema_decay=0.9))
     loop = loop_of(averaged, 4)
-    loop.save()
+    loop.checkpoints.save_last()
     setup, model = build_setup(averaged)
     checkpoint = Checkpoint(list_checkpoints(setup.run)[-1], setup.identity, Ranks())
     checkpoint.fill_model(model)
@@ -416,7 +416,7 @@ def test_resume_restores_the_running_average(recipe: Recipe) -> None:
 
 def test_a_checkpoint_with_one_wrong_bit_is_refused(recipe: Recipe) -> None:
     outside = replace(recipe, optimizer=replace(recipe.optimizer, id_tables="row-adagrad"))
-    loop_of(outside, 1).save()
+    loop_of(outside, 1).checkpoints.save_last()
     (folder,) = list_checkpoints(Path(recipe.run))
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 1
@@ -450,7 +450,7 @@ def test_the_oldest_checkpoint_goes_only_after_the_new_one_has_its_name(
         seen.clear()
         loop.progress.step = step
         old = names()
-        loop.save()
+        loop.checkpoints.save_last()
         # Nothing that was there is gone when the new one appears, and then no more than one goes.
         new, kept = [*old, step], [*old, step][-keep:]
         assert seen == [(old, new), *([(new, kept)] if kept != new else [])]

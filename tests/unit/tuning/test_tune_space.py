@@ -110,6 +110,7 @@ def test_the_corners_that_are_tried_are_all_of_them(folder: Path) -> None:
         ("single: {}", "single: {finetune.learning_rate: {uniform: [1, 2]}}", r"finetune\.learning_rate is in a key above"),
         ("finetune.learning_rate", "run", r"space: run: each trial has a run directory of its own"),
         ("trials: 6", "resources_per_trial: {cpus: 1}", r"unknown key cpus; known here: cpu, gpu, processes"),
+        ("trials: 6", "resources_per_trial: {gpu: 1.5}", r"gpu 1.5: above 1 a trial takes whole GPUs"),
         ("trials: 6", "resources_per_trial: {gpu: 1, processes: 2}", r"each process takes one GPU"),
     ],
 )  # fmt: skip

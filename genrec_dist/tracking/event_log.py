@@ -1,4 +1,4 @@
-"""The events of a run, `events.jsonl` and TensorBoard, and its `status.json`."""
+"""The events of a run, in `events.jsonl`, TensorBoard and its trackers, and its `status.json`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,34 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import scalar
 
+from genrec_dist.config.recipe import Recipe
+from genrec_dist.tracking.trackers import Trackers
+
 
 class EventLog:
-    """Appends one JSON object per line; numbers of steps and validations also go to TensorBoard.
-    `active=False` (other ranks) writes nothing.
+    """Appends one JSON object per line; numbers of steps and validations also go to TensorBoard,
+    and with the final judgement to the run's trackers. `active=False` (other ranks) writes nothing.
 
     Nothing is buffered, so that a full disk is an error of the event that met it. For the same
     reason TensorBoard's records are written here: its own writer has a thread, which prints a
     traceback."""
 
-    def __init__(self, run: Path, active: bool = True):
+    def __init__(
+        self,
+        run: Path,
+        active: bool = True,
+        *,
+        tensorboard: bool = True,
+        trackers: Trackers | None = None,
+    ):
         """Raises OSError, naming the file."""
-        self.active = active
+        self.active, self.trackers = active, trackers
         if not active:
             return
         self.file = _Appended(run / "events.jsonl")
+        self.board: RecordWriter | None = None
+        if not tensorboard:
+            return
         seconds, rest = divmod(time.time_ns(), 10**9)
         name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{rest}"
         self.board_file = _Appended(run / "tensorboard" / name)
@@ -43,7 +57,9 @@ class EventLog:
         now = time.time()
         line = {"time": round(now, 3), "event": event, **fields}
         self.file.write((json.dumps(line, allow_nan=False, default=str) + "\n").encode())
-        if event in ("step", "validation"):
+        if self.trackers is not None and event in ("step", "validation", "judgement"):
+            self.trackers.log(event, fields)
+        if self.board is not None and event in ("step", "validation"):
             for name, value in fields.items():
                 if isinstance(value, float):
                     summary = scalar(f"{event}/{name}", value)
@@ -51,10 +67,22 @@ class EventLog:
                     self.board.write(record.SerializeToString())
 
     def close(self) -> None:
-        """Close both files."""
-        if self.active:
-            self.file.close()
+        """Close the files, and the trackers that were not finished, as those of a failed run."""
+        if not self.active:
+            return
+        self.file.close()
+        if self.board is not None:
             self.board_file.close()
+        if self.trackers is not None:
+            self.trackers.finish(None, failed=True)
+
+
+def log_of(recipe: Recipe, is_main: bool, warn: Callable[[str], None]) -> EventLog:
+    """The log of a run with what its recipe names as `tracker`; `warn` as of `Trackers`. Raises
+    OSError, naming the file."""
+    run, names = Path(recipe.run), recipe.tracker
+    trackers = Trackers(names, run, recipe.as_dict(), warn) if is_main else None
+    return EventLog(run, is_main, tensorboard="tensorboard" in names, trackers=trackers)
 
 
 def write_status(run: Path, status: str, **facts: object) -> None:

@@ -1,0 +1,1 @@
+"""What the encoder-decoders share, and T5's."""

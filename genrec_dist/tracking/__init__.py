@@ -1,0 +1,1 @@
+"""What a run logs: its events, and the trackers that get them."""

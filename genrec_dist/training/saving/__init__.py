@@ -1,0 +1,1 @@
+"""Checkpoints on their way to the disk, while the training goes on."""
