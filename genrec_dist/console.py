@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -155,7 +156,8 @@ def say(text: str, style: str = "") -> None:
 def working(what: str = "loading torch") -> Iterator[None]:
     """A sign of life on a terminal's standard error, for what says nothing for seconds."""
     console = Console(stderr=True)
-    if rank() != 0 or not console.is_terminal:
+    # FORCE_COLOR, which notebooks and CI set, makes `is_terminal` true of files and pipes.
+    if rank() != 0 or not (console.is_terminal and sys.stderr.isatty()):
         yield
         return
     from rich.live import Live

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Tests and benchmarks on a GPU, within ten minutes and without a network: launch/gpu_check.sh [--cpu OUT]
-# GPU tests, training steps case by case, lists beside a CPU's, then the kernels, decoding and latency;
+# GPU tests, training steps case by case, captured steps, lists beside a CPU's, then the kernels, decoding and latency;
 # nothing has to be installed. Each part is a line of JSON as soon as it is measured. Tables with the
 # card's name and the commit go to benchmarks/results. A step that fails or runs out of time does not
 # stop the others. Exit code: 0 all done, 1 a step failed, 2 there is no GPU.
@@ -12,7 +12,7 @@ set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 python=${PYTHON:-python3}
-all_steps="facts tests steps lists kernels beam latency"
+all_steps="facts tests steps graph lists kernels beam latency"
 small=() out="$root/benchmarks/results" factor=1
 case "${1:-}" in
   "") ;;
@@ -74,7 +74,8 @@ else
   # shellcheck disable=SC2046
   step tests 90 "$python" -m pytest -q -p no:cacheprovider ${several[@]+"${several[@]}"} -m gpu $(grep -rl --include='test_*.py' 'mark\.gpu' tests)
 fi
-measure steps 220 30
+measure steps 180 30
+measure graph 40 20
 measure lists 50 0
 measure kernels 60 25
 measure beam 60 0

@@ -22,6 +22,8 @@ fi
 export GENREC_STUCK_SECONDS="${GENREC_STUCK_SECONDS:-500}"
 # The agent kills ranks 30 s after a SIGTERM unless it is told to wait for their checkpoint.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-100}"
+# Otherwise all attempts share one store, in which gloo ranks find the addresses of the attempt before, and wait for ever.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 torchrun=torchrun
 if [ -x "$root/.venv/bin/torchrun" ]; then torchrun="$root/.venv/bin/torchrun"; fi

@@ -135,11 +135,7 @@ def evaluate(
         from genrec_dist.inference.evaluate import evaluate as run_evaluate
         from genrec_dist.inference.load import load_run
         from genrec_dist.inference.rank_users import Decoding
-        from genrec_dist.inference.tune_mixture import (
-            chosen_decoding,
-            mixed_decoding,
-            tune_mixture,
-        )
+        from genrec_dist.inference.tune_mixture import chosen_decoding, mixed_decoding, tune_mixture
         from genrec_dist.report.advice import advice
         from genrec_dist.report.run_files import read_run_files
         from genrec_dist.report.run_report import write_report

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from genrec_dist.console import out, say, working
+from genrec_dist.console import UsageError, out, say, working
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -38,10 +38,10 @@ def complete_space(incomplete: str) -> list[str]:
 
 
 def recipes(
-    name: Annotated[
-        str | None,
+    words: Annotated[
+        list[str] | None,
         typer.Argument(
-            metavar="[RECIPE]",
+            metavar="[[show] RECIPE]",
             help="A shipped recipe's name, or a YAML file; default: list the shipped ones.",
             autocompletion=complete_recipe,
         ),
@@ -50,15 +50,20 @@ def recipes(
     """List the shipped recipes; of one print every key with its meaning, as YAML to begin a recipe
     of your own with.
 
-    Example: genrec recipes best > mine.yaml
+    Example: genrec recipes show best > mine.yaml
     """
     from genrec_dist.config.load import find_recipe, read_recipe, recipe_from, shipped_recipes
     from genrec_dist.config.meanings import annotated
     from genrec_dist.config.shipped import first_comment
 
-    if name is None:
+    if not words:
         out.print(_listed((each, first_comment(find_recipe(each))) for each in shipped_recipes()))
         return
+    if len(words) > 1 + (words[0] == "show"):
+        raise UsageError(
+            f"recipes {' '.join(words)}: give one recipe, as `genrec recipes show best`"
+        )
+    name = words[-1]
     values, path = read_recipe(name)
     # A file may leave to `genrec train` what is different for each run.
     values = {"data": "data/mine", "run": f"runs/{path.stem}", **values}

@@ -245,6 +245,8 @@ def _build(kind: Any, value: Any, source: str, key: str) -> Any:
         return _build_section(kind, value, source, key)
     origin, parts = get_origin(kind), get_args(kind)
     if origin is Literal:
+        if isinstance(value, bool) and {"on", "off"} <= set(parts):  # as YAML 1.1 reads them
+            value = "on" if value else "off"
         if value not in parts:
             suggestion = did_you_mean(str(value), map(str, parts))
             choices = ", ".join(map(str, parts))

@@ -322,7 +322,7 @@ class Recipe:
     a minute at the start; the gain is in docs/speed.md."""
     step_graph: Literal["auto", "on", "off"] = "auto"
     """on: on one GPU a step is captured as CUDA graphs over packed micro-batches of one size, so
-    that the host launches two things in place of a thousand (decision 0017); what cannot be
+    that the host launches two things in place of a thousand (decision 0019); what cannot be
     captured is refused by name. auto: off, until a GPU has shown it."""
     activation_checkpointing: bool = False
     """Keep only the input of each layer and compute the rest again in the backward pass: a third

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from genrec_dist.config.recipe import Recipe
+from genrec_dist.config.recipe import Recipe, Stage
 
 Rule = tuple[str, Callable[[Any], bool]]
 
@@ -110,7 +110,7 @@ def _contradiction(recipe: Recipe) -> str:
         )
     for name, stage in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune)):
         masks = stage.epochs and stage.targets == "mask"
-        if stage.epochs and stage.targets == "all-prefixes" and not causal:
+        if _shares_prefixes(stage) and not causal:
             return (
                 f"{name}.targets all-prefixes: set model.encoder_attention causal, or targets "
                 "every-prefix"
@@ -186,6 +186,9 @@ def _graph_problem(recipe: Recipe) -> str:
         "prompt.template: a prompted model orders its tokens on the host: leave it out": bool(
             recipe.prompt.template
         ),
+        "model.architecture t5: its micro-batches are padded: set bart": (
+            model.architecture == "t5"
+        ),
         "optimizer.id_tables row-adagrad: a step has as many rows as it touches: set dense": (
             recipe.optimizer.id_tables != "dense"
         ),
@@ -260,12 +263,8 @@ def _t5_problem(recipe: Recipe) -> str:
     if model.architecture != "t5":
         return ""
     refused = (
-        ("pretrain.targets all-prefixes", recipe.pretrain.targets == "all-prefixes", "mask"),
-        (
-            "finetune.targets all-prefixes",
-            recipe.finetune.targets == "all-prefixes",
-            "every-prefix",
-        ),
+        ("pretrain.targets all-prefixes", _shares_prefixes(recipe.pretrain), "mask"),
+        ("finetune.targets all-prefixes", _shares_prefixes(recipe.finetune), "every-prefix"),
         ("model.encoder_attention causal", model.encoder_attention == "causal", "bidirectional"),
         ("model.positions from-end", model.positions == "from-end", "from-start"),
         ("model.scale_embedding true", model.scale_embedding, "false"),
@@ -279,3 +278,7 @@ def _t5_problem(recipe: Recipe) -> str:
         if is_set:
             return f"{setting}: model.architecture t5 cannot have it: set {fitting}"
     return ""
+
+
+def _shares_prefixes(stage: Stage) -> bool:
+    return stage.epochs > 0 and stage.targets == "all-prefixes"

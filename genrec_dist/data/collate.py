@@ -20,6 +20,18 @@ from genrec_dist.data.samples.masked_samples import MaskedSamples
 from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.data.word_table import EOS_WORD, FIRST_MASK_WORD
 
+WORTH_A_BATCH = 4096
+"""Padding tokens that cost more than one more micro-batch (two CPU cores, width 128: docs/log.md,
+2026-11-21)."""
+WORTH_A_BATCH_ON_GPU = 2**26
+"""The same, times the model's width, of a GPU: there a micro-batch costs the host a thousand
+launches, and padding nearly nothing. An estimate, not measured."""
+
+
+def padding_worth_a_batch(device_type: str, width: int) -> int:
+    """`BatchOptions.most_padding` for a device and a model of this width."""
+    return WORTH_A_BATCH if device_type == "cpu" else WORTH_A_BATCH_ON_GPU // width
+
 
 @dataclass(frozen=True)
 class BatchOptions:
@@ -32,6 +44,8 @@ class BatchOptions:
     """The strategy that chooses targets; None: [MASK] after the history."""
     packed: bool = False
     """No padding: sequences one after another."""
+    most_padding: int = WORTH_A_BATCH
+    """Padding tokens of a micro-batch, where it is not packed."""
     item_targets: bool = False
     """For a model with an item head, or one whose decoder starts from a state."""
     all_prefixes: bool = False

@@ -27,8 +27,8 @@ _IN_ORDER = ("waiting for a batch", "waiting for the other ranks", "computing")
 
 class RankWatch:
     """Context in which a thread writes once a second what this rank does, and ends the process in
-    one line when it has done that for too long. Between `beat` and `pause` alone: validation and
-    the end of a run may take as long as they do."""
+    one line when it has done that for too long. From `beat` to `pause` alone: validation and the
+    end of a run may take as long as they do, and the others wait for that."""
 
     def __init__(
         self,
@@ -69,17 +69,25 @@ class RankWatch:
         self._ended.set()
 
     def _watch(self) -> None:
-        while not self._ended.wait(1.0):
+        while True:
             step, doing, since = self._now
             with contextlib.suppress(OSError):  # the training itself says that a disk is full
-                self._write(step, doing)
-            if self.seconds and since and time.time() - since > self.seconds:
-                self._end(stuck_ranks(self.run, self.size))
+                self._write(step, doing, since > 0)
+            late = time.time() - self.seconds
+            if (
+                self.seconds
+                and 0 < since < late
+                and (stuck := stuck_ranks(self.run, self.size, late))
+            ):
+                self._end(stuck)
+            if self._ended.wait(1.0):
+                return
 
-    def _write(self, step: int, doing: str) -> None:
+    def _write(self, step: int, doing: str, watched: bool) -> None:
         path = self.run / FOLDER / f"rank-{self.rank:05d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"step": step, "doing": doing, "pid": os.getpid(), "host": socket.gethostname()}
+        facts = {"step": step, "doing": doing, "watched": watched, "time": time.time()}
+        facts |= {"pid": os.getpid(), "host": socket.gethostname()}
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(facts), encoding="utf-8")
         temporary.replace(path)
@@ -104,11 +112,21 @@ class RankWatch:
         return f"; NCCL's flight recorder is on, its dump is {prefix}{self.rank} on each host"
 
 
-def stuck_ranks(run: Path, size: int) -> str:
+def stuck_ranks(run: Path, size: int, late: float) -> str:
     """Which ranks are the furthest back, with their last step, by the files of all ranks.
 
     An example: rank 1 is computing step 7, ranks 0 and 2 are waiting for the other ranks at step 8.
-    Rank 1 is named."""
+    Rank 1 is named.
+
+    Args:
+        run: the run directory.
+        size: how many ranks there are.
+        late: a rank that has written nothing since this time is halted, whatever it wrote.
+
+    Returns:
+        One line; empty where one of them does what may take long, as rank 0 when it writes `best/`
+        and the others wait for its next step.
+    """
     found: dict[int, dict[str, Any]] = {}
     for rank in range(size):
         with contextlib.suppress(OSError, ValueError):
@@ -116,14 +134,17 @@ def stuck_ranks(run: Path, size: int) -> str:
             found[rank] = json.loads(text)
     missing = [str(rank) for rank in range(size) if rank not in found]
     if missing:
-        return f"rank {', '.join(missing)} has not begun"
+        return f"rank {', '.join(missing)} has not begun its first step"
 
     def place(rank: int) -> tuple[int, int]:
         doing = found[rank]["doing"]
-        return found[rank]["step"], _IN_ORDER.index(doing) if doing in _IN_ORDER else -1
+        within = _IN_ORDER.index(doing) if doing in _IN_ORDER else len(_IN_ORDER)
+        return found[rank]["step"], within
 
     last = min(map(place, found))
     behind = [rank for rank in found if place(rank) == last]
+    if not all(found[rank]["watched"] or found[rank]["time"] < late for rank in behind):
+        return ""
     named = "; ".join(
         f"rank {rank} is stuck {found[rank]['doing']} at step {found[rank]['step']} (process "
         f"{found[rank]['pid']} on {found[rank]['host']})"

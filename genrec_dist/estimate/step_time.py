@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 from genrec_dist.data.batch import Work
+from genrec_dist.data.collate import padding_worth_a_batch
 from genrec_dist.data.packing import Attended, segments_of
 from genrec_dist.data.samples.step import split_packed, split_padded
 from genrec_dist.estimate.activations import MicroBatch, activation_bytes
@@ -145,7 +147,8 @@ def draw(
         windows: int64, further sequences of the longest length for each of them.
         samples: of a step of this process.
     """
-    split = split_packed if setup.packed else split_padded
+    most_padding = padding_worth_a_batch("cpu" if setup.on_cpu else "cuda", setup.config.d_model)
+    split = split_packed if setup.packed else partial(split_padded, most_padding=most_padding)
     random, steps = np.random.default_rng(0), []
     for _ in range(NUM_DRAWN):
         chosen = random.choice(len(lengths), samples)

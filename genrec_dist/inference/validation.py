@@ -13,7 +13,12 @@ from genrec_dist.data.encoder_input import encode_histories, ragged
 from genrec_dist.data.layout import Layout
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.evaluation.metrics import TOP, rank_histogram, target_ranks
+from genrec_dist.evaluation.metrics import (
+    TOP,
+    metrics_from_histogram,
+    rank_histogram,
+    target_ranks,
+)
 from genrec_dist.inference.rank_users import Decoding, cut_batches, rank_batch
 from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.causal.prompted import PromptedModel
@@ -21,6 +26,26 @@ from genrec_dist.model.head_loss import target_loss
 
 PROMPTS_AT_ONCE = 32
 """Users whose prompts go through the layers together where nothing else bounds their number."""
+
+
+LOSS_USERS = 1000
+"""Of whose targets the loss is taken: it is then steady enough for a curve."""
+
+
+def validation_scores(
+    model: AnyModel,
+    searcher: TrieSearcher,
+    layout: Layout,
+    view: SplitView,
+    user_rows_U: np.ndarray,
+    decoding: Decoding,
+    ranks: Ranks,
+) -> tuple[float, dict[str, float]]:
+    """The loss of the first users' targets by a model, and the metrics of all users' lists by a
+    searcher of it. Collective; the other arguments are those of `target_histogram`."""
+    loss = history_loss(model, layout, view, user_rows_U[:LOSS_USERS], ranks)
+    counts = target_histogram(searcher, layout, view, user_rows_U, decoding, ranks)
+    return loss, metrics_from_histogram(counts)
 
 
 def target_histogram(

@@ -220,10 +220,9 @@ def _from_backbone(model: Model, sizes: ModelSizes) -> CodedModel:
         network.resize_token_embeddings(sizes.vocab_size)
     network.tie_weights()
     if sizes.vocabulary is None:
-        network.config.update(special)
+        network.config.update(special)  # decoding starts with the mask
     if isinstance(network, GenRecForConditionalGeneration):
         network.final_logits_bias.zero_()  # our head has none, and published weights hold zeros
-    # Decoding starts with the mask.
     if sizes.vocabulary is not None:
         network = _trimmed(network, sizes.vocabulary, special)
     network.generation_config = GenerationConfig.from_model_config(network.config)

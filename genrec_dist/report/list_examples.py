@@ -107,7 +107,7 @@ def read_list_examples(
             if (folder / "sequences.parquet").is_file():
                 examples = _with_histories(examples, user_ids, folder, split)
                 break
-        except (OSError, ValueError, IndexError, pa.ArrowException) as error:
+        except (OSError, ValueError, LookupError, pa.ArrowException) as error:
             notes.append(f"{folder}: no histories: {_first_line(error)}")
     for one in examples:
         wanted |= {one.target, *one.history, *(item for item in one.items if item is not None)}
@@ -125,7 +125,9 @@ def _read_lists(path: Path) -> tuple[ListExamples, list[str]]:
     listed, targets = Counter[str](), Counter[str]()
     ranks = []
     with _open(path, _COLUMNS) as file:
-        for batch in file.iter_batches(columns=["target", "items", "rank"]):
+        for batch in file.iter_batches(columns=list(_COLUMNS)):
+            if gaps := [name for name in _COLUMNS if batch.column(name).null_count]:
+                raise ValueError(f"column {gaps[0]} has gaps")
             first = pc.list_slice(batch.column("items"), 0, LISTED)
             for counter, values in ((listed, pc.list_flatten(first)), (targets, batch["target"])):
                 counted = pc.value_counts(values.drop_null())

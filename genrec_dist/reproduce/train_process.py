@@ -26,7 +26,7 @@ from genrec_dist.report.run_files import read_run_files
 from genrec_dist.training.checkpoint import list_checkpoints
 
 if TYPE_CHECKING:
-    from genrec_dist.training.loop import EpochReport
+    from genrec_dist.training.progress import EpochReport
 
 PRELOADED = ["genrec_dist.training.run", "genrec_dist.report.run_report"]
 """Imported once, by the server that trainings are forked from."""

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import RankStep
-from genrec_dist.data.collate import BatchOptions
+from genrec_dist.data.collate import WORTH_A_BATCH, BatchOptions
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.data.samples.step import make_step
@@ -89,6 +89,7 @@ class StepBatches(TorchDataset[RankStep]):
         sums: GenRecConfig | None = None,
         packed: bool = False,
         one_size: bool = False,
+        most_padding: int = WORTH_A_BATCH,
         teacher: Teacher | None = None,
     ):
         """A data set of all steps.
@@ -105,11 +106,13 @@ class StepBatches(TorchDataset[RankStep]):
             packed: whether micro-batches are packed.
             one_size: whether all of a stage have one size, which is that of its first steps: a
                 function of recipe and data, so that a resumed run has the same.
+            most_padding: of a padded micro-batch (`padding_worth_a_batch`).
             teacher: of finetuning.
         """
         self.stages, self.reader, self.layout, self.recipe = stages, reader, layout, recipe
-        self.rank, self.world, self.packed = rank, world, packed
-        self.ids_outside, self.sums, self.teacher = ids_outside, sums, teacher
+        self.rank, self.world, self.teacher = rank, world, teacher
+        self.packed, self.most_padding = packed, most_padding
+        self.ids_outside, self.sums = ids_outside, sums
         self.sizes: dict[str, Sizes] = {}
         if one_size:
             longest = recipe.model.max_tokens
@@ -157,6 +160,7 @@ class StepBatches(TorchDataset[RankStep]):
             seed=self.recipe.seed,
             mask=here.stage.mask if here.stage.targets == "mask" else None,
             packed=self.packed,
+            most_padding=self.most_padding,
             item_targets=self.recipe.model.item_loss > 0
             or self.recipe.model.decoder_start == "state",
             all_prefixes=here.stage.targets == "all-prefixes",

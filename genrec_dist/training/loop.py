@@ -8,7 +8,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from genrec_shards.keyed_random import mixed_key
 from genrec_dist.config.recipe import Stage
 from genrec_dist.console import say
 from genrec_dist.data.batch import Batch, RankStep, dummy_batch
+from genrec_dist.data.collate import padding_worth_a_batch
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.distributed.collectives import Ranks
@@ -28,10 +28,9 @@ from genrec_dist.distributed.signals import NotFinite, Stopped, StopRequest
 from genrec_dist.distributed.watch import RankWatch
 from genrec_dist.estimate.flops import FORMULA, FORMULA_OF_PROMPTS
 from genrec_dist.estimate.hardware import device_name, peak_of
-from genrec_dist.evaluation.metrics import metrics_from_histogram
 from genrec_dist.evaluation.provenance import git_commit, versions
 from genrec_dist.inference.rank_users import Decoding
-from genrec_dist.inference.validation import history_loss, target_histogram
+from genrec_dist.inference.validation import validation_scores
 from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.genrec import GenRecConfig, choose_packing
 from genrec_dist.model.item_rows import texts_in_table
@@ -43,32 +42,13 @@ from genrec_dist.training.engine import make_engine
 from genrec_dist.training.id_tables import IdTables, with_ids_outside
 from genrec_dist.training.loader import StepBatches, loaded
 from genrec_dist.training.profiling import Meter, Trace
-from genrec_dist.training.progress import TrainingDisplay, introduction
+from genrec_dist.training.progress import EpochReport, TrainingDisplay, introduction
 from genrec_dist.training.saving.checkpoints import Checkpoints
 from genrec_dist.training.saving.writer import Saved
 from genrec_dist.training.setup import TrainingSetup
 from genrec_dist.training.stages import StageSteps, stage_of
 from genrec_dist.training.step.graph import make_graph, wants_graph
-from genrec_dist.training.step.totals import StepTotals, total
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """A finished epoch: validated, and in a checkpoint that a run can be resumed from."""
-
-    epoch: int
-    """Of the last stage, counted from 1."""
-    epochs: int
-    """Of the stage."""
-    step: int
-    """Its last global step."""
-    scores: dict[str, float]
-    """`loss`, `HR@5`, `HR@10`, `NDCG@5`, `NDCG@10` on validation."""
-    last: bool
-    """Whether training has ended, also by early stopping."""
-
-
-Pair = tuple[torch.Tensor, torch.Tensor]
+from genrec_dist.training.step.totals import Pair, StepTotals, total
 
 
 class Loop:
@@ -145,8 +125,10 @@ class Loop:
         )
         self.write_status("running")
 
-    def batches(self) -> Iterator[tuple[int, RankStep]]:
-        """(global step, this rank's share of it) from the run's next step on."""
+    def batches(self, one_size: bool | None = None) -> Iterator[tuple[int, RankStep]]:
+        """(global step, this rank's share of it) from the run's next step on. `one_size`: whether
+        micro-batches have one; None: as the recipe says."""
+        one_size = wants_graph(self.recipe) if one_size is None else one_size
         config, device, workers = self.model.config, self.accelerator.device, self.recipe.workers
         data = StepBatches(
             self.setup.stages,
@@ -159,8 +141,9 @@ class Loop:
             sums=config
             if isinstance(config, GenRecConfig) and wants_gradient_order(device.type)
             else None,
-            packed=wants_graph(self.recipe) or choose_packing(self.recipe, device),
-            one_size=wants_graph(self.recipe),
+            packed=one_size or choose_packing(self.recipe, device),
+            one_size=one_size,
+            most_padding=padding_worth_a_batch(device.type, config.d_model),
             teacher=self.setup.teacher,
         )
         return loaded(data, range(self.progress.step, self.end_step), workers)
@@ -201,6 +184,7 @@ class Loop:
                     self.checkpoints.finish()
                     meter.restart()
                 if totals.stop:
+                    self.watch.pause(step, "saving")
                     self.checkpoints.save_last()
                     raise Stopped(totals.stop)
                 here = stage_of(stages, step)
@@ -287,11 +271,10 @@ class Loop:
         micro_batches = self.micro_batches(share, totals)
         self.tables.attach(self.model, share)
         loss = torch.zeros((), device=self.accelerator.device)
-        tokens_per_target = totals.tokens_per_target
         for number, batch in enumerate(micro_batches):
-            there = batch.to(self.accelerator.device)
+            there = batch.to(loss.device)
             with self.engine.micro_step(last=number == len(micro_batches) - 1):
-                summed = self.engine.loss(there, stage.label_smoothing, tokens_per_target)
+                summed = self.engine.loss(there, stage.label_smoothing, totals.tokens_per_target)
                 # Divided by the tokens of the step, not of the micro-batch: the gradient does not
                 # depend on how the step is cut.
                 term = summed / max(totals.target_tokens, 1)
@@ -353,11 +336,7 @@ class Loop:
 
     def validate(self, here: StageSteps, step: int) -> dict[str, float]:
         """Score a seeded sample of users on validation, keep the best model, and decide on early
-        stopping. Collective.
-
-        Returns:
-            `loss`, `HR@5`, `HR@10`, `NDCG@5`, `NDCG@10`.
-        """
+        stopping. Returns `loss`, `HR@5`, `HR@10`, `NDCG@5`, `NDCG@10`. Collective."""
         start, progress = time.perf_counter(), self.progress
         view = self.setup.dataset.sequences.history_and_target("validation")
         validation, users_U = self.recipe.validation, view.users
@@ -369,20 +348,17 @@ class Loop:
             texts_in_table(model),
             torch.inference_mode(),
         ):
-            # Under a thousand users the loss is steady enough for a curve.
-            loss = history_loss(model, self.setup.layout, view, users_U[:1000], self.ranks)
+            # Made anew each time: a searcher holds rows of the weights, which under ZeRO-3 exist in
+            # this context alone.
+            searcher = TrieSearcher(model, self.trie, self.accelerator.device)
             decoding = Decoding(
                 beam=validation.beam,
                 mode=validation.decode,
                 exclude_history=model.config.exclude_history,
             )
-            # Made anew each time: a searcher holds rows of the weights, which under ZeRO-3 exist in
-            # this context alone.
-            searcher = TrieSearcher(model, self.trie, self.accelerator.device)
-            counts = target_histogram(
-                searcher, self.setup.layout, view, users_U, decoding, self.ranks
+            loss, metrics = validation_scores(
+                model, searcher, self.setup.layout, view, users_U, decoding, self.ranks
             )
-            metrics = metrics_from_histogram(counts)
             gained = metrics["NDCG@10"] > progress.best_ndcg
             if gained:
                 self.check_finite()

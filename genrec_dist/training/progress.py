@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,22 @@ FORETOLD_STEPS, FORETOLD_SECONDS = 10, 10.0
 LINE_SECONDS = 60.0
 """Longest silence off a terminal, up to the next `step` event."""
 LONGEST_BAR, ROOM_FOR_FACTS = 24, 32
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """A finished epoch: validated, and in a checkpoint that a run can be resumed from."""
+
+    epoch: int
+    """Of the last stage, counted from 1."""
+    epochs: int
+    """Of the stage."""
+    step: int
+    """Its last global step."""
+    scores: dict[str, float]
+    """`loss`, `HR@5`, `HR@10`, `NDCG@5`, `NDCG@10` on validation."""
+    last: bool
+    """Whether training has ended, also by early stopping."""
 
 
 class TrainingDisplay:

@@ -31,7 +31,8 @@ from genrec_dist.inference.validation import PROMPTS_AT_ONCE
 from genrec_dist.report.run_report import write_report
 from genrec_dist.tracking.event_log import write_status
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
-from genrec_dist.training.loop import EpochReport, Loop
+from genrec_dist.training.loop import Loop
+from genrec_dist.training.progress import EpochReport
 from genrec_dist.training.setup import build_setup
 
 

@@ -25,7 +25,7 @@ from genrec_dist.decoding.trie import build_trie
 from genrec_dist.training.run import train
 from genrec_dist.training.setup import build_setup
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 DATA = Path(os.environ.get("GENREC_DATA", "data")) / "ml-100k.interactions.csv.gz"
 

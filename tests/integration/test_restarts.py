@@ -27,6 +27,7 @@ def write(run: Path, *ranks: tuple[int, str]) -> None:
     (run / "ranks").mkdir(exist_ok=True)
     for rank, (step, doing) in enumerate(ranks):
         facts = {"step": step, "doing": doing, "pid": 7 + rank, "host": "n1"}
+        facts |= {"watched": doing != "between steps", "time": 100.0}
         (run / "ranks" / f"rank-{rank:05d}.json").write_text(json.dumps(facts))
 
 
@@ -52,8 +53,17 @@ def test_the_rank_that_is_furthest_back_is_named(
     tmp_path: Path, ranks: list[tuple[int, str]], line: str
 ) -> None:
     write(tmp_path, *ranks)
-    assert stuck_ranks(tmp_path, len(ranks)) == line
-    assert stuck_ranks(tmp_path, len(ranks) + 1) == f"rank {len(ranks)} has not begun"
+    assert stuck_ranks(tmp_path, len(ranks), 50.0) == line
+    more = f"rank {len(ranks)} has not begun its first step"
+    assert stuck_ranks(tmp_path, len(ranks) + 1, 50.0) == more
+
+
+def test_nobody_is_stuck_while_one_does_what_may_take_long(tmp_path: Path) -> None:
+    write(tmp_path, (7, "between steps"), (8, "waiting for the other ranks"))
+    assert stuck_ranks(tmp_path, 2, late=50.0) == ""
+    # Halted, it does nothing at all.
+    line = "rank 0 is stuck between steps at step 7 (process 7 on n1); 1 further on"
+    assert stuck_ranks(tmp_path, 2, late=101.0) == line
 
 
 def test_the_flight_recorders_dump_is_mentioned_where_it_is_on(tmp_path: Path) -> None:
@@ -93,7 +103,7 @@ def test_a_killed_and_a_stuck_rank_are_started_again_and_the_run_takes_the_same_
     assert done.returncode == 0, done.stderr
     last = events(unbroken, "step")[-1]["step"]
 
-    settings = {"CPU_RANKS": "2", "GENREC_STUCK_SECONDS": "10", "MAX_RESTARTS": "2"}
+    settings = {"CPU_RANKS": "2", "GENREC_STUCK_SECONDS": "20", "MAX_RESTARTS": "2"}
     env = environment(**settings, TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3")
     env["PATH"] += f":{BIN}"
     output = (folder / "output").open("w+")
@@ -112,7 +122,7 @@ def test_a_killed_and_a_stuck_rank_are_started_again_and_the_run_takes_the_same_
         output.close()
     said = (folder / "output").read_text()
     assert "genrec: rank 1 has gone (" in said
-    assert "genrec: no step for 10 s: rank 1 is stuck " in said
+    assert "genrec: no step for 20 s: rank 1 is stuck " in said
     assert f"(process {halted} on " in said
     resumed = [event["resumed_from"] for event in events(broken, "start")]
     assert len(resumed) == 3

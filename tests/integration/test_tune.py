@@ -26,7 +26,7 @@ from genrec_dist.config.load import load_recipe
 from genrec_dist.inference.load import load_run
 from genrec_dist.report.run_files import RunFiles
 from genrec_dist.training.checkpoint import list_checkpoints
-from genrec_dist.training.loop import EpochReport
+from genrec_dist.training.progress import EpochReport
 from genrec_dist.training.run import train
 
 # Three trials, the first with a learning rate that ends in NaN.

@@ -8,6 +8,7 @@ import tomllib
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -39,10 +40,14 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def click_commands() -> dict:
+def click_app() -> Any:
     from genrec_dist.cli.app import app
 
-    return get_command(app).commands  # type: ignore[attr-defined]
+    return get_command(app)
+
+
+def click_commands() -> dict:
+    return click_app().commands
 
 
 def environment_without(name: str) -> dict[str, str]:
@@ -76,7 +81,10 @@ def test_every_command_and_option_exists(path: Path) -> None:
     assert len(lines) >= 6
     for line in lines:
         words = line.split("#")[0].split()
-        parameters = commands[words[1]].params if len(words) > 1 else []
+        of_all = len(words) > 1 and words[1].startswith("--")
+        parameters = (
+            (click_app() if of_all else commands[words[1]]).params if len(words) > 1 else []
+        )
         known = {"--help"}.union(*(parameter.opts for parameter in parameters))
         assert {word for word in words if word.startswith("--")} <= known, line
         if words[1:2] == ["train"]:

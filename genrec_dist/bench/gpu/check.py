@@ -37,7 +37,7 @@ COMMIT = "GENREC_COMMIT"
 """The environment variable that names the commit where the checkout came without its history."""
 HEAVY = ("polars", "webdataset", "pydantic", "deepspeed", "ray", "triton")
 MAY_BE_MISSING = (*HEAVY, "hypothesis", "pytest")
-STEPS = ("steps", "lists", "kernels", "beam", "latency")
+STEPS = ("steps", "graph", "lists", "kernels", "beam", "latency")
 LISTED_USERS = 500
 LEFT_OUT = "left-out"
 GIB = 2**30
@@ -56,6 +56,10 @@ def measure(step: str, small: bool, seconds: float, on_part: OnPart) -> Measured
         from genrec_dist.bench.gpu import steps as gpu_steps
 
         return gpu_steps.bench_steps(small, seconds, on_part)
+    if step == "graph":
+        from genrec_dist.bench.gpu import graph
+
+        return graph.bench_graph(small, seconds, on_part)
     if step == "kernels":
         from genrec_dist.bench import kernels
 
@@ -248,8 +252,8 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
         from genrec_dist.bench.beam import format_curves
 
         lines += ["", "```", format_curves(found), "```"]
-    if name in ("steps", "lists"):
-        kind = "cases" if name == "steps" else "modes"
+    if name in ("steps", "graph", "lists"):
+        kind = "modes" if name == "lists" else "cases"
         for case, figures in found[kind].items():
             lines.append(f"- {case}: {_words({key: _short(one) for key, one in figures.items()})}")
     return lines

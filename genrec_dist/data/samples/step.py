@@ -17,15 +17,11 @@ from genrec_shards.storage.sample_order import StepSamples
 
 from genrec_dist.config.recipe import Mask
 from genrec_dist.data.batch import RankStep
-from genrec_dist.data.collate import BatchOptions, collate
+from genrec_dist.data.collate import WORTH_A_BATCH, BatchOptions, collate
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.samples.masked_samples import apply_mask, prefix_rows
 from genrec_dist.data.samples.masking import STRATEGIES, Targets
 from genrec_dist.data.samples.prefix_samples import prefix_segments
-
-WORTH_A_BATCH = 4096
-"""Padding tokens that cost more than one more micro-batch (two CPU cores, width 128: docs/log.md,
-2026-11-21)."""
 
 
 class SequenceSource(Protocol):
@@ -72,7 +68,9 @@ def make_step(
         tokens = _token_lengths(items, starts_B, ends_B, samples.user_rows, targets, layout)
 
     batches = []
-    split = split_packed if options.packed else split_padded
+    split = split_packed
+    if not options.packed:
+        split = partial(split_padded, most_padding=options.most_padding)
     for part in split(tokens, options.micro_batch_tokens):
         if segments is not None:
             masked, samples_b = prefix_rows(items, segments, part, layout), segments.sample_P[part]
@@ -130,7 +128,9 @@ def _token_lengths(
     return np.minimum(shown_B + user_tokens_B + 2, layout.max_tokens)
 
 
-def split_padded(tokens_B: np.ndarray, micro_batch_tokens: int) -> list[np.ndarray]:
+def split_padded(
+    tokens_B: np.ndarray, micro_batch_tokens: int, most_padding: int = WORTH_A_BATCH
+) -> list[np.ndarray]:
     """Indices of samples by micro-batch, longest first. One ends where its padded rectangle would
     exceed the budget, or where its padding would cost more than another micro-batch."""
     order = np.argsort(-tokens_B, kind="stable")
@@ -140,7 +140,7 @@ def split_padded(tokens_B: np.ndarray, micro_batch_tokens: int) -> list[np.ndarr
         longest = int(lengths[start])
         fitting = lengths[start : start + max(1, micro_batch_tokens // longest)]
         padding = np.cumsum(longest - fitting)
-        size = max(1, int(np.searchsorted(padding, WORTH_A_BATCH, side="right")))
+        size = max(1, int(np.searchsorted(padding, most_padding, side="right")))
         parts.append(order[start : start + size])
         start += size
     return parts

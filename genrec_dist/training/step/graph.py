@@ -56,8 +56,6 @@ class _Captured:
     """uint8, the buffer that each micro-batch is copied into."""
     placed: Batch
     """Where its tensors are in there."""
-    batch: Batch
-    """Views of the buffer."""
     steps: int = 0
     """Taken without graphs so far."""
     learn: Any = None
@@ -81,6 +79,11 @@ class StepGraph:
         for group in engine.optimizer.param_groups:
             group["lr"], group["capturable"] = self.rate, True
         self.captured: dict[tuple[Any, ...], _Captured] = {}
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether steps have been captured."""
+        return any(found.learn is not None for found in self.captured.values())
 
     def take(
         self,
@@ -110,13 +113,13 @@ class StepGraph:
         found = self._of(batches[0], label_smoothing)
         if self.capture and found.learn is None and found.steps >= WARM_UP:
             self._load(found, batches[0])
-            found.learn = self._captured(lambda: self._learn(found.batch, label_smoothing))
+            found.learn = self._captured(lambda: self._learn(found, label_smoothing))
             found.finish = self._captured(self._finish)
         with self._side_stream(found):
             for batch in batches:
                 self._load(found, batch)
                 if found.learn is None:
-                    self._learn(found.batch, label_smoothing)
+                    self._learn(found, label_smoothing)
                 else:
                     found.learn.replay()
             if found.finish is None:
@@ -131,7 +134,7 @@ class StepGraph:
         key = (label_smoothing, buffer.numel(), *places_of(placed))
         if key not in self.captured:
             inputs = torch.empty_like(buffer, device=self.engine.accelerator.device)
-            self.captured[key] = _Captured(inputs, placed, out_of_buffer(inputs, placed))
+            self.captured[key] = _Captured(inputs, placed)
         return self.captured[key]
 
     def _load(self, found: _Captured, batch: Batch) -> None:
@@ -140,8 +143,10 @@ class StepGraph:
         source = buffer.pin_memory() if self.capture else buffer
         found.inputs.copy_(source, non_blocking=True)
 
-    def _learn(self, batch: Batch, label_smoothing: float) -> None:
+    def _learn(self, found: _Captured, label_smoothing: float) -> None:
         """Forward and backward; the gradient is added where it is."""
+        # Views made anew: a batch keeps masks that were made of it.
+        batch = out_of_buffer(found.inputs, found.placed)
         with self.engine.micro_step(last=True):
             summed = self.engine.loss(batch, label_smoothing, self.scale[1])
             term = summed * self.scale[0]

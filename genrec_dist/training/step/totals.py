@@ -5,8 +5,13 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from genrec_dist.data.batch import RankStep
 from genrec_dist.distributed.collectives import Ranks
+
+Pair = tuple[Tensor, Tensor]
+"""The loss per target token and the gradient norm of a step, scalars on the device."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,12 @@ def test_a_printed_recipe_is_the_recipe(
     assert load_recipe(tmp_path / "mine.yaml") == load_recipe(name)
 
 
+def test_a_recipe_is_shown_with_or_without_the_word(capfd: pytest.CaptureFixture[str]) -> None:
+    assert said(capfd, 0, "recipes", "show", "best") == said(capfd, 0, "recipes", "best")
+    assert "give one recipe" in said(capfd, 2, "recipes", "best", "tiny")
+    assert "give one recipe" in said(capfd, 2, "recipes", "show", "best", "tiny")
+
+
 def test_a_printed_recipe_has_each_key_below_its_meaning(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,7 +201,10 @@ def test_a_sign_of_life_is_on_terminals_of_the_first_rank_alone() -> None:
         assert done.stdout == b"done\n"
         for end in (leader, follower):
             os.close(end)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(FORCE_COLOR="1"),
+        capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
     assert (done.stdout, done.stderr) == (b"done\n", b"")
 
 

@@ -39,10 +39,10 @@ from hypothesis import strategies as st
 
 from genrec_dist.config.recipe import Mask
 from genrec_dist.data.batch import IGNORED, Batch, dummy_batch
-from genrec_dist.data.collate import target_batch
+from genrec_dist.data.collate import WORTH_A_BATCH, padding_worth_a_batch, target_batch
 from genrec_dist.data.encoder_input import EncoderInput, encode_histories
 from genrec_dist.data.layout import Layout
-from genrec_dist.data.samples.step import WORTH_A_BATCH, choose_targets, split_packed, split_padded
+from genrec_dist.data.samples.step import choose_targets, split_packed, split_padded
 from genrec_dist.data.word_table import build_words, item_text, user_text
 
 __all__ = ["model"]
@@ -323,6 +323,16 @@ def test_encode_histories_takes_nobody_and_names_rows_outside_the_catalogue():
 def is_worth_one(tokens_b: np.ndarray, budget: int) -> bool:
     rectangle = len(tokens_b) * tokens_b.max()
     return rectangle <= budget and rectangle - tokens_b.sum() <= WORTH_A_BATCH
+
+
+def test_a_gpu_takes_more_padding_before_another_micro_batch():
+    tokens_B = np.array([500] * 20 + [100] * 60)
+    cuts = [
+        len(split_padded(tokens_B, 65_536, padding_worth_a_batch(device, 128)))
+        for device in ("cpu", "cuda")
+    ]
+    assert cuts == [2, 1]
+    assert padding_worth_a_batch("cuda", 1024) < padding_worth_a_batch("cuda", 128)
 
 
 @given(tokens=st.lists(st.integers(1, 500), min_size=1, max_size=200), budget=st.integers(1, 5000))

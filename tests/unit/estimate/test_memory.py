@@ -24,13 +24,7 @@ from genrec_dist.data.batch import SampleRows
 from genrec_dist.estimate.activations import Compute, MicroBatch, activation_bytes
 from genrec_dist.estimate.forecast import step_flops
 from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_parameters
-from genrec_dist.estimate.state import (
-    METHODS,
-    State,
-    gathered_elements,
-    read_settings,
-    state_bytes,
-)
+from genrec_dist.estimate.state import METHODS, State, gathered_elements, read_settings, state_bytes
 from genrec_dist.model.genrec import GenRecForConditionalGeneration, choose_loss
 
 # 4.2 million parameters, so that paddings and scalars are small beside them.

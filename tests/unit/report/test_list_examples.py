@@ -167,6 +167,20 @@ def test_lists_of_free_decoding_may_hold_texts_that_are_no_item(run: Path) -> No
     assert "None" not in text
 
 
+@pytest.mark.parametrize("column", ["user", "target", "items", "rank"])
+def test_a_gap_in_the_lists_is_noted_and_breaks_no_page(
+    titled: Dataset, run: Path, column: str
+) -> None:
+    path = run / "top20-test.parquet"
+    table = pq.read_table(path)
+    values = [None, *table[column].to_pylist()[1:]]
+    place, kind = table.schema.get_field_index(column), table.schema.field(column).type
+    pq.write_table(table.set_column(place, column, pa.array(values, kind)), path)
+    text = Page(write_report(run, titled.path).read_text()).text
+    assert f"top20-test.parquet: column {column} has gaps: evaluate again" in text
+    assert "Users and their lists" not in text
+
+
 def test_the_command_takes_the_data_directory(
     titled: Dataset, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

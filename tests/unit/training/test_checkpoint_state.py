@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from genrec_shards.storage.manifest import file_sha256
 from places import ROOT
 from safetensors.torch import save_file
 from tiny import TINY_RECIPE
@@ -21,15 +20,8 @@ from tiny import TINY_RECIPE
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
-from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint, list_checkpoints
-from genrec_dist.training.checkpoint_state import (
-    Progress,
-    StateFile,
-    _sha256_of,
-    read_state,
-    write_state,
-)
+from genrec_dist.training.checkpoint_state import _sha256_of, read_state
 from genrec_dist.training.engine import Segment
 from genrec_dist.training.run import train
 from genrec_dist.training.setup import TrainingSetup, build_setup
@@ -280,32 +272,3 @@ def test_a_changed_recipe_is_refused_with_the_keys(stopped: Path, tmp_path: Path
     (Path(recipe.run) / "recipe.yaml").unlink()
     with pytest.raises(ValueError, match=r"not this run's.*set another run directory$"):
         train(other, resume="latest")
-
-
-def test_shards_of_two_ranks_are_read_in_any_part(stopped: Path, tmp_path: Path) -> None:
-    """As a run of another size reads what ZeRO-1 on two ranks wrote: a (6 elements) and b (4) lie
-    one after another, and each rank has half of that."""
-    whole, files = list_checkpoints(stopped)[-1], []
-    (folder := tmp_path / whole.name).mkdir()
-    shards = [
-        [Segment("a", start=0, master=0, offset=0, numel=5)],
-        [
-            Segment("a", start=5, master=0, offset=0, numel=1),
-            Segment("b", start=0, master=0, offset=1, numel=4),
-        ],
-    ]
-    for rank, segments in enumerate(shards):
-        path = folder / f"rank-{rank:05d}-of-00002.safetensors"
-        held = {"weight.0": torch.arange(5.0) + 5 * rank}
-        save_file(held, path, metadata={"fragments": json.dumps([*map(astuple, segments)])})
-        files.append(StateFile(name=path.name, bytes=path.stat().st_size, sha256=file_sha256(path)))
-    state = json.loads((whole / "state.json").read_text())
-    write_state(folder, Progress(**state["progress"]), state["identity"], 6, files)
-    checkpoint = Checkpoint(folder, {}, Ranks())
-    for name, first, size in (("a", 0, 6), ("b", 6, 4)):
-        for start in range(size):
-            for numel in range(1, size - start + 1):
-                found = checkpoint.read("weight", name, start, numel)
-                assert found.tolist() == [float(first + start + n) for n in range(numel)]
-    with pytest.raises(ValueError, match=r"4 of 5 values of b \(weight\) in it"):
-        checkpoint.read("weight", "b", 0, 5)

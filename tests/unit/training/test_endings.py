@@ -26,7 +26,8 @@ from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.signals import NotFinite, Stopped
 from genrec_dist.tracking.event_log import EventLog, write_status
 from genrec_dist.training.checkpoint import Checkpoint, list_checkpoints
-from genrec_dist.training.loop import EpochReport, Loop
+from genrec_dist.training.loop import Loop
+from genrec_dist.training.progress import EpochReport
 from genrec_dist.training.run import train
 
 

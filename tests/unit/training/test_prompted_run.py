@@ -25,7 +25,9 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.encoder_input import encode_histories
 from genrec_dist.data.prompt.title_words import distinct_titles
 from genrec_dist.inference.load import load_run
+from genrec_dist.inference.recommend import Recommender
 from genrec_dist.inference.titles import prompt_of
+from genrec_dist.sharing.public_files import write_public_files
 from genrec_dist.training.checkpoint import list_checkpoints
 from genrec_dist.training.run import train
 from genrec_dist.training.setup import build_setup
@@ -134,6 +136,15 @@ LORA = ("lora.rank=4", "lora.dropout=0.1")
 
 
 @pytest.mark.parametrize("sets", [(), LORA], ids=["all weights", "adapters"])
+def test_what_a_push_uploads_lists_the_same_titles(run: Path, tmp_path: Path) -> None:
+    write_public_files(run, tmp_path)
+    ours, copy = Recommender.load(run), Recommender.load(tmp_path)
+    history = ours.run.catalogue.item_ids[:7]
+    assert copy.recommend([history])[0] == ours.recommend([history])[0]
+    names = {path.suffix for path in tmp_path.iterdir()}
+    assert names == {".json", ".safetensors", ".yaml"}
+
+
 def test_a_resumed_run_is_the_same_to_the_bit(
     run: Path, data: Path, tmp_path: Path, sets: tuple[str, ...]
 ) -> None:

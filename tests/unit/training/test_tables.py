@@ -3,13 +3,13 @@ plain model as `best`."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from run_events import events
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
@@ -120,24 +120,24 @@ def test_a_resume_goes_on_to_the_bit(recipe: Recipe) -> None:
         assert (last / name).read_bytes() == content, name
 
 
+EPOCHS = 6
+
+
 @pytest.mark.parametrize("recipe", [6], indirect=True)
 def test_rows_alone_lower_the_loss(recipe: Recipe, tmp_path: Path) -> None:
     """All else stands still, so what is learned is the tables'; and with tables that stand still
     too, nothing is."""
     # Steps count here, so that each is a plain one and no checkpoint is left but the last.
-    stage = replace(recipe.finetune, epochs=8, learning_rate=1e-9)
+    stage = replace(recipe.finetune, epochs=EPOCHS, learning_rate=1e-9)
     still = replace(recipe, finetune=stage, model=replace(recipe.model, dropout=0.0))
     still = replace(still, packing="padded", micro_batch_tokens=8192, checkpoint_every=10_000)
+    still = replace(still, validation=replace(recipe.validation, every_epochs=EPOCHS))
     fallen = []
     for name, rate in (("learning", 0.3), ("frozen", 1e-9)):
         optimizer = replace(recipe.optimizer, id_learning_rate=rate)
-        events = (
-            train(replace(still, run=str(tmp_path / name), optimizer=optimizer)) / "events.jsonl"
-        ).read_text()
-        losses = [
-            json.loads(line)["loss"] for line in events.splitlines() if '"event": "step"' in line
-        ]
-        epoch = len(losses) // 8
+        run = train(replace(still, run=str(tmp_path / name), optimizer=optimizer))
+        losses = [event["loss"] for event in events(run, "step")]
+        epoch = len(losses) // EPOCHS
         fallen.append(np.mean(losses[:epoch]) - np.mean(losses[-epoch:]))
     # An epoch's steps are not of one size, so also without learning two epochs' means differ a
     # little.

@@ -16,6 +16,7 @@ from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.model import genrec
 from genrec_dist.training.run import train
+from genrec_dist.training.saving.tensor_file import HostCopies
 
 
 @pytest.fixture
@@ -86,3 +87,19 @@ def test_layers_that_padding_leaves_uncompiled_are_refused(recipe: Recipe) -> No
     padded = replace(recipe, deterministic=False, compile="layers", packing="padded")
     with pytest.raises(ValueError, match=r"^compile layers: .* set packing packed"):
         train(padded)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_checkpoints_copies_are_pinned_and_of_the_moment_at_which_they_were_queued() -> None:
+    copies, tensor = HostCopies(), torch.zeros(1 << 26, device="cuda")
+    product = torch.randn(8192, 8192, device="cuda")
+    for _ in range(20):  # so that the copy is still queued when the tensor changes
+        product = product @ product / 1e4
+    (copy,) = copies.take({"a": tensor}).values()
+    tensor.add_(1)
+    assert copy.is_pinned()
+    copies.wait()
+    assert not copy.any()
+    torch.cuda.synchronize()
+    assert not copy.any()
