@@ -212,9 +212,13 @@ def with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
         parent, _, new_name = new.rpartition(".")
         section = renamed[parent] if parent else renamed
         section[old.rpartition(".")[2]] = section.pop(new_name)
+    if renamed["model"]["item_text"] == "none":  # as before the keys existed
+        del renamed["model"]["item_text"], renamed["model"]["item_text_source"]
     for stage in (renamed["pretrain"], renamed["finetune"]):
         if stage["windows"] == "own":  # as before the key existed
             del stage["windows"]
+        if not stage["distill"]["weight"]:
+            del stage["distill"]
     if not renamed["prompt"]["template"]:  # as before the sections existed
         del renamed["prompt"], renamed["lora"]
     if renamed["model"]["architecture"] == "bart":

@@ -99,6 +99,13 @@ class Model:
     """Initial values of the items' rows. cooccurrence: directions that items share with their
     neighbours in the training parts (t_1..t_{n-2} whatever `trained_through`), as long as random
     ones; in the rows of their tokens where each item is one token, else in the item id table."""
+    item_text: Literal["none", "add", "init"] = "none"
+    """What the items' texts do to the rows of their tokens, where each item is one token. add: a
+    learned projection of the text's vector is added, in the input and in the output; it is the
+    whole row of an item that the training parts do not hold, which is in no loss. init: the rows
+    begin so, and texts then play no part. The saved model has the sums and needs no texts."""
+    item_text_source: str = "factors"
+    """The vectors: `factors`, `wordllama` or a directory, as under `text`."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +173,22 @@ class Mask:
 
 
 @dataclass(frozen=True)
+class Distill:
+    """What a decoder learns beside each target: the distribution over the next item that the
+    transition graph and the items' texts (`text`) have after the target's history, in the training
+    parts, the user's own pairs left out. The graph's settings are chosen on validation. One beam
+    search then has most of what `decode: hybrid` adds. Needs `all-prefixes`, `tokens.forced: given`
+    and items of one token."""
+
+    weight: float = 0.0
+    """Its part of the target's probability in the loss. 0: none."""
+    temperature: float = 1.0
+    """By which its logarithms are divided: above 1 it is flatter."""
+    top: int = 50
+    """How many of its likeliest items are kept."""
+
+
+@dataclass(frozen=True)
 class Stage:
     """Pretraining or finetuning."""
 
@@ -192,6 +215,8 @@ class Stage:
     """Which items are masked; read when targets is mask."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over the output vocabulary."""
+    distill: Distill = field(default_factory=Distill)
+    """Of finetuning alone: soft targets."""
 
     @property
     def sample_unit(self) -> Literal["users", "samples"]:

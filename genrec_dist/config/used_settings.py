@@ -26,6 +26,8 @@ _ENCODER_DECODER = (
     "positions",
     "scale_embedding",
     "init_items",
+    "item_text",
+    "item_text_source",
 )
 """Keys of `model` that a model with a prompt does not have."""
 
@@ -70,6 +72,8 @@ def _unused(get: Get) -> set[str]:
         strategy = get(f"{stage}.mask.strategy")
         if get(f"{stage}.targets") != "all-prefixes":
             unused.add(f"{stage}.windows")
+        if not get(f"{stage}.distill.weight"):
+            unused.add(f"{stage}.distill")
         if get(f"{stage}.targets") != "mask":
             unused.add(f"{stage}.mask")
         if strategy not in ("last-biased", "recency"):
@@ -85,6 +89,8 @@ def _unused(get: Get) -> set[str]:
         unused |= set() if get("lora.rank") else {"lora"}
     else:
         unused |= {"prompt", "lora"}
+    if get("model.item_text") in (None, "none"):
+        unused.add("model.item_text_source")
     if get("model.backbone"):
         unused |= {f"model.{key}" for key in _SHAPE}
     if get("model.backbone") or get("tokens.tokenizer"):

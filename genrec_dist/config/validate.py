@@ -45,10 +45,11 @@ _RULES: dict[str, tuple[tuple[str, Rule], ...]] = {
     ),
     "pretrain finetune": (
         ("epochs", _NOT_NEGATIVE),
-        ("batch_size mask.k", _AT_LEAST_1),
+        ("batch_size mask.k distill.top", _AT_LEAST_1),
         ("learning_rate", _POSITIVE),
         ("warmup_fraction", _SHARE),
-        ("label_smoothing", _BELOW_1),
+        ("label_smoothing distill.weight", _BELOW_1),
+        ("distill.temperature", _POSITIVE),
         ("mask.p", _PROBABILITY),
     ),
     "prompt": (("max_titles", _AT_LEAST_1),),
@@ -144,6 +145,25 @@ def _contradiction(recipe: Recipe) -> str:
             f"model.init_items {model.init_items}: tables outside the model begin at random: set "
             "optimizer.id_tables dense"
         )
+    if model.item_text != "none" and model.item_text_source == "words":
+        return (
+            "model.item_text_source words: each word would be a dimension: set factors, their "
+            "largest ones"
+        )
+    if model.item_text != "none" and recipe.init_from is not None:
+        return (
+            f"model.item_text {model.item_text}: init_from takes the rows of its model, which may "
+            "have texts in them: set item_text none"
+        )
+    if recipe.pretrain.distill.weight:
+        return "pretrain.distill.weight: finetuning alone has soft targets: set it to 0"
+    if recipe.finetune.distill.weight and not (
+        recipe.finetune.targets == "all-prefixes" and recipe.tokens.forced == "given"
+    ):
+        return (
+            f"finetune.distill.weight {recipe.finetune.distill.weight}: set finetune.targets "
+            "all-prefixes and tokens.forced given, or the weight to 0"
+        )
     if "none" in recipe.tracker and len(recipe.tracker) > 1:
         return f"tracker {', '.join(recipe.tracker)}: none stands alone: leave out one or the other"
     if recipe.step_graph == "on" and (problem := _graph_problem(recipe)):
@@ -178,6 +198,12 @@ def _graph_problem(recipe: Recipe) -> str:
         ),
         f"head {recipe.head}: it passes over labels alone, which differ in number: set full": (
             recipe.head not in ("auto", "full")
+        ),
+        "model.item_text add: its sums are made anew in each step: set none": (
+            model.item_text == "add"
+        ),
+        "finetune.distill: soft targets differ in number: set its weight to 0": (
+            recipe.finetune.distill.weight > 0
         ),
         "compile layers: set none": recipe.compile != "none",
         "activation_checkpointing: it reads the generator's state on the host: set false": (
@@ -215,6 +241,8 @@ def _prompt_problem(recipe: Recipe) -> str:
         "model.item_loss": model.item_loss > 0,
         "model.decoder_start": model.decoder_start != "mask",
         "model.init_items": model.init_items != "random",
+        "finetune.distill.weight": recipe.finetune.distill.weight > 0,
+        "model.item_text": model.item_text != "none",
         "model.encoder_unit": model.encoder_unit != "subword",
         "model.positions": model.positions != "from-start",
         "tokens.trim": recipe.tokens.trim,

@@ -98,6 +98,16 @@ class ItemTargets:
 
 
 @dataclass(frozen=True)
+class SoftTargets:
+    """Tokens that take a part of the targets' probability in the loss."""
+
+    tokens_nK: Tensor
+    """int64, for each label that is in the loss, in their order."""
+    shares_nK: Tensor
+    """float32, of each token; what is left of 1 is the label's."""
+
+
+@dataclass(frozen=True)
 class SampleRows:
     """Where decoder rows are among places for equally many rows of each sample."""
 
@@ -155,6 +165,8 @@ class ModelInputs:
     for which a device is waited for."""
     item_targets: ItemTargets | None = None
     """Of the item head; None: the model has none."""
+    soft: SoftTargets | None = None
+    """None: the labels alone are learned."""
     visible: Tensor | None = None
     """int64 [R], how many of its sample's encoder tokens a decoder row attends to, from the first
     on; None: all."""

@@ -17,6 +17,7 @@ from genrec_dist.data.encoder_input import EncoderInput, FlatSequences, encode_w
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.packing import Packing, filled_size, segments_of
 from genrec_dist.data.samples.masked_samples import MaskedSamples
+from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.data.word_table import EOS_WORD, FIRST_MASK_WORD
 
 WORTH_A_BATCH = 4096
@@ -51,6 +52,9 @@ class BatchOptions:
     """Each item of a training part but the first is a target (causal encoders)."""
     share_windows: bool = False
     """With all_prefixes: targets whose history is too long share windows (`prefix_segments`)."""
+    teacher: Teacher | None = None
+    """With all_prefixes and items of one token that forced tokens follow: what is learned beside
+    the targets."""
 
 
 @dataclass(frozen=True)

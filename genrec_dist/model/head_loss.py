@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from genrec_dist.config.recipe import HeadLoss
+from genrec_dist.data.batch import SoftTargets
 from genrec_dist.model.network import product_dtype
 
 CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**25, 2**27
@@ -72,6 +73,27 @@ def head_loss(
     dtype = product_dtype(hidden_nD)
     total: Tensor = ChunkedLoss.apply(hidden_nD, weight_VD, labels_n, label_smoothing, dtype)
     return total
+
+
+def soft_difference(
+    hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, soft: SoftTargets
+) -> Tensor:
+    """What soft targets add to the summed cross-entropy of the labels: the normaliser is the same
+    for both, so only the logits differ.
+
+    Args:
+        hidden_nD: states of the label tokens.
+        weight_VD: of the head.
+        labels_n: int64.
+        soft: of each label.
+    """
+    with torch.autocast(hidden_nD.device.type, enabled=False):
+        shares_nK = soft.shares_nK.to(weight_VD.dtype)
+        soft_nD = F.embedding_bag(
+            soft.tokens_nK, weight_VD, mode="sum", per_sample_weights=shares_nK
+        )
+        hard_nD = F.embedding(labels_n, weight_VD) * shares_nK.sum(1, keepdim=True)
+        return (hidden_nD.to(weight_VD.dtype) * (hard_nD - soft_nD)).sum()
 
 
 def resolve_head(how: HeadLoss | Literal["auto"], device: torch.device) -> HeadLoss:

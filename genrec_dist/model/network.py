@@ -6,6 +6,8 @@ states to items."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,6 +53,67 @@ class IdProjection(nn.Linear):
 
     def __init__(self, id_dim: int, width: int):
         super().__init__(id_dim, width, bias=False)
+
+
+class ItemText(nn.Module):
+    """What the items' texts add to the rows of their tokens, by a projection that is learned.
+
+    An item that training never shows could only sink in the softmax. It has no row of its own, and
+    none at all while training; in the end its row is what its text says."""
+
+    rows_N: Tensor
+    """int64 [N], each item's row of the token table."""
+    vectors_NF: Tensor
+    """float32, of length 1, or 0 without a text."""
+    own_V1: Tensor
+    """float32, 0 for a row that texts alone make, else 1."""
+
+    def __init__(self, num_items: int, dims: int, num_rows: int, width: int):
+        """Without values."""
+        super().__init__()
+        self.projection_FD = nn.Parameter(torch.empty(dims, width))
+        # Not in the weights: they follow from the data, and `best` has what they come to.
+        buffers = {
+            "rows_N": torch.zeros(num_items, dtype=torch.int64),
+            "vectors_NF": torch.zeros(num_items, dims),
+            "own_V1": torch.ones(num_rows, 1),
+        }
+        for name, values in buffers.items():
+            self.register_buffer(name, values, persistent=False)
+
+    def forward(self, table_VD: Tensor) -> Tensor:
+        """The token table with the texts in the items' rows, in float32, for training."""
+        return self._sum(table_VD) * self.own_V1
+
+    def whole(self, table_VD: Tensor) -> Tensor:
+        """The same for decoding: with the rows of items that training never shows."""
+        return self._sum(table_VD * self.own_V1)
+
+    def _sum(self, table_VD: Tensor) -> Tensor:
+        with torch.autocast(table_VD.device.type, enabled=False):
+            text_ND = self.vectors_NF @ self.projection_FD
+            return table_VD.index_add(0, self.rows_N, text_ND)
+
+    def like(self) -> ItemText:
+        """A module of the same form, without values, on torch's default device."""
+        (num_items, dims), width = self.vectors_NF.shape, self.projection_FD.shape[1]
+        return ItemText(num_items, dims, len(self.own_V1), width)
+
+    @contextlib.contextmanager
+    def added(self, model: Any) -> Iterator[None]:
+        """Context in which BART's embeddings and head compute with the texts in their table;
+        gradients reach the table itself and the projection."""
+        bart = model.model
+        tied = (bart.shared, bart.encoder.embed_tokens, bart.decoder.embed_tokens, model.lm_head)
+        rows_VD = self(bart.shared.weight)
+        for module in tied:
+            # Found before the parameter of the same name, which stays where it is.
+            module.__dict__["weight"] = rows_VD
+        try:
+            yield
+        finally:
+            for module in tied:
+                module.__dict__.pop("weight", None)
 
 
 class Network:

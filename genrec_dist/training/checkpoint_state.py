@@ -49,15 +49,19 @@ class StateFile(TypedDict):
     sha256: str
 
 
-class PromptIdentity(TypedDict, total=False):
-    """Hashes of a run with a prompt alone."""
+class PartialIdentity(TypedDict, total=False):
+    """Hashes that some runs alone have."""
 
     titles: str
+    """Of a run with a prompt."""
     backbone: str
     """Of the weights that adapters leave as they are."""
+    item_text: str
+    """Of the texts' vectors that are added to rows."""
+    soft_targets: str
 
 
-class Identity(PromptIdentity):
+class Identity(PartialIdentity):
     """Hashes that a resumed run must have too."""
 
     sequences: str
@@ -169,7 +173,7 @@ def _problem_of(state: CheckpointState, path: Path) -> str:
         return problem
     # Checkpoints of the first versions have no origin.
     identity = {"origin": FRESH, **state["identity"]}
-    optional = PromptIdentity.__optional_keys__
+    optional = PartialIdentity.__optional_keys__
     problem = _problem_of_fields(identity, get_type_hints(Identity), "identity.", optional)
     progress_hints = get_type_hints(Progress)
     problem = problem or _problem_of_fields(state["progress"], progress_hints, "progress.")

@@ -19,6 +19,7 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import RankStep
 from genrec_dist.data.collate import WORTH_A_BATCH, BatchOptions
 from genrec_dist.data.layout import Layout
+from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.data.samples.step import make_step
 from genrec_dist.distributed.signals import ignore_signals
 from genrec_dist.model.build import CodedConfig
@@ -89,6 +90,7 @@ class StepBatches(TorchDataset[RankStep]):
         packed: bool = False,
         one_size: bool = False,
         most_padding: int = WORTH_A_BATCH,
+        teacher: Teacher | None = None,
     ):
         """A data set of all steps.
 
@@ -105,9 +107,10 @@ class StepBatches(TorchDataset[RankStep]):
             one_size: whether all of a stage have one size, which is that of its first steps: a
                 function of recipe and data, so that a resumed run has the same.
             most_padding: of a padded micro-batch (`padding_worth_a_batch`).
+            teacher: of finetuning.
         """
         self.stages, self.reader, self.layout, self.recipe = stages, reader, layout, recipe
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.teacher = rank, world, teacher
         self.packed, self.most_padding = packed, most_padding
         self.ids_outside, self.sums = ids_outside, sums
         self.sizes: dict[str, Sizes] = {}
@@ -162,6 +165,7 @@ class StepBatches(TorchDataset[RankStep]):
             or self.recipe.model.decoder_start == "state",
             all_prefixes=here.stage.targets == "all-prefixes",
             share_windows=here.stage.windows == "shared",
+            teacher=self.teacher if here.name == "finetune" else None,
         )
         sizes, budget = self.sizes.get(here.name), self.recipe.micro_batch_tokens
         if sizes is None:

@@ -33,6 +33,7 @@ from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.validation import validation_scores
 from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.genrec import GenRecConfig, choose_packing
+from genrec_dist.model.item_rows import texts_in_table
 from genrec_dist.model.optimizer import AveragedWeights, peak_share, swapped
 from genrec_dist.tracking.event_log import EventLog, log_of, write_status
 from genrec_dist.training.checkpoint import State, save_best
@@ -143,6 +144,7 @@ class Loop:
             packed=one_size or choose_packing(self.recipe, device),
             one_size=one_size,
             most_padding=padding_worth_a_batch(device.type, config.d_model),
+            teacher=self.setup.teacher,
         )
         return loaded(data, range(self.progress.step, self.end_step), workers)
 
@@ -343,6 +345,7 @@ class Loop:
             swapped(self.average),
             self.engine.whole() as model,
             self.tables.serving(model, view, users_U),
+            texts_in_table(model),
             torch.inference_mode(),
         ):
             # Made anew each time: a searcher holds rows of the weights, which under ZeRO-3 exist in

@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 import torch
 from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.histories import exclude_history_default, training_counts
 from genrec_shards.keyed_random import mixed_key
 from genrec_shards.numbering.cooccurrence import neighbour_vectors
 from genrec_shards.storage.reader import ShardReader
 from transformers import PreTrainedTokenizerFast
 
+from genrec_dist.baselines.tune_knn import tune_knn
 from genrec_dist.config.load import RENAMED_KEYS, with_old_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
+from genrec_dist.console import say
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.prompt.title_words import (
     build_title_words,
@@ -26,6 +29,7 @@ from genrec_dist.data.prompt.title_words import (
     titles_of,
     train_title_tokenizer,
 )
+from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.data.tokenizer import grow_tokenizer, load_tokenizer, train_tokenizer
 from genrec_dist.data.word_table import WordTable, build_words, mask_tokens, trim
 from genrec_dist.decoding.trie import hash_of_words
@@ -36,8 +40,17 @@ from genrec_dist.model.causal.build import build_prompted
 from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.causal.lora import hash_of_frozen
 from genrec_dist.model.head_loss import target_loss
-from genrec_dist.model.item_init import MOST_FACTORS, init_item_rows
-from genrec_dist.text.vectors import check_source
+from genrec_dist.model.item_rows import (
+    MOST_FACTORS,
+    add_texts,
+    begin_with_texts,
+    init_item_rows,
+    item_tokens,
+    texts_in_table,
+)
+from genrec_dist.text.teacher import make_teacher
+from genrec_dist.text.tune import tune_text
+from genrec_dist.text.vectors import check_source, item_vectors
 from genrec_dist.training.id_tables import IdTables, with_ids_outside
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.stages import StageSteps, plan_stages
@@ -63,6 +76,8 @@ class TrainingSetup:
     """Hashes that a resumed run must have too (`checkpoint.State.identity`)."""
     warm_start: WarmStart | None = None
     """Of a run that starts from another's weights."""
+    teacher: Teacher | None = None
+    """Where soft targets have a weight."""
 
 
 def build_setup(recipe: Recipe) -> tuple[TrainingSetup, AnyModel]:
@@ -102,6 +117,7 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, AnyModel]:
             **parts.identity,
         },
         warm_start=parts.warm_start,
+        teacher=parts.teacher,
     )
     return setup, model
 
@@ -116,6 +132,7 @@ class _Parts:
     identity: dict[str, str]
     """Hashes of what is the kind's own, as in `TrainingSetup.identity`."""
     warm_start: WarmStart | None = None
+    teacher: Teacher | None = None
 
 
 def _prompted_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
@@ -173,6 +190,7 @@ def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
     if recipe.tokens.trim:
         words = trim(words, tokenizer.pad_token_id)
     torch.manual_seed(mixed_key(recipe.seed, 0x1217) >> 1)
+    identity = {"origin": FRESH if origin is None else origin.weights_hash}
     warm_start = None
     if origin is not None:
         model, warm_start = warm_start_model(origin, recipe, dataset, words, vocab_size, special)
@@ -189,13 +207,49 @@ def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
                 vocabulary=words.vocabulary,
             ),
         )
+        known_N = None
         if recipe.model.init_items == "cooccurrence":
             num_factors = min(recipe.model.d_model, MOST_FACTORS)
             vectors_NF = neighbour_vectors(dataset.sequences, num_factors, recipe.seed)
             init_item_rows(model, vectors_NF, words)
+            known_N = np.linalg.norm(vectors_NF, axis=1) > 0
+        if recipe.model.item_text != "none":
+            text_NF = item_vectors(dataset, recipe.model.item_text_source)
+            trained_N = training_counts(dataset.sequences, recipe.trained_through) > 0
+            add_texts(model, text_NF, words, trained_N, known_N)
+            if recipe.model.item_text == "init":
+                begin_with_texts(model)
+            else:
+                identity["item_text"] = hashlib.sha256(text_NF.tobytes()).hexdigest()
     model.config.certain_tokens = recipe.tokens.forced
-    identity = {"origin": FRESH if origin is None else origin.weights_hash}
-    return _Parts(tokenizer, make_layout(words, model.config), model, identity, warm_start)
+    teacher = None
+    if recipe.finetune.distill.weight:
+        teacher = _teacher(recipe, dataset)
+        item_tokens(words, "finetune.distill")
+        identity["soft_targets"] = hashlib.sha256(
+            teacher.items_SK.tobytes() + teacher.shares_SK.tobytes()
+        ).hexdigest()
+    layout = make_layout(words, model.config)
+    return _Parts(tokenizer, layout, model, identity, warm_start, teacher)
+
+
+def _teacher(recipe: Recipe, dataset: Dataset) -> Teacher:
+    """The soft targets of a recipe; the settings of graph and texts are chosen on validation."""
+    if os.environ.get("RANK", "0") == "0":
+        say(f"{recipe.run}: soft targets of the transition graph, its settings by validation")
+    excluded = exclude_history_default(dataset.sequences)
+    graph = tune_knn(dataset.sequences, exclude_history=excluded).settings
+    text = None
+    if recipe.text != "none" and dataset.descriptions is not None:
+        text = tune_text(dataset, recipe.text)
+    return make_teacher(
+        dataset,
+        recipe.trained_through,
+        recipe.finetune.distill,
+        graph,
+        text,
+        exclude_history=excluded,
+    )
 
 
 _MAY_CHANGE = (
@@ -249,14 +303,14 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     if setup.warm_start is not None:
         tables.begin_with(setup.warm_start.id_rows)
     tables.attach(model, share)
-    first = share.micro_batches[-1]
-    with torch.inference_mode():
+    first, parameters = share.micro_batches[-1], sum(p.numel() for p in model.parameters())
+    with texts_in_table(model), torch.inference_mode():
         logits, labels = model.target_logits(first)
         loss = float(target_loss(logits, labels, first.num_target_tokens))
     return {
         "users": setup.dataset.sequences.num_users,
         "items": setup.words.num_items,
-        "parameters": sum(p.numel() for p in model.parameters()) + tables.num_parameters,
+        "parameters": parameters + tables.num_parameters,
         "vocabulary": model.config.vocab_size,
         "tokens an item": float(np.diff(setup.words.tokens_of_items()[1]).mean()),
         "first loss": loss,

@@ -29,7 +29,7 @@ from genrec_dist.evaluation.metrics import (
     metrics_from_histogram,
     rank_histogram,
 )
-from genrec_dist.model.item_init import MOST_FACTORS, turn_rows
+from genrec_dist.model.item_rows import MOST_FACTORS, turn_rows
 from genrec_dist.model.optimizer import AveragedWeights, build_optimizer
 
 _INIT_STREAM, _ORDER_STREAM, _DROPOUT_STREAM = 0x5A50, 0x5A51, 0x5A52

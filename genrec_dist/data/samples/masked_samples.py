@@ -39,6 +39,8 @@ class MaskedSamples:
     """bool [B], encoder rows that count as a sample; None: all."""
     learned_R: np.ndarray | None = None
     """bool [R], decoder rows that are in the loss; None: all."""
+    places_R: np.ndarray | None = None
+    """int64 [R], of prefixes: index of each target among the items of the step."""
 
     def ignored_R(self, is_padding_B: np.ndarray) -> np.ndarray:
         """bool [R], decoder rows that are not in the loss."""
@@ -109,4 +111,5 @@ def prefix_rows(
         visible_R=segments.visible_R[rows_R],
         counted_B=segments.first_P[part_P],
         learned_R=segments.learned_R[rows_R],
+        places_R=segments.targets_R[rows_R],
     )

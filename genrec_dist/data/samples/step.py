@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Protocol
@@ -78,7 +79,14 @@ def make_step(
             masked = apply_mask(items, starts_B[part], ends_B[part], of_part, layout.words)
             samples_b = part
         user_rows_b, is_padding_b = samples.user_rows[samples_b], samples.is_padding[samples_b]
-        batches.append(collate(masked, user_rows_b, is_padding_b, layout, options))
+        batch = collate(masked, user_rows_b, is_padding_b, layout, options)
+        if options.teacher is not None and masked.places_R is not None:
+            learned = ~masked.ignored_R(is_padding_b)  # each has one label
+            row_b = masked.row_sample[learned]
+            places = masked.places_R[learned] - starts_B[samples_b[row_b]]
+            soft = options.teacher.soft_targets(user_rows_b[row_b], places, layout.words)
+            batch = replace(batch, soft=soft)
+        batches.append(batch)
     num_padding = int(samples.is_padding.sum())
     return RankStep(
         micro_batches=batches,

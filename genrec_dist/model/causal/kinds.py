@@ -41,6 +41,7 @@ def empty_copy(model: AnyModel, recipe: Recipe, device: torch.device) -> AnyMode
     else:
         with torch.device("meta"):
             copy = type(model)(model.config)
+            copy.item_text = None if model.item_text is None else model.item_text.like()
     copy.to_empty(device=device)
     copy.tie_weights()
     buffers = zip(copy.named_buffers(), model.named_buffers(), strict=True)

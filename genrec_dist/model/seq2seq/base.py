@@ -6,6 +6,7 @@ batches, the item head's, and the calls that transformers makes."""
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from genrec_dist.config.recipe import HeadLoss
 from genrec_dist.data.batch import ItemTargets, ModelInputs
 from genrec_dist.data.encoder_input import EncoderInput
-from genrec_dist.model.head_loss import head_loss
-from genrec_dist.model.network import IdProjection, Network, check_ranges, id_table
+from genrec_dist.model.head_loss import head_loss, soft_difference
+from genrec_dist.model.network import IdProjection, ItemText, Network, check_ranges, id_table
 
 ENCODER_FIELDS = ("position_ids", "user_rows", "item_rows", "further_ids")
 """Fields of `EncoderInput` that callers with plain Hugging Face inputs may leave out."""
@@ -38,6 +39,7 @@ class EncoderDecoder(Network):
         config = self.config
         self.user_embedding, self.user_projection = id_table(config, config.num_users)
         self.item_embedding, self.item_projection = id_table(config, config.num_items)
+        self.item_text: ItemText | None = None  # while it is trained; never in what is saved
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
@@ -148,7 +150,8 @@ class EncoderDecoder(Network):
             others.setdefault("encoder_row", torch.arange(len(labels), device=labels.device))
             inputs = ModelInputs(encoder=encoder, labels=labels, **others)
         if inputs is not None:
-            return self._loss(inputs, label_smoothing, tokens_per_target)
+            with self.item_text.added(self) if self.item_text else contextlib.nullcontext():
+                return self._loss(inputs, label_smoothing, tokens_per_target)
         if self.config.decoder_start == "state":
             raise ValueError(
                 "Hugging Face's decoding gives the decoder no state to start from: "
@@ -167,6 +170,8 @@ class EncoderDecoder(Network):
         self._check(inputs.encoder)
         hidden_nD, labels_n, memory = self.learned_and_memory(inputs)
         loss = head_loss(hidden_nD, self.head_weight, labels_n, smoothing, self.loss_by)
+        if inputs.soft is not None:
+            loss = loss + soft_difference(hidden_nD, self.head_weight, labels_n, inputs.soft)
         if inputs.item_targets is None or not self.config.item_loss:
             return loss
         item_loss = self.item_loss(memory, inputs.item_targets, smoothing)
