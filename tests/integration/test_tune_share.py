@@ -14,9 +14,10 @@ from run_events import events
 
 pytestmark = [pytest.mark.ranks, pytest.mark.dist]
 
+# A trial takes longer than the start of another process, so that two can be seen to overlap.
 SPACE = """
-set: {finetune.epochs: 40}
-trials: 3
+set: {finetune.epochs: 100}
+trials: 2
 search: random
 scheduler: none
 seed: 2
@@ -53,5 +54,5 @@ def test_trials_that_share_a_gpu_run_side_by_side_and_score_what_they_score_alon
     assert at_once
     alone, at_once = swept(tmp_path / "alone", tiny_data, 1, 1)
     assert not at_once
-    assert len(shared) == 3
+    assert len(shared) == 2
     assert shared == alone
