@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import forked
-import hypothesis
 import pytest
 from genrec_shards.prepare import prepare
 from genrec_shards.storage.write import write_shards
@@ -26,9 +25,14 @@ FIRST = (
 """The files that take longest. A process takes a whole file; one of these begun last would keep one
 process at work when the others have ended."""
 
-# An example may take as long as a busy machine makes it; a hang ends by the tests' own timeout.
-hypothesis.settings.register_profile("untimed", deadline=None)
-hypothesis.settings.load_profile("untimed")
+try:
+    import hypothesis
+except ModuleNotFoundError:
+    pass  # the check of a GPU runs some tests where it is not installed
+else:
+    # An example may take as long as a busy machine makes it; a hang ends by the tests' own timeout.
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

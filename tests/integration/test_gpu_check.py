@@ -98,7 +98,7 @@ def test_steps_run_with_this_checkout_alone(tmp_path: Path) -> None:
     assert sorted(line.split(":")[0] for line in lines) == sorted([*steps, "summary"])
     assert page == str(out / f"{prefix()}.md")
     written = {path.name.removeprefix(prefix()) for path in out.iterdir()}
-    parts = {f"-{step}.jsonl" for step in ("steps", "lists", "kernels", "beam")}
+    parts = {f"-{step}.jsonl" for step in ("steps", "graph", "lists", "kernels", "beam")}
     assert written == {".md", "-facts.json", *(f"-{step}.json" for step in measured), *parts}
     facts = json.loads((out / f"{prefix()}-facts.json").read_text())
     assert set(MISSING) <= set(facts["not installed"])

@@ -275,7 +275,13 @@ def test_a_trial_goes_on_from_its_own_checkpoint_wherever_it_is(
     starts, steps = events(run, "start"), events(run, "step")
     assert len(starts) == 2
     assert starts[1]["resumed_from"].endswith(f"step-{seen[1]['step'] + 1:08d}")
-    assert [step["step"] for step in steps] == list(range(len(steps))), "a step was run twice"
+    # The epoch is reported once its checkpoint has its name: the node may be some steps ahead of it.
+    begun, again = seen[1]["step"] + 1, starts[1]["time"]
+    before = [step["step"] for step in steps if step["time"] < again]
+    assert before == list(range(len(before)))
+    assert len(before) >= begun
+    after = [step["step"] for step in steps if step["time"] > again]
+    assert after == list(range(begun, seen[-1]["step"] + 1)), "not from the checkpoint to the end"
     for path in run.rglob("*") if kind else ():
         if path.is_file():
             there = job.remote_run.place(str(path.relative_to(run)))

@@ -234,7 +234,7 @@ def test_a_signal_saves_and_says_so(recipe: Recipe, tmp_path: Path, number: int,
 def test_nan_names_the_step_and_saves_nothing(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import genrec_dist.model.genrec as module
+    import genrec_dist.model.seq2seq.base as module
 
     real, calls = module.head_loss, []
 

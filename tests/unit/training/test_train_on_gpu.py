@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import Recipe
-from genrec_dist.model import genrec
+from genrec_dist.model.seq2seq import base
 from genrec_dist.training.run import train
 from genrec_dist.training.saving.tensor_file import HostCopies
 
@@ -37,7 +37,7 @@ def test_a_deterministic_step_refuses_what_has_no_fixed_order(
         on = torch.are_deterministic_algorithms_enabled()
         return on, torch.is_deterministic_algorithms_warn_only_enabled()
 
-    real = genrec.head_loss
+    real = base.head_loss
 
     def watched(*arguments: object) -> torch.Tensor:
         modes.add(seen())
@@ -45,7 +45,7 @@ def test_a_deterministic_step_refuses_what_has_no_fixed_order(
         loss.register_hook(lambda gradient: modes.add(seen()))
         return loss
 
-    monkeypatch.setattr(genrec, "head_loss", watched)
+    monkeypatch.setattr(base, "head_loss", watched)
     run = train(recipe)
     assert modes == {(True, False)}
     assert seen() == (True, True)
@@ -74,7 +74,7 @@ def test_memory_that_is_too_small_is_one_line_with_the_way_out(
     def full(*arguments: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has")
 
-    monkeypatch.setattr(genrec, "head_loss", full)
+    monkeypatch.setattr(base, "head_loss", full)
     with pytest.raises(ValueError, match=r"^out of GPU memory") as caught:
         train(replace(recipe, deterministic=False))
     assert f"lower micro_batch_tokens, now {recipe.micro_batch_tokens}" in str(caught.value)
