@@ -205,6 +205,21 @@ def use_current_keys(values: dict[str, Any], source: str) -> None:
         section[new_name] = section.pop(old_name)
 
 
+def with_later_keys(values: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a nested recipe in which keys that it does not have stand at their defaults: what a
+    training did before there were such keys."""
+
+    def filled(given: Any, defaults: dict[str, Any]) -> dict[str, Any]:
+        return defaults | {
+            key: filled(value, defaults[key])
+            if isinstance(value, dict) and isinstance(defaults.get(key), dict)
+            else value
+            for key, value in given.items()
+        }
+
+    return filled(values, Recipe("", "").as_dict())
+
+
 def with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
     """A copy of a nested recipe with the old names: what checkpoints have always hashed."""
     renamed = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}

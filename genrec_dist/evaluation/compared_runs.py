@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from genrec_shards.readers.documents import read_object
 from genrec_shards.splits import Split
 
-from genrec_dist.config.load import use_current_keys
+from genrec_dist.config.load import use_current_keys, with_later_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT
 from genrec_dist.evaluation.metrics import METRICS, TOP, metrics_from_histogram, rank_histogram
 from genrec_dist.evaluation.results import lists_name
@@ -80,6 +80,8 @@ def _load(path: Path, split: Split) -> ComparedRun:
     try:
         if isinstance(metrics.get("recipe"), dict):
             use_current_keys(metrics["recipe"], str(file))
+            if "finetune" in metrics["recipe"]:  # of a training, not of a baseline
+                metrics["recipe"] = with_later_keys(metrics["recipe"])
         protocol, top = metrics["protocol"], int(metrics.get("top", TOP))
         {key: protocol[key] for key in (*_MUST_AGREE, *MAY_DIFFER)}
         {key: float(metrics[key]) for key in METRICS}

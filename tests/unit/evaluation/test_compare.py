@@ -13,6 +13,7 @@ from genrec_shards.prepare import prepare
 from result_files import write_results
 
 from genrec_dist.baselines.run import run_baseline
+from genrec_dist.config.recipe import Recipe
 from genrec_dist.evaluation.bootstrap import (
     bootstrap_difference,
     distinct_tuples,
@@ -20,6 +21,7 @@ from genrec_dist.evaluation.bootstrap import (
     training_variance,
 )
 from genrec_dist.evaluation.compare import compare, conclusion
+from genrec_dist.evaluation.compared_runs import seeds_of
 from genrec_dist.evaluation.metrics import (
     METRICS,
     WEIGHTS,
@@ -390,6 +392,19 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path, dataset):
     (b / "metrics-test.json").write_text('{"protocol": {}}')
     with pytest.raises(ValueError, match=r"metrics-test\.json: not a metrics file of this program"):
         compare(a, b)
+
+
+def test_a_run_of_before_a_key_is_a_seed_of_the_recipe_with_its_default(tmp_path, dataset):
+    recipe = Recipe("d", "r").as_dict()
+    del recipe["seed"]
+    make_run(tmp_path / "seeds" / "0", dataset, 0, recipe=recipe)
+    older = {key: value for key, value in recipe.items() if key != "step_graph"}
+    older["model"] = {k: v for k, v in recipe["model"].items() if k != "architecture"}
+    make_run(tmp_path / "seeds" / "1", dataset, 1, recipe=older)
+    assert len(seeds_of(tmp_path / "seeds", "test")) == 2
+    make_run(tmp_path / "seeds" / "2", dataset, 2, recipe=older | {"step_graph": "on"})
+    with pytest.raises(ValueError, match="step_graph differs"):
+        seeds_of(tmp_path / "seeds", "test")
 
 
 def test_runs_that_are_not_seeds_of_one_recipe_are_refused(tmp_path, dataset):
