@@ -373,6 +373,10 @@ def test_reloads_under_traffic_lose_no_request(
         status, answer, _ = server.ask("POST", "/reload", {"run": str(run)})
         assert (status, answer) == (200, {"run": run.name, "model": name})
         assert server.ask("GET", "/health")[1]["model"] == name
+        until = time.monotonic() + 60
+        while not any(answer.get("model") == name for _, _, answer in answers):
+            assert time.monotonic() < until, "no answer by the new run"
+            time.sleep(0.005)
     assert server.ask("POST", "/reload", {"run": str(tmp_path)})[0] == 422
     reloads = metric(server, 'genrec_reloads_total{result="ok"}')
     os.kill(server.process.pid, signal.SIGHUP)

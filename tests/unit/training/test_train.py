@@ -183,6 +183,9 @@ def test_sigkill_at_a_random_step_resumes_to_the_same_bits(
     step = random.Random(seed).randrange(3, last)
     process = start(recipe, tmp_path)
     wait_for_step(process, Path(recipe.run), step)
+    while not list_checkpoints(Path(recipe.run)):  # the first is written beside the steps
+        assert process.poll() is None, process.err.read_text()
+        time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait(PATIENCE).returncode == -signal.SIGKILL
     assert status(Path(recipe.run))["status"] == "running"
