@@ -25,14 +25,18 @@ resources_per_trial: {cpu: %g, gpu: %g}
 space:
   finetune.learning_rate: {loguniform: [1.0e-3, 1.0e-2]}
 """
-# Ray counts what it is told is there; the trials find no GPU and train on the CPU.
-ONE_GPU = json.dumps({"CPU": 1, "GPU": 1})
+# Ray counts what it is told is there, if the tests' empty CUDA_VISIBLE_DEVICES does not say
+# otherwise; the trials find no GPU and train on the CPU.
+ONE_GPU = {
+    "RAY_OVERRIDE_RESOURCES": json.dumps({"CPU": 1, "GPU": 1}),
+    "CUDA_VISIBLE_DEVICES": "0",
+}
 
 
 def swept(folder: Path, data: Path, cpu: float, gpu: float) -> tuple[dict[str, Any], bool]:
     """Each trial's values and validations, and whether any two trained at the same time."""
     space, out = sweeps.write_space(folder, data, SPACE % (cpu, gpu)), folder / "out"
-    process = sweeps.start(space, "--out", out, RAY_OVERRIDE_RESOURCES=ONE_GPU)
+    process = sweeps.start(space, "--out", out, **ONE_GPU)
     try:
         _, errors = process.communicate(timeout=500)
     finally:
