@@ -210,6 +210,20 @@ def test_the_citation_is_whole() -> None:
     assert citation["license"] == PROJECT["license"] == "Apache-2.0"
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")
+def test_git_holds_text_pictures_and_one_small_run_alone() -> None:
+    """A tracker's database was once committed with the code."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    strange = [
+        name
+        for name in map(os.fsdecode, done.stdout.split(b"\0")[:-1])
+        if not name.startswith(("docs/images/", "tests/fixtures/old_run/"))
+        and (ROOT / name).is_file()
+        and b"\0" in (ROOT / name).read_bytes()
+    ]
+    assert strange == []
+
+
 @pytest.mark.skipif(find_spec("hatchling") is None, reason="hatchling is not in this environment")
 def test_the_wheel_holds_packages_and_shipped_files(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
