@@ -103,11 +103,8 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_settings(settings: SasrecSettings, source: str) -> None:
-    """Refuse what no model can have.
-
-    Raises:
-        ValueError: With `source`, the key, its value and what it may be.
-    """
+    """Refuse what no model can have. Raises ValueError with `source`, the key, its value and what
+    it may be."""
     for keys, (text, holds) in LIMITS.items():
         for key in keys.split():
             value = getattr(settings, key, None)  # alpha and c are BSARec's
