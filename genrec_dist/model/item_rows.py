@@ -68,11 +68,8 @@ def turn_rows(table_VD: Tensor, rows_N: Tensor, vectors_NF: np.ndarray, init_std
 
 
 def item_tokens(words: WordTable, key: str) -> Tensor:
-    """int64 [N], each item's token; `key`: of the recipe, which needs there to be one.
-
-    Raises:
-        ValueError: an item has several tokens.
-    """
+    """int64 [N], each item's token; `key`: of the recipe, which needs there to be one. Raises
+    ValueError where an item has several tokens."""
     tokens, offsets = words.tokens_of_items()
     if (np.diff(offsets) != 1).any():
         raise ValueError(

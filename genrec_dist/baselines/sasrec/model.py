@@ -116,11 +116,8 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_settings(settings: SasrecSettings, source: str) -> None:
-    """Refuse what no model can have.
-
-    Raises:
-        ValueError: With `source`, the key, its value and what it may be.
-    """
+    """Refuse what no model can have. Raises ValueError with `source`, the key, its value and what
+    it may be."""
     values = vars(settings) | {f"distill.{k}": v for k, v in vars(settings.distill).items()}
     for keys, (text, holds) in LIMITS.items():
         for key in keys.split():

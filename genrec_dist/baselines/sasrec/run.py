@@ -168,11 +168,8 @@ def load(
     overrides: list[str] | None,
     system: str = "sasrec",
 ) -> SasrecRun:
-    """The finished run `run`.
-
-    Raises:
-        ValueError: Where it is damaged or was made of something else.
-    """
+    """The finished run `run`. Raises ValueError where it is damaged or was made of something
+    else."""
     path = run / WEIGHTS
     metadata, weights = _read(path, "remove it and train again")
     version = metadata.get("format_version")
