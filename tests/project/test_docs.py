@@ -69,7 +69,7 @@ def test_only_the_tests_of_a_gpu_see_one() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     calls = [line for line in done.stdout.splitlines() if "/python -m pytest" in line]
     calls = [line for line in calls if not line.startswith("echo")]
-    assert len(calls) >= 5
+    assert len(calls) >= 3
     for call in calls:
         assert ("CUDA_VISIBLE_DEVICES= " in call) != call.endswith("-m gpu"), call
 
