@@ -94,13 +94,9 @@ def tune_mixture(
         for places_B in batches[ranks.rank :: ranks.size]:
             rows_B = view.users[places_B]
             batch = encode_batch(searcher, run.layout, view, rows_B, decoding, history_scores)
+            beam = max(decoding.beam, TOP)
             found = searcher.candidates(
-                batch.encoder,
-                beam=max(decoding.beam, TOP),
-                excluded=batch.excluded,
-                graph_prob_BN=batch.probabilities.graph_prob_BN,
-                repeat_prob_BN=batch.probabilities.repeat_prob_BN,
-                text_prob_BN=batch.probabilities.text_prob_BN,
+                batch.encoder, beam=beam, excluded=batch.excluded, known=batch.known
             )
             targets_B = torch.from_numpy(view.targets[rows_B].astype(np.int64))
             targets_B = targets_B.to(searcher.device)
