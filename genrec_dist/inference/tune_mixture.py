@@ -245,14 +245,9 @@ def chosen_decoding(
     settings and repeat model are chosen on validation first. Collective.
 
     Args:
-        run: The model.
-        dataset: The data directory it was trained on.
+        run, dataset, trained_through, text, ranks, on_batch: As of `tune_mixture`.
         decoding: What is changed.
-        trained_through: The last item of each user that training saw.
-        text: As of `tune_mixture`.
-        ranks: Who shares the work; None: this process alone.
         on_choice: Called on rank 0 with what was chosen.
-        on_batch: As of `tune_mixture`.
 
     Raises:
         ValueError: As `mixed_decoding`, and where training saw the validation targets, so that
