@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from genrec_shards.atomic import atomic_file, sweep_killed_writers
+from genrec_shards.atomic import atomic_file, sweep_killed_writers, write_text
 from genrec_shards.file_lock import LOCK_FILE, hold
 from genrec_shards.histories import exclude_history_default, sample_users
 
@@ -116,8 +116,7 @@ def _train(
         loop.progress = checkpoint.restore(loop.state())
     if accelerator.is_main_process:
         run.mkdir(parents=True, exist_ok=True)
-        with atomic_file(run / "recipe.yaml") as temporary:
-            temporary.write_text(dump_recipe(recipe), encoding="utf-8")
+        write_text(run / "recipe.yaml", dump_recipe(recipe))
         audit = setup.dataset.path / "audit.json"
         if audit.is_file():
             with atomic_file(run / "audit.json") as temporary:
