@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -86,6 +86,10 @@ def bench_titles(
     ] = None,
     users: Annotated[int, typer.Option(help="How many are decoded.", min=1)] = 200,
     rounds: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 5,
+    clock: Annotated[
+        Literal["wall", "processor"],
+        typer.Option(help="Seconds that pass, or the processor's where other work shares it."),
+    ] = "wall",
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,7 +106,7 @@ def bench_titles(
     from genrec_dist.bench.titles import Sizes
     from genrec_dist.bench.titles import bench_titles as run_bench
 
-    sizes = Sizes(users=users, repeats=rounds)
+    sizes = Sizes(users=users, repeats=rounds, clock=clock)
     claims, table = run_bench(data, run, sizes, overrides or [])
     _show(claims, table, json_path)
 
