@@ -83,7 +83,9 @@ def test_free_beams_count_what_is_no_title(run: Path, data: Path, tmp_path: Path
         logp = dict(zip(scores.items[user].tolist(), scores.scores[user].tolist(), strict=True))
         for item, score in zip(row["items"], row["scores"], strict=True):
             if item is not None:
-                assert score == pytest.approx(logp[dataset.sequences.item_ids.index(item)], abs=1e-4)
+                assert score == pytest.approx(
+                    logp[dataset.sequences.item_ids.index(item)], abs=1e-4
+                )
 
 
 def test_a_backbone_is_listed_as_it_is(run: Path, data: Path, tmp_path: Path) -> None:
