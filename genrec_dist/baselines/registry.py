@@ -39,11 +39,8 @@ def fit(
     exclude_history: bool,
     trained_through: TrainedThrough = "n-2",
 ) -> Rule:
-    """The baseline `name`, ready to make top-20 lists of any user rows.
-
-    Raises:
-        ValueError: For an unknown name.
-    """
+    """The baseline `name`, ready to make top-20 lists of any user rows. Raises ValueError for an
+    unknown name."""
     if name not in BASELINES:
         raise ValueError(f"baseline {name!r}: choose one of {', '.join(BASELINES)}")
     more = {"codes": codes} if name == "counting" else {}

@@ -171,11 +171,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before torch is loaded.
-
-    Raises:
-        ValueError: The address cannot be had.
-    """
+    """A listening socket, before torch is loaded. Raises ValueError where the address cannot be
+    had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)

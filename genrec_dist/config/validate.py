@@ -73,11 +73,8 @@ LIMITS: dict[str, Rule] = {
 
 
 def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
-    """Refuse values that no run can have.
-
-    Raises:
-        ValueError: naming `source`, the key, its value and what it may be.
-    """
+    """Refuse values that no run can have. Raises ValueError naming `source`, the key, its value and
+    what it may be."""
     for key, (text, holds) in LIMITS.items():
         value: Any = functools.reduce(getattr, key.split("."), recipe)
         if not all(map(holds, value if isinstance(value, tuple) else (value,))):

@@ -55,11 +55,8 @@ class Candidates:
 
 def item_log_probabilities(model: Searchable, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     """log p of every item under the item head, float [B, N], from the encoder's state at [MASK],
-    the last but </s>; of a causal encoder from the last one.
-
-    Raises:
-        ValueError: The model has no item head.
-    """
+    the last but </s>; of a causal encoder from the last one. Raises ValueError where the model has
+    no item head."""
     if not model.config.item_loss:
         raise ValueError(
             "this model has no item head: train with model.item_loss above 0, "

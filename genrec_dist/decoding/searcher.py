@@ -118,10 +118,8 @@ class TrieSearcher:
 
         An item's score is the same whatever else may be listed: forced tokens are those of the
         whole catalogue, `compact` stays a softmax over the whole catalogue's tokens, and `free`,
-        which has no trie, stays what it is.
-
-        Raises:
-            ValueError: No item is left or a row is no item's.
+        which has no trie, stays what it is. Raises ValueError where no item is left or a row is no
+        item's.
         """
         other = copy.copy(self)
         part = restrict(self.trie, item_rows)

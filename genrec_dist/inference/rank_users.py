@@ -181,11 +181,8 @@ def rank_batch(
     decoding: Decoding,
     history_scores: HistoryScores | None = None,
 ) -> TopItems:
-    """Top items of the users of one batch; arguments are those of `rank_windows`.
-
-    Raises:
-        ValueError: The device's memory is too small for the batch.
-    """
+    """Top items of the users of one batch; arguments are those of `rank_windows`. Raises ValueError
+    where the device's memory is too small for the batch."""
     batch = encode_batch(searcher, layout, view, user_rows_B, decoding, history_scores)
     try:
         return searcher.search(

@@ -363,11 +363,8 @@ def _parse_request(line: str, place: str) -> Request:
 
 
 def user_request(dataset: Dataset, run: LoadedRun, user: str) -> Request:
-    """A known user's whole sequence as a request.
-
-    Raises:
-        ValueError: The data lacks the user, or is not the run's.
-    """
+    """A known user's whole sequence as a request. Raises ValueError where the data lacks the user,
+    or is not the run's."""
     check_numbering(run, dataset)
     sequences = dataset.sequences
     if user not in sequences.user_ids:

@@ -223,11 +223,7 @@ def chosen_mixture(
     run: LoadedRun, dataset: Dataset, exclude_history: bool, trained_through: TrainedThrough
 ) -> Mixture:
     """The mixture of the run's `hybrid.json`, for requests; that of a model with an item head has
-    defaults.
-
-    Raises:
-        ValueError: As `mixed_decoding`, and where no weights were chosen.
-    """
+    defaults. Raises ValueError as `mixed_decoding`, and where no weights were chosen."""
     decoding = Decoding(mode="hybrid", exclude_history=exclude_history)
     found = mixture.load(run.path, mixture_origin(dataset, decoding, trained_through))
     if found is None and not run.model.config.item_loss:

@@ -134,11 +134,8 @@ def _step_of(options: Options, run: Path) -> dict[str, Any]:
 
 
 def merge(path: Path, dataset: str, rows: Mapping[str, dict[str, Any]]) -> None:
-    """Put {protocol: {system: ...}} into a file beside what it holds, atomically.
-
-    Raises:
-        ValueError: Where the file holds something else; it is not changed then.
-    """
+    """Put {protocol: {system: ...}} into a file beside what it holds, atomically. Raises ValueError
+    where the file holds something else; it is not changed then."""
     whole = read_quality(path)
     for protocol, systems in rows.items():
         whole.setdefault(dataset, {}).setdefault(protocol, {}).update(systems)
@@ -152,11 +149,8 @@ def runs_file(path: Path) -> Path:
 
 
 def read_quality(path: Path) -> Quality:
-    """What such a file holds, empty where there is none.
-
-    Raises:
-        ValueError: Where the file holds something else.
-    """
+    """What such a file holds, empty where there is none. Raises ValueError where the file holds
+    something else."""
     if not path.is_file():
         return {}
     expected, remedy = "a table {dataset: {protocol: {system: ...}}}", "choose another file"

@@ -216,11 +216,8 @@ def _estimate(step: Step, work: Work) -> str:
 
 
 def do_step(options: Options, name: str, send: Callable[[str], None]) -> None:
-    """Do the step of this name, as the process that `side_by_side` starts for it.
-
-    Raises:
-        Stopped: After a signal.
-    """
+    """Do the step of this name, as the process that `side_by_side` starts for it. Raises Stopped
+    after a signal."""
     ending = Deadline()
     with ending.stop:
         (step,) = (step for step in plan(options).steps if step.name == name)

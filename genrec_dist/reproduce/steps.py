@@ -72,11 +72,8 @@ def read_metrics(run: Path) -> dict[str, Any] | None:
 
 
 def check(options: Options, protocol: ProtocolName, systems: list[System]) -> None:
-    """Compare what exists with what is requested.
-
-    Raises:
-        ValueError: Where results were made of another file, by other recipes or other settings.
-    """
+    """Compare what exists with what is requested. Raises ValueError where results were made of
+    another file, by other recipes or other settings."""
     data = options.data_dir(protocol)
     marker = data / "dataset.json"
     if marker.is_file() and load_info(marker).source.sha256 != file_sha256(options.data):
@@ -137,11 +134,8 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def recipe_of(options: Options, protocol: ProtocolName, system: System, seed: int) -> Recipe:
-    """The recipe of one run of a system of kind recipe.
-
-    Raises:
-        ValueError: For a refit where the runs that it refits are not finished.
-    """
+    """The recipe of one run of a system of kind recipe. Raises ValueError for a refit where the
+    runs that it refits are not finished."""
     run = options.runs(protocol, system)[seed]
     where = [f"data={options.data_dir(protocol)}", f"run={run}", "shards=null", f"seed={seed}"]
     where.append(f"trained_through={system.through}")

@@ -188,11 +188,8 @@ def validated(run: Path) -> list[dict[str, Any]]:
 
 
 def best_epoch(run: Path) -> int:
-    """The epoch of the last stage that `best/` holds, counted from 1.
-
-    Raises:
-        ValueError: For a run that has not come to its end.
-    """
+    """The epoch of the last stage that `best/` holds, counted from 1. Raises ValueError for a run
+    that has not come to its end."""
     if not is_finished(run):
         raise ValueError(f"{run}: not trained to its end yet, so its best epoch is not known")
     step = _status(run)["best_step"]

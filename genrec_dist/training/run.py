@@ -76,12 +76,9 @@ def train(
 
 @contextlib.contextmanager
 def _claimed(run: Path, resume: str | None) -> Iterator[None]:
-    """Hold the lock of a run directory, and remove what killed writers left in it.
-
-    Raises:
-        ValueError: another process holds it, there is a run where a new one is to begin, or none
-            where one is to be resumed.
-    """
+    """Hold the lock of a run directory, and remove what killed writers left in it. Raises
+    ValueError where another process holds it, there is a run where a new one is to begin, or none
+    where one is to be resumed."""
     if resume is not None:  # before the lock, which a run that begins just now may want
         find_checkpoint(run, resume)
     with hold(run / LOCK_FILE, "another process trains this run"):

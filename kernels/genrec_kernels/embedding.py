@@ -35,11 +35,8 @@ _launched: list[str] = []
 
 
 def chosen(device_type: str) -> Implementation:
-    """What computes the sum on such a device; logged once.
-
-    Raises:
-        ValueError: GENREC_KERNELS asks for what this machine does not have.
-    """
+    """What computes the sum on such a device; logged once. Raises ValueError where
+    GENREC_KERNELS asks for what this machine does not have."""
     setting = os.environ.get(SWITCH, "")
     if setting not in ("", "reference", "triton"):
         choices = "it is reference, triton, or unset for a choice by device"
