@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from genrec_dist.bench.measure import Measured, OnPart, table
 from genrec_dist.bench.synthetic import VOCABULARY, make_data
 from genrec_dist.config.load import load_recipe
-from genrec_dist.config.recipe import Recipe
+from genrec_dist.config.recipe import CPU_MICRO_BATCH, MICRO_BATCH, Recipe
 from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.estimate.forecast import forecast
@@ -34,6 +34,7 @@ from genrec_dist.training.stages import stage_of
 
 GIB = 2**30
 NUM_STEPS, WARM_STEPS, TRACED_STEPS = 18, 3, 3
+_PLAIN = ("workers=0", f"{MICRO_BATCH}={CPU_MICRO_BATCH}")
 BASE = (
     "finetune.targets=last",
     "model.d_model=768",
@@ -132,7 +133,7 @@ def measure_case(case: Case, where: tuple[str, ...], small: bool) -> dict[str, A
     """Milliseconds of its steps on the host and in all, what the device does, and whether the same
     steps twice give the same bits. No checkpoint is written."""
     shrunk = (*SMALL_MODEL, "finetune.batch_size=64") if small else ()
-    recipe = load_recipe(case.recipe, [*where, "workers=0", *case.changes, *shrunk])
+    recipe = load_recipe(case.recipe, [*where, *_PLAIN, *case.changes, *shrunk])
     recipe = resolve_recipe(recipe)[0]
     on_gpu = torch.cuda.is_available()
     AcceleratorState._reset_state(reset_partial_state=True)
