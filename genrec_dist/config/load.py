@@ -219,6 +219,10 @@ def with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
             del stage["windows"]
         if not stage["distill"]["weight"]:
             del stage["distill"]
+    if not renamed["model"]["item_output"]:
+        del renamed["model"]["item_output"]
+    if renamed["tokens"]["softmax"] == "vocabulary":
+        del renamed["tokens"]["softmax"]
     if not renamed["prompt"]["template"]:  # as before the sections existed
         del renamed["prompt"], renamed["lora"]
     if renamed["model"]["architecture"] == "bart":
