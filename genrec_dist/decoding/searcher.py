@@ -218,6 +218,7 @@ class TrieSearcher:
                     mixture=mixture,
                     graph_prob_BN=None if graph_prob_BN is None else graph_prob_BN[part.users],
                     repeat_prob_BN=None if repeat_prob_BN is None else repeat_prob_BN[part.users],
+                    text_prob_BN=None if text_prob_BN is None else text_prob_BN[part.users],
                 )
                 for part in _parts(encoder, excluded, most)
             )
