@@ -55,7 +55,7 @@ def item_vectors(dataset: Dataset, source: str) -> np.ndarray:
             such model.
     """
     texts = described(dataset)
-    key = {"texts": texts.texts_hash, "source": _identity(source), "version": 1}
+    key = {"texts": texts.texts_hash, "source": source_identity(source), "version": 1}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = dataset.path / FOLDER / f"{name[:32]}.safetensors"
     if path.is_file():
@@ -84,11 +84,11 @@ def check_source(source: str) -> None:
     that will end with it."""
     if source in ("none", "words", "factors"):
         return
-    _identity(source)
+    source_identity(source)
     _package("wordllama" if source == "wordllama" else "sentence_transformers")
 
 
-def _identity(source: str) -> str:
+def source_identity(source: str) -> str:
     """What the vectors depend on beside the texts."""
     if source == "factors":
         return f"factors {FACTORS}"

@@ -18,7 +18,7 @@ from genrec_shards.numbering.cooccurrence import neighbour_vectors
 from genrec_shards.storage.reader import ShardReader
 from transformers import PreTrainedTokenizerFast
 
-from genrec_dist.baselines.tune_knn import tune_knn
+from genrec_dist.baselines.tune_knn import DRAWN, MOST_USERS, ROUNDS, VALUES, tune_knn
 from genrec_dist.config.load import RENAMED_KEYS, with_old_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
 from genrec_dist.config.used_settings import flat
@@ -49,6 +49,7 @@ from genrec_dist.model.item_rows import (
     item_tokens,
     texts_in_table,
 )
+from genrec_dist.text.kept_targets import inputs_of, kept_soft_targets
 from genrec_dist.text.teacher import make_teacher
 from genrec_dist.text.tune import tune_text
 from genrec_dist.text.vectors import check_source, item_vectors
@@ -82,8 +83,12 @@ class TrainingSetup:
     """Where soft targets have a weight."""
 
 
-def build_setup(recipe: Recipe) -> tuple[TrainingSetup, AnyModel]:
+def build_setup(recipe: Recipe, soft_targets: bool = True) -> tuple[TrainingSetup, AnyModel]:
     """Everything that training by a recipe needs, and its model.
+
+    Args:
+        recipe: of the run.
+        soft_targets: whether to make those of the recipe; a dry run takes none.
 
     Returns:
         The setup, and a model with fresh weights (a function of the seed) or with those of
@@ -98,7 +103,10 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, AnyModel]:
     # One process per node reads every byte to check it; the others rely on its result.
     reader = ShardReader(recipe.shards_dir, verify=os.environ.get("LOCAL_RANK", "0") == "0")
     reader.expect(dataset.sequences, recipe.data)
-    parts = (_prompted_parts if recipe.prompt.template else _coded_parts)(recipe, dataset)
+    if recipe.prompt.template:
+        parts = _prompted_parts(recipe, dataset)
+    else:
+        parts = _coded_parts(recipe, dataset, soft_targets)
     model, words = parts.model, parts.layout.words
     model.config.numbering_hash = dataset.numbering.numbering_hash()
     model.config.split = dataset.info.split_name
@@ -165,8 +173,9 @@ def _prompted_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
     return _Parts(tokenizer, layout, model, identity)
 
 
-def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
-    """Of an encoder-decoder that reads and writes the words of codes."""
+def _coded_parts(recipe: Recipe, dataset: Dataset, soft_targets: bool) -> _Parts:
+    """Of an encoder-decoder that reads and writes the words of codes; `soft_targets`: as of
+    `build_setup`."""
     codes, num_masks = dataset.numbering, recipe.num_masks
     origin = None if recipe.init_from is None else open_origin(recipe.init_from)
     name = recipe.tokens.tokenizer or recipe.model.backbone
@@ -229,9 +238,10 @@ def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
         model.siblings = siblings_of(build_trie(*words.tokens_of_items()))
     teacher = None
     if recipe.finetune.distill.weight:
-        teacher = _teacher(recipe, dataset)
         if recipe.tokens.softmax == "vocabulary":
             item_tokens(words, "finetune.distill")
+    if recipe.finetune.distill.weight and soft_targets:
+        teacher = _teacher(recipe, dataset)
         identity["soft_targets"] = hashlib.sha256(
             teacher.items_SK.tobytes() + teacher.shares_SK.tobytes()
         ).hexdigest()
@@ -241,21 +251,19 @@ def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
 
 def _teacher(recipe: Recipe, dataset: Dataset) -> Teacher:
     """The soft targets of a recipe; the settings of graph and texts are chosen on validation."""
-    if os.environ.get("RANK", "0") == "0":
-        say(f"{recipe.run}: soft targets of the transition graph, its settings by validation")
     excluded = exclude_history_default(dataset.sequences)
-    graph = tune_knn(dataset.sequences, exclude_history=excluded).settings
-    text = None
-    if recipe.text != "none" and dataset.descriptions is not None:
-        text = tune_text(dataset, recipe.text)
-    return make_teacher(
-        dataset,
-        recipe.trained_through,
-        recipe.finetune.distill,
-        graph,
-        text,
-        exclude_history=excluded,
-    )
+    source = None if dataset.descriptions is None or recipe.text == "none" else recipe.text
+    through, distill = recipe.trained_through, recipe.finetune.distill
+
+    def make() -> Teacher:
+        say(f"{recipe.run}: soft targets of the transition graph, its settings by validation")
+        graph = tune_knn(dataset.sequences, exclude_history=excluded).settings
+        text = None if source is None else tune_text(dataset, source)
+        return make_teacher(dataset, through, distill, graph, text, exclude_history=excluded)
+
+    tried = {"values": VALUES, "drawn": DRAWN, "rounds": ROUNDS, "users": MOST_USERS}
+    inputs = inputs_of(dataset, through, distill, source, tried, exclude_history=excluded)
+    return kept_soft_targets(dataset, inputs, make)
 
 
 _MAY_CHANGE = (
@@ -293,7 +301,7 @@ def changed_keys(before: Recipe, now: Recipe) -> list[str]:
 def describe(recipe: Recipe) -> dict[str, Any]:
     """What a run would do (`--dry-run`): sizes and steps, and the loss of one batch. Nothing is
     written."""
-    setup, model = build_setup(recipe)
+    setup, model = build_setup(recipe, soft_targets=False)
     config, devices = model.config, Devices.of_this_process()
     recipe, _ = settle_micro_batches(recipe, setup.dataset, setup.words, config, devices)
     outside = with_ids_outside(config)
