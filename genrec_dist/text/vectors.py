@@ -17,6 +17,7 @@ from genrec_shards.atomic import atomic_file
 from genrec_shards.dataset import Dataset
 from genrec_shards.errors import DataError
 from genrec_shards.numbering.item_text import Descriptions, text_vectors
+from genrec_shards.readers.documents import read_object
 from genrec_shards.storage.manifest import file_sha256
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -25,6 +26,8 @@ FOLDER = "text"
 """Of the data directory; everything in it can be made again."""
 FACTORS = 128
 """Dims of source `factors`."""
+WORDLLAMA = 256
+"""Dims of the vectors that this package loads unless told otherwise."""
 SOURCES = "words, factors, wordllama or the directory of a sentence-transformers model"
 _SEED = 0
 
@@ -77,6 +80,23 @@ def item_vectors(dataset: Dataset, source: str) -> np.ndarray:
             {"vectors": vectors_ND}, temporary, {key: str(value) for key, value in key.items()}
         )
     return vectors_ND
+
+
+def vector_width(source: str, num_items: int) -> int:
+    """Dims of the vectors, without making them; of factors, where there are as many words, at most.
+
+    Raises:
+        ValueError: For a directory that does not say it.
+    """
+    if source == "factors":
+        return min(FACTORS, num_items)
+    if source == "wordllama":
+        return WORDLLAMA
+    path = Path(source) / "1_Pooling" / "config.json"
+    found = read_object(path).get("word_embedding_dimension") if path.is_file() else None
+    if not isinstance(found, int):
+        raise ValueError(f"text source {source!r}: {path} does not say how wide its vectors are")
+    return found
 
 
 def check_source(source: str) -> None:

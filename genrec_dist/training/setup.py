@@ -303,7 +303,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     written."""
     setup, model = build_setup(recipe, soft_targets=False)
     config, devices = model.config, Devices.of_this_process()
-    recipe, _ = settle_micro_batches(recipe, setup.dataset, setup.words, config, devices)
+    recipe, _ = settle_micro_batches(recipe, setup.dataset, setup.words, model, devices)
     outside = with_ids_outside(config)
     share = StepBatches(setup.stages, setup.reader, setup.layout, recipe, 0, 1, outside)[0]
     tables = IdTables(model.config, recipe.seed, Ranks(), model.device)
