@@ -73,11 +73,8 @@ LIMITS: dict[str, Rule] = {
 
 
 def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
-    """Refuse values that no run can have.
-
-    Raises:
-        ValueError: naming `source`, the key, its value and what it may be.
-    """
+    """Refuse values that no run can have. Raises ValueError naming `source`, the key, its value and
+    what it may be."""
     for key, (text, holds) in LIMITS.items():
         value: Any = functools.reduce(getattr, key.split("."), recipe)
         if not all(map(holds, value if isinstance(value, tuple) else (value,))):
@@ -170,8 +167,12 @@ def _contradiction(recipe: Recipe) -> str:
         return f"tracker {', '.join(recipe.tracker)}: none stands alone: leave out one or the other"
     if recipe.step_graph == "on" and (problem := _graph_problem(recipe)):
         return f"step_graph on: {problem}, or step_graph off"
-    if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
-        return "pretrain.epochs and finetune.epochs are both 0: nothing to train"
+    epochs = recipe.pretrain.epochs + recipe.finetune.epochs
+    if not epochs and not (recipe.prompt.template and recipe.model.backbone):
+        return (
+            "pretrain.epochs and finetune.epochs are both 0: nothing to train, and only the "
+            "backbone of a prompt (recipe llama) can be listed as it is"
+        )
     return ""
 
 

@@ -28,10 +28,7 @@ class ForcedTokens:
 @dataclass(frozen=True)
 class Layout:
     """The form of the encoder's input; the same for training, evaluation and single requests.
-
-    Raises:
-        ValueError: `max_tokens` has no room for the longest user and item.
-    """
+    Raises ValueError where `max_tokens` has no room for the longest user and item."""
 
     words: WordTable
     pad_token: int
@@ -132,10 +129,8 @@ class PromptLayout(Layout):
     them, are what an encoder reads; its tail and the answer are a decoder row.
 
     So an item has room for its title and one separator, and the head for one separator less: a
-    history of two titles has head + title + separator + title.
-
-    Raises:
-        ValueError: `max_tokens` has no room for the head and the longest title.
+    history of two titles has head + title + separator + title. Raises ValueError where `max_tokens`
+    has no room for the head and the longest title.
     """
 
     max_titles: int = 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from genrec_dist.estimate.forecast import GIB, Forecast
-from genrec_dist.estimate.state import METHODS, Method
+from genrec_dist.estimate.memory.state import METHODS, Method
 
 _BY_COST: tuple[Method, ...] = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
 """From the fastest to the slowest; stage 0 holds no less than DDP."""

@@ -19,9 +19,10 @@ from genrec_dist.config.native_precision import with_precision
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.batch import Work
 from genrec_dist.data.fit_recipe import DataFacts, fit_recipe, resolve_recipe
-from genrec_dist.estimate.activations import MicroBatch, activation_bytes, compute_of
 from genrec_dist.estimate.flops import flops
 from genrec_dist.estimate.hardware import CARDS
+from genrec_dist.estimate.memory.activations import MicroBatch, activation_bytes, compute_of
+from genrec_dist.estimate.memory.state import METHODS, Method, State, read_settings, state_bytes
 from genrec_dist.estimate.rates import CPU, card_rates, cpu_rates, given_rates
 from genrec_dist.estimate.samples import (
     ASSUMED_ITEMS,
@@ -31,7 +32,6 @@ from genrec_dist.estimate.samples import (
     stage_samples,
 )
 from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_parameters
-from genrec_dist.estimate.state import METHODS, Method, State, read_settings, state_bytes
 from genrec_dist.estimate.step_time import StepSetup, StepTime, draw, products, step_time
 from genrec_dist.model.genrec import GenRecConfig, choose_packing
 

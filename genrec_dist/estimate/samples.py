@@ -16,7 +16,7 @@ from genrec_shards.splits import num_held_out
 from genrec_dist.config.recipe import Recipe, Stage
 from genrec_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from genrec_dist.data.word_table import WordTable, build_words, trim
-from genrec_dist.estimate.activations import MicroBatch
+from genrec_dist.estimate.memory.activations import MicroBatch
 from genrec_dist.estimate.step_time import Rows
 
 ASSUMED_ITEMS = (5, 5, 5, 6, 6, 7, 8, 10, 14, 24)

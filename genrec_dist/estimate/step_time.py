@@ -16,9 +16,9 @@ from genrec_dist.data.batch import Work
 from genrec_dist.data.collate import padding_worth_a_batch
 from genrec_dist.data.packing import Attended, segments_of
 from genrec_dist.data.samples.step import split_packed, split_padded
-from genrec_dist.estimate.activations import MicroBatch, activation_bytes
 from genrec_dist.estimate.flops import flops
 from genrec_dist.estimate.launches import STEP, Rectangles, launches
+from genrec_dist.estimate.memory.activations import MicroBatch, activation_bytes
 from genrec_dist.estimate.rates import PASSES, Rates
 from genrec_dist.estimate.sizes import ParameterCounts
 from genrec_dist.model.genrec import GenRecConfig

@@ -106,11 +106,8 @@ def turn_rows(table_VD: Tensor, rows_N: Tensor, vectors_NF: np.ndarray, init_std
 
 
 def item_tokens(words: WordTable, key: str) -> Tensor:
-    """int64 [N], each item's token; `key`: of the recipe, which needs there to be one.
-
-    Raises:
-        ValueError: an item has several tokens.
-    """
+    """int64 [N], each item's token; `key`: of the recipe, which needs there to be one. Raises
+    ValueError where an item has several tokens."""
     tokens, offsets = words.tokens_of_items()
     if (np.diff(offsets) != 1).any():
         raise ValueError(
@@ -145,11 +142,27 @@ def add_texts(
     if not isinstance(model, GenRecForConditionalGeneration):
         raise ValueError("model.item_text: a T5's rows take no texts: set item_text none")
     table_VD, rows_N = model.model.shared.weight, item_tokens(words, "model.item_text")
+    model.item_text = item_text_of(
+        table_VD, rows_N, vectors_NF, trained_N, known_N, model.config.init_std
+    )
+
+
+@torch.no_grad()
+def item_text_of(
+    table_VD: Tensor,
+    rows_N: Tensor,
+    vectors_NF: np.ndarray,
+    trained_N: np.ndarray,
+    known_N: np.ndarray | None,
+    init_std: float,
+) -> ItemText:
+    """The module that adds texts to a table's rows; its arguments are those of `add_texts`, and
+    `rows_N` (int64 [N]) are the items' rows of the table."""
     text = ItemText(len(rows_N), vectors_NF.shape[1], *table_VD.shape)
     text.rows_N.copy_(rows_N)
     text.vectors_NF.copy_(torch.from_numpy(vectors_NF))
     if known_N is None:
-        nn.init.normal_(text.projection_FD, std=model.config.init_std)
+        nn.init.normal_(text.projection_FD, std=init_std)
     else:
         known = torch.from_numpy(known_N)
         text_nF, rows_nD = text.vectors_NF[known].double(), table_VD[rows_N[known]].double()
@@ -159,7 +172,7 @@ def add_texts(
     # Without a text an item keeps its own row: it would have none at all.
     alone_N = text.vectors_NF.any(1) & ~torch.from_numpy(trained_N)
     text.own_V1[rows_N[alone_N]] = 0
-    model.item_text = text
+    return text
 
 
 @contextlib.contextmanager

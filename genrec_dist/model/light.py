@@ -56,12 +56,8 @@ class LightGenRec(BartNetwork, nn.Module):
 
 def light_config(best: Path) -> Any | None:
     """The configuration of a saved model that `LightGenRec` can be, else None: where a field is
-    missing, which an earlier version did not write, or says something that it has no modules
-    for.
-
-    Raises:
-        ModelFileError: the configuration is none of a model.
-    """
+    missing, which an earlier version did not write, or says something that it has no modules for.
+    Raises ModelFileError where the configuration is none of a model."""
     fields = _LATER | read_model_config(best)
     if any(field not in fields for field in _FIELDS):
         return None

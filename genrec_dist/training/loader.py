@@ -32,11 +32,8 @@ from genrec_dist.training.step.fixed_size import Sizes, fitted, sizes_of
 
 def plan_sums(step: RankStep, config: GenRecConfig, fixed: bool = False) -> RankStep:
     """The step with a plan of its embedding sum in each micro-batch. Run after `plan_ids`, which
-    changes the row numbers that are planned. `fixed`: as of `make_gradient_order`.
-
-    Raises:
-        ValueError: for an id outside its table; the kernel on the device does not check.
-    """
+    changes the row numbers that are planned. `fixed`: as of `make_gradient_order`. Raises
+    ValueError for an id outside its table; the kernel on the device does not check."""
     if config.ids_outside:
         num_users, num_items = (len(step.id_rows.get(kind, ())) for kind in ("user", "item"))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from genrec_dist.config.load import load_recipe
-from genrec_dist.estimate.activations import Compute
+from genrec_dist.estimate.memory.activations import Compute
 from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_parameters
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
 

@@ -39,10 +39,16 @@ class Teacher:
     ) -> SoftTargets:
         """Of items at these places, 1 or above, of the users' training parts; an item is one
         token."""
-        rows_n = self.prefixes(user_rows_n, places_n)
-        words_nK = words.item_words(self.items_SK[rows_n].astype(np.int64))
+        soft = self.of_items(user_rows_n, places_n)
+        words_nK = words.item_words(soft.tokens_nK.numpy())
         tokens_nK = words.tokens[words.offsets[words_nK]].astype(np.int64)
-        return SoftTargets(torch.from_numpy(tokens_nK), torch.from_numpy(self.shares_SK[rows_n]))
+        return SoftTargets(torch.from_numpy(tokens_nK), soft.shares_nK)
+
+    def of_items(self, user_rows_n: np.ndarray, places_n: np.ndarray) -> SoftTargets:
+        """The same where an item's token is its row."""
+        rows_n = self.prefixes(user_rows_n, places_n)
+        items_nK = torch.from_numpy(self.items_SK[rows_n].astype(np.int64))
+        return SoftTargets(items_nK, torch.from_numpy(self.shares_SK[rows_n]))
 
     def draw_items(
         self, prefixes_n: np.ndarray, items_n: np.ndarray, seed: int, epoch: int

@@ -63,11 +63,8 @@ def _saved() -> list[dataclasses.Field[object]]:
 
 
 def load_prompted_config(folder: Path) -> PromptedConfig:
-    """What `PromptedConfig.save` wrote.
-
-    Raises:
-        ValueError: naming the file and what of it does not fit.
-    """
+    """What `PromptedConfig.save` wrote. Raises ValueError naming the file and what of it does not
+    fit."""
     path = folder / PROMPT_FILE
     fields = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(fields, dict) or fields.pop("format_version", None) != FORMAT_VERSION:

@@ -215,12 +215,9 @@ class EncoderDecoder(Network):
         item_rows: Tensor | None = None,
         further_ids: Tensor | None = None,
     ) -> EncoderInput:
-        """Plain Hugging Face inputs, [B, L] each, with what a caller left out filled in.
-
-        Raises:
-            ValueError: there is no input, it is longer than the positions, or ids are outside
-                their tables (checked on a CPU).
-        """
+        """Plain Hugging Face inputs, [B, L] each, with what a caller left out filled in. Raises
+        ValueError where there is no input, it is longer than the positions, or ids are outside
+        their tables (checked on a CPU)."""
         if input_ids is None:
             raise ValueError("input_ids is missing")
         zeros = torch.zeros_like(input_ids)

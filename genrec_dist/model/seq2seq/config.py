@@ -62,11 +62,8 @@ class GenRecFields:
     softmax: str = "vocabulary"
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Set what transformers sets, and check the values.
-
-        Raises:
-            ModelFileError: naming a key, its value and what it has to be.
-        """
+        """Set what transformers sets, and check the values. Raises ModelFileError naming a key, its
+        value and what it has to be."""
         check_model_config({**vars(self), **kwargs})
         super().__post_init__(**kwargs)  # type: ignore[misc]
 

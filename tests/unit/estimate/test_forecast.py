@@ -18,7 +18,6 @@ from genrec_dist.bench.plan import CASES, measure_plan
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
 from genrec_dist.estimate import advice as advice_module
-from genrec_dist.estimate.activations import activation_bytes, compute_of
 from genrec_dist.estimate.advice import advise
 from genrec_dist.estimate.forecast import (
     GIB,
@@ -27,6 +26,8 @@ from genrec_dist.estimate.forecast import (
     forecast,
 )
 from genrec_dist.estimate.forecast_table import as_dict, render
+from genrec_dist.estimate.memory.activations import activation_bytes, compute_of
+from genrec_dist.estimate.memory.state import METHODS
 from genrec_dist.estimate.samples import (
     ASSUMED_ITEM_TOKENS,
     Catalogue,
@@ -34,7 +35,6 @@ from genrec_dist.estimate.samples import (
     stage_samples,
 )
 from genrec_dist.estimate.sizes import build_config
-from genrec_dist.estimate.state import METHODS
 
 BEAUTY: dict[str, Any] = {"users": 22_363, "items": 12_101}
 LAUNCH = ROOT / "launch"

@@ -21,10 +21,16 @@ from two_ranks import start_each
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import HeadLoss
 from genrec_dist.data.batch import SampleRows
-from genrec_dist.estimate.activations import Compute, MicroBatch, activation_bytes
 from genrec_dist.estimate.forecast import step_flops
+from genrec_dist.estimate.memory.activations import Compute, MicroBatch, activation_bytes
+from genrec_dist.estimate.memory.state import (
+    METHODS,
+    State,
+    gathered_elements,
+    read_settings,
+    state_bytes,
+)
 from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_parameters
-from genrec_dist.estimate.state import METHODS, State, gathered_elements, read_settings, state_bytes
 from genrec_dist.model.genrec import GenRecForConditionalGeneration, choose_loss
 
 # 4.2 million parameters, so that paddings and scalars are small beside them.

@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 
 from genrec_dist.config.recipe import HeadLoss
+from genrec_dist.estimate.memory.state import Method
 from genrec_dist.estimate.sizes import ParameterCounts
-from genrec_dist.estimate.state import Method
 from genrec_dist.model.genrec import GenRecConfig
 from genrec_dist.model.head_loss import chunk_rows, exact_rows
 

@@ -1,0 +1,1 @@
+"""The bytes that a training rank holds, by formula."""
