@@ -263,7 +263,7 @@ class World:
             scores.append(gained.masked_fill(labels < 0, 0.0).sum(1))
         return torch.stack(scores).numpy()
 
-    def _among_siblings(self, logits: Tensor, hidden: Tensor) -> Tensor:
+    def _among_siblings(self, logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """[N, T, V]: -inf for tokens that cannot follow an item's beginning, and what an item's
         own row adds where a token leaves it alone."""
         logits = logits.clone()
