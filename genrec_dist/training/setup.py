@@ -218,6 +218,7 @@ def _coded_parts(recipe: Recipe, dataset: Dataset, soft_targets: bool) -> _Parts
                 vocabulary=words.vocabulary,
             ),
         )
+        model.config.softmax = recipe.tokens.softmax
         known_N = None
         if recipe.model.init_items == "cooccurrence":
             num_factors = min(recipe.model.d_model, MOST_FACTORS)
@@ -233,7 +234,6 @@ def _coded_parts(recipe: Recipe, dataset: Dataset, soft_targets: bool) -> _Parts
             else:
                 identity["item_text"] = hashlib.sha256(text_NF.tobytes()).hexdigest()
     model.config.certain_tokens = recipe.tokens.forced
-    model.config.softmax = recipe.tokens.softmax
     if recipe.tokens.softmax == "siblings":
         model.siblings = siblings_of(build_trie(*words.tokens_of_items()))
     teacher = None
