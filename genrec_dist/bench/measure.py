@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from genrec_shards.atomic import atomic_file
+from genrec_shards.atomic import write_text
 from genrec_shards.readers.documents import parse_object
 
 from genrec_dist.evaluation.provenance import git_commit, hardware, versions
@@ -134,9 +134,8 @@ def table(name: str, claims: list[Claim], **more: Any) -> dict[str, Any]:
 
 
 def write_table(table: Mapping[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    """Write `--json`'s file; a measurement that is no number is worth seeing too."""
+    write_text(path, json.dumps(table, indent=1) + "\n")
 
 
 def format_claims(claims: list[Claim]) -> str:

@@ -48,6 +48,15 @@ def used_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return _without(values, "", _unused(get))
 
 
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def _without(values: Mapping[str, Any], prefix: str, unused: set[str]) -> dict[str, Any]:
     kept = {}
     for name, value in values.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from genrec_shards.atomic import atomic_file, sweep_killed_writers
+from genrec_shards.atomic import atomic_file, sweep_killed_writers, write_text
 from genrec_shards.file_lock import LOCK_FILE, hold
 from genrec_shards.histories import exclude_history_default, sample_users
 
@@ -136,8 +136,7 @@ def _train(
 def _write_origin(setup: TrainingSetup) -> None:
     """Write the recipe, and the data's audit where it has one, into the run directory."""
     setup.run.mkdir(parents=True, exist_ok=True)
-    with atomic_file(setup.run / "recipe.yaml") as temporary:
-        temporary.write_text(dump_recipe(setup.recipe), encoding="utf-8")
+    write_text(setup.run / "recipe.yaml", dump_recipe(setup.recipe))
     audit = setup.dataset.path / "audit.json"
     if audit.is_file():
         with atomic_file(setup.run / "audit.json") as temporary:

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from genrec_dist.baselines.tune_knn import tune_knn
 from genrec_dist.config.load import RENAMED_KEYS, with_old_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
+from genrec_dist.config.used_settings import flat
 from genrec_dist.console import say
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.prompt.title_words import (
@@ -276,14 +277,6 @@ def _recipe_hash(recipe: Recipe) -> str:
 
 def changed_keys(before: Recipe, now: Recipe) -> list[str]:
     """The keys that a resume must not change and that differ, each with both values."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in values.items():
-            name = f"{prefix}{key}"
-            found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-        return found
-
     then, today = flat(before.as_dict()), flat(now.as_dict())
     return [
         f"{key} is {value} and was {then[key]}"

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
 
 from genrec_dist.bench.peers.beam import generated_lists, make_generate
 from genrec_dist.config.recipe import Model
 from genrec_dist.data.encoder_input import EncoderInput, encode_histories
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.word_table import WordTable
+from genrec_dist.decoding.rescoring import HistoryProbabilities
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.evaluation.score_mixture import Mixture
@@ -195,26 +195,24 @@ class World:
         histories: list[History],
         mode: str = "exact",
         mixture: Mixture | None = None,
-        graph_prob_BN: Tensor | None = None,
-        repeat_prob_BN: Tensor | None = None,
-        text_prob_BN: Tensor | None = None,
+        known: HistoryProbabilities | None = None,
     ) -> np.ndarray:
         """float64 [B, N]: the scores of all items by whole sequences, user by user."""
         if mode == "items":
             return self._item_head(histories)
         scores_BN = self._decoder(histories, compact=mode == "compact")
         if mode == "hybrid":
-            mixture = mixture or Mixture()
+            mixture, known = mixture or Mixture(), known or HistoryProbabilities()
             if self.how.head:
                 scores_BN = scores_BN + mixture.item_weight * self._item_head(histories)
-            if graph_prob_BN is not None:
-                near_BN = (1 - mixture.epsilon) * graph_prob_BN.numpy()
+            if known.graph is not None:
+                near_BN = (1 - mixture.epsilon) * known.graph.numpy()
                 near_BN = np.log(near_BN + mixture.epsilon / len(self.items))
                 scores_BN = scores_BN + mixture.graph_weight * near_BN
-            if repeat_prob_BN is not None:
-                scores_BN = scores_BN + mixture.repeat_weight * np.log(repeat_prob_BN.numpy())
-            if text_prob_BN is not None and mixture.text is not None:
-                near_BN = (1 - mixture.text.epsilon) * text_prob_BN.numpy()
+            if known.repeat is not None:
+                scores_BN = scores_BN + mixture.repeat_weight * np.log(known.repeat.numpy())
+            if known.text is not None and mixture.text is not None:
+                near_BN = (1 - mixture.text.epsilon) * known.text.numpy()
                 near_BN = np.log(near_BN + mixture.text.epsilon / len(self.items))
                 scores_BN = scores_BN + mixture.text.weight * near_BN
         return scores_BN
