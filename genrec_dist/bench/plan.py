@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from genrec_dist.bench.gpu.cases import BART_BASE, first_steps, start_loop, take
-from genrec_dist.bench.measure import Claim, Measured, format_columns, table
+from genrec_dist.bench.measure import Claim, Measured, format_columns, processor_seconds, table
 from genrec_dist.bench.synthetic import make_data
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.native_precision import with_precision
@@ -109,7 +109,7 @@ def measure_plan(name: str, sets: list[str], steps: int) -> Compared:
 
 def _now(on_gpu: bool) -> float:
     if not on_gpu:
-        return time.process_time() / torch.get_num_threads()
+        return processor_seconds()
     torch.cuda.synchronize()
     return time.perf_counter()
 

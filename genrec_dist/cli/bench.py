@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -84,6 +84,10 @@ def bench_titles(
     ] = None,
     users: Annotated[int, typer.Option(help="How many are decoded.", min=1)] = 200,
     rounds: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 5,
+    clock: Annotated[
+        Literal["wall", "processor"],
+        typer.Option(help="Seconds that pass, or the processor's where other work shares it."),
+    ] = "wall",
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,7 +104,7 @@ def bench_titles(
     from genrec_dist.bench.titles import Sizes
     from genrec_dist.bench.titles import bench_titles as run_bench
 
-    sizes = Sizes(users=users, repeats=rounds)
+    sizes = Sizes(users=users, repeats=rounds, clock=clock)
     _show(run_bench(data, run, sizes, overrides or []), json_path)
 
 

@@ -78,6 +78,10 @@ def evaluate(
     ] = None,
     exclude_history: ExcludeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Users decoded at once.", min=1)] = 512,
+    users: Annotated[
+        int, typer.Option(help="Size of a seeded sample of users; 0: all of them.", min=0)
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of that sample.", min=0)] = 0,
     out_dir: Annotated[
         Path | None,
         typer.Option(
@@ -113,6 +117,8 @@ def evaluate(
     decode = decode or (recipe.decode if recipe else "exact")
     if tune_weights and (decode != "hybrid" or split != "validation"):
         raise UsageError("--tune-weights goes with --decode hybrid --split validation")
+    if tune_weights and users:
+        raise UsageError("--tune-weights looks at all users: leave out --users")
     if tune_weights and out_dir is not None:
         raise UsageError("--tune-weights writes RUN/hybrid.json and no lists: leave out --out")
     if text is not None and not tune_weights:
@@ -148,6 +154,7 @@ def evaluate(
     text = text or (recipe.text if recipe else "words")
     dataset = load_dataset(data)
     num_users = len(dataset.sequences.history_and_target(split).users)
+    sampled = 0 < users < num_users
     with _process_group() as device:
         loaded = load_run(run, device)
         decoding = Decoding(
@@ -198,13 +205,14 @@ def evaluate(
             if rank() == 0:
                 say(str(choice))
             return
-        with _progress(f"evaluate {split}", num_users) as advance:
+        with _progress(f"evaluate {split}", users if sampled else num_users) as advance:
             metrics = run_evaluate(
                 loaded,
                 dataset,
                 split,
                 decoding=decoding,
                 trained_through=trained_through,
+                users={"sample": users, "seed": seed} if sampled else "all",
                 recipe=recipe.as_dict() if recipe else None,
                 ranks=Ranks(),
                 on_batch=advance,

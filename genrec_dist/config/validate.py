@@ -165,8 +165,12 @@ def _contradiction(recipe: Recipe) -> str:
         return f"tracker {', '.join(recipe.tracker)}: none stands alone: leave out one or the other"
     if recipe.step_graph == "on" and (problem := _graph_problem(recipe)):
         return f"step_graph on: {problem}, or step_graph off"
-    if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
-        return "pretrain.epochs and finetune.epochs are both 0: nothing to train"
+    epochs = recipe.pretrain.epochs + recipe.finetune.epochs
+    if not epochs and not (recipe.prompt.template and recipe.model.backbone):
+        return (
+            "pretrain.epochs and finetune.epochs are both 0: nothing to train, and only the "
+            "backbone of a prompt (recipe llama) can be listed as it is"
+        )
     return ""
 
 

@@ -190,8 +190,9 @@ def search_trie(
         scores_BK += log_probabilities(heads, level, states_BPD[:, level : level + 1])[..., 1]
     nodes_BK = torch.full((num_users, 1), levels.num_prefix, dtype=torch.long, device=device)
     found_scores_BN, found_nodes_BN = scores_BK[:, :0], nodes_BK[:, :0]
+    open_BK = None
     for level in range(levels.num_prefix, levels.depth + 1):
-        reached_BKV = step_log_probabilities(levels, heads, level, hidden_BKD, nodes_BK)
+        reached_BKV = step_log_probabilities(levels, heads, level, hidden_BKD, nodes_BK, open_BK)
         reached_BKV = reached_BKV.add_(scores_BK[..., None])
         ends_BK = _ended(reached_BKV[..., 0], nodes_BK, levels, excluded, level, static)
         if level < levels.depth:
@@ -210,30 +211,43 @@ def search_trie(
         scores_BK, nodes_BK, places_BK = best(children.scores_BX, children.node_at, beam)
         parent_BK = children.beam_at(places_BK)
         if not static:
-            num_open = num_open_beams(scores_BK, found_scores_BN, top)
+            open_BK = open_beams(scores_BK, found_scores_BN, top)
+            num_open = int(open_BK.sum(dim=1).max())
             if num_open == 0:
                 break
-            scores_BK, nodes_BK = scores_BK[:, :num_open], nodes_BK[:, :num_open]
-            parent_BK = parent_BK[:, :num_open]
+            scores_BK = scores_BK.masked_fill(~open_BK, NEG_INF)[:, :num_open]
+            nodes_BK, parent_BK = nodes_BK[:, :num_open], parent_BK[:, :num_open]
+            open_BK = open_BK[:, :num_open]
         if level + 1 < levels.num_decoded:
             if level > levels.num_prefix:
                 state.reorder_beams(parent_BK)
-            hidden_BKD = state.step(levels.token[nodes_BK])
+            hidden_BKD = state.step(levels.token[nodes_BK], open_BK)
     return found_scores_BN, found_nodes_BN
 
 
 def step_log_probabilities(
-    levels: Levels, heads: Heads, level: int, hidden_BKD: Tensor, nodes_BK: Tensor
+    levels: Levels,
+    heads: Heads,
+    level: int,
+    hidden_BKD: Tensor,
+    nodes_BK: Tensor,
+    open_BK: Tensor | None = None,
 ) -> Tensor:
     """[B, K, 1 + V_l], fresh, of `</s>` and the tokens of a level after these nodes.
 
     0 after forced ones, whose one continuation is all that is read. Where a level needs no logits,
-    `hidden_BKD` [B, .., D] may be any.
+    `hidden_BKD` [B, .., D] may be any. `open_BK`: bool, beams that are asked for, others get any
+    finite number; None: all.
     """
     if not levels.needs_logits[level]:
         weight_VD = heads.levels[level]
         return hidden_BKD.new_zeros(*nodes_BK.shape, len(weight_VD), dtype=weight_VD.dtype)
-    logprob_BKV = log_probabilities(heads, level, hidden_BKD)
+    if open_BK is None or bool(open_BK.all()):
+        logprob_BKV = log_probabilities(heads, level, hidden_BKD)
+    else:
+        logprob_nV = log_probabilities(heads, level, hidden_BKD[open_BK])
+        logprob_BKV = logprob_nV.new_zeros(*nodes_BK.shape, logprob_nV.shape[-1])
+        logprob_BKV[open_BK] = logprob_nV
     if levels.forced is not None:
         logprob_BKV = logprob_BKV.masked_fill(levels.forced[nodes_BK][..., None], 0.0)
     return logprob_BKV
@@ -349,12 +363,11 @@ def _strike(
     return spare[:-1].view(scores_BX.shape)
 
 
-def num_open_beams(scores_BK: Tensor, found_scores_BN: Tensor, top: int) -> int:
-    """Beams, best first, that can still change some user's list: scores only fall, and a tie goes
-    to what is found."""
+def open_beams(scores_BK: Tensor, found_scores_BN: Tensor, top: int) -> Tensor:
+    """bool [B, K], beams that can still change their user's list, the first ones of each: scores
+    only fall, and a tie goes to what is found."""
     full = found_scores_BN.shape[1] == top
-    open_BK = scores_BK > (found_scores_BN[:, -1:] if full else NEG_INF)
-    return int(open_BK.sum(dim=1).max())
+    return scores_BK > (found_scores_BN[:, -1:] if full else NEG_INF)
 
 
 def best_of(scores_BX: Tensor, node_at: Lookup, count: int) -> tuple[Tensor, Tensor, Tensor]:

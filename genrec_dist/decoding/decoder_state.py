@@ -45,8 +45,9 @@ class SearchState(Protocol):
         """Decode the tokens that every beam of every user begins with; returns the states after
         each, float [B, P, D]."""
 
-    def step(self, tokens_BK: Tensor) -> Tensor:
-        """Decode one token per beam; returns the states after it, float [B, K, D]."""
+    def step(self, tokens_BK: Tensor, open_BK: Tensor | None = None) -> Tensor:
+        """Decode one token per beam; returns the states after it, float [B, K, D]. `open_BK`: bool,
+        beams whose state is asked for, others may get any; None: all."""
 
     def reorder_beams(self, parent_BK: Tensor) -> None:
         """Let each beam continue the beam `parent_BK` names; the number of beams may change."""
@@ -145,8 +146,9 @@ class DecoderState(BeamCaches):
         self.num_tokens = len(prefix_P)
         return hidden_BPD
 
-    def step(self, tokens_BK: Tensor) -> Tensor:
-        """Decode one token per beam; returns the decoder states after it, float [B, K, D]."""
+    def step(self, tokens_BK: Tensor, open_BK: Tensor | None = None) -> Tensor:
+        """Decode one token per beam, open or not; returns the decoder states after it, float
+        [B, K, D]."""
         hidden_BKD = self._embed(tokens_BK)
         for number, layer in enumerate(self.model.model.decoder.layers):
             mixed_BKD = self._attend_self(layer.self_attn, number, hidden_BKD)

@@ -70,8 +70,9 @@ class T5State(BeamCaches):
         self.num_tokens = num_tokens
         return self._for_head(hidden_BPD)
 
-    def step(self, tokens_BK: Tensor) -> Tensor:
-        """Decode one token per beam; returns the decoder states after it, float [B, K, D]."""
+    def step(self, tokens_BK: Tensor, open_BK: Tensor | None = None) -> Tensor:
+        """Decode one token per beam, open or not; returns the decoder states after it, float
+        [B, K, D]."""
         hidden_BKD = self.model.shared(tokens_BK)
         bias_Ht = self._bias(1)[0, :, 0]
         for number, layer in enumerate(self.layers):

@@ -41,7 +41,7 @@ from hypothesis import strategies as st
 from genrec_dist.data.item_graph import Graph, KnnSettings
 from genrec_dist.data.repeat_model import RepeatModel
 from genrec_dist.decoding import exhaustive
-from genrec_dist.decoding.beam_search import best_of, best_static, num_open_beams
+from genrec_dist.decoding.beam_search import best_of, best_static, open_beams
 from genrec_dist.decoding.decoder_state import DecoderState
 from genrec_dist.decoding.rescoring import HistoryProbabilities
 from genrec_dist.evaluation.score_mixture import Mixture, TextTerm
@@ -410,19 +410,20 @@ NO_SCORE = float("-inf")
 @pytest.mark.parametrize(
     ("beams", "found", "top", "num_open"),
     [
-        (BEAMS, [[-0.5, -2.9], [-0.5, -4.0]], 2, 2),
-        (BEAMS, [[-0.5, -2.9], [-0.5, -5.5]], 2, 3),
-        (BEAMS, [[-0.1, -3.0], [-0.1, -1.0]], 2, 2),  # a tie goes to what is found
-        (BEAMS, [[-0.1, -1.0], [-0.1, -1.0]], 2, 0),
-        (BEAMS, [[-0.1, -1.0], [-0.1, -1.0]], 3, 4),  # a list with room takes any
-        (BEAMS, [[NO_SCORE] * 2] * 2, 2, 4),
-        ([[NO_SCORE] * 4] * 2, [[NO_SCORE] * 2] * 2, 2, 0),
+        (BEAMS, [[-0.5, -2.9], [-0.5, -4.0]], 2, [2, 1]),
+        (BEAMS, [[-0.5, -2.9], [-0.5, -5.5]], 2, [2, 3]),
+        (BEAMS, [[-0.1, -3.0], [-0.1, -1.0]], 2, [2, 0]),  # a tie goes to what is found
+        (BEAMS, [[-0.1, -1.0], [-0.1, -1.0]], 2, [0, 0]),
+        (BEAMS, [[-0.1, -1.0], [-0.1, -1.0]], 3, [4, 4]),  # a list with room takes any
+        (BEAMS, [[NO_SCORE] * 2] * 2, 2, [4, 4]),
+        ([[NO_SCORE] * 4] * 2, [[NO_SCORE] * 2] * 2, 2, [0, 0]),
     ],
 )
-def test_num_open_beams_drops_beams_only_where_no_user_can_gain(
-    beams: list[list[float]], found: list[list[float]], top: int, num_open: int
+def test_open_beams_drops_beams_only_where_their_user_cannot_gain(
+    beams: list[list[float]], found: list[list[float]], top: int, num_open: list[int]
 ) -> None:
-    assert num_open_beams(torch.tensor(beams), torch.tensor(found), top) == num_open
+    open_BK = open_beams(torch.tensor(beams), torch.tensor(found), top)
+    assert open_BK.tolist() == [[beam < n for beam in range(4)] for n in num_open]
 
 
 @pytest.mark.parametrize(

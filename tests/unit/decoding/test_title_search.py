@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,6 +79,34 @@ def test_lists_are_those_of_constrained_generate() -> None:
     ours = searcher.search(encoder, beam=20, top=20, ends="ranked")
     theirs = HuggingFace(model, layout).lists(encoder, 20)
     assert compare_lists(ours, theirs)["items that differ"] == 0
+
+
+def test_no_user_pays_for_the_prompt_or_the_beams_of_another() -> None:
+    model, layout, encoder, _ = world(num_items=150, num_users=6)
+    searcher = TrieSearcher(model, build_trie(*layout.words.tokens_of_items()))
+    run, passes = model.run, list[int]()
+
+    def counted(tokens: torch.Tensor, *others: Any) -> torch.Tensor:
+        passes.append(tokens.numel())
+        return run(tokens, *others)
+
+    model.run = counted  # type: ignore[method-assign]
+    together = searcher.search(encoder, beam=20, top=20)
+    # Prompts, in groups of like length; their tails; one token per beam and level.
+    groups = passes.index(6 * len(layout.tail))
+    in_prompts, in_beams = sum(passes[:groups]), sum(passes[groups + 1 :])
+    prompts = beams = 0
+    for user in range(6):
+        passes.clear()
+        alone = searcher.search(
+            encoder.map(lambda rows, user=user: rows[user : user + 1]),  # type: ignore[misc]
+            beam=20,
+            top=20,
+        )
+        assert np.array_equal(alone.items[0], together.items[user])
+        prompts, beams = prompts + passes[0], beams + sum(passes[2:])
+    assert in_beams == beams
+    assert in_prompts == prompts - (6 - groups) * layout.head
 
 
 def test_no_list_depends_on_a_generation_config() -> None:
