@@ -278,9 +278,7 @@ class Recommender:
             mode=self.mode,
             excluded=pairs if len(rows) else None,
             mixture=self.mixture,
-            graph_prob_BN=known.graph_prob_BN,
-            repeat_prob_BN=known.repeat_prob_BN,
-            text_prob_BN=known.text_prob_BN,
+            known=known,
         )
         answers, first = [], 0
         for call in calls:

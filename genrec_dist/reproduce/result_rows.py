@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from genrec_shards.atomic import atomic_file
+from genrec_shards.atomic import write_json
 from genrec_shards.readers.documents import parse_object, read_object
 
 from genrec_dist.evaluation.metrics import METRICS
@@ -139,8 +139,7 @@ def merge(path: Path, dataset: str, rows: Mapping[str, dict[str, Any]]) -> None:
     whole = read_quality(path)
     for protocol, systems in rows.items():
         whole.setdefault(dataset, {}).setdefault(protocol, {}).update(systems)
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, whole)
 
 
 def runs_file(path: Path) -> Path:

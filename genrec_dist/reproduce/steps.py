@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from genrec_dist.baselines.run import run_baseline
 from genrec_dist.baselines.sasrec.run import sasrec_settings
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
+from genrec_dist.config.used_settings import flat
 from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.data.item_graph import knn_settings
 from genrec_dist.distributed.deadline import Deadline
@@ -99,7 +100,7 @@ def _check_recipe(run: Path, requested: Recipe) -> None:
     kept = {
         key: value for key, value in requested.as_dict().items() if key not in MOVES_NO_GRADIENT
     }
-    _check_equal(run, dict(_flat(load_recipe(run / "recipe.yaml").as_dict())), dict(_flat(kept)))
+    _check_equal(run, flat(load_recipe(run / "recipe.yaml").as_dict()), flat(kept))
 
 
 def _check_baseline(run: Path, system: System) -> None:
@@ -122,15 +123,6 @@ def _check_equal(run: Path, found: dict[str, Any], requested: dict[str, Any]) ->
                 f"{run} was made with {key} {found[key]}, not {value}: choose another --out, or "
                 "remove that run"
             )
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested mappings."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def recipe_of(options: Options, protocol: ProtocolName, system: System, seed: int) -> Recipe:

@@ -170,13 +170,8 @@ def _log_of(run: Path) -> Path:
 
 def worked_seconds(run: Path) -> float:
     """Seconds that all attempts at this run worked, without the time between them."""
-    total, started, last = 0.0, None, 0.0
-    for line in read_run_files(run).events:
-        if line["event"] == "start":
-            total += last - started if started is not None else 0.0
-            started = line["time"]
-        last = line["time"]
-    return total + (last - started if started is not None else 0.0)
+    worked = read_run_files(run).worked()
+    return worked[-1][1] if worked else 0.0
 
 
 def validated(run: Path) -> list[dict[str, Any]]:

@@ -116,12 +116,7 @@ def embedding_sum(
     order; each is logged once.
 
     Args:
-        token_ids_BL: integers [B, L], or [n] for packed input; the next three alike.
-        position_ids_BL: positions, before `tables.position_offset`.
-        user_rows_BL: rows of the user table; 0: none.
-        item_rows_BL: rows of the item table; 0: none.
-        tables: what is added.
-        training: whether `tables.id_dropout` applies.
+        token_ids_BL, position_ids_BL, user_rows_BL, item_rows_BL, tables, training: as there.
         order: for the backward of the kernel, by `make_gradient_order` with the same
             `pad_token_id`, and `position_offset` added to the positions; ids on the CPU get theirs
             here if it is None.

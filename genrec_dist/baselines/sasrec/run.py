@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from genrec_shards.atomic import atomic_file, sweep_killed_writers
+from genrec_shards.atomic import atomic_file, sweep_killed_writers, write_text
 from genrec_shards.dataset import Dataset
 from genrec_shards.file_lock import LOCK_FILE, hold
 from genrec_shards.histories import check_trained_through
@@ -139,9 +139,7 @@ def _train_anew(run: Path, training: Training, overrides: list[str] | None) -> S
     if settings.item_text != "none" or _soft_text(settings, training.dataset):
         origin[TEXTS] = described(training.dataset).texts_hash
     progress = _read_progress(run / PROGRESS, origin) if (run / PROGRESS).is_file() else None
-    with atomic_file(run / SETTINGS) as temporary:
-        text = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
-        temporary.write_text(text, encoding="utf-8")
+    write_text(run / SETTINGS, yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
     trained = _train(run, training, settings, origin, progress)
     _save(run, origin, trained)
     (run / PROGRESS).unlink(missing_ok=True)
@@ -331,8 +329,7 @@ def _drop_events_after(path: Path, epoch: int) -> None:
         return of_epochs or event.get("event") == "start"
 
     # What follows an epoch that was lost has been lost with it.
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(itertools.takewhile(is_kept, lines)), encoding="utf-8")
+    write_text(path, "".join(itertools.takewhile(is_kept, lines)))
 
 
 def _save(run: Path, origin: dict[str, str], trained: Trained) -> None:
