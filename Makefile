@@ -50,15 +50,13 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The tests, those of real ranks at length, then the demo as its user runs it, its table judged.
+# All tests in one session, the default ones among them: what takes longest is begun first, beside it the rest.
 test: check
-	@echo "make test runs, on two idle cores: 1. the default tests, about 7 minutes; 2. -m ranks, real ranks, kills"; \
-	echo "and clusters, about 10 minutes; 3. -m demo, the whole demo judged, about 4 minutes. One part alone:"; \
+	@echo "make test runs, on two cores beside each other: the default tests; -m ranks, real ranks, kills and clusters;"; \
+	echo "-m demo, the whole demo judged. One part alone:"; \
 	echo "  .venv/bin/python -m pytest -n 2      .venv/bin/python -m pytest -m ranks      .venv/bin/python -m pytest tests/unit/model"; \
 	echo "The sample of faults is that of FAULTS_SEED=$(FAULTS_SEED)."
-	$(PYTEST) -n $(PROCESSES) --dist loadfile --durations 20 --durations-min 4
-	$(PYTEST) -m ranks -n $(PROCESSES) --dist loadfile --durations 10 --durations-min 4
-	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m demo
+	$(PYTEST) -m 'not slow' -n $(PROCESSES) --durations 20 --durations-min 4
 
 slow: env
 	$(PYTEST) -m slow

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
@@ -13,17 +15,26 @@ from two_ranks import environment
 
 FIRST = (
     "test_tune_faults.py",
+    "test_demo.py",
     "test_zero.py",
     "test_tune.py",
-    "test_prompted_ranks.py",
-    "test_kernel_ranks.py",
+    "test_restarts.py",
+    "test_baseline.py",
     "test_train.py",
     "test_faults.py",
     "test_reproduce.py",
+    "test_embedding_sum.py",
+    "test_tune_share.py",
+    "test_memory.py",
+    "test_prompted_ranks.py",
+    "test_kernel_ranks.py",
+    "test_prepare_ray_cluster.py",
     "test_refresh.py",
+    "test_fake_cuda.py",
+    "test_api.py",
 )
-"""The files that take longest. A process takes a whole file; one of these begun last would keep one
-process at work when the others have ended."""
+"""The files that take longest, longest first. A process takes a whole file; one of these begun last
+would keep one process at work when the others have ended."""
 
 try:
     import hypothesis
@@ -38,6 +49,22 @@ else:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: number for number, name in enumerate(FIRST)}
     items.sort(key=lambda item: place.get(item.path.name, len(FIRST)))
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: the garbage collector need not search it again and again, here
+    or in a process that is forked off this one."""
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Whole files, so that what a file makes is made once, in the order of collection: xdist itself
+    would begin the files of the fewest tests last, and those take longest."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -36,16 +36,9 @@ def fit(
     without gaps "an item" is "not above the largest item"; in one with gaps a number that no item
     has is passed over.
 
-    Args:
-        sequences: The data.
-        split: Whose histories are continued.
-        codes: The items' numbers, by row.
-        exclude_history: Has no effect: leaving out the history is part of the rule.
-        trained_through: Checked as everywhere; the rule sees the history alone.
-        top: Length of the lists.
-
-    Raises:
-        ValueError: For codes that are not distinct whole numbers.
+    Arguments are those of `knn.fit`, and `codes`, the items' numbers by row. `exclude_history` has
+    no effect, since leaving out the history is part of the rule; `trained_through` is checked
+    alone. Raises ValueError for codes that are not distinct whole numbers.
     """
     check_trained_through(split, trained_through)
     numbers = whole_numbers(codes)

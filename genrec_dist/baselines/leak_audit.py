@@ -3,13 +3,12 @@ targets, ties."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from genrec_shards.atomic import atomic_file
+from genrec_shards.atomic import write_json
 from genrec_shards.dataset import Dataset
 from genrec_shards.histories import (
     exclude_history_default,
@@ -183,8 +182,7 @@ def write_audit(dataset: Dataset, folder: Path | None = None) -> Audit:
     """Examine a data set and leave `audit.json` in its directory, or in the `folder` that has yet
     to become that."""
     found = audit(dataset.sequences, dataset.numbering, dataset.timestamps)
-    with atomic_file((folder or dataset.path) / "audit.json") as temporary:
-        temporary.write_text(json.dumps(found.as_dict(), indent=1), encoding="utf-8")
+    write_json((folder or dataset.path) / "audit.json", found.as_dict())
     return found
 
 

@@ -23,17 +23,7 @@ def fit(
 ) -> Rule:
     """The rule that lists the items with the most training interactions, which are the score.
 
-    Every item has a score; equal ones are listed in `tie_order`.
-
-    Args:
-        sequences: The data.
-        split: Whose histories are left out.
-        exclude_history: Whether they are.
-        trained_through: The last position that is counted.
-        top: Length of the lists.
-
-    Raises:
-        ValueError: If training saw the split's targets.
+    Every item has a score; equal ones are listed in `tie_order`. Arguments are those of `knn.fit`.
     """
     check_trained_through(split, trained_through)
     counts_I = training_counts(sequences, trained_through)

@@ -14,7 +14,7 @@ from genrec_shards.splits import Split, TrainedThrough
 from genrec_dist.baselines import counting, knn, popularity, repeat
 from genrec_dist.evaluation.list_counts import Tally
 from genrec_dist.evaluation.protocol import Protocol
-from genrec_dist.evaluation.ranked_lists import Lists, Rule
+from genrec_dist.evaluation.ranked_lists import Rule
 
 BASELINES: dict[str, Callable[..., Rule]] = {
     "popularity": popularity.fit,
@@ -39,34 +39,14 @@ def fit(
     exclude_history: bool,
     trained_through: TrainedThrough = "n-2",
 ) -> Rule:
-    """The baseline `name`, ready to make top-20 lists of any user rows.
-
-    Raises:
-        ValueError: For an unknown name.
-    """
+    """The baseline `name`, ready to make top-20 lists of any user rows. Raises ValueError for an
+    unknown name."""
     if name not in BASELINES:
         raise ValueError(f"baseline {name!r}: choose one of {', '.join(BASELINES)}")
     more = {"codes": codes} if name == "counting" else {}
     return BASELINES[name](
         sequences, split, exclude_history=exclude_history, trained_through=trained_through, **more
     )
-
-
-def recommend(
-    name: str,
-    sequences: Sequences,
-    codes: list[str],
-    split: Split,
-    *,
-    exclude_history: bool,
-    trained_through: TrainedThrough = "n-2",
-    users: np.ndarray | None = None,
-) -> Lists:
-    """Top-20 lists of the baseline `name` for these user rows (None: all with a target), all in
-    memory at once."""
-    options = {"exclude_history": exclude_history, "trained_through": trained_through}
-    rule = fit(name, sequences, codes, split, **options)  # type: ignore[arg-type]
-    return rule(sequences.history_and_target(split).users if users is None else users)
 
 
 def reference_scores(

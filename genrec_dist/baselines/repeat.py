@@ -24,12 +24,8 @@ def fit(
     """The rule that lists the distinct items of the history, the most recently taken first; short
     lists stay short. The score is 1 / place.
 
-    Args:
-        sequences: The data.
-        split: Whose histories are listed.
-        exclude_history: Has no effect: the lists are the history.
-        trained_through: Checked as everywhere; the rule knows the history alone.
-        top: Length of the lists.
+    Arguments are those of `knn.fit`. `exclude_history` has no effect, since the lists are the
+    history; `trained_through` is checked alone.
     """
     check_trained_through(split, trained_through)
 

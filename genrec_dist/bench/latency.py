@@ -249,12 +249,12 @@ def claims_of(measured: list[dict[str, Any]], sizes: Sizes) -> list[Claim]:
     return claims
 
 
-def format_latencies(measured: list[dict[str, Any]]) -> str:
+def format_latencies(table: dict[str, Any]) -> str:
     """A plain table for the terminal."""
     names = ("way", "callers", "torch threads", "calls", "p50 ms", "p95 ms", "p99 ms", "calls/s")
     texts = [
         [f"{row[name]:.1f}" if isinstance(row[name], float) else str(row[name]) for name in names]
-        for row in measured
+        for row in table["measured"]
     ]
     return format_columns([names, *texts])
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from genrec_shards.atomic import atomic_file
+from genrec_shards.atomic import write_text
 from genrec_shards.readers.documents import parse_object
 
 from genrec_dist.evaluation.provenance import git_commit, hardware, versions
@@ -70,18 +70,28 @@ def make_claim(id: str, peer: str, ours: float, theirs: float, unit: str, goal: 
     return Claim(id, peer, ours, theirs, unit, ratio, goal, holds)
 
 
+def processor_seconds() -> float:
+    """Processor time of this process, per thread of torch: what a machine with other work on it
+    can still be timed by."""
+    return time.process_time() / torch.get_num_threads()
+
+
 def in_turn(
-    rivals: Mapping[str, Callable[[], object]], repeats: int = REPEATS, warm_up: bool = True
+    rivals: Mapping[str, Callable[[], object]],
+    repeats: int = REPEATS,
+    warm_up: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each rival's `repeats` calls, after one untimed round unless `warm_up` is off.
+    """Seconds, by the clock, of each rival's `repeats` calls, after one untimed round unless
+    `warm_up` is off.
 
     Rivals alternate, so that a slow minute of the machine slows all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(0 if warm_up else 1, repeats + 1):
         for name, run in rivals.items():
-            start = time.perf_counter()
+            start = clock()
             run()
-            taken = time.perf_counter() - start
+            taken = clock() - start
             if turn:
                 seconds[name].append(taken)
     return seconds
@@ -124,9 +134,8 @@ def table(name: str, claims: list[Claim], **more: Any) -> dict[str, Any]:
 
 
 def write_table(table: Mapping[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    """Write `--json`'s file; a measurement that is no number is worth seeing too."""
+    write_text(path, json.dumps(table, indent=1) + "\n")
 
 
 def format_claims(claims: list[Claim]) -> str:

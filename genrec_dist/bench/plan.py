@@ -2,51 +2,34 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
-from genrec_dist.bench.measure import Claim, Measured, format_columns, table
+from genrec_dist.bench.gpu.cases import BART_BASE, first_steps, start_loop, take
+from genrec_dist.bench.measure import Claim, Measured, format_columns, processor_seconds, table
 from genrec_dist.bench.synthetic import make_data
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.native_precision import with_precision
 from genrec_dist.config.recipe import CPU_MICRO_BATCH, MICRO_BATCH
 from genrec_dist.data.fit_recipe import resolve_recipe
-from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.estimate.forecast import forecast
 from genrec_dist.estimate.hardware import card_named
 from genrec_dist.estimate.rates import CPU
-from genrec_dist.training.loop import Loop
-from genrec_dist.training.setup import build_setup
-from genrec_dist.training.stages import stage_of
 
 GOAL = 1.5
 """Factor that measured and foretold may differ by."""
 WARM_STEPS = 2
 _MICRO_BATCH = f"{MICRO_BATCH}={CPU_MICRO_BATCH}"
-_BASE = (
-    "finetune.targets=last",
-    "finetune.batch_size=16",
-    "model.d_model=768",
-    "model.encoder_layers=6",
-    "model.decoder_layers=6",
-    "model.heads=12",
-    "model.ffn=3072",
-    "model.dropout=0.1",
-    "model.embedding_dropout=0",
-)
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "tiny": ("tiny", ()),
     "best": ("best", ()),
-    "BART-base shape, 16 samples": ("tiny", _BASE),
+    "BART-base shape, 16 samples": ("tiny", (*BART_BASE, "finetune.batch_size=16")),
 }
 """Recipes, with changes."""
 
@@ -113,19 +96,11 @@ def measure_plan(name: str, sets: list[str], steps: int) -> Compared:
     if card is None:
         raise ValueError(f"{torch.cuda.get_device_name()}: a card that `genrec plan` does not know")
     foretold = forecast(recipe, card=card).duration["finetune"]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    setup, model = build_setup(recipe)
-    loop = Loop(setup, model, make_accelerator(recipe))
-    with contextlib.closing(loop.batches()) as batches:  # type: ignore[type-var]
-        shares = list(islice(batches, WARM_STEPS + steps))
-    seconds = []
-    for place, share in shares:
+    loop, seconds = start_loop(recipe), []
+    for place, share in first_steps(loop, WARM_STEPS + steps):
         begun = _now(on_gpu)
-        stage = stage_of(setup.stages, place).stage
-        loop.take_step(place, share, loop.step_totals(share), stage, 1.0)
+        take(loop, place, share)
         seconds.append(_now(on_gpu) - begun)
-        loop.unchecked.clear()
     return Compared(
         foretold=foretold.step.seconds,
         measured=statistics.median(seconds[WARM_STEPS:]),
@@ -136,12 +111,12 @@ def measure_plan(name: str, sets: list[str], steps: int) -> Compared:
 
 def _now(on_gpu: bool) -> float:
     if not on_gpu:
-        return time.process_time() / torch.get_num_threads()
+        return processor_seconds()
     torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def format_plan(found: dict[str, Any]) -> str:
+def format_plan(table: dict[str, Any]) -> str:
     """What binds in each case, and what the forecast rests on."""
-    rows = [(name, f"bound by {one['bound']}", one["rates"]) for name, one in found.items()]
-    return format_columns(rows)
+    found = table["cases"].items()
+    return format_columns([(name, f"bound by {c['bound']}", c["rates"]) for name, c in found])

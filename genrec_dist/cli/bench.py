@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -13,7 +14,7 @@ from genrec_dist.cli.options import RunArgument
 from genrec_dist.config.paths import data_of
 
 if TYPE_CHECKING:
-    from genrec_dist.bench.measure import Claim
+    from genrec_dist.bench.measure import Measured
 
 bench = typer.Typer(no_args_is_help=True)
 JsonOption = Annotated[
@@ -37,8 +38,7 @@ def bench_rows(json_path: JsonOption = None) -> None:
     _announce()
     from genrec_dist.bench.rows import bench_rows as run_bench
 
-    claims, table = run_bench()
-    _show(claims, table, json_path)
+    _show(run_bench(), json_path)
 
 
 @bench.command("stream")
@@ -51,8 +51,7 @@ def bench_stream(data: DataOption = None, json_path: JsonOption = None) -> None:
     _announce()
     from genrec_dist.bench.stream import bench_stream as run_bench
 
-    claims, table = run_bench(data)
-    _show(claims, table, json_path)
+    _show(run_bench(data), json_path)
 
 
 @bench.command("beam")
@@ -73,8 +72,7 @@ def bench_beam(
     from genrec_dist.bench.beam import bench_beam as run_bench
     from genrec_dist.bench.beam import format_curves
 
-    claims, table = run_bench(data, run)
-    _show(claims, table, json_path, format_curves(table))
+    _show(run_bench(data, run), json_path, format_curves)
 
 
 @bench.command("titles")
@@ -86,6 +84,10 @@ def bench_titles(
     ] = None,
     users: Annotated[int, typer.Option(help="How many are decoded.", min=1)] = 200,
     rounds: Annotated[int, typer.Option(help="How often each is timed.", min=1)] = 5,
+    clock: Annotated[
+        Literal["wall", "processor"],
+        typer.Option(help="Seconds that pass, or the processor's where other work shares it."),
+    ] = "wall",
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,9 +104,8 @@ def bench_titles(
     from genrec_dist.bench.titles import Sizes
     from genrec_dist.bench.titles import bench_titles as run_bench
 
-    sizes = Sizes(users=users, repeats=rounds)
-    claims, table = run_bench(data, run, sizes, overrides or [])
-    _show(claims, table, json_path)
+    sizes = Sizes(users=users, repeats=rounds, clock=clock)
+    _show(run_bench(data, run, sizes, overrides or []), json_path)
 
 
 @bench.command("latency")
@@ -125,8 +126,7 @@ def bench_latency(
     from genrec_dist.bench.latency import bench_latency as run_bench
     from genrec_dist.bench.latency import format_latencies
 
-    claims, table = run_bench(run, data)
-    _show(claims, table, json_path, format_latencies(table["measured"]))
+    _show(run_bench(run, data), json_path, format_latencies)
 
 
 @bench.command("serve")
@@ -140,8 +140,7 @@ def bench_serve(run: RunArgument, data: RunDataOption = None, json_path: JsonOpt
     from genrec_dist.bench.latency import bench_serve as run_bench
     from genrec_dist.bench.latency import format_latencies
 
-    claims, table = run_bench(run, data or data_of(run))
-    _show(claims, table, json_path, format_latencies(table["measured"]))
+    _show(run_bench(run, data or data_of(run)), json_path, format_latencies)
 
 
 @bench.command("kernels")
@@ -155,8 +154,7 @@ def bench_kernels(data: DataOption = None, json_path: JsonOption = None) -> None
     from genrec_dist.bench.kernels import bench_kernels as run_bench
     from genrec_dist.bench.kernels import format_shares
 
-    claims, table = run_bench(data)
-    _show(claims, table, json_path, format_shares(table))
+    _show(run_bench(data), json_path, format_shares)
 
 
 @bench.command("train")
@@ -170,8 +168,7 @@ def bench_train(data: DataOption = None, json_path: JsonOption = None) -> None:
     from genrec_dist.bench.train import bench_train as run_bench
     from genrec_dist.bench.train import format_rivals
 
-    claims, table = run_bench(data)
-    _show(claims, table, json_path, format_rivals(table))
+    _show(run_bench(data), json_path, format_rivals)
 
 
 @bench.command("plan")
@@ -184,8 +181,7 @@ def bench_plan(data: DataOption = None, json_path: JsonOption = None) -> None:
     from genrec_dist.bench.plan import bench_plan as run_bench
     from genrec_dist.bench.plan import format_plan
 
-    claims, table = run_bench(data)
-    _show(claims, table, json_path, format_plan(table["cases"]))
+    _show(run_bench(data), json_path, format_plan)
 
 
 def _announce() -> None:
@@ -196,12 +192,16 @@ def _announce() -> None:
 
 
 def _show(
-    claims: list[Claim], table: dict[str, Any], json_path: Path | None, details: str = ""
+    measured: Measured,
+    json_path: Path | None,
+    details: Callable[[dict[str, Any]], str] | None = None,
 ) -> None:
+    """Print the claims, before them what `details` makes of their table, and write the table."""
     from genrec_dist.bench.measure import format_claims, write_table
 
-    if details:
-        typer.echo(details)
+    claims, table = measured
+    if details is not None:
+        typer.echo(details(table))
     typer.echo(format_claims(claims))
     if json_path is not None:
         write_table(table, json_path)

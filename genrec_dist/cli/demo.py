@@ -3,12 +3,11 @@ pass."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from genrec_shards.atomic import atomic_directory, atomic_file
+from genrec_shards.atomic import atomic_directory, write_json
 from genrec_shards.dataset import Dataset
 from genrec_shards.prepare import prepare
 from genrec_shards.sequences import write_sequences
@@ -62,10 +61,7 @@ def run_demo(out: Path, overrides: list[str], console: Console) -> None:
     assert metrics is not None
     ceiling = score_ceiling(process, dataset)
     metrics["beside"]["ceiling"] = ceiling
-    with atomic_file(out / "metrics-test.json") as temporary:
-        temporary.write_text(
-            json.dumps(metrics, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
+    write_json(out / "metrics-test.json", metrics)
     page = write_report(out)
     console.print(closing_table(metrics))
     console.print(conclusion(metrics), highlight=False, soft_wrap=True)

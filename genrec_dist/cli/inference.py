@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,12 +20,15 @@ from genrec_dist.cli.options import (
     ExcludeOption,
     RunArgument,
     Split,
+    YesNo,
     exclude,
 )
 from genrec_dist.console import UsageError, out, rank, say, working, world_size
 
 if TYPE_CHECKING:
     import torch
+
+    from genrec_dist.inference.recommend import Recommender
 
 # Modules are imported inside the commands: `genrec --help` must not wait for torch.
 
@@ -75,6 +78,10 @@ def evaluate(
     ] = None,
     exclude_history: ExcludeOption = "auto",
     batch_size: Annotated[int, typer.Option(help="Users decoded at once.", min=1)] = 512,
+    users: Annotated[
+        int, typer.Option(help="Size of a seeded sample of users; 0: all of them.", min=0)
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of that sample.", min=0)] = 0,
     out_dir: Annotated[
         Path | None,
         typer.Option(
@@ -110,6 +117,8 @@ def evaluate(
     decode = decode or (recipe.decode if recipe else "exact")
     if tune_weights and (decode != "hybrid" or split != "validation"):
         raise UsageError("--tune-weights goes with --decode hybrid --split validation")
+    if tune_weights and users:
+        raise UsageError("--tune-weights looks at all users: leave out --users")
     if tune_weights and out_dir is not None:
         raise UsageError("--tune-weights writes RUN/hybrid.json and no lists: leave out --out")
     if text is not None and not tune_weights:
@@ -145,6 +154,7 @@ def evaluate(
     text = text or (recipe.text if recipe else "words")
     dataset = load_dataset(data)
     num_users = len(dataset.sequences.history_and_target(split).users)
+    sampled = 0 < users < num_users
     with _process_group() as device:
         loaded = load_run(run, device)
         decoding = Decoding(
@@ -187,7 +197,7 @@ def evaluate(
                     dataset,
                     decoding=decoding,
                     trained_through=trained_through,
-                    tune_graph=not any(key_of(text) != "epsilon" for text in graph_settings or []),
+                    tune_graph=all(text.startswith("epsilon=") for text in graph_settings or []),
                     text=text,
                     ranks=Ranks(),
                     on_batch=advance,
@@ -195,13 +205,14 @@ def evaluate(
             if rank() == 0:
                 say(str(choice))
             return
-        with _progress(f"evaluate {split}", num_users) as advance:
+        with _progress(f"evaluate {split}", users if sampled else num_users) as advance:
             metrics = run_evaluate(
                 loaded,
                 dataset,
                 split,
                 decoding=decoding,
                 trained_through=trained_through,
+                users={"sample": users, "seed": seed} if sampled else "all",
                 recipe=recipe.as_dict() if recipe else None,
                 ranks=Ranks(),
                 on_batch=advance,
@@ -280,32 +291,12 @@ def recommend(
         from genrec_dist.data.layout import PromptLayout
         from genrec_dist.distributed.collectives import Ranks
         from genrec_dist.inference.export_lists import recommend_all
-        from genrec_dist.inference.item_filter import name_some, read_ids
-        from genrec_dist.inference.recommend import (
-            Recommender,
-            Request,
-            read_requests,
-            user_request,
-        )
+        from genrec_dist.inference.recommend import Request, read_requests, user_request
         from genrec_dist.inference.titles import Titles
 
     with _process_group() as device:
-        recommender = Recommender.load(
-            run,
-            device,
-            beam=beam,
-            mode=decode,
-            data=data,
-            checked=checked,
-            exclude_history=None if exclude_history == "auto" else exclude_history == "yes",
-            allow=None if allow is None else read_ids(allow),
-            block=None if block is None else read_ids(block),
-        )
-        items = recommender.item_filter
-        for path, ids in ((allow, items.unknown_allow), (block, items.unknown_block)):
-            if ids and rank() == 0:
-                count = f"{len(ids):,} ids are not in the catalogue, skipped"
-                typer.echo(f"{path}: {count}: {name_some(ids)}", err=True)
+        options = {"beam": beam, "mode": decode, "data": data, "checked": checked}
+        recommender = load_recommender(run, device, exclude_history, allow, block, **options)
         if all_users:
             assert out_dir is not None
             dataset = load_dataset(data or data_of(run))
@@ -315,7 +306,8 @@ def recommend(
                     recommender, dataset, out_dir, top=top, ranks=Ranks(), on_batch=advance
                 )
             if lists is not None:
-                say(f"{lists}: {num_users:,} users, {len(items.rows):,} items to choose from")
+                choices = len(recommender.item_filter.rows)
+                say(f"{lists}: {num_users:,} users, {choices:,} items to choose from")
             return
         bad: list[str] = []
         if file is not None:
@@ -342,9 +334,33 @@ def recommend(
             raise ValueError(f"{bad[0]}{others}; the {len(requests)} others are answered")
 
 
-def key_of(setting: str) -> str:
-    """The key of `key=value`."""
-    return setting.partition("=")[0]
+def load_recommender(
+    run: Path,
+    device: torch.device,
+    exclude_history: YesNo,
+    allow: Path | None,
+    block: Path | None,
+    **options: Any,
+) -> Recommender:
+    """`Recommender.load` of `options` and of the files of ids that `--allow` and `--block` name; on
+    rank 0 the ids that the catalogue lacks are said."""
+    from genrec_dist.inference.item_filter import name_some, read_ids
+    from genrec_dist.inference.recommend import Recommender
+
+    recommender = Recommender.load(
+        run,
+        device,
+        exclude_history=None if exclude_history == "auto" else exclude_history == "yes",
+        allow=None if allow is None else read_ids(allow),
+        block=None if block is None else read_ids(block),
+        **options,
+    )
+    items = recommender.item_filter
+    for path, ids in ((allow, items.unknown_allow), (block, items.unknown_block)):
+        if ids and rank() == 0:
+            count = f"{len(ids):,} ids are not in the catalogue, skipped"
+            typer.echo(f"{path}: {count}: {name_some(ids)}", err=True)
+    return recommender
 
 
 @contextmanager

@@ -156,12 +156,14 @@ def compare(
 
     Example: genrec compare runs/beauty runs/beauty-knn
     """
+    from genrec_shards.atomic import write_json
+
     from genrec_dist.evaluation.compare import compare as run_compare
-    from genrec_dist.evaluation.compare import conclusion, render, write_json
+    from genrec_dist.evaluation.compare import conclusion, render
 
     found = run_compare(run_a, run_b, split=split, resamples=resamples, seed=seed)
     if json_path is not None:
-        write_json(found, json_path)
+        write_json(json_path, found.as_dict())
     out.print(render(found))
     say(conclusion(found))
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from genrec_dist.cli.inference import load_recommender
 from genrec_dist.cli.options import (
     AllowOption,
     BeamOption,
@@ -80,9 +81,7 @@ def serve(
     with working():
         import torch
 
-        from genrec_dist.inference.item_filter import name_some, read_ids
         from genrec_dist.inference.load import best_device
-        from genrec_dist.inference.recommend import Recommender
         from genrec_dist.serving.service import Service
 
         try:
@@ -97,22 +96,8 @@ def serve(
         torch.set_num_threads(threads)
 
     def load(path: Path) -> Recommender:
-        recommender = Recommender.load(
-            path,
-            device,
-            beam=beam,
-            mode=decode,
-            data=data,
-            exclude_history=None if exclude_history == "auto" else exclude_history == "yes",
-            allow=None if allow is None else read_ids(allow),
-            block=None if block is None else read_ids(block),
-        )
-        items = recommender.item_filter
-        for file, ids in ((allow, items.unknown_allow), (block, items.unknown_block)):
-            if ids:
-                count = f"{len(ids):,} ids are not in the catalogue, skipped"
-                typer.echo(f"{file}: {count}: {name_some(ids)}", err=True)
-        return recommender
+        options = {"beam": beam, "mode": decode, "data": data}
+        return load_recommender(path, device, exclude_history, allow, block, **options)
 
     shown = f"[{host}]" if ":" in host else host
     at = f"http://{shown}:{listener.getsockname()[1]}"
@@ -171,11 +156,8 @@ def _is_loopback(host: str) -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, before torch is loaded.
-
-    Raises:
-        ValueError: The address cannot be had.
-    """
+    """A listening socket, before torch is loaded. Raises ValueError where the address cannot be
+    had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=1024)

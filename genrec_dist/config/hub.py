@@ -40,11 +40,7 @@ def is_hub_name(run: str | Path) -> bool:
 
 
 def parse_hub_name(text: str | Path) -> HubName:
-    """`[hf://]owner/name[@revision]`.
-
-    Raises:
-        ValueError: It is something else.
-    """
+    """`[hf://]owner/name[@revision]`. Raises ValueError where it is something else."""
     match = _NAME.fullmatch(str(text))
     if match is None:
         raise ValueError(f"{text}: no name on the hub: write it as hf://owner/name[@revision]")

@@ -50,11 +50,8 @@ def shipped_recipes() -> list[str]:
 
 
 def find_recipe(source: str | Path) -> Path:
-    """The file of a recipe: `source` itself, or that of a shipped recipe of this name.
-
-    Raises:
-        ValueError: there is neither.
-    """
+    """The file of a recipe: `source` itself, or that of a shipped recipe of this name. Raises
+    ValueError where there is neither."""
     path = Path(source)
     if path.is_file():
         return path
@@ -68,11 +65,8 @@ def find_recipe(source: str | Path) -> Path:
 
 
 def read_recipe(source: str | Path) -> tuple[dict[str, Any], Path]:
-    """Keys and values as the file of a recipe has them, unchecked, and the file.
-
-    Raises:
-        ValueError: there is no such recipe, or its file is no YAML mapping.
-    """
+    """Keys and values as the file of a recipe has them, unchecked, and the file. Raises ValueError
+    where there is no such recipe, or its file is no YAML mapping."""
     path = find_recipe(source)
     values = parse_yaml(path.read_bytes(), str(path))
     if not isinstance(values, dict):
@@ -84,10 +78,7 @@ def recipe_from(
     values: dict[str, Any], overrides: list[str] | None = None, source: str = "recipe"
 ) -> Recipe:
     """A checked recipe of nested keys and values, as YAML has them; `overrides` change `values`.
-
-    Raises:
-        ValueError: naming `source` and the key for anything that does not fit.
-    """
+    Raises ValueError naming `source` and the key for anything that does not fit."""
     use_current_keys(values, source)
     overridden = {override.partition("=")[0] for override in overrides or []}
     for old, new in RENAMED_KEYS.items():
@@ -144,11 +135,8 @@ def _without_auto(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ..
 
 
 def with_values(recipe: Recipe, changes: dict[str, Any], source: str = "recipe") -> Recipe:
-    """The recipe with other values, by dotted key; they are checked.
-
-    Raises:
-        ValueError: As `recipe_from`.
-    """
+    """The recipe with other values, by dotted key; they are checked. Raises ValueError as
+    `recipe_from`."""
     values = recipe.as_dict()
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
@@ -189,11 +177,8 @@ def _refuse_unknown(kind: Any, values: Any, source: str, prefix: str, known: Seq
 
 
 def use_current_keys(values: dict[str, Any], source: str) -> None:
-    """Give the keys of a nested recipe that have old names their names of today, in place.
-
-    Raises:
-        ValueError: naming `source` and the key where both names are given.
-    """
+    """Give the keys of a nested recipe that have old names their names of today, in place. Raises
+    ValueError naming `source` and the key where both names are given."""
     for old, new in RENAMED_KEYS.items():
         parent, _, old_name = old.rpartition(".")
         section = values.get(parent) if parent else values
@@ -234,6 +219,10 @@ def with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
             del stage["windows"]
         if not stage["distill"]["weight"]:
             del stage["distill"]
+    if not renamed["model"]["item_output"]:
+        del renamed["model"]["item_output"]
+    if renamed["tokens"]["softmax"] == "vocabulary":
+        del renamed["tokens"]["softmax"]
     if not renamed["prompt"]["template"]:  # as before the sections existed
         del renamed["prompt"], renamed["lora"]
     if renamed["model"]["architecture"] == "bart":

@@ -34,11 +34,8 @@ def start_check(folder: Path) -> Future[None]:
 
 def check_model_manifest(folder: Path) -> None:
     """Compare the files of a saved model with its manifest. A model without one, of an earlier
-    version, passes.
-
-    Raises:
-        ModelFileError: naming the first file that is missing or is not the one that was written.
-    """
+    version, passes. Raises ModelFileError naming the first file that is missing or is not the one
+    that was written."""
     path = folder / MANIFEST
     try:
         fields = read_object(path)

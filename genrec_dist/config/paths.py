@@ -18,11 +18,8 @@ from genrec_dist.config.recipe import Recipe
 
 
 def check_paths(recipe: Recipe) -> None:
-    """Refuse a recipe whose data, shards or origin are missing, or a tracker's library.
-
-    Raises:
-        ValueError: naming the path and the way out. Shards at an address are not looked at.
-    """
+    """Refuse a recipe whose data, shards or origin are missing, or a tracker's library. Raises
+    ValueError naming the path and the way out. Shards at an address are not looked at."""
     load_info(Path(recipe.data) / "dataset.json")
     if not is_address(recipe.shards_dir):
         load_manifest(recipe.shards_dir)
@@ -35,11 +32,8 @@ def check_paths(recipe: Recipe) -> None:
 
 
 def check_run_is_new(run: Path) -> None:
-    """Refuse a run directory that holds a run, and a file in its place.
-
-    Raises:
-        ValueError, FileExistsError: naming it, and how to continue it.
-    """
+    """Refuse a run directory that holds a run, and a file in its place. Raises ValueError,
+    FileExistsError naming it, and how to continue it."""
     if run.exists() and not run.is_dir():
         raise FileExistsError(errno.EEXIST, "", str(run))
     if (run / "events.jsonl").exists():
@@ -51,11 +45,7 @@ def check_run_is_new(run: Path) -> None:
 
 def origin_folder(path: str) -> Path:
     """The directory of the model that `init_from` names: `best/` of a run, or the path itself; a
-    run on the hub is downloaded.
-
-    Raises:
-        ValueError: there is no model in it.
-    """
+    run on the hub is downloaded. Raises ValueError where there is no model in it."""
     run = run_folder(path)
     folder = run / "best" if (run / "best").is_dir() else run
     if not (folder / "config.json").is_file():
@@ -67,11 +57,8 @@ def origin_folder(path: str) -> Path:
 
 
 def best_folder(run: Path) -> Path:
-    """`best/` of a run directory, or the directory itself where it is a pushed run's.
-
-    Raises:
-        ValueError: there is none, with the run's status.
-    """
+    """`best/` of a run directory, or the directory itself where it is a pushed run's. Raises
+    ValueError where there is none, with the run's status."""
     if is_pushed(run):
         return run
     if not (run / "best" / "config.json").is_file():
@@ -90,11 +77,7 @@ def is_pushed(run: Path) -> bool:
 
 
 def check_writable(run: Path) -> None:
-    """Refuse to write results into a copy of a pushed run.
-
-    Raises:
-        ValueError: naming the way out.
-    """
+    """Refuse to write results into a copy of a pushed run. Raises ValueError naming the way out."""
     if is_pushed(run):
         raise ValueError(
             f"{run}: a copy of a pushed run, which keeps no results: give another directory for "
@@ -109,11 +92,8 @@ def recipe_of(run: Path) -> Recipe | None:
 
 
 def data_of(run: Path) -> Path:
-    """The data directory that a run was trained on.
-
-    Raises:
-        ValueError: there is no recipe that names it, or the run was pushed without it.
-    """
+    """The data directory that a run was trained on. Raises ValueError where there is no recipe that
+    names it, or the run was pushed without it."""
     recipe = recipe_of(run)
     if recipe is None:
         raise ValueError(f"{run}: no recipe.yaml in it; is it a directory of `genrec train`?")
@@ -138,11 +118,7 @@ def training_state(run: Path) -> dict[str, Any]:
 
 
 def check_training_is_over(run: Path) -> None:
-    """Refuse a run that may still change.
-
-    Raises:
-        ValueError: Naming its status and the way out.
-    """
+    """Refuse a run that may still change. Raises ValueError naming its status and the way out."""
     status = training_state(run)["status"]
     if status not in (None, "finished"):
         raise ValueError(

@@ -74,14 +74,19 @@ class Model:
     """Put the user's word in the text and its id in the sum. Off: items only."""
     item_ids: bool = True
     """Add the item's id embedding to each of its sub-words (the paper's IDEMB)."""
-    decoder_start: Literal["mask", "state"] = "mask"
+    decoder_start: Literal["mask", "state", "every-state"] = "mask"
     """What the decoder's first input is. mask: the token of the mask it is to fill. state: that,
     plus the encoder's state at this [MASK] (of a causal encoder: at the last item), which so
-    reaches the output without going through cross-attention."""
+    reaches the output without going through cross-attention. every-state: the state is added to
+    all of the decoder's inputs, so that it also reaches the later tokens of an item."""
     item_loss: float = 0.0
     """Weight per target item of a second head, beside the decoder's loss per token: it predicts the
     item from the encoder's state at [MASK] by a softmax over the whole catalogue, whose rows are
     the item id table's. 0: no such head."""
+    item_output: bool = False
+    """With `tokens.softmax: siblings`: add the item's id row to the output row of the token that
+    leaves this item alone. An item is then known by its own row among the few with the same
+    beginning, and the head is as wide as the tokens all the same."""
     id_dim: int = 0
     """Width of the id tables, projected to d_model where it differs; 0: d_model, as in the paper.
     Many ids: 64."""
@@ -131,6 +136,11 @@ class Tokens:
     """Tokens that the catalogue leaves no choice about: an item's only continuation, and </s> where
     nothing else can follow. learned: in loss and score like all others, as in the paper. given: in
     neither, their probability is 1."""
+    softmax: Literal["vocabulary", "siblings"] = "vocabulary"
+    """What a token's probability is a share of. vocabulary: all tokens of the output vocabulary, as
+    in the paper. siblings: those that can follow the same beginning in the catalogue, so that
+    nothing is spent on learning which can. Needs `forced: given`, and no item's word may be the
+    beginning of another's (hierarchical codes)."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +193,9 @@ class Distill:
     transition graph and the items' texts (`text`) have after the target's history, in the training
     parts, the user's own pairs left out. The graph's settings are chosen on validation. One beam
     search then has most of what `decode: hybrid` adds. Needs `all-prefixes`, `tokens.forced: given`
-    and items of one token."""
+    and items of one token or `tokens.softmax: siblings`, where an item is drawn from the
+    distribution in place of the target, and each of its tokens learns the shares of its
+    siblings."""
 
     weight: float = 0.0
     """Its part of the target's probability in the loss. 0: none."""

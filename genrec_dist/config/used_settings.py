@@ -19,6 +19,7 @@ _ENCODER_DECODER = (
     "user_ids",
     "item_ids",
     "decoder_start",
+    "item_output",
     "item_loss",
     "id_dim",
     "encoder_unit",
@@ -46,6 +47,15 @@ def used_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         return value
 
     return _without(values, "", _unused(get))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def _without(values: Mapping[str, Any], prefix: str, unused: set[str]) -> dict[str, Any]:

@@ -73,11 +73,8 @@ LIMITS: dict[str, Rule] = {
 
 
 def check_recipe(recipe: Recipe, source: str = "recipe") -> None:
-    """Refuse values that no run can have.
-
-    Raises:
-        ValueError: naming `source`, the key, its value and what it may be.
-    """
+    """Refuse values that no run can have. Raises ValueError naming `source`, the key, its value and
+    what it may be."""
     for key, (text, holds) in LIMITS.items():
         value: Any = functools.reduce(getattr, key.split("."), recipe)
         if not all(map(holds, value if isinstance(value, tuple) else (value,))):
@@ -145,6 +142,8 @@ def _contradiction(recipe: Recipe) -> str:
             f"model.init_items {model.init_items}: tables outside the model begin at random: set "
             "optimizer.id_tables dense"
         )
+    if problem := _siblings_problem(recipe):
+        return problem
     if model.item_text != "none" and model.item_text_source == "words":
         return (
             "model.item_text_source words: each word would be a dimension: set factors, their "
@@ -168,8 +167,31 @@ def _contradiction(recipe: Recipe) -> str:
         return f"tracker {', '.join(recipe.tracker)}: none stands alone: leave out one or the other"
     if recipe.step_graph == "on" and (problem := _graph_problem(recipe)):
         return f"step_graph on: {problem}, or step_graph off"
-    if recipe.pretrain.epochs + recipe.finetune.epochs == 0:
-        return "pretrain.epochs and finetune.epochs are both 0: nothing to train"
+    epochs = recipe.pretrain.epochs + recipe.finetune.epochs
+    if not epochs and not (recipe.prompt.template and recipe.model.backbone):
+        return (
+            "pretrain.epochs and finetune.epochs are both 0: nothing to train, and only the "
+            "backbone of a prompt (recipe llama) can be listed as it is"
+        )
+    return ""
+
+
+def _siblings_problem(recipe: Recipe) -> str:
+    """What of a recipe does not fit its softmax, with the way out; "" where all fits."""
+    model, tokens = recipe.model, recipe.tokens
+    if tokens.softmax == "vocabulary":
+        return "model.item_output true: set tokens.softmax siblings" * model.item_output
+    if tokens.forced != "given":
+        return f"tokens.softmax siblings: tokens.forced is {tokens.forced}: set it to given"
+    if recipe.pretrain.label_smoothing or recipe.finetune.label_smoothing:
+        return "tokens.softmax siblings: it has no label smoothing: set label_smoothing to 0"
+    if model.item_output and not model.item_ids:
+        return "model.item_output true: its rows are the item ids': set model.item_ids true"
+    if model.item_output and recipe.optimizer.id_tables != "dense":
+        return (
+            "model.item_output true: row-adagrad does not fetch the rows of siblings: set "
+            "optimizer.id_tables dense"
+        )
     return ""
 
 
@@ -205,6 +227,9 @@ def _graph_problem(recipe: Recipe) -> str:
         ),
         "model.item_text add: its sums are made anew in each step: set none": (
             model.item_text == "add"
+        ),
+        "tokens.softmax siblings: how many labels a level has differs: set vocabulary": (
+            recipe.tokens.softmax == "siblings"
         ),
         "finetune.distill: soft targets differ in number: set its weight to 0": (
             recipe.finetune.distill.weight > 0
@@ -250,6 +275,8 @@ def _prompt_problem(recipe: Recipe) -> str:
         "model.encoder_unit": model.encoder_unit != "subword",
         "model.positions": model.positions != "from-start",
         "tokens.trim": recipe.tokens.trim,
+        "tokens.softmax": recipe.tokens.softmax != "vocabulary",
+        "model.item_output": model.item_output,
         "optimizer.id_tables": recipe.optimizer.id_tables != "dense",
         "compile": recipe.compile != "none",
         "init_from": recipe.init_from is not None,
@@ -273,7 +300,9 @@ def _t5_problem(recipe: Recipe) -> str:
         ("model.positions from-end", model.positions == "from-end", "from-start"),
         ("model.scale_embedding true", model.scale_embedding, "false"),
         ("model.init_items cooccurrence", model.init_items == "cooccurrence", "random"),
+        ("model.decoder_start every-state", model.decoder_start == "every-state", "state"),
         ("tokens.trim true", recipe.tokens.trim, "false"),
+        ("tokens.softmax siblings", recipe.tokens.softmax == "siblings", "vocabulary"),
         ("packing packed", recipe.packing == "packed", "padded"),
         ("compile layers", recipe.compile == "layers", "none"),
         (f"init_from {recipe.init_from}", recipe.init_from is not None, "null"),

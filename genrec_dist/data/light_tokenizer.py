@@ -38,11 +38,7 @@ class LightTokenizer:
 
 def light_tokenizer(best: Path) -> LightTokenizer | None:
     """The tokenizer that is saved in this directory; None where its class says that its file is not
-    all of it.
-
-    Raises:
-        OSError, ValueError: a file is missing or damaged.
-    """
+    all of it. Raises OSError, ValueError where a file is missing or damaged."""
     fields = read_object(best / "tokenizer_config.json")
     further = fields.get("extra_special_tokens") or []
     special = {name: fields.get(f"{name}_token") for name in _SPECIAL}

@@ -199,12 +199,9 @@ def build_words(
     user_codes: Sequence[str],
     num_masks: int = 1,
 ) -> WordTable:
-    """The word table: one pass of the (Rust) tokenizer over each word, then arrays only.
-
-    Raises:
-        ValueError: a word has no sub-words or contains a special token. (`build_trie` refuses two
-            items with the same sub-words.)
-    """
+    """The word table: one pass of the (Rust) tokenizer over each word, then arrays only. Raises
+    ValueError where a word has no sub-words or contains a special token; `build_trie` refuses two
+    items with the same sub-words."""
     texts = [item_text(code) for code in item_codes] + [user_text(code) for code in user_codes]
     encoded = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
     specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, *mask_tokens(tokenizer, num_masks)]

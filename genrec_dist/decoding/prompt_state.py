@@ -11,6 +11,7 @@ from torch import Tensor
 
 from genrec_dist.decoding.beam_caches import BeamCaches
 from genrec_dist.model.causal.attention import AttentionCall, per_query_head
+from genrec_dist.model.causal.packed_rows import PackedRows
 from genrec_dist.model.causal.prompted import PromptedModel
 
 
@@ -18,8 +19,8 @@ class PromptState(BeamCaches):
     """Takes the place of `DecoderState`: what that reads from an encoder is here a prompt's keys
     and values.
 
-    The beams of a user are the tokens of one row in a pass through the layers: each sees the shared
-    keys and its own.
+    The open beams of all users are the tokens of a pass through the layers: each sees the keys that
+    its user's beams share and its own.
     """
 
     def __init__(self, model: PromptedModel, memory_BLW: Tensor, mask_BL: Tensor):
@@ -58,12 +59,16 @@ class PromptState(BeamCaches):
         self.seen_B11L = torch.cat([self.mask_BL, shown_BP], 1)[:, None, None]
         return states_BPD[:, len(self.lead) :]
 
-    def step(self, tokens_BK: Tensor) -> Tensor:
-        """Read one token per beam; returns the states after it, float [B, K, D]."""
+    def step(self, tokens_BK: Tensor, open_BK: Tensor | None = None) -> Tensor:
+        """Read one token per open beam; returns the states after it, float [B, K, D], any of the
+        beams that are not open."""
+        rows = PackedRows.of(tokens_BK >= 0 if open_BK is None else open_BK)
         positions_BK = self.next_B[:, None].expand(tokens_BK.shape)
-        states_BKD = self.model.run(tokens_BK, positions_BK, _BeamAttention(self))
+        states_1nD = self.model.run(
+            rows.pack(tokens_BK)[None], rows.pack(positions_BK)[None], _BeamAttention(self, rows)
+        )
         self.next_B = self.next_B + 1
-        return states_BKD
+        return rows.unpack(states_1nD[0])
 
 
 class _SharedAttention:
@@ -94,17 +99,17 @@ class _SharedAttention:
 class _BeamAttention:
     """Of one token per beam, over the shared keys and the beam's own: one softmax over both."""
 
-    def __init__(self, state: PromptState):
-        self.state = state
+    def __init__(self, state: PromptState, rows: PackedRows):
+        self.state, self.rows = state, rows
         self.hidden_B11L = ~state.seen_B11L
 
     def mix(self, call: AttentionCall) -> Tensor:
         state, layer, heads = self.state, call.layer, call.key_BGSd.shape[1]
-        one = (call.key_BGSd.transpose(1, 2), call.value_BGSd.transpose(1, 2))
+        query_BKHd, *one = call.unpacked(self.rows)
         keys, values = state.add_own(layer, *one)
         shared_keys, shared_values = state.shared[layer]
         # The query heads that share keys, of all beams, are rows of one product.
-        query_BGRKd = (call.query_BHSd * call.scale).unflatten(1, (heads, -1))
+        query_BGRKd = (query_BKHd * call.scale).transpose(1, 2).unflatten(1, (heads, -1))
         on_shared = query_BGRKd.flatten(2, 3) @ shared_keys.transpose(2, 3)
         on_shared = on_shared.masked_fill_(self.hidden_B11L, float("-inf"))
         on_shared = on_shared.unflatten(2, query_BGRKd.shape[2:4])  # [B, G, R, K, L + P]
@@ -115,4 +120,5 @@ class _BeamAttention:
         from_shared = weights[..., :num_shared].flatten(2, 3) @ shared_values
         from_own = weights[..., num_shared:].permute(0, 3, 1, 2, 4) @ values  # [B, K, G, R, d]
         mixed = from_shared.unflatten(2, query_BGRKd.shape[2:4]) + from_own.permute(0, 2, 3, 1, 4)
-        return mixed.flatten(1, 2)
+        mixed_BKHd = mixed.permute(0, 3, 1, 2, 4).flatten(2, 3)
+        return self.rows.pack(mixed_BKHd).transpose(0, 1)[None]

@@ -5,17 +5,37 @@ graph."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from genrec_dist.data.item_graph import log_near
-from genrec_dist.decoding.beam_search import NEG_INF, Levels, step_log_probabilities
+from genrec_dist.decoding.beam_search import NEG_INF, step_log_probabilities
 from genrec_dist.decoding.decoder_state import Searchable, start_search
+from genrec_dist.decoding.levels import Levels
 from genrec_dist.decoding.output_head import Heads
 from genrec_dist.evaluation.score_mixture import Mixture
 from genrec_dist.model.network import Network
+
+
+@dataclass(frozen=True)
+class HistoryProbabilities:
+    """What a mixture knows of the next item from the history alone, float [B, N] of all items, rows
+    that sum to one, or [B, C] of candidates; None where a part has no weight."""
+
+    graph: Tensor | None = None
+    """Under the transition graph."""
+    repeat: Tensor | None = None
+    """Under the repeat model."""
+    text: Tensor | None = None
+    """Share of nearness by text."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> HistoryProbabilities:
+        """With `change` of each part that is there."""
+        parts = (self.graph, self.repeat, self.text)
+        return HistoryProbabilities(*(None if one is None else change(one) for one in parts))
 
 
 @dataclass(frozen=True)
@@ -28,38 +48,30 @@ class Candidates:
     """log p of the decoder, -inf where there is no item."""
     item_logp_BC: Tensor | None
     """log p of the item head, where the model has one."""
-    graph_prob_BC: Tensor | None
-    """Probability under the transition graph, where there was one."""
-    repeat_prob_BC: Tensor | None
-    """Probability under the repeat model, where there was one."""
-    text_prob_BC: Tensor | None
-    """Share of nearness by text, where there was any."""
+    known: HistoryProbabilities
     num_items: int
 
     def mix_scores(self, mixture: Mixture) -> Tensor:
         """The scores [B, C] by which they are ranked, as `Mixture` says; -inf where there is no
         item."""
-        mixed_BC = self.decoder_logp_BC.clone()
+        mixed_BC, known = self.decoder_logp_BC.clone(), self.known
         if self.item_logp_BC is not None and mixture.item_weight:
             mixed_BC.add_(self.item_logp_BC, alpha=mixture.item_weight)
-        if self.graph_prob_BC is not None and mixture.graph_weight:
-            graph_logp_BC = log_near(self.graph_prob_BC, mixture.epsilon, self.num_items)
+        if known.graph is not None and mixture.graph_weight:
+            graph_logp_BC = log_near(known.graph, mixture.epsilon, self.num_items)
             mixed_BC.add_(graph_logp_BC, alpha=mixture.graph_weight)
-        if self.repeat_prob_BC is not None and mixture.repeat_weight:
-            mixed_BC.add_(self.repeat_prob_BC.log(), alpha=mixture.repeat_weight)
-        if self.text_prob_BC is not None and mixture.text is not None:
-            text_logp_BC = log_near(self.text_prob_BC, mixture.text.epsilon, self.num_items)
+        if known.repeat is not None and mixture.repeat_weight:
+            mixed_BC.add_(known.repeat.log(), alpha=mixture.repeat_weight)
+        if known.text is not None and mixture.text is not None:
+            text_logp_BC = log_near(known.text, mixture.text.epsilon, self.num_items)
             mixed_BC.add_(text_logp_BC, alpha=mixture.text.weight)
         return mixed_BC
 
 
 def item_log_probabilities(model: Searchable, memory_BLD: Tensor, mask_BL: Tensor) -> Tensor:
     """log p of every item under the item head, float [B, N], from the encoder's state at [MASK],
-    the last but </s>; of a causal encoder from the last one.
-
-    Raises:
-        ValueError: The model has no item head.
-    """
+    the last but </s>; of a causal encoder from the last one. Raises ValueError where the model has
+    no item head."""
     if not model.config.item_loss:
         raise ValueError(
             "this model has no item head: train with model.item_loss above 0, "

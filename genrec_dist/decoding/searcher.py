@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
@@ -21,16 +21,16 @@ from genrec_dist.decoding.beam_search import (
     NEG_INF,
     BeamOptions,
     Ends,
-    Levels,
     best_of,
-    exclude_by_level,
     search_trie,
 )
 from genrec_dist.decoding.decoder_state import Searchable
 from genrec_dist.decoding.exhaustive import score_all
-from genrec_dist.decoding.output_head import make_heads
+from genrec_dist.decoding.levels import Levels, exclude_by_level
+from genrec_dist.decoding.output_head import SiblingHead, make_heads, siblings_of
 from genrec_dist.decoding.rescoring import (
     Candidates,
+    HistoryProbabilities,
     add_best,
     item_log_probabilities,
     score_candidates,
@@ -104,7 +104,11 @@ class TrieSearcher:
         self.static = on_gpu if static is None else static
         self._search_trie = search_trie
         given = model.config.certain_tokens == "given"
-        self._set_trie(trie, forced_nodes(trie) if given else None)
+        self.siblings = None
+        if model.config.softmax == "siblings":
+            self.siblings = siblings_of(trie).to(self.device)
+        self.whole, nodes = trie, np.arange(trie.num_nodes)
+        self._set_trie(trie, forced_nodes(trie) if given else None, nodes)
         self._set_model(model)
 
     def of(self, model: Searchable) -> TrieSearcher:
@@ -116,17 +120,16 @@ class TrieSearcher:
     def among(self, item_rows: np.ndarray) -> TrieSearcher:
         """The search among these items alone.
 
-        An item's score is the same whatever else may be listed: forced tokens are those of the
-        whole catalogue, `compact` stays a softmax over the whole catalogue's tokens, and `free`,
-        which has no trie, stays what it is.
-
-        Raises:
-            ValueError: No item is left or a row is no item's.
+        An item's score is the same whatever else may be listed: forced tokens and siblings are
+        those of the whole catalogue, `compact` stays a softmax over the whole catalogue's tokens,
+        and `free`, which has no trie, stays what it is. Raises ValueError where no item is left or
+        a row is no item's.
         """
         other = copy.copy(self)
         part = restrict(self.trie, item_rows)
-        forced = self.forced
-        other._set_trie(part, None if forced is None else forced[nodes_in_whole(self.trie, part)])
+        forced, nodes = self.forced, nodes_in_whole(self.trie, part)
+        forced = None if forced is None else forced[nodes]
+        other._set_trie(part, forced, self.whole_nodes[nodes])
         other._set_model(self.model)
         other.heads = {
             mode: replace(heads, softmax=self.heads[mode].softmax)
@@ -142,9 +145,10 @@ class TrieSearcher:
         other._search_trie = torch.compile(search_trie, fullgraph=True, dynamic=False, **options)  # type: ignore[call-overload]
         return other
 
-    def _set_trie(self, trie: Trie, forced: np.ndarray | None) -> None:
-        self.trie, self.forced = trie, forced
-        self.levels = Levels(trie, self.device, forced)
+    def _set_trie(self, trie: Trie, forced: np.ndarray | None, whole_nodes: np.ndarray) -> None:
+        self.trie, self.forced, self.whole_nodes = trie, forced, whole_nodes
+        siblings = None if self.siblings is None else (self.whole, whole_nodes)
+        self.levels = Levels(trie, self.device, forced, siblings)
         self.item_node = torch.from_numpy(trie.item_node).to(self.device)
         self.__dict__.pop("paths", None)
 
@@ -157,6 +161,10 @@ class TrieSearcher:
                 f"the model's weights are {model.lm_head.weight.dtype}"
             )
         exact, compact = make_heads(weight_VD, eos, self.levels.tokens)
+        if self.siblings is not None:
+            assert isinstance(model, Network)
+            head = SiblingHead(self.siblings, model.output_rows().detached())
+            exact = compact = replace(exact, siblings=head)
         self.heads = {"exact": exact, "compact": compact}
 
     @cached_property
@@ -178,9 +186,7 @@ class TrieSearcher:
         excluded: Pairs | None = None,
         ends: Ends = "kept",
         mixture: Mixture | None = None,
-        graph_prob_BN: Tensor | None = None,
-        repeat_prob_BN: Tensor | None = None,
-        text_prob_BN: Tensor | None = None,
+        known: HistoryProbabilities | None = None,
     ) -> TopItems:
         """The best items of each user by log-probability under the mode's softmax.
 
@@ -196,9 +202,7 @@ class TrieSearcher:
                 finished lists, elsewhere their places go to others.
             ends: Of modes `exact` and `compact`.
             mixture: Of `hybrid`; None: its defaults.
-            graph_prob_BN: float, the graph's probabilities, of `hybrid`.
-            repeat_prob_BN: float, those of the repeat model, of `hybrid`.
-            text_prob_BN: float, the texts' shares, of `hybrid`.
+            known: What `hybrid` knows from the histories alone.
 
         Raises:
             ValueError: An unknown mode; `free` where the searcher cannot read texts or the model
@@ -206,10 +210,10 @@ class TrieSearcher:
         """
         if mode not in get_args(Mode):
             raise ValueError(f"decode mode {mode!r}: choose one of {', '.join(get_args(Mode))}")
-        beam = max(beam, top)
+        beam, known = max(beam, top), known or HistoryProbabilities()
         most = self._users_at_once(encoder)
         if len(encoder.input_ids) > most:
-            return _joined_lists(
+            parts = [
                 self.search(
                     part.encoder,
                     beam=beam,
@@ -218,20 +222,14 @@ class TrieSearcher:
                     excluded=part.excluded,
                     ends=ends,
                     mixture=mixture,
-                    graph_prob_BN=None if graph_prob_BN is None else graph_prob_BN[part.users],
-                    repeat_prob_BN=None if repeat_prob_BN is None else repeat_prob_BN[part.users],
+                    known=known.map(lambda prob_BN, at=part.users: prob_BN[at]),  # type: ignore[misc]
                 )
                 for part in _parts(encoder, excluded, most)
-            )
+            ]
+            items_BN, scores_BN = zip(*((part.items, part.scores) for part in parts), strict=True)
+            return TopItems(np.concatenate(items_BN), np.concatenate(scores_BN))
         if mode == "hybrid":
-            found = self.candidates(
-                encoder,
-                beam=beam,
-                excluded=excluded,
-                graph_prob_BN=graph_prob_BN,
-                repeat_prob_BN=repeat_prob_BN,
-                text_prob_BN=text_prob_BN,
-            )
+            found = self.candidates(encoder, beam=beam, excluded=excluded, known=known)
             return self._rank(found.mix_scores(mixture or Mixture()), found.items_BC, top)
         if mode in ("exact", "compact"):
             num_users = len(encoder.input_ids)
@@ -262,9 +260,7 @@ class TrieSearcher:
         *,
         beam: int,
         excluded: Pairs | None = None,
-        graph_prob_BN: Tensor | None = None,
-        repeat_prob_BN: Tensor | None = None,
-        text_prob_BN: Tensor | None = None,
+        known: HistoryProbabilities,
     ) -> Candidates:
         """What `hybrid` ranks: the best `beam` items of the decoder, of the item head, of the
         graph, of the history and of the texts, as far as there are any, and none that is excluded.
@@ -273,9 +269,7 @@ class TrieSearcher:
             encoder: The users' histories.
             beam: Width of the beam, and how many items each part suggests.
             excluded: Items that must not be listed.
-            graph_prob_BN: float, the graph's probabilities.
-            repeat_prob_BN: float, those of the repeat model.
-            text_prob_BN: float, the texts' shares.
+            known: Of all items, from the histories alone.
         """
         memory_BLD, mask_BL = encode_by_length(self.model, encoder), encoder.attention_mask
         excluded_BN = self._excluded_items(len(memory_BLD), excluded)
@@ -288,37 +282,25 @@ class TrieSearcher:
         items_BC = items_BC.masked_fill(scores_BN == NEG_INF, EMPTY)
         if item_logp_BN is not None:
             items_BC = add_best(items_BC, item_logp_BN, beam)
-        if graph_prob_BN is not None:
-            graph_prob_BN = graph_prob_BN.to(self.device, scores_BN.dtype)
-            impossible_BN = excluded_BN | (graph_prob_BN == 0)
-            items_BC = add_best(items_BC, graph_prob_BN.masked_fill(impossible_BN, NEG_INF), beam)
-        if repeat_prob_BN is not None:
-            repeat_prob_BN = repeat_prob_BN.to(self.device, scores_BN.dtype)
-            # All items that are not in the history have the same, the least, probability.
-            new_BN = repeat_prob_BN <= repeat_prob_BN.amin(1, keepdim=True)
-            repeated_BN = repeat_prob_BN.masked_fill(new_BN | excluded_BN, NEG_INF)
-            items_BC = add_best(items_BC, repeated_BN, beam)
-        if text_prob_BN is not None:
-            text_prob_BN = text_prob_BN.to(self.device, scores_BN.dtype)
-            far_BN = excluded_BN | (text_prob_BN == 0)
-            items_BC = add_best(items_BC, text_prob_BN.masked_fill(far_BN, NEG_INF), beam)
+        known = known.map(lambda prob_BN: prob_BN.to(self.device, scores_BN.dtype))
+        # All items that are not in the history have the same, the least, probability.
+        new_B1 = 0.0 if known.repeat is None else known.repeat.amin(1, keepdim=True)
+        for prob_BN, least in ((known.graph, 0.0), (known.repeat, new_B1), (known.text, 0.0)):
+            if prob_BN is not None:
+                left_BN = prob_BN.masked_fill(excluded_BN | (prob_BN <= least), NEG_INF)
+                items_BC = add_best(items_BC, left_BN, beam)
         paths_BCT = torch.where(
             items_BC[..., None] >= 0, self.paths[items_BC], self.levels.sentinel
         )
         decoder_logp_BC = score_candidates(
             self.model, self.levels, self.heads["exact"], memory_BLD, mask_BL, paths_BCT
         )
-        item_logp_BC, graph_prob_BC, repeat_prob_BC, text_prob_BC = (
-            None if values_BN is None else values_BN.gather(1, items_BC.clamp(min=0))
-            for values_BN in (item_logp_BN, graph_prob_BN, repeat_prob_BN, text_prob_BN)
-        )
+        rows_BC = items_BC.clamp(min=0)
         return Candidates(
             items_BC=items_BC,
             decoder_logp_BC=decoder_logp_BC,
-            item_logp_BC=item_logp_BC,
-            graph_prob_BC=graph_prob_BC,
-            repeat_prob_BC=repeat_prob_BC,
-            text_prob_BC=text_prob_BC,
+            item_logp_BC=None if item_logp_BN is None else item_logp_BN.gather(1, rows_BC),
+            known=known.map(lambda prob_BN: prob_BN.gather(1, rows_BC)),
             num_items=excluded_BN.shape[1],
         )
 
@@ -419,14 +401,6 @@ def _parts(encoder: EncoderInput, excluded: Pairs | None, most: int) -> Iterator
             mine = (rows >= first) & (rows < first + most)
             pairs = rows[mine] - first, items[mine]
         yield _Part(users, encoder.map(lambda values, at=users: values[at]), pairs)  # type: ignore[misc]
-
-
-def _joined_lists(parts: Iterable[TopItems]) -> TopItems:
-    lists = list(parts)
-    return TopItems(
-        items=np.concatenate([part.items for part in lists]),
-        scores=np.concatenate([part.scores for part in lists]),
-    )
 
 
 def _as_lists(scores_BN: Tensor, items_BN: Tensor, top: int) -> TopItems:

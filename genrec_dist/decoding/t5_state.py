@@ -25,13 +25,7 @@ class T5State(BeamCaches):
     def __init__(
         self, model: GenRecT5ForConditionalGeneration, memory_BLD: Tensor, mask_BL: Tensor
     ):
-        """Project the encoder's states.
-
-        Args:
-            model: whose decoder it is.
-            memory_BLD: encoder states.
-            mask_BL: bool, False on padding.
-        """
+        """Project the encoder's states; arguments are those of `DecoderState`."""
         self.model, self.mask_B11L = model, mask_BL[:, None, None]
         start, device = model.config.decoder_start_token_id, memory_BLD.device
         self.start_token = torch.full((1,), start, dtype=torch.long, device=device)
@@ -76,8 +70,9 @@ class T5State(BeamCaches):
         self.num_tokens = num_tokens
         return self._for_head(hidden_BPD)
 
-    def step(self, tokens_BK: Tensor) -> Tensor:
-        """Decode one token per beam; returns the decoder states after it, float [B, K, D]."""
+    def step(self, tokens_BK: Tensor, open_BK: Tensor | None = None) -> Tensor:
+        """Decode one token per beam, open or not; returns the decoder states after it, float
+        [B, K, D]."""
         hidden_BKD = self.model.shared(tokens_BK)
         bias_Ht = self._bias(1)[0, :, 0]
         for number, layer in enumerate(self.layers):

@@ -301,11 +301,8 @@ def save_trie(trie: Trie, path: str | Path, *, numbering_hash: str, words_hash: 
 
 
 def load_trie(path: str | Path, *, numbering_hash: str, words_hash: str) -> Trie:
-    """What `save_trie` wrote.
-
-    Raises:
-        ValueError: Naming the file if it is damaged or belongs to another numbering or words.
-    """
+    """What `save_trie` wrote. Raises ValueError naming the file if it is damaged or belongs to
+    another numbering or words."""
 
     def refuse(reason: str) -> ValueError:
         return ValueError(f"{path}: {reason}: delete it, it is rebuilt from the catalogue")

@@ -38,12 +38,8 @@ class Settings(Protocol):
 
 def make_accelerator(recipe: Settings) -> Accelerator:
     """Accelerate's state for this recipe; topology comes from the launcher, the rest from the
-    recipe.
-
-    Raises:
-        ValueError: where the launcher's files decide what the recipe decides, or ask for what is
-            not supported.
-    """
+    recipe. Raises ValueError where the launcher's files decide what the recipe decides, or ask for
+    what is not supported."""
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision fp16 needs a GPU: use bf16 or fp32 here")
     if recipe.deterministic:

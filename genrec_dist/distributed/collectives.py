@@ -122,11 +122,8 @@ class Ranks:
     @contextlib.contextmanager
     def naming_the_gone(self) -> Iterator[None]:
         """Context in which a collective of a library (DDP's or DeepSpeed's gradients) that a lost
-        connection ends raises what a meeting raises: its own error names no rank.
-
-        Raises:
-            RankGone: naming the rank, or "another rank" where rank 0 does not answer.
-        """
+        connection ends raises what a meeting raises: its own error names no rank. Raises RankGone
+        naming the rank, or "another rank" where rank 0 does not answer."""
         try:
             yield
         except RuntimeError as error:

@@ -165,10 +165,7 @@ def _phrase(what: str, value: str) -> str:
 
 def requested(environ: Mapping[str, str], launch: Launch | None) -> list[Request]:
     """All that was requested: by GENREC_EXPECT, the launcher's command line and its variables.
-
-    Raises:
-        ValueError: for a GENREC_EXPECT or a DeepSpeed file that cannot be read.
-    """
+    Raises ValueError for a GENREC_EXPECT or a DeepSpeed file that cannot be read."""
     requests = [*_of_expect(environ.get("GENREC_EXPECT", ""))]
     if launch is not None:
         requests += _of_launch(launch)

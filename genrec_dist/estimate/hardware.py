@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -43,7 +44,8 @@ BANDWIDTHS = {
 """Published bytes to and from memory in GB/s; of several sizes of a card the slowest."""
 
 _SIDE, _TRIES = 1536, 5
-_MOST_SECONDS = 0.2
+_MOST_SECONDS = 0.05
+"""Of one product."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def peak_of(device: torch.device, precision: str) -> Peak | None:
     """The peak of a device; None for a card that is not known here, so that no share of an unknown
     peak is ever stated."""
     if device.type == "cpu":
-        return _measured(torch.float32 if precision == "fp32" else torch.bfloat16)
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        return _measured(dtype, torch.get_num_threads())
     if device.type != "cuda":
         return None
     found = card_named(torch.cuda.get_device_name(device))
@@ -79,9 +82,10 @@ def card_named(name: str) -> str | None:
     return max((card for card in CARDS if card in name), key=len, default=None)
 
 
-def _measured(dtype: torch.dtype) -> Peak:
+@cache
+def _measured(dtype: torch.dtype, threads: int) -> Peak:
     """The best of a few products of large matrices, by this process's threads: some tenths of a
-    second.
+    second, once a process.
 
     The matrices are as large as that time allows: a CPU without instructions for bf16 would take a
     minute for those that show what a fast one can do.
@@ -90,7 +94,6 @@ def _measured(dtype: torch.dtype) -> Peak:
     while side < _SIDE and 8 * _seconds_of_product(side, dtype) < _MOST_SECONDS:
         side *= 2
     rate = 2 * side**3 / min(_seconds_of_product(side, dtype) for _ in range(_TRIES))
-    threads = torch.get_num_threads()
     kind = str(dtype).removeprefix("torch.")
     source = (
         f"measured: a {kind} product of {side} x {side} matrices, {threads} threads, "

@@ -5,12 +5,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from genrec_shards.atomic import atomic_file
 from genrec_shards.splits import Split
 from rich.table import Table
 
@@ -138,13 +136,6 @@ def conclusion(found: Comparison) -> str:
     ]
     lines += [f"{key} differs: {a} and {b}" for key, (a, b) in found.differs.items()]
     return "\n".join([*lines, found.verdict()])
-
-
-def write_json(found: Comparison, path: str | Path) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(
-            json.dumps(found.as_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
 
 
 def _side(path: Path, runs: list[ComparedRun]) -> Side:

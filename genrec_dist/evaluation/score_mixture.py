@@ -6,14 +6,13 @@ test."""
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from genrec_shards.atomic import atomic_file
+from genrec_shards.atomic import write_json
 from genrec_shards.readers.documents import read_object
 
 from genrec_dist.config.load import section_from
@@ -235,12 +234,10 @@ def changed(
 def save(choice: Choice, run: Path, origin: dict[str, Any]) -> Path:
     """`origin`: what the weights are good for: `load` is given the same."""
     path = run / FILE
-    with atomic_file(path) as temporary:
-        values = dataclasses.asdict(choice)
-        if not choice.text_table:
-            del values["text_table"], values["mixture"]["text"]
-        text = json.dumps({"origin": origin, **values}, indent=1, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    values = dataclasses.asdict(choice)
+    if not choice.text_table:
+        del values["text_table"], values["mixture"]["text"]
+    write_json(path, {"origin": origin, **values})
     return path
 
 

@@ -19,7 +19,7 @@ from genrec_dist.baselines.registry import reference_scores
 from genrec_dist.config.paths import check_writable, training_state
 from genrec_dist.data.layout import PromptLayout
 from genrec_dist.distributed.collectives import Ranks
-from genrec_dist.evaluation.protocol import Protocol
+from genrec_dist.evaluation.protocol import Protocol, expected_users
 from genrec_dist.evaluation.results import ResultsWriter
 from genrec_dist.inference.history_scores import HistoryScores
 from genrec_dist.inference.load import LoadedRun, check_numbering, check_split
@@ -36,6 +36,7 @@ def evaluate(
     *,
     decoding: Decoding,
     trained_through: TrainedThrough = "n-2",
+    users: str | dict[str, int] = "all",
     recipe: dict[str, Any] | None = None,
     ranks: Ranks | None = None,
     on_batch: Callable[[int], None] | None = None,
@@ -52,6 +53,7 @@ def evaluate(
         decoding: How lists are made; `top` is at least 20.
         trained_through: The last item of each user that training saw, for the protocol and for the
             graph and the baselines beside the result.
+        users: Who is listed, as in `Protocol`.
         recipe: The run's recipe, for the metrics file.
         ranks: Who shares the work; None: this process alone.
         on_batch: Called with how many users have been decoded since the last call.
@@ -75,13 +77,14 @@ def evaluate(
         exclude_history=decoding.exclude_history,
         beam=decoding.beam,
         decode=decoding.mode,
+        users=users,
         item_weight=decoding.mixture.item_weight if hybrid and run.model.config.item_loss else None,
         graph=decoding.mixture.of_graph if hybrid else None,
     )
     history_scores = None
     if protocol.graph is not None:
         history_scores = HistoryScores.of(dataset, split, trained_through, decoding.mixture)
-    started_with = ranks.all_gather_str(f"{dataset.info.sequences_hash} {decoding}")
+    started_with = ranks.all_gather_str(f"{dataset.info.sequences_hash} {decoding} {users}")
 
     def open_writer() -> ResultsWriter | None:
         check_numbering(run, dataset)
@@ -114,8 +117,8 @@ def evaluate(
         writer = ranks.run_on_all(open_writer)
         start = time.perf_counter()
         windows = rank_windows(
-            run.searcher, run.layout, view, view.users, decoding, ranks, on_batch,
-            window=window, history_scores=history_scores,
+            run.searcher, run.layout, view, expected_users(view.users, protocol), decoding, ranks,
+            on_batch, window=window, history_scores=history_scores,
         )  # fmt: skip
         for found in windows:
             ranks.run_on_all(partial(write_window, found))

@@ -10,21 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 from genrec_shards.dataset import Dataset
 from genrec_shards.splits import Split, TrainedThrough
-from torch import Tensor
 
 from genrec_dist.data.item_graph import Graph
 from genrec_dist.data.repeat_model import RepeatModel
+from genrec_dist.decoding.rescoring import HistoryProbabilities
 from genrec_dist.evaluation.score_mixture import Mixture
 from genrec_dist.text.similarity import TextSimilarity
-
-
-@dataclass(frozen=True)
-class HistoryProbabilities:
-    """float64 [B, N] each, rows that sum to one; None where a part has no weight."""
-
-    graph_prob_BN: Tensor | None = None
-    repeat_prob_BN: Tensor | None = None
-    text_prob_BN: Tensor | None = None
 
 
 @dataclass(frozen=True)

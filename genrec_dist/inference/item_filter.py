@@ -35,11 +35,8 @@ class ItemFilter:
 def filter_items(
     catalogue: Catalogue, allow: Iterable[str] | None = None, block: Iterable[str] | None = None
 ) -> ItemFilter:
-    """The items of `allow` (None: all of them) without those of `block`.
-
-    Raises:
-        ValueError: That leaves none.
-    """
+    """The items of `allow` (None: all of them) without those of `block`. Raises ValueError where
+    that leaves none."""
     allow_rows, unknown_allow = find_rows(catalogue, () if allow is None else allow)
     block_rows, unknown_block = find_rows(catalogue, () if block is None else block)
     allowed_I = np.full(len(catalogue.item_ids), allow is None)
@@ -56,11 +53,8 @@ def filter_items(
 
 
 def find_rows(catalogue: Catalogue, ids: Iterable[str]) -> tuple[np.ndarray, list[str]]:
-    """(int32 rows of the ids that the catalogue has, the other ids), in order.
-
-    Raises:
-        ValueError: What is no list of ids.
-    """
+    """(int32 rows of the ids that the catalogue has, the other ids), in order. Raises ValueError
+    for what is no list of ids."""
     if isinstance(ids, str | Mapping) or not isinstance(ids, Iterable):
         raise ValueError(f"{ids!r} is not a list of ids: write ids as a list of strings")
     known, unknown = [], []
@@ -81,11 +75,8 @@ def name_some(ids: Sequence[str], most: int = 3) -> str:
 
 
 def read_text(path: str | Path, content: str) -> str:
-    """The text of a UTF-8 file of `content`, as which the message names what to give.
-
-    Raises:
-        ValueError: Naming the file.
-    """
+    """The text of a UTF-8 file of `content`, as which the message names what to give. Raises
+    ValueError naming the file."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -97,11 +88,8 @@ def read_text(path: str | Path, content: str) -> str:
 
 
 def read_ids(path: str | Path) -> list[str]:
-    """One id per line, without blank lines and the spaces around an id.
-
-    Raises:
-        ValueError: Naming the file if it has no id or is no text.
-    """
+    """One id per line, without blank lines and the spaces around an id. Raises ValueError naming
+    the file if it has no id or is no text."""
     lines = read_text(path, "one item id a line").split("\n")
     ids = [line.strip() for line in lines if line.strip()]
     if not ids:

@@ -75,11 +75,8 @@ class LoadedRun:
 
 
 def forced_of(words: WordTable, certain_tokens: str) -> ForcedTokens | None:
-    """The tokens of items that are the only continuation in the trie, where they are given.
-
-    Raises:
-        ValueError: They are and there is one item, of which nothing can be learned.
-    """
+    """The tokens of items that are the only continuation in the trie, where they are given. Raises
+    ValueError where they are and there is one item, of which nothing can be learned."""
     if certain_tokens != "given":
         return None
     if words.num_items < 2:
@@ -94,12 +91,19 @@ def forced_of(words: WordTable, certain_tokens: str) -> ForcedTokens | None:
     return ForcedTokens(tokens, ends)
 
 
-def make_layout(words: WordTable, config: CodedConfig) -> Layout:
-    """The encoder's input as this model was built to read it.
+def nodes_of(words: WordTable, softmax: str) -> np.ndarray | None:
+    """`Layout.nodes`, where the softmax is over siblings."""
+    if softmax != "siblings":
+        return None
+    nodes, trie = np.zeros(len(words.tokens), np.int64), build_trie(*words.tokens_of_items())
+    first, last = words.offsets[[words.first_item_word, words.first_user_word]]
+    paths_NT = trie.item_paths()
+    nodes[first:last] = paths_NT[paths_NT >= 0]
+    return nodes
 
-    Raises:
-        ValueError: As `forced_of`.
-    """
+
+def make_layout(words: WordTable, config: CodedConfig) -> Layout:
+    """The encoder's input as this model was built to read it. Raises ValueError as `forced_of`."""
     return Layout(
         words=words,
         pad_token=config.pad_token_id,
@@ -109,6 +113,7 @@ def make_layout(words: WordTable, config: CodedConfig) -> Layout:
         unit=config.encoder_unit,  # type: ignore[arg-type]
         causal=config.encoder_attention == "causal",
         forced=forced_of(words, config.certain_tokens),
+        nodes=nodes_of(words, config.softmax),
     )
 
 
@@ -147,11 +152,8 @@ def load_model(
     light: bool = False,
     checked: Future[None] | None = None,
 ) -> LoadedRun:
-    """Load `best/` itself, or a copy of it; its own path is the run's.
-
-    Raises:
-        ValueError: As `load_run`.
-    """
+    """Load `best/` itself, or a copy of it; its own path is the run's. Raises ValueError as
+    `load_run`."""
     checked = checked or start_check(best)
     try:
         loaded = _load_unchecked(best, device, light)
@@ -302,10 +304,7 @@ def _prompted_parts(best: Path) -> tuple[Any, Any]:
 
 def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
     """Refuse data with other codes than the run was trained on, or with equal codes of other ids.
-
-    Raises:
-        ValueError: Naming what differs.
-    """
+    Raises ValueError naming what differs."""
     remedy = "give --data the directory the run was trained on"
     expected = run.model.config.numbering_hash
     found = dataset.numbering.numbering_hash()
@@ -329,11 +328,8 @@ def check_numbering(run: LoadedRun, dataset: Dataset) -> None:
 
 
 def check_split(run: LoadedRun, dataset: Dataset) -> None:
-    """Refuse data of another split than the run's.
-
-    Raises:
-        ValueError: The run may have learned what is held out here.
-    """
+    """Refuse data of another split than the run's. Raises ValueError where the run may have learned
+    what is held out here."""
     learned, given = run.model.config.split, dataset.info.split_name
     if learned != given:
         raise ValueError(

@@ -14,11 +14,12 @@ from genrec_shards.sequences import SplitView
 
 from genrec_dist.data.encoder_input import EncoderInput, encode_histories, ragged
 from genrec_dist.data.layout import Layout
+from genrec_dist.decoding.rescoring import HistoryProbabilities
 from genrec_dist.decoding.searcher import Mode, Pairs, TopItems, TrieSearcher
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.evaluation.metrics import EMPTY, TOP
 from genrec_dist.evaluation.score_mixture import Mixture
-from genrec_dist.inference.history_scores import HistoryProbabilities, HistoryScores
+from genrec_dist.inference.history_scores import HistoryScores
 
 WINDOW = 65_536
 """Users whose lists rank 0 holds at a time."""
@@ -147,7 +148,7 @@ class HistoryBatch:
 
     encoder: EncoderInput
     excluded: Pairs | None
-    probabilities: HistoryProbabilities
+    known: HistoryProbabilities
 
 
 def encode_batch(
@@ -167,7 +168,7 @@ def encode_batch(
     return HistoryBatch(
         encoder=encode_histories(items, offsets, user_rows_B, layout).to(searcher.device),
         excluded=pairs if decoding.exclude_history else None,
-        probabilities=(history_scores or HistoryScores()).probabilities(
+        known=(history_scores or HistoryScores()).probabilities(
             items, offsets, layout.words.num_items
         ),
     )
@@ -181,11 +182,8 @@ def rank_batch(
     decoding: Decoding,
     history_scores: HistoryScores | None = None,
 ) -> TopItems:
-    """Top items of the users of one batch; arguments are those of `rank_windows`.
-
-    Raises:
-        ValueError: The device's memory is too small for the batch.
-    """
+    """Top items of the users of one batch; arguments are those of `rank_windows`. Raises ValueError
+    where the device's memory is too small for the batch."""
     batch = encode_batch(searcher, layout, view, user_rows_B, decoding, history_scores)
     try:
         return searcher.search(
@@ -195,9 +193,7 @@ def rank_batch(
             mode=decoding.mode,
             excluded=batch.excluded,
             mixture=decoding.mixture if decoding.mode == "hybrid" else None,
-            graph_prob_BN=batch.probabilities.graph_prob_BN,
-            repeat_prob_BN=batch.probabilities.repeat_prob_BN,
-            text_prob_BN=batch.probabilities.text_prob_BN,
+            known=batch.known,
         )
     except torch.OutOfMemoryError:
         raise ValueError(

@@ -278,9 +278,7 @@ class Recommender:
             mode=self.mode,
             excluded=pairs if len(rows) else None,
             mixture=self.mixture,
-            graph_prob_BN=known.graph_prob_BN,
-            repeat_prob_BN=known.repeat_prob_BN,
-            text_prob_BN=known.text_prob_BN,
+            known=known,
         )
         answers, first = [], 0
         for call in calls:
@@ -363,11 +361,8 @@ def _parse_request(line: str, place: str) -> Request:
 
 
 def user_request(dataset: Dataset, run: LoadedRun, user: str) -> Request:
-    """A known user's whole sequence as a request.
-
-    Raises:
-        ValueError: The data lacks the user, or is not the run's.
-    """
+    """A known user's whole sequence as a request. Raises ValueError where the data lacks the user,
+    or is not the run's."""
     check_numbering(run, dataset)
     sequences = dataset.sequences
     if user not in sequences.user_ids:

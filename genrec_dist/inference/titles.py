@@ -33,11 +33,7 @@ class Titles:
     @classmethod
     def of_data(cls, dataset: Dataset) -> Titles:
         """The titles of a data directory, or where the table had no column of them the items'
-        texts.
-
-        Raises:
-            ValueError: The data has neither.
-        """
+        texts. Raises ValueError where the data has neither."""
         described = dataset.descriptions
         if described is None:
             info = dataset.info

@@ -94,13 +94,9 @@ def tune_mixture(
         for places_B in batches[ranks.rank :: ranks.size]:
             rows_B = view.users[places_B]
             batch = encode_batch(searcher, run.layout, view, rows_B, decoding, history_scores)
+            beam = max(decoding.beam, TOP)
             found = searcher.candidates(
-                batch.encoder,
-                beam=max(decoding.beam, TOP),
-                excluded=batch.excluded,
-                graph_prob_BN=batch.probabilities.graph_prob_BN,
-                repeat_prob_BN=batch.probabilities.repeat_prob_BN,
-                text_prob_BN=batch.probabilities.text_prob_BN,
+                batch.encoder, beam=beam, excluded=batch.excluded, known=batch.known
             )
             targets_B = torch.from_numpy(view.targets[rows_B].astype(np.int64))
             targets_B = targets_B.to(searcher.device)
@@ -223,11 +219,7 @@ def chosen_mixture(
     run: LoadedRun, dataset: Dataset, exclude_history: bool, trained_through: TrainedThrough
 ) -> Mixture:
     """The mixture of the run's `hybrid.json`, for requests; that of a model with an item head has
-    defaults.
-
-    Raises:
-        ValueError: As `mixed_decoding`, and where no weights were chosen.
-    """
+    defaults. Raises ValueError as `mixed_decoding`, and where no weights were chosen."""
     decoding = Decoding(mode="hybrid", exclude_history=exclude_history)
     found = mixture.load(run.path, mixture_origin(dataset, decoding, trained_through))
     if found is None and not run.model.config.item_loss:
@@ -253,14 +245,9 @@ def chosen_decoding(
     settings and repeat model are chosen on validation first. Collective.
 
     Args:
-        run: The model.
-        dataset: The data directory it was trained on.
+        run, dataset, trained_through, text, ranks, on_batch: As of `tune_mixture`.
         decoding: What is changed.
-        trained_through: The last item of each user that training saw.
-        text: As of `tune_mixture`.
-        ranks: Who shares the work; None: this process alone.
         on_choice: Called on rank 0 with what was chosen.
-        on_batch: As of `tune_mixture`.
 
     Raises:
         ValueError: As `mixed_decoding`, and where training saw the validation targets, so that

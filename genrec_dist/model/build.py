@@ -115,11 +115,8 @@ def make_config(model: Model, sizes: ModelSizes, before: GenRecConfig | None = N
 
 def check_memory(config: CodedConfig) -> None:
     """Refuse a model whose float32 weights alone are more than the memory of this machine, before
-    any is asked for. Each process holds them whole when they are made.
-
-    Raises:
-        ValueError: with both sizes.
-    """
+    any is asked for. Each process holds them whole when they are made. Raises ValueError with both
+    sizes."""
     width, outside = config.d_model, config.ids_outside
     ids = 0 if outside else (config.num_users + config.num_items) * (config.id_dim or width)
     weights = (
@@ -161,6 +158,7 @@ def _settings(model: Model, sizes: ModelSizes) -> dict[str, Any]:
         "encoder_unit": model.encoder_unit,
         "encoder_attention": model.encoder_attention,
         "decoder_start": model.decoder_start,
+        "item_output": model.item_output,
         "item_loss": model.item_loss,
         "num_masks": sizes.num_masks,
         "max_input_tokens": model.max_tokens,

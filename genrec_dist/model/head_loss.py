@@ -79,14 +79,8 @@ def soft_difference(
     hidden_nD: Tensor, weight_VD: Tensor, labels_n: Tensor, soft: SoftTargets
 ) -> Tensor:
     """What soft targets add to the summed cross-entropy of the labels: the normaliser is the same
-    for both, so only the logits differ.
-
-    Args:
-        hidden_nD: states of the label tokens.
-        weight_VD: of the head.
-        labels_n: int64.
-        soft: of each label.
-    """
+    for both, so only the logits differ. Arguments are those of `head_loss`, and `soft`, the targets
+    of each label."""
     with torch.autocast(hidden_nD.device.type, enabled=False):
         shares_nK = soft.shares_nK.to(weight_VD.dtype)
         soft_nD = F.embedding_bag(

@@ -41,11 +41,8 @@ def read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def check_weights(path: Path, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuse tensors of a file that are not those of a model.
-
-    Raises:
-        ModelFileError: as `read_weights`.
-    """
+    """Refuse tensors of a file that are not those of a model. Raises ModelFileError as
+    `read_weights`."""
     for name, tensor in expected.items():
         if name not in found:
             raise ModelFileError(f"{path}: tensor {name} is missing: {REMEDY}")

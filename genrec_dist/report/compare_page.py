@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from genrec_shards.atomic import atomic_file
+from genrec_shards.atomic import write_text
 from genrec_shards.splits import Split
 
-from genrec_dist.config.used_settings import used_settings
+from genrec_dist.config.used_settings import flat, used_settings
 from genrec_dist.evaluation.bootstrap import holm
 from genrec_dist.evaluation.compare import LEVEL, Comparison, compare
 from genrec_dist.report.compare_training import COLORS, Entry, training_cost, training_curves
@@ -55,9 +55,7 @@ def write_comparison(
     found = [
         compare(other, paths[0], split=split, resamples=resamples, seed=seed) for other in paths[1:]
     ]
-    source = _page_of(_entries(paths, found), split)
-    with atomic_file(out) as temporary:
-        temporary.write_text(source, encoding="utf-8")
+    write_text(out, _page_of(_entries(paths, found), split))
     return Path(out)
 
 
@@ -168,7 +166,7 @@ def _is_trained(entry: Entry, split: Split) -> bool:
 def _recipe_of(entry: Entry, split: Split) -> dict[str, str] | None:
     """What the first seed's training read, flat; None of other systems' settings."""
     recipe = entry.seeds[0].recipe or entry.metrics(split)[0].get("recipe") or {}
-    return _flat(used_settings(recipe)) if "finetune" in recipe else None
+    return _texts(used_settings(recipe)) if "finetune" in recipe else None
 
 
 def _sentence(entry: Entry, first: Entry, clear: Mapping[tuple[str, str], bool]) -> str:
@@ -249,7 +247,7 @@ def _settings(entries: list[Entry], split: Split) -> str:
     columns = [entry.name for entry in entries]
     several = any(len(entry.seeds) > 1 for entry in entries)
     recipes = [_recipe_of(entry, split) for entry in entries]
-    protocols = [_flat(entry.metrics(split)[0].get("protocol") or {}) for entry in entries]
+    protocols = [_texts(entry.metrics(split)[0].get("protocol") or {}) for entry in entries]
     parts = []
     for title, found, apart in (
         ("Recipe keys that differ", recipes, {"run"} | ({"seed"} if several else set())),
@@ -278,13 +276,7 @@ def _settings(entries: list[Entry], split: Split) -> str:
     return "".join(f"<section>{part}</section>" for part in parts)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted keys, and values as text."""
-    found = dict[str, str]()
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            written = value if isinstance(value, str) else json.dumps(value)
-            found[f"{prefix}{key}"] = written
-    return found
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted keys, and values as text; without nulls."""
+    known = {key: value for key, value in flat(values).items() if value is not None}
+    return {k: value if isinstance(value, str) else json.dumps(value) for k, value in known.items()}

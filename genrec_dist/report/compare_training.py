@@ -90,7 +90,7 @@ def _scores_by_step(run: RunFiles) -> list[tuple[float, float]]:
 def _scores_by_minute(run: RunFiles) -> list[tuple[float, float]]:
     minutes = {
         event["step"]: seconds / 60
-        for event, seconds in _clock(run)
+        for event, seconds in run.worked()
         if event.get("event") == "validation"
     }
     return [(minutes[step], score) for step, score in _scores_by_step(run) if step in minutes]
@@ -106,27 +106,13 @@ def _series(events: list[dict[str, Any]], key: str) -> list[tuple[float, float]]
     return [(event["step"], event[key]) for event in events if is_number(event.get(key))]
 
 
-def _clock(run: RunFiles) -> list[tuple[dict[str, Any], float]]:
-    """Each event with the seconds of training before it, without the breaks before a resume."""
-    found, before, spent = list[tuple[dict[str, Any], float]](), None, 0.0
-    for event in run.events:
-        now = event.get("time")
-        if not is_number(now):
-            continue
-        if before is not None and event.get("event") != "start":
-            spent += max(now - before, 0.0)
-        before = now
-        found.append((event, spent))
-    return found
-
-
 def training_cost(entries: list[Entry], split: Split) -> str:
     """Means over seeds; the speed is the median of the logged steps."""
     rows = []
     for entry in entries:
         starts = [line for run in entry.seeds for line in run.of("start")]
         steps = [line for run in entry.seeds for line in run.of("step")]
-        clocks = [clock[-1][1] for run in entry.seeds if (clock := _clock(run))]
+        clocks = [clock[-1][1] for run in entry.seeds if (clock := run.worked())]
         last = [max(_numbers(run.of("step"), "step")) for run in entry.seeds if run.of("step")]
         cells = [
             starts[-1].get("device") or "–" if starts else "–",

@@ -162,11 +162,8 @@ def _read_lists(path: Path) -> tuple[ListExamples, list[str]]:
 def _with_histories(
     examples: list[Example], user_ids: list[str], folder: Path, split: Split
 ) -> list[Example]:
-    """The examples with the histories that a data directory has; only their users are read.
-
-    Raises:
-        ValueError: the directory's targets are others.
-    """
+    """The examples with the histories that a data directory has; only their users are read. Raises
+    ValueError where the directory's targets are others."""
     info = load_info(folder / "dataset.json")
     with _open(folder / "users.parquet", {"id": pa.string()}) as file:
         known = file.read(columns=["id"]).column("id")

@@ -41,6 +41,19 @@ class RunFiles:
         }
         return [found[step] for step in sorted(found)]
 
+    def worked(self) -> list[tuple[dict[str, Any], float]]:
+        """Each event that has a time, and the seconds that the run had worked by then, without the
+        time between two attempts."""
+        found, before, seconds = list[tuple[dict[str, Any], float]](), None, 0.0
+        for event in self.events:
+            now = event.get("time")
+            if is_number(now):
+                if before is not None and event.get("event") != "start":
+                    seconds += max(now - before, 0.0)
+                before = now
+                found.append((event, seconds))
+        return found
+
 
 def read_run_files(path: Path) -> RunFiles:
     """Read whatever is there; what cannot be read goes to `notes`.

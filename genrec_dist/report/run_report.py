@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from genrec_shards.atomic import atomic_file, sweep_killed_writers
+from genrec_shards.atomic import sweep_killed_writers, write_text
 from genrec_shards.histories import MANY_TIES
 
 from genrec_dist.config.paths import check_writable
@@ -60,8 +60,7 @@ def write_report(run_dir: str | Path, data: str | Path | None = None) -> Path:
     source = _page_of(run, _data_of(run) if data is None else Path(data))
     target = run.path / "report.html"
     sweep_killed_writers(run.path)
-    with atomic_file(target) as temporary:
-        temporary.write_text(source, encoding="utf-8")
+    write_text(target, source)
     return target
 
 

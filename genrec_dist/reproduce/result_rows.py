@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from genrec_shards.atomic import atomic_file
+from genrec_shards.atomic import write_json
 from genrec_shards.readers.documents import parse_object, read_object
 
 from genrec_dist.evaluation.metrics import METRICS
@@ -134,16 +134,12 @@ def _step_of(options: Options, run: Path) -> dict[str, Any]:
 
 
 def merge(path: Path, dataset: str, rows: Mapping[str, dict[str, Any]]) -> None:
-    """Put {protocol: {system: ...}} into a file beside what it holds, atomically.
-
-    Raises:
-        ValueError: Where the file holds something else; it is not changed then.
-    """
+    """Put {protocol: {system: ...}} into a file beside what it holds, atomically. Raises ValueError
+    where the file holds something else; it is not changed then."""
     whole = read_quality(path)
     for protocol, systems in rows.items():
         whole.setdefault(dataset, {}).setdefault(protocol, {}).update(systems)
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, whole)
 
 
 def runs_file(path: Path) -> Path:
@@ -152,11 +148,8 @@ def runs_file(path: Path) -> Path:
 
 
 def read_quality(path: Path) -> Quality:
-    """What such a file holds, empty where there is none.
-
-    Raises:
-        ValueError: Where the file holds something else.
-    """
+    """What such a file holds, empty where there is none. Raises ValueError where the file holds
+    something else."""
     if not path.is_file():
         return {}
     expected, remedy = "a table {dataset: {protocol: {system: ...}}}", "choose another file"

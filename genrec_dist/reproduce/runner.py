@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from genrec_shards.atomic import atomic_file
+from genrec_shards.atomic import write_json, write_text
 from genrec_shards.file_lock import hold
 from genrec_shards.sequences import read_sequences
 from rich.console import Console
@@ -25,7 +25,6 @@ from genrec_dist.distributed.deadline import Deadline, OutOfTime
 from genrec_dist.estimate.forecast import forecast
 from genrec_dist.estimate.hardware import card_named
 from genrec_dist.estimate.sizes import BACKBONES
-from genrec_dist.evaluation.compare import write_json
 from genrec_dist.evaluation.provenance import hardware
 from genrec_dist.inference.load import best_device
 from genrec_dist.report.run_report import write_report
@@ -216,11 +215,8 @@ def _estimate(step: Step, work: Work) -> str:
 
 
 def do_step(options: Options, name: str, send: Callable[[str], None]) -> None:
-    """Do the step of this name, as the process that `side_by_side` starts for it.
-
-    Raises:
-        Stopped: After a signal.
-    """
+    """Do the step of this name, as the process that `side_by_side` starts for it. Raises Stopped
+    after a signal."""
     ending = Deadline()
     with ending.stop:
         (step,) = (step for step in plan(options).steps if step.name == name)
@@ -281,7 +277,7 @@ def _print_rows(work: Work, console: Console) -> None:
             comparison, line = tables.compared(a, b)
             if comparison is not None:
                 path = options.out / protocol / f"compare-{a.name}-{b.name}.json"
-                write_json(comparison, path)
+                write_json(path, comparison.as_dict())
             lines.append(line)
         lines += _report_of_best(found)
         for line in lines:
@@ -289,12 +285,12 @@ def _print_rows(work: Work, console: Console) -> None:
         table = tables.markdown_of(found, protocol, options.name)
         listed = "\n".join(f"- {line}" for line in lines)
         page = f"## {protocol}\n\n`{options.command}`\n\n{table}\n\n{listed}\n"
-        _write_text(options.out / protocol / PAGE, page)
+        write_text(options.out / protocol / PAGE, page)
     if rows:
         # The page of the other protocol may come from another call.
         paths = [options.out / protocol / PAGE for protocol in PROTOCOLS]
         pages = [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
-        _write_text(options.out / PAGE, "\n".join([f"# {options.name}\n", *pages]))
+        write_text(options.out / PAGE, "\n".join([f"# {options.name}\n", *pages]))
         _say(console, f"{options.out / 'quality.json'}: {sum(map(len, rows.values()))} rows")
 
 
@@ -310,11 +306,6 @@ def _report_of_best(rows: list[Row]) -> list[str]:
         return []
     row = scored[max(scored)]
     return [f"report of {row.name}, best on validation: {write_report(row.runs[0])}"]
-
-
-def _write_text(path: Path, text: str) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _say(console: Console, text: str, style: str = "") -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from genrec_dist.baselines.run import run_baseline
 from genrec_dist.baselines.sasrec.run import sasrec_settings
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
+from genrec_dist.config.used_settings import flat
 from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.data.item_graph import knn_settings
 from genrec_dist.distributed.deadline import Deadline
@@ -72,11 +73,8 @@ def read_metrics(run: Path) -> dict[str, Any] | None:
 
 
 def check(options: Options, protocol: ProtocolName, systems: list[System]) -> None:
-    """Compare what exists with what is requested.
-
-    Raises:
-        ValueError: Where results were made of another file, by other recipes or other settings.
-    """
+    """Compare what exists with what is requested. Raises ValueError where results were made of
+    another file, by other recipes or other settings."""
     data = options.data_dir(protocol)
     marker = data / "dataset.json"
     if marker.is_file() and load_info(marker).source.sha256 != file_sha256(options.data):
@@ -102,7 +100,7 @@ def _check_recipe(run: Path, requested: Recipe) -> None:
     kept = {
         key: value for key, value in requested.as_dict().items() if key not in MOVES_NO_GRADIENT
     }
-    _check_equal(run, dict(_flat(load_recipe(run / "recipe.yaml").as_dict())), dict(_flat(kept)))
+    _check_equal(run, flat(load_recipe(run / "recipe.yaml").as_dict()), flat(kept))
 
 
 def _check_baseline(run: Path, system: System) -> None:
@@ -127,21 +125,9 @@ def _check_equal(run: Path, found: dict[str, Any], requested: dict[str, Any]) ->
             )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of nested mappings."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
 def recipe_of(options: Options, protocol: ProtocolName, system: System, seed: int) -> Recipe:
-    """The recipe of one run of a system of kind recipe.
-
-    Raises:
-        ValueError: For a refit where the runs that it refits are not finished.
-    """
+    """The recipe of one run of a system of kind recipe. Raises ValueError for a refit where the
+    runs that it refits are not finished."""
     run = options.runs(protocol, system)[seed]
     where = [f"data={options.data_dir(protocol)}", f"run={run}", "shards=null", f"seed={seed}"]
     where.append(f"trained_through={system.through}")

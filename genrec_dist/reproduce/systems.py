@@ -204,10 +204,7 @@ def _paper_rows(protocol: ProtocolName, options: Options, pretrains: bool) -> li
 
 def chosen(systems: list[System], names: list[str] | None, elsewhere: set[str]) -> list[System]:
     """The systems with these names (None: all). `elsewhere`: names that the other protocol has.
-
-    Raises:
-        ValueError: For a name of no system.
-    """
+    Raises ValueError for a name of no system."""
     if names is None:
         return systems
     known = {system.name for system in systems} | elsewhere

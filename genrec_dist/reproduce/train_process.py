@@ -170,13 +170,8 @@ def _log_of(run: Path) -> Path:
 
 def worked_seconds(run: Path) -> float:
     """Seconds that all attempts at this run worked, without the time between them."""
-    total, started, last = 0.0, None, 0.0
-    for line in read_run_files(run).events:
-        if line["event"] == "start":
-            total += last - started if started is not None else 0.0
-            started = line["time"]
-        last = line["time"]
-    return total + (last - started if started is not None else 0.0)
+    worked = read_run_files(run).worked()
+    return worked[-1][1] if worked else 0.0
 
 
 def validated(run: Path) -> list[dict[str, Any]]:
@@ -188,11 +183,8 @@ def validated(run: Path) -> list[dict[str, Any]]:
 
 
 def best_epoch(run: Path) -> int:
-    """The epoch of the last stage that `best/` holds, counted from 1.
-
-    Raises:
-        ValueError: For a run that has not come to its end.
-    """
+    """The epoch of the last stage that `best/` holds, counted from 1. Raises ValueError for a run
+    that has not come to its end."""
     if not is_finished(run):
         raise ValueError(f"{run}: not trained to its end yet, so its best epoch is not known")
     step = _status(run)["best_step"]

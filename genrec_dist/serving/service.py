@@ -65,11 +65,8 @@ class Service:
     async def recommend(
         self, requests: Sequence[Request], k: int
     ) -> tuple[Model, list[Recommendation]]:
-        """The model that answered, and its answers in the order of the requests.
-
-        Raises:
-            QueueFull: Nothing was begun.
-        """
+        """The model that answered, and its answers in the order of the requests. Raises QueueFull
+        where nothing was begun."""
         if self.in_flight >= self._queue:
             raise QueueFull
         model = self.model  # the one that answers, though another may come meanwhile

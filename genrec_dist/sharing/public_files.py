@@ -125,11 +125,8 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
 
 
 def _refuse_paths(folder: Path, run: Path, recipe: Recipe) -> None:
-    """A last look: where the run and its data are is in no file.
-
-    Raises:
-        ValueError: Naming the file.
-    """
+    """A last look: where the run and its data are is in no file. Raises ValueError naming the
+    file."""
     places = [run, Path(recipe.data), *([Path(recipe.shards)] if recipe.shards else [])]
     texts = {str(place.resolve()).encode() for place in places if place.resolve().parent.name}
     for path in sorted(folder.iterdir()):

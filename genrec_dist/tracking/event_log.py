@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from genrec_shards.atomic import atomic_file
+from genrec_shards.atomic import write_text
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import scalar
@@ -90,8 +90,7 @@ def write_status(run: Path, status: str, **facts: object) -> None:
     text = json.dumps({"status": status, "pid": os.getpid(), **facts}, indent=1)
     path = run / "status.json"
     try:
-        with atomic_file(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(path, text)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.is_file():
             raise

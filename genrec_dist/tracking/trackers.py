@@ -3,7 +3,6 @@ or is slow costs the run nothing."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
@@ -14,8 +13,10 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from genrec_shards.atomic import atomic_file
+from genrec_shards.atomic import write_json
 from genrec_shards.readers.documents import read_object
+
+from genrec_dist.config.used_settings import flat
 
 IDS = "trackers.json"
 """In a run directory: the run's id in each tracker, by its name, with which a resume goes on."""
@@ -46,7 +47,7 @@ class Trackers:
             warn: called with a line, on the trackers' thread.
         """
         self.names = [name for name in names if name not in ("none", "tensorboard")]
-        self.run, self.settings, self.warn = run, flat(settings), warn
+        self.run, self.settings, self.warn = run, plain(settings), warn
         self._open: dict[str, Any] = {}
         self._queue: SimpleQueue[Callable[[str, Any], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -142,8 +143,7 @@ class Trackers:
         if held is None:
             tracker.store_init_configuration(self.settings)
             ids[name] = _id_of(name, tracker)
-            with atomic_file(self.run / IDS) as temporary:
-                temporary.write_text(json.dumps(ids, indent=1) + "\n", encoding="utf-8")
+            write_json(self.run / IDS, ids)
         self._open[name] = tracker
 
 
@@ -211,13 +211,7 @@ def _close(name: str, tracker: Any, failed: bool) -> None:
         tracker.finish()
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings by dotted key; a list as text."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            plain = value is None or isinstance(value, str | int | float)
-            found[f"{prefix}{key}"] = value if plain else str(list(value))
-    return found
+    kinds = str | int | float | None
+    return {k: v if isinstance(v, kinds) else str(list(v)) for k, v in flat(settings).items()}

@@ -163,11 +163,8 @@ class IdTables:
         return [TensorFile(*table.contents(f"ids-{kind}")) for kind, table in self.tables.items()]
 
     def load(self, folder: Path) -> None:
-        """Read this rank's rows from a checkpoint of any number of ranks.
-
-        Raises:
-            ValueError: naming a file that does not fit.
-        """
+        """Read this rank's rows from a checkpoint of any number of ranks. Raises ValueError naming
+        a file that does not fit."""
         for kind, table in self.tables.items():
             table.load(folder, f"ids-{kind}")
 

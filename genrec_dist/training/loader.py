@@ -32,11 +32,8 @@ from genrec_dist.training.step.fixed_size import Sizes, fitted, sizes_of
 
 def plan_sums(step: RankStep, config: GenRecConfig, fixed: bool = False) -> RankStep:
     """The step with a plan of its embedding sum in each micro-batch. Run after `plan_ids`, which
-    changes the row numbers that are planned. `fixed`: as of `make_gradient_order`.
-
-    Raises:
-        ValueError: for an id outside its table; the kernel on the device does not check.
-    """
+    changes the row numbers that are planned. `fixed`: as of `make_gradient_order`. Raises
+    ValueError for an id outside its table; the kernel on the device does not check."""
     if config.ids_outside:
         num_users, num_items = (len(step.id_rows.get(kind, ())) for kind in ("user", "item"))
     else:
@@ -162,7 +159,7 @@ class StepBatches(TorchDataset[RankStep]):
             packed=self.packed,
             most_padding=self.most_padding,
             item_targets=self.recipe.model.item_loss > 0
-            or self.recipe.model.decoder_start == "state",
+            or self.recipe.model.decoder_start != "mask",
             all_prefixes=here.stage.targets == "all-prefixes",
             share_windows=here.stage.windows == "shared",
             teacher=self.teacher if here.name == "finetune" else None,

@@ -312,11 +312,8 @@ class Loop:
         )
 
     def check_finite(self) -> None:
-        """Check the steps since the last call, together, so that no step waits for a device.
-
-        Raises:
-            NotFinite: naming the first step whose loss or gradient norm is not finite.
-        """
+        """Check the steps since the last call, together, so that no step waits for a device. Raises
+        NotFinite naming the first step whose loss or gradient norm is not finite."""
         for step, loss, norm in self.unchecked:
             # fp16 overflows now and then by design: its scaler skips those steps.
             gradient = 0.0 if self.recipe.precision == "fp16" else float(norm)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from genrec_shards.cleaning.left_out import counted
 from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
@@ -82,7 +83,7 @@ class TrainingDisplay:
         """Move stage `name` to the global step `step`; the one before it took `seconds`."""
         self.current, line = name, self.lines[name]
         if line.advance(step, seconds):
-            left = count(line.stage.num_steps - line.done, "more step")
+            left = counted(line.stage.num_steps - line.done, "more step")
             more = ", without validation" * (line.is_validated and not line.validation_seconds)
             expected = f"about {duration(line.seconds_left)} for {left}"
             self.say([f"{name}: {expected}, by the first of them{more}"])
@@ -239,11 +240,6 @@ def fitting(parts: list[str], width: int) -> list[str]:
     return parts
 
 
-def count(number: int, noun: str) -> str:
-    """1 step, 1,200 steps."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
-
-
 def clock(seconds: float) -> str:
     """1:02:03, 2:03."""
     minutes, rest = divmod(round(seconds), 60)
@@ -265,10 +261,10 @@ def introduction(
     """
     words, threads = setup.words, torch.get_num_threads()
     steps = [
-        f"{count(s.num_steps, 'step')} of {s.name} in {count(s.stage.epochs, 'epoch')}"
+        f"{counted(s.num_steps, 'step')} of {s.name} in {counted(s.stage.epochs, 'epoch')}"
         for s in setup.stages
     ]
-    place = f"CPU, {count(threads, 'thread')}"
+    place = f"CPU, {counted(threads, 'thread')}"
     if device.type == "cuda":
         place = device_name(device)
     place = f"{processes} processes, each on {place}" if processes > 1 else place
@@ -277,5 +273,5 @@ def introduction(
         f"{num_parameters:,} parameters;",
         ", ".join(steps) + (f", from step {step:,} on;" if step else ";"),
         f"{place}, {setup.recipe.precision},",
-        f"micro-batches of up to {count(setup.recipe.micro_batch_tokens, 'token')}",
+        f"micro-batches of up to {counted(setup.recipe.micro_batch_tokens, 'token')}",
     ]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from genrec_shards.atomic import atomic_file, sweep_killed_writers
+from genrec_shards.atomic import atomic_file, sweep_killed_writers, write_text
 from genrec_shards.file_lock import LOCK_FILE, hold
 from genrec_shards.histories import exclude_history_default, sample_users
 
@@ -20,6 +20,7 @@ from genrec_dist.config.paths import check_run_is_new, training_state
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.console import say
 from genrec_dist.data.fit_recipe import resolve_recipe
+from genrec_dist.decoding.trie import build_trie
 from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.gpu import unusable_gpu
@@ -30,12 +31,13 @@ from genrec_dist.inference.load import load_run
 from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.tune_mixture import tune_mixture
 from genrec_dist.inference.validation import PROMPTS_AT_ONCE
+from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.report.run_report import write_report
 from genrec_dist.tracking.event_log import write_status
-from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint
+from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint, save_best
 from genrec_dist.training.loop import Loop
 from genrec_dist.training.progress import EpochReport
-from genrec_dist.training.setup import build_setup
+from genrec_dist.training.setup import TrainingSetup, build_setup
 from genrec_dist.training.step.micro_batches import Devices, settle_micro_batches
 
 
@@ -79,12 +81,9 @@ def train(
 
 @contextlib.contextmanager
 def _claimed(run: Path, resume: str | None) -> Iterator[None]:
-    """Hold the lock of a run directory, and remove what killed writers left in it.
-
-    Raises:
-        ValueError: another process holds it, there is a run where a new one is to begin, or none
-            where one is to be resumed.
-    """
+    """Hold the lock of a run directory, and remove what killed writers left in it. Raises
+    ValueError where another process holds it, there is a run where a new one is to begin, or none
+    where one is to be resumed."""
     if resume is not None:  # before the lock, which a run that begins just now may want
         find_checkpoint(run, resume)
     with hold(run / LOCK_FILE, "another process trains this run"):
@@ -114,6 +113,9 @@ def _train(
     if why and ranks.is_main:
         say(f"chosen for {device_name(accelerator.device)}: {why}")
     model.config.exclude_history = exclude_history_default(setup.dataset.sequences)
+    if not setup.stages:
+        ranks.run_on_all(lambda: _save_untrained(setup, model) if ranks.is_main else None)
+        return
     checkpoint = None
     if resume:
         # Only one rank looks for the latest: a directory may appear on other nodes a moment later.
@@ -128,13 +130,7 @@ def _train(
     if checkpoint is not None:
         loop.progress = checkpoint.restore(loop.state())
     if accelerator.is_main_process:
-        run.mkdir(parents=True, exist_ok=True)
-        with atomic_file(run / "recipe.yaml") as temporary:
-            temporary.write_text(dump_recipe(recipe), encoding="utf-8")
-        audit = setup.dataset.path / "audit.json"
-        if audit.is_file():
-            with atomic_file(run / "audit.json") as temporary:
-                temporary.write_bytes(audit.read_bytes())
+        _write_origin(setup)
     with contextlib.closing(loop.log):
         # A launcher signals the others when a rank is gone: not amid the writing of the status.
         with loop.stop, _status_of(loop), ranks.naming_the_gone(), _memory_in_one_line(recipe):
@@ -145,6 +141,24 @@ def _train(
             _judge(loop)
         if loop.log.trackers is not None and loop.log.trackers.names:
             loop.log.trackers.finish(write_report(run))
+
+
+def _write_origin(setup: TrainingSetup) -> None:
+    """Write the recipe, and the data's audit where it has one, into the run directory."""
+    setup.run.mkdir(parents=True, exist_ok=True)
+    write_text(setup.run / "recipe.yaml", dump_recipe(setup.recipe))
+    audit = setup.dataset.path / "audit.json"
+    if audit.is_file():
+        with atomic_file(setup.run / "audit.json") as temporary:
+            temporary.write_bytes(audit.read_bytes())
+
+
+def _save_untrained(setup: TrainingSetup, model: AnyModel) -> None:
+    """Make the run directory of a backbone as it is, for its lists."""
+    _write_origin(setup)
+    save_best(setup, model, build_trie(*setup.words.tokens_of_items()), step=0)
+    write_status(setup.run, "finished", step=0, of=0, seconds=0.0)
+    say(f"{setup.run}: no epochs, best/ holds the backbone as it is")
 
 
 def _judge(loop: Loop) -> None:

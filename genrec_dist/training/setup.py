@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from genrec_dist.baselines.tune_knn import DRAWN, MOST_USERS, ROUNDS, VALUES, tune_knn
 from genrec_dist.config.load import RENAMED_KEYS, with_old_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
+from genrec_dist.config.used_settings import flat
 from genrec_dist.console import say
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.prompt.title_words import (
@@ -32,14 +33,14 @@ from genrec_dist.data.prompt.title_words import (
 from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.data.tokenizer import grow_tokenizer, load_tokenizer, train_tokenizer
 from genrec_dist.data.word_table import WordTable, build_words, mask_tokens, trim
-from genrec_dist.decoding.trie import hash_of_words
+from genrec_dist.decoding.output_head import siblings_of
+from genrec_dist.decoding.trie import build_trie, hash_of_words
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.inference.load import forced_of, make_layout
 from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.causal.build import build_prompted
-from genrec_dist.model.causal.kinds import AnyModel
+from genrec_dist.model.causal.kinds import AnyModel, loss_of_targets
 from genrec_dist.model.causal.lora import hash_of_frozen
-from genrec_dist.model.head_loss import target_loss
 from genrec_dist.model.item_rows import (
     MOST_FACTORS,
     add_texts,
@@ -232,9 +233,13 @@ def _coded_parts(recipe: Recipe, dataset: Dataset, soft_targets: bool) -> _Parts
             else:
                 identity["item_text"] = hashlib.sha256(text_NF.tobytes()).hexdigest()
     model.config.certain_tokens = recipe.tokens.forced
+    model.config.softmax = recipe.tokens.softmax
+    if recipe.tokens.softmax == "siblings":
+        model.siblings = siblings_of(build_trie(*words.tokens_of_items()))
     teacher = None
     if recipe.finetune.distill.weight:
-        item_tokens(words, "finetune.distill")
+        if recipe.tokens.softmax == "vocabulary":
+            item_tokens(words, "finetune.distill")
     if recipe.finetune.distill.weight and soft_targets:
         teacher = _teacher(recipe, dataset)
         identity["soft_targets"] = hashlib.sha256(
@@ -285,14 +290,6 @@ def _recipe_hash(recipe: Recipe) -> str:
 
 def changed_keys(before: Recipe, now: Recipe) -> list[str]:
     """The keys that a resume must not change and that differ, each with both values."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in values.items():
-            name = f"{prefix}{key}"
-            found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-        return found
-
     then, today = flat(before.as_dict()), flat(now.as_dict())
     return [
         f"{key} is {value} and was {then[key]}"
@@ -315,8 +312,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     tables.attach(model, share)
     first, parameters = share.micro_batches[-1], sum(p.numel() for p in model.parameters())
     with texts_in_table(model), torch.inference_mode():
-        logits, labels = model.target_logits(first)
-        loss = float(target_loss(logits, labels, first.num_target_tokens))
+        loss = float(loss_of_targets(model, first)) / max(first.num_target_tokens, 1)
     return {
         "users": setup.dataset.sequences.num_users,
         "items": setup.words.num_items,

@@ -46,11 +46,7 @@ def stage_of(stages: list[StageSteps], step: int) -> StageSteps:
 
 def plan_stages(recipe: Recipe, reader: ShardReader) -> list[StageSteps]:
     """The stages that have epochs, one after another. Epochs are counted through all stages, so no
-    two stages have the same sample order.
-
-    Raises:
-        ValueError: for a stage without a sample.
-    """
+    two stages have the same sample order. Raises ValueError for a stage without a sample."""
     stages: list[StageSteps] = []
     first_step = first_epoch = 0
     for name, stage in (("pretrain", recipe.pretrain), ("finetune", recipe.finetune)):

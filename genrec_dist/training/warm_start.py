@@ -72,11 +72,8 @@ class WarmStart:
 
 
 def open_origin(path: str) -> Origin:
-    """The model of a run directory (its `best/`), or of a directory like `best/`.
-
-    Raises:
-        ValueError: naming what is missing.
-    """
+    """The model of a run directory (its `best/`), or of a directory like `best/`. Raises ValueError
+    naming what is missing."""
     folder = origin_folder(path)
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
@@ -96,11 +93,8 @@ def open_origin(path: str) -> Origin:
 
 
 def check_origin(origin: Origin, recipe: Recipe, dataset: Dataset) -> None:
-    """Check that recipe and data continue those of the origin.
-
-    Raises:
-        ValueError: in one line, for the first thing that does not match.
-    """
+    """Check that recipe and data continue those of the origin. Raises ValueError in one line, for
+    the first thing that does not match."""
     problem = _mismatch(origin, recipe, dataset) or _catalogue_mismatch(origin, dataset)
     if problem:
         raise ValueError(f"init_from {origin.path}: {problem}")
@@ -120,6 +114,8 @@ def _mismatch(origin: Origin, recipe: Recipe, dataset: Dataset) -> str:
         "model.decoder_start": (model.decoder_start, config.decoder_start),
         "tokens.trim": (recipe.tokens.trim, config.spoken_tokens > 0),
         "tokens.forced": (recipe.tokens.forced, config.certain_tokens),
+        "tokens.softmax": (recipe.tokens.softmax, config.softmax),
+        "model.item_output": (model.item_output, config.item_output),
     }
     if model.backbone is None:  # a backbone has set these, and the origin has them from it
         must_match |= {

@@ -35,11 +35,8 @@ _launched: list[str] = []
 
 
 def chosen(device_type: str) -> Implementation:
-    """What computes the sum on such a device; logged once.
-
-    Raises:
-        ValueError: GENREC_KERNELS asks for what this machine does not have.
-    """
+    """What computes the sum on such a device; logged once. Raises ValueError where
+    GENREC_KERNELS asks for what this machine does not have."""
     setting = os.environ.get(SWITCH, "")
     if setting not in ("", "reference", "triton"):
         choices = "it is reference, triton, or unset for a choice by device"
@@ -119,12 +116,7 @@ def embedding_sum(
     order; each is logged once.
 
     Args:
-        token_ids_BL: integers [B, L], or [n] for packed input; the next three alike.
-        position_ids_BL: positions, before `tables.position_offset`.
-        user_rows_BL: rows of the user table; 0: none.
-        item_rows_BL: rows of the item table; 0: none.
-        tables: what is added.
-        training: whether `tables.id_dropout` applies.
+        token_ids_BL, position_ids_BL, user_rows_BL, item_rows_BL, tables, training: as there.
         order: for the backward of the kernel, by `make_gradient_order` with the same
             `pad_token_id`, and `position_offset` added to the positions; ids on the CPU get theirs
             here if it is None.

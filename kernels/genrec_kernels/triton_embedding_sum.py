@@ -234,11 +234,8 @@ def _one_kernel(out_at):
 
 
 def launch_one() -> None:
-    """Compile and launch a kernel on the current GPU and read what it wrote.
-
-    Raises:
-        Exception: of Triton or CUDA, where that does not work.
-    """
+    """Compile and launch a kernel on the current GPU and read what it wrote. Raises what
+    Triton or CUDA raises where that does not work."""
     out = torch.zeros(1, device="cuda")
     _one_kernel[(1,)](out)
     if out.item() != 1.0:

@@ -6,6 +6,7 @@ import fcntl
 import fnmatch
 import functools
 import hashlib
+import json
 import os
 import platform
 import re
@@ -15,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 STALE_SECONDS = 24 * 3600
 """How long nothing touches the temporary directory of a process on another machine before it counts
@@ -45,6 +47,17 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
         _name_target(error, temporary, path)
         raise
     _fsync(path.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a file of UTF-8, as `atomic_file`."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, values: Any) -> None:
+    """Write a file of JSON, as `atomic_file`. Raises ValueError for NaN and infinity."""
+    write_text(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager

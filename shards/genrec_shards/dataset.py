@@ -272,11 +272,8 @@ def _joined(arrays: list[Any], dtype: type) -> np.ndarray:
 
 
 def load_info(path: Path) -> DatasetInfo:
-    """Read and check `dataset.json`.
-
-    Raises:
-        DataError: it is missing, damaged or of another version.
-    """
+    """Read and check `dataset.json`. Raises DataError where it is missing, damaged or of another
+    version."""
     try:
         fields = read_object(path, "a dataset.json of this program", "prepare again")
         version = fields["format_version"]

@@ -268,11 +268,8 @@ def _lines(path: Path, check: bool) -> Iterator[tuple[int, bytes]]:
 
 def write_sequences(sequences: Sequences, path: str | Path) -> None:
     """Write the `sequences` format, gzipped when the name ends in .gz; the same sequences give the
-    same bytes.
-
-    Raises:
-        DataError: an id is empty or holds white space, which the format cannot carry.
-    """
+    same bytes. Raises DataError where an id is empty or holds white space, which the format cannot
+    carry."""
     path = Path(path)
     for kind, ids in (("user", sequences.user_ids), ("item", sequences.item_ids)):
         for name in ids:

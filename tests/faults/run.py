@@ -16,7 +16,15 @@ EVERY = 100
 """Attacks between two lines about how far the suite is."""
 
 
-def main() -> int:
+ENVIRONMENT = {
+    "MALLOC_ARENA_MAX": "2",
+    "POLARS_MAX_THREADS": "2",
+    "RAYON_NUM_THREADS": "2",
+    "HF_HUB_OFFLINE": "1",  # a name that nobody means is not looked for
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--attacks", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
@@ -24,7 +32,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=1200, help="begin none after so many,")
     parser.add_argument("--least", type=int, default=1, help="but for the first so many")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     from suite import attacks, attempts, not_held, table
     from world import make_world
 
@@ -54,6 +62,5 @@ def main() -> int:
 if __name__ == "__main__":
     sys.path[:0] = [str(HELPERS)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ |= {"MALLOC_ARENA_MAX": "2", "POLARS_MAX_THREADS": "2", "RAYON_NUM_THREADS": "2"}
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a name that nobody means is not looked for
+    os.environ |= ENVIRONMENT
     sys.exit(main())

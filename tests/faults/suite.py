@@ -9,10 +9,10 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
-import forked
 import on_data
 import on_models
 import on_options
@@ -56,34 +56,28 @@ def attempt(world: Path, name: str, seed: int) -> Result:
     return Result(name, reason, "; ".join(box.notes), time.monotonic() - began)
 
 
-def preload() -> None:
-    """Have the server of processes load what most commands load; it then takes no core's second of
-    each."""
-    forked.LOADED += ["deepspeed", "genrec_dist.cli.app", "genrec_dist.inference.recommend"]
-    forked.LOADED += ["pandas", "polars", "pydantic.type_adapter", "typer._adapters"]
-
-
 def attempts(
     names: Iterable[str], world: Path, seed: int, processes: int, seconds: float, least: int
 ) -> Iterator[Result]:
     """The results of attacks, as they come; none but the first `least` is begun after so many
     seconds."""
+    end = time.monotonic() + seconds
+    in_time = (
+        name for number, name in enumerate(names) if number < least or time.monotonic() < end
+    )
+    if processes == 1:
+        yield from (attempt(world, name, seed) for name in in_time)
+        return
     # Not by fork: each process has its own server of processes.
-    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=preload) as pool:
-        left = enumerate(names)
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         waiting: set[Future[Result]] = set()
-        end = time.monotonic() + seconds
         while True:
-            while len(waiting) < processes and (given := next(left, None)) is not None:
-                if given[0] >= least and time.monotonic() >= end:
-                    left = enumerate(())
-                    break
-                waiting.add(pool.submit(attempt, world, given[1], seed))
+            room = processes - len(waiting)
+            waiting |= {pool.submit(attempt, world, name, seed) for name in islice(in_time, room)}
             if not waiting:
                 return
             done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done:
-                yield future.result()
+            yield from (future.result() for future in done)
 
 
 def table(results: list[Result]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
 
 from genrec_dist.bench.peers.beam import generated_lists, make_generate
 from genrec_dist.config.recipe import Model
 from genrec_dist.data.encoder_input import EncoderInput, encode_histories
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.word_table import WordTable
+from genrec_dist.decoding.rescoring import HistoryProbabilities
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.evaluation.score_mixture import Mixture
@@ -61,6 +61,12 @@ class Switches:
     """With an item head."""
     architecture: str = "bart"
     """Whose layers."""
+    siblings: bool = False
+    """Tokens share with those that can follow the same beginning; no item begins another."""
+    item_output: bool = False
+    """With siblings: items' id rows are a part of the output rows."""
+    id_dim: int = 0
+    """Width of the id tables."""
 
 
 switches = st.builds(
@@ -84,6 +90,7 @@ def sharp_model(
         d_model=16, encoder_layers=1, decoder_layers=2, heads=2, ffn=32, max_tokens=64,
         init_std=0.4, architecture=how.architecture,
         encoder_unit=how.unit, decoder_start=how.start, item_loss=float(how.head),
+        item_output=how.item_output, id_dim=how.id_dim,
     )  # fmt: skip
     tokens = {"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK}
     model = build_model(
@@ -97,6 +104,7 @@ def sharp_model(
         ),
     )
     model.config.certain_tokens = "given" if how.forced else "learned"
+    model.config.softmax = "siblings" if how.siblings else "vocabulary"
     model.config.spoken_tokens = 1 + ALPHABET if how.trimmed else 0
     return model.double().eval()
 
@@ -105,7 +113,7 @@ def among_items(model: CodedModel, num_items: int) -> CodedModel:
     """The same model, its item head over the first so many items alone."""
     other = copy.copy(model)
     other._modules = dict(model._modules)
-    table = IdEmbedding(num_items, model.config.d_model).double()
+    table = IdEmbedding(num_items, model.item_embedding.embedding_dim).double()
     table.weight = torch.nn.Parameter(model.item_embedding.weight[: num_items + 1].detach())
     other.item_embedding = table
     return other
@@ -195,26 +203,24 @@ class World:
         histories: list[History],
         mode: str = "exact",
         mixture: Mixture | None = None,
-        graph_prob_BN: Tensor | None = None,
-        repeat_prob_BN: Tensor | None = None,
-        text_prob_BN: Tensor | None = None,
+        known: HistoryProbabilities | None = None,
     ) -> np.ndarray:
         """float64 [B, N]: the scores of all items by whole sequences, user by user."""
         if mode == "items":
             return self._item_head(histories)
         scores_BN = self._decoder(histories, compact=mode == "compact")
         if mode == "hybrid":
-            mixture = mixture or Mixture()
+            mixture, known = mixture or Mixture(), known or HistoryProbabilities()
             if self.how.head:
                 scores_BN = scores_BN + mixture.item_weight * self._item_head(histories)
-            if graph_prob_BN is not None:
-                near_BN = (1 - mixture.epsilon) * graph_prob_BN.numpy()
+            if known.graph is not None:
+                near_BN = (1 - mixture.epsilon) * known.graph.numpy()
                 near_BN = np.log(near_BN + mixture.epsilon / len(self.items))
                 scores_BN = scores_BN + mixture.graph_weight * near_BN
-            if repeat_prob_BN is not None:
-                scores_BN = scores_BN + mixture.repeat_weight * np.log(repeat_prob_BN.numpy())
-            if text_prob_BN is not None and mixture.text is not None:
-                near_BN = (1 - mixture.text.epsilon) * text_prob_BN.numpy()
+            if known.repeat is not None:
+                scores_BN = scores_BN + mixture.repeat_weight * np.log(known.repeat.numpy())
+            if known.text is not None and mixture.text is not None:
+                near_BN = (1 - mixture.text.epsilon) * known.text.numpy()
                 near_BN = np.log(near_BN + mixture.text.epsilon / len(self.items))
                 scores_BN = scores_BN + mixture.text.weight * near_BN
         return scores_BN
@@ -244,16 +250,39 @@ class World:
         scores = []
         for row in range(len(histories)):
             mask_L, start = encoder.attention_mask[row], None
-            if self.how.start == "state":  # at [MASK], the last but </s>
+            if self.how.start != "mask":  # at [MASK], the last but </s>
                 start = memory[row, int(mask_L.sum()) - 2].expand(copies, -1)
             hidden = self.model.decode(
                 inputs, memory[row].expand(copies, -1, -1), mask_L.expand(copies, -1), start
             )
             logits = hidden @ self.model.lm_head.weight.T
+            if self.how.siblings:
+                logits = self._among_siblings(logits, hidden)
             logprobs = logits.masked_fill(~output, -torch.inf).log_softmax(-1)
             gained = logprobs.gather(2, labels.clamp(min=0)[..., None])[..., 0]
             scores.append(gained.masked_fill(labels < 0, 0.0).sum(1))
         return torch.stack(scores).numpy()
+
+    def _among_siblings(self, logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, T, V]: -inf for tokens that cannot follow an item's beginning, and what an item's
+        own row adds where a token leaves it alone."""
+        logits = logits.clone()
+        beginnings = Counter(item[: place + 1] for item in self.items for place in range(len(item)))
+        for row, item in enumerate(self.items):
+            for place in range(len(item) + 1):
+                follow = self.after[item[:place]]
+                others = [t for t in range(logits.shape[2]) if t not in follow]
+                logits[row, place, others] = -torch.inf
+                for other, word in enumerate(self.items):
+                    is_below = word[:place] == item[:place] and len(word) > place
+                    if not (self.how.item_output and is_below and len(item) > place):
+                        continue
+                    if beginnings[word[: place + 1]] == 1:
+                        own_F = self.model.item_embedding.weight[other + 1]
+                        if self.model.item_projection is not None:
+                            own_F = self.model.item_projection(own_F)
+                        logits[row, place, word[place]] += own_F @ hidden[row, place]
+        return logits
 
     def _item_head(self, histories: list[History]) -> np.ndarray:
         rows = []

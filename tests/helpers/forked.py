@@ -21,12 +21,21 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 # None of these starts a thread of Python's; pyarrow's allocator has one, and knows of forks.
+# Saving a model imports DeepSpeed where it is installed, and pyarrow pandas: each training would
+# load them anew, which takes five times as long as what it learns.
 LOADED = [
+    "genrec_dist.cli.app",
     "genrec_dist.training.run",
     "genrec_dist.inference.export_lists",
+    "genrec_dist.inference.recommend",
     "genrec_dist.report.run_report",
+    "deepspeed",
+    "pandas",
+    "polars",
+    "pydantic.type_adapter",
     "scipy.sparse",
     "transformers.models.bart.modeling_bart",
+    "typer._adapters",
 ]
 _CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -86,16 +95,15 @@ def run(
 def load(env: dict[str, str]) -> None:
     """See that the server is there, with as many threads as `env` says; it is this process's only
     one for multiprocessing too."""
-    before = os.environ.get("OMP_NUM_THREADS")
+    before = dict(os.environ)
     _CONTEXT.set_forkserver_preload(LOADED)
     os.environ["OMP_NUM_THREADS"] = env.get("OMP_NUM_THREADS", "1")
+    os.environ["DS_ACCELERATOR"] = "cpu"  # or DeepSpeed would look for a GPU, and none could fork
     try:
         forkserver.ensure_running()
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _become(arguments: list[str], out: str, err: str, env: dict[str, str]) -> None:

@@ -52,6 +52,7 @@ PAPER = ["counting", *OWN]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file, a recipe with an item head and no pretraining, and one that pretrains."""
     place = tmp_path_factory.mktemp("reproduce")
+    forked.load(environment())  # of which the trainings are forked, too
     # Whole numbers, which the counting rule needs under `given`.
     (place / "log.txt").write_text(tiny_log().replace(" B", " "), encoding="utf-8")
     where = "data: data\nrun: run\ncheckpoint_every: 1\n"
@@ -248,6 +249,32 @@ def test_a_refit_takes_the_epochs_that_validation_chose_and_keeps_its_last(
     assert (found.validation.every_epochs, found.validation.patience) == (1, 0)
     for system in systems:
         assert system.through == ("n-1" if system.name.endswith("-n-1") else "n-2")
+
+
+def test_a_refit_takes_the_median_of_the_seeds_best_epochs(tmp_path: Path, folder: Path) -> None:
+    """Runs as training leaves them, of which validation chose the epochs 1, 5 and 2."""
+    options = Options(
+        name="beauty",
+        data=folder / "log.txt",
+        out=tmp_path,
+        seeds=3,
+        recipe=str(folder / "head.yaml"),
+        paper_recipe="paper-tiny",
+        refit=True,
+    )
+    systems = systems_of("leak-free", options, pretrains=True, item_head=True)
+    (trained,) = [each for each in systems if each.name == "best"]
+    for run, best in zip(options.runs("leak-free", trained), (1, 5, 2), strict=True):
+        (run / "best").mkdir(parents=True)
+        (run / "best" / "config.json").write_text("{}")
+        (run / "status.json").write_text(json.dumps({"status": "finished", "best_step": 10 * best}))
+        lines = [
+            {"event": "validation", "stage": "finetune", "epoch": epoch - 1, "step": 10 * epoch}
+            for epoch in range(1, 7)
+        ]
+        (run / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (refit,) = [system for system in systems if system.name == "best-n-1"]
+    assert recipe_of(options, "leak-free", refit, 1).finetune.epochs == 2
 
 
 def test_readings_and_switches_are_rows_of_their_own(folder: Path) -> None:

@@ -41,6 +41,8 @@ space:
 """
 
 
+EPOCHS = 12
+"""Of a trial that is killed after two, resumed, stopped and resumed again: enough to have some left."""
 CORES = len(os.sched_getaffinity(0))
 """What a trial requests where one is to run after the other."""
 
@@ -60,7 +62,7 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     for a second, and resumed to its end."""
     folder = tmp_path_factory.mktemp("killed")
     out = folder / "out"
-    space = sweeps.write_space(folder, tiny_data, SPACE % (20, CORES, 1), SLOW)
+    space = sweeps.write_space(folder, tiny_data, SPACE % (EPOCHS, CORES, 1), SLOW)
     seen: dict = {"out": out}
 
     def saved(run: Path) -> int:
@@ -114,7 +116,7 @@ def test_a_killed_trial_is_retried_from_its_own_checkpoint(killed: dict) -> None
     trial = killed["after"].trials[0]
     run, at_kill = killed["out"] / trial.run, killed["epochs at the kill"]
     assert trial.status == "finished"
-    assert [epoch.epoch for epoch in trial.epochs] == list(range(1, 21))
+    assert [epoch.epoch for epoch in trial.epochs] == list(range(1, EPOCHS + 1))
     starts = events(run, "start")
     assert trial.attempts == len(starts) >= 2
     step = trial.epochs[at_kill - 1].step + 1

@@ -69,7 +69,7 @@ def test_only_the_tests_of_a_gpu_see_one() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     calls = [line for line in done.stdout.splitlines() if "/python -m pytest" in line]
     calls = [line for line in calls if not line.startswith("echo")]
-    assert len(calls) >= 5
+    assert len(calls) >= 3
     for call in calls:
         assert ("CUDA_VISIBLE_DEVICES= " in call) != call.endswith("-m gpu"), call
 
@@ -208,6 +208,20 @@ def test_the_citation_is_whole() -> None:
     assert {"cff-version", "message", "title", "authors"} <= citation.keys()
     assert citation["version"] == PROJECT["version"]
     assert citation["license"] == PROJECT["license"] == "Apache-2.0"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")
+def test_git_holds_text_pictures_and_one_small_run_alone() -> None:
+    """A tracker's database was once committed with the code."""
+    done = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    strange = [
+        name
+        for name in map(os.fsdecode, done.stdout.split(b"\0")[:-1])
+        if not name.startswith(("docs/images/", "tests/fixtures/old_run/"))
+        and (ROOT / name).is_file()
+        and b"\0" in (ROOT / name).read_bytes()
+    ]
+    assert strange == []
 
 
 @pytest.mark.skipif(find_spec("hatchling") is None, reason="hatchling is not in this environment")

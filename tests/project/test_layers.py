@@ -197,6 +197,12 @@ def test_no_test_module_imports_another() -> None:
         assert not found, f"{name_of(path)} imports {found}: move what they share to tests/helpers"
 
 
+def test_the_files_that_take_longest_are_begun_first(pytestconfig: pytest.Config) -> None:
+    plugins = pytestconfig.pluginmanager.get_plugins()
+    (first,) = (plugin.FIRST for plugin in plugins if hasattr(plugin, "FIRST"))
+    assert set(first) <= {path.name for path in TESTS}, "a file was renamed or removed"
+
+
 def test_the_folders_are_not_packages() -> None:
     # A package of that name would shadow others: docs/decisions/0001.
     for name in ("kernels", "shards", "tuning"):

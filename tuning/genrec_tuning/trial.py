@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from genrec_shards.atomic import atomic_file
+from genrec_shards.atomic import write_text
 from genrec_shards.file_lock import hold
 
 from genrec_dist.config.load import dump_recipe, recipe_from
@@ -154,14 +154,8 @@ def epochs_of(files: RunFiles) -> list[Epoch]:
     # Killed between a checkpoint and its event, a run has only the event of its resume.
     resumed = [line["resumed_from"] for line in files.of("start") if line.get("resumed_from")]
     saved += [int(Path(path).name.removeprefix("step-")) for path in resumed]
-    # Step of a validation -> seconds worked by then, without the time between two attempts.
-    seconds, before, started, last = {}, 0.0, 0.0, 0.0
-    for line in files.events:
-        if line["event"] == "start":
-            before, started = before + last - started, line["time"]
-        last = line["time"]
-        if line["event"] == "validation":
-            seconds[line["step"]] = before + last - started
+    # By the step of a validation.
+    seconds = {line.get("step"): at for line, at in files.worked() if line["event"] == "validation"}
     found = {}
     steps = files.stage("step", stage)
     for line in files.stage("validation", stage):
@@ -204,8 +198,7 @@ def train_on_ranks(
     """
     run = Path(recipe.run)
     run.mkdir(parents=True, exist_ok=True)
-    with atomic_file(run / "recipe.yaml") as temporary:
-        temporary.write_text(dump_recipe(resolve_recipe(recipe, run)[0]), encoding="utf-8")
+    write_text(run / "recipe.yaml", dump_recipe(resolve_recipe(recipe, run)[0]))
     command = [sys.executable, "-m", "genrec_tuning.rank_process", str(os.getpid())]
     command += [str(run / "recipe.yaml"), *(["--resume", resume] if resume else [])]
     with socket.socket() as listener:

@@ -63,7 +63,7 @@ class BSARec(SASRec):
         assert isinstance(settings, BsarecSettings)
         return BsarecBlock(settings)
 
-    def states(self, packed: Packed) -> Tensor:
+    def states(self, packed: Packed, items_Id: Tensor) -> Tensor:
         """The state after each sequence, float32 [B, d], in the packed order."""
         segments, length = packed.attended.queries, self.settings.max_length
         offsets_S = torch.from_numpy(segments.offsets.astype("int64"))
@@ -72,7 +72,7 @@ class BSARec(SASRec):
         places_n = torch.arange(len(rows_n)) + (length - offsets_S[1:])[rows_n]
         filled_BL = torch.zeros(len(offsets_S) - 1, length, dtype=torch.bool)
         filled_BL[rows_n, places_n] = True
-        items_nd = self.item_embedding(packed.items_n)
+        items_nd = F.embedding(packed.items_n, items_Id)
         hidden_BLd = self.padding_d.expand(*filled_BL.shape, -1).index_put(
             (rows_n, places_n), items_nd
         )
@@ -87,8 +87,9 @@ class BSARec(SASRec):
     def scores(self, packed: Packed) -> Tensor:
         """Of every item after each user's last position, float32 [B, I]."""
         lasts_S = torch.from_numpy(packed.attended.queries.offsets[1:].astype("int64") - 1)
-        states_Bd = self.states(packed)[torch.searchsorted(lasts_S, packed.last_B)]
-        return states_Bd @ self.item_embedding.weight.T
+        items_Id = self.item_rows()
+        states_Bd = self.states(packed, items_Id)[torch.searchsorted(lasts_S, packed.last_B)]
+        return states_Bd @ items_Id.T
 
 
 class BsarecBlock(Block):

@@ -18,11 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from genrec_dist.config.native_precision import native_precision
+from genrec_dist.config.recipe import Distill
+from genrec_dist.data.batch import SoftTargets
 from genrec_dist.data.packing import Attended, segments_of
 from genrec_dist.evaluation.metrics import EMPTY, TOP
 from genrec_dist.evaluation.ranked_lists import Lists, Rule, empty_lists, tie_order, without_last
 from genrec_dist.model.dropout import add_dropped, drop
-from genrec_dist.model.head_loss import head_loss
+from genrec_dist.model.head_loss import head_loss, soft_difference
+from genrec_dist.model.network import ItemText
 from genrec_dist.model.packed_attention import attend
 
 ROWS_AT_A_TIME = 64
@@ -60,6 +63,16 @@ class SasrecSettings:
     init_items: Literal["random", "cooccurrence"] = "random"
     """What the item embeddings start from; cooccurrence as in GenRec's recipes
     (`model.init_items`): its control."""
+    item_text: Literal["none", "add"] = "none"
+    """add: a learned projection of the item's text is added to its embedding, in the input and in
+    the output, as `model.item_text` of GenRec's recipes does: its control."""
+    item_text_source: str = "factors"
+    """The vectors, as `model.item_text_source`."""
+    distill: Distill = field(default_factory=Distill)
+    """Soft targets of the transition graph and the texts beside each label, as `finetune.distill`
+    of GenRec's recipes: its control."""
+    text: str = "words"
+    """Which texts soft targets compare, as in a recipe; none: the graph alone."""
     label_smoothing: float = 0.0
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.0
@@ -84,16 +97,16 @@ class SasrecSettings:
 
 
 LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "d_model layers heads ffn max_length batch_size epochs c": (
+    "d_model layers heads ffn max_length batch_size epochs c distill.top": (
         "1 or above",
         lambda value: value >= 1,
     ),
-    "dropout attention_dropout label_smoothing average": (
+    "dropout attention_dropout label_smoothing average distill.weight": (
         "0 or above and below 1",
         lambda value: 0 <= value < 1,
     ),
     "alpha": ("from 0 to 1", lambda value: 0 <= value <= 1),
-    "init_std learning_rate": ("above 0", lambda value: 0 < value < math.inf),
+    "init_std learning_rate distill.temperature": ("above 0", lambda value: 0 < value < math.inf),
     "weight_decay patience validation_users": (
         "0 or above",
         lambda value: 0 <= value < math.inf,
@@ -103,14 +116,12 @@ LIMITS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_settings(settings: SasrecSettings, source: str) -> None:
-    """Refuse what no model can have.
-
-    Raises:
-        ValueError: With `source`, the key, its value and what it may be.
-    """
+    """Refuse what no model can have. Raises ValueError with `source`, the key, its value and what
+    it may be."""
+    values = vars(settings) | {f"distill.{k}": v for k, v in vars(settings.distill).items()}
     for keys, (text, holds) in LIMITS.items():
         for key in keys.split():
-            value = getattr(settings, key, None)  # alpha and c are BSARec's
+            value = values.get(key)  # alpha and c are BSARec's
             if value is not None and not holds(value):
                 raise ValueError(f"{source}: {key} is {value}: it has to be {text}")
     if settings.d_model % settings.heads:
@@ -174,14 +185,30 @@ class SASRec(nn.Module):
         self.norm = nn.LayerNorm(width)
         for table in (self.item_embedding, self.position_embedding):
             nn.init.normal_(table.weight, std=settings.init_std)
+        self.item_text: ItemText | None = None  # while it is trained; never in what is saved
 
     def block(self, settings: SasrecSettings) -> Block:
         """A layer."""
         return Block(settings)
 
-    def states(self, packed: Packed) -> Tensor:
-        """The state after each position, float32 [n, d]; it sees no later one."""
-        hidden_nd = self.item_embedding(packed.items_n) * self.settings.d_model**0.5
+    def item_rows(self) -> Tensor:
+        """float32 [I, d]: what items are in the input and in the output."""
+        rows_Id: Tensor = self.item_embedding.weight
+        if self.item_text is None:
+            return rows_Id
+        return self.item_text(rows_Id) if self.training else self.item_text.whole(rows_Id)
+
+    @torch.no_grad()
+    def take_texts_in(self) -> None:
+        """Make the texts a part of the item embeddings."""
+        if self.item_text is not None:
+            self.item_embedding.weight.copy_(self.item_text.whole(self.item_embedding.weight))
+            self.item_text = None
+
+    def states(self, packed: Packed, items_Id: Tensor) -> Tensor:
+        """The state after each position, float32 [n, d]; it sees no later one. `items_Id`: of
+        `item_rows`."""
+        hidden_nd = F.embedding(packed.items_n, items_Id) * self.settings.d_model**0.5
         hidden_nd = hidden_nd + self.position_embedding(packed.positions_n)
         post = self.settings.norm == "post"
         hidden_nd = drop(
@@ -191,23 +218,26 @@ class SASRec(nn.Module):
             hidden_nd = block(hidden_nd, packed.attended)
         return hidden_nd if post else self.norm(hidden_nd)
 
-    def loss(self, packed: Packed, labels_n: Tensor) -> Tensor:
-        """The mean cross-entropy of `labels_n` (int64 [n], item rows) over the softmax of all
-        items; a scalar."""
+    def loss(self, packed: Packed, labels_n: Tensor, soft: SoftTargets | None = None) -> Tensor:
+        """The mean cross-entropy of `labels_n` (int64 [n], item rows), of which soft targets take
+        their shares, over the softmax of all items; a scalar."""
         # oneDNN prepares a product of each new shape, and keeps it: few shapes cost a tenth less
         # time, and no growing memory. A state of zeros adds log(I) to the sum and nothing to a
         # gradient.
         padding = -len(labels_n) % ROWS_AT_A_TIME
-        states_md = F.pad(self.states(packed), (0, 0, 0, padding))
-        labels_m = F.pad(labels_n, (0, padding))
-        items_Id, smoothing = self.item_embedding.weight, self.settings.label_smoothing
+        items_Id, smoothing = self.item_rows(), self.settings.label_smoothing
+        states_nd = self.states(packed, items_Id)
+        states_md, labels_m = F.pad(states_nd, (0, 0, 0, padding)), F.pad(labels_n, (0, padding))
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bf16"):
             total = head_loss(states_md, items_Id, labels_m, smoothing, "chunked")
+            if soft is not None:
+                total = total + soft_difference(states_nd, items_Id, labels_n, soft)
         return (total - padding * math.log(len(items_Id))) / len(labels_n)
 
     def scores(self, packed: Packed) -> Tensor:
         """Of every item after each user's last position, float32 [B, I]."""
-        return self.states(packed)[packed.last_B] @ self.item_embedding.weight.T
+        items_Id = self.item_rows()
+        return self.states(packed, items_Id)[packed.last_B] @ items_Id.T
 
 
 class Block(nn.Module):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from genrec_shards.atomic import atomic_file, sweep_killed_writers
+from genrec_shards.atomic import atomic_file, sweep_killed_writers, write_text
 from genrec_shards.dataset import Dataset
 from genrec_shards.file_lock import LOCK_FILE, hold
 from genrec_shards.histories import check_trained_through
@@ -29,9 +29,15 @@ from torch import Tensor
 from genrec_dist.baselines.sasrec.bsarec import BsarecSettings
 from genrec_dist.baselines.sasrec.model import SASRec, SasrecSettings, check_settings
 from genrec_dist.baselines.sasrec.train import Epoch, Progress, Trained, model_of, train
+from genrec_dist.baselines.tune_knn import tune_knn
 from genrec_dist.config.load import section_from
+from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.evaluation.provenance import git_commit, versions
+from genrec_dist.evaluation.score_mixture import TEXTS
 from genrec_dist.model.weights import check_weights
+from genrec_dist.text.teacher import make_teacher
+from genrec_dist.text.tune import tune_text
+from genrec_dist.text.vectors import described, item_vectors
 
 SETTINGS_OF: dict[str, type[SasrecSettings]] = {"sasrec": SasrecSettings, "bsarec": BsarecSettings}
 FORMAT_VERSION = "1"
@@ -130,10 +136,10 @@ def _train_anew(run: Path, training: Training, overrides: list[str] | None) -> S
         "exclude_history": json.dumps(training.exclude_history),
         "settings": json.dumps(dataclasses.asdict(settings)),
     }
+    if settings.item_text != "none" or _soft_text(settings, training.dataset):
+        origin[TEXTS] = described(training.dataset).texts_hash
     progress = _read_progress(run / PROGRESS, origin) if (run / PROGRESS).is_file() else None
-    with atomic_file(run / SETTINGS) as temporary:
-        text = yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
-        temporary.write_text(text, encoding="utf-8")
+    write_text(run / SETTINGS, yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
     trained = _train(run, training, settings, origin, progress)
     _save(run, origin, trained)
     (run / PROGRESS).unlink(missing_ok=True)
@@ -160,11 +166,8 @@ def load(
     overrides: list[str] | None,
     system: str = "sasrec",
 ) -> SasrecRun:
-    """The finished run `run`.
-
-    Raises:
-        ValueError: Where it is damaged or was made of something else.
-    """
+    """The finished run `run`. Raises ValueError where it is damaged or was made of something
+    else."""
     path = run / WEIGHTS
     metadata, weights = _read(path, "remove it and train again")
     version = metadata.get("format_version")
@@ -189,12 +192,13 @@ def load(
         )
     values = parse_object(metadata["settings"], f"{path}: settings")
     settings = sasrec_settings(dict(values), source=str(path), system=system)
-    requested = sasrec_settings(dict(values), overrides, system=system)
-    for key, value in values.items():
-        if getattr(requested, key) != value:
+    stored = dataclasses.asdict(settings)
+    requested = dataclasses.asdict(sasrec_settings(dict(values), overrides, system=system))
+    for key in values:
+        value, wanted = stored[key], requested[key]
+        if wanted != value:
             raise ValueError(
-                f"{run} was trained with {key} {value}, not {getattr(requested, key)}: choose "
-                "another --out"
+                f"{run} was trained with {key} {value}, not {wanted}: choose another --out"
             )
     model = model_of(dataset.sequences.num_items, settings)
     check_weights(path, weights, model.state_dict())
@@ -235,6 +239,9 @@ def _train(
     origin: dict[str, str],
     progress: Progress | None,
 ) -> Trained:
+    texts_IF = None
+    if settings.item_text != "none":
+        texts_IF = item_vectors(training.dataset, settings.item_text_source)
     _drop_events_after(run / EVENTS, progress.last.epoch if progress else 0)
     with (run / EVENTS).open("a", encoding="utf-8", buffering=1) as file:
 
@@ -269,6 +276,8 @@ def _train(
             settings,
             exclude_history=training.exclude_history,
             trained_through=training.trained_through,
+            texts_IF=texts_IF,
+            teacher=_teacher(training, settings),
             on_epoch=epoch_ended,
             on_progress=keep,
             progress=progress,
@@ -282,6 +291,28 @@ def _train(
             **{f"best_{name}": value for name, value in trained.best.scores.items()},
         )
     return trained
+
+
+def _soft_text(settings: SasrecSettings, dataset: Dataset) -> bool:
+    """Whether soft targets compare texts."""
+    return bool(
+        settings.distill.weight and settings.text != "none" and dataset.descriptions is not None
+    )
+
+
+def _teacher(training: Training, settings: SasrecSettings) -> Teacher | None:
+    """Soft targets, if the settings want them; those of a recipe with the same keys."""
+    if not settings.distill.weight:
+        return None
+    dataset, excluded = training.dataset, training.exclude_history
+    return make_teacher(
+        dataset,
+        training.trained_through,
+        settings.distill,
+        tune_knn(dataset.sequences, exclude_history=excluded).settings,
+        tune_text(dataset, settings.text) if _soft_text(settings, dataset) else None,
+        exclude_history=excluded,
+    )
 
 
 def _drop_events_after(path: Path, epoch: int) -> None:
@@ -298,8 +329,7 @@ def _drop_events_after(path: Path, epoch: int) -> None:
         return of_epochs or event.get("event") == "start"
 
     # What follows an epoch that was lost has been lost with it.
-    with atomic_file(path) as temporary:
-        temporary.write_text("".join(itertools.takewhile(is_kept, lines)), encoding="utf-8")
+    write_text(path, "".join(itertools.takewhile(is_kept, lines)))
 
 
 def _save(run: Path, origin: dict[str, str], trained: Trained) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from genrec_shards.histories import sample_users
+from genrec_shards.histories import sample_users, training_counts
 from genrec_shards.keyed_random import keyed_permutation, mixed_key
 from genrec_shards.numbering.cooccurrence import neighbour_vectors
 from genrec_shards.sequences import Sequences, flat_ranges
@@ -22,6 +22,8 @@ from torch import Tensor
 from genrec_dist.baselines.sasrec.bsarec import BSARec, BsarecSettings
 from genrec_dist.baselines.sasrec.model import Packed, SASRec, SasrecSettings, pack, target_places
 from genrec_dist.config.recipe import Optimizer
+from genrec_dist.data.batch import SoftTargets
+from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.distributed.signals import NotFinite
 from genrec_dist.evaluation.metrics import (
     METRICS,
@@ -29,7 +31,7 @@ from genrec_dist.evaluation.metrics import (
     metrics_from_histogram,
     rank_histogram,
 )
-from genrec_dist.model.item_rows import MOST_FACTORS, turn_rows
+from genrec_dist.model.item_rows import MOST_FACTORS, item_text_of, turn_rows
 from genrec_dist.model.optimizer import AveragedWeights, build_optimizer
 
 _INIT_STREAM, _ORDER_STREAM, _DROPOUT_STREAM = 0x5A50, 0x5A51, 0x5A52
@@ -87,6 +89,8 @@ def train(
     *,
     exclude_history: bool,
     trained_through: TrainedThrough = "n-2",
+    texts_IF: np.ndarray | None = None,
+    teacher: Teacher | None = None,
     on_epoch: Callable[[Epoch, SASRec], None] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
     progress: Progress | None = None,
@@ -103,6 +107,8 @@ def train(
         settings: Of model and training.
         exclude_history: Whether lists leave out the history.
         trained_through: The last position that is trained on.
+        texts_IF: Vectors of the items' texts, which `item_text` adds.
+        teacher: Of soft targets.
         on_epoch: Called after each epoch with the weights that were validated.
         on_progress: Called after it with what a later call takes as `progress`.
         progress: Where to go on: the weights are the same as of a training that was never
@@ -112,7 +118,7 @@ def train(
         ValueError: Where no user has two items to learn from.
         NotFinite: For a loss that is no number.
     """
-    parts = TrainingParts(sequences, settings, trained_through)
+    parts = TrainingParts(sequences, settings, trained_through, teacher)
     users_V = np.empty(0, np.int64)
     if trained_through == "n-2":
         users_V = sequences.history_and_target("validation").users
@@ -120,11 +126,18 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_key(settings.seed, _INIT_STREAM) >> 1)
         model = model_of(sequences.num_items, settings)
+        rows_I, table_Id = torch.arange(sequences.num_items), model.item_embedding.weight
+        known_I = None
         if settings.init_items == "cooccurrence":
             factors = min(settings.d_model, MOST_FACTORS)
             vectors_IF = neighbour_vectors(sequences, factors, settings.seed)
-            rows_I, table_Id = torch.arange(sequences.num_items), model.item_embedding.weight
             turn_rows(table_Id, rows_I, vectors_IF, settings.init_std)
+            known_I = np.linalg.norm(vectors_IF, axis=1) > 0
+        if texts_IF is not None:
+            trained_I = training_counts(sequences, trained_through) > 0
+            model.item_text = item_text_of(
+                table_Id, rows_I, texts_IF, trained_I, known_I, settings.init_std
+            )
         loop = _Loop(model, parts, settings)
         if progress is not None:
             loop.resume(progress)
@@ -157,9 +170,14 @@ class TrainingParts:
     A row is a user, of BSARec a prefix of the user's last `max_length` items."""
 
     def __init__(
-        self, sequences: Sequences, settings: SasrecSettings, trained_through: TrainedThrough
+        self,
+        sequences: Sequences,
+        settings: SasrecSettings,
+        trained_through: TrainedThrough,
+        teacher: Teacher | None = None,
     ):
-        self.items, self.settings = sequences.items, settings
+        self.items, self.settings, self.teacher = sequences.items, settings, teacher
+        self.offsets = sequences.offsets
         ends_U = sequences.training_ends(trained_through)
         # The last item of a part is a label alone.
         lengths_U = ends_U - sequences.offsets[:-1] - 1
@@ -178,8 +196,9 @@ class TrainingParts:
             self.lengths_U = flat_ranges(ones, num_U)
             self.input_ends_U = flat_ranges(self.input_ends_U - num_U + 1, num_U)
 
-    def batches(self, epoch: int) -> Iterator[tuple[Packed, Tensor]]:
-        """(inputs, labels int64 [n]) of all users, in an order of this epoch."""
+    def batches(self, epoch: int) -> Iterator[tuple[Packed, Tensor, SoftTargets | None]]:
+        """(inputs, labels int64 [n], their soft targets if there is a teacher) of all users, in an
+        order of this epoch."""
         order_U = keyed_permutation(len(self.lengths_U), self.settings.seed, _ORDER_STREAM, epoch)
         for start in range(0, len(order_U), self.settings.batch_size):
             users_B = order_U[start : start + self.settings.batch_size]
@@ -188,7 +207,11 @@ class TrainingParts:
             places_n = packed.places_n
             if self.prefixes:
                 places_n = places_n[packed.attended.queries.offsets[1:] - 1]
-            yield packed, torch.from_numpy(self.items[places_n + 1].astype(np.int64))
+            labels_n, soft = torch.from_numpy(self.items[places_n + 1].astype(np.int64)), None
+            if self.teacher is not None:
+                user_rows_n = np.searchsorted(self.offsets, places_n, "right") - 1
+                soft = self.teacher.of_items(user_rows_n, places_n + 1 - self.offsets[user_rows_n])
+            yield packed, labels_n, soft
 
 
 class _Loop:
@@ -231,6 +254,7 @@ class _Loop:
         assert self.best is not None
         assert self.last is not None
         self.model.load_state_dict(self.kept)
+        self.model.take_texts_in()
         return Trained(self.model.eval(), self.best, self.last)
 
     def is_over(self) -> bool:
@@ -270,9 +294,9 @@ class _Loop:
         """One epoch: its mean loss a target."""
         self.model.train()
         total, targets = torch.zeros((), dtype=torch.float64), 0
-        for packed, labels_n in self.parts.batches(epoch):
+        for packed, labels_n, soft in self.parts.batches(epoch):
             torch.manual_seed(mixed_key(self.settings.seed, _DROPOUT_STREAM, self.step) >> 1)
-            loss = self.model.loss(packed, labels_n)
+            loss = self.model.loss(packed, labels_n, soft)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()

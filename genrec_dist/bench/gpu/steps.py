@@ -5,45 +5,41 @@ from __future__ import annotations
 import contextlib
 import os
 import statistics
-import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from genrec_kernels.embedding import SWITCH
 from torch.profiler import ProfilerActivity, profile
 
-from genrec_dist.bench.measure import Measured, OnPart, table
-from genrec_dist.bench.synthetic import VOCABULARY, make_data
+from genrec_dist.bench.gpu.cases import (
+    BART_BASE,
+    first_steps,
+    measure_cases,
+    start_loop,
+    take,
+)
+from genrec_dist.bench.measure import Measured, OnPart
+from genrec_dist.bench.synthetic import VOCABULARY
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import CPU_MICRO_BATCH, MICRO_BATCH, Recipe
 from genrec_dist.data.fit_recipe import resolve_recipe
-from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.estimate.forecast import forecast
+from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
 from genrec_dist.training.loop import Loop
-from genrec_dist.training.setup import build_setup
-from genrec_dist.training.stages import stage_of
 
 GIB = 2**30
 NUM_STEPS, WARM_STEPS, TRACED_STEPS = 18, 3, 3
 _PLAIN = ("workers=0", f"{MICRO_BATCH}={CPU_MICRO_BATCH}")
 BASE = (
-    "finetune.targets=last",
-    "model.d_model=768",
-    "model.encoder_layers=6",
-    "model.decoder_layers=6",
-    "model.heads=12",
-    "model.ffn=3072",
-    "model.dropout=0.1",
-    "model.embedding_dropout=0",
+    *BART_BASE,
     "model.max_tokens=512",
     "model.user_ids=true",
     "model.positions=from-start",
@@ -71,7 +67,7 @@ class Case:
 
     @property
     def is_base(self) -> bool:
-        return self.recipe == "tiny" and BASE[1] in self.changes
+        return self.recipe == "tiny" and BART_BASE[1] in self.changes
 
 
 def _base(name: str, samples: int, *changes: str, kernels: str = "triton") -> Case:
@@ -101,43 +97,18 @@ CASES = (
 
 
 def bench_steps(small: bool, seconds: float, on_part: OnPart) -> Measured:
-    """The table of `genrec_dist.bench.gpu.check steps`.
-
-    Args:
-        small: the sizes of a test.
-        seconds: what would begin later than this is left out by name.
-        on_part: told each case as soon as it is measured.
-    """
-    from genrec_shards.storage.write import write_shards
-
-    end, found = time.monotonic() + seconds, {}
-    with tempfile.TemporaryDirectory(prefix="genrec-check-") as temporary:
-        folder = Path(temporary)
-        dataset = make_data(folder / "made", *((200, 60) if small else ()))
-        write_shards(dataset, folder / "shards")
-        where = (f"data={dataset.path}", f"shards={folder / 'shards'}", f"run={folder / 'run'}")
-        for case in CASES:
-            if time.monotonic() > end:
-                found[case.name] = {"left out": "there was no time"}
-            else:
-                try:
-                    found[case.name] = measure_case(case, where, small)
-                except Exception as error:  # the other cases say something all the same
-                    problem = " ".join(f"{type(error).__name__}: {error}".split())
-                    found[case.name] = {"failed": problem[:500]}
-            on_part(case.name, found[case.name])
-    return [], table("steps", [], cases=found)
+    """The table of `genrec_dist.bench.gpu.check steps`; arguments are those of `measure_cases`."""
+    cases = {case.name: partial(measure_case, case, small) for case in CASES}
+    return measure_cases("steps", cases, small, seconds, on_part)
 
 
-def measure_case(case: Case, where: tuple[str, ...], small: bool) -> dict[str, Any]:
+def measure_case(case: Case, small: bool, where: tuple[str, ...]) -> dict[str, Any]:
     """Milliseconds of its steps on the host and in all, what the device does, and whether the same
     steps twice give the same bits. No checkpoint is written."""
     shrunk = (*SMALL_MODEL, "finetune.batch_size=64") if small else ()
     recipe = load_recipe(case.recipe, [*where, *_PLAIN, *case.changes, *shrunk])
     recipe = resolve_recipe(recipe)[0]
     on_gpu = torch.cuda.is_available()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     os.environ[SWITCH] = case.kernels if on_gpu else ""
     try:
         return _measure(recipe, VOCABULARY if case.is_base and not small else 0, on_gpu)
@@ -149,20 +120,17 @@ def measure_case(case: Case, where: tuple[str, ...], small: bool) -> dict[str, A
 
 
 def _measure(recipe: Recipe, rows: int, on_gpu: bool) -> dict[str, Any]:
-    setup, model = build_setup(recipe)
-    if rows:  # BART's table and head, of which this tokenizer uses the first rows
+    def with_rows(model: AnyModel) -> AnyModel:
+        """BART's table and head, of which this tokenizer uses the first rows."""
         assert isinstance(model.config, GenRecConfig)
         config = GenRecConfig(**{**model.config.to_dict(), "vocab_size": rows})
-        model = GenRecForConditionalGeneration(config)
-    loop = Loop(setup, model, make_accelerator(recipe))
-    with contextlib.closing(loop.batches()) as batches:  # type: ignore[type-var]
-        shares = list(islice(batches, NUM_STEPS))
+        return GenRecForConditionalGeneration(config)
+
+    loop = start_loop(recipe, with_rows if rows else None)
+    shares = first_steps(loop, NUM_STEPS)
 
     def step(number: int) -> None:
-        place, share = shares[number % len(shares)]
-        stage = stage_of(setup.stages, place).stage
-        loop.take_step(place, share, loop.step_totals(share), stage, 1.0)
-        loop.unchecked.clear()
+        take(loop, *shares[number % len(shares)])
 
     synchronise: Callable[[], None] = torch.cuda.synchronize if on_gpu else (lambda: None)
     if on_gpu:

@@ -21,11 +21,8 @@ UNTITLED = "untitled"
 
 
 def titles_of(dataset: Dataset) -> list[str]:
-    """The titles of a data directory, by item row, no two equal.
-
-    Raises:
-        ValueError: it has no titles.
-    """
+    """The titles of a data directory, by item row, no two equal. Raises ValueError where it has no
+    titles."""
     described = dataset.descriptions
     if described is None or described.titles is None:
         info = dataset.info
@@ -62,11 +59,8 @@ def train_title_tokenizer(
     titles: Sequence[str], template: str, vocab_size: int
 ) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on each title once and on the template, so that it depends on the
-    catalogue alone.
-
-    Raises:
-        ValueError: `vocab_size` has no room for bytes and special tokens.
-    """
+    catalogue alone. Raises ValueError where `vocab_size` has no room for bytes and special
+    tokens."""
     smallest = len(SPECIAL_TOKENS) + 256
     if vocab_size < smallest:
         raise ValueError(
@@ -141,11 +135,8 @@ def make_prompt_layout(
     max_titles: int,
     forced: ForcedTokens | None = None,
 ) -> PromptLayout:
-    """The form of prompts of these words.
-
-    Raises:
-        ValueError: `max_tokens` has no room for the head and the longest title.
-    """
+    """The form of prompts of these words. Raises ValueError where `max_tokens` has no room for the
+    head and the longest title."""
     return PromptLayout(
         words=words,
         pad_token=pad_token,

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from genrec_dist.data.packing import Attended
+from genrec_dist.model.causal.packed_rows import PackedRows
 from genrec_dist.model.network import product_dtype
 from genrec_dist.model.packed_attention import attend
 
@@ -41,6 +42,12 @@ class AttentionCall:
         keys_BHSd = per_query_head(self.key_BGSd, self.query_BHSd)
         return keys_BHSd, per_query_head(self.value_BGSd, self.query_BHSd)
 
+    def unpacked(self, rows: PackedRows) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, L, H, d], keys and values [B, L, G, d] of packed tokens, in their rows."""
+        arrays = (self.query_BHSd, self.key_BGSd, self.value_BGSd)
+        query, key, value = (rows.unpack(array[0].transpose(0, 1)) for array in arrays)
+        return query, key, value
+
 
 class Attention(Protocol):
     """What a pass through the layers does with their queries, keys and values."""
@@ -50,19 +57,25 @@ class Attention(Protocol):
 
 
 class PromptAttention:
-    """Causal, over prompts padded on the right; keeps keys and values for the answers."""
+    """Causal, over packed prompts; keeps keys and values for the answers."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: PackedRows) -> None:
+        self.rows = rows
         self.kept: list[Tensor] = []
         """[B, L, 2, G, d] of each layer."""
 
     def mix(self, call: AttentionCall) -> Tensor:
         assert call.layer == len(self.kept), "layers out of order"
-        kept = torch.stack([call.key_BGSd, call.value_BGSd], 1)
-        self.kept.append(kept.permute(0, 3, 1, 2, 4))
-        return F.scaled_dot_product_attention(
-            call.query_BHSd, *call.keys_and_values(), is_causal=True, scale=call.scale
+        query_BLHd, key_BLGd, value_BLGd = call.unpacked(self.rows)
+        self.kept.append(torch.stack([key_BLGd, value_BLGd], 2))
+        query_BHLd = query_BLHd.transpose(1, 2)
+        keys, values = (
+            per_query_head(array.transpose(1, 2), query_BHLd) for array in (key_BLGd, value_BLGd)
         )
+        mixed_BHLd = F.scaled_dot_product_attention(
+            query_BHLd, keys, values, is_causal=True, scale=call.scale
+        )
+        return self.rows.pack(mixed_BHLd.transpose(1, 2)).transpose(0, 1)[None]
 
 
 class MaskedAttention:

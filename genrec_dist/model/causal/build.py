@@ -107,11 +107,8 @@ def _load(name: str, attention_dropout: float) -> Any:
 
 
 def load_prompted(folder: Path) -> PromptedModel:
-    """What `PromptedModel.save_pretrained` wrote.
-
-    Raises:
-        ModelFileError: naming the file, and the tensor that is missing or not finite.
-    """
+    """What `PromptedModel.save_pretrained` wrote. Raises ModelFileError naming the file, and the
+    tensor that is missing or not finite."""
     config = load_prompted_config(folder)
     lm, loading = AutoModelForCausalLM.from_pretrained(
         folder,

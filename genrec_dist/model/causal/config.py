@@ -41,6 +41,7 @@ class PromptedConfig:
     ids_outside: ClassVar[bool] = False
     spoken_tokens: ClassVar[int] = 0
     decoder_start: ClassVar[str] = "mask"
+    softmax: ClassVar[str] = "vocabulary"
 
     d_model: int = dataclasses.field(default=0, init=False, repr=False)
     num_layers: int = dataclasses.field(default=0, init=False, repr=False)
@@ -62,11 +63,8 @@ def _saved() -> list[dataclasses.Field[object]]:
 
 
 def load_prompted_config(folder: Path) -> PromptedConfig:
-    """What `PromptedConfig.save` wrote.
-
-    Raises:
-        ValueError: naming the file and what of it does not fit.
-    """
+    """What `PromptedConfig.save` wrote. Raises ValueError naming the file and what of it does not
+    fit."""
     path = folder / PROMPT_FILE
     fields = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(fields, dict) or fields.pop("format_version", None) != FORMAT_VERSION:

@@ -18,11 +18,8 @@ SMOLLM2 = "smollm2"
 
 
 def find_gguf(source: str) -> Path:
-    """The file of a path, or of `smollm2`.
-
-    Raises:
-        ValueError: there is none, or what reads it is not installed.
-    """
+    """The file of a path, or of `smollm2`. Raises ValueError where there is none, or what reads it
+    is not installed."""
     if find_spec("gguf") is None:
         raise ValueError(f"{source}: gguf is not installed: pip install 'genrec-dist[llama]'")
     if source != SMOLLM2:

@@ -25,6 +25,7 @@ from genrec_dist.model.causal.attention import (
 )
 from genrec_dist.model.causal.config import PromptedConfig
 from genrec_dist.model.causal.lora import add_adapters, merged_weights, save_adapters
+from genrec_dist.model.causal.packed_rows import PackedRows, num_shared
 from genrec_dist.model.head_loss import head_loss
 
 
@@ -119,8 +120,11 @@ class PromptedModel(nn.Module):
     def encode(self, encoder: EncoderInput) -> Tensor:
         """Keys and values of prompts, float [B, L, W]: of each token those of the first layer, then
         those of the next."""
-        attention = PromptAttention()
-        self.run(encoder.input_ids, encoder.position_ids, attention)
+        tokens_BL, real_BL = encoder.input_ids, encoder.attention_mask
+        # The template's head, which all prompts begin with, is read once.
+        rows = PackedRows.of(real_BL, num_shared(tokens_BL, real_BL))
+        attention = PromptAttention(rows)
+        self.run(rows.pack(tokens_BL)[None], rows.pack(encoder.position_ids)[None], attention)
         kept = torch.stack(attention.kept, 2)  # [B, L, layers, 2, G, d]
         return kept.flatten(2)
 

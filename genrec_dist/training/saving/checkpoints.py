@@ -50,11 +50,8 @@ class Checkpoints:
         self.writer.start(state)
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, where there is one.
-
-        Raises:
-            OSError, ValueError, RankGone: it could not be written; the same on all ranks.
-        """
+        """Wait for the checkpoint that is being written, where there is one. Raises OSError,
+        ValueError, RankGone where it could not be written; the same on all ranks."""
         saved, then, self.then = self.writer.finish(), self.then, None
         if saved is not None:
             self.on_saved(saved)

@@ -27,11 +27,8 @@ def wants_graph(recipe: Recipe) -> bool:
 
 def make_graph(engine: Engine, recipe: Recipe) -> StepGraph | None:
     """What takes the steps of a run whose recipe asks for it; None: operators are launched one by
-    one. What a recipe itself forbids, `check_recipe` refuses.
-
-    Raises:
-        ValueError: naming what cannot be captured here, with the way out.
-    """
+    one. What a recipe itself forbids, `check_recipe` refuses. Raises ValueError naming what cannot
+    be captured here, with the way out."""
     if not wants_graph(recipe):
         return None
     if not isinstance(engine, Replicated):

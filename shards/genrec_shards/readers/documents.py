@@ -52,14 +52,9 @@ def parse_object(
 
 
 def parse_yaml(data: str | bytes, place: str, remedy: str = "") -> Any:
-    """What a YAML text says; nothing in it is run.
-
-    Args: as `parse_object`.
-
-    Raises:
-        DataError: one line `PLACE:LINE: not YAML (reason): REMEDY`, also for aliases that unfold to
-            more than the text holds.
-    """
+    """What a YAML text says; nothing in it is run. Arguments are those of `parse_object`. Raises
+    DataError, one line `PLACE:LINE: not YAML (reason): REMEDY`, also for aliases that unfold to
+    more than the text holds."""
     try:
         text = _decoded(data)
         found = yaml.safe_load(text)

@@ -32,14 +32,8 @@ _PLAIN_ID = r"^[A-Za-z0-9_-]*[A-Z0-9_-][A-Za-z0-9_-]*$"
 def read_reviews(
     path: str, found: Iterator[Block], reader: LogReader, fields: Fields | None = None
 ) -> Iterator[pl.DataFrame]:
-    """Frames of a file's blocks.
-
-    Args:
-        path: the file, as messages name it.
-        found: its blocks.
-        reader: of the whole log.
-        fields: of the file's release, where earlier blocks told it; else the first object tells.
-    """
+    """Frames of a file's blocks; arguments as of `read_text`. `fields`: of the file's release,
+    where earlier blocks told it; else the first object tells."""
     for block in found:
         fields = fields or release_of(block, reader)
         if fields is None and reader.format == "interactions":

@@ -45,11 +45,8 @@ class Block:
 
 def blocks(path: Path) -> Iterator[Block]:
     """Blocks of about BLOCK_BYTES, one after another, without a byte-order mark; the content tells
-    whether it is gzip or zip.
-
-    Raises:
-        DataError: the file is missing, cannot be read, is a damaged gzip or has a line without end.
-    """
+    whether it is gzip or zip. Raises DataError where the file is missing, cannot be read, is a
+    damaged gzip or has a line without end."""
     return whole_lines(str(path), file_pieces(path))
 
 
@@ -133,12 +130,9 @@ def is_packed(beginning: bytes) -> bool:
 
 
 def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
-    """Pieces of BLOCK_BYTES of an open file: plain, gzipped, or the one file of a zip.
-
-    Raises:
-        DataError: it is damaged, packed otherwise, a zip of several files, or unpacks to more than
-            ALWAYS_UNPACKED bytes and MOST_TIMES its size: a small file would be read for hours.
-    """
+    """Pieces of BLOCK_BYTES of an open file: plain, gzipped, or the one file of a zip. Raises
+    DataError where it is damaged, packed otherwise, a zip of several files, or unpacks to more than
+    ALWAYS_UNPACKED bytes and MOST_TIMES its size: a small file would be read for hours."""
     beginning = raw.read(8)
     raw.seek(0)
     for magic, (kind, remedy) in _NOT_READ.items():

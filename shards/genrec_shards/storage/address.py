@@ -20,11 +20,8 @@ def is_address(path: str | Path) -> bool:
 
 
 def check_address(text: str) -> str:
-    """The address without a slash at its end.
-
-    Raises:
-        ValueError: the address is not allowed. The message shows no password.
-    """
+    """The address without a slash at its end. Raises ValueError where the address is not allowed.
+    The message shows no password."""
     # Neither a query, which may be a signature, nor what may be a password; and one line.
     shown = re.sub(r"//.*@", "//***@", text.split("?")[0], flags=re.DOTALL)
     shown = printable(shown)

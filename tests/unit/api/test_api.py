@@ -66,16 +66,25 @@ for code in CODES:
 """
 
 
-def test_auto_classes_load_a_run_whatever_is_imported_first(tiny_run: Path) -> None:
+def test_auto_classes_load_a_run_whatever_is_imported_first(tiny_run: Path, tmp_path: Path) -> None:
+    from genrec_dist.config.recipe import Model
+    from genrec_dist.model.build import ModelSizes, build_model
+
+    special = {"bos": 0, "pad": 1, "eos": 2, "mask": 4}
+    sizes = ModelSizes(vocab_size=40, num_users=2, num_items=9, num_masks=1, special=special)
+    shape = Model(architecture="t5", d_model=16, heads=2, ffn=16, max_tokens=32)
+    build_model(shape, sizes).save_pretrained(tmp_path)
     best = str(tiny_run / "best")
     codes = [
         f"{imports}\n"
         f"print(type(AutoConfig.from_pretrained({best!r})).__name__)\n"
-        f"print(type(AutoModelForSeq2SeqLM.from_pretrained({best!r})).__name__)"
+        f"print(type(AutoModelForSeq2SeqLM.from_pretrained({best!r})).__name__)\n"
+        f"print(type(AutoModelForSeq2SeqLM.from_pretrained({str(tmp_path)!r})).__name__)"
         for imports in IMPORTS
     ]
     said = in_fresh_python(f"CODES = {codes!r}\n{EACH_IN_A_FORK}").split()
-    assert said == ["GenRecConfig", "GenRecForConditionalGeneration"] * len(IMPORTS)
+    bart, t5 = "GenRecForConditionalGeneration", "GenRecT5ForConditionalGeneration"
+    assert said == ["GenRecConfig", bart, t5] * len(IMPORTS)
 
 
 def test_a_notebook_trains_evaluates_and_recommends(tiny_recipe: Path, tiny_data: Path) -> None:

@@ -242,12 +242,11 @@ def test_rules_whose_scores_are_places_have_no_ties(rule):
 def test_users_get_the_same_lists_alone_in_windows_and_together(name, monkeypatch):
     sequences = random_sequences()
     requested = (name, sequences, sequences.item_ids, "test")
-    whole = registry.recommend(*requested, exclude_history=True)
+    rule = registry.fit(*requested, exclude_history=True)
     rows = np.array([17, 3, 39, 4])
-    some = registry.recommend(*requested, exclude_history=True, users=rows)
+    whole, some = rule(np.arange(40)), rule(rows)
     assert same(some, Lists(*(part if part is None else part[rows] for part in whole)))
     monkeypatch.setattr("genrec_shards.histories.WINDOW", 7)
-    rule = registry.fit(*requested, exclude_history=True)
     parts = [rule(np.arange(first, min(40, first + 9))) for first in range(0, 40, 9)]
     for place in range(2 if whole.tied_beyond_U is None else 3):
         assert np.array_equal(np.concatenate([part[place] for part in parts]), whole[place])
@@ -263,7 +262,7 @@ def test_held_out_items_change_no_list(name, split, through, last):
     sequences = random_sequences()
     options = {"exclude_history": True, "trained_through": through}
     lists, others = (
-        registry.recommend(name, data, data.item_ids, split, **options)
+        registry.fit(name, data, data.item_ids, split, **options)(np.arange(data.num_users))
         for data in (sequences, changed(sequences, last))
     )
     assert same(lists, others)
@@ -306,7 +305,7 @@ def test_reference_scores_are_of_exactly_these_users():
     past = histories(sequences, "test", rows)
     for name, metrics in found.items():
         requested = (name, sequences, sequences.item_ids, "test")
-        lists = registry.recommend(*requested, exclude_history=False, users=rows)
+        lists = registry.fit(*requested, exclude_history=False)(rows)
         tally = Tally(training_counts(sequences, "n-2"))
         tally.add(lists.items_UN, lists.ranks(past.targets_U), past.targets_U, past.lengths_U)
         assert metrics == tally.metrics()

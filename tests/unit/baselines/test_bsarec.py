@@ -104,7 +104,7 @@ def test_each_prefix_is_a_row_with_the_next_item_as_its_label() -> None:
     )
     parts = TrainingParts(sequences, TINY, "n-2")
     found = set()
-    for packed, labels_B in parts.batches(epoch=1):
+    for packed, labels_B, _ in parts.batches(epoch=1):
         offsets = packed.attended.queries.offsets
         for row, label in enumerate(labels_B.tolist()):
             items = packed.items_n[offsets[row] : offsets[row + 1]].tolist()
@@ -118,7 +118,7 @@ def test_each_prefix_is_a_row_with_the_next_item_as_its_label() -> None:
 def test_the_loss_is_the_mean_over_rows_of_the_softmax_over_all_items() -> None:
     sequences = random_sequences(num_users=12, num_items=30)
     model = made_model(sequences.num_items)
-    packed, labels_B = next(TrainingParts(sequences, STILL, "n-2").batches(epoch=1))
+    packed, labels_B, _ = next(TrainingParts(sequences, STILL, "n-2").batches(epoch=1))
     losses = []
     offsets = packed.attended.queries.offsets
     with torch.no_grad():

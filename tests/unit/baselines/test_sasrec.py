@@ -176,7 +176,7 @@ def test_loss_and_gradients_equal_a_plain_padded_model(
     options: dict[str, Any] = {"label_smoothing": smoothing, "precision": "fp32"}
     settings = dataclasses.replace(settings, batch_size=100, **options)
     model = made_model(sequences, settings)
-    ((packed, labels_n),) = TrainingParts(sequences, settings, "n-2").batches(1)
+    ((packed, labels_n, _),) = TrainingParts(sequences, settings, "n-2").batches(1)
     losses, gradients = [], []
     for loss in (model.loss(packed, labels_n), plain_loss(model, sequences)):
         model.zero_grad()
@@ -195,7 +195,7 @@ def test_the_softmax_in_bf16_is_near() -> None:
     options: dict[str, Any] = {"batch_size": 300, "init_std": 0.1}
     for precision in ("fp32", "bf16"):
         settings = dataclasses.replace(SHAPES[0], precision=precision, **options)
-        ((packed, labels_n),) = TrainingParts(sequences, settings, "n-2").batches(1)
+        ((packed, labels_n, _),) = TrainingParts(sequences, settings, "n-2").batches(1)
         losses.append(float(made_model(sequences, settings).loss(packed, labels_n).detach()))
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=5e-3)
@@ -210,7 +210,7 @@ def test_a_later_item_changes_no_earlier_state(settings: SasrecSettings) -> None
     other[[37, 8, 21]] = (other[[37, 8, 21]] + 1) % sequences.num_items
     packed = [pack(items, ends_B, lengths_B, settings) for items in (sequences.items, other)]
     with torch.inference_mode():
-        before, after = map(model.states, packed)
+        before, after = (model.states(each, model.item_rows()) for each in packed)
     reached = np.isin(packed[0].places_n, [37, 38, 39, 8, 21, 22])
     equal = (before == after).all(1).numpy()
     assert equal[~reached].all()
@@ -238,7 +238,7 @@ def test_an_epoch_has_each_item_of_a_training_part_as_a_target_once(
         expected += list(itertools.pairwise(sequences.items[start:end][-7:].tolist()))
     for epoch in (1, 2):
         pairs = []
-        for packed, labels_n in parts.batches(epoch):
+        for packed, labels_n, _ in parts.batches(epoch):
             pairs += zip(packed.items_n.tolist(), labels_n.tolist(), strict=True)
         epochs.append(pairs)
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(expected)

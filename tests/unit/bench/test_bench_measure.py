@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from genrec_shards.storage.write import write_shards
 
-from genrec_dist.bench.measure import each_in_turn, in_turn, make_claim
+from genrec_dist.bench.measure import each_in_turn, in_turn, make_claim, processor_seconds
 from genrec_dist.bench.stream import Sizes, measure_waiting
 from genrec_dist.bench.synthetic import make_data
 
@@ -42,6 +43,15 @@ def test_rivals_alternate_after_a_round_to_warm_up(warm_up: bool) -> None:
     seconds = in_turn(rivals, 3, warm_up)
     assert calls == ["a", "b"] * (3 + warm_up)
     assert [len(seconds[name]) for name in "ab"] == [3, 3]
+
+
+def test_rivals_are_timed_by_the_clock_that_is_given() -> None:
+    ticks = iter([0.0, 1.0, 5.0, 8.0, 10.0, 12.0, 20.0, 24.0])
+    seconds = in_turn({"a": lambda: None, "b": lambda: None}, 2, False, ticks.__next__)
+    assert seconds == {"a": [1.0, 2.0], "b": [3.0, 4.0]}
+    before = processor_seconds()
+    time.sleep(0.2)
+    assert processor_seconds() - before < 0.1
 
 
 def test_inputs_come_round_and_round() -> None:

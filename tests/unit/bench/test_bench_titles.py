@@ -15,13 +15,15 @@ from genrec_dist.config.load import load_recipe
 from genrec_dist.data.prompt.title_words import train_title_tokenizer
 
 SETTINGS = ["model.d_model=16", "model.heads=2", "model.ffn=24", "prompt.max_titles=3"]
-SIZES = Sizes(users=5, batch=2, beam=4, items=30, repeats=1)
+SIZES = Sizes(users=5, batch=2, beam=4, items=30, repeats=1, clock="processor")
 
 
 def test_the_lists_that_were_timed_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     claims, table = bench_titles(sizes=SIZES, settings=SETTINGS)
     measured = table["measured"]
     assert (measured["users"], measured["items that differ"]) == (5, 0)
+    assert measured["clock"] == "processor"
+    assert "processor time" in claims[0].id
     assert [len(times) for times in measured["seconds"].values()] == [1, 1]
     assert claims[0].ratio == pytest.approx(claims[0].ours / claims[0].theirs)
     monkeypatch.setattr(module, "SAME_SCORE", -1.0)

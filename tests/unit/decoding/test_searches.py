@@ -41,8 +41,9 @@ from hypothesis import strategies as st
 from genrec_dist.data.item_graph import Graph, KnnSettings
 from genrec_dist.data.repeat_model import RepeatModel
 from genrec_dist.decoding import exhaustive
-from genrec_dist.decoding.beam_search import best_of, best_static, num_open_beams
+from genrec_dist.decoding.beam_search import best_of, best_static, open_beams
 from genrec_dist.decoding.decoder_state import DecoderState
+from genrec_dist.decoding.rescoring import HistoryProbabilities
 from genrec_dist.evaluation.score_mixture import Mixture, TextTerm
 
 HISTORIES = [[0, 3], [], [1, 1, 2]]
@@ -134,11 +135,11 @@ def test_search_equals_brute_force(
         top = len(items)
         term = TextTerm(weight=0.7, epsilon=0.2)
         parts["mixture"] = Mixture(*weights, repeat_weight=1.5, repeat=REPEATS, text=term)
-        parts["graph_prob_BN"] = graph_probabilities(items, histories) if part else None
-        if part == "text":
-            parts["text_prob_BN"] = text_probabilities(items, histories)
-        if part == "repeat":
-            parts["repeat_prob_BN"] = repeat_probabilities(items, histories)
+        parts["known"] = HistoryProbabilities(
+            graph=graph_probabilities(items, histories) if part else None,
+            text=text_probabilities(items, histories) if part == "text" else None,
+            repeat=repeat_probabilities(items, histories) if part == "repeat" else None,
+        )
     world = World(items, how)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(exhaustive, "NODES_AT_ONCE", nodes_at_once)
@@ -205,15 +206,21 @@ def test_hybrid_lists_what_only_one_part_finds(part: str) -> None:
     (by_decoder,) = world.search([[1, 2]], beam=2, top=2)
     if part == "repeat":
         prob_BN = repeat_probabilities(GRID, [[1, 2]])
-        heavy, parts = Mixture(repeat_weight=1000.0, repeat=REPEATS), {"repeat_prob_BN": prob_BN}
+        heavy, parts = (
+            Mixture(repeat_weight=1000.0, repeat=REPEATS),
+            {"known": HistoryProbabilities(repeat=prob_BN)},
+        )
         by_other = [1, 2]
     elif part == "graph":
         prob_BN = graph_probabilities(GRID, [[1, 2]])
-        heavy, parts = Mixture(graph_weight=1000.0), {"graph_prob_BN": prob_BN}
+        heavy, parts = Mixture(graph_weight=1000.0), {"known": HistoryProbabilities(graph=prob_BN)}
         by_other = prob_BN[0].topk(2).indices.tolist()
     elif part == "text":
         prob_BN = text_probabilities(GRID, [[1, 2]])
-        heavy, parts = Mixture(text=TextTerm(weight=1000.0)), {"text_prob_BN": prob_BN}
+        heavy, parts = (
+            Mixture(text=TextTerm(weight=1000.0)),
+            {"known": HistoryProbabilities(text=prob_BN)},
+        )
         by_other = prob_BN[0].topk(2).indices.tolist()
     else:
         heavy, parts = Mixture(1000.0), {}
@@ -228,6 +235,20 @@ def test_hybrid_lists_what_only_one_part_finds(part: str) -> None:
         items_of(light)
         == [item for item in best_first(world.truth([[1, 2]])[0], []) if item in candidates][:2]
     )
+
+
+def test_hybrid_in_parts_lists_what_it_lists_of_all_users_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    histories, mixture = [[1, 2], [], [3]], Mixture(graph_weight=2.0, text=TextTerm(weight=3.0))
+    known = HistoryProbabilities(
+        graph=graph_probabilities(GRID, histories), text=text_probabilities(GRID, histories)
+    )
+    options = {"beam": 4, "top": 6, "mode": "hybrid", "mixture": mixture, "known": known}
+    world = World(GRID)
+    whole = world.search(histories, **options)
+    monkeypatch.setattr(type(world.searcher), "_users_at_once", lambda self, encoder: 1)
+    assert world.search(histories, **options) == whole
 
 
 def test_hybrid_without_any_other_part_lists_what_the_decoder_does() -> None:
@@ -389,19 +410,20 @@ NO_SCORE = float("-inf")
 @pytest.mark.parametrize(
     ("beams", "found", "top", "num_open"),
     [
-        (BEAMS, [[-0.5, -2.9], [-0.5, -4.0]], 2, 2),
-        (BEAMS, [[-0.5, -2.9], [-0.5, -5.5]], 2, 3),
-        (BEAMS, [[-0.1, -3.0], [-0.1, -1.0]], 2, 2),  # a tie goes to what is found
-        (BEAMS, [[-0.1, -1.0], [-0.1, -1.0]], 2, 0),
-        (BEAMS, [[-0.1, -1.0], [-0.1, -1.0]], 3, 4),  # a list with room takes any
-        (BEAMS, [[NO_SCORE] * 2] * 2, 2, 4),
-        ([[NO_SCORE] * 4] * 2, [[NO_SCORE] * 2] * 2, 2, 0),
+        (BEAMS, [[-0.5, -2.9], [-0.5, -4.0]], 2, [2, 1]),
+        (BEAMS, [[-0.5, -2.9], [-0.5, -5.5]], 2, [2, 3]),
+        (BEAMS, [[-0.1, -3.0], [-0.1, -1.0]], 2, [2, 0]),  # a tie goes to what is found
+        (BEAMS, [[-0.1, -1.0], [-0.1, -1.0]], 2, [0, 0]),
+        (BEAMS, [[-0.1, -1.0], [-0.1, -1.0]], 3, [4, 4]),  # a list with room takes any
+        (BEAMS, [[NO_SCORE] * 2] * 2, 2, [4, 4]),
+        ([[NO_SCORE] * 4] * 2, [[NO_SCORE] * 2] * 2, 2, [0, 0]),
     ],
 )
-def test_num_open_beams_drops_beams_only_where_no_user_can_gain(
-    beams: list[list[float]], found: list[list[float]], top: int, num_open: int
+def test_open_beams_drops_beams_only_where_their_user_cannot_gain(
+    beams: list[list[float]], found: list[list[float]], top: int, num_open: list[int]
 ) -> None:
-    assert num_open_beams(torch.tensor(beams), torch.tensor(found), top) == num_open
+    open_BK = open_beams(torch.tensor(beams), torch.tensor(found), top)
+    assert open_BK.tolist() == [[beam < n for beam in range(4)] for n in num_open]
 
 
 @pytest.mark.parametrize(

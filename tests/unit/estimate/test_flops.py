@@ -113,6 +113,7 @@ def test_peak_is_measured_on_a_cpu_and_not_guessed_for_an_unknown_card(monkeypat
     found = peak_of(torch.device("cpu"), "bf16")
     assert found.flops > 1e7
     assert found.source.startswith("measured: a bfloat16 product")
+    assert peak_of(torch.device("cpu"), "bf16") is found, "each training would measure anew"
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 3090")
     peaks = [peak_of(cuda, precision).flops for precision in ("fp32", "bf16")]

@@ -149,10 +149,10 @@ def test_repeats_are_mixed_in_as_lists_and_requests_have_them(
     assert best.graph == tune_knn(sequences, exclude_history=True).settings
     known = HistoryScores.of(load_dataset(data), "test", "n-2", replace(best, graph_weight=1.0))
     prob = known.probabilities(np.array([3, 5, 3]), np.array([0, 3]), sequences.num_items)
-    assert prob.graph_prob_BN is not None
-    assert prob.repeat_prob_BN is not None
-    assert not prob.graph_prob_BN[0, [3, 5]].any(), "the graph speaks of new items alone"
-    assert prob.graph_prob_BN.sum() == pytest.approx(1)
+    assert prob.graph is not None
+    assert prob.repeat is not None
+    assert not prob.graph[0, [3, 5]].any(), "the graph speaks of new items alone"
+    assert prob.graph.sum() == pytest.approx(1)
     for item_weight, graph_weight, epsilon, repeat_weight, figure in held["table"]:
         mixed = Mixture(item_weight, graph_weight, epsilon, best.graph, repeat_weight, best.repeat)
         decoding = Decoding(mode="hybrid", batch_size=1000, exclude_history=False, mixture=mixed)

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import dump_recipe, load_recipe
 from genrec_dist.tracking import trackers as module
-from genrec_dist.tracking.trackers import IDS, Trackers, flat
+from genrec_dist.tracking.trackers import IDS, Trackers, plain
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def test_mlflow_gets_steps_recipe_results_and_report_and_a_resume_goes_on(
     (found,) = mlflow.search_runs(experiment_names=["genrec"], output_format="list")
     assert json.loads((run / IDS).read_text()) == {"mlflow": found.info.run_id}
     assert (found.info.status, found.info.run_name) == ("FINISHED", "run")
-    recipe = flat(load_recipe(run / "recipe.yaml").as_dict())
+    recipe = plain(load_recipe(run / "recipe.yaml").as_dict())
     assert found.data.params == {key: str(value) for key, value in recipe.items()}
     client = mlflow.MlflowClient()
     losses = client.get_metric_history(found.info.run_id, "step/loss")

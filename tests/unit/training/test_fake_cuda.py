@@ -55,7 +55,7 @@ WAITS = {
 WAITS_OF_OTHER_MODES = {
     "decoding/searcher.py: lengths = lengths_B[order].tolist()",
     "decoding/searcher.py: users, items = (column.to(self.device) for column in columns)",
-    "decoding/searcher.py: graph_prob_BN = graph_prob_BN.to(self.device, scores_BN.dtype)",
+    "decoding/searcher.py: known = known.map(lambda prob_BN: prob_BN.to(self.device, scores_BN.dtype))",
     "decoding/searcher.py: return torch.from_numpy(paths_NT).to(self.device)",
     "decoding/decoder_state.py: real_n = None if static else mask_BL.flatten().nonzero()[:, 0]",
     "decoding/beam_search.py: pair, beam = match_XK.nonzero(as_tuple=True)",

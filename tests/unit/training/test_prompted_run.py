@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from genrec_shards.dataset import load_dataset
+from genrec_shards.histories import sample_users
 from genrec_shards.prepare import prepare
 from genrec_shards.storage.write import write_shards
 from run_events import events
@@ -25,6 +26,7 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.encoder_input import encode_histories
 from genrec_dist.data.prompt.title_words import distinct_titles
 from genrec_dist.inference.load import load_run
+from genrec_dist.inference.rank_users import Decoding, rank_batch
 from genrec_dist.inference.recommend import Recommender
 from genrec_dist.inference.titles import prompt_of
 from genrec_dist.sharing.public_files import write_public_files
@@ -58,6 +60,44 @@ def test_training_lowers_the_loss_of_answers(run: Path) -> None:
     assert events(run, "start")[0]["flops_formula"].startswith(
         "3 x 2 x [(inputs + targets) x N x w"
     )
+
+
+def test_free_beams_count_what_is_no_title(run: Path, data: Path, tmp_path: Path) -> None:
+    options = ["--decode", "free", "--users", "20", "--seed", "3", "--data", str(data)]
+    assert run_command(["evaluate", str(run), "--out", str(tmp_path), *options]) == 0
+    metrics = json.loads((tmp_path / "metrics-test.json").read_text())
+    assert metrics["protocol"]["users"] == {"sample": 20, "seed": 3}
+    assert (metrics["users"], metrics["protocol"]["decode"]) == (20, "free")
+    lists = pq.read_table(tmp_path / "top20-test.parquet").to_pylist()
+    listed = [item for row in lists for item in row["items"]]
+    assert 0 < listed.count(None) < len(listed)
+    assert metrics["invalid_rate"] == pytest.approx(listed.count(None) / len(listed))
+    # Users of the sample as `sample_users` draws them, and titles at their own probability.
+    dataset, loaded = load_dataset(data), load_run(run)
+    view = dataset.sequences.history_and_target("test")
+    rows = view.users[sample_users(len(view.users), 20, 3)]
+    assert [row["user"] for row in lists] == [dataset.sequences.user_ids[row] for row in rows]
+    everything = Decoding(mode="all", top=64, exclude_history=False)
+    scores = rank_batch(loaded.searcher, loaded.layout, view, rows, everything)
+    for user, row in enumerate(lists):
+        logp = dict(zip(scores.items[user].tolist(), scores.scores[user].tolist(), strict=True))
+        for item, score in zip(row["items"], row["scores"], strict=True):
+            if item is not None:
+                assert score == pytest.approx(
+                    logp[dataset.sequences.item_ids.index(item)], abs=1e-4
+                )
+
+
+def test_a_backbone_is_listed_as_it_is(run: Path, data: Path, tmp_path: Path) -> None:
+    sets = [f"model.backbone={run / 'best'}", "finetune.epochs=0"]
+    untrained = train(recipe_in(tmp_path, data, *sets))
+    before, after = (load_file(path / "best" / "model.safetensors") for path in (run, untrained))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert run_command(["evaluate", str(untrained), "--split", "test", "--users", "5"]) == 0
+    metrics = json.loads((untrained / "metrics-test.json").read_text())
+    assert metrics["training"] == {"status": "finished", "step": 0}
+    with pytest.raises(ValueError, match="nothing to train, and only the backbone of a prompt"):
+        recipe_in(tmp_path, data, "finetune.epochs=0", name="fresh")
 
 
 def test_commands_answer_from_a_run(
