@@ -237,9 +237,8 @@ def _coded_parts(recipe: Recipe, dataset: Dataset, soft_targets: bool) -> _Parts
     if recipe.tokens.softmax == "siblings":
         model.siblings = siblings_of(build_trie(*words.tokens_of_items()))
     teacher = None
-    if recipe.finetune.distill.weight:
-        if recipe.tokens.softmax == "vocabulary":
-            item_tokens(words, "finetune.distill")
+    if recipe.finetune.distill.weight and recipe.tokens.softmax == "vocabulary":
+        item_tokens(words, "finetune.distill")
     if recipe.finetune.distill.weight and soft_targets:
         teacher = _teacher(recipe, dataset)
         identity["soft_targets"] = hashlib.sha256(
