@@ -18,11 +18,10 @@ from genrec_shards.numbering.cooccurrence import neighbour_vectors
 from genrec_shards.storage.reader import ShardReader
 from transformers import PreTrainedTokenizerFast
 
-from genrec_dist.baselines.tune_knn import DRAWN, MOST_USERS, ROUNDS, VALUES, tune_knn
+from genrec_dist.baselines.soft_targets import soft_targets_of
 from genrec_dist.config.load import RENAMED_KEYS, with_old_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
 from genrec_dist.config.used_settings import flat
-from genrec_dist.console import say
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.prompt.title_words import (
     build_title_words,
@@ -49,9 +48,6 @@ from genrec_dist.model.item_rows import (
     item_tokens,
     texts_in_table,
 )
-from genrec_dist.text.kept_targets import inputs_of, kept_soft_targets
-from genrec_dist.text.teacher import make_teacher
-from genrec_dist.text.tune import tune_text
 from genrec_dist.text.vectors import check_source, item_vectors
 from genrec_dist.training.id_tables import IdTables, with_ids_outside
 from genrec_dist.training.loader import StepBatches
@@ -218,6 +214,7 @@ def _coded_parts(recipe: Recipe, dataset: Dataset, soft_targets: bool) -> _Parts
                 vocabulary=words.vocabulary,
             ),
         )
+        model.config.softmax = recipe.tokens.softmax
         known_N = None
         if recipe.model.init_items == "cooccurrence":
             num_factors = min(recipe.model.d_model, MOST_FACTORS)
@@ -233,36 +230,24 @@ def _coded_parts(recipe: Recipe, dataset: Dataset, soft_targets: bool) -> _Parts
             else:
                 identity["item_text"] = hashlib.sha256(text_NF.tobytes()).hexdigest()
     model.config.certain_tokens = recipe.tokens.forced
-    model.config.softmax = recipe.tokens.softmax
     if recipe.tokens.softmax == "siblings":
         model.siblings = siblings_of(build_trie(*words.tokens_of_items()))
     teacher = None
     if recipe.finetune.distill.weight and recipe.tokens.softmax == "vocabulary":
         item_tokens(words, "finetune.distill")
     if recipe.finetune.distill.weight and soft_targets:
-        teacher = _teacher(recipe, dataset)
+        teacher = soft_targets_of(
+            dataset,
+            recipe.trained_through,
+            recipe.finetune.distill,
+            recipe.text,
+            exclude_history=exclude_history_default(dataset.sequences),
+        )
         identity["soft_targets"] = hashlib.sha256(
             teacher.items_SK.tobytes() + teacher.shares_SK.tobytes()
         ).hexdigest()
     layout = make_layout(words, model.config)
     return _Parts(tokenizer, layout, model, identity, warm_start, teacher)
-
-
-def _teacher(recipe: Recipe, dataset: Dataset) -> Teacher:
-    """The soft targets of a recipe; the settings of graph and texts are chosen on validation."""
-    excluded = exclude_history_default(dataset.sequences)
-    source = None if dataset.descriptions is None or recipe.text == "none" else recipe.text
-    through, distill = recipe.trained_through, recipe.finetune.distill
-
-    def make() -> Teacher:
-        say(f"{recipe.run}: soft targets of the transition graph, its settings by validation")
-        graph = tune_knn(dataset.sequences, exclude_history=excluded).settings
-        text = None if source is None else tune_text(dataset, source)
-        return make_teacher(dataset, through, distill, graph, text, exclude_history=excluded)
-
-    tried = {"values": VALUES, "drawn": DRAWN, "rounds": ROUNDS, "users": MOST_USERS}
-    inputs = inputs_of(dataset, through, distill, source, tried, exclude_history=excluded)
-    return kept_soft_targets(dataset, inputs, make)
 
 
 _MAY_CHANGE = (

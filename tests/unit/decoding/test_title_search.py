@@ -15,6 +15,7 @@ from genrec_dist.bench.titles import HuggingFace, made_up_titles, untrained_prom
 from genrec_dist.data.encoder_input import EncoderInput, encode_histories
 from genrec_dist.data.layout import PromptLayout
 from genrec_dist.decoding import searcher as searcher_module
+from genrec_dist.decoding.rescoring import HistoryProbabilities
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
 from genrec_dist.evaluation.score_mixture import Mixture, TextTerm
@@ -129,8 +130,7 @@ def test_a_batch_that_is_too_large_is_searched_in_parts(monkeypatch: pytest.Monk
     hybrid: dict[str, Any] = {
         "mode": "hybrid",
         "mixture": mixture,
-        "graph_prob_BN": shares_BN,
-        "text_prob_BN": shares_BN.flip(0),
+        "known": HistoryProbabilities(graph=shares_BN, text=shares_BN.flip(0)),
     }
     limit, per_user = searcher_module.MEMORY_AT_ONCE, encoder.input_ids.shape[1]
     for options in ({}, hybrid):
