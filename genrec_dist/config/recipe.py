@@ -20,15 +20,20 @@ _PATHS = ("data", "run", "shards")
 _SAVING = ("checkpoint_minutes", "checkpoint_every", "keep_checkpoints")
 _PACE = ("workers", "log_every", "micro_batch_tokens", *_SAVING)
 AUTO = "auto"
+MICRO_BATCH = "micro_batch_tokens"
+CPU_MICRO_BATCH = 6144
+"""What `auto` is on a CPU, where all figures of docs/quality.md were made with it: another cut adds
+the same numbers in another order, so that a run would not repeat to the bit."""
 AUTO_KEYS = {
     "tokens.vocab_size": 1024,
     "model.max_tokens": 512,
     "finetune.batch_size": 256,
     "finetune.epochs": 1,
     "validation.every_epochs": 1,
+    MICRO_BATCH: CPU_MICRO_BATCH,
 }
-"""Keys whose value may be `auto`, chosen from the data (`data.fit_recipe`), and what stands in its
-place until then."""
+"""Keys whose value may be `auto`, chosen from the data (`data.fit_recipe`) or the last one by the
+device (`training.step.micro_batches`), and what stands in its place until then."""
 MOVES_NO_GRADIENT = (*_PATHS, *_PACE, "decode", "text", "tracker")
 """Keys of a recipe that say where files are and how work is divided: runs that differ in these
 alone have the same recipe."""
@@ -319,7 +324,9 @@ class Recipe:
     micro_batch_tokens: int = 8192
     """Encoder tokens, padding included, that a rank takes through the model at once (with a
     `prompt`: tokens of prompts and answers); a step accumulates as many micro-batches of samples of
-    similar length as its share needs."""
+    similar length as its share needs. auto: on a GPU as many as `genrec plan` says that its free
+    memory holds, a whole step at most; on a CPU, and for models that are not foretold, 6,144. The
+    run's recipe.yaml holds the number, and a resumed run keeps it."""
     head: Literal["auto", HeadLoss] = "auto"
     """How the loss of the output head is computed. full: the logits of all target tokens of a
     micro-batch at once, and their gradients. chunked: some rows of them at a time. liger: the same
@@ -369,9 +376,9 @@ class Recipe:
     """The second stage, in which it learns what comes after a history."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     validation: Validation = field(default_factory=Validation)
-    from_data: tuple[str, ...] = ()
-    """Keys that were given as `auto`: their values are chosen from the data before a run begins.
-    (Not a key of its own.)"""
+    auto_keys: tuple[str, ...] = ()
+    """Keys that were given as `auto`: their values are chosen before a run's first step. (Not a key
+    of its own.)"""
 
     @property
     def num_masks(self) -> int:
@@ -388,7 +395,7 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Nested keys and values; `auto` for what is to be chosen from the data."""
         values = dataclasses.asdict(self)
-        for key in values.pop("from_data"):
-            section, _, name = key.partition(".")
-            values[section][name] = AUTO
+        for key in values.pop("auto_keys"):
+            section, _, name = key.rpartition(".")
+            (values[section] if section else values)[name] = AUTO
         return values

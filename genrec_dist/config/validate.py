@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from genrec_dist.config.recipe import Recipe, Stage
+from genrec_dist.config.recipe import MICRO_BATCH, Recipe, Stage
 
 Rule = tuple[str, Callable[[Any], bool]]
 
@@ -93,7 +93,7 @@ def _contradiction(recipe: Recipe) -> str:
     causal |= bool(recipe.prompt.template)
     if model.d_model % model.heads:
         return f"model.d_model {model.d_model} is no multiple of model.heads {model.heads}"
-    if recipe.micro_batch_tokens < model.max_tokens:
+    if MICRO_BATCH not in recipe.auto_keys and recipe.micro_batch_tokens < model.max_tokens:
         return (
             f"micro_batch_tokens {recipe.micro_batch_tokens} is below model.max_tokens "
             f"{model.max_tokens}: one sample has to fit"
@@ -199,11 +199,15 @@ MOST_MASKED = 4096
 """Tokens of a captured micro-batch up to which attention may go by one mask over all pairs."""
 
 
+def most_graph_tokens(recipe: Recipe) -> float:
+    """The most `micro_batch_tokens` of a step that is captured."""
+    masked = recipe.precision == "fp32" or recipe.model.encoder_attention == "causal"
+    return MOST_MASKED if masked or recipe.model.attention_dropout > 0 else math.inf
+
+
 def _graph_problem(recipe: Recipe) -> str:
     """What of a recipe cannot be captured as a CUDA graph, with the way out but for `off`."""
     model, tokens = recipe.model, recipe.micro_batch_tokens
-    masked = recipe.precision == "fp32" or model.encoder_attention == "causal"
-    masked |= model.attention_dropout > 0
     found = {
         "prompt.template: a prompted model orders its tokens on the host: leave it out": bool(
             recipe.prompt.template
@@ -239,7 +243,7 @@ def _graph_problem(recipe: Recipe) -> str:
         ),
         f"micro_batch_tokens {tokens:,}: in fp32, behind a causal encoder and with attention "
         f"dropout attention goes by one mask over all pairs: set {MOST_MASKED:,} or less": (
-            masked and tokens > MOST_MASKED
+            MICRO_BATCH not in recipe.auto_keys and tokens > most_graph_tokens(recipe)
         ),
     }
     return next((text for text, is_there in found.items() if is_there), "")
@@ -276,7 +280,7 @@ def _prompt_problem(recipe: Recipe) -> str:
         "optimizer.id_tables": recipe.optimizer.id_tables != "dense",
         "compile": recipe.compile != "none",
         "init_from": recipe.init_from is not None,
-        **dict.fromkeys(recipe.from_data, True),
+        **dict.fromkeys(set(recipe.auto_keys) - {MICRO_BATCH}, True),
     }
     found = next((key for key, is_set in refused.items() if is_set), None)
     if found:
@@ -307,6 +311,13 @@ def _t5_problem(recipe: Recipe) -> str:
         if is_set:
             return f"{setting}: model.architecture t5 cannot have it: set {fitting}"
     return ""
+
+
+def foretold_problem(recipe: Recipe) -> str:
+    """Why memory and time of a recipe's model are not foretold; "" where they are."""
+    which = "model.architecture t5" if recipe.model.architecture == "t5" else ""
+    which = "prompt.template" if recipe.prompt.template else which
+    return which and f"{which}: memory and time of such a model are not foretold"
 
 
 def _shares_prefixes(stage: Stage) -> bool:

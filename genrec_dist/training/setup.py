@@ -55,6 +55,7 @@ from genrec_dist.text.vectors import check_source, item_vectors
 from genrec_dist.training.id_tables import IdTables, with_ids_outside
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.stages import StageSteps, plan_stages
+from genrec_dist.training.step.micro_batches import Devices, settle_micro_batches
 from genrec_dist.training.warm_start import WarmStart, check_origin, open_origin, warm_start_model
 
 FRESH = "fresh"
@@ -293,7 +294,8 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     """What a run would do (`--dry-run`): sizes and steps, and the loss of one batch. Nothing is
     written."""
     setup, model = build_setup(recipe)
-    config = model.config
+    config, devices = model.config, Devices.of_this_process()
+    recipe, _ = settle_micro_batches(recipe, setup.dataset, setup.words, config, devices)
     outside = with_ids_outside(config)
     share = StepBatches(setup.stages, setup.reader, setup.layout, recipe, 0, 1, outside)[0]
     tables = IdTables(model.config, recipe.seed, Ranks(), model.device)
@@ -309,6 +311,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
         "parameters": parameters + tables.num_parameters,
         "vocabulary": model.config.vocab_size,
         "tokens an item": float(np.diff(setup.words.tokens_of_items()[1]).mean()),
+        "micro_batch_tokens": recipe.micro_batch_tokens,
         "first loss": loss,
         "stages": {
             s.name: {

@@ -17,6 +17,7 @@ from genrec_dist.data.layout import PromptLayout
 from genrec_dist.decoding import searcher as searcher_module
 from genrec_dist.decoding.searcher import TrieSearcher
 from genrec_dist.decoding.trie import build_trie
+from genrec_dist.evaluation.score_mixture import Mixture, TextTerm
 from genrec_dist.model.causal.prompted import PromptedModel
 
 SHAPE = ["model.d_model=32", "model.heads=4", "model.ffn=48", "model.max_tokens=96"]
@@ -123,12 +124,22 @@ def test_no_list_depends_on_a_generation_config() -> None:
 def test_a_batch_that_is_too_large_is_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     model, layout, encoder, excluded = world(num_items=60, num_users=9)
     searcher = TrieSearcher(model, build_trie(*layout.words.tokens_of_items()))
-    whole = searcher.search(encoder, beam=20, top=20, excluded=excluded)
-    per_user = encoder.input_ids.shape[1] * model.config.memory_width
-    monkeypatch.setattr(searcher_module, "MEMORY_AT_ONCE", 2 * per_user)
-    parts = searcher.search(encoder, beam=20, top=20, excluded=excluded)
-    assert np.array_equal(whole.items, parts.items)
-    assert np.abs(whole.scores - parts.scores).max() < 1e-6
+    shares_BN = torch.from_numpy(np.random.default_rng(4).dirichlet(np.full(60, 0.2), 9))
+    mixture = Mixture(graph_weight=0.5, text=TextTerm(weight=0.5))
+    hybrid: dict[str, Any] = {
+        "mode": "hybrid",
+        "mixture": mixture,
+        "graph_prob_BN": shares_BN,
+        "text_prob_BN": shares_BN.flip(0),
+    }
+    limit, per_user = searcher_module.MEMORY_AT_ONCE, encoder.input_ids.shape[1]
+    for options in ({}, hybrid):
+        found = []
+        for most in (limit, 2 * per_user * model.config.memory_width):
+            monkeypatch.setattr(searcher_module, "MEMORY_AT_ONCE", most)
+            found.append(searcher.search(encoder, beam=20, top=20, excluded=excluded, **options))
+        assert np.array_equal(found[0].items, found[1].items)
+        assert np.abs(found[0].scores - found[1].scores).max() < 1e-6
 
 
 def test_free_and_hybrid_modes_answer_too() -> None:
