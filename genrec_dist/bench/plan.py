@@ -16,6 +16,7 @@ from genrec_dist.bench.measure import Claim, Measured, format_columns, processor
 from genrec_dist.bench.synthetic import make_data
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.native_precision import with_precision
+from genrec_dist.config.recipe import CPU_MICRO_BATCH, MICRO_BATCH
 from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.estimate.forecast import forecast
 from genrec_dist.estimate.hardware import card_named
@@ -24,6 +25,7 @@ from genrec_dist.estimate.rates import CPU
 GOAL = 1.5
 """Factor that measured and foretold may differ by."""
 WARM_STEPS = 2
+_MICRO_BATCH = f"{MICRO_BATCH}={CPU_MICRO_BATCH}"
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "tiny": ("tiny", ()),
     "best": ("best", ()),
@@ -87,7 +89,7 @@ def measure_plan(name: str, sets: list[str], steps: int) -> Compared:
         ValueError: the GPU is none that `genrec plan` knows.
     """
     base, changes = CASES[name]
-    recipe = load_recipe(base, [*changes, "run=nowhere", "workers=0", *sets])
+    recipe = load_recipe(base, [*changes, "run=nowhere", "workers=0", _MICRO_BATCH, *sets])
     recipe = with_precision(resolve_recipe(recipe)[0])
     on_gpu = torch.cuda.is_available()
     card = card_named(torch.cuda.get_device_name()) if on_gpu else CPU

@@ -168,7 +168,9 @@ def plan(
         list[str] | None, typer.Option("--set", help="dotted.key=value, repeatable.")
     ] = None,
     gpus: Annotated[int, typer.Option(help="GPUs the run is spread over.", min=1)] = 1,
-    memory: Annotated[float, typer.Option(help="GiB of one GPU.")] = 24.0,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of one GPU; default: those of --card, or 24.")
+    ] = None,
     users: Annotated[
         int | None, typer.Option(help="Users, in place of the recipe's data; with --items.")
     ] = None,
@@ -180,7 +182,7 @@ def plan(
     ] = Path("launch"),
     card: Annotated[
         str | None,
-        typer.Option(help="Gives the time: 'RTX 3090' and the like; CPU: measured now."),
+        typer.Option(help="Gives time and memory: 'RTX 3090' and the like; CPU: measured now."),
     ] = None,
     tflops: Annotated[
         float | None, typer.Option(help="TFLOP/s a GPU really reaches, for the time.")

@@ -26,7 +26,7 @@ _FORMAT = (
     "yelp: reviews in JSON lines; data: a data directory to be numbered anew; auto: by name and "
     "content."
 )
-_LEVELS = "Clusters at each level of collaborative and semantic codes, as 64,64."
+_LEVELS = "Clusters at each level of collaborative, semantic and combined codes, as 64,64."
 _VECTORS = "Collaborative codes of trained item vectors (safetensors), not of co-occurrence."
 _ITEMS = "The items' text and attributes: a table of any kind that a log may be, or JSON lines."
 _ITEM_COLUMN = (
@@ -67,7 +67,9 @@ def prepare(
     format_: Annotated[str, typer.Option("--format", help=_FORMAT)] = "auto",
     numbering: Annotated[
         str,
-        typer.Option(help="random, collaborative, semantic (with --items), train-order or given."),
+        typer.Option(
+            help="random, collaborative, semantic or combined (with --items), train-order or given."
+        ),
     ] = "random",
     seed: Annotated[int, typer.Option(help="Seed of the numbering.")] = 0,
     overwrite: OverwriteOption = False,

@@ -116,18 +116,18 @@ def section_from(
     if kind is not Recipe:
         section: Section = _build(kind, values, source, "")
         return section
-    values, from_data = _without_auto(values)
+    values, auto_keys = _without_auto(values)
     recipe: Recipe = _build(Recipe, values, source, "")
-    return dataclasses.replace(recipe, from_data=from_data)  # type: ignore[return-value]
+    return dataclasses.replace(recipe, auto_keys=auto_keys)  # type: ignore[return-value]
 
 
 def _without_auto(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """A copy without the keys that are to be chosen from the data, and these keys."""
+    """A copy with placeholders for the keys that are `auto`, and these keys."""
     values = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
     found = []
     for key, placeholder in AUTO_KEYS.items():
-        name, _, last = key.partition(".")
-        section = values.get(name)
+        name, _, last = key.rpartition(".")
+        section = values.get(name) if name else values
         if isinstance(section, dict) and section.get(last) == AUTO:
             section[last] = placeholder
             found.append(key)
@@ -139,15 +139,15 @@ def with_values(recipe: Recipe, changes: dict[str, Any], source: str = "recipe")
     `recipe_from`."""
     values = recipe.as_dict()
     for key, value in changes.items():
-        section, _, name = key.partition(".")
-        values[section][name] = value
+        section, _, name = key.rpartition(".")
+        (values[section] if section else values)[name] = value
     return recipe_from(values, source=source)
 
 
 def setting_types(kind: Any) -> dict[str, Any]:
     """The types of the keys of a dataclass of settings, by their names."""
     hints = get_type_hints(kind)
-    hints.pop("from_data", None)
+    hints.pop("auto_keys", None)
     return hints
 
 
@@ -219,6 +219,10 @@ def with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
             del stage["windows"]
         if not stage["distill"]["weight"]:
             del stage["distill"]
+    if not renamed["model"]["item_output"]:
+        del renamed["model"]["item_output"]
+    if renamed["tokens"]["softmax"] == "vocabulary":
+        del renamed["tokens"]["softmax"]
     if not renamed["prompt"]["template"]:  # as before the sections existed
         del renamed["prompt"], renamed["lora"]
     if renamed["model"]["architecture"] == "bart":

@@ -40,7 +40,7 @@ _INTEGERS: dict[str, tuple[int, int]] = {
 }
 _TOKENS = ("bos_token_id", "pad_token_id", "eos_token_id", "decoder_start_token_id")
 _BOOLEANS = (
-    "exclude_history", "ids_outside", "is_encoder_decoder", "scale_decoder_outputs",
+    "exclude_history", "ids_outside", "is_encoder_decoder", "item_output", "scale_decoder_outputs",
     "scale_embedding", "tie_word_embeddings",
 )  # fmt: skip
 _TEXTS = ("activation_function", "numbering_hash", "split", "vocabulary_hash")
@@ -59,6 +59,7 @@ _CHOICES = {
     "encoder_attention": _choices(Model, "encoder_attention"),
     "decoder_start": _choices(Model, "decoder_start"),
     "certain_tokens": _choices(Tokens, "forced"),
+    "softmax": _choices(Tokens, "softmax"),
 }
 
 

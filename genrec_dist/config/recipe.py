@@ -20,15 +20,20 @@ _PATHS = ("data", "run", "shards")
 _SAVING = ("checkpoint_minutes", "checkpoint_every", "keep_checkpoints")
 _PACE = ("workers", "log_every", "micro_batch_tokens", *_SAVING)
 AUTO = "auto"
+MICRO_BATCH = "micro_batch_tokens"
+CPU_MICRO_BATCH = 6144
+"""What `auto` is on a CPU, where all figures of docs/quality.md were made with it: another cut adds
+the same numbers in another order, so that a run would not repeat to the bit."""
 AUTO_KEYS = {
     "tokens.vocab_size": 1024,
     "model.max_tokens": 512,
     "finetune.batch_size": 256,
     "finetune.epochs": 1,
     "validation.every_epochs": 1,
+    MICRO_BATCH: CPU_MICRO_BATCH,
 }
-"""Keys whose value may be `auto`, chosen from the data (`data.fit_recipe`), and what stands in its
-place until then."""
+"""Keys whose value may be `auto`, chosen from the data (`data.fit_recipe`) or the last one by the
+device (`training.step.micro_batches`), and what stands in its place until then."""
 MOVES_NO_GRADIENT = (*_PATHS, *_PACE, "decode", "text", "tracker")
 """Keys of a recipe that say where files are and how work is divided: runs that differ in these
 alone have the same recipe."""
@@ -69,14 +74,19 @@ class Model:
     """Put the user's word in the text and its id in the sum. Off: items only."""
     item_ids: bool = True
     """Add the item's id embedding to each of its sub-words (the paper's IDEMB)."""
-    decoder_start: Literal["mask", "state"] = "mask"
+    decoder_start: Literal["mask", "state", "every-state"] = "mask"
     """What the decoder's first input is. mask: the token of the mask it is to fill. state: that,
     plus the encoder's state at this [MASK] (of a causal encoder: at the last item), which so
-    reaches the output without going through cross-attention."""
+    reaches the output without going through cross-attention. every-state: the state is added to
+    all of the decoder's inputs, so that it also reaches the later tokens of an item."""
     item_loss: float = 0.0
     """Weight per target item of a second head, beside the decoder's loss per token: it predicts the
     item from the encoder's state at [MASK] by a softmax over the whole catalogue, whose rows are
     the item id table's. 0: no such head."""
+    item_output: bool = False
+    """With `tokens.softmax: siblings`: add the item's id row to the output row of the token that
+    leaves this item alone. An item is then known by its own row among the few with the same
+    beginning, and the head is as wide as the tokens all the same."""
     id_dim: int = 0
     """Width of the id tables, projected to d_model where it differs; 0: d_model, as in the paper.
     Many ids: 64."""
@@ -126,6 +136,11 @@ class Tokens:
     """Tokens that the catalogue leaves no choice about: an item's only continuation, and </s> where
     nothing else can follow. learned: in loss and score like all others, as in the paper. given: in
     neither, their probability is 1."""
+    softmax: Literal["vocabulary", "siblings"] = "vocabulary"
+    """What a token's probability is a share of. vocabulary: all tokens of the output vocabulary, as
+    in the paper. siblings: those that can follow the same beginning in the catalogue, so that
+    nothing is spent on learning which can. Needs `forced: given`, and no item's word may be the
+    beginning of another's (hierarchical codes)."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +193,9 @@ class Distill:
     transition graph and the items' texts (`text`) have after the target's history, in the training
     parts, the user's own pairs left out. The graph's settings are chosen on validation. One beam
     search then has most of what `decode: hybrid` adds. Needs `all-prefixes`, `tokens.forced: given`
-    and items of one token."""
+    and items of one token or `tokens.softmax: siblings`, where an item is drawn from the
+    distribution in place of the target, and each of its tokens learns the shares of its
+    siblings."""
 
     weight: float = 0.0
     """Its part of the target's probability in the loss. 0: none."""
@@ -306,7 +323,9 @@ class Recipe:
     micro_batch_tokens: int = 8192
     """Encoder tokens, padding included, that a rank takes through the model at once (with a
     `prompt`: tokens of prompts and answers); a step accumulates as many micro-batches of samples of
-    similar length as its share needs."""
+    similar length as its share needs. auto: on a GPU as many as `genrec plan` says that its free
+    memory holds, a whole step at most; on a CPU, and for models that are not foretold, 6,144. The
+    run's recipe.yaml holds the number, and a resumed run keeps it."""
     head: Literal["auto", HeadLoss] = "auto"
     """How the loss of the output head is computed. full: the logits of all target tokens of a
     micro-batch at once, and their gradients. chunked: some rows of them at a time. liger: the same
@@ -356,9 +375,9 @@ class Recipe:
     """The second stage, in which it learns what comes after a history."""
     optimizer: Optimizer = field(default_factory=Optimizer)
     validation: Validation = field(default_factory=Validation)
-    from_data: tuple[str, ...] = ()
-    """Keys that were given as `auto`: their values are chosen from the data before a run begins.
-    (Not a key of its own.)"""
+    auto_keys: tuple[str, ...] = ()
+    """Keys that were given as `auto`: their values are chosen before a run's first step. (Not a key
+    of its own.)"""
 
     @property
     def num_masks(self) -> int:
@@ -375,7 +394,7 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Nested keys and values; `auto` for what is to be chosen from the data."""
         values = dataclasses.asdict(self)
-        for key in values.pop("from_data"):
-            section, _, name = key.partition(".")
-            values[section][name] = AUTO
+        for key in values.pop("auto_keys"):
+            section, _, name = key.rpartition(".")
+            (values[section] if section else values)[name] = AUTO
         return values

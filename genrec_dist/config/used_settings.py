@@ -19,6 +19,7 @@ _ENCODER_DECODER = (
     "user_ids",
     "item_ids",
     "decoder_start",
+    "item_output",
     "item_loss",
     "id_dim",
     "encoder_unit",

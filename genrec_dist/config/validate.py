@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from genrec_dist.config.recipe import Recipe, Stage
+from genrec_dist.config.recipe import MICRO_BATCH, Recipe, Stage
 
 Rule = tuple[str, Callable[[Any], bool]]
 
@@ -93,7 +93,7 @@ def _contradiction(recipe: Recipe) -> str:
     causal |= bool(recipe.prompt.template)
     if model.d_model % model.heads:
         return f"model.d_model {model.d_model} is no multiple of model.heads {model.heads}"
-    if recipe.micro_batch_tokens < model.max_tokens:
+    if MICRO_BATCH not in recipe.auto_keys and recipe.micro_batch_tokens < model.max_tokens:
         return (
             f"micro_batch_tokens {recipe.micro_batch_tokens} is below model.max_tokens "
             f"{model.max_tokens}: one sample has to fit"
@@ -142,6 +142,8 @@ def _contradiction(recipe: Recipe) -> str:
             f"model.init_items {model.init_items}: tables outside the model begin at random: set "
             "optimizer.id_tables dense"
         )
+    if problem := _siblings_problem(recipe):
+        return problem
     if model.item_text != "none" and model.item_text_source == "words":
         return (
             "model.item_text_source words: each word would be a dimension: set factors, their "
@@ -174,15 +176,38 @@ def _contradiction(recipe: Recipe) -> str:
     return ""
 
 
+def _siblings_problem(recipe: Recipe) -> str:
+    """What of a recipe does not fit its softmax, with the way out; "" where all fits."""
+    model, tokens = recipe.model, recipe.tokens
+    if tokens.softmax == "vocabulary":
+        return "model.item_output true: set tokens.softmax siblings" * model.item_output
+    if tokens.forced != "given":
+        return f"tokens.softmax siblings: tokens.forced is {tokens.forced}: set it to given"
+    if recipe.pretrain.label_smoothing or recipe.finetune.label_smoothing:
+        return "tokens.softmax siblings: it has no label smoothing: set label_smoothing to 0"
+    if model.item_output and not model.item_ids:
+        return "model.item_output true: its rows are the item ids': set model.item_ids true"
+    if model.item_output and recipe.optimizer.id_tables != "dense":
+        return (
+            "model.item_output true: row-adagrad does not fetch the rows of siblings: set "
+            "optimizer.id_tables dense"
+        )
+    return ""
+
+
 MOST_MASKED = 4096
 """Tokens of a captured micro-batch up to which attention may go by one mask over all pairs."""
+
+
+def most_graph_tokens(recipe: Recipe) -> float:
+    """The most `micro_batch_tokens` of a step that is captured."""
+    masked = recipe.precision == "fp32" or recipe.model.encoder_attention == "causal"
+    return MOST_MASKED if masked or recipe.model.attention_dropout > 0 else math.inf
 
 
 def _graph_problem(recipe: Recipe) -> str:
     """What of a recipe cannot be captured as a CUDA graph, with the way out but for `off`."""
     model, tokens = recipe.model, recipe.micro_batch_tokens
-    masked = recipe.precision == "fp32" or model.encoder_attention == "causal"
-    masked |= model.attention_dropout > 0
     found = {
         "prompt.template: a prompted model orders its tokens on the host: leave it out": bool(
             recipe.prompt.template
@@ -203,6 +228,9 @@ def _graph_problem(recipe: Recipe) -> str:
         "model.item_text add: its sums are made anew in each step: set none": (
             model.item_text == "add"
         ),
+        "tokens.softmax siblings: how many labels a level has differs: set vocabulary": (
+            recipe.tokens.softmax == "siblings"
+        ),
         "finetune.distill: soft targets differ in number: set its weight to 0": (
             recipe.finetune.distill.weight > 0
         ),
@@ -215,7 +243,7 @@ def _graph_problem(recipe: Recipe) -> str:
         ),
         f"micro_batch_tokens {tokens:,}: in fp32, behind a causal encoder and with attention "
         f"dropout attention goes by one mask over all pairs: set {MOST_MASKED:,} or less": (
-            masked and tokens > MOST_MASKED
+            MICRO_BATCH not in recipe.auto_keys and tokens > most_graph_tokens(recipe)
         ),
     }
     return next((text for text, is_there in found.items() if is_there), "")
@@ -247,10 +275,12 @@ def _prompt_problem(recipe: Recipe) -> str:
         "model.encoder_unit": model.encoder_unit != "subword",
         "model.positions": model.positions != "from-start",
         "tokens.trim": recipe.tokens.trim,
+        "tokens.softmax": recipe.tokens.softmax != "vocabulary",
+        "model.item_output": model.item_output,
         "optimizer.id_tables": recipe.optimizer.id_tables != "dense",
         "compile": recipe.compile != "none",
         "init_from": recipe.init_from is not None,
-        **dict.fromkeys(recipe.from_data, True),
+        **dict.fromkeys(set(recipe.auto_keys) - {MICRO_BATCH}, True),
     }
     found = next((key for key, is_set in refused.items() if is_set), None)
     if found:
@@ -270,7 +300,9 @@ def _t5_problem(recipe: Recipe) -> str:
         ("model.positions from-end", model.positions == "from-end", "from-start"),
         ("model.scale_embedding true", model.scale_embedding, "false"),
         ("model.init_items cooccurrence", model.init_items == "cooccurrence", "random"),
+        ("model.decoder_start every-state", model.decoder_start == "every-state", "state"),
         ("tokens.trim true", recipe.tokens.trim, "false"),
+        ("tokens.softmax siblings", recipe.tokens.softmax == "siblings", "vocabulary"),
         ("packing packed", recipe.packing == "packed", "padded"),
         ("compile layers", recipe.compile == "layers", "none"),
         (f"init_from {recipe.init_from}", recipe.init_from is not None, "null"),
@@ -279,6 +311,13 @@ def _t5_problem(recipe: Recipe) -> str:
         if is_set:
             return f"{setting}: model.architecture t5 cannot have it: set {fitting}"
     return ""
+
+
+def foretold_problem(recipe: Recipe) -> str:
+    """Why memory and time of a recipe's model are not foretold; "" where they are."""
+    which = "model.architecture t5" if recipe.model.architecture == "t5" else ""
+    which = "prompt.template" if recipe.prompt.template else which
+    return which and f"{which}: memory and time of such a model are not foretold"
 
 
 def _shares_prefixes(stage: Stage) -> bool:

@@ -102,7 +102,8 @@ class SoftTargets:
     """Tokens that take a part of the targets' probability in the loss."""
 
     tokens_nK: Tensor
-    """int64, for each label that is in the loss, in their order."""
+    """int64, for each label that is in the loss, in their order; for a softmax over siblings the
+    nodes that they lead to."""
     shares_nK: Tensor
     """float32, of each token; what is left of 1 is the label's."""
 
@@ -163,6 +164,9 @@ class ModelInputs:
     learned: Tensor | None = None
     """int64, indices in the flat labels of those that are in the loss. None: they are looked for,
     for which a device is waited for."""
+    children: Tensor | None = None
+    """int64 [n], the node of the trie that each label in the loss leads to; None: the softmax is
+    not one over siblings."""
     item_targets: ItemTargets | None = None
     """Of the item head; None: the model has none."""
     soft: SoftTargets | None = None
@@ -266,6 +270,7 @@ def dummy_batch(batch: Batch) -> Batch:
         decoder_input_ids=batch.decoder_input_ids[targets],
         labels=labels,
         learned=nothing,
+        children=None if batch.children is None else nothing,
         item_targets=None
         if batch.item_targets is None
         else ItemTargets(zero, zero + IGNORED, nothing),

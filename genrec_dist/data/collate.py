@@ -67,6 +67,8 @@ class DecoderRows:
     """int64 [R, T], the same one place later, after the mask to fill."""
     lengths_R: np.ndarray
     """int64 [R], tokens up to the last label."""
+    nodes_RT: np.ndarray | None = None
+    """int64 [R, T], what `Layout.nodes` says of the labels."""
 
     def after(self, lead: np.ndarray) -> DecoderRows:
         """The rows after these tokens, which are no labels."""
@@ -119,6 +121,7 @@ def collate(
             decoder_input_ids=torch.from_numpy(rows.input_ids_RT),
             labels=torch.from_numpy(rows.labels_RT),
             learned=_learned(rows.labels_RT),
+            children=_children(rows),
             item_targets=item_targets,
             visible=None if visible_R is None else torch.from_numpy(visible_R),
             rows=None if visible_R is None else SampleRows.of(masked.row_sample),
@@ -172,6 +175,7 @@ def target_batch(encoder: EncoderInput, target_items_B: np.ndarray, layout: Layo
         decoder_input_ids=torch.from_numpy(rows.input_ids_RT),
         labels=torch.from_numpy(rows.labels_RT),
         learned=_learned(rows.labels_RT),
+        children=_children(rows),
         num_samples=len(rows_B),
         num_target_tokens=int((rows.labels_RT != IGNORED).sum()),
         num_targets=len(rows_B),
@@ -219,6 +223,7 @@ def _packed(
         decoder_input_ids=torch.from_numpy(input_ids_m),
         labels=torch.from_numpy(labels_m),
         learned=_learned(labels_m),
+        children=_children(rows),
         item_targets=item_targets,
         packing=packing,
     )
@@ -227,6 +232,14 @@ def _packed(
 def _learned(labels: np.ndarray) -> torch.Tensor:
     """`ModelInputs.learned` of these labels."""
     return torch.from_numpy(np.flatnonzero(labels != IGNORED))
+
+
+def _children(rows: DecoderRows) -> torch.Tensor | None:
+    """`ModelInputs.children` of these rows; padding has no labels, so the order is that of
+    packed ones, too."""
+    if rows.nodes_RT is None:
+        return None
+    return torch.from_numpy(rows.nodes_RT[rows.labels_RT != IGNORED])
 
 
 def _decoder_rows(masked: MaskedSamples, layout: Layout) -> DecoderRows:
@@ -238,7 +251,8 @@ def _decoder_rows(masked: MaskedSamples, layout: Layout) -> DecoderRows:
     lengths_R = np.diff(token_offsets[masked.target_offsets])
     columns, last = np.arange(lengths_R.max(initial=0) + 1), (np.arange(len(lengths_R)), lengths_R)
     labels_RT = np.full((len(lengths_R), len(columns)), IGNORED, np.int64)
-    labels_RT[columns < lengths_R[:, None]] = words.tokens[flat]
+    is_token_RT = columns < lengths_R[:, None]
+    labels_RT[is_token_RT] = words.tokens[flat]
     labels_RT[last] = words.tokens[words.offsets[EOS_WORD]]
     input_ids_RT = np.empty_like(labels_RT)
     input_ids_RT[:, 0] = words.tokens[words.offsets[FIRST_MASK_WORD + masked.row_mask + 1] - 1]
@@ -248,11 +262,16 @@ def _decoder_rows(masked: MaskedSamples, layout: Layout) -> DecoderRows:
         return DecoderRows(labels_RT, input_ids_RT, lengths_R + 1).after(layout.lead)
     assert len(masked.target_items) == len(lengths_R), "several items in one answer have no trie"
     forced_RT = np.ones(labels_RT.shape, bool)
-    forced_RT[columns < lengths_R[:, None]] = layout.forced.tokens[flat]
+    forced_RT[is_token_RT] = layout.forced.tokens[flat]
     forced_RT[last] = layout.forced.ends[item_words]
     labels_RT[forced_RT] = IGNORED
     lengths_R = len(columns) - np.argmin(forced_RT[:, ::-1], axis=1)
     input_ids_RT[columns >= lengths_R[:, None]] = layout.pad_token
     longest = int(lengths_R.max(initial=0))
-    rows = DecoderRows(labels_RT[:, :longest], input_ids_RT[:, :longest], lengths_R)
+    nodes_RT = None
+    if layout.nodes is not None:
+        nodes_RT = np.zeros_like(labels_RT)
+        nodes_RT[is_token_RT] = layout.nodes[flat]
+        nodes_RT = nodes_RT[:, :longest]
+    rows = DecoderRows(labels_RT[:, :longest], input_ids_RT[:, :longest], lengths_R, nodes_RT)
     return rows.after(layout.lead)

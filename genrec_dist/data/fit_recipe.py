@@ -70,7 +70,7 @@ def fit_recipe(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Fitted]]:
     fitted: list[Fitted] = []
     # A later value may rest on an earlier one: epochs on the batch size.
     for key, choose in _CHOICES.items():
-        if key in recipe.from_data:
+        if key in recipe.auto_keys:
             value, reason = choose(recipe, facts)
             fitted.append(Fitted(key, value, reason))
             recipe = with_values(recipe, {key: value})
@@ -78,8 +78,8 @@ def fit_recipe(recipe: Recipe, facts: DataFacts) -> tuple[Recipe, list[Fitted]]:
 
 
 def resolve_recipe(recipe: Recipe, run: Path | None = None) -> tuple[Recipe, list[Fitted]]:
-    """The recipe with nothing left to choose: values from its data directory, and the precision of
-    this machine.
+    """The recipe with values from its data directory and the precision of this machine. What is
+    left to choose is `micro_batch_tokens`, by the device (`training.step.micro_batches`).
 
     Args:
         recipe: Of a run.
@@ -89,11 +89,11 @@ def resolve_recipe(recipe: Recipe, run: Path | None = None) -> tuple[Recipe, lis
         ValueError: If the data directory is missing or damaged.
     """
     fitted: list[Fitted] = []
-    if recipe.from_data and run is not None and (run / "recipe.yaml").is_file():
+    if recipe.auto_keys and run is not None and (run / "recipe.yaml").is_file():
         kept = load_recipe(run / "recipe.yaml")
-        values = {key: _value(kept, key) for key in recipe.from_data}
-        recipe = with_values(recipe, values)
-    elif recipe.from_data:
+        known = [key for key in recipe.auto_keys if key not in kept.auto_keys]
+        recipe = with_values(recipe, {key: _value(kept, key) for key in known})
+    elif set(recipe.auto_keys) & _CHOICES.keys():
         recipe, fitted = fit_recipe(
             recipe, DataFacts.of(load_dataset(recipe.data).sequences, recipe.trained_through)
         )

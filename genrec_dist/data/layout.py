@@ -41,6 +41,9 @@ class Layout:
     """No [MASK] and no </s> after a history."""
     forced: ForcedTokens | None = None
     """Tokens of targets that are not learned; None: all are."""
+    nodes: np.ndarray | None = None
+    """int64 [total], as `WordTable.tokens`: the node of the trie that an item's token leads to; for
+    a softmax over siblings."""
 
     def __post_init__(self) -> None:
         if self.sure_items < 1:
@@ -50,6 +53,20 @@ class Layout:
                 "raise it, train a larger vocabulary or let an item be one position "
                 "(model.encoder_unit)"
             )
+
+    @cached_property
+    def item_nodes(self) -> tuple[np.ndarray, np.ndarray]:
+        """(int64 [N, T] the nodes of each item's tokens, -1 after its last one; bool [N, T], which
+        are learned), for a softmax over siblings."""
+        assert self.nodes is not None
+        assert self.forced is not None
+        words = self.words
+        items = slice(words.first_item_word, words.first_user_word)
+        lengths_N, total = words.lengths[items], slice(*words.offsets[[items.start, items.stop]])
+        has_NT = np.arange(words.longest_item) < lengths_N[:, None]
+        nodes_NT, learned_NT = np.full(has_NT.shape, -1), np.zeros(has_NT.shape, bool)
+        nodes_NT[has_NT], learned_NT[has_NT] = self.nodes[total], ~self.forced.tokens[total]
+        return nodes_NT, learned_NT
 
     @cached_property
     def lengths(self) -> np.ndarray:

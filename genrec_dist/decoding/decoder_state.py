@@ -103,8 +103,9 @@ class DecoderState(BeamCaches):
         self.mask_B11L = mask_BL[:, None, None]
         start, device = model.config.decoder_start_token_id, memory_BLD.device
         self.start_token = torch.full((1,), start, dtype=torch.long, device=device)
-        with_state = model.config.decoder_start == "state"
+        with_state = model.config.decoder_start != "mask"
         self.start_BD = model.masked_states(memory_BLD, mask_BL) if with_state else None
+        self.every_state = model.config.decoder_start == "every-state"
         real_n = None if static else mask_BL.flatten().nonzero()[:, 0]
         if real_n is not None and len(real_n) == mask_BL.numel():
             real_n = None
@@ -149,7 +150,7 @@ class DecoderState(BeamCaches):
     def step(self, tokens_BK: Tensor, open_BK: Tensor | None = None) -> Tensor:
         """Decode one token per beam, open or not; returns the decoder states after it, float
         [B, K, D]."""
-        hidden_BKD = self._embed(tokens_BK)
+        hidden_BKD = self._embed(tokens_BK, self.start_BD if self.every_state else None)
         for number, layer in enumerate(self.model.model.decoder.layers):
             mixed_BKD = self._attend_self(layer.self_attn, number, hidden_BKD)
             hidden_BKD = self._finish_layer(layer, number, hidden_BKD, mixed_BKD)
@@ -158,12 +159,14 @@ class DecoderState(BeamCaches):
 
     def _embed(self, tokens: Tensor, start_BD: Tensor | None = None) -> Tensor:
         """Tokens [P] of one position each, or [B, K] all of one position. `start_BD`: added to the
-        first column."""
+        first of the P, or to all tokens where the model's state is in every input."""
         decoder = self.model.model.decoder
         first = POSITION_OFFSET + self.num_tokens
         last = first + (len(tokens) if tokens.dim() == 1 else 1)
         embedded = decoder.embed_tokens(tokens) + decoder.embed_positions.weight[first:last]
-        if start_BD is not None:
+        if start_BD is not None and self.every_state:
+            embedded = embedded + start_BD[:, None]
+        elif start_BD is not None:
             rest_BPD = embedded[1:].expand(len(start_BD), -1, -1)
             embedded = torch.cat([(embedded[0] + start_BD)[:, None], rest_BPD], 1)
         return decoder.layernorm_embedding(embedded)

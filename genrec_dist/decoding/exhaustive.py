@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genrec_dist.decoding.beam_search import NEG_INF, Levels, step_log_probabilities
+from genrec_dist.decoding.beam_search import NEG_INF, step_log_probabilities
 from genrec_dist.decoding.decoder_state import Searchable, SearchState, start_search
+from genrec_dist.decoding.levels import Levels
 from genrec_dist.decoding.output_head import Heads
 from genrec_dist.decoding.trie import Trie
 

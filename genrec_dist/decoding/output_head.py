@@ -1,7 +1,7 @@
 """The output head of a search: logits where a trie looks, and the softmax's normaliser without
 keeping its logits."""
 
-# B users, K beams, R rows, D width, V tokens of the softmax
+# B users, K beams, R rows, D width, V tokens of the softmax, M nodes, W most siblings of a level
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from genrec_dist.decoding.trie import Trie
+from genrec_dist.model.network import OutputRows
+from genrec_dist.model.seq2seq.siblings import Siblings
 
 CPU_LOGITS_AT_ONCE, GPU_LOGITS_AT_ONCE = 2**19, 2**26
 """Logits that exist at one time: on a CPU they stay in its cache between the product and the sum
@@ -137,6 +142,66 @@ def _has_bfloat16_units(device: str) -> bool:
     return device == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
 
 
+class SiblingHead:
+    """What a search multiplies decoder states with where tokens share with their siblings."""
+
+    def __init__(self, siblings: Siblings, rows: OutputRows):
+        """`rows`: on the device of `siblings`."""
+        self.siblings, self.rows = siblings, rows
+
+    def log_probabilities(self, level: int, hidden_BKD: Tensor, nodes_BK: Tensor) -> Tensor:
+        """[B, K, 1 + W], fresh: of `</s>`, which follows no inner node, and of each child by its
+        number among its siblings.
+
+        Args:
+            level: Of the nodes.
+            hidden_BKD: Decoder states.
+            nodes_BK: Numbers in the whole catalogue's trie.
+        """
+        weight_VD = self.rows.token_VD
+        with torch.autocast(hidden_BKD.device.type, enabled=False):
+            hidden_nD = hidden_BKD.to(weight_VD.dtype).flatten(0, 1)
+            logits_nW, exists_nW = self.siblings.logits(
+                level, hidden_nD, nodes_BK.flatten(), self.rows
+            )
+            logits_nW = logits_nW.masked_fill(~exists_nW, float("-inf"))
+            logp_nW = logits_nW.log_softmax(1)
+        ends_n1 = torch.full_like(logp_nW[:, :1], float("-inf"))
+        return torch.cat([ends_n1, logp_nW], 1).unflatten(0, nodes_BK.shape)
+
+
+def siblings_of(trie: Trie) -> Siblings:
+    """The softmax over siblings of a whole catalogue.
+
+    Raises:
+        ValueError: An item's word is the beginning of another's.
+    """
+    inner = np.flatnonzero((trie.end_item >= 0) & (trie.num_children > 0))
+    if len(inner):
+        raise ValueError(
+            f"tokens.softmax siblings: the word of item row {trie.end_item[inner[0]]} is the "
+            "beginning of another's: prepare with hierarchical codes (--numbering collaborative), "
+            "or set it to vocabulary"
+        )
+    # Items below each node, from the leaves up, and the sum of their rows: of one item its row.
+    below_M, rows_M = np.zeros(trie.num_nodes, np.int64), np.zeros(trie.num_nodes, np.int64)
+    below_M[trie.item_node] = 1
+    rows_M[trie.item_node] = np.arange(len(trie.item_node)) + 1
+    for level in range(trie.depth, 0, -1):
+        nodes = slice(trie.level_offsets[level], trie.level_offsets[level + 1])
+        np.add.at(below_M, trie.parent[nodes], below_M[nodes])
+        np.add.at(rows_M, trie.parent[nodes], rows_M[nodes])
+    arrays = (
+        trie.token.clip(min=0),
+        np.where(below_M == 1, rows_M, 0),
+        trie.parent.clip(min=0),
+        trie.first_child,
+        trie.num_children,
+    )
+    tensors = (torch.from_numpy(array.astype(np.int64)) for array in arrays)
+    return Siblings(trie.level_offsets.tolist(), *tensors)
+
+
 @dataclass(frozen=True)
 class Heads:
     """What a search multiplies decoder states with."""
@@ -145,6 +210,8 @@ class Heads:
     """[1 + V_l, D] per level of the trie: `</s>` and the tokens that can follow there."""
     softmax: Softmax
     """Whose normaliser makes them probabilities."""
+    siblings: SiblingHead | None = None
+    """In place of both where tokens share with their siblings alone."""
 
 
 def make_heads(weight_VD: Tensor, eos: int, tokens: Sequence[Tensor]) -> tuple[Heads, Heads]:

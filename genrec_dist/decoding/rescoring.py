@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from genrec_dist.data.item_graph import log_near
-from genrec_dist.decoding.beam_search import NEG_INF, Levels, step_log_probabilities
+from genrec_dist.decoding.beam_search import NEG_INF, step_log_probabilities
 from genrec_dist.decoding.decoder_state import Searchable, start_search
+from genrec_dist.decoding.levels import Levels
 from genrec_dist.decoding.output_head import Heads
 from genrec_dist.evaluation.score_mixture import Mixture
 from genrec_dist.model.network import Network

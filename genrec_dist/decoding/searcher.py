@@ -21,14 +21,13 @@ from genrec_dist.decoding.beam_search import (
     NEG_INF,
     BeamOptions,
     Ends,
-    Levels,
     best_of,
-    exclude_by_level,
     search_trie,
 )
 from genrec_dist.decoding.decoder_state import Searchable
 from genrec_dist.decoding.exhaustive import score_all
-from genrec_dist.decoding.output_head import make_heads
+from genrec_dist.decoding.levels import Levels, exclude_by_level
+from genrec_dist.decoding.output_head import SiblingHead, make_heads, siblings_of
 from genrec_dist.decoding.rescoring import (
     Candidates,
     HistoryProbabilities,
@@ -105,7 +104,11 @@ class TrieSearcher:
         self.static = on_gpu if static is None else static
         self._search_trie = search_trie
         given = model.config.certain_tokens == "given"
-        self._set_trie(trie, forced_nodes(trie) if given else None)
+        self.siblings = None
+        if model.config.softmax == "siblings":
+            self.siblings = siblings_of(trie).to(self.device)
+        self.whole, nodes = trie, np.arange(trie.num_nodes)
+        self._set_trie(trie, forced_nodes(trie) if given else None, nodes)
         self._set_model(model)
 
     def of(self, model: Searchable) -> TrieSearcher:
@@ -117,15 +120,16 @@ class TrieSearcher:
     def among(self, item_rows: np.ndarray) -> TrieSearcher:
         """The search among these items alone.
 
-        An item's score is the same whatever else may be listed: forced tokens are those of the
-        whole catalogue, `compact` stays a softmax over the whole catalogue's tokens, and `free`,
-        which has no trie, stays what it is. Raises ValueError where no item is left or a row is no
-        item's.
+        An item's score is the same whatever else may be listed: forced tokens and siblings are
+        those of the whole catalogue, `compact` stays a softmax over the whole catalogue's tokens,
+        and `free`, which has no trie, stays what it is. Raises ValueError where no item is left or
+        a row is no item's.
         """
         other = copy.copy(self)
         part = restrict(self.trie, item_rows)
-        forced = self.forced
-        other._set_trie(part, None if forced is None else forced[nodes_in_whole(self.trie, part)])
+        forced, nodes = self.forced, nodes_in_whole(self.trie, part)
+        forced = None if forced is None else forced[nodes]
+        other._set_trie(part, forced, self.whole_nodes[nodes])
         other._set_model(self.model)
         other.heads = {
             mode: replace(heads, softmax=self.heads[mode].softmax)
@@ -141,9 +145,10 @@ class TrieSearcher:
         other._search_trie = torch.compile(search_trie, fullgraph=True, dynamic=False, **options)  # type: ignore[call-overload]
         return other
 
-    def _set_trie(self, trie: Trie, forced: np.ndarray | None) -> None:
-        self.trie, self.forced = trie, forced
-        self.levels = Levels(trie, self.device, forced)
+    def _set_trie(self, trie: Trie, forced: np.ndarray | None, whole_nodes: np.ndarray) -> None:
+        self.trie, self.forced, self.whole_nodes = trie, forced, whole_nodes
+        siblings = None if self.siblings is None else (self.whole, whole_nodes)
+        self.levels = Levels(trie, self.device, forced, siblings)
         self.item_node = torch.from_numpy(trie.item_node).to(self.device)
         self.__dict__.pop("paths", None)
 
@@ -156,6 +161,10 @@ class TrieSearcher:
                 f"the model's weights are {model.lm_head.weight.dtype}"
             )
         exact, compact = make_heads(weight_VD, eos, self.levels.tokens)
+        if self.siblings is not None:
+            assert isinstance(model, Network)
+            head = SiblingHead(self.siblings, model.output_rows().detached())
+            exact = compact = replace(exact, siblings=head)
         self.heads = {"exact": exact, "compact": compact}
 
     @cached_property

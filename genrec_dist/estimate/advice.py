@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from genrec_dist.estimate.forecast import GIB, Forecast
+from genrec_dist.estimate.forecast import BY_COST, Forecast
+from genrec_dist.estimate.memory.fit import GIB
 from genrec_dist.estimate.memory.state import METHODS, Method
 
-_BY_COST: tuple[Method, ...] = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
-"""From the fastest to the slowest; stage 0 holds no less than DDP."""
 NAMES: dict[Method, str] = {
     "ddp": "DDP",
     **{method: f"ZeRO {method[4:].replace('_', ' + ')}" for method in METHODS[1:]},
@@ -16,7 +15,7 @@ NAMES: dict[Method, str] = {
 def advise(plan: Forecast) -> list[str]:
     """What to do, in whole sentences."""
     # Training refuses fp16 under DeepSpeed.
-    methods = _BY_COST if plan.recipe.precision != "fp16" else _BY_COST[:1]
+    methods = BY_COST if plan.recipe.precision != "fp16" else BY_COST[:1]
     by_method = {fit.method: fit for fit in plan.fits}
     fitting = [by_method[method] for method in methods if by_method[method].fits(plan.limit)]
     ddp = by_method["ddp"]
@@ -74,7 +73,7 @@ def _advise_lowering(plan: Forecast) -> list[str]:
     nothing = f"Nothing fits: {needs}."
     with_room = [fit for fit in plan.fits if fit.largest >= plan.recipe.model.max_tokens]
     if with_room:
-        order = {method: place for place, method in enumerate(_BY_COST)}
+        order = {method: place for place, method in enumerate(BY_COST)}
         first = min(with_room, key=lambda fit: order.get(fit.method, len(order)))
         return [
             nothing,

@@ -5,9 +5,9 @@ and advice."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,23 @@ import numpy as np
 import torch
 from genrec_shards.splits import num_held_out
 
+from genrec_dist.config.load import with_values
 from genrec_dist.config.native_precision import with_precision
-from genrec_dist.config.recipe import Recipe
+from genrec_dist.config.recipe import MICRO_BATCH, Recipe
+from genrec_dist.config.validate import foretold_problem
 from genrec_dist.data.batch import Work
 from genrec_dist.data.fit_recipe import DataFacts, fit_recipe, resolve_recipe
 from genrec_dist.estimate.flops import flops
-from genrec_dist.estimate.hardware import CARDS
-from genrec_dist.estimate.memory.activations import MicroBatch, activation_bytes, compute_of
-from genrec_dist.estimate.memory.state import METHODS, Method, State, read_settings, state_bytes
+from genrec_dist.estimate.hardware import CARDS, MEMORIES
+from genrec_dist.estimate.memory.activations import MicroBatch
+from genrec_dist.estimate.memory.fit import (
+    GIB,
+    RESERVE_GIB,
+    Fit,
+    RankMemory,
+    usual_micro_batch,
+)
+from genrec_dist.estimate.memory.state import METHODS, Method, ZeroSettings, read_settings
 from genrec_dist.estimate.rates import CPU, card_rates, cpu_rates, given_rates
 from genrec_dist.estimate.samples import (
     ASSUMED_ITEMS,
@@ -35,28 +44,12 @@ from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_para
 from genrec_dist.estimate.step_time import StepSetup, StepTime, draw, products, step_time
 from genrec_dist.model.genrec import GenRecConfig, choose_packing
 
-GIB = 2**30
-RESERVE_GIB = 1.5
-"""Kept free for the CUDA context, libraries' workspaces and fragmentation; not measured."""
 MOST_GPUS, MOST_GIB, MOST_ROWS = 65_536, 65_536, 2**31 - 1
 """Sizes beyond those of any machine or data, which are refused."""
-LARGEST_SEARCHED = 1 << 24
-_STEP = 256
-
-
-@dataclass(frozen=True)
-class Fit:
-    """One way to spread the weights."""
-
-    method: Method
-    state: State
-    peak: int
-    """Bytes on the GPU at their most, with the recipe's micro-batches."""
-    largest: int
-    """The largest `micro_batch_tokens` that fits; 0: not even the longest sample."""
-
-    def fits(self, limit: float) -> bool:
-        return self.peak <= limit
+ASSUMED_GIB = 24.0
+"""Memory of a GPU where neither it nor a card is named."""
+BY_COST: tuple[Method, ...] = ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+"""From the fastest to the slowest; stage 0 holds no less than DDP."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ def forecast(
     recipe: Recipe,
     *,
     gpus: int = 1,
-    memory_gib: float = 24.0,
+    memory_gib: float | None = None,
     users: int | None = None,
     items: int | None = None,
     zero_files: Path | None = None,
@@ -103,7 +96,7 @@ def forecast(
     Args:
         recipe: What is to be trained.
         gpus: GPUs that the run is spread over.
-        memory_gib: GiB of each.
+        memory_gib: GiB of each; None: of `card`, or `ASSUMED_GIB`.
         users: With `items`, sizes in place of the recipe's data directory.
         items: See `users`.
         zero_files: Directory of zero0.json ... whose bucket sizes count.
@@ -116,25 +109,25 @@ def forecast(
     """
     if not 1 <= gpus <= MOST_GPUS:
         raise ValueError(f"--gpus {gpus}: it has to be from 1 to {MOST_GPUS:,}")
+    if memory_gib is None:
+        memory_gib = MEMORIES.get(card or "", ASSUMED_GIB)
     if not memory_gib <= MOST_GIB:  # not a number either
         raise ValueError(f"--memory {memory_gib:g}: it has to be GiB of one GPU, to {MOST_GIB:,}")
-    if recipe.prompt.template or recipe.model.architecture == "t5":
-        which = "prompt.template" if recipe.prompt.template else "model.architecture t5"
-        raise ValueError(
-            f"{which}: memory and time of such a model are not foretold; `genrec train --dry-run` "
-            "says its sizes"
-        )
+    if problem := foretold_problem(recipe):
+        raise ValueError(f"{problem}; `genrec train --dry-run` says its sizes")
     if memory_gib <= RESERVE_GIB:
         raise ValueError(
             f"--memory {memory_gib:g}: {RESERVE_GIB} GiB of it are kept free; give more"
         )
     if (users or 0) > MOST_ROWS or (items or 0) > MOST_ROWS:
         raise ValueError(f"--users {users} --items {items}: rows are int32, {MOST_ROWS:,} at most")
-    if recipe.from_data and users is not None and items is not None:
+    precision = recipe.precision
+    if recipe.auto_keys and users is not None and items is not None:
         lengths = np.array(ASSUMED_ITEMS) - num_held_out(recipe.trained_through)
         recipe, _ = fit_recipe(recipe, DataFacts(items, np.resize(lengths, max(users, 1))))
-    elif recipe.from_data:
-        recipe, _ = resolve_recipe(recipe)
+    elif recipe.auto_keys:
+        # The precision is that of the GPUs, not of this machine.
+        recipe = dataclasses.replace(resolve_recipe(recipe)[0], precision=precision)
     catalogue = read_catalogue(recipe, users, items)
     trimmed = catalogue.words.vocabulary if catalogue.words is not None else None
     config = build_config(
@@ -151,6 +144,24 @@ def forecast(
         found = [step_flops(config, each.micro_batch(1, int(length))) for length in lengths]
         flops_per_sample[each.stage] = float(np.average(found, weights=counts))
     sizes = count_parameters(recipe, config)
+    memory = RankMemory(recipe, config, sizes, samples, gpus)
+    settings = {method: read_settings(zero_files, method) for method in METHODS}
+    if MICRO_BATCH in recipe.auto_keys:
+        chosen = None if card == CPU else _choose(memory, memory_gib * GIB, settings)
+        recipe = with_values(recipe, {MICRO_BATCH: chosen or usual_micro_batch(recipe)})
+        memory = dataclasses.replace(memory, recipe=recipe)
+    plan = Forecast(
+        recipe=recipe,
+        gpus=gpus,
+        memory_gib=memory_gib,
+        sizes=sizes,
+        catalogue=catalogue,
+        samples=samples,
+        fits=[],
+        step_flops={each.stage: flops_per_sample[each.stage] * each.batch_size for each in samples},
+        duration={},
+    )
+    fits = [memory.fit(method, plan.limit, settings[method]) for method in METHODS]
     duration = {}
     if card is not None or tflops is not None:
         _check_speed(card, tflops)
@@ -164,19 +175,15 @@ def forecast(
             average=recipe.optimizer.ema_decay > 0,
         )
         duration = {each.stage: _duration(setup, each, gpus, card, tflops) for each in samples}
-    plan = Forecast(
-        recipe=recipe,
-        gpus=gpus,
-        memory_gib=memory_gib,
-        sizes=sizes,
-        catalogue=catalogue,
-        samples=samples,
-        fits=[],
-        step_flops={each.stage: flops_per_sample[each.stage] * each.batch_size for each in samples},
-        duration=duration,
-    )
-    fits = [_fit(plan, config, method, zero_files) for method in METHODS]
-    return dataclasses.replace(plan, fits=fits)
+    return dataclasses.replace(plan, fits=fits, duration=duration)
+
+
+def _choose(memory: RankMemory, free: float, settings: dict[Method, ZeroSettings]) -> int | None:
+    """`micro_batch_tokens: auto` under the fastest method with which it fits."""
+    for method in BY_COST:
+        with contextlib.suppress(ValueError):
+            return memory.micro_batch_tokens(method, free, settings[method])
+    return None
 
 
 def step_flops(config: GenRecConfig, batch: MicroBatch) -> float:
@@ -191,50 +198,6 @@ def step_flops(config: GenRecConfig, batch: MicroBatch) -> float:
         cross_pairs=rows * batch.target_tokens * length,
     )
     return flops(config, work)
-
-
-def _fit(plan: Forecast, config: GenRecConfig, method: Method, zero_files: Path | None) -> Fit:
-    recipe, gpus = plan.recipe, plan.gpus
-    bf16 = recipe.precision != "fp32"
-    compute = compute_of(method, bf16)
-    head = "full" if recipe.head == "auto" else recipe.head  # what `auto` means on a GPU
-    # At most one user per sample, and each token an item of its own.
-    id_rows = [each.per_rank(gpus) * (1 + each.lengths.mean()) for each in plan.samples]
-    state = state_bytes(
-        plan.sizes,
-        method,
-        gpus,
-        bf16,
-        settings=read_settings(zero_files, method),
-        average=recipe.optimizer.ema_decay > 0,
-        step_id_rows=int(max(id_rows)),
-    )
-
-    def peak(tokens: int, whole_steps: bool) -> int:
-        """Bytes with micro-batches of so many tokens, of samples of one length each; `whole_steps`:
-        with no more of them than a rank's share of a step has."""
-        most = 0
-        for each in plan.samples:
-            for length in map(int, each.quantiles):
-                count = max(1, tokens // length)
-                if whole_steps:
-                    count = min(count, each.per_rank(gpus))
-                batch = each.micro_batch(count, length)
-                found = activation_bytes(config, plan.sizes, batch, compute, head=head)
-                most = max(most, found.total)
-        return state.peak(most)
-
-    largest = _largest(lambda tokens: peak(tokens, False) <= plan.limit)
-    return Fit(method, state, peak(recipe.micro_batch_tokens, True), largest)
-
-
-def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest multiple of 256 that fits, which is monotone; 0 if none does."""
-    low, high = 0, LARGEST_SEARCHED // _STEP
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle * _STEP) else (low, middle - 1)
-    return low * _STEP
 
 
 def _check_speed(card: str | None, tflops: float | None) -> None:

@@ -14,7 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from genrec_dist.estimate.advice import NAMES, advise
-from genrec_dist.estimate.forecast import GIB, RESERVE_GIB, Forecast
+from genrec_dist.estimate.forecast import Forecast
+from genrec_dist.estimate.memory.fit import GIB, RESERVE_GIB
 from genrec_dist.estimate.samples import ASSUMED_ITEM_TOKENS
 from genrec_dist.estimate.step_time import WORDS
 

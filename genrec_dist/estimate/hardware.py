@@ -19,6 +19,18 @@ CARDS = {
     "H200 NVL": (60.0, 835.0),
 }
 """Published dense peaks in TFLOP/s: float32, and bfloat16 with float32 sums."""
+MEMORIES = {
+    "RTX 3090": 24,
+    "RTX 4090": 24,
+    "A100": 40,
+    "H100": 80,
+    "H100 PCIe": 80,
+    "H100 NVL": 94,
+    "H200": 141,
+    "H200 NVL": 141,
+}
+"""Published memory in GiB, of which a driver reports a percent less; of several sizes of a card the
+smallest."""
 BANDWIDTHS = {
     "RTX 3090": 936,
     "RTX 4090": 1008,

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -38,23 +39,29 @@ class Samples:
     target_tokens: int
     """T of the longest target."""
     rows_per_sample: int
+    """Decoder rows of a sequence, where `prefix_tokens` is None."""
     batch_size: int
     epochs: int
     epoch_samples: int
     """Samples of an epoch."""
     rows: Rows
     """On average: what decides the time, as the longest decide memory."""
+    prefix_tokens: tuple[int, float] | None = None
+    """Of all-prefixes, where each item but the first has a decoder row: tokens of a sequence beside
+    these items, and tokens of an item."""
 
-    @property
+    @functools.cached_property
     def quantiles(self) -> np.ndarray:
         """Lengths that represent all, the shortest and the longest among them."""
         shares = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)
         return np.unique(np.quantile(self.lengths, shares, method="nearest"))
 
     def micro_batch(self, samples: int, length: int) -> MicroBatch:
-        return MicroBatch(
-            samples, length, self.target_tokens, self.rows_per_sample, self.rows.shares_memory
-        )
+        rows = self.rows_per_sample
+        if self.prefix_tokens is not None:
+            beside, of_item = self.prefix_tokens
+            rows = max(1, math.ceil((length - beside) / of_item))
+        return MicroBatch(samples, length, self.target_tokens, rows, self.rows.shares_memory)
 
     def per_rank(self, gpus: int) -> int:
         """Samples of a step that a rank takes."""
@@ -92,9 +99,15 @@ def read_catalogue(recipe: Recipe, users: int | None, items: int | None) -> Cata
             "recipe to one"
         )
     dataset = load_dataset(recipe.data)
+    return catalogue_of(recipe, dataset, *_words(recipe, dataset))
+
+
+def catalogue_of(
+    recipe: Recipe, dataset: Dataset, words: WordTable | None, vocabulary: int | None = None
+) -> Catalogue:
+    """The same of data and words that are at hand."""
     sequences = dataset.sequences
     training_items = sequences.training_ends(recipe.trained_through) - sequences.offsets[:-1]
-    words, vocabulary = _words(recipe, dataset)
     sizes = sequences.num_users, sequences.num_items
     return Catalogue(*sizes, training_items, str(recipe.data), words, vocabulary)
 
@@ -143,8 +156,6 @@ def _samples(name: str, stage: Stage, recipe: Recipe, catalogue: Catalogue) -> S
     if recipe.tokens.forced == "given" and catalogue.words is not None:
         num_tokens, num_labels = _learned_tokens(*catalogue.words.tokens_of_items())
     per_sample, all_prefixes = 1.0, stage.targets == "all-prefixes"
-    if all_prefixes:
-        rows = math.ceil(float(histories.mean()))
     if recipe.model.encoder_unit == "item":
         item_tokens, user_tokens = 1.0, min(user_tokens, 1)
     if stage.targets == "mask" and stage.mask.strategy == "multi":
@@ -156,8 +167,9 @@ def _samples(name: str, stage: Stage, recipe: Recipe, catalogue: Catalogue) -> S
     items = np.ceil(np.maximum(histories + 1 - masks, 0) * item_tokens).astype(np.int64)
     lengths = 2 + user_tokens + masks + items
     order, longest = np.argsort(lengths, kind="stable"), recipe.model.max_tokens
-    windows = np.zeros(len(lengths), np.int64)
+    windows, prefix_tokens = np.zeros(len(lengths), np.int64), None
     if all_prefixes:
+        prefix_tokens = 2 + user_tokens + masks, item_tokens
         # Each target whose history is too long is encoded alone, or one window for several.
         beyond = np.maximum(lengths - longest, 0) / item_tokens
         targets = 1.0 if stage.windows == "own" else longest / 2 / item_tokens
@@ -174,6 +186,7 @@ def _samples(name: str, stage: Stage, recipe: Recipe, catalogue: Catalogue) -> S
         epochs=stage.epochs,
         epoch_samples=round(share * len(lengths)),
         rows=Rows(per_sample, num_tokens, num_labels, shares_memory=all_prefixes),
+        prefix_tokens=prefix_tokens,
     )
 
 

@@ -91,6 +91,17 @@ def forced_of(words: WordTable, certain_tokens: str) -> ForcedTokens | None:
     return ForcedTokens(tokens, ends)
 
 
+def nodes_of(words: WordTable, softmax: str) -> np.ndarray | None:
+    """`Layout.nodes`, where the softmax is over siblings."""
+    if softmax != "siblings":
+        return None
+    nodes, trie = np.zeros(len(words.tokens), np.int64), build_trie(*words.tokens_of_items())
+    first, last = words.offsets[[words.first_item_word, words.first_user_word]]
+    paths_NT = trie.item_paths()
+    nodes[first:last] = paths_NT[paths_NT >= 0]
+    return nodes
+
+
 def make_layout(words: WordTable, config: CodedConfig) -> Layout:
     """The encoder's input as this model was built to read it. Raises ValueError as `forced_of`."""
     return Layout(
@@ -102,6 +113,7 @@ def make_layout(words: WordTable, config: CodedConfig) -> Layout:
         unit=config.encoder_unit,  # type: ignore[arg-type]
         causal=config.encoder_attention == "causal",
         forced=forced_of(words, config.certain_tokens),
+        nodes=nodes_of(words, config.softmax),
     )
 
 

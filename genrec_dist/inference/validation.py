@@ -20,9 +20,8 @@ from genrec_dist.evaluation.metrics import (
     target_ranks,
 )
 from genrec_dist.inference.rank_users import Decoding, cut_batches, rank_batch
-from genrec_dist.model.causal.kinds import AnyModel
+from genrec_dist.model.causal.kinds import AnyModel, loss_of_targets
 from genrec_dist.model.causal.prompted import PromptedModel
-from genrec_dist.model.head_loss import target_loss
 
 PROMPTS_AT_ONCE = 32
 """Users whose prompts go through the layers together where nothing else bounds their number."""
@@ -100,8 +99,7 @@ def history_loss(
             flat, offsets = ragged(view.starts[rows_B], (view.ends - view.starts)[rows_B])
             encoder = encode_histories(view.items[flat], offsets, rows_B, layout)
             batch = target_batch(encoder, view.targets[rows_B], layout).to(model.device)
-            logits, labels = model.target_logits(batch)
-            sums.append((float(target_loss(logits, labels, 1)), batch.num_target_tokens))
+            sums.append((float(loss_of_targets(model, batch)), batch.num_target_tokens))
         return sums
 
     sums = ranks.run_on_all(sum_losses)

@@ -158,6 +158,7 @@ def _settings(model: Model, sizes: ModelSizes) -> dict[str, Any]:
         "encoder_unit": model.encoder_unit,
         "encoder_attention": model.encoder_attention,
         "decoder_start": model.decoder_start,
+        "item_output": model.item_output,
         "item_loss": model.item_loss,
         "num_masks": sizes.num_masks,
         "max_input_tokens": model.max_tokens,

@@ -53,7 +53,9 @@ class GenRecForConditionalGeneration(EncoderDecoder, BartNetwork, BartForConditi
         bart = self.model.decoder
         ids_RT = decoder_input_ids_RT
         hidden_RTD = bart.embed_tokens(ids_RT) + bart.embed_positions(ids_RT)
-        if start_RD is not None:
+        if start_RD is not None and self.config.decoder_start == "every-state":
+            hidden_RTD = hidden_RTD + start_RD[:, None]
+        elif start_RD is not None:
             hidden_RTD = torch.cat([hidden_RTD[:, :1] + start_RD[:, None], hidden_RTD[:, 1:]], 1)
         hidden_RTD = F.dropout(bart.layernorm_embedding(hidden_RTD), bart.dropout, self.training)
         causal_TT = lower_triangle(ids_RT.shape[1], hidden_RTD.device)
@@ -97,11 +99,16 @@ class GenRecForConditionalGeneration(EncoderDecoder, BartNetwork, BartForConditi
         memory_nD = lowered(hidden_nD)
         positions_mD = bart.decoder.embed_positions(None, position_ids=packing.positions_m)[0]
         hidden_mD = bart.decoder.embed_tokens(inputs.decoder_input_ids) + positions_mD
-        if self.config.decoder_start == "state":
+        if self.config.decoder_start != "mask":
             assert inputs.item_targets is not None
-            places_R = inputs.item_targets.places_R
-            first_R = packing.rows.cu_seqlens[: len(places_R)]
-            hidden_mD = hidden_mD.index_add(0, first_R, hidden_nD[places_R].to(hidden_mD.dtype))
+            places_R, cu_seqlens = inputs.item_targets.places_R, packing.rows.cu_seqlens
+            if self.config.decoder_start == "every-state":
+                lengths_R = cu_seqlens[: len(places_R) + 1].diff()
+                places_R = places_R.repeat_interleave(lengths_R)
+                tokens = torch.arange(len(places_R), device=places_R.device)
+            else:
+                tokens = cu_seqlens[: len(places_R)]
+            hidden_mD = hidden_mD.index_add(0, tokens, hidden_nD[places_R].to(hidden_mD.dtype))
         hidden_mD = bart.decoder.layernorm_embedding(hidden_mD)
         hidden_mD = drop(hidden_mD, bart.decoder.dropout, self.training)
         for layer in bart.decoder.layers:

@@ -28,7 +28,7 @@ def init_item_rows(
     network: GenRecForConditionalGeneration, vectors_NF: np.ndarray, words: WordTable
 ) -> None:
     """Turn the rows of the items' tokens towards the vectors where each item is one token, else the
-    rows of the item id table.
+    rows of the item id table, and those of the tokens towards their items.
 
     Args:
         network: changed in place.
@@ -43,12 +43,49 @@ def init_item_rows(
         rows_N, table = torch.from_numpy(tokens.astype(np.int64)), network.model.shared.weight
     elif isinstance(network.item_embedding, IdEmbedding):
         rows_N, table = torch.arange(1, words.num_items + 1), network.item_embedding.weight
+        _turn_token_rows(network, vectors_NF, tokens, offsets)
     else:
         raise ValueError(
             "model.init_items: items have several tokens and no id: set model.item_ids true or "
             "raise tokens.vocab_size"
         )
     turn_rows(table, rows_N, vectors_NF, network.config.init_std)
+
+
+LEAST_COMMON = 0.25
+"""Length of the mean of directions below which they have none in common."""
+
+
+def _turn_token_rows(
+    network: GenRecForConditionalGeneration,
+    vectors_NF: np.ndarray,
+    tokens: np.ndarray,
+    offsets: np.ndarray,
+) -> None:
+    """Turn the row of each token of items towards the mean of what the tokens before it leave of
+    its items' directions; where these have nothing in common it keeps its random row.
+
+    Args:
+        network: changed in place.
+        vectors_NF: float [N, F], zeros for items without a neighbour.
+        tokens: the items' tokens, one item's after another's.
+        offsets: int64 [N + 1].
+    """
+    lengths_N1 = np.linalg.norm(vectors_NF, axis=1, keepdims=True)
+    known_N = lengths_N1[:, 0] > 0
+    left_NF = vectors_NF / np.maximum(lengths_N1, 1e-12)
+    left_NF -= left_NF[known_N].mean(0)
+    for level in range(int(np.diff(offsets).max())):
+        items = np.flatnonzero(known_N & (np.diff(offsets) > level))
+        tokens_V, token_n = np.unique(tokens[offsets[items] + level], return_inverse=True)
+        mean_VF = np.zeros((len(tokens_V), left_NF.shape[1]))
+        np.add.at(mean_VF, token_n, left_NF[items])
+        mean_VF /= np.bincount(token_n)[:, None]
+        mean_VF[np.linalg.norm(mean_VF, axis=1) < LEAST_COMMON] = 0
+        left_NF[items] -= mean_VF[token_n]
+        if mean_VF.any():
+            rows_V = torch.from_numpy(tokens_V.astype(np.int64))
+            turn_rows(network.model.shared.weight, rows_V, mean_VF, network.config.init_std)
 
 
 @torch.no_grad()

@@ -32,6 +32,8 @@ _FIELDS = (
     "vocab_size", "vocabulary_hash",
 )  # fmt: skip
 """Fields of the configuration that decoding reads."""
+_LATER = {"item_output": False, "softmax": "vocabulary"}
+"""The same of fields that earlier versions did not write, with what they meant."""
 
 
 class LightGenRec(BartNetwork, nn.Module):
@@ -56,7 +58,7 @@ def light_config(best: Path) -> Any | None:
     """The configuration of a saved model that `LightGenRec` can be, else None: where a field is
     missing, which an earlier version did not write, or says something that it has no modules for.
     Raises ModelFileError where the configuration is none of a model."""
-    fields = read_model_config(best)
+    fields = _LATER | read_model_config(best)
     if any(field not in fields for field in _FIELDS):
         return None
     fits = fields["activation_function"] in _ACTIVATIONS and fields["tie_word_embeddings"]

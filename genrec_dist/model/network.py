@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -116,6 +117,23 @@ class ItemText(nn.Module):
                 module.__dict__.pop("weight", None)
 
 
+@dataclass(frozen=True)
+class OutputRows:
+    """What decoder states are multiplied with."""
+
+    token_VD: Tensor
+    """The head's rows of the output vocabulary."""
+    item_NF: Tensor | None = None
+    """The item id table with its zero row, where items' rows are a part of the output rows."""
+    projection_DF: Tensor | None = None
+    """From the width of that table to the model's, where it differs."""
+
+    def detached(self) -> OutputRows:
+        """The same values without gradients."""
+        values = (self.token_VD, self.item_NF, self.projection_DF)
+        return OutputRows(*(None if value is None else value.detach() for value in values))  # type: ignore[arg-type]
+
+
 class Network:
     """What training and decoding compute alike, of any encoder-decoder with id tables."""
 
@@ -145,6 +163,14 @@ class Network:
         """The head's rows of the output vocabulary, [V, D]."""
         weight: Tensor = self.lm_head.weight
         return weight[: self.config.spoken_tokens] if self.config.spoken_tokens else weight
+
+    def output_rows(self) -> OutputRows:
+        """The rows that `Siblings` computes with."""
+        if not self.config.item_output:
+            return OutputRows(self.head_weight)
+        assert self.item_embedding is not None
+        projection = None if self.item_projection is None else self.item_projection.weight
+        return OutputRows(self.head_weight, self.item_embedding.weight, projection)
 
     def item_logits(self, masked_RD: Tensor) -> Tensor:
         """The item head: logits [R, N] of the encoder's states at masks."""

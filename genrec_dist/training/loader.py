@@ -159,7 +159,7 @@ class StepBatches(TorchDataset[RankStep]):
             packed=self.packed,
             most_padding=self.most_padding,
             item_targets=self.recipe.model.item_loss > 0
-            or self.recipe.model.decoder_start == "state",
+            or self.recipe.model.decoder_start != "mask",
             all_prefixes=here.stage.targets == "all-prefixes",
             share_windows=here.stage.windows == "shared",
             teacher=self.teacher if here.name == "finetune" else None,

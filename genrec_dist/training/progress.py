@@ -272,5 +272,6 @@ def introduction(
         f"{setup.run}: {setup.dataset.sequences.num_users:,} users, {words.num_items:,} items;",
         f"{num_parameters:,} parameters;",
         ", ".join(steps) + (f", from step {step:,} on;" if step else ";"),
-        f"{place}, {setup.recipe.precision}",
+        f"{place}, {setup.recipe.precision},",
+        f"micro-batches of up to {counted(setup.recipe.micro_batch_tokens, 'token')}",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.gpu import unusable_gpu
 from genrec_dist.distributed.signals import RankGone, Stopped, speaking_last
+from genrec_dist.estimate.hardware import device_name
 from genrec_dist.evaluation.protocol import Protocol
 from genrec_dist.inference.load import load_run
 from genrec_dist.inference.rank_users import Decoding
@@ -36,6 +38,7 @@ from genrec_dist.training.checkpoint import Checkpoint, find_checkpoint, save_be
 from genrec_dist.training.loop import Loop
 from genrec_dist.training.progress import EpochReport
 from genrec_dist.training.setup import TrainingSetup, build_setup
+from genrec_dist.training.step.micro_batches import Devices, settle_micro_batches
 
 
 def train(
@@ -102,6 +105,13 @@ def _train(
     """Train in a run directory that rank 0 holds."""
     run = Path(recipe.run)
     setup, model = ranks.run_on_all(lambda: build_setup(recipe))
+    devices = Devices.of(accelerator, ranks)
+    recipe, why = ranks.run_on_all(
+        lambda: settle_micro_batches(recipe, setup.dataset, setup.words, model.config, devices)
+    )
+    setup = dataclasses.replace(setup, recipe=recipe)
+    if why and ranks.is_main:
+        say(f"chosen for {device_name(accelerator.device)}: {why}")
     model.config.exclude_history = exclude_history_default(setup.dataset.sequences)
     if not setup.stages:
         ranks.run_on_all(lambda: _save_untrained(setup, model) if ranks.is_main else None)

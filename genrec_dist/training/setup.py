@@ -33,14 +33,14 @@ from genrec_dist.data.prompt.title_words import (
 from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.data.tokenizer import grow_tokenizer, load_tokenizer, train_tokenizer
 from genrec_dist.data.word_table import WordTable, build_words, mask_tokens, trim
-from genrec_dist.decoding.trie import hash_of_words
+from genrec_dist.decoding.output_head import siblings_of
+from genrec_dist.decoding.trie import build_trie, hash_of_words
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.inference.load import forced_of, make_layout
 from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.causal.build import build_prompted
-from genrec_dist.model.causal.kinds import AnyModel
+from genrec_dist.model.causal.kinds import AnyModel, loss_of_targets
 from genrec_dist.model.causal.lora import hash_of_frozen
-from genrec_dist.model.head_loss import target_loss
 from genrec_dist.model.item_rows import (
     MOST_FACTORS,
     add_texts,
@@ -55,6 +55,7 @@ from genrec_dist.text.vectors import check_source, item_vectors
 from genrec_dist.training.id_tables import IdTables, with_ids_outside
 from genrec_dist.training.loader import StepBatches
 from genrec_dist.training.stages import StageSteps, plan_stages
+from genrec_dist.training.step.micro_batches import Devices, settle_micro_batches
 from genrec_dist.training.warm_start import WarmStart, check_origin, open_origin, warm_start_model
 
 FRESH = "fresh"
@@ -223,10 +224,14 @@ def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
             else:
                 identity["item_text"] = hashlib.sha256(text_NF.tobytes()).hexdigest()
     model.config.certain_tokens = recipe.tokens.forced
+    model.config.softmax = recipe.tokens.softmax
+    if recipe.tokens.softmax == "siblings":
+        model.siblings = siblings_of(build_trie(*words.tokens_of_items()))
     teacher = None
     if recipe.finetune.distill.weight:
         teacher = _teacher(recipe, dataset)
-        item_tokens(words, "finetune.distill")
+        if recipe.tokens.softmax == "vocabulary":
+            item_tokens(words, "finetune.distill")
         identity["soft_targets"] = hashlib.sha256(
             teacher.items_SK.tobytes() + teacher.shares_SK.tobytes()
         ).hexdigest()
@@ -289,7 +294,8 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     """What a run would do (`--dry-run`): sizes and steps, and the loss of one batch. Nothing is
     written."""
     setup, model = build_setup(recipe)
-    config = model.config
+    config, devices = model.config, Devices.of_this_process()
+    recipe, _ = settle_micro_batches(recipe, setup.dataset, setup.words, config, devices)
     outside = with_ids_outside(config)
     share = StepBatches(setup.stages, setup.reader, setup.layout, recipe, 0, 1, outside)[0]
     tables = IdTables(model.config, recipe.seed, Ranks(), model.device)
@@ -298,14 +304,14 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     tables.attach(model, share)
     first, parameters = share.micro_batches[-1], sum(p.numel() for p in model.parameters())
     with texts_in_table(model), torch.inference_mode():
-        logits, labels = model.target_logits(first)
-        loss = float(target_loss(logits, labels, first.num_target_tokens))
+        loss = float(loss_of_targets(model, first)) / max(first.num_target_tokens, 1)
     return {
         "users": setup.dataset.sequences.num_users,
         "items": setup.words.num_items,
         "parameters": parameters + tables.num_parameters,
         "vocabulary": model.config.vocab_size,
         "tokens an item": float(np.diff(setup.words.tokens_of_items()[1]).mean()),
+        "micro_batch_tokens": recipe.micro_batch_tokens,
         "first loss": loss,
         "stages": {
             s.name: {

@@ -114,6 +114,8 @@ def _mismatch(origin: Origin, recipe: Recipe, dataset: Dataset) -> str:
         "model.decoder_start": (model.decoder_start, config.decoder_start),
         "tokens.trim": (recipe.tokens.trim, config.spoken_tokens > 0),
         "tokens.forced": (recipe.tokens.forced, config.certain_tokens),
+        "tokens.softmax": (recipe.tokens.softmax, config.softmax),
+        "model.item_output": (model.item_output, config.item_output),
     }
     if model.backbone is None:  # a backbone has set these, and the origin has them from it
         must_match |= {

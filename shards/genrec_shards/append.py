@@ -24,6 +24,7 @@ from genrec_shards.dataset import Appended, Dataset, load_dataset, write_dataset
 from genrec_shards.errors import BadLines, DataError
 from genrec_shards.numbering.extend import continued
 from genrec_shards.numbering.item_text import Descriptions
+from genrec_shards.numbering.numbering import DESCRIBED
 from genrec_shards.prepare import Finish, PrepareOptions, source_of_texts
 from genrec_shards.readers.recognise import guess_format
 from genrec_shards.readers.text_blocks import check_readable
@@ -113,8 +114,8 @@ def append(
         grown, timestamps = _merged(data, rows)
         read = options.descriptions(grown.item_ids)
         descriptions = _descriptions(data.descriptions, read, grown.num_items)
-        semantic = data.info.numbering == "semantic"
-        numbering = continued(data.numbering, grown, descriptions if semantic else None)
+        described = data.info.numbering in DESCRIBED
+        numbering = continued(data.numbering, grown, descriptions if described else None)
         num_read = len(found.rows_R) + bad.count
         assert not rows.is_log or len(rows.rows_R) + sum(dropped.values()) == num_read
         entry = Appended(

@@ -22,7 +22,7 @@ from genrec_shards.dataset import (
 from genrec_shards.errors import BadLines, DataError, OnError
 from genrec_shards.numbering.item_text import Descriptions, read_descriptions
 from genrec_shards.numbering.item_vectors import read_trained_vectors
-from genrec_shards.numbering.numbering import NumberingName, number
+from genrec_shards.numbering.numbering import DESCRIBED, NumberingName, number
 from genrec_shards.readers.read_log import LOG_FORMATS, Format, LogOptions, read_log, source_files
 from genrec_shards.readers.recognise import guess_format, read_as
 from genrec_shards.readers.text_blocks import check_readable
@@ -266,7 +266,7 @@ def prepare(
             options.seed,
             levels=options.levels,
             vectors=None if vectors is None else read_trained_vectors(vectors, sequences, through),
-            descriptions=descriptions if options.numbering == "semantic" else None,
+            descriptions=descriptions if options.numbering in DESCRIBED else None,
         )
         info = DatasetInfo(
             format_version=FORMAT_VERSION,

@@ -101,5 +101,5 @@ def recipe_keys() -> list[str]:
     found = []
     for key, value in asdict(Recipe(data="data", run="run")).items():
         inner = [f"{key}.{name}" for name in value] if isinstance(value, dict) else [key]
-        found += [name for name in inner if key not in (*MOVES_NO_GRADIENT, "from_data")]
+        found += [name for name in inner if key not in (*MOVES_NO_GRADIENT, "auto_keys")]
     return sorted(found)

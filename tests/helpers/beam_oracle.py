@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -61,6 +61,12 @@ class Switches:
     """With an item head."""
     architecture: str = "bart"
     """Whose layers."""
+    siblings: bool = False
+    """Tokens share with those that can follow the same beginning; no item begins another."""
+    item_output: bool = False
+    """With siblings: items' id rows are a part of the output rows."""
+    id_dim: int = 0
+    """Width of the id tables."""
 
 
 switches = st.builds(
@@ -84,6 +90,7 @@ def sharp_model(
         d_model=16, encoder_layers=1, decoder_layers=2, heads=2, ffn=32, max_tokens=64,
         init_std=0.4, architecture=how.architecture,
         encoder_unit=how.unit, decoder_start=how.start, item_loss=float(how.head),
+        item_output=how.item_output, id_dim=how.id_dim,
     )  # fmt: skip
     tokens = {"bos": BOS, "pad": PAD, "eos": EOS, "mask": MASK}
     model = build_model(
@@ -97,6 +104,7 @@ def sharp_model(
         ),
     )
     model.config.certain_tokens = "given" if how.forced else "learned"
+    model.config.softmax = "siblings" if how.siblings else "vocabulary"
     model.config.spoken_tokens = 1 + ALPHABET if how.trimmed else 0
     return model.double().eval()
 
@@ -105,7 +113,7 @@ def among_items(model: CodedModel, num_items: int) -> CodedModel:
     """The same model, its item head over the first so many items alone."""
     other = copy.copy(model)
     other._modules = dict(model._modules)
-    table = IdEmbedding(num_items, model.config.d_model).double()
+    table = IdEmbedding(num_items, model.item_embedding.embedding_dim).double()
     table.weight = torch.nn.Parameter(model.item_embedding.weight[: num_items + 1].detach())
     other.item_embedding = table
     return other
@@ -242,16 +250,39 @@ class World:
         scores = []
         for row in range(len(histories)):
             mask_L, start = encoder.attention_mask[row], None
-            if self.how.start == "state":  # at [MASK], the last but </s>
+            if self.how.start != "mask":  # at [MASK], the last but </s>
                 start = memory[row, int(mask_L.sum()) - 2].expand(copies, -1)
             hidden = self.model.decode(
                 inputs, memory[row].expand(copies, -1, -1), mask_L.expand(copies, -1), start
             )
             logits = hidden @ self.model.lm_head.weight.T
+            if self.how.siblings:
+                logits = self._among_siblings(logits, hidden)
             logprobs = logits.masked_fill(~output, -torch.inf).log_softmax(-1)
             gained = logprobs.gather(2, labels.clamp(min=0)[..., None])[..., 0]
             scores.append(gained.masked_fill(labels < 0, 0.0).sum(1))
         return torch.stack(scores).numpy()
+
+    def _among_siblings(self, logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, T, V]: -inf for tokens that cannot follow an item's beginning, and what an item's
+        own row adds where a token leaves it alone."""
+        logits = logits.clone()
+        beginnings = Counter(item[: place + 1] for item in self.items for place in range(len(item)))
+        for row, item in enumerate(self.items):
+            for place in range(len(item) + 1):
+                follow = self.after[item[:place]]
+                others = [t for t in range(logits.shape[2]) if t not in follow]
+                logits[row, place, others] = -torch.inf
+                for other, word in enumerate(self.items):
+                    is_below = word[:place] == item[:place] and len(word) > place
+                    if not (self.how.item_output and is_below and len(item) > place):
+                        continue
+                    if beginnings[word[: place + 1]] == 1:
+                        own_F = self.model.item_embedding.weight[other + 1]
+                        if self.model.item_projection is not None:
+                            own_F = self.model.item_projection(own_F)
+                        logits[row, place, word[place]] += own_F @ hidden[row, place]
+        return logits
 
     def _item_head(self, histories: list[History]) -> np.ndarray:
         rows = []

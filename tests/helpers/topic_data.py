@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 from genrec_shards.prepare import prepare
 from genrec_shards.storage.write import write_shards
@@ -11,7 +12,7 @@ from genrec_shards.storage.write import write_shards
 NUM_ITEMS, TOPICS, UNSEEN = 60, 6, 33
 
 
-def write_data(folder: Path, swap_held_out: bool = False) -> Path:
+def write_data(folder: Path, swap_held_out: bool = False, **numbering: Any) -> Path:
     """Item i is of topic i % 6, which its title tells; a user stays in one topic. Item 33 is the
     last one of one user alone, who swaps it with another's where asked; item 9 has no title."""
     dice, users = random.Random(5), []
@@ -29,6 +30,6 @@ def write_data(folder: Path, swap_held_out: bool = False) -> Path:
         for item in range(NUM_ITEMS)
     ]
     (folder / "items.csv").write_text("\n".join(["item,title", *rows]) + "\n")
-    dataset = prepare(folder / "log.txt", folder / "data", items=folder / "items.csv")
+    dataset = prepare(folder / "log.txt", folder / "data", items=folder / "items.csv", **numbering)
     write_shards(dataset, folder / "data" / "shards", users_per_shard=32, users_per_record=16)
     return folder / "data"

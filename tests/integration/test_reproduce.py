@@ -52,6 +52,7 @@ PAPER = ["counting", *OWN]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The file, a recipe with an item head and no pretraining, and one that pretrains."""
     place = tmp_path_factory.mktemp("reproduce")
+    forked.load(environment())  # of which the trainings are forked, too
     # Whole numbers, which the counting rule needs under `given`.
     (place / "log.txt").write_text(tiny_log().replace(" B", " "), encoding="utf-8")
     where = "data: data\nrun: run\ncheckpoint_every: 1\n"

@@ -28,7 +28,7 @@ from genrec_dist.bench.gpu.cases import (
 from genrec_dist.bench.measure import Measured, OnPart
 from genrec_dist.bench.synthetic import VOCABULARY
 from genrec_dist.config.load import load_recipe
-from genrec_dist.config.recipe import Recipe
+from genrec_dist.config.recipe import CPU_MICRO_BATCH, MICRO_BATCH, Recipe
 from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.estimate.forecast import forecast
 from genrec_dist.model.causal.kinds import AnyModel
@@ -37,6 +37,7 @@ from genrec_dist.training.loop import Loop
 
 GIB = 2**30
 NUM_STEPS, WARM_STEPS, TRACED_STEPS = 18, 3, 3
+_PLAIN = ("workers=0", f"{MICRO_BATCH}={CPU_MICRO_BATCH}")
 BASE = (
     *BART_BASE,
     "model.max_tokens=512",
@@ -105,7 +106,7 @@ def measure_case(case: Case, small: bool, where: tuple[str, ...]) -> dict[str, A
     """Milliseconds of its steps on the host and in all, what the device does, and whether the same
     steps twice give the same bits. No checkpoint is written."""
     shrunk = (*SMALL_MODEL, "finetune.batch_size=64") if small else ()
-    recipe = load_recipe(case.recipe, [*where, "workers=0", *case.changes, *shrunk])
+    recipe = load_recipe(case.recipe, [*where, *_PLAIN, *case.changes, *shrunk])
     recipe = resolve_recipe(recipe)[0]
     on_gpu = torch.cuda.is_available()
     os.environ[SWITCH] = case.kernels if on_gpu else ""

@@ -79,14 +79,24 @@ def make_step(
             masked = apply_mask(items, starts_B[part], ends_B[part], of_part, layout.words)
             samples_b = part
         user_rows_b, is_padding_b = samples.user_rows[samples_b], samples.is_padding[samples_b]
+        teacher = options.teacher
+        if teacher is None or masked.places_R is None:
+            batches.append(collate(masked, user_rows_b, is_padding_b, layout, options))
+            continue
+        learned = ~masked.ignored_R(is_padding_b)
+        row_b = masked.row_sample[learned]
+        places = masked.places_R[learned] - starts_B[samples_b[row_b]]
+        if layout.nodes is None:  # each row has one label
+            soft = teacher.soft_targets(user_rows_b[row_b], places, layout.words)
+        else:
+            prefixes = teacher.prefixes(user_rows_b[row_b], places)
+            true, target_items = masked.target_items[learned], masked.target_items.copy()
+            drawn = teacher.draw_items(prefixes, true, options.seed, epoch)
+            target_items[learned] = drawn
+            masked = replace(masked, target_items=target_items)
+            soft = teacher.soft_siblings(prefixes, true, drawn, layout)
         batch = collate(masked, user_rows_b, is_padding_b, layout, options)
-        if options.teacher is not None and masked.places_R is not None:
-            learned = ~masked.ignored_R(is_padding_b)  # each has one label
-            row_b = masked.row_sample[learned]
-            places = masked.places_R[learned] - starts_B[samples_b[row_b]]
-            soft = options.teacher.soft_targets(user_rows_b[row_b], places, layout.words)
-            batch = replace(batch, soft=soft)
-        batches.append(batch)
+        batches.append(replace(batch, soft=soft))
     num_padding = int(samples.is_padding.sum())
     return RankStep(
         micro_batches=batches,

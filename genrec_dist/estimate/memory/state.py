@@ -82,9 +82,12 @@ def read_settings(folder: Path | None, method: Method) -> ZeroSettings:
     """The settings in `folder/METHOD.json`; DeepSpeed's defaults for what it leaves out, or where
     there is no such file."""
     path = folder / f"{method}.json" if folder else None
-    found: dict[str, Any] = {}
-    if path is not None and path.is_file():
-        found = read_object(path).get("zero_optimization", {})
+    return settings_in(read_object(path) if path is not None and path.is_file() else {})
+
+
+def settings_in(config: dict[str, Any]) -> ZeroSettings:
+    """The settings in the content of a DeepSpeed file."""
+    found = config.get("zero_optimization", {})
     sizes = {
         "reduce_bucket_size": found.get("reduce_bucket_size", "auto"),
         "persistence_threshold": found.get("stage3_param_persistence_threshold", "auto"),

@@ -41,6 +41,7 @@ class PromptedConfig:
     ids_outside: ClassVar[bool] = False
     spoken_tokens: ClassVar[int] = 0
     decoder_start: ClassVar[str] = "mask"
+    softmax: ClassVar[str] = "vocabulary"
 
     d_model: int = dataclasses.field(default=0, init=False, repr=False)
     num_layers: int = dataclasses.field(default=0, init=False, repr=False)

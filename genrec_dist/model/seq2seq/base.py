@@ -20,6 +20,7 @@ from genrec_dist.data.batch import ItemTargets, ModelInputs
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.model.head_loss import head_loss, soft_difference
 from genrec_dist.model.network import IdProjection, ItemText, Network, check_ranges, id_table
+from genrec_dist.model.seq2seq.siblings import Siblings
 
 ENCODER_FIELDS = ("position_ids", "user_rows", "item_rows", "further_ids")
 """Fields of `EncoderInput` that callers with plain Hugging Face inputs may leave out."""
@@ -39,7 +40,9 @@ class EncoderDecoder(Network):
         config = self.config
         self.user_embedding, self.user_projection = id_table(config, config.num_users)
         self.item_embedding, self.item_projection = id_table(config, config.num_items)
-        self.item_text: ItemText | None = None  # while it is trained; never in what is saved
+        # While it is trained; never in what is saved.
+        self.item_text: ItemText | None = None
+        self.siblings: Siblings | None = None
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[misc]
@@ -84,9 +87,9 @@ class EncoderDecoder(Network):
         return learned_states(hidden_RTD, inputs)
 
     def start_states(self, memory_BLD: Tensor, inputs: ModelInputs) -> Tensor | None:
-        """What is added to the first input of each decoder row of padded inputs, [R, D]; None:
-        nothing."""
-        if self.config.decoder_start != "state":
+        """What is added to the first input of each decoder row of padded inputs, or to all of them,
+        [R, D]; None: nothing."""
+        if self.config.decoder_start == "mask":
             return None
         if inputs.item_targets is not None:
             return memory_BLD.flatten(0, 1)[inputs.item_targets.places_R]
@@ -152,7 +155,7 @@ class EncoderDecoder(Network):
         if inputs is not None:
             with self.item_text.added(self) if self.item_text else contextlib.nullcontext():
                 return self._loss(inputs, label_smoothing, tokens_per_target)
-        if self.config.decoder_start == "state":
+        if self.config.decoder_start != "mask":
             raise ValueError(
                 "Hugging Face's decoding gives the decoder no state to start from: "
                 "search with genrec_dist"
@@ -169,8 +172,14 @@ class EncoderDecoder(Network):
     def _loss(self, inputs: ModelInputs, smoothing: float, tokens_per_target: float) -> Tensor:
         self._check(inputs.encoder)
         hidden_nD, labels_n, memory = self.learned_and_memory(inputs)
-        loss = head_loss(hidden_nD, self.head_weight, labels_n, smoothing, self.loss_by)
-        if inputs.soft is not None:
+        if self.siblings is not None:
+            assert inputs.children is not None
+            loss = self.siblings.loss(
+                hidden_nD, inputs.children, self.output_rows(), inputs.soft, self.loss_by
+            )
+        else:
+            loss = head_loss(hidden_nD, self.head_weight, labels_n, smoothing, self.loss_by)
+        if inputs.soft is not None and self.siblings is None:
             loss = loss + soft_difference(hidden_nD, self.head_weight, labels_n, inputs.soft)
         if inputs.item_targets is None or not self.config.item_loss:
             return loss

@@ -21,7 +21,8 @@ class GenRecFields:
         encoder_positions: "from-start" (BART) or "from-end".
         encoder_unit: "subword" or "item", what an encoder position is.
         encoder_attention: "bidirectional" or "causal".
-        decoder_start: "mask" or "state", the decoder's first input.
+        decoder_start: "mask", "state" or "every-state", the decoder's inputs.
+        item_output: whether items' id rows are a part of the output rows.
         item_loss: weight of the item head; 0: there is none.
         num_masks: numbered mask tokens.
         max_input_tokens: where the input is cut.
@@ -36,6 +37,7 @@ class GenRecFields:
         vocabulary_hash: of the trimmed vocabulary.
         certain_tokens: "learned", or "given": tokens that are forced by the trie have probability
             1.
+        softmax: "vocabulary" or "siblings", what a token's probability is a share of.
     """
 
     num_users: int = 0
@@ -45,6 +47,7 @@ class GenRecFields:
     encoder_unit: str = "subword"
     encoder_attention: str = "bidirectional"
     decoder_start: str = "mask"
+    item_output: bool = False
     item_loss: float = 0.0
     num_masks: int = 1
     max_input_tokens: int = 512
@@ -56,6 +59,7 @@ class GenRecFields:
     spoken_tokens: int = 0
     vocabulary_hash: str = ""
     certain_tokens: str = "learned"
+    softmax: str = "vocabulary"
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Set what transformers sets, and check the values. Raises ModelFileError naming a key, its

@@ -14,6 +14,7 @@ from genrec_shards.numbering.cooccurrence import WINDOW, cooccurrences, training
 from genrec_shards.numbering.hierarchical_codes import code_texts, places_of_codes
 from genrec_shards.numbering.item_text import Descriptions, unit_rows, word_weights
 from genrec_shards.numbering.numbering import (
+    DESCRIBED,
     HIERARCHICAL,
     Numbering,
     numbers_from,
@@ -34,9 +35,10 @@ def continued(
     `given`: the ids. `random`: the numbers that follow, in a seeded order. `train-order`: the
     numbers that follow, by first appearance in the training parts t_1..t_{n-2}, then in a seeded
     order. Hierarchical: a new number in the leaf that is nearest, from the first level down: of
-    `semantic` by the words of `descriptions`, else, and where these say nothing, by the items it is
-    taken near in the training parts, else where there is most room. Users: the numbers that follow,
-    in a seeded order, except under `given`. Held-out interactions are not looked at."""
+    `semantic` and `combined` by the words of `descriptions`, else, and where these say nothing, by
+    the items it is taken near in the training parts, else where there is most room. Users: the
+    numbers that follow, in a seeded order, except under `given`. Held-out interactions are not
+    looked at."""
     known_items, known_users, seed = len(before.item_codes), len(before.user_codes), before.seed
     if before.name == "given":
         items, users = list(sequences.item_ids), list(sequences.user_ids)
@@ -72,7 +74,7 @@ def _leaves(
     first, num_levels = len(known_NL), known_NL.shape[1] - 1
     branches_NL = np.full((sequences.num_items, num_levels), -1)
     branches_NL[:first] = known_NL[:, :-1]
-    if before.name == "semantic" and descriptions is not None:
+    if before.name in DESCRIBED and descriptions is not None:
         words_NF = word_weights(descriptions.texts)
         branches_NL[first:] = nearest_leaves(words_NF[first:], words_NF[:first], known_NL[:, :-1])
     weights_NN = cooccurrences(sequences, WINDOW)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from genrec_shards.numbering.balanced_clusters import places_in_tree
 from genrec_shards.numbering.cooccurrence import (
     WINDOW,
     cooccurrence_vectors,
+    neighbour_vectors,
     training_counts,
     training_items,
 )
@@ -21,11 +22,17 @@ from genrec_shards.numbering.item_vectors import TrainedVectors
 from genrec_shards.sequences import Sequences, update_with_strings
 from genrec_shards.splits import TrainedThrough
 
-NumberingName = Literal["given", "random", "train-order", "collaborative", "semantic"]
-HIERARCHICAL = ("collaborative", "semantic")
+NumberingName = Literal["given", "random", "train-order", "collaborative", "semantic", "combined"]
+HIERARCHICAL = ("collaborative", "semantic", "combined")
+DESCRIBED = ("semantic", "combined")
+"""Made of the items' texts, alone or among others."""
 
 DIMS = 64
 """Width of the vectors that are clustered, where they are not given."""
+NEIGHBOUR_DIMS = 128
+"""Width of the part of combined vectors that co-occurrence makes."""
+TEXT_LENGTH = 0.6
+"""Length of the part that texts make, where that of co-occurrence is 1 (docs/log.md)."""
 ITEMS_PER_LEAF = 3
 """About how many items the default levels leave in a leaf."""
 WIDEST_DEFAULT = 256
@@ -39,7 +46,7 @@ _ITEM_STREAM, _USER_STREAM, _UNSEEN_STREAM = 1, 2, 3
 class Hierarchy:
     """What hierarchical codes were made of."""
 
-    made_from: Literal["co-occurrence", "vectors", "text"]
+    made_from: Literal["co-occurrence", "vectors", "text", "co-occurrence and text"]
     levels: tuple[int, ...]
     """Clusters at each level; the number within a leaf comes after them."""
     dims: int
@@ -95,8 +102,9 @@ def number(
     balanced clusters (`balanced_clusters.py`; the idea of codes from co-occurrence: Hua et al.,
     arXiv 2305.06569) of items that are taken near each other in the training parts, or of trained
     vectors; items unseen there get seeded places. `semantic`: the same of the items' descriptions.
-    Residual quantisation would make neither unique nor balanced codes. Users: a seeded order of
-    1..U, except under `given`.
+    `combined`: of co-occurrence and descriptions side by side, so that an item that is rarely taken
+    is placed by its text. Residual quantisation would make neither unique nor balanced codes.
+    Users: a seeded order of 1..U, except under `given`.
 
     Args:
         sequences: the log.
@@ -104,7 +112,7 @@ def number(
         seed: of every seeded order.
         levels: clusters at each level of a hierarchical code; None: `default_levels`.
         vectors: trained item vectors for `collaborative`.
-        descriptions: the items' texts, for `semantic`.
+        descriptions: the items' texts, for `semantic` and `combined`.
 
     Raises:
         ValueError: another name, or an argument that does not go with it.
@@ -113,7 +121,7 @@ def number(
         choices = ", ".join(get_args(NumberingName))
         raise ValueError(f"numbering is {numbering!r}: choose one of {choices}")
     if levels is not None and numbering not in HIERARCHICAL:
-        only = f"only {' and '.join(HIERARCHICAL)} have levels"
+        only = "only collaborative, semantic and combined codes have levels"
         raise ValueError(f"levels with numbering {numbering}: {only}")
     if levels is not None and not (1 <= len(levels) < MOST_LEVELS and min(levels) >= 1):
         remedy = f"give 1 to {MOST_LEVELS - 1} whole numbers above 0, as 64,64"
@@ -121,12 +129,12 @@ def number(
     if vectors is not None and numbering != "collaborative":
         only = "only collaborative codes are made of vectors"
         raise ValueError(f"vectors with numbering {numbering}: {only}")
-    if descriptions is not None and numbering != "semantic":
-        only = "only semantic codes are made of text"
+    if descriptions is not None and numbering not in DESCRIBED:
+        only = "only semantic and combined codes are made of text"
         raise ValueError(f"descriptions with numbering {numbering}: {only}")
-    if descriptions is None and numbering == "semantic":
+    if descriptions is None and numbering in DESCRIBED:
         needs = "needs the items' text or attributes: give --items META"
-        raise ValueError(f"numbering semantic {needs}")
+        raise ValueError(f"numbering {numbering} {needs}")
 
     if numbering == "given":
         return Numbering(numbering, seed, list(sequences.item_ids), list(sequences.user_ids))
@@ -141,6 +149,9 @@ def number(
     counts = training_counts(sequences)
     if descriptions is not None:
         points = text_vectors(descriptions.texts, DIMS, seed)
+        if numbering == "combined":
+            near = neighbour_vectors(sequences, NEIGHBOUR_DIMS, seed)
+            points = np.hstack([unit_vectors(near), TEXT_LENGTH * unit_vectors(points)])
     elif vectors is not None:
         # What a model holds for an item that it has never met is where its random start drifted to.
         points = np.where(counts[:, None] > 0, vectors.values, 0)
@@ -150,18 +161,31 @@ def number(
     items = code_texts(places_in_tree(points, counts, levels, seed))
     assert len(set(items)) == len(items)
     source = descriptions or vectors
+    made_from: Any = "text" if descriptions else "vectors" if vectors else "co-occurrence"
+    if numbering == "combined":
+        made_from = "co-occurrence and text"
+    counted = made_from.startswith("co-occurrence")
     hierarchy = Hierarchy(
-        made_from="text" if descriptions else "vectors" if vectors else "co-occurrence",
+        made_from=made_from,
         levels=levels,
         dims=points.shape[1],
-        window=None if source else WINDOW,
+        window=WINDOW if counted else None,
         file=source.name if source else None,
         file_sha256=source.sha256 if source else None,
-        trained_through=None if descriptions else vectors.trained_through if vectors else "n-2",
+        trained_through="n-2" if counted else vectors.trained_through if vectors else None,
         unseen=int((counts == 0).sum()),
         placed_at_random=int((~points.any(axis=1)).sum()),
     )
     return Numbering(numbering, seed, items, users, hierarchy)
+
+
+def unit_vectors(vectors_ND: np.ndarray) -> np.ndarray:
+    """The rows, each of length 1; rows of zeros stay."""
+    lengths_N1 = np.sqrt((vectors_ND * vectors_ND).sum(axis=1, keepdims=True))
+    units: np.ndarray = np.divide(
+        vectors_ND, lengths_N1, out=np.zeros_like(vectors_ND), where=lengths_N1 > 0
+    )
+    return units
 
 
 def default_levels(num_items: int) -> tuple[int, ...]:

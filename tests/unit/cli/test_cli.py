@@ -389,7 +389,10 @@ def test_recipes_that_do_not_fit(
 ) -> None:
     recipe = recipe_file(tmp_path, data=tiny_data, run=tmp_path / "run")
     for arguments, said in (
-        (["absent"], "absent: no such recipe file; shipped recipes: auto, auto-text, best, demo"),
+        (
+            ["absent"],
+            "absent: no such recipe file; shipped recipes: auto, auto-text, best, codes, demo",
+        ),
         (
             [recipe, "--set", "model.d_modle=8"],
             "unknown key model.d_modle; did you mean `model.d_m",

@@ -152,7 +152,7 @@ def test_values_that_do_not_go_together_are_refused(write):
 
 def test_every_number_of_a_recipe_has_its_limit():
     # Any seed will do, the tokenizer checks its own size, and trackers are names.
-    free = {"seed", "tokens.vocab_size", "from_data", "tracker"}
+    free = {"seed", "tokens.vocab_size", "auto_keys", "tracker"}
     assert _numbers(Recipe("d", "r"), "") - free == set(LIMITS)
 
 

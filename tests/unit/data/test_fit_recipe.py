@@ -13,15 +13,15 @@ from genrec_shards.dataset import load_dataset
 from random_sequences import changed, random_sequences
 
 from genrec_dist.cli.app import run_command
-from genrec_dist.config.load import dump_recipe, load_recipe, recipe_from
-from genrec_dist.config.recipe import AUTO_KEYS, Recipe
+from genrec_dist.config.load import dump_recipe, load_recipe, recipe_from, with_values
+from genrec_dist.config.recipe import AUTO_KEYS, MICRO_BATCH, Recipe
 from genrec_dist.data.fit_recipe import DataFacts, as_text, fit_recipe, resolve_recipe
 
 
 def chosen(num_items: int, lengths: np.ndarray, *overrides: str) -> dict[str, int]:
     recipe = load_recipe("auto", list(overrides))
     fitted, values = fit_recipe(recipe, DataFacts(num_items, lengths))
-    assert fitted.from_data == ()
+    assert fitted.auto_keys == (MICRO_BATCH,)
     assert all(value.reason for value in values)
     assert len(as_text(values).splitlines()) == len(values)
     return {value.key: value.value for value in values}
@@ -59,13 +59,13 @@ def test_what_is_given_is_kept_and_what_follows_rests_on_it() -> None:
 
 def test_recipes_with_auto_are_written_and_read_back() -> None:
     recipe = load_recipe("auto", ["tokens.vocab_size=4096"])
-    assert recipe.from_data == tuple(key for key in AUTO_KEYS if key != "tokens.vocab_size")
+    assert recipe.auto_keys == tuple(key for key in AUTO_KEYS if key != "tokens.vocab_size")
     assert recipe_from(yaml.safe_load(dump_recipe(recipe))) == recipe
-    assert recipe.as_dict()["finetune"]["epochs"] == "auto"
+    assert recipe.as_dict()["finetune"]["epochs"] == recipe.as_dict()[MICRO_BATCH] == "auto"
     with pytest.raises(ValueError, match=r"finetune\.warmup_fraction: 'auto' is not a number"):
         load_recipe("auto", ["finetune.warmup_fraction=auto"])
-    with pytest.raises(ValueError, match="unknown key from_data"):
-        load_recipe("auto", ["from_data=[]"])
+    with pytest.raises(ValueError, match="unknown key auto_keys"):
+        load_recipe("auto", ["auto_keys=[]"])
 
 
 def test_held_out_items_choose_nothing() -> None:
@@ -79,12 +79,15 @@ def test_held_out_items_choose_nothing() -> None:
 def test_a_resumed_run_keeps_its_values(tiny_data: Path, tmp_path: Path) -> None:
     recipe = load_recipe("auto", [f"data={tiny_data}", f"run={tmp_path}"])
     fitted, values = resolve_recipe(recipe)
-    assert {value.key for value in values} == set(AUTO_KEYS)
+    assert {value.key for value in values} == set(AUTO_KEYS) - {MICRO_BATCH}
     begun = replace(fitted, finetune=replace(fitted.finetune, epochs=17))
     (tmp_path / "recipe.yaml").write_text(dump_recipe(begun))
     resumed, values = resolve_recipe(recipe, tmp_path)
     assert (resumed.finetune.epochs, values) == (17, [])
     assert resumed == replace(begun, precision=resumed.precision)
+    settled = with_values(begun, {MICRO_BATCH: 777})
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(settled))
+    assert resolve_recipe(recipe, tmp_path)[0] == settled
 
 
 def test_auto_trains_chooses_its_mixture_and_lists_by_it(
@@ -99,7 +102,7 @@ def test_auto_trains_chooses_its_mixture_and_lists_by_it(
     assert "chosen from the data: tokens.vocab_size" in said
     kept = load_recipe(run / "recipe.yaml")
     assert isinstance(kept, Recipe)
-    assert (kept.from_data, kept.finetune.epochs, kept.decode) == ((), 2, "hybrid")
+    assert (kept.auto_keys, kept.finetune.epochs, kept.decode) == ((), 2, "hybrid")
     held = json.loads((run / "hybrid.json").read_text())
     assert held["validation"]["NDCG@10"] == max(row[-1] for row in held["table"])
     assert run_command(["evaluate", str(run)]) == 0

@@ -18,15 +18,12 @@ from genrec_dist.bench.plan import CASES, measure_plan
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import load_recipe
 from genrec_dist.estimate import advice as advice_module
+from genrec_dist.estimate import forecast as forecast_module
 from genrec_dist.estimate.advice import advise
-from genrec_dist.estimate.forecast import (
-    GIB,
-    RESERVE_GIB,
-    Forecast,
-    forecast,
-)
+from genrec_dist.estimate.forecast import Forecast, forecast
 from genrec_dist.estimate.forecast_table import as_dict, render
 from genrec_dist.estimate.memory.activations import activation_bytes, compute_of
+from genrec_dist.estimate.memory.fit import GIB, RESERVE_GIB
 from genrec_dist.estimate.memory.state import METHODS
 from genrec_dist.estimate.samples import (
     ASSUMED_ITEM_TOKENS,
@@ -101,13 +98,13 @@ def test_advice_names_the_fastest_method_that_fits() -> None:
         plan = plan_of("paper-base", "micro_batch_tokens=512", **options)
         fits = {fit.method for fit in plan.fits if fit.fits(plan.limit)}
         found.append(
-            next((n for n, method in enumerate(advice_module._BY_COST) if method in fits), 9)
+            next((n for n, method in enumerate(forecast_module.BY_COST) if method in fits), 9)
         )
         expected = "Nothing fits"
         if found[-1] == 0:
             expected = "Use DDP, ZeRO is slower here"
         elif found[-1] != 9:
-            name = advice_module.NAMES[advice_module._BY_COST[found[-1]]]
+            name = advice_module.NAMES[forecast_module.BY_COST[found[-1]]]
             expected = f"use {name}, the fastest method that fits"
         assert expected in advise(plan)[0]
     assert found == sorted(found, reverse=True)

@@ -10,19 +10,23 @@ from pathlib import Path
 from typing import Any, get_args
 
 import memory_rank
+import numpy as np
 import pytest
 import torch
 from cpu_model import model_on_cpu
+from fake_cuda import FUSED, Watch
 from genrec_kernels.sharded_rows import RowTable
 from memory_rank import LiveBytes
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from two_ranks import start_each
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import HeadLoss
 from genrec_dist.data.batch import SampleRows
-from genrec_dist.estimate.forecast import step_flops
+from genrec_dist.estimate.forecast import forecast, step_flops
 from genrec_dist.estimate.memory.activations import Compute, MicroBatch, activation_bytes
+from genrec_dist.estimate.memory.fit import GIB, usable
 from genrec_dist.estimate.memory.state import (
     METHODS,
     State,
@@ -150,11 +154,12 @@ def micro_batch_loss(
     tokens, inputs = model.config.vocab_size, (batch.samples, batch.input_tokens)
     rows = batch.samples * batch.rows_per_sample
     labels = torch.randint(5, tokens, (rows, batch.target_tokens))
-    of_row = torch.arange(batch.samples).repeat_interleave(batch.rows_per_sample)
+    rows_of = np.repeat(np.arange(batch.samples), batch.rows_per_sample)
+    of_row = torch.from_numpy(rows_of)
     shared = {}
     if batch.shares_memory:
         visible = torch.randint(1, batch.input_tokens, (rows,))
-        shared = {"visible": visible, "rows": SampleRows.of(of_row.numpy())}
+        shared = {"visible": visible, "rows": SampleRows.of(rows_of)}
     with torch.autocast("cpu", torch.bfloat16, enabled=compute == "autocast"):
         summed = model(
             input_ids=torch.randint(5, tokens, inputs),
@@ -237,6 +242,41 @@ def test_the_peak_of_a_micro_batch_is_the_measured_one(
     options: dict[str, Any] = {"mask_bytes": None, "head": head}
     expected = activation_bytes(model.config, counts, batch, compute, **options).total
     assert expected == pytest.approx(live.most, rel=0.1)
+
+
+ALL = 1 << 60
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["tiny", "best"])
+def test_a_micro_batch_of_auto_stays_within_the_card(
+    name: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On fake tensors, which have no content, so that they may be of gigabytes: what forward and
+    backward make beside the state, of the shortest and of the longest samples, by a GPU's
+    attention."""
+    for place, attention in FUSED:
+        monkeypatch.setattr(place, attention)
+    sets = ["model.dropout=0", "model.embedding_dropout=0", "finetune.batch_size=500000"]
+    recipe = load_recipe(name, [*sets, "data=x", "run=x", f"precision={precision}"])
+    plan = forecast(recipe, users=5000, items=2000, memory_gib=8)
+    (samples,), tokens = plan.samples, plan.recipe.micro_batch_tokens
+    config, shares = build_config(recipe, 5000, 2000), []
+    limit = usable(8 * GIB)
+    for length in (int(samples.quantiles[0]), int(samples.quantiles[-1])):
+        batch = samples.micro_batch(tokens // length, length)
+        compute: Compute = "autocast" if precision == "bf16" else "fp32"
+        with FakeTensorMode(allow_non_fake_inputs=True), Watch("cpu", kept=ALL):
+            model = GenRecForConditionalGeneration(config).train()
+            model.set_attn_implementation("sdpa")
+            with micro_batch_loss(model, MicroBatch(2, 8, 2), compute) as loss:
+                loss.backward()
+            tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+            earlier = [tensor.untyped_storage() for tensor in (*tensors, *model.buffers())]
+            with LiveBytes(earlier) as live, micro_batch_loss(model, batch, compute) as loss:
+                loss.backward()
+        shares.append((plan.fits[0].state.total + live.most) / limit)
+    assert 0.6 < max(shares) <= 1, shares
 
 
 def test_build_config_reads_the_shape_of_a_backbone_directory(tmp_path: Path) -> None:

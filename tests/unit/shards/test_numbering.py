@@ -79,13 +79,13 @@ def numbered(sequences: Sequences, name: str, seed: int) -> Numbering:
     if name == "vectors":
         trained = vectors(dice.normal(size=(num_items, 4)))
         return number(sequences, "collaborative", seed, vectors=trained, levels=[3, 2])
-    if name == "semantic":
+    if name in ("semantic", "combined"):
         words = [" ".join(dice.choice(["red", "blue", "soap"], 2)) for _ in range(num_items)]
-        return number(sequences, "semantic", seed, descriptions=texts(words))
+        return number(sequences, name, seed, descriptions=texts(words))
     return number(sequences, name, seed)  # type: ignore[arg-type]
 
 
-LEAK_FREE = ["random", "train-order", "collaborative", "vectors", "semantic"]
+LEAK_FREE = ["random", "train-order", "collaborative", "vectors", "semantic", "combined"]
 
 
 @given(log_and_changed_log(), st.sampled_from(LEAK_FREE), st.integers(0, 3))
@@ -158,9 +158,29 @@ def test_direction_of_vectors_and_words_of_texts_decide_as_well(planted):
     for made in (
         number(sequences, "collaborative", 0, levels=[16], vectors=trained),
         number(sequences, "semantic", 0, levels=[16], descriptions=words),
+        number(sequences, "combined", 0, levels=[16], descriptions=words),
     ):
         alike, chance = share_of_alike_pairs(made, group)
         assert alike > 8 * chance
+
+
+def test_combined_codes_know_an_item_that_nobody_took_by_its_text(planted):
+    sequences, _ = planted
+    # The last user's two held-out items become ones that no training part holds.
+    ids = [sequences.item_ids[row] for row in sequences.items]
+    ids[-2:] = ["new", "newer"]
+    users = np.diff(sequences.offsets)
+    grown = sequences_from_ids(sequences.user_ids, users.tolist(), ids)
+    words = texts([f"thing {row % 5}" for row in range(grown.num_items)])
+    alone = number(grown, "collaborative", 0, levels=[4])
+    made = number(grown, "combined", 0, levels=[4], descriptions=words)
+    assert alone.hierarchy.placed_at_random == alone.hierarchy.unseen >= 2
+    assert made.hierarchy.placed_at_random == 0
+    assert (made.hierarchy.made_from, made.hierarchy.trained_through, made.hierarchy.window) == (
+        "co-occurrence and text",
+        "n-2",
+        6,
+    )
 
 
 def test_codes_are_words_and_say_what_they_were_made_of(planted):
@@ -235,12 +255,17 @@ COLLABORATIVE, RANDOM = "collaborative", "random"
     ("name", "more", "message"),
     [
         ("magic", {}, "choose one of given, random, train-order, collaborative, semantic"),
-        (RANDOM, {"levels": [4]}, "levels with numbering random: only collaborative and semantic"),
+        (RANDOM, {"levels": [4]}, "levels with numbering random: only collaborative, semantic and"),
         (COLLABORATIVE, {"levels": []}, "none: give 1 to 25 whole numbers above 0, as 64,64"),
         (COLLABORATIVE, {"levels": [8, 0]}, "levels 8,0: give"),
         (COLLABORATIVE, {"levels": [2] * 26}, "give 1 to 25"),
+        ("combined", {}, "numbering combined needs the items' text"),
         ("semantic", {}, "needs the items' text or attributes: give --items META"),
-        (COLLABORATIVE, {"descriptions": texts(["x"] * 7)}, "only semantic codes are made of text"),
+        (
+            COLLABORATIVE,
+            {"descriptions": texts(["x"] * 7)},
+            "only semantic and combined codes are made of text",
+        ),
         (RANDOM, {"vectors": vectors(np.ones((7, 2)))}, "only collaborative codes"),
     ],
 )

@@ -75,7 +75,7 @@ def derived(found: CleanLog, name: str, seed: int) -> dict[str, Any]:
     if name == "vectors":
         vectors = dice.normal(size=(sequences.num_items, 4))
         more["vectors"] = TrainedVectors(vectors, "v", "0" * 64, "n-2")
-    if name == "semantic":
+    if name in ("semantic", "combined"):
         words = ["red", "blue", "soap", "comb"]
         texts = [" ".join(dice.choice(words, 2)) for _ in sequences.item_ids]
         more["descriptions"] = Descriptions(texts, "meta.csv", "0" * 64)
@@ -104,7 +104,7 @@ def derived(found: CleanLog, name: str, seed: int) -> dict[str, Any]:
     }
 
 
-LEAK_FREE = ["given", "random", "train-order", "collaborative", "vectors", "semantic"]
+LEAK_FREE = ["given", "random", "train-order", "collaborative", "vectors", "semantic", "combined"]
 
 
 @settings(max_examples=25, deadline=None)
