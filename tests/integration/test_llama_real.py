@@ -25,7 +25,7 @@ from genrec_dist.decoding.trie import build_trie
 from genrec_dist.training.run import train
 from genrec_dist.training.setup import build_setup
 
-# Each takes a few minutes of an idle core.
+# Each takes less than a minute of an idle core, and many more beside other work.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 USERS = 300
