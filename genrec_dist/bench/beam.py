@@ -111,7 +111,6 @@ TINY = Sizes(
     repeats=2,
     trie_items=3000,
 )
-"""For a test."""
 
 
 def bench_beam(

@@ -101,7 +101,6 @@ TINY = Sizes(
     growth=(1000, 4000),
     growth_rows=100,
 )
-"""For a test."""
 
 
 def bench_kernels(

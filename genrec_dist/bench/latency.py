@@ -72,7 +72,6 @@ class Sizes:
 
 
 TINY = Sizes(users=100, items=50, callers=3, calls=12, rounds=2)
-"""For a test."""
 
 
 def bench_latency(

@@ -169,13 +169,8 @@ def watch_training(
 ) -> list[dict[str, Any]]:
     """Step events of `genrec train RECIPE` in a process of its own, ended after `num_steps` steps.
 
-    The first three steps are left out: they are start-up.
-
-    Args:
-        settings: recipe keys; `run` has to be among them.
-
-    Raises:
-        ValueError: with the process's last words, if it logged fewer than five steps.
+    The first three steps are left out: they are start-up. `settings`: recipe keys; `run` has to be
+    among them. Raises ValueError with the process's last words, if it logged fewer than five steps.
     """
     overrides = [f"--set={key}={value}" for key, value in {**settings, "log_every": 1}.items()]
     command = [sys.executable, "-m", "genrec_dist.cli", "train", recipe, *overrides]

@@ -85,11 +85,8 @@ def bench_rows(sizes: Sizes | None = None) -> Measured:
 
 def draw_ids(draw: Draw, num_rows: int, distinct: int, seed: int) -> np.ndarray:
     """int64 [T], ids as in a batch (row + 1), exactly `distinct` different ones, in random order.
-
-    Args:
-        draw: uniform: each id once. zipf: the popularity of rank r falls as 1 / r, drawn until so
-            many different ones were seen.
-    """
+    `draw`: uniform: each id once. zipf: the popularity of rank r falls as 1 / r, drawn until so
+    many different ones were seen."""
     dice = np.random.default_rng([seed, num_rows])
     if draw == "uniform":
         return dice.permutation(dice.choice(num_rows, distinct, replace=False)) + 1

@@ -60,11 +60,8 @@ class Sizes:
 
 
 def bench_stream(data: Path | None = None, sizes: Sizes | None = None) -> Measured:
-    """The claims and the table of `genrec bench stream`.
-
-    Args:
-        data: a directory of `genrec prepare`; None: synthetic data of Beauty's size.
-    """
+    """The claims and the table of `genrec bench stream`. `data`: a directory of `genrec prepare`;
+    None: synthetic data of Beauty's size."""
     sizes = sizes or Sizes()
     with tempfile.TemporaryDirectory(prefix="genrec-bench-") as name:
         folder = Path(name)

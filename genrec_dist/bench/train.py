@@ -59,11 +59,8 @@ class Sizes:
 
 
 def bench_train(data: Path | None = None, sizes: Sizes | None = None) -> Measured:
-    """The claims and the table of `genrec bench train`.
-
-    Args:
-        data: a directory of `genrec prepare`; None: synthetic data of Beauty's size.
-    """
+    """The claims and the table of `genrec bench train`. `data`: a directory of `genrec prepare`;
+    None: synthetic data of Beauty's size."""
     sizes = sizes or Sizes()
     with tempfile.TemporaryDirectory(prefix="genrec-bench-") as name:
         folder = Path(name)

@@ -34,7 +34,7 @@ def complete_space(incomplete: str) -> list[str]:
     from genrec_dist.config.shipped import shipped_files, shipped_folder
 
     files = shipped_files(shipped_folder("genrec_tuning", "spaces"))
-    return [name for name in map(_stem, files) if name.startswith(incomplete)]
+    return [name for name in (Path(file).stem for file in files) if name.startswith(incomplete)]
 
 
 def recipes(
@@ -126,10 +126,6 @@ def _first_sentence(text: str) -> str:
         if sign in ".:" and after == " ":
             return text[: number + (sign == ".")]
     return text
-
-
-def _stem(name: str) -> str:
-    return name.rpartition(".")[0] or name
 
 
 def backbone(

@@ -34,11 +34,6 @@ class HubName:
         return f"hf://{self.repo}" + (f"@{self.revision}" if self.revision else "")
 
 
-def is_hub_name(run: str | Path) -> bool:
-    """Whether this names a run on the hub: `hf://...`, of which a Path keeps one slash."""
-    return str(run).startswith(("hf:/", "hf://"))
-
-
 def parse_hub_name(text: str | Path) -> HubName:
     """`[hf://]owner/name[@revision]`. Raises ValueError where it is something else."""
     match = _NAME.fullmatch(str(text))
@@ -51,16 +46,11 @@ def run_folder(run: str | Path) -> Path:
     """The directory of a run: the path itself, or where a run on the hub was downloaded to.
 
     A download goes to the hub's own cache (`HF_HOME`) and is compared with its `manifest.json`;
-    what is there is not loaded again, and without a network the cache is read.
-
-    Args:
-        run: A directory, or `hf://owner/name[@revision]`.
-
-    Raises:
-        ValueError: There is no such run on the hub, it was not pushed by this program, or a file
-            of it arrives damaged twice.
+    what is there is not loaded again, and without a network the cache is read. `run`: A directory,
+    or `hf://owner/name[@revision]`. Raises ValueError: There is no such run on the hub, it was not
+    pushed by this program, or a file of it arrives damaged twice.
     """
-    if not is_hub_name(run):
+    if not str(run).startswith("hf:/"):  # a Path keeps one slash of two
         return Path(run)
     name = parse_hub_name(run)
     manifest = _download(name, MANIFEST)

@@ -68,14 +68,8 @@ class ModelFileError(ValueError):
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """The checked fields of a model's `config.json`.
-
-    Args:
-        folder: directory of the model, as `best/`.
-
-    Raises:
-        ModelFileError: naming the file and the key for what is no model's configuration.
-    """
+    """The checked fields of a model's `config.json`. `folder`: directory of the model, as `best/`.
+    Raises ModelFileError naming the file and the key for what is no model's configuration."""
     path = folder / CONFIG
     try:
         fields = read_object(path, remedy=REMEDY)

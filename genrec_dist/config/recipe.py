@@ -108,7 +108,8 @@ class Model:
     init_items: Literal["random", "cooccurrence"] = "random"
     """Initial values of the items' rows. cooccurrence: directions that items share with their
     neighbours in the training parts (t_1..t_{n-2} whatever `trained_through`), as long as random
-    ones; in the rows of their tokens where each item is one token, else in the item id table."""
+    ones; in the rows of their tokens where each item is one token, else in the item id table and,
+    with `tokens.softmax: siblings`, in the rows of tokens, each the mean of its items."""
     item_text: Literal["none", "add", "init"] = "none"
     """What the items' texts do to the rows of their tokens, where each item is one token. add: a
     learned projection of the text's vector is added, in the input and in the output; it is the

@@ -34,11 +34,8 @@ _ENCODER_DECODER = (
 
 
 def used_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a nested recipe without the keys that nothing reads, and without nulls.
-
-    Args:
-        values: as in `recipe.yaml`; what it lacks counts as off.
-    """
+    """A copy of a nested recipe without the keys that nothing reads, and without nulls. `values`:
+    as in `recipe.yaml`; what it lacks counts as off."""
 
     def get(key: str) -> Any:
         value: Any = values

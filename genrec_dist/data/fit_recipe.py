@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from genrec_shards.dataset import load_dataset
@@ -16,6 +14,7 @@ from genrec_shards.splits import TrainedThrough
 from genrec_dist.config.load import load_recipe, with_values
 from genrec_dist.config.native_precision import with_precision
 from genrec_dist.config.recipe import Recipe
+from genrec_dist.config.used_settings import flat
 
 LARGEST_VOCABULARY = 2**17
 """Beyond it an item has more than one token: the softmax would be too wide."""
@@ -91,17 +90,14 @@ def resolve_recipe(recipe: Recipe, run: Path | None = None) -> tuple[Recipe, lis
     fitted: list[Fitted] = []
     if recipe.auto_keys and run is not None and (run / "recipe.yaml").is_file():
         kept = load_recipe(run / "recipe.yaml")
+        held = flat(kept.as_dict())
         known = [key for key in recipe.auto_keys if key not in kept.auto_keys]
-        recipe = with_values(recipe, {key: _value(kept, key) for key in known})
+        recipe = with_values(recipe, {key: held[key] for key in known})
     elif set(recipe.auto_keys) & _CHOICES.keys():
         recipe, fitted = fit_recipe(
             recipe, DataFacts.of(load_dataset(recipe.data).sequences, recipe.trained_through)
         )
     return with_precision(recipe, run), fitted
-
-
-def _value(recipe: Recipe, key: str) -> Any:
-    return functools.reduce(getattr, key.split("."), recipe)
 
 
 def _vocabulary(recipe: Recipe, facts: DataFacts) -> tuple[int, str]:

@@ -123,16 +123,8 @@ def knn_settings(
     values: dict[str, Any] | None = None,
     more_keys: Sequence[str] = (),
 ) -> KnnSettings:
-    """The defaults, changed by `values` and by `key=value`.
-
-    Args:
-        overrides: `key=value` each.
-        values: by key.
-        more_keys: what the caller takes besides, for the message about an unknown key.
-
-    Raises:
-        ValueError: in one line, naming the key that does not fit.
-    """
+    """The defaults, changed by `values` and by `key=value`; arguments as of `section_from`. Raises
+    ValueError, one line that names the key."""
     return section_from(KnnSettings, dict(values or {}), overrides, "knn", more_keys)
 
 
@@ -175,11 +167,11 @@ def scaled_weights(forward_II: sp.csr_matrix, settings: KnnSettings) -> sp.csr_m
     pairs_II = settings.forward * forward_II + settings.backward * forward_II.T
     out_I = np.asarray(pairs_II.sum(axis=1)).ravel()
     in_I = np.asarray(pairs_II.sum(axis=0)).ravel()
-    scaled = sp.diags(_inverse_power(out_I + settings.smoothing, settings.out_power)) @ pairs_II
-    return (scaled @ sp.diags(_inverse_power(in_I + settings.smoothing, settings.in_power))).tocsr()
+    scaled = sp.diags(inverse_power(out_I + settings.smoothing, settings.out_power)) @ pairs_II
+    return (scaled @ sp.diags(inverse_power(in_I + settings.smoothing, settings.in_power))).tocsr()
 
 
-def _inverse_power(mass_I: np.ndarray, power: float) -> np.ndarray:
+def inverse_power(mass_I: np.ndarray, power: float) -> np.ndarray:
     raised_I = np.sqrt(mass_I) if power == 0.5 else mass_I**power
     return np.divide(1, raised_I, out=np.zeros_like(mass_I), where=mass_I > 0)
 

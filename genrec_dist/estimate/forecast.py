@@ -40,7 +40,7 @@ from genrec_dist.estimate.samples import (
     read_catalogue,
     stage_samples,
 )
-from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_parameters
+from genrec_dist.estimate.sizes import ParameterCounts, TextSizes, build_config, count_parameters
 from genrec_dist.estimate.step_time import StepSetup, StepTime, draw, products, step_time
 from genrec_dist.model.genrec import GenRecConfig, choose_packing
 
@@ -143,7 +143,7 @@ def forecast(
         lengths, counts = np.unique(each.lengths, return_counts=True)
         found = [step_flops(config, each.micro_batch(1, int(length))) for length in lengths]
         flops_per_sample[each.stage] = float(np.average(found, weights=counts))
-    sizes = count_parameters(recipe, config)
+    sizes = count_parameters(recipe, config, TextSizes.of(recipe, catalogue.items))
     memory = RankMemory(recipe, config, sizes, samples, gpus)
     settings = {method: read_settings(zero_files, method) for method in METHODS}
     if MICRO_BATCH in recipe.auto_keys:

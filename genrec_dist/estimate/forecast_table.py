@@ -136,11 +136,11 @@ def _table(
             "weights": state.weights,
             "optimiser": state.masters + state.moments + state.average,
             "gradients": state.gradients,
-            "ids": state.id_rows,
+            "ids": state.id_rows + state.frozen,
             "buffers": state.buffers,
             "state": state.total,
             "peak": fit.peak,
-            "host": state.host,
+            "host": state.host_total,
         }
         cells = {name: f"{size / GIB:.2f}" for name, size in sizes.items()}
         cells |= {

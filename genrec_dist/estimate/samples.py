@@ -46,6 +46,10 @@ class Samples:
     """Samples of an epoch."""
     rows: Rows
     """On average: what decides the time, as the longest decide memory."""
+    soft_items: int = 0
+    """Of the soft target of each prefix; 0: there are none."""
+    soft_bytes: int = 0
+    """Of the soft targets of all prefixes."""
     prefix_tokens: tuple[int, float] | None = None
     """Of all-prefixes, where each item but the first has a decoder row: tokens of a sequence beside
     these items, and tokens of an item."""
@@ -61,7 +65,14 @@ class Samples:
         if self.prefix_tokens is not None:
             beside, of_item = self.prefix_tokens
             rows = max(1, math.ceil((length - beside) / of_item))
-        return MicroBatch(samples, length, self.target_tokens, rows, self.rows.shares_memory)
+        return MicroBatch(
+            samples,
+            length,
+            self.target_tokens,
+            rows,
+            self.rows.shares_memory,
+            self.soft_items,
+        )
 
     def per_rank(self, gpus: int) -> int:
         """Samples of a step that a rank takes."""
@@ -176,6 +187,7 @@ def _samples(name: str, stage: Stage, recipe: Recipe, catalogue: Catalogue) -> S
         windows = np.ceil(beyond / targets).astype(np.int64)
         per_sample = float(histories.sum() / (len(histories) + windows.sum()))
     share = catalogue.users / len(catalogue.training_items)
+    soft_items = min(stage.distill.top, catalogue.items) if stage.distill.weight else 0
     return Samples(
         stage=name,
         lengths=np.minimum(lengths[order], longest),
@@ -186,6 +198,11 @@ def _samples(name: str, stage: Stage, recipe: Recipe, catalogue: Catalogue) -> S
         epochs=stage.epochs,
         epoch_samples=round(share * len(lengths)),
         rows=Rows(per_sample, num_tokens, num_labels, shares_memory=all_prefixes),
+        soft_items=soft_items,
+        # An item and its share each, and where each user's begin.
+        soft_bytes=round(share * (int(histories.sum()) * soft_items * 8)) + 8 * catalogue.users
+        if soft_items
+        else 0,
         prefix_tokens=prefix_tokens,
     )
 

@@ -15,7 +15,9 @@ from torch import nn
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.model.build import ModelSizes, make_config
 from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
+from genrec_dist.model.network import ItemText
 from genrec_dist.model.optimizer import build_optimizer
+from genrec_dist.text.vectors import vector_width
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,21 @@ BACKBONES = {
 
 
 @dataclass(frozen=True)
+class TextSizes:
+    """Of the vectors that `model.item_text: add` keeps beside the weights."""
+
+    items: int
+    dims: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, num_items: int) -> TextSizes | None:
+        """Of a recipe's model; None where it keeps none. Raises ValueError as `vector_width`."""
+        if recipe.model.item_text != "add":
+            return None
+        return cls(num_items, vector_width(recipe.model.item_text_source, num_items))
+
+
+@dataclass(frozen=True)
 class ParameterCounts:
     """What a model is made of, as far as memory is concerned."""
 
@@ -59,6 +76,10 @@ class ParameterCounts:
     ids_outside: bool
     """Whether the tables are outside the dense parameters, their rows spread over the ranks
     (row-adagrad)."""
+    text: TextSizes | None = None
+    """Whose projection is among the parameters."""
+    frozen: int = 0
+    """Bytes of buffers that no optimiser steps: those of the texts."""
 
     @property
     def dense(self) -> int:
@@ -137,10 +158,15 @@ def _read_sizes(backbone: str) -> BackboneSizes:
     return BackboneSizes(**sizes)
 
 
-def count_parameters(recipe: Recipe, config: GenRecConfig) -> ParameterCounts:
+def count_parameters(
+    recipe: Recipe, config: GenRecConfig, text: TextSizes | None = None
+) -> ParameterCounts:
     """The exact counts, of a model built on the meta device."""
     with torch.device("meta"):
         model = GenRecForConditionalGeneration(config)
+        if text is not None:
+            sizes = text.items, text.dims, config.vocab_size, config.d_model
+            model.item_text = ItemText(*sizes)
     outside = config.ids_outside
     tables = [rows for rows in (config.num_users, config.num_items) if rows]
     groups = build_optimizer(model, recipe.optimizer).param_groups
@@ -151,4 +177,6 @@ def count_parameters(recipe: Recipe, config: GenRecConfig) -> ParameterCounts:
         id_tables=tuple(rows if outside else rows + 1 for rows in tables),
         id_dim=config.id_dim or config.d_model,
         ids_outside=outside,
+        text=text,
+        frozen=sum(values.nbytes for values in model.item_text.buffers()) if model.item_text else 0,
     )

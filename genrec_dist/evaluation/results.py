@@ -298,12 +298,12 @@ class _RowGroup:
         part = slice(0, self.filled)
         filled_UN = self.items_UN[part] != EMPTY
         offsets = pa.array(np.concatenate([[0], filled_UN.sum(axis=1).cumsum()]), pa.int32())
+        listed = self.items_UN[part][filled_UN]
+        rows_or_null = pa.array(listed, pa.int32(), mask=~is_item(listed, len(item_ids)))
         columns = [
             pa.array([user_ids[row] for row in self.rows_U[part]], pa.string()),
             item_ids.take(pa.array(self.targets_U[part])),
-            pa.ListArray.from_arrays(
-                offsets, item_ids.take(_rows_or_null(self.items_UN[part][filled_UN], len(item_ids)))
-            ),
+            pa.ListArray.from_arrays(offsets, item_ids.take(rows_or_null)),
             pa.ListArray.from_arrays(
                 offsets, pa.array(self.scores_UN[part][filled_UN], pa.float32())
             ),
@@ -355,15 +355,7 @@ def _check_lists(
         )
     if not np.isfinite(scores_UN[filled_UN]).all():
         raise ValueError("a listed item has a score that is not finite: its rank means nothing")
-    if protocol.exclude_history:
-        _check_history_is_out(lists_UN, past, sequences, rows)
-
-
-def _check_history_is_out(
-    lists_UN: np.ndarray, past: Histories, sequences: Sequences, rows: np.ndarray
-) -> None:
-    taken_UN = history_listed(lists_UN, past)
-    if taken_UN.any():
+    if protocol.exclude_history and (taken_UN := history_listed(lists_UN, past)).any():
         user, place = np.argwhere(taken_UN)[0]
         item, owner = sequences.item_ids[lists_UN[user, place]], sequences.user_ids[rows[user]]
         raise ValueError(
@@ -376,8 +368,3 @@ def _provenance() -> dict[str, Any]:
     from genrec_dist.evaluation.provenance import git_commit, versions
 
     return {"git": git_commit(), "versions": {"python": platform.python_version(), **versions()}}
-
-
-def _rows_or_null(listed: np.ndarray, num_items: int) -> pa.Array:
-    """A text that is no item keeps its place in the file as null."""
-    return pa.array(listed, pa.int32(), mask=~is_item(listed, num_items))

@@ -28,7 +28,7 @@ def init_item_rows(
     network: GenRecForConditionalGeneration, vectors_NF: np.ndarray, words: WordTable
 ) -> None:
     """Turn the rows of the items' tokens towards the vectors where each item is one token, else the
-    rows of the item id table, and those of the tokens towards their items.
+    rows of the item id table and, for a softmax over siblings, those of the tokens of codes.
 
     Args:
         network: changed in place.
@@ -43,7 +43,8 @@ def init_item_rows(
         rows_N, table = torch.from_numpy(tokens.astype(np.int64)), network.model.shared.weight
     elif isinstance(network.item_embedding, IdEmbedding):
         rows_N, table = torch.arange(1, words.num_items + 1), network.item_embedding.weight
-        _turn_token_rows(network, vectors_NF, tokens, offsets)
+        if network.config.softmax == "siblings":
+            _turn_token_rows(network, vectors_NF, tokens, offsets)
     else:
         raise ValueError(
             "model.init_items: items have several tokens and no id: set model.item_ids true or "

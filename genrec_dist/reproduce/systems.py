@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from genrec_shards.cleaning.published_sizes import SetName
 from genrec_shards.splits import TrainedThrough
 
 from genrec_dist.decoding.searcher import Mode
-from genrec_dist.reproduce.published import SetName
 
 ProtocolName = Literal["leak-free", "paper"]
 PROTOCOLS: tuple[ProtocolName, ...] = get_args(ProtocolName)

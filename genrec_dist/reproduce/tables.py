@@ -6,11 +6,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from genrec_shards.cleaning.published_sizes import SetName
 from rich.table import Table
 
 from genrec_dist.evaluation.compare import Comparison, compare
 from genrec_dist.evaluation.metrics import METRICS, as_written, signed
-from genrec_dist.reproduce.published import SETS, SOURCE, SetName
+from genrec_dist.reproduce.published import SETS, SOURCE
 from genrec_dist.reproduce.result_rows import Row
 from genrec_dist.reproduce.systems import COMPARED, EQUAL, REFIT, WITHOUT, ProtocolName
 

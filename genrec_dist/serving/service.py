@@ -82,14 +82,9 @@ class Service:
         return model, answers
 
     async def reload(self, run: Path | None = None) -> Model:
-        """Load a run directory, and answer with it from then on.
-
-        Args:
-            run: None: the one that answers now, which may hold newer weights.
-
-        Raises:
-            ValueError, OSError: The model cannot be loaded; the old one goes on answering.
-        """
+        """Load a run directory, and answer with it from then on. `run`: None: the one that answers
+        now, which may hold newer weights. Raises ValueError, OSError where the model cannot be
+        loaded; the old one goes on answering."""
         async with self._reloading:
             try:
                 model = await asyncio.to_thread(self._open, run or self.model.run)

@@ -97,7 +97,6 @@ def _name_of(place: str) -> str:
 def _public_mixture(held: dict[str, Any]) -> dict[str, Any]:
     """`hybrid.json` without the table of what was tried."""
     names = ("origin", "mixture", "validation", "users")
-    names = ("origin", "mixture", "validation", "users")
     kept: dict[str, Any] = {name: held[name] for name in names if name in held}
     text = kept.get("mixture", {}).get("text")
     if text:

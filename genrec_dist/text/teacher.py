@@ -12,7 +12,12 @@ from genrec_shards.sequences import flat_ranges, offsets_of
 from genrec_shards.splits import TrainedThrough
 
 from genrec_dist.config.recipe import Distill
-from genrec_dist.data.item_graph import KnnSettings, forward_pairs, recent_item_weights
+from genrec_dist.data.item_graph import (
+    KnnSettings,
+    forward_pairs,
+    inverse_power,
+    recent_item_weights,
+)
 from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.evaluation.score_mixture import TextTerm
 from genrec_dist.text.similarity import TextSimilarity
@@ -51,8 +56,8 @@ class GraphWithoutUser:
         in_N = self.in_N.copy()
         in_N[distinct_m] -= own_mm.sum(0)
         in_N = np.maximum(in_N, 0) + settings.smoothing
-        rows_mN *= _inverse(out_m, settings.out_power)[:, None]
-        rows_mN *= _inverse(in_N, settings.in_power)
+        rows_mN *= inverse_power(out_m, settings.out_power)[:, None]
+        rows_mN *= inverse_power(in_N, settings.in_power)
         prefixes, offsets = prefixes_of(places)
         weights = recent_item_weights(
             prefixes, offsets, len(distinct_m), settings.recent, settings.decay
@@ -61,10 +66,6 @@ class GraphWithoutUser:
         sums = scores.sum(1, keepdims=True)
         shares: np.ndarray = np.divide(scores, sums, out=np.zeros_like(scores), where=sums > 0)
         return shares
-
-
-def _inverse(mass: np.ndarray, power: float) -> np.ndarray:
-    return np.divide(1, mass**power, out=np.zeros_like(mass), where=mass > 0)
 
 
 def prefixes_of(items: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

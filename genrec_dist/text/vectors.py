@@ -17,6 +17,7 @@ from genrec_shards.atomic import atomic_file
 from genrec_shards.dataset import Dataset
 from genrec_shards.errors import DataError
 from genrec_shards.numbering.item_text import Descriptions, text_vectors
+from genrec_shards.readers.documents import read_object
 from genrec_shards.storage.manifest import file_sha256
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
@@ -25,6 +26,8 @@ FOLDER = "text"
 """Of the data directory; everything in it can be made again."""
 FACTORS = 128
 """Dims of source `factors`."""
+WORDLLAMA = 256
+"""Dims of the vectors that this package loads unless told otherwise."""
 SOURCES = "words, factors, wordllama or the directory of a sentence-transformers model"
 _SEED = 0
 
@@ -55,7 +58,7 @@ def item_vectors(dataset: Dataset, source: str) -> np.ndarray:
             such model.
     """
     texts = described(dataset)
-    key = {"texts": texts.texts_hash, "source": _identity(source), "version": 1}
+    key = {"texts": texts.texts_hash, "source": source_identity(source), "version": 1}
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = dataset.path / FOLDER / f"{name[:32]}.safetensors"
     if path.is_file():
@@ -79,16 +82,33 @@ def item_vectors(dataset: Dataset, source: str) -> np.ndarray:
     return vectors_ND
 
 
+def vector_width(source: str, num_items: int) -> int:
+    """Dims of the vectors, without making them; of factors, where there are as many words, at most.
+
+    Raises:
+        ValueError: For a directory that does not say it.
+    """
+    if source == "factors":
+        return min(FACTORS, num_items)
+    if source == "wordllama":
+        return WORDLLAMA
+    path = Path(source) / "1_Pooling" / "config.json"
+    found = read_object(path).get("word_embedding_dimension") if path.is_file() else None
+    if not isinstance(found, int):
+        raise ValueError(f"text source {source!r}: {path} does not say how wide its vectors are")
+    return found
+
+
 def check_source(source: str) -> None:
     """Raises ValueError for a source that is none, or whose package is missing: before a training
     that will end with it."""
     if source in ("none", "words", "factors"):
         return
-    _identity(source)
+    source_identity(source)
     _package("wordllama" if source == "wordllama" else "sentence_transformers")
 
 
-def _identity(source: str) -> str:
+def source_identity(source: str) -> str:
     """What the vectors depend on beside the texts."""
     if source == "factors":
         return f"factors {FACTORS}"

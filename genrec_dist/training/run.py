@@ -107,7 +107,7 @@ def _train(
     setup, model = ranks.run_on_all(lambda: build_setup(recipe))
     devices = Devices.of(accelerator, ranks)
     recipe, why = ranks.run_on_all(
-        lambda: settle_micro_batches(recipe, setup.dataset, setup.words, model.config, devices)
+        lambda: settle_micro_batches(recipe, setup.dataset, setup.words, model, devices)
     )
     setup = dataclasses.replace(setup, recipe=recipe)
     if why and ranks.is_main:

@@ -18,11 +18,10 @@ from genrec_shards.numbering.cooccurrence import neighbour_vectors
 from genrec_shards.storage.reader import ShardReader
 from transformers import PreTrainedTokenizerFast
 
-from genrec_dist.baselines.tune_knn import tune_knn
+from genrec_dist.baselines.soft_targets import soft_targets_of
 from genrec_dist.config.load import RENAMED_KEYS, with_old_keys
 from genrec_dist.config.recipe import MOVES_NO_GRADIENT, Recipe
 from genrec_dist.config.used_settings import flat
-from genrec_dist.console import say
 from genrec_dist.data.layout import Layout
 from genrec_dist.data.prompt.title_words import (
     build_title_words,
@@ -49,8 +48,6 @@ from genrec_dist.model.item_rows import (
     item_tokens,
     texts_in_table,
 )
-from genrec_dist.text.teacher import make_teacher
-from genrec_dist.text.tune import tune_text
 from genrec_dist.text.vectors import check_source, item_vectors
 from genrec_dist.training.id_tables import IdTables, with_ids_outside
 from genrec_dist.training.loader import StepBatches
@@ -82,8 +79,12 @@ class TrainingSetup:
     """Where soft targets have a weight."""
 
 
-def build_setup(recipe: Recipe) -> tuple[TrainingSetup, AnyModel]:
+def build_setup(recipe: Recipe, soft_targets: bool = True) -> tuple[TrainingSetup, AnyModel]:
     """Everything that training by a recipe needs, and its model.
+
+    Args:
+        recipe: of the run.
+        soft_targets: whether to make those of the recipe; a dry run takes none.
 
     Returns:
         The setup, and a model with fresh weights (a function of the seed) or with those of
@@ -98,7 +99,10 @@ def build_setup(recipe: Recipe) -> tuple[TrainingSetup, AnyModel]:
     # One process per node reads every byte to check it; the others rely on its result.
     reader = ShardReader(recipe.shards_dir, verify=os.environ.get("LOCAL_RANK", "0") == "0")
     reader.expect(dataset.sequences, recipe.data)
-    parts = (_prompted_parts if recipe.prompt.template else _coded_parts)(recipe, dataset)
+    if recipe.prompt.template:
+        parts = _prompted_parts(recipe, dataset)
+    else:
+        parts = _coded_parts(recipe, dataset, soft_targets)
     model, words = parts.model, parts.layout.words
     model.config.numbering_hash = dataset.numbering.numbering_hash()
     model.config.split = dataset.info.split_name
@@ -165,8 +169,9 @@ def _prompted_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
     return _Parts(tokenizer, layout, model, identity)
 
 
-def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
-    """Of an encoder-decoder that reads and writes the words of codes."""
+def _coded_parts(recipe: Recipe, dataset: Dataset, soft_targets: bool) -> _Parts:
+    """Of an encoder-decoder that reads and writes the words of codes; `soft_targets`: as of
+    `build_setup`."""
     codes, num_masks = dataset.numbering, recipe.num_masks
     origin = None if recipe.init_from is None else open_origin(recipe.init_from)
     name = recipe.tokens.tokenizer or recipe.model.backbone
@@ -209,6 +214,7 @@ def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
                 vocabulary=words.vocabulary,
             ),
         )
+        model.config.softmax = recipe.tokens.softmax
         known_N = None
         if recipe.model.init_items == "cooccurrence":
             num_factors = min(recipe.model.d_model, MOST_FACTORS)
@@ -224,38 +230,24 @@ def _coded_parts(recipe: Recipe, dataset: Dataset) -> _Parts:
             else:
                 identity["item_text"] = hashlib.sha256(text_NF.tobytes()).hexdigest()
     model.config.certain_tokens = recipe.tokens.forced
-    model.config.softmax = recipe.tokens.softmax
     if recipe.tokens.softmax == "siblings":
         model.siblings = siblings_of(build_trie(*words.tokens_of_items()))
     teacher = None
-    if recipe.finetune.distill.weight:
-        teacher = _teacher(recipe, dataset)
-        if recipe.tokens.softmax == "vocabulary":
-            item_tokens(words, "finetune.distill")
+    if recipe.finetune.distill.weight and recipe.tokens.softmax == "vocabulary":
+        item_tokens(words, "finetune.distill")
+    if recipe.finetune.distill.weight and soft_targets:
+        teacher = soft_targets_of(
+            dataset,
+            recipe.trained_through,
+            recipe.finetune.distill,
+            recipe.text,
+            exclude_history=exclude_history_default(dataset.sequences),
+        )
         identity["soft_targets"] = hashlib.sha256(
             teacher.items_SK.tobytes() + teacher.shares_SK.tobytes()
         ).hexdigest()
     layout = make_layout(words, model.config)
     return _Parts(tokenizer, layout, model, identity, warm_start, teacher)
-
-
-def _teacher(recipe: Recipe, dataset: Dataset) -> Teacher:
-    """The soft targets of a recipe; the settings of graph and texts are chosen on validation."""
-    if os.environ.get("RANK", "0") == "0":
-        say(f"{recipe.run}: soft targets of the transition graph, its settings by validation")
-    excluded = exclude_history_default(dataset.sequences)
-    graph = tune_knn(dataset.sequences, exclude_history=excluded).settings
-    text = None
-    if recipe.text != "none" and dataset.descriptions is not None:
-        text = tune_text(dataset, recipe.text)
-    return make_teacher(
-        dataset,
-        recipe.trained_through,
-        recipe.finetune.distill,
-        graph,
-        text,
-        exclude_history=excluded,
-    )
 
 
 _MAY_CHANGE = (
@@ -293,9 +285,9 @@ def changed_keys(before: Recipe, now: Recipe) -> list[str]:
 def describe(recipe: Recipe) -> dict[str, Any]:
     """What a run would do (`--dry-run`): sizes and steps, and the loss of one batch. Nothing is
     written."""
-    setup, model = build_setup(recipe)
+    setup, model = build_setup(recipe, soft_targets=False)
     config, devices = model.config, Devices.of_this_process()
-    recipe, _ = settle_micro_batches(recipe, setup.dataset, setup.words, config, devices)
+    recipe, _ = settle_micro_batches(recipe, setup.dataset, setup.words, model, devices)
     outside = with_ids_outside(config)
     share = StepBatches(setup.stages, setup.reader, setup.layout, recipe, 0, 1, outside)[0]
     tables = IdTables(model.config, recipe.seed, Ranks(), model.device)

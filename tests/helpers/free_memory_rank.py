@@ -24,7 +24,7 @@ def main(recipe_file: str, folder: Path, pairs: list[str]) -> None:
     setup, model = build_setup(recipe)
 
     def settle(devices: Devices) -> list[Any]:
-        found, why = settle_micro_batches(recipe, setup.dataset, setup.words, model.config, devices)
+        found, why = settle_micro_batches(recipe, setup.dataset, setup.words, model, devices)
         return [found.micro_batch_tokens, why]
 
     answers = []

@@ -299,14 +299,8 @@ class Recorder:
 
 
 def read_sweep(directory: str | Path) -> Sweep:
-    """The record of a sweep.
-
-    Args:
-        directory: here, or an address that fsspec knows.
-
-    Raises:
-        ValueError: it holds no sweep, or a file is damaged; names the file.
-    """
+    """The record of a sweep. `directory`: here, or an address that fsspec knows. Raises ValueError
+    where it holds no sweep, or a file is damaged; names the file."""
     folder = Folder(directory)
     if not folder.holds(SWEEP_FILE):
         raise ValueError(f"{directory}: no {SWEEP_FILE} in it: is it a directory of genrec tune?")
@@ -323,7 +317,8 @@ def read_sweep(directory: str | Path) -> Sweep:
                     f"{place}: it is about trial {trial.id}; give the file its own name back"
                 )
             trials.append(trial)
-    facts = _read(folder, SWEEP_FILE, _facts)
+    known = ("name", "space", "started", "hours", "resumed")
+    facts = _read(folder, SWEEP_FILE, lambda values: {key: values[key] for key in known})
     if folder.holds(FINALS_FILE):
         facts |= _read(folder, FINALS_FILE, _finals)
     return Sweep(**facts, trials=tuple(trials))
@@ -332,10 +327,6 @@ def read_sweep(directory: str | Path) -> Sweep:
 def _trial(values: dict[str, Any]) -> Trial:
     epochs = tuple(Epoch.from_dict(epoch) for epoch in values["epochs"])
     return Trial.from_dict({**values, "epochs": epochs})
-
-
-def _facts(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: values[key] for key in ("name", "space", "started", "hours", "resumed")}
 
 
 def _finals(values: dict[str, Any]) -> dict[str, Any]:

@@ -82,8 +82,10 @@ def run_sweep(
     check_plotly()
     out, ending, began = Path(out), deadline(budget_hours), time.monotonic()
     folder = place_of(out, storage)
-    if address is None:
-        check_data(space)
+    if address is None:  # data that no trial could read are refused now
+        recipe = space.recipe_of({}, "runs/trial")
+        load_dataset(recipe.data)
+        ShardReader(recipe.shards_dir, verify=False)
     with hold(out / ".lock", "another genrec tune works on this sweep"):
         recorder = Recorder(folder, _open(space, folder, resume))
         hours = recorder.sweep.hours
@@ -96,7 +98,10 @@ def run_sweep(
             table.show(recorder.sweep)
 
         def tidy() -> None:
-            remove_weights(folder, recorder.sweep, space.keep)
+            kept = recorder.sweep.ranked[: space.keep]
+            for trial in recorder.sweep.trials:  # of the others what is over takes room alone
+                if trial.status in DONE and trial not in kept:
+                    folder.remove(f"{trial.run}/checkpoints", f"{trial.run}/best")
             write_results(recorder.sweep, folder.address)
 
         with ending.stop, SweepTable() as table:
@@ -117,14 +122,6 @@ def run_sweep(
 def deadline(budget_hours: float | None) -> Deadline:
     """When the trials have to end: after so many hours, if any, and at SIGTERM or SIGINT."""
     return Deadline(None if budget_hours is None else 60 * budget_hours)
-
-
-def check_data(space: Space) -> None:
-    """Raise DataError or ValueError, one line naming the file, for data that no trial could
-    read."""
-    recipe = space.recipe_of({}, "runs/trial")
-    load_dataset(recipe.data)
-    ShardReader(recipe.shards_dir, verify=False)
 
 
 def place_of(out: Path, storage: str | None) -> Folder:
@@ -226,14 +223,6 @@ def check_fits(resources: Resources, nodes: list[dict[str, float]]) -> None:
             f"resources_per_trial: cpu {resources.cpu:g}, gpu {resources.gpu:g}: no node has that "
             f"much (there are: {have}); a trial runs on one node"
         )
-
-
-def remove_weights(folder: Folder, sweep: Sweep, keep: int) -> None:
-    """Remove checkpoints and `best/` of trials that are over, but for the best `keep` by
-    validation."""
-    for trial in sweep.trials:
-        if trial.status in DONE and trial not in sweep.ranked[:keep]:
-            folder.remove(f"{trial.run}/checkpoints", f"{trial.run}/best")
 
 
 def raise_if_ended(sweep: Sweep, ending: Deadline) -> None:

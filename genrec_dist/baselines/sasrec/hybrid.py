@@ -48,8 +48,6 @@ class ControlSettings:
     """Of kNN's log share; below 0, weight and epsilon are chosen on validation."""
     epsilon: float = 0.1
     """As in `Mixture`."""
-    sasrec: dict[str, Any] = field(default_factory=dict)
-    """Settings of the model that is trained."""
     knn: KnnSettings = field(default_factory=KnnSettings)
     tune_knn: bool = False
     """Choose kNN's settings on validation too, as `genrec train auto` does; controls with texts

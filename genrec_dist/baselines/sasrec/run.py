@@ -29,14 +29,11 @@ from torch import Tensor
 from genrec_dist.baselines.sasrec.bsarec import BsarecSettings
 from genrec_dist.baselines.sasrec.model import SASRec, SasrecSettings, check_settings
 from genrec_dist.baselines.sasrec.train import Epoch, Progress, Trained, model_of, train
-from genrec_dist.baselines.tune_knn import tune_knn
+from genrec_dist.baselines.soft_targets import soft_targets_of
 from genrec_dist.config.load import section_from
-from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.evaluation.provenance import git_commit, versions
 from genrec_dist.evaluation.score_mixture import TEXTS
 from genrec_dist.model.weights import check_weights
-from genrec_dist.text.teacher import make_teacher
-from genrec_dist.text.tune import tune_text
 from genrec_dist.text.vectors import described, item_vectors
 
 SETTINGS_OF: dict[str, type[SasrecSettings]] = {"sasrec": SasrecSettings, "bsarec": BsarecSettings}
@@ -242,6 +239,15 @@ def _train(
     texts_IF = None
     if settings.item_text != "none":
         texts_IF = item_vectors(training.dataset, settings.item_text_source)
+    teacher = None
+    if settings.distill.weight:
+        teacher = soft_targets_of(
+            training.dataset,
+            training.trained_through,
+            settings.distill,
+            settings.text,
+            exclude_history=training.exclude_history,
+        )
     _drop_events_after(run / EVENTS, progress.last.epoch if progress else 0)
     with (run / EVENTS).open("a", encoding="utf-8", buffering=1) as file:
 
@@ -277,7 +283,7 @@ def _train(
             exclude_history=training.exclude_history,
             trained_through=training.trained_through,
             texts_IF=texts_IF,
-            teacher=_teacher(training, settings),
+            teacher=teacher,
             on_epoch=epoch_ended,
             on_progress=keep,
             progress=progress,
@@ -297,21 +303,6 @@ def _soft_text(settings: SasrecSettings, dataset: Dataset) -> bool:
     """Whether soft targets compare texts."""
     return bool(
         settings.distill.weight and settings.text != "none" and dataset.descriptions is not None
-    )
-
-
-def _teacher(training: Training, settings: SasrecSettings) -> Teacher | None:
-    """Soft targets, if the settings want them; those of a recipe with the same keys."""
-    if not settings.distill.weight:
-        return None
-    dataset, excluded = training.dataset, training.exclude_history
-    return make_teacher(
-        dataset,
-        training.trained_through,
-        settings.distill,
-        tune_knn(dataset.sequences, exclude_history=excluded).settings,
-        tune_text(dataset, settings.text) if _soft_text(settings, dataset) else None,
-        exclude_history=excluded,
     )
 
 

@@ -255,12 +255,9 @@ def _section(name: str, found: dict[str, Any]) -> list[str]:
     if name in ("steps", "graph", "lists"):
         kind = "modes" if name == "lists" else "cases"
         for case, figures in found[kind].items():
-            lines.append(f"- {case}: {_words({key: _short(one) for key, one in figures.items()})}")
+            short = {k: f"{v:,.4g}" if isinstance(v, float) else v for k, v in figures.items()}
+            lines.append(f"- {case}: {_words(short)}")
     return lines
-
-
-def _short(value: Any) -> Any:
-    return f"{value:,.4g}" if isinstance(value, float) else value
 
 
 def _end_of(log: Path, count: int = 25) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import statistics
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -195,27 +194,21 @@ def _of_the_device(step: Callable[[int], None], recipe: Recipe | None) -> dict[s
         "kernels, ms a step": microseconds / TRACED_STEPS / 1e3,
         "peak memory, GiB": peak / GIB,
         "foretold memory, GiB": foretold,
-        "waits": dict(_waits(step)),
+        "waits": _waits(step),
     }
 
 
-def _waits(step: Callable[[int], None]) -> Counter[str]:
+def _waits(step: Callable[[int], None]) -> dict[str, int]:
     """The lines at which a step waits for the device, by torch's own watch."""
-    with _watched() as seen:
-        step(0)
-    told = [one for one in seen if "synchroniz" in str(one.message)]
-    return Counter(f"{Path(one.filename).name}:{one.lineno}" for one in told)
-
-
-@contextlib.contextmanager
-def _watched() -> Iterator[list[warnings.WarningMessage]]:
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            yield seen
+            step(0)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+    told = [one for one in seen if "synchroniz" in str(one.message)]
+    return dict(Counter(f"{Path(one.filename).name}:{one.lineno}" for one in told))
 
 
 def _same_twice(loop: Loop, step: Callable[[int], None]) -> bool:

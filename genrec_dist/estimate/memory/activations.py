@@ -33,6 +33,8 @@ class MicroBatch:
     rows_per_sample: int = 1
     shares_memory: bool = False
     """The rows of a sample are queries over one copy of its keys and values (`all-prefixes`)."""
+    soft_items: int = 0
+    """Items of the soft target of each label."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,12 @@ class Activations:
     """Logits and their gradients, or chunks of them, beside it where the backward begins."""
     in_flight: int
     """Gradients of the shared embedding that are added up, after the decoder's backward."""
+    batch: int = 0
+    """Of what came with it: the soft targets. (Its tokens are among what is saved.)"""
 
     @property
     def total(self) -> int:
-        return max(self.saved + self.logits, self.encoder + self.in_flight)
+        return self.batch + max(self.saved + self.logits, self.encoder + self.in_flight)
 
 
 def activation_bytes(
@@ -124,7 +128,28 @@ def activation_bytes(
     # The head's gradient of the shared embedding waits for the decoder's; their sum is a third.
     shared = config.vocab_size * width
     in_flight = residual * max(3 * shared, shared + counts.largest)
-    return Activations(encoder + decoder, encoder, logits, in_flight)
+    if counts.text is not None:
+        # The head holds the table with the texts in it; in the end there is their gradient.
+        decoder += 4 * shared
+        in_flight += 4 * counts.text.items * width
+    soft, batch_bytes = _soft_bytes(targets, batch.soft_items, width, casts, device)
+    if batch.soft_items:
+        # Their gradients of the shared embedding come first, and wait for the head's.
+        logits = max(logits + 4 * shared, 3 * 4 * shared)
+    return Activations(encoder + decoder + soft, encoder, logits, in_flight, batch_bytes)
+
+
+def _soft_bytes(
+    targets: int, items: int, width: int, casts: bool, device: torch.device
+) -> tuple[int, int]:
+    """(saved between forward and backward, of the batch itself) of soft targets of so many items
+    for each target."""
+    if not items:
+        return 0, 0
+    # The difference of rows, and the states in float32; a GPU numbers the bags.
+    saved = targets * width * 4 * (2 if casts else 1)
+    saved += 8 * targets * items if device.type == "cuda" else 0
+    return saved, targets * items * (8 + 4)
 
 
 def _loss_bytes(

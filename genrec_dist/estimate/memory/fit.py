@@ -69,6 +69,7 @@ class RankMemory:
             settings=settings,
             average=self.recipe.optimizer.ema_decay > 0,
             step_id_rows=int(max(rows)),
+            soft_targets=sum(each.soft_bytes for each in self.samples),
         )
 
     def activations(self, method: Method, tokens: int, whole_steps: bool) -> int:

@@ -59,12 +59,24 @@ class State:
     """The whole float32 model that DeepSpeed's ranks decode with; gradients and activations are
     gone by then."""
     host: int
-    """Bytes in host memory."""
+    """Bytes in host memory that the optimiser's offload takes."""
+    frozen: int = 0
+    """Buffers of the items' texts, whole on each rank."""
+    checkpoint_copies: int = 0
+    """Host memory of the rank with most, pinned: copies of what it stores in a checkpoint."""
+    soft_targets: int = 0
+    """Host memory of each rank: those of all prefixes."""
 
     @property
     def held(self) -> int:
         """What is there at any time: weights, masters, moments, average and sharded ids."""
-        return self.weights + self.masters + self.moments + self.average + self.id_rows
+        kept = self.weights + self.masters + self.moments + self.average
+        return kept + self.id_rows + self.frozen
+
+    @property
+    def host_total(self) -> int:
+        """All that is foretold of a rank's host memory."""
+        return self.host + self.checkpoint_copies + self.soft_targets
 
     @property
     def total(self) -> int:
@@ -105,6 +117,7 @@ def state_bytes(
     settings: ZeroSettings | None = None,
     average: bool = False,
     step_id_rows: int = 0,
+    soft_targets: int = 0,
 ) -> State:
     """Bytes of the fullest rank under AdamW.
 
@@ -117,6 +130,7 @@ def state_bytes(
         average: Whether a running average of the weights is kept.
         step_id_rows: Distinct id rows that a rank's share of a step touches; read where the tables
             are outside the parameters.
+        soft_targets: Bytes of those of all prefixes.
     """
     settings = settings or ZeroSettings()
     dense, each = counts.dense, 2 if bf16 else 4
@@ -160,6 +174,7 @@ def state_bytes(
         weights, gradients, step_extra = each * (share + small), 4 * share, norm_and_flat
         buffers = each * (settings.reduce_bucket_size + gathered_elements(counts, settings))
     moments, averaged = 8 * share, 4 * share if average else 0
+    copies = 4 * share + moments + averaged
     if method.endswith("_offload"):  # the step is taken on the host, with masters' gradients
         host = masters + moments + averaged + 4 * share
         masters = moments = averaged = step_extra = 0
@@ -176,7 +191,9 @@ def state_bytes(
     if counts.ids_outside:
         held = sum(BLOCK * -(-rows // (BLOCK * world_size)) for rows in counts.id_tables)
         of_step = min(step_id_rows, sum(counts.id_tables))
-        id_rows = held * (4 * counts.id_dim + 4) + 2 * 4 * of_step * counts.id_dim
+        stored = held * (4 * counts.id_dim + 4)
+        id_rows = stored + 2 * 4 * of_step * counts.id_dim
+        copies += stored
     return State(
         weights=weights,
         masters=masters,
@@ -188,6 +205,9 @@ def state_bytes(
         step_extra=step_extra,
         validation_extra=0 if method == "ddp" else 4 * dense,
         host=host,
+        frozen=counts.frozen,
+        checkpoint_copies=copies,
+        soft_targets=soft_targets,
     )
 
 

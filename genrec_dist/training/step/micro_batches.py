@@ -16,8 +16,9 @@ from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.estimate.memory.fit import GIB, RankMemory, usual_micro_batch
 from genrec_dist.estimate.memory.state import METHODS, Method, ZeroSettings, settings_in
 from genrec_dist.estimate.samples import catalogue_of, stage_samples
-from genrec_dist.estimate.sizes import count_parameters
-from genrec_dist.model.genrec import GenRecConfig
+from genrec_dist.estimate.sizes import TextSizes, count_parameters
+from genrec_dist.model.causal.kinds import AnyModel
+from genrec_dist.model.genrec import GenRecForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,28 @@ def _is_on_host(zero: dict[str, object], name: str) -> bool:
     return isinstance(found, dict) and found.get("device", "none") != "none"
 
 
+def memory_of(
+    recipe: Recipe,
+    dataset: Dataset,
+    words: WordTable,
+    model: GenRecForConditionalGeneration,
+    processes: int,
+) -> RankMemory:
+    """What `genrec plan` foretells, by the data and the model of a run."""
+    text = None
+    if model.item_text is not None:
+        text = TextSizes(*model.item_text.vectors_NF.shape)
+    return RankMemory(
+        recipe=recipe,
+        config=model.config,
+        counts=count_parameters(recipe, model.config, text),
+        samples=stage_samples(recipe, catalogue_of(recipe, dataset, words)),
+        gpus=processes,
+    )
+
+
 def settle_micro_batches(
-    recipe: Recipe, dataset: Dataset, words: WordTable, config: object, devices: Devices
+    recipe: Recipe, dataset: Dataset, words: WordTable, model: AnyModel, devices: Devices
 ) -> tuple[Recipe, str]:
     """The recipe with a number in place of `micro_batch_tokens: auto`, and why it is this one; ""
     where the recipe gives a number.
@@ -69,7 +90,7 @@ def settle_micro_batches(
         recipe: of the run.
         dataset: its data.
         words: of items and users.
-        config: of its model.
+        model: the run's.
         devices: of all ranks, so that they agree.
 
     Raises:
@@ -79,16 +100,10 @@ def settle_micro_batches(
         return recipe, ""
     if devices.free is None:
         tokens, reason = usual_micro_batch(recipe), "the usual number on a CPU"
-    elif not isinstance(config, GenRecConfig) or foretold_problem(recipe):
+    elif not isinstance(model, GenRecForConditionalGeneration) or foretold_problem(recipe):
         tokens, reason = usual_micro_batch(recipe), f"the usual number; {foretold_problem(recipe)}"
     else:
-        memory = RankMemory(
-            recipe=recipe,
-            config=config,
-            counts=count_parameters(recipe, config),
-            samples=stage_samples(recipe, catalogue_of(recipe, dataset, words)),
-            gpus=devices.processes,
-        )
+        memory = memory_of(recipe, dataset, words, model, devices.processes)
         tokens = memory.micro_batch_tokens(devices.method, devices.free, devices.settings)
         reason = "a whole step" if tokens >= memory.step_tokens else "as many as fit"
         reason += f"; {devices.free / GIB:.1f} GiB are free on the smallest card"

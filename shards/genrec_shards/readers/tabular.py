@@ -140,7 +140,8 @@ def read_text(
             header, block = read_header(path, block, reader.columns)
         if not block.data.strip():
             continue
-        block = with_separators(block, header.delimiter)
+        if header.delimiter == "::":
+            block = Block(block.first_line, block.data.replace(b"::", _UNIT_SEPARATOR.encode()))
         frame = _fast_frame(block, header, reader)
         yield reader.frame_one_by_one(path, _rows(block, header)) if frame is None else frame
     if header is None:
@@ -192,13 +193,6 @@ def delimiter_of(line: str) -> str:
 def separator_of(delimiter: str) -> str:
     """One character for a delimiter: `::` has another in its place while a text is read."""
     return _UNIT_SEPARATOR if delimiter == "::" else delimiter
-
-
-def with_separators(block: Block, delimiter: str) -> Block:
-    """The block with `::` as one character; as it is where the delimiter is another."""
-    if delimiter != "::":
-        return block
-    return Block(block.first_line, block.data.replace(b"::", _UNIT_SEPARATOR.encode()))
 
 
 def with_whole_cells(found: Iterator[Block]) -> Iterator[Block]:

@@ -3,7 +3,6 @@ memory."""
 
 import gzip
 import io
-import math
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -47,7 +46,12 @@ def blocks(path: Path) -> Iterator[Block]:
     """Blocks of about BLOCK_BYTES, one after another, without a byte-order mark; the content tells
     whether it is gzip or zip. Raises DataError where the file is missing, cannot be read, is a
     damaged gzip or has a line without end."""
-    return whole_lines(str(path), file_pieces(path))
+    check_readable(path)
+    try:
+        with path.open("rb") as raw:
+            yield from whole_lines(str(path), unpacked(str(path), raw))
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def whole_lines(
@@ -114,16 +118,6 @@ def unreadable(path: Path | str, error: Exception) -> DataError:
     return DataError(f"{path}: cannot be read ({reason}): check the path and its rights")
 
 
-def file_pieces(path: Path) -> Iterator[bytes]:
-    """The file's bytes, unpacked where it is gzip or zip, in pieces of BLOCK_BYTES."""
-    check_readable(path)
-    try:
-        with path.open("rb") as raw:
-            yield from unpacked(str(path), raw)
-    except OSError as error:
-        raise unreadable(path, error) from None
-
-
 def is_packed(beginning: bytes) -> bool:
     """Whether a file that begins so, with at least four bytes, cannot be entered half-way."""
     return beginning.startswith((GZIP_MAGIC, _ZIP_MAGIC))
@@ -133,6 +127,8 @@ def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
     """Pieces of BLOCK_BYTES of an open file: plain, gzipped, or the one file of a zip. Raises
     DataError where it is damaged, packed otherwise, a zip of several files, or unpacks to more than
     ALWAYS_UNPACKED bytes and MOST_TIMES its size: a small file would be read for hours."""
+    most = max(ALWAYS_UNPACKED, MOST_TIMES * raw.seek(0, io.SEEK_END))
+    raw.seek(0)
     beginning = raw.read(8)
     raw.seek(0)
     for magic, (kind, remedy) in _NOT_READ.items():
@@ -144,12 +140,12 @@ def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
         name, file = "zip", _zipped_file(path, raw)
     elif beginning.startswith(GZIP_MAGIC):
         file = gzip.GzipFile(fileobj=raw)
-    size, most = 0, math.inf if file is raw else _most_unpacked(raw)
+    size = 0
     try:
         while data := file.read(BLOCK_BYTES):
             size += len(data)
-            if size > most:
-                limit = f"more than {int(most) >> 20:,} MiB, over {MOST_TIMES} times its size"
+            if size > most and file is not raw:
+                limit = f"more than {most >> 20:,} MiB, over {MOST_TIMES} times its size"
                 remedy = "where it is a log, unpack it and give what comes of it"
                 raise DataError(f"{path}: unpacks to {limit}: {remedy}")
             yield data
@@ -160,14 +156,6 @@ def unpacked(path: str, raw: BinaryIO) -> Iterator[bytes]:
     else:
         return
     raise DataError(f"{path}: {fault}: download or copy the file again")
-
-
-def _most_unpacked(raw: BinaryIO) -> int:
-    """Bytes to which an open packed file may unpack."""
-    place = raw.tell()
-    size = raw.seek(0, io.SEEK_END)
-    raw.seek(place)
-    return max(ALWAYS_UNPACKED, MOST_TIMES * size)
 
 
 def _zipped_file(path: str, raw: BinaryIO) -> IO[bytes]:

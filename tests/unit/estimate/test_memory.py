@@ -16,14 +16,17 @@ import torch
 from cpu_model import model_on_cpu
 from fake_cuda import FUSED, Watch
 from genrec_kernels.sharded_rows import RowTable
+from genrec_shards.numbering.item_text import text_vectors
 from memory_rank import LiveBytes
+from topic_data import write_data
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from two_ranks import start_each
 
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import HeadLoss
-from genrec_dist.data.batch import SampleRows
+from genrec_dist.data.batch import SampleRows, SoftTargets
+from genrec_dist.distributed.accelerator import make_accelerator
 from genrec_dist.estimate.forecast import forecast, step_flops
 from genrec_dist.estimate.memory.activations import Compute, MicroBatch, activation_bytes
 from genrec_dist.estimate.memory.fit import GIB, usable
@@ -34,8 +37,18 @@ from genrec_dist.estimate.memory.state import (
     read_settings,
     state_bytes,
 )
-from genrec_dist.estimate.sizes import ParameterCounts, build_config, count_parameters
+from genrec_dist.estimate.sizes import (
+    ParameterCounts,
+    TextSizes,
+    build_config,
+    count_parameters,
+)
 from genrec_dist.model.genrec import GenRecForConditionalGeneration, choose_loss
+from genrec_dist.model.network import ItemText
+from genrec_dist.text.vectors import FACTORS, vector_width
+from genrec_dist.training.loop import Loop
+from genrec_dist.training.setup import build_setup
+from genrec_dist.training.step.micro_batches import memory_of
 
 # 4.2 million parameters, so that paddings and scalars are small beside them.
 RECIPE = """
@@ -148,7 +161,10 @@ def test_state_bytes_are_the_measured_ones(
 
 @contextlib.contextmanager
 def micro_batch_loss(
-    model: GenRecForConditionalGeneration, batch: MicroBatch, compute: Compute
+    model: GenRecForConditionalGeneration,
+    batch: MicroBatch,
+    compute: Compute,
+    soft: SoftTargets | None = None,
 ) -> Iterator[torch.Tensor]:
     """The loss of a target token."""
     tokens, inputs = model.config.vocab_size, (batch.samples, batch.input_tokens)
@@ -170,6 +186,7 @@ def micro_batch_loss(
             encoder_row=of_row,
             decoder_input_ids=labels,
             labels=labels,
+            soft=soft,
             **shared,
         )
     yield summed / labels.numel()
@@ -242,6 +259,80 @@ def test_the_peak_of_a_micro_batch_is_the_measured_one(
     options: dict[str, Any] = {"mask_bytes": None, "head": head}
     expected = activation_bytes(model.config, counts, batch, compute, **options).total
     assert expected == pytest.approx(live.most, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "batch", [MicroBatch(16, 60, 5, soft_items=40), MicroBatch(2, 20, 3)], ids=str
+)
+@pytest.mark.parametrize("compute", ["fp32", "autocast"])
+def test_the_peak_with_texts_and_soft_targets_is_the_measured_one(
+    compute: Compute, batch: MicroBatch
+) -> None:
+    """Of a micro-batch whose soft targets are much of it, and of one that is small beside the
+    table of tokens."""
+    model, counts = model_on_cpu(compute, *LAYERS, "tokens.vocab_size=8000")
+    choose_loss(model, "full")
+    text = ItemText(3000, 32, model.config.vocab_size, model.config.d_model)
+    torch.nn.init.normal_(text.projection_FD, std=0.1)
+    text.rows_N.copy_(torch.randperm(8000)[:3000])
+    model.item_text = text
+    counts = replace(counts, text=TextSizes(3000, 32))
+
+    def soft() -> SoftTargets | None:
+        shape = batch.samples * batch.target_tokens, batch.soft_items
+        if not batch.soft_items:
+            return None
+        return SoftTargets(torch.randint(5, 8000, shape), torch.full(shape, 0.01))
+
+    with micro_batch_loss(model, batch, compute, soft()) as loss:
+        loss.backward()
+    tensors = [t for p in model.parameters() for t in (p, p.grad) if t is not None]
+    earlier = [tensor.untyped_storage() for tensor in (*tensors, *model.buffers())]
+    with LiveBytes(earlier) as live, micro_batch_loss(model, batch, compute, soft()) as loss:
+        loss.backward()
+    options: dict[str, Any] = {"mask_bytes": None, "head": "full"}
+    expected = activation_bytes(model.config, counts, batch, compute, **options).total
+    assert expected == pytest.approx(live.most, rel=0.1)
+    without = replace(batch, soft_items=0), replace(counts, text=None)
+    plain = activation_bytes(model.config, without[1], without[0], compute, **options).total
+    assert plain < 0.95 * live.most
+
+
+def test_texts_copies_and_soft_targets_are_those_of_a_real_run(tmp_path: Path) -> None:
+    """The buffers of the texts and the parameters with their projection, the host copies of a
+    checkpoint, and the soft targets of all prefixes."""
+    data = write_data(tmp_path / "data")
+    recipe = load_recipe(
+        "auto-text",
+        [f"data={data}", f"run={tmp_path / 'run'}", "precision=fp32", "workers=0", "tracker=none",
+         "finetune.batch_size=16", "finetune.epochs=1", "validation.every_epochs=1",
+         "model.max_tokens=16", "tokens.vocab_size=400", "model.d_model=32", "finetune.distill.top=7"],
+    )  # fmt: skip
+    setup, model = build_setup(recipe)
+    loop = Loop(setup, model, make_accelerator(recipe))
+    with contextlib.closing(loop.batches()) as batches:  # type: ignore[type-var]
+        place, share = next(batches)
+    loop.take_step(place, share, loop.step_totals(share), setup.stages[-1].stage, 1.0)
+    loop.checkpoints.save()
+    loop.checkpoints.writer.finish()
+    copies = loop.checkpoints.writer._copies._buffers.values()
+    assert isinstance(model, GenRecForConditionalGeneration)
+    assert model.item_text is not None
+    assert setup.teacher is not None
+    state = memory_of(recipe, setup.dataset, setup.words, model, 1).state("ddp")
+    assert state.frozen == sum(values.nbytes for values in model.item_text.buffers())
+    assert state.weights == sum(values.nbytes for values in model.parameters())
+    assert state.checkpoint_copies == sum(values.nbytes for values in copies) - 4  # the step
+    kept = setup.teacher.first_U, setup.teacher.items_SK, setup.teacher.shares_SK
+    assert state.soft_targets == sum(values.nbytes for values in kept)
+    assert state.host_total == state.checkpoint_copies + state.soft_targets
+    # The plan knows nothing of the texts but the source.
+    planned, vectors_NF = forecast(recipe).fits[0].state, model.item_text.vectors_NF
+    more = vector_width("factors", len(vectors_NF)) - vectors_NF.shape[1]
+    assert planned.frozen == state.frozen + 4 * more * len(vectors_NF)
+    assert planned.soft_targets == state.soft_targets
+    named = [f"item_{number} word{number % 200} word{number % 7}" for number in range(400)]
+    assert text_vectors(named, FACTORS, 0).shape[1] == vector_width("factors", 400)
 
 
 ALL = 1 << 60

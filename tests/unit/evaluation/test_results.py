@@ -75,9 +75,9 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def lists(dataset):
-    return baseline.recommend(
-        "popularity", dataset.sequences, dataset.numbering.item_codes, "test", exclude_history=True
-    )
+    codes = dataset.numbering.item_codes
+    rule = baseline.fit("popularity", dataset.sequences, codes, "test", exclude_history=True)
+    return rule(np.arange(50))
 
 
 def write(out, dataset, lists, **changes):
@@ -104,13 +104,9 @@ def test_metrics_file_says_how_many_targets_of_its_split_share_their_time(tmp_pa
     timed = replace(dataset, timestamps=times)
     shares = {}
     for split in ("test", "validation"):
-        found = baseline.recommend(
-            "popularity",
-            sequences,
-            dataset.numbering.item_codes,
-            split,
-            exclude_history=True,
-        )
+        codes = dataset.numbering.item_codes
+        rule = baseline.fit("popularity", sequences, codes, split, exclude_history=True)
+        found = rule(np.arange(50))
         changes = {"split": split, "lists_UN": found.items_UN, "scores_UN": found.scores_UN}
         shares[split] = write(tmp_path / split, timed, lists, **changes)["tied_targets"]
     assert shares == {"test": 0.1, "validation": 0.16}

@@ -14,7 +14,7 @@ from genrec_shards.dataset import load_dataset
 from genrec_shards.prepare import prepare
 from genrec_shards.storage.write import write_shards
 from topic_data import NUM_ITEMS, TOPICS, UNSEEN, write_data
-from two_ranks import run_ranks
+from two_ranks import start_each
 
 from genrec_dist.config.load import dump_recipe, load_recipe, recipe_from
 from genrec_dist.config.recipe import Recipe
@@ -221,8 +221,8 @@ def test_two_ranks_take_the_steps_of_one(data: Path, tmp_path: Path, ids: str) -
     recipe = replace(alone, run=str(tmp_path / "two"))
     (tmp_path / "two.yaml").write_text(dump_recipe(recipe))
     arguments = ["-m", "genrec_dist.train", tmp_path / "two.yaml"]
-    done = run_ranks(arguments, tmp_path / "logs", timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = start_each(arguments, tmp_path / "logs", timeout=300)
+    assert not any(rank.returncode for rank in done), done
     ours, theirs = (
         Checkpoint(list_checkpoints(Path(each.run))[-1], {}, Ranks()).weights()
         for each in (alone, recipe)

@@ -301,8 +301,8 @@ def test_rules_take_each_user_with_a_target_once():
         view = sequences.history_and_target(split)
         assert (view.users.tolist(), view.targets[view.users].tolist()) == (users, targets)
         for name in ("popularity", "counting", "repeat", "knn"):
-            found = baseline.recommend(name, sequences, codes, split, exclude_history=False)
-            assert len(found.items_UN) == len(users)
+            rule = baseline.fit(name, sequences, codes, split, exclude_history=False)
+            assert len(rule(view.users).items_UN) == len(users)
     assert training_counts(sequences, "n-2").tolist() == [2, 1, 1, 0, 1, 1]
     assert training_counts(sequences, "n-1").tolist() == [2, 1, 2, 0, 1, 1]
 

@@ -29,7 +29,7 @@ GIBS: dict[str, float] = {name: float(gib) for name, gib in MEMORIES.items()}
 def settled(recipe: Recipe, gib: float | None) -> tuple[int, str]:
     setup, model = build_setup(recipe)
     devices = Devices(free=None if gib is None else int(gib * GIB))
-    found, why = settle_micro_batches(recipe, setup.dataset, setup.words, model.config, devices)
+    found, why = settle_micro_batches(recipe, setup.dataset, setup.words, model, devices)
     assert found.auto_keys == ()
     return found.micro_batch_tokens, why
 

@@ -16,6 +16,7 @@ from genrec_shards.dataset import load_dataset
 from genrec_shards.numbering.cooccurrence import cooccurrences
 from genrec_shards.prepare import prepare
 from genrec_shards.storage.write import write_shards
+from run_events import events
 from tiny import TINY_RECIPE, tiny_log
 from zero_launch import launch
 
@@ -447,11 +448,6 @@ def test_weights_of_another_split_may_know_what_is_held_out(world: World, tmp_pa
 
 
 # Runs
-
-
-def events(run: Path, name: str) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == name]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:

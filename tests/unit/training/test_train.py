@@ -23,6 +23,8 @@ from genrec_shards.prepare import prepare
 from genrec_shards.sequences import write_sequences
 from genrec_shards.storage.write import write_shards
 from genrec_shards.synthetic import make_process
+from run_events import events
+from shard_data import sharded_process
 from two_ranks import start_each
 
 from genrec_dist.config.load import dump_recipe, load_recipe
@@ -51,11 +53,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("train")
-    write_sequences(make_process(num_items=64, num_groups=8).sample(90, 5, 9), folder / "log.txt")
-    dataset = prepare(folder / "log.txt", folder / "data")
-    write_shards(dataset, folder / "data" / "shards", users_per_shard=32, users_per_record=16)
-    return folder / "data"
+    return sharded_process(tmp_path_factory.mktemp("train"))
 
 
 RECIPE = """
@@ -80,11 +78,6 @@ def recipe_in(folder: Path, data: Path) -> Recipe:
 @pytest.fixture
 def recipe(data: Path, tmp_path: Path) -> Recipe:
     return recipe_in(tmp_path, data)
-
-
-def events(run: Path, name: str) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == name]
 
 
 def status(run: Path) -> dict:
