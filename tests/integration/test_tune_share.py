@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.ranks, pytest.mark.dist]
 
 # A trial takes longer than the start of another process, so that two can be seen to overlap.
 SPACE = """
-set: {finetune.epochs: 60, validation.users: 10}
+set: {finetune.epochs: 100}
 trials: 2
 search: random
 scheduler: none
