@@ -100,7 +100,7 @@ def derived(found: CleanLog, name: str, seed: int) -> dict[str, Any]:
         "samples": [
             [getattr(step, field).tolist() for field in step.__dataclass_fields__] for step in steps
         ],
-        "sasrec": [(packed.items_n.tolist(), labels.tolist()) for packed, labels in batches],
+        "sasrec": [(packed.items_n.tolist(), labels.tolist()) for packed, labels, _ in batches],
     }
 
 
