@@ -52,7 +52,7 @@ check: env
 
 # All tests in one session, the default ones among them: what takes longest is begun first, beside it the rest.
 test: check
-	@echo "make test runs, on two cores beside each other: the default tests; -m ranks, real ranks, kills and clusters;"; \
+	@echo "make test runs, on two cores in about 15 minutes, beside each other: the default tests; -m ranks, real ranks, kills and clusters;"; \
 	echo "-m demo, the whole demo judged. One part alone:"; \
 	echo "  .venv/bin/python -m pytest -n 2      .venv/bin/python -m pytest -m ranks      .venv/bin/python -m pytest tests/unit/model"; \
 	echo "The sample of faults is that of FAULTS_SEED=$(FAULTS_SEED)."

@@ -107,12 +107,13 @@ def search_trie(
         parent_BK = children.beam_at(places_BK)
         if not static:
             open_BK = open_beams(scores_BK, found_scores_BN, top)
-            num_open = int(open_BK.sum(dim=1).max())
+            num_B = open_BK.sum(dim=1)
+            least, num_open = torch.stack((num_B.min(), num_B.max())).tolist()
             if num_open == 0:
                 break
             scores_BK = scores_BK.masked_fill(~open_BK, NEG_INF)[:, :num_open]
             nodes_BK, parent_BK = nodes_BK[:, :num_open], parent_BK[:, :num_open]
-            open_BK = open_BK[:, :num_open]
+            open_BK = open_BK[:, :num_open] if least < num_open else None
         if level + 1 < levels.num_decoded:
             if level > levels.num_prefix:
                 state.reorder_beams(parent_BK)
@@ -141,7 +142,7 @@ def step_log_probabilities(
         assert levels.whole_node is not None
         whole_BK = levels.whole_node[nodes_BK]
         logprob_BKV = heads.siblings.log_probabilities(level, hidden_BKD, whole_BK)
-    elif open_BK is None or bool(open_BK.all()):
+    elif open_BK is None:
         logprob_BKV = log_probabilities(heads, level, hidden_BKD)
     else:
         logprob_nV = log_probabilities(heads, level, hidden_BKD[open_BK])

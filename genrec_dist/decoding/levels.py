@@ -66,9 +66,6 @@ class Levels:
             tokens, columns = np.unique(trie.token[first:last], return_inverse=True)
             self.tokens.append(move(tokens.astype(np.int64)))
             column[first:last] = columns + 1
-        self.column = move(column)
-        """int64 [M + 1], column of a node's token in the logits of the level above; 0 is `</s>`.
-        Of a softmax over siblings its number among them."""
         self.whole_node: Tensor | None = None
         """int64 [M + 1], for a softmax over siblings."""
         if siblings is not None:
@@ -76,7 +73,9 @@ class Levels:
             number_among = numbers - whole.first_child[whole.parent[numbers]]
             column[1:-1] = number_among[1:] + 1
             self.whole_node = move(np.append(numbers, 0))
-
+        self.column = move(column)
+        """int64 [M + 1], column of a node's token in the logits of the level above; 0 is `</s>`.
+        Of a softmax over siblings its number among them."""
         self.forced = None if forced is None else move(np.append(forced, True))
         chosen = np.ones(num_nodes, bool) if forced is None else ~forced
         self.needs_logits = [bool(chosen[first:last].any()) for first, last in offsets]

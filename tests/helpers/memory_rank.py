@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import sys
+import time
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -174,6 +175,7 @@ def classify(
 ) -> dict[str, int]:
     """Bytes of all storages made since `earlier`, each counted once; what has no other name counts
     as gradients."""
+    time.sleep(0.2)  # gloo's threads let go of what they have reduced a moment after a wait ends
     found = {place: storage for place, storage in storages() if place not in earlier}
     found |= {storage.data_ptr(): storage for storage in buckets.values()}
     named = {

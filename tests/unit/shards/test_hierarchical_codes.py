@@ -181,7 +181,7 @@ def test_refusals_are_one_line_and_leave_nothing(log, data, tmp_path, run):
     codes = [*start, "--numbering", "collaborative"]
     assert "as 64,64" in run(2, *codes, "--levels", "64;64")
     assert "levels 0: give" in run(1, *codes, "--levels", "0")
-    assert "only collaborative and semantic" in run(1, *start, "--levels", "8")
+    assert "only collaborative, semantic and combined" in run(1, *start, "--levels", "8")
     assert "give --items META" in run(1, *start, "--numbering", "semantic")
     assert f"{absent}: no such file" in run(1, *codes, "--vectors", absent)
     over_itself = [data, "--format", "data", "--out", data, "--overwrite"]

@@ -47,7 +47,7 @@ BASE = {
 }
 WAITS = {
     "data/encoder_input.py: return self.map(lambda values: values.to(device, non_blocking=True))",
-    "decoding/beam_search.py: return torch.from_numpy(filled).to(device, non_blocking=True)",
+    "decoding/levels.py: return torch.from_numpy(filled).to(device, non_blocking=True)",
     "decoding/searcher.py: return TopItems(items_BN.cpu().numpy().astype(np.int32), "
     "scores_BN.float().cpu().numpy())",
 }
@@ -60,7 +60,7 @@ WAITS_OF_OTHER_MODES = {
     "decoding/decoder_state.py: real_n = None if static else mask_BL.flatten().nonzero()[:, 0]",
     "decoding/beam_search.py: pair, beam = match_XK.nonzero(as_tuple=True)",
     "decoding/beam_search.py: if tied.any():",
-    "decoding/beam_search.py: return int(open_BK.sum(dim=1).max())",
+    "decoding/beam_search.py: least, num_open = torch.stack((num_B.min(), num_B.max())).tolist()",
     "decoding/exhaustive.py: found_BN[users, trie.end_item[nodes][ending]] = "
     "reached_BMV[:, ending, 0]",
     "decoding/unconstrained.py: return found_BN.float().cpu().numpy(), "
@@ -270,7 +270,7 @@ def test_lists_are_made_on_the_device_and_known_places_wait(name: str, tiny_data
         assert files <= {
             "decoding/searcher.py",
             "decoding/output_head.py",
-            "decoding/beam_search.py",
+            "decoding/levels.py",
             "training/id_tables.py",
         }
         for mode in modes:

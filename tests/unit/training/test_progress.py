@@ -143,7 +143,8 @@ def test_the_first_line_names_users_items_parameters_steps_and_device(tiny_recip
     assert line == (
         f"{recipe.run}: 120 users, 64 items; 123,456 parameters; 3 steps of pretrain in 1 epoch, "
         f"6 steps of finetune in 2 epochs, from step 4 on; CPU, {threads} "
-        f"thread{'s' * (threads > 1)}, fp32"
+        f"thread{'s' * (threads > 1)}, fp32, micro-batches of up to "
+        f"{recipe.micro_batch_tokens:,} tokens"
     )
 
 
