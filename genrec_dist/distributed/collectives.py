@@ -127,7 +127,9 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not any(words in str(error) for words in _LOST):
+            # The store says so by the kind of its error.
+            lost = isinstance(error, dist.DistNetworkError)
+            if self.size == 1 or not (lost or any(words in str(error) for words in _LOST)):
                 raise
             failure = self._who_has_gone(error)
             if not failure:
