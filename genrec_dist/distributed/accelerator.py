@@ -7,14 +7,12 @@ from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
 from transformers.integrations import unset_hf_deepspeed_config
 
 from genrec_dist.distributed import launch_check
-from genrec_dist.distributed.signals import HAS_GONE, RankGone
 
 SUPPORTED = (
     DistributedType.NO,
@@ -41,7 +39,7 @@ class Settings(Protocol):
 def make_accelerator(recipe: Settings) -> Accelerator:
     """Accelerate's state for this recipe; topology comes from the launcher, the rest from the
     recipe. Raises ValueError where the launcher's files decide what the recipe decides, or ask for
-    what is not supported; RankGone where a rank or the launcher is lost while the ranks meet."""
+    what is not supported."""
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision fp16 needs a GPU: use bf16 or fp32 here")
     if recipe.deterministic:
@@ -63,15 +61,9 @@ def make_accelerator(recipe: Settings) -> Accelerator:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         handlers = [InitProcessGroupKwargs(backend="gloo")]
     precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision, deepspeed_plugin=plugin, kwargs_handlers=handlers
-        )
-    except dist.DistNetworkError as error:
-        # The place where ranks meet is kept by torchrun's agent, else by rank 0.
-        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        gone, reason = "the launcher" if by_agent else "rank 0", str(error).splitlines()[0]
-        raise RankGone(f"{gone}{HAS_GONE}before the ranks had met: {reason})") from None
+    accelerator = Accelerator(
+        mixed_precision=precision, deepspeed_plugin=plugin, kwargs_handlers=handlers
+    )
     # Otherwise from_pretrained would shard a backbone before it has its weights and id tables.
     unset_hf_deepspeed_config()
     if accelerator.distributed_type not in SUPPORTED:

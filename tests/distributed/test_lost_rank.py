@@ -83,3 +83,11 @@ def test_of_four_ranks_those_that_lost_a_connection_name_the_right_one(tiny_reci
         assert told[rank][0].startswith("genrec: rank 3 has gone (")
     assert told[1][0].startswith(("genrec: rank 0 has gone (", "genrec: rank 3 has gone ("))
     assert status["reason"].startswith("RankGone: rank 3 has gone (")
+
+
+def test_a_rank_that_is_lost_while_a_group_is_made_is_named(tmp_path: Path) -> None:
+    """The store says it by the kind of its error, and not in gloo's words."""
+    left, told = start_each([HELPERS / "leaving_rank.py"], tmp_path, timeout=100, env=environment())
+    assert left.returncode == -signal.SIGKILL
+    assert (told.returncode, told.stderr.count("Traceback")) == (0, 0), told.stderr
+    assert told.stdout.startswith("rank 0 has gone ("), told.stdout
