@@ -30,10 +30,10 @@ def main(recipe_file: str, folder: Path, pairs: list[str]) -> None:
     answers = []
     for pair in pairs:
         free = int(float(pair.split(",")[ranks.rank]) * 2**30)
-        torch.cuda.mem_get_info = lambda device=None, free=free: (free, free)  # type: ignore
+        torch.cuda.mem_get_info = lambda device=None, free=free: (free, free)  # type: ignore[assignment]
         devices = Devices.of(accelerator, ranks)
         try:
-            answers.append(ranks.run_on_all(lambda devices=devices: settle(devices)))  # type: ignore
+            answers.append(ranks.run_on_all(lambda devices=devices: settle(devices)))  # type: ignore[misc]
         except ValueError as error:
             answers.append([0, str(error)])
     (folder / f"{ranks.rank}.json").write_text(json.dumps(answers))
