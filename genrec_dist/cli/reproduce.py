@@ -19,8 +19,17 @@ def reproduce(
     data: Annotated[
         Path, typer.Option("--data", help="Its file, `user item item ...` per line, gz or not.")
     ],
+    items: Annotated[
+        Path | None,
+        typer.Option(
+            "--items", help="Table of the items' texts: the rows that read them, leak-free."
+        ),
+    ] = None,
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Directory of it all; default: runs/reproduce-SET.")
+        Path | None,
+        typer.Option(
+            "--out", help="Directory of it all; default: runs/reproduce-SET, with --items SET-text."
+        ),
     ] = None,
     protocol: Annotated[
         Literal["leak-free", "paper", "both"], typer.Option(help="Which tables.")
@@ -100,11 +109,12 @@ def reproduce(
 
     with working():
         from genrec_dist.reproduce import runner
-        from genrec_dist.reproduce.systems import PROTOCOLS, Options
+        from genrec_dist.reproduce.systems import Options
 
     words: list[object] = [name, "--data", data, "--protocol", protocol]
     words += ["--seeds", seeds, "--readings", readings, "--recipe", recipe]
     given: list[tuple[str, list[str]]] = [
+        ("--items", [str(items)] if items else []),
         ("--paper-recipe", [paper_recipe] if paper_recipe else []),
         ("--hybrid", [hybrid] if hybrid else []),
         ("--systems", [systems] if systems else []),
@@ -121,9 +131,10 @@ def reproduce(
     options = Options(
         name=name,
         data=data,
-        out=out_dir or Path("runs") / f"reproduce-{name}",
+        items=items,
+        out=out_dir or Path("runs") / f"reproduce-{name}{'-text' if items else ''}",
         command=shlex.join(["genrec", "reproduce", *map(_without_directory, words)]),
-        protocols=PROTOCOLS if protocol == "both" else (protocol,),
+        protocols=_protocols(protocol, items),
         systems=rows,
         seeds=seeds,
         recipe=recipe,
@@ -148,6 +159,17 @@ def reproduce(
         console.print(runner.render_plan(work))
     else:
         runner.reproduce(options, console)
+
+
+def _protocols(
+    chosen: Literal["leak-free", "paper", "both"], items: Path | None
+) -> tuple[Literal["leak-free", "paper"], ...]:
+    """The protocols of the tables: the paper's has no texts."""
+    if items is not None and chosen == "paper":
+        raise ValueError("--items: the paper's protocol has no texts: leave out one of the two")
+    if items is not None:
+        return ("leak-free",)
+    return ("leak-free", "paper") if chosen == "both" else (chosen,)
 
 
 def _without_directory(word: object) -> str:

@@ -77,10 +77,16 @@ def check(options: Options, protocol: ProtocolName, systems: list[System]) -> No
     another file, by other recipes or other settings."""
     data = options.data_dir(protocol)
     marker = data / "dataset.json"
-    if marker.is_file() and load_info(marker).source.sha256 != file_sha256(options.data):
-        raise ValueError(
-            f"{data} was made of another file than {options.data}: choose another --out"
-        )
+    if marker.is_file():
+        info = load_info(marker)
+        if info.source.sha256 != file_sha256(options.data):
+            raise ValueError(
+                f"{data} was made of another file than {options.data}: choose another --out"
+            )
+        texts = None if info.described_by is None else info.described_by.sha256
+        if texts != (None if options.items is None else file_sha256(options.items)):
+            made = "without --items" if texts is None else "with texts of another file"
+            raise ValueError(f"{data} was made {made}: choose another --out")
     for system in systems:
         trained = system.of if system.kind == "ranked" and system.of else system
         for seed, run in enumerate(options.runs(protocol, trained)):
@@ -167,7 +173,7 @@ def steps_of(options: Options, protocol: ProtocolName, systems: list[System]) ->
 
     def prepare_data(ending: Deadline, say: Say) -> None:
         if not (data / "dataset.json").is_file():
-            prepare(options.data, data, numbering=NUMBERINGS[protocol])
+            prepare(options.data, data, numbering=NUMBERINGS[protocol], items=options.items)
         say(write_audit(load_dataset(data)).sentence())
 
     def shard(ending: Deadline, say: Say) -> None:
@@ -263,7 +269,7 @@ def _run_baseline(
         ending.check()
 
     run_baseline(
-        system.name.removesuffix(REFIT),
+        system.baseline or system.name.removesuffix(REFIT),
         load_dataset(options.data_dir(protocol)),
         "test",
         options.runs(protocol, system)[seed],

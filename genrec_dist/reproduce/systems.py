@@ -20,6 +20,10 @@ NUMBERINGS: dict[ProtocolName, Literal["random", "given"]] = {
     "paper": "given",
 }
 RULES = ("popularity", "counting", "repeat", "knn")
+TEXT_ROWS = "auto-text-decoder", "auto-text"
+TEXT_CONTROLS = "sasrec-text", "sasrec-text+graph+text"
+SAME_AS_AUTO_TEXT = ("init_items=cooccurrence", "item_text=add", "distill.weight=0.5")
+"""SASRec's settings that give it the start, the texts and the soft targets of recipe auto-text."""
 REFIT = "-n-1"
 """Ends the names of rows trained through t_{n-1}."""
 WITHOUT, EQUAL = "-without-pretraining", "-equal-compute"
@@ -28,6 +32,8 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "hybrid": ("sasrec+knn", "best"),
     "items": ("sasrec",),
     "auto": ("sasrec+knn", "knn"),
+    TEXT_ROWS[0]: (TEXT_CONTROLS[0],),
+    TEXT_ROWS[1]: (TEXT_CONTROLS[1], "graph+text"),
 }
 """Row -> the rows it is compared with, paired, where both are finished."""
 ORIGINAL_DECODING: tuple[Mode, int] = ("free", 21)
@@ -50,8 +56,9 @@ class System:
     name: str
     kind: Literal["rule", "sasrec", "sasrec+knn", "recipe", "ranked"]
     """rule: a baseline without seeds. sasrec: trained once per seed. sasrec+knn: a trained SASRec
-    mixed with kNN by weights chosen on validation. recipe: trained once per seed and ranked by its
-    decoder. ranked: the runs of another recipe's row, ranked in another way."""
+    mixed with kNN, or with the graph and texts, by weights chosen on validation. recipe: trained
+    once per seed and ranked by its decoder. ranked: the runs of another recipe's row, ranked in
+    another way."""
     settings: tuple[str, ...] = ()
     """`key=value` of the baseline, or of the recipe (`--set`)."""
     recipe: str = ""
@@ -68,6 +75,8 @@ class System:
     """Mixed by weights that validation chooses, run by run."""
     tune_graph: bool = False
     """The settings of the mixture's graph are chosen on validation, too."""
+    baseline: str = ""
+    """rule, sasrec, sasrec+knn: the baseline; empty where the row has its name."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,8 @@ class Options:
     data: Path
     """The file of sequences."""
     out: Path
+    items: Path | None = None
+    """The table of the items' texts; the rows are then those that read them."""
     command: str = "genrec reproduce"
     """As it was given, without directories: it is written into the results."""
     protocols: tuple[ProtocolName, ...] = PROTOCOLS
@@ -149,6 +160,8 @@ def systems_of(
         item_head: Whether the recipe of the row hybrid has an item head.
     """
     rows = [System(name, "rule", options.knn if name == "knn" else ()) for name in RULES]
+    if options.items is not None and protocol == "leak-free":
+        return [*rows, *_text_rows(options)]
     best = System("best", "recipe", options.overrides_of(options.recipe), options.recipe)
     if protocol == "paper":
         return [*rows, best, *_paper_rows(protocol, options, pretrains)]
@@ -174,6 +187,19 @@ def systems_of(
             replace(best, name="best" + REFIT, through="n-1", of=best),
         ]
     return rows + _paper_rows(protocol, options, pretrains)
+
+
+def _text_rows(options: Options) -> list[System]:
+    """Untrained texts, recipe auto-text, and its control with the same start, texts and soft
+    targets."""
+    sasrec = System(
+        TEXT_CONTROLS[0], "sasrec", (*SAME_AS_AUTO_TEXT, *options.sasrec), baseline="sasrec"
+    )
+    mixed = System(TEXT_CONTROLS[1], "sasrec+knn", of=sasrec, baseline="sasrec+graph+text")
+    settings = (*options.overrides_of("auto-text"), "decode=exact")
+    decoder = System(TEXT_ROWS[0], "recipe", settings, "auto-text")
+    mixture = System(TEXT_ROWS[1], "ranked", of=decoder, mode="hybrid", tuned=True, tune_graph=True)
+    return [System("graph+text", "rule"), sasrec, mixed, decoder, mixture]
 
 
 def _paper_rows(protocol: ProtocolName, options: Options, pretrains: bool) -> list[System]:
