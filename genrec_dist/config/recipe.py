@@ -212,6 +212,9 @@ class Stage:
 
     epochs: int = 0
     """Passes over the stage's samples; 0 skips the stage."""
+    epoch_fraction: float = 1.0
+    """Share of the samples after which an epoch ends, for long logs and slow models: with 0.1 ten
+    epochs have as many samples as the data, each drawn anew, and ten validations."""
     batch_size: int = 256
     """Samples per step over all ranks."""
     learning_rate: float = 1e-3

@@ -45,12 +45,12 @@ _RULES: dict[str, tuple[tuple[str, Rule], ...]] = {
     ),
     "pretrain finetune": (
         ("epochs", _NOT_NEGATIVE),
+        ("epoch_fraction mask.p", _PROBABILITY),
         ("batch_size mask.k distill.top", _AT_LEAST_1),
         ("learning_rate", _POSITIVE),
         ("warmup_fraction", _SHARE),
         ("label_smoothing distill.weight", _BELOW_1),
         ("distill.temperature", _POSITIVE),
-        ("mask.p", _PROBABILITY),
     ),
     "prompt": (("max_titles", _AT_LEAST_1),),
     "lora": (("rank", _NOT_NEGATIVE), ("alpha", _POSITIVE), ("dropout", _BELOW_1)),

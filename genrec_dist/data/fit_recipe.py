@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,8 @@ def _batch(recipe: Recipe, facts: DataFacts) -> tuple[int, str]:
 
 
 def _steps_per_epoch(recipe: Recipe, facts: DataFacts) -> int:
-    return -(-len(facts.lengths_U) // recipe.finetune.batch_size)
+    stage = recipe.finetune
+    return math.ceil(-(-len(facts.lengths_U) // stage.batch_size) * stage.epoch_fraction)
 
 
 def _epochs(recipe: Recipe, facts: DataFacts) -> tuple[int, str]:

@@ -196,7 +196,7 @@ def _samples(name: str, stage: Stage, recipe: Recipe, catalogue: Catalogue) -> S
         rows_per_sample=rows,
         batch_size=stage.batch_size,
         epochs=stage.epochs,
-        epoch_samples=round(share * len(lengths)),
+        epoch_samples=round(share * len(lengths) * stage.epoch_fraction),
         rows=Rows(per_sample, num_tokens, num_labels, shares_memory=all_prefixes),
         soft_items=soft_items,
         # An item and its share each, and where each user's begin.

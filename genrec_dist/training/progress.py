@@ -102,7 +102,7 @@ class TrainingDisplay:
         line.rates.append(f"{fields['peak_memory_gib']:.1f} GiB")
         is_due = time.monotonic() - self.last_line >= LINE_SECONDS
         # After the last step of an epoch comes the epoch's own line.
-        if self.live is None and is_due and line.done % line.stage.plan.steps_per_epoch:
+        if self.live is None and is_due and line.done % line.stage.epoch_steps:
             self.say([self.current, line.steps, line.clock.strip(), *line.facts])
 
     def end_epoch(
@@ -182,7 +182,7 @@ class StageLine:
     def seconds_left(self) -> float:
         """By the last steps, and the last validation where there was one."""
         step_seconds = sum(self.recent) / max(len(self.recent), 1)
-        epochs_left = self.stage.stage.epochs - self.done // self.stage.plan.steps_per_epoch
+        epochs_left = self.stage.stage.epochs - self.done // self.stage.epoch_steps
         return (
             step_seconds * (self.stage.num_steps - self.done)
             + self.validation_seconds * epochs_left

@@ -309,7 +309,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
             s.name: {
                 "samples": s.plan.num_samples,
                 "users without a sample": s.plan.users_without_samples,
-                "steps an epoch": s.plan.steps_per_epoch,
+                "steps an epoch": s.epoch_steps,
                 "epochs": s.stage.epochs,
                 "first batch": list(first.encoder.input_ids.shape),
             }

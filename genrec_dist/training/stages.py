@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from genrec_shards.storage.reader import ShardReader
@@ -21,9 +22,14 @@ class StageSteps:
     first_epoch: int
 
     @property
+    def epoch_steps(self) -> int:
+        """Of one epoch."""
+        return math.ceil(self.plan.steps_per_epoch * self.stage.epoch_fraction)
+
+    @property
     def num_steps(self) -> int:
         """Of all epochs."""
-        return self.plan.steps_per_epoch * self.stage.epochs
+        return self.epoch_steps * self.stage.epochs
 
     @property
     def end_step(self) -> int:
@@ -32,11 +38,11 @@ class StageSteps:
 
     def locate(self, step: int) -> tuple[int, int]:
         """(epoch of the stage, step of the epoch) of a global step."""
-        return divmod(step - self.first_step, self.plan.steps_per_epoch)
+        return divmod(step - self.first_step, self.epoch_steps)
 
     def ends_epoch(self, step: int) -> bool:
         """Whether a global step is the last one of its epoch."""
-        return self.locate(step)[1] == self.plan.steps_per_epoch - 1
+        return self.locate(step)[1] == self.epoch_steps - 1
 
 
 def stage_of(stages: list[StageSteps], step: int) -> StageSteps:
