@@ -332,6 +332,25 @@ def test_stages_follow_each_other_and_share_no_epoch(recipe: Recipe) -> None:
     assert second.ends_epoch(second.end_step - 1)
 
 
+def test_an_epoch_ends_after_its_fraction_with_a_validation_and_draws_anew(recipe: Recipe) -> None:
+    whole = plan_stages(recipe, build_setup(recipe)[0].reader)[1]
+    stage = replace(recipe.finetune, epoch_fraction=0.3, epochs=3)
+    recipe = replace(recipe, finetune=stage, pretrain=replace(recipe.pretrain, epochs=0))
+    (found,) = plan_stages(recipe, build_setup(recipe)[0].reader)
+    assert found.epoch_steps == math.ceil(whole.epoch_steps * 0.3) < whole.epoch_steps
+    drawn = []
+    for epoch in range(stage.epochs):
+        steps = [found.plan.step(epoch, step) for step in range(found.epoch_steps)]
+        drawn.append({sample for step in steps for sample in step.sample_ids.tolist()})
+        assert len(drawn[-1]) == found.epoch_steps * stage.batch_size
+    assert not drawn[0] == drawn[1] == drawn[2]
+
+    run = train(recipe)
+    assert len(events(run, "step")) == found.num_steps
+    ends = [(epoch + 1) * found.epoch_steps - 1 for epoch in range(stage.epochs)]
+    assert [line["step"] for line in events(run, "validation")] == ends
+
+
 def gradients(loop: Loop, share: RankStep) -> list[torch.Tensor]:
     kept = []
     step = loop.engine.step
