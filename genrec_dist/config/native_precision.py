@@ -22,6 +22,17 @@ def native_precision() -> Literal["bf16", "fp32"]:
     return "bf16" if torch.cuda.is_available() or has_bf16 else "fp32"
 
 
+def slow_precision(recipe: Recipe) -> str:
+    """A line about a precision that this machine can compute but is slow at; "" where it is
+    not."""
+    if recipe.precision != "bf16" or native_precision() == "bf16":
+        return ""
+    return (
+        "precision bf16: this processor has no instructions for it, so each step takes many times "
+        "as long as in fp32; a new run with precision: auto takes what the machine has"
+    )
+
+
 def with_precision(recipe: Recipe, run: Path | None = None) -> Recipe:
     """The recipe with `precision: auto` replaced by fp32 or bf16.
 

@@ -16,6 +16,7 @@ from genrec_shards.histories import exclude_history_default, sample_users
 
 from genrec_dist.baselines.registry import reference_scores
 from genrec_dist.config.load import dump_recipe
+from genrec_dist.config.native_precision import slow_precision
 from genrec_dist.config.paths import check_run_is_new, training_state
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.console import say
@@ -69,8 +70,9 @@ def train(
     run = Path(recipe.run)
     recipe = resolve_recipe(recipe, run if resume else None)[0]
     accelerator = make_accelerator(recipe)
-    if accelerator.is_main_process and (problem := unusable_gpu()):
-        say(problem)
+    for problem in (unusable_gpu(), slow_precision(recipe)):
+        if problem and accelerator.is_main_process:
+            say(problem)
     ranks = Ranks()
     with contextlib.ExitStack() as held, speaking_last(), ranks.naming_the_gone():
         claim = _claimed(run, resume)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from places import ROOT
 
 from genrec_dist.config.load import dump_recipe, load_recipe
-from genrec_dist.config.native_precision import with_precision
+from genrec_dist.config.native_precision import slow_precision, with_precision
 from genrec_dist.config.recipe import Mask, Model, Recipe, Stage
 from genrec_dist.config.validate import LIMITS, check_recipe
 
@@ -235,6 +235,9 @@ def test_auto_precision_is_bf16_where_the_cpu_has_instructions_for_it(
     recipe = Recipe("d", "r", precision="auto")
     assert with_precision(recipe).precision == expected
     assert with_precision(Recipe("d", "r", precision="fp16")).precision == "fp16"
+    # What is asked for is done, and said to be slow where it is.
+    assert bool(slow_precision(Recipe("d", "r", precision="bf16"))) == (expected != "bf16")
+    assert not slow_precision(with_precision(recipe))
     # A resumed run keeps what it began with, on whatever machine.
     for begun in ("fp32", "bf16"):
         (tmp_path / "recipe.yaml").write_text(
