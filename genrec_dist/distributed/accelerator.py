@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any, Protocol
 
@@ -31,9 +33,30 @@ class Settings(Protocol):
     @property
     def precision(self) -> str: ...
     @property
-    def deterministic(self) -> bool: ...
-    @property
     def optimizer(self) -> Any: ...
+
+
+@contextlib.contextmanager
+def operations_in_fixed_order(wanted: bool) -> Iterator[None]:
+    """Have torch warn of operations whose sums have no fixed order, where that is wanted; what was
+    set before is set again at the end. Enter it before the first use of a GPU."""
+    if not wanted:
+        yield
+        return
+    # Read when cuBLAS starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    options = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_before = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill_before = options.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Every element that is read has been written: filling it before costs time alone.
+    options.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_before)
+        options.fill_uninitialized_memory = fill_before  # type: ignore[attr-defined]
 
 
 def make_accelerator(recipe: Settings) -> Accelerator:
@@ -42,12 +65,6 @@ def make_accelerator(recipe: Settings) -> Accelerator:
     what is not supported."""
     if recipe.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("precision fp16 needs a GPU: use bf16 or fp32 here")
-    if recipe.deterministic:
-        # Read when cuBLAS starts.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # Every element that is read has been written: filling it before costs time alone.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     on_gpu = torch.accelerator.is_available()
     launch_check.name_device_to_deepspeed()
     plugin = _deepspeed_plugin(recipe)
@@ -60,6 +77,9 @@ def make_accelerator(recipe: Settings) -> Accelerator:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         handlers = [InitProcessGroupKwargs(backend="gloo")]
+    if AcceleratorState._shared_state and AcceleratorState().deepspeed_plugin is None:
+        # An earlier run of this process, in a notebook or a sweep, may have had another precision.
+        AcceleratorState._reset_state()
     precision = {"fp32": "no"}.get(recipe.precision, recipe.precision)
     accelerator = Accelerator(
         mixed_precision=precision, deepspeed_plugin=plugin, kwargs_handlers=handlers

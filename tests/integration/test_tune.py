@@ -157,6 +157,15 @@ def test_results_are_written_and_the_best_trials_weights_alone_are_kept(done: Do
 
 
 @real_sweep
+def test_a_process_that_has_trained_a_trial_trains_the_next_one(done: Done, tmp_path: Path) -> None:
+    assert len({sweeps.pid_of(done.out / trial.run) for trial in done.sweep.trials}) < 3
+    last = done.sweep.trials[-1]
+    alone = load_recipe(done.out / last.run / "recipe.yaml", [f"run={tmp_path / 'alone'}"])
+    validations = events(train(alone), "validation")
+    assert [one["NDCG@10"] for one in validations] == [epoch.NDCG10 for epoch in last.epochs]
+
+
+@real_sweep
 def test_test_is_not_touched_and_trials_share_the_data(done: Done) -> None:
     assert [path for path in done.out.rglob("*test*") if path.is_file()] == []
     assert list(done.out.rglob("*.tar")) == list(done.out.rglob("sequences.parquet")) == []

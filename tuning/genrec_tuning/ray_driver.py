@@ -138,6 +138,8 @@ def run_trials(
     config.trial_dirname_creator = lambda trial: (
         f"{trial.config['job']['id'].replace('/', '-')}-{trial.trial_id}"
     )
+    # A process that has trained a trial trains the next one: it has its libraries loaded.
+    config.reuse_actors = True
     tuner = tune.Tuner(
         tune.with_resources(run_trial, {"cpu": resources.cpu, "gpu": resources.gpu}),
         param_space=jobs,

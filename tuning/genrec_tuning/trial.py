@@ -3,6 +3,7 @@ epoch by epoch."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import socket
@@ -17,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from genrec_shards.atomic import write_text
 from genrec_shards.file_lock import hold
 
@@ -92,6 +94,11 @@ def run_trial(config: dict[str, Any]) -> None:
         run_job(Job(**config["job"]), tune.report)
     except ValueError as error:
         tune.report({"failed": f"{type(error).__name__}: {error}"})
+    finally:
+        # The next trial of this process may need the memory, or another one on the same GPU.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def run_job(job: Job, report: Callable[[dict[str, Any]], None]) -> None:

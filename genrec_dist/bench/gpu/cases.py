@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from genrec_dist.bench.measure import Measured, OnPart, table
 from genrec_dist.bench.synthetic import make_data
@@ -74,8 +73,6 @@ def measure_cases(
 def start_loop(recipe: Recipe, change: Callable[[AnyModel], AnyModel] | None = None) -> Loop:
     """A training before its first step, in a process that may have had others. `change`: puts
     another model in place of the recipe's."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     setup, model = build_setup(recipe)
     return Loop(setup, model if change is None else change(model), make_accelerator(recipe))
 

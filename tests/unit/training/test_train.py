@@ -199,6 +199,26 @@ def test_sigkill_at_a_random_step_resumes_to_the_same_bits(
         assert content == found[name], f"best/{name} differs {where}"
 
 
+def test_runs_of_one_process_are_those_of_processes_of_their_own(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    """As in a notebook or a sweep: neither precision nor the order of operations stays behind."""
+    short = replace(
+        recipe,
+        pretrain=replace(recipe.pretrain, epochs=0),
+        finetune=replace(recipe.finetune, epochs=1),
+    )
+    runs = {}
+    for name, precision, fixed in (("a", "fp32", True), ("b", "bf16", False), ("c", "fp32", False)):
+        run = str(tmp_path / name)
+        runs[name] = train(replace(short, run=run, precision=precision, deterministic=fixed))
+        assert torch.is_autocast_enabled("cpu") is False
+        assert torch.are_deterministic_algorithms_enabled() is False
+    found = {name: [line["loss"] for line in events(run, "step")] for name, run in runs.items()}
+    assert found["a"] == found["c"] != found["b"]
+    assert {line["recipe"]["precision"] for line in events(runs["b"], "start")} == {"bf16"}
+
+
 def test_another_seed_gives_other_weights(finished: Recipe, tmp_path: Path) -> None:
     """So that the comparison above can fail."""
     first = weights(Path(finished.run))
