@@ -21,14 +21,21 @@ FOLDER = "ranks"
 """Of the run directory: `rank-R.json` of each rank."""
 SECONDS_VARIABLE = "GENREC_STUCK_SECONDS"
 """How long no step may end before the run does; unset or 0: for ever. The launch files set it."""
-_IN_ORDER = ("waiting for a batch", "waiting for the other ranks", "computing")
+VALIDATING, VALIDATED = "validating", "waiting for the other ranks to validate"
+_IN_ORDER = (
+    "waiting for a batch",
+    "waiting for the other ranks",
+    "computing",
+    VALIDATING,
+    VALIDATED,
+)
 """What a rank does with a step, in this order."""
 
 
 class RankWatch:
     """Context in which a thread writes once a second what this rank does, and ends the process in
-    one line when it has done that for too long. From `beat` to `pause` alone: validation and the
-    end of a run may take as long as they do, and the others wait for that."""
+    one line when it has done that for too long. From `beat` to `pause` alone: writing `best/` and
+    the end of a run may take as long as they do, and the others wait for that."""
 
     def __init__(
         self,

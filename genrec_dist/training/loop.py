@@ -354,8 +354,10 @@ class Loop:
                 exclude_history=model.config.exclude_history,
             )
             loss, metrics = validation_scores(
-                model, searcher, self.setup.layout, view, users_U, decoding, self.ranks
-            )
+                model, searcher, self.setup.layout, view, users_U, decoding, self.ranks,
+                begin=functools.partial(self.watch.beat, step),
+            )  # fmt: skip
+            self.watch.pause(step, "between steps")
             gained = metrics["NDCG@10"] > progress.best_ndcg
             if gained:
                 self.check_finite()

@@ -47,6 +47,10 @@ def write(run: Path, *ranks: tuple[int, str]) -> None:
             "rank 0 is stuck computing at step 8 (process 7 on n1); rank 1 is stuck computing at "
             "step 8 (process 8 on n1); no rank is further on",
         ),
+        (
+            [(8, "waiting for the other ranks to validate"), (8, "validating")],
+            "rank 1 is stuck validating at step 8 (process 8 on n1); 1 further on",
+        ),
     ],
 )
 def test_the_rank_that_is_furthest_back_is_named(

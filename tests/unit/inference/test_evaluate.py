@@ -28,11 +28,13 @@ from two_ranks import deepspeed_environment, environment, run_ranks, start_each
 from genrec_dist.cli.app import run_command
 from genrec_dist.decoding.searcher import Mode
 from genrec_dist.distributed.collectives import Ranks
+from genrec_dist.distributed.watch import VALIDATED, VALIDATING
 from genrec_dist.evaluation.metrics import rank_histogram, target_ranks
+from genrec_dist.inference import validation
 from genrec_dist.inference.evaluate import evaluate
 from genrec_dist.inference.load import LoadedRun, load_run
 from genrec_dist.inference.rank_users import Decoding, Window, cut_batches, rank_windows
-from genrec_dist.inference.validation import history_loss, target_histogram
+from genrec_dist.inference.validation import history_loss, target_histogram, validation_scores
 
 SCRIPT = HELPERS / "evaluate_rank.py"
 SPOILED = """
@@ -203,6 +205,26 @@ def test_history_loss_does_not_depend_on_the_batches(loaded: LoadedRun, dataset:
     ]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
     assert 0 < losses[0] < 10
+
+
+def test_a_validation_says_at_each_batch_what_it_does(
+    loaded: LoadedRun, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a rank which hangs in one is known to be behind those that wait for it."""
+    view, users = dataset.sequences.history_and_target("validation"), np.arange(40)
+    monkeypatch.setattr(validation, "LOSS_USERS", 20)
+    done: list[str] = []
+    validation_scores(
+        loaded.model,
+        loaded.searcher,
+        loaded.layout,
+        view,
+        users,
+        Decoding(batch_size=10),
+        Ranks(),
+        begin=done.append,
+    )
+    assert done == [VALIDATING, VALIDATED, *[VALIDATING] * 4, VALIDATED]
 
 
 def test_evaluate_writes_every_user_once_in_order(
