@@ -2,7 +2,8 @@
 # One machine whose ranks are started again when one is lost or stuck: launch/restarting.sh RECIPE RUN [--set a.b=c ...]
 # A rank for each GPU; with CPU_RANKS=2 in front of it, two gloo ranks on this CPU. Where RUN has begun, it goes on from its
 # last checkpoint, also when this command is given again. MAX_RESTARTS (3) is how often the ranks are started again;
-# GENREC_STUCK_SECONDS (500) how long no step and no batch of a validation may end: then the rank that is furthest back is named, and all start again.
+# GENREC_STUCK_SECONDS (500) how long no step and no batch of a validation may end: then the rank that is furthest back is
+# named, and all start again.
 set -euo pipefail
 if [ $# -lt 2 ]; then
   echo "usage: launch/restarting.sh RECIPE RUN [--set a.b=c ...]" >&2
