@@ -321,6 +321,35 @@ def test_what_does_not_fit_is_one_line(
     assert not (tmp_path / "out" / "leak-free").exists()
 
 
+def test_the_rows_with_texts_and_their_control_see_the_same(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    table, out = tmp_path / "items.csv", tmp_path / "out"
+    items = sorted(read_sequences(folder / "log.txt").item_ids)
+    lines = [f"{item},word{number % 5} thing{number % 3}" for number, item in enumerate(items)]
+    table.write_text("\n".join(["item,text", *lines]) + "\n", encoding="utf-8")
+    rows = ["graph+text", "sasrec-text", "sasrec-text+graph+text", "auto-text-decoder", "auto-text"]
+    words = ["--items", table, "--seeds", 1, "--systems", ",".join(rows)]
+    words += SETTINGS.replace("auto:", "auto-text:").split()
+    assert run_command(command(folder, out, *words)) == 0
+    found = read(out / "quality-runs.json")["beauty"]["leak-free"]
+    assert sorted(found) == sorted(rows)
+    for row in ("auto-text", "sasrec-text+graph+text", "graph+text"):
+        assert found[row]["protocol"]["graph"]["text"] is not None, row
+    decoder = load_recipe(out / "leak-free" / "auto-text-decoder" / "seed-0" / "recipe.yaml")
+    control = read(out / "leak-free" / "sasrec-text" / "seed-0" / "metrics-test.json")["recipe"]
+    assert control["item_text"] == decoder.model.item_text == "add"
+    assert control["init_items"] == decoder.model.init_items == "cooccurrence"
+    assert control["distill"]["weight"] == decoder.finetune.distill.weight > 0
+    names = ["auto-text-decoder-sasrec-text", "auto-text-sasrec-text+graph+text"]
+    for name in [*names, "auto-text-graph+text"]:
+        assert (out / "leak-free" / f"compare-{name}.json").is_file()
+
+    assert "was made with texts of another file" in refused(capfd, command(folder, out))
+    line = refused(capfd, command(folder, out, "--items", table, "--protocol", "paper"))
+    assert "the paper's protocol has no texts" in line
+
+
 def test_usage_and_a_directory_in_use_are_one_line(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
