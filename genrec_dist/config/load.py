@@ -219,6 +219,8 @@ def with_old_keys(values: dict[str, Any]) -> dict[str, Any]:
             del stage["windows"]
         if not stage["distill"]["weight"]:
             del stage["distill"]
+        if stage["epoch_fraction"] == 1:
+            del stage["epoch_fraction"]
     if not renamed["model"]["item_output"]:
         del renamed["model"]["item_output"]
     if renamed["tokens"]["softmax"] == "vocabulary":
