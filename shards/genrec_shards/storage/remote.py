@@ -170,11 +170,15 @@ class RemoteFiles:
     def _with_retries(self, place: str, request: Callable[[float], Result]) -> Result:
         """What `request`, called with the seconds that are left, returns."""
         retry, started, wait = self.retry, time.monotonic(), self.retry.first_wait
+        complaint = ""
         for attempt in range(1, retry.attempts + 1):
             try:
                 return request(retry.deadline - (time.monotonic() - started))
             except network_errors(self.scheme) as error:
-                complaint, final = _describe(error, retry)
+                found, final = _describe(error, retry)
+            # A request that the deadline cuts off says less than those that failed by themselves.
+            if not complaint or time.monotonic() - started < retry.deadline:
+                complaint = found
             # A random share keeps many processes from trying again in the same moment; the
             # generators of the training stay untouched.
             pause = min(wait, retry.longest_wait) * random.SystemRandom().uniform(0.5, 1)
