@@ -79,7 +79,7 @@ class RankWatch:
         while True:
             step, doing, since = self._now
             with contextlib.suppress(OSError):  # the training itself says that a disk is full
-                self._write(step, doing, since > 0)
+                self._write(step, doing, since)
             late = time.time() - self.seconds
             if (
                 self.seconds
@@ -90,10 +90,10 @@ class RankWatch:
             if self._ended.wait(1.0):
                 return
 
-    def _write(self, step: int, doing: str, watched: bool) -> None:
+    def _write(self, step: int, doing: str, since: float) -> None:
         path = self.run / FOLDER / f"rank-{self.rank:05d}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"step": step, "doing": doing, "watched": watched, "time": time.time()}
+        facts = {"step": step, "doing": doing, "since": since, "time": time.time()}
         facts |= {"pid": os.getpid(), "host": socket.gethostname()}
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(facts), encoding="utf-8")
@@ -128,11 +128,12 @@ def stuck_ranks(run: Path, size: int, late: float) -> str:
     Args:
         run: the run directory.
         size: how many ranks there are.
-        late: a rank that has written nothing since this time is halted, whatever it wrote.
+        late: a rank is stuck that has done the same since before this time, and so is one that has
+            written nothing since, whatever it wrote.
 
     Returns:
-        One line; empty where one of them does what may take long, as rank 0 when it writes `best/`
-        and the others wait for its next step.
+        One line; empty where one of those behind has begun something since, as the next batch of
+        its validation, or does what may take long, as rank 0 when it writes `best/`.
     """
     found: dict[int, dict[str, Any]] = {}
     for rank in range(size):
@@ -150,7 +151,7 @@ def stuck_ranks(run: Path, size: int, late: float) -> str:
 
     last = min(map(place, found))
     behind = [rank for rank in found if place(rank) == last]
-    if not all(found[rank]["watched"] or found[rank]["time"] < late for rank in behind):
+    if not all(0 < found[rank]["since"] < late or found[rank]["time"] < late for rank in behind):
         return ""
     named = "; ".join(
         f"rank {rank} is stuck {found[rank]['doing']} at step {found[rank]['step']} (process "

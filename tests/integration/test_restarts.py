@@ -27,7 +27,7 @@ def write(run: Path, *ranks: tuple[int, str]) -> None:
     (run / "ranks").mkdir(exist_ok=True)
     for rank, (step, doing) in enumerate(ranks):
         facts = {"step": step, "doing": doing, "pid": 7 + rank, "host": "n1"}
-        facts |= {"watched": doing != "between steps", "time": 100.0}
+        facts |= {"since": 0.0 if doing == "between steps" else 40.0, "time": 100.0}
         (run / "ranks" / f"rank-{rank:05d}.json").write_text(json.dumps(facts))
 
 
@@ -63,6 +63,10 @@ def test_the_rank_that_is_furthest_back_is_named(
 
 
 def test_nobody_is_stuck_while_one_does_what_may_take_long(tmp_path: Path) -> None:
+    # The first began a batch at 40: behind, but at work, unless that is too long ago.
+    write(tmp_path, (8, "validating"), (8, "waiting for the other ranks to validate"))
+    assert stuck_ranks(tmp_path, 2, late=30.0) == ""
+    assert stuck_ranks(tmp_path, 2, late=50.0).startswith("rank 0 is stuck validating")
     write(tmp_path, (7, "between steps"), (8, "waiting for the other ranks"))
     assert stuck_ranks(tmp_path, 2, late=50.0) == ""
     # Halted, it does nothing at all.
