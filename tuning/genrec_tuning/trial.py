@@ -90,15 +90,14 @@ def run_trial(config: dict[str, Any]) -> None:
     without a score. Other errors are raised, and Ray starts the trial again."""
     from ray import tune
 
+    # What the trial before left in this process; one that was stopped lets go of it only now.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     try:
         run_job(Job(**config["job"]), tune.report)
     except ValueError as error:
         tune.report({"failed": f"{type(error).__name__}: {error}"})
-    finally:
-        # The next trial of this process may need the memory, or another one on the same GPU.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
 
 def run_job(job: Job, report: Callable[[dict[str, Any]], None]) -> None:
