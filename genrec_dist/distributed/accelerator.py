@@ -37,7 +37,7 @@ class Settings(Protocol):
 
 
 @contextlib.contextmanager
-def operations_in_fixed_order(wanted: bool) -> Iterator[None]:
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     """Have torch warn of operations whose sums have no fixed order, where that is wanted; what was
     set before is set again at the end. Enter it before the first use of a GPU."""
     if not wanted:

@@ -41,12 +41,14 @@ def validation_scores(
     user_rows_U: np.ndarray,
     decoding: Decoding,
     ranks: Ranks,
-    begin: Callable[[str], None] = lambda doing: None,
+    on_progress: Callable[[str], None] = lambda doing: None,
 ) -> tuple[float, dict[str, float]]:
     """The loss of the first users' targets by a model, and the metrics of all users' lists by a
     searcher of it. Collective; the other arguments are those of `target_histogram`."""
-    loss = history_loss(model, layout, view, user_rows_U[:LOSS_USERS], ranks, begin=begin)
-    counts = target_histogram(searcher, layout, view, user_rows_U, decoding, ranks, begin)
+    loss = history_loss(
+        model, layout, view, user_rows_U[:LOSS_USERS], ranks, on_progress=on_progress
+    )
+    counts = target_histogram(searcher, layout, view, user_rows_U, decoding, ranks, on_progress)
     return loss, metrics_from_histogram(counts)
 
 
@@ -57,20 +59,20 @@ def target_histogram(
     user_rows_U: np.ndarray,
     decoding: Decoding,
     ranks: Ranks,
-    begin: Callable[[str], None] = lambda doing: None,
+    on_progress: Callable[[str], None] = lambda doing: None,
 ) -> np.ndarray:
     """int64 [21], as `rank_histogram`, of these users' targets; the ranks share the batches, and no
-    list travels. Collective. `begin` is told what this rank does, at each batch."""
+    list travels. Collective. `on_progress` is told what this rank does, at each batch."""
     batches = cut_batches((view.ends - view.starts)[user_rows_U], decoding.batch_size)
 
     def count_ranks() -> np.ndarray:
         counts = np.zeros(TOP + 1, np.int64)
         for places_B in batches[ranks.rank :: ranks.size]:
-            begin(VALIDATING)
+            on_progress(VALIDATING)
             rows_B = user_rows_U[places_B]
             lists = rank_batch(searcher, layout, view, rows_B, decoding)
             counts += rank_histogram(target_ranks(lists.items, view.targets[rows_B]))
-        begin(VALIDATED)
+        on_progress(VALIDATED)
         return counts
 
     counts = ranks.exchange(ranks.run_on_all(count_ranks).tolist())
@@ -87,7 +89,7 @@ def history_loss(
     user_rows_U: np.ndarray,
     ranks: Ranks,
     batch_size: int | None = None,
-    begin: Callable[[str], None] = lambda doing: None,
+    on_progress: Callable[[str], None] = lambda doing: None,
 ) -> float:
     """Cross-entropy per target token of these users' targets, the model as it is. Collective.
 
@@ -102,13 +104,13 @@ def history_loss(
         """(sum of the cross-entropies, target tokens) of each batch of this rank."""
         sums = []
         for start in starts[ranks.rank :: ranks.size]:
-            begin(VALIDATING)
+            on_progress(VALIDATING)
             rows_B = user_rows_U[start : start + batch_size]
             flat, offsets = ragged(view.starts[rows_B], (view.ends - view.starts)[rows_B])
             encoder = encode_histories(view.items[flat], offsets, rows_B, layout)
             batch = target_batch(encoder, view.targets[rows_B], layout).to(model.device)
             sums.append((float(loss_of_targets(model, batch)), batch.num_target_tokens))
-        begin(VALIDATED)
+        on_progress(VALIDATED)
         return sums
 
     sums = ranks.run_on_all(sum_losses)

@@ -355,7 +355,7 @@ class Loop:
             )
             loss, metrics = validation_scores(
                 model, searcher, self.setup.layout, view, users_U, decoding, self.ranks,
-                begin=functools.partial(self.watch.beat, step),
+                on_progress=functools.partial(self.watch.beat, step),
             )  # fmt: skip
             self.watch.pause(step, "between steps")
             gained = metrics["NDCG@10"] > progress.best_ndcg

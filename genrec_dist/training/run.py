@@ -22,7 +22,7 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.console import say
 from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.decoding.trie import build_trie
-from genrec_dist.distributed.accelerator import make_accelerator, operations_in_fixed_order
+from genrec_dist.distributed.accelerator import deterministic_algorithms, make_accelerator
 from genrec_dist.distributed.collectives import Ranks
 from genrec_dist.distributed.gpu import unusable_gpu
 from genrec_dist.distributed.signals import RankGone, Stopped, speaking_last
@@ -69,7 +69,7 @@ def train(
     """
     run = Path(recipe.run)
     recipe = resolve_recipe(recipe, run if resume else None)[0]
-    with operations_in_fixed_order(recipe.deterministic):
+    with deterministic_algorithms(recipe.deterministic):
         accelerator = make_accelerator(recipe)
         for problem in (unusable_gpu(), slow_precision(recipe)):
             if problem and accelerator.is_main_process:

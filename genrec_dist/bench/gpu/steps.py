@@ -29,7 +29,7 @@ from genrec_dist.bench.synthetic import VOCABULARY
 from genrec_dist.config.load import load_recipe
 from genrec_dist.config.recipe import CPU_MICRO_BATCH, MICRO_BATCH, Recipe
 from genrec_dist.data.fit_recipe import resolve_recipe
-from genrec_dist.distributed.accelerator import operations_in_fixed_order
+from genrec_dist.distributed.accelerator import deterministic_algorithms
 from genrec_dist.estimate.forecast import forecast
 from genrec_dist.model.causal.kinds import AnyModel
 from genrec_dist.model.genrec import GenRecConfig, GenRecForConditionalGeneration
@@ -111,7 +111,7 @@ def measure_case(case: Case, small: bool, where: tuple[str, ...]) -> dict[str, A
     on_gpu = torch.cuda.is_available()
     os.environ[SWITCH] = case.kernels if on_gpu else ""
     try:
-        with operations_in_fixed_order(recipe.deterministic):
+        with deterministic_algorithms(recipe.deterministic):
             return _measure(recipe, VOCABULARY if case.is_base and not small else 0, on_gpu)
     finally:
         del os.environ[SWITCH]

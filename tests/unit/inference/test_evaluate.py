@@ -222,7 +222,7 @@ def test_a_validation_says_at_each_batch_what_it_does(
         users,
         Decoding(batch_size=10),
         Ranks(),
-        begin=done.append,
+        on_progress=done.append,
     )
     assert done == [VALIDATING, VALIDATED, *[VALIDATING] * 4, VALIDATED]
 

@@ -363,7 +363,7 @@ def test_an_epoch_ends_after_its_fraction_with_a_validation_and_draws_anew(recip
         steps = [found.plan.step(epoch, step) for step in range(found.epoch_steps)]
         drawn.append({sample for step in steps for sample in step.sample_ids.tolist()})
         assert len(drawn[-1]) == found.epoch_steps * stage.batch_size
-    assert not drawn[0] == drawn[1] == drawn[2]
+    assert all(one != other for one, other in itertools.combinations(drawn, 2))
 
     run = train(recipe)
     assert len(events(run, "step")) == found.num_steps
