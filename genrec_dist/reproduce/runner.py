@@ -111,19 +111,21 @@ def plan(options: Options) -> Work:
     sequences = read_sequences(options.data)
     sizes = sequences.num_users, sequences.num_items
     difference = size_difference(options.name, *sizes)
-    notes += [] if difference is None else [difference]
     load_recipe(options.recipe, list(options.overrides_of(options.recipe)))
     paper, hybrid = (
         load_recipe(name, list(options.overrides_of(name)))
         for name in (options.paper_recipe, options.hybrid)
     )
     item_head, pretrains = bool(hybrid.model.item_loss), bool(paper.pretrain.epochs)
-    if not item_head:
+    if options.items is not None:
+        notes = []  # of rows that are not made
+    elif not item_head:
         notes.append(f"{options.hybrid} has no item head (model.item_loss): no row items")
     every = {
         protocol: systems_of(protocol, options, pretrains=pretrains, item_head=item_head)
         for protocol in PROTOCOLS
     }
+    notes += [] if difference is None else [difference]
     names = {system.name for systems in every.values() for system in systems}
     systems: dict[ProtocolName, list[System]] = {}
     for protocol in options.protocols:

@@ -4,13 +4,14 @@ A further system is a line in `systems_of`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from genrec_shards.cleaning.published_sizes import SetName
 from genrec_shards.splits import TrainedThrough
 
+from genrec_dist.config.load import load_recipe
 from genrec_dist.decoding.searcher import Mode
 
 ProtocolName = Literal["leak-free", "paper"]
@@ -20,10 +21,6 @@ NUMBERINGS: dict[ProtocolName, Literal["random", "given"]] = {
     "paper": "given",
 }
 RULES = ("popularity", "counting", "repeat", "knn")
-TEXT_ROWS = "auto-text-decoder", "auto-text"
-TEXT_CONTROLS = "sasrec-text", "sasrec-text+graph+text"
-SAME_AS_AUTO_TEXT = ("init_items=cooccurrence", "item_text=add", "distill.weight=0.5")
-"""SASRec's settings that give it the start, the texts and the soft targets of recipe auto-text."""
 REFIT = "-n-1"
 """Ends the names of rows trained through t_{n-1}."""
 WITHOUT, EQUAL = "-without-pretraining", "-equal-compute"
@@ -32,8 +29,8 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "hybrid": ("sasrec+knn", "best"),
     "items": ("sasrec",),
     "auto": ("sasrec+knn", "knn"),
-    TEXT_ROWS[0]: (TEXT_CONTROLS[0],),
-    TEXT_ROWS[1]: (TEXT_CONTROLS[1], "graph+text"),
+    "auto-text-decoder": ("sasrec-text",),
+    "auto-text": ("sasrec-text+graph+text", "graph+text"),
 }
 """Row -> the rows it is compared with, paired, where both are finished."""
 ORIGINAL_DECODING: tuple[Mode, int] = ("free", 21)
@@ -192,13 +189,21 @@ def systems_of(
 def _text_rows(options: Options) -> list[System]:
     """Untrained texts, recipe auto-text, and its control with the same start, texts and soft
     targets."""
-    sasrec = System(
-        TEXT_CONTROLS[0], "sasrec", (*SAME_AS_AUTO_TEXT, *options.sasrec), baseline="sasrec"
-    )
-    mixed = System(TEXT_CONTROLS[1], "sasrec+knn", of=sasrec, baseline="sasrec+graph+text")
-    settings = (*options.overrides_of("auto-text"), "decode=exact")
-    decoder = System(TEXT_ROWS[0], "recipe", settings, "auto-text")
-    mixture = System(TEXT_ROWS[1], "ranked", of=decoder, mode="hybrid", tuned=True, tune_graph=True)
+    overrides = options.overrides_of("auto-text")
+    recipe = load_recipe("auto-text", list(overrides))
+    model, distill = recipe.model, recipe.finetune.distill
+    same = {
+        "init_items": model.init_items,
+        "item_text": model.item_text,
+        "item_text_source": model.item_text_source,
+        "text": recipe.text,
+        **{f"distill.{field.name}": getattr(distill, field.name) for field in fields(distill)},
+    }
+    settings = (*(f"{key}={value}" for key, value in same.items()), *options.sasrec)
+    sasrec = System("sasrec-text", "sasrec", settings, baseline="sasrec")
+    mixed = System("sasrec-text+graph+text", "sasrec+knn", of=sasrec, baseline="sasrec+graph+text")
+    decoder = System("auto-text-decoder", "recipe", (*overrides, "decode=exact"), "auto-text")
+    mixture = System("auto-text", "ranked", of=decoder, mode="hybrid", tuned=True, tune_graph=True)
     return [System("graph+text", "rule"), sasrec, mixed, decoder, mixture]
 
 

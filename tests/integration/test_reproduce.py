@@ -331,6 +331,7 @@ def test_the_rows_with_texts_and_their_control_see_the_same(
     rows = ["graph+text", "sasrec-text", "sasrec-text+graph+text", "auto-text-decoder", "auto-text"]
     words = ["--items", table, "--seeds", 1, "--systems", ",".join(rows)]
     words += SETTINGS.replace("auto:", "auto-text:").split()
+    words += ["--set", "auto-text:finetune.distill.weight=0.25"]
     assert run_command(command(folder, out, *words)) == 0
     found = read(out / "quality-runs.json")["beauty"]["leak-free"]
     assert sorted(found) == sorted(rows)
@@ -340,7 +341,8 @@ def test_the_rows_with_texts_and_their_control_see_the_same(
     control = read(out / "leak-free" / "sasrec-text" / "seed-0" / "metrics-test.json")["recipe"]
     assert control["item_text"] == decoder.model.item_text == "add"
     assert control["init_items"] == decoder.model.init_items == "cooccurrence"
-    assert control["distill"]["weight"] == decoder.finetune.distill.weight > 0
+    assert control["distill"] == decoder.as_dict()["finetune"]["distill"]
+    assert control["distill"]["weight"] == 0.25
     names = ["auto-text-decoder-sasrec-text", "auto-text-sasrec-text+graph+text"]
     for name in [*names, "auto-text-graph+text"]:
         assert (out / "leak-free" / f"compare-{name}.json").is_file()

@@ -55,6 +55,9 @@ def test_what_is_given_is_kept_and_what_follows_rests_on_it() -> None:
     assert "finetune.batch_size" not in found
     assert found["finetune.epochs"] == 200  # two steps an epoch, 750 epochs would be too many
     assert found["validation.every_epochs"] == 50
+    # 83 users a step: 270 steps in a whole epoch, 14 in a twentieth; 1,500 steps at least.
+    found = chosen(12_101, np.full(22_363, 7), "finetune.epoch_fraction=0.05")
+    assert (found["finetune.epochs"], found["validation.every_epochs"]) == (108, 8)
 
 
 def test_recipes_with_auto_are_written_and_read_back() -> None:

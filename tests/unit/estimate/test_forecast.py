@@ -155,6 +155,8 @@ def test_lengths_come_from_the_data(tiny_data: Path) -> None:
     prefixes = sorted(min(k + 3, 50) for n in counts for k in range(1, n))
     assert finetune.lengths.tolist() == prefixes
     assert (finetune.target_tokens, finetune.epoch_samples) == (2, len(prefixes))
+    part = stage_samples(load_recipe("tiny", [*sets, "finetune.epoch_fraction=0.25"]), catalogue)
+    assert part[1].epoch_samples == round(len(prefixes) / 4)
 
 
 def test_time_is_estimated_only_from_a_stated_speed() -> None:
