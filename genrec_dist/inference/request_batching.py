@@ -35,6 +35,10 @@ class Batcher(Generic[Request, Answer]):
     order that strands nobody if the next never comes, and leaving can be done twice. A condition
     variable would not do: interrupted while it takes its lock back, it gives up a lock that is
     another's by then.
+
+    No loop stands in a `with` or `try` here, but in a function that is called there. CPython looks
+    for interrupts where a loop jumps back, and leaves some of these jumps out of the `with` or
+    `try` around them (its issue 130279): the lock would never be given up.
     """
 
     def __init__(self, answer_batch: Callable[[list[Request]], list[Answer]], at_once: int):
@@ -66,8 +70,7 @@ class Batcher(Generic[Request, Answer]):
             with self._lock:
                 self._waiting.append(call)
                 self._appoint_leader()
-            while not call.done and self._leader is not call:
-                call.bell.get()
+            self._sleep(call)
             if not call.done:
                 self._lead(call)
         finally:
@@ -86,19 +89,19 @@ class Batcher(Generic[Request, Answer]):
         if self._leader is not None:
             self._leader.bell.put(None)
 
+    def _sleep(self, call: _Call[Request, Answer]) -> None:
+        """Return when the call is answered or its turn has come."""
+        while not call.done and self._leader is not call:
+            call.bell.get()
+
     def _lead(self, call: _Call[Request, Answer]) -> None:
         """Answer this call and those that wait, are of its kind and fit."""
         with self._lock:
-            batch, total = [call], call.size
-            for other in self._waiting:
-                fits = other.kind == call.kind and total + other.size <= self._at_once
-                if other is not call and fits:
-                    batch.append(other)
-                    total += other.size
-            self._batch = batch
-            self._waiting = [other for other in self._waiting if other not in batch]
+            self._choose_batch(call)
+        batch = self._batch
+        requests = [other.request for other in batch]
         try:
-            answers = self._answer_batch([other.request for other in batch])
+            answers = self._answer_batch(requests)
         except Exception as error:
             for other in batch:
                 other.error, other.done = error, True
@@ -106,17 +109,30 @@ class Batcher(Generic[Request, Answer]):
             for other, answer in zip(batch, answers, strict=True):
                 other.answer, other.done = answer, True
 
+    def _choose_batch(self, call: _Call[Request, Answer]) -> None:
+        batch, total = [call], call.size
+        for other in self._waiting:
+            fits = other.kind == call.kind and total + other.size <= self._at_once
+            if other is not call and fits:
+                batch.append(other)
+                total += other.size
+        self._batch = batch
+        self._waiting = [other for other in self._waiting if other not in batch]
+
     def _leave(self, call: _Call[Request, Answer]) -> None:
         """Wake those who are answered, let the others wait on, and appoint the next leader."""
         with self._lock:
-            if self._leader is call:
-                for other in self._batch:
-                    if other.done:
-                        other.bell.put(None)
-                # Before younger calls: they came first.
-                left = dict.fromkeys([*self._batch, *self._waiting])
-                self._waiting = [other for other in left if not other.done and other is not call]
-                self._leader, self._batch = None, []
-            elif call in self._waiting:
-                self._waiting.remove(call)
+            self._take_out(call)
             self._appoint_leader()
+
+    def _take_out(self, call: _Call[Request, Answer]) -> None:
+        if self._leader is call:
+            for other in self._batch:
+                if other.done:
+                    other.bell.put(None)
+            # Before younger calls: they came first.
+            left = dict.fromkeys([*self._batch, *self._waiting])
+            self._waiting = [other for other in left if not other.done and other is not call]
+            self._leader, self._batch = None, []
+        elif call in self._waiting:
+            self._waiting.remove(call)
