@@ -103,13 +103,3 @@ def tiny_recipe(tiny_data: Path, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(f"data: {tiny_data}\nrun: {tmp_path / 'run'}\n{TINY_RECIPE}", encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _fresh_accelerate() -> None:
-    """Accelerate keeps one state a process, and refuses another precision than that of whoever came
-    first."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
