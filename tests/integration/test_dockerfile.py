@@ -52,6 +52,15 @@ def test_what_the_dockerfile_copies_and_installs_is_there() -> None:
     assert extras <= set(project["project"]["optional-dependencies"])
 
 
+def test_a_change_of_the_program_does_not_install_torch_again() -> None:
+    """An instruction is run again where a file changes that an earlier one has copied."""
+    torch = next(i for i, (_, rest) in enumerate(instructions()) if " torch " in f"{rest} ")
+    copied = " ".join(rest for name, rest in instructions()[:torch] if name == "COPY")
+    assert "requirements.lock" in copied
+    assert "genrec_dist" not in copied
+    assert "pyproject.toml" not in copied
+
+
 def test_the_target_that_serves_gives_the_command_options_that_it_has() -> None:
     """Only its run is left to say, and it has to be open beyond the container."""
     stages = TEXT.split("\nFROM ")
