@@ -130,21 +130,25 @@ def _json(content: Any, status: int = 200, headers: Any = None) -> Response:
     return Response(body, status, headers, media_type="application/json")
 
 
-def _wrong_field(error: dict[str, Any]) -> dict[str, str]:
-    """Field and message of one of pydantic's errors."""
+def _wrong_field(error: dict[str, Any], path: str) -> dict[str, str]:
+    """Field and message of one of pydantic's errors about a body sent to `path`."""
     if error["type"] == "json_invalid":
         return {"field": "body", "message": f"no JSON: {error['ctx']['error']}"}
     field = ".".join(map(str, error["loc"][1:])) or "body"
+    if error["type"] == "extra_forbidden":
+        is_nested = len(error["loc"]) > 2
+        body = Reload if path == RELOAD else History if is_nested else Recommend
+        return {"field": field, "message": f"no such field; known: {', '.join(body.model_fields)}"}
     # What came with another content type is not read as JSON.
     is_other_type = error["type"] == "model_attributes_type" and field == "body"
     message = "send a JSON object with Content-Type: application/json"
     return {"field": field, "message": message if is_other_type else error["msg"]}
 
 
-async def _answer_problem(_: Request, error: Exception) -> Response:
+async def _answer_problem(request: Request, error: Exception) -> Response:
     """`{"error": {"type": ..., "message": ..., "field": ...}}`"""
     if isinstance(error, RequestValidationError):
-        first = _wrong_field(error.errors()[0])
+        first = _wrong_field(error.errors()[0], request.url.path)
         message = f"{first['field']}: {first['message']}"
         told = {"type": "invalid_request", "message": message, "field": first["field"]}
         return _json({"error": told}, 422)

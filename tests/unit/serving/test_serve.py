@@ -204,6 +204,21 @@ def test_what_is_wrong_is_named(
     assert server.lists(history=[])
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "known"),
+    [
+        ("/recommend", {"histories": [["b07"]]}, {"history", "user", "block", "requests", "k"}),
+        ("/recommend", {"requests": [{"history": [], "k": 5}]}, {"history", "user", "block"}),
+        ("/reload", {"runs": "nowhere"}, {"run"}),
+    ],
+)
+def test_a_field_that_does_not_exist_is_answered_by_those_that_do(
+    server: Server, path: str, body: Any, known: set[str]
+) -> None:
+    _, answer, _ = server.ask("POST", path, body)
+    assert set(answer["error"]["message"].split("known: ")[1].split(", ")) == known
+
+
 def test_another_content_type_is_no_json(server: Server) -> None:
     """A page in a browser may send text/plain to this machine without being asked."""
     headers = {
