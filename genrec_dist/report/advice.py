@@ -1,5 +1,5 @@
-"""What a person should know of a run beside its figures: it ended early, or a rule that learns
-nothing is above it; and what to do then."""
+"""What a person should know of a run beside its figures: it ended early, it learned by heart, or a
+rule that learns nothing is above it; and what to do then."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ RULES = {
     "repeat": "Listing the user's recent items again",
 }
 NDCG = "NDCG@10"
+BY_HEART = 1.1
+"""From the lowest validation loss to the last one: above this the training parts are learned by
+heart."""
 
 
 def advice(run: RunFiles) -> list[str]:
@@ -23,9 +26,7 @@ def advice(run: RunFiles) -> list[str]:
 
 def _still_rising(run: RunFiles) -> str:
     """Where the last planned epoch was the best one."""
-    validations = [
-        line for line in run.stage("validation", "finetune") if is_number(line.get(NDCG))
-    ]
+    validations = _validations(run, NDCG)
     epochs = (run.recipe.get("finetune") or {}).get("epochs")
     if len(validations) < 2 or not is_number(epochs):
         return ""
@@ -37,6 +38,10 @@ def _still_rising(run: RunFiles) -> str:
         f"{score(scores[-1])}): train longer, into another run directory: "
         f"--set finetune.epochs={2 * int(epochs)}"
     )
+
+
+def _validations(run: RunFiles, key: str) -> list[dict[str, Any]]:
+    return [line for line in run.stage("validation", "finetune") if is_number(line.get(key))]
 
 
 def _beaten(run: RunFiles) -> str:
@@ -60,14 +65,21 @@ def _beaten(run: RunFiles) -> str:
     best = max(above, key=above.__getitem__)
     return (
         f"{RULES[best]}, which learns nothing, is above this model on {split} "
-        f"({NDCG} {score(above[best])} to {score(ours)}): {_remedy(mode)}"
+        f"({NDCG} {score(above[best])} to {score(ours)}): {_remedy(run, mode)}"
     )
 
 
-def _remedy(mode: Any) -> str:
+def _remedy(run: RunFiles, mode: Any) -> str:
     if mode != "hybrid":
         return (
             "try `genrec train auto`, whose steps fit the data, or `--decode hybrid`, which takes "
             "the rule in"
+        )
+    losses = [float(line["loss"]) for line in _validations(run, "loss")]
+    if losses and losses[-1] > BY_HEART * min(losses):
+        return (
+            f"the model learned the training parts by heart (validation loss {min(losses):.2f}, "
+            f"later {losses[-1]:.2f}), so longer training will not help: bring more data, or list "
+            "by the rule"
         )
     return "the data may be too few to learn from: train longer, or list by the rule"

@@ -59,6 +59,21 @@ def test_a_rule_above_the_model_is_named_with_what_to_try() -> None:
     assert advice(run_of([], events=[judged(0.05, knn=0.05)])) == []
 
 
+@pytest.mark.parametrize(
+    ("losses", "by_heart"),
+    [([6.0, 7.5, 10.0], True), ([8.0, 6.0, 6.2], False), ([8.0, 7.0, 6.0], False)],
+)
+def test_who_learned_by_heart_is_not_told_to_train_longer(
+    losses: list[float], by_heart: bool
+) -> None:
+    run = run_of([0.01] * 3, decode="hybrid", events=[judged(0.01, knn=0.02)])
+    for line, loss in zip(run.stage("validation", "finetune"), losses, strict=True):
+        line["loss"] = loss
+    (line,) = advice(run)
+    assert ("validation loss 6.00, later 10.00" in line) == by_heart
+    assert ("train longer" in line) == (not by_heart)
+
+
 def test_an_evaluation_speaks_before_the_validation_of_training() -> None:
     test = {"system": "genrec", "NDCG@10": 0.03, "beside": {"knn": {"NDCG@10": 0.02}}}
     run = run_of([], events=[judged(0.04, knn=0.05)], metrics={"test": test})
