@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # `genrec reproduce` at full size on one GPU, in slices of 8 minutes that resume from each other, 25 minutes in all and without a
 # network: launch/reproduce_gpu.sh [--cpu] SET FILE OUT [OPTION...]
+#          launch/reproduce_gpu.sh [--cpu] llama BACKBONE ITEMS SET FILE OUT [OPTION...]
 # Recipes best and paper-base, both protocols, one seed; OPTIONs go to genrec reproduce and may say otherwise. Called again it goes on.
+# llama: a causal language model that reads titles, as it is and trained by adapters. BACKBONE is its directory, ITEMS the table with
+# the titles. The lists of all users are made in one slice: where that takes longer, give a larger SLICE_MINUTES.
 # --cpu: tiny models on the CPU, to try the script.
 # PYTHON: the interpreter, default python3. SLICE_MINUTES, TOTAL_MINUTES: in place of 8 and 25.
 # BART's weights: --set paper-base:model.backbone=DIR; where they cannot be had, paper-base starts from scratch, and says so.
@@ -15,8 +18,15 @@ if [ "${1:-}" = --cpu ]; then
     --set model.decoder_layers=1 --set tokens.vocab_size=300 --set workers=0 --set finetune.epochs=1 --set paper-tiny:pretrain.epochs=1)
   shift
 fi
-if [ $# -lt 3 ]; then
-  echo "usage: launch/reproduce_gpu.sh [--cpu] SET FILE OUT [OPTION...]" >&2
+llama=()
+if [ "${1:-}" = llama ] && [ $# -ge 6 ]; then
+  llama=(--llama "$2" --items "$3")
+  # The backbone has a shape of its own.
+  if [ ${#small[@]} -gt 0 ]; then small=(--set workers=0 --set finetune.epochs=1); fi
+  shift 3
+fi
+if [ $# -lt 3 ] || [ "$1" = llama ]; then
+  echo "usage: launch/reproduce_gpu.sh [--cpu] [llama BACKBONE ITEMS] SET FILE OUT [OPTION...]" >&2
   exit 2
 fi
 name=$1 file=$2 out=$3
@@ -33,6 +43,9 @@ elif ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'
   exit 2
 fi
 
+systems="popularity,counting,knn,best,$paper,$paper-without-pretraining"
+if [ ${#llama[@]} -gt 0 ]; then systems=popularity,knn,graph+text,llama-untrained,llama; fi
+
 total=$(awk "BEGIN { print int(60 * ${TOTAL_MINUTES:-25}) }")
 while :; do
   left=$((total - SECONDS))
@@ -40,7 +53,7 @@ while :; do
   minutes=$(awk "BEGIN { m = ($left - 45) / 60; s = ${SLICE_MINUTES:-8}; print (m < s ? (m < 0 ? 0 : m) : s) }")
   said=$(mktemp) || exit 1
   "$python" -m genrec_dist.cli reproduce "$name" --data "$file" --out "$out" --seeds 1 --minutes "$minutes" \
-    --systems "popularity,counting,knn,best,$paper,$paper-without-pretraining" ${small[@]+"${small[@]}"} "$@" | tee "$said"
+    --systems "$systems" ${llama[@]+"${llama[@]}"} ${small[@]+"${small[@]}"} "$@" | tee "$said"
   code=${PIPESTATUS[0]}
   over=$(grep -c "the same command goes on" "$said")
   rm -f "$said"

@@ -25,6 +25,14 @@ def reproduce(
             "--items", help="Table of the items' texts: the rows that read them, leak-free."
         ),
     ] = None,
+    llama: Annotated[
+        str | None,
+        typer.Option(
+            "--llama",
+            help="With --items: directory or hub name of a causal language model, for the rows "
+            "llama and llama-untrained.",
+        ),
+    ] = None,
     out_dir: Annotated[
         Path | None,
         typer.Option(
@@ -109,12 +117,13 @@ def reproduce(
 
     with working():
         from genrec_dist.reproduce import runner
-        from genrec_dist.reproduce.systems import Options
+        from genrec_dist.reproduce.systems import Options, without_directory
 
     words: list[object] = [name, "--data", data, "--protocol", protocol]
     words += ["--seeds", seeds, "--readings", readings, "--recipe", recipe]
     given: list[tuple[str, list[str]]] = [
         ("--items", [str(items)] if items else []),
+        ("--llama", [llama] if llama else []),
         ("--paper-recipe", [paper_recipe] if paper_recipe else []),
         ("--hybrid", [hybrid] if hybrid else []),
         ("--systems", [systems] if systems else []),
@@ -132,8 +141,9 @@ def reproduce(
         name=name,
         data=data,
         items=items,
+        llama=llama,
         out=out_dir or Path("runs") / f"reproduce-{name}{'-text' if items else ''}",
-        command=shlex.join(["genrec", "reproduce", *map(_without_directory, words)]),
+        command=shlex.join(["genrec", "reproduce", *map(without_directory, words)]),
         protocols=_protocols(protocol, items),
         systems=rows,
         seeds=seeds,
@@ -151,6 +161,8 @@ def reproduce(
         parallel=parallel,
         publish=publish,
     )
+    if llama is not None and items is None:
+        raise ValueError("--llama: the titles that it reads are needed: give --items as well")
     console = Console()
     if dry_run:
         work = runner.plan(options)
@@ -170,9 +182,3 @@ def _protocols(
     if items is not None:
         return ("leak-free",)
     return ("leak-free", "paper") if chosen == "both" else (chosen,)
-
-
-def _without_directory(word: object) -> str:
-    """A word of the command without directories: it is written into files that travel."""
-    key, sign, value = str(word).rpartition("=")
-    return key + sign + (Path(value).name if "/" in value else value)

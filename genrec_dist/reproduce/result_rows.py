@@ -15,7 +15,13 @@ from genrec_shards.readers.documents import parse_object, read_object
 
 from genrec_dist.evaluation.metrics import METRICS
 from genrec_dist.reproduce.steps import Step, read_metrics
-from genrec_dist.reproduce.systems import Options, ProtocolName, System, label_of
+from genrec_dist.reproduce.systems import (
+    Options,
+    ProtocolName,
+    System,
+    label_of,
+    without_directory,
+)
 from genrec_dist.reproduce.train_process import best_epoch, validated, worked_seconds
 
 STEPS = "steps.jsonl"
@@ -72,16 +78,17 @@ def origin_of(row: Row, options: Options) -> dict[str, Any]:
     """How a row came about: command, settings, protocol, and of each run its seconds, machine and
     commit."""
     system = row.system
+    settings = list(map(without_directory, system.settings))
     origin: dict[str, Any] = {"command": options.command, "kind": "baseline"}
     if system.kind in ("recipe", "ranked"):
         origin["kind"] = "recipe"
     if system.kind in ("sasrec+knn", "ranked") and system.of is not None:
         origin["of"] = system.of.name
     elif system.kind == "recipe":
-        origin |= {"recipe": label_of(system.recipe), "settings": list(system.settings)}
+        origin |= {"recipe": label_of(system.recipe), "settings": settings}
         origin["equal_compute"] = system.equal_compute
     else:
-        origin["settings"] = list(system.settings)
+        origin["settings"] = settings
     runs = []
     for seed, (run, metrics) in enumerate(zip(row.runs, row.metrics, strict=True)):
         runs.append(
@@ -100,7 +107,10 @@ def origin_of(row: Row, options: Options) -> dict[str, Any]:
 
 
 def _training(run: Path) -> dict[str, Any]:
-    found, best = validated(run), best_epoch(run)
+    found = validated(run)
+    if not found:  # a backbone as it is
+        return {"train_seconds": 0.0, "epochs": 0}
+    best = best_epoch(run)
     of_best = [line for line in found if line["epoch"] + 1 == best]
     return {
         "train_seconds": round(worked_seconds(run), 1),

@@ -302,8 +302,9 @@ def _report_of_best(rows: list[Row]) -> list[str]:
     for row in rows:
         if row.system.kind == "recipe" and row.system.through == "n-2":
             lines = map(train_process.validated, row.runs)
-            best = [max(line["NDCG@10"] for line in of_run) for of_run in lines]
-            scored[statistics.fmean(best)] = row
+            best = [max(line["NDCG@10"] for line in of_run) for of_run in lines if of_run]
+            if best:  # a backbone as it is has no validation
+                scored[statistics.fmean(best)] = row
     if not scored:
         return []
     row = scored[max(scored)]

@@ -31,8 +31,11 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "auto": ("sasrec+knn", "knn"),
     "auto-text-decoder": ("sasrec-text",),
     "auto-text": ("sasrec-text+graph+text", "graph+text"),
+    "llama": ("llama-untrained", "popularity"),
 }
 """Row -> the rows it is compared with, paired, where both are finished."""
+LORA = ("lora.rank=16", "lora.dropout=0.05")
+"""The adapters of the row llama."""
 ORIGINAL_DECODING: tuple[Mode, int] = ("free", 21)
 """How the published code decodes: no trie, 21 beams."""
 SWITCHES: dict[str, tuple[str, ...]] = {
@@ -86,6 +89,9 @@ class Options:
     out: Path
     items: Path | None = None
     """The table of the items' texts; the rows are then those that read them."""
+    llama: str | None = None
+    """Directory or hub name of the causal language model of the rows llama and llama-untrained,
+    which are made where it is given."""
     command: str = "genrec reproduce"
     """As it was given, without directories: it is written into the results."""
     protocols: tuple[ProtocolName, ...] = PROTOCOLS
@@ -140,6 +146,13 @@ class Options:
         return [folder / f"seed-{seed}" for seed in range(self.seeds)]
 
 
+def without_directory(word: object) -> str:
+    """A word of the command, or `key=value`, without directories: it is written into files that
+    travel."""
+    key, sign, value = str(word).rpartition("=")
+    return key + sign + (Path(value).name if "/" in value else value)
+
+
 def label_of(recipe: str) -> str:
     """A recipe's name, or that of its file."""
     return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
@@ -158,7 +171,7 @@ def systems_of(
     """
     rows = [System(name, "rule", options.knn if name == "knn" else ()) for name in RULES]
     if options.items is not None and protocol == "leak-free":
-        return [*rows, *_text_rows(options)]
+        return [*rows, *_text_rows(options), *_llama_rows(options)]
     best = System("best", "recipe", options.overrides_of(options.recipe), options.recipe)
     if protocol == "paper":
         return [*rows, best, *_paper_rows(protocol, options, pretrains)]
@@ -205,6 +218,19 @@ def _text_rows(options: Options) -> list[System]:
     decoder = System("auto-text-decoder", "recipe", (*overrides, "decode=exact"), "auto-text")
     mixture = System("auto-text", "ranked", of=decoder, mode="hybrid", tuned=True, tune_graph=True)
     return [System("graph+text", "rule"), sasrec, mixed, decoder, mixture]
+
+
+def _llama_rows(options: Options) -> list[System]:
+    """A language model that reads titles: as it is, and trained by adapters (Ji et al., arXiv
+    2307.00457)."""
+    if options.llama is None:
+        return []
+    backbone, overrides = f"model.backbone={options.llama}", options.overrides_of("llama")
+    as_it_is = (backbone, *overrides, "lora.rank=0", "finetune.epochs=0")
+    return [
+        System("llama-untrained", "recipe", as_it_is, "llama"),
+        System("llama", "recipe", (backbone, *LORA, *overrides), "llama"),
+    ]
 
 
 def _paper_rows(protocol: ProtocolName, options: Options, pretrains: bool) -> list[System]:

@@ -24,6 +24,8 @@ from genrec_shards.file_lock import LOCK_FILE, hold
 from genrec_shards.sequences import read_sequences
 from places import ROOT
 from tiny import TINY_RECIPE, tiny_log
+from titled_data import RECIPE as TITLED_RECIPE
+from titled_data import titled_data
 from two_ranks import environment
 
 from genrec_dist.cli.app import run_command
@@ -352,6 +354,47 @@ def test_the_rows_with_texts_and_their_control_see_the_same(
     assert "the paper's protocol has no texts" in line
 
 
+@pytest.fixture(scope="module")
+def titled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with log.txt, items.csv and, as `backbone`, a small language model."""
+    place = tmp_path_factory.mktemp("titled")
+    data, recipe = titled_data(place), place / "recipe.yaml"
+    recipe.write_text(TITLED_RECIPE.format(data=data, run=place / "run"), encoding="utf-8")
+    words = ["-m", "genrec_dist.cli", "train", recipe, "--set", "finetune.epochs=1"]
+    assert forked.run(words, environment(), timeout=120).returncode == 0
+    return (place / "run" / "best").rename(place / "backbone").parent
+
+
+@pytest.mark.ranks
+def test_a_language_model_is_listed_as_it_is_and_trained_by_adapters(
+    titled: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    backbone, out = titled / "backbone", tmp_path / "out"
+    words = ["reproduce", "beauty", "--data", titled / "log.txt", "--out", out, "--any-size"]
+    words += ["--llama", backbone, "--seeds", 1, "--systems", "knn,llama-untrained,llama"]
+    own = ["prompt.max_titles=5", "model.max_tokens=80"]
+    for setting in (*own, "finetune.epochs=2", "finetune.learning_rate=0.05"):
+        words += ["--set", f"llama:{setting}"]
+    line = refused(capfd, list(map(str, words)))
+    assert "--llama: the titles that it reads are needed: give --items as well" in line
+    words += ["--items", titled / "items.csv"]
+    assert run_command(list(map(str, words))) == 0
+    text = (out / "quality-runs.json").read_text()
+    assert str(titled) not in text
+    found = json.loads(text)["beauty"]["leak-free"]
+    assert sorted(found) == ["knn", "llama", "llama-untrained"]
+    assert [found[name]["runs"][0]["epochs"] for name in ("llama-untrained", "llama")] == [0, 2]
+    for name in ("llama-untrained", "llama"):
+        assert found[name]["users"] == 90
+        assert found[name]["settings"][0] == "model.backbone=backbone"
+    runs = {name: out / "leak-free" / name / "seed-0" for name in found}
+    assert not (runs["llama-untrained"] / "best" / "adapter").exists()
+    assert (runs["llama"] / "best" / "adapter").is_dir()
+    before, after = (found[name]["runs"][0]["test"] for name in ("llama-untrained", "llama"))
+    assert before != after
+    assert (out / "leak-free" / "compare-llama-llama-untrained.json").is_file()
+
+
 def test_usage_and_a_directory_in_use_are_one_line(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -504,7 +547,10 @@ def assert_no_gpu(done: subprocess.CompletedProcess[str]) -> None:
 def test_the_script_without_a_gpu_or_arguments_is_one_line(folder: Path, tmp_path: Path) -> None:
     # An interpreter that fails is as one whose torch sees no GPU; with torch in the slow test.
     assert_no_gpu(run_script("beauty", folder / "log.txt", tmp_path / "out", PYTHON="/bin/false"))
-    assert (run_script("--cpu", "beauty").returncode, list(tmp_path.iterdir())) == (2, [])
+    for few in (["beauty"], ["llama", "backbone", "items.csv", "beauty", "log.txt"]):
+        said = run_script("--cpu", *few)
+        assert (said.returncode, list(tmp_path.iterdir())) == (2, [])
+        assert said.stderr.startswith("usage: launch/reproduce_gpu.sh")
 
 
 # Slow.
@@ -636,6 +682,17 @@ def test_the_script_works_in_slices_that_go_on(folder: Path, tmp_path: Path) -> 
     rows = read(tmp_path / "out" / "quality.json")["beauty"]["paper"]
     names = ["popularity", "counting", "knn", "best", "paper-tiny"]
     assert list(rows) == [*names, "paper-tiny-without-pretraining"]
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+def test_the_script_makes_the_rows_of_a_language_model(titled: Path, tmp_path: Path) -> None:
+    words = ["llama", titled / "backbone", titled / "items.csv", "beauty", titled / "log.txt"]
+    small = ["--set", "llama:model.max_tokens=80", "--set", "llama:prompt.max_titles=5"]
+    done = run_script("--cpu", *words, tmp_path / "out", "--any-size", *small)
+    assert done.returncode == 0, done.stderr
+    rows = read(tmp_path / "out" / "quality.json")["beauty"]["leak-free"]
+    assert list(rows) == ["popularity", "knn", "graph+text", "llama-untrained", "llama"]
 
 
 def test_an_automatic_precision_is_the_one_that_the_run_has(tmp_path: Path) -> None:
