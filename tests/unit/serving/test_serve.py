@@ -13,8 +13,9 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -308,6 +309,67 @@ def test_unknown_items_are_named_and_counted(server: Server) -> None:
     assert found["unknown_items"] == unknown
     assert len(found["items"]) == 3
     assert metric(server, "genrec_unknown_items_total") == before + 10_000
+
+
+def test_clients_at_fault_cost_the_others_no_answer_and_the_server_no_memory(
+    server: Server, recommender: Recommender, histories: list[list[str]]
+) -> None:
+    """Some seconds of good clients beside those that stop in the middle, are slow, send too much or
+    name 10,000 items that nobody knows."""
+    expected = recommender.recommend(histories, k=64)
+    unknown = {"history": [f"no-{number}" for number in range(10_000)], "k": 3}
+    over, count = threading.Event(), Counter()
+    slow: list[socket.socket] = []
+
+    def good(caller: int) -> None:
+        at = caller
+        while not over.is_set():
+            at = (at + 1) % len(histories)
+            (found,) = server.lists(history=histories[at], k=5)
+            check(found, expected[at])
+            count["good"] += 1
+
+    def at_fault() -> None:
+        while not over.is_set():
+            with server.socket("Content-Length: 15") as client:
+                client.sendall(b'{"hist')  # and goes
+            slow.append(server.socket("Content-Length: 15"))
+            slow[-1].sendall(b'{"hist')  # and stays
+            status, _, _ = server.ask("POST", "/recommend", b"x" * (LIMIT + 1))
+            assert status == 413
+            (found,) = server.lists(**unknown)
+            assert len(found["unknown_items"]) == 10_000
+            count["at fault"] += 4
+
+    def traffic(seconds: float) -> None:
+        over.clear()
+        with ThreadPoolExecutor(4) as pool:
+            callers = [pool.submit(good, caller) for caller in range(3)] + [pool.submit(at_fault)]
+            wait(callers, timeout=seconds, return_when=FIRST_EXCEPTION)
+            over.set()
+            for caller in callers:
+                caller.result()
+
+    traffic(3)
+    before, earlier = resident_bytes(server), count.copy()
+    traffic(5)
+    grown = resident_bytes(server) - before
+    rounds = (count["at fault"] - earlier["at fault"]) // 4
+    # Python holds the names of one request in more than 600 kB.
+    assert grown < 2**21 + rounds * 200_000, (grown, rounds)
+    assert min(rounds, count["good"]) > 4
+    for client in slow:
+        answer = b"".join(iter(lambda open_=client: open_.recv(1000), b""))
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        client.close()
+    assert metric(server, "genrec_in_flight") == 0
+
+
+def resident_bytes(server: Server) -> int:
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    found = re.search(r"^VmRSS:\s+(\d+) kB$", status, re.M)
+    assert found is not None
+    return 1024 * int(found[1])
 
 
 def metric(server: Server, name: str) -> float:
