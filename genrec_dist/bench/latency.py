@@ -33,9 +33,11 @@ from genrec_dist.bench.measure import (
 )
 from genrec_dist.bench.synthetic import BEAUTY_ITEMS, BEAUTY_USERS, open_data
 from genrec_dist.config.load import load_recipe
+from genrec_dist.data.encoder_input import encode_histories
 from genrec_dist.data.tokenizer import train_tokenizer
 from genrec_dist.data.word_table import build_words
 from genrec_dist.evaluation.metrics import TOP
+from genrec_dist.inference.item_filter import find_rows
 from genrec_dist.inference.load import (
     Catalogue,
     LoadedRun,
@@ -50,7 +52,7 @@ from genrec_dist.model.build import ModelSizes, build_model
 
 SHARED, LOCKED = "shared", "locked"
 LOCK = "a lock round each call"
-SERVED, DIRECT = "served", "in process"
+SERVED, GENERATED, DIRECT = "served", "generate, served", "in process"
 CALLERS = (1, 8, 64)
 """Of a server, at once."""
 
@@ -166,7 +168,7 @@ def measure(
 
 
 def measure_ways(
-    ways: Mapping[str, Callable[[Sequence[str]], None]],
+    ways: Mapping[str, Callable[[Sequence[str]], object]],
     histories: Sequence[Sequence[str]],
     sizes: Sizes,
     callers_each: Sequence[int],
@@ -192,7 +194,7 @@ def measure_ways(
 def one_round(
     pool: ThreadPoolExecutor,
     callers: int,
-    way: Callable[[Sequence[str]], None],
+    way: Callable[[Sequence[str]], object],
     histories: Sequence[Sequence[str]],
 ) -> tuple[float, list[float]]:
     """(seconds of the round, seconds of each call): all callers start together and request one
@@ -259,57 +261,50 @@ def format_latencies(table: dict[str, Any]) -> str:
 
 
 def bench_serve(run: Path, data: Path, sizes: Sizes | None = None) -> Measured:
-    """The table of `genrec bench serve`: requests to a server beside the same calls in process.
+    """The table of `genrec bench serve`: requests to a server beside the same calls in process, and
+    beside the same server with Hugging Face's `generate` in it.
 
     Args:
-        run: a trained run.
+        run: a trained run whose model is GenRec's; its decoder alone is measured.
         data: the directory it was trained on, whose histories are requested.
 
     Raises:
-        ValueError: if run and data have different items, or the server does not start.
-        AssertionError: if the server gives another list.
+        ValueError: if run and data have different items, or a server does not start.
+        AssertionError: if a server gives other lists.
     """
-    sizes = sizes or Sizes(rounds=3)
-    dataset, recommender = load_dataset(data), Recommender.load(run, best_device())
+    sizes = sizes or Sizes(calls=16)
+    # `generate` lists what the history holds.
+    recommender = Recommender.load(run, best_device(), mode="exact", exclude_history=False)
+    dataset = load_dataset(data)
     check_numbering(recommender.run, dataset)
     histories = histories_of(dataset, recommender.run.catalogue)
-    with torch_threads(sizes.threads), _serving(run, max(CALLERS), sizes.threads) as port:
-        own = threading.local()
+    queue, threads = str(max(CALLERS)), str(sizes.threads)
+    ours = ["genrec_dist.cli", "serve", str(run), "--decode", "exact", "--exclude-history", "no"]
+    ours += ["--port", "0", "--queue", queue, "--threads", threads]
+    theirs = ["genrec_dist.bench.peers.serve", str(run), queue, threads]
 
-        def request(history: Sequence[str]) -> dict[str, Any]:
-            if not hasattr(own, "connection"):  # each caller keeps one open
-                own.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-            body, headers = (
-                json.dumps({"history": history, "k": TOP}),
-                {"Content-Type": "application/json"},
-            )
-            own.connection.request("POST", "/recommend", body, headers)
-            answer = own.connection.getresponse()
-            content = answer.read()
-            if answer.status != 200:
-                raise ValueError(f"the server answers {answer.status}: {content[:200]!r}")
-            return json.loads(content)["recommendations"][0]
+    def direct(history: Sequence[str]) -> None:
+        recommender.recommend([history])
 
-        def served(history: Sequence[str]) -> None:
-            request(history)
-
-        def direct(history: Sequence[str]) -> None:
-            recommender.recommend([history])
-
+    with torch_threads(sizes.threads), _serving(ours) as served, _serving(theirs) as generated:
         for history in histories[:16]:
             (alone,) = recommender.recommend([history])
-            assert np.allclose(request(history)["scores"], alone.scores, rtol=0, atol=1e-4)
-        measured = measure_ways({SERVED: served, DIRECT: direct}, histories, sizes, CALLERS)
+            assert np.allclose(served(history)["scores"], alone.scores, rtol=0, atol=1e-4)
+            by_its_rule = _scores_by_generates_rule(recommender, history)
+            assert np.allclose(generated(history)["scores"], by_its_rule, rtol=0, atol=1e-4)
+        ways = {SERVED: served, GENERATED: generated, DIRECT: direct}
+        measured = measure_ways(ways, histories, sizes, CALLERS)
     rows = {(row["way"], row["callers"]): row for row in measured}
     claims = [
         make_claim(
             f"{'calls' if figure == 'calls/s' else figure.removesuffix(' ms')}, {callers} at once",
-            "the same calls in process",
+            {GENERATED: "the same server with generate", DIRECT: "the same calls in process"}[peer],
             rows[SERVED, callers][figure],
-            rows[DIRECT, callers][figure],
+            rows[peer, callers][figure],
             figure.removeprefix("p50 ").removeprefix("p95 "),
-            "none",
+            "> 1x" if peer == GENERATED else "none",
         )
+        for peer in (GENERATED, DIRECT)
         for callers in CALLERS
         for figure in ("p50 ms", "p95 ms", "calls/s")
     ]
@@ -317,22 +312,50 @@ def bench_serve(run: Path, data: Path, sizes: Sizes | None = None) -> Measured:
     return claims, table("serve", claims, sizes=vars(sizes), data=facts, measured=measured)
 
 
+def _scores_by_generates_rule(recommender: Recommender, history: Sequence[str]) -> np.ndarray:
+    """A list's scores where an item that ends at a beam is treated as `generate` does."""
+    rows, _ = find_rows(recommender.run.catalogue, history)
+    offsets, nobody = np.array([0, len(rows)]), np.array([-1])
+    encoder = encode_histories(rows, offsets, nobody, recommender.run.layout)
+    searcher, beam = recommender.searcher, recommender.beam
+    lists = searcher.search(encoder.to(searcher.device), beam=beam, top=TOP, ends="ranked")
+    return lists.scores[0]
+
+
 @contextmanager
-def _serving(run: Path, queue: int, threads: int) -> Iterator[int]:
-    """The port of a `genrec serve` of its own."""
-    options = ["--port", "0", "--queue", str(queue), "--threads", str(threads)]
+def _serving(command: list[str]) -> Iterator[Callable[[Sequence[str]], dict[str, Any]]]:
+    """A function that asks a server of its own for one history's list; each thread that calls it
+    keeps one connection open. `command`: a module and its arguments."""
     server = subprocess.Popen(
-        [sys.executable, "-m", "genrec_dist.cli", "serve", str(run), *options],
+        [sys.executable, "-m", *command],
         env={name: value for name, value in os.environ.items() if name != "GENREC_TOKEN"},
         stdout=subprocess.PIPE,
         text=True,
     )
+    own = threading.local()
+
+    def request(history: Sequence[str]) -> dict[str, Any]:
+        if not hasattr(own, "connection"):
+            own.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+        body, headers = (
+            json.dumps({"history": history, "k": TOP}),
+            {"Content-Type": "application/json"},
+        )
+        own.connection.request("POST", "/recommend", body, headers)
+        answer = own.connection.getresponse()
+        content = answer.read()
+        if answer.status != 200:
+            raise ValueError(f"the server answers {answer.status}: {content[:200]!r}")
+        found: dict[str, Any] = json.loads(content)["recommendations"][0]
+        return found
+
     try:
         assert server.stdout is not None
         found = re.search(r" at http://127\.0\.0\.1:(\d+) ", server.stdout.readline())
         if found is None:
             raise ValueError("the server did not start: its own message says why")
-        yield int(found[1])
+        port = int(found[1])
+        yield request
     finally:
         server.terminate()
         server.communicate()

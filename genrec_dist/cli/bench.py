@@ -131,8 +131,8 @@ def bench_latency(
 
 @bench.command("serve")
 def bench_serve(run: RunArgument, data: RunDataOption = None, json_path: JsonOption = None) -> None:
-    """p50, p95, p99 and requests per second of `genrec serve` at 1, 8 and 64 callers, beside the
-    same calls in process.
+    """p50, p95, p99 and requests per second of `genrec serve` at 1, 8 and 64 callers, beside
+    Hugging Face's `generate` behind the same server, and beside the same calls in process.
 
     Example: genrec bench serve runs/beauty --json serve.json
     """

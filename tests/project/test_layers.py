@@ -34,7 +34,12 @@ FLOORS = (
 # first used: they stand outside the floors.
 LAZY = {"genrec_dist", "genrec_dist.auto_classes"}
 # `config` may use the errors and splits of genrec_shards, which imports nothing of ours.
-SIDEWAYS = {("config", "genrec_shards"), ("distributed", "genrec_shards")}
+# The peer of `genrec bench serve` stands behind the same server, which imports nothing of `bench`.
+SIDEWAYS = {
+    ("config", "genrec_shards"),
+    ("distributed", "genrec_shards"),
+    ("bench", "serving"),
+}
 MOST_MODULES = 12
 # A training machine may have none of these, so nothing may need them to be imported.
 HEAVY = {

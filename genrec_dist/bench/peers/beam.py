@@ -35,11 +35,16 @@ def allowed_tokens(words: WordTable, eos: int) -> dict[tuple[int, ...], list[int
 
 
 def make_generate(
-    model: GenRecForConditionalGeneration, words: WordTable, encoder: EncoderInput, beam: int
+    model: GenRecForConditionalGeneration,
+    words: WordTable,
+    encoder: EncoderInput,
+    beam: int,
+    after: dict[tuple[int, ...], list[int]] | None = None,
 ) -> Callable[..., Any]:
-    """A function that lets `generate` decode this batch; `output_scores` is its own option."""
+    """A function that lets `generate` decode this batch; `output_scores` is its own option.
+    `after`: of `allowed_tokens`, where it is at hand."""
     eos = int(model.config.eos_token_id)
-    after = allowed_tokens(words, eos)
+    after = allowed_tokens(words, eos) if after is None else after
 
     @torch.inference_mode()
     def generate(output_scores: bool = False) -> Any:
@@ -63,13 +68,23 @@ def make_generate(
     return generate
 
 
-def generated_lists(
-    output: Any, model: GenRecForConditionalGeneration, words: WordTable, num_users: int
-) -> TopItems:
-    """`generate`'s output as lists; -1 where a sequence is no item."""
-    ends = (model.config.eos_token_id, model.config.pad_token_id)
+def item_rows(words: WordTable) -> dict[tuple[int, ...], int]:
+    """The row of the item with these tokens."""
     tokens, offsets = words.tokens_of_items()
-    row_of = {tuple(tokens[a:b].tolist()): row for row, (a, b) in enumerate(pairwise(offsets))}
+    return {tuple(tokens[a:b].tolist()): row for row, (a, b) in enumerate(pairwise(offsets))}
+
+
+def generated_lists(
+    output: Any,
+    model: GenRecForConditionalGeneration,
+    words: WordTable,
+    num_users: int,
+    row_of: dict[tuple[int, ...], int] | None = None,
+) -> TopItems:
+    """`generate`'s output as lists; -1 where a sequence is no item. `row_of`: of `item_rows`, where
+    it is at hand."""
+    ends = (model.config.eos_token_id, model.config.pad_token_id)
+    row_of = item_rows(words) if row_of is None else row_of
     rows = [
         row_of.get(tuple(token for token in sequence[1:] if token not in ends), -1)
         for sequence in output.sequences.tolist()

@@ -18,6 +18,7 @@ from genrec_shards.dataset import load_dataset
 from genrec_dist.bench.latency import (
     CALLERS,
     DIRECT,
+    GENERATED,
     LOCKED,
     SERVED,
     SHARED,
@@ -129,11 +130,15 @@ def test_a_server_is_measured_at_each_number_of_callers(
     claims, table = bench_serve(tiny_run, tiny_data, Sizes(calls=12, rounds=1))
     check_claims(claims, table, tmp_path / "serve.json")
     rows = {(row["way"], row["callers"]): row for row in table["measured"]}
-    assert set(rows) == {(way, callers) for way in (SERVED, DIRECT) for callers in CALLERS}
+    assert set(rows) == {
+        (way, callers) for way in (SERVED, GENERATED, DIRECT) for callers in CALLERS
+    }
     for (_, callers), row in rows.items():
         assert row["calls"] == max(12, -(-12 // callers) * callers)
         assert 0 < row["p50 ms"] <= row["p95 ms"] <= row["p99 ms"]
+    for first, peer in ((0, GENERATED), (9, DIRECT)):
+        assert claims[first].theirs == rows[peer, 1]["p50 ms"]
     assert [claim.ours for claim in claims[:3]] == [
         rows[SERVED, 1][figure] for figure in ("p50 ms", "p95 ms", "calls/s")
     ]
-    assert len(format_latencies(table).splitlines()) == 7
+    assert len(format_latencies(table).splitlines()) == 10

@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from two_ranks import environment
 
 from genrec_dist.cli.app import run_command
-from genrec_dist.cli.serve import listen
 from genrec_dist.inference.recommend import Recommendation, Recommender, Request
+from genrec_dist.serving.listen import listen
 
 TOKEN = "a secret, with ü"
 JSON = {"Content-Type": "application/json"}
