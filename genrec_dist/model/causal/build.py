@@ -90,6 +90,12 @@ def _load(name: str, attention_dropout: float) -> Any:
                 f"model.backbone {name}: a {config.model_type} model; one whose layers are "
                 "decoders that attend to all earlier tokens fits, such as Llama"
             )
+        if quantised := getattr(config, "quantization_config", None):
+            method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise ValueError(
+                f"model.backbone {name}: its weights are quantised ({method}); those in float32, "
+                "float16 or bfloat16 are read: give the model that it was made of"
+            )
         config.attention_dropout = attention_dropout
         return AutoModelForCausalLM.from_pretrained(
             name,

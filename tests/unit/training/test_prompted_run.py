@@ -252,6 +252,10 @@ def test_backbone_weights_are_loaded_and_checked(run: Path, data: Path, tmp_path
     )
     with pytest.raises(ValueError, match="a mistral model; one whose layers are decoders"):
         build_setup(recipe_in(tmp_path, data, f"model.backbone={bare}"))
+    four_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (bare / "config.json").write_text(json.dumps({**fields, "quantization_config": four_bits}))
+    with pytest.raises(ValueError, match=r"its weights are quantised \(bitsandbytes\)"):
+        build_setup(recipe_in(tmp_path, data, f"model.backbone={bare}"))
 
 
 def test_adapters_go_with_their_backbone_alone(run: Path, data: Path, tmp_path: Path) -> None:
