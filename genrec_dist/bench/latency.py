@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -262,10 +262,10 @@ def format_latencies(table: dict[str, Any]) -> str:
 
 def bench_serve(run: Path, data: Path, sizes: Sizes | None = None) -> Measured:
     """The table of `genrec bench serve`: requests to a server beside the same calls in process, and
-    beside the same server with Hugging Face's `generate` in it.
+    beside the same server with Hugging Face's `generate` in it, where that can decode the model.
 
     Args:
-        run: a trained run whose model is GenRec's; its decoder alone is measured.
+        run: a trained run; its decoder alone is measured.
         data: the directory it was trained on, whose histories are requested.
 
     Raises:
@@ -282,29 +282,40 @@ def bench_serve(run: Path, data: Path, sizes: Sizes | None = None) -> Measured:
     ours = ["genrec_dist.cli", "serve", str(run), "--decode", "exact", "--exclude-history", "no"]
     ours += ["--port", "0", "--queue", queue, "--threads", threads]
     theirs = ["genrec_dist.bench.peers.serve", str(run), queue, threads]
+    # It starts every decoder with the same token, and knows no prompt of titles.
+    can_generate = getattr(recommender.run.model.config, "decoder_start", "") == "mask"
+    peers = {GENERATED: "the same server with generate"} if can_generate else {}
+    peers[DIRECT] = "the same calls in process"
 
-    def direct(history: Sequence[str]) -> None:
-        recommender.recommend([history])
+    def direct(history: Sequence[str]) -> Any:
+        return recommender.recommend([history])
 
-    with torch_threads(sizes.threads), _serving(ours) as served, _serving(theirs) as generated:
+    with ExitStack() as stack:
+        stack.enter_context(torch_threads(sizes.threads))
+        ways: dict[str, Callable[[Sequence[str]], Any]]
+        ways = {SERVED: stack.enter_context(_serving(ours)), DIRECT: direct}
+        if can_generate:
+            ways[GENERATED] = stack.enter_context(_serving(theirs))
         for history in histories[:16]:
             (alone,) = recommender.recommend([history])
-            assert np.allclose(served(history)["scores"], alone.scores, rtol=0, atol=1e-4)
-            by_its_rule = _scores_by_generates_rule(recommender, history)
-            assert np.allclose(generated(history)["scores"], by_its_rule, rtol=0, atol=1e-4)
-        ways = {SERVED: served, GENERATED: generated, DIRECT: direct}
+            found = ways[SERVED](history)["scores"]
+            assert np.allclose(found, alone.scores, rtol=0, atol=1e-4)
+            if can_generate:
+                found = ways[GENERATED](history)["scores"]
+                by_its_rule = _scores_by_generates_rule(recommender, history)
+                assert np.allclose(found, by_its_rule, rtol=0, atol=1e-4)
         measured = measure_ways(ways, histories, sizes, CALLERS)
     rows = {(row["way"], row["callers"]): row for row in measured}
     claims = [
         make_claim(
             f"{'calls' if figure == 'calls/s' else figure.removesuffix(' ms')}, {callers} at once",
-            {GENERATED: "the same server with generate", DIRECT: "the same calls in process"}[peer],
+            name,
             rows[SERVED, callers][figure],
             rows[peer, callers][figure],
             figure.removeprefix("p50 ").removeprefix("p95 "),
             "> 1x" if peer == GENERATED else "none",
         )
-        for peer in (GENERATED, DIRECT)
+        for peer, name in peers.items()
         for callers in CALLERS
         for figure in ("p50 ms", "p95 ms", "calls/s")
     ]
