@@ -6,6 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -205,10 +206,12 @@ def test_long_targets_of_all_prefixes_are_sequences_of_their_own() -> None:
 def test_a_step_on_this_cpu_takes_what_was_foretold_within_half(
     name: str, precision: str, tiny_data: Path
 ) -> None:
-    """In processor time of one thread, so that other work on the machine counts on neither side."""
+    """In processor time of one thread, the median of three: other work on the machine still moves
+    what a core multiplies by a quarter (docs/log.md)."""
+    settings = [f"data={tiny_data}", f"precision={precision}"]
     with torch_threads(1):
-        found = measure_plan(name, [f"data={tiny_data}", f"precision={precision}"], steps=2)
-    assert 1 / 1.5 < found.foretold / found.measured < 1.5, found
+        found = [measure_plan(name, settings, steps=2) for _ in range(3)]
+    assert 1 / 1.5 < median(each.foretold / each.measured for each in found) < 1.5, found
 
 
 @pytest.mark.parametrize(
