@@ -4,6 +4,7 @@ A further system is a line in `systems_of`."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -147,10 +148,11 @@ class Options:
 
 
 def without_directory(word: object) -> str:
-    """A word of the command, or `key=value`, without directories: it is written into files that
-    travel."""
+    """A word of the command, or `key=value`, where it is a path without its directories: it is
+    written into files that travel. A name on the hub, `owner/name`, stays."""
     key, sign, value = str(word).rpartition("=")
-    return key + sign + (Path(value).name if "/" in value else value)
+    is_path = "/" in value and (value.startswith(("/", ".", "~")) or os.path.exists(value))
+    return key + sign + (Path(value).name if is_path else value)
 
 
 def label_of(recipe: str) -> str:

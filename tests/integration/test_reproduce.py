@@ -36,7 +36,7 @@ from genrec_dist.report.run_files import read_run_files
 from genrec_dist.reproduce.published import SETS, size_difference
 from genrec_dist.reproduce.result_rows import merge
 from genrec_dist.reproduce.steps import recipe_of
-from genrec_dist.reproduce.systems import SWITCHES, Options, systems_of
+from genrec_dist.reproduce.systems import SWITCHES, Options, systems_of, without_directory
 from genrec_dist.reproduce.train_process import best_epoch, worked_seconds
 
 SETTINGS = "--sasrec d_model=8 --sasrec epochs=2 --sasrec validation_users=50 --knn window=4"
@@ -393,6 +393,25 @@ def test_a_language_model_is_listed_as_it_is_and_trained_by_adapters(
     before, after = (found[name]["runs"][0]["test"] for name in ("llama-untrained", "llama"))
     assert before != after
     assert (out / "leak-free" / "compare-llama-llama-untrained.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("word", "written"),
+    [
+        ("--llama", "--llama"),
+        ("/models/smollm2", "smollm2"),
+        ("../log.txt", "log.txt"),
+        ("llama:model.backbone=HERE/x", "llama:model.backbone=x"),
+        ("model.backbone=owner/name", "model.backbone=owner/name"),
+        ('prompt.template="Seen:\\n{history}/\\n"' + "x" * 300, None),
+    ],
+)
+def test_what_is_written_of_a_command_has_no_directories(
+    word: str, written: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "x").touch()
+    word = word.replace("HERE", str(tmp_path))
+    assert without_directory(word) == (word if written is None else written)
 
 
 def test_usage_and_a_directory_in_use_are_one_line(
