@@ -26,7 +26,8 @@ FLOORS = (
     {"decoding", "baselines", "estimate"},
     {"inference"},
     {"training"},
-    {"api", "reproduce", "bench", "serving", "sharing", "genrec_tuning"},
+    {"api", "reproduce", "serving", "sharing", "genrec_tuning"},
+    {"bench"},
     {"cli"},
     {"train"},
 )
@@ -34,12 +35,7 @@ FLOORS = (
 # first used: they stand outside the floors.
 LAZY = {"genrec_dist", "genrec_dist.auto_classes"}
 # `config` may use the errors and splits of genrec_shards, which imports nothing of ours.
-# The peer of `genrec bench serve` stands behind the same server, which imports nothing of `bench`.
-SIDEWAYS = {
-    ("config", "genrec_shards"),
-    ("distributed", "genrec_shards"),
-    ("bench", "serving"),
-}
+SIDEWAYS = {("config", "genrec_shards"), ("distributed", "genrec_shards")}
 MOST_MODULES = 12
 # A training machine may have none of these, so nothing may need them to be imported.
 HEAVY = {
