@@ -249,7 +249,7 @@ def tune(
 
     Example: genrec tune beauty --out runs/beauty-sweep
     """
-    with working("loading torch and Ray"):
+    with working("loading Ray"):
         from genrec_tuning.finals import finals_summary, finish_sweep
         from genrec_tuning.space import load_space
         from genrec_tuning.sweep import run_sweep, sweep_summary

@@ -89,6 +89,11 @@ def parent_of(pid: int) -> int:
     return int((Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[1])
 
 
+def has_torch(pid: int) -> bool:
+    """Whether a process has torch's libraries loaded."""
+    return "libtorch" in (Path("/proc") / str(pid) / "maps").read_text()
+
+
 def kill(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
 

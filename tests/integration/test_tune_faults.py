@@ -77,6 +77,7 @@ def killed(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict:
     try:
         first = out / "runs" / "t0000"
         sweeps.wait_for(process, lambda: saved(first) >= 2, "two epochs of the first trial")
+        seen["torch"] = [sweeps.has_torch(pid) for pid in (process.pid, sweeps.pid_of(first))]
         sweeps.kill(sweeps.pid_of(first))
         seen["epochs at the kill"] = saved(first)
         # Ray may let the second one go first, now that there is room.
@@ -124,6 +125,10 @@ def test_a_killed_trial_is_retried_from_its_own_checkpoint(killed: dict) -> None
     validated = [event["epoch"] + 1 for event in events(run, "validation")]
     assert all(validated.count(epoch) == 1 for epoch in range(1, at_kill + 1))
     assert steps_rerun(run) == 0
+
+
+def test_the_driver_does_without_torch(killed: dict) -> None:
+    assert killed["torch"] == [False, True]
 
 
 def test_a_killed_driver_loses_nothing_and_takes_its_trials_with_it(killed: dict) -> None:
@@ -230,6 +235,10 @@ def test_trials_of_two_ranks_run_on_two_nodes_and_lie_in_a_bucket(
             assert len(ranks[number]) == 2
             trials[number] = sweeps.parent_of(ranks[number][0])
             raylets.add(sweeps.parent_of(trials[number]))
+            # Who only watches ranks has no use for it.
+            assert [sweeps.has_torch(pid) for pid in (trials[number], *ranks[number])] == [
+                False, True, True,
+            ]  # fmt: skip
             if number == 0:
                 sweeps.kill(ranks[0][-1])
             else:

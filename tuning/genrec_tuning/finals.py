@@ -15,9 +15,6 @@ from genrec_shards.readers.documents import read_object
 from genrec_dist.distributed.deadline import Deadline
 from genrec_dist.evaluation.compare import compare
 from genrec_dist.evaluation.metrics import METRICS
-from genrec_dist.inference.evaluate import evaluate
-from genrec_dist.inference.load import best_device, load_run
-from genrec_dist.inference.rank_users import Decoding
 from genrec_tuning.live_table import SweepTable
 from genrec_tuning.record import FINALS, Final, Recorder, Status, Sweep, Trial, read_sweep
 from genrec_tuning.report.page import check_plotly, write_results
@@ -206,6 +203,11 @@ def _test(job: Job) -> dict[str, float]:
     """HR and NDCG on test of a finished run; read where an evaluation came to its end before."""
     written = job.local_run / "metrics-test.json"
     if not written.is_file():
+        # Here: the finals are run by Ray, and this process has to do with a model only at the end.
+        from genrec_dist.inference.evaluate import evaluate
+        from genrec_dist.inference.load import best_device, load_run
+        from genrec_dist.inference.rank_users import Decoding
+
         recipe = job.resolved(job.local_run)
         run = load_run(job.local_run, best_device())
         evaluate(

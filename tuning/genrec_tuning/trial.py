@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from genrec_shards.atomic import write_text
 from genrec_shards.file_lock import hold
 
@@ -27,7 +26,6 @@ from genrec_dist.config.recipe import Recipe
 from genrec_dist.data.fit_recipe import resolve_recipe
 from genrec_dist.distributed.deadline import Deadline
 from genrec_dist.report.run_files import RunFiles, read_run_files
-from genrec_dist.training.run import train
 from genrec_tuning.record import SWEEP_FILE, Epoch, Folder, Value
 from genrec_tuning.run_sync import pull, push
 from genrec_tuning.space import Resources, planned_epochs
@@ -92,7 +90,7 @@ def run_trial(config: dict[str, Any]) -> None:
 
     # What the trial before left in this process; one that was stopped lets go of it only now.
     gc.collect()
-    if torch.cuda.is_available():
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_available():
         torch.cuda.empty_cache()
     try:
         run_job(Job(**config["job"]), tune.report)
@@ -143,6 +141,10 @@ def run_job(job: Job, report: Callable[[dict[str, Any]], None]) -> None:
         if job.resources["processes"] > 1:
             train_on_ranks(Resources(**job.resources), recipe, resume, lock, report_new)
         else:
+            # Here, since this file is imported by the driver too, and by a trial that only watches
+            # its ranks: without torch and transformers they start seconds sooner.
+            from genrec_dist.training.run import train
+
             train(recipe, resume, on_epoch=lambda _: report_new())
         report_new()
         push(run, job.remote_run)
