@@ -117,7 +117,7 @@ def evaluate(
     run = run_folder(run)
     recipe = load_recipe(run / "recipe.yaml")
     dataset = load_dataset(data or data_of(run))
-    loaded = load_run(run, best_device() if device is None else device)
+    loaded = load_run(run, best_device() if device is None else device, light=True)
     decoding = Decoding(
         beam=beam,
         mode=decode or recipe.decode,

@@ -156,7 +156,8 @@ def evaluate(
     num_users = len(dataset.sequences.history_and_target(split).users)
     sampled = 0 < users < num_users
     with _process_group() as device:
-        loaded = load_run(run, device)
+        # Without transformers, which takes longer to import than a small evaluation.
+        loaded = load_run(run, device, light=True)
         decoding = Decoding(
             beam=beam,
             top=top,

@@ -287,7 +287,7 @@ def _opened(
     trained = out
     if system.kind == "ranked" and system.of is not None:
         trained = options.runs(protocol, system.of)[seed]
-    recipe, run = load_recipe(trained / "recipe.yaml"), load_run(trained, best_device())
+    recipe, run = load_recipe(trained / "recipe.yaml"), load_run(trained, best_device(), light=True)
     decoding = Decoding(
         beam=system.beam or recipe.validation.beam,
         mode=system.mode,

@@ -209,7 +209,7 @@ def _test(job: Job) -> dict[str, float]:
         from genrec_dist.inference.rank_users import Decoding
 
         recipe = job.resolved(job.local_run)
-        run = load_run(job.local_run, best_device())
+        run = load_run(job.local_run, best_device(), light=True)
         evaluate(
             run,
             load_dataset(recipe.data),

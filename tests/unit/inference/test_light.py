@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from genrec_shards.dataset import load_dataset
 from two_ranks import environment
 
 from genrec_dist.config.recipe import Model
 from genrec_dist.data.encoder_input import EncoderInput
 from genrec_dist.decoding.decoder_state import DecoderState
+from genrec_dist.inference.evaluate import evaluate
 from genrec_dist.inference.load import load_run
+from genrec_dist.inference.rank_users import Decoding
 from genrec_dist.inference.recommend import Recommender
 from genrec_dist.model.build import ModelSizes, build_model
 from genrec_dist.model.genrec import GenRecForConditionalGeneration
@@ -132,3 +135,24 @@ assert not found, found
     )
     assert done.returncode == 0, done.stderr[-500:]
     assert len(json.loads(done.stdout)["items"]) == 3
+
+
+def test_an_evaluation_imports_no_transformers_and_lists_what_its_model_lists(
+    tiny_run: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    command = ["evaluate", str(tiny_run), "--split", "validation", "--out", str(tmp_path / "cli")]
+    code = f"""
+import sys
+from genrec_dist.cli.app import run_command
+assert run_command({command!r}) == 0
+found = [name for name in ["transformers", "accelerate", "deepspeed"] if name in sys.modules]
+assert not found, found
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-500:]
+    whole, out = load_run(tiny_run), tmp_path / "whole"
+    evaluate(whole, load_dataset(tiny_data), "validation", decoding=Decoding(), out_dir=out)
+    name = "top20-validation.parquet"
+    assert (tmp_path / "cli" / name).read_bytes() == (out / name).read_bytes()
