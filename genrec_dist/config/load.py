@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import types
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,11 +125,12 @@ def section_from(
 
 def _without_auto(values: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A copy with placeholders for the keys that are `auto`, and these keys."""
-    values = {key: dict(v) if isinstance(v, dict) else v for key, v in values.items()}
-    found = []
+    values, found = copy.deepcopy(values), []
     for key, placeholder in AUTO_KEYS.items():
-        name, _, last = key.rpartition(".")
-        section = values.get(name) if name else values
+        *sections, last = key.split(".")
+        section: Any = values
+        for name in sections:
+            section = section.get(name) if isinstance(section, dict) else None
         if isinstance(section, dict) and section.get(last) == AUTO:
             section[last] = placeholder
             found.append(key)
@@ -139,8 +142,8 @@ def with_values(recipe: Recipe, changes: dict[str, Any], source: str = "recipe")
     `recipe_from`."""
     values = recipe.as_dict()
     for key, value in changes.items():
-        section, _, name = key.rpartition(".")
-        (values[section] if section else values)[name] = value
+        *sections, name = key.split(".")
+        functools.reduce(dict.__getitem__, sections, values)[name] = value
     return recipe_from(values, source=source)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,8 @@ the same numbers in another order, so that a run would not repeat to the bit."""
 AUTO_KEYS = {
     "tokens.vocab_size": 1024,
     "model.max_tokens": 512,
+    "model.item_text": "none",
+    "finetune.distill.weight": 0.0,
     "finetune.batch_size": 256,
     "finetune.epochs": 1,
     "validation.every_epochs": 1,
@@ -399,6 +402,6 @@ class Recipe:
         """Nested keys and values; `auto` for what is to be chosen from the data."""
         values = dataclasses.asdict(self)
         for key in values.pop("auto_keys"):
-            section, _, name = key.rpartition(".")
-            (values[section] if section else values)[name] = AUTO
+            *sections, name = key.split(".")
+            functools.reduce(dict.__getitem__, sections, values)[name] = AUTO
         return values

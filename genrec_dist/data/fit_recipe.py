@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from genrec_shards.dataset import load_dataset
-from genrec_shards.sequences import Sequences
+from genrec_shards.dataset import Dataset, load_dataset
+from genrec_shards.histories import training_counts
 from genrec_shards.splits import TrainedThrough
 
 from genrec_dist.config.load import load_recipe, with_values
@@ -24,6 +25,15 @@ SHORTEST, LONGEST = 50, 256
 TARGETS_PER_STEP = 500
 """Of a data set of up to `TARGETS_OF_FEW` targets; above, it grows with their square root."""
 TARGETS_OF_FEW = 200_000
+ONE_WORD = ("random", "train-order")
+"""Numberings whose codes are the numbers 1 to N: such a vocabulary has a token for each."""
+RARE = 50
+"""Texts help to find items that training holds less often, and hinder above (docs/quality.md)."""
+SOFT_WEIGHT = 0.5
+"""Of soft targets, where there are any."""
+MOST_SOFT, MOST_SOFT_SHARES = 2_000_000, 20_000_000_000
+"""Most targets that soft ones are made for, and most shares of items in all: on one core some 15
+minutes, once per data directory, and 800 MB."""
 FEWEST_STEPS, FEWEST_EPOCHS, MOST_EPOCHS = 1500, 6, 200
 STEPS_BETWEEN_VALIDATIONS = 100
 
@@ -33,11 +43,12 @@ class Fitted:
     """A value that was chosen, and why."""
 
     key: str
-    value: int
+    value: int | float | str
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.key} {self.value:,}: {self.reason}"
+        value = f"{self.value:,}" if isinstance(self.value, int) else self.value
+        return f"{self.key} {value}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -47,12 +58,26 @@ class DataFacts:
     num_items: int
     lengths_U: np.ndarray
     """int64 [U], items of each user's training part."""
+    has_texts: bool = False
+    """Whether items have texts (`genrec prepare --items`)."""
+    rare: float = 1.0
+    """Share of the training parts that are items which these hold less than `RARE` times."""
+    one_word: bool = True
+    """Whether codes are those of `ONE_WORD`."""
 
     @classmethod
-    def of(cls, sequences: Sequences, trained_through: TrainedThrough) -> DataFacts:
+    def of(cls, dataset: Dataset, trained_through: TrainedThrough) -> DataFacts:
         """Of the training parts alone."""
+        sequences = dataset.sequences
         ends_U = sequences.training_ends(trained_through)
-        return cls(sequences.num_items, ends_U - sequences.offsets[:-1])
+        counts_I = training_counts(sequences, trained_through)
+        return cls(
+            sequences.num_items,
+            ends_U - sequences.offsets[:-1],
+            has_texts=dataset.descriptions is not None,
+            rare=float(counts_I[counts_I < RARE].sum() / max(counts_I.sum(), 1)),
+            one_word=dataset.info.numbering in ONE_WORD,
+        )
 
     @property
     def num_targets(self) -> int:
@@ -96,14 +121,18 @@ def resolve_recipe(recipe: Recipe, run: Path | None = None) -> tuple[Recipe, lis
         recipe = with_values(recipe, {key: held[key] for key in known})
     elif set(recipe.auto_keys) & _CHOICES.keys():
         recipe, fitted = fit_recipe(
-            recipe, DataFacts.of(load_dataset(recipe.data).sequences, recipe.trained_through)
+            recipe, DataFacts.of(load_dataset(recipe.data), recipe.trained_through)
         )
     return with_precision(recipe, run), fitted
 
 
-def _vocabulary(recipe: Recipe, facts: DataFacts) -> tuple[int, str]:
+def _vocabulary_for(facts: DataFacts) -> float:
     # A byte-level BPE needs some merges on the way to the last item's; 12,101 items fit in 16,384.
-    needed = 1.25 * facts.num_items + 1000
+    return 1.25 * facts.num_items + 1000
+
+
+def _vocabulary(recipe: Recipe, facts: DataFacts) -> tuple[int, str]:
+    needed = _vocabulary_for(facts)
     size = min(2 ** int(np.ceil(np.log2(needed))), LARGEST_VOCABULARY)
     if needed > LARGEST_VOCABULARY:
         return size, f"{facts.num_items:,} items do not fit, so that some have several tokens"
@@ -115,6 +144,49 @@ def _positions(recipe: Recipe, facts: DataFacts) -> tuple[int, str]:
     size = min(max(-(-longest // 8) * 8, SHORTEST), LONGEST)
     share = float((facts.lengths_U + 2 <= size).mean())
     return size, f"{share:.0%} of the users' training parts fit"
+
+
+def _cannot_have(recipe: Recipe, facts: DataFacts, changes: dict[str, Any]) -> str:
+    """Why items' rows and soft targets of items are not to be had; "" where they are."""
+    if recipe.tokens.tokenizer or recipe.model.backbone or not facts.one_word:
+        return "an item may have several tokens"
+    if _vocabulary_for(facts) > recipe.tokens.vocab_size:
+        return f"some of {facts.num_items:,} items have several tokens"
+    try:
+        with_values(recipe, changes)
+    except ValueError as error:
+        return str(error).partition(": ")[2]
+    return ""
+
+
+def _without_texts(facts: DataFacts) -> str:
+    """Why texts are left to the mixture; "" where they are a part of the decoder."""
+    if not facts.has_texts:
+        return "the data have no texts of items (genrec prepare --items)"
+    if facts.rare < 0.5:
+        often = 1 - facts.rare
+        return f"{often:.0%} of what training holds are items that it holds {RARE} times or more"
+    return ""
+
+
+def _item_text(recipe: Recipe, facts: DataFacts) -> tuple[str, str]:
+    problem = _without_texts(facts) or _cannot_have(recipe, facts, {"model.item_text": "add"})
+    if problem:
+        return "none", problem
+    reason = f"of what training holds are items that it holds less than {RARE} times"
+    return "add", f"the data have texts, and {facts.rare:.0%} {reason}"
+
+
+def _soft_weight(recipe: Recipe, facts: DataFacts) -> tuple[float, str]:
+    # Without texts they lift the decoder alone and not the mixture, and take as long to make.
+    changes = {"finetune.distill.weight": SOFT_WEIGHT}
+    if problem := _without_texts(facts) or _cannot_have(recipe, facts, changes):
+        return 0.0, problem
+    shares = facts.num_targets * facts.num_items
+    if facts.num_targets > MOST_SOFT or shares > MOST_SOFT_SHARES:
+        reason = f"{facts.num_targets:,} targets of {facts.num_items:,} items would take too long"
+        return 0.0, reason
+    return SOFT_WEIGHT, "soft targets of the transition graph and the items' texts"
 
 
 def _batch(recipe: Recipe, facts: DataFacts) -> tuple[int, str]:
@@ -141,9 +213,11 @@ def _validations(recipe: Recipe, facts: DataFacts) -> tuple[int, str]:
     return every, f"so that {STEPS_BETWEEN_VALIDATIONS} steps or more lie between two validations"
 
 
-_CHOICES: dict[str, Callable[[Recipe, DataFacts], tuple[int, str]]] = {
+_CHOICES: dict[str, Callable[[Recipe, DataFacts], tuple[int | float | str, str]]] = {
     "tokens.vocab_size": _vocabulary,
     "model.max_tokens": _positions,
+    "model.item_text": _item_text,
+    "finetune.distill.weight": _soft_weight,
     "finetune.batch_size": _batch,
     "finetune.epochs": _epochs,
     "validation.every_epochs": _validations,

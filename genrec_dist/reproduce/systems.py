@@ -37,6 +37,8 @@ COMPARED: dict[str, tuple[str, ...]] = {
 """Row -> the rows it is compared with, paired, where both are finished."""
 LORA = ("lora.rank=16", "lora.dropout=0.05")
 """The adapters of the row llama."""
+TEXTS = ("model.item_text=add", "finetune.distill.weight=0.5")
+"""What recipe auto chooses where items have texts; named, since the control takes the same."""
 ORIGINAL_DECODING: tuple[Mode, int] = ("free", 21)
 """How the published code decodes: no trie, 21 beams."""
 SWITCHES: dict[str, tuple[str, ...]] = {
@@ -202,10 +204,10 @@ def systems_of(
 
 
 def _text_rows(options: Options) -> list[System]:
-    """Untrained texts, recipe auto-text, and its control with the same start, texts and soft
-    targets."""
-    overrides = options.overrides_of("auto-text")
-    recipe = load_recipe("auto-text", list(overrides))
+    """Untrained texts, what recipe auto is on data with texts, and its control with the same start,
+    texts and soft targets."""
+    overrides = (*TEXTS, *options.overrides_of("auto"))
+    recipe = load_recipe("auto", list(overrides))
     model, distill = recipe.model, recipe.finetune.distill
     same = {
         "init_items": model.init_items,
@@ -217,7 +219,7 @@ def _text_rows(options: Options) -> list[System]:
     settings = (*(f"{key}={value}" for key, value in same.items()), *options.sasrec)
     sasrec = System("sasrec-text", "sasrec", settings, baseline="sasrec")
     mixed = System("sasrec-text+graph+text", "sasrec+knn", of=sasrec, baseline="sasrec+graph+text")
-    decoder = System("auto-text-decoder", "recipe", (*overrides, "decode=exact"), "auto-text")
+    decoder = System("auto-text-decoder", "recipe", (*overrides, "decode=exact"), "auto")
     mixture = System("auto-text", "ranked", of=decoder, mode="hybrid", tuned=True, tune_graph=True)
     return [System("graph+text", "rule"), sasrec, mixed, decoder, mixture]
 

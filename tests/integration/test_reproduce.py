@@ -332,8 +332,7 @@ def test_the_rows_with_texts_and_their_control_see_the_same(
     table.write_text("\n".join(["item,text", *lines]) + "\n", encoding="utf-8")
     rows = ["graph+text", "sasrec-text", "sasrec-text+graph+text", "auto-text-decoder", "auto-text"]
     words = ["--items", table, "--seeds", 1, "--systems", ",".join(rows)]
-    words += SETTINGS.replace("auto:", "auto-text:").split()
-    words += ["--set", "auto-text:finetune.distill.weight=0.25"]
+    words += [*SETTINGS.split(), "--set", "auto:finetune.distill.weight=0.25"]
     assert run_command(command(folder, out, *words)) == 0
     found = read(out / "quality-runs.json")["beauty"]["leak-free"]
     assert sorted(found) == sorted(rows)

@@ -391,7 +391,7 @@ def test_recipes_that_do_not_fit(
     for arguments, said in (
         (
             ["absent"],
-            "absent: no such recipe file; shipped recipes: auto, auto-text, best, codes, demo",
+            "absent: no such recipe file; shipped recipes: auto, best, codes, demo",
         ),
         (
             [recipe, "--set", "model.d_modle=8"],

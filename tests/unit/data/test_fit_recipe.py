@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 from genrec_shards.dataset import load_dataset
-from random_sequences import changed, random_sequences
+from topic_data import write_data
 
 from genrec_dist.cli.app import run_command
 from genrec_dist.config.load import dump_recipe, load_recipe, recipe_from, with_values
 from genrec_dist.config.recipe import AUTO_KEYS, MICRO_BATCH, Recipe
 from genrec_dist.data.fit_recipe import DataFacts, as_text, fit_recipe, resolve_recipe
 
+TEXTS = ("model.item_text", "finetune.distill.weight")
 
-def chosen(num_items: int, lengths: np.ndarray, *overrides: str) -> dict[str, int]:
+
+def chosen(num_items: int, lengths: np.ndarray, *overrides: str) -> dict[str, int | float | str]:
     recipe = load_recipe("auto", list(overrides))
     fitted, values = fit_recipe(recipe, DataFacts(num_items, lengths))
     assert fitted.auto_keys == (MICRO_BATCH,)
@@ -47,7 +50,45 @@ def chosen(num_items: int, lengths: np.ndarray, *overrides: str) -> dict[str, in
 def test_values_follow_users_items_and_lengths(
     num_items: int, lengths: np.ndarray, values: list[int]
 ) -> None:
-    assert list(chosen(num_items, lengths).values()) == values
+    found = chosen(num_items, lengths)
+    assert [found.pop(key) for key in TEXTS] == ["none", 0.0]
+    assert list(found.values()) == values
+
+
+BEAUTY = (12_101, np.full(22_363, 7))
+
+
+@pytest.mark.parametrize(
+    ("num_items", "lengths", "overrides", "one_word", "values"),
+    [
+        (*BEAUTY, [], True, ["add", 0.5]),
+        (*BEAUTY, ["finetune.distill.weight=0.3"], True, ["add", 0.3]),
+        # Codes of several words, sub-words of another vocabulary, too many items for one token.
+        (*BEAUTY, [], False, ["none", 0.0]),
+        (*BEAUTY, ["model.backbone=facebook/bart-base"], True, ["none", 0.0]),
+        (*BEAUTY, ["tokens.vocab_size=8192"], True, ["none", 0.0]),
+        (400_000, np.full(1_000, 10), [], True, ["none", 0.0]),
+        # What another key refuses is not chosen.
+        (*BEAUTY, ["init_from=runs/old"], True, ["none", 0.5]),
+        (*BEAUTY, ["finetune.targets=every-prefix", "finetune.windows=own"], True, ["add", 0.0]),
+        # Soft targets of 10 million targets, and of 900,000 among 60,000 items.
+        (1_349, np.full(100_000, 101), [], True, ["add", 0.0]),
+        (60_000, np.full(100_000, 10), [], True, ["add", 0.0]),
+    ],
+)
+def test_texts_are_a_part_of_the_decoder_where_they_can_be(
+    num_items: int, lengths: np.ndarray, overrides: list[str], one_word: bool, values: list
+) -> None:
+    recipe = load_recipe("auto", overrides)
+    facts = DataFacts(num_items, lengths, has_texts=True, one_word=one_word)
+    fitted, why = fit_recipe(recipe, facts)
+    assert [fitted.model.item_text, fitted.finetune.distill.weight] == values
+    assert all(one.reason for one in why)
+    # Where most of what training holds are items that it holds often.
+    fitted, _ = fit_recipe(recipe, replace(facts, rare=0.4))
+    given = [key for key in TEXTS if key not in load_recipe("auto", overrides).auto_keys]
+    assert fitted.model.item_text == "none"
+    assert fitted.finetune.distill.weight == (values[1] if given else 0)
 
 
 def test_what_is_given_is_kept_and_what_follows_rests_on_it() -> None:
@@ -71,12 +112,27 @@ def test_recipes_with_auto_are_written_and_read_back() -> None:
         load_recipe("auto", ["auto_keys=[]"])
 
 
-def test_held_out_items_choose_nothing() -> None:
-    sequences = random_sequences()
-    facts, other = (DataFacts.of(each, "n-2") for each in (sequences, changed(sequences, 2)))
-    np.testing.assert_array_equal(facts.lengths_U, np.diff(sequences.offsets) - 2)
+def test_held_out_items_choose_nothing(tmp_path: Path) -> None:
+    one, two = (
+        load_dataset(write_data(tmp_path / str(swap), swap_held_out=swap)) for swap in (False, True)
+    )
+    assert one.sequences.sequences_hash() != two.sequences.sequences_hash()
+    facts, other = DataFacts.of(one, "n-2"), DataFacts.of(two, "n-2")
+    np.testing.assert_array_equal(facts.lengths_U, np.diff(one.sequences.offsets) - 2)
     np.testing.assert_array_equal(facts.lengths_U, other.lengths_U)
-    assert facts.num_items == other.num_items
+    assert replace(facts, lengths_U=None) == replace(other, lengths_U=None)
+    assert facts.has_texts
+
+
+def test_auto_takes_the_texts_that_data_have(tiny_data: Path, tmp_path: Path) -> None:
+    numberings: tuple[dict[str, Any], ...] = ({}, {"numbering": "semantic"})
+    for number, more in enumerate(numberings):
+        data = write_data(tmp_path / str(number), **more)
+        fitted, _ = resolve_recipe(load_recipe("auto", [f"data={data}"]))
+        found = fitted.model.item_text, fitted.finetune.distill.weight
+        assert found == (("none", 0.0) if more else ("add", 0.5))
+    fitted, _ = resolve_recipe(load_recipe("auto", [f"data={tiny_data}"]))
+    assert (fitted.model.item_text, fitted.finetune.distill.weight) == ("none", 0.0)
 
 
 def test_a_resumed_run_keeps_its_values(tiny_data: Path, tmp_path: Path) -> None:

@@ -303,8 +303,8 @@ def test_texts_copies_and_soft_targets_are_those_of_a_real_run(tmp_path: Path) -
     checkpoint, and the soft targets of all prefixes."""
     data = write_data(tmp_path / "data")
     recipe = load_recipe(
-        "auto-text",
-        [f"data={data}", f"run={tmp_path / 'run'}", "precision=fp32", "workers=0", "tracker=none",
+        "auto",
+        ["model.item_text=add", "finetune.distill.weight=0.5", f"data={data}", f"run={tmp_path / 'run'}", "precision=fp32", "workers=0", "tracker=none",
          "finetune.batch_size=16", "finetune.epochs=1", "validation.every_epochs=1",
          "model.max_tokens=16", "tokens.vocab_size=400", "model.d_model=32", "finetune.distill.top=7"],
     )  # fmt: skip

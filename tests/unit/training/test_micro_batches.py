@@ -49,7 +49,7 @@ def test_a_cpu_takes_the_number_that_recipes_are_measured_with(tiny_data: Path) 
         ]
         == 6144
     )
-    for name in ("tiny", "best", "auto", "auto-text"):
+    for name in ("tiny", "best", "auto"):
         recipe = load_recipe(name)
         assert (MICRO_BATCH in recipe.auto_keys, recipe.micro_batch_tokens) == (True, 6144)
 
