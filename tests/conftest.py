@@ -23,6 +23,7 @@ FIRST = (
     "test_train.py",
     "test_faults.py",
     "test_reproduce.py",
+    "test_reproduce_ends.py",
     "test_embedding_sum.py",
     "test_tune_share.py",
     "test_memory.py",
