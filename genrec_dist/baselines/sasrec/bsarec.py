@@ -46,8 +46,8 @@ class BSARec(SASRec):
     too: a later item would change the state of an earlier place. So a row has one target, the item
     after its end, and the prefixes of a user are rows of their own.
 
-    Of the published code it differs in that the padding is no item of the softmax, and no row is
-    made of padding alone (the target would be a user's first item)."""
+    As in the published code a user's first item is learned too, from a row of padding alone, but
+    where there are soft targets. It differs in that the padding is no item of the softmax."""
 
     padding_d: Tensor
 

@@ -190,10 +190,11 @@ class TrainingParts:
         self.input_ends_U, self.lengths_U = ends_U[rows] - 1, lengths_U[rows]
         self.prefixes = isinstance(settings, BsarecSettings)
         if self.prefixes:
-            # Of 3 inputs that end at 10: lengths 1, 2, 3 with the ends 8, 9, 10.
-            num_U = np.minimum(self.lengths_U, settings.max_length - 1)
-            ones = np.ones(len(num_U), np.int64)
-            self.lengths_U = flat_ranges(ones, num_U)
+            # Of 3 inputs that end at 10: lengths 0, 1, 2, 3 with the ends 7, 8, 9, 10. The empty
+            # one has a first item to learn, of which no soft targets are made.
+            least = 0 if teacher is None else 1
+            num_U = np.minimum(self.lengths_U, settings.max_length - 1) + 1 - least
+            self.lengths_U = flat_ranges(np.full(len(num_U), least, np.int64), num_U)
             self.input_ends_U = flat_ranges(self.input_ends_U - num_U + 1, num_U)
 
     def batches(self, epoch: int) -> Iterator[tuple[Packed, Tensor, SoftTargets | None]]:
@@ -205,8 +206,8 @@ class TrainingParts:
             ends_B, lengths_B = self.input_ends_U[users_B], self.lengths_U[users_B]
             packed = pack(self.items, ends_B, lengths_B, self.settings)
             places_n = packed.places_n
-            if self.prefixes:
-                places_n = places_n[packed.attended.queries.offsets[1:] - 1]
+            if self.prefixes:  # one label behind each, in the order of `pack`
+                places_n = ends_B[np.argsort(lengths_B, kind="stable")] - 1
             labels_n, soft = torch.from_numpy(self.items[places_n + 1].astype(np.int64)), None
             if self.teacher is not None:
                 user_rows_n = np.searchsorted(self.offsets, places_n, "right") - 1

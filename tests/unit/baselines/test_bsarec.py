@@ -19,6 +19,7 @@ from genrec_dist.baselines.sasrec.bsarec import BSARec, BsarecSettings
 from genrec_dist.baselines.sasrec.model import SASRec, pack
 from genrec_dist.baselines.sasrec.run import sasrec_settings
 from genrec_dist.baselines.sasrec.train import Epoch, TrainingParts, model_of, train
+from genrec_dist.data.samples.soft_targets import Teacher
 
 TINY = BsarecSettings(
     d_model=8, heads=2, max_length=9, batch_size=64, epochs=2, precision="fp32", c=3, alpha=0.6
@@ -102,17 +103,23 @@ def test_each_prefix_is_a_row_with_the_next_item_as_its_label() -> None:
     sequences = sequences_from_ids(
         ["u", "v", "w"], [6, 3, 14], [*"abcdef", *"bca", *"hgfedcbaijklmn"]
     )
-    parts = TrainingParts(sequences, TINY, "n-2")
-    found = set()
-    for packed, labels_B, _ in parts.batches(epoch=1):
-        offsets = packed.attended.queries.offsets
-        for row, label in enumerate(labels_B.tolist()):
-            items = packed.items_n[offsets[row] : offsets[row + 1]].tolist()
-            found.add("".join(sequences.item_ids[item] for item in [*items, label]))
-    # Of w's training part, hgfedcbaijkl, the last nine; v has one item to train on, and no row.
-    own = {"abcd"[:end] for end in (2, 3, 4)}
-    assert found == own | {"edcbaijkl"[:end] for end in range(2, 10)}
-    assert len(parts.lengths_U) == len(found)
+    # After the prefixes of their training parts: 3 of u's four items, none of v's one, 11 of w's.
+    teacher = Teacher(
+        np.array([0, 3, 3]), np.zeros((14, 1), np.int32), np.zeros((14, 1), np.float32)
+    )
+    # The shortest row of padding alone has a first item to learn; it has no soft targets.
+    for given, shortest in ((None, 1), (teacher, 2)):
+        parts, found = TrainingParts(sequences, TINY, "n-2", given), set()
+        for packed, labels_B, soft in parts.batches(epoch=1):
+            assert (soft is None) == (given is None)
+            offsets = packed.attended.queries.offsets
+            for row, label in enumerate(labels_B.tolist()):
+                items = packed.items_n[offsets[row] : offsets[row + 1]].tolist()
+                found.add("".join(sequences.item_ids[item] for item in [*items, label]))
+        # Of w's training part, hgfedcbaijkl, the last nine; v has one item to train on: no row.
+        own = {"abcd"[:end] for end in range(shortest, 5)}
+        assert found == own | {"edcbaijkl"[:end] for end in range(shortest, 10)}
+        assert len(parts.lengths_U) == len(found)
 
 
 def test_the_loss_is_the_mean_over_rows_of_the_softmax_over_all_items() -> None:
