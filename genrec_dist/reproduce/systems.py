@@ -30,6 +30,8 @@ COMPARED: dict[str, tuple[str, ...]] = {
     "hybrid": ("sasrec+knn", "best"),
     "items": ("sasrec",),
     "auto": ("sasrec+knn", "knn"),
+    "auto-soft-decoder": ("sasrec-soft", "auto-decoder"),
+    "auto-soft": ("auto", "auto-soft-decoder"),
     "auto-text-decoder": ("sasrec-text",),
     "auto-text": ("sasrec-text+graph+text", "graph+text"),
     "llama": ("llama-untrained", "popularity"),
@@ -37,7 +39,10 @@ COMPARED: dict[str, tuple[str, ...]] = {
 """Row -> the rows it is compared with, paired, where both are finished."""
 LORA = ("lora.rank=16", "lora.dropout=0.05")
 """The adapters of the row llama."""
-TEXTS = ("model.item_text=add", "finetune.distill.weight=0.5")
+SOFT = ("finetune.distill.weight=0.5",)
+"""Soft targets: what the rows of recipe auto that are named soft have, and what recipe auto chooses
+where items have texts."""
+TEXTS = ("model.item_text=add", *SOFT)
 """What recipe auto chooses where items have texts; named, since the control takes the same."""
 ORIGINAL_DECODING: tuple[Mode, int] = ("free", 21)
 """How the published code decodes: no trie, 21 beams."""
@@ -191,6 +196,7 @@ def systems_of(
     fitted = (*options.overrides_of("auto"), "decode=exact")
     rows.append(System("auto-decoder", "recipe", fitted, "auto"))
     rows.append(System("auto", "ranked", of=rows[-1], mode="hybrid", tuned=True, tune_graph=True))
+    rows += _soft_rows(options, SOFT, "soft")
     if item_head:
         rows.append(System("items", "ranked", of=decoder, mode="items"))
     if options.refit:  # rows of their own, never in one list with the others
@@ -203,25 +209,32 @@ def systems_of(
     return rows + _paper_rows(protocol, options, pretrains)
 
 
-def _text_rows(options: Options) -> list[System]:
-    """Untrained texts, what recipe auto is on data with texts, and its control with the same start,
-    texts and soft targets."""
-    overrides = (*TEXTS, *options.overrides_of("auto"))
+def _soft_rows(options: Options, settings: tuple[str, ...], name: str) -> list[System]:
+    """Recipe auto with these settings, by its decoder and as a mixture, and first its control:
+    SASRec with the same start, texts and soft targets."""
+    overrides = (*settings, *options.overrides_of("auto"))
     recipe = load_recipe("auto", list(overrides))
     model, distill = recipe.model, recipe.finetune.distill
-    same = {
-        "init_items": model.init_items,
-        "item_text": model.item_text,
-        "item_text_source": model.item_text_source,
-        "text": recipe.text,
-        **{f"distill.{field.name}": getattr(distill, field.name) for field in fields(distill)},
-    }
-    settings = (*(f"{key}={value}" for key, value in same.items()), *options.sasrec)
-    sasrec = System("sasrec-text", "sasrec", settings, baseline="sasrec")
+    same: dict[str, object] = {"init_items": model.init_items}
+    if settings == TEXTS:
+        same |= {"item_text": model.item_text, "item_text_source": model.item_text_source}
+        same |= {"text": recipe.text}
+    same |= {f"distill.{field.name}": getattr(distill, field.name) for field in fields(distill)}
+    controls = (*(f"{key}={value}" for key, value in same.items()), *options.sasrec)
+    decoder = System(f"auto-{name}-decoder", "recipe", (*overrides, "decode=exact"), "auto")
+    return [
+        System(f"sasrec-{name}", "sasrec", controls, baseline="sasrec"),
+        decoder,
+        System(f"auto-{name}", "ranked", of=decoder, mode="hybrid", tuned=True, tune_graph=True),
+    ]
+
+
+def _text_rows(options: Options) -> list[System]:
+    """Untrained texts, what recipe auto is on data with texts, and its control, alone and in a
+    mixture of the same kind."""
+    sasrec, *recipe = _soft_rows(options, TEXTS, "text")
     mixed = System("sasrec-text+graph+text", "sasrec+knn", of=sasrec, baseline="sasrec+graph+text")
-    decoder = System("auto-text-decoder", "recipe", (*overrides, "decode=exact"), "auto")
-    mixture = System("auto-text", "ranked", of=decoder, mode="hybrid", tuned=True, tune_graph=True)
-    return [System("graph+text", "rule"), sasrec, mixed, decoder, mixture]
+    return [System("graph+text", "rule"), sasrec, mixed, *recipe]
 
 
 def _llama_rows(options: Options) -> list[System]:

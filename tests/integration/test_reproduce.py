@@ -259,7 +259,7 @@ def test_readings_and_switches_are_rows_of_their_own(folder: Path) -> None:
     [
         (
             ["--systems", "magic"],
-            "--systems magic: no such row here; there are auto, auto-decoder, best, ",
+            "--systems magic: no such row here; there are auto, auto-decoder, auto-soft, ",
         ),
         (["--paper-recipe", "absent"], "absent: no such recipe file"),
         (["--set", "model.d_modle=8"], "unknown key model.d_modle"),
@@ -304,6 +304,22 @@ def test_the_rows_with_texts_and_their_control_see_the_same(
     assert "was made with texts of another file" in refused(capfd, command(folder, out))
     line = refused(capfd, command(folder, out, "--items", table, "--protocol", "paper"))
     assert "the paper's protocol has no texts" in line
+
+
+def test_the_rows_with_soft_targets_and_their_control_see_the_same(
+    folder: Path, tmp_path: Path
+) -> None:
+    out, rows = tmp_path / "out", ["sasrec-soft", "auto-soft-decoder", "auto-soft"]
+    words = ["--protocol", "leak-free", "--seeds", 1, "--systems", ",".join(rows)]
+    assert run_command(command(folder, out, *words, *SETTINGS.split())) == 0
+    place = out / "leak-free"
+    decoder = load_recipe(place / "auto-soft-decoder" / "seed-0" / "recipe.yaml")
+    control = read(place / "sasrec-soft" / "seed-0" / "metrics-test.json")["recipe"]
+    assert control["init_items"] == decoder.model.init_items == "cooccurrence"
+    assert control["item_text"] == decoder.model.item_text == "none"
+    assert control["distill"] == decoder.as_dict()["finetune"]["distill"]
+    assert control["distill"]["weight"] == 0.5
+    assert (place / "compare-auto-soft-decoder-sasrec-soft.json").is_file()
 
 
 @pytest.mark.ranks
