@@ -282,8 +282,7 @@ def bench_serve(run: Path, data: Path, sizes: Sizes | None = None) -> Measured:
     ours = ["genrec_dist.cli", "serve", str(run), "--decode", "exact", "--exclude-history", "no"]
     ours += ["--port", "0", "--queue", queue, "--threads", threads]
     theirs = ["genrec_dist.bench.peers.serve", str(run), queue, threads]
-    # It starts every decoder with the same token, and knows no prompt of titles.
-    can_generate = getattr(recommender.run.model.config, "decoder_start", "") == "mask"
+    can_generate = generate_decodes(recommender.run.model.config)
     peers = {GENERATED: "the same server with generate"} if can_generate else {}
     peers[DIRECT] = "the same calls in process"
 
@@ -321,6 +320,13 @@ def bench_serve(run: Path, data: Path, sizes: Sizes | None = None) -> Measured:
     ]
     facts = {"run": run.name, "items": len(recommender.run.catalogue.item_ids)}
     return claims, table("serve", claims, sizes=vars(sizes), data=facts, measured=measured)
+
+
+def generate_decodes(config: Any) -> bool:
+    """Whether Hugging Face's `generate` gives a model's own scores: it starts every decoder with
+    the same token, takes no token for certain, and knows no prompt of titles."""
+    starts, certain = getattr(config, "decoder_start", ""), getattr(config, "certain_tokens", "")
+    return starts == "mask" and certain == "learned"
 
 
 def _scores_by_generates_rule(recommender: Recommender, history: Sequence[str]) -> np.ndarray:

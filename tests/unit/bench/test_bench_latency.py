@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from genrec_dist.bench.latency import (
     check_same,
     claims_of,
     format_latencies,
+    generate_decodes,
     histories_of,
     one_round,
     random_run,
@@ -142,3 +144,13 @@ def test_a_server_is_measured_at_each_number_of_callers(
         rows[SERVED, 1][figure] for figure in ("p50 ms", "p95 ms", "calls/s")
     ]
     assert len(format_latencies(table).splitlines()) == 10
+
+
+def test_generate_is_measured_only_where_it_gives_the_models_own_scores(tiny_run: Path) -> None:
+    config = Recommender.load(tiny_run).run.model.config
+    assert generate_decodes(config)
+    for name, value in (("decoder_start", "state"), ("certain_tokens", "given")):
+        other = copy.deepcopy(config)
+        assert hasattr(other, name)
+        setattr(other, name, value)
+        assert not generate_decodes(other)
