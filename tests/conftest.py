@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from genrec_shards.prepare import prepare
 from genrec_shards.storage.write import write_shards
 from tiny import TINY_RECIPE, tiny_log
 from two_ranks import environment
+
+# Ray's workers have niceness 15 by default: beside other tests they would hardly start.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 FIRST = (
     "test_tune_faults.py",

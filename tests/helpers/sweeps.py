@@ -35,9 +35,7 @@ def start(*arguments: str | Path, **more: str) -> subprocess.Popen[str]:
     its environment."""
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [*TUNE, *map(str, arguments)]
-    # Ray's workers have niceness 15 by default: beside other tests a trial would hardly start.
-    env = environment(RAY_worker_niceness="0", **more)
-    return subprocess.Popen(command, env=env, start_new_session=True, **pipes)
+    return subprocess.Popen(command, env=environment(**more), start_new_session=True, **pipes)
 
 
 def run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:

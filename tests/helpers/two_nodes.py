@@ -12,7 +12,6 @@ os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "OMP_NUM_THREADS": "1",
     "RAY_raylet_start_wait_time_s": "300",
-    "RAY_worker_niceness": "0",  # Ray's 15 starves a worker beside other tests
 } | dict(os.environ)
 
 from ray.cluster_utils import Cluster
