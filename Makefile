@@ -1,5 +1,5 @@
 # The two commands of the README: `make demo` and `make test`. Both make `.venv` first; nothing else is needed but Python.
-#   PYTHON=/path/to/python3.12   the Python to build on; by default the first of 3.11 or 3.12 that is found
+#   PYTHON=/path/to/python3.12   the Python to build on; by default the first of 3.11 to 3.13 that is found
 #   LOCK=                        do not hold the environment to the tested versions (for a platform that lacks one of them)
 PYTHON ?=
 LOCK ?= requirements.lock
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml requirements.lock
 	  then chosen=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$chosen" ]; then \
-	  echo "Python 3.11 or 3.12 with venv is needed, none of these is one: $(or $(PYTHON),python3 python3.12 python3.11 python3.13); install it or name it: make env PYTHON=/path/to/python3.12" >&2; exit 1; \
+	  echo "Python 3.11 to 3.13 with venv is needed, none of these is one: $(or $(PYTHON),python3 python3.12 python3.11 python3.13); install it or name it: make env PYTHON=/path/to/python3.12" >&2; exit 1; \
 	fi; \
 	version='import sys; print(sys.version_info[:2])'; \
 	if [ -e .venv ] && [ "$$($(BIN)/python -c "$$version" 2>/dev/null)" != "$$("$$chosen" -c "$$version")" ]; then rm -rf .venv; fi; \

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from genrec_shards.readers.read_log import TimeUnit
     from genrec_shards.splits import Split
 
     from genrec_dist.config.recipe import Recipe
@@ -19,6 +20,7 @@ def prepare(
     out: str | Path,
     *,
     columns: Sequence[str] | None = None,
+    time_unit: TimeUnit = "auto",
     items: str | Path | None = None,
     **options: Any,
 ) -> Path:
@@ -30,9 +32,11 @@ def prepare(
         out: the data directory.
         columns: those of user, item and time, where they have no usual names; places, such as
             ("0", "1", "3"), where the file has no line of names. None: by name.
+        time_unit: of times that are numbers; "auto" is settled by the first of them.
         items: a table of the items' texts and titles.
         options: fields of `genrec_shards.prepare.PrepareOptions` by name, which are the options of
-            `genrec prepare`, such as `numbering`, `k_core`, `item_column` or `overwrite`.
+            `genrec prepare` (but for `--append`), such as `numbering`, `k_core`, `item_column` or
+            `overwrite`; lists are tuples, as `levels=(64, 64)`.
 
     Raises:
         ValueError: one line with the file, for what cannot be read or does not go together.
@@ -43,7 +47,7 @@ def prepare(
 
     from genrec_dist.baselines.leak_audit import write_audit
 
-    log = LogOptions(None if columns is None else tuple(columns))
+    log = LogOptions(None if columns is None else tuple(columns), time_unit)
     dataset = run_prepare(source, out, log=log, items=items, **options)
     write_audit(dataset)
     write_shards(dataset, dataset.path / "shards")
@@ -107,15 +111,16 @@ def evaluate(
     from genrec_shards.dataset import load_dataset
 
     from genrec_dist.config.hub import run_folder
-    from genrec_dist.config.load import load_recipe
-    from genrec_dist.config.paths import data_of
+    from genrec_dist.config.paths import data_of, recipe_of
     from genrec_dist.inference.evaluate import evaluate as run_evaluate
     from genrec_dist.inference.load import best_device, load_run
     from genrec_dist.inference.rank_users import Decoding
     from genrec_dist.inference.tune_mixture import chosen_decoding
 
     run = run_folder(run)
-    recipe = load_recipe(run / "recipe.yaml")
+    recipe = recipe_of(run)
+    if recipe is None:
+        raise ValueError(f"{run}: no recipe.yaml in it; is it a directory of `genrec train`?")
     dataset = load_dataset(data or data_of(run))
     loaded = load_run(run, best_device() if device is None else device, light=True)
     decoding = Decoding(

@@ -16,7 +16,9 @@ all_steps="facts tests steps graph lists kernels beam latency"
 small=() out="$root/benchmarks/results" factor=1
 case "${1:-}" in
   "") ;;
-  --cpu) small=(--small) out=${2:?usage: launch/gpu_check.sh [--cpu OUT]} factor=5 ;;
+  --cpu)
+    if [ $# -lt 2 ]; then echo "usage: launch/gpu_check.sh [--cpu OUT]" >&2; exit 2; fi
+    small=(--small) out=$2 factor=5 ;;
   *) echo "usage: launch/gpu_check.sh [--cpu OUT]" >&2; exit 2 ;;
 esac
 work=$(mktemp -d) || exit 1

@@ -132,7 +132,7 @@ def evaluate(
         )
     data = data or data_of(run)
     best_folder(run)  # before torch is loaded
-    if out_dir is None:
+    if out_dir is None and not tune_weights:
         check_writable(run)
     if split == "test" and not force:
         check_training_is_over(run)

@@ -34,7 +34,8 @@ RunArgument = Annotated[
     Path,
     typer.Argument(
         metavar="RUN",
-        help="Run directory of `genrec train`, or hf://owner/name[@revision] (docs/share.md).",
+        help="Run directory of `genrec train`, hf://owner/name or hf://owner/name@revision "
+        "(docs/share.md).",
         callback=_local_run,
     ),
 ]

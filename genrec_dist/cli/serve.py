@@ -108,7 +108,7 @@ def serve(
 
 
 def push(
-    run: RunArgument,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run directory of `genrec train`.")],
     to: Annotated[
         str, typer.Option("--to", metavar="NAME", help="owner/name, or owner/name@branch.")
     ],
@@ -133,7 +133,7 @@ def push(
     Example: genrec push runs/beauty --to me/beauty --dataset "Amazon Beauty" --license mit
     """
     from genrec_dist.config.hub import parse_hub_name
-    from genrec_dist.config.paths import best_folder
+    from genrec_dist.config.paths import best_folder, recipe_of
 
     try:
         name = parse_hub_name(to)
@@ -145,7 +145,13 @@ def push(
         from genrec_dist.sharing.push import push as run_push
 
     address = run_push(run, name, About(license_, dataset, dataset_license), private=private)
-    say(f"{run}: pushed: {address}; anyone who may read it: genrec recommend {name} --history ...")
+    recipe = recipe_of(run)
+    # The graph of hybrid is made of the data, which do not go up.
+    mode = " --decode exact" if recipe is not None and recipe.decode == "hybrid" else ""
+    say(
+        f"{run}: pushed: {address}; anyone who may read it: "
+        f"genrec recommend {name} --history ...{mode}"
+    )
 
 
 def _is_loopback(host: str) -> bool:

@@ -93,7 +93,7 @@ def recipe_of(run: Path) -> Recipe | None:
 
 def data_of(run: Path) -> Path:
     """The data directory that a run was trained on. Raises ValueError where there is no recipe that
-    names it, or the run was pushed without it."""
+    names it, where it is not there, or the run was pushed without it."""
     recipe = recipe_of(run)
     if recipe is None:
         raise ValueError(f"{run}: no recipe.yaml in it; is it a directory of `genrec train`?")
@@ -101,6 +101,11 @@ def data_of(run: Path) -> Path:
         raise ValueError(
             f"{run}: pushed without its data: give --data DIR, or, to list by the model alone, "
             "--decode exact"
+        )
+    if not Path(recipe.data).is_dir():
+        raise ValueError(
+            f"{run}: its data directory {recipe.data} is not here: give --data DIR, or, to list by "
+            "the model alone, --decode exact"
         )
     return Path(recipe.data)
 

@@ -301,6 +301,7 @@ def _t5_problem(recipe: Recipe) -> str:
         ("model.scale_embedding true", model.scale_embedding, "false"),
         ("model.init_items cooccurrence", model.init_items == "cooccurrence", "random"),
         ("model.decoder_start every-state", model.decoder_start == "every-state", "state"),
+        (f"model.item_text {model.item_text}", model.item_text != "none", "none"),
         ("tokens.trim true", recipe.tokens.trim, "false"),
         ("tokens.softmax siblings", recipe.tokens.softmax == "siblings", "vocabulary"),
         ("packing packed", recipe.packing == "packed", "padded"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from genrec_shards.histories import training_counts
 from genrec_shards.splits import TrainedThrough
 
 from genrec_dist.config.load import load_recipe, with_values
+from genrec_dist.config.model_config import read_model_config
 from genrec_dist.config.native_precision import with_precision
+from genrec_dist.config.paths import origin_folder
 from genrec_dist.config.recipe import Recipe
 from genrec_dist.config.used_settings import flat
 
@@ -64,6 +66,8 @@ class DataFacts:
     """Share of the training parts that are items which these hold less than `RARE` times."""
     one_word: bool = True
     """Whether codes are those of `ONE_WORD`."""
+    positions: int | None = None
+    """Of the model that training begins from (`init_from`), which may not grow."""
 
     @classmethod
     def of(cls, dataset: Dataset, trained_through: TrainedThrough) -> DataFacts:
@@ -111,7 +115,8 @@ def resolve_recipe(recipe: Recipe, run: Path | None = None) -> tuple[Recipe, lis
         run: The directory of the run that is resumed, whose own values are kept.
 
     Raises:
-        ValueError: If the data directory is missing or damaged.
+        ValueError: If the data directory, or the model that training begins from, is missing or
+            damaged.
     """
     fitted: list[Fitted] = []
     if recipe.auto_keys and run is not None and (run / "recipe.yaml").is_file():
@@ -120,9 +125,11 @@ def resolve_recipe(recipe: Recipe, run: Path | None = None) -> tuple[Recipe, lis
         known = [key for key in recipe.auto_keys if key not in kept.auto_keys]
         recipe = with_values(recipe, {key: held[key] for key in known})
     elif set(recipe.auto_keys) & _CHOICES.keys():
-        recipe, fitted = fit_recipe(
-            recipe, DataFacts.of(load_dataset(recipe.data), recipe.trained_through)
-        )
+        facts = DataFacts.of(load_dataset(recipe.data), recipe.trained_through)
+        if recipe.init_from is not None:
+            found = read_model_config(origin_folder(recipe.init_from))
+            facts = replace(facts, positions=found.get("max_position_embeddings"))
+        recipe, fitted = fit_recipe(recipe, facts)
     return with_precision(recipe, run), fitted
 
 
@@ -142,8 +149,11 @@ def _vocabulary(recipe: Recipe, facts: DataFacts) -> tuple[int, str]:
 def _positions(recipe: Recipe, facts: DataFacts) -> tuple[int, str]:
     longest = int(np.percentile(facts.lengths_U, 95)) + 2
     size = min(max(-(-longest // 8) * 8, SHORTEST), LONGEST)
+    size, origin = min(size, facts.positions or size), ""
+    if size == facts.positions:
+        origin = f"the model that it begins from has {size}; "
     share = float((facts.lengths_U + 2 <= size).mean())
-    return size, f"{share:.0%} of the users' training parts fit"
+    return size, f"{origin}{share:.0%} of the users' training parts fit"
 
 
 def _cannot_have(recipe: Recipe, facts: DataFacts, changes: dict[str, Any]) -> str:
@@ -151,7 +161,7 @@ def _cannot_have(recipe: Recipe, facts: DataFacts, changes: dict[str, Any]) -> s
     if recipe.tokens.tokenizer or recipe.model.backbone or not facts.one_word:
         return "an item may have several tokens"
     if _vocabulary_for(facts) > recipe.tokens.vocab_size:
-        return f"some of {facts.num_items:,} items have several tokens"
+        return f"some of {facts.num_items:,} items may have several tokens"
     try:
         with_values(recipe, changes)
     except ValueError as error:
@@ -179,6 +189,8 @@ def _item_text(recipe: Recipe, facts: DataFacts) -> tuple[str, str]:
 
 def _soft_weight(recipe: Recipe, facts: DataFacts) -> tuple[float, str]:
     # Without texts they lift the decoder alone and not the mixture, and take as long to make.
+    if recipe.text == "none":
+        return 0.0, "text none: the transition graph alone lifts the decoder and not the mixture"
     changes = {"finetune.distill.weight": SOFT_WEIGHT}
     if problem := _without_texts(facts) or _cannot_have(recipe, facts, changes):
         return 0.0, problem

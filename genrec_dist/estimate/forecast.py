@@ -121,14 +121,16 @@ def forecast(
         )
     if (users or 0) > MOST_ROWS or (items or 0) > MOST_ROWS:
         raise ValueError(f"--users {users} --items {items}: rows are int32, {MOST_ROWS:,} at most")
-    precision = recipe.precision
+    precision, assumed = recipe.precision, ""
     if recipe.auto_keys and users is not None and items is not None:
         lengths = np.array(ASSUMED_ITEMS) - num_held_out(recipe.trained_through)
+        assumed = "; items without texts assumed" if "model.item_text" in recipe.auto_keys else ""
         recipe, _ = fit_recipe(recipe, DataFacts(items, np.resize(lengths, max(users, 1))))
     elif recipe.auto_keys:
         # The precision is that of the GPUs, not of this machine.
         recipe = dataclasses.replace(resolve_recipe(recipe)[0], precision=precision)
     catalogue = read_catalogue(recipe, users, items)
+    catalogue = dataclasses.replace(catalogue, source=catalogue.source + assumed)
     trimmed = catalogue.words.vocabulary if catalogue.words is not None else None
     config = build_config(
         recipe,

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from genrec_shards.splits import TrainedThrough
 
 from genrec_dist.baselines.tune_knn import tune_knn
 from genrec_dist.config.load import section_from
-from genrec_dist.config.paths import check_writable
+from genrec_dist.config.paths import is_pushed
 from genrec_dist.data.item_graph import Graph
 from genrec_dist.data.repeat_model import fit_repeats
 from genrec_dist.decoding.rescoring import Candidates
@@ -72,7 +73,7 @@ def tune_mixture(
     ranks = ranks or Ranks()
     ranks.run_on_all(partial(check_numbering, run, dataset))
     ranks.run_on_all(partial(check_split, run, dataset))
-    ranks.run_on_all(partial(check_writable, run.path))
+    ranks.run_on_all(partial(_check_not_pushed, run.path))
     parts = _same_on_all(
         ranks, lambda: _history_parts(dataset, decoding, trained_through, tune_graph, text)
     )
@@ -121,6 +122,15 @@ def tune_mixture(
     if ranks.is_main:
         mixture.save(choice, run.path, mixture_origin(dataset, decoding, trained_through))
     return choice
+
+
+def _check_not_pushed(run: Path) -> None:
+    """Raises ValueError for a copy of a pushed run, which keeps no weights of a mixture."""
+    if is_pushed(run):
+        raise ValueError(
+            f"{run}: no weights of hybrid were chosen before this run was pushed: choose them in "
+            "the run itself and push it again, or give --decode exact"
+        )
 
 
 def _history_parts(
@@ -223,6 +233,7 @@ def chosen_mixture(
     decoding = Decoding(mode="hybrid", exclude_history=exclude_history)
     found = mixture.load(run.path, mixture_origin(dataset, decoding, trained_through))
     if found is None and not run.model.config.item_loss:
+        _check_not_pushed(run.path)
         raise ValueError(
             f"{run.path}: no weights of hybrid were chosen yet: choose them by "
             f"genrec evaluate {run.path} --decode hybrid --split validation, or give --decode exact"

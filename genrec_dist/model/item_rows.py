@@ -105,14 +105,14 @@ def turn_rows(table_VD: Tensor, rows_N: Tensor, vectors_NF: np.ndarray, init_std
     table_VD[rows_N[known_N], : turned_NF.shape[1]] = (length * turned_NF).to(table_VD.dtype)
 
 
-def item_tokens(words: WordTable, key: str) -> Tensor:
-    """int64 [N], each item's token; `key`: of the recipe, which needs there to be one. Raises
-    ValueError where an item has several tokens."""
+def item_tokens(words: WordTable, key: str, off: str) -> Tensor:
+    """int64 [N], each item's token; `key`: of the recipe, which needs there to be one, and its
+    value that does not. Raises ValueError where an item has several tokens."""
     tokens, offsets = words.tokens_of_items()
     if (np.diff(offsets) != 1).any():
         raise ValueError(
             f"{key}: items have several tokens, so that no row is an item's: raise "
-            "tokens.vocab_size, or leave it out"
+            f"tokens.vocab_size, or set {key} {off}"
         )
     return torch.from_numpy(tokens.astype(np.int64))
 
@@ -141,7 +141,7 @@ def add_texts(
     """
     if not isinstance(model, GenRecForConditionalGeneration):
         raise ValueError("model.item_text: a T5's rows take no texts: set item_text none")
-    table_VD, rows_N = model.model.shared.weight, item_tokens(words, "model.item_text")
+    table_VD, rows_N = model.model.shared.weight, item_tokens(words, "model.item_text", "none")
     model.item_text = item_text_of(
         table_VD, rows_N, vectors_NF, trained_N, known_N, model.config.init_std
     )

@@ -38,6 +38,7 @@ from genrec_dist.reproduce.systems import (
     Options,
     ProtocolName,
     System,
+    check_labels,
     chosen,
     label_of,
     systems_of,
@@ -108,6 +109,7 @@ def reproduce(options: Options, console: Console) -> bool:
 def plan(options: Options) -> Work:
     """All steps, checked against what exists; nothing is written."""
     options, notes = _with_paper_recipe(options)
+    check_labels(options)
     sequences = read_sequences(options.data)
     sizes = sequences.num_users, sequences.num_items
     difference = size_difference(options.name, *sizes)

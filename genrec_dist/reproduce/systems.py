@@ -42,6 +42,8 @@ LORA = ("lora.rank=16", "lora.dropout=0.05")
 SOFT = ("finetune.distill.weight=0.5",)
 """Soft targets: what the rows of recipe auto that are named soft have, and what recipe auto chooses
 where items have texts."""
+SOFT_ROWS = ("sasrec-soft", "auto-soft-decoder", "auto-soft")
+"""Rows that are made where `systems` names one of them."""
 TEXTS = ("model.item_text=add", *SOFT)
 """What recipe auto chooses where items have texts; named, since the control takes the same."""
 ORIGINAL_DECODING: tuple[Mode, int] = ("free", 21)
@@ -154,6 +156,17 @@ class Options:
         return [folder / f"seed-{seed}" for seed in range(self.seeds)]
 
 
+def check_labels(options: Options) -> None:
+    """Raises ValueError for an override of a recipe that no row has."""
+    recipes = (options.recipe, options.hybrid, options.paper_recipe, "auto", "llama")
+    labels = {label_of(recipe) for recipe in recipes}
+    for override in options.overrides:
+        label, colon, _ = override.partition(":")
+        if colon and "=" not in label and label not in labels:
+            known = ", ".join(sorted(labels))
+            raise ValueError(f"--set {override}: no row is of recipe {label}: {known} are there")
+
+
 def without_directory(word: object) -> str:
     """A word of the command, or `key=value`, where it is a path without its directories: it is
     written into files that travel. A name on the hub, `owner/name`, stays."""
@@ -196,7 +209,8 @@ def systems_of(
     fitted = (*options.overrides_of("auto"), "decode=exact")
     rows.append(System("auto-decoder", "recipe", fitted, "auto"))
     rows.append(System("auto", "ranked", of=rows[-1], mode="hybrid", tuned=True, tune_graph=True))
-    rows += _soft_rows(options, SOFT, "soft")
+    if set(SOFT_ROWS) & set(options.systems or ()):
+        rows += _soft_rows(options, SOFT, "soft")
     if item_head:
         rows.append(System("items", "ranked", of=decoder, mode="items"))
     if options.refit:  # rows of their own, never in one list with the others
@@ -211,10 +225,16 @@ def systems_of(
 
 def _soft_rows(options: Options, settings: tuple[str, ...], name: str) -> list[System]:
     """Recipe auto with these settings, by its decoder and as a mixture, and first its control:
-    SASRec with the same start, texts and soft targets."""
+    SASRec with the same start, texts and soft targets. Raises ValueError where the overrides leave
+    these out."""
     overrides = (*settings, *options.overrides_of("auto"))
     recipe = load_recipe("auto", list(overrides))
     model, distill = recipe.model, recipe.finetune.distill
+    if not distill.weight or (settings == TEXTS and model.item_text == "none"):
+        raise ValueError(
+            f"--set: the row auto-{name} and its control have {' and '.join(settings)}: give "
+            "finetune.distill.weight another number, and leave model.item_text out"
+        )
     same: dict[str, object] = {"init_items": model.init_items}
     if settings == TEXTS:
         same |= {"item_text": model.item_text, "item_text_source": model.item_text_source}

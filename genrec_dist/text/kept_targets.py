@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -21,7 +20,7 @@ from safetensors.numpy import save_file
 from genrec_dist.config.recipe import Distill
 from genrec_dist.data.samples.soft_targets import Teacher
 from genrec_dist.text import teacher, tune
-from genrec_dist.text.vectors import source_identity
+from genrec_dist.text.vectors import NOT_WRITABLE, source_identity
 
 FOLDER = "soft-targets"
 """Of the data directory; everything in it can be made again."""
@@ -29,7 +28,6 @@ VERSION = 1
 """To be raised where the same inputs come to make other soft targets."""
 WAIT_SECONDS = 6 * 3600.0
 """How long a process waits for the one that makes them."""
-_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def kept_soft_targets(
@@ -65,7 +63,7 @@ def kept_soft_targets(
                 _save(found, path, key)
             return found
     except OSError as error:
-        if error.errno not in _NOT_WRITABLE or found is not None:
+        if error.errno not in NOT_WRITABLE or found is not None:
             raise
         return make()
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Sequence
@@ -29,6 +30,8 @@ FACTORS = 128
 WORDLLAMA = 256
 """Dims of the vectors that this package loads unless told otherwise."""
 SOURCES = "words, factors, wordllama or the directory of a sentence-transformers model"
+NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a data directory that may be read alone: what would be kept in it is made each time."""
 _SEED = 0
 
 
@@ -45,7 +48,8 @@ def item_vectors(dataset: Dataset, source: str) -> np.ndarray:
     """float32 [N, D] by item row, of length 1 or, without a text, 0.
 
     They are a function of catalogue and source alone: no interaction and no popularity enters. The
-    first call leaves them in `text/` of the data directory, named by the hash of texts and source.
+    first call leaves them in `text/` of the data directory, named by the hash of texts and source;
+    where that may not be written to, nothing is kept.
 
     Args:
         dataset: Whose items have texts.
@@ -74,11 +78,15 @@ def item_vectors(dataset: Dataset, source: str) -> np.ndarray:
         vectors_ND[rows] = found_RD - found_RD.mean(0)
     lengths_N = np.linalg.norm(vectors_ND, axis=1, keepdims=True)
     vectors_ND /= np.where(lengths_N > 0, lengths_N, 1)
-    path.parent.mkdir(exist_ok=True)
-    with atomic_file(path) as temporary:
-        save_file(
-            {"vectors": vectors_ND}, temporary, {key: str(value) for key, value in key.items()}
-        )
+    try:
+        path.parent.mkdir(exist_ok=True)
+        with atomic_file(path) as temporary:
+            save_file(
+                {"vectors": vectors_ND}, temporary, {key: str(value) for key, value in key.items()}
+            )
+    except OSError as error:
+        if error.errno not in NOT_WRITABLE:
+            raise
     return vectors_ND
 
 

@@ -234,7 +234,7 @@ def _coded_parts(recipe: Recipe, dataset: Dataset, soft_targets: bool) -> _Parts
         model.siblings = siblings_of(build_trie(*words.tokens_of_items()))
     teacher = None
     if recipe.finetune.distill.weight and recipe.tokens.softmax == "vocabulary":
-        item_tokens(words, "finetune.distill")
+        item_tokens(words, "finetune.distill.weight", "0")
     if recipe.finetune.distill.weight and soft_targets:
         teacher = soft_targets_of(
             dataset,

@@ -259,10 +259,11 @@ def test_readings_and_switches_are_rows_of_their_own(folder: Path) -> None:
     [
         (
             ["--systems", "magic"],
-            "--systems magic: no such row here; there are auto, auto-decoder, auto-soft, ",
+            "--systems magic: no such row here; there are auto, auto-decoder, best, ",
         ),
         (["--paper-recipe", "absent"], "absent: no such recipe file"),
         (["--set", "model.d_modle=8"], "unknown key model.d_modle"),
+        (["--set", "autos:seed=1"], "no row is of recipe autos: auto, "),
         (["--data", "absent.txt"], "absent.txt: no such file"),
         (["--publish", "PAGE"], "not a table {dataset: {protocol: {system: ...}}}"),
     ],
@@ -302,6 +303,10 @@ def test_the_rows_with_texts_and_their_control_see_the_same(
         assert (out / "leak-free" / f"compare-{name}.json").is_file()
 
     assert "was made with texts of another file" in refused(capfd, command(folder, out))
+    for value in ("auto", "0"):
+        more = ["--items", table, "--set", f"auto:finetune.distill.weight={value}"]
+        line = refused(capfd, command(folder, out, *more))
+        assert "the row auto-text and its control have model.item_text=add and finetune" in line
     line = refused(capfd, command(folder, out, "--items", table, "--protocol", "paper"))
     assert "the paper's protocol has no texts" in line
 
@@ -320,6 +325,10 @@ def test_the_rows_with_soft_targets_and_their_control_see_the_same(
     assert control["distill"] == decoder.as_dict()["finetune"]["distill"]
     assert control["distill"]["weight"] == 0.5
     assert (place / "compare-auto-soft-decoder-sasrec-soft.json").is_file()
+    # A recipe that cannot have them is refused for these rows alone.
+    without = ["--dry-run", "--set", "auto:finetune.targets=every-prefix", "--systems"]
+    assert run_command(command(folder, tmp_path / "other", *without, "knn,auto-decoder")) == 0
+    assert run_command(command(folder, tmp_path / "other", *without, "auto-soft")) == 1
 
 
 @pytest.mark.ranks

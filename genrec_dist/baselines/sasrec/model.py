@@ -148,8 +148,8 @@ class Packed:
 def pack(
     items: np.ndarray, ends_B: np.ndarray, lengths_B: np.ndarray, settings: SasrecSettings
 ) -> Packed:
-    """The last `max_length` of the `lengths_B` items before `ends_B` (exclusive) of each user; none
-    of them is empty."""
+    """The last `max_length` of the `lengths_B` items before `ends_B` (exclusive) of each user. Of
+    an empty one `last_B` means nothing."""
     lengths_B = np.minimum(lengths_B, settings.max_length)
     # Neighbours of one length share an attention without padding.
     order_B = np.argsort(lengths_B, kind="stable")

@@ -37,7 +37,8 @@ from genrec_dist.model.weights import check_weights
 from genrec_dist.text.vectors import described, item_vectors
 
 SETTINGS_OF: dict[str, type[SasrecSettings]] = {"sasrec": SasrecSettings, "bsarec": BsarecSettings}
-FORMAT_VERSION = "1"
+FORMAT_VERSIONS = {"sasrec": "1", "bsarec": "2"}
+"""Of a run of each system. BSARec's 1 had no first items to learn."""
 WEIGHTS, VECTORS, SETTINGS, EVENTS = (
     "best.safetensors",
     "item_vectors.safetensors",
@@ -126,7 +127,7 @@ def _train_anew(run: Path, training: Training, overrides: list[str] | None) -> S
         )
     settings = sasrec_settings({}, overrides, system=training.system)
     origin = {  # what the training is of; metadata of all its files
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSIONS[training.system],
         "system": training.system,
         "sequences_hash": training.dataset.info.sequences_hash,
         "trained_through": trained_through,
@@ -167,14 +168,19 @@ def load(
     else."""
     path = run / WEIGHTS
     metadata, weights = _read(path, "remove it and train again")
-    version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format {version}, this version reads {FORMAT_VERSION}")
     facts = {"system", "sequences_hash", "trained_through", "settings", "best_epoch"}
+    version, current = metadata.get("format_version"), FORMAT_VERSIONS.values()
+    if version not in current:
+        raise ValueError(f"{path}: format {version}, this version reads {', '.join(current)}")
     if lost := facts - metadata.keys():
         raise ValueError(f"{path}: {min(lost)} is missing in its header: remove it and train again")
     if metadata["system"] != system:
         raise ValueError(f"{path} is of {metadata['system']}, not {system}: choose another --out")
+    if version != FORMAT_VERSIONS[system]:
+        raise ValueError(
+            f"{path}: format {version}, {system} has {FORMAT_VERSIONS[system]} now: choose another "
+            "--out, or remove it to train again"
+        )
     found, expected = metadata["sequences_hash"], dataset.info.sequences_hash
     if found != expected:
         raise ValueError(

@@ -114,3 +114,14 @@ def test_evaluate_refuses_other_data(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="numbering"):
         evaluate(tiny_run, data=tmp_path / "data", out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=r"none: no recipe.yaml in it; is it a directory of"):
+        evaluate(tmp_path / "none")
+
+
+def test_prepare_takes_the_unit_of_times(tmp_path: Path) -> None:
+    from genrec_dist import prepare
+
+    rows = [f"u{n},i{k},{1_000_000_000 + k}" for n in range(9) for k in range(6)]
+    (tmp_path / "log.csv").write_text("\n".join(["user,item,time", *rows]) + "\n")
+    data = prepare(tmp_path / "log.csv", tmp_path / "data", time_unit="s", k_core=0)
+    assert json.loads((data / "dataset.json").read_text())["interactions"] == 54

@@ -11,6 +11,8 @@ import torch
 from genrec_shards.prepare import prepare
 from genrec_shards.sequences import sequences_from_ids
 from random_sequences import random_sequences
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -174,6 +176,15 @@ def test_baseline_trains_it_once_and_no_other_system_takes_its_run(tmp_path: Pat
     assert (again["NDCG@20"], again["recipe"]) == (first["NDCG@20"], first["recipe"])
     assert first["recipe"]["alpha"] == BsarecSettings.alpha
     assert first["system"] == "bsarec"
+    # A run of before first items were learned.
+    with safe_open(out / "best.safetensors", "pt") as file:
+        old = {**file.metadata(), "format_version": "1"}
+        save_file({name: file.get_tensor(name) for name in file.keys()}, tmp_path / "old", old)  # noqa: SIM118
+    (out / "best.safetensors").rename(tmp_path / "new")
+    (tmp_path / "old").rename(out / "best.safetensors")
+    with pytest.raises(ValueError, match="format 1, bsarec has 2 now: choose another --out"):
+        run_baseline("bsarec", dataset, "test", out)
+    (tmp_path / "new").rename(out / "best.safetensors")
     with pytest.raises(ValueError, match="is of bsarec, not sasrec: choose another --out"):
         run_baseline("sasrec", dataset, "test", out)
     with pytest.raises(ValueError, match=r"alpha is 1\.5: it has to be from 0 to 1"):

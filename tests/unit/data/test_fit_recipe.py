@@ -56,6 +56,10 @@ def test_values_follow_users_items_and_lengths(
 
 
 BEAUTY = (12_101, np.full(22_363, 7))
+T5 = [
+    "model.architecture=t5", "model.encoder_attention=bidirectional", "model.init_items=random",
+    "tokens.trim=false", "finetune.targets=every-prefix", "finetune.windows=own",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,9 @@ BEAUTY = (12_101, np.full(22_363, 7))
         (400_000, np.full(1_000, 10), [], True, ["none", 0.0]),
         # What another key refuses is not chosen.
         (*BEAUTY, ["init_from=runs/old"], True, ["none", 0.5]),
+        (*BEAUTY, T5, True, ["none", 0.0]),
+        # Soft targets of the graph alone.
+        (*BEAUTY, ["text=none"], True, ["add", 0.0]),
         (*BEAUTY, ["finetune.targets=every-prefix", "finetune.windows=own"], True, ["add", 0.0]),
         # Soft targets of 10 million targets, and of 900,000 among 60,000 items.
         (1_349, np.full(100_000, 101), [], True, ["add", 0.0]),
@@ -133,6 +140,25 @@ def test_auto_takes_the_texts_that_data_have(tiny_data: Path, tmp_path: Path) ->
         assert found == (("none", 0.0) if more else ("add", 0.5))
     fitted, _ = resolve_recipe(load_recipe("auto", [f"data={tiny_data}"]))
     assert (fitted.model.item_text, fitted.finetune.distill.weight) == ("none", 0.0)
+
+
+def test_a_run_that_begins_from_a_model_has_its_positions(
+    tiny_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    facts = DataFacts(500, np.full(100, 90), positions=64)
+    recipe = load_recipe("auto")
+    assert fit_recipe(recipe, replace(facts, positions=None))[0].model.max_tokens == 96
+    fitted, values = fit_recipe(recipe, facts)
+    assert fitted.model.max_tokens == 64
+    assert "the model that it begins from has 64" in as_text(values)
+    # A model of 40 positions, where these data would have 50.
+    config = json.loads((tiny_run / "best" / "config.json").read_text())
+    config |= {"max_position_embeddings": 40, "max_input_tokens": 40}
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "config.json").write_text(json.dumps(config))
+    for more, positions in (([], 50), ([f"init_from={tmp_path}"], 40)):
+        recipe = load_recipe("auto", [f"data={tiny_data}", *more])
+        assert resolve_recipe(recipe)[0].model.max_tokens == positions
 
 
 def test_a_resumed_run_keeps_its_values(tiny_data: Path, tmp_path: Path) -> None:

@@ -42,6 +42,24 @@ def plan_of(name: str = "paper-base", *overrides: str, **options: Any) -> Foreca
     return forecast(load_recipe(name, list(overrides)), **{**BEAUTY, **options})
 
 
+@pytest.mark.parametrize("recipe", ["paper-base", "paper-large"])
+def test_the_table_of_the_page_is_what_plan_says(recipe: str) -> None:
+    """docs/scale.md: state in GiB and largest micro-batch of each way to spread the weights."""
+    page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+    table = page.partition("| | base fp32, 1 GPU")[2].partition("\n\n")[0]
+    cells = [[cell.strip() for cell in row.split("|")[2:-1]] for row in table.splitlines()[2:]]
+    assert len(cells) == len(METHODS)
+    columns = {
+        "paper-base": {("fp32", 1): 0, ("bf16", 1): 1, ("fp32", 8): 4},
+        "paper-large": {("fp32", 1): 2, ("bf16", 1): 3, ("fp32", 8): 5},
+    }[recipe]
+    for (precision, gpus), column in columns.items():
+        options: dict[str, Any] = {"gpus": gpus, "memory_gib": 24, "zero_files": LAUNCH}
+        fits = plan_of(recipe, f"precision={precision}", **options).fits
+        found = [f"{fit.state.total / GIB:.2f} / {fit.largest:,}" for fit in fits]
+        assert [row[column] for row in cells] == found
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"), [("paper-base", 165_890_304), ("paper-large", 441_584_640)]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genrec_dist.cli.app import run_command
+from genrec_dist.config.load import dump_recipe, load_recipe
 from genrec_dist.decoding.searcher import Mode, TopItems
 from genrec_dist.inference import recommend as recommend_module
 from genrec_dist.inference.item_filter import ItemFilter, filter_items, name_some, read_ids
@@ -285,6 +287,19 @@ def test_filter_items_refuses_to_leave_no_item(recommender: Recommender, which: 
     assert ("x, y, x2 and 1 more" in str(refusal.value)) == (which == "unknown")
     with pytest.raises(ValueError, match="'abc' is not a list of ids"):
         filter_items(catalogue, allow="abc")
+
+
+def test_data_that_are_not_here_are_named_with_the_way_out(
+    tiny_run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    recipe = load_recipe(run / "recipe.yaml", ["data=elsewhere/mine", "decode=hybrid"])
+    (run / "recipe.yaml").write_text(dump_recipe(recipe))
+    for words in (["evaluate", str(run)], ["recommend", str(run), "--history", "a"]):
+        assert run_command(words) == 1
+        line = f"{run}: its data directory elsewhere/mine is not here: give --data DIR, or, to list"
+        assert line in capfd.readouterr().err
 
 
 def test_read_ids_reads_one_per_line(tmp_path: Path) -> None:

@@ -265,8 +265,16 @@ def test_a_copy_keeps_no_results_and_says_what_needs_the_data(
     assert push(run) == 0
     folder = run_folder(PLACE)
     before = sorted(folder.iterdir())
+    with_data = ["--data", str(tiny_data)]
+    out = tmp_path / "results"
     for command in (
-        ["evaluate", PLACE, "--data", str(tiny_data)],
+        ["evaluate", PLACE, "--decode", "hybrid", "--out", str(out), *with_data],
+        ["recommend", PLACE, "--decode", "hybrid", "--history", "a", *with_data],
+    ):
+        assert run_command(command) == 1
+        assert "no weights of hybrid were chosen before this run was" in capfd.readouterr().err
+    for command in (
+        ["evaluate", PLACE, *with_data],
         ["evaluate", PLACE],
         ["recommend", PLACE, "--decode", "hybrid", "--history", "a"],
     ):
@@ -279,7 +287,6 @@ def test_a_copy_keeps_no_results_and_says_what_needs_the_data(
     ]
     assert run_command(["report", str(folder)]) == 1
     assert sorted(folder.iterdir()) == before
-    out = tmp_path / "results"
     assert run_command(["evaluate", PLACE, "--data", str(tiny_data), "--out", str(out)]) == 0
     assert (out / "metrics-test.json").is_file()
     assert run_command(["push", PLACE, "--to", "me/copy"]) == 1

@@ -162,7 +162,7 @@ def test_what_has_no_soft_targets_is_refused(data: Path, tmp_path: Path) -> None
         (["tokens.forced=learned"], r"finetune\.distill\.weight 0\.4: set finetune\.targets"),
         (["finetune.targets=last"], r"finetune\.distill\.weight 0\.4: set finetune\.targets"),
         (["finetune.distill.weight=1"], r"finetune\.distill\.weight is 1\.0"),
-        (["tokens.vocab_size=285"], r"finetune\.distill: items have several tokens"),
+        (["tokens.vocab_size=285"], r"finetune\.distill\.weight: items have several tokens"),
         (["pretrain.distill.weight=0.1"], r"pretrain\.distill\.weight: finetuning alone"),
     ):
         with pytest.raises(ValueError, match=message):

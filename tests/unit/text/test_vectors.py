@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from genrec_dist.text.similarity import text_rows
 from genrec_dist.text.vectors import item_vectors
 from genrec_dist.training.run import train
 
+NOBODY = 65534
 TEXTS = [
     "red nail polish", "blue nail polish", "soft hair brush", "hair dryer", "", "lip balm of honey",
     "honey soap", "travel hair brush",
@@ -73,6 +77,24 @@ def test_vectors_are_made_once_for_the_same_texts_and_source(dataset: Dataset) -
     made.write_bytes(made.read_bytes()[:40])
     with pytest.raises(DataError, match=r"\.safetensors: damaged .*remove it, it is made again"):
         item_vectors(changed, "factors")
+
+
+def test_where_nothing_can_be_kept_vectors_are_made_each_time() -> None:
+    with TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        dataset = prepared(Path(folder), [list(range(8))], TEXTS)
+        vectors = item_vectors(dataset, "factors")
+        shutil.rmtree(dataset.path / "text")
+        dataset.path.chmod(0o555)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(NOBODY)  # root may write everywhere
+        try:
+            assert item_vectors(dataset, "factors").tobytes() == vectors.tobytes()
+        finally:
+            os.seteuid(user)
+        assert not (dataset.path / "text").exists()
+        dataset.path.chmod(0o755)
 
 
 def test_a_source_that_is_none_and_a_catalogue_without_texts_are_refused(
