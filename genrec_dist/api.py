@@ -111,16 +111,14 @@ def evaluate(
     from genrec_shards.dataset import load_dataset
 
     from genrec_dist.config.hub import run_folder
-    from genrec_dist.config.paths import data_of, recipe_of
+    from genrec_dist.config.paths import data_of, required_recipe
     from genrec_dist.inference.evaluate import evaluate as run_evaluate
     from genrec_dist.inference.load import best_device, load_run
     from genrec_dist.inference.rank_users import Decoding
     from genrec_dist.inference.tune_mixture import chosen_decoding
 
     run = run_folder(run)
-    recipe = recipe_of(run)
-    if recipe is None:
-        raise ValueError(f"{run}: no recipe.yaml in it; is it a directory of `genrec train`?")
+    recipe = required_recipe(run)
     dataset = load_dataset(data or data_of(run))
     loaded = load_run(run, best_device() if device is None else device, light=True)
     decoding = Decoding(

@@ -91,12 +91,18 @@ def recipe_of(run: Path) -> Recipe | None:
     return load_recipe(path) if path.is_file() else None
 
 
-def data_of(run: Path) -> Path:
-    """The data directory that a run was trained on. Raises ValueError where there is no recipe that
-    names it, where it is not there, or the run was pushed without it."""
+def required_recipe(run: Path) -> Recipe:
+    """The recipe of a run directory. Raises ValueError where there is none."""
     recipe = recipe_of(run)
     if recipe is None:
         raise ValueError(f"{run}: no recipe.yaml in it; is it a directory of `genrec train`?")
+    return recipe
+
+
+def data_of(run: Path) -> Path:
+    """The data directory that a run was trained on. Raises ValueError where there is no recipe that
+    names it, where it is not there, or the run was pushed without it."""
+    recipe = required_recipe(run)
     if not recipe.data:
         raise ValueError(
             f"{run}: pushed without its data: give --data DIR, or, to list by the model alone, "

@@ -42,6 +42,11 @@ def plan_of(name: str = "paper-base", *overrides: str, **options: Any) -> Foreca
     return forecast(load_recipe(name, list(overrides)), **{**BEAUTY, **options})
 
 
+def test_plan_without_data_says_that_it_assumes_no_texts() -> None:
+    assert plan_of("auto").catalogue.source.endswith("; items without texts assumed")
+    assert "texts" not in plan_of("best").catalogue.source
+
+
 @pytest.mark.parametrize("recipe", ["paper-base", "paper-large"])
 def test_the_table_of_the_page_is_what_plan_says(recipe: str) -> None:
     """docs/scale.md: state in GiB and largest micro-batch of each way to spread the weights."""
