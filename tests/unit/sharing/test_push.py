@@ -338,6 +338,25 @@ def test_a_damaged_model_is_not_pushed(hub: Hub, run: Path, tmp_path: Path) -> N
         write_public_files(tmp_path / "run" / "best", tmp_path)
 
 
+@pytest.mark.parametrize("decode", ["exact", "hybrid"])
+def test_the_command_that_push_ends_with_can_be_run(
+    decode: str, hub: Hub, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        re.sub(r"(?m)^decode: \w+$", f"decode: {decode}", recipe.read_text("utf-8")), "utf-8"
+    )
+    assert f"decode: {decode}\n" in recipe.read_text("utf-8")
+    assert push(folder) == 0
+    captured = capfd.readouterr()
+    said = (captured.out + captured.err).splitlines()[-1]
+    command = said.partition("anyone who may read it: genrec ")[2]
+    item = load_run(folder).catalogue.item_ids[0]
+    assert run_command(command.replace("...", item).split()) == 0
+
+
 def test_the_commands_take_the_endpoint_and_the_cache_from_the_environment(
     run: Path, tmp_path: Path
 ) -> None:
