@@ -81,7 +81,10 @@ def load_manifest(directory: str | Path) -> Manifest:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file: give a directory made by `genrec shard`") from None
+        data = path.parent.parent
+        is_data = path.parent.name == "shards" and (data / "dataset.json").is_file()
+        way = f"run `genrec shard {data}`" if is_data else "give a directory made by `genrec shard`"
+        raise DataError(f"{path}: no such file: {way}") from None
     except OSError as error:
         complaint = f"cannot be read ({error.strerror}): check the path and its rights"
         raise DataError(f"{path}: {complaint}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -13,13 +14,8 @@ from tiny import TINY_RECIPE
 
 from genrec_dist.cli.app import run_command
 
-PRINTED = dict(
-    re.findall(
-        r"^    \$ (genrec .+)\n    (genrec: .+)$",
-        (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"),
-        flags=re.MULTILINE,
-    )
-)
+PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+PRINTED = dict(re.findall(r"^    \$ (genrec .+)\n    (genrec: .+)$", PAGE, flags=re.MULTILINE))
 SET = "genrec train small.yaml --data data/mine --run runs/a --set"
 CHECKED = [
     "genrec prepare lgo.csv --out data/mine",
@@ -86,3 +82,20 @@ def test_the_page_shows_what_a_mistake_prints(
     assert captured.err == PRINTED[command] + "\n"
     assert captured.out == ""
     assert files_of(tmp_path) == before
+
+
+def test_data_without_shards_are_told_the_command_that_makes_them(
+    tiny_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    make_files(tmp_path)
+    shutil.copytree(tiny_data, tmp_path / "data" / "mine", ignore=shutil.ignore_patterns("shards"))
+    monkeypatch.chdir(tmp_path)
+    command = "genrec train small.yaml --data data/mine --run runs/a"
+    assert run_command(shlex.split(command)[1:]) == 1
+    said = capfd.readouterr().err
+    assert f"    $ {command}\n    {said}" in PAGE
+    assert run_command(shlex.split(said.split("`")[1])[1:]) == 0
+    assert run_command(["train", "small.yaml", "--data", "data/mine", "--run", "runs/a"]) == 0
