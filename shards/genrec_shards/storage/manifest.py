@@ -81,9 +81,10 @@ def load_manifest(directory: str | Path) -> Manifest:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        data = path.parent.parent
-        is_data = path.parent.name == "shards" and (data / "dataset.json").is_file()
-        way = f"run `genrec shard {data}`" if is_data else "give a directory made by `genrec shard`"
+        folder = path.parent.parent
+        way = "give a directory made by `genrec shard`"
+        if path.parent.name == "shards" and (folder / "dataset.json").is_file():
+            way = f"run `genrec shard {folder}`"
         raise DataError(f"{path}: no such file: {way}") from None
     except OSError as error:
         complaint = f"cannot be read ({error.strerror}): check the path and its rights"
